@@ -1,0 +1,222 @@
+"""The event schema: which fields an event has and which encoded columns they become.
+
+The schema is data. A `SPEC.yaml` states the fields; training fits what depends on data
+(means, standard deviations, vocabularies) and the artifact keeps the fitted schema, so
+that training and serving encode with the same numbers. This module holds no encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+
+UNKNOWN_CODE = 0
+"""The code of a category that the vocabulary does not hold."""
+
+
+class Frozen(BaseModel):
+    """Base of all specification values: immutable, unknown keys refused, numbers finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class NumericField(Frozen):
+    """A number, standardised as (transform(value) - mean) / std.
+
+    `transform` is applied before standardising: `signed_log1p` is sign(v) * log(1 + |v|).
+    An `optional` field adds the column `<name>.missing` (1 where absent; the value is then 0).
+    """
+
+    kind: Literal["numeric"] = "numeric"
+    name: FieldName
+    optional: bool = False
+    transform: Literal["none", "signed_log1p"] = "none"
+    mean: float | None = None
+    std: Annotated[float, Field(gt=0)] | None = None
+    description: str = ""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether mean and standard deviation are known."""
+        return self.mean is not None and self.std is not None
+
+
+class CategoricalField(Frozen):
+    """A string out of a vocabulary, embedded inside the network.
+
+    Codes: 0 is unknown, 1..K are the vocabulary in order, K+1 is "absent" where `optional`.
+    """
+
+    kind: Literal["categorical"] = "categorical"
+    name: FieldName
+    optional: bool = False
+    embedding: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_vocabulary: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    vocabulary: tuple[str, ...] | None = None
+    description: str = ""
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError("expected distinct categories")
+        return value
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the vocabulary is known."""
+        return self.vocabulary is not None
+
+    @property
+    def codes(self) -> int:
+        """Number of codes: unknown, the vocabulary, and absent where optional."""
+        return 1 + len(self.vocabulary or ()) + (1 if self.optional else 0)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each code stands for, in code order."""
+        absent = ("<absent>",) if self.optional else ()
+        return ("<unknown>", *(self.vocabulary or ()), *absent)
+
+
+class BooleanField(Frozen):
+    """true or false, encoded as 1 or 0; `optional` adds the column `<name>.missing`."""
+
+    kind: Literal["boolean"] = "boolean"
+    name: FieldName
+    optional: bool = False
+    description: str = ""
+
+    @property
+    def fitted(self) -> bool:
+        """Nothing to fit."""
+        return True
+
+
+class TimestampField(Frozen):
+    """The moment of the event: RFC 3339 or epoch milliseconds, at most one per schema.
+
+    Columns: `<name>.gap` (log(1 + seconds since the stream's last event), standardised; 0
+    seconds for the first event and for one out of order), and the hour of the day and day
+    of the week as angles (`.hour_sin`, `.hour_cos`, `.weekday_sin`, `.weekday_cos`) in the
+    schema's time zone; `optional` adds `<name>.missing`.
+    """
+
+    kind: Literal["timestamp"] = "timestamp"
+    name: FieldName
+    optional: bool = False
+    gap_mean: float | None = None
+    gap_std: Annotated[float, Field(gt=0)] | None = None
+    description: str = ""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the gap's mean and standard deviation are known."""
+        return self.gap_mean is not None and self.gap_std is not None
+
+
+EventField = Annotated[
+    NumericField | CategoricalField | BooleanField | TimestampField, Field(discriminator="kind")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One encoded column, that is one value of a row of `inputs`.
+
+    Attributes:
+        name: the field's name, with a suffix where a field becomes several columns.
+        field: the field it comes from, or None for a model without an event schema.
+        codes: for a categorical, how many codes there are (the value is a whole number in
+            0..codes-1); otherwise None.
+        embedding: for a categorical, the width of its embedding; otherwise None.
+    """
+
+    name: str
+    field: str | None = None
+    codes: int | None = None
+    embedding: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Values this column adds to what the first layer reads."""
+        return 1 if self.embedding is None else self.embedding
+
+
+class EventSchema(Frozen):
+    """The fields of one event, in order, and the time zone of its calendar features."""
+
+    timezone: str = "UTC"
+    fields: Annotated[tuple[EventField, ...], Field(min_length=1, max_length=256)]
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except Exception as error:
+            raise ValueError(
+                f"expected an IANA time zone such as 'Europe/Vienna', got {value!r}"
+            ) from error
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EventSchema:
+        names = [field.name for field in self.fields]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected distinct field names, got {names}")
+        if sum(field.kind == "timestamp" for field in self.fields) > 1:
+            raise ValueError("expected at most one timestamp field")
+        return self
+
+    @property
+    def fitted(self) -> bool:
+        """Whether every field has what encoding needs."""
+        return all(field.fitted for field in self.fields)
+
+    @cached_property
+    def timestamp(self) -> TimestampField | None:
+        """The timestamp field, if there is one."""
+        return next((f for f in self.fields if isinstance(f, TimestampField)), None)
+
+    def field(self, name: str) -> EventField:
+        """The field of that name; KeyError where there is none."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        """The encoded columns, in the order of a row of `inputs`."""
+        return tuple(column for field in self.fields for column in _columns_of(field))
+
+    @cached_property
+    def column_index(self) -> dict[str, int]:
+        """Where each encoded column lies in a row."""
+        return {column.name: index for index, column in enumerate(self.columns)}
+
+
+TIMESTAMP_FEATURES = ("gap", "hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
+"""The columns a timestamp becomes, in order, as suffixes of its field's name."""
+
+
+def _columns_of(field: EventField) -> Iterator[Column]:
+    match field:
+        case CategoricalField():
+            yield Column(field.name, field.name, codes=field.codes, embedding=field.embedding)
+            return
+        case TimestampField():
+            for feature in TIMESTAMP_FEATURES:
+                yield Column(f"{field.name}.{feature}", field.name)
+        case NumericField() | BooleanField():
+            yield Column(field.name, field.name)
+    if field.optional:
+        yield Column(f"{field.name}.missing", field.name)

@@ -1,0 +1,246 @@
+"""What follows from a specification alone: state parts, output slices, weight shapes.
+
+Pure arithmetic over the spec, without any runtime: the artifact checks its weights against
+it, the store packs states by it, the service splits outputs by it, and every runtime is
+built to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventField,
+    NumericField,
+)
+from models.spec import (
+    FEATURES,
+    ActivationLayer,
+    AnomalyHead,
+    BatchNormalizationLayer,
+    ClassificationHead,
+    DenseHead,
+    DenseLayer,
+    DropoutLayer,
+    ForecastHead,
+    GruLayer,
+    Head,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+    ModelSpec,
+    SequenceHead,
+)
+from models.state import StatePart, StateSpec
+
+CLOCK_LAST_MS = "clock.last_ms"
+CLOCK_SEEN = "clock.seen"
+CLOCK_OUT_OF_ORDER = "clock.out_of_order"
+"""int64 parts of a model with a timestamp field: the latest timestamp in epoch milliseconds
+(meaningful once `clock.seen`, the number of events that carried one, is not 0), and how many
+events came with a timestamp before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One named output.
+
+    Attributes:
+        name: the head's name.
+        shape: shape of one step, for example () for a probability, (8,) for 8 units.
+        labels: names along the last axis, where it has any (classes, quantiles).
+        per: `step` (one per event).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+    per: str = "step"
+
+    @property
+    def size(self) -> int:
+        """Values per step."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """The model's outputs, packed side by side in one float32 row of O values per step."""
+
+    outputs: tuple[Output, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """O, the length of the packed row of one step."""
+        return sum(output.size for output in self.outputs)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each output lies in the packed row."""
+        found: dict[str, slice] = {}
+        start = 0
+        for output in self.outputs:
+            found[output.name] = slice(start, start + output.size)
+            start += output.size
+        return found
+
+    def by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
+        """Split packed rows [..., O] into named arrays [..., *shape] (views where possible)."""
+        lead = rows.shape[:-1]
+        return {
+            output.name: rows[..., self.slices[output.name]].reshape(*lead, *output.shape)
+            for output in self.outputs
+        }
+
+
+def state_spec(spec: ModelSpec) -> StateSpec:
+    """The state's parts: each recurrent layer's, each head's, then the clock's."""
+    parts: list[StatePart] = []
+    for layer in spec.layers:
+        if isinstance(layer, LstmLayer):
+            parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
+            parts.append(StatePart(f"{layer.name}.carry", (layer.units,), "float32"))
+        elif isinstance(layer, GruLayer):
+            parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
+    for head in spec.heads:
+        if isinstance(head, AnomalyHead):
+            parts.append(StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32"))
+    if spec.events is not None and spec.events.timestamp is not None:
+        clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
+        parts.extend(StatePart(name, (), "int64") for name in clock)
+    return StateSpec(tuple(parts))
+
+
+def output_spec(spec: ModelSpec) -> OutputSpec:
+    """The outputs, one per head, in the order of the heads."""
+    widths = layer_widths(spec)
+    return OutputSpec(tuple(_output(spec, head, widths) for head in spec.heads))
+
+
+def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
+    match head:
+        case SequenceHead():
+            return Output(head.name, (widths[head.input],))
+        case DenseHead():
+            return Output(head.name, (head.units,), head.targets)
+        case ForecastHead() if head.quantiles:
+            labels = tuple(str(quantile) for quantile in head.quantiles)
+            return Output(head.name, (len(head.targets), len(head.quantiles)), labels)
+        case ForecastHead():
+            return Output(head.name, (len(head.targets),), head.targets)
+        case ClassificationHead():
+            field = event_field(spec, head.target)
+            if isinstance(field, CategoricalField):
+                return Output(head.name, (field.codes,), field.labels)
+            return Output(head.name, ())
+        case AnomalyHead():
+            return Output(head.name, ())
+
+
+def event_field(spec: ModelSpec, name: str) -> EventField:
+    """The event field of that name; the spec's own checks make sure there is one."""
+    if spec.events is None:
+        raise KeyError(name)
+    return spec.events.field(name)
+
+
+def anomaly_size(spec: ModelSpec, head: AnomalyHead) -> int:
+    """P, how many numbers describe the forecast of one event."""
+    return sum(anomaly_width(event_field(spec, name)) for name in head.targets)
+
+
+def anomaly_width(field: EventField) -> int:
+    """Parameters per target: mean and log deviation, or one logit per code, or one logit."""
+    match field:
+        case NumericField():
+            return 2
+        case CategoricalField():
+            return field.codes
+        case BooleanField():
+            return 1
+        case _:
+            raise KeyError(field.name)
+
+
+def head_units(spec: ModelSpec, head: Head) -> int:
+    """Columns of the head's kernel; 0 for a head without weights."""
+    match head:
+        case SequenceHead():
+            return 0
+        case DenseHead():
+            return head.units
+        case ForecastHead():
+            return len(head.targets) * max(1, len(head.quantiles))
+        case ClassificationHead():
+            field = event_field(spec, head.target)
+            return field.codes if isinstance(field, CategoricalField) else 1
+        case AnomalyHead():
+            return anomaly_size(spec, head)
+
+
+def layer_widths(spec: ModelSpec) -> dict[str, int]:
+    """Width of what each layer gives per step, `features` included."""
+    widths = {FEATURES: sum(column.width for column in spec.columns)}
+    for layer in spec.layers:
+        match layer:
+            case LstmLayer() | GruLayer() | DenseLayer():
+                widths[layer.name] = layer.units
+            case MergeLayer(kind="concatenate"):
+                widths[layer.name] = sum(widths[name] for name in layer.inputs)
+            case _:
+                widths[layer.name] = widths[layer.inputs[0]]
+    return widths
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, in Keras' layouts, all float32.
+
+    `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
+    `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`.
+    """
+    widths = layer_widths(spec)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for column in spec.columns:
+        if column.codes is not None and column.embedding is not None:
+            shapes[f"embedding.{column.name}"] = (column.codes, column.embedding)
+    for layer in spec.layers:
+        read, name = widths[layer.inputs[0]], layer.name
+        match layer:
+            case LstmLayer() | GruLayer():
+                gates = 4 if isinstance(layer, LstmLayer) else 3
+                shapes[f"{name}.kernel"] = (read, gates * layer.units)
+                shapes[f"{name}.recurrent_kernel"] = (layer.units, gates * layer.units)
+                if layer.use_bias:
+                    twice = isinstance(layer, GruLayer) and layer.reset_after
+                    shapes[f"{name}.bias"] = (
+                        (2, gates * layer.units) if twice else (gates * layer.units,)
+                    )
+            case DenseLayer():
+                shapes[f"{name}.kernel"] = (read, layer.units)
+                if layer.use_bias:
+                    shapes[f"{name}.bias"] = (layer.units,)
+            case LayerNormalizationLayer() | BatchNormalizationLayer():
+                if layer.scale:
+                    shapes[f"{name}.gamma"] = (read,)
+                if layer.center:
+                    shapes[f"{name}.beta"] = (read,)
+                if isinstance(layer, BatchNormalizationLayer):
+                    shapes[f"{name}.moving_mean"] = (read,)
+                    shapes[f"{name}.moving_variance"] = (read,)
+            case ActivationLayer() | DropoutLayer() | MergeLayer():
+                pass
+    for head in spec.heads:
+        units = head_units(spec, head)
+        if units:
+            shapes[f"heads.{head.name}.kernel"] = (widths[head.input], units)
+            if not isinstance(head, DenseHead) or head.use_bias:
+                shapes[f"heads.{head.name}.bias"] = (units,)
+    return shapes

@@ -1,0 +1,380 @@
+"""The specification of a model: its events, its network, its heads, its training.
+
+`SPEC.yaml` is this, written by hand; the artifact's manifest holds the same with every
+name resolved and every fitted number filled in. Nothing here imports a runtime: the Keras
+builder, the ONNX writer and the state layout all read this one description.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from models.errors import SpecError
+from models.events.schema import Column, EventSchema, Frozen
+
+LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Units = Annotated[int, Field(ge=1, le=16384)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+ActivationName = Literal[
+    "linear",
+    "relu",
+    "sigmoid",
+    "hard_sigmoid",
+    "tanh",
+    "softmax",
+    "softplus",
+    "softsign",
+    "elu",
+    "selu",
+    "gelu",
+    "silu",
+    "exponential",
+    "leaky_relu",
+]
+
+
+class _Layer(Frozen):
+    """What every layer has: a name and the layers it reads.
+
+    An empty name is filled in as `<kind>_<n>`, n counting the layers of that kind from 1.
+    Empty `inputs` mean the layer before; `features` names the encoded rows themselves.
+    """
+
+    name: LayerName | Literal[""] = ""
+    inputs: tuple[LayerName, ...] = ()
+
+
+class LstmLayer(_Layer):
+    """Keras `LSTM`: state parts `hidden` h and `carry` c, gates in Keras' order i, f, c, o."""
+
+    kind: Literal["lstm"] = "lstm"
+    units: Units
+    activation: ActivationName = "tanh"
+    recurrent_activation: ActivationName = "sigmoid"
+    use_bias: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+
+
+class GruLayer(_Layer):
+    """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h."""
+
+    kind: Literal["gru"] = "gru"
+    units: Units
+    activation: ActivationName = "tanh"
+    recurrent_activation: ActivationName = "sigmoid"
+    use_bias: bool = True
+    reset_after: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+
+
+class DenseLayer(_Layer):
+    """Keras `Dense`, the same weights at every step."""
+
+    kind: Literal["dense"] = "dense"
+    units: Units
+    activation: ActivationName = "linear"
+    use_bias: bool = True
+
+
+class ActivationLayer(_Layer):
+    """An activation alone."""
+
+    kind: Literal["activation"] = "activation"
+    activation: ActivationName
+
+
+class DropoutLayer(_Layer):
+    """Keras `Dropout`: active in training only."""
+
+    kind: Literal["dropout"] = "dropout"
+    rate: Rate
+
+
+class LayerNormalizationLayer(_Layer):
+    """Keras `LayerNormalization` over the last axis."""
+
+    kind: Literal["layer_normalization"] = "layer_normalization"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    center: bool = True
+    scale: bool = True
+
+
+class BatchNormalizationLayer(_Layer):
+    """Keras `BatchNormalization` over the last axis, with its moving statistics (inference)."""
+
+    kind: Literal["batch_normalization"] = "batch_normalization"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    center: bool = True
+    scale: bool = True
+
+
+class MergeLayer(_Layer):
+    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two layers or more."""
+
+    kind: Literal["add", "multiply", "average", "concatenate"]
+
+
+Layer = Annotated[
+    LstmLayer
+    | GruLayer
+    | DenseLayer
+    | ActivationLayer
+    | DropoutLayer
+    | LayerNormalizationLayer
+    | BatchNormalizationLayer
+    | MergeLayer,
+    Field(discriminator="kind"),
+]
+RECURRENT = (LstmLayer, GruLayer)
+
+FEATURES = "features"
+"""The name under which layers read the encoded rows, embeddings put in."""
+
+
+class _Head(Frozen):
+    """What every head has: the output's name and the layer it reads (the last by default)."""
+
+    name: LayerName
+    input: LayerName | Literal[""] = ""
+
+
+class SequenceHead(_Head):
+    """The layer's sequence itself: what `return_sequences=True` gives. No weights."""
+
+    kind: Literal["sequence"] = "sequence"
+
+
+class DenseHead(_Head):
+    """A Dense layer per step, with the outputs as they are."""
+
+    kind: Literal["dense"] = "dense"
+    units: Units
+    activation: ActivationName = "linear"
+    use_bias: bool = True
+    targets: tuple[str, ...] = ()
+    """Numeric event fields of the next event that training regresses on, one per unit."""
+
+
+class ForecastHead(_Head):
+    """The next event's numeric fields, in their own units: quantiles, or one point each."""
+
+    kind: Literal["forecast"] = "forecast"
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    quantiles: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.5, 0.9)
+
+    @model_validator(mode="after")
+    def _rising(self) -> ForecastHead:
+        if list(self.quantiles) != sorted(set(self.quantiles)):
+            raise ValueError(f"expected rising quantiles, got {list(self.quantiles)}")
+        return self
+
+
+class ClassificationHead(_Head):
+    """Probabilities of the next event's category.
+
+    `target` is a categorical field (one probability per code), a boolean field, or a numeric
+    field with `above`: then the one probability is that of value > above.
+    """
+
+    kind: Literal["classification"] = "classification"
+    target: str
+    above: float | None = None
+
+
+class AnomalyHead(_Head):
+    """How surprising each event is under the forecast made one event earlier, in nats.
+
+    The forecast is a Gaussian per numeric target, a softmax per categorical and a Bernoulli
+    per boolean; its parameters after a chunk's last event are a part of the state, so the
+    next chunk's first event is judged by them. A stream's first event is judged by the
+    zero parameters: a standard normal of the standardised value, uniform categories.
+    """
+
+    kind: Literal["anomaly"] = "anomaly"
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+Head = Annotated[
+    SequenceHead | DenseHead | ForecastHead | ClassificationHead | AnomalyHead,
+    Field(discriminator="kind"),
+]
+
+
+class TrainingSpec(Frozen):
+    """How `carry train` fits the model.
+
+    Attributes:
+        stream: column of the data that names the stream.
+        order_by: column that orders a stream's events; the timestamp field by default.
+        validate_from: RFC 3339 moment (in the schema's zone if it has none); events from it on
+            choose the epoch.
+        test_from: RFC 3339 moment; events from it on are held out and scored once.
+        window_steps: events per window of truncated back-propagation.
+        batch_streams: streams trained side by side.
+    """
+
+    stream: str
+    order_by: str | None = None
+    validate_from: str
+    test_from: str
+    epochs: Annotated[int, Field(ge=1)] = 20
+    patience: Annotated[int, Field(ge=1)] = 3
+    window_steps: Annotated[int, Field(ge=1, le=4096)] = 64
+    batch_streams: Annotated[int, Field(ge=1, le=4096)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0)] = 1
+
+
+class ModelSpec(Frozen):
+    """One model. Either `events` (an event schema) or `features` (raw rows of F floats).
+
+    Every name in `layers` and `heads` is resolved after validation: a spec read back from a
+    manifest equals the one that was written.
+    """
+
+    name: ModelName
+    description: str = ""
+    events: EventSchema | None = None
+    features: Annotated[int, Field(ge=1, le=16384)] | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
+    heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
+    training: TrainingSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), (list, tuple)):
+            return data
+        layers = [dict(layer) if isinstance(layer, dict) else layer for layer in data["layers"]]
+        counts: Counter[str] = Counter()
+        previous = FEATURES
+        for layer in layers:
+            if not isinstance(layer, dict):
+                continue
+            kind = str(layer.get("kind"))
+            counts[kind] += 1
+            layer["name"] = layer.get("name") or f"{kind}_{counts[kind]}"
+            layer["inputs"] = layer.get("inputs") or (previous,)
+            previous = layer["name"]
+        heads = data.get("heads")
+        if isinstance(heads, (list, tuple)):
+            heads = [
+                {**head, "input": head.get("input") or previous} if isinstance(head, dict) else head
+                for head in heads
+            ]
+        return {**data, "layers": layers, "heads": heads}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if (self.events is None) == (self.features is None):
+            raise ValueError("expected either `events` or `features`, not both and not neither")
+        known = {FEATURES}
+        for layer in self.layers:
+            if layer.name in known:
+                raise ValueError(f"layer {layer.name!r}: expected a name of its own")
+            for name in layer.inputs:
+                if name not in known:
+                    raise ValueError(
+                        f"layer {layer.name!r} reads {name!r}, "
+                        f"expected one before it: {sorted(known)}"
+                    )
+            many = isinstance(layer, MergeLayer)
+            if many == (len(layer.inputs) < 2):
+                wanted = "two inputs or more" if many else "one input"
+                raise ValueError(
+                    f"layer {layer.name!r}: expected {wanted}, got {list(layer.inputs)}"
+                )
+            known.add(layer.name)
+        if not any(isinstance(layer, RECURRENT) for layer in self.layers):
+            raise ValueError("expected at least one recurrent layer (lstm, gru)")
+        names: set[str] = set()
+        for head in self.heads:
+            if head.name in names:
+                raise ValueError(f"head {head.name!r}: expected a name of its own")
+            names.add(head.name)
+            if head.input not in known:
+                raise ValueError(
+                    f"head {head.name!r} reads {head.input!r}, expected one of {sorted(known)}"
+                )
+            self._check_targets(head)
+        return self
+
+    def _check_targets(self, head: Head) -> None:
+        wanted: dict[str, tuple[str, ...]] = {}
+        kinds: tuple[str, ...]
+        match head:
+            case DenseHead() if head.targets:
+                wanted = dict.fromkeys(head.targets, ("numeric",))
+                if len(head.targets) != head.units:
+                    raise ValueError(
+                        f"head {head.name!r}: expected one target per unit ({head.units})"
+                    )
+            case ForecastHead():
+                wanted = dict.fromkeys(head.targets, ("numeric",))
+            case ClassificationHead():
+                kinds = ("categorical", "boolean") if head.above is None else ("numeric",)
+                wanted = {head.target: kinds}
+            case AnomalyHead():
+                wanted = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
+            case _:
+                pass
+        for name, kinds in wanted.items():
+            if self.events is None:
+                raise ValueError(
+                    f"head {head.name!r}: targets are event fields, and the model has no `events`"
+                )
+            try:
+                field = self.events.field(name)
+            except KeyError:
+                fields = [f.name for f in self.events.fields]
+                raise ValueError(
+                    f"head {head.name!r}: expected a target among {fields}, got {name!r}"
+                ) from None
+            if field.kind not in kinds:
+                raise ValueError(
+                    f"head {head.name!r}: expected a {' or '.join(kinds)} target, "
+                    f"{name!r} is {field.kind}"
+                )
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of a row of `inputs`, F of them."""
+        if self.events is not None:
+            return self.events.columns
+        return tuple(Column(f"feature_{index}") for index in range(self.features or 0))
+
+    @property
+    def input_features(self) -> int:
+        """F, the number of values in a row of `inputs`."""
+        return len(self.columns)
+
+
+def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
+    """Validate plain data as a `ModelSpec`; SpecError names each place that is wrong."""
+    try:
+        return ModelSpec.model_validate(data)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(step) for step in item['loc']) or 'spec'}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SpecError("\n".join([f"{source}: not a model specification", *lines])) from error
+
+
+def read_spec(path: Path) -> ModelSpec:
+    """Read and validate a `SPEC.yaml`; SpecError where it cannot be read or is wrong."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: {error}") from error
+    return parse_spec(data, str(path))
