@@ -1,0 +1,233 @@
+"""The rules of exactly-once delivery, as pure functions.
+
+`judge` is the idempotency table: given a chunk and the stream as the store has it, either
+the chunk is to be processed, or the stored reply is its answer, or it is refused. `advance`
+says what a processed chunk makes of the stream. Digest and tag are defined here and nowhere
+else; `docs/protocol.md` repeats their bytes for clients.
+
+    digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
+    tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes
+
+`kind` is the byte `I` (inputs) or `E` (events); the canonical bytes are float32 LE, row by
+row, or those of `models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a
+chunk without a position and empty otherwise, so that two equal appends never share a tag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.events.columns import canonical_bytes
+from models.events.schema import EventSchema
+from models.state import State
+from service.domain import (
+    DIGEST_BYTES,
+    EPOCH_BYTES,
+    FIRST_TAG,
+    TAG_BYTES,
+    Chunk,
+    Feed,
+    LastChunk,
+    Mark,
+    Steps,
+    StreamState,
+)
+from service.errors import (
+    AlreadyApplied,
+    EpochMismatch,
+    InputKindMismatch,
+    PositionAhead,
+    PositionBehind,
+    StateChanged,
+    StreamExists,
+)
+
+NONCE_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """The chunk is to be processed.
+
+    Attributes:
+        base: the stream it continues, or None where it begins one.
+    """
+
+    base: StreamState | None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The chunk is the stream's last one; its stored reply, if it is kept, is the answer."""
+
+    found: StreamState
+
+
+def new_epoch() -> bytes:
+    """A random epoch."""
+    return secrets.token_bytes(EPOCH_BYTES)
+
+
+def new_nonce() -> bytes:
+    """The nonce of an append."""
+    return secrets.token_bytes(NONCE_BYTES)
+
+
+def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -> bytes:
+    """SHA-256 over the canonical form of decoded events or rows, 32 bytes."""
+    if steps.columns is not None and schema is not None:
+        kind, canonical = b"E", canonical_bytes(schema, steps.columns)
+    elif steps.rows is not None:
+        kind, canonical = b"I", np.ascontiguousarray(steps.rows, "<f4").tobytes()
+    else:
+        raise ValueError("expected columns under a schema, or rows")
+    return hashlib.sha256(kind + struct.pack("<Q", steps.count) + canonical + nonce).digest()
+
+
+def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
+    """The tag after a chunk that began at `start`."""
+    return hashlib.sha256(tag + struct.pack("<Q", start) + digest).digest()[:TAG_BYTES]
+
+
+def standing(stream: str, mark: Mark | None) -> dict[str, object]:
+    """The facts every refusal carries: where the stream stands."""
+    if mark is None:
+        return {"stream": stream, "epoch": None, "position": 0, "tag": None}
+    return {
+        "stream": stream,
+        "epoch": mark.epoch.hex(),
+        "position": mark.position,
+        "tag": mark.tag.hex(),
+    }
+
+
+def judge(chunk: Chunk, found: StreamState | None) -> Process | Replay:
+    """The idempotency table, row by row.
+
+    Args:
+        chunk: what was sent.
+        found: the stream as the store has it (or a copy that the commit will check).
+
+    Raises:
+        EpochMismatch, StateChanged, InputKindMismatch, PositionAhead, PositionBehind: the
+            chunk is refused; the stream is unchanged.
+    """
+    stream, mark = chunk.key.stream, found.mark if found else None
+    facts = standing(stream, mark)
+    if chunk.epoch is not None and (mark is None or chunk.epoch != mark.epoch):
+        stands = "has no epoch, it does not exist" if mark is None else f"is in {mark.epoch.hex()}"
+        raise EpochMismatch(
+            f"expected stream {stream!r} in epoch {chunk.epoch.hex()}; it {stands}", **facts
+        )
+    if found is not None and _is_last(chunk, found):
+        return Replay(found)
+    check_precondition(chunk, mark)
+    if found is not None and found.feed is not chunk.steps.feed:
+        raise InputKindMismatch(
+            f"stream {stream!r} is fed by `{found.feed}`, got `{chunk.steps.feed}`",
+            expected=str(found.feed),
+            got=str(chunk.steps.feed),
+            **facts,
+        )
+    position = mark.position if mark else 0
+    if chunk.position is None or chunk.position == position:
+        return Process(found)
+    error = PositionAhead if chunk.position > position else PositionBehind
+    raise error(
+        f"expected position {position} of stream {stream!r}, got {chunk.position}",
+        expected=position,
+        got=chunk.position,
+        **facts,
+    )
+
+
+def _is_last(chunk: Chunk, found: StreamState) -> bool:
+    return (
+        chunk.position is not None
+        and found.last is not None
+        and chunk.position == found.last.start
+        and chunk.digest[:DIGEST_BYTES] == found.last.digest
+    )
+
+
+def check_precondition(chunk: Chunk, mark: Mark | None) -> None:
+    """Raise StateChanged where the chunk's If-Match does not hold."""
+    if chunk.precondition is not None and not chunk.precondition.holds(mark):
+        raise state_changed(chunk.key.stream, mark)
+
+
+def state_changed(stream: str, mark: Mark | None) -> StateChanged:
+    """The refusal of an If-Match that names another state."""
+    stands = "does not exist" if mark is None else f'is at "{mark.etag}"'
+    return StateChanged(
+        f"If-Match does not name the state of stream {stream!r}, which {stands}",
+        **standing(stream, mark),
+    )
+
+
+def stream_exists(stream: str, mark: Mark) -> StreamExists:
+    """The refusal to overwrite a stream without If-Match."""
+    return StreamExists(
+        f'stream {stream!r} exists at position {mark.position}; send If-Match: "{mark.etag}" '
+        "to overwrite it",
+        **standing(stream, mark),
+    )
+
+
+def already_applied(stream: str, mark: Mark) -> AlreadyApplied:
+    """The answer to a retry whose reply is no longer kept."""
+    return AlreadyApplied(
+        f"the chunk was applied to stream {stream!r}, which stands at {mark.position}; "
+        "its reply is not kept (too large, or expired)",
+        expected=mark.position,
+        **standing(stream, mark),
+    )
+
+
+def advance(
+    chunk: Chunk,
+    base: StreamState | None,
+    state: State,
+    *,
+    fingerprint: bytes,
+    now_ms: int,
+    epoch: bytes,
+) -> StreamState:
+    """The stream after a processed chunk.
+
+    Args:
+        base: the stream before, or None where the chunk begins it under `epoch`.
+        state: the network's and the encoder's state after the chunk.
+    """
+    before = base.mark if base else Mark(epoch, FIRST_TAG, 0)
+    return StreamState(
+        mark=Mark(
+            before.epoch,
+            next_tag(before.tag, before.position, chunk.digest),
+            before.position + chunk.steps.count,
+        ),
+        feed=chunk.steps.feed,
+        fingerprint=fingerprint,
+        last=LastChunk(before.position, chunk.digest[:DIGEST_BYTES]),
+        updated_ms=now_ms,
+        state=state,
+    )
+
+
+def begin_anew(
+    source: StreamState, *, fingerprint: bytes, now_ms: int, position: int | None = None
+) -> StreamState:
+    """A restored or forked stream: a new epoch, no last chunk, the same state and feed."""
+    return StreamState(
+        mark=Mark(new_epoch(), FIRST_TAG, source.mark.position if position is None else position),
+        feed=source.feed,
+        fingerprint=fingerprint,
+        last=None,
+        updated_ms=now_ms,
+        state=source.state,
+    )

@@ -1,0 +1,203 @@
+"""The values that travel through the service: what is sent, what is kept, what is answered.
+
+Plain frozen values without behaviour of their own; no transport, store or runtime types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.events.columns import EventColumns
+from models.state import State
+
+FloatRows = NDArray[np.float32]
+
+EPOCH_BYTES = 8
+TAG_BYTES = 16
+DIGEST_BYTES = 16
+FIRST_TAG = bytes(TAG_BYTES)
+"""The tag of a stream at the beginning of an epoch."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StreamKey:
+    """A stream under its model."""
+
+    model: str
+    stream: str
+
+
+class Feed(StrEnum):
+    """How a stream is fed; fixed by its first chunk."""
+
+    EVENTS = "events"
+    INPUTS = "inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Names one state of one stream: epoch and tag; the position alone would not.
+
+    Attributes:
+        epoch: 8 random bytes, new when the stream begins.
+        tag: 16 bytes, the hash chain over the commits of the epoch.
+        position: events consumed.
+    """
+
+    epoch: bytes
+    tag: bytes
+    position: int
+
+    @property
+    def etag(self) -> str:
+        """`epoch-tag` in hex, without the quotes of the header."""
+        return f"{self.epoch.hex()}-{self.tag.hex()}"
+
+
+@dataclass(frozen=True, slots=True)
+class LastChunk:
+    """What a retry of the stream's last chunk is recognised by.
+
+    Attributes:
+        start: position of its first event.
+        digest: the first 16 bytes of its digest.
+    """
+
+    start: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """One stream as the store keeps it.
+
+    Attributes:
+        fingerprint: 16 bytes, of the model that wrote the state.
+        last: the last chunk; None after a restore or a fork.
+        updated_ms: wall clock of the last commit, epoch milliseconds.
+    """
+
+    mark: Mark
+    feed: Feed
+    fingerprint: bytes
+    last: LastChunk | None
+    updated_ms: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """The outputs of a stream's last chunk, kept for retries.
+
+    Attributes:
+        mark: the stream after that chunk; a reply under another mark is not this chunk's.
+        outputs: float32 [T, O], packed by the model's output layout.
+    """
+
+    mark: Mark
+    outputs: FloatRows
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """T >= 1 consecutive events, either as validated columns or as encoded rows.
+
+    Attributes:
+        columns: the events, when the feed is `events`.
+        rows: float32 [T, F], when the feed is `inputs`; finite, codes in range.
+    """
+
+    feed: Feed
+    count: int
+    columns: EventColumns | None = None
+    rows: FloatRows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition:
+    """An If-Match header: the ETags that are accepted, or any existing stream (`*`)."""
+
+    etags: tuple[str, ...] = ()
+    any_state: bool = False
+
+    def holds(self, mark: Mark | None) -> bool:
+        """Whether a stream at `mark` (None: no stream) satisfies it."""
+        return mark is not None and (self.any_state or mark.etag in self.etags)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Events of one stream, sent together.
+
+    Attributes:
+        position: index of the first event, or None to append where the stream stands.
+        epoch: the epoch the client believes in, or None.
+        digest: SHA-256 over the canonical form (see `delivery`), 32 bytes.
+    """
+
+    key: StreamKey
+    steps: Steps
+    digest: bytes
+    position: int | None = None
+    epoch: bytes | None = None
+    precondition: Precondition | None = None
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where a chunk's time went, in seconds."""
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    infer_s: float = 0.0
+    commit_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one chunk is answered with.
+
+    Attributes:
+        mark: the stream after the chunk.
+        outputs: float32 [T, O], packed.
+        state: the stream's state after the chunk.
+        replayed: the outputs are those of an earlier application of the same chunk.
+        created: the chunk began the stream.
+    """
+
+    key: StreamKey
+    mark: Mark
+    outputs: FloatRows
+    state: State
+    replayed: bool = False
+    created: bool = False
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A whole sequence from the zero state, nothing stored: outputs [T, O] and the last state."""
+
+    outputs: FloatRows
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPage:
+    """One page of a listing; `cursor` is None on the last."""
+
+    streams: tuple[str, ...]
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One readiness check: its name, whether it holds, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str = ""

@@ -1,0 +1,50 @@
+"""What the engine asks of a runtime, whichever library runs the network.
+
+A runtime computes; it never checks numbers, keeps no state between calls and knows nothing
+of streams. It is called from the engine's one compute thread only.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.domain import FloatRows
+
+FloatBatch = NDArray[np.float32]
+Lengths = NDArray[np.int32]
+
+
+class Runtime(Protocol):
+    """One model, ready to step."""
+
+    @property
+    def name(self) -> str:
+        """`tensorflow` or `onnxruntime`."""
+
+    @property
+    def max_batch(self) -> int:
+        """Most rows B of one call."""
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps T of one call; longer chunks take several."""
+
+    def warm(self) -> None:
+        """Compile what must be ready before the first request; once, before use."""
+
+    def step(
+        self, rows: FloatBatch, lengths: Lengths, states: FloatRows
+    ) -> tuple[FloatBatch, FloatRows]:
+        """Run every row's steps from its state.
+
+        Args:
+            rows: float32 [B, T, F]; rows beyond a length are zero.
+            lengths: int32 [B], each 1..T.
+            states: float32 [B, N], packed.
+
+        Returns:
+            outputs float32 [B, T, O], meaningless beyond a length, and states float32 [B, N].
+        """

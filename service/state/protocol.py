@@ -1,0 +1,93 @@
+"""What the pipeline asks of a store, whichever server is behind it.
+
+Every call takes many streams and answers each on its own: a damaged or failing stream never
+fails its neighbours, so failures of one stream are values here, and only a store that is
+away as a whole raises (`StoreUnavailable`, `StoreRefused`). Safe to call from one event loop
+only; each call may be repeated: a commit that is repeated finds its own mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
+from service.errors import CarryError
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One compare-and-set.
+
+    Attributes:
+        expected: the mark the stream must have, or None where it must not exist.
+        new: what is written.
+        reply: kept for retries of the last chunk; None drops the one that is kept.
+    """
+
+    key: StreamKey
+    expected: Mark | None
+    new: StreamState
+    reply: StoredReply | None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Written: reply, state and position together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflicted:
+    """Not written: the stream was found at another mark (None: it does not exist)."""
+
+    found: Mark | None
+
+
+CommitResult = Committed | Conflicted | CarryError
+
+
+class StateStore(Protocol):
+    """Keeps streams' states durably."""
+
+    async def start(self) -> None:
+        """Connect and check the server (eviction policy, partitions); once, before use."""
+
+    async def close(self) -> None:
+        """Release connections; once, after the last call returned."""
+
+    async def check(self) -> list[Check]:
+        """Readiness: whether the store answers and is set up as needed. Never raises."""
+
+    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | None | CarryError]:
+        """Many streams in one round trip; None where there is none."""
+
+    async def load_with_reply(
+        self, key: StreamKey
+    ) -> tuple[StreamState | None, StoredReply | None]:
+        """One stream and its kept reply, read together.
+
+        Raises:
+            CarryError: the state is damaged.
+        """
+
+    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+        """Compare-and-set many streams in one round trip, each on its own.
+
+        A key may occur once per call. The reply is written before the state.
+        """
+
+    async def delete(self, key: StreamKey, expected: Mark | None = None) -> Mark | None | bool:
+        """Forget a stream and its reply.
+
+        Returns:
+            True if it was there and is gone, None if it was not there, or the mark found
+            where `expected` is given and is not the stream's.
+        """
+
+    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        """A page of stream names, in no order; a name may come twice over a whole listing.
+
+        Streams that exist throughout are listed at least once. Never blocks the server for
+        longer than one bounded scan step.
+        """
