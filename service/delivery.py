@@ -31,7 +31,6 @@ from service.domain import (
     FIRST_TAG,
     TAG_BYTES,
     Chunk,
-    Feed,
     LastChunk,
     Mark,
     Steps,

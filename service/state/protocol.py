@@ -59,7 +59,7 @@ class StateStore(Protocol):
     async def check(self) -> list[Check]:
         """Readiness: whether the store answers and is set up as needed. Never raises."""
 
-    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | None | CarryError]:
+    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
         """Many streams in one round trip; None where there is none."""
 
     async def load_with_reply(
@@ -77,12 +77,11 @@ class StateStore(Protocol):
         A key may occur once per call. The reply is written before the state.
         """
 
-    async def delete(self, key: StreamKey, expected: Mark | None = None) -> Mark | None | bool:
-        """Forget a stream and its reply.
+    async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
+        """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
 
         Returns:
-            True if it was there and is gone, None if it was not there, or the mark found
-            where `expected` is given and is not the stream's.
+            Committed if it was there and is gone, otherwise Conflicted with what was found.
         """
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:

@@ -1,0 +1,97 @@
+"""One served model: its artifact, its runtime, and the code between events and rows.
+
+`encode` turns the steps of a chunk into network rows under the stream's present state, and
+gives the integer part of the state back advanced. The float part is the runtime's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Artifact
+from models.errors import DataError
+from models.events.encode import Clock, encode
+from models.events.schema import EventSchema
+from models.layout import OutputSpec
+from models.state import State, StateSpec
+from service.domain import FloatRows, Steps
+from service.engine.protocol import Runtime
+from service.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is ready to serve, or becomes so once its runtime is warm."""
+
+    artifact: Artifact
+    runtime: Runtime
+
+    @cached_property
+    def name(self) -> str:
+        """The slug in the address."""
+        return self.artifact.spec.name
+
+    @property
+    def version(self) -> str:
+        """The first 12 hex digits of the fingerprint."""
+        return self.artifact.version
+
+    @property
+    def fingerprint(self) -> bytes:
+        """What determines the model's numbers, 16 bytes."""
+        return self.artifact.fingerprint
+
+    @property
+    def events(self) -> EventSchema | None:
+        """The event schema; None for a model fed by `inputs` only."""
+        return self.artifact.spec.events
+
+    @cached_property
+    def input_features(self) -> int:
+        """F, values per row of `inputs`."""
+        return self.artifact.spec.input_features
+
+    @cached_property
+    def state(self) -> StateSpec:
+        """The layout of a stream's state."""
+        return self.artifact.state
+
+    @cached_property
+    def outputs(self) -> OutputSpec:
+        """The layout of one step's outputs."""
+        return self.artifact.outputs
+
+    def encode(self, steps: Steps, state: State) -> tuple[FloatRows, NDArray[np.int64]]:
+        """Rows [T, F] of a chunk that continues `state`, and the int parts [M] after it.
+
+        Raises:
+            InvalidInput: a value cannot be encoded (it overflows float32, say).
+        """
+        if steps.rows is not None:
+            return steps.rows, state.ints
+        if steps.columns is None or self.events is None:
+            raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
+        try:
+            rows, clock = encode(self.events, steps.columns, Clock.from_ints(state.ints))
+        except DataError as error:
+            raise invalid_data("events", error) from error
+        return rows, clock.to_ints(len(state.ints))
+
+
+def invalid_data(feed: str, error: DataError) -> InvalidInput:
+    """The refusal of data, with the place in the body: `events[3].dep_delay`."""
+    place = feed
+    if error.index is not None:
+        place += f"[{error.index}]"
+    if error.field is not None:
+        place += f".{error.field}"
+    return InvalidInput(
+        f"{place}: expected {error.expected}, got {error.got}",
+        at=place,
+        expected=error.expected,
+        got=error.got,
+    )
