@@ -1,0 +1,347 @@
+"""The Keras network of a specification, as a pure step over explicit state.
+
+    step(rows [B,T,F], lengths [B], state [B,N]) -> (outputs [B,T,O], state' [B,N])
+
+Every recurrent layer gets its own part of the packed state as `initial_state` and gives it
+back through `return_state`; `return_sequences` joins the layers. There is no
+`stateful=True`, no `predict()` and nothing hidden in a layer: the same arguments give the
+same results, in any order of calls. Steps at or beyond a row's length are masked: its state
+stands still, whatever the padding holds (zeros will do), and a row of length 0 keeps its
+state.
+
+Shapes and names follow `models.layout`; the step runs eagerly and under
+`tf.function(jit_compile=True)`. It refuses a schema that is not fitted and weights that do
+not fit. It does not look for values that are not finite: its callers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from models.errors import ArtifactError, SpecError
+from models.layout import (
+    head_units,
+    layer_widths,
+    output_spec,
+    state_spec,
+    weight_shapes,
+)
+from models.networks.fresh import fresh_weights
+from models.networks.heads import (
+    Tensor,
+    anomaly_forecast,
+    build_head,
+    head_output,
+    mean_losses,
+)
+from models.spec import (
+    FEATURES,
+    ActivationLayer,
+    AnomalyHead,
+    BatchNormalizationLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+    ModelSpec,
+)
+
+Variable = Any
+"""A Keras variable; TensorFlow ships no types."""
+
+_MERGES = {
+    "add": keras.layers.Add,
+    "multiply": keras.layers.Multiply,
+    "average": keras.layers.Average,
+    "concatenate": keras.layers.Concatenate,
+}
+
+
+Traced = TypeVar("Traced", bound=Callable[..., Any])
+
+
+def _plain_python(function: Traced) -> Traced:
+    """Keep AutoGraph from rewriting the function: its loops and matches run at trace time."""
+    return cast(Traced, tf.autograph.experimental.do_not_convert(function))
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One pass over a batch.
+
+    Attributes:
+        raw: head name -> raw values, float32 [B, T, U]; see `models.networks.heads`.
+        state: the state after each row's last valid step, float32 [B, N].
+    """
+
+    raw: dict[str, Tensor]
+    state: Tensor
+
+
+class StepNetwork:
+    """The network of one specification, with its weights.
+
+    Attributes:
+        spec: the specification it was built from.
+        state_size: N, values in a packed state.
+        output_size: O, values in a packed output row.
+    """
+
+    def __init__(self, spec: ModelSpec):
+        """Build the layers; the weights are Keras' own draw until they are set.
+
+        Raises:
+            SpecError: the event schema is not fitted, or Keras runs another backend than
+                TensorFlow.
+        """
+        if keras.backend.backend() != "tensorflow":
+            raise SpecError(
+                f"expected Keras on TensorFlow, got KERAS_BACKEND={keras.backend.backend()!r}"
+            )
+        if spec.events is not None and not spec.events.fitted:
+            names = [field.name for field in spec.events.fields if not field.fitted]
+            raise SpecError(
+                f"model {spec.name!r}: expected a fitted schema, fields {names} are not"
+            )
+        self.spec = spec
+        state = state_spec(spec)
+        self._slices = state.slices
+        self._float_parts = [part.name for part in state.parts if part.dtype == "float32"]
+        self.state_size = state.float_size
+        self.output_size = output_spec(spec).size
+        widths = layer_widths(spec)
+        self._embeddings = {
+            column.name: _embedding(column.name, column.codes, column.embedding)
+            for column in spec.columns
+            if column.codes is not None and column.embedding is not None
+        }
+        self._layers = {layer.name: _build_layer(layer, widths) for layer in spec.layers}
+        self._heads = {
+            head.name: build_head(head, head_units(spec, head), widths[head.input])
+            for head in spec.heads
+        }
+        self._variables = self._named_variables()
+
+    @_plain_python
+    def step(
+        self, rows: Tensor, lengths: Tensor, state: Tensor, training: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Consume up to T events of each of B streams.
+
+        Args:
+            rows: float32 [B, T, F], T >= 1; encoded columns, a categorical as its code.
+            lengths: int32 [B], valid steps of each row, 0..T.
+            state: float32 [B, N], packed as `models.layout.state_spec` says.
+            training: whether dropout is active.
+
+        Returns:
+            Outputs float32 [B, T, O], of which steps beyond a row's length mean nothing, and
+            the new state float32 [B, N].
+        """
+        done = self.forward(rows, lengths, state, training)
+        outputs = []
+        for head in self.spec.heads:
+            forecast = self._part(state, f"{head.name}.forecast")
+            outputs.append(head_output(self.spec, head, done.raw[head.name], rows, forecast))
+        return tf.concat(outputs, axis=-1), done.state
+
+    @_plain_python
+    def forward(
+        self, rows: Tensor, lengths: Tensor, state: Tensor, training: bool = False
+    ) -> Forward:
+        """The pass without the heads' outputs; arguments as for `step`.
+
+        Training takes the raw values from here to `losses`, and the state on to the next
+        window.
+        """
+        mask = tf.sequence_mask(lengths, rows.shape[1] or tf.shape(rows)[1])
+        values = {FEATURES: self._features(rows)}
+        parts: dict[str, Tensor] = {}
+        for layer in self.spec.layers:
+            keras_layer = self._layers[layer.name]
+            read = [values[name] for name in layer.inputs]
+            match layer:
+                case LstmLayer() | GruLayer():
+                    names = [f"{layer.name}.hidden"]
+                    if isinstance(layer, LstmLayer):
+                        names.append(f"{layer.name}.carry")
+                    initial = [self._part(state, name) for name in names]
+                    values[layer.name], *after = keras_layer(
+                        read[0], initial_state=initial, mask=mask, training=training
+                    )
+                    parts.update(zip(names, after, strict=True))
+                case MergeLayer():
+                    values[layer.name] = keras_layer(read)
+                case DropoutLayer():
+                    values[layer.name] = keras_layer(read[0], training=training)
+                case BatchNormalizationLayer():
+                    values[layer.name] = keras_layer(read[0], training=training, mask=mask)
+                case _:
+                    values[layer.name] = keras_layer(read[0])
+        raw: dict[str, Tensor] = {}
+        for head in self.spec.heads:
+            dense = self._heads[head.name]
+            value = values[head.input]
+            raw[head.name] = value if dense is None else dense(value)
+            if isinstance(head, AnomalyHead):
+                name = f"{head.name}.forecast"
+                parts[name] = anomaly_forecast(raw[head.name], lengths, self._part(state, name))
+        return Forward(raw, tf.concat([parts[name] for name in self._float_parts], axis=-1))
+
+    @_plain_python
+    def losses(self, raw: dict[str, Tensor], next_rows: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Training losses of a pass, one scalar per head with targets.
+
+        Args:
+            raw: what `forward` gave.
+            next_rows: float32 [B, T, F], the encoded event after each step.
+            mask: bool [B, T], True where a step and the event after it exist.
+        """
+        return mean_losses(self.spec, raw, next_rows, mask)
+
+    @property
+    def trainable_variables(self) -> list[Variable]:
+        """What training changes, in the order of `models.layout.weight_shapes`."""
+        return [variable for variable in self._variables.values() if variable.trainable]
+
+    def get_weights(self) -> dict[str, NDArray[np.float32]]:
+        """Copies of all weights by name, in the order of `models.layout.weight_shapes`."""
+        return {name: np.array(variable) for name, variable in self._variables.items()}
+
+    def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Take all weights by name; nothing changes unless all of them fit.
+
+        Raises:
+            ArtifactError: a name is missing or unknown, a shape differs, or a value is not a
+                finite float32.
+        """
+        missing = [name for name in self._variables if name not in weights]
+        unknown = [name for name in weights if name not in self._variables]
+        if missing or unknown:
+            raise ArtifactError(
+                f"model {self.spec.name!r}: weights missing {missing}, unknown {unknown}"
+            )
+        taken: dict[str, NDArray[np.float32]] = {}
+        for name, variable in self._variables.items():
+            value = np.asarray(weights[name])
+            if value.shape != tuple(variable.shape) or value.dtype.kind != "f":
+                raise ArtifactError(
+                    f"weight {name!r}: expected float32 of shape {list(variable.shape)}, "
+                    f"got {value.dtype} {list(value.shape)}"
+                )
+            with np.errstate(over="ignore"):
+                taken[name] = value.astype(np.float32)
+            if not np.isfinite(taken[name]).all():
+                raise ArtifactError(f"weight {name!r}: expected finite float32 values")
+        for name, variable in self._variables.items():
+            variable.assign(taken[name])
+
+    def initialise(self, seed: int) -> None:
+        """Set fresh weights; the same seed gives the same weights."""
+        self.set_weights(fresh_weights(self.spec, seed))
+
+    def reseed(self, seed: int) -> None:
+        """Start the dropout masks anew, so that what follows depends on `seed` alone."""
+        for index, layer in enumerate(self._layers.values()):
+            owner = getattr(layer, "cell", layer)
+            generator = getattr(owner, "seed_generator", None)
+            if generator is not None:
+                generator.state.assign([seed % 2**31, index])
+
+    def _features(self, rows: Tensor) -> Tensor:
+        """The rows with every code replaced by its embedding, columns kept in order."""
+        pieces: list[Tensor] = []
+        plain = 0
+        for index, column in enumerate(self.spec.columns):
+            embedding = self._embeddings.get(column.name)
+            if embedding is None:
+                continue
+            if index > plain:
+                pieces.append(rows[..., plain:index])
+            pieces.append(embedding(tf.cast(tf.round(rows[..., index]), tf.int32)))
+            plain = index + 1
+        if plain < self.spec.input_features:
+            pieces.append(rows[..., plain:])
+        return pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=-1)
+
+    def _part(self, state: Tensor, name: str) -> Tensor:
+        """The part's columns of the packed state; empty for a part the model does not have."""
+        found = self._slices.get(name, slice(0, 0))
+        return state[:, found.start : found.stop]
+
+    def _named_variables(self) -> dict[str, Variable]:
+        found: dict[str, Variable] = {}
+        owners = {name: getattr(layer, "cell", layer) for name, layer in self._layers.items()}
+        owners.update({f"heads.{name}": layer for name, layer in self._heads.items()})
+        for name, shape in weight_shapes(self.spec).items():
+            owner, _, kind = name.rpartition(".")
+            if owner == "embedding":
+                variable = self._embeddings[kind].embeddings
+            else:
+                variable = getattr(owners[owner], kind)
+            if tuple(variable.shape) != shape:
+                raise SpecError(
+                    f"weight {name!r}: the layout says {list(shape)}, Keras {list(variable.shape)}"
+                )
+            found[name] = variable
+        return found
+
+
+def _embedding(name: str, codes: int, width: int) -> keras.layers.Embedding:
+    layer = keras.layers.Embedding(codes, width, dtype="float32", name=f"embedding_{name}")
+    layer.build((None, None))
+    return layer
+
+
+def _build_layer(layer: Layer, widths: Mapping[str, int]) -> keras.layers.Layer:
+    """The Keras layer, built for [B, T, width of what it reads]."""
+    common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
+    match layer:
+        case LstmLayer() | GruLayer():
+            common.update(
+                activation=layer.activation,
+                recurrent_activation=layer.recurrent_activation,
+                use_bias=layer.use_bias,
+                dropout=layer.dropout,
+                recurrent_dropout=layer.recurrent_dropout,
+                return_sequences=True,
+                return_state=True,
+                # cuDNN's kernel cannot be compiled by XLA and takes no step's mask.
+                use_cudnn=False,
+            )
+            if isinstance(layer, GruLayer):
+                built = keras.layers.GRU(layer.units, reset_after=layer.reset_after, **common)
+            else:
+                built = keras.layers.LSTM(layer.units, **common)
+        case DenseLayer():
+            built = keras.layers.Dense(
+                layer.units, activation=layer.activation, use_bias=layer.use_bias, **common
+            )
+        case ActivationLayer():
+            built = keras.layers.Activation(layer.activation, **common)
+        case DropoutLayer():
+            built = keras.layers.Dropout(layer.rate, **common)
+        case LayerNormalizationLayer():
+            built = keras.layers.LayerNormalization(
+                epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
+            )
+        case BatchNormalizationLayer():
+            built = keras.layers.BatchNormalization(
+                epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
+            )
+        case MergeLayer():
+            built = _MERGES[layer.kind](**common)
+            built.build([(None, None, widths[name]) for name in layer.inputs])
+            return built
+    built.build((None, None, widths[layer.inputs[0]]))
+    return built

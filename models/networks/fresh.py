@@ -1,0 +1,68 @@
+"""Fresh, seeded weights for a specification: pure NumPy, no runtime.
+
+The draws follow Keras' defaults (Glorot uniform kernels, orthogonal recurrent kernels, a
+forget gate opened by a bias of 1, embeddings uniform within 0.05), from NumPy's generator:
+every weight has a stream of its own, seeded by (seed, its name), so that adding a layer
+changes no other layer's weights. It trains nothing and needs no fitted schema, only one
+whose vocabularies are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.layout import weight_shapes
+from models.spec import LstmLayer, ModelSpec
+
+EMBEDDING_RANGE = 0.05
+FORGET_GATE = 1
+"""Which block of units in an LSTM's bias belongs to the forget gate, in the order i, f, c, o."""
+
+
+def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32]]:
+    """Draw every weight of the network.
+
+    Args:
+        spec: the model; its categorical fields need their vocabularies.
+        seed: any integer >= 0; the same seed gives the same weights.
+
+    Returns:
+        name -> float32 array, the names and shapes of `models.layout.weight_shapes`.
+    """
+    lstms = {layer.name: layer.units for layer in spec.layers if isinstance(layer, LstmLayer)}
+    weights: dict[str, NDArray[np.float32]] = {}
+    for name, shape in weight_shapes(spec).items():
+        owner, _, kind = name.rpartition(".")
+        digest = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
+        random = np.random.default_rng([seed, digest])
+        if name.startswith("embedding."):
+            values = random.uniform(-EMBEDDING_RANGE, EMBEDDING_RANGE, shape)
+        elif kind == "kernel":
+            limit = np.sqrt(6.0 / (shape[0] + shape[1]))
+            values = random.uniform(-limit, limit, shape)
+        elif kind == "recurrent_kernel":
+            values = _orthogonal(random, shape)
+        elif kind in ("gamma", "moving_variance"):
+            values = np.ones(shape)
+        else:
+            values = np.zeros(shape)
+            if owner in lstms:
+                units = lstms[owner]
+                values[FORGET_GATE * units : (FORGET_GATE + 1) * units] = 1.0
+        weights[name] = values.astype(np.float32)
+    return weights
+
+
+def _orthogonal(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Rows of unit length at right angles, [units, gates * units] with gates >= 1.
+
+    Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural
+    networks"; the signs of R's diagonal make the draw uniform.
+    """
+    rows, columns = shape
+    q, r = np.linalg.qr(random.standard_normal((columns, rows)))
+    return np.asarray((q * np.sign(np.diagonal(r))).T)

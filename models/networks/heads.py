@@ -1,0 +1,316 @@
+"""What each head does with its layer's sequence: raw values, outputs, losses.
+
+A head's raw values [B, T, U] are what its weights give at every step: predictions of the
+event after it. From them come two things, both TensorFlow ops without a loop:
+
+- `head_output`: the output of the step, packed [B, T, size] as `models.layout.output_spec`
+  says. An anomaly head looks one step back: event t is judged by the raw values of t - 1,
+  and the first event of a chunk by the state part `<head>.forecast`.
+- `head_loss`: the training loss per step against the next event, and which steps count.
+
+Both read encoded columns (categorical = its code as float32), never raw events. Rows beyond
+a chunk's length give values that nobody reads.
+
+Equations, with y a head's raw values, z an encoded (standardised) value, u = softplus:
+
+    forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean)
+    classification  softmax(y), or sigmoid(y) for a boolean or `value > above`
+    anomaly         sum over targets of -log p(event), in nats:
+                      numeric      log sqrt(2 pi) + s + d^2 / 2,  d = (z - y_1) exp(-s),
+                                   s = clip(y_2, -7, 7)
+                      categorical  -log softmax(y)[code]
+                      boolean      u(y) - z y
+                    a numeric or boolean target that is absent adds 0; an absent categorical
+                    has a code of its own and is judged by it.
+"""
+
+from __future__ import annotations
+
+from math import log, pi
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from models.errors import SpecError
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventField,
+    EventSchema,
+    NumericField,
+)
+from models.layout import anomaly_width, event_field
+from models.spec import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    ModelSpec,
+    SequenceHead,
+)
+
+Tensor: TypeAlias = Any
+"""A float32 tf.Tensor; TensorFlow ships no types."""
+
+LOG_DEVIATION_LIMIT = 7.0
+"""Bound of a Gaussian's log deviation, either way: deviations of 0.0009 to 1,097."""
+DEVIATION_LIMIT = 1e18
+"""Bound of (z - mean) / deviation, so that 256 squares still sum to a finite float32."""
+EXPONENT_LIMIT = 88.0
+"""Bound of what `signed_log1p` inverts: exp(88) is a float32, exp(89) is not."""
+
+
+def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast: Tensor) -> Tensor:
+    """The head's outputs, packed.
+
+    Args:
+        spec: the model, with a fitted schema where it has one.
+        head: one of its heads.
+        raw: float32 [B, T, U], its raw values.
+        rows: float32 [B, T, F], the encoded rows.
+        forecast: float32 [B, P], an anomaly head's state part; not read for other heads.
+
+    Returns:
+        float32 [B, T, size].
+    """
+    match head:
+        case SequenceHead() | DenseHead():
+            return raw
+        case ForecastHead():
+            return _in_units(spec, head, forecast_standardised(head, raw))
+        case ClassificationHead():
+            if isinstance(event_field(spec, head.target), CategoricalField):
+                return tf.nn.softmax(raw)
+            return tf.sigmoid(raw)
+        case AnomalyHead():
+            before = tf.concat([forecast[:, tf.newaxis, :], raw[:, :-1, :]], axis=1)
+            loss, _ = anomaly_nats(spec, head, before, rows)
+            return loss[..., tf.newaxis]
+
+
+def anomaly_forecast(raw: Tensor, lengths: Tensor, forecast: Tensor) -> Tensor:
+    """The state part after the chunk: the raw values at the last valid step.
+
+    Args:
+        raw: float32 [B, T, P].
+        lengths: int32 [B]; a row of length 0 keeps what it had.
+        forecast: float32 [B, P], the part before the chunk.
+
+    Returns:
+        float32 [B, P].
+    """
+    last = tf.gather(raw, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)
+    return tf.where((lengths > 0)[:, tf.newaxis], last, forecast)
+
+
+def forecast_standardised(head: ForecastHead, raw: Tensor) -> Tensor:
+    """Rising quantiles, or points, of the standardised values: [B, T, targets, quantiles or 1]."""
+    shape = (len(head.targets), max(1, len(head.quantiles)))
+    values = tf.reshape(raw, tf.concat([tf.shape(raw)[:2], shape], axis=0))
+    values = tf.ensure_shape(values, [*raw.shape[:2], *shape])
+    if shape[1] == 1:
+        return values
+    steps = tf.concat([values[..., :1], tf.nn.softplus(values[..., 1:])], axis=-1)
+    return tf.cumsum(steps, axis=-1)
+
+
+def _in_units(spec: ModelSpec, head: ForecastHead, values: Tensor) -> Tensor:
+    """Undo standardisation and transform: [B, T, targets, k] -> [B, T, targets * k]."""
+    columns = []
+    for index, name in enumerate(head.targets):
+        field = event_field(spec, name)
+        if not isinstance(field, NumericField) or field.mean is None or field.std is None:
+            raise SpecError(f"head {head.name!r}: expected a fitted numeric field {name!r}")
+        value = values[..., index, :] * np.float32(field.std) + np.float32(field.mean)
+        if field.transform == "signed_log1p":
+            value = tf.sign(value) * tf.math.expm1(tf.minimum(tf.abs(value), EXPONENT_LIMIT))
+        columns.append(value)
+    return tf.concat(columns, axis=-1)
+
+
+def anomaly_nats(
+    spec: ModelSpec, head: AnomalyHead, parameters: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-log p of each row under the parameters at the same place.
+
+    Args:
+        spec: the model.
+        head: the anomaly head.
+        parameters: float32 [B, T, P], targets side by side in the head's order.
+        rows: float32 [B, T, F], the events to judge.
+
+    Returns:
+        Nats and how many targets were judged, both float32 [B, T].
+    """
+    nats = tf.zeros(tf.shape(rows)[:2], tf.float32)
+    judged = tf.zeros_like(nats)
+    start = 0
+    for name in head.targets:
+        field = event_field(spec, name)
+        stop = start + anomaly_width(field)
+        present = _present(_schema(spec), field, rows)
+        nats += present * _field_nats(field, parameters[..., start:stop], _value(spec, name, rows))
+        judged += present
+        start = stop
+    return nats, judged
+
+
+def _field_nats(field: EventField, parameters: Tensor, value: Tensor) -> Tensor:
+    match field:
+        case NumericField():
+            log_deviation = tf.clip_by_value(
+                parameters[..., 1], -LOG_DEVIATION_LIMIT, LOG_DEVIATION_LIMIT
+            )
+            deviation = tf.clip_by_value(
+                (value - parameters[..., 0]) * tf.exp(-log_deviation),
+                -DEVIATION_LIMIT,
+                DEVIATION_LIMIT,
+            )
+            return 0.5 * log(2 * pi) + log_deviation + 0.5 * tf.square(deviation)
+        case CategoricalField():
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels=tf.cast(value, tf.int32), logits=parameters
+            )
+        case BooleanField():
+            return tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=parameters[..., 0])
+        case _:
+            raise SpecError(f"field {field.name!r}: {field.kind} cannot be a target")
+
+
+def head_loss(
+    spec: ModelSpec, head: Head, raw: Tensor, next_rows: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The training loss of each step against the event after it.
+
+    Pinball loss for quantiles, Huber (1 standard deviation) for points and for a Dense head
+    with targets, all on standardised values; cross-entropy for classification; nats for an
+    anomaly head.
+
+    Args:
+        spec: the model, with a fitted schema.
+        head: one of its heads.
+        raw: float32 [B, T, U], the raw values of steps t.
+        next_rows: float32 [B, T, F], the encoded rows t + 1.
+
+    Returns:
+        The loss, summed over the head's present targets, and the number of those targets,
+        both float32 [B, T]; None for a head without targets.
+    """
+    match head:
+        case DenseHead() if head.targets:
+            return _regression(spec, head.targets, raw[..., tf.newaxis], (), next_rows)
+        case ForecastHead():
+            values = forecast_standardised(head, raw)
+            return _regression(spec, head.targets, values, head.quantiles, next_rows)
+        case ClassificationHead():
+            return _classification(spec, head, raw, next_rows)
+        case AnomalyHead():
+            return anomaly_nats(spec, head, raw, next_rows)
+        case _:
+            return None
+
+
+def _regression(
+    spec: ModelSpec,
+    targets: tuple[str, ...],
+    values: Tensor,
+    quantiles: tuple[float, ...],
+    next_rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    wanted = tf.stack([_value(spec, name, next_rows) for name in targets], axis=-1)
+    present = tf.stack(
+        [_present(_schema(spec), event_field(spec, name), next_rows) for name in targets], axis=-1
+    )
+    error = wanted[..., tf.newaxis] - values
+    if quantiles:
+        level = tf.constant(quantiles, tf.float32)
+        loss = tf.maximum(level * error, (level - 1.0) * error)
+    else:
+        size = tf.abs(error)
+        loss = tf.where(size <= 1.0, 0.5 * tf.square(size), size - 0.5)
+    loss = tf.reduce_mean(loss, axis=-1) * present
+    return tf.reduce_sum(loss, axis=-1), tf.reduce_sum(present, axis=-1)
+
+
+def _classification(
+    spec: ModelSpec, head: ClassificationHead, raw: Tensor, next_rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    field = event_field(spec, head.target)
+    value = _value(spec, head.target, next_rows)
+    if isinstance(field, NumericField):
+        value = tf.cast(value > encoded_threshold(field, head), tf.float32)
+        loss = tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=raw[..., 0])
+    else:
+        loss = _field_nats(field, raw, value)
+    present = _present(_schema(spec), field, next_rows)
+    return loss * present, present
+
+
+def encoded_threshold(field: NumericField, head: ClassificationHead) -> np.float32:
+    """`above` as the encoder would write it, so that comparing encoded values is exact."""
+    from models.events.encode import standardise
+
+    if head.above is None:
+        raise SpecError(f"head {head.name!r}: expected `above` for the numeric {field.name!r}")
+    return np.float32(standardise(field, np.array([head.above], np.float64))[0])
+
+
+def mean_losses(
+    spec: ModelSpec, raw: dict[str, Tensor], next_rows: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """One scalar per trained head: its loss per present target, over the steps that count.
+
+    Args:
+        spec: the model, with a fitted schema.
+        raw: head name -> raw values [B, T, U].
+        next_rows: float32 [B, T, F], the encoded rows t + 1; where mask is False they may
+            hold zeros.
+        mask: bool [B, T], True where step t and the event after it exist.
+
+    Returns:
+        head name -> float32 scalar; 0 where nothing counted. Heads without targets are absent.
+    """
+    found = {}
+    for head in spec.heads:
+        loss = head_loss(spec, head, raw[head.name], next_rows)
+        if loss is None:
+            continue
+        total, judged = (tf.reduce_sum(tf.where(mask, part, 0.0)) for part in loss)
+        found[head.name] = total / tf.maximum(judged, 1.0)
+    return found
+
+
+def build_head(head: Head, units: int, width: int) -> keras.layers.Dense | None:
+    """The head's Dense layer over `width` values per step, or None where it has no weights."""
+    if units == 0:
+        return None
+    layer = keras.layers.Dense(
+        units,
+        activation=head.activation if isinstance(head, DenseHead) else "linear",
+        use_bias=head.use_bias if isinstance(head, DenseHead) else True,
+        dtype="float32",
+        name=f"heads_{head.name}",
+    )
+    layer.build((None, None, width))
+    return layer
+
+
+def _schema(spec: ModelSpec) -> EventSchema:
+    if spec.events is None:
+        raise SpecError(f"model {spec.name!r}: expected `events`, targets are event fields")
+    return spec.events
+
+
+def _value(spec: ModelSpec, name: str, rows: Tensor) -> Tensor:
+    return rows[..., _schema(spec).column_index[name]]
+
+
+def _present(schema: EventSchema, field: EventField, rows: Tensor) -> Tensor:
+    """1 where the field is in the event, 0 where it is missing; float32 [B, T]."""
+    missing = schema.column_index.get(f"{field.name}.missing")
+    if missing is None:
+        return tf.ones_like(rows[..., 0])
+    return 1.0 - rows[..., missing]
