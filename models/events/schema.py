@@ -7,10 +7,10 @@ that training and serving encode with the same numbers. This module holds no enc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,11 +20,23 @@ FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 UNKNOWN_CODE = 0
 """The code of a category that the vocabulary does not hold."""
 
+MAX_CATEGORY_CHARS = 256
+"""The longest category, in characters (Unicode code points)."""
+
 
 class Frozen(BaseModel):
     """Base of all specification values: immutable, unknown keys refused, numbers finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A validated copy with some values changed.
+
+        Pydantic's own copy keeps every cached property, which would then describe the values
+        before the change, and does not validate.
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**values, **(update or {})})
 
 
 class NumericField(Frozen):
@@ -67,6 +79,12 @@ class CategoricalField(Frozen):
     def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and len(set(value)) != len(value):
             raise ValueError("expected distinct categories")
+        for category in value or ():
+            if not 1 <= len(category) <= MAX_CATEGORY_CHARS:
+                raise ValueError(
+                    f"expected categories of 1 to {MAX_CATEGORY_CHARS} characters, "
+                    f"got one of {len(category)}"
+                )
         return value
 
     @property
@@ -78,6 +96,16 @@ class CategoricalField(Frozen):
     def codes(self) -> int:
         """Number of codes: unknown, the vocabulary, and absent where optional."""
         return 1 + len(self.vocabulary or ()) + (1 if self.optional else 0)
+
+    @property
+    def absent_code(self) -> int:
+        """The code of an absent value; only an `optional` field has one."""
+        return 1 + len(self.vocabulary or ())
+
+    @cached_property
+    def code_of(self) -> dict[str, int]:
+        """The code of every category in the vocabulary."""
+        return {category: code for code, category in enumerate(self.vocabulary or (), start=1)}
 
     @property
     def labels(self) -> tuple[str, ...]:

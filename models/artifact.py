@@ -1,0 +1,398 @@
+"""A model on disk: a directory with `manifest.json`, `weights.safetensors` and its reports.
+
+The manifest holds the spec, what follows from it (state layout, outputs, fingerprint), how
+the model was trained and a SHA-256 of every file; its own `checksum` covers the rest of the
+manifest and through it the whole directory. Nothing in an artifact is code.
+
+Loading refuses whatever is damaged, of another format or does not fit itself, and says
+which file and why. Writing is atomic: a directory under the final name is complete.
+Files that the manifest does not list are left alone and not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from models.errors import ArtifactError, SpecError
+from models.fingerprint import canonical_json, fingerprint
+from models.layout import OutputSpec, output_spec, state_spec, weight_shapes
+from models.spec import ModelSpec, parse_spec
+from models.state import StateSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+FloatArray = NDArray[np.float32]
+
+_VERSION_DIGITS = 12
+_LIBRARIES = (
+    "carry",
+    "keras",
+    "numpy",
+    "polars",
+    "pydantic",
+    "safetensors",
+    "tensorflow",
+    "tensorflow-cpu",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """One loaded model.
+
+    Attributes:
+        path: its directory.
+        spec: the fitted spec.
+        weights: float32 arrays by name, read-only.
+        fingerprint: 16 bytes; see `models.fingerprint`.
+        version: the fingerprint's first 12 hexadecimal digits.
+        manifest: the whole manifest as plain data.
+    """
+
+    path: Path
+    spec: ModelSpec
+    weights: Mapping[str, FloatArray]
+    fingerprint: bytes
+    version: str
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def state(self) -> StateSpec:
+        """The layout of a stream's state."""
+        return state_spec(self.spec)
+
+    @cached_property
+    def outputs(self) -> OutputSpec:
+        """The layout of the outputs of one step."""
+        return output_spec(self.spec)
+
+
+def write_artifact(
+    path: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, FloatArray],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes | Path] = MappingProxyType({}),
+    overwrite: bool = False,
+) -> Artifact:
+    """Write a model and return it as `load_artifact` reads it.
+
+    Args:
+        path: the directory to make; its parents are made too.
+        spec: a fitted spec.
+        weights: every weight of `models.layout.weight_shapes(spec)`, float32 and finite.
+        metrics: what was measured, plain JSON data.
+        training: how it was trained, plain JSON data.
+        files: more files by name (such as `report.json`, `plots/skill.png`): their bytes, or
+            the path of a file to copy.
+        overwrite: whether an artifact that is already there is replaced.
+
+    Raises:
+        ArtifactError: spec or weights that do not fit, data that is not JSON, a file name
+            that is taken or leads out of the directory, or a path that is occupied.
+    """
+    path = Path(path)
+    _check_fitted(spec, str(path))
+    _check_weights(spec, weights, str(path))
+    contents: dict[str, bytes] = {WEIGHTS: _weights_bytes(weights)}
+    for name, content in dict(files).items():
+        if name in (MANIFEST, WEIGHTS) or not _inside(name):
+            raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
+        contents[name] = content.read_bytes() if isinstance(content, Path) else content
+    manifest = _manifest(spec, weights, contents, metrics, training, path)
+    _check_target(path, overwrite)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        made.mkdir()
+        for name, data in contents.items():
+            _write_file(made / name, data)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+        _write_file(made / MANIFEST, (text + "\n").encode())
+        for folder in {made, *(made.joinpath(name).parent for name in contents)}:
+            _sync_directory(folder)
+        artifact = load_artifact(made)
+        _move_into_place(made, path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return replace(artifact, path=path)
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and check a model.
+
+    Raises:
+        ArtifactError: naming the file and the reason: no directory or no manifest there, a
+            manifest that is not JSON, is of another format or fails its checksum, a file that
+            is missing, changed or outside the directory, a spec that is wrong or not fitted,
+            weights that do not fit it, or a state layout, outputs or fingerprint that do not
+            follow from it.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    where = f"{path / MANIFEST}"
+    contents = _read_files(path, manifest)
+    try:
+        spec = parse_spec(manifest.get("spec"), f"{where}: spec")
+    except SpecError as error:
+        raise ArtifactError(str(error)) from error
+    _check_fitted(spec, where)
+    name = manifest.get("weights")
+    if not isinstance(name, str) or name not in contents:
+        raise ArtifactError(f"{where}: expected `weights` to name one of its files, got {name!r}")
+    weights = _read_weights(spec, contents[name], f"{path / name}")
+    mark = fingerprint(spec, weights)
+    for key, expected in _derived(spec, mark).items():
+        if manifest.get(key) != expected:
+            raise ArtifactError(
+                f"{where}: `{key}` does not follow from spec and weights: "
+                f"expected {_short(expected)}, got {_short(manifest.get(key))}"
+            )
+    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
+
+
+def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
+    return {
+        "input_features": spec.input_features,
+        "state": {
+            part.name: {"shape": list(part.shape), "dtype": part.dtype}
+            for part in state_spec(spec).parts
+        },
+        "outputs": {
+            output.name: {
+                "shape": list(output.shape),
+                "labels": list(output.labels),
+                "per": output.per,
+            }
+            for output in output_spec(spec).outputs
+        },
+        "fingerprint": mark.hex(),
+        "version": _version(mark),
+    }
+
+
+def _manifest(
+    spec: ModelSpec,
+    weights: Mapping[str, FloatArray],
+    contents: Mapping[str, bytes],
+    metrics: Mapping[str, Any] | None,
+    training: Mapping[str, Any] | None,
+    path: Path,
+) -> dict[str, Any]:
+    manifest = {
+        "format": FORMAT,
+        "name": spec.name,
+        **_derived(spec, fingerprint(spec, weights)),
+        "weights": WEIGHTS,
+        "metrics": dict(metrics or {}),
+        "training": dict(training or {}),
+        "libraries": _library_versions(),
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+            for name, data in sorted(contents.items())
+        },
+        "spec": spec.model_dump(mode="json"),
+    }
+    try:
+        manifest["checksum"] = _checksum(manifest)
+        # What is read back has lists for tuples and text for every key; it must be the same.
+        plain: dict[str, Any] = json.loads(canonical_json(manifest))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: expected metrics and training to be plain, finite JSON data, got {error}"
+        ) from error
+    return plain
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(canonical_json(rest)).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: expected a directory with {MANIFEST}")
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{file}: expected JSON, got {error}") from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{file}: expected a JSON object, got {type(manifest).__name__}")
+    form = manifest.get("format")
+    if form != FORMAT or isinstance(form, bool):
+        raise ArtifactError(f"{file}: expected artifact format {FORMAT}, got {form!r}")
+    try:
+        expected = _checksum(manifest)
+    except ValueError as error:
+        raise ArtifactError(f"{file}: expected finite numbers, got {error}") from error
+    if manifest.get("checksum") != expected:
+        raise ArtifactError(
+            f"{file}: changed since it was written: its checksum is "
+            f"{manifest.get('checksum')!r}, its content gives {expected!r}"
+        )
+    return manifest
+
+
+def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise ArtifactError(f"{path / MANIFEST}: expected `files`, an object")
+    contents: dict[str, bytes] = {}
+    for name, entry in listed.items():
+        file = path / name
+        if not _inside(name) or not file.resolve().is_relative_to(path.resolve()):
+            raise ArtifactError(
+                f"{path / MANIFEST}: expected file names inside the artifact, got {name!r}"
+            )
+        if not isinstance(entry, dict):
+            raise ArtifactError(f"{path / MANIFEST}: expected `files.{name}` to be an object")
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+        if len(data) != entry.get("size_bytes"):
+            raise ArtifactError(
+                f"{file}: expected {entry.get('size_bytes')} bytes, got {len(data)}"
+            )
+        if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
+            raise ArtifactError(f"{file}: changed since it was written (SHA-256 differs)")
+        contents[name] = data
+    return contents
+
+
+def _weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
+    # safetensors writes the buffer as it lies, so a transposed view would be stored wrongly.
+    return bytes(
+        safetensors.numpy.save(
+            {name: np.ascontiguousarray(array) for name, array in sorted(weights.items())}
+        )
+    )
+
+
+def _read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, FloatArray]:
+    try:
+        weights = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ArtifactError(f"{where}: expected safetensors, got {error}") from error
+    _check_weights(spec, weights, where)
+    for array in weights.values():
+        array.setflags(write=False)
+    return dict(weights)
+
+
+def _check_weights(spec: ModelSpec, weights: Mapping[str, NDArray[Any]], where: str) -> None:
+    shapes = weight_shapes(spec)
+    missing = sorted(shapes.keys() - weights.keys())
+    unknown = sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        raise ArtifactError(
+            f"{where}: the weights do not fit the spec: missing {missing}, unknown {unknown}"
+        )
+    for name, shape in shapes.items():
+        array = weights[name]
+        if array.shape != shape or array.dtype != np.float32:
+            raise ArtifactError(
+                f"{where}: weight {name!r}: expected float32 {list(shape)}, "
+                f"got {array.dtype} {list(array.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise ArtifactError(f"{where}: weight {name!r}: expected finite values")
+
+
+def _check_fitted(spec: ModelSpec, where: str) -> None:
+    if spec.events is not None and not spec.events.fitted:
+        open_fields = [field.name for field in spec.events.fields if not field.fitted]
+        raise ArtifactError(
+            f"{where}: expected a fitted event schema, but these fields lack their numbers: "
+            f"{open_fields}"
+        )
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path}: is there and is no artifact; expected a free path")
+    if not overwrite:
+        raise ArtifactError(f"{path}: holds an artifact already; expected a free path")
+
+
+def _move_into_place(made: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        made.rename(path)
+        _sync_directory(path.parent)
+        return
+    old = path.parent / f".{path.name}.{secrets.token_hex(6)}.old"
+    path.rename(old)
+    try:
+        made.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    _sync_directory(path.parent)
+    shutil.rmtree(old)
+
+
+def _write_file(file: Path, data: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _inside(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    plain = bool(parts) and not name.startswith("/") and ".." not in parts
+    return plain and "\\" not in name and str(PurePosixPath(name)) == name and name != "."
+
+
+def _library_versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _version(mark: bytes) -> str:
+    return mark.hex()[:_VERSION_DIGITS]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,215 @@
+"""Event columns out of a table: training, evaluation and replay read files through here.
+
+A file is looser than the wire in four ways, each because of how tables are written: a NaN
+is a missing number, integers may stand for categories (by their digits) and for booleans
+(0 and 1), and a date and time without an offset is read in the schema's time zone (of two
+possible moments the earlier). Everything else is refused, naming row and column.
+
+Polars is needed here and in `fit`, and nowhere in serving.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from models.events.columns import BoolArray, EventColumns
+from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, timestamp_ms
+from models.events.schema import (
+    MAX_CATEGORY_CHARS,
+    BooleanField,
+    CategoricalField,
+    EventField,
+    EventSchema,
+    NumericField,
+    TimestampField,
+)
+from models.events.zones import zone_table
+
+_STRINGS = (pl.String, pl.Categorical, pl.Enum)
+
+
+def columns_from_frame(schema: EventSchema, frame: pl.DataFrame) -> EventColumns:
+    """The frame's rows as events, in the order of the rows.
+
+    Args:
+        schema: the event schema; it need not be fitted.
+        frame: one column per field, under its name; other columns are not read. A column
+            that an optional field lacks counts as absent throughout.
+
+    Raises:
+        DataError: `index` is the row, `field` the column.
+    """
+    present: dict[str, BoolArray] = {}
+    values: dict[str, NDArray[Any]] = {}
+    for field in schema.fields:
+        if field.name in frame.columns:
+            column = frame[field.name]
+        elif field.optional:
+            column = pl.Series(field.name, [None] * frame.height, pl.Null)
+        else:
+            raise DataError(
+                field=field.name, expected="a column of that name", got=f"{frame.columns}"
+            )
+        there, found = _read(schema, field, column)
+        if not field.optional and not there.all():
+            row = int(np.argmin(there))
+            raise DataError(index=row, field=field.name, expected="a value", got="none")
+        present[field.name] = there
+        values[field.name] = found
+    return EventColumns(frame.height, present, values)
+
+
+def _read(
+    schema: EventSchema, field: EventField, column: pl.Series
+) -> tuple[BoolArray, NDArray[Any]]:
+    if column.dtype == pl.Null:
+        blank = {NumericField: np.float64, TimestampField: np.int64, BooleanField: np.bool_}
+        if isinstance(field, CategoricalField):
+            return np.zeros(len(column), np.bool_), np.full(len(column), "", object)
+        return np.zeros(len(column), np.bool_), np.zeros(len(column), blank[type(field)])
+    match field:
+        case NumericField():
+            return _numeric(column)
+        case CategoricalField():
+            return _categorical(column)
+        case BooleanField():
+            return _boolean(column)
+        case TimestampField():
+            return _timestamp(schema, column)
+
+
+def _numeric(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+    if not column.dtype.is_numeric():
+        raise _wrong_type(column, "numbers")
+    floats = column.cast(pl.Float64).fill_nan(None)
+    present = floats.is_not_null().to_numpy()
+    values = floats.fill_null(0.0).to_numpy() + 0.0
+    if not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values)))
+        raise DataError(index=row, field=column.name, expected="a finite number", got="infinity")
+    return present, values
+
+
+def _categorical(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+    if not isinstance(column.dtype, _STRINGS) and not column.dtype.is_integer():
+        raise _wrong_type(column, "strings")
+    strings = column.cast(pl.String)
+    present = strings.is_not_null().to_numpy()
+    lengths = strings.str.len_chars().fill_null(1).to_numpy()
+    wrong = (lengths < 1) | (lengths > MAX_CATEGORY_CHARS)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DataError(
+            index=row,
+            field=column.name,
+            expected=f"a category of 1 to {MAX_CATEGORY_CHARS} characters",
+            got=f"one of {lengths[row]}",
+        )
+    values = np.empty(len(column), object)
+    values[:] = strings.fill_null("").to_list()
+    return present, values
+
+
+def _boolean(column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+    if column.dtype != pl.Boolean and not column.dtype.is_integer():
+        raise _wrong_type(column, "booleans")
+    present = column.is_not_null().to_numpy()
+    values = column.fill_null(False if column.dtype == pl.Boolean else 0).to_numpy()
+    if column.dtype != pl.Boolean:
+        wrong = (values != 0) & (values != 1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise DataError(index=row, field=column.name, expected="0 or 1", got=f"{values[row]}")
+    return present, values.astype(np.bool_)
+
+
+def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArray[Any]]:
+    present = column.is_not_null().to_numpy()
+    dtype = column.dtype
+    if dtype.is_integer():
+        values = column.fill_null(0).to_numpy().astype(np.int64)
+    elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        values = _epoch_ms(column)
+    elif isinstance(dtype, (pl.Datetime, pl.Date)):
+        local = _epoch_ms(column.cast(pl.Datetime("us")))
+        values = _from_local(schema, column.name, local, present)
+    elif dtype == pl.String:
+        values = _from_strings(schema, column, present)
+    else:
+        raise _wrong_type(column, "timestamps")
+    wrong = present & ((values < MIN_TIMESTAMP_MS) | (values >= MAX_TIMESTAMP_MS))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DataError(
+            index=row,
+            field=column.name,
+            expected="a moment from 1900-01-01 to before 2200-01-01",
+            got=f"{column[row]}",
+        )
+    return present, np.where(present, values, 0)
+
+
+def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:
+    """Milliseconds since 1970-01-01T00:00, in UTC or, without a zone, on the local clock."""
+    micros = column.dt.timestamp("us").fill_null(0).to_numpy()
+    return np.asarray(micros // 1000, np.int64)
+
+
+def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) -> NDArray[np.int64]:
+    values = np.zeros(len(column), np.int64)
+    naive = np.zeros(len(column), np.bool_)
+    for row, text in enumerate(column.to_list()):
+        if text is None:
+            continue
+        try:
+            values[row] = timestamp_ms(text)
+        except ValueError as error:
+            try:
+                moment = datetime.fromisoformat(text)
+            except ValueError:
+                moment = None
+            if moment is None or moment.tzinfo is not None:
+                raise DataError(
+                    index=row,
+                    field=column.name,
+                    expected="an RFC 3339 timestamp, or one without an offset",
+                    got=repr(text),
+                ) from error
+            since = moment - datetime(1970, 1, 1)
+            values[row] = (
+                since.days * 86_400_000 + since.seconds * 1000 + (since.microseconds // 1000)
+            )
+            naive[row] = True
+    if naive.any():
+        local = _from_local(schema, column.name, values, present & naive)
+        values = np.where(naive, local, values)
+    return values
+
+
+def _from_local(
+    schema: EventSchema, name: str, local_ms: NDArray[np.int64], present: BoolArray
+) -> NDArray[np.int64]:
+    moments, exists = zone_table(schema.timezone).to_utc(local_ms)
+    wrong = present & ~exists
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        shown = np.datetime64(int(local_ms[row]), "ms")
+        raise DataError(
+            index=row,
+            field=name,
+            expected=f"a time that clocks in {schema.timezone} showed",
+            got=f"{shown}, which they skipped",
+        )
+    return moments
+
+
+def _wrong_type(column: pl.Series, wanted: str) -> DataError:
+    return DataError(
+        field=column.name, expected=f"a column of {wanted}", got=f"one of {column.dtype}"
+    )

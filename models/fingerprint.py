@@ -1,0 +1,76 @@
+"""The fingerprint of a model: a hash of what determines its numbers, and of nothing else.
+
+Two models with the same fingerprint give the same outputs for the same events and can go on
+from each other's states. Renaming a model, describing it, training it in another way with
+the same result or writing it with other library versions does not change the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.spec import ModelSpec
+
+FINGERPRINT_BYTES = 16
+
+_NUMERICS = 1
+"""Raised when the same spec and weights come to mean other numbers (encoding, gate order)."""
+
+_FIELD_NOTES = {"description", "max_vocabulary"}
+_LAYER_NOTES = {"dropout", "recurrent_dropout", "rate"}
+_DENSE_HEAD_NOTES = {"targets"}
+
+
+def fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """The first 16 bytes of SHA-256 over the spec's numbers and the weights.
+
+    Args:
+        spec: a fitted spec.
+        weights: float32 arrays by name, as `models.layout.weight_shapes` names them.
+    """
+    digest = hashlib.sha256(canonical_json(_numbers(spec)))
+    for name in sorted(weights):
+        array = weights[name]
+        head = {"name": name, "shape": list(array.shape)}
+        digest.update(canonical_json(head))
+        digest.update(array.astype("<f4").tobytes())
+    return digest.digest()[:FINGERPRINT_BYTES]
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+
+    Raises:
+        ValueError: NaN or infinity.
+        TypeError: something that JSON does not know.
+    """
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode()
+
+
+def _numbers(spec: ModelSpec) -> dict[str, Any]:
+    events: dict[str, Any] | None = None
+    if spec.events is not None:
+        events = {
+            "fields": [field.model_dump(exclude=_FIELD_NOTES) for field in spec.events.fields],
+            # Only the calendar features of a timestamp read the zone.
+            "timezone": spec.events.timezone if spec.events.timestamp else None,
+        }
+    return {
+        "numerics": _NUMERICS,
+        "events": events,
+        "features": spec.features,
+        "layers": [layer.model_dump(exclude=_LAYER_NOTES) for layer in spec.layers],
+        "heads": [
+            head.model_dump(exclude=_DENSE_HEAD_NOTES if head.kind == "dense" else None)
+            for head in spec.heads
+        ],
+    }
