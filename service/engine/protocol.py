@@ -32,6 +32,9 @@ class Runtime(Protocol):
     def max_steps(self) -> int:
         """Most steps T of one call; longer chunks take several."""
 
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        """The (B, T) at which a call of `rows` x `steps` runs; at least as large in both."""
+
     def warm(self) -> None:
         """Compile what must be ready before the first request; once, before use."""
 
@@ -41,8 +44,8 @@ class Runtime(Protocol):
         """Run every row's steps from its state.
 
         Args:
-            rows: float32 [B, T, F]; rows beyond a length are zero.
-            lengths: int32 [B], each 1..T.
+            rows: float32 [B, T, F] of a padded shape; values beyond a length are zero.
+            lengths: int32 [B], each 1..T (a padding row has length 1, never 0).
             states: float32 [B, N], packed.
 
         Returns:

@@ -1,0 +1,353 @@
+"""The use cases of the service: what a transport may ask for.
+
+Knows no HTTP, no TensorFlow and no Redis; it sees a store and runtimes through protocols. The
+way of a chunk itself is in `batch.py`, the rules of delivery in `delivery.py`; here requests
+are routed to the right model's batcher, and streams are read, listed, forgotten, restored and
+forked. Those read the store, never the cache. One pipeline per process and event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from models.state import State
+from service.batch import BatchRun, Result, Work, incompatible
+from service.delivery import begin_anew, standing, state_changed, stream_exists
+from service.domain import (
+    FIRST_TAG,
+    Check,
+    Chunk,
+    Feed,
+    Mark,
+    Precondition,
+    Prediction,
+    Reply,
+    Steps,
+    StreamKey,
+    StreamPage,
+    StreamState,
+)
+from service.engine.batcher import Batcher
+from service.engine.compute import ComputeThread
+from service.engine.policy import BatchLimits
+from service.engine.state_cache import StateCache
+from service.errors import (
+    AlreadyApplied,
+    CarryError,
+    ModelNotFound,
+    PositionBehind,
+    PreviousFailed,
+    StateDamaged,
+    StreamNotFound,
+)
+from service.recorder import Recorder
+from service.served import ServedModel
+from service.state.protocol import Commit, Committed, StateStore
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineLimits:
+    """How much the pipeline takes on; see the settings of the same names."""
+
+    max_batch_rows: int = 32
+    max_batch_steps: int = 4096
+    max_queue: int = 4096
+    batches_in_flight: int = 3
+    state_cache_bytes: int = 64 * 2**20
+    conflict_attempts: int = 8
+    drain_s: float = 30.0
+
+
+class Pipeline:
+    """Serves several models over one store.
+
+    Args:
+        now_ms: wall clock in epoch milliseconds, for the time of commits.
+    """
+
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        store: StateStore,
+        recorder: Recorder,
+        *,
+        limits: PipelineLimits,
+        now_ms: Callable[[], int],
+    ):
+        self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
+        self._store = store
+        self._limits = limits
+        self._now_ms = now_ms
+        self._cache = StateCache(limits.state_cache_bytes)
+        self._compute = ComputeThread()
+        self._warm = False
+        self._draining = False
+        self._batchers = {
+            name: self._batcher(served, recorder) for name, served in self.models.items()
+        }
+
+    def _batcher(self, served: ServedModel, recorder: Recorder) -> Batcher[Work, Result]:
+        run = BatchRun(
+            served,
+            self._store,
+            self._cache,
+            self._compute,
+            recorder,
+            now_ms=self._now_ms,
+            attempts=self._limits.conflict_attempts,
+        )
+        rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
+        return Batcher(
+            run,
+            BatchLimits(rows, self._limits.max_batch_steps),
+            max_queue=self._limits.max_queue,
+            max_in_flight=self._limits.batches_in_flight,
+            on_depth=partial(recorder.queue, served.name),
+        )
+
+    async def start(self) -> None:
+        """Start the batchers and warm the runtimes; once, after the store was started."""
+        for batcher in self._batchers.values():
+            batcher.start()
+        for served in self.models.values():
+            await self._compute.run(served.runtime.warm)
+        self._warm = True
+
+    async def stop(self) -> None:
+        """Finish every accepted chunk, then end; once, before the store is closed."""
+        self._draining = True
+        drains = [batcher.drain(self._limits.drain_s) for batcher in self._batchers.values()]
+        await asyncio.gather(*drains)
+        self._compute.close()
+
+    async def readiness(self) -> list[Check]:
+        """What must hold before requests are sent here, each check by name."""
+        warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")
+        accepting = Check(
+            "accepting", not self._draining, "stopping" if self._draining else "taking requests"
+        )
+        return [*await self._store.check(), warm, accepting]
+
+    def model(self, name: str) -> ServedModel:
+        """The served model of that name.
+
+        Raises:
+            ModelNotFound
+        """
+        found = self.models.get(name)
+        if found is None:
+            names = sorted(self.models)
+            raise ModelNotFound(
+                f"expected one of the models {names}, got {name!r}", expected=names, got=name
+            )
+        return found
+
+    async def process(self, chunk: Chunk) -> Reply:
+        """Apply one chunk and answer it; safe to retry where the chunk has a position.
+
+        Raises:
+            CarryError: refused or failed; see `service.errors`.
+        """
+        batcher = self._batchers[self.model(chunk.key.model).name]
+        result = await batcher.submit(chunk, chunk.key, chunk.steps.count)
+        if not isinstance(result, Reply):
+            raise TypeError(f"expected a reply, got {type(result).__name__}")
+        return result
+
+    async def process_many(self, items: Sequence[Chunk | CarryError]) -> list[Reply | CarryError]:
+        """Apply chunks of many streams of one model; each item has its own outcome.
+
+        Items of one stream are applied in their order. After one that failed, later items of
+        its stream are answered `previous_failed`; `already_applied` and `position_behind` let
+        later items through if they carry a position, so that a whole request can be retried.
+
+        Args:
+            items: chunks, or the error of an item that could not be read (its fact `stream`
+                names the stream, where that much was readable).
+        """
+        by_stream: defaultdict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            # An item without a readable stream belongs to none, so it blocks none.
+            by_stream[_stream_of(item) or f"item {index}"].append(index)
+        results: dict[int, Reply | CarryError] = {}
+
+        async def apply_in_order(indices: list[int]) -> None:
+            blocking: CarryError | None = None
+            for index in indices:
+                item = items[index]
+                result = await self._outcome(item, blocking)
+                results[index] = result
+                if isinstance(result, CarryError) and not isinstance(result, PreviousFailed):
+                    blocking = result
+
+        await asyncio.gather(*(apply_in_order(indices) for indices in by_stream.values()))
+        return [results[index] for index in range(len(items))]
+
+    async def _outcome(
+        self, item: Chunk | CarryError, blocking: CarryError | None
+    ) -> Reply | CarryError:
+        if isinstance(item, CarryError):
+            return item
+        passes = isinstance(blocking, AlreadyApplied | PositionBehind)
+        if blocking is not None and not (passes and item.position is not None):
+            return PreviousFailed(
+                f"an earlier item of stream {item.key.stream!r} failed with {blocking.code}",
+                stream=item.key.stream,
+                previous=blocking.code,
+            )
+        try:
+            return await self.process(item)
+        except CarryError as error:
+            return error
+
+    async def predict(self, model: str, sequences: Sequence[Steps]) -> list[Prediction]:
+        """Run whole sequences from the zero state; nothing is stored.
+
+        Raises:
+            CarryError: the first failure among the sequences.
+        """
+        batcher = self._batchers[self.model(model).name]
+        results = await asyncio.gather(
+            *(batcher.submit(steps, None, steps.count) for steps in sequences)
+        )
+        return [result for result in results if isinstance(result, Prediction)]
+
+    async def read(self, key: StreamKey) -> StreamState:
+        """The stream as the store has it.
+
+        Raises:
+            StreamNotFound, StateDamaged, StoreUnavailable
+        """
+        self.model(key.model)
+        found = await self._stored(key)
+        if found is None:
+            raise StreamNotFound(
+                f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+            )
+        return found
+
+    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        """A page of the model's streams whose names begin with `prefix`."""
+        return await self._store.streams(self.model(model).name, prefix, cursor, limit)
+
+    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
+        """Forget a stream.
+
+        Raises:
+            StreamNotFound: there is none.
+            StateChanged: it is not in the state the precondition names.
+        """
+        self.model(key.model)
+        expected: Mark | None = None
+        if precondition is not None:
+            expected = _required(key, await self._stored(key), precondition)
+        self._cache.drop(key)
+        result = await self._store.delete(key, expected)
+        if isinstance(result, CarryError):
+            raise result
+        if isinstance(result, Committed):
+            return
+        if result.found is not None:
+            raise state_changed(key.stream, result.found)
+        raise StreamNotFound(
+            f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+        )
+
+    async def delete_prefix(self, model: str, prefix: str) -> int:
+        """Forget every stream whose name begins with `prefix`; how many there were."""
+        deleted, cursor = 0, None
+        while True:
+            page = await self.streams(model, prefix, cursor, 500)
+            for stream in page.streams:
+                key = StreamKey(model, stream)
+                self._cache.drop(key)
+                deleted += isinstance(await self._store.delete(key), Committed)
+            cursor = page.cursor
+            if cursor is None:
+                return deleted
+
+    async def restore(
+        self,
+        key: StreamKey,
+        *,
+        feed: Feed,
+        position: int,
+        fingerprint: bytes,
+        state: State,
+        precondition: Precondition | None,
+    ) -> StreamState:
+        """Write a state that `read` gave, under a new epoch.
+
+        Raises:
+            StateIncompatible: the state is of another version of the model.
+            StreamExists: there is a stream and no precondition.
+            StateChanged: it is not in the state the precondition names.
+        """
+        served = self.model(key.model)
+        source = StreamState(
+            Mark(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
+        )
+        if fingerprint != served.fingerprint:
+            raise incompatible(served, key.stream, source)
+        return await self._begin(key, source, precondition)
+
+    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
+        """Begin stream `to` from the present state of `key`, under a new epoch.
+
+        Raises:
+            StreamNotFound, StateIncompatible, StreamExists, StateChanged
+        """
+        served = self.model(key.model)
+        source = await self.read(key)
+        if source.fingerprint != served.fingerprint:
+            raise incompatible(served, key.stream, source)
+        return await self._begin(StreamKey(key.model, to), source, precondition)
+
+    async def _begin(
+        self, key: StreamKey, source: StreamState, precondition: Precondition | None
+    ) -> StreamState:
+        new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
+        expected: Mark | None = None
+        try:
+            found = await self._stored(key)
+        except StateDamaged:
+            # A damaged state has no readable mark; a restore is one of the two ways out.
+            await self._store.delete(key)
+        else:
+            if precondition is not None:
+                expected = _required(key, found, precondition)
+            elif found is not None:
+                raise stream_exists(key.stream, found.mark)
+        self._cache.drop(key)
+        (result,) = await self._store.commit([Commit(key, expected, new, None)])
+        if isinstance(result, CarryError):
+            raise result
+        if isinstance(result, Committed) or result.found == new.mark:
+            return new
+        if precondition is None and result.found is not None:
+            raise stream_exists(key.stream, result.found)
+        raise state_changed(key.stream, result.found)
+
+    async def _stored(self, key: StreamKey) -> StreamState | None:
+        (found,) = await self._store.load([key])
+        if isinstance(found, CarryError):
+            raise found
+        return found
+
+
+def _required(key: StreamKey, found: StreamState | None, precondition: Precondition) -> Mark:
+    mark = found.mark if found else None
+    if mark is None or not precondition.holds(mark):
+        raise state_changed(key.stream, mark)
+    return mark
+
+
+def _stream_of(item: Chunk | CarryError) -> str | None:
+    if isinstance(item, Chunk):
+        return item.key.stream
+    stream = item.facts.get("stream")
+    return stream if isinstance(stream, str) else None
