@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.events.parse import timestamp_ms
 from models.events.schema import (
     BooleanField,
     CategoricalField,
@@ -80,13 +81,15 @@ def columns_from_events(schema: EventSchema, events: Sequence[Mapping[str, Any]]
     for field in schema.fields:
         name, dtype = field.name, value_dtype(field)
         if field.optional:
-            given = [event.get(name) for event in events]
+            given: list[Any] = [event.get(name) for event in events]
             present[name] = np.array([value is not None for value in given], np.bool_)
             blank: Any = "" if dtype.hasobject else 0
             given = [blank if value is None else value for value in given]
         else:
             given = [event[name] for event in events]
             present[name] = np.ones(steps, np.bool_)
+        if isinstance(field, TimestampField):
+            given = [timestamp_ms(moment) for moment in given]
         column = np.array(given, dtype)
         # -0.0 and 0.0 are one number to a client, so they must be one to digest and network.
         values[name] = column + 0.0 if dtype.kind == "f" else column

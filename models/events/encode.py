@@ -28,6 +28,7 @@ from models.errors import DataError, StateError
 from models.events.columns import EventColumns
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
+    TIMESTAMP_FEATURES,
     UNKNOWN_CODE,
     BooleanField,
     CategoricalField,
@@ -117,27 +118,32 @@ def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[Fl
     """
     rows = np.zeros((columns.steps, len(schema.columns)), np.float32)
     at = 0
-    for field in schema.fields:
-        present = columns.present[field.name]
-        values = columns.values[field.name]
-        match field:
-            case CategoricalField():
-                rows[:, at] = categorical_codes(field, present, values)
+    with np.errstate(over="ignore"):
+        for field in schema.fields:
+            present = columns.present[field.name]
+            values = columns.values[field.name]
+            width = 1
+            match field:
+                case CategoricalField():
+                    rows[:, at] = categorical_codes(field, present, values)
+                case NumericField():
+                    rows[:, at] = _scale(transformed(field, values), field.mean, field.std)
+                case BooleanField():
+                    rows[:, at] = values
+                case TimestampField():
+                    width = len(TIMESTAMP_FEATURES)
+                    times_ms = values[present] if field.optional else values
+                    features, clock = _timestamp(schema, field, times_ms, clock)
+                    rows[present if field.optional else slice(None), at : at + width] = features
+            at += width
+            if field.optional and not isinstance(field, CategoricalField):
+                absent = ~present
+                if absent.any():
+                    rows[absent, at - width : at] = 0
+                rows[:, at] = absent
                 at += 1
-                continue
-            case NumericField():
-                rows[:, at] = _numeric(field, present, values)
-                at += 1
-            case BooleanField():
-                rows[:, at] = values
-                at += 1
-            case TimestampField():
-                features, clock = _timestamp(schema, field, values[present], clock)
-                rows[present, at : at + features.shape[1]] = features
-                at += features.shape[1]
-        if field.optional:
-            rows[:, at] = ~present
-            at += 1
+    if not np.isfinite(rows).all():
+        raise _not_finite(schema, columns, rows)
     return rows, clock
 
 
@@ -155,7 +161,8 @@ def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
         float32 of the same shape; infinite where the result does not fit.
     """
     given = np.asarray(values, np.float64)
-    return _scale(transformed(field, given), field.mean, field.std)
+    with np.errstate(over="ignore"):
+        return _scale(transformed(field, given), field.mean, field.std)
 
 
 def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -241,38 +248,33 @@ def check_rows(columns: tuple[Column, ...], rows: FloatArray) -> None:
             )
 
 
-def _numeric(
-    field: NumericField, present: NDArray[np.bool_], values: NDArray[np.float64]
-) -> FloatArray:
-    encoded = standardise(field, values)
-    finite = np.isfinite(encoded)
-    if not finite.all():
-        step = int(np.argmin(finite))
-        raise DataError(
-            index=step,
-            field=field.name,
-            expected="a number that is finite as a float32 once standardised",
-            got=f"{float(values[step])!r}",
-        )
-    return np.where(present, encoded, np.float32(0)) if field.optional else encoded
-
-
 def _timestamp(
     schema: EventSchema, field: TimestampField, times_ms: IntArray, clock: Clock
 ) -> tuple[FloatArray, Clock]:
     gaps, clock = gaps_ms(times_ms, clock)
     local_ms = times_ms + zone_table(schema.timezone).offsets(times_ms)
-    minute = local_ms // _MINUTE_MS % _MINUTES
-    weekday = (local_ms // DAY_MS + _EPOCH_WEEKDAY) % 7
-    gap = _scale(log_gap(gaps), field.gap_mean, field.gap_std)
-    return np.column_stack((gap, _MINUTE_ANGLES[minute], _WEEKDAY_ANGLES[weekday])), clock
+    features = np.empty((len(times_ms), len(TIMESTAMP_FEATURES)), np.float32)
+    features[:, 0] = _scale(log_gap(gaps), field.gap_mean, field.gap_std)
+    features[:, 1:3] = _MINUTE_ANGLES[local_ms // _MINUTE_MS % _MINUTES]
+    features[:, 3:5] = _WEEKDAY_ANGLES[(local_ms // DAY_MS + _EPOCH_WEEKDAY) % 7]
+    return features, clock
+
+
+def _not_finite(schema: EventSchema, columns: EventColumns, rows: FloatArray) -> DataError:
+    step, at = (int(index) for index in np.argwhere(~np.isfinite(rows))[0])
+    name = schema.columns[at].field or schema.columns[at].name
+    return DataError(
+        index=step,
+        field=name,
+        expected="a number that is finite as a float32 once standardised",
+        got=repr(columns.values[name].tolist()[step]),
+    )
 
 
 def _scale(values: NDArray[np.float64], mean: float | None, std: float | None) -> FloatArray:
     if mean is None or std is None:
         raise ValueError("expected a fitted schema: mean and standard deviation are not known")
-    with np.errstate(over="ignore"):
-        return ((values - mean) / std).astype(np.float32)
+    return np.asarray((values - mean) / std, np.float32)
 
 
 def _angles(period: int) -> FloatArray:

@@ -10,16 +10,22 @@ Polars is needed here and in `fit`, and nowhere in serving.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from models.errors import DataError
 from models.events.columns import BoolArray, EventColumns
-from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, timestamp_ms
+from models.events.parse import (
+    MAX_TIMESTAMP_MS,
+    MIN_TIMESTAMP_MS,
+    timestamp_ms,
+    timestamp_validator,
+)
 from models.events.schema import (
     MAX_CATEGORY_CHARS,
     BooleanField,
@@ -162,34 +168,38 @@ def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:
 
 
 def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) -> NDArray[np.int64]:
+    validate = timestamp_validator().validate_python
     values = np.zeros(len(column), np.int64)
     naive = np.zeros(len(column), np.bool_)
     for row, text in enumerate(column.to_list()):
         if text is None:
             continue
         try:
-            values[row] = timestamp_ms(text)
-        except ValueError as error:
-            try:
-                moment = datetime.fromisoformat(text)
-            except ValueError:
-                moment = None
-            if moment is None or moment.tzinfo is not None:
+            values[row] = timestamp_ms(validate(text))
+        except ValidationError as error:
+            local = _naive(text)
+            if local is None:
                 raise DataError(
                     index=row,
                     field=column.name,
-                    expected="an RFC 3339 timestamp, or one without an offset",
+                    expected="an RFC 3339 timestamp from 1900 to before 2200",
                     got=repr(text),
                 ) from error
-            since = moment - datetime(1970, 1, 1)
-            values[row] = (
-                since.days * 86_400_000 + since.seconds * 1000 + (since.microseconds // 1000)
-            )
+            values[row] = timestamp_ms(local)
             naive[row] = True
     if naive.any():
-        local = _from_local(schema, column.name, values, present & naive)
-        values = np.where(naive, local, values)
+        moments = _from_local(schema, column.name, values, present & naive)
+        values = np.where(naive, moments, values)
     return values
+
+
+def _naive(text: str) -> datetime | None:
+    """A date and time without an offset, taken as if in UTC; None where it is no such thing."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else None
 
 
 def _from_local(

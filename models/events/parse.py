@@ -11,12 +11,20 @@ categories, timestamps without an offset or outside 1900 to 2200.
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any, NotRequired
 
-from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, WithJsonSchema, with_config
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    with_config,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
 from typing_extensions import TypedDict
 
 from models.events.schema import (
@@ -30,71 +38,81 @@ from models.events.schema import (
 )
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_DAY_MS = 86_400_000
+_MIN = datetime(1900, 1, 1, tzinfo=UTC)
+_MAX = datetime(2200, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 
-MIN_TIMESTAMP_MS = (datetime(1900, 1, 1, tzinfo=UTC) - _EPOCH).days * _DAY_MS
-MAX_TIMESTAMP_MS = (datetime(2200, 1, 1, tzinfo=UTC) - _EPOCH).days * _DAY_MS
+MIN_TIMESTAMP_MS = (_MIN - _EPOCH) // _MILLISECOND
+MAX_TIMESTAMP_MS = (_MAX - _EPOCH) // _MILLISECOND
 """Timestamps lie in [1900-01-01, 2200-01-01), as epoch milliseconds."""
 
-_RFC3339 = re.compile(
-    r"\d{4}-\d\d-\d\d[Tt ](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?"
-    r"(?P<offset>[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)?",
-    re.ASCII,
+_RFC3339 = (
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
+    r"([Zz]|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$"
 )
 
 _EXAMPLE_TIMESTAMP = "2013-01-01T05:17:00-05:00"
-_WANTED = f"an RFC 3339 timestamp such as {_EXAMPLE_TIMESTAMP} or integer epoch milliseconds"
 
 
-def timestamp_ms(value: object) -> int:
-    """Epoch milliseconds of an RFC 3339 string with an offset, or of an int taken as such.
+class Timestamp:
+    """A moment: an RFC 3339 string with an offset, or integer epoch milliseconds.
 
-    Digits below the millisecond are cut off. Leap seconds (`:60`) are refused.
-
-    Raises:
-        PydanticCustomError: (a ValueError) anything else, or a moment outside
-            [1900-01-01, 2200-01-01).
+    Without an offset the moment is not known, so such a string is refused, as are moments
+    outside [1900-01-01, 2200-01-01) and leap seconds (`:60`). Validates to an aware
+    `datetime` or an int, as it came; `timestamp_ms` makes both epoch milliseconds. Built of
+    pydantic's compiled validators: a validator written in Python takes ten times as long.
     """
-    if isinstance(value, str):
-        found = _RFC3339.fullmatch(value)
-        if found is None:
-            raise PydanticCustomError("timestamp_format", f"Input should be {_WANTED}")
-        if found["offset"] is None:
-            raise PydanticCustomError(
-                "timestamp_offset",
-                "Input should carry an offset: Z, or one such as -05:00 "
-                "(without it the moment is not known)",
-            )
-        try:
-            since = datetime.fromisoformat(value.upper()) - _EPOCH
-        except (ValueError, OverflowError) as error:
-            raise PydanticCustomError(
-                "timestamp_format", f"Input should be {_WANTED}; there is no such day"
-            ) from error
-        result = since.days * _DAY_MS + since.seconds * 1000 + since.microseconds // 1000
-    elif isinstance(value, int) and not isinstance(value, bool):
-        result = value
-    else:
-        raise PydanticCustomError("timestamp_type", f"Input should be {_WANTED}")
-    if not MIN_TIMESTAMP_MS <= result < MAX_TIMESTAMP_MS:
-        raise PydanticCustomError(
-            "timestamp_range",
-            "Input should be a moment from 1900-01-01 to before 2200-01-01 "
-            "(numbers are epoch milliseconds)",
-        )
-    return result
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _timestamp_schema()
 
-_TIMESTAMP_JSON = {
-    "anyOf": [
-        {"type": "string", "format": "date-time"},
-        {
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        number = {
             "type": "integer",
             "minimum": MIN_TIMESTAMP_MS,
             "exclusiveMaximum": MAX_TIMESTAMP_MS,
-        },
-    ]
-}
+        }
+        return {"anyOf": [{"type": "string", "format": "date-time"}, number]}
+
+
+def _timestamp_schema() -> CoreSchema:
+    number = core_schema.int_schema(strict=True, ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)
+    text = core_schema.str_schema(strict=True, pattern=_RFC3339, regex_engine="rust-regex")
+    # Not strict: the text that the step before has let through is what it is to parse.
+    moment = core_schema.datetime_schema(
+        strict=False,
+        tz_constraint="aware",
+        ge=_MIN,
+        lt=_MAX,
+        microseconds_precision="truncate",
+    )
+    return core_schema.union_schema(
+        [number, core_schema.chain_schema([text, moment])],
+        mode="left_to_right",
+        custom_error_type="timestamp",
+        custom_error_message=(
+            "Input should be an RFC 3339 timestamp with an offset (Z, or one such as -05:00), "
+            f"for example {_EXAMPLE_TIMESTAMP}, or integer epoch milliseconds; "
+            "from 1900-01-01 to before 2200-01-01"
+        ),
+    )
+
+
+@cache
+def timestamp_validator() -> SchemaValidator:
+    """Validates one timestamp as a field of an event does."""
+    return SchemaValidator(_timestamp_schema())
+
+
+def timestamp_ms(moment: datetime | int) -> int:
+    """Epoch milliseconds of a validated timestamp; finer digits are cut off, to the past."""
+    if isinstance(moment, int):
+        return moment
+    return (moment - _EPOCH) // _MILLISECOND
 
 
 def event_type(schema: EventSchema, name: str = "Event") -> Any:
@@ -105,8 +123,8 @@ def event_type(schema: EventSchema, name: str = "Event") -> Any:
         name: the type's title in JSON Schema and OpenAPI.
 
     Returns:
-        A type whose validated values are plain dicts: float, str, bool and, for the
-        timestamp, int epoch milliseconds. Build it once per model.
+        A type whose validated values are plain dicts of float, str, bool and, for the
+        timestamp, aware datetime or int epoch milliseconds. Build it once per model.
     """
     fields = {field.name: _annotation(field) for field in schema.fields}
     event = TypedDict(name, fields)  # type: ignore[misc]
@@ -145,9 +163,7 @@ def _annotation(field: EventField) -> Any:
         case BooleanField():
             value = bool
         case TimestampField():
-            value = Annotated[
-                int, PlainValidator(timestamp_ms), WithJsonSchema(dict(_TIMESTAMP_JSON))
-            ]
+            value = Timestamp
     described = Field(description=_description(field), examples=[_example(field)])
     if field.optional:
         return NotRequired[Annotated[value | None, described]]

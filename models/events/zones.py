@@ -18,6 +18,9 @@ IntArray = NDArray[np.int64]
 
 DAY_MS = 86_400_000
 _DAY_S = 86_400
+# The shortest that any zone of the tz database has kept an offset is just under seven days
+# (Recife, 2000), so looking every three days misses no transition.
+_STEP_S = 3 * _DAY_S
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = (datetime(1899, 1, 1, tzinfo=UTC) - _EPOCH).days
 _END_DAY = (datetime(2201, 1, 1, tzinfo=UTC) - _EPOCH).days
@@ -59,11 +62,10 @@ def zone_table(name: str) -> ZoneTable:
     zone = ZoneInfo(name)
     starts_s = [_FIRST_DAY * _DAY_S]
     offsets_s = [_offset_s(zone, starts_s[0])]
-    # No zone of the tz database changes twice within a day, so looking once a day misses none.
-    for second in range(starts_s[0] + _DAY_S, _END_DAY * _DAY_S, _DAY_S):
+    for second in range(starts_s[0] + _STEP_S, _END_DAY * _DAY_S, _STEP_S):
         offset = _offset_s(zone, second)
         if offset != offsets_s[-1]:
-            low, high = second - _DAY_S, second
+            low, high = second - _STEP_S, second
             while high - low > 1:
                 middle = (low + high) // 2
                 if _offset_s(zone, middle) == offset:
