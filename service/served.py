@@ -76,10 +76,11 @@ class ServedModel:
         if steps.columns is None or self.events is None:
             raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
         try:
-            rows, clock = encode(self.events, steps.columns, Clock.from_ints(state.ints))
+            clock = Clock.from_ints(self.state, state.ints)
+            rows, clock = encode(self.events, steps.columns, clock)
         except DataError as error:
             raise invalid_data("events", error) from error
-        return rows, clock.to_ints(len(state.ints))
+        return rows, clock.into_ints(self.state, state.ints)
 
 
 def invalid_data(feed: str, error: DataError) -> InvalidInput:

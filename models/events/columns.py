@@ -97,21 +97,20 @@ def columns_from_events(schema: EventSchema, events: Sequence[Mapping[str, Any]]
 
 
 def canonical_bytes(schema: EventSchema, columns: EventColumns) -> bytes:
-    """The bytes of a chunk's events that its digest is taken over; no two chunks share them.
+    """The bytes of a chunk's events that its digest is taken over, together with T.
 
-    All numbers are little-endian, nothing is aligned or padded:
+    Two different chunks of T events never share them. For each field, in the order of the
+    schema, with all numbers little-endian and nothing aligned or padded:
 
-    1. T, the number of events, as uint64;
-    2. then, for each field in the order of the schema:
-       a. presence: T bytes, 1 where the field has a value, 0 where it is absent or null;
-       b. values, 0 (or a length of 0) where absent:
-          - numeric: T float64 (IEEE 754), -0.0 written as 0.0;
-          - timestamp: T int64, epoch milliseconds (digits below are cut off, towards the past);
-          - boolean: T bytes, 1 for true, 0 for false;
-          - categorical: T uint32, the length of each category in UTF-8 bytes, then the UTF-8
-            bytes of all categories one after the other.
+    1. presence: T bytes, 1 where the field has a value, 0 where it is absent or null;
+    2. values, 0 (for a categorical: length 0) where absent:
+       - numeric: T float64 (IEEE 754), -0.0 written as 0.0;
+       - timestamp: T int64, epoch milliseconds; finer digits are cut off, to the past;
+       - boolean: T bytes, 1 for true, 0 for false;
+       - categorical: T uint32, the length of each category in UTF-8 bytes, then the UTF-8
+         bytes of all categories one after the other.
     """
-    parts = [columns.steps.to_bytes(8, "little")]
+    parts: list[bytes] = []
     for field in schema.fields:
         present = columns.present[field.name]
         values = columns.values[field.name]
