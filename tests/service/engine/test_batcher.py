@@ -1,0 +1,163 @@
+"""The batcher: full batches under load, order within a stream, failures that stay alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.engine.batcher import Batcher, Job
+from service.engine.policy import BatchLimits
+from service.errors import InternalError, Overloaded, ShuttingDown
+
+Jobs = list[Job[str, str]]
+
+
+class Runs:
+    """Records the batches; each waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.gate = asyncio.Event()
+        self._began = asyncio.Condition()
+
+    async def __call__(self, jobs: Jobs) -> None:
+        async with self._began:
+            self.batches.append([job.payload for job in jobs])
+            self._began.notify_all()
+        await self.gate.wait()
+        for job in jobs:
+            if job.payload.startswith("poison"):
+                raise RuntimeError("poisoned")
+            job.resolve(job.payload.upper())
+
+    async def began(self, count: int) -> None:
+        async with asyncio.timeout(5), self._began:
+            await self._began.wait_for(lambda: len(self.batches) >= count)
+
+
+@asynccontextmanager
+async def batching(
+    runs: Runs, *, in_flight: int = 1, queue: int = 100
+) -> AsyncIterator[Batcher[str, str]]:
+    batcher: Batcher[str, str] = Batcher(
+        runs,
+        BatchLimits(8, 1000),
+        max_queue=queue,
+        max_in_flight=in_flight,
+        on_depth=lambda _: None,
+    )
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        runs.gate.set()
+        await batcher.drain(5)
+
+
+async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        await runs.began(1)
+        rest = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "bcd"]
+        await asyncio.sleep(0)
+        runs.gate.set()
+        assert await asyncio.gather(first, *rest) == ["A", "B", "C", "D"]
+    assert runs.batches == [["a"], ["b", "c", "d"]]
+
+
+async def test_a_stream_never_has_two_jobs_in_flight() -> None:
+    runs = Runs()
+    async with batching(runs, in_flight=3) as batcher:
+        tasks = [asyncio.create_task(batcher.submit(name, "same", 1)) for name in ("a1", "a2")]
+        other = asyncio.create_task(batcher.submit("b", "b", 1))
+        await runs.began(1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert runs.batches == [["a1", "b"]]
+        runs.gate.set()
+        assert await asyncio.gather(*tasks, other) == ["A1", "A2", "B"]
+    assert runs.batches == [["a1", "b"], ["a2"]]
+
+
+async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        bad = asyncio.create_task(batcher.submit("poison", "p", 1))
+        await runs.began(1)
+        good = asyncio.create_task(batcher.submit("b", "b", 1))
+        await asyncio.sleep(0)
+        runs.gate.set()
+        with pytest.raises(InternalError):
+            await bad
+        assert await good == "B"
+
+
+async def test_a_caller_that_left_is_dropped_and_its_neighbours_are_not() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        await runs.began(1)
+        leaver = asyncio.create_task(batcher.submit("b", "b", 1))
+        stays = asyncio.create_task(batcher.submit("c", "c", 1))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.sleep(0)
+        runs.gate.set()
+        assert await asyncio.gather(first, stays) == ["A", "C"]
+    assert runs.batches == [["a"], ["c"]]
+
+
+async def test_a_caller_that_leaves_a_running_batch_leaves_it_running() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        leaver = asyncio.create_task(batcher.submit("a", "a", 1))
+        stays = asyncio.create_task(batcher.submit("b", "b", 1))
+        await runs.began(1)
+        leaver.cancel()
+        runs.gate.set()
+        assert await stays == "B"
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    runs = Runs()
+    async with batching(runs, queue=1) as batcher:
+        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        await runs.began(1)
+        second = asyncio.create_task(batcher.submit("b", "b", 1))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await batcher.submit("c", "c", 1)
+        runs.gate.set()
+        assert await asyncio.gather(first, second) == ["A", "B"]
+
+
+async def test_drain_finishes_what_was_accepted_and_takes_no_more() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        tasks = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab"]
+        await runs.began(1)
+        draining = asyncio.create_task(batcher.drain(5))
+        await asyncio.sleep(0)
+        with pytest.raises(ShuttingDown):
+            await batcher.submit("late", "late", 1)
+        runs.gate.set()
+        await draining
+        assert await asyncio.gather(*tasks) == ["A", "B"]
+
+
+async def test_drain_is_bounded() -> None:
+    runs = Runs()
+    batcher: Batcher[str, str] = Batcher(
+        runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1, on_depth=lambda _: None
+    )
+    batcher.start()
+    tasks = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab"]
+    await runs.began(1)
+    await batcher.drain(0.01)
+    for task in tasks:
+        with pytest.raises(ShuttingDown):
+            await task
