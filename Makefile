@@ -1,0 +1,50 @@
+# Every task of the project. Each sets up what it needs by itself: Python 3.11 to 3.13 and
+# make are all that has to be there. `make` alone lists the tasks.
+
+# which Python makes the environment; empty: the newest that is found and supported
+PYTHON ?=
+VENV ?= .venv
+# where `make run` listens, and further options of `carry serve` and of pytest
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+export PYTHON VENV
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format example compose-test lock clean
+
+help: ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for another port)
+	@scripts/setup run
+	@exec $(BIN)/carry serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: ## run the tests (ARGS="tests/service -x" for some of them)
+	@scripts/setup dev
+	@exec $(BIN)/python -m pytest -q $(ARGS)
+
+check: ## lint, formatting, types and the import contract
+	@scripts/setup dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: ## mend what the linter and the formatter can mend
+	@scripts/setup dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+compose-test: ## build the containers and prove that streams survive their restarts
+	@scripts/setup dev
+	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)
+
+lock: ## lock the dependencies anew (needs uv; ARGS=--upgrade for newer ones)
+	@scripts/lock $(ARGS)
+
+clean: ## remove the environment and every cache; keeps the streams in .carry
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
