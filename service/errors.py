@@ -7,6 +7,7 @@
         ChunkTooLong          chunk_too_long
         BodyTooLarge          body_too_large
         UnsupportedMediaType  unsupported_media_type
+        NotAcceptable         not_acceptable
         InvalidName           invalid_name
         InvalidPrecondition   invalid_precondition
       NotFound
@@ -98,7 +99,13 @@ class BodyTooLarge(BadRequest):
 class UnsupportedMediaType(BadRequest):
     code = "unsupported_media_type"
     title = "The content type is not served"
-    remedy = "Send and accept application/json or application/msgpack."
+    remedy = "Send application/json or application/msgpack, not compressed."
+
+
+class NotAcceptable(BadRequest):
+    code = "not_acceptable"
+    title = "No content type that is accepted is served"
+    remedy = "Accept application/json or application/msgpack."
 
 
 class InvalidName(BadRequest):
