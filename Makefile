@@ -4,9 +4,9 @@
 # which Python makes the environment; empty: the newest that is found and supported
 PYTHON ?=
 VENV ?= .venv
-# where `make run` listens, and further options of `carry serve` and of pytest
-HOST ?= 127.0.0.1
-PORT ?= 8000
+# where `make run` listens (empty: as CARRY_PORT says, else 8000)
+PORT ?=
+# further options of the task's command
 ARGS ?=
 
 export PYTHON VENV
@@ -20,7 +20,7 @@ help: ## list the tasks
 
 run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@scripts/setup run
-	@exec $(BIN)/carry serve --host $(HOST) --port $(PORT) $(ARGS)
+	@exec $(BIN)/carry serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: ## run the tests (ARGS="tests/service -x" for some of them)
 	@scripts/setup dev

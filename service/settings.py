@@ -1,0 +1,247 @@
+"""Every setting of the service: its unit, its default, and how to choose it.
+
+A setting comes from a flag of `carry serve`, else from the environment variable `CARRY_` and
+its name, else from its default. A `CARRY_` variable that is no setting is refused, so that a
+misspelt one never passes for a default. Settings do not change once they are made, and their
+representations never show a password.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+import models
+
+PREFIX = "CARRY_"
+KIB = 1024
+MIB = 1024 * KIB
+
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+Origin = Literal["flag", "env", "default"]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message names each and says what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSetting:
+    """A setting as it is in force, with its secrets hidden."""
+
+    name: str
+    value: str
+    origin: Origin
+
+
+class Settings(BaseSettings):
+    """The settings in force; make them with `Settings.load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    """Address to listen on. The default is reached from this machine only; 0.0.0.0 lets the
+    network in, which has no keys to show: put a gateway in front."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port to listen on; 0 takes a free one."""
+
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes that share the port. Each keeps one to two cores busy and holds its own copy
+    of every model; add workers while cores are idle."""
+
+    models_dir: Path = Path(models.__file__).parent / "pretrained"
+    """Folder whose sub-folders are the artifacts to serve, one model each."""
+
+    runtime: Literal["tensorflow"] = "tensorflow"
+    """What runs the networks."""
+
+    runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Threads that one step of the network may use. Small recurrent networks gain nothing
+    from more than one; use workers instead."""
+
+    redis_url: Annotated[str | None, Field(repr=False)] = None
+    """The store of the states: redis://, rediss:// (TLS) or unix://. Without one the service
+    starts a Valkey of its own in `data_dir`."""
+
+    data_dir: Path = Path(".carry")
+    """Folder of the service's own Valkey; unused with `redis_url`. Give it a disk that
+    outlives the service."""
+
+    namespace: Annotated[
+        str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)
+    ] = "carry"
+    """Prefix of every key in the store; two services that share a store need two."""
+
+    partitions: Annotated[int, Field(ge=1, le=16384)] = 1024
+    """Parts that the streams are spread over, written into the store when it is made; it
+    cannot be changed later. Some tens per node of the largest cluster to come are enough."""
+
+    allow_eviction: bool = False
+    """Take a store whose maxmemory-policy may evict states. Streams then begin anew in
+    silence: only for caches whose loss is no harm."""
+
+    store_wait_s: Annotated[float, Field(gt=0, le=300)] = 10.0
+    """Longest that a request waits for a store that is away, in seconds. Shorter than the
+    clients' own timeout."""
+
+    idle_ttl_s: Annotated[int, Field(ge=0)] = 0
+    """Forget a stream this many seconds after its last commit; 0 keeps it for good. Longer
+    than any pause a live stream may take."""
+
+    reply_ttl_s: Annotated[int, Field(ge=1)] = 600
+    """How long the reply of a stream's last chunk is kept for retries, in seconds. Longer
+    than clients go on retrying."""
+
+    reply_max_bytes: Annotated[int, Field(ge=0)] = 64 * KIB
+    """A larger reply is not kept, and a retry of its chunk gets `already_applied`; 0 keeps
+    none. In bytes per stream, in the store's memory."""
+
+    max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
+    """Largest body of a request, in bytes."""
+
+    max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
+    """Most events in one chunk. A long chunk is computed in slices between other streams, so
+    this bounds memory and the wait for its reply."""
+
+    max_items: Annotated[int, Field(ge=1)] = 1_000
+    """Most items in one request for many streams."""
+
+    max_predict_steps: Annotated[int, Field(ge=1)] = 100_000
+    """Most events in one predict request, all its sequences together."""
+
+    max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Most streams in one call of the network. More raises the throughput until the cores
+    are busy, and with it the time of each call."""
+
+    max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
+    """Most steps in one call of the network, rows times the longest, padding included. It
+    bounds how long a call takes, and so how long a new chunk waits for the one before it."""
+
+    max_queue: Annotated[int, Field(ge=1)] = 4_096
+    """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
+    once. About the throughput times the longest wait that is still of use."""
+
+    batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 3
+    """Batches between load and commit at once, so that the store's time is hidden behind the
+    network's. Three hide one round trip on either side."""
+
+    conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 8
+    """How often a chunk is done anew when others moved its stream on, before `conflict`."""
+
+    state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
+    """Memory per worker for states of recent streams, which saves their load; 0 turns it off.
+    About the live streams times the size of a state."""
+
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """Longest that a stopping service waits for what it accepted, in seconds. Shorter than
+    the time after which a supervisor kills it."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is logged; `info` has one line for each request."""
+
+    log_format: Literal["json", "console"] = "json"
+    """One JSON object a line for machines, or lines for people."""
+
+    _flags: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
+        """The settings from flags, the environment and the defaults, in this order.
+
+        Args:
+            flags: values by setting name; None counts as not given.
+
+        Raises:
+            SettingsError: a `CARRY_` variable is no setting, or a value does not fit.
+        """
+        refuse_unknown(os.environ)
+        given = {name: value for name, value in (flags or {}).items() if value is not None}
+        try:
+            settings = cls(**given)
+        except ValidationError as error:
+            raise SettingsError(_explain(error, given)) from None
+        settings._flags = frozenset(given)
+        return settings
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).scheme not in REDIS_SCHEMES:
+            expected = ", ".join(f"{scheme}://" for scheme in REDIS_SCHEMES)
+            raise ValueError(f"expected a URL that begins with one of {expected}")
+        return url
+
+    def effective(self) -> list[EffectiveSetting]:
+        """Every setting in force and where it comes from, secrets hidden; for the start."""
+        return [
+            EffectiveSetting(name, _shown(name, getattr(self, name)), self._origin(name))
+            for name in type(self).model_fields
+        ]
+
+    def _origin(self, name: str) -> Origin:
+        if name in self._flags:
+            return "flag"
+        return "env" if name in self.model_fields_set else "default"
+
+
+def refuse_unknown(environ: Mapping[str, str]) -> None:
+    """Refuse `CARRY_` variables that are no setting, each with the nearest one that is.
+
+    Raises:
+        SettingsError: naming them all.
+    """
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    unknown = sorted(
+        name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known
+    )
+    if not unknown:
+        return
+    hints = []
+    for name in unknown:
+        nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
+        hints.append(f"{name} is no setting; did you mean {nearest[0]}?")
+    raise SettingsError(" ".join(hints))
+
+
+def hide_password(url: str) -> str:
+    """The URL with `***` for its password, in the authority or in the query."""
+    # up to the last @, so that a password with an unescaped @ or / is hidden as a whole
+    url = re.sub(r"(://[^:@/]*:).*@", r"\1***@", url)
+    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", url)
+
+
+def _shown(name: str, value: object) -> str:
+    if value is None:
+        return "not set"
+    return hide_password(str(value)) if name == "redis_url" else str(value)
+
+
+def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:
+    """One sentence for each value that does not fit; no value of a secret."""
+    sentences = []
+    for problem in error.errors(include_url=False):
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        shown = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
+        got = hide_password(str(problem["input"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        sentences.append(f"{shown}: {message[0].lower()}{message[1:]}, got {got!r}.")
+    return " ".join(sentences)

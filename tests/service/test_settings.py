@@ -1,0 +1,170 @@
+"""Settings: where each comes from, what is refused, and that no password is ever shown."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, SettingsError, hide_password
+
+
+@pytest.fixture(autouse=True)
+def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"CARRY_{name.upper()}", raising=False)
+
+
+def origins(settings: Settings) -> dict[str, str]:
+    return {setting.name: setting.origin for setting in settings.effective()}
+
+
+def values(settings: Settings) -> dict[str, str]:
+    return {setting.name: setting.value for setting in settings.effective()}
+
+
+def test_the_defaults_listen_on_this_machine_only_and_need_no_redis() -> None:
+    settings = Settings.load()
+    assert settings.host == "127.0.0.1"
+    assert settings.redis_url is None
+    assert settings.idle_ttl_s == 0
+    assert settings.allow_eviction is False
+    assert set(origins(settings).values()) == {"default"}
+
+
+def test_the_default_models_are_those_of_the_package() -> None:
+    directory = Settings.load().models_dir
+    assert directory.parts[-2:] == ("models", "pretrained")
+    assert directory.is_absolute()
+
+
+def test_a_flag_wins_over_the_environment_which_wins_over_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CARRY_PORT", "8001")
+    monkeypatch.setenv("CARRY_WORKERS", "3")
+    settings = Settings.load({"port": 8002, "host": None})
+    assert (settings.port, settings.workers, settings.host) == (8002, 3, "127.0.0.1")
+    found = origins(settings)
+    assert (found["port"], found["workers"], found["host"]) == ("flag", "env", "default")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARRY_REDIS_URL", "")
+    settings = Settings.load()
+    assert settings.redis_url is None
+    assert origins(settings)["redis_url"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("CARRY_REDIS_URI", "CARRY_REDIS_URL"),
+        ("CARRY_MAX_BATCH_ROW", "CARRY_MAX_BATCH_ROWS"),
+        ("CARRY_PROT", "CARRY_PORT"),
+        ("carry_wrokers", "CARRY_WORKERS"),
+    ],
+)
+def test_an_unknown_variable_is_refused_and_the_nearest_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value) == f"{name} is no setting; did you mean {nearest}?"
+
+
+def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARRYING_PORT", "x")
+    monkeypatch.setenv("PORT", "x")
+    Settings.load()
+
+
+def test_every_value_that_does_not_fit_is_named_with_its_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CARRY_LOG_LEVEL", "loud")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({"port": 70000})
+    message = str(caught.value)
+    assert "--port: input should be less than or equal to 65535, got '70000'." in message
+    assert "CARRY_LOG_LEVEL:" in message
+    assert "'loud'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("namespace", "no spaces"),
+        ("namespace", "{tag}"),
+        ("partitions", "0"),
+        ("workers", "0"),
+        ("max_queue", "-1"),
+        ("store_wait_s", "0"),
+        ("redis_url", "http://example.test"),
+        ("runtime", "onnx"),
+        ("port", "80.5"),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"CARRY_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=f"CARRY_{name.upper()}"):
+        Settings.load()
+
+
+def test_settings_do_not_change() -> None:
+    settings = Settings.load()
+    with pytest.raises(ValidationError):
+        settings.port = 1
+
+
+def test_no_representation_shows_the_password() -> None:
+    url = "redis://ann:s3cr3t@cache.test:6379/0?password=s3cr3t"
+    settings = Settings.load({"redis_url": url})
+    assert settings.redis_url == url
+    assert "s3cr3t" not in repr(settings)
+    assert "s3cr3t" not in str(settings)
+    assert values(settings)["redis_url"] == "redis://ann:***@cache.test:6379/0?password=***"
+
+
+def test_a_refused_url_does_not_show_its_password() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load({"redis_url": "http://:s3cr3t@cache.test"})
+    assert "s3cr3t" not in str(caught.value)
+    assert "redis://, rediss://, unix://" in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://cache.test:6379/0", "redis://cache.test:6379/0"),
+        ("rediss://:pass@cache.test/1", "rediss://:***@cache.test/1"),
+        ("redis://:p@ss:w@cache.test/1", "redis://:***@cache.test/1"),
+        ("redis://ann:p/ss@cache.test/1", "redis://ann:***@cache.test/1"),
+        ("redis://ann@cache.test", "redis://ann@cache.test"),
+        ("unix://:pass@/run/redis.sock?db=1", "unix://:***@/run/redis.sock?db=1"),
+        ("unix:///run/r.sock?Password=p&db=1", "unix:///run/r.sock?Password=***&db=1"),
+    ],
+)
+def test_passwords_in_urls_are_hidden(url: str, shown: str) -> None:
+    assert hide_password(url) == shown
+
+
+def test_settings_travel_to_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.load({"port": 0, "data_dir": Path("there")})
+    monkeypatch.setenv("CARRY_PORT", "1234")
+    copy = pickle.loads(pickle.dumps(settings))
+    assert copy == settings
+    assert copy.effective() == settings.effective()
+
+
+def test_every_setting_says_how_to_choose_it() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.rstrip().endswith("."), name
