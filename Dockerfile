@@ -1,0 +1,43 @@
+# The service with the TensorFlow runtime and the pretrained models. The final image holds the
+# locked environment and nothing that built it, runs as a user without rights, and writes only
+# to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
+
+FROM python:3.13-slim AS build
+
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+RUN python3 -m venv /opt/carry
+# the lock first, so that a change of the code does not install everything anew
+COPY requirements.lock ./
+RUN /opt/carry/bin/pip install --require-hashes -r requirements.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY models models
+COPY service service
+RUN /opt/carry/bin/pip install --no-build-isolation --no-deps . \
+    && /opt/carry/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
+
+FROM python:3.13-slim
+
+LABEL org.opencontainers.image.title="carry" \
+      org.opencontainers.image.description="Serves stateful stacked LSTMs over event streams" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+RUN useradd --system --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin carry \
+    && install --directory --owner carry --group carry --mode 700 /data
+COPY --from=build /opt/carry /opt/carry
+
+ENV PATH=/opt/carry/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    KERAS_HOME=/tmp/keras \
+    CARRY_DATA_DIR=/data
+USER carry
+WORKDIR /data
+VOLUME /data
+EXPOSE 8000
+
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=6 \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/ready', timeout=4)"]
+
+ENTRYPOINT ["carry"]
+CMD ["serve", "--host", "0.0.0.0"]
