@@ -1,0 +1,155 @@
+"""The composition root of one worker: settings in, an ASGI application out.
+
+Loads the artifacts and builds runtimes, store, pipeline and API before the event loop runs;
+the application's lifespan starts them, and at the end drains the pipeline before it closes
+the store, so that no accepted chunk is lost.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI
+
+from models.artifact import MANIFEST_NAME, Artifact, load_artifact
+from models.errors import ArtifactError
+from service.api.application import ApiLimits, create_api
+from service.engine.runtimes import open_runtime
+from service.ops.logs import configure_logs
+from service.ops.metrics import PrometheusRecorder
+from service.pipeline import Pipeline, PipelineLimits
+from service.served import ServedModel
+from service.settings import Settings
+from service.state.redis_store import RedisStore, StoreSettings
+
+log = structlog.get_logger(__name__)
+
+
+def create_app() -> FastAPI:
+    """The application of a worker, by the settings in the environment.
+
+    Raises:
+        ArtifactError: a model cannot be loaded.
+        RuntimeMissingError: the runtime is not installed.
+    """
+    _end_with_parent()
+    settings = Settings.load()
+    configure_logs(settings.log_level, settings.log_format)
+    recorder = PrometheusRecorder()
+    served = [
+        ServedModel(artifact, open_runtime(settings.runtime, artifact, settings.runtime_threads))
+        for artifact in load_models(settings.models_dir)
+    ]
+    store = RedisStore(store_settings(settings))
+    pipeline = Pipeline(
+        served,
+        store,
+        recorder,
+        limits=PipelineLimits(
+            max_batch_rows=settings.max_batch_rows,
+            max_batch_steps=settings.max_batch_steps,
+            max_queue=settings.max_queue,
+            batches_in_flight=settings.batches_in_flight,
+            state_cache_bytes=settings.state_cache_bytes,
+            conflict_attempts=settings.conflict_attempts,
+            drain_s=settings.drain_s,
+        ),
+        now_ms=lambda: time.time_ns() // 1_000_000,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await store.start()
+        began_s = time.monotonic()
+        await pipeline.start()
+        for model in served:
+            recorder.model(model.name, model.version, model.runtime.name)
+        gc.collect()
+        gc.freeze()
+        log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
+        try:
+            yield
+        finally:
+            await pipeline.stop()
+            await store.close()
+
+    limits = ApiLimits(
+        max_chunk_steps=settings.max_chunk_steps,
+        max_predict_steps=settings.max_predict_steps,
+        max_body_bytes=settings.max_body_bytes,
+        max_items=settings.max_items,
+    )
+    return create_api(pipeline, limits, recorder, lifespan=lifespan)
+
+
+def _end_with_parent() -> None:
+    """In a worker process: stop, draining, when the parent is gone, however it went.
+
+    Otherwise the workers of a parent that was killed would hold the port for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="carry-parent-watch", daemon=True).start()
+
+
+def load_models(directory: Path) -> list[Artifact]:
+    """Every artifact below a directory, or the one that the directory itself is.
+
+    Raises:
+        ArtifactError: there is none, one is refused, or two have one name.
+    """
+    if (directory / MANIFEST_NAME).is_file():
+        return [load_artifact(directory)]
+    if not directory.is_dir():
+        raise ArtifactError(f"{directory}: expected a directory of model artifacts")
+    paths = sorted(path.parent for path in directory.glob(f"*/{MANIFEST_NAME}"))
+    if not paths:
+        raise ArtifactError(
+            f"{directory}: expected a model artifact, or a directory of them, and found no "
+            f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
+        )
+    found: dict[str, Artifact] = {}
+    for path in paths:
+        artifact = load_artifact(path)
+        if artifact.spec.name in found:
+            raise ArtifactError(
+                f"{path}: model {artifact.spec.name!r} is also in {found[artifact.spec.name].path}"
+            )
+        found[artifact.spec.name] = artifact
+    return list(found.values())
+
+
+def store_settings(settings: Settings) -> StoreSettings:
+    """The store's part of the settings; the parent process has filled in the store's address.
+
+    Raises:
+        ValueError: there is no address.
+    """
+    if settings.redis_url is None:
+        raise ValueError("expected CARRY_REDIS_URL, which `carry serve` sets for its workers")
+    return StoreSettings(
+        url=settings.redis_url,
+        namespace=settings.namespace,
+        partitions=settings.partitions,
+        idle_ttl_ms=round(settings.idle_ttl_s * 1000),
+        reply_ttl_ms=round(settings.reply_ttl_s * 1000),
+        reply_max_bytes=settings.reply_max_bytes,
+        allow_eviction=settings.allow_eviction,
+        wait_s=settings.store_wait_s,
+    )

@@ -1,0 +1,111 @@
+"""`carry serve`: the parent process, which owns the port, the embedded store and the workers.
+
+With one worker the service runs in this process; with several, uvicorn's supervisor keeps
+that many child processes on the one listening socket and starts a new one where one died.
+The embedded store belongs to the parent, so that all workers share it and none takes it along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import structlog
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from service.app import store_settings
+from service.settings import PREFIX, Settings
+from service.state.embedded import EmbeddedValkey
+from service.state.redis_store import RedisStore
+
+log = structlog.get_logger(__name__)
+
+
+WORKER_ANSWERS_S = 30
+"""A worker that does not answer its supervisor for this long is taken for hung: long enough
+for compiling a large network, which holds the interpreter."""
+
+
+class CannotServeError(Exception):
+    """The service cannot start; the message is one line for the person who started it."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    The effective settings are handed to the workers through the environment.
+
+    Raises:
+        CannotServeError: the port is taken, or the store is not usable.
+    """
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listening(settings.host, settings.port))
+        if settings.redis_url is None:
+            valkey = EmbeddedValkey(settings.data_dir)
+            stack.callback(valkey.stop)
+            valkey.start()
+            settings = settings.model_copy(update={"redis_url": valkey.url})
+        if settings.workers > 1:
+            metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+        os.environ.update(_environment(settings))
+        asyncio.run(_check_store(settings))
+        _run(settings, listener)
+
+
+def _run(settings: Settings, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        "service.app:create_app",
+        factory=True,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_worker_healthcheck=WORKER_ANSWERS_S,
+    )
+    if settings.workers > 1:
+        Multiprocess(config, sockets=[listener]).run()
+    else:
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """The listening socket, bound before anything slow begins."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise CannotServeError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another port, for "
+                f"example `carry serve --port {port + 1}` or `make run PORT={port + 1}`"
+            ) from error
+        listener.set_inheritable(True)
+        yield listener
+
+
+async def _check_store(settings: Settings) -> None:
+    """Refuse to start on a store that the workers would refuse, in one line."""
+    store = RedisStore(store_settings(settings))
+    try:
+        await store.start()
+    finally:
+        await store.close()
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The settings as the workers read them: what was set by a flag or here, by variable."""
+    return {
+        PREFIX + name.upper(): str(getattr(settings, name)) for name in settings.model_fields_set
+    }
