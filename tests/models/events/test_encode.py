@@ -1,0 +1,337 @@
+"""Encoding: against one event at a time in plain Python, and in any chunking."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import DataError, StateError
+from models.events.columns import columns_from_events
+from models.events.encode import Clock, check_rows, encode, standardise
+from models.events.schema import (
+    CategoricalField,
+    EventSchema,
+    NumericField,
+    TimestampField,
+)
+from models.layout import state_spec
+from models.spec import parse_spec
+from models.state import StateSpec
+from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+
+SECOND = 1000
+MONDAY_NOON = 1_362_999_600_000
+"""Monday 2013-03-11T07:00 in New York, a day after its clocks were set forward."""
+
+
+def encoded_by_hand(
+    schema: EventSchema, chunk: list[dict[str, Any]], clock: tuple[int, int, int]
+) -> tuple[list[list[float]], tuple[int, int, int]]:
+    """The encoding's table, one event at a time, in float64."""
+    zone = ZoneInfo(schema.timezone)
+    last, seen, late = clock
+    rows = []
+    for event in chunk:
+        row: list[float] = []
+        for field in schema.fields:
+            value = event.get(field.name)
+            missing = [float(value is None)] if field.optional else []
+            match field:
+                case CategoricalField():
+                    known = list(field.vocabulary or ())
+                    if value is None:
+                        row.append(len(known) + 1)
+                    else:
+                        row.append(known.index(value) + 1 if value in known else 0)
+                case TimestampField():
+                    if value is None:
+                        row += [0.0] * 5 + missing
+                        continue
+                    gap = max(value - last, 0) / 1000 if seen else 0.0
+                    late += 1 if seen and value < last else 0
+                    last = max(value, last) if seen else value
+                    seen += 1
+                    here = (
+                        datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=value)
+                    ).astimezone(zone)
+                    hour = 2 * math.pi * (here.hour * 60 + here.minute) / 1440
+                    day = 2 * math.pi * here.weekday() / 7
+                    row.append((math.log(1 + gap) - field.gap_mean) / field.gap_std)
+                    row += [math.sin(hour), math.cos(hour), math.sin(day), math.cos(day)]
+                    row += missing
+                case NumericField():
+                    if value is None:
+                        row += [0.0, *missing]
+                        continue
+                    if field.transform == "signed_log1p":
+                        value = math.copysign(math.log1p(abs(value)), value)
+                    row += [(value - field.mean) / field.std, *missing]
+                case _:
+                    row += [float(bool(value)), *missing]
+        rows.append(row)
+    return rows, (last, seen, late)
+
+
+@settings(max_examples=80)
+@given(
+    st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]).flatmap(
+        lambda schema: st.tuples(st.just(schema), events(schema, 12))
+    ),
+    st.sampled_from([(0, 0, 0), (1_370_000_000_123, 7, 2)]),
+)
+def test_encoding_is_what_the_table_says(
+    case: tuple[EventSchema, list[dict[str, Any]]], before: tuple[int, int, int]
+) -> None:
+    schema, chunk = case
+
+    rows, clock = encode(schema, columns_from_events(schema, chunk), Clock(*before))
+
+    wanted, after = encoded_by_hand(schema, chunk, before)
+    assert rows.dtype == np.float32
+    assert rows.shape == (len(chunk), len(schema.columns))
+    np.testing.assert_allclose(
+        rows, np.array(wanted, np.float64).reshape(rows.shape), rtol=1e-6, atol=1e-6
+    )
+    assert (clock.last_ms, clock.seen, clock.out_of_order) == after
+
+
+@settings(max_examples=80)
+@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
+def test_chunking_is_invisible_to_the_bit(data: st.DataObject, schema: EventSchema) -> None:
+    chunk = data.draw(events(schema))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(chunk)), max_size=6)))
+    before = data.draw(st.sampled_from([Clock(), Clock(1_370_000_000_123, 7, 2)]))
+    columns = columns_from_events(schema, chunk)
+
+    whole, after = encode(schema, columns, before)
+    clock, parts = before, []
+    for start, stop in zip([0, *cuts], [*cuts, len(chunk)], strict=True):
+        rows, clock = encode(schema, columns[start:stop], clock)
+        parts.append(rows)
+
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert clock == after
+
+
+def at(schema: EventSchema, *times: int | None, clock: Clock | None = None) -> Any:
+    chunk = [{"at": time, "load": 1.0} for time in times]
+    return encode(schema, columns_from_events(schema, chunk), clock or Clock())
+
+
+GAPS = EventSchema.model_validate(
+    {
+        "timezone": "America/New_York",
+        "fields": [{"kind": "timestamp", "name": "at", "gap_mean": 0, "gap_std": 1}],
+    }
+)
+
+
+def test_gaps_go_on_from_the_latest_timestamp_seen() -> None:
+    start = MONDAY_NOON
+    rows, clock = at(GAPS, start, start + 10 * SECOND, start + 4 * SECOND, start + 13 * SECOND)
+
+    np.testing.assert_allclose(rows[:, 0], np.log1p([0, 10, 0, 3]), rtol=1e-6)
+    assert clock == Clock(start + 13 * SECOND, 4, 1)
+
+    rows, clock = at(GAPS, start + 12 * SECOND, start + 13 * SECOND + 1, clock=clock)
+
+    np.testing.assert_allclose(rows[:, 0], np.log1p([0, 0.001]), rtol=1e-6)
+    assert clock == Clock(start + 13 * SECOND + 1, 6, 2)
+
+
+def test_a_millisecond_survives_next_to_a_gap_of_a_century() -> None:
+    first = -2_000_000_000_001
+    rows, _ = at(GAPS, first, first + 1, clock=None)
+
+    assert rows[1, 0] == np.float32(np.log1p(0.001))
+
+
+def test_events_without_a_timestamp_leave_the_clock_alone() -> None:
+    rows, clock = at(SPARSE_TIMES, None, MONDAY_NOON, None, MONDAY_NOON + 5 * SECOND)
+
+    assert clock == Clock(MONDAY_NOON + 5 * SECOND, 2, 0)
+    assert rows[:, 5].tolist() == [1, 0, 1, 0]
+    assert (rows[[0, 2], :5] == 0).all()
+    np.testing.assert_allclose(rows[[1, 3], 0], (np.log1p([0, 5]) - 2.5) / 1.7, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("moment", "minutes", "weekday"),
+    [
+        ("2013-03-10T06:59:59+00:00", 119, 6),
+        ("2013-03-10T07:00:00+00:00", 180, 6),
+        ("2013-11-03T05:59:00+00:00", 119, 6),
+        ("2013-11-03T06:00:00+00:00", 60, 6),
+        ("2013-03-11T03:59:59+00:00", 1439, 6),
+        ("2013-03-11T04:00:00+00:00", 0, 0),
+        ("1969-12-31T23:59:59+00:00", 1139, 2),
+    ],
+)
+def test_angles_follow_the_local_clock_across_its_changes(
+    moment: str, minutes: int, weekday: int
+) -> None:
+    rows, _ = at(GAPS, int(datetime.fromisoformat(moment).timestamp() * 1000))
+
+    hour, day = 2 * math.pi * minutes / 1440, 2 * math.pi * weekday / 7
+    np.testing.assert_allclose(
+        rows[0, 1:], [math.sin(hour), math.cos(hour), math.sin(day), math.cos(day)], atol=1e-7
+    )
+
+
+def test_codes_tell_unknown_known_and_absent_apart() -> None:
+    base = {"load": 0.0, "at": 0, "heavy": False}
+    chunk = [
+        {**base, "carrier": "UA", "gate": "B"},
+        {**base, "carrier": "航空", "gate": None},
+        {**base, "carrier": "??", "gate": "??"},
+    ]
+    rows, _ = encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())
+
+    index = FULL_SCHEMA.column_index
+    assert rows[:, index["carrier"]].tolist() == [1, 4, 0]
+    assert rows[:, index["gate"]].tolist() == [2, 3, 0]
+
+
+def test_a_number_that_overflows_float32_is_refused_where_it_stands() -> None:
+    chunk = [{"load": value, "at": 0, "carrier": "x", "heavy": True} for value in (1.0, 1e39, 2.0)]
+
+    with pytest.raises(DataError) as caught:
+        encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())
+    assert (caught.value.index, caught.value.field) == (1, "load")
+    assert "float32" in caught.value.expected
+    assert caught.value.got == "1e+39"
+
+
+def test_a_number_that_overflows_float64_is_refused_too() -> None:
+    schema = EventSchema.model_validate(
+        {"fields": [{"kind": "numeric", "name": "x", "mean": -1e308, "std": 0.1}]}
+    )
+    with pytest.raises(DataError):
+        encode(schema, columns_from_events(schema, [{"x": 1.7e308}]), Clock())
+
+
+def test_an_open_schema_cannot_encode() -> None:
+    schema = EventSchema.model_validate({"fields": [{"kind": "numeric", "name": "x"}]})
+
+    with pytest.raises(ValueError, match="fitted"):
+        encode(schema, columns_from_events(schema, [{"x": 1.0}]), Clock())
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=40))
+def test_standardise_gives_the_column_to_the_bit(values: list[float]) -> None:
+    for name in ("load", "delay"):
+        field = FULL_SCHEMA.field(name)
+        assert isinstance(field, NumericField)
+        chunk = [
+            {"load": value, "delay": value, "at": 0, "carrier": "x", "heavy": True}
+            for value in values
+        ]
+        rows, _ = encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())
+
+        column = rows[:, FULL_SCHEMA.column_index[name]]
+        assert standardise(field, values).tobytes() == column.tobytes()
+        assert standardise(field, values[0]) == column[0]
+
+
+CLOCKED = state_spec(
+    parse_spec(
+        {
+            "name": "m",
+            "events": FULL_SCHEMA.model_dump(),
+            "layers": [{"kind": "gru", "units": 2}],
+            "heads": [{"kind": "sequence", "name": "h"}],
+        }
+    )
+)
+
+
+def test_a_clock_travels_through_the_state_by_name() -> None:
+    clock = Clock(1_370_000_000_123, 7, 2)
+    zero = CLOCKED.zero()
+
+    ints = clock.into_ints(CLOCKED, zero.ints)
+
+    assert not zero.ints.any()
+    assert ints[CLOCKED.slices["clock.last_ms"]].tolist() == [1_370_000_000_123]
+    assert ints[CLOCKED.slices["clock.seen"]].tolist() == [7]
+    assert ints[CLOCKED.slices["clock.out_of_order"]].tolist() == [2]
+    assert Clock.from_ints(CLOCKED, ints) == clock
+    assert Clock.from_ints(CLOCKED, zero.ints) == Clock()
+
+
+def test_a_model_without_timestamps_has_no_clock() -> None:
+    spec, none = StateSpec(()), np.zeros(0, np.int64)
+
+    assert Clock.from_ints(spec, none) == Clock()
+    assert Clock(5, 1, 0).into_ints(spec, none).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("last_ms", "seen", "out_of_order"),
+    [(0, -1, 0), (0, 3, 3), (0, 3, -1), (0, 0, 1), (2**62, 1, 0), (-(2**63), 1, 0)],
+)
+def test_a_clock_that_no_stream_reaches_is_refused(
+    last_ms: int, seen: int, out_of_order: int
+) -> None:
+    ints = Clock(last_ms, seen, out_of_order).into_ints(CLOCKED, CLOCKED.zero().ints)
+
+    with pytest.raises(StateError, match=r"clock\."):
+        Clock.from_ints(CLOCKED, ints)
+
+
+def good_rows() -> Any:
+    chunk = [{"load": 1, "at": 0, "carrier": "UA", "heavy": True, "gate": None}] * 3
+    return encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())[0]
+
+
+def test_rows_that_the_encoder_gives_pass_the_check() -> None:
+    check_rows(FULL_SCHEMA.columns, good_rows())
+    check_rows(FULL_SCHEMA.columns, good_rows()[:0])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "expected"),
+    [
+        ("load", np.nan, "finite"),
+        ("delay.missing", np.inf, "finite"),
+        ("carrier", -np.inf, "finite"),
+        ("carrier", 0.5, "from 0 to 4"),
+        ("carrier", -1, "from 0 to 4"),
+        ("carrier", 5, "from 0 to 4"),
+        ("gate", 4, "from 0 to 3"),
+    ],
+)
+def test_rows_that_it_could_not_give_are_refused(column: str, value: float, expected: str) -> None:
+    rows = good_rows()
+    rows[2, FULL_SCHEMA.column_index[column]] = value
+
+    with pytest.raises(DataError, match=expected) as caught:
+        check_rows(FULL_SCHEMA.columns, rows)
+    assert (caught.value.index, caught.value.field) == (2, column)
+    assert caught.value.got == f"{np.float32(value):g}"
+
+
+def test_the_highest_codes_pass_the_check() -> None:
+    rows = good_rows()
+    rows[0, FULL_SCHEMA.column_index["carrier"]] = 4
+    rows[0, FULL_SCHEMA.column_index["gate"]] = 3
+    rows[1, FULL_SCHEMA.column_index["gate"]] = 0
+
+    check_rows(FULL_SCHEMA.columns, rows)
+
+
+def test_rows_of_another_width_are_refused() -> None:
+    width = len(FULL_SCHEMA.columns)
+
+    with pytest.raises(DataError, match=f"expected rows of {width} values, got {width - 1}"):
+        check_rows(FULL_SCHEMA.columns, good_rows()[:, 1:])
+    with pytest.raises(DataError, match="shape"):
+        check_rows(FULL_SCHEMA.columns, good_rows()[0])

@@ -1,0 +1,93 @@
+"""Time zones as tables, against `zoneinfo` one moment at a time."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
+from models.events.zones import zone_table
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+ZONES = [
+    "UTC",
+    "America/New_York",
+    "Europe/Vienna",
+    "Australia/Lord_Howe",
+    "Asia/Kathmandu",
+    "Africa/Casablanca",
+    "America/Recife",
+]
+
+
+def offset_ms(zone: str, utc_ms: int) -> int:
+    moment = EPOCH + timedelta(milliseconds=utc_ms)
+    offset = moment.astimezone(ZoneInfo(zone)).utcoffset()
+    assert offset is not None
+    return offset // timedelta(milliseconds=1)
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(ZONES), st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1))
+def test_offsets_are_those_of_zoneinfo(zone: str, utc_ms: int) -> None:
+    assert zone_table(zone).offsets(np.array([utc_ms]))[0] == offset_ms(zone, utc_ms)
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_offsets_change_at_the_very_millisecond(zone: str) -> None:
+    starts = zone_table(zone).starts_ms[1:]
+    around = np.concatenate((starts - 1, starts))
+
+    found = zone_table(zone).offsets(around)
+
+    assert found.tolist() == [offset_ms(zone, moment) for moment in around.tolist()]
+    assert (found[: len(starts)] != found[len(starts) :]).all()
+
+
+def test_a_stay_of_a_week_is_not_missed() -> None:
+    moments = np.array([datetime(2000, 10, day, 12, tzinfo=UTC).timestamp() for day in (7, 10, 20)])
+
+    offsets = zone_table("America/Recife").offsets((moments * 1000).astype(np.int64))
+
+    assert (offsets / 3_600_000).tolist() == [-3, -2, -3]
+
+
+def local(text: str) -> int:
+    return (datetime.fromisoformat(text) - datetime(1970, 1, 1)) // timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "utc"),
+    [
+        ("2013-03-31T01:59:59", "2013-03-31T00:59:59"),
+        ("2013-03-31T02:30:00", None),
+        ("2013-03-31T03:00:00", "2013-03-31T01:00:00"),
+        ("2013-10-27T01:59:59", "2013-10-26T23:59:59"),
+        ("2013-10-27T02:30:00", "2013-10-27T00:30:00"),
+        ("2013-10-27T03:00:00", "2013-10-27T02:00:00"),
+        ("2013-07-01T12:00:00", "2013-07-01T10:00:00"),
+    ],
+)
+def test_local_times_in_vienna(text: str, utc: str | None) -> None:
+    moments, exists = zone_table("Europe/Vienna").to_utc(np.array([local(text)]))
+
+    assert exists.tolist() == [utc is not None]
+    if utc is not None:
+        assert moments.tolist() == [local(utc)]
+
+
+@settings(max_examples=100)
+@given(st.sampled_from(ZONES), st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1))
+def test_local_times_lead_back_to_their_moment_or_an_earlier_one(zone: str, utc_ms: int) -> None:
+    shown = utc_ms + offset_ms(zone, utc_ms)
+
+    moments, exists = zone_table(zone).to_utc(np.array([shown]))
+
+    assert exists.all()
+    assert moments[0] <= utc_ms
+    assert moments[0] + offset_ms(zone, int(moments[0])) == shown
