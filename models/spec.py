@@ -217,8 +217,20 @@ class TrainingSpec(Frozen):
         validate_from: RFC 3339 moment (in the schema's zone if it has none); events from it on
             choose the epoch.
         test_from: RFC 3339 moment; events from it on are held out and scored once.
+        epochs: most epochs.
+        patience: epochs without a better validation loss after which training stops.
         window_steps: events per window of truncated back-propagation.
-        batch_streams: streams trained side by side.
+        segment_windows: windows that follow one another from a stream's own state before the
+            next segment of another stream takes their place.
+        batch_streams: segments trained side by side.
+        learning_rate: AdamW's, reached after a short warm-up.
+        schedule: `cosine` lets it fall to zero over `epochs`, `constant` keeps it.
+        weight_decay: AdamW's, on matrices (not on biases and other vectors).
+        clip_norm: bound of the gradient's global norm.
+        average_decay: decay per window of the running average of the weights, which is what is
+            validated and kept; 0 keeps the weights themselves.
+        loss_weights: by head, its share in the loss; 1 where not named.
+        seed: of weights, order and dropout.
     """
 
     stream: str
@@ -228,10 +240,14 @@ class TrainingSpec(Frozen):
     epochs: Annotated[int, Field(ge=1)] = 20
     patience: Annotated[int, Field(ge=1)] = 3
     window_steps: Annotated[int, Field(ge=1, le=4096)] = 64
-    batch_streams: Annotated[int, Field(ge=1, le=4096)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    segment_windows: Annotated[int, Field(ge=1, le=4096)] = 16
+    batch_streams: Annotated[int, Field(ge=1, le=4096)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 1
 
 
@@ -307,6 +323,12 @@ class ModelSpec(Frozen):
                     f"head {head.name!r} reads {head.input!r}, expected one of {sorted(known)}"
                 )
             self._check_targets(head)
+        weighed = self.training.loss_weights if self.training is not None else {}
+        for name in weighed:
+            if name not in names:
+                raise ValueError(
+                    f"training.loss_weights: expected heads among {sorted(names)}, got {name!r}"
+                )
         return self
 
     def _check_targets(self, head: Head) -> None:

@@ -1,0 +1,299 @@
+"""From a file to encoded streams: CSV, JSON Lines and Parquet give the same rows.
+
+A file is read as a table; `models.events.frame` reads the table's columns as fields, the
+same for training, evaluation and replay. Rows of one stream are put in the order of
+`order_by` (the timestamp field by default); rows that tie keep the order of the file.
+
+Errors name the file, the column and the row (data rows counted from 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.errors import DataError, SpecError
+from models.events.columns import EventColumns
+from models.events.encode import Clock, encode
+from models.events.fit import fit_schema
+from models.events.frame import columns_from_frame
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventSchema,
+    NumericField,
+    TimestampField,
+)
+from models.spec import ModelSpec, TrainingSpec
+
+READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
+_TRUTH = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True)
+class Streams:
+    """All streams of a table, one after another.
+
+    Attributes:
+        names: S names, sorted.
+        spans: per stream, its first row and one past its last.
+        frame: the rows in this order, as they were read.
+        columns: the same rows as event columns.
+        moments_ms: int64 [rows], epoch milliseconds of each event, by which data are split;
+            an event without a timestamp has its predecessor's.
+    """
+
+    names: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    frame: pl.DataFrame
+    columns: EventColumns
+    moments_ms: NDArray[np.int64]
+
+    @property
+    def events(self) -> int:
+        """Rows of all streams."""
+        return self.frame.height
+
+    @cached_property
+    def has_next(self) -> NDArray[np.bool_]:
+        """Whether an event is followed by another of its stream, bool [rows]."""
+        found = np.ones(self.events, np.bool_)
+        found[[stop - 1 for _, stop in self.spans]] = False
+        return found
+
+    def encoded(self, schema: EventSchema) -> NDArray[np.float32]:
+        """Rows float32 [rows, F], every stream encoded from its beginning."""
+        rows = np.zeros((self.events, len(schema.columns)), np.float32)
+        for start, stop in self.spans:
+            rows[start:stop], _ = encode(schema, self.columns[start:stop], Clock())
+        return rows
+
+
+def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
+    """Read a table for a spec: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
+
+    Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the spec's fields
+    say; an empty cell is an absent value.
+
+    Raises:
+        DataError: the file cannot be read, or a cell is not what its field says.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
+    try:
+        if kind == ".parquet":
+            return pl.read_parquet(path)
+        if kind == ".csv":
+            frame = pl.read_csv(path, infer_schema=False)
+        else:
+            return pl.read_ndjson(path, infer_schema_length=None)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
+    return _typed(path, schema_of(spec), frame)
+
+
+def schema_of(spec: ModelSpec) -> EventSchema:
+    """The spec's event schema; SpecError where the model takes raw rows."""
+    if spec.events is None:
+        raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
+    return spec.events
+
+
+def training_of(spec: ModelSpec) -> TrainingSpec:
+    """The spec's `training`; SpecError where there is none."""
+    if spec.training is None:
+        raise SpecError(
+            f"model {spec.name!r}: expected `training`, which names the stream's column"
+        )
+    return spec.training
+
+
+def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> Streams:
+    """Sort a table into streams.
+
+    Args:
+        spec: with `events` and `training`; the schema need not be fitted.
+        frame: one row per event.
+        source: what errors call the table.
+
+    Raises:
+        DataError: no rows, a column that is not there, a stream without a name, or a value
+            that the schema refuses.
+        SpecError: nothing says when an event was.
+    """
+    schema, training = schema_of(spec), training_of(spec)
+    if frame.height == 0:
+        raise DataError(expected=f"{source}: at least one row", got="none")
+    order = training.order_by or (schema.timestamp.name if schema.timestamp else None)
+    for name in (training.stream, order):
+        if name is not None and name not in frame.columns:
+            raise DataError(
+                field=name, expected=f"{source}: a column of that name", got=f"{frame.columns}"
+            )
+    keyed = frame.with_columns(_stream=pl.col(training.stream).cast(pl.String))
+    nameless = keyed["_stream"].is_null()
+    if nameless.any():
+        raise DataError(
+            field=training.stream,
+            expected=f"{source}, row {int(nameless.arg_true()[0]) + 1}: a stream's name",
+            got="none",
+        )
+    try:
+        columns = columns_from_frame(schema, frame)
+    except DataError as error:
+        at = "" if error.index is None else f", row {error.index + 1}"
+        raise DataError(
+            field=error.field, expected=f"{source}{at}: {error.expected}", got=error.got
+        ) from error
+    moments = _moments(schema, training, columns, frame)
+    keys: list[Any] = [pl.col("_stream")]
+    if order is not None:
+        keyed = keyed.with_columns(_order=_order(schema, order, columns, frame))
+        keys.append(pl.col("_order"))
+    rank = keyed.with_row_index("_row").sort(keys, maintain_order=True)["_row"].to_numpy()
+    keyed = keyed[rank]
+    runs = keyed["_stream"].rle().struct.unnest()
+    ends = np.cumsum(runs["len"].to_numpy().astype(np.int64))
+    starts = np.concatenate(([0], ends[:-1]))
+    spans = tuple(zip(starts.tolist(), ends.tolist(), strict=True))
+    return Streams(
+        tuple(runs["value"].to_list()),
+        spans,
+        frame[rank],
+        _taken(columns, rank),
+        _filled(moments[0][rank], moments[1][rank], spans),
+    )
+
+
+def moment_ms(schema: EventSchema, text: str, name: str) -> int:
+    """Epoch milliseconds of an RFC 3339 moment, in the schema's zone if it has none.
+
+    Raises:
+        SpecError: it is no such moment; `name` is what the message calls it.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise SpecError(f"{name}: expected a moment such as 2013-10-01, got {text!r}") from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=ZoneInfo(schema.timezone))
+    return round(moment.timestamp() * 1000)
+
+
+def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
+    """The spec with its schema fitted on the events before a moment, and on no others.
+
+    Raises:
+        DataError: there are no such events.
+    """
+    training = training_of(spec)
+    known = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
+    if known.height == 0:
+        raise DataError(expected="events before `validate_from`", got="none")
+    # The rows already stand in the order of their streams and moments.
+    schema = fit_schema(schema_of(spec), known, stream=training.stream)
+    return spec.model_copy(update={"events": schema})
+
+
+def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
+    for field in schema.fields:
+        if field.name not in frame.columns:
+            continue
+        column = frame[field.name]
+        match field:
+            case NumericField():
+                cast, wanted = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
+            case BooleanField():
+                lower = column.str.strip_chars().str.to_lowercase()
+                cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
+                wanted = "true or false"
+            case TimestampField() if column.drop_nulls().str.contains(r"^-?\d+$").all():
+                cast, wanted = column.cast(pl.Int64, strict=False), "epoch milliseconds"
+            case TimestampField() | CategoricalField():
+                continue
+        wrong = column.is_not_null() & cast.is_null()
+        if wrong.any():
+            row = int(wrong.arg_true()[0])
+            raise DataError(
+                field=field.name,
+                expected=f"{path}, row {row + 1}: {wanted}",
+                got=repr(column[row]),
+            )
+        frame = frame.with_columns(cast.alias(field.name))
+    return frame
+
+
+def _order(schema: EventSchema, name: str, columns: EventColumns, frame: pl.DataFrame) -> pl.Series:
+    """What sorts a stream's rows: moments and numbers by value, also where they are text."""
+    if schema.timestamp is not None and name == schema.timestamp.name:
+        present = columns.present[name]
+        if not present.all():
+            raise DataError(
+                index=int(np.argmin(present)),
+                field=name,
+                expected="a moment to order by",
+                got="none",
+            )
+        return pl.Series(columns.values[name])
+    column = frame[name]
+    if column.dtype == pl.String:
+        number = column.str.strip_chars().cast(pl.Float64, strict=False)
+        if number.null_count() == column.null_count():
+            return number
+    return column
+
+
+def _moments(
+    schema: EventSchema, training: TrainingSpec, columns: EventColumns, frame: pl.DataFrame
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    if schema.timestamp is not None:
+        name = schema.timestamp.name
+        return columns.values[name], columns.present[name]
+    if training.order_by is None:
+        raise SpecError(
+            "expected a timestamp field or `order_by` with a column of timestamps: "
+            "data are split by time"
+        )
+    field = TimestampField(name=training.order_by) if training.order_by.isidentifier() else None
+    if field is None:
+        raise SpecError(f"order_by: expected a plain column name, got {training.order_by!r}")
+    only = EventSchema(timezone=schema.timezone, fields=(field,))
+    read = columns_from_frame(only, frame)
+    return read.values[field.name], read.present[field.name]
+
+
+def _filled(
+    moments_ms: NDArray[np.int64],
+    present: NDArray[np.bool_],
+    spans: tuple[tuple[int, int], ...],
+) -> NDArray[np.int64]:
+    """Absent moments take the one before them in their stream; before any, the first known."""
+    if present.all():
+        return moments_ms
+    filled = moments_ms.copy()
+    for start, stop in spans:
+        known = np.flatnonzero(present[start:stop])
+        if len(known) == 0:
+            raise DataError(index=start, expected="a stream with at least one moment", got="none")
+        last = np.searchsorted(known, np.arange(stop - start), side="right") - 1
+        filled[start:stop] = moments_ms[start:stop][known[np.maximum(last, 0)]]
+    return filled
+
+
+def _taken(columns: EventColumns, rows: NDArray[Any]) -> EventColumns:
+    return EventColumns(
+        len(rows),
+        {name: array[rows] for name, array in columns.present.items()},
+        {name: array[rows] for name, array in columns.values.items()},
+    )

@@ -1,0 +1,215 @@
+"""One network in training: windows in, weights out.
+
+Truncated back-propagation through time: a window's loss is differentiated within the window,
+and the state it leaves begins the next one, its gradient stopped (Williams and Peng, 1990).
+The optimiser is AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization"):
+
+    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+    w = w - rate (m^ / (sqrt(v^) + eps) + decay w),  m^ = m / (1 - b1^k),  v^ = v / (1 - b2^k)
+
+with g clipped to a global norm, and decay on matrices alone. What is validated and kept is an
+exponential average of the weights. Everything that the next epoch depends on is in
+`arrays()`: the dropout masks and the order of groups follow from seed and epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from math import cos, pi
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from models.layout import weight_shapes
+from models.networks.build import StepNetwork
+from models.spec import ModelSpec
+from models.training.data import training_of
+from models.training.plan import Plan
+from models.training.windows import Window, groups_of, windows_of
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
+WARM_UP_WINDOWS = 50
+"""The learning rate rises over so many windows, and the average's decay with it."""
+SCORING_WINDOW_STEPS = 256
+
+FloatArray = NDArray[np.float32]
+
+
+class Loop:
+    """Trains one network, epoch by epoch; one thread only."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan):
+        """Build the network with fresh weights of the spec's seed."""
+        self.spec, self.plan = spec, plan
+        self._training = training_of(spec)
+        self.network = StepNetwork(spec)
+        self.network.initialise(self._training.seed)
+        self._trainable = self.network.trainable_variables
+        self._names = [
+            name
+            for name in weight_shapes(spec)
+            if not name.endswith((".moving_mean", ".moving_variance"))
+        ]
+        self._moments = [[tf.Variable(tf.zeros_like(v)) for v in self._trainable] for _ in "mv"]
+        self._average = [tf.Variable(v) for v in self._trainable]
+        self._ended = np.zeros((len(plan.segments), self.network.state_size), np.float32)
+        self._windows = 0
+        self._weights = {
+            head.name: float(self._training.loss_weights.get(head.name, 1.0)) for head in spec.heads
+        }
+        self._step = tf.function(self._train_window, reduce_retracing=False)
+        self._judge = tf.function(self._judge_window, reduce_retracing=False)
+
+    @cached_property
+    def windows_per_epoch(self) -> int:
+        """Windows of one epoch."""
+        return sum(1 for group in self.plan.groups for _ in self._cut(group))
+
+    def train_epoch(self, epoch: int) -> Iterator[float]:
+        """Train one epoch; yields each window's loss, and is to be run to its end.
+
+        Args:
+            epoch: counted from 0; decides the order of groups and the dropout masks.
+        """
+        training = self._training
+        self.network.reseed(training.seed * 100_003 + epoch)
+        order = np.random.default_rng([training.seed, epoch]).permutation(len(self.plan.groups))
+        total = self.windows_per_epoch * training.epochs
+        for group in (self.plan.groups[index] for index in order):
+            state = self._begin([self.plan.segments[i].before for i in group])
+            for window in self._cut(group):
+                self._windows += 1
+                warm = min(1.0, self._windows / WARM_UP_WINDOWS)
+                rate = training.learning_rate * warm
+                if training.schedule == "cosine":
+                    rate *= 0.5 * (1 + cos(pi * min(1.0, self._windows / total)))
+                decay = min(training.average_decay, self._windows / (self._windows + 10))
+                loss, state = self._step(
+                    *self._tensors(window, self.plan.trained),
+                    state,
+                    tf.constant([rate, decay if training.average_decay else 0.0], tf.float32),
+                    tf.constant(self._windows, tf.float32),
+                )
+                yield float(loss)
+            self._ended[list(group)] = state.numpy()[: len(group)]
+
+    def validate(self) -> dict[str, float]:
+        """Mean validation loss of each head under the averaged weights, and their weighted sum.
+
+        Every stream goes on from its last training segment, which is run again first.
+        """
+        raw = [variable.numpy() for variable in self._trainable]
+        for variable, average in zip(self._trainable, self._average, strict=True):
+            variable.assign(average)
+        lanes = self._training.batch_streams
+        sums = dict.fromkeys(self._weights, 0.0)
+        count = 0
+        for group in groups_of(self.plan.validation, lanes):
+            segments = [self.plan.validation[index] for index in group]
+            state = self._begin([segment.before for segment in segments])
+            for window in windows_of(segments, lanes, SCORING_WINDOW_STEPS):
+                rows, following, lengths, mask = self._tensors(window, self.plan.validated)
+                losses, state = self._judge(rows, following, lengths, mask, state)
+                steps = int(np.count_nonzero(mask))
+                count += steps
+                for name, value in losses.items():
+                    sums[name] += float(value) * steps
+        for variable, value in zip(self._trainable, raw, strict=True):
+            variable.assign(value)
+        found = {name: value / max(1, count) for name, value in sums.items()}
+        found["loss"] = sum(self._weights[name] * value for name, value in found.items())
+        return found
+
+    def averaged(self) -> dict[str, FloatArray]:
+        """All weights, trainable ones as their average."""
+        weights = self.network.get_weights()
+        for name, average in zip(self._names, self._average, strict=True):
+            weights[name] = average.numpy()
+        return weights
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All that the next epoch depends on, by name."""
+        found: dict[str, NDArray[Any]] = {
+            f"weights/{name}": value for name, value in self.network.get_weights().items()
+        }
+        for kind, variables in self._slots():
+            for name, variable in zip(self._names, variables, strict=True):
+                found[f"{kind}/{name}"] = variable.numpy()
+        found["ended"] = self._ended
+        found["windows"] = np.array([self._windows], np.int64)
+        return found
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `arrays` gave."""
+        marker = "weights/"
+        self.network.set_weights(
+            {n[len(marker) :]: v for n, v in arrays.items() if n.startswith(marker)}
+        )
+        for kind, variables in self._slots():
+            for name, variable in zip(self._names, variables, strict=True):
+                variable.assign(arrays[f"{kind}/{name}"])
+        self._ended = np.array(arrays["ended"])
+        self._windows = int(arrays["windows"][0])
+
+    def _slots(self) -> list[tuple[str, list[Any]]]:
+        return [("m", self._moments[0]), ("v", self._moments[1]), ("average", self._average)]
+
+    def _cut(self, group: tuple[int, ...]) -> Iterator[Window]:
+        segments = [self.plan.segments[index] for index in group]
+        return windows_of(segments, self._training.batch_streams, self._training.window_steps)
+
+    def _begin(self, before: list[int | None]) -> Any:
+        state = np.zeros((self._training.batch_streams, self.network.state_size), np.float32)
+        for lane, index in enumerate(before):
+            if index is not None:
+                state[lane] = self._ended[index]
+        return tf.constant(state)
+
+    def _tensors(
+        self, window: Window, wanted: NDArray[np.bool_]
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.int32], NDArray[np.bool_]]:
+        valid = np.arange(window.index.shape[1]) < window.lengths[:, None]
+        following = self.plan.rows[self.plan.following[window.index]]
+        return (
+            self.plan.rows[window.index],
+            following,
+            window.lengths,
+            valid & wanted[window.index],
+        )
+
+    def _train_window(
+        self, rows: Any, following: Any, lengths: Any, mask: Any, state: Any, rates: Any, count: Any
+    ) -> tuple[Any, Any]:
+        with tf.GradientTape() as tape:
+            done = self.network.forward(rows, lengths, tf.stop_gradient(state), training=True)
+            losses = self.network.losses(done.raw, following, mask)
+            loss = tf.add_n([self._weights[name] * value for name, value in losses.items()])
+        gradients = [
+            tf.convert_to_tensor(gradient) if gradient is not None else tf.zeros_like(variable)
+            for gradient, variable in zip(
+                tape.gradient(loss, self._trainable), self._trainable, strict=True
+            )
+        ]
+        gradients, _ = tf.clip_by_global_norm(gradients, self._training.clip_norm)
+        first = 1.0 - tf.pow(BETA_1, count)
+        second = 1.0 - tf.pow(BETA_2, count)
+        for weight, gradient, m, v, average in zip(
+            self._trainable, gradients, *self._moments, self._average, strict=True
+        ):
+            m.assign(BETA_1 * m + (1 - BETA_1) * gradient)
+            v.assign(BETA_2 * v + (1 - BETA_2) * tf.square(gradient))
+            change = (m / first) / (tf.sqrt(v / second) + EPSILON)
+            if len(weight.shape) > 1:
+                change += self._training.weight_decay * weight
+            weight.assign(weight - rates[0] * change)
+            average.assign(rates[1] * average + (1 - rates[1]) * weight)
+        return loss, done.state
+
+    def _judge_window(
+        self, rows: Any, following: Any, lengths: Any, mask: Any, state: Any
+    ) -> tuple[dict[str, Any], Any]:
+        done = self.network.forward(rows, lengths, state, training=False)
+        return self.network.losses(done.raw, following, mask), done.state

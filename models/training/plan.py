@@ -1,0 +1,92 @@
+"""Which steps are trained on and which are validated, and in which order they run.
+
+Invariant: nothing at or after `validate_ms` is trained on, neither as an event nor as the
+event to be predicted, and nothing at or after `test_ms` is validated on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from models.spec import ModelSpec
+from models.training.data import Streams, schema_of, training_of
+from models.training.windows import Segment, groups_of, segments_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which steps are trained and which are validated.
+
+    A step belongs to the side on which the event *after* it lies: that is what it predicts.
+
+    Attributes:
+        rows: float32 [rows, F], encoded.
+        trained, validated: bool [rows].
+        segments: of the training part of every stream.
+        groups: indices into `segments`.
+        validation: per stream with validated steps, the rows to run: from the beginning of
+            its last training segment, so that the state is the newest weights' own.
+    """
+
+    rows: NDArray[np.float32]
+    trained: NDArray[np.bool_]
+    validated: NDArray[np.bool_]
+    segments: tuple[Segment, ...]
+    groups: tuple[tuple[int, ...], ...]
+    validation: tuple[Segment, ...]
+
+    @cached_property
+    def following(self) -> NDArray[np.int64]:
+        """The row after each row (the last row's is itself)."""
+        return np.minimum(np.arange(len(self.rows)) + 1, len(self.rows) - 1)
+
+
+def plan_of(spec: ModelSpec, streams: Streams, validate_ms: int, test_ms: int) -> Plan:
+    """Lay out training before `validate_ms` and validation from there to `test_ms`.
+
+    Raises:
+        DataError: there is nothing to train on, or nothing to validate on.
+    """
+    training = training_of(spec)
+    spans = []
+    # Within a stream moments may go back. What counts is the latest so far: then no training
+    # step follows a validated one.
+    latest = streams.moments_ms.copy()
+    for start, stop in streams.spans:
+        latest[start:stop] = np.maximum.accumulate(latest[start:stop])
+        spans.append((start, start + int(np.searchsorted(latest[start:stop], validate_ms))))
+    followed = np.append(latest[1:], latest[-1:])
+    trained = streams.has_next & (followed < validate_ms)
+    validated = streams.has_next & (followed >= validate_ms) & (followed < test_ms)
+    steps = training.window_steps * training.segment_windows
+    segments = segments_of(spans, steps)
+    last = {segment.stop: index for index, segment in enumerate(segments)}
+    validation = []
+    for (start, stop), (_, end) in zip(streams.spans, spans, strict=True):
+        until = start + int(np.searchsorted(latest[start:stop], test_ms))
+        if not validated[start:until].any():
+            continue
+        index = last.get(end) if end > start else None
+        if index is None:
+            validation.append(Segment(start, until, None))
+        else:
+            validation.append(Segment(segments[index].start, until, segments[index].before))
+    if not trained.any() or not validated.any():
+        raise DataError(
+            expected="events on both sides of `validate_from`, followed by others of their stream",
+            got=f"{int(trained.sum())} to train on and {int(validated.sum())} to validate on",
+        )
+    groups = groups_of(segments, training.batch_streams)
+    return Plan(
+        streams.encoded(schema_of(spec)),
+        trained,
+        validated,
+        tuple(segments),
+        tuple(tuple(group) for group in groups),
+        tuple(validation),
+    )
