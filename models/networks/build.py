@@ -216,7 +216,9 @@ class StepNetwork:
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
         """Copies of all weights by name, in the order of `models.layout.weight_shapes`."""
-        return {name: np.array(variable) for name, variable in self._variables.items()}
+        return {
+            name: np.array(variable.value.numpy()) for name, variable in self._variables.items()
+        }
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Take all weights by name; nothing changes unless all of them fit.

@@ -34,6 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.errors import SpecError
+from models.events.encode import standardise
 from models.events.schema import (
     BooleanField,
     CategoricalField,
@@ -251,11 +252,9 @@ def _classification(
 
 def encoded_threshold(field: NumericField, head: ClassificationHead) -> np.float32:
     """`above` as the encoder would write it, so that comparing encoded values is exact."""
-    from models.events.encode import standardise
-
     if head.above is None:
         raise SpecError(f"head {head.name!r}: expected `above` for the numeric {field.name!r}")
-    return np.float32(standardise(field, np.array([head.above], np.float64))[0])
+    return np.float32(standardise(field, head.above))
 
 
 def mean_losses(
