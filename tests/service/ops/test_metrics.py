@@ -1,0 +1,161 @@
+"""Metrics: every report is counted where it belongs, alone and with several workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.domain import Timing
+from service.ops.metrics import MULTIPROCESS_DIR, PrometheusRecorder
+from service.recorder import Recorder
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+def read(text: bytes) -> dict[Series, float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+
+
+def series(name: str, **labels: str) -> Series:
+    return name, frozenset(labels.items())
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
+    monkeypatch.delenv(MULTIPROCESS_DIR, raising=False)
+    return PrometheusRecorder()
+
+
+def test_each_report_lands_in_its_own_series(recorder: PrometheusRecorder) -> None:
+    reports: Recorder = recorder
+    recorder.model("flights", "a1b2", "tensorflow")
+    recorder.model("post", "c3d4", "tensorflow")
+    reports.chunk("flights", 16, Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0))
+    reports.chunk("flights", 3, Timing())
+    reports.chunk("post", 1, Timing())
+    reports.replay("flights")
+    reports.conflict("post")
+    reports.conflict("post")
+    reports.cache("flights", hits=5, misses=2)
+    reports.batch("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    reports.queue("flights", 7)
+    reports.queue("flights", 4)
+    reports.refusal("flights", "position_ahead")
+
+    found = read(recorder.render())
+    flights = {"model": "flights"}
+    assert found[series("carry_chunks_total", **flights)] == 2
+    assert found[series("carry_events_total", **flights)] == 19
+    assert found[series("carry_chunks_total", model="post")] == 1
+    assert found[series("carry_replays_total", **flights)] == 1
+    assert found[series("carry_conflicts_total", **flights)] == 0
+    assert found[series("carry_conflicts_total", model="post")] == 2
+    assert found[series("carry_cache_hits_total", **flights)] == 5
+    assert found[series("carry_cache_misses_total", **flights)] == 2
+    assert found[series("carry_batch_steps_total", **flights)] == 40
+    assert found[series("carry_batch_padded_steps_total", **flights)] == 64
+    assert found[series("carry_batch_rows_bucket", **flights, le="2.0")] == 0
+    assert found[series("carry_batch_rows_bucket", **flights, le="4.0")] == 1
+    assert found[series("carry_batch_seconds_sum", **flights)] == pytest.approx(0.006)
+    assert found[series("carry_queue_depth", **flights)] == 4
+    assert found[series("carry_refusals_total", **flights, code="position_ahead")] == 1
+    for stage, seconds in {"queue": 0.002, "load": 0.03, "infer": 0.4, "commit": 5.0}.items():
+        name = "carry_chunk_stage_seconds"
+        assert found[series(f"{name}_sum", **flights, stage=stage)] == pytest.approx(seconds)
+        assert found[series(f"{name}_count", **flights, stage=stage)] == 2
+    info = series("carry_model_info", **flights, version="a1b2", runtime="tensorflow")
+    assert found[info] == 1
+
+
+def test_the_series_of_a_model_begin_at_zero(recorder: PrometheusRecorder) -> None:
+    recorder.model("flights", "a1b2", "tensorflow")
+    found = read(recorder.render())
+    for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
+        assert found[series(f"carry_{name}_total", model="flights")] == 0
+    assert found[series("carry_queue_depth", model="flights")] == 0
+
+
+def test_clients_cannot_make_series(recorder: PrometheusRecorder) -> None:
+    recorder.model("flights", "a1b2", "tensorflow")
+    for name in ("nope", "nope2", "nope3"):
+        recorder.refusal(name, "model_not_found")
+    found = read(recorder.render())
+    refusals = {key: value for key, value in found.items() if key[0] == "carry_refusals_total"}
+    assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
+
+
+def test_the_build_is_named(recorder: PrometheusRecorder) -> None:
+    builds = [key for key in read(recorder.render()) if key[0] == "carry_build_info"]
+    assert len(builds) == 1
+    assert {name for name, _ in builds[0][1]} == {"version", "python"}
+
+
+WORKER = """
+import os
+from service.domain import Timing
+from service.ops.metrics import PrometheusRecorder
+
+recorder = PrometheusRecorder()
+recorder.model("flights", "a1b2", "tensorflow")
+recorder.chunk("flights", 5, Timing(infer_s=0.25))
+recorder.queue("flights", 3)
+print("recorded", flush=True)
+if input() == "render":
+    os.write(1, recorder.render())
+"""
+
+
+def test_any_worker_answers_for_all_of_them_and_for_those_that_died(tmp_path: Path) -> None:
+    environment = {**os.environ, MULTIPROCESS_DIR: str(tmp_path)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    first, second, third = workers
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == b"recorded\n"
+        first.kill()
+        first.communicate()
+        rendered, _ = second.communicate(b"render\n")
+    finally:
+        for worker in (second, third):
+            if worker.poll() is None:
+                worker.communicate(b"end\n")
+    found = read(rendered)
+    assert found[series("carry_chunks_total", model="flights")] == 3
+    assert found[series("carry_events_total", model="flights")] == 15
+    stage = {"model": "flights", "stage": "infer"}
+    assert found[series("carry_chunk_stage_seconds_sum", **stage)] == pytest.approx(0.75)
+    # the one that was killed waits for nothing any more
+    assert found[series("carry_queue_depth", model="flights")] == 6
+    assert len([key for key in found if key[0] == "carry_model_info"]) == 1
+
+
+def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
+    recorder.model("flights", "a1b2", "tensorflow")
+    recorder.refusal("flights", "conflict")
+    page = (REPOSITORY / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
+    suffix = re.compile(r"_(bucket|sum|count)$")
+    rendered = {suffix.sub("", name) for name, _ in read(recorder.render())}
+    assert documented == {name for name in rendered if name.startswith("carry_")}
