@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec import ModelSpec
+from models.events.schema import EventField
+from models.spec import Head, Layer, ModelSpec
 
 FINGERPRINT_BYTES = 16
 
@@ -60,7 +61,7 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
     events: dict[str, Any] | None = None
     if spec.events is not None:
         events = {
-            "fields": [field.model_dump(exclude=_FIELD_NOTES) for field in spec.events.fields],
+            "fields": [_part(field, _FIELD_NOTES) for field in spec.events.fields],
             # Only the calendar features of a timestamp read the zone.
             "timezone": spec.events.timezone if spec.events.timestamp else None,
         }
@@ -68,9 +69,17 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
         "numerics": _NUMERICS,
         "events": events,
         "features": spec.features,
-        "layers": [layer.model_dump(exclude=_LAYER_NOTES) for layer in spec.layers],
+        "layers": [_part(layer, _LAYER_NOTES) for layer in spec.layers],
         "heads": [
-            head.model_dump(exclude=_DENSE_HEAD_NOTES if head.kind == "dense" else None)
-            for head in spec.heads
+            _part(head, _DENSE_HEAD_NOTES if head.kind == "dense" else set()) for head in spec.heads
         ],
     }
+
+
+def _part(part: EventField | Layer | Head, notes: set[str]) -> dict[str, Any]:
+    """One field, layer or head without its notes and without what is at its default.
+
+    An option that a later version adds is at its default in every model made before it, and
+    so leaves their fingerprints, and the states stored under them, as they are.
+    """
+    return {**part.model_dump(exclude=notes, exclude_defaults=True), "kind": part.kind}

@@ -1,0 +1,99 @@
+"""The event schema as data: its columns, its codes, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from models.events.schema import CategoricalField, Column, EventSchema, NumericField
+from tests.support.events import FULL_SCHEMA, SPARSE_TIMES
+
+
+def test_columns_follow_the_fields_in_order() -> None:
+    assert FULL_SCHEMA.columns == (
+        Column("load", "load"),
+        Column("delay", "delay"),
+        Column("delay.missing", "delay"),
+        *(
+            Column(f"at.{feature}", "at")
+            for feature in ("gap", "hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
+        ),
+        Column("carrier", "carrier", codes=5, embedding=3),
+        Column("gate", "gate", codes=4, embedding=8),
+        Column("heavy", "heavy"),
+        Column("late", "late"),
+        Column("late.missing", "late"),
+    )
+    assert FULL_SCHEMA.column_index["gate"] == 9
+    assert [column.name for column in SPARSE_TIMES.columns][5:] == ["at.missing", "load"]
+    assert sum(column.width for column in FULL_SCHEMA.columns) == 11 + 3 + 8
+
+
+def test_codes_of_a_categorical() -> None:
+    field = CategoricalField(name="c", optional=True, vocabulary=("b", "a"))
+
+    assert field.code_of == {"b": 1, "a": 2}
+    assert field.absent_code == 3
+    assert field.codes == 4
+    assert field.labels == ("<unknown>", "b", "a", "<absent>")
+
+
+def test_a_copy_describes_its_own_values() -> None:
+    field = CategoricalField(name="c", vocabulary=("a",))
+    assert field.code_of == {"a": 1}
+
+    assert field.model_copy(update={"vocabulary": ("b", "c")}).code_of == {"b": 1, "c": 2}
+    assert field.model_copy() == field
+    with pytest.raises(ValidationError):
+        field.model_copy(update={"embedding": 0})
+    assert FULL_SCHEMA.model_copy(update={"timezone": "UTC"}).fields == FULL_SCHEMA.fields
+
+
+def test_a_schema_is_fitted_when_every_field_is() -> None:
+    assert FULL_SCHEMA.fitted
+    for index, field in enumerate(FULL_SCHEMA.fields):
+        for name in ("mean", "std", "gap_mean", "gap_std", "vocabulary"):
+            if name in type(field).model_fields:
+                fields = list(FULL_SCHEMA.fields)
+                fields[index] = field.model_copy(update={name: None})
+                assert not FULL_SCHEMA.model_copy(update={"fields": tuple(fields)}).fitted
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"fields": []}, "at least 1"),
+        ({"fields": [{"kind": "number", "name": "x"}]}, "kind"),
+        ({"fields": [{"kind": "numeric", "name": "x.y"}]}, "pattern"),
+        ({"fields": [{"kind": "numeric", "name": "x", "std": 0}]}, "greater than 0"),
+        ({"fields": [{"kind": "numeric", "name": "x", "mean": float("nan")}]}, "finite"),
+        ({"fields": [{"kind": "numeric", "name": "x", "unit": "t"}]}, "not permitted"),
+        ({"fields": [{"kind": "numeric", "name": "x"}] * 2}, "distinct field names"),
+        (
+            {"fields": [{"kind": "timestamp", "name": "a"}, {"kind": "timestamp", "name": "b"}]},
+            "at most one timestamp",
+        ),
+        ({"fields": [{"kind": "categorical", "name": "c", "vocabulary": ["a", "a"]}]}, "distinct"),
+        ({"fields": [{"kind": "categorical", "name": "c", "vocabulary": [""]}]}, "1 to 256"),
+        (
+            {"fields": [{"kind": "categorical", "name": "c", "vocabulary": ["x" * 257]}]},
+            "got one of 257",
+        ),
+        (
+            {"timezone": "Mars/Olympus", "fields": [{"kind": "numeric", "name": "x"}]},
+            "IANA time zone",
+        ),
+    ],
+)
+def test_what_no_schema_may_say(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        EventSchema.model_validate(data)
+
+
+def test_fields_are_found_by_name() -> None:
+    assert isinstance(FULL_SCHEMA.field("delay"), NumericField)
+    assert FULL_SCHEMA.timestamp is FULL_SCHEMA.field("at")
+    with pytest.raises(KeyError):
+        FULL_SCHEMA.field("nothing")
