@@ -36,8 +36,8 @@ from models.spec import ModelSpec, parse_spec
 from models.state import StateSpec
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
+MANIFEST_NAME = "manifest.json"
+WEIGHTS_NAME = "weights.safetensors"
 
 FloatArray = NDArray[np.float32]
 
@@ -114,9 +114,9 @@ def write_artifact(
     path = Path(path)
     _check_fitted(spec, str(path))
     _check_weights(spec, weights, str(path))
-    contents: dict[str, bytes] = {WEIGHTS: _weights_bytes(weights)}
+    contents: dict[str, bytes] = {WEIGHTS_NAME: _weights_bytes(weights)}
     for name, content in dict(files).items():
-        if name in (MANIFEST, WEIGHTS) or not _inside(name):
+        if name in (MANIFEST_NAME, WEIGHTS_NAME) or not _inside(name):
             raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
         contents[name] = content.read_bytes() if isinstance(content, Path) else content
     manifest = _manifest(spec, weights, contents, metrics, training, path)
@@ -129,7 +129,7 @@ def write_artifact(
         for name, data in contents.items():
             _write_file(made / name, data)
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-        _write_file(made / MANIFEST, (text + "\n").encode())
+        _write_file(made / MANIFEST_NAME, (text + "\n").encode())
         for folder in {made, *(made.joinpath(name).parent for name in contents)}:
             _sync_directory(folder)
         artifact = load_artifact(made)
@@ -151,7 +151,7 @@ def load_artifact(path: Path) -> Artifact:
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    where = f"{path / MANIFEST}"
+    where = f"{path / MANIFEST_NAME}"
     contents = _read_files(path, manifest)
     try:
         spec = parse_spec(manifest.get("spec"), f"{where}: spec")
@@ -174,6 +174,7 @@ def load_artifact(path: Path) -> Artifact:
 
 def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
     return {
+        "name": spec.name,
         "input_features": spec.input_features,
         "state": {
             part.name: {"shape": list(part.shape), "dtype": part.dtype}
@@ -202,9 +203,8 @@ def _manifest(
 ) -> dict[str, Any]:
     manifest = {
         "format": FORMAT,
-        "name": spec.name,
         **_derived(spec, fingerprint(spec, weights)),
-        "weights": WEIGHTS,
+        "weights": WEIGHTS_NAME,
         "metrics": dict(metrics or {}),
         "training": dict(training or {}),
         "libraries": _library_versions(),
@@ -232,13 +232,13 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise ArtifactError(f"{path}: expected a directory with {MANIFEST}")
-    file = path / MANIFEST
+        raise ArtifactError(f"{path}: expected a directory with {MANIFEST_NAME}")
+    file = path / MANIFEST_NAME
     try:
         manifest = json.loads(file.read_bytes())
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: expected JSON, got {error}") from error
     if not isinstance(manifest, dict):
         raise ArtifactError(f"{file}: expected a JSON object, got {type(manifest).__name__}")
@@ -247,7 +247,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{file}: expected artifact format {FORMAT}, got {form!r}")
     try:
         expected = _checksum(manifest)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file}: expected finite numbers, got {error}") from error
     if manifest.get("checksum") != expected:
         raise ArtifactError(
@@ -260,16 +260,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     listed = manifest.get("files")
     if not isinstance(listed, dict):
-        raise ArtifactError(f"{path / MANIFEST}: expected `files`, an object")
+        raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files`, an object")
     contents: dict[str, bytes] = {}
     for name, entry in listed.items():
         file = path / name
         if not _inside(name) or not file.resolve().is_relative_to(path.resolve()):
             raise ArtifactError(
-                f"{path / MANIFEST}: expected file names inside the artifact, got {name!r}"
+                f"{path / MANIFEST_NAME}: expected file names inside the artifact, got {name!r}"
             )
         if not isinstance(entry, dict):
-            raise ArtifactError(f"{path / MANIFEST}: expected `files.{name}` to be an object")
+            raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files.{name}` to be an object")
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -335,7 +335,7 @@ def _check_fitted(spec: ModelSpec, where: str) -> None:
 def _check_target(path: Path, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    if not (path / MANIFEST).is_file():
+    if not (path / MANIFEST_NAME).is_file():
         raise ArtifactError(f"{path}: is there and is no artifact; expected a free path")
     if not overwrite:
         raise ArtifactError(f"{path}: holds an artifact already; expected a free path")
