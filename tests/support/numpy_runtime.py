@@ -1,0 +1,50 @@
+"""A runtime that computes with the float64 oracle, for tests of everything around it.
+
+Slow, exact, and without TensorFlow: what the pipeline answers through it must equal the oracle
+on the whole sequence to float32 rounding, whatever the cuts and the company in the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.artifact import Artifact
+from service.domain import FloatRows
+from service.engine.protocol import FloatBatch, Lengths
+from tests.support.oracle import oracle_step
+
+
+class NumpyRuntime:
+    """The oracle behind the runtime protocol."""
+
+    name = "numpy"
+    max_batch = 8
+    max_steps = 16
+
+    def __init__(self, artifact: Artifact):
+        self._artifact = artifact
+        self.shapes: list[tuple[int, int]] = []
+        """(rows, longest) of every call, padding rows included."""
+
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        """One row and three steps more than needed, so that padding is always there."""
+        return rows + 1, steps + 3
+
+    def warm(self) -> None:
+        """Nothing to compile."""
+
+    def step(
+        self, rows: FloatBatch, lengths: Lengths, states: FloatRows
+    ) -> tuple[FloatBatch, FloatRows]:
+        """Row by row; what lies beyond a length comes back as NaN, to be seen if it is used."""
+        assert lengths.min() >= 1
+        assert lengths.max() <= rows.shape[1]
+        self.shapes.append((rows.shape[0], rows.shape[1]))
+        outputs = np.full((*rows.shape[:2], self._artifact.outputs.size), np.nan, np.float32)
+        stepped = np.empty_like(states)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for index, length in enumerate(lengths):
+                outputs[index, :length], stepped[index] = oracle_step(
+                    self._artifact.spec, self._artifact.weights, rows[index, :length], states[index]
+                )
+        return outputs, stepped

@@ -1,0 +1,132 @@
+"""Pipelines over a real server, with the oracle as their runtime, and what they are sent."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Artifact, write_artifact
+from models.spec import parse_spec
+from models.state import State
+from service.delivery import chunk_digest, new_nonce
+from service.domain import Chunk, Feed, Steps, StreamKey, Timing
+from service.pipeline import Pipeline, PipelineLimits
+from service.served import ServedModel
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.oracle import contracting_weights, oracle_step
+
+SPEC = parse_spec(
+    {
+        "name": "probe",
+        "features": 3,
+        "layers": [{"kind": "lstm", "units": 5}, {"kind": "gru", "units": 4}],
+        "heads": [
+            {"kind": "sequence", "name": "last"},
+            {"kind": "dense", "name": "out", "units": 2},
+        ],
+    }
+)
+
+
+@dataclass
+class Counts:
+    """A recorder that counts."""
+
+    seen: Counter[str] = field(default_factory=Counter)
+    largest_batch: int = 0
+
+    def chunk(self, model: str, steps: int, timing: Timing) -> None:
+        self.seen["chunks"] += 1
+        self.seen["events"] += steps
+
+    def replay(self, model: str) -> None:
+        self.seen["replays"] += 1
+
+    def refusal(self, model: str, code: str) -> None:
+        self.seen[code] += 1
+
+    def conflict(self, model: str) -> None:
+        self.seen["conflicts"] += 1
+
+    def cache(self, model: str, hits: int, misses: int) -> None:
+        self.seen["hits"] += hits
+        self.seen["misses"] += misses
+
+    def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
+        self.seen["batches"] += 1
+        self.largest_batch = max(self.largest_batch, rows)
+
+    def queue(self, model: str, depth: int) -> None:
+        """Not counted."""
+
+
+def make_artifact(folder: Path, seed: int = 1) -> Artifact:
+    """The probe model with contracting weights."""
+    return write_artifact(folder / f"probe-{seed}", SPEC, contracting_weights(SPEC, seed))
+
+
+@asynccontextmanager
+async def worker(
+    url: str,
+    artifact: Artifact,
+    counts: Counts | None = None,
+    *,
+    cache_bytes: int = 2**20,
+    reply_max_bytes: int = 65_536,
+    idle_ttl_ms: int = 0,
+) -> AsyncIterator[Pipeline]:
+    """One worker's pipeline on a store of its own connections."""
+    store = RedisStore(
+        StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_ms=idle_ttl_ms, wait_s=5)
+    )
+    pipeline = Pipeline(
+        [ServedModel(artifact, NumpyRuntime(artifact))],
+        store,
+        counts or Counts(),
+        limits=PipelineLimits(state_cache_bytes=cache_bytes, conflict_attempts=64),
+        now_ms=lambda: time.time_ns() // 1_000_000,
+    )
+    await store.start()
+    await pipeline.start()
+    try:
+        yield pipeline
+    finally:
+        await pipeline.stop()
+        await store.close()
+
+
+def rows_of(random: np.random.Generator, count: int) -> NDArray[np.float32]:
+    """Rows [count, F] of the probe model."""
+    return random.normal(size=(count, SPEC.input_features)).astype(np.float32)
+
+
+def chunk_of(
+    stream: str,
+    rows: NDArray[np.float32],
+    position: int | None = None,
+    *,
+    epoch: bytes | None = None,
+) -> Chunk:
+    """One chunk as a transport would make it."""
+    steps = Steps(Feed.INPUTS, len(rows), rows=rows)
+    nonce = b"" if position is not None else new_nonce()
+    return Chunk(
+        StreamKey("probe", stream), steps, chunk_digest(None, steps, nonce), position, epoch
+    )
+
+
+def whole(
+    artifact: Artifact, rows: NDArray[np.float32], state: State | None = None
+) -> NDArray[np.float64]:
+    """The oracle on the whole sequence: outputs [T, O]."""
+    start = artifact.state.zero() if state is None else state
+    return oracle_step(artifact.spec, artifact.weights, rows, start.floats)[0]
