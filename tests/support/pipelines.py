@@ -32,6 +32,13 @@ SPEC = parse_spec(
         "heads": [
             {"kind": "sequence", "name": "last"},
             {"kind": "dense", "name": "out", "units": 2},
+            {
+                "kind": "dense",
+                "name": "steep",
+                "input": "features",
+                "units": 1,
+                "activation": "exponential",
+            },
         ],
     }
 )

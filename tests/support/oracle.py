@@ -1,0 +1,294 @@
+"""The whole step in float64 NumPy, one stream and one event at a time.
+
+Written from the published equations and not from the Keras code, so that a mistake in one is
+not repeated in the other. It shares only names and their order (`models.layout`) with what it
+judges. Slow on purpose: every loop is spelt out.
+
+LSTM (Hochreiter & Schmidhuber 1997, forget gate by Gers et al. 2000), gates i, f, c, o:
+
+    i = s(x W_i + h U_i + b_i)      f = s(x W_f + h U_f + b_f)
+    g = a(x W_c + h U_c + b_c)      o = s(x W_o + h U_o + b_o)
+    c' = f c + i g                  h' = o a(c')
+
+GRU (Cho et al. 2014), gates z, r, h; b has an input and a recurrent row if reset_after:
+
+    z = s(x W_z + b_z + h U_z + d_z)        r = s(x W_r + b_r + h U_r + d_r)
+    reset_after:  g = a(x W_h + b_h + r (h U_h + d_h))
+    otherwise:    g = a(x W_h + b_h + (r h) U_h)
+    h' = z h + (1 - z) g
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import erf, log, pi
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.layout import state_spec, weight_shapes
+from models.spec import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    GruLayer,
+    Head,
+    Layer,
+    LstmLayer,
+    ModelSpec,
+    SequenceHead,
+)
+
+Floats = NDArray[np.float64]
+
+
+def sigmoid(x: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def softplus(x: Floats) -> Floats:
+    return np.logaddexp(0.0, x)
+
+
+def softmax(x: Floats) -> Floats:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def _elu(x: Floats, alpha: float = 1.0) -> Floats:
+    return np.where(x > 0, x, alpha * (np.exp(np.minimum(x, 0)) - 1))
+
+
+def _gelu(x: Floats) -> Floats:
+    return np.array([v * 0.5 * (1 + erf(v / 2**0.5)) for v in x])
+
+
+ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
+    "linear": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "sigmoid": sigmoid,
+    "hard_sigmoid": lambda x: np.clip(x / 6 + 0.5, 0, 1),
+    "tanh": np.tanh,
+    "softmax": softmax,
+    "softplus": softplus,
+    "softsign": lambda x: x / (1 + np.abs(x)),
+    "elu": _elu,
+    "selu": lambda x: 1.0507009873554805 * _elu(x, 1.6732632423543772),
+    "gelu": _gelu,
+    "silu": lambda x: x * sigmoid(x),
+    "exponential": np.exp,
+    "leaky_relu": lambda x: np.where(x >= 0, x, 0.2 * x),
+}
+
+
+def oracle_step(
+    spec: ModelSpec,
+    weights: Mapping[str, NDArray[np.float32]],
+    rows: NDArray[np.float32],
+    state: NDArray[np.float32] | Floats,
+) -> tuple[Floats, Floats]:
+    """Consume one stream's rows.
+
+    Args:
+        spec: the model.
+        weights: every weight by name.
+        rows: [T, F], encoded columns.
+        state: [N], packed.
+
+    Returns:
+        Outputs float64 [T, O] and the state after the last row, float64 [N].
+    """
+    exact = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    names = [part.name for part in state_spec(spec).parts if part.dtype == "float32"]
+    slices = state_spec(spec).slices
+    parts = {name: np.array(state, np.float64)[slices[name]] for name in names}
+    outputs = []
+    for row in np.asarray(rows, np.float64):
+        values = {"features": _features(spec, exact, row)}
+        for layer in spec.layers:
+            read = [values[name] for name in layer.inputs]
+            values[layer.name] = _layer(layer, exact, read, parts)
+        outputs.append(
+            np.concatenate(
+                [_head(spec, head, exact, values[head.input], row, parts) for head in spec.heads]
+            )
+        )
+    return np.array(outputs), np.concatenate([parts[name] for name in names])
+
+
+def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
+    """Random weights, every value different, under which two states of a stream come closer.
+
+    Recurrent kernels have a spectral norm of 0.4, everything else stays within about 1, so
+    float32 errors fade instead of growing and can be held to 1e-5.
+    """
+    random = np.random.default_rng(seed)
+    found = {}
+    for name, shape in weight_shapes(spec).items():
+        values = random.uniform(-1, 1, shape)
+        match name.rpartition(".")[2]:
+            case "recurrent_kernel":
+                values *= 0.4 / np.linalg.norm(values, 2)
+            case "kernel":
+                values /= np.sqrt(shape[0])
+            case "gamma" | "moving_variance":
+                values = 1 + 0.5 * values
+        found[name] = values.astype(np.float32)
+    return found
+
+
+def _features(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> Floats:
+    pieces = []
+    for column, value in zip(spec.columns, row, strict=True):
+        if column.codes is None:
+            pieces.append(np.array([value]))
+        else:
+            pieces.append(weights[f"embedding.{column.name}"][int(value)])
+    return np.concatenate(pieces)
+
+
+def _layer(
+    layer: Layer, weights: Mapping[str, Floats], read: list[Floats], parts: dict[str, Floats]
+) -> Floats:
+    x = read[0]
+
+    def weight(kind: str, default: float = 0.0) -> Floats:
+        return weights.get(f"{layer.name}.{kind}", np.array(default))
+
+    match layer.kind:
+        case "lstm":
+            return _lstm(layer, weights, x, parts)
+        case "gru":
+            return _gru(layer, weights, x, parts)
+        case "dense":
+            return ACTIVATIONS[layer.activation](x @ weight("kernel") + weight("bias"))
+        case "activation":
+            return ACTIVATIONS[layer.activation](x)
+        case "dropout":
+            return x
+        case "layer_normalization":
+            variance = np.mean((x - np.mean(x)) ** 2)
+            normal = (x - np.mean(x)) / np.sqrt(variance + layer.epsilon)
+            return normal * weight("gamma", 1.0) + weight("beta")
+        case "batch_normalization":
+            spread = np.sqrt(weight("moving_variance") + layer.epsilon)
+            normal = (x - weight("moving_mean")) / spread
+            return normal * weight("gamma", 1.0) + weight("beta")
+        case "add":
+            return np.sum(read, axis=0)
+        case "multiply":
+            return np.prod(read, axis=0)
+        case "average":
+            return np.sum(read, axis=0) / len(read)
+        case "concatenate":
+            return np.concatenate(read)
+    raise AssertionError(layer.kind)
+
+
+def _lstm(
+    layer: LstmLayer, weights: Mapping[str, Floats], x: Floats, parts: dict[str, Floats]
+) -> Floats:
+    u = layer.units
+    gate, squash = ACTIVATIONS[layer.recurrent_activation], ACTIVATIONS[layer.activation]
+    h, c = parts[f"{layer.name}.hidden"], parts[f"{layer.name}.carry"]
+    w, r = weights[f"{layer.name}.kernel"], weights[f"{layer.name}.recurrent_kernel"]
+    b = weights.get(f"{layer.name}.bias", np.zeros(4 * u))
+    pre = [
+        x @ w[:, k * u : (k + 1) * u] + h @ r[:, k * u : (k + 1) * u] + b[k * u : (k + 1) * u]
+        for k in range(4)
+    ]
+    i, f, g, o = gate(pre[0]), gate(pre[1]), squash(pre[2]), gate(pre[3])
+    carry = f * c + i * g
+    hidden = o * squash(carry)
+    parts[f"{layer.name}.hidden"], parts[f"{layer.name}.carry"] = hidden, carry
+    return hidden
+
+
+def _gru(
+    layer: GruLayer, weights: Mapping[str, Floats], x: Floats, parts: dict[str, Floats]
+) -> Floats:
+    u = layer.units
+    gate, squash = ACTIVATIONS[layer.recurrent_activation], ACTIVATIONS[layer.activation]
+    h = parts[f"{layer.name}.hidden"]
+    w, r = weights[f"{layer.name}.kernel"], weights[f"{layer.name}.recurrent_kernel"]
+    bias = weights.get(f"{layer.name}.bias", np.zeros((2, 3 * u)))
+    b, d = (bias[0], bias[1]) if bias.ndim == 2 else (bias, np.zeros(3 * u))
+    z = gate(x @ w[:, :u] + b[:u] + h @ r[:, :u] + d[:u])
+    reset = gate(x @ w[:, u : 2 * u] + b[u : 2 * u] + h @ r[:, u : 2 * u] + d[u : 2 * u])
+    if layer.reset_after:
+        inner = reset * (h @ r[:, 2 * u :] + d[2 * u :])
+    else:
+        inner = (reset * h) @ r[:, 2 * u :]
+    g = squash(x @ w[:, 2 * u :] + b[2 * u :] + inner)
+    hidden = z * h + (1 - z) * g
+    parts[f"{layer.name}.hidden"] = hidden
+    return hidden
+
+
+def _head(
+    spec: ModelSpec,
+    head: Head,
+    weights: Mapping[str, Floats],
+    x: Floats,
+    row: Floats,
+    parts: dict[str, Floats],
+) -> Floats:
+    if isinstance(head, SequenceHead):
+        return x
+    raw = x @ weights[f"heads.{head.name}.kernel"]
+    raw = raw + weights.get(f"heads.{head.name}.bias", 0.0)
+    if isinstance(head, DenseHead):
+        return ACTIVATIONS[head.activation](raw)
+    if isinstance(head, ForecastHead):
+        return _forecast(spec, head, raw)
+    if isinstance(head, ClassificationHead):
+        return softmax(raw) if _field_kind(spec, head.target) == "categorical" else sigmoid(raw)
+    assert isinstance(head, AnomalyHead)
+    name = f"{head.name}.forecast"
+    score = nats(spec, head, parts[name], row)
+    parts[name] = raw
+    return np.array([score])
+
+
+def _forecast(spec: ModelSpec, head: ForecastHead, raw: Floats) -> Floats:
+    found = []
+    count = max(1, len(head.quantiles))
+    for t, target in enumerate(head.targets):
+        field = spec.events.field(target)
+        level = None
+        for y in raw[t * count : (t + 1) * count]:
+            level = y if level is None else level + softplus(y)
+            value = level * field.std + field.mean
+            if field.transform == "signed_log1p":
+                value = np.sign(value) * (np.exp(abs(value)) - 1)
+            found.append(value)
+    return np.array(found)
+
+
+def nats(spec: ModelSpec, head: AnomalyHead, parameters: Floats, row: Floats) -> float:
+    """-log p of one encoded row under the forecast `parameters` [P]."""
+    where = {column.name: index for index, column in enumerate(spec.columns)}
+    total, start = 0.0, 0
+    for target in head.targets:
+        field = spec.events.field(target)
+        value = row[where[target]]
+        absent = field.kind != "categorical" and field.optional and row[where[f"{target}.missing"]]
+        if field.kind == "numeric":
+            mean, s = parameters[start], np.clip(parameters[start + 1], -7, 7)
+            found = log(2 * pi) / 2 + s + ((value - mean) / np.exp(s)) ** 2 / 2
+            start += 2
+        elif field.kind == "categorical":
+            logits = parameters[start : start + field.codes]
+            found = -np.log(softmax(logits)[int(value)])
+            start += field.codes
+        else:
+            p = sigmoid(parameters[start])
+            found = -np.log(p if value else 1 - p)
+            start += 1
+        total += 0.0 if absent else found
+    return total
+
+
+def _field_kind(spec: ModelSpec, name: str) -> str:
+    return spec.events.field(name).kind
