@@ -1,0 +1,105 @@
+"""Whether answers that should agree do agree. Pure functions; `None` means they do.
+
+The bound is the contract's: |a - b| <= 1e-5 + 1e-5 |b|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.replay.wire import AHEAD, APPLIED, Answer, FloatRows, Reply
+
+ABSOLUTE = 1e-5
+RELATIVE = 1e-5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sent:
+    """One chunk as it was answered in the end.
+
+    Attributes:
+        answer: a reply, or the problem that says where the stream stands.
+        failures: attempts before it that were not answered or were to be sent again.
+        latency_s: from sending the last attempt to its answer.
+    """
+
+    answer: Answer
+    failures: int
+    latency_s: float
+
+
+def excess(ours: FloatRows, wanted: FloatRows) -> NDArray[np.float64]:
+    """|a - b| - 1e-5 |b| in float64; the contract holds where it is at most 1e-5."""
+    a, b = ours.astype(np.float64), wanted.astype(np.float64)
+    return np.asarray(np.abs(a - b) - RELATIVE * np.abs(b))
+
+
+def agree(ours: FloatRows, wanted: FloatRows) -> bool:
+    """Whether two outputs of the same events are within the contract."""
+    return ours.shape == wanted.shape and bool((excess(ours, wanted) <= ABSOLUTE).all())
+
+
+def judge_reply(answer: Answer, stream: str, start: int, steps: int) -> str | None:
+    """What is wrong with the reply to a chunk that began at `start`."""
+    if not isinstance(answer, Reply):
+        return None
+    where = f"stream {stream!r}, chunk at {start}"
+    if answer.stream != stream:
+        return f"{where}: expected a reply of that stream, got one of {answer.stream!r}"
+    if answer.position != start + steps:
+        return f"{where}: expected position {start + steps} after it, got {answer.position}"
+    if not np.isfinite(answer.outputs).all():
+        return f"{where}: expected finite outputs"
+    return None
+
+
+def judge_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str | None:
+    """What is wrong with the answers to one chunk that was sent twice at once.
+
+    Both must tell the same outputs and the same mark, and exactly one must have processed the
+    chunk. Where an attempt failed on the way, the one that processed it may be the one whose
+    answer was lost, or the store may have lost the commit and the chunk been processed again:
+    then only outputs and position have to agree.
+    """
+    where = f"stream {stream!r}, chunk at {start}, sent twice"
+    a, b = first.answer, second.answer
+    smooth = first.failures == second.failures == 0
+    if isinstance(a, Reply) and isinstance(b, Reply):
+        if not agree(a.outputs, b.outputs):
+            return f"{where}: the two replies differ in their outputs"
+        if a.position != b.position:
+            return f"{where}: one reply says position {a.position}, the other {b.position}"
+        if smooth and (a.epoch, a.tag) != (b.epoch, b.tag):
+            return f"{where}: one reply says tag {a.tag}, the other {b.tag}"
+        if smooth and a.replayed == b.replayed:
+            which = "both were replayed" if a.replayed else "both were processed"
+            return f"{where}: expected one of two to be replayed, {which}"
+        return None
+    if not smooth or (not isinstance(a, Reply) and not isinstance(b, Reply)):
+        return None
+    reply, problem = (a, b) if isinstance(a, Reply) else (b, a)
+    if isinstance(reply, Reply) and not isinstance(problem, Reply):
+        if problem.code != APPLIED:
+            return f"{where}: one was answered, the other refused: {problem.code}"
+        if problem.position != reply.position:
+            return f"{where}: one says position {reply.position}, the other {problem.position}"
+    return None
+
+
+def standing(first: Answer, others: list[Answer]) -> int | None:
+    """Where the stream stands by the answers to one chunk; None where none of them says.
+
+    A reply moves the stream to its end. Only where another copy of the chunk was refused as
+    ahead did the stream fall back behind that reply since.
+    """
+    answers = [first, *others]
+    behind = [a.position for a in answers if not isinstance(a, Reply) and a.code == AHEAD]
+    if behind and behind[0] is not None:
+        return behind[0]
+    replies = [a.position for a in answers if isinstance(a, Reply)]
+    if replies:
+        return replies[0]
+    return next((a.position for a in answers if a.position is not None), None)

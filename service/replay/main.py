@@ -1,0 +1,110 @@
+"""`carry replay` from beginning to end: connect, load, send, score, verify, print."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import orjson
+import uvloop
+from rich.console import Console
+
+from models.artifact import Artifact
+from service.replay.client import connect
+from service.replay.description import Description
+from service.replay.metrics import Counted, MetricsWatch
+from service.replay.options import ReplayError, ReplayOptions
+from service.replay.run import Replay, describe
+from service.replay.skill import skill_of
+from service.replay.source import load_streams
+from service.replay.summary import ProgressBar, Summary
+from service.replay.verify import Received, keras_whole, open_artifact, verify
+
+EXIT_FAILED = 1
+EXIT_UNFINISHED = 2
+EXIT_INTERRUPTED = 130
+
+
+def run_replay(options: ReplayOptions) -> int:
+    """Replay events through a running service and print what came of it.
+
+    The summary goes to standard output, progress and errors to standard error.
+
+    Returns:
+        The exit status; see `service.replay.summary`.
+    """
+    errors = Console(stderr=True)
+    try:
+        summary = uvloop.run(_run(options, errors))
+        if options.report is not None:
+            data = orjson.dumps(summary.as_data(), option=orjson.OPT_INDENT_2)
+            options.report.write_bytes(data + b"\n")
+    except (ReplayError, OSError) as error:
+        errors.print(f"carry replay: {error}", markup=False, highlight=False, soft_wrap=True)
+        return EXIT_UNFINISHED
+    except KeyboardInterrupt:
+        errors.print("carry replay: interrupted; start again to go on from here")
+        return EXIT_INTERRUPTED
+    summary.print(Console(soft_wrap=True))
+    return EXIT_FAILED if summary.failed else 0
+
+
+async def _run(options: ReplayOptions, errors: Console) -> Summary:
+    async with connect(options.urls, options.model, options.format) as service:
+        served = await describe(service, options.patience_s)
+        artifact = _artifact(options, served)
+        streams = load_streams(served.schema, options)
+        replay = Replay(service, served.outputs, streams, options)
+        watch = MetricsWatch(service, options.model)
+        await watch.sample()
+        watching = asyncio.create_task(watch.run())
+        try:
+            with ProgressBar(errors, options.quiet) as bar:
+                await replay.run(bar)
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        await watch.sample()
+        if options.verify:
+            await replay.check_positions()
+    return _summary(options, served, replay, watch.counted(), artifact)
+
+
+def _artifact(options: ReplayOptions, served: Description) -> Artifact | None:
+    """The served model's artifact; None where it is neither asked for nor at hand."""
+    try:
+        return open_artifact(options.artifact, options.model, served.version)
+    except ReplayError:
+        if options.verify or options.artifact is not None:
+            raise
+        return None
+
+
+def _summary(
+    options: ReplayOptions,
+    served: Description,
+    replay: Replay,
+    counted: Counted,
+    artifact: Artifact | None,
+) -> Summary:
+    received = [
+        Received(name, ledger.cursor.events.columns, ledger.outputs)
+        for name, ledger in replay.ledgers.items()
+    ]
+    verification, skill = None, []
+    if artifact is not None:
+        skill = skill_of(artifact.spec, [(stream.columns, stream.outputs) for stream in received])
+    if artifact is not None and options.verify:
+        verification = verify(artifact.spec, keras_whole(artifact), received)
+    return Summary(
+        model=served.name,
+        version=served.version,
+        streams=len(replay.ledgers),
+        resumed=sum(ledger.began > 0 for ledger in replay.ledgers.values()),
+        tally=replay.tally,
+        counted=counted,
+        skill=skill,
+        positions_checked=options.verify,
+        verification=verification,
+    )

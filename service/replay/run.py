@@ -1,0 +1,348 @@
+"""The replay itself: streams side by side, each with one chunk under way, until all is sent.
+
+Every stream's position is asked first, so that a second replay goes on where the first ended.
+A chunk that is not answered is sent again as it was; a refusal that says where the stream
+stands moves it there, back (the store lost commits) or forward (its reply is no longer kept).
+Nothing else is mended: any other refusal ends the replay. What the service says that cannot
+be true becomes a fault, and the replay goes on, so that one run shows all of them.
+
+Everything here runs in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Protocol
+
+import numpy as np
+
+from models.layout import OutputSpec
+from service.replay.client import Patience, Service
+from service.replay.description import Description, read_description
+from service.replay.judge import Sent, agree, judge_duplicates, judge_reply, standing
+from service.replay.options import ReplayError, ReplayOptions
+from service.replay.schedule import Cursor, Schedule
+from service.replay.source import StreamEvents
+from service.replay.wire import (
+    NO_ANSWER,
+    STANDING,
+    Answer,
+    FloatRows,
+    Problem,
+    Reply,
+)
+
+MAX_FAULTS = 100
+REPORT_PERIOD_S = 0.2
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What one stream's replay came to.
+
+    Attributes:
+        cursor: where it stands.
+        outputs: float32 [T, O], NaN where this run received none.
+        began: its position before the replay.
+    """
+
+    cursor: Cursor
+    outputs: FloatRows
+    began: int = 0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one replay.
+
+    Attributes:
+        events: applied events, those of a chunk that had to be sent again after the store
+            fell back counted again.
+        chunks: applied chunks, which are the cuts.
+        retries: attempts that were not answered, or were to be sent again.
+        problems: how often each problem came, by code.
+        duplicates: chunks sent twice at once.
+        replayed: replies that were marked so.
+        fell_back: how often a stream stood before what was acknowledged, `lost` in events.
+        skipped: events whose outputs were not received, because their reply was gone.
+        faults: what the service said that cannot be true, the first hundred.
+        fault_count: how many there were.
+        latencies_s: of every answered request.
+    """
+
+    events: int = 0
+    chunks: int = 0
+    requests: int = 0
+    retries: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    duplicates: int = 0
+    replayed: int = 0
+    fell_back: int = 0
+    lost: int = 0
+    skipped: int = 0
+    faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    wall_s: float = 0.0
+
+    def fault(self, text: str | None) -> None:
+        """Note a fault; None is none."""
+        if text is not None:
+            self.fault_count += 1
+            if len(self.faults) < MAX_FAULTS:
+                self.faults.append(text)
+
+
+class Watcher(Protocol):
+    """Shows a running replay."""
+
+    def begin(self, total: int, done: int) -> None:
+        """`done` of `total` events were there before."""
+
+    def show(self, done: int, tally: Tally) -> None:
+        """`done` events are consumed now."""
+
+
+async def describe(service: Service, patience_s: float) -> Description:
+    """Fetch the model's description, waiting for a service that is not there yet.
+
+    Raises:
+        ReplayError: no service, no such model, or one without an event schema.
+    """
+    patience = Patience(patience_s, Random())  # noqa: S311
+    while True:
+        found = await service.model()
+        if not isinstance(found, Problem):
+            return read_description(found)
+        if not found.retryable:
+            raise ReplayError(f"the service refused: {found.code}: {found.detail}")
+        await patience.wait(found)
+
+
+class Replay:
+    """One replay of a set of streams."""
+
+    def __init__(
+        self,
+        service: Service,
+        layout: OutputSpec,
+        streams: list[StreamEvents],
+        options: ReplayOptions,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._layout = layout
+        self._options = options
+        self._clock = clock
+        self._random = Random(options.seed)  # noqa: S311
+        self.tally = Tally()
+        self.ledgers = {
+            stream.name: Ledger(
+                Cursor(stream, options.chunk_min, options.chunk_max, options.seed),
+                np.full((len(stream), self._layout.size), np.nan, np.float32),
+            )
+            for stream in streams
+        }
+
+    async def run(self, watcher: Watcher) -> None:
+        """Send everything that is not consumed yet; once per replay.
+
+        Raises:
+            ReplayError: the service refused, or was away for longer than the patience.
+        """
+        try:
+            await self._ask_positions()
+            watcher.begin(self._total(), self._done())
+            async with asyncio.TaskGroup() as tasks:
+                showing = tasks.create_task(self._show(watcher))
+                try:
+                    await self._send_all()
+                finally:
+                    showing.cancel()
+            watcher.show(self._done(), self.tally)
+        except ExceptionGroup as group:
+            raise _first(group) from group
+
+    async def check_positions(self) -> None:
+        """Ask where every stream stands; one that is not at its end is a fault."""
+        for name, position in (await self._positions()).items():
+            wanted = len(self.ledgers[name].cursor.events)
+            if position != wanted:
+                self.tally.fault(f"stream {name!r}: expected position {wanted}, got {position}")
+
+    async def _ask_positions(self) -> None:
+        for name, position in (await self._positions()).items():
+            ledger = self.ledgers[name]
+            ledger.cursor.move(position)
+            ledger.began = position
+
+    async def _positions(self) -> dict[str, int]:
+        slots = asyncio.Semaphore(self._options.streams_in_flight)
+
+        async def ask(name: str) -> int:
+            patience = self._patience()
+            async with slots:
+                while isinstance(found := await self._service.position(name), Problem):
+                    await self._after(found, patience, f"stream {name!r}")
+            return found
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                asked = {name: tasks.create_task(ask(name)) for name in self.ledgers}
+        except ExceptionGroup as group:
+            raise _first(group) from group
+        return {name: task.result() for name, task in asked.items()}
+
+    async def _send_all(self) -> None:
+        options = self._options
+        cursors = [ledger.cursor for ledger in self.ledgers.values()]
+        most = max(1, min(options.per_request, options.streams_in_flight))
+        slots = asyncio.Semaphore(max(1, options.streams_in_flight // most))
+        schedule = Schedule(cursors, options.speed, self._clock)
+        start_s = self._clock()
+
+        async def settle(taken: list[Cursor]) -> None:
+            try:
+                await self._settle(taken)
+                for cursor in taken:
+                    schedule.give_back(cursor)
+            finally:
+                slots.release()
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    await slots.acquire()
+                    taken = await schedule.take(most)
+                    if not taken:
+                        break
+                    tasks.create_task(settle(taken))
+        finally:
+            self.tally.wall_s = self._clock() - start_s
+
+    async def _settle(self, cursors: list[Cursor]) -> None:
+        """Send the next chunk of each stream, some twice at once, and take the answers."""
+        twice = [c for c in cursors if self._random.random() < self._options.duplicates]
+        turn = self._service.turn()
+        self.tally.duplicates += len(twice)
+        sending = [self._send(cursors, turn), *(self._send([c], turn + 1) for c in twice)]
+        first, *copies = await asyncio.gather(*sending)
+        seconds = {cursor.name: sent[0] for cursor, sent in zip(twice, copies, strict=True)}
+        for cursor, sent in zip(cursors, first, strict=True):
+            self._take(cursor, sent, seconds.get(cursor.name))
+
+    async def _send(self, cursors: list[Cursor], turn: int) -> list[Sent]:
+        """Send until every chunk is answered or its stream is known to stand elsewhere."""
+        tally, patience = self.tally, self._patience()
+        settled: dict[str, Sent] = {}
+        waiting = cursors
+        while waiting:
+            sent_s = self._clock()
+            answers = await self._service.send(self._layout, waiting, turn)
+            latency_s = self._clock() - sent_s
+            tally.requests += 1
+            worst: Problem | None = None
+            for cursor, answer in zip(waiting, answers, strict=True):
+                if isinstance(answer, Problem):
+                    tally.problems[answer.code] += 1
+                if isinstance(answer, Reply) or _says_where(answer):
+                    settled[cursor.name] = Sent(answer, patience.failures, latency_s)
+                elif answer.retryable:
+                    worst = answer
+                else:
+                    raise ReplayError(
+                        f"stream {cursor.name!r}, chunk at {cursor.position}: the service "
+                        f"refused: {answer.code}: {answer.detail}"
+                    )
+            if not all(isinstance(a, Problem) and a.code == NO_ANSWER for a in answers):
+                tally.latencies_s.append(latency_s)
+            waiting = [cursor for cursor in waiting if cursor.name not in settled]
+            if worst is not None:
+                tally.retries += 1
+                turn = self._service.turn()
+                await patience.wait(worst)
+        return [settled[cursor.name] for cursor in cursors]
+
+    def _take(self, cursor: Cursor, first: Sent, second: Sent | None) -> None:
+        """Judge the answers to one chunk and move the stream; no awaiting in here."""
+        tally, start, steps = self.tally, cursor.position, cursor.size
+        answers = [first.answer] if second is None else [first.answer, second.answer]
+        if second is not None:
+            tally.fault(judge_duplicates(first, second, cursor.name, start))
+        reply = None
+        for answer in answers:
+            tally.fault(judge_reply(answer, cursor.name, start, steps))
+            if isinstance(answer, Reply):
+                tally.replayed += answer.replayed
+                reply = answer
+        if reply is not None:
+            self._keep(cursor, start, reply.outputs)
+            tally.chunks += 1
+            tally.events += steps
+        now = standing(answers[0], answers[1:])
+        position = start if now is None else now
+        acknowledged = start + steps if reply is not None else start
+        if position < acknowledged:
+            tally.fell_back += 1
+            tally.lost += acknowledged - position
+        elif reply is None:
+            tally.skipped += min(position, len(cursor.events)) - start
+        if reply is not None and position == start + steps:
+            cursor.advance(position)
+        else:
+            cursor.move(position)
+
+    def _keep(self, cursor: Cursor, start: int, outputs: FloatRows) -> None:
+        kept = self.ledgers[cursor.name].outputs[start : start + len(outputs)]
+        before = ~np.isnan(kept).any(axis=1)
+        if not agree(outputs[before], kept[before]):
+            self.tally.fault(
+                f"stream {cursor.name!r}, chunk at {start}: other outputs than before for "
+                "the same events"
+            )
+        kept[:] = outputs
+
+    async def _show(self, watcher: Watcher) -> None:
+        while True:
+            watcher.show(self._done(), self.tally)
+            await asyncio.sleep(REPORT_PERIOD_S)
+
+    async def _after(self, problem: Problem, patience: Patience, what: str) -> None:
+        self.tally.problems[problem.code] += 1
+        if not problem.retryable:
+            raise ReplayError(f"{what}: the service refused: {problem.code}: {problem.detail}")
+        self.tally.retries += 1
+        await patience.wait(problem)
+
+    def _patience(self) -> Patience:
+        return Patience(self._options.patience_s, self._random)
+
+    def _total(self) -> int:
+        return sum(len(ledger.cursor.events) for ledger in self.ledgers.values())
+
+    def _done(self) -> int:
+        return self._total() - sum(ledger.cursor.remaining for ledger in self.ledgers.values())
+
+
+def _says_where(answer: Answer) -> bool:
+    return isinstance(answer, Problem) and answer.code in STANDING and answer.position is not None
+
+
+def _first(group: ExceptionGroup) -> Exception:
+    """The replay's own error in a group, or else the first of any kind."""
+    errors = list(_flat(group))
+    own = [error for error in errors if isinstance(error, ReplayError)]
+    return (own or errors)[0]
+
+
+def _flat(group: ExceptionGroup) -> list[Exception]:
+    found: list[Exception] = []
+    for error in group.exceptions:
+        found.extend(_flat(error) if isinstance(error, ExceptionGroup) else [error])
+    return found

@@ -1,0 +1,143 @@
+"""Which chunk goes next: cuts, positions, and the order of events across streams.
+
+Chunks leave in the order in which their last events happened, as live streams would send
+them; with a speed they also wait for that moment. A stream is handed out with one chunk and
+not again before it is given back, so that one chunk of a stream is in flight at a time.
+
+The schedule is for one event loop: one task takes, any task gives back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from random import Random
+
+from service.replay.source import StreamEvents
+
+
+class Cursor:
+    """Where one stream stands in its events, and how its next chunk is cut.
+
+    Attributes:
+        events: the stream's events.
+        position: how many of them the service has consumed.
+        cuts: how many chunks were applied.
+    """
+
+    def __init__(self, events: StreamEvents, low: int, high: int, seed: int):
+        """Chunks of `low` to `high` events; the same seed and stream give the same cuts."""
+        self.events = events
+        self.position = 0
+        self.cuts = 0
+        self._low, self._high = low, high
+        self._random = Random(f"{seed} {events.name}")  # noqa: S311
+        self._size = self._draw()
+
+    @property
+    def name(self) -> str:
+        """The stream's name."""
+        return self.events.name
+
+    @property
+    def remaining(self) -> int:
+        """Events that are still to be sent."""
+        return max(0, len(self.events) - self.position)
+
+    @property
+    def size(self) -> int:
+        """Events of the next chunk; stays as it is until the stream moves."""
+        return min(self._size, self.remaining)
+
+    @property
+    def rank(self) -> int:
+        """Place of the next chunk's last event among all events."""
+        return int(self.events.ranks[self.position + self.size - 1])
+
+    @property
+    def time_ms(self) -> int:
+        """Timestamp of the next chunk's last event; 0 without timestamps."""
+        times = self.events.times_ms
+        return 0 if times is None else int(times[self.position + self.size - 1])
+
+    def advance(self, position: int) -> None:
+        """The next chunk was applied, the stream stands at `position`."""
+        self.cuts += 1
+        self.move(position)
+
+    def move(self, position: int) -> None:
+        """The stream stands at `position`, forward or back; the next chunk is cut anew."""
+        self.position = position
+        self._size = self._draw()
+
+    def _draw(self) -> int:
+        return self._random.randint(self._low, self._high)
+
+
+class Schedule:
+    """The streams that still have events, by the moment of their next chunk."""
+
+    def __init__(
+        self, cursors: list[Cursor], speed: float | None, clock: Callable[[], float]
+    ) -> None:
+        """Start now.
+
+        Args:
+            cursors: streams at the positions where the service has them.
+            speed: times real time, or None to wait for nothing.
+            clock: seconds on a clock that never goes back.
+        """
+        self._speed = speed
+        self._clock = clock
+        self._start_s = clock()
+        waiting = [cursor for cursor in cursors if cursor.remaining]
+        self._first_ms = min((_first_ms(cursor) for cursor in waiting), default=0)
+        self._heap: list[tuple[int, str, Cursor]] = []
+        for cursor in waiting:
+            self._push(cursor)
+        self._out = 0
+        self._changed = asyncio.Event()
+
+    async def take(self, most: int) -> list[Cursor]:
+        """The next 1 to `most` streams whose chunks are due; empty when all is done."""
+        while True:
+            self._changed.clear()
+            taken: list[Cursor] = []
+            while self._heap and len(taken) < most and self._wait_s(self._heap[0][2]) <= 0:
+                taken.append(heapq.heappop(self._heap)[2])
+            if taken:
+                self._out += len(taken)
+                return taken
+            if not self._heap and not self._out:
+                return []
+            await self._until_change()
+
+    def give_back(self, cursor: Cursor) -> None:
+        """The stream's chunk is settled; it comes up again if it has more events."""
+        self._out -= 1
+        if cursor.remaining:
+            self._push(cursor)
+        self._changed.set()
+
+    async def _until_change(self) -> None:
+        wait_s = self._wait_s(self._heap[0][2]) if self._heap else None
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _push(self, cursor: Cursor) -> None:
+        heapq.heappush(self._heap, (cursor.rank, cursor.name, cursor))
+
+    def _wait_s(self, cursor: Cursor) -> float:
+        if self._speed is None:
+            return 0.0
+        due_s = (cursor.time_ms - self._first_ms) / 1000 / self._speed
+        return due_s - (self._clock() - self._start_s)
+
+
+def _first_ms(cursor: Cursor) -> int:
+    times = cursor.events.times_ms
+    return 0 if times is None else int(times[cursor.position])

@@ -1,0 +1,153 @@
+"""The events to replay: a table cut into streams, each in the order of its time.
+
+Events are read under the model's own schema (`models.events.frame`), so that what is sent is
+exactly the schema's fields and what is verified afterwards are the same values. A stream's
+events go by the timestamp field, ties and schemas without one by the order of the rows.
+
+Refused: a file that cannot be read, a missing column, values that the schema refuses, and
+stream names that the service would not take.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.errors import DataError, ModelsError
+from models.events.columns import EventColumns
+from models.events.frame import columns_from_frame
+from models.events.schema import EventSchema
+from models.examples.flights.data import flight_events
+from service.replay.options import ReplayError, ReplayOptions
+
+STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvents:
+    """One stream's events.
+
+    Attributes:
+        name: as it is sent, prefix included.
+        columns: its T events in order.
+        ranks: int64 [T], each event's place in the order of all streams' events.
+        times_ms: int64 [T], epoch milliseconds; None where the schema has no timestamp.
+    """
+
+    name: str
+    columns: EventColumns
+    ranks: IntArray
+    times_ms: IntArray | None
+
+    def __len__(self) -> int:
+        return self.columns.steps
+
+    def events(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """Events start..stop-1 as the wire has them: timestamps as epoch milliseconds, absent
+        values left out."""
+        cut = self.columns[start:stop]
+        names = list(cut.values)
+        columns = []
+        for name in names:
+            values = cut.values[name].tolist()
+            present = cut.present[name].tolist()
+            columns.append([v if there else None for v, there in zip(values, present, strict=True)])
+        return [
+            {name: value for name, value in zip(names, row, strict=True) if value is not None}
+            for row in zip(*columns, strict=True)
+        ]
+
+
+def load_streams(schema: EventSchema, options: ReplayOptions) -> list[StreamEvents]:
+    """The streams to replay, in the order of their first events.
+
+    Raises:
+        ReplayError: see the module.
+    """
+    frame = _read_frame(options)
+    stream = "stream" if options.data is None else options.stream_column
+    if stream not in frame.columns:
+        raise ReplayError(f"--stream-column: expected one of {frame.columns}, got {stream!r}")
+    try:
+        columns = columns_from_frame(schema, frame)
+    except DataError as error:
+        raise ReplayError(f"the data do not fit the model's events: {error}") from error
+    names = frame[stream].cast(pl.String)
+    if names.null_count():
+        row = int(np.argmax(names.is_null().to_numpy()))
+        raise ReplayError(f"row {row}: expected a stream's name in {stream!r}, got none")
+    return split_streams(schema, columns, names.to_list(), options.events, options.prefix)
+
+
+def split_streams(
+    schema: EventSchema,
+    columns: EventColumns,
+    names: Sequence[str],
+    limit: int | None = None,
+    prefix: str = "",
+) -> list[StreamEvents]:
+    """Cut a table of events into streams.
+
+    Args:
+        schema: whose timestamp field orders the events.
+        columns: T events.
+        names: T stream names, one per event.
+        limit: keep only so many of the earliest events.
+        prefix: put before every name.
+
+    Raises:
+        ReplayError: a name that the service would not take.
+    """
+    field = schema.timestamp
+    times = None if field is None else np.asarray(columns.values[field.name], np.int64)
+    order = np.arange(columns.steps) if times is None else np.argsort(times, kind="stable")
+    rows_of: dict[str, list[int]] = {}
+    ranks_of: dict[str, list[int]] = {}
+    for rank, row in enumerate(order[:limit].tolist()):
+        rows_of.setdefault(names[row], []).append(row)
+        ranks_of.setdefault(names[row], []).append(rank)
+    found = []
+    for name, rows in rows_of.items():
+        full = prefix + name
+        if not STREAM_NAME.match(full):
+            raise ReplayError(
+                f"stream {full!r}: expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+            )
+        taken = EventColumns(
+            len(rows),
+            {key: values[rows] for key, values in columns.present.items()},
+            {key: values[rows] for key, values in columns.values.items()},
+        )
+        ranks = np.array(ranks_of[name], np.int64)
+        found.append(StreamEvents(full, taken, ranks, None if times is None else times[rows]))
+    return found
+
+
+def _read_frame(options: ReplayOptions) -> pl.DataFrame:
+    if options.data is None:
+        try:
+            return flight_events(options.by)
+        except ModelsError as error:
+            raise ReplayError(str(error)) from error
+    path = Path(options.data)
+    try:
+        match path.suffix.lower():
+            case ".csv":
+                return pl.read_csv(path, infer_schema_length=None)
+            case ".jsonl" | ".ndjson":
+                return pl.read_ndjson(path, infer_schema_length=None)
+            case ".parquet":
+                return pl.read_parquet(path)
+            case other:
+                raise ReplayError(f"{path}: expected .csv, .jsonl or .parquet, got {other!r}")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ReplayError(f"{path}: {error}") from error

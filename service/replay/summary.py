@@ -1,0 +1,199 @@
+"""What a replay found, as plain data, as text, and as an exit status.
+
+Exit statuses: 0 all is well; 1 an output beyond the contract, a wrong position or another
+fault; 2 the replay could not be finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from service.replay.metrics import Counted
+from service.replay.run import Tally
+from service.replay.skill import Skill
+from service.replay.verify import Verification
+
+RECENT = 256
+SHOWN_FAULTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A finished replay.
+
+    Attributes:
+        streams: how many there were.
+        resumed: how many stood beyond 0 before.
+        positions_checked: whether every stream's final position was asked for.
+    """
+
+    model: str
+    version: str
+    streams: int
+    resumed: int
+    tally: Tally
+    counted: Counted
+    skill: Sequence[Skill]
+    positions_checked: bool
+    verification: Verification | None
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything was found that breaks the service's contract."""
+        beyond = self.verification is not None and not self.verification.holds
+        return beyond or self.tally.fault_count > 0
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for a report file."""
+        tally = asdict(self.tally)
+        latencies_s = tally.pop("latencies_s")
+        return {
+            "model": self.model,
+            "version": self.version,
+            "streams": self.streams,
+            "resumed": self.resumed,
+            **tally,
+            "events_per_s": _rate(self.tally),
+            "p50_ms": percentile_ms(latencies_s, 50),
+            "p99_ms": percentile_ms(latencies_s, 99),
+            "service": asdict(self.counted),
+            "skill": [asdict(skill) for skill in self.skill],
+            "verification": None if self.verification is None else asdict(self.verification),
+            "failed": self.failed,
+        }
+
+    def print(self, console: Console) -> None:
+        """Print two columns: what, and how much."""
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for what, value in self._rows():
+            table.add_row(what, value)
+        console.print(table, markup=False)
+        for fault in self.tally.faults[:SHOWN_FAULTS]:
+            console.print(f"fault: {fault}", markup=False, highlight=False)
+        more = self.tally.fault_count - SHOWN_FAULTS
+        if more > 0:
+            console.print(f"and {more} more faults", highlight=False)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        tally = self.tally
+        resumed = f", {self.resumed} of them resumed" if self.resumed else ""
+        yield "model", f"{self.model} {self.version}"
+        yield "streams", f"{self.streams:,}{resumed}"
+        yield "events", f"{tally.events:,} in {tally.wall_s:.1f} s, {_rate(tally):,.0f}/s"
+        yield "chunks", f"{tally.chunks:,} cuts in {tally.requests:,} requests"
+        yield (
+            "latency",
+            f"p50 {percentile_ms(tally.latencies_s, 50):.1f} ms, "
+            f"p99 {percentile_ms(tally.latencies_s, 99):.1f} ms",
+        )
+        yield "sent twice", f"{tally.duplicates:,} chunks; {tally.replayed:,} replies replayed"
+        came = ", ".join(f"{code} {count}" for code, count in sorted(tally.problems.items()))
+        yield "retries", f"{tally.retries:,}" + (f" ({came})" if came else "")
+        if tally.fell_back:
+            yield "fell back", f"{tally.fell_back:,} times, {tally.lost:,} events sent again"
+        if tally.skipped:
+            yield "skipped", f"{tally.skipped:,} events whose replies were gone"
+        yield from self._service_rows()
+        for skill in self.skill:
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in skill.scores.items())
+            yield f"skill of {skill.output}", f"{scores} over {skill.count:,} events"
+        yield from self._verify_rows()
+
+    def _service_rows(self) -> Iterator[tuple[str, str]]:
+        seen = self.counted
+        if seen.conflicts is not None and seen.replays is not None:
+            yield "conflicts", f"{seen.conflicts:,.0f}; {seen.replays:,.0f} replays"
+        if seen.cache_hits is not None and seen.cache_misses is not None:
+            asked = seen.cache_hits + seen.cache_misses
+            share = f", {seen.cache_hits / asked:.1%}" if asked else ""
+            yield "cache", f"{seen.cache_hits:,.0f} hits of {asked:,.0f}{share}"
+        if seen.batches and seen.mean_batch is not None:
+            shared = "" if seen.shared_batches is None else f", {seen.shared_batches:,.0f} shared"
+            most = "" if seen.largest_batch is None else f", none above {seen.largest_batch:g}"
+            yield "batches", f"{seen.batches:,.0f}{shared}, {seen.mean_batch:.2f} streams{most}"
+
+    def _verify_rows(self) -> Iterator[tuple[str, str]]:
+        if self.positions_checked:
+            wrong = sum("expected position" in fault for fault in self.tally.faults)
+            yield "positions", f"{wrong} wrong" if wrong else f"all {self.streams:,} right"
+        if self.verification is None:
+            return
+        for check in self.verification.outputs:
+            where = f" at {check.stream}[{check.step}]" if check.stream else ""
+            verdict = "within" if check.holds else f"BEYOND, {check.beyond:,} values"
+            yield (
+                f"verify {check.name}",
+                f"{verdict}: |a-b| - 1e-5|b| at most {check.excess:.2e} (bound 1e-5){where}, "
+                f"|a-b| at most {check.difference:.2e}",
+            )
+        missing = self.verification.missing
+        rest = f", {missing:,} were not received by this run" if missing else ""
+        yield "verified", f"{self.verification.compared:,} events' outputs{rest}"
+
+
+class ProgressBar:
+    """A bar with events/s and latency on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._progress = Progress(
+            TextColumn("replay"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} events"),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[latency]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, total: int, done: int) -> None:
+        """`done` of `total` events were there before."""
+        self._task = self._progress.add_task(
+            "replay", total=total, completed=done, rate="", latency=""
+        )
+
+    def show(self, done: int, tally: Tally) -> None:
+        """`done` events are consumed now."""
+        if self._task is None or self._progress.disable:
+            return
+        speed = self._progress.tasks[0].speed
+        recent = tally.latencies_s[-RECENT:]
+        self._progress.update(
+            self._task,
+            completed=done,
+            rate="" if speed is None else f"{speed:,.0f}/s",
+            latency=f"p50 {percentile_ms(recent, 50):.1f} ms" if recent else "",
+        )
+
+
+def percentile_ms(latencies_s: Sequence[float], percent: float) -> float:
+    """A percentile in milliseconds; 0 of nothing."""
+    return float(np.percentile(latencies_s, percent) * 1000) if len(latencies_s) else 0.0
+
+
+def _rate(tally: Tally) -> float:
+    return tally.events / tally.wall_s if tally.wall_s else 0.0

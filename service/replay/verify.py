@@ -1,0 +1,220 @@
+"""Every output against one Keras call over its stream's whole sequence.
+
+Independent of how the service computes: the stream's events are encoded in one go from a
+fresh clock, and the artifact's Keras layers run once over all steps from the zero state, with
+no cuts, no carried state and no batch-mates of its own choosing. Streams of similar length
+share a call to save time; padding is masked.
+
+    |a - b| <= 1e-5 + 1e-5 |b|        a: received, b: the whole-sequence call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import models
+from models.artifact import Artifact, load_artifact
+from models.errors import ArtifactError
+from models.events.columns import EventColumns
+from models.events.encode import Clock, encode
+from models.layout import output_spec
+from models.spec import ModelSpec
+from service.replay.judge import ABSOLUTE, excess
+from service.replay.options import ReplayError
+from service.replay.wire import FloatRows
+
+MAX_PADDED_STEPS = 65_536
+"""Rows times steps of one call; a longer stream goes alone."""
+PADDING_SHARE = 1.5
+"""A stream joins a call while the longest is at most this much longer."""
+
+Whole = Callable[[list[FloatRows]], list[FloatRows]]
+"""Whole sequences [T, F] to their outputs [T, O], from the zero state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One stream as the replay got it.
+
+    Attributes:
+        name: the stream.
+        columns: its whole events, from event 0 to the position where the replay ended.
+        outputs: float32 [T, O]; NaN where this run received none.
+    """
+
+    name: str
+    columns: EventColumns
+    outputs: FloatRows
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCheck:
+    """One output over all streams.
+
+    Attributes:
+        excess: the largest |a - b| - 1e-5 |b|; the contract bounds it by 1e-5.
+        difference: the largest |a - b|.
+        stream, step: where the largest excess is.
+        beyond: how many values are outside the contract.
+    """
+
+    name: str
+    excess: float
+    difference: float
+    stream: str
+    step: int
+    beyond: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether every value is within the contract."""
+        return self.beyond == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The result: every output, how many events were compared, and how many were not."""
+
+    outputs: tuple[OutputCheck, ...]
+    compared: int
+    missing: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether every output is within the contract."""
+        return all(output.holds for output in self.outputs)
+
+
+def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
+    """The artifact of the model that the service serves.
+
+    Args:
+        path: its directory; None for the pretrained model of that name.
+        model: the model's name.
+        version: the version that the service serves.
+
+    Raises:
+        ReplayError: there is none, it is damaged, or it is another version than the service's.
+    """
+    path = path or Path(models.__file__).parent / "pretrained" / model
+    try:
+        artifact = load_artifact(path)
+    except ArtifactError as error:
+        raise ReplayError(f"--artifact: {error}") from error
+    if artifact.version != version:
+        raise ReplayError(
+            f"--artifact: expected the model that is served, version {version}, "
+            f"got {artifact.version} at {path}"
+        )
+    return artifact
+
+
+def keras_whole(artifact: Artifact) -> Whole:
+    """Runs the artifact's Keras layers once over whole sequences. Imports TensorFlow.
+
+    Raises:
+        ReplayError: TensorFlow is not installed.
+    """
+    try:
+        import tensorflow as tf
+
+        from models.networks.build import StepNetwork
+    except ImportError as error:
+        raise ReplayError("--verify needs TensorFlow: pip install 'carry[tensorflow]'") from error
+    network = StepNetwork(artifact.spec)
+    network.set_weights(artifact.weights)
+    signature = [
+        tf.TensorSpec([None, None, artifact.spec.input_features], tf.float32),
+        tf.TensorSpec([None], tf.int32),
+        tf.TensorSpec([None, network.state_size], tf.float32),
+    ]
+    call = tf.function(network.step, input_signature=signature)
+
+    def whole(sequences: list[FloatRows]) -> list[FloatRows]:
+        lengths = [len(rows) for rows in sequences]
+        padded = np.zeros((len(lengths), max(lengths), sequences[0].shape[1]), np.float32)
+        for index, rows in enumerate(sequences):
+            padded[index, : len(rows)] = rows
+        zero = np.zeros((len(lengths), network.state_size), np.float32)
+        outputs, _ = call(padded, np.array(lengths, np.int32), zero)
+        return [values[:length] for values, length in zip(outputs.numpy(), lengths, strict=True)]
+
+    return whole
+
+
+def verify(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verification:
+    """Compare what was received with the whole-sequence call.
+
+    Args:
+        spec: the model, with a fitted event schema.
+        whole: `keras_whole(artifact)`.
+        streams: those without any received output are not computed.
+    """
+    layout = output_spec(spec)
+    worst = {output.name: OutputCheck(output.name, 0.0, 0.0, "", 0, 0) for output in layout.outputs}
+    compared = missing = 0
+    for group in _groups(streams):
+        wanted = whole([_encoded(spec, stream.columns) for stream in group])
+        for stream, expected in zip(group, wanted, strict=True):
+            there = ~np.isnan(stream.outputs).any(axis=1)
+            compared += int(there.sum())
+            steps = np.flatnonzero(there)
+            for name, cut in layout.slices.items():
+                check = _check(name, stream, steps, expected[there][:, cut], cut)
+                worst[name] = _worse(worst[name], check)
+    missing = sum(int(np.isnan(stream.outputs).any(axis=1).sum()) for stream in streams)
+    return Verification(tuple(worst.values()), compared, missing)
+
+
+def _check(
+    name: str, stream: Received, steps: np.ndarray, expected: FloatRows, cut: slice
+) -> OutputCheck:
+    ours = stream.outputs[steps][:, cut]
+    over = excess(ours, expected)
+    # A value that is not a number would compare as within any bound.
+    over = np.where(np.isfinite(over), over, np.inf)
+    at = int(over.max(axis=1).argmax())
+    difference = np.abs(ours.astype(np.float64) - expected).max()
+    beyond = int((over > ABSOLUTE).sum())
+    return OutputCheck(
+        name, float(over.max()), float(difference), stream.name, int(steps[at]), beyond
+    )
+
+
+def _worse(a: OutputCheck, b: OutputCheck) -> OutputCheck:
+    top = b if b.excess > a.excess or not a.stream else a
+    return OutputCheck(
+        top.name,
+        top.excess,
+        max(a.difference, b.difference),
+        top.stream,
+        top.step,
+        a.beyond + b.beyond,
+    )
+
+
+def _encoded(spec: ModelSpec, columns: EventColumns) -> FloatRows:
+    if spec.events is None:
+        raise ReplayError(f"model {spec.name!r} has no event schema")
+    return encode(spec.events, columns, Clock())[0]
+
+
+def _groups(streams: Sequence[Received]) -> Iterator[list[Received]]:
+    """Streams with received outputs, similar lengths together, within `MAX_PADDED_STEPS`."""
+    group: list[Received] = []
+    useful = [stream for stream in streams if not np.isnan(stream.outputs).any(axis=1).all()]
+    for stream in sorted(useful, key=lambda stream: len(stream.columns)):
+        longest = len(stream.columns)
+        if group and (
+            (len(group) + 1) * longest > MAX_PADDED_STEPS
+            or longest > PADDING_SHARE * len(group[0].columns) + 1
+        ):
+            yield group
+            group = []
+        group.append(stream)
+    if group:
+        yield group
