@@ -1,0 +1,51 @@
+"""Pages of a listing out of steps of a scan, with every step and every page bounded.
+
+A scan step returns every match of the part it walked over; what does not fit the page must
+not be dropped. So a step that gave too much is taken again in smaller, and the page ends
+before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+MAX_STEPS: Final = 100
+
+Step = Callable[[int, int], Awaitable[tuple[int, list[str]]]]
+"""(cursor, keys to look at) -> (next cursor, 0 at the end; names that match)."""
+
+
+async def scan_page(
+    step: Step, cursor: int, limit: int, max_count: int
+) -> tuple[list[str], int | None]:
+    """One page, in at most MAX_STEPS steps.
+
+    Args:
+        cursor: where to go on, 0 for the beginning.
+        limit: names on a page, at least 1; more only where the smallest step gives more.
+        max_count: keys to look at per step, at most.
+
+    Returns:
+        The names, each once, and where the next page begins, None at the end.
+    """
+    names: dict[str, None] = {}
+    count = min(limit, max_count)
+    for _ in range(MAX_STEPS):
+        room = limit - len(names)
+        following, found = await step(cursor, count)
+        if len(found) > room:
+            if count > room:
+                count = room
+                continue
+            if names:
+                return list(names), cursor
+        names.update(dict.fromkeys(found))
+        if following == 0:
+            return list(names), None
+        cursor = following
+        if len(names) >= limit:
+            break
+        # Where nothing matches, look at more at once; where much does, at what fits.
+        count = min(max_count, 2 * count if not found else max(1, limit - len(names)))
+    return list(names), cursor
