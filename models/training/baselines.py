@@ -1,0 +1,387 @@
+"""Baselines for any head: the last value, a running mean per stream, and boosted trees.
+
+All of them see what the network sees, the encoded events up to the one before the target,
+and are fitted on training events alone; what they leave open (how fast the running mean
+forgets; how many events the trees look back on, how large and how many they are) is chosen
+by their loss on the validation events. None of them sees a held-out event before it is
+scored.
+
+The two plain ones become chances through isotonic regression, quantiles through the
+quantiles of their training errors, and densities through a Gaussian of their training
+errors. An anomaly's categorical and boolean targets have their training frequencies in all
+three baselines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
+
+from models.errors import SpecError
+from models.events.schema import BooleanField, CategoricalField, NumericField
+from models.layout import event_field
+from models.spec import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head, ModelSpec
+from models.training.data import Streams
+from models.training.scores import (
+    Floats,
+    Scored,
+    is_binary,
+    score_chance,
+    score_classes,
+    score_forecast,
+    truth_of,
+)
+from models.training.trees import Trees, tree_features
+
+HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
+"""Events after which a running mean has forgotten half; None forgets nothing."""
+MAX_TREE_CLASSES = 16
+"""Boosted trees fit a set of trees per class: beyond this many they are left out."""
+
+LAST, RUNNING, TREES = "last value", "running mean", "boosted trees"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What baselines are fitted on and scored on.
+
+    Attributes:
+        spec: the fitted spec.
+        streams: the data.
+        rows: float32 [rows, F], encoded.
+        train, validate, test: int64, rows that are targets; each has a predecessor.
+    """
+
+    spec: ModelSpec
+    streams: Streams
+    rows: NDArray[np.float32]
+    train: NDArray[np.int64]
+    validate: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+    @cached_property
+    def stream_of(self) -> NDArray[np.int64]:
+        """The stream's index of every row."""
+        sizes = [stop - start for start, stop in self.streams.spans]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    def features(self, events: int) -> tuple[NDArray[np.float32], list[bool]]:
+        """The last events at every row, for trees: see `tree_features`."""
+        return tree_features(self.spec, self.rows, self.streams.spans, events)
+
+    def running(self, series: Floats, half_life: float | None) -> Floats:
+        """Running mean of each stream up to each row, without absent values; NaN before any."""
+        frame = pl.DataFrame({"s": self.stream_of, "x": series}).with_columns(
+            pl.col("x").fill_nan(None)
+        )
+        if half_life is None:
+            known = pl.col("x").is_not_null().cum_sum()
+            mean = pl.col("x").fill_null(0.0).cum_sum() / known
+        else:
+            mean = pl.col("x").ewm_mean(half_life=half_life, ignore_nulls=True).forward_fill()
+        found = frame.select(mean.over("s").alias("mean"))["mean"]
+        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One baseline for one head, scored on the test events.
+
+    Attributes:
+        name: `last value`, `running mean` or `boosted trees`.
+        scored: its losses on the test events.
+        settings: what was chosen on the validation events.
+    """
+
+    name: str
+    scored: Scored
+    settings: dict[str, Any]
+
+
+def baselines_of(table: Table, head: Head, *, trees: bool = True) -> list[Baseline]:
+    """All baselines of one head with targets."""
+    match head:
+        case ClassificationHead() if is_binary(table.spec, head):
+            return _binary(table, head, trees)
+        case ClassificationHead():
+            return _classes(table, head, trees)
+        case ForecastHead():
+            return _forecast(table, head, head.quantiles, trees)
+        case DenseHead():
+            return _forecast(table, head, (), trees)
+        case AnomalyHead():
+            return _anomaly(table, head, trees)
+        case _:
+            return []
+
+
+def _everywhere(table: Table, head: Head) -> Floats:
+    rows = np.arange(table.streams.events)
+    return truth_of(table.spec, head, table.streams.columns, rows)
+
+
+def _best(
+    table: Table,
+    candidates: list[tuple[Floats, dict[str, Any]]],
+    fit: Callable[..., Scored],
+    metric: str,
+) -> tuple[Scored, dict[str, Any]]:
+    """Fit each candidate series, choose by validation loss, score on the test events."""
+    losses = [
+        float(np.nanmean(fit(series, table.validate).losses[metric])) for series, _ in candidates
+    ]
+    series, settings = candidates[int(np.argmin(losses))]
+    return fit(series, table.test), {**settings, "validation": min(losses)}
+
+
+def _running_candidates(
+    table: Table, series: Floats, about: str
+) -> list[tuple[Floats, dict[str, Any]]]:
+    return [
+        (table.running(series, life), {"of": about, "half_life_events": life})
+        for life in HALF_LIVES
+    ]
+
+
+def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
+    truth = _everywhere(table, head)
+    value = _encoded(table, head.target)
+
+    def fit(series: Floats, at: NDArray[np.int64]) -> Scored:
+        return score_chance(_isotonic(series, truth, table.train, at), truth[at])
+
+    last, last_settings = _best(table, [(value, {})], fit, "log_loss")
+    candidates = _running_candidates(table, truth, "target") + _running_candidates(
+        table, value, "value"
+    )
+    running, running_settings = _best(table, candidates, fit, "log_loss")
+    found = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
+    if trees:
+        model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
+        chance = model.chances(table.test)[:, 1]
+        found.append(Baseline(TREES, score_chance(chance, truth[table.test]), model.settings))
+    return found
+
+
+def _isotonic(
+    series: Floats, truth: Floats, train: NDArray[np.int64], at: NDArray[np.int64]
+) -> Floats:
+    """Chances at `at` from the series one event earlier, fitted on the training targets."""
+    known = train[~np.isnan(truth[train])]
+    rate = float(truth[known].mean())
+    usable = known[~np.isnan(series[known - 1])]
+    said = series[at - 1]
+    chance = np.full(len(at), rate)
+    if len(usable) >= 2:
+        curve = IsotonicRegression(out_of_bounds="clip", increasing="auto")
+        curve.fit(series[usable - 1], truth[usable])
+        there = ~np.isnan(said)
+        chance[there] = curve.predict(said[there])
+    # Isotonic regression may say 0 or 1; one more event of the base rate keeps it finite.
+    size = max(1.0, float(np.sqrt(len(usable))))
+    return (chance * size + rate) / (size + 1)
+
+
+def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
+    codes = _everywhere(table, head).astype(np.int64)
+    field = event_field(table.spec, head.target)
+    count = field.codes if isinstance(field, CategoricalField) else 2
+    base = np.bincount(codes[table.train], minlength=count) + 1.0
+    base /= base.sum()
+    pairs = np.zeros((count, count))
+    np.add.at(pairs, (codes[table.train - 1], codes[table.train]), 1.0)
+    moves = (pairs + base) / (pairs.sum(axis=1, keepdims=True) + 1.0)
+    last = score_classes(moves[codes[table.test - 1]], codes[table.test].astype(np.float64))
+    found = [Baseline(LAST, last, {})]
+    best: tuple[float, float | None, float] | None = None
+    means: dict[float | None, Floats] = {}
+    for life in HALF_LIVES:
+        means[life] = np.stack(
+            [table.running((codes == code).astype(np.float64), life) for code in range(count)],
+            axis=1,
+        )
+        for share in (0.02, 0.1, 0.3, 0.6):
+            chances = (1 - share) * means[life][table.validate - 1] + share * base
+            loss = score_classes(chances, codes[table.validate].astype(np.float64))
+            mean = float(loss.losses["log_loss"].mean())
+            if best is None or mean < best[0]:
+                best = (mean, life, share)
+    if best is not None:
+        loss_, life, share = best
+        chances = (1 - share) * means[life][table.test - 1] + share * base
+        scored = score_classes(chances, codes[table.test].astype(np.float64))
+        settings = {"half_life_events": life, "base_share": share, "validation": loss_}
+        found.append(Baseline(RUNNING, scored, settings))
+    if trees and count <= MAX_TREE_CLASSES:
+        truth = codes.astype(np.float64)
+        model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
+        known = np.full((len(table.test), count), 1e-6)
+        known[:, model.classes] = model.chances(table.test)
+        known /= known.sum(axis=1, keepdims=True)
+        found.append(Baseline(TREES, score_classes(known, truth[table.test]), model.settings))
+    return found
+
+
+def _forecast(
+    table: Table, head: ForecastHead | DenseHead, quantiles: tuple[float, ...], trees: bool
+) -> list[Baseline]:
+    """Fitted on standardised values, where errors are alike, and scored in the head's units."""
+    metric = "pinball" if quantiles else "mae"
+    levels = quantiles or (0.5,)
+    truth = _everywhere(table, head)
+    encoded = np.stack([_encoded(table, name) for name in head.targets], axis=1)
+
+    def values_of(series: Floats, target: int, at: NDArray[np.int64]) -> Floats:
+        errors = encoded[table.train, target] - series[table.train - 1]
+        spread = np.nanquantile(errors, levels)
+        said = series[at - 1]
+        middle = float(np.nanmedian(encoded[table.train, target]))
+        values = np.where(np.isnan(said), middle, said)[:, None] + spread
+        return np.asarray(values, np.float64)
+
+    def in_units(values: list[Floats]) -> Floats:
+        stacked = np.stack(values, axis=1)
+        return stacked if isinstance(head, DenseHead) else _units(table.spec, head, stacked)
+
+    def score(values: list[Floats], at: NDArray[np.int64]) -> Scored:
+        return score_forecast(quantiles, in_units(values), truth[at])
+
+    targets = range(len(head.targets))
+    series = [encoded[:, target] for target in targets]
+    last = score([values_of(series[t], t, table.test) for t in targets], table.test)
+    tried = []
+    for life in HALF_LIVES:
+        means = [table.running(series[t], life) for t in targets]
+        judged = score([values_of(means[t], t, table.validate) for t in targets], table.validate)
+        tried.append((float(np.nanmean(judged.losses[metric])), life, means))
+    loss, life, means = min(tried, key=lambda item: item[0])
+    running = score([values_of(means[t], t, table.test) for t in targets], table.test)
+    found = [
+        Baseline(LAST, last, {}),
+        Baseline(RUNNING, running, {"half_life_events": life, "validation": loss}),
+    ]
+    if trees:
+        settings: dict[str, Any] = {}
+        values = []
+        for target, name in enumerate(head.targets):
+            model = Trees.tuned(
+                "quantile", table.features, encoded[:, target], table.train, table.validate
+            )
+            settings[name] = model.settings
+            said = [model.again(level).values(table.test) for level in levels]
+            values.append(np.sort(np.stack(said, axis=1), axis=1))
+        found.append(Baseline(TREES, score(values, table.test), settings))
+    return found
+
+
+def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
+    numeric = [n for n in head.targets if isinstance(event_field(table.spec, n), NumericField)]
+    shared = np.zeros(table.streams.events)
+    for name in set(head.targets) - set(numeric):
+        shared += _frequency_nats(table, name)
+
+    def score(means: dict[str, Floats], at: NDArray[np.int64]) -> Scored:
+        nats = shared[at].copy()
+        for name in numeric:
+            value = _encoded(table, name)
+            nats += _gaussian(value, means[name], table.train, at)
+        return Scored({"nll": nats})
+
+    def running(life: float | None) -> dict[str, Floats]:
+        return {name: table.running(_encoded(table, name), life) for name in numeric}
+
+    last = {name: _encoded(table, name) for name in numeric}
+    tried = [
+        (float(np.nanmean(score(running(life), table.validate).losses["nll"])), life)
+        for life in HALF_LIVES
+    ]
+    loss, life = min(tried, key=lambda item: item[0])
+    found = [
+        Baseline(LAST, score(last, table.test), {}),
+        Baseline(
+            RUNNING,
+            score(running(life), table.test),
+            {"half_life_events": life, "validation": loss},
+        ),
+    ]
+    if trees:
+        nats = shared[table.test].copy()
+        settings: dict[str, Any] = {}
+        for name in numeric:
+            truth = _encoded(table, name)
+            mean = Trees.tuned("squared_error", table.features, truth, table.train, table.validate)
+            every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
+            said = np.full(table.streams.events, np.nan)
+            said[every] = mean.values(every)
+            # A second ensemble says how far off the first one is, as log squared error.
+            error = np.log(np.square(truth - said) + 1e-4)
+            spread = Trees.tuned(
+                "squared_error", table.features, error, table.train, table.validate
+            )
+            log_deviation = np.full(table.streams.events, np.nan)
+            log_deviation[every] = 0.5 * spread.values(every)
+            known = table.train[~np.isnan(truth[table.train])]
+            ratio = np.square(truth - said)[known] / np.exp(2 * log_deviation[known])
+            log_deviation += 0.5 * np.log(ratio.mean())
+            nats += _nats(truth - said, log_deviation)[table.test]
+            settings[name] = {"mean": mean.settings, "spread": spread.settings}
+        found.append(Baseline(TREES, Scored({"nll": nats}), settings))
+    return found
+
+
+def _gaussian(
+    value: Floats, series: Floats, train: NDArray[np.int64], at: NDArray[np.int64]
+) -> Floats:
+    """Nats of the values at `at`: mean linear in the series one event earlier, one deviation."""
+    known = train[~np.isnan(value[train]) & ~np.isnan(series[train - 1])]
+    slope, offset = np.polyfit(series[known - 1], value[known], 1)
+    deviation = float(np.std(value[known] - slope * series[known - 1] - offset))
+    middle = float(value[known].mean())
+    said = np.where(np.isnan(series[at - 1]), middle, slope * series[at - 1] + offset)
+    return _nats(value[at] - said, np.full(len(at), np.log(max(deviation, 1e-3))))
+
+
+def _nats(error: Floats, log_deviation: Floats) -> Floats:
+    """-log of a Gaussian's density; 0 where there is no value, as the anomaly head has it."""
+    nats = 0.5 * np.log(2 * np.pi) + log_deviation
+    nats = nats + 0.5 * np.square(error * np.exp(-log_deviation))
+    return np.where(np.isnan(error), 0.0, nats)
+
+
+def _frequency_nats(table: Table, name: str) -> Floats:
+    field = event_field(table.spec, name)
+    column = table.rows[:, [c.name for c in table.spec.columns].index(name)].astype(np.int64)
+    count = field.codes if isinstance(field, CategoricalField) else 2
+    present = np.ones(len(column), np.bool_)
+    if isinstance(field, BooleanField):
+        present = table.streams.columns.present[name]
+    seen = column[table.train][present[table.train]]
+    share = np.bincount(seen, minlength=count) + 1.0
+    return np.where(present, -np.log(share / share.sum())[column], 0.0)
+
+
+def _encoded(table: Table, name: str) -> Floats:
+    at = [column.name for column in table.spec.columns].index(name)
+    values = table.rows[:, at].astype(np.float64)
+    return np.where(table.streams.columns.present[name], values, np.nan)
+
+
+def _units(spec: ModelSpec, head: ForecastHead, values: Floats) -> Floats:
+    """Undo standardisation and transform: [n, targets, quantiles]."""
+    found = np.empty_like(values)
+    for index, name in enumerate(head.targets):
+        field = event_field(spec, name)
+        if not isinstance(field, NumericField) or field.mean is None or field.std is None:
+            raise SpecError(f"field {name!r}: expected a fitted numeric field")
+        value = values[:, index] * field.std + field.mean
+        if field.transform == "signed_log1p":
+            value = np.sign(value) * np.expm1(np.abs(value))
+        found[:, index] = value
+    return found

@@ -1,0 +1,171 @@
+"""Scores an artifact by running it as the service does: chunk by chunk, from carried states.
+
+Every stream starts in the zero state with its clock at zero, and its events come in chunks of
+random lengths; each chunk is encoded against the clock that the chunk before it left and runs
+from the state that it left, in batches with other streams, padded and masked. What is scored
+are the outputs of these steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.artifact import Artifact
+from models.errors import DataError
+from models.events.encode import Clock, encode
+from models.layout import output_spec
+from models.spec import ModelSpec
+from models.training.data import Streams, moment_ms, schema_of, streams_of
+from models.training.scores import auc, has_targets, score_outputs
+
+Advance = Callable[[int], None]
+SMALLEST_STEPS = 8
+"""Batches are padded to this many steps, doubled as often as needed: few shapes to trace."""
+
+
+def run_chunks(
+    artifact: Artifact,
+    streams: Streams,
+    *,
+    chunk: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+    advance: Advance | None = None,
+) -> NDArray[np.float32]:
+    """Run every stream from its beginning in chunks of 1 to `chunk` events.
+
+    Args:
+        artifact: the model.
+        streams: its events.
+        chunk: most events in a chunk; lengths are drawn evenly from 1 to it.
+        seed: of the lengths.
+        batch: most streams in a batch.
+        advance: called with the number of events done, after every batch.
+
+    Returns:
+        Packed outputs, float32 [rows, O], as `models.layout.output_spec` says.
+    """
+    # TensorFlow takes seconds to import, and only this function needs it.
+    import tensorflow as tf
+
+    from models.networks.build import StepNetwork
+
+    spec = artifact.spec
+    schema = schema_of(spec)
+    network = StepNetwork(spec)
+    network.set_weights(artifact.weights)
+    step = tf.function(network.step, reduce_retracing=False)
+    random = np.random.default_rng(seed)
+    outputs = np.zeros((streams.events, output_spec(spec).size), np.float32)
+    lanes = min(batch, len(streams.spans))
+    waiting = sorted(streams.spans, key=lambda span: (span[1] - span[0], -span[0]))
+    at = np.zeros(lanes, np.int64)
+    stop = np.zeros(lanes, np.int64)
+    state = np.zeros((lanes, network.state_size), np.float32)
+    clocks = [Clock()] * lanes
+    while True:
+        for lane in np.flatnonzero(at == stop):
+            if not waiting:
+                break
+            at[lane], stop[lane] = waiting.pop()
+            state[lane] = 0
+            clocks[lane] = Clock()
+        lengths = np.minimum(random.integers(1, chunk + 1, lanes), stop - at).astype(np.int32)
+        if not lengths.any():
+            return outputs
+        steps = SMALLEST_STEPS
+        while steps < lengths.max():
+            steps *= 2
+        rows = np.zeros((lanes, steps, spec.input_features), np.float32)
+        for lane in np.flatnonzero(lengths):
+            cut = slice(int(at[lane]), int(at[lane] + lengths[lane]))
+            encoded, clocks[lane] = encode(schema, streams.columns[cut], clocks[lane])
+            rows[lane, : lengths[lane]] = encoded
+        given, after = step(rows, lengths, state)
+        found, state = given.numpy(), np.array(after)
+        for lane in np.flatnonzero(lengths):
+            outputs[at[lane] : at[lane] + lengths[lane]] = found[lane, : lengths[lane]]
+        at += lengths
+        if advance is not None:
+            advance(int(lengths.sum()))
+
+
+def scored_rows(
+    streams: Streams, from_ms: int | None, to_ms: int | None = None
+) -> NDArray[np.int64]:
+    """The events from one moment to before another that have a predecessor, int64 [n]."""
+    followed = np.append(False, streams.has_next[:-1])
+    if from_ms is not None:
+        followed &= streams.moments_ms >= from_ms
+    if to_ms is not None:
+        followed &= streams.moments_ms < to_ms
+    return np.flatnonzero(followed)
+
+
+def evaluate(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    *,
+    chunk: int = 64,
+    seed: int = 0,
+    batch: int = 64,
+    since: str | None = None,
+    source: str = "data",
+    advance: Advance | None = None,
+) -> dict[str, Any]:
+    """Run the artifact over a table and score each head that has targets.
+
+    Args:
+        artifact: a model with `events` and `training` (which names the stream's column).
+        frame: one row per event, as `read_data` gives it.
+        chunk, seed, batch, advance: as for `run_chunks`.
+        since: RFC 3339 moment from which events are scored; earlier ones only move the
+            states. All events by default.
+        source: what errors call the table.
+
+    Returns:
+        `events`, `streams`, `scored` (events), `since`, `chunk`, `seed` and `heads`: by head,
+        its metrics.
+
+    Raises:
+        SpecError, DataError: the model has nothing to score, or the table does not fit it.
+    """
+    spec = artifact.spec
+    streams = streams_of(spec, frame, source)
+    from_ms = None if since is None else moment_ms(schema_of(spec), since, "since")
+    at = scored_rows(streams, from_ms)
+    if len(at) == 0:
+        raise DataError(
+            expected=f"{source}: events to score, each after another of its stream", got="none"
+        )
+    outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
+    return {
+        "events": streams.events,
+        "streams": len(streams.names),
+        "scored": len(at),
+        "since": since,
+        "chunk": chunk,
+        "seed": seed,
+        "heads": head_metrics(spec, outputs, streams, at),
+    }
+
+
+def head_metrics(
+    spec: ModelSpec, outputs: NDArray[np.float32], streams: Streams, at: NDArray[np.int64]
+) -> dict[str, dict[str, float]]:
+    """Mean losses, and AUC for two classes, of every head with targets."""
+    named = output_spec(spec).by_name(outputs)
+    found: dict[str, dict[str, float]] = {}
+    for head in spec.heads:
+        if not has_targets(head):
+            continue
+        scored = score_outputs(spec, head, named[head.name], streams.columns, at)
+        found[head.name] = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
+        if scored.chance is not None and scored.truth is not None:
+            found[head.name]["auc"] = auc(scored.chance, scored.truth)
+    return found

@@ -1,0 +1,81 @@
+"""Pictures of a report: learning curve, skill against baselines, calibration.
+
+PNG bytes out of the report's plain data, drawn without a display. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from models.training.report import MODEL
+
+DPI = 90
+
+
+def plot_report(report: dict[str, Any]) -> dict[str, bytes]:
+    """File name -> PNG, for what the report holds."""
+    found: dict[str, bytes] = {}
+    if report["history"]:
+        found["plots/learning.png"] = _png(_learning(report["history"]))
+    found["plots/skill.png"] = _png(_skill(report["heads"]))
+    calibrated = {name: head for name, head in report["heads"].items() if "calibration" in head}
+    if calibrated:
+        found["plots/calibration.png"] = _png(_calibration(calibrated))
+    return found
+
+
+def _learning(history: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    epochs = [record["epoch"] for record in history]
+    axes.plot(epochs, [record["train_loss"] for record in history], label="training (dropout on)")
+    axes.plot(epochs, [record["validation"]["loss"] for record in history], label="validation")
+    axes.set(xlabel="epoch", ylabel="weighted loss", title="Learning curve")
+    axes.legend()
+    return figure
+
+
+def _skill(heads: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(7, 0.6 + 1.3 * len(heads)), layout="constrained")
+    for axes, (name, head) in zip(
+        figure.subplots(len(heads), 1, squeeze=False)[:, 0], heads.items(), strict=True
+    ):
+        metric = next(iter(head["scores"][MODEL]))
+        rows = list(reversed(head["scores"].items()))
+        for at, (model, scores) in enumerate(rows):
+            low, high = scores[metric]["interval"]
+            color = "tab:blue" if model == MODEL else "tab:gray"
+            axes.plot([low, high], [at, at], color=color)
+            axes.plot(scores[metric]["value"], at, "o", color=color)
+        axes.set_yticks(range(len(rows)), [model for model, _ in rows])
+        axes.margins(y=0.2)
+        axes.set_title(f"{name}: {metric} on held-out events, less is better", fontsize="medium")
+    return figure
+
+
+def _calibration(heads: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(3.4 * len(heads), 3.4), layout="constrained")
+    for axes, (name, head) in zip(
+        figure.subplots(1, len(heads), squeeze=False)[0], heads.items(), strict=True
+    ):
+        said = [part["said"] for part in head["calibration"]]
+        happened = [part["happened"] for part in head["calibration"]]
+        top = max(*said, *happened, 0.01)
+        axes.plot([0, top], [0, top], color="tab:gray", linewidth=1)
+        axes.plot(said, happened, "o-")
+        axes.set(xlabel="said", ylabel="happened", title=f"{name}: calibration")
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    # Few colours are drawn: a palette keeps the artifact small.
+    with Image.open(buffer) as image:
+        small = BytesIO()
+        image.convert("RGB").quantize(64).save(small, format="PNG", optimize=True)
+    return small.getvalue()

@@ -1,0 +1,221 @@
+"""The report of a trained model: its skill on held-out events beside baselines.
+
+The model is run as the service runs it (`models.training.evaluate`), and everything is scored
+on the same events: those from `test_from` on. Intervals are 95%, by resampling days of the
+schema's time zone; differences to the model are paired. The report is plain data
+(`report.json`) and holds all that the plots show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.artifact import Artifact
+from models.errors import DataError
+from models.events.zones import zone_table
+from models.layout import output_spec
+from models.spec import ForecastHead
+from models.training.baselines import Baseline, Table, baselines_of
+from models.training.data import moment_ms, schema_of, streams_of, training_of
+from models.training.evaluate import run_chunks, scored_rows
+from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
+
+DRAWS = 1000
+CALIBRATION_BINS = 10
+DAY_MS = 86_400_000
+MODEL = "model"
+
+Say = Callable[[str], None]
+
+
+def make_report(
+    artifact: Artifact,
+    frame: pl.DataFrame,
+    *,
+    history: tuple[dict[str, Any], ...] = (),
+    trees: bool = True,
+    chunk: int = 64,
+    seed: int = 0,
+    draws: int = DRAWS,
+    source: str = "data",
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Score a trained model and its baselines on the held-out events.
+
+    Args:
+        artifact: the model; its spec's `training` names the split.
+        frame: the table it was trained on, held-out events included.
+        history: the epochs of training, to be kept in the report.
+        trees: whether boosted trees are fitted too; they take longest.
+        chunk, seed: how the model's run is cut.
+        draws: resamples of days.
+        source: what errors call the table.
+        say: told what comes next.
+
+    Returns:
+        Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
+        `value` and `interval`, `difference` of each baseline minus the model, `settings`,
+        `calibration`), `history`.
+
+    Raises:
+        DataError: there are no held-out events.
+    """
+    tell = say or (lambda text: None)
+    spec = artifact.spec
+    schema, training = schema_of(spec), training_of(spec)
+    streams = streams_of(spec, frame, source)
+    validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
+    test_ms = moment_ms(schema, training.test_from, "training.test_from")
+    at = scored_rows(streams, test_ms)
+    if len(at) == 0:
+        raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
+    tell("running the model over all events, chunk by chunk")
+    outputs = output_spec(spec).by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
+    table = Table(
+        spec,
+        streams,
+        streams.encoded(schema),
+        scored_rows(streams, None, validate_ms),
+        scored_rows(streams, validate_ms, test_ms),
+        at,
+    )
+    moments = streams.moments_ms[at]
+    days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
+    resampled = DayDraws.make(days, draws, seed)
+    heads = {}
+    for head in spec.heads:
+        if not has_targets(head):
+            continue
+        tell(f"baselines of {head.name}")
+        scored = score_outputs(spec, head, outputs[head.name], streams.columns, at)
+        baselines = baselines_of(table, head, trees=trees)
+        heads[head.name] = {
+            "kind": head.kind,
+            **_compared(scored, baselines, resampled),
+            **_calibrated(scored, getattr(head, "quantiles", ())),
+        }
+        if isinstance(head, ForecastHead):
+            heads[head.name]["quantiles"] = list(head.quantiles)
+    return {
+        "model": spec.name,
+        "version": artifact.version,
+        "data": {
+            "events": streams.events,
+            "streams": len(streams.names),
+            "trained": len(table.train),
+            "validated": len(table.validate),
+            "held_out": len(at),
+            "held_out_days": int(resampled.counts.shape[1]),
+            "validate_from": training.validate_from,
+            "test_from": training.test_from,
+        },
+        "run": {"chunk": chunk, "seed": seed, "draws": draws},
+        "heads": heads,
+        "history": list(history),
+    }
+
+
+def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
+    drawn = {MODEL: _drawn(scored, days)}
+    exact = {MODEL: _values(scored)}
+    for baseline in baselines:
+        drawn[baseline.name] = _drawn(baseline.scored, days)
+        exact[baseline.name] = _values(baseline.scored)
+    scores = {
+        name: {
+            metric: {"value": value, "interval": interval(drawn[name][metric])}
+            for metric, value in values.items()
+        }
+        for name, values in exact.items()
+    }
+    difference = {
+        name: {
+            metric: {
+                "value": value - exact[MODEL][metric],
+                "interval": interval(drawn[name][metric] - drawn[MODEL][metric]),
+            }
+            for metric, value in values.items()
+            if metric in exact[MODEL]
+        }
+        for name, values in exact.items()
+        if name != MODEL
+    }
+    settings = {baseline.name: baseline.settings for baseline in baselines}
+    return {"scores": scores, "difference": difference, "settings": settings}
+
+
+def _values(scored: Scored) -> dict[str, float]:
+    found = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
+    if scored.chance is not None and scored.truth is not None:
+        found["auc"] = auc(scored.chance, scored.truth)
+    return found
+
+
+def _drawn(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
+    found = {name: days.means(loss) for name, loss in scored.losses.items()}
+    if scored.chance is not None and scored.truth is not None:
+        found["auc"] = days.aucs(scored.chance, scored.truth)
+    return found
+
+
+def _calibrated(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
+    """Tenths of the events by chance, or the share of values at or below each quantile."""
+    if scored.chance is not None and scored.truth is not None:
+        known = ~np.isnan(scored.truth)
+        chance, truth = scored.chance[known], scored.truth[known]
+        order = np.argsort(chance, kind="stable")
+        bins = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
+        return {
+            "calibration": [
+                {
+                    "said": float(chance[part].mean()),
+                    "happened": float(truth[part].mean()),
+                    "events": len(part),
+                }
+                for part in bins
+            ]
+        }
+    if quantiles and scored.values is not None and scored.truth is not None:
+        below = np.nanmean(scored.truth[..., None] <= scored.values, axis=(0, 1))
+        return {
+            "calibration": [
+                {"said": level, "happened": float(share), "events": len(scored.truth)}
+                for level, share in zip(quantiles, below, strict=True)
+            ]
+        }
+    return {}
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report's scores as a Markdown table per head."""
+    data = report["data"]
+    lines = [
+        f"{data['held_out']:,} held-out events from {data['test_from']} on "
+        f"({data['held_out_days']} days), {data['trained']:,} trained on; "
+        f"95% intervals by resampling days",
+    ]
+    for name, head in report["heads"].items():
+        metrics = list(head["scores"][MODEL])
+        lines += ["", f"{name} ({head['kind']})", "", "| | " + " | ".join(metrics) + " |"]
+        lines.append("| --- |" + " --- |" * len(metrics))
+        for model, scores in head["scores"].items():
+            cells = [_cell(scores.get(metric)) for metric in metrics]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+        lines += ["", "baseline minus model:", "", "| | " + " | ".join(metrics) + " |"]
+        lines.append("| --- |" + " --- |" * len(metrics))
+        for model, scores in head["difference"].items():
+            cells = [_cell(scores.get(metric), "+") for metric in metrics]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(score: dict[str, Any] | None, sign: str = "") -> str:
+    if score is None:
+        return ""
+    low, high = score["interval"]
+    return f"{score['value']:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"

@@ -1,0 +1,227 @@
+"""How good outputs are: a loss per event, so that means, days and differences can be taken.
+
+Every head is scored on the events it speaks about, each seen from the event before it in its
+stream; a stream's first event is nobody's target. Less is better in every loss, and only the
+area under the ROC curve (AUC) is better when larger.
+
+    classification  `log_loss` (nats), `brier`; AUC where there are two classes
+    forecast        `pinball`, the mean over quantiles of max(q e, (q - 1) e), and `mae` of the
+                    median or point, both in the fields' own units; `pinball` needs quantiles
+    dense           `mae`, in standard deviations
+    anomaly         `nll`, the nats that the output gives
+
+Intervals resample days with replacement (the bootstrap of Efron, 1979): events of one day
+share weather and congestion and are not independent. The same draws serve every model, so
+that differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.events.columns import EventColumns
+from models.events.encode import categorical_codes, standardise
+from models.events.schema import CategoricalField, NumericField
+from models.layout import event_field
+from models.spec import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    ModelSpec,
+)
+
+Floats = NDArray[np.float64]
+SMALLEST_CHANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One model's losses on n events.
+
+    Attributes:
+        losses: by metric, float64 [n]; NaN where the event has no such target.
+        chance: for two classes, the probability given to the second, float64 [n].
+        truth: for two classes, 1, 0 or NaN; for forecasts, the values [n, targets].
+        values: for forecasts, [n, targets, quantiles or 1].
+    """
+
+    losses: Mapping[str, Floats]
+    chance: Floats | None = None
+    truth: Floats | None = None
+    values: Floats | None = field(default=None, repr=False)
+
+
+def is_binary(spec: ModelSpec, head: Head) -> bool:
+    """Whether the head gives one probability per event."""
+    return isinstance(head, ClassificationHead) and not isinstance(
+        event_field(spec, head.target), CategoricalField
+    )
+
+
+def has_targets(head: Head) -> bool:
+    """Whether there is something to score the head against."""
+    if isinstance(head, DenseHead):
+        return bool(head.targets)
+    return isinstance(head, (ClassificationHead, ForecastHead, AnomalyHead))
+
+
+def truth_of(spec: ModelSpec, head: Head, columns: EventColumns, at: NDArray[np.int64]) -> Floats:
+    """What happened at the rows `at`: NaN where absent.
+
+    Returns:
+        Classification: 1 or 0, or the code, [n]. Forecast: values in their units
+        [n, targets]; Dense: the same, standardised.
+    """
+    if isinstance(head, ClassificationHead):
+        target = event_field(spec, head.target)
+        present, values = columns.present[target.name][at], columns.values[target.name][at]
+        if isinstance(target, CategoricalField):
+            return categorical_codes(target, present, values).astype(np.float64)
+        above = values > head.above if head.above is not None else values
+        return np.where(present, np.asarray(above, np.float64), np.nan)
+    found = []
+    for name in getattr(head, "targets", ()):
+        target = event_field(spec, name)
+        values = np.where(columns.present[name][at], columns.values[name][at], np.nan)
+        if isinstance(head, DenseHead) and isinstance(target, NumericField):
+            values = np.where(np.isnan(values), np.nan, standardise(target, values))
+        found.append(np.asarray(values, np.float64))
+    return np.stack(found, axis=1)
+
+
+def score_chance(chance: Floats, truth: Floats) -> Scored:
+    """Two classes; both [n]."""
+    safe = np.clip(chance, SMALLEST_CHANCE, 1 - SMALLEST_CHANCE)
+    log_loss = -np.where(truth > 0.5, np.log(safe), np.log1p(-safe))
+    missing = np.isnan(truth)
+    losses = {
+        "log_loss": np.where(missing, np.nan, log_loss),
+        "brier": np.square(chance - truth),
+    }
+    return Scored(losses, chance=chance, truth=truth)
+
+
+def score_classes(chances: Floats, truth: Floats) -> Scored:
+    """More classes: chances [n, K] and codes [n]."""
+    given = chances[np.arange(len(truth)), truth.astype(np.int64)]
+    brier = np.square(chances).sum(axis=1) - 2 * given + 1
+    return Scored({"log_loss": -np.log(np.maximum(given, SMALLEST_CHANCE)), "brier": brier})
+
+
+def score_forecast(quantiles: tuple[float, ...], values: Floats, truth: Floats) -> Scored:
+    """Forecasts: values [n, targets, quantiles or 1], truth [n, targets]."""
+    error = truth[..., None] - values
+    losses: dict[str, Floats] = {}
+    middle = 0
+    if quantiles:
+        level = np.array(quantiles)
+        pinball = np.maximum(level * error, (level - 1) * error)
+        losses["pinball"] = pinball.mean(axis=(1, 2))
+        middle = int(np.argmin(np.abs(level - 0.5)))
+    losses["mae"] = np.abs(error[..., middle]).mean(axis=1)
+    return Scored(losses, truth=truth, values=values)
+
+
+def score_outputs(
+    spec: ModelSpec, head: Head, output: NDArray[Any], columns: EventColumns, at: NDArray[np.int64]
+) -> Scored:
+    """Score one head of a model.
+
+    Args:
+        output: [rows, ...], the head's output at every row.
+        columns: the events of all rows.
+        at: int64 [n], the events spoken about; each has a predecessor in its stream.
+    """
+    if isinstance(head, AnomalyHead):
+        return Scored({"nll": np.asarray(output[at], np.float64)})
+    said = np.asarray(output[at - 1], np.float64)
+    truth = truth_of(spec, head, columns, at)
+    match head:
+        case ClassificationHead():
+            return score_chance(said, truth) if said.ndim == 1 else score_classes(said, truth)
+        case ForecastHead():
+            values = said if head.quantiles else said[..., None]
+            return score_forecast(head.quantiles, values, truth)
+        case _:
+            return score_forecast((), said[..., None], truth)
+
+
+def auc(chance: Floats, truth: Floats, weight: Floats | None = None) -> float:
+    """Area under the ROC curve, ties counted half; NaN where a class is missing.
+
+    Args:
+        chance: [n].
+        truth: 1, 0, or NaN to leave the event out, [n].
+        weight: [n], how often each event counts; once by default.
+    """
+    return RankedChances(chance, truth).auc(np.ones(len(truth)) if weight is None else weight)
+
+
+class RankedChances:
+    """Chances sorted once, for many weightings."""
+
+    def __init__(self, chance: Floats, truth: Floats):
+        """Sort; arguments as for `auc`."""
+        self._kept = np.flatnonzero(~np.isnan(truth))
+        values, self._group = np.unique(chance[self._kept], return_inverse=True)
+        self._groups = len(values)
+        self._truth = truth[self._kept]
+
+    def auc(self, weight: Floats) -> float:
+        """The area with each event counted `weight` [n] times."""
+        kept = weight[self._kept]
+        positive = np.bincount(self._group, kept * self._truth, self._groups)
+        negative = np.bincount(self._group, kept * (1 - self._truth), self._groups)
+        total = positive.sum() * negative.sum()
+        if total == 0:
+            return float("nan")
+        below = np.cumsum(negative) - negative
+        return float((positive * (below + 0.5 * negative)).sum() / total)
+
+
+@dataclass(frozen=True)
+class DayDraws:
+    """Days drawn with replacement.
+
+    Attributes:
+        day: int64 [n], the day's index of each event.
+        counts: float64 [draws, days], how often each draw holds each day.
+    """
+
+    day: NDArray[np.int64]
+    counts: Floats
+
+    @classmethod
+    def make(cls, days: NDArray[Any], draws: int, seed: int) -> DayDraws:
+        """Draw as many days as there are, `draws` times."""
+        names, day = np.unique(days, return_inverse=True)
+        random = np.random.default_rng(seed)
+        share = np.full(len(names), 1 / len(names))
+        counts = random.multinomial(len(names), share, size=draws)
+        return cls(day.astype(np.int64), counts.astype(np.float64))
+
+    def means(self, loss: Floats) -> Floats:
+        """The mean loss of every draw, [draws]."""
+        kept = ~np.isnan(loss)
+        days = self.counts.shape[1]
+        sums = np.bincount(self.day[kept], loss[kept], days)
+        sizes = np.bincount(self.day[kept], minlength=days)
+        return np.asarray((self.counts @ sums) / (self.counts @ sizes), np.float64)
+
+    def aucs(self, chance: Floats, truth: Floats) -> Floats:
+        """The AUC of every draw, [draws]."""
+        ranked = RankedChances(chance, truth)
+        return np.array([ranked.auc(count[self.day]) for count in self.counts])
+
+
+def interval(drawn: Floats) -> list[float]:
+    """The middle 95% of the draws."""
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return [float(low), float(high)]

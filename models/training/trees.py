@@ -1,0 +1,226 @@
+"""Gradient-boosted trees on the last few events, tuned on the validation events.
+
+scikit-learn's histogram trees (after LightGBM). They look back on the last k events of the
+stream: everything that the last two events hold, and of older ones what moves from event to
+event: the gap, the time of day, the targets and the categories. Angles are given as one
+number, absent values as NaN, the last event's categories as categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
+
+from models.events.schema import CategoricalField, NumericField, TimestampField
+from models.layout import event_field
+from models.spec import ModelSpec
+
+Features = Callable[[int], tuple[NDArray[np.float32], list[bool]]]
+
+MAX_CATEGORIES = 255
+"""scikit-learn's bound on the categories of a feature; beyond it codes are plain numbers."""
+WHOLE_EVENTS = 2
+FULL = {"events": (5, 10, 20), "leaves": (31, 63), "smallest_leaf": (20, 100)}
+SHORT = {"events": (5, 20), "leaves": (31,), "smallest_leaf": (100,)}
+"""What is tried, one setting after the other, each from the best so far."""
+LEARNING_RATE = 0.05
+MOST_TREES = 500
+TREES_STEP = 20
+
+
+class Trees:
+    """One fitted ensemble with what was chosen for it."""
+
+    def __init__(self, kind: str, features: Features, level: float):
+        """Use `tuned`."""
+        self._kind, self._features, self._level = kind, features, level
+        self._truth: NDArray[np.float64] = np.zeros(0)
+        self._train: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._model: Any = None
+        self.settings: dict[str, Any] = {}
+
+    @classmethod
+    def tuned(
+        cls,
+        kind: str,
+        features: Features,
+        truth: NDArray[np.float64],
+        train: NDArray[np.int64],
+        validate: NDArray[np.int64],
+        *,
+        grid: dict[str, tuple[int, ...]] | None = None,
+    ) -> Trees:
+        """Choose by validation loss and fit on the training targets.
+
+        Args:
+            kind: `log_loss` (classes), `quantile` (the median) or `squared_error`.
+            features: events to look back on -> features of every row, and which are categories.
+            truth: float64 [rows], the target at its own row; NaN where absent.
+            train, validate: int64, target rows; their features are those of the row before.
+            grid: what is tried; `FULL` for classes, else `SHORT`.
+        """
+        made = cls(kind, features, 0.5)
+        made._truth, made._train = truth, train[~np.isnan(truth[train])]
+        judged = validate[~np.isnan(truth[validate])]
+        grid = grid or (FULL if kind == "log_loss" else SHORT)
+        chosen = {name: options[0] for name, options in grid.items()}
+        best = made._attempt(chosen, judged)
+        for name, options in grid.items():
+            for option in options[1:]:
+                attempt = made._attempt({**chosen, name: option}, judged)
+                if attempt[0] < best[0]:
+                    best, chosen = attempt, {**chosen, name: option}
+        loss, made._model, trees = best
+        made.settings = {**chosen, "trees": trees, "validation": loss}
+        return made
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """The classes in the order of `chances`."""
+        return np.asarray(self._model.classes_, np.int64)
+
+    def again(self, level: float) -> Trees:
+        """The same settings fitted to another quantile."""
+        if self._kind != "quantile" or level == self._level:
+            return self
+        made = Trees(self._kind, self._features, level)
+        made._truth, made._train, made.settings = self._truth, self._train, dict(self.settings)
+        made._fit(made.settings, int(made.settings["trees"]))
+        return made
+
+    def chances(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Probabilities of the classes at target rows, [n, classes]."""
+        return np.asarray(self._stage(self._rows(at), "staged_predict_proba"))
+
+    def values(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predictions at target rows, [n]."""
+        return np.asarray(self._stage(self._rows(at), "staged_predict"))
+
+    def _rows(self, at: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._features(int(self.settings["events"]))[0][at - 1]
+
+    def _stage(self, rows: NDArray[np.float32], method: str) -> Any:
+        wanted = int(self.settings["trees"])
+        for count, said in enumerate(getattr(self._model, method)(rows), start=1):
+            if count == wanted:
+                return said
+        raise ValueError(f"expected at least {wanted} trees")
+
+    def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
+        rows, categories = self._features(int(settings["events"]))
+        shared: dict[str, Any] = {
+            "learning_rate": LEARNING_RATE,
+            "max_iter": trees,
+            "max_leaf_nodes": int(settings["leaves"]),
+            "min_samples_leaf": int(settings["smallest_leaf"]),
+            "categorical_features": categories if any(categories) else None,
+            "early_stopping": False,
+            "random_state": 1,
+        }
+        if self._kind == "log_loss":
+            self._model = HistGradientBoostingClassifier(**shared)
+        elif self._kind == "quantile":
+            self._model = HistGradientBoostingRegressor(
+                loss="quantile", quantile=self._level, **shared
+            )
+        else:
+            self._model = HistGradientBoostingRegressor(loss="squared_error", **shared)
+        self._model.fit(rows[self._train - 1], self._truth[self._train])
+        return rows
+
+    def _attempt(
+        self, settings: dict[str, Any], judged: NDArray[np.int64]
+    ) -> tuple[float, Any, int]:
+        """Loss, model and number of trees of the best stage."""
+        rows = self._fit(settings, MOST_TREES)
+        truth = self._truth[judged]
+        method = "staged_predict_proba" if self._kind == "log_loss" else "staged_predict"
+        losses: dict[int, float] = {}
+        stages = getattr(self._model, method)(rows[judged - 1])
+        for count, said in enumerate(stages, start=1):
+            if count % TREES_STEP == 0:
+                losses[count] = self._loss(truth, said)
+        trees = min(losses, key=losses.__getitem__)
+        return losses[trees], self._model, trees
+
+    def _loss(self, truth: NDArray[np.float64], said: Any) -> float:
+        if self._kind == "log_loss":
+            return float(log_loss(truth, said, labels=self._model.classes_))
+        if self._kind == "quantile":
+            return float(mean_absolute_error(truth, said))
+        return float(mean_squared_error(truth, said))
+
+
+def tree_features(
+    spec: ModelSpec,
+    rows: NDArray[np.float32],
+    spans: tuple[tuple[int, int], ...],
+    events: int,
+) -> tuple[NDArray[np.float32], list[bool]]:
+    """The last events at every row, newest first.
+
+    Args:
+        spec: the fitted spec.
+        rows: float32 [rows, F], encoded.
+        spans: each stream's rows.
+        events: k, how many to look back on.
+
+    Returns:
+        float32 [rows, features], NaN before a stream's beginning; and which are categories.
+    """
+    age = np.concatenate([np.arange(stop - start) for start, stop in spans])
+    targets = {
+        name
+        for head in spec.heads
+        for name in (*getattr(head, "targets", ()), getattr(head, "target", None))
+        if name is not None
+    }
+    found: list[NDArray[np.float32]] = []
+    categories: list[bool] = []
+    for values, moving, category in _columns(spec, rows, targets):
+        steady = bool(np.all((values[1:] == values[:-1]) | (age[1:] == 0)))
+        for lag in range(events):
+            if lag >= (1 if steady else WHOLE_EVENTS) and (steady or not moving):
+                break
+            late = np.full(len(values), np.nan, np.float32)
+            late[lag:] = values[: len(values) - lag]
+            late[age < lag] = np.nan
+            found.append(late)
+            categories.append(category and lag == 0)
+    return np.stack(found, axis=1), categories
+
+
+def _columns(
+    spec: ModelSpec, rows: NDArray[np.float32], targets: set[str]
+) -> list[tuple[NDArray[np.float32], bool, bool]]:
+    """Values, whether older events are looked at too, and whether they are categories."""
+    index = {column.name: at for at, column in enumerate(spec.columns)}
+    found = []
+    for name in dict.fromkeys(column.field for column in spec.columns if column.field):
+        field = event_field(spec, name)
+        missing = index.get(f"{name}.missing")
+        absent = rows[:, missing] == 1 if missing is not None else np.zeros(len(rows), np.bool_)
+        if isinstance(field, TimestampField):
+            parts = [(rows[:, index[f"{name}.gap"]], True)]
+            for angle, moving in (("hour", True), ("weekday", False)):
+                sine, cosine = (
+                    rows[:, index[f"{name}.{angle}_sin"]],
+                    rows[:, index[f"{name}.{angle}_cos"]],
+                )
+                parts.append((np.mod(np.arctan2(sine, cosine), 2 * np.pi), moving))
+            category = False
+        else:
+            categorical = isinstance(field, CategoricalField)
+            numeric_target = isinstance(field, NumericField) and name in targets
+            parts = [(rows[:, index[name]], categorical or numeric_target or name in targets)]
+            category = isinstance(field, CategoricalField) and field.codes <= MAX_CATEGORIES
+        for values, moving in parts:
+            taken = values.astype(np.float32)
+            taken[absent] = np.nan
+            found.append((taken, moving, category))
+    return found
