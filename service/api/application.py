@@ -1,0 +1,92 @@
+"""The HTTP application over a pipeline: routes, errors, documentation.
+
+A thin transport: bytes become chunks, chunks go to the pipeline, replies become bytes. It
+decides nothing about streams and keeps nothing between requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.responses import HTMLResponse
+
+from service.api import health, routes_chunks, routes_models, routes_streams
+from service.api.boundary import LastResort, add_handlers
+from service.api.context import ApiContext
+from service.api.error_reference import reference_html
+from service.api.health import RenderMetrics
+from service.api.limits import ApiLimits
+from service.api.openapi_document import DESCRIPTION, openapi_document
+from service.api.problems import REFERENCE
+from service.ops.logs import RequestLog
+from service.pipeline import Pipeline
+from service.recorder import Recorder
+
+__all__ = ["ApiLimits", "create_api"]
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_api(
+    pipeline: Pipeline,
+    limits: ApiLimits,
+    recorder: Recorder,
+    *,
+    lifespan: Lifespan | None = None,
+    metrics: RenderMetrics | None = None,
+    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+) -> FastAPI:
+    """The application. Nothing is started here: the lifespan starts what it needs.
+
+    Args:
+        pipeline: answers every request; started before the first of them.
+        lifespan: entered before the first request and left after the last.
+        metrics: gives the body and the content type of `/metrics`; without it there is none.
+        now_ms: wall clock in epoch milliseconds.
+    """
+    app = FastAPIOffline(
+        title="Carry",
+        version=version("carry"),
+        summary="Stateful recurrent networks over event streams.",
+        description=DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        redoc_url=None,
+        static_url="/docs/assets",
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    api = ApiContext(pipeline, limits, recorder, now_ms)
+    app.state.api = api
+    for name in pipeline.models:
+        api.wire(name)
+    routers = [module.router for module in (routes_chunks, routes_streams, routes_models, health)]
+    if metrics is not None:
+        routers.append(health.metrics_router(metrics))
+    for router in routers:
+        # Not `include_router`, which wraps every route once more for prefixes and dependencies
+        # that there are none of.
+        app.router.routes.extend(router.routes)
+    app.add_api_route(
+        REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
+    )
+    add_handlers(app)
+    app.add_middleware(LastResort)
+    app.add_middleware(RequestLog)
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi_document(app, api)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+    return app
+
+
+def _error_reference() -> HTMLResponse:
+    return HTMLResponse(reference_html())

@@ -1,0 +1,231 @@
+"""The types of a model's request bodies, validated straight from the body's bytes.
+
+Each served model has its own types, because its events have their own schema and its rows
+their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
+list of rows there, and one binary string of float32 here. Unknown members are refused, and
+nothing is converted: no number out of text, no integer out of 48.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from models.events.parse import event_type
+from service.api.invalid import Place, invalid_body
+from service.api.limits import ApiLimits
+from service.api.media import Media, loads
+from service.api.reading import STREAM_NAME
+from service.served import ServedModel
+
+MAX_POSITION = 2**63 - 1
+
+EXAMPLE_STREAM = "N725MQ"
+EXAMPLE_EPOCH = "5f0c1e7ab2d34896"
+EXAMPLE_TAG = "c2a94d0b71e65f3889d1046be7a2f35c"
+
+
+class StrictBody(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StepsBody(StrictBody):
+    """Events or rows: exactly one of the two."""
+
+    events: list[dict[str, Any]] | None = None
+    inputs: Any = None
+
+
+class ChunkBody(StepsBody):
+    """One chunk of the stream that the address names."""
+
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None,
+        description="Index of the chunk's first event, for delivery exactly once. Without it "
+        "the chunk is appended where the stream stands, and a retry appends it again.",
+        examples=[0],
+    )
+    epoch: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+        None,
+        description="The epoch of the stream that the client believes in.",
+        examples=[EXAMPLE_EPOCH],
+    )
+
+
+class ItemBody(ChunkBody):
+    """One chunk in a request for many streams."""
+
+    stream: str = Field(
+        description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
+        examples=[EXAMPLE_STREAM],
+        json_schema_extra={"pattern": STREAM_NAME},
+    )
+    if_match: str | None = Field(
+        None,
+        description="What the header If-Match would say; one ETag may stand without quotes.",
+        examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
+    )
+
+
+class ManyBody(StrictBody):
+    """Chunks of many streams."""
+
+    chunks: list[ItemBody]
+
+
+class PredictBody(StrictBody):
+    """Whole sequences."""
+
+    sequences: list[StepsBody]
+
+
+B = TypeVar("B", bound=StrictBody)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyTypes:
+    """The bodies that one model takes in one media type."""
+
+    chunk: type[ChunkBody]
+    item: type[ItemBody]
+    many: type[ManyBody]
+    predict: type[PredictBody]
+
+
+class ModelBodies:
+    """Reads the bodies of one model."""
+
+    def __init__(self, served: ServedModel, limits: ApiLimits):
+        self.types = {media: _types(served, limits, media) for media in Media}
+        self._fields = [field.name for field in served.events.fields] if served.events else []
+
+    def validate(self, kind: type[B], media: Media, body: bytes) -> B:
+        """A body of that type.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return validate(kind, media, body, self._members(kind))
+
+    def validate_part(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
+        """A part of a body that is parsed already; places in errors begin with `inside`."""
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            raise invalid_body(error, media, self._members(kind), inside) from error
+
+    def _members(self, kind: type[StrictBody]) -> _Members:
+        return _Members(list(kind.model_fields), self._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """What the object at a place may hold, in a body of one type."""
+
+    body: Sequence[str]
+    event: Sequence[str]
+
+    def __call__(self, at: Place) -> Sequence[str]:
+        if "events" in at:
+            return self.event
+        return ("position", "epoch", "events", "inputs") if at else self.body
+
+
+def validate(kind: type[B], media: Media, body: bytes, members: _Members | None = None) -> B:
+    """A body of a type that no model changes.
+
+    Raises:
+        MalformedBody, InvalidInput
+    """
+    try:
+        if media is Media.JSON:
+            return kind.model_validate_json(body)
+        return kind.model_validate(loads(media, body))
+    except ValidationError as error:
+        known = members or _Members(list(kind.model_fields), ())
+        raise invalid_body(error, media, known) from error
+
+
+def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+    steps: dict[str, Any] = {
+        "events": (_events(served, limits), _steps_field(served, "events", limits)),
+        "inputs": (_inputs(served, limits, media), _steps_field(served, "inputs", limits)),
+    }
+    name, suffix = served.name, "" if media is Media.JSON else "-Packed"
+    feeds = ["inputs"] if served.events is None else ["events", "inputs"]
+    one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
+
+    def made(kind: type[B], title: str) -> type[B]:
+        return create_model(
+            f"{name}-{title}{suffix}",
+            __base__=kind,
+            __cls_kwargs__={"json_schema_extra": one_of},
+            **steps,
+        )
+
+    item, sequence = made(ItemBody, "Item"), made(StepsBody, "Sequence")
+    chunk = made(ChunkBody, "Chunk")
+    most: dict[str, Any] = {"maxItems": limits.max_items}
+    many = create_model(
+        f"{name}-Many{suffix}",
+        __base__=ManyBody,
+        chunks=(list[item], Field(json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    predict = create_model(
+        f"{name}-Predict{suffix}",
+        __base__=PredictBody,
+        sequences=(list[sequence], Field(json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    return BodyTypes(chunk, item, many, predict)
+
+
+def _events(served: ServedModel, limits: ApiLimits) -> Any:
+    if served.events is None:
+        hidden: Any = SkipJsonSchema
+        return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
+    event: Any = event_type(served.events, f"{served.name}-Event")
+    return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _inputs(served: ServedModel, limits: ApiLimits, media: Media) -> Any:
+    if media is Media.MSGPACK:
+        return bytes | None
+    width = {"minItems": served.input_features, "maxItems": served.input_features}
+    # Lists stop at their first wrong value: a body of many wrong ones costs no more.
+    row = Annotated[list[float], Field(fail_fast=True, json_schema_extra=width)]
+    return Annotated[list[row], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _lengths(limits: ApiLimits) -> dict[str, Any]:
+    return {"minItems": 1, "maxItems": limits.max_chunk_steps}
+
+
+def _steps_field(served: ServedModel, name: str, limits: ApiLimits) -> Any:
+    if name == "events":
+        return Field(None, description="Events under the model's schema.")
+    columns = ", ".join(column.name for column in served.artifact.spec.columns[:64])
+    return Field(
+        None,
+        description=f"Rows of {served.input_features} values, in place of events: {columns}. In "
+        "MessagePack one binary string of float32, little-endian, row by row.",
+    )
+
+
+def _no_events(model: str) -> Any:
+    def refuse(value: Any) -> Any:
+        if value is not None:
+            raise PydanticCustomError(
+                "no_event_schema",
+                "Input should be nothing, since model {model} has no event schema (send inputs)",
+                {"model": model},
+            )
+        return value
+
+    return refuse

@@ -1,0 +1,301 @@
+"""What the OpenAPI document says of each route, beside its docstring.
+
+Each constant is the keyword arguments of a route's decorator. Bodies and problems are
+references into the components, which `openapi_document` fills in for the served models.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from service import errors
+from service.api import schemas
+from service.api.bodies import EXAMPLE_EPOCH, EXAMPLE_STREAM, EXAMPLE_TAG
+from service.api.media import SERVED
+from service.api.problems import PROBLEM_JSON, REFERENCE
+from service.api.reading import STREAM_NAME
+from service.api.statuses import STATUS
+from service.errors import CarryError
+
+Arguments = dict[str, Any]
+
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+_ETAG = {
+    "ETag": {
+        "description": "Names the state the stream is in: its epoch and tag.",
+        "schema": {"type": "string", "examples": [f'"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"']},
+    }
+}
+_TIMING = {
+    "Server-Timing": {
+        "description": "Milliseconds in queue, load, infer and commit.",
+        "schema": {"type": "string"},
+    }
+}
+
+
+def _parameter(
+    place: str, name: str, description: str, schema: Mapping[str, Any], *, required: bool = False
+) -> dict[str, Any]:
+    return {
+        "in": place,
+        "name": name,
+        "description": description,
+        "required": required or place == "path",
+        "schema": dict(schema),
+    }
+
+
+_TEXT = {"type": "string"}
+_MODEL = _parameter("path", "model", "The model's slug.", {**_TEXT, "examples": ["flights"]})
+_STREAM = _parameter(
+    "path",
+    "stream",
+    "The stream's name.",
+    {**_TEXT, "pattern": STREAM_NAME, "examples": [EXAMPLE_STREAM]},
+)
+_IF_MATCH = _parameter(
+    "header",
+    "If-Match",
+    "Apply only where the stream is in one of the states these strong ETags name; `*` for any.",
+    _TEXT,
+)
+_REQUEST_ID = _parameter(
+    "header", "X-Request-ID", "An id for logs and problems; made where there is none.", _TEXT
+)
+_OPTIONS = [
+    _parameter(
+        "query",
+        "return_sequences",
+        "As in Keras: false keeps the last step alone and drops the axis of time.",
+        {"type": "boolean", "default": True},
+    ),
+    _parameter(
+        "query",
+        "return_state",
+        "As in Keras: true adds the state after the last step, by name.",
+        {"type": "boolean", "default": False},
+    ),
+]
+_PREFIX = "Only streams whose names begin with this."
+
+
+def _problems(*kinds: type[CarryError]) -> dict[int | str, Any]:
+    """The problem responses of a route, one per status, with an example per code."""
+    by_status: defaultdict[int, list[type[CarryError]]] = defaultdict(list)
+    for kind in kinds:
+        by_status[STATUS[kind]].append(kind)
+    return {
+        status: {
+            "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in found),
+            "content": {
+                PROBLEM_JSON: {
+                    "schema": _PROBLEM,
+                    "examples": {kind.code: _problem_example(kind) for kind in found},
+                }
+            },
+        }
+        for status, found in sorted(by_status.items())
+    }
+
+
+def _problem_example(kind: type[CarryError]) -> dict[str, Any]:
+    return {
+        "summary": kind.title,
+        "value": {
+            "type": f"{REFERENCE}#{kind.code}",
+            "title": kind.title,
+            "status": STATUS[kind],
+            "detail": f"{kind.title}.",
+            "code": kind.code,
+            "retryable": kind.retryable,
+            "request_id": "6f1d0c2e9a7b4853",
+        },
+    }
+
+
+def _good(
+    document: type[BaseModel], description: str, headers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    return {
+        "description": description,
+        "content": {media: {"schema": schema} for media in SERVED},
+        **({"headers": dict(headers)} if headers else {}),
+    }
+
+
+def _body(component: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{component}"}
+    return {"required": True, "content": {media: {"schema": schema} for media in SERVED}}
+
+
+def _route(
+    good: Mapping[int, Any],
+    parameters: list[dict[str, Any]],
+    *problems: type[CarryError],
+    body: str | None = None,
+) -> Arguments:
+    extra: dict[str, Any] = {"parameters": [*parameters, _REQUEST_ID]}
+    if body is not None:
+        extra["requestBody"] = _body(body)
+        problems = (*_BODY, *problems)
+    return {
+        "responses": {**good, **_problems(*problems, errors.InternalError)},
+        "openapi_extra": extra,
+    }
+
+
+_BODY = (
+    errors.MalformedBody,
+    errors.InvalidInput,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+)
+_NAMED = (errors.InvalidName, errors.ModelNotFound, errors.NotAcceptable)
+_STORE = (errors.StoreUnavailable, errors.StoreRefused)
+_ENGINE = (errors.NotFinite, errors.Overloaded, errors.ShuttingDown)
+_OVERWRITING = (
+    errors.InvalidPrecondition,
+    errors.StreamExists,
+    errors.StateChanged,
+    errors.StateIncompatible,
+)
+
+CHUNK = _route(
+    {200: _good(schemas.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
+    [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH],
+    errors.ChunkTooLong,
+    *_NAMED,
+    errors.InvalidPrecondition,
+    errors.EpochMismatch,
+    errors.PositionAhead,
+    errors.PositionBehind,
+    errors.AlreadyApplied,
+    errors.InputKindMismatch,
+    errors.StateChanged,
+    errors.StateIncompatible,
+    errors.Conflict,
+    errors.StateDamaged,
+    *_STORE,
+    errors.OutcomeUnknown,
+    *_ENGINE,
+    body="Chunk",
+)
+MANY = _route(
+    {200: _good(schemas.ManyReply, "One outcome per item.")},
+    [_MODEL, *_OPTIONS],
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+    errors.InvalidPrecondition,
+    body="Many",
+)
+PREDICT = _route(
+    {200: _good(schemas.PredictReply, "One prediction per sequence.")},
+    [_MODEL, *_OPTIONS],
+    errors.ChunkTooLong,
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+    *_ENGINE,
+    body="Predict",
+)
+STREAM = _route(
+    {200: _good(schemas.StreamInfo, "The stream.", _ETAG)},
+    [_MODEL, _STREAM],
+    *_NAMED,
+    errors.StreamNotFound,
+    errors.StateDamaged,
+    *_STORE,
+)
+DELETE_STREAM = _route(
+    {204: {"description": "Forgotten."}},
+    [_MODEL, _STREAM, _IF_MATCH],
+    errors.InvalidName,
+    errors.ModelNotFound,
+    errors.InvalidPrecondition,
+    errors.StreamNotFound,
+    errors.StateChanged,
+    *_STORE,
+)
+STATE = _route(
+    {200: _good(schemas.StateReply, "The state.", _ETAG)},
+    [_MODEL, _STREAM],
+    *_NAMED,
+    errors.StreamNotFound,
+    errors.StateIncompatible,
+    errors.StateDamaged,
+    *_STORE,
+)
+RESTORE = _route(
+    {
+        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
+        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+    },
+    [_MODEL, _STREAM, _IF_MATCH],
+    *_NAMED,
+    *_OVERWRITING,
+    *_STORE,
+    body="StateBody",
+)
+FORK = _route(
+    {
+        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
+        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+    },
+    [_MODEL, _STREAM, {**_IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."}],
+    *_NAMED,
+    errors.StreamNotFound,
+    *_OVERWRITING,
+    errors.StateDamaged,
+    *_STORE,
+    body="ForkBody",
+)
+STREAMS = _route(
+    {200: _good(schemas.StreamList, "One page.")},
+    [
+        _MODEL,
+        _parameter("query", "prefix", _PREFIX, _TEXT),
+        _parameter("query", "cursor", "The `cursor` of the page before.", _TEXT),
+        _parameter("query", "limit", "About how many names.", {"type": "integer", "minimum": 1}),
+    ],
+    *_NAMED,
+    errors.InvalidInput,
+    *_STORE,
+)
+DELETE_STREAMS = _route(
+    {200: _good(schemas.Deleted, "Forgotten.")},
+    [_MODEL, _parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
+    *_NAMED,
+    errors.InvalidInput,
+    *_STORE,
+)
+MODELS = _route({200: _good(schemas.ModelList, "The models.")}, [], errors.NotAcceptable)
+MODEL = _route(
+    {200: _good(schemas.ModelDetail, "The model.")},
+    [_MODEL],
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+)
+
+
+def _plain(document: type[BaseModel], description: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+LIVE: Arguments = {"responses": {200: _plain(schemas.Live, "It answers.")}}
+READY: Arguments = {
+    "responses": {
+        200: _plain(schemas.Ready, "Every check holds."),
+        503: _plain(schemas.Ready, "Some check fails."),
+    }
+}
+METRICS: Arguments = {
+    "responses": {
+        200: {"description": "The metrics.", "content": {"text/plain": {"schema": _TEXT}}}
+    }
+}

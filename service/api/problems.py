@@ -1,0 +1,76 @@
+"""Errors as RFC 9457 problem documents.
+
+A document has `type` (an address that explains the code), `title`, `status`, `detail`,
+`code`, `retryable` and `request_id`, and beside them the facts of the error: `at`, `expected`,
+`got`, `stream`, `epoch`, `position`, `tag` and others. It never holds a traceback or anything
+of the service's inside. It is `application/problem+json`, or MessagePack where that is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.media import Media, dumps
+from service.api.reading import reply_media
+from service.api.statuses import STATUS
+from service.errors import CarryError, NotAcceptable
+from service.ops.logs import current_request_id
+
+PROBLEM_JSON = "application/problem+json"
+REFERENCE = "/docs/errors"
+"""Where the codes are explained; `type` is this, `#` and the code."""
+
+DEFAULT_RETRY_S = 1
+
+
+def status_of(error: CarryError) -> int:
+    """The HTTP status of an error."""
+    return STATUS[type(error)]
+
+
+def problem(error: CarryError) -> dict[str, Any]:
+    """The problem document of an error, as plain data."""
+    status = status_of(error)
+    document: dict[str, Any] = {
+        "type": f"{REFERENCE}#{error.code}",
+        "title": error.title,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        "retryable": error.retryable,
+        "request_id": current_request_id(),
+    }
+    for name, fact in error.facts.items():
+        document.setdefault(name, fact)
+    if status == 503:
+        document.setdefault("retry_after_s", DEFAULT_RETRY_S)
+    return document
+
+
+def problem_response(
+    error: CarryError, request: Request, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The answer to a request that failed as a whole.
+
+    A problem that names a state has its ETag, one of status 503 a `Retry-After`.
+    """
+    document = problem(error)
+    try:
+        media = reply_media(request)
+    except NotAcceptable:
+        media = Media.JSON
+    sent = dict(headers or {})
+    if "retry_after_s" in document:
+        sent["Retry-After"] = str(max(1, math.ceil(document["retry_after_s"])))
+    epoch, tag = document.get("epoch"), document.get("tag")
+    if epoch and tag:
+        sent["ETag"] = f'"{epoch}-{tag}"'
+    content_type = PROBLEM_JSON if media is Media.JSON else media.value
+    return Response(
+        dumps(media, document), document["status"], headers=sent, media_type=content_type
+    )

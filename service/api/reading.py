@@ -1,0 +1,193 @@
+"""What a request says outside its body, and the body's bytes under their cap.
+
+Names, preconditions and query parameters are checked here, before anything is looked up. A
+query parameter that the address does not know is refused, so that a misspelt one is noticed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from urllib.parse import parse_qsl
+
+from starlette.requests import Request
+
+from service.api.media import Media, accepted, media_of
+from service.domain import Precondition
+from service.errors import (
+    BodyTooLarge,
+    InvalidInput,
+    InvalidName,
+    InvalidPrecondition,
+    UnsupportedMediaType,
+)
+
+STREAM_NAME = r"^[A-Za-z0-9._:@-]{1,256}$"
+_STREAM_NAME = re.compile(STREAM_NAME[:-1] + r"\Z")
+_STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
+_NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+_ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
+_BARE_ETAG = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: by its Content-Length, or as soon as more than the limit has come.
+        UnsupportedMediaType: it is compressed.
+        ClientDisconnect: the client left while sending.
+    """
+    headers = request.headers
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding: expected none, got {encoding!r}", expected="none", got=encoding
+        )
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit_bytes:
+        raise _too_large(limit_bytes, int(length))
+    parts: list[bytes] = []
+    size_bytes = 0
+    async for part in request.stream():
+        size_bytes += len(part)
+        if size_bytes > limit_bytes:
+            raise _too_large(limit_bytes, size_bytes)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
+        expected=limit_bytes,
+        got=got_bytes,
+    )
+
+
+def body_media(request: Request) -> Media:
+    """What the body is written in."""
+    return media_of(request.headers.get("content-type"))
+
+
+def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
+    """What the reply is to be written in; `otherwise` where Accept leaves it open."""
+    return accepted(request.headers.get("accept"), otherwise)
+
+
+def stream_name(name: str, at: str = "stream") -> str:
+    """The name, if it is one.
+
+    Raises:
+        InvalidName
+    """
+    if not _STREAM_NAME.match(name):
+        raise _invalid_name(at, _NAME_EXPECTED, name)
+    return name
+
+
+def stream_prefix(prefix: str) -> str:
+    """The beginning of a stream's name; may be empty."""
+    if not _STREAM_PREFIX.fullmatch(prefix):
+        raise _invalid_name("prefix", "at most 256 characters of A-Z a-z 0-9 . _ : @ -", prefix)
+    return prefix
+
+
+def _invalid_name(at: str, expected: str, name: str) -> InvalidName:
+    got = name if len(name) <= 300 else f"{len(name)} characters"
+    return InvalidName(f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got)
+
+
+def if_match(request: Request) -> Precondition | None:
+    """The If-Match header, if there is one.
+
+    Raises:
+        InvalidPrecondition
+    """
+    lines = request.headers.getlist("if-match")
+    return parse_if_match(",".join(lines), "If-Match") if lines else None
+
+
+def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
+    """A list of strong ETags, or `*`.
+
+    Args:
+        text: the header's value.
+        at: what it is called in errors.
+        bare: whether one ETag may stand without its quotes.
+
+    Raises:
+        InvalidPrecondition: weak ETags too, since a state is either the one that is meant or not.
+    """
+    text = text.strip(" \t")
+    if text == "*":
+        return Precondition(any_state=True)
+    if bare and _BARE_ETAG.fullmatch(text):
+        return Precondition((text,))
+    etags: list[str] = []
+    end = 0
+    while found := _ETAG.match(text, end):
+        etags.append(found[1])
+        end = found.end()
+    if not etags or end != len(text) or text.endswith(","):
+        expected = 'strong ETags such as "epoch-tag", separated by commas, or *'
+        raise InvalidPrecondition(
+            f"{at}: expected {expected}, got {text[:300]!r}",
+            at=at,
+            expected=expected,
+            got=text[:300],
+        )
+    return Precondition(tuple(etags))
+
+
+def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
+    """The query parameters by name.
+
+    Raises:
+        InvalidInput: one that the address does not know.
+    """
+    raw: bytes = request.scope["query_string"]
+    if not raw:
+        return {}
+    found = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True))
+    for name in found:
+        if name not in known:
+            expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
+            raise _invalid_query(name, expected, name)
+    return found
+
+
+def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
+    """A parameter that is `true` or `false`."""
+    text = parameters.get(name)
+    if text is None:
+        return default
+    if text not in _FLAGS:
+        raise _invalid_query(name, "true or false", text)
+    return _FLAGS[text]
+
+
+def count(parameters: dict[str, str], name: str, *, default: int, most: int) -> int:
+    """A parameter that is a whole number from 1 to `most`."""
+    text = parameters.get(name)
+    if text is None:
+        return min(default, most)
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise _invalid_query(name, f"a whole number from 1 to {most}", text)
+    return int(text)
+
+
+def required(parameters: dict[str, str], name: str, why: str) -> str:
+    """A parameter that has to be there, if need be empty."""
+    text = parameters.get(name)
+    if text is None:
+        raise _invalid_query(name, f"the parameter, {why}", "nothing")
+    return text
+
+
+def _invalid_query(name: str, expected: str, got: str) -> InvalidInput:
+    at, got = f"?{name}", got[:300]
+    return InvalidInput(
+        f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got
+    )

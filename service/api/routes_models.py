@@ -1,0 +1,99 @@
+"""The served models: what each takes, gives and remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.events.parse import event_json_schema
+from models.events.schema import CategoricalField, Column
+from service.api import openapi
+from service.api.context import api_of
+from service.api.limits import ApiLimits
+from service.api.reading import query, reply_media
+from service.api.replies import reply
+from service.api.routing import plain_router
+from service.served import ServedModel
+
+CHUNKING = "invisible"
+"""Every layer a spec can hold is carried from chunk to chunk, so no model depends on the cuts."""
+
+router = plain_router("models")
+
+
+@router.get("/v1/models", summary="List the models", **openapi.MODELS)
+async def get_models(request: Request) -> Response:
+    """Every served model with the least that tells it from the others."""
+    query(request)
+    answer = reply_media(request)
+    served = api_of(request).pipeline.models
+    return reply(answer, {"models": [_summary(served[name]) for name in sorted(served)]})
+
+
+@router.get(
+    "/v1/models/{model}", summary="What a model takes, gives and remembers", **openapi.MODEL
+)
+async def get_model(request: Request) -> Response:
+    """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
+    query(request)
+    answer = reply_media(request)
+    api = api_of(request)
+    return reply(answer, detail(api.pipeline.model(request.path_params["model"]), api.limits))
+
+
+def _summary(served: ServedModel) -> dict[str, Any]:
+    return {
+        "name": served.name,
+        "version": served.version,
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "events": served.events is not None,
+        "outputs": [output.name for output in served.outputs.outputs],
+    }
+
+
+def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
+    """All that a client needs to know of a model, as plain data."""
+    schema = served.events
+    return {
+        "name": served.name,
+        "version": served.version,
+        "fingerprint": served.fingerprint.hex(),
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "columns": [_column(served, column) for column in served.artifact.spec.columns],
+        "events": None if schema is None else event_json_schema(schema),
+        "outputs": {
+            output.name: {
+                "shape": list(output.shape),
+                "per": output.per,
+                "labels": list(output.labels),
+            }
+            for output in served.outputs.outputs
+        },
+        "state": {
+            part.name: {"shape": list(part.shape), "dtype": part.dtype}
+            for part in served.state.parts
+        },
+        "chunking": CHUNKING,
+        "runtimes": [served.runtime.name],
+        "limits": {
+            "max_body_bytes": limits.max_body_bytes,
+            "max_chunk_steps": limits.max_chunk_steps,
+            "max_predict_steps": limits.max_predict_steps,
+            "max_items": limits.max_items,
+        },
+        "metrics": dict(served.artifact.manifest.get("metrics") or {}),
+    }
+
+
+def _column(served: ServedModel, column: Column) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": column.name, "field": column.field}
+    if column.codes is not None and column.field is not None and served.events is not None:
+        field = served.events.field(column.field)
+        document["codes"] = column.codes
+        if isinstance(field, CategoricalField):
+            document["labels"] = list(field.labels)
+    return document

@@ -1,0 +1,268 @@
+"""Streams: where they stand, their states, listing, forgetting, restoring and forking.
+
+Everything here is answered from the store. What overwrites a stream needs an If-Match header
+with that stream's ETag.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.errors import StateError
+from models.events.encode import Clock
+from service.api import openapi
+from service.api.bodies import validate
+from service.api.context import api_of
+from service.api.media import Media
+from service.api.reading import (
+    body_media,
+    count,
+    if_match,
+    query,
+    read_body,
+    reply_media,
+    required,
+    stream_name,
+    stream_prefix,
+)
+from service.api.replies import etag, reply
+from service.api.routing import plain_router
+from service.api.schemas import ForkBody, StateBody
+from service.batch import incompatible
+from service.domain import Feed, Precondition, StreamKey, StreamState
+from service.errors import InvalidInput, StateIncompatible
+from service.served import ServedModel
+
+PAGE_STREAMS = 100
+VERSION_DIGITS = 12
+
+router = plain_router("streams")
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Where a stream stands",
+    **openapi.STREAM,
+)
+async def get_stream(request: Request) -> Response:
+    """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
+    query(request)
+    answer = reply_media(request)
+    key = _key(request)
+    found = await api_of(request).pipeline.read(key)
+    return reply(answer, _info(request, key, found), headers=etag(found.mark))
+
+
+@router.delete(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Forget a stream",
+    status_code=204,
+    **openapi.DELETE_STREAM,
+)
+async def delete_stream(request: Request) -> Response:
+    """Its state and its stored reply are gone; its next chunk begins it anew, at position 0."""
+    query(request)
+    await api_of(request).pipeline.delete(_key(request), if_match(request))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="The state of a stream, by name",
+    **openapi.STATE,
+)
+async def get_state(request: Request) -> Response:
+    """The whole state with all that is needed to restore it.
+
+    Refused (`state_incompatible`) where another version of the model wrote it.
+    """
+    query(request)
+    answer = reply_media(request)
+    api = api_of(request)
+    key = _key(request)
+    wire = api.wire(key.model)
+    found = await api.pipeline.read(key)
+    if not _fits(wire.served, found):
+        raise incompatible(wire.served, key.stream, found)
+    document = {**_standing(key, found), "state": wire.state(found.state)}
+    return reply(answer, document, headers=etag(found.mark))
+
+
+@router.put(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="Restore a stream from a state",
+    **openapi.RESTORE,
+)
+async def put_state(request: Request) -> Response:
+    """Takes what `GET` gave, of this stream or another. The stream gets a new epoch.
+
+    A stream that exists is overwritten only under `If-Match` with its ETag. 201 where the
+    stream was created, 200 where it was overwritten.
+    """
+    query(request)
+    api = api_of(request)
+    key = _key(request)
+    served = api.pipeline.model(key.model)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    body = validate(StateBody, media, await read_body(request, api.limits.max_body_bytes))
+    fingerprint = bytes.fromhex(body.fingerprint)
+    if fingerprint != served.fingerprint:
+        raise _foreign(served, key.stream, fingerprint)
+    try:
+        state = served.state.from_names(body.state)
+        Clock.from_ints(served.state, state.ints)
+    except StateError as error:
+        raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error
+    feed = Feed(body.feed)
+    if feed is Feed.EVENTS and served.events is None:
+        raise InvalidInput(
+            f"feed: expected inputs, since model {served.name!r} has no event schema, got events",
+            at="feed",
+            expected="inputs",
+            got="events",
+            stream=key.stream,
+        )
+    found = await api.pipeline.restore(
+        key,
+        feed=feed,
+        position=body.position,
+        fingerprint=fingerprint,
+        state=state,
+        precondition=precondition,
+    )
+    return _begun(request, answer, key, found, precondition)
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/fork",
+    summary="Begin a second stream from here",
+    **openapi.FORK,
+)
+async def post_fork(request: Request) -> Response:
+    """The new stream has this one's state, position and kind of feed, and an epoch of its own.
+
+    An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
+    of the stream `to`. 201 where it was created, 200 where it was overwritten.
+    """
+    query(request)
+    api = api_of(request)
+    key = _key(request)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    body = validate(ForkBody, media, await read_body(request, api.limits.max_body_bytes))
+    to = StreamKey(key.model, stream_name(body.to, "to"))
+    found = await api.pipeline.fork(key, to.stream, precondition)
+    return _begun(request, answer, to, found, precondition)
+
+
+@router.get("/v1/models/{model}/streams", summary="List streams", **openapi.STREAMS)
+async def get_streams(request: Request) -> Response:
+    """One page of names, in no order; go on with its `cursor` until that is null.
+
+    A stream that exists throughout a listing comes at least once; a name may come twice, and a
+    page may be empty before the last.
+    """
+    parameters = query(request, ("prefix", "cursor", "limit"))
+    answer = reply_media(request)
+    api = api_of(request)
+    model = api.pipeline.model(request.path_params["model"]).name
+    limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
+    prefix = stream_prefix(parameters.get("prefix", ""))
+    page = await api.pipeline.streams(model, prefix, parameters.get("cursor") or None, limit)
+    return reply(answer, {"model": model, "streams": list(page.streams), "cursor": page.cursor})
+
+
+@router.delete(
+    "/v1/models/{model}/streams",
+    summary="Forget every stream whose name begins with a prefix",
+    **openapi.DELETE_STREAMS,
+)
+async def delete_streams(request: Request) -> Response:
+    """The parameter `prefix` has to be there; `?prefix=` alone forgets all of the model's.
+
+    Streams that begin while this runs may stay.
+    """
+    parameters = query(request, ("prefix",))
+    answer = reply_media(request)
+    api = api_of(request)
+    model = api.pipeline.model(request.path_params["model"]).name
+    prefix = stream_prefix(
+        required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
+    )
+    deleted = await api.pipeline.delete_prefix(model, prefix)
+    return reply(answer, {"model": model, "deleted": deleted})
+
+
+def _key(request: Request) -> StreamKey:
+    """The stream that the address names; the model is looked up first.
+
+    Raises:
+        ModelNotFound, InvalidName
+    """
+    model = api_of(request).pipeline.model(request.path_params["model"]).name
+    return StreamKey(model, stream_name(request.path_params["stream"]))
+
+
+def _standing(key: StreamKey, found: StreamState) -> dict[str, Any]:
+    fingerprint = found.fingerprint.hex()
+    return {
+        "model": key.model,
+        "version": fingerprint[:VERSION_DIGITS],
+        "fingerprint": fingerprint,
+        "stream": key.stream,
+        "feed": str(found.feed),
+        "epoch": found.mark.epoch.hex(),
+        "position": found.mark.position,
+        "tag": found.mark.tag.hex(),
+        "updated_ms": found.updated_ms,
+    }
+
+
+def _info(request: Request, key: StreamKey, found: StreamState) -> dict[str, Any]:
+    age_ms = max(0, api_of(request).now_ms() - found.updated_ms)
+    return {
+        **_standing(key, found),
+        "age_s": age_ms / 1000,
+        "state_bytes": found.state.floats.nbytes + found.state.ints.nbytes,
+    }
+
+
+def _begun(
+    request: Request,
+    answer: Media,
+    key: StreamKey,
+    found: StreamState,
+    precondition: Precondition | None,
+) -> Response:
+    """The answer to a restore or a fork: without a precondition it can only have created."""
+    status = 201 if precondition is None else 200
+    headers = etag(found.mark)
+    if status == 201:
+        headers["Location"] = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+    return reply(answer, _info(request, key, found), status, headers)
+
+
+def _fits(served: ServedModel, found: StreamState) -> bool:
+    return (
+        found.fingerprint == served.fingerprint
+        and found.state.floats.size == served.state.float_size
+        and found.state.ints.size == served.state.int_size
+    )
+
+
+def _foreign(served: ServedModel, stream: str, fingerprint: bytes) -> StateIncompatible:
+    expected, got = served.fingerprint.hex(), fingerprint.hex()
+    return StateIncompatible(
+        f"fingerprint: expected {expected} of the served version {served.version}, got {got}",
+        at="fingerprint",
+        expected=expected,
+        got=got,
+        stream=stream,
+    )

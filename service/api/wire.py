@@ -1,0 +1,308 @@
+"""Between bytes and the values of the pipeline, for one model.
+
+In: a body becomes chunks or sequences, checked as far as they can be without a stream. Out: a
+reply becomes plain data of NumPy arrays, which `media.dumps` writes. Nothing is looked up in a
+store here and nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from models.events.columns import columns_from_events
+from models.events.encode import check_rows
+from models.state import State
+from service.api.bodies import ChunkBody, ItemBody, ModelBodies, StepsBody
+from service.api.invalid import shown
+from service.api.limits import ApiLimits
+from service.api.media import Media, loads
+from service.api.reading import parse_if_match, stream_name
+from service.delivery import chunk_digest, new_nonce
+from service.domain import (
+    Chunk,
+    Feed,
+    FloatRows,
+    Precondition,
+    Prediction,
+    Reply,
+    Steps,
+    StreamKey,
+)
+from service.errors import CarryError, ChunkTooLong, InvalidInput
+from service.served import ServedModel, invalid_data
+
+NAMED_COLUMNS = 8
+"""How many columns an error names before it says `...`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """What a reply holds, under Keras' names.
+
+    Attributes:
+        return_sequences: the outputs of every step; otherwise of the last one alone, without
+            the axis of time.
+        return_state: the state after the chunk as well.
+    """
+
+    return_sequences: bool = True
+    return_state: bool = False
+
+
+class ModelWire:
+    """Reads the requests for one model and writes its replies.
+
+    Args:
+        nonce: gives the random bytes of an append.
+    """
+
+    def __init__(
+        self, served: ServedModel, limits: ApiLimits, nonce: Callable[[], bytes] = new_nonce
+    ):
+        self.served = served
+        self.bodies = ModelBodies(served, limits)
+        self._limits = limits
+        self._nonce = nonce
+        self._columns = served.artifact.spec.columns
+
+    def chunk(
+        self, body: bytes, media: Media, stream: str, precondition: Precondition | None
+    ) -> Chunk:
+        """The one chunk of a body.
+
+        Raises:
+            MalformedBody, InvalidInput, ChunkTooLong: with the fact `stream`.
+        """
+        try:
+            found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
+            return self._chunk(found, stream, precondition, "")
+        except CarryError as error:
+            raise _about(stream, error) from error
+
+    def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
+        """The chunks of a request for many streams, or what is wrong with each.
+
+        An item's error has the fact `stream` where the item names one.
+
+        Raises:
+            MalformedBody, InvalidInput: the body as a whole is not a request.
+        """
+        types = self.bodies.types[media]
+        try:
+            found: list[Any] = list(self.bodies.validate(types.many, media, body).chunks)
+        except InvalidInput as error:
+            found = self._item_values(body, media, error)
+        if len(found) > self._limits.max_items:
+            raise _too_many("chunks", self._limits.max_items, len(found))
+        return [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found)]
+
+    def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
+        """The items as plain values, where it is not the body as a whole that is wrong."""
+        values = loads(media, body)
+        if not isinstance(values, dict) or not isinstance(values.get("chunks"), list):
+            raise error
+        if len(values) > 1:
+            raise error
+        items: list[Any] = values["chunks"]
+        return items
+
+    def _item(self, value: Any, media: Media, inside: str) -> Chunk | CarryError:
+        stream: str | None = None
+        try:
+            name = value.stream if isinstance(value, ItemBody) else _name_in(value)
+            if name is not None:
+                stream = stream_name(name, f"{inside}.stream")
+            if not isinstance(value, ItemBody):
+                value = self.bodies.validate_part(
+                    self.bodies.types[media].item, media, value, inside
+                )
+            precondition = value.if_match and parse_if_match(
+                value.if_match, f"{inside}.if_match", bare=True
+            )
+            return self._chunk(value, value.stream, precondition or None, inside)
+        except CarryError as error:
+            return error if stream is None else _about(stream, error)
+
+    def sequences(self, body: bytes, media: Media) -> list[Steps]:
+        """The whole sequences of a predict request.
+
+        Raises:
+            MalformedBody, InvalidInput, ChunkTooLong
+        """
+        found = self.bodies.validate(self.bodies.types[media].predict, media, body).sequences
+        if len(found) > self._limits.max_items:
+            raise _too_many("sequences", self._limits.max_items, len(found))
+        most = self._limits.max_predict_steps
+        steps = [
+            self._steps(sequence, f"sequences[{at}]", most) for at, sequence in enumerate(found)
+        ]
+        _counted(sum(sequence.count for sequence in steps), "sequences", most)
+        return steps
+
+    def _chunk(
+        self, body: ChunkBody, stream: str, precondition: Precondition | None, inside: str
+    ) -> Chunk:
+        steps = self._steps(body, inside, self._limits.max_chunk_steps)
+        nonce = self._nonce() if body.position is None else b""
+        return Chunk(
+            StreamKey(self.served.name, stream),
+            steps,
+            chunk_digest(self.served.events, steps, nonce),
+            body.position,
+            None if body.epoch is None else bytes.fromhex(body.epoch),
+            precondition,
+        )
+
+    def _steps(self, body: StepsBody, inside: str, most_steps: int) -> Steps:
+        lead = f"{inside}." if inside else ""
+        if (body.events is None) == (body.inputs is None):
+            raise self._not_one(inside or "body", "both" if body.events is not None else "none")
+        schema = self.served.events
+        if body.events is not None and schema is not None:
+            count = _counted(len(body.events), f"{lead}events", most_steps)
+            columns = columns_from_events(schema, body.events)
+            return Steps(Feed.EVENTS, count, columns=columns)
+        at = f"{lead}inputs"
+        rows = (
+            self._rows_of_bytes(body.inputs, at, most_steps)
+            if isinstance(body.inputs, bytes)
+            else self._rows_of_lists(body.inputs, at, most_steps)
+        )
+        try:
+            check_rows(self._columns, rows)
+        except DataError as error:
+            raise self._invalid_rows(at, error) from error
+        return Steps(Feed.INPUTS, len(rows), rows=rows)
+
+    def _rows_of_lists(self, given: list[list[float]], at: str, most_steps: int) -> FloatRows:
+        _counted(len(given), at, most_steps)
+        wide = len(self._columns)
+        for index, row in enumerate(given):
+            if len(row) != wide:
+                raise self._wrong_width(f"{at}[{index}]", str(len(row)))
+        values = np.array(given, np.float64)
+        with np.errstate(over="ignore"):
+            rows = values.astype(np.float32)
+        if not np.isfinite(rows).all():
+            step, column = (int(index) for index in np.argwhere(~np.isfinite(rows))[0])
+            error = DataError(
+                index=step,
+                field=self._columns[column].name,
+                expected="a number that is finite as a float32",
+                got=shown(given[step][column]),
+            )
+            raise self._invalid_rows(at, error)
+        return rows
+
+    def _rows_of_bytes(self, given: bytes, at: str, most_steps: int) -> FloatRows:
+        wide = 4 * len(self._columns)
+        if len(given) % wide:
+            raise self._wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
+        _counted(len(given) // wide, at, most_steps)
+        return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
+
+    def _invalid_rows(self, at: str, error: DataError) -> InvalidInput:
+        """The refusal of one value of a row, as `inputs[3][0]`, with the name of its column."""
+        if error.index is None or error.field is None:
+            return invalid_data(at, error)
+        column = [column.name for column in self._columns].index(error.field)
+        place = f"{at}[{error.index}][{column}]"
+        return InvalidInput(
+            f"{place} ({error.field}): expected {error.expected}, got {error.got}",
+            at=place,
+            column=error.field,
+            expected=error.expected,
+            got=error.got,
+        )
+
+    def _wrong_width(self, at: str, got: str) -> InvalidInput:
+        names = [column.name for column in self._columns]
+        more = ", ..." if len(names) > NAMED_COLUMNS else ""
+        listed = ", ".join(names[:NAMED_COLUMNS]) + more
+        expected = f"rows of {len(names)} values ({listed})"
+        return InvalidInput(
+            f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got
+        )
+
+    def _not_one(self, at: str, got: str) -> InvalidInput:
+        feeds = "`inputs`" if self.served.events is None else "exactly one of `events` and `inputs`"
+        return InvalidInput(f"{at}: expected {feeds}, got {got}", at=at, expected=feeds, got=got)
+
+    def reply(self, reply: Reply, options: ReplyOptions) -> dict[str, Any]:
+        """The members of a chunk's reply."""
+        mark = reply.mark
+        document: dict[str, Any] = {
+            "model": self.served.name,
+            "version": self.served.version,
+            "stream": reply.key.stream,
+            "epoch": mark.epoch.hex(),
+            "position": mark.position,
+            "tag": mark.tag.hex(),
+            "outputs": self.outputs(reply.outputs, options),
+            "replayed": reply.replayed,
+        }
+        if reply.created:
+            document["created"] = True
+        if options.return_state:
+            document["state"] = self.state(reply.state)
+        return document
+
+    def prediction(self, prediction: Prediction, options: ReplyOptions) -> dict[str, Any]:
+        """The members of one sequence's prediction."""
+        document: dict[str, Any] = {"outputs": self.outputs(prediction.outputs, options)}
+        if options.return_state:
+            document["state"] = self.state(prediction.state)
+        return document
+
+    def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
+        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone."""
+        shown_rows = rows if options.return_sequences else rows[-1]
+        return _writable(self.served.outputs.by_name(shown_rows))
+
+    def state(self, state: State) -> dict[str, Any]:
+        """A state by name."""
+        return _writable(self.served.state.by_name(state))
+
+
+def _writable(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    # The writers take arrays in C order and scalars, but no array without axes.
+    return {
+        name: np.ascontiguousarray(array) if array.ndim else array[()]
+        for name, array in arrays.items()
+    }
+
+
+def _counted(count: int, at: str, most_steps: int) -> int:
+    if count == 0:
+        expected = "at least one step"
+        raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
+    if count > most_steps:
+        raise ChunkTooLong(
+            f"{at}: expected at most {most_steps} steps, got {count}",
+            at=at,
+            expected=most_steps,
+            got=count,
+        )
+    return count
+
+
+def _too_many(at: str, most: int, got: int) -> InvalidInput:
+    return InvalidInput(
+        f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
+    )
+
+
+def _name_in(value: Any) -> str | None:
+    name = value.get("stream") if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _about(stream: str, error: CarryError) -> CarryError:
+    error.facts = {**error.facts, "stream": stream}
+    return error
