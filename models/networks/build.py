@@ -6,8 +6,7 @@ Every recurrent layer gets its own part of the packed state as `initial_state` a
 back through `return_state`; `return_sequences` joins the layers. There is no
 `stateful=True`, no `predict()` and nothing hidden in a layer: the same arguments give the
 same results, in any order of calls. Steps at or beyond a row's length are masked: its state
-stands still, whatever the padding holds (zeros will do), and a row of length 0 keeps its
-state.
+stands still whatever the padding holds, and a row of length 0 keeps its state.
 
 Shapes and names follow `models.layout`; the step runs eagerly and under
 `tf.function(jit_compile=True)`. It refuses a schema that is not fitted and weights that do
@@ -33,6 +32,7 @@ from models.layout import (
     state_spec,
     weight_shapes,
 )
+from models.networks.activations import activation_of
 from models.networks.fresh import fresh_weights
 from models.networks.heads import (
     Tensor,
@@ -149,6 +149,7 @@ class StepNetwork:
             the new state float32 [B, N].
         """
         done = self.forward(rows, lengths, state, training)
+        _, rows = _padding_zeroed(rows, lengths)
         outputs = []
         for head in self.spec.heads:
             forecast = self._part(state, f"{head.name}.forecast")
@@ -164,7 +165,7 @@ class StepNetwork:
         Training takes the raw values from here to `losses`, and the state on to the next
         window.
         """
-        mask = tf.sequence_mask(lengths, rows.shape[1] or tf.shape(rows)[1])
+        mask, rows = _padding_zeroed(rows, lengths)
         values = {FEATURES: self._features(rows)}
         parts: dict[str, Tensor] = {}
         for layer in self.spec.layers:
@@ -299,6 +300,16 @@ class StepNetwork:
         return found
 
 
+def _padding_zeroed(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Which steps are valid, bool [B, T], and the rows with zeros in all others.
+
+    Whatever padding holds would do no harm to the states, but an arbitrary number is no code
+    of an embedding.
+    """
+    mask = tf.sequence_mask(lengths, rows.shape[1] or tf.shape(rows)[1])
+    return mask, tf.where(mask[..., tf.newaxis], rows, 0.0)
+
+
 def _embedding(name: str, codes: int, width: int) -> keras.layers.Embedding:
     layer = keras.layers.Embedding(codes, width, dtype="float32", name=f"embedding_{name}")
     layer.build((None, None))
@@ -311,8 +322,8 @@ def _build_layer(layer: Layer, widths: Mapping[str, int]) -> keras.layers.Layer:
     match layer:
         case LstmLayer() | GruLayer():
             common.update(
-                activation=layer.activation,
-                recurrent_activation=layer.recurrent_activation,
+                activation=activation_of(layer.activation),
+                recurrent_activation=activation_of(layer.recurrent_activation),
                 use_bias=layer.use_bias,
                 dropout=layer.dropout,
                 recurrent_dropout=layer.recurrent_dropout,
@@ -327,10 +338,13 @@ def _build_layer(layer: Layer, widths: Mapping[str, int]) -> keras.layers.Layer:
                 built = keras.layers.LSTM(layer.units, **common)
         case DenseLayer():
             built = keras.layers.Dense(
-                layer.units, activation=layer.activation, use_bias=layer.use_bias, **common
+                layer.units,
+                activation=activation_of(layer.activation),
+                use_bias=layer.use_bias,
+                **common,
             )
         case ActivationLayer():
-            built = keras.layers.Activation(layer.activation, **common)
+            built = keras.layers.Activation(activation_of(layer.activation), **common)
         case DropoutLayer():
             built = keras.layers.Dropout(layer.rate, **common)
         case LayerNormalizationLayer():

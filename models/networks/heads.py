@@ -43,6 +43,7 @@ from models.events.schema import (
     NumericField,
 )
 from models.layout import anomaly_width, event_field
+from models.networks.activations import activation_of
 from models.spec import (
     AnomalyHead,
     ClassificationHead,
@@ -266,13 +267,14 @@ def mean_losses(
         spec: the model, with a fitted schema.
         raw: head name -> raw values [B, T, U].
         next_rows: float32 [B, T, F], the encoded rows t + 1; where mask is False they may
-            hold zeros.
+            hold anything.
         mask: bool [B, T], True where step t and the event after it exist.
 
     Returns:
         head name -> float32 scalar; 0 where nothing counted. Heads without targets are absent.
     """
     found = {}
+    next_rows = tf.where(mask[..., tf.newaxis], next_rows, 0.0)
     for head in spec.heads:
         loss = head_loss(spec, head, raw[head.name], next_rows)
         if loss is None:
@@ -288,7 +290,7 @@ def build_head(head: Head, units: int, width: int) -> keras.layers.Dense | None:
         return None
     layer = keras.layers.Dense(
         units,
-        activation=head.activation if isinstance(head, DenseHead) else "linear",
+        activation=activation_of(head.activation) if isinstance(head, DenseHead) else "linear",
         use_bias=head.use_bias if isinstance(head, DenseHead) else True,
         dtype="float32",
         name=f"heads_{head.name}",

@@ -1,0 +1,53 @@
+"""Running a network as a service would: streams cut into chunks, batched, padded."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.networks.build import StepNetwork
+
+Floats = NDArray[np.float32]
+
+
+def step(
+    network: StepNetwork, rows: Floats, lengths: list[int], state: Floats
+) -> tuple[Floats, Floats]:
+    """One step in NumPy terms; arguments as for `StepNetwork.step`."""
+    outputs, after = network.step(rows, np.array(lengths, np.int32), state)
+    return np.asarray(outputs), np.asarray(after)
+
+
+def run_in_chunks(
+    network: StepNetwork,
+    streams: list[Floats],
+    states: Floats,
+    random: np.random.Generator,
+) -> tuple[list[Floats], Floats]:
+    """All streams side by side, each cut at random; padding holds zeros, 7.5 or NaN.
+
+    In every round each unfinished stream gives a chunk of 1 to 5 rows; the batch is put in a
+    random order and padded to the longest chunk and up to two steps more.
+
+    Returns:
+        Outputs of each stream, float32 [length, O], and the states after, float32 [B, N].
+    """
+    states = states.copy()
+    at = [0] * len(streams)
+    outputs: list[list[Floats]] = [[] for _ in streams]
+    while True:
+        waiting = [b for b, rows in enumerate(streams) if at[b] < len(rows)]
+        if not waiting:
+            return [np.concatenate(parts) for parts in outputs], states
+        random.shuffle(waiting)
+        lengths = [int(min(random.integers(1, 6), len(streams[b]) - at[b])) for b in waiting]
+        steps = max(lengths) + int(random.integers(0, 3))
+        filler = random.choice([0.0, np.nan, 7.5])
+        batch = np.full((len(waiting), steps, streams[0].shape[1]), filler, np.float32)
+        for row, b in enumerate(waiting):
+            batch[row, : lengths[row]] = streams[b][at[b] : at[b] + lengths[row]]
+        found, after = step(network, batch, lengths, states[waiting])
+        for row, b in enumerate(waiting):
+            outputs[b].append(found[row, : lengths[row]])
+            states[b] = after[row]
+            at[b] += lengths[row]

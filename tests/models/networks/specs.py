@@ -1,0 +1,108 @@
+"""Random stacks and batches for the property tests of the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from models.layout import layer_widths
+from models.spec import ModelSpec, parse_spec
+
+Arrays = list[NDArray[np.float32]]
+
+SQUASHING = ["tanh", "softsign", "hard_sigmoid"]
+GATES = ["sigmoid", "hard_sigmoid"]
+PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu"]
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> ModelSpec:
+    """A network over raw rows: 1 to 7 layers, at least one recurrent, one or two heads."""
+    layers: list[dict[str, Any]] = [_recurrent(draw, 1)]
+    if draw(st.booleans()):
+        layers.insert(0, {"kind": "dense", "name": "l0", "units": 3, "activation": "tanh"})
+    for number in range(2, draw(st.integers(1, 6)) + 1):
+        layers.append(_layer(draw, layers, number))
+    heads: list[dict[str, Any]] = [{"kind": "sequence", "name": "output"}]
+    if draw(st.booleans()):
+        heads.append(
+            {
+                "kind": "dense",
+                "name": "dense",
+                "units": draw(st.integers(1, 3)),
+                "activation": draw(st.sampled_from(PLAIN)),
+                "use_bias": draw(st.booleans()),
+                "input": draw(st.sampled_from([layer["name"] for layer in layers])),
+            }
+        )
+    features = draw(st.integers(1, 4))
+    return parse_spec({"name": "m", "features": features, "layers": layers, "heads": heads})
+
+
+def _recurrent(draw: st.DrawFn, number: int) -> dict[str, Any]:
+    layer = {
+        "kind": draw(st.sampled_from(["lstm", "gru"])),
+        "name": f"l{number}",
+        "units": draw(st.integers(1, 5)),
+        "activation": draw(st.sampled_from(SQUASHING)),
+        "recurrent_activation": draw(st.sampled_from(GATES)),
+        "use_bias": draw(st.booleans()),
+        "dropout": 0.3,
+    }
+    if layer["kind"] == "gru":
+        layer["reset_after"] = draw(st.booleans())
+    return layer
+
+
+def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    name = f"l{number}"
+    kind = draw(
+        st.sampled_from(
+            ["recurrent", "recurrent", "dense", "activation", "dropout", "norm", "merge"]
+        )
+    )
+    match kind:
+        case "recurrent":
+            return _recurrent(draw, number)
+        case "dense":
+            activation = draw(st.sampled_from(PLAIN))
+            units = draw(st.integers(1, 5))
+            return {"kind": "dense", "name": name, "units": units, "activation": activation}
+        case "activation":
+            activation = draw(st.sampled_from(PLAIN))
+            return {"kind": "activation", "name": name, "activation": activation}
+        case "dropout":
+            return {"kind": "dropout", "name": name, "rate": 0.5}
+        case "norm":
+            return {
+                "kind": draw(st.sampled_from(["layer_normalization", "batch_normalization"])),
+                "name": name,
+                "epsilon": draw(st.sampled_from([0.05, 0.2])),
+                "center": draw(st.booleans()),
+                "scale": draw(st.booleans()),
+            }
+    return _merge(draw, before, name)
+
+
+def _merge(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    head = {"kind": "sequence", "name": "output"}
+    sizes = layer_widths(
+        parse_spec({"name": "m", "features": 7, "layers": before, "heads": [head]})
+    )
+    last = before[-1]["name"]
+    kind = draw(st.sampled_from(["add", "multiply", "average", "concatenate"]))
+    names = [
+        other["name"]
+        for other in before
+        if kind == "concatenate" or sizes[other["name"]] == sizes[last]
+    ]
+    others = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2))
+    return {"kind": kind, "name": name, "inputs": [last, *others]}
+
+
+def sequences(random: np.random.Generator, lengths: list[int], features: int) -> Arrays:
+    """Rows of each stream, float32 [length, features]."""
+    return [random.normal(size=(n, features)).astype(np.float32) for n in lengths]

@@ -1,0 +1,68 @@
+"""The post's printed tables come out of the step, whole, in chunks and one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from models.networks.build import StepNetwork
+from tests.models.networks.post_tables import (
+    GRU_HIDDEN,
+    GRU_OUTPUTS,
+    INPUT,
+    LSTM_CARRY,
+    LSTM_HIDDEN,
+    LSTM_OUTPUTS,
+    PRINTED,
+    post_model,
+)
+from tests.support.oracle import oracle_step
+
+TABLES = {
+    "lstm": (LSTM_OUTPUTS, (LSTM_HIDDEN, LSTM_CARRY)),
+    "gru": (GRU_OUTPUTS, (GRU_HIDDEN,)),
+}
+CUTS = [[5], [1, 1, 1, 1, 1], [2, 3], [4, 1]]
+
+
+def eager(step: Callable[..., Any]) -> Callable[..., Any]:
+    return step
+
+
+def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
+    return tf.function(step, jit_compile=True)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("way", [eager, compiled])
+def test_printed_outputs_and_states(kind: str, cuts: list[int], way: Callable[..., Any]) -> None:
+    spec, weights = post_model(kind)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    step = way(network.step)
+    state = tf.zeros((1, network.state_size))
+    outputs: list[float] = []
+    for length in cuts:
+        rows = np.array(INPUT[len(outputs) : len(outputs) + length], np.float32)
+        found, state = step(
+            tf.constant(rows.reshape(1, length, 1)), tf.constant([length], tf.int32), state
+        )
+        outputs.extend(found[0, :, 0].numpy())
+    wanted, wanted_state = TABLES[kind]
+    np.testing.assert_allclose(np.float64(outputs), wanted, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(np.float64(state[0]), wanted_state, rtol=0, atol=PRINTED)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_oracle_gives_the_printed_numbers_too(kind: str) -> None:
+    spec, weights = post_model(kind)
+    wanted, wanted_state = TABLES[kind]
+    rows = np.array(INPUT).reshape(5, 1)
+    outputs, state = oracle_step(spec, weights, rows, np.zeros(len(wanted_state)))
+    np.testing.assert_allclose(outputs[:, 0], wanted, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(state, wanted_state, rtol=0, atol=PRINTED)

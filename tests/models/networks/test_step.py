@@ -1,0 +1,237 @@
+"""The Keras step against the oracle, and the promises that chunking and batching keep."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.errors import ArtifactError, SpecError
+from models.layout import weight_shapes
+from models.networks.build import StepNetwork
+from models.spec import ModelSpec, parse_spec
+from tests.models.networks.running import run_in_chunks, step
+from tests.models.networks.specs import sequences, stacks
+from tests.support.oracle import ACTIVATIONS, contracting_weights, oracle_step
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def network_of(spec: ModelSpec, seed: int) -> StepNetwork:
+    network = StepNetwork(spec)
+    network.set_weights(contracting_weights(spec, seed))
+    return network
+
+
+def two_layers(**changes: object) -> ModelSpec:
+    layers = [{"kind": "lstm", "units": 4}, {"kind": "gru", "units": 3}]
+    heads = [{"kind": "dense", "name": "y", "units": 2}]
+    return parse_spec({"name": "m", "features": 3, "layers": layers, "heads": heads, **changes})
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stacks(), st.lists(st.integers(1, 11), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_step_equals_the_oracle_in_any_cut_batch_and_padding(
+    spec: ModelSpec, lengths: list[int], seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    network = network_of(spec, seed)
+    streams = sequences(random, lengths, spec.input_features)
+    states = random.uniform(-1, 1, (len(lengths), network.state_size)).astype(np.float32)
+    outputs, after = run_in_chunks(network, streams, states, random)
+    for b, rows in enumerate(streams):
+        wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
+        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
+        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stacks(), st.integers(0, 2**32 - 1))
+def test_chunks_batches_and_padding_change_nothing(spec: ModelSpec, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    network = network_of(spec, seed)
+    streams = sequences(random, [9, 4, 7], spec.input_features)
+    states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
+    together, after = run_in_chunks(network, streams, states, random)
+    for b, rows in enumerate(streams):
+        alone, alone_state = step(network, rows[np.newaxis], [len(rows)], states[b : b + 1])
+        np.testing.assert_allclose(together[b], alone[0], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(after[b], alone_state[0], rtol=0, atol=1e-6)
+
+
+def test_rows_beyond_their_length_keep_their_state() -> None:
+    network = network_of(two_layers(), 5)
+    random = np.random.default_rng(5)
+    state = random.normal(size=(3, network.state_size)).astype(np.float32)
+    rows = random.normal(size=(3, 6, 3)).astype(np.float32)
+    _, after = step(network, rows, [0, 2, 6], state)
+    _, short = step(network, rows[1:2, :2], [2], state[1:2])
+    np.testing.assert_array_equal(after[0], state[0])
+    np.testing.assert_allclose(after[1], short[0], rtol=0, atol=1e-6)
+    assert np.abs(after[2] - state[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (4, 5)])
+def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
+    spec = two_layers()
+    network = network_of(spec, 6)
+    random = np.random.default_rng(6)
+    rows = random.normal(size=(*shape, 3)).astype(np.float32)
+    state = random.uniform(-1, 1, (shape[0], network.state_size)).astype(np.float32)
+    lengths = random.integers(1, shape[1] + 1, shape[0]).astype(np.int32)
+    compiled = tf.function(network.step, jit_compile=True)
+    outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
+    for b, length in enumerate(lengths):
+        wanted = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
+        np.testing.assert_allclose(outputs[b, :length], wanted[0], **CLOSE)
+        np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
+
+
+def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
+    spec = two_layers(
+        layers=[
+            {"kind": "lstm", "units": 5},
+            {"kind": "layer_normalization"},
+            {"kind": "gru", "units": 4, "reset_after": False},
+            {"kind": "dropout", "rate": 0.4},
+            {"kind": "dense", "units": 3, "activation": "relu"},
+        ]
+    )
+    network = network_of(spec, 7)
+    weights = network.get_weights()
+    model = keras.Sequential(
+        [
+            keras.layers.Input((None, 3)),
+            keras.layers.LSTM(5, return_sequences=True),
+            keras.layers.LayerNormalization(),
+            keras.layers.GRU(4, return_sequences=True, reset_after=False),
+            keras.layers.Dropout(0.4),
+            keras.layers.Dense(3, activation="relu"),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.set_weights(list(weights.values()))
+    random = np.random.default_rng(7)
+    rows = random.normal(size=(2, 23, 3)).astype(np.float32)
+    outputs, _ = run_in_chunks(
+        network, list(rows), np.zeros((2, network.state_size), np.float32), random
+    )
+    np.testing.assert_allclose(np.stack(outputs), np.asarray(model(rows)), **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_every_activation_in_a_cell_a_layer_and_a_head(name: str) -> None:
+    spec = two_layers(
+        layers=[
+            {"kind": "lstm", "units": 3, "activation": name, "recurrent_activation": name},
+            {"kind": "activation", "activation": "tanh"},
+            {"kind": "gru", "units": 3, "activation": name},
+            {"kind": "activation", "activation": "tanh"},
+            {"kind": "dense", "units": 3, "activation": name},
+            {"kind": "activation", "activation": name},
+        ],
+        heads=[{"kind": "dense", "name": "y", "units": 4, "activation": name}],
+    )
+    network = network_of(spec, 8)
+    # One step from a state that is not zero: a cell of exponentials leaves float32 soon after.
+    rows = np.random.default_rng(8).normal(size=(1, 1, 3)).astype(np.float32)
+    state = np.linspace(-0.4, 0.3, network.state_size, dtype=np.float32)[np.newaxis]
+    outputs, after = step(network, rows, [1], state)
+    wanted, wanted_state = oracle_step(spec, network.get_weights(), rows[0], state[0])
+    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
+    np.testing.assert_allclose(after[0], wanted_state, **CLOSE)
+
+
+def test_global_dtype_policy_does_not_reach_the_network() -> None:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        network = network_of(two_layers(), 9)
+        rows = np.ones((1, 4, 3), np.float32)
+        outputs, _ = step(network, rows, [4], np.zeros((1, network.state_size), np.float32))
+    finally:
+        keras.config.set_dtype_policy(before)
+    zero = np.zeros(network.state_size)
+    wanted, _ = oracle_step(network.spec, network.get_weights(), rows[0], zero)
+    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
+
+
+def test_dropout_is_active_in_training_only_and_follows_its_seed() -> None:
+    spec = two_layers(
+        layers=[
+            {"kind": "lstm", "units": 8, "dropout": 0.5, "recurrent_dropout": 0.5},
+            {"kind": "dropout", "rate": 0.5},
+        ]
+    )
+    network = network_of(spec, 10)
+    rows = np.ones((2, 5, 3), np.float32)
+    lengths = np.array([5, 5], np.int32)
+    state = np.zeros((2, network.state_size), np.float32)
+
+    def trained(seed: int) -> np.ndarray:
+        network.reseed(seed)
+        return np.asarray(network.step(rows, lengths, state, training=True)[0])
+
+    first, again, other = trained(1), trained(1), trained(2)
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    served = step(network, rows, [5, 5], state)[0]
+    np.testing.assert_array_equal(served, step(network, rows, [5, 5], state)[0])
+
+
+def test_weights_come_back_by_name_and_in_order() -> None:
+    spec = two_layers()
+    weights = contracting_weights(spec, 11)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    found = network.get_weights()
+    assert list(found) == list(weight_shapes(spec))
+    for name, value in weights.items():
+        np.testing.assert_array_equal(found[name], value)
+    assert len(network.trainable_variables) == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lstm_1.kernel": None}, "missing \\['lstm_1.kernel'\\]"),
+        ({"lstm_9.kernel": np.zeros((3, 16), np.float32)}, "unknown \\['lstm_9.kernel'\\]"),
+        ({"lstm_1.bias": np.zeros((4, 4), np.float32)}, "lstm_1.bias.*\\[16\\].*\\[4, 4\\]"),
+        ({"lstm_1.bias": np.zeros(16, np.int32)}, "lstm_1.bias.*got int32"),
+        ({"lstm_1.bias": np.full(16, 1e39)}, "lstm_1.bias.*finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_none_is_taken(
+    change: dict[str, np.ndarray | None], said: str
+) -> None:
+    network = network_of(two_layers(), 12)
+    before = network.get_weights()
+    wrong = {name: value + 1 for name, value in before.items()} | change
+    wrong = {name: value for name, value in wrong.items() if value is not None}
+    with pytest.raises(ArtifactError, match=said):
+        network.set_weights(wrong)
+    for name, value in network.get_weights().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_initialise_is_deterministic_and_open() -> None:
+    networks = [StepNetwork(two_layers()) for _ in range(3)]
+    for network, seed in zip(networks, [1, 1, 2], strict=True):
+        network.initialise(seed)
+    one, same, other = (network.get_weights() for network in networks)
+    for name in one:
+        np.testing.assert_array_equal(one[name], same[name])
+    assert np.abs(one["lstm_1.kernel"] - other["lstm_1.kernel"]).max() > 1e-3
+    recurrent = one["lstm_1.recurrent_kernel"].astype(np.float64)
+    np.testing.assert_allclose(recurrent @ recurrent.T, np.eye(4), atol=1e-6)
+    np.testing.assert_array_equal(one["lstm_1.bias"], [0] * 4 + [1] * 4 + [0] * 8)
+
+
+def test_schema_without_fitted_numbers_is_refused() -> None:
+    fields = [{"kind": "numeric", "name": "delay"}, {"kind": "boolean", "name": "late"}]
+    spec = two_layers(features=None, events={"fields": fields})
+    with pytest.raises(SpecError, match=r"\['delay'\]"):
+        StepNetwork(spec)
