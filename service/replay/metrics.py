@@ -128,7 +128,7 @@ def counted(growths: list[Growth]) -> Counted:
         shared_batches=None if batches is None or 1.0 not in buckets else batches - buckets[1.0],
         mean_batch=rows / batches if batches and rows is not None else None,
         largest_batch=_largest(buckets),
-        refusals=refusals if by_name else None,
+        refusals=refusals if grown else None,
     )
 
 

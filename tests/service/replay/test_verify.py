@@ -1,0 +1,152 @@
+"""Verification against Keras: right outputs pass, one wrong number fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+
+from models.artifact import Artifact, write_artifact
+from service.replay.main import run_replay
+from service.replay.options import ReplayError, ReplayOptions
+from service.replay.source import StreamEvents
+from service.replay.verify import Received, keras_whole, open_artifact, verify
+from tests.service.replay.conftest import LENGTHS, Replayed
+from tests.service.replay.standin import SPEC, Standin
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, standin: Standin) -> Artifact:
+    return write_artifact(tmp_path / "small", SPEC, standin.weights)
+
+
+async def received(replayed: Replayed) -> list[Received]:
+    replay = await replayed(chunk_max=5)
+    return [
+        Received(name, ledger.cursor.events.columns, ledger.outputs)
+        for name, ledger in replay.ledgers.items()
+    ]
+
+
+async def test_what_was_cut_equals_the_whole(replayed: Replayed, artifact: Artifact) -> None:
+    found = verify(SPEC, keras_whole(artifact), await received(replayed))
+    assert found.holds
+    assert [check.name for check in found.outputs] == ["late", "next"]
+    assert found.compared == sum(LENGTHS.values())
+    assert found.missing == 0
+    assert 0 < found.outputs[1].difference < 1e-4
+
+
+async def test_one_wrong_number_is_found(
+    replayed: Replayed, standin: Standin, artifact: Artifact
+) -> None:
+    standin.wrong_by = 1e-3
+    found = verify(SPEC, keras_whole(artifact), await received(replayed))
+    assert not found.holds
+    late, forecast = found.outputs
+    assert late.holds
+    assert forecast.step == 7
+    assert forecast.beyond == 3
+    assert forecast.difference == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("swap", ["streams", "time"])
+async def test_outputs_of_another_stream_or_state_are_found(
+    replayed: Replayed, artifact: Artifact, swap: str
+) -> None:
+    streams = {stream.name: stream for stream in await received(replayed)}
+    outputs = {name: stream.outputs for name, stream in streams.items()}
+    wrong = outputs["s1"].copy()
+    if swap == "streams":
+        wrong[5:20] = outputs["s2"][5:20]
+    else:
+        wrong[1:] = wrong[:-1].copy()
+    changed = Received("s1", streams["s1"].columns, wrong)
+    found = verify(SPEC, keras_whole(artifact), [changed, streams["s2"]])
+    assert not found.holds
+    assert {check.stream for check in found.outputs} == {"s1"}
+
+
+async def test_what_a_resumed_run_has_is_judged_from_the_first_event(
+    replayed: Replayed, artifact: Artifact
+) -> None:
+    streams = await received(replayed)
+    for stream in streams:
+        stream.outputs[: len(stream.columns) // 2] = np.nan
+    found = verify(SPEC, keras_whole(artifact), streams)
+    assert found.holds
+    assert found.missing == sum(length // 2 for length in LENGTHS.values())
+    assert found.compared == sum(LENGTHS.values()) - found.missing
+
+
+def test_nothing_received_is_nothing_compared(
+    streams: list[StreamEvents], artifact: Artifact
+) -> None:
+    nothing = [
+        Received(s.name, s.columns, np.full((len(s), 4), np.nan, np.float32)) for s in streams
+    ]
+    found = verify(SPEC, keras_whole(artifact), nothing)
+    assert (found.compared, found.missing) == (0, sum(LENGTHS.values()))
+
+
+def test_long_and_short_streams_are_not_padded_together(
+    streams: list[StreamEvents],
+) -> None:
+    sizes: list[list[int]] = []
+
+    def whole(sequences: list[np.ndarray]) -> list[np.ndarray]:
+        sizes.append([len(rows) for rows in sequences])
+        return [np.zeros((len(rows), 4), np.float32) for rows in sequences]
+
+    (longest,) = (stream for stream in streams if len(stream) == 61)
+    lengths = [1, 1, 30, 31, 40, 60, 61]
+    received = [
+        Received(str(n), longest.columns[:n], np.zeros((n, 4), np.float32)) for n in lengths
+    ]
+    assert verify(SPEC, whole, received).compared == sum(lengths)
+    assert sizes == [[1, 1], [30, 31, 40], [60, 61]]
+
+
+def test_another_version_and_no_artifact_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+    assert open_artifact(artifact.path, "small", artifact.version).version == artifact.version
+    with pytest.raises(ReplayError, match="is served, version ffffffffffff"):
+        open_artifact(artifact.path, "small", "ffffffffffff")
+    with pytest.raises(ReplayError, match="none"):
+        open_artifact(tmp_path / "none", "small", artifact.version)
+
+
+@pytest.mark.parametrize(("wrong_by", "status"), [(0.0, 0), (1e-3, 1)])
+def test_the_command_ends_with_the_verdict(
+    background: str,
+    standin: Standin,
+    artifact: Artifact,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    wrong_by: float,
+    status: int,
+) -> None:
+    standin.version, standin.wrong_by = artifact.version, wrong_by
+    options = ReplayOptions(
+        urls=(background,),
+        model="small",
+        data=data,
+        stream_column="who",
+        verify=True,
+        duplicates=0.3,
+        artifact=artifact.path,
+        report=tmp_path / "report.json",
+    )
+    assert run_replay(options) == status
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert "all 4 right" in printed
+    assert ("BEYOND, 3 values" in printed) == bool(status)
+    report = orjson.loads((tmp_path / "report.json").read_bytes())
+    assert report["events"] == sum(LENGTHS.values())
+    assert report["verification"]["compared"] == sum(LENGTHS.values())
+    assert report["failed"] == bool(status)
+    assert report["service"]["replays"] == report["duplicates"]
+    assert {skill["output"] for skill in report["skill"]} == {"late", "next"}
