@@ -96,7 +96,7 @@ class OutputSpec:
         """Split packed rows [..., O] into named arrays [..., *shape] (views where possible)."""
         lead = rows.shape[:-1]
         return {
-            output.name: rows[..., self.slices[output.name]].reshape(*lead, *output.shape)
+            output.name: rows[..., self.slices[output.name]].reshape((*lead, *output.shape))
             for output in self.outputs
         }
 

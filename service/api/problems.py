@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.media import Media, dumps
-from service.api.reading import reply_media
+from service.api.reading import body_media, reply_media
 from service.api.statuses import STATUS
-from service.errors import CarryError, NotAcceptable
+from service.errors import CarryError, NotAcceptable, UnsupportedMediaType
 from service.ops.logs import current_request_id
 
 PROBLEM_JSON = "application/problem+json"
@@ -60,10 +60,7 @@ def problem_response(
     A problem that names a state has its ETag, one of status 503 a `Retry-After`.
     """
     document = problem(error)
-    try:
-        media = reply_media(request)
-    except NotAcceptable:
-        media = Media.JSON
+    media = _media(request)
     sent = dict(headers or {})
     if "retry_after_s" in document:
         sent["Retry-After"] = str(max(1, math.ceil(document["retry_after_s"])))
@@ -74,3 +71,11 @@ def problem_response(
     return Response(
         dumps(media, document), document["status"], headers=sent, media_type=content_type
     )
+
+
+def _media(request: Request) -> Media:
+    """As the reply would have been: as Accept says, else as the body was sent, else JSON."""
+    try:
+        return reply_media(request, body_media(request))
+    except (NotAcceptable, UnsupportedMediaType):
+        return Media.JSON

@@ -1,0 +1,30 @@
+"""Models that are made once, and an application per test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+
+from models.artifact import Artifact, write_artifact
+from tests.service.api.harness import Harness, harness
+from tests.support.models import random_weights, small_spec
+from tests.support.pipelines import make_artifact
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
+    """`small` takes events, `probe` rows only."""
+    folder = tmp_path_factory.mktemp("models")
+    spec = small_spec()
+    small = write_artifact(
+        folder / "small", spec, random_weights(spec), metrics={"held_out": {"auc": 0.75}}
+    )
+    return {"small": small, "probe": make_artifact(folder)}
+
+
+@pytest.fixture
+async def api(models: Mapping[str, Artifact]) -> AsyncIterator[Harness]:
+    """A running application with nothing stored."""
+    async with harness(models) as running:
+        yield running

@@ -1,0 +1,123 @@
+"""The real application over the real pipeline, with the oracle as runtime, on loopback calls."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import ormsgpack
+from fastapi import FastAPI
+from numpy.typing import NDArray
+
+from models.artifact import Artifact
+from service.api.application import ApiLimits, create_api
+from service.domain import StreamKey
+from service.pipeline import Pipeline, PipelineLimits
+from service.served import ServedModel
+from tests.service.api.memory_store import MemoryStore
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.pipelines import Counts
+
+JSON = {"content-type": "application/json"}
+MSGPACK = {"content-type": "application/msgpack"}
+NOW_MS = 1_700_000_000_000
+LIMITS = ApiLimits(max_body_bytes=20_000, max_chunk_steps=20, max_predict_steps=30, max_items=5)
+
+EVENT_MS = 1_357_035_420_000
+EVENT = {"load": 12.5, "at": "2013-01-01T05:17:00-05:00", "carrier": "UA", "heavy": True}
+LATER = {
+    "load": 7,
+    "delay": -3.25,
+    "at": EVENT_MS - 60_000,
+    "carrier": "nobody knows",
+    "gate": None,
+    "heavy": False,
+    "late": True,
+}
+
+
+@dataclass
+class Harness:
+    """One application and what lies behind it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    pipeline: Pipeline
+    store: MemoryStore
+    counts: Counts
+    models: Mapping[str, Artifact]
+    clock: list[int]
+
+    async def chunk(
+        self, body: Any, *, stream: str = "s", model: str = "probe", **request: Any
+    ) -> httpx.Response:
+        """Post one chunk: bytes as they are, anything else as JSON."""
+        content = {"content": body, "headers": JSON} if isinstance(body, bytes | str) else {}
+        return await self.client.post(
+            f"/v1/models/{model}/streams/{stream}/chunks",
+            **{**(content or {"json": body}), **request},
+        )
+
+    async def packed(self, body: Any, *, stream: str = "s", model: str = "probe") -> Any:
+        """Post one chunk as MessagePack and read the answer."""
+        response = await self.client.post(
+            f"/v1/models/{model}/streams/{stream}/chunks",
+            content=ormsgpack.packb(body),
+            headers=MSGPACK,
+        )
+        assert response.headers["content-type"] == "application/msgpack"
+        return ormsgpack.unpackb(response.content)
+
+    def position(self, stream: str = "s", model: str = "probe") -> int | None:
+        """Where the store has the stream."""
+        found = self.store.states.get(StreamKey(model, stream))
+        return found.mark.position if found else None
+
+
+@asynccontextmanager
+async def harness(models: Mapping[str, Artifact], **pipeline: Any) -> AsyncIterator[Harness]:
+    """An application of its own."""
+    store, counts, clock = MemoryStore(), Counts(), [NOW_MS]
+    built = Pipeline(
+        [ServedModel(artifact, NumpyRuntime(artifact)) for artifact in models.values()],
+        store,
+        counts,
+        limits=PipelineLimits(**pipeline),
+        now_ms=lambda: clock[0],
+    )
+    await built.start()
+    app = create_api(
+        built,
+        LIMITS,
+        counts,
+        metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
+        now_ms=lambda: clock[0],
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+        try:
+            yield Harness(app, client, built, store, counts, models, clock)
+        finally:
+            await built.stop()
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The problem document of a response, checked to be one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert document["code"] == code
+    assert document["status"] == status
+    assert document["type"] == f"/docs/errors#{code}"
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert document["detail"]
+    return document
+
+
+def rows(count: int, seed: int = 3, features: int = 3) -> NDArray[np.float32]:
+    """Random rows of the probe model."""
+    return np.random.default_rng(seed).normal(size=(count, features)).astype(np.float32)
