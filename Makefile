@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format example compose-test lock clean
+.PHONY: help run test check format bench example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,10 @@ format: ## mend what the linter and the formatter can mend
 	@scripts/setup dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: ## measure a chunk's round trip beside a bare route (ARGS="--seconds 10")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.bench $(ARGS)
 
 compose-test: ## build the containers and prove that streams survive their restarts
 	@scripts/setup dev

@@ -1,0 +1,231 @@
+"""The deployment of docker-compose.yml, as it is: streams outlive their containers.
+
+`make compose-test` builds and starts it under another project's name and on a free port,
+sends events, restarts the service's container and Redis' in turn, and compares what came out
+with an undisturbed run. What it started is removed at the end, its volume too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from models.artifact import load_artifact
+from service.replay.options import ReplayOptions
+from service.replay.source import StreamEvents, load_streams
+
+pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROJECT = "carry-test"
+MODEL = "flights"
+READY_S = 180
+
+
+def say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The running containers."""
+
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def compose(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["docker", "compose", "-p", PROJECT, *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "CARRY_PORT": str(self.port)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.fail(f"docker compose {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def up(self, *options: str) -> None:
+        self.compose("up", *options, "--wait", "--wait-timeout", str(READY_S))
+
+    def restart(self, service: str) -> None:
+        began_s = time.monotonic()
+        before = self.started_at(service)
+        self.compose("restart", service)
+        self.up()
+        assert self.started_at(service) > before
+        say(f"restarted {service}: ready after {time.monotonic() - began_s:.1f} s")
+
+    def started_at(self, service: str) -> str:
+        """When the service's container was started, RFC 3339."""
+        container = self.compose("ps", "--quiet", service).strip()
+        return self.inspect(container)["State"]["StartedAt"]
+
+    def inspect(self, container: str) -> dict[str, Any]:
+        done = subprocess.run(
+            ["docker", "inspect", container], capture_output=True, text=True, check=True
+        )
+        found: dict[str, Any] = json.loads(done.stdout)[0]
+        return found
+
+
+@pytest.fixture(scope="module")
+def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        running = Deployment(free.getsockname()[1])
+    failed_before = request.session.testsfailed
+    running.compose("down", "--volumes", "--remove-orphans")
+    try:
+        began_s = time.monotonic()
+        running.up("--build")
+        say(f"built and ready on port {running.port} after {time.monotonic() - began_s:.1f} s")
+        yield running
+    finally:
+        if request.session.testsfailed > failed_before:
+            print(running.compose("logs", "--tail", "100"))
+        running.compose("down", "--volumes", "--remove-orphans")
+        say("removed the containers and the volume")
+
+
+@pytest.fixture(scope="module")
+def client(deployment: Deployment) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"{deployment.url}/v1/models/{MODEL}", timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def streams() -> list[StreamEvents]:
+    """The earliest departures, cut into streams of at least 40 events."""
+    schema = load_artifact(REPOSITORY / "models" / "pretrained" / MODEL).spec.events
+    assert schema is not None
+    found = load_streams(schema, ReplayOptions(events=4000, prefix="compose-"))
+    return [stream for stream in found if len(stream) >= 40][:8]
+
+
+def answered(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    document: dict[str, Any] = response.json()
+    return document
+
+
+def send(client: httpx.Client, stream: StreamEvents, start: int, stop: int) -> dict[str, Any]:
+    body = {"position": start, "events": stream.events(start, stop)}
+    return answered(client.post(f"/streams/{stream.name}/chunks", json=body))
+
+
+def joined(replies: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outputs of a stream's chunks, one after another."""
+    return {
+        name: np.concatenate([np.asarray(reply["outputs"][name]) for reply in replies])
+        for name in replies[0]["outputs"]
+    }
+
+
+def test_containers_are_hardened(deployment: Deployment) -> None:
+    for service, user in (("carry", "carry"), ("redis", "redis")):
+        container = deployment.compose("ps", "--quiet", service).strip()
+        found = deployment.inspect(container)
+        assert found["Config"]["User"] == user
+        assert found["HostConfig"]["ReadonlyRootfs"]
+        assert found["HostConfig"]["CapDrop"] == ["ALL"]
+        assert "no-new-privileges:true" in found["HostConfig"]["SecurityOpt"]
+        assert found["HostConfig"]["Memory"] > 0
+        assert found["State"]["Health"]["Status"] == "healthy"
+    say("both containers: no root, no capabilities, read-only file system, memory limit")
+
+
+def test_streams_go_on_after_each_container_was_restarted(
+    deployment: Deployment, client: httpx.Client, streams: list[StreamEvents]
+) -> None:
+    cuts = [0, 3, 10, 11, 24, 40]
+    replies: dict[str, list[dict[str, Any]]] = {stream.name: [] for stream in streams}
+    # what happens to the deployment before each chunk
+    disturbances = {1: ["carry"], 2: ["redis"], 3: ["carry"], 4: ["redis", "carry"]}
+    for number, (start, stop) in enumerate(pairwise(cuts)):
+        for service in disturbances.get(number, []):
+            deployment.restart(service)
+        for stream in streams:
+            if start:
+                found = answered(client.get(f"/streams/{stream.name}"))
+                earlier = replies[stream.name][-1]
+                assert (found["position"], found["epoch"]) == (start, earlier["epoch"])
+                assert found["tag"] == earlier["tag"]
+                again = send(client, stream, cuts[number - 1], start)
+                assert again["replayed"] is True
+                assert again["outputs"] == earlier["outputs"]
+            reply = send(client, stream, start, stop)
+            assert reply["position"] == stop
+            assert reply["replayed"] is False
+            replies[stream.name].append(reply)
+        say(f"{len(streams)} streams at position {stop}, retries answered from the store")
+
+    largest = 0.0
+    for stream in streams:
+        body = {"position": 0, "events": stream.events(0, cuts[-1])}
+        path = f"/streams/{stream.name}.undisturbed/chunks"
+        undisturbed = joined([answered(client.post(path, json=body))])
+        disturbed = joined(replies[stream.name])
+        assert disturbed.keys() == undisturbed.keys()
+        for name, expected in undisturbed.items():
+            np.testing.assert_allclose(disturbed[name], expected, rtol=1e-5, atol=1e-5)
+            largest = max(largest, float(np.max(np.abs(disturbed[name] - expected))))
+    say(f"largest difference from undisturbed streams: {largest:.1e}")
+
+
+def test_a_replay_goes_through_while_containers_restart(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    command = [
+        *(sys.executable, "-m", "service.cli", "replay"),
+        *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
+        *("--chunk", "1..16", "--duplicates", "0.05", "--verify"),
+        *("--report", str(report), "--quiet"),
+    ]
+    replay = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for service, reached in (("carry", 2000), ("redis", 4000)):
+            wait_for_events(deployment, replay, reached)
+            deployment.restart(service)
+        output, _ = replay.communicate(timeout=400)
+    finally:
+        if replay.poll() is None:
+            replay.send_signal(signal.SIGINT)
+            replay.communicate()
+    assert replay.returncode == 0, output
+    assert report.exists()
+    say("replayed 20,000 events while both containers restarted; verified:")
+    for line in output.splitlines():
+        say(f"  {line}")
+
+
+def wait_for_events(deployment: Deployment, replay: subprocess.Popen[str], count: int) -> None:
+    """Until the running container has processed so many events of the replay."""
+    counted = re.compile(rf'^carry_events_total{{model="{MODEL}"}} (\S+)$', re.MULTILINE)
+    while replay.poll() is None:
+        found = counted.search(httpx.get(f"{deployment.url}/metrics", timeout=60).text)
+        if found and float(found[1]) >= count:
+            return
+    pytest.fail(f"the replay ended early: {replay.communicate()[0]}")
