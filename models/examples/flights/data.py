@@ -27,8 +27,19 @@ By = Literal["airport-carrier", "aircraft"]
 WEATHER = ("wind_speed", "precipitation", "visibility")
 """Weather columns of an event: miles per hour, inches per hour, miles."""
 
-EVENT_COLUMNS = ("departed", "dep_delay", "origin", "carrier", "destination", "distance", *WEATHER)
+EVENT_COLUMNS = (
+    "departed",
+    "dep_delay",
+    "scheduled",
+    "origin",
+    "carrier",
+    "destination",
+    "distance",
+    *WEATHER,
+)
 """The fields of one event, in the order of the frame."""
+
+TIMEZONE = "America/New_York"
 
 WEATHER_MAX_AGE = "3h"
 """An observation older than this, counted from the end of its hour, is absent."""
@@ -43,8 +54,8 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
 
     Returns:
         328,521 rows, sorted by stream and moment, with the columns `stream`, `departed`
-        (UTC, milliseconds), `dep_delay` (minutes, negative if early), `origin`, `carrier`,
-        `destination`, `distance` (miles) and the weather (`WEATHER`, null where unknown).
+        (UTC, milliseconds), `dep_delay` (minutes, negative if early), `scheduled` (the local
+        half hour, like `17:30`), `origin`, `carrier`, `destination`, `distance` (miles) and the weather (`WEATHER`, null where unknown).
         Departures of one minute stand in the order of their schedule and flight number.
 
     Raises:
@@ -53,20 +64,22 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
     if by not in ("airport-carrier", "aircraft"):
         raise ModelsError(f"expected `airport-carrier` or `aircraft`, got {by!r}")
     flights, weather = _read()
-    scheduled = _utc("time_hour") + pl.duration(minutes=pl.col("minute"), time_unit="ms")
+    planned = _utc("time_hour") + pl.duration(minutes=pl.col("minute"), time_unit="ms")
+    local = pl.col("planned").dt.convert_time_zone(TIMEZONE)
     pair = pl.concat_str("origin", "carrier", separator="-")
     departures = (
         flights.filter(pl.col("dep_delay").is_not_null())
-        .with_columns(scheduled=scheduled)
+        .with_columns(planned=planned)
         .with_columns(
             stream=pair if by == "airport-carrier" else pl.col("tailnum"),
-            departed=pl.col("scheduled") + pl.duration(minutes=pl.col("dep_delay"), time_unit="ms"),
+            departed=pl.col("planned") + pl.duration(minutes=pl.col("dep_delay"), time_unit="ms"),
+            scheduled=local.dt.truncate("30m").dt.to_string("%H:%M"),
             destination=pl.col("dest"),
         )
     )
     return (
         with_weather(departures, weather)
-        .sort("stream", "departed", "scheduled", "carrier", "flight", "origin", "destination")
+        .sort("stream", "departed", "planned", "carrier", "flight", "origin", "destination")
         .select("stream", *EVENT_COLUMNS)
     )
 
