@@ -30,7 +30,8 @@ from service.ops.metrics import PrometheusRecorder
 from service.pipeline import Pipeline, PipelineLimits
 from service.served import ServedModel
 from service.settings import Settings
-from service.state.redis_store import RedisStore, StoreSettings
+from service.state.open import open_store
+from service.state.settings import StoreSettings
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ def create_app() -> FastAPI:
         ServedModel(artifact, open_runtime(settings.runtime, artifact, settings.runtime_threads))
         for artifact in load_models(settings.models_dir)
     ]
-    store = RedisStore(store_settings(settings))
+    store = open_store(store_settings(settings))
     pipeline = Pipeline(
         served,
         store,
@@ -89,7 +90,13 @@ def create_app() -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         max_items=settings.max_items,
     )
-    return create_api(pipeline, limits, recorder, lifespan=lifespan)
+    return create_api(
+        pipeline,
+        limits,
+        recorder,
+        lifespan=lifespan,
+        metrics=lambda: (recorder.render(), recorder.content_type),
+    )
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,7 @@ line on stderr and exit status 1; a wrong call ends in 2.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -69,7 +70,6 @@ def serve_command(
     from service.ops.logs import configure_logs
     from service.serve import CannotServeError, serve
     from service.settings import Settings, SettingsError
-    from service.state.embedded import EmbeddedError
 
     flags = {
         "host": host,
@@ -85,7 +85,7 @@ def serve_command(
         for setting in settings.effective():
             typer.echo(f"{setting.name:20} {setting.value:40} {setting.origin}", err=True)
         serve(settings)
-    except (CannotServeError, SettingsError, ModelsError, EmbeddedError, CarryError) as error:
+    except (CannotServeError, SettingsError, ModelsError, CarryError) as error:
         typer.echo(f"carry: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -104,6 +104,66 @@ def init_command(
 
         artifact = initialise_artifact(read_spec(spec), out, seed, overwrite=overwrite)
         typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
+
+
+@app.command("train")
+def train_command(
+    spec: SpecFile,
+    data: DataFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    trees: Annotated[
+        bool, typer.Option("--trees/--no-trees", help="Compare with boosted trees too.")
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model, compare it with baselines, write the artifact, its report and plots."""
+    with _one_line_errors():
+        from models.training import commands
+
+        commands.train_command(
+            spec, data, out, resume=resume, overwrite=overwrite, trees=trees, quiet=quiet
+        )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
+    data: DataFile,
+    chunk: Annotated[int, typer.Option(min=1, help="Longest chunk; sizes are random.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the cuts.")] = 1,
+    since: Annotated[
+        str | None, typer.Option(help="Score events from this RFC 3339 moment on.")
+    ] = None,
+) -> None:
+    """Score an artifact on data by running it as the service would, chunk by chunk."""
+    with _one_line_errors():
+        from models.training import commands
+
+        scores = commands.evaluate_command(artifact, data, chunk=chunk, seed=seed, since=since)
+        typer.echo(json.dumps(scores, indent=2))
+
+
+@app.command("import")
+def import_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A saved Keras model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; by the file's name.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Package a Keras model, verified against the original on random sequences."""
+    with _one_line_errors():
+        from models.importing.keras_model import import_keras_model
+
+        report = import_keras_model(model, out, name=name, overwrite=overwrite)
+        typer.echo(
+            f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "
+            f"equal to the original within {report.largest_difference:.1e} on "
+            f"{report.sequences} sequences each of {list(report.lengths_steps)} steps"
+        )
+        for note in report.notes:
+            typer.echo(f"note: {note}")
 
 
 @app.command("version")

@@ -21,7 +21,7 @@ from uvicorn.supervisors import Multiprocess
 from service.app import store_settings
 from service.settings import PREFIX, Settings
 from service.state.embedded import EmbeddedValkey
-from service.state.redis_store import RedisStore
+from service.state.open import open_store
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +97,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 async def _check_store(settings: Settings) -> None:
     """Refuse to start on a store that the workers would refuse, in one line."""
-    store = RedisStore(store_settings(settings))
+    store = open_store(store_settings(settings))
     try:
         await store.start()
     finally:

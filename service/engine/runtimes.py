@@ -24,8 +24,9 @@ def open_runtime(name: str, artifact: Artifact, threads: int) -> Runtime:
     """
     if name != "tensorflow":
         raise ValueError(f"expected one of the runtimes {list(RUNTIMES)}, got {name!r}")
-    # TensorFlow's start-up chatter goes to stderr from C++; errors still do.
+    # Quiet at start, errors excepted; and one order of summation, whatever the processor.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from service.engine.tensorflow_runtime import TensorflowRuntime
     except ModuleNotFoundError as error:
