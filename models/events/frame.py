@@ -139,7 +139,8 @@ def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArr
     present = column.is_not_null().to_numpy()
     dtype = column.dtype
     if dtype.is_integer():
-        values = column.fill_null(0).to_numpy().astype(np.int64)
+        # What does not fit int64 is out of range, and must not wrap around into it.
+        values = column.cast(pl.Int64, strict=False).fill_null(MAX_TIMESTAMP_MS).to_numpy()
     elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
         values = _epoch_ms(column)
     elif isinstance(dtype, (pl.Datetime, pl.Date)):

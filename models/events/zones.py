@@ -18,9 +18,12 @@ IntArray = NDArray[np.int64]
 
 DAY_MS = 86_400_000
 _DAY_S = 86_400
-# The shortest that any zone of the tz database has kept an offset is just under seven days
-# (Recife, 2000), so looking every three days misses no transition.
-_STEP_S = 3 * _DAY_S
+
+STEP_DAYS = 3
+"""How far apart the search for transitions looks. The shortest that any zone of the tz
+database has kept an offset is just under seven days (Recife, 2000), so it misses none."""
+
+_STEP_S = STEP_DAYS * _DAY_S
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_DAY = (datetime(1899, 1, 1, tzinfo=UTC) - _EPOCH).days
 _END_DAY = (datetime(2201, 1, 1, tzinfo=UTC) - _EPOCH).days

@@ -74,7 +74,7 @@ def test_canonical_bytes_of_one_numeric_and_one_category() -> None:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(events(FULL_SCHEMA, 12))
 def test_canonical_bytes_follow_the_documented_layout(chunk: list[dict[str, Any]]) -> None:
     columns = columns_from_events(FULL_SCHEMA, chunk)
@@ -113,7 +113,7 @@ def test_every_field_is_in_the_canonical_bytes(name: str, other: Any) -> None:
     assert canonical_bytes(FULL_SCHEMA, first) != canonical_bytes(FULL_SCHEMA, second)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(events(SPARSE_TIMES, 12), st.integers(-14, 14), st.integers(-14, 14))
 def test_a_slice_holds_the_events_of_the_slice(
     chunk: list[dict[str, Any]], start: int, stop: int

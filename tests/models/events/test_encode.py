@@ -79,7 +79,7 @@ def encoded_by_hand(
     return rows, (last, seen, late)
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]).flatmap(
         lambda schema: st.tuples(st.just(schema), events(schema, 12))
@@ -102,7 +102,7 @@ def test_encoding_is_what_the_table_says(
     assert (clock.last_ms, clock.seen, clock.out_of_order) == after
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
 def test_chunking_is_invisible_to_the_bit(data: st.DataObject, schema: EventSchema) -> None:
     chunk = data.draw(events(schema))
@@ -224,7 +224,7 @@ def test_an_open_schema_cannot_encode() -> None:
         encode(schema, columns_from_events(schema, [{"x": 1.0}]), Clock())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=40))
 def test_standardise_gives_the_column_to_the_bit(values: list[float]) -> None:
     for name in ("load", "delay"):

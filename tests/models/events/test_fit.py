@@ -22,7 +22,7 @@ ROWS = pl.DataFrame(
         "load": [1.0, 2.0, 4.0, None, 8.0, 16.0],
         "log": [-1.0, 0.0, 3.0, 7.0, 15.0, -31.0],
         "same": [0.1] * 6,
-        "carrier": ["UA", "AA", "UA", "B6", None, "AA"],
+        "carrier": ["AA", "UA", "AA", "B6", None, "UA"],
     }
 )
 
@@ -83,6 +83,17 @@ def test_gaps_are_taken_within_each_stream_in_order() -> None:
     assert by_time.gap_std == pytest.approx(ordered.std())
     assert as_it_lies.gap_mean == pytest.approx(lying.mean())
     assert as_it_lies.gap_std == pytest.approx(lying.std())
+
+
+def test_rows_that_tie_keep_the_order_they_lie_in() -> None:
+    times = [1000 * step for step in range(3000)]
+    long = pl.DataFrame({"tail": [f"s{step % 7}" for step in range(3000)], "at": times, "tie": 0})
+    only = EventSchema.model_validate({"fields": [{"kind": "timestamp", "name": "at"}]})
+
+    for order in (None, "tie"):
+        at = fit_schema(only, long, stream="tail", order=order).timestamp
+        assert isinstance(at, TimestampField)
+        assert at.gap_mean == pytest.approx(np.log(8) * (1 - 7 / 3000))
 
 
 def test_what_is_fitted_standardises_what_serving_encodes() -> None:

@@ -207,7 +207,7 @@ def test_a_list_of_events_says_which_event_is_wrong() -> None:
     assert [item["loc"] for item in caught.value.errors()] == [("events", 2, "load")]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(events(FULL_SCHEMA, 5))
 def test_json_and_objects_give_the_same_events(chunk: list[dict[str, Any]]) -> None:
     adapter = TypeAdapter(list[event_type(FULL_SCHEMA)])  # type: ignore[misc]
