@@ -92,7 +92,13 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
                 f"example `carry serve --port {port + 1}` or `make run PORT={port + 1}`"
             ) from error
         listener.set_inheritable(True)
+        log.info("listening", url=_url(listener))
         yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 async def _check_store(settings: Settings) -> None:

@@ -1,0 +1,38 @@
+"""A Valkey of their own for tests of what stands on the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.servers import RealServer, real_server
+
+
+@pytest.fixture(scope="session")
+def pipeline_server() -> Iterator[RealServer]:
+    """One server for all of them."""
+    with real_server("valkey") as running:
+        yield running
+
+
+@pytest.fixture
+def store_url(pipeline_server: RealServer) -> str:
+    """Its address, with nothing stored."""
+    with pipeline_server.client() as client:
+        client.flushall()
+    return pipeline_server.url
+
+
+@pytest.fixture
+def damage(pipeline_server: RealServer) -> Callable[[str], None]:
+    """Flips a bit in the stored state of a stream of the probe model."""
+
+    def flip(stream: str) -> None:
+        with pipeline_server.client() as client:
+            (key,) = client.keys(f"carry{{*}}:s:probe:{stream}")
+            value = bytearray(client.get(key))
+            value[-3] ^= 4
+            client.set(key, bytes(value))
+
+    return flip
