@@ -53,7 +53,7 @@ class Summary:
 
     def as_data(self) -> dict[str, Any]:
         """Plain data for a report file."""
-        tally = asdict(self.tally)
+        tally = {name: getattr(self.tally, name) for name in Tally.__slots__}
         latencies_s = tally.pop("latencies_s")
         return {
             "model": self.model,
@@ -61,6 +61,7 @@ class Summary:
             "streams": self.streams,
             "resumed": self.resumed,
             **tally,
+            "problems": dict(self.tally.problems),
             "events_per_s": _rate(self.tally),
             "p50_ms": percentile_ms(latencies_s, 50),
             "p99_ms": percentile_ms(latencies_s, 99),

@@ -10,6 +10,7 @@ share a call to save time; padding is masked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def keras_whole(artifact: Artifact) -> Whole:
     Raises:
         ReplayError: TensorFlow is not installed.
     """
+    # TensorFlow's start-up chatter goes to stderr from C++; errors still do.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         import tensorflow as tf
 

@@ -129,6 +129,8 @@ def test_the_command_ends_with_the_verdict(
     status: int,
 ) -> None:
     standin.version, standin.wrong_by = artifact.version, wrong_by
+    refusals = iter(["store_unavailable"])
+    standin.fault = lambda request: next(refusals, None)
     options = ReplayOptions(
         urls=(background,),
         model="small",
@@ -148,5 +150,6 @@ def test_the_command_ends_with_the_verdict(
     assert report["events"] == sum(LENGTHS.values())
     assert report["verification"]["compared"] == sum(LENGTHS.values())
     assert report["failed"] == bool(status)
+    assert (report["retries"], report["problems"]) == (1, {"store_unavailable": 1})
     assert report["service"]["replays"] == report["duplicates"]
     assert {skill["output"] for skill in report["skill"]} == {"late", "next"}
