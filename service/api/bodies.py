@@ -25,7 +25,7 @@ from service.served import ServedModel
 
 MAX_POSITION = 2**63 - 1
 
-EXAMPLE_STREAM = "N725MQ"
+EXAMPLE_STREAM = "EWR-UA"
 EXAMPLE_EPOCH = "5f0c1e7ab2d34896"
 EXAMPLE_TAG = "c2a94d0b71e65f3889d1046be7a2f35c"
 
