@@ -1,0 +1,249 @@
+"""A Keras model's graph of layers as a `ModelSpec`.
+
+The walk follows the model's nodes from its one input to its outputs, nested models
+included, and collects everything that cannot be carried before it refuses: the message
+names each layer by class and name, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ImportedModelError, SpecError
+from models.importing.layers import CannotCarryError, Carried, carry_layer
+from models.spec import FEATURES, ModelSpec, parse_spec
+
+_MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
+"""`x + y` and `x * y` of a functional model: Keras operations that are no layers."""
+_STATE_PARTS = {"LSTM": ("hidden", "carry"), "GRU": ("hidden",)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """Where one output of the Keras model is found in the packaged model.
+
+    Attributes:
+        index: its place among the Keras model's outputs, flattened.
+        head: the head that gives it, or None.
+        part: the state part that gives it (a layer's returned state), or None.
+        last_only: whether Keras gives the last step alone, [B, U].
+    """
+
+    index: int
+    head: str | None = None
+    part: str | None = None
+    last_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A Keras model in our terms.
+
+    Attributes:
+        spec: the model.
+        weights: name -> float32, as `models.layout.weight_shapes` wants them.
+        outputs: the Keras model's outputs, in their order.
+        layers: Keras name, Keras class and our layer's name ("" where it was left out).
+        notes: what the user should know.
+    """
+
+    spec: ModelSpec
+    weights: dict[str, NDArray[np.float32]]
+    outputs: tuple[ModelOutput, ...]
+    layers: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """One tensor: which layer gives it, or which part of a recurrent layer's state it is."""
+
+    name: str
+    shape: tuple[Any, ...]
+    part: str | None = None
+
+
+@dataclass(slots=True)
+class _Walk:
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    weights: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=lambda: {FEATURES})
+    table: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def translate(model: Any, name: str) -> Translation:
+    """Translate a built Sequential or functional Keras model.
+
+    Args:
+        model: the Keras model.
+        name: the packaged model's name, a lower-case slug.
+
+    Raises:
+        ImportedModelError: it has another number of inputs than one, an input that is not
+            [batch, steps, features], or layers that cannot be carried.
+    """
+    graph = functional_of(model)
+    features = _input_features(graph)
+    walk = _Walk()
+    outputs = _walk_graph(walk, graph, [_Value(FEATURES, tuple(graph.inputs[0].shape))])
+    heads, found = _heads(walk, graph, outputs)
+    if walk.refused:
+        raise ImportedModelError(
+            "the model holds what cannot be carried:\n"
+            + "\n".join(f"  {line}" for line in walk.refused)
+        )
+    data = {"name": name, "features": features, "layers": walk.layers, "heads": heads}
+    try:
+        spec = parse_spec(data, "the imported model")
+    except SpecError as error:
+        raise ImportedModelError(str(error)) from error
+    return Translation(spec, walk.weights, found, tuple(walk.table), tuple(walk.notes))
+
+
+def functional_of(model: Any) -> Any:
+    """The graph of a Sequential or functional model; ImportedModelError for any other."""
+    if isinstance(model, keras.Sequential):
+        model = model._functional
+    if not isinstance(model, keras.Model) or not hasattr(model, "_nodes_by_depth"):
+        raise ImportedModelError(
+            "expected a Sequential or functional Keras model with a known input shape"
+        )
+    return model
+
+
+def _input_features(graph: Any) -> int:
+    shapes = [tuple(tensor.shape) for tensor in graph.inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][2] is None:
+        raise ImportedModelError(
+            f"expected one input of shape [batch, steps, features], got {shapes}"
+        )
+    return int(shapes[0][2])
+
+
+def _walk_graph(walk: _Walk, graph: Any, given: list[_Value]) -> list[_Value]:
+    """Carry every node of the graph, inputs first; the values of its outputs."""
+    values = {id(tensor): value for tensor, value in zip(graph.inputs, given, strict=True)}
+    nodes = [
+        node
+        for depth in sorted(graph._nodes_by_depth, reverse=True)
+        for node in graph._nodes_by_depth[depth]
+        if not node.is_input
+    ]
+    calls = Counter(id(node.operation) for node in nodes)
+    for node in nodes:
+        operation = node.operation
+        reads = [values[id(tensor)] for tensor in node.input_tensors]
+        if isinstance(operation, keras.Model):
+            found = _nested(walk, operation, reads)
+        else:
+            found = _carry(walk, operation, reads, node.outputs, calls[id(operation)])
+        values.update({id(t): v for t, v in zip(node.outputs, found, strict=True)})
+    return [values[id(tensor)] for tensor in graph.outputs]
+
+
+def _nested(walk: _Walk, model: Any, reads: list[_Value]) -> list[_Value]:
+    graph = functional_of(model)
+    if len(graph.inputs) != len(reads):
+        raise ImportedModelError(
+            f"{type(model).__name__} {model.name!r}: expected {len(reads)} inputs, "
+            f"got {len(graph.inputs)}"
+        )
+    return _walk_graph(walk, graph, reads)
+
+
+def _carry(
+    walk: _Walk, operation: Any, reads: list[_Value], outputs: list[Any], calls: int
+) -> list[_Value]:
+    """Add one layer to the walk; a refused one is passed over, so that the walk goes on."""
+    kind = type(operation).__name__
+    shapes = [tuple(tensor.shape) for tensor in outputs]
+    name = reads[0].name
+    try:
+        carried = _translated(operation, reads, calls)
+    except CannotCarryError as error:
+        walk.refused.append(f"{kind} {operation.name!r}: {error}")
+        carried = Carried()
+    if carried.note:
+        walk.notes.append(f"{kind} {operation.name!r}: {carried.note}")
+    if carried.data:
+        name = _free_name(walk.names, operation.name)
+        walk.layers.append({"name": name, "inputs": [v.name for v in reads], **carried.data})
+        walk.weights.update({f"{name}.{part}": w for part, w in carried.weights.items()})
+    walk.table.append((operation.name, kind, name if carried.data else ""))
+    parts = [None, *_STATE_PARTS.get(kind, ())]
+    parts += [None] * (len(shapes) - len(parts))
+    return [_Value(name, shape, part) for shape, part in zip(shapes, parts, strict=False)]
+
+
+def _translated(operation: Any, reads: list[_Value], calls: int) -> Carried:
+    kind = type(operation).__name__
+    merging = type(operation).__module__.startswith("keras.") and kind in _MERGING_OPERATIONS
+    if merging and not isinstance(operation, keras.layers.Layer):
+        carried = Carried({"kind": _MERGING_OPERATIONS[kind]})
+        if len(reads) < 2:
+            raise CannotCarryError("it merges a layer with a constant; use a layer for it")
+    else:
+        carried = carry_layer(operation, len(reads[0].shape))
+    if calls > 1:
+        raise CannotCarryError(
+            f"it is used {calls} times in the model, and each use would need its own state "
+            "and weights"
+        )
+    merges = carried.data.get("kind") in ("add", "multiply", "average", "concatenate")
+    if len(reads) > 1 and not merges:
+        raise CannotCarryError(
+            "it reads more than one tensor (an initial_state from another layer?); "
+            "a stream's state comes from the stream alone"
+        )
+    if any(value.part for value in reads):
+        raise CannotCarryError("it reads a layer's returned state; only sequences are passed on")
+    if len({len(value.shape) for value in reads}) > 1:
+        raise CannotCarryError("it merges whole sequences with a last step")
+    if merges and carried.data["kind"] != "concatenate" and len({v.shape[-1] for v in reads}) > 1:
+        widths = [value.shape[-1] for value in reads]
+        raise CannotCarryError(f"it broadcasts widths {widths}; expected equal ones")
+    return carried
+
+
+def _heads(
+    walk: _Walk, graph: Any, outputs: list[_Value]
+) -> tuple[list[dict[str, Any]], tuple[ModelOutput, ...]]:
+    heads: list[dict[str, Any]] = []
+    found: list[ModelOutput] = []
+    sequences = sum(value.part is None for value in outputs)
+    names: set[str] = set()
+    for index, value in enumerate(outputs):
+        if value.part is not None:
+            part = f"{value.name}.{value.part}"
+            found.append(ModelOutput(index, part=part))
+            walk.notes.append(f"output {index} is the state part {part!r}, not an output")
+            continue
+        given = "output" if sequences == 1 else str(graph.output_names[index])
+        head = _free_name(names, given)
+        heads.append({"kind": "sequence", "name": head, "input": value.name})
+        found.append(ModelOutput(index, head=head, last_only=len(value.shape) == 2))
+    if not heads:
+        walk.refused.append("the model: expected an output that is not a layer's state")
+    return heads, tuple(found)
+
+
+def _free_name(taken: set[str], given: str) -> str:
+    """The Keras name as a layer name of ours, not yet taken."""
+    name = re.sub(r"[^a-z0-9_]+", "_", given.lower()).strip("_")[:56] or "layer"
+    if not name[0].isalpha():
+        name = f"layer_{name}"
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    taken.add(free)
+    return free

@@ -1,0 +1,273 @@
+"""One Keras layer as one layer of a `ModelSpec`, with its weights.
+
+`carry_layer` knows the Keras layers that work step by step and mean the same with carried
+state; everything else, and every option that would change a number, it refuses with the
+reason. Only exact Keras classes are taken: a subclass may compute anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import keras
+import numpy as np
+from keras import layers as kl
+from numpy.typing import NDArray
+
+from models.spec import ActivationName
+
+LEAKY_RELU_SLOPE = 0.2
+"""The slope of `leaky_relu`, which is the default of `keras.activations.leaky_relu`."""
+
+
+class CannotCarryError(Exception):
+    """The reason why a layer is refused; never leaves this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A layer that can be carried.
+
+    Attributes:
+        data: the layer as plain spec data without name and inputs; empty where the layer
+            changes nothing in serving and is left out.
+        weights: its weights by kind, such as `kernel`.
+        note: what the user should know, or empty.
+    """
+
+    data: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    note: str = ""
+
+
+def carry_layer(layer: Any, rank: int) -> Carried:
+    """Translate one built Keras layer.
+
+    Args:
+        layer: the layer.
+        rank: axes of the tensors it reads, 3 for [batch, steps, features].
+
+    Raises:
+        CannotCarryError: the reason why it cannot be carried.
+    """
+    kind = type(layer)
+    if not isinstance(layer, keras.layers.Layer):
+        raise CannotCarryError("it is not a layer; use the layer of the same effect")
+    if kind not in _CARRIED:
+        raise CannotCarryError(why_not(kind.__name__))
+    if layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
+        raise CannotCarryError(
+            f"it computes in {layer.compute_dtype} with {layer.variable_dtype} weights, "
+            "expected float32"
+        )
+    return _CARRIED[kind](layer, rank)
+
+
+def why_not(class_name: str) -> str:
+    """Why layers of that class are refused."""
+    return _REASONS.get(class_name, "layers of this class cannot be carried")
+
+
+def is_known(class_name: str) -> bool:
+    """Whether a layer of that class may be carried, its options aside."""
+    return class_name in {kind.__name__ for kind in _CARRIED} | {"InputLayer"}
+
+
+_STEPS = "it looks at several steps at once, and a stream has only those that came"
+_SHAPE = "it rearranges the axes of steps and features"
+_MASKED = "it would skip steps that look like padding; every event of a stream counts"
+_REASONS = {
+    "Bidirectional": "it reads the sequence backwards too, and a stream has no end to start from",
+    "RNN": "it holds a cell of its own; use LSTM or GRU",
+    "StackedRNNCells": "it holds cells of its own; use LSTM or GRU layers",
+    "SimpleRNN": "this cell is not among those served; use LSTM or GRU",
+    "ConvLSTM1D": "this cell is not among those served; use LSTM or GRU",
+    "ConvLSTM2D": "this cell is not among those served; use LSTM or GRU",
+    "ConvLSTM3D": "this cell is not among those served; use LSTM or GRU",
+    "Masking": _MASKED,
+    "Embedding": "the model would take codes; a row of inputs holds float features",
+    "Lambda": "it holds code, which is neither loaded nor run",
+    "Flatten": _SHAPE,
+    "Reshape": _SHAPE,
+    "Permute": _SHAPE,
+    "RepeatVector": _SHAPE,
+    "Conv1D": _STEPS,
+    "SeparableConv1D": _STEPS,
+    "DepthwiseConv1D": _STEPS,
+    "Conv1DTranspose": _STEPS,
+    "MaxPooling1D": _STEPS,
+    "AveragePooling1D": _STEPS,
+    "GlobalMaxPooling1D": _STEPS,
+    "GlobalAveragePooling1D": _STEPS,
+    "Attention": _STEPS,
+    "AdditiveAttention": _STEPS,
+    "MultiHeadAttention": _STEPS,
+    "GroupQueryAttention": _STEPS,
+}
+
+
+def _recurrent(layer: Any, rank: int) -> Carried:
+    if layer.go_backwards:
+        raise CannotCarryError("go_backwards=True reads the sequence from its end")
+    data = {
+        "kind": type(layer).__name__.lower(),
+        "units": layer.units,
+        "activation": _activation(layer.activation),
+        "recurrent_activation": _activation(layer.recurrent_activation),
+        "use_bias": layer.use_bias,
+        "dropout": layer.dropout,
+        "recurrent_dropout": layer.recurrent_dropout,
+    }
+    if isinstance(layer, kl.GRU):
+        data["reset_after"] = bool(layer.reset_after)
+    note = ""
+    if not layer.return_sequences:
+        note = "return_sequences=False: served with an output for every step, the last one equal"
+    return Carried(data, _weights(layer.cell, "kernel", "recurrent_kernel", "bias"), note)
+
+
+def _dense(layer: Any, rank: int) -> Carried:
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        raise CannotCarryError("expected plain float32 weights, neither LoRA nor quantised")
+    data = {
+        "kind": "dense",
+        "units": layer.units,
+        "activation": _activation(layer.activation),
+        "use_bias": layer.use_bias,
+    }
+    return Carried(data, _weights(layer, "kernel", "bias"))
+
+
+def _normalization(layer: Any, rank: int) -> Carried:
+    _expect_features_axis(layer.axis, rank)
+    if getattr(layer, "rms_scaling", False):
+        raise CannotCarryError("rms_scaling=True is not carried")
+    batch = isinstance(layer, kl.BatchNormalization)
+    data = {
+        "kind": "batch_normalization" if batch else "layer_normalization",
+        "epsilon": layer.epsilon,
+        "center": layer.center,
+        "scale": layer.scale,
+    }
+    kinds = ["gamma"] if layer.scale else []
+    kinds += ["beta"] if layer.center else []
+    kinds += ["moving_mean", "moving_variance"] if batch else []
+    return Carried(data, _weights(layer, *kinds))
+
+
+def _activation_layer(layer: Any, rank: int) -> Carried:
+    return Carried({"kind": "activation", "activation": _activation(layer.activation)})
+
+
+def _relu(layer: Any, rank: int) -> Carried:
+    if layer.max_value is not None or layer.threshold:
+        raise CannotCarryError(
+            f"max_value={layer.max_value}, threshold={layer.threshold}: expected a plain ReLU"
+        )
+    return _leaky(float(layer.negative_slope))
+
+
+def _leaky_relu(layer: Any, rank: int) -> Carried:
+    return _leaky(float(layer.negative_slope))
+
+
+def _leaky(slope: float) -> Carried:
+    if slope == 0.0:
+        return Carried({"kind": "activation", "activation": "relu"})
+    if not np.isclose(slope, LEAKY_RELU_SLOPE, rtol=1e-6):
+        raise CannotCarryError(f"negative_slope={slope}: expected {LEAKY_RELU_SLOPE} or 0")
+    return Carried({"kind": "activation", "activation": "leaky_relu"})
+
+
+def _elu(layer: Any, rank: int) -> Carried:
+    if layer.alpha != 1.0:
+        raise CannotCarryError(f"alpha={layer.alpha}: expected 1")
+    return Carried({"kind": "activation", "activation": "elu"})
+
+
+def _softmax(layer: Any, rank: int) -> Carried:
+    _expect_features_axis(layer.axis, rank)
+    return Carried({"kind": "activation", "activation": "softmax"})
+
+
+def _dropout(layer: Any, rank: int) -> Carried:
+    if not 0 <= layer.rate < 1 or layer.noise_shape is not None:
+        return _identity(layer, rank)
+    return Carried({"kind": "dropout", "rate": float(layer.rate)})
+
+
+def _identity(layer: Any, rank: int) -> Carried:
+    return Carried(note="active in training only, left out")
+
+
+def _merge(layer: Any, rank: int) -> Carried:
+    if isinstance(layer, kl.Concatenate):
+        _expect_features_axis(layer.axis, rank)
+    return Carried({"kind": type(layer).__name__.lower()})
+
+
+def _time_distributed(layer: Any, rank: int) -> Carried:
+    inner = layer.layer
+    if type(inner) not in _PER_STEP:
+        raise CannotCarryError(
+            f"it wraps {type(inner).__name__} {inner.name!r}; expected one of "
+            f"{sorted(kind.__name__ for kind in _PER_STEP)}"
+        )
+    return carry_layer(inner, rank - 1)
+
+
+def _expect_features_axis(axis: Any, rank: int) -> None:
+    axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
+    if [index % rank for index in axes] != [rank - 1]:
+        raise CannotCarryError(f"axis={axis}: expected the last axis, the features")
+
+
+def _activation(function: Callable[[Any], Any]) -> str:
+    name = keras.activations.serialize(function)
+    name = name if isinstance(name, str) else getattr(function, "__name__", repr(function))
+    if name not in get_args(ActivationName) or keras.activations.get(name) is not function:
+        raise CannotCarryError(
+            f"activation {name!r}: expected one of {sorted(get_args(ActivationName))}"
+        )
+    return name
+
+
+def _weights(owner: Any, *kinds: str) -> dict[str, NDArray[np.float32]]:
+    """Copies of the owner's variables of those kinds; a kind it does not use is left out."""
+    found = {kind: getattr(owner, kind, None) for kind in kinds}
+    return {
+        kind: np.array(variable.value.numpy(), np.float32)
+        for kind, variable in found.items()
+        if variable is not None
+    }
+
+
+_PER_STEP: dict[type, Callable[[Any, int], Carried]] = {
+    kl.Dense: _dense,
+    kl.Activation: _activation_layer,
+    kl.ReLU: _relu,
+    kl.LeakyReLU: _leaky_relu,
+    kl.ELU: _elu,
+    kl.Softmax: _softmax,
+    kl.Dropout: _dropout,
+    kl.LayerNormalization: _normalization,
+    kl.BatchNormalization: _normalization,
+    kl.Identity: _identity,
+}
+_CARRIED: dict[type, Callable[[Any, int], Carried]] = {
+    **_PER_STEP,
+    kl.LSTM: _recurrent,
+    kl.GRU: _recurrent,
+    kl.SpatialDropout1D: _identity,
+    kl.GaussianNoise: _identity,
+    kl.GaussianDropout: _identity,
+    kl.AlphaDropout: _identity,
+    kl.ActivityRegularization: _identity,
+    kl.TimeDistributed: _time_distributed,
+    kl.Add: _merge,
+    kl.Multiply: _merge,
+    kl.Average: _merge,
+    kl.Concatenate: _merge,
+}

@@ -1,0 +1,327 @@
+"""Importing real, small Keras models: what is carried agrees, what is not is named."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+
+from models.artifact import load_artifact
+from models.errors import ImportedModelError
+from models.importing.keras_model import ImportReport, import_keras_model
+from models.networks.build import StepNetwork
+
+# Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def saved(model: keras.Model, path: Path) -> Path:
+    """The model on disk, with weights that are all different and not small."""
+    random = np.random.default_rng(17)
+    for weight in model.weights:
+        shape = tuple(weight.shape)
+        values = random.uniform(-0.4, 0.4, shape)
+        if weight.path.endswith(("gamma", "moving_variance")):
+            values = values + 1
+        weight.assign(values)
+    model.save(path)
+    return path
+
+
+def imported(model: keras.Model, folder: Path) -> ImportReport:
+    return import_keras_model(saved(model, folder / "My Model.keras"), folder / "out")
+
+
+def refusal(model: keras.Model, folder: Path) -> str:
+    """What is said when the model is refused; nothing may have been written."""
+    with pytest.raises(ImportedModelError) as caught:
+        imported(model, folder)
+    assert not (folder / "out").exists()
+    return str(caught.value)
+
+
+def test_sequential_model_is_packaged_and_agrees(tmp_path: Path) -> None:
+    model = keras.Sequential(
+        [
+            kl.Input((None, 3)),
+            kl.Dense(6, activation="gelu", name="Inlet Proj"),
+            kl.LSTM(5, return_sequences=True, dropout=0.2, recurrent_dropout=0.1),
+            kl.BatchNormalization(),
+            kl.GaussianNoise(0.1),
+            kl.GRU(4, return_sequences=True, reset_after=False, use_bias=False),
+            kl.LayerNormalization(scale=False),
+            kl.SpatialDropout1D(0.2),
+            kl.LeakyReLU(negative_slope=0.2),
+            kl.TimeDistributed(kl.Dense(3, activation="tanh")),
+            kl.Softmax(),
+        ]
+    )
+    report = imported(model, tmp_path)
+    assert report.artifact.spec.name == "my-model"
+    assert report.largest_difference < 1e-5
+    assert report.lengths_steps == (1, 2, 7, 33)
+    kinds = [layer.kind for layer in report.artifact.spec.layers]
+    assert kinds == [
+        "dense",
+        "lstm",
+        "batch_normalization",
+        "gru",
+        "layer_normalization",
+        "activation",
+        "dense",
+        "activation",
+    ]
+    assert report.layers[0] == ("Inlet Proj", "Dense", "inlet_proj")
+    assert any("GaussianNoise" in note for note in report.notes)
+
+    artifact = load_artifact(tmp_path / "out")
+    network = StepNetwork(artifact.spec)
+    network.set_weights(artifact.weights)
+    rows = np.random.default_rng(1).normal(size=(2, 9, 3)).astype(np.float32)
+    state = np.zeros((2, network.state_size), np.float32)
+    outputs, _ = network.step(rows, np.array([9, 9], np.int32), state)
+    np.testing.assert_allclose(outputs, np.asarray(model(rows)), rtol=1e-5, atol=1e-5)
+
+
+def test_stateful_model_carries_its_state_like_the_original(tmp_path: Path) -> None:
+    model = keras.Sequential(
+        [
+            kl.Input(batch_shape=(4, 6, 2)),
+            kl.LSTM(5, return_sequences=True, stateful=True),
+            kl.GRU(3, return_sequences=True, stateful=True),
+            kl.Dense(2),
+        ]
+    )
+    report = imported(model, tmp_path)
+    assert report.lengths_steps == (6, 6, 6)
+    assert report.sequences == 4
+    assert report.largest_difference < 1e-5
+
+
+def test_functional_model_with_residuals_and_two_outputs(tmp_path: Path) -> None:
+    rows = kl.Input((None, 4))
+    first = kl.LSTM(4, return_sequences=True, name="first")(rows)
+    added = kl.Add(name="residual")([rows, first])
+    second = kl.GRU(4, return_sequences=True, name="second")(added)
+    plus = second + added
+    times = second * plus
+    mixed = kl.Concatenate()([kl.Average()([plus, second]), kl.Multiply()([times, added]), rows])
+    one = kl.Dense(2, name="One")(mixed)
+    two = kl.Dense(1, activation="sigmoid", name="two")(first)
+    report = imported(keras.Model(rows, [one, two]), tmp_path)
+    assert [head.name for head in report.artifact.spec.heads] == ["one", "two"]
+    assert report.largest_difference < 1e-5
+
+
+def test_returned_states_and_last_steps_are_noted(tmp_path: Path) -> None:
+    rows = kl.Input((None, 2))
+    sequence, hidden, carry = kl.LSTM(
+        3, return_sequences=True, return_state=True, name="inner", stateful=False
+    )(rows)
+    last = kl.Dense(2)(kl.GRU(3)(sequence))
+    report = imported(keras.Model(rows, [last, hidden, carry]), tmp_path)
+    assert [head.name for head in report.artifact.spec.heads] == ["output"]
+    assert "output 1 is the state part 'inner.hidden', not an output" in report.notes
+    assert "output 2 is the state part 'inner.carry', not an output" in report.notes
+    assert any("return_sequences=False" in note for note in report.notes)
+
+
+def test_nested_models_are_flattened(tmp_path: Path) -> None:
+    inner = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True, name="cell")])
+    model = keras.Sequential(
+        [kl.Input((None, 3)), kl.GRU(3, return_sequences=True, name="cell"), inner, kl.Dense(1)]
+    )
+    report = imported(model, tmp_path)
+    assert [layer.name for layer in report.artifact.spec.layers][:2] == ["cell", "cell_2"]
+    assert report.largest_difference < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_h5_file_is_read(tmp_path: Path) -> None:
+    model = keras.Sequential([kl.Input((None, 2)), kl.LSTM(3, return_sequences=True)])
+    report = import_keras_model(saved(model, tmp_path / "m.h5"), tmp_path / "out", name="from-h5")
+    assert report.artifact.spec.name == "from-h5"
+    assert report.largest_difference < 1e-5
+
+
+def test_everything_that_cannot_be_carried_is_named(tmp_path: Path) -> None:
+    said = refusal(_much_refused(), tmp_path)
+    for wanted in (
+        "Masking 'skip': it would skip steps",
+        "Conv1D 'window': it looks at several steps",
+        "Bidirectional 'both': it reads the sequence backwards",
+        "GRU 'back': go_backwards=True",
+        "LeakyReLU 'leaky': negative_slope=0.3",
+        "LSTM 'odd': activation 'mish'",
+        "RNN 'own': it holds a cell of its own",
+        "LayerNormalization 'over_steps': axis=",
+        "Dense 'double': it computes in float64",
+    ):
+        assert wanted in said
+    assert "'fine'" not in said
+
+
+def _much_refused() -> keras.Model:
+    return keras.Sequential(
+        [
+            kl.Input((8, 3)),
+            kl.Conv1D(4, 3, padding="causal", name="window"),
+            kl.Masking(name="skip"),
+            kl.Bidirectional(kl.LSTM(3, return_sequences=True), name="both"),
+            kl.GRU(3, return_sequences=True, go_backwards=True, name="back"),
+            kl.LeakyReLU(negative_slope=0.3, name="leaky"),
+            kl.LSTM(3, return_sequences=True, activation="mish", name="odd"),
+            kl.RNN(kl.LSTMCell(3), return_sequences=True, name="own"),
+            kl.LayerNormalization(axis=1, name="over_steps"),
+            kl.Dense(2, dtype="float64", name="double"),
+            kl.LSTM(3, return_sequences=True, name="fine"),
+        ]
+    )
+
+
+def test_encoder_state_and_shared_layers_are_refused(tmp_path: Path) -> None:
+    rows = kl.Input((None, 3))
+    shared = kl.GRU(3, return_sequences=True, name="shared")
+    sequence, state = kl.GRU(3, return_sequences=True, return_state=True, name="encoder")(
+        shared(shared(rows))
+    )
+    decoded = kl.GRU(3, return_sequences=True, name="decoder")(sequence, initial_state=state)
+    scaled = decoded * 0.5
+    said = refusal(keras.Model(rows, scaled), tmp_path)
+    assert "GRU 'shared': it is used 2 times" in said
+    assert "GRU 'decoder': it reads more than one tensor" in said
+    assert "Multiply" in said
+    assert "'encoder'" not in said
+
+
+def test_broadcasting_merges_are_refused(tmp_path: Path) -> None:
+    rows = kl.Input((None, 3))
+    wide = kl.LSTM(4, return_sequences=True)(rows)
+    model = keras.Model(rows, kl.Add(name="spread")([wide, kl.Dense(1)(rows)]))
+    assert "Add 'spread': it broadcasts widths [4, 1]" in refusal(model, tmp_path)
+
+
+def test_model_without_a_recurrent_layer_is_refused(tmp_path: Path) -> None:
+    model = keras.Sequential([kl.Input((None, 3)), kl.Dense(2)])
+    assert "at least one recurrent layer" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3,), (None, None), (2, 4, 3)])
+def test_other_inputs_are_refused(tmp_path: Path, shape: tuple[int | None, ...]) -> None:
+    model = keras.Sequential([kl.Input(shape), kl.Activation("relu")])
+    assert "expected one input of shape [batch, steps, features]" in refusal(model, tmp_path)
+
+
+def test_two_inputs_are_refused(tmp_path: Path) -> None:
+    one, two = kl.Input((None, 2)), kl.Input((None, 2))
+    model = keras.Model([one, two], kl.LSTM(2, return_sequences=True)(kl.Add()([one, two])))
+    assert "expected one input" in refusal(model, tmp_path)
+
+
+def test_code_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    model = keras.Sequential(
+        [
+            kl.Input((None, 3)),
+            kl.Lambda(lambda x: x * 2, name="code", output_shape=(None, 3)),
+            kl.Bidirectional(kl.LSTM(3, return_sequences=True), name="both"),
+            kl.LSTM(3, return_sequences=True),
+        ]
+    )
+    said = refusal(model, tmp_path)
+    assert "Lambda 'code': it holds code" in said
+    assert "Bidirectional 'both'" in said
+
+
+def test_classes_outside_keras_are_refused_before_they_are_imported(tmp_path: Path) -> None:
+    model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True, name="cell")])
+    path = saved(model, tmp_path / "m.keras")
+    changed = tmp_path / "changed.keras"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+        for item in old.namelist():
+            data = old.read(item)
+            if item == "config.json":
+                config = json.loads(data)
+                entry = config["config"]["layers"][1]
+                entry["module"], entry["class_name"] = "no_such_module.inside", "Popper"
+                data = json.dumps(config).encode()
+            new.writestr(item, data)
+    with pytest.raises(ImportedModelError, match="Popper 'cell': "):
+        import_keras_model(changed, tmp_path / "out")
+
+
+class OwnLayer(kl.Layer):
+    """A layer that no other program knows."""
+
+    def call(self, rows: object) -> object:
+        return rows
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+def test_a_layer_of_ones_own_is_named_with_the_others(tmp_path: Path, suffix: str) -> None:
+    model = keras.Sequential(
+        [
+            kl.Input((None, 3)),
+            OwnLayer(name="own"),
+            kl.LSTM(3, return_sequences=True),
+            kl.Conv1D(3, 2, padding="causal", name="window"),
+        ]
+    )
+    path = saved(model, tmp_path / f"m.{suffix}")
+    with pytest.raises(ImportedModelError) as caught:
+        import_keras_model(path, tmp_path / "out")
+    assert "OwnLayer 'own': " in str(caught.value)
+    assert "Conv1D 'window': " in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"\x89HDF\r\n\x1a\n broken"])
+def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.keras"
+    with pytest.raises(ImportedModelError, match="there is none"):
+        import_keras_model(path, tmp_path / "out")
+    path.write_bytes(content)
+    with pytest.raises(ImportedModelError, match=r"m\.keras"):
+        import_keras_model(path, tmp_path / "out")
+
+
+def test_weights_missing_from_the_file_are_refused(tmp_path: Path) -> None:
+    model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
+    path = saved(model, tmp_path / "m.keras")
+    changed = tmp_path / "changed.keras"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+        for item in old.namelist():
+            if not item.endswith(".h5"):
+                new.writestr(item, old.read(item))
+    with pytest.raises(ImportedModelError, match="Keras cannot load it"):
+        import_keras_model(changed, tmp_path / "out")
+
+
+def test_packaged_numbers_that_differ_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(network: StepNetwork, weights: dict[str, np.ndarray]) -> None:
+        given(network, {name: value * 1.001 for name, value in weights.items()})
+
+    given = StepNetwork.set_weights
+    monkeypatch.setattr(StepNetwork, "set_weights", off)
+    model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
+    assert "the packaged model gives" in refusal(model, tmp_path)
+
+
+def test_original_that_overflows_is_refused(tmp_path: Path) -> None:
+    model = keras.Sequential(
+        [kl.Input((None, 3)), kl.LSTM(3, return_sequences=True), kl.Dense(1), kl.Dense(1)]
+    )
+    path = saved(model, tmp_path / "m.keras")
+    model.layers[-2].kernel.assign(np.full((3, 1), 1e30))
+    model.layers[-1].kernel.assign([[1e30]])
+    model.save(path)
+    with pytest.raises(ImportedModelError, match="expected finite outputs"):
+        import_keras_model(path, tmp_path / "out")
