@@ -177,7 +177,7 @@ class ModelWire:
         try:
             check_rows(self._columns, rows)
         except DataError as error:
-            raise self._invalid_rows(at, error) from error
+            raise self._invalid_rows(at, error, body.inputs) from error
         return Steps(Feed.INPUTS, len(rows), rows=rows)
 
     def _rows_of_lists(self, given: list[list[float]], at: str, most_steps: int) -> FloatRows:
@@ -186,19 +186,8 @@ class ModelWire:
         for index, row in enumerate(given):
             if len(row) != wide:
                 raise self._wrong_width(f"{at}[{index}]", str(len(row)))
-        values = np.array(given, np.float64)
         with np.errstate(over="ignore"):
-            rows = values.astype(np.float32)
-        if not np.isfinite(rows).all():
-            step, column = (int(index) for index in np.argwhere(~np.isfinite(rows))[0])
-            error = DataError(
-                index=step,
-                field=self._columns[column].name,
-                expected="a number that is finite as a float32",
-                got=shown(given[step][column]),
-            )
-            raise self._invalid_rows(at, error)
-        return rows
+            return np.array(given, np.float64).astype(np.float32)
 
     def _rows_of_bytes(self, given: bytes, at: str, most_steps: int) -> FloatRows:
         wide = 4 * len(self._columns)
@@ -207,18 +196,22 @@ class ModelWire:
         _counted(len(given) // wide, at, most_steps)
         return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
-    def _invalid_rows(self, at: str, error: DataError) -> InvalidInput:
+    def _invalid_rows(
+        self, at: str, error: DataError, given: bytes | list[list[float]]
+    ) -> InvalidInput:
         """The refusal of one value of a row, as `inputs[3][0]`, with the name of its column."""
         if error.index is None or error.field is None:
             return invalid_data(at, error)
         column = [column.name for column in self._columns].index(error.field)
         place = f"{at}[{error.index}][{column}]"
+        # As it was sent: after the cast, what overflowed is infinite.
+        got = error.got if isinstance(given, bytes) else shown(given[error.index][column])
         return InvalidInput(
-            f"{place} ({error.field}): expected {error.expected}, got {error.got}",
+            f"{place} ({error.field}): expected {error.expected}, got {got}",
             at=place,
             column=error.field,
             expected=error.expected,
-            got=error.got,
+            got=got,
         )
 
     def _wrong_width(self, at: str, got: str) -> InvalidInput:
