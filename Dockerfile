@@ -2,19 +2,22 @@
 # locked environment and nothing that built it, runs as a user without rights, and writes only
 # to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
 
-FROM python:3.13-slim AS build
-
+FROM python:3.13-slim AS locked
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
-WORKDIR /src
-RUN python3 -m venv /opt/carry
-# the lock first, so that a change of the code does not install everything anew
+RUN python3 -m venv /opt/venv
 COPY requirements.lock ./
-RUN /opt/carry/bin/pip install --require-hashes -r requirements.lock
+RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
+
+# beside the environment, so that a change of the code makes one small layer
+FROM locked AS built
+WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY models models
 COPY service service
-RUN /opt/carry/bin/pip install --no-build-isolation --no-deps . \
-    && /opt/carry/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
+RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --target /opt/carry .
+
+FROM locked AS lean
+RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
 
 FROM python:3.13-slim
 
@@ -24,9 +27,11 @@ LABEL org.opencontainers.image.title="carry" \
 
 RUN useradd --system --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin carry \
     && install --directory --owner carry --group carry --mode 700 /data
-COPY --from=build /opt/carry /opt/carry
+COPY --from=lean /opt/venv /opt/venv
+COPY --from=built /opt/carry /opt/carry
 
-ENV PATH=/opt/carry/bin:$PATH \
+ENV PATH=/opt/carry/bin:/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/carry \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     KERAS_HOME=/tmp/keras \

@@ -42,6 +42,10 @@ bench: ## measure a chunk's round trip beside a bare route (ARGS="--seconds 10")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 
+example: ## train the flights example from nothing and compare it with its baselines
+	@scripts/setup dev
+	@exec $(BIN)/python -m models.examples.flights $(ARGS)
+
 compose-test: ## build the containers and prove that streams survive their restarts
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)

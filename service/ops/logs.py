@@ -62,7 +62,7 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     handler = _StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), _without_colours],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
@@ -145,18 +145,26 @@ def _rendering(log_format: LogFormat) -> list[Processor]:
         ]
     return [
         structlog.processors.format_exc_info,
-        # `event` is a time step here
-        structlog.processors.EventRenamer("message"),
         _render_json,
     ]
 
 
 def _render_json(_: WrappedLogger, __: str, fields: EventDict) -> str:
+    line = {name: fields.pop(name, None) for name in ("timestamp", "level", "logger")}
+    # structlog calls the message `event`, which is a time step here
+    line["message"] = fields.pop("event", None)
+    line |= fields
     try:
-        return orjson.dumps(fields, default=repr).decode()
+        return orjson.dumps(line, default=repr).decode()
     except TypeError:
         # a lone surrogate, an integer over 64 bits: the slower writer escapes them
-        return json.dumps(fields, default=repr, skipkeys=True)
+        return json.dumps(line, default=repr, skipkeys=True)
+
+
+def _without_colours(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    # uvicorn's second rendering of each message
+    fields.pop("color_message", None)
+    return fields
 
 
 def _write_line(line: str) -> None:

@@ -93,16 +93,18 @@ def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         running = Deployment(free.getsockname()[1])
-    failed_before = request.session.testsfailed
+    before = request.session.testsfailed
     running.compose("down", "--volumes", "--remove-orphans")
+    ready = False
     try:
         began_s = time.monotonic()
         running.up("--build")
+        ready = True
         say(f"built and ready on port {running.port} after {time.monotonic() - began_s:.1f} s")
         yield running
     finally:
-        if request.session.testsfailed > failed_before:
-            print(running.compose("logs", "--tail", "100"))
+        if not ready or request.session.testsfailed > before:
+            print(running.compose("logs", "--no-color", "--tail", "60"))
         running.compose("down", "--volumes", "--remove-orphans")
         say("removed the containers and the volume")
 
@@ -157,10 +159,10 @@ def test_containers_are_hardened(deployment: Deployment) -> None:
 def test_streams_go_on_after_each_container_was_restarted(
     deployment: Deployment, client: httpx.Client, streams: list[StreamEvents]
 ) -> None:
-    cuts = [0, 3, 10, 11, 24, 40]
+    cuts = [0, 3, 10, 11, 40]
     replies: dict[str, list[dict[str, Any]]] = {stream.name: [] for stream in streams}
     # what happens to the deployment before each chunk
-    disturbances = {1: ["carry"], 2: ["redis"], 3: ["carry"], 4: ["redis", "carry"]}
+    disturbances = {1: ["carry"], 2: ["redis"], 3: ["redis", "carry"]}
     for number, (start, stop) in enumerate(pairwise(cuts)):
         for service in disturbances.get(number, []):
             deployment.restart(service)
@@ -200,6 +202,7 @@ def test_a_replay_goes_through_while_containers_restart(
         *(sys.executable, "-m", "service.cli", "replay"),
         *("--url", deployment.url, "--prefix", "replay-", "--events", "20000"),
         *("--chunk", "1..16", "--duplicates", "0.05", "--verify"),
+        *("--patience-s", "300"),
         *("--report", str(report), "--quiet"),
     ]
     replay = subprocess.Popen(

@@ -38,6 +38,7 @@ def test_a_line_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
     structlog.get_logger("service.app").info("ready", models=["flights"], warm_s=1.5)
     (line,) = lines(capsys)
+    assert list(line)[:4] == ["timestamp", "level", "logger", "message"]
     assert line.pop("timestamp").endswith("Z")
     assert line == {
         "level": "info",
@@ -50,7 +51,8 @@ def test_a_line_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_libraries_log_the_same_lines(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
-    logging.getLogger("uvicorn.error").info("Started server process [%d]", 42)
+    coloured = {"color_message": "Started server process [\x1b[36m%d\x1b[0m]"}
+    logging.getLogger("uvicorn.error").info("Started server process [%d]", 42, extra=coloured)
     logging.getLogger("lib").warning("odd", extra={"size_bytes": 7})
     started, odd = lines(capsys)
     assert started["message"] == "Started server process [42]"
