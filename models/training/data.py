@@ -218,7 +218,7 @@ def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame
                 lower = column.str.strip_chars().str.to_lowercase()
                 cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
                 wanted = "true or false"
-            case TimestampField() if column.drop_nulls().str.contains(r"^-?\d+$").all():
+            case TimestampField() if column.drop_nulls().head(1).str.contains(r"^-?\d+$").all():
                 cast, wanted = column.cast(pl.Int64, strict=False), "epoch milliseconds"
             case TimestampField() | CategoricalField():
                 continue

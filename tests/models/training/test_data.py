@@ -1,0 +1,154 @@
+import numpy as np
+import polars as pl
+import pytest
+
+from models.errors import DataError, SpecError
+from models.training.data import fitted_spec, moment_ms, read_data, streams_of
+from models.training.plan import plan_of
+from tests.support.training import HOUR_MS, latch_frame, latch_spec
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    return latch_frame()
+
+
+def write(frame: pl.DataFrame, path) -> None:
+    match path.suffix:
+        case ".csv":
+            frame.write_csv(path)
+        case ".parquet":
+            frame.write_parquet(path)
+        case _:
+            frame.write_ndjson(path)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.ndjson", "t.parquet"])
+@pytest.mark.parametrize("moments", ["ms", "text", "local"])
+def test_files_of_every_kind_give_the_same_rows(tmp_path, frame, name, moments):
+    spec = latch_spec()
+    moment = pl.from_epoch("at", "ms")
+    if moments == "text":
+        shown = frame.with_columns(at=moment.dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
+    elif moments == "local":
+        shown = frame.with_columns(at=moment.dt.strftime("%Y-%m-%d %H:%M:%S%.3f"))
+    else:
+        shown = frame
+    write(shown, tmp_path / name)
+    expected = streams_of(spec, frame)
+    got = streams_of(spec, read_data(tmp_path / name, spec))
+    fitted = fitted_spec(spec, expected, 16 * HOUR_MS).events
+    assert got.names == expected.names
+    assert got.spans == expected.spans
+    np.testing.assert_array_equal(got.moments_ms, expected.moments_ms)
+    np.testing.assert_array_equal(got.encoded(fitted), expected.encoded(fitted))
+
+
+def test_streams_stand_in_the_order_of_their_moments(frame):
+    streams = streams_of(latch_spec(), frame)
+    for start, stop in streams.spans:
+        assert (np.diff(streams.moments_ms[start:stop]) > 0).all()
+        assert streams.frame["id"][start:stop].n_unique() == 1
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("noise", "row 3: a number"),
+        ("flag", "row 3: true or false"),
+        ("at", "row 3: epoch milliseconds"),
+    ],
+)
+def test_a_wrong_cell_is_named(tmp_path, frame, cell, expected):
+    path = tmp_path / "t.csv"
+    shown = frame.cast(pl.String)
+    wrong = pl.when(pl.int_range(pl.len()) == 2).then(pl.lit("seven")).otherwise(pl.col(cell))
+    shown.with_columns(wrong.alias(cell)).write_csv(path)
+    with pytest.raises(DataError, match=expected) as caught:
+        streams_of(latch_spec(), read_data(path, latch_spec()), str(path))
+    assert str(path) in str(caught.value)
+    assert caught.value.field == cell
+    assert "seven" in str(caught.value)
+
+
+def test_an_empty_cell_of_a_required_field_is_named(tmp_path, frame):
+    path = tmp_path / "t.csv"
+    hole = pl.when(pl.int_range(pl.len()) == 4).then(None).otherwise(pl.col("noise"))
+    frame.with_columns(hole.alias("noise")).write_csv(path)
+    with pytest.raises(DataError, match="row 5: a value"):
+        streams_of(latch_spec(), read_data(path, latch_spec()), str(path))
+
+
+@pytest.mark.parametrize("column", ["id", "at", "noise"])
+def test_a_missing_column_is_named(frame, column):
+    with pytest.raises(DataError, match=column):
+        streams_of(latch_spec(), frame.drop(column))
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "missing.csv", "missing.parquet", "missing.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=name.split(".")[0]):
+        read_data(tmp_path / name, latch_spec())
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match=r"t\.parquet"):
+        read_data(tmp_path / "t.parquet", latch_spec())
+
+
+def test_moments_without_a_zone_are_local():
+    schema = latch_spec().events.model_copy(update={"timezone": "America/New_York"})
+    assert moment_ms(schema, "1970-01-01", "x") == 5 * HOUR_MS
+    assert moment_ms(schema, "1970-01-01T00:00:00Z", "x") == 0
+    with pytest.raises(SpecError, match=r"x: .*'soon'"):
+        moment_ms(schema, "soon", "x")
+
+
+def test_nothing_held_out_reaches_training(frame):
+    """Whatever happens from the split on, the fitted schema and the training rows stay."""
+    spec, cut = latch_spec(), 16 * HOUR_MS
+    changed = frame.with_columns(
+        noise=pl.when(pl.col("at") >= cut).then(pl.col("noise") * 100 + 7).otherwise("noise"),
+        kind=pl.when(pl.col("at") >= cut).then(pl.lit("new")).otherwise("kind"),
+    )
+    plans = []
+    for data in (frame, changed):
+        streams = streams_of(spec, data)
+        fitted = fitted_spec(spec, streams, cut)
+        plan = plan_of(fitted, streams, cut, 22 * HOUR_MS)
+        plans.append((fitted, plan, streams))
+    (first, plan, streams), (second, other, _) = plans
+    assert first == second
+    np.testing.assert_array_equal(plan.trained, other.trained)
+    read = np.concatenate([np.arange(s.start, s.stop) for s in plan.segments])
+    np.testing.assert_array_equal(plan.rows[read], other.rows[read])
+    assert (streams.moments_ms[read] < cut).all()
+    predicted = plan.following[np.flatnonzero(plan.trained)]
+    assert (streams.moments_ms[predicted] < cut).all()
+    judged = streams.moments_ms[plan.following[np.flatnonzero(plan.validated)]]
+    assert ((judged >= cut) & (judged < 22 * HOUR_MS)).all()
+    assert not (plan.trained & plan.validated).any()
+
+
+def test_an_event_out_of_order_moves_no_training_past_the_split(frame):
+    """Ordered by another column, moments may go back; what follows a held-out event is late."""
+    spec = latch_spec(order_by="rank")
+    data = frame.sort("id", "at").with_columns(rank=pl.int_range(pl.len()).over("id"))
+    back = (pl.col("rank") == 18) & (pl.col("id") == "s00")
+    data = data.with_columns(at=pl.when(back).then(0).otherwise("at"))
+    streams = streams_of(spec, data)
+    plan = plan_of(fitted_spec(spec, streams, 16 * HOUR_MS), streams, 16 * HOUR_MS, 22 * HOUR_MS)
+    start, stop = streams.spans[0]
+    assert streams.moments_ms[start + 18] == 0
+    assert not plan.trained[start + 15 : stop].any()
+
+
+def test_a_split_without_events_on_both_sides_is_refused(frame):
+    spec = latch_spec()
+    streams = streams_of(spec, frame)
+    with pytest.raises(DataError, match="before `validate_from`"):
+        fitted_spec(spec, streams, -1)
+    fitted = fitted_spec(spec, streams, 99 * HOUR_MS)
+    with pytest.raises(DataError, match="0 to validate on"):
+        plan_of(fitted, streams, 99 * HOUR_MS, 99 * HOUR_MS)

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+
+tf = pytest.importorskip("tensorflow")
+
+from models.artifact import load_artifact  # noqa: E402
+from models.errors import ArtifactError, SpecError  # noqa: E402
+from models.training.checkpoint import checkpoint_path  # noqa: E402
+from models.training.data import fitted_spec, streams_of  # noqa: E402
+from models.training.evaluate import evaluate, run_chunks  # noqa: E402
+from models.training.loop import Loop  # noqa: E402
+from models.training.plan import plan_of  # noqa: E402
+from models.training.trainer import train  # noqa: E402
+from tests.support.training import HOUR_MS, latch_frame, latch_spec  # noqa: E402
+
+
+class Stopped(Exception):
+    """Raised in the midst of a training."""
+
+
+def looped(frame, **training) -> Loop:
+    """A loop over the frame, with dropout unless told otherwise."""
+    spec = latch_spec(**training)
+    streams = streams_of(spec, frame)
+    fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
+    return Loop(fitted, plan_of(fitted, streams, 16 * HOUR_MS, 22 * HOUR_MS))
+
+
+@pytest.fixture(scope="module")
+def frame():
+    return latch_frame()
+
+
+def test_windows_carry_the_state_as_one_whole_run_does(frame):
+    """With weights that stand still, every segment ends where the whole stream would."""
+    loop = looped(frame, dropout=0.0, learning_rate=1e-30, weight_decay=0.0)
+    for epoch in range(4):
+        for _ in loop.train_epoch(epoch):
+            pass
+    ended = loop.arrays()["ended"]
+    for at, segment in enumerate(loop.plan.segments):
+        first = segment
+        while first.before is not None:
+            first = loop.plan.segments[first.before]
+        start = first.start
+        rows = loop.plan.rows[start : segment.stop][None]
+        state = np.zeros((1, loop.network.state_size), np.float32)
+        whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
+        np.testing.assert_allclose(ended[at], whole.state.numpy()[0], atol=1e-6)
+
+
+def test_the_gradient_stops_between_windows(frame):
+    """One window's step depends on the state that came in, not on how it came about."""
+    loop = looped(frame)
+    window = next(loop._cut(loop.plan.groups[0]))
+    tensors = loop._tensors(window, loop.plan.trained)
+    state = tf.constant(
+        np.random.default_rng(5).normal(size=(8, loop.network.state_size)).astype(np.float32)
+    )
+    with tf.GradientTape() as tape:
+        tape.watch(state)
+        loss, _ = loop._train_window(
+            *tensors, state * 2.0, tf.constant([1e-3, 0.9]), tf.constant(1.0)
+        )
+    assert tape.gradient(loss, state) is None
+    assert float(loss) > 0
+
+
+def test_a_resumed_training_ends_as_one_that_never_stopped(frame, tmp_path):
+    whole = train(latch_spec(), frame, tmp_path / "whole", quiet=True)
+    assert [record["epoch"] for record in whole.history] == [1, 2, 3, 4]
+
+    def stop(record):
+        if record["epoch"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(latch_spec(), frame, tmp_path / "cut", quiet=True, after_epoch=stop)
+    assert not (tmp_path / "cut").exists()
+    resumed = train(latch_spec(), frame, tmp_path / "cut", quiet=True, resume=True)
+    assert resumed.artifact.fingerprint == whole.artifact.fingerprint
+    for one, two in zip(whole.history, resumed.history, strict=True):
+        assert one["validation"] == two["validation"]
+    assert not checkpoint_path(tmp_path / "cut").exists()
+    other = train(latch_spec(seed=2), frame, tmp_path / "other", quiet=True)
+    assert other.artifact.fingerprint != whole.artifact.fingerprint
+
+
+def test_a_checkpoint_of_another_run_is_refused(frame, tmp_path):
+    def stop(record):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        train(latch_spec(), frame, tmp_path / "a", quiet=True, after_epoch=stop)
+    with pytest.raises(ArtifactError, match="another spec or other data"):
+        train(latch_spec(seed=9), frame, tmp_path / "a", quiet=True, resume=True)
+    with pytest.raises(ArtifactError, match="no checkpoint"):
+        train(latch_spec(), frame, tmp_path / "b", quiet=True, resume=True)
+    checkpoint_path(tmp_path / "a").write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="expected a checkpoint"):
+        train(latch_spec(), frame, tmp_path / "a", quiet=True, resume=True)
+
+
+def test_training_stops_when_validation_does_not_improve(frame, tmp_path):
+    spec = latch_spec(epochs=30, patience=2, learning_rate=1e-30, average_decay=0.0)
+    done = train(spec, frame, tmp_path / "a", quiet=True)
+    assert len(done.history) <= 6
+    losses = [record["validation"]["loss"] for record in done.history]
+    assert done.best_epoch == losses.index(min(losses)) + 1
+
+
+def test_what_lies_windows_back_is_learned_and_served(frame, tmp_path):
+    """The first event decides every later mark; windows are 4 events, streams up to 40.
+
+    The mark itself is hidden (its column is nearly 0), so only a carried state can tell it.
+    """
+    spec = latch_spec(epochs=25, patience=25, loss_weights={"next": 0.0, "odd": 0.0})
+    assert spec.events is not None
+    fields = tuple(
+        field.model_copy(update={"std": 1e6}) if field.name == "mark" else field
+        for field in spec.events.fields
+    )
+    schema = spec.events.model_copy(update={"fields": fields})
+    spec = spec.model_copy(update={"events": schema})
+    done = train(spec, latch_frame(60), tmp_path / "a", quiet=True)
+    losses = [record["validation"]["up"] for record in done.history]
+    assert losses[0] > 0.5
+    assert min(losses) < 0.1
+    scores = evaluate(done.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
+    assert scores["heads"]["up"]["auc"] > 0.97
+
+
+def test_chunks_change_no_output(frame, tmp_path):
+    done = train(latch_spec(epochs=1), frame, tmp_path / "a", quiet=True)
+    artifact = load_artifact(tmp_path / "a")
+    assert artifact.fingerprint == done.artifact.fingerprint
+    streams = streams_of(artifact.spec, frame)
+    whole = run_chunks(artifact, streams, chunk=1000, batch=1)
+    for chunk, seed, batch in ((1, 0, 64), (7, 1, 3), (64, 2, 5)):
+        cut = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch)
+        np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
+    assert np.abs(whole).max() > 0
+
+
+def test_specs_that_cannot_be_trained_are_refused(frame, tmp_path):
+    with pytest.raises(SpecError, match="at or after validate_from"):
+        train(latch_spec(test_from="1970-01-01"), frame, tmp_path / "a", quiet=True)
+    bare = latch_spec().model_copy(update={"training": None})
+    with pytest.raises(SpecError, match="expected `training`"):
+        train(bare, frame, tmp_path / "a", quiet=True)
+    with pytest.raises(SpecError, match="loss_weights"):
+        latch_spec(loss_weights={"none": 1.0})
+
+
+def test_seeds_give_each_epoch_its_own_order(frame):
+    loop = looped(frame, segment_windows=1)
+    losses = [list(loop.train_epoch(epoch)) for epoch in range(2)]
+    assert len(losses[0]) == len(losses[1]) == loop.windows_per_epoch
+    assert any(one != two for one, two in zip(*losses, strict=True))

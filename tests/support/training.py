@@ -1,0 +1,73 @@
+"""Small tables for training: what a stream does late depends on its very first event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from models.spec import ModelSpec, parse_spec
+
+HOUR_MS = 3_600_000
+
+
+def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
+    """Streams whose `mark` repeats their first `flag` for ever, behind random `noise`."""
+    random = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for stream in range(streams):
+        flag = bool(random.integers(2))
+        steps = int(random.integers(20, 41))
+        rows += [
+            {
+                "id": f"s{stream:02d}",
+                "at": step * HOUR_MS + stream,
+                "noise": float(random.normal()),
+                "flag": flag and step == 0,
+                "mark": 1.0 if flag else -1.0,
+                "kind": "ab"[int(random.integers(2))],
+            }
+            for step in range(steps)
+        ]
+    order = random.permutation(len(rows))
+    return pl.DataFrame([rows[index] for index in order])
+
+
+def latch_spec(*, dropout: float = 0.1, **training: Any) -> ModelSpec:
+    """Reads noise and flag, never the mark itself, and forecasts the mark's sign."""
+    return parse_spec(
+        {
+            "name": "latch",
+            "events": {
+                "fields": [
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "numeric", "name": "noise"},
+                    {"kind": "boolean", "name": "flag"},
+                    {"kind": "numeric", "name": "mark", "mean": 0.0, "std": 1.0},
+                    {"kind": "categorical", "name": "kind", "embedding": 2},
+                ]
+            },
+            "layers": [
+                {"kind": "lstm", "units": 8},
+                {"kind": "dropout", "rate": dropout},
+            ],
+            "heads": [
+                {"kind": "classification", "name": "up", "target": "mark", "above": 0.0},
+                {"kind": "forecast", "name": "next", "targets": ["noise"]},
+                {"kind": "anomaly", "name": "odd", "targets": ["noise", "kind"]},
+            ],
+            "training": {
+                "stream": "id",
+                "validate_from": "1970-01-01T16:00:00Z",
+                "test_from": "1970-01-01T22:00:00Z",
+                "epochs": 4,
+                "patience": 4,
+                "window_steps": 4,
+                "segment_windows": 2,
+                "batch_streams": 8,
+                "learning_rate": 0.01,
+                **training,
+            },
+        }
+    )
