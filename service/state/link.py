@@ -222,7 +222,8 @@ class ServerLink:
             return
         if self._ordered.should_reconnect():
             await self._ordered.disconnect(nowait=True)
-        await self._ordered.connect()
+        # Also notices a connection that the server closed meanwhile, before anything is sent.
+        await self._pool.ensure_connection(self._ordered)
         yield self._ordered
 
     @asynccontextmanager
@@ -274,6 +275,9 @@ async def _exchange(
 
 def _is_passing(error: BaseException) -> bool:
     """Whether the server may answer the same request later: it is away or loading."""
+    # On unix sockets the client library wraps what the server said to AUTH.
+    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
+        error = error.__cause__
     if isinstance(error, (AuthenticationError, AuthorizationError)):
         return False
     return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError))

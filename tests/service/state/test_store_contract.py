@@ -1,0 +1,617 @@
+"""What every store must do, on real servers: the embedded Valkey, and Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from service.domain import Mark, StoredReply, StreamKey
+from service.errors import InternalError, InvalidInput, StateDamaged, StoreRefused
+from service.state.codec import HEADER_BYTES
+from service.state.open import open_store
+from service.state.protocol import Commit, Committed, Conflicted, StateStore
+from service.state.settings import StoreSettings
+from tests.support.servers import RealServer, until_async
+from tests.support.streams import Streams, key, same_reply, same_stream
+
+OpenStore = Callable[..., Any]
+
+
+@pytest.fixture
+async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
+    """Opens stores on the server; each is closed at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one(**settings: Any) -> StateStore:
+            store = open_store(StoreSettings(server.url, **settings))
+            stack.push_async_callback(store.close)
+            await store.start()
+            return store
+
+        yield open_one
+
+
+@pytest.fixture
+async def store(open_on: OpenStore) -> StateStore:
+    return await open_on()
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+async def committed(store: StateStore, *commits: Commit) -> None:
+    assert await store.commit(commits) == [Committed()] * len(commits)
+
+
+# Compare-and-set
+
+
+async def test_a_stream_is_created_continued_and_read_back(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    assert await store.load([first.key]) == [None]
+    await committed(store, first)
+    second = streams.next(first)
+    await committed(store, second)
+    third = streams.next(second)
+    await committed(store, third)
+    (found,) = await store.load([first.key])
+    assert same_stream(found, third.new)
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, third.new)
+    assert same_reply(reply, third.reply)
+
+
+async def test_many_streams_keep_their_places(store: StateStore, streams: Streams) -> None:
+    commits = [streams.creation(key(f"s{i}"), floats=i, ints=i % 4) for i in range(50)]
+    await committed(store, *commits)
+    missing = key("missing")
+    asked = [c.key for c in commits[::-1]]
+    found = await store.load([*asked[:20], missing, *asked[20:]])
+    assert found.pop(20) is None
+    for stream, commit in zip(found, commits[::-1], strict=True):
+        assert same_stream(stream, commit.new)
+
+
+async def test_nothing_is_asked_for_nothing(store: StateStore) -> None:
+    assert await store.load([]) == []
+    assert await store.commit([]) == []
+
+
+async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:
+    first, second = streams.creation(key("a")), streams.creation(key("a"))
+    await committed(store, first)
+    assert await store.commit([second]) == [Conflicted(first.new.mark)]
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, first.new)
+    assert same_reply(reply, first.reply)
+
+
+async def test_a_stale_commit_is_told_where_the_stream_is(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    second, late = streams.next(first), streams.next(first)
+    await committed(store, first)
+    await committed(store, second)
+    assert await store.commit([late]) == [Conflicted(second.new.mark)]
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, second.new)
+    assert same_reply(reply, second.reply)
+
+
+async def test_an_expected_stream_is_never_created(store: StateStore, streams: Streams) -> None:
+    gone = streams.next(streams.creation(key("a")))
+    assert await store.commit([gone]) == [Conflicted(None)]
+    assert await store.load_with_reply(gone.key) == (None, None)
+
+
+async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    mark, new = first.new.mark, streams.after(first.new)
+    for wrong in (
+        Mark(streams.bytes(8), mark.tag, mark.position),
+        Mark(mark.epoch, streams.bytes(16), mark.position),
+        Mark(mark.epoch, mark.tag[:15] + bytes([mark.tag[15] ^ 1]), mark.position),
+        Mark(bytes([mark.epoch[0] ^ 0x80]) + mark.epoch[1:], mark.tag, mark.position),
+    ):
+        assert await store.commit([Commit(first.key, wrong, new, None)]) == [Conflicted(mark)]
+    await committed(store, Commit(first.key, mark, new, None))
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0D, 0x25, 0x80, 0xFF])
+async def test_marks_of_any_bytes_are_compared_as_bytes(
+    store: StateStore, streams: Streams, byte: int
+) -> None:
+    begun = streams.begin()
+    odd = Mark(bytes([byte]) * 8, bytes([byte]) * 16, 3)
+    new = type(begun)(odd, begun.feed, begun.fingerprint, None, 1, begun.state)
+    await committed(store, Commit(key("a"), None, new, None))
+    await committed(store, Commit(key("a"), odd, streams.after(new), None))
+
+
+async def test_exactly_one_of_many_creations_wins(open_on: OpenStore, streams: Streams) -> None:
+    stores = [await open_on() for _ in range(4)]
+    commits = [streams.creation(key("hot")) for _ in range(32)]
+    results = await asyncio.gather(
+        *(stores[i % 4].commit([commit]) for i, commit in enumerate(commits))
+    )
+    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
+    assert len(winners) == 1
+    assert all(r in ([Committed()], [Conflicted(winners[0].new.mark)]) for r in results)
+    (found,) = await stores[0].load([key("hot")])
+    assert same_stream(found, winners[0].new)
+
+
+async def test_exactly_one_of_many_continuations_wins(open_on: OpenStore, streams: Streams) -> None:
+    stores = [await open_on() for _ in range(4)]
+    first = streams.creation(key("hot"))
+    await committed(stores[0], first)
+    commits = [streams.next(first) for _ in range(32)]
+    results = await asyncio.gather(
+        *(stores[i % 4].commit([commit]) for i, commit in enumerate(commits))
+    )
+    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
+    assert len(winners) == 1
+    state, reply = await stores[0].load_with_reply(first.key)
+    assert same_stream(state, winners[0].new)
+    assert same_reply(reply, winners[0].reply)
+
+
+async def test_a_duplicate_of_the_same_chunk_is_a_conflict_at_its_own_mark(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    """So that the loser answers with the stored reply, not with its own."""
+    one, other = await open_on(), await open_on()
+    first = streams.creation(key("a"))
+    await committed(one, first)
+    second = streams.next(first)
+    await committed(one, second)
+    assert await other.commit([second]) == [Conflicted(second.new.mark)]
+
+
+async def test_commits_reach_the_server_in_the_order_they_were_made(
+    store: StateStore, streams: Streams
+) -> None:
+    chain = [streams.creation(key("a"))]
+    for _ in range(40):
+        chain.append(streams.next(chain[-1]))
+    results = await asyncio.gather(*(store.commit([commit]) for commit in chain))
+    assert results == [[Committed()]] * len(chain)
+
+
+async def test_a_cancelled_commit_leaves_the_next_ones_their_own_answers(
+    store: StateStore, streams: Streams
+) -> None:
+    for round_ in range(20):
+        first = streams.creation(key(f"gone-{round_}"))
+        task = asyncio.create_task(store.commit([first] * 1))
+        for _ in range(round_ % 5):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        other = streams.creation(key(f"stays-{round_}"))
+        await committed(store, other)
+        (found,) = await store.load([other.key])
+        assert same_stream(found, other.new)
+
+
+# Failures of one stream
+
+
+async def test_a_foreign_value_fails_its_own_stream(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    spoilt = StoreSettings(server.url).keys.state(key("b"))
+    with server.client() as client:
+        client.rpush(spoilt, "not a stream")
+        results = await store.commit(commits)
+        assert client.lrange(spoilt, 0, -1) == [b"not a stream"]
+    assert (results[0], results[2]) == (Committed(), Committed())
+    assert isinstance(results[1], StoreRefused)
+    assert "WRONGTYPE" in results[1].detail
+    assert results[1].facts["stream"] == "b"
+
+
+async def test_damaged_bytes_fail_their_own_stream(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    await committed(store, *commits)
+    with server.client() as client:
+        client.setrange(StoreSettings(server.url).keys.state(key("b")), HEADER_BYTES + 3, b"\xff")
+    found = await store.load([commit.key for commit in commits])
+    assert same_stream(found[0], commits[0].new)
+    assert same_stream(found[2], commits[2].new)
+    assert isinstance(found[1], StateDamaged)
+    assert found[1].facts["stream"] == "b"
+    with pytest.raises(StateDamaged):
+        await store.load_with_reply(key("b"))
+
+
+@pytest.mark.parametrize("value", [b"", b"C", b"XXXX" + bytes(200)])
+async def test_foreign_bytes_are_neither_read_nor_overwritten(
+    store: StateStore, streams: Streams, server: RealServer, value: bytes
+) -> None:
+    name = StoreSettings(server.url).keys.state(key("b"))
+    with server.client() as client:
+        client.set(name, value)
+        commits = [streams.creation(key(n)) for n in ("a", "b")]
+        stale = streams.next(commits[1])
+        (found,) = await store.load([key("b")])
+        assert isinstance(found, StateDamaged)
+        assert (await store.commit(commits))[0] == Committed()
+        for commit in (commits[1], stale):
+            (result,) = await store.commit([commit])
+            assert isinstance(result, StateDamaged)
+        assert client.get(name) == value
+        assert await store.delete(key("b")) == Committed()
+        assert client.exists(name) == 0
+
+
+async def test_a_full_memory_refuses_commits_and_keeps_streams(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first, other = streams.creation(key("a")), streams.creation(key("b"))
+    await committed(store, first, other)
+    with server.client() as client:
+        client.config_set("maxmemory", 1)
+        try:
+            late = streams.next(first)
+            new = streams.creation(key("c"))
+            results = await store.commit([streams.creation(key("a")), streams.next(other), new])
+        finally:
+            client.config_set("maxmemory", 0)
+    assert results[0] == Conflicted(first.new.mark)
+    for result in results[1:]:
+        assert isinstance(result, StoreRefused)
+        assert "OOM" in result.detail
+    found = await store.load([key("a"), key("b"), key("c")])
+    assert same_stream(found[0], first.new)
+    assert same_stream(found[1], other.new)
+    assert found[2] is None
+    await committed(store, late, new)
+
+
+async def test_what_cannot_be_stored_fails_its_own_stream(
+    store: StateStore, streams: Streams
+) -> None:
+    good, bad = streams.creation(key("a")), streams.creation(key("b"))
+    bad.new.state.floats[0] = float("nan")
+    results = await store.commit([bad, good])
+    assert isinstance(results[0], InternalError)
+    assert results[1] == Committed()
+    assert await store.load([key("b")]) == [None]
+
+
+# Replies and lifetimes
+
+
+async def test_a_reply_is_kept_for_its_own_time(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on(reply_ttl_ms=50)
+    first = streams.creation(key("a"))
+    await committed(store, first)
+
+    async def reply_gone() -> bool:
+        return (await store.load_with_reply(first.key))[1] is None
+
+    await until_async(reply_gone, "the reply's end")
+    (found,) = await store.load([first.key])
+    assert same_stream(found, first.new)
+
+
+async def test_a_reply_over_the_cap_is_not_kept(open_on: OpenStore, streams: Streams) -> None:
+    new = streams.first()
+    fits = streams.reply(new, steps=10, outputs=10)
+    store = await open_on(reply_max_bytes=52 + 4 * 100)
+    await committed(store, Commit(key("a"), None, new, fits))
+    assert same_reply((await store.load_with_reply(key("a")))[1], fits)
+    after = streams.after(new)
+    too_large = streams.reply(after, steps=101, outputs=1)
+    await committed(store, Commit(key("a"), new.mark, after, too_large))
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, after)
+    assert reply is None
+
+
+async def test_a_commit_without_a_reply_drops_the_kept_one(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    await committed(store, Commit(first.key, first.new.mark, streams.after(first.new), None))
+    assert (await store.load_with_reply(first.key))[1] is None
+
+
+async def test_no_replies_are_kept_where_their_time_is_none(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store = await open_on(reply_ttl_ms=0)
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    assert (await store.load_with_reply(first.key))[1] is None
+
+
+async def test_a_damaged_reply_counts_as_not_kept(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    with server.client() as client:
+        client.setrange(StoreSettings(server.url).keys.reply(key("a")), 60, b"\xff\xff")
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, first.new)
+    assert reply is None
+
+
+async def test_an_idle_stream_is_forgotten_and_a_commit_renews_it(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    long_, short = await open_on(idle_ttl_ms=600_000), await open_on(idle_ttl_ms=50)
+    first = streams.creation(key("a"))
+    await committed(long_, first)
+    name = StoreSettings(server.url).keys.state(key("a"))
+    with server.client() as client:
+        assert 500_000 < client.pttl(name) <= 600_000
+        client.pexpire(name, 400_000)
+        second = streams.next(first)
+        await committed(long_, second)
+        assert client.pttl(name) > 500_000
+    await committed(short, streams.next(second))
+
+    async def gone() -> bool:
+        return (await short.load([key("a")])) == [None]
+
+    await until_async(gone, "the stream's end")
+
+
+async def test_a_stream_lives_for_ever_by_default(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(await open_on(idle_ttl_ms=1000_000), first)
+    await committed(await open_on(), streams.next(first))
+    keys = StoreSettings(server.url).keys
+    with server.client() as client:
+        assert client.pttl(keys.state(key("a"))) == -1
+        assert 500_000 < client.pttl(keys.reply(key("a"))) <= 600_000
+
+
+# Deletion
+
+
+async def test_a_stream_is_deleted_with_its_reply(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first, other = streams.creation(key("a")), streams.creation(key("b"))
+    await committed(store, first, other)
+    assert await store.delete(key("a")) == Committed()
+    assert await store.load_with_reply(key("a")) == (None, None)
+    assert await store.delete(key("a")) == Conflicted(None)
+    (found,) = await store.load([key("b")])
+    assert same_stream(found, other.new)
+    with server.client() as client:
+        assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
+
+
+async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    second = streams.next(first)
+    await committed(store, second)
+    assert await store.delete(key("a"), first.new.mark) == Conflicted(second.new.mark)
+    (found,) = await store.load([key("a")])
+    assert same_stream(found, second.new)
+    assert await store.delete(key("a"), second.new.mark) == Committed()
+    assert await store.delete(key("a"), second.new.mark) == Conflicted(None)
+
+
+async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    await store.delete(key("a"))
+    again = streams.creation(key("a"))
+    await committed(store, again)
+    assert await store.commit([streams.next(first)]) == [Conflicted(again.new.mark)]
+
+
+# Listing
+
+
+async def listed(store: StateStore, model: str, prefix: str, limit: int) -> list[str]:
+    names: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = await store.streams(model, prefix, cursor, limit)
+        assert len(set(page.streams)) == len(page.streams)
+        names += page.streams
+        cursor = page.cursor
+        if cursor is None:
+            return names
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50, 1000])
+async def test_every_stream_is_listed_across_pages(
+    open_on: OpenStore, streams: Streams, limit: int
+) -> None:
+    store = await open_on(scan_count=40)
+    names = {f"N{i}:{tail}" for i in range(60) for tail in ("x.y", "@-")}
+    await committed(store, *(streams.creation(key(name), floats=2) for name in names))
+    await committed(store, *(streams.creation(key(n, "other"), floats=2) for n in ("N1:", "M")))
+    found = await listed(store, "flights", "", limit)
+    assert set(found) == names
+    assert set(await listed(store, "other", "", limit)) == {"N1:", "M"}
+    assert set(await listed(store, "none", "", limit)) == set()
+
+
+async def test_a_prefix_is_a_prefix_and_not_a_pattern(store: StateStore, streams: Streams) -> None:
+    names = ["JFK-AA", "JFK-B6", "JFKX", "jfk-AA", "LGA:JFK-AA"]
+    await committed(store, *(streams.creation(key(name)) for name in names))
+    assert set(await listed(store, "flights", "JFK-", 10)) == {"JFK-AA", "JFK-B6"}
+    assert set(await listed(store, "flights", "JFK", 10)) == {"JFK-AA", "JFK-B6", "JFKX"}
+    for pattern in ("*", "?", "[J]", "JFK*", "\\"):
+        assert await listed(store, "flights", pattern, 10) == []
+
+
+async def test_a_page_is_never_longer_than_asked(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on(scan_count=200)
+    await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(200)))
+    cursor: str | None = None
+    while True:
+        page = await store.streams("flights", "", cursor, 20)
+        assert len(page.streams) <= 20
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+async def test_other_keys_are_not_listed(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    await committed(store, streams.creation(key("a")))
+    with server.client() as client:
+        client.set("carry{p0000}:s:flights:elsewhere", b"in the wrong partition")
+        client.set("carry{x}:s:flights:a", b"foreign")
+        client.set("other{p0001}:s:flights:a", b"another service")
+    assert await listed(store, "flights", "", 10) == ["a"]
+
+
+async def test_namespaces_do_not_see_each_other(open_on: OpenStore, streams: Streams) -> None:
+    one, other = await open_on(namespace="one"), await open_on(namespace="other")
+    await committed(one, streams.creation(key("a")))
+    assert await other.load([key("a")]) == [None]
+    assert await listed(other, "flights", "", 10) == []
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
+async def test_a_cursor_that_is_none_is_refused(store: StateStore, cursor: str) -> None:
+    with pytest.raises(InvalidInput, match="cursor"):
+        await store.streams("flights", "", cursor, 10)
+
+
+# The server
+
+
+async def test_a_server_that_may_evict_is_refused(open_on: OpenStore, server: RealServer) -> None:
+    with server.client() as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(StoreRefused, match=r"allkeys-lru.*CARRY_ALLOW_EVICTION"):
+                await open_on()
+            await open_on(allow_eviction=True)
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_store_with_other_partitions_is_refused(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store = await open_on(partitions=64)
+    await committed(store, streams.creation(key("a")))
+    with pytest.raises(StoreRefused, match=r"64.*CARRY_PARTITIONS"):
+        await open_on(partitions=128)
+    again = await open_on(partitions=64)
+    assert await again.load([key("a")]) != [None]
+
+
+async def test_a_meta_key_that_is_foreign_is_refused(
+    open_on: OpenStore, server: RealServer
+) -> None:
+    with server.client() as client:
+        for foreign in (b"x", b"[]", b'{"format": 2, "partitions": 1024}', b'{"format": 1}'):
+            client.set("carry:meta", foreign)
+            with pytest.raises(StoreRefused):
+                await open_on()
+            assert client.get("carry:meta") == foreign
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commit = streams.creation(key("a"))
+    await committed(store, commit)
+    with server.client() as client:
+        client.script_flush()
+        commit = streams.next(commit)
+        await committed(store, commit)
+        client.script_flush()
+        assert await store.delete(key("a"), commit.new.mark) == Committed()
+
+
+async def test_a_server_that_forbids_scripts_refuses_in_its_own_words(
+    open_on: OpenStore, server: RealServer, streams: Streams
+) -> None:
+    with server.client() as client:
+        client.acl_setuser(
+            "reader",
+            enabled=True,
+            passwords=["+secret"],
+            keys=["*"],
+            categories=["+@all"],
+            commands=["-eval", "-evalsha"],
+        )
+        try:
+            url = server.url.replace("unix://", "unix://reader:secret@")
+            store = open_store(StoreSettings(url))
+            await store.start()
+            with pytest.raises(StoreRefused, match="permissions") as caught:
+                await store.commit([streams.creation(key("a"))])
+            assert "secret" not in caught.value.detail
+            await store.close()
+        finally:
+            client.acl_deluser("reader")
+
+
+async def test_a_wrong_password_is_refused_at_once(server: RealServer) -> None:
+    url = server.url.replace("unix://", "unix://nobody:wrong-secret@")
+    store = open_store(StoreSettings(url, wait_s=60))
+    async with asyncio.timeout(30):
+        with pytest.raises(StoreRefused) as caught:
+            await store.start()
+    assert "wrong-secret" not in caught.value.detail
+    (check,) = await store.check()
+    assert not check.ok
+    assert "wrong-secret" not in check.detail
+    await store.close()
+
+
+async def test_a_server_that_answers_is_ready(store: StateStore, server: RealServer) -> None:
+    (check,) = await store.check()
+    assert check.ok
+    assert server.socket in check.detail
+
+
+@pytest.mark.parametrize(
+    ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
+)
+async def test_a_stream_takes_little_more_than_its_state(
+    store: StateStore, streams: Streams, server: RealServer, raw_bytes: int, kind: str
+) -> None:
+    ints = 4 if kind == "mixed" else 0
+    name = StreamKey("flights", "JFK-AA:N12345")
+    new = streams.first(floats=(raw_bytes - 8 * ints) // 4, ints=ints)
+    await committed(store, Commit(name, None, new, None))
+    with server.client() as client:
+        used = client.memory_usage(StoreSettings(server.url).keys.state(name))
+    print(f"{server.kind}: {raw_bytes} bytes of state take {used}")
+    assert used <= 1.25 * raw_bytes + 200
+
+
+async def test_a_reply_of_another_mark_can_be_told(store: StateStore, streams: Streams) -> None:
+    """A reply is written before its state, so a reader must see whose it is."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    state, reply = await store.load_with_reply(key("a"))
+    assert isinstance(reply, StoredReply)
+    assert reply.mark == state.mark == first.new.mark

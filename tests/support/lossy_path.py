@@ -1,0 +1,85 @@
+"""A way to a real server that loses replies: the fault a network brings, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+Hook = Callable[[], Awaitable[object]]
+
+
+class LossyPath:
+    """A unix socket that forwards to a server's.
+
+    Attributes:
+        url: the address to give to a store.
+        losses: how many replies to scripts are still to be lost. For each, the server gets
+            the request and answers, then the connection breaks.
+        after_loss: awaited once the server has answered and before the client notices.
+        dead: whether new connections are closed at once.
+    """
+
+    def __init__(self, target: str, socket: str):
+        self.url = f"unix://{socket}"
+        self.losses = 0
+        self.after_loss: Hook | None = None
+        self.dead = False
+        self.dead_after_loss = False
+        self._target = target
+        self._socket = socket
+        self._clients: set[asyncio.Task[None]] = set()
+
+    async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        self._clients.add(task)
+        try:
+            if not self.dead:
+                await self._forward(client, back)
+        finally:
+            back.close()
+            self._clients.discard(task)
+
+    async def _forward(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        replies, server = await asyncio.open_unix_connection(self._target)
+        losing = asyncio.Event()
+
+        async def upward() -> None:
+            while data := await client.read(1 << 20):
+                if b"EVAL" in data and self.losses > 0:
+                    self.losses -= 1
+                    losing.set()
+                server.write(data)
+
+        async def downward() -> None:
+            while data := await replies.read(1 << 20):
+                if losing.is_set():
+                    if self.after_loss is not None:
+                        await self.after_loss()
+                    self.dead = self.dead or self.dead_after_loss
+                    return
+                back.write(data)
+
+        ways = [asyncio.create_task(upward()), asyncio.create_task(downward())]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            server.close()
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, target: str, folder: Path) -> AsyncIterator[LossyPath]:
+        """A path to a server's socket, made in a folder with a short name."""
+        path = cls(target, str(folder / "lossy.sock"))
+        listener = await asyncio.start_unix_server(path._serve, path._socket)
+        try:
+            yield path
+        finally:
+            listener.close()
+            for task in list(path._clients):
+                task.cancel()
+            await asyncio.gather(*path._clients, return_exceptions=True)

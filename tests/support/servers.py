@@ -1,0 +1,145 @@
+"""Real Redis and Valkey servers for tests, each on a unix socket in a folder of its own.
+
+Valkey is the embedded binary with the embedded options; Redis is whatever `redis-server` is
+on the PATH, and its tests are skipped, visibly, where there is none. Nothing listens on a port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from service.state.valkey_process import server_arguments, server_binary
+
+KINDS = ("valkey", "redis")
+DEADLINE_S = 20.0
+_POLL_S = 0.005
+
+
+def until(
+    condition: Callable[[], Any], what: str = "the condition", within_s: float = DEADLINE_S
+) -> Any:
+    """Poll until `condition` gives something true, and return that; fail after a while."""
+    deadline_s = time.monotonic() + within_s
+    while not (found := condition()):
+        if time.monotonic() >= deadline_s:
+            raise AssertionError(f"{what} did not come true within {within_s} s")
+        time.sleep(_POLL_S)
+    return found
+
+
+async def until_async(condition: Callable[[], Awaitable[Any]], what: str = "the condition") -> Any:
+    """As `until`, without blocking the event loop."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not (found := await condition()):
+        if time.monotonic() >= deadline_s:
+            raise AssertionError(f"{what} did not come true within {DEADLINE_S} s")
+        await asyncio.sleep(_POLL_S)
+    return found
+
+
+class RealServer:
+    """One server process that can be killed and started again on its files."""
+
+    def __init__(self, kind: str, folder: Path, *options: str):
+        self.kind = kind
+        self.folder = folder
+        self.socket = str(folder / "server.sock")
+        self.url = f"unix://{self.socket}"
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def launch(self) -> None:
+        """Start the process; returns at once."""
+        found = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
+        if found is None:
+            pytest.skip("redis-server is not on the PATH")
+        options = server_arguments(self.folder, self.socket, 0)
+        self._process = subprocess.Popen(
+            [found, *options, *self._options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"LC_ALL": "C", "PATH": os.defpath},
+        )
+
+    def start(self) -> None:
+        """Start the process and wait until it serves."""
+        self.launch()
+        until(self.answers, f"{self.kind} answering")
+
+    def answers(self) -> bool:
+        """Whether it serves commands now."""
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
+    def signal(self, number: int) -> None:
+        """Send the process a signal."""
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """End the process, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+    def client(self) -> redis.Redis:
+        """A plain client, for looking behind the store."""
+        return redis.Redis(
+            unix_socket_path=self.socket, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=10
+        )
+
+
+@contextmanager
+def real_server(kind: str, *options: str) -> Iterator[RealServer]:
+    """A running server, ended and removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
+    server = RealServer(kind, folder, *options)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def shared_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
+    """One server of each kind for the whole run; use `server`, which empties it."""
+    with real_server(request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared_server: RealServer) -> RealServer:
+    """An empty server of each kind. Tests that change its options restore them."""
+    with shared_server.client() as client:
+        client.flushall()
+        client.script_flush()
+    return shared_server
+
+
+@pytest.fixture(params=KINDS)
+def own_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
+    """A server of each kind that the test may kill, stop or spoil."""
+    with real_server(request.param) as running:
+        yield running

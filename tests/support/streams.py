@@ -1,0 +1,118 @@
+"""Random, distinct streams, commits and replies for tests of stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from models.state import State
+from service.delivery import next_tag
+from service.domain import (
+    FIRST_TAG,
+    Feed,
+    LastChunk,
+    Mark,
+    StoredReply,
+    StreamKey,
+    StreamState,
+)
+from service.state.protocol import Commit
+
+
+class Streams:
+    """Makes streams from one seed, which is printed, so that a failure can be repeated."""
+
+    def __init__(self, seed: int = 20240611):
+        print(f"seed {seed}")
+        self._random = np.random.default_rng(seed)
+
+    def bytes(self, count: int) -> bytes:
+        """Random bytes."""
+        return self._random.bytes(count)
+
+    def begin(self, *, floats: int = 24, ints: int = 3, position: int = 0) -> StreamState:
+        """A stream at the beginning of a new epoch, its state not zero."""
+        return StreamState(
+            mark=Mark(self.bytes(8), FIRST_TAG, position),
+            feed=Feed.EVENTS if self._random.integers(2) else Feed.INPUTS,
+            fingerprint=self.bytes(16),
+            last=None,
+            updated_ms=int(self._random.integers(1, 2**48)),
+            state=self.state(floats, ints),
+        )
+
+    def after(self, before: StreamState, steps: int = 4) -> StreamState:
+        """The stream after one more chunk."""
+        digest = self.bytes(32)
+        position = before.mark.position
+        return StreamState(
+            mark=Mark(
+                before.mark.epoch, next_tag(before.mark.tag, position, digest), position + steps
+            ),
+            feed=before.feed,
+            fingerprint=before.fingerprint,
+            last=LastChunk(position, digest[:16]),
+            updated_ms=before.updated_ms + 1,
+            state=self.state(before.state.floats.size, before.state.ints.size),
+        )
+
+    def first(self, **sizes: int) -> StreamState:
+        """A stream after its first chunk."""
+        return self.after(self.begin(**sizes))
+
+    def state(self, floats: int, ints: int) -> State:
+        """Random values of the whole range."""
+        return State(
+            self._random.normal(size=floats).astype(np.float32),
+            self._random.integers(-(2**63), 2**63 - 1, size=ints, dtype=np.int64),
+        )
+
+    def reply(self, stream: StreamState, steps: int = 4, outputs: int = 3) -> StoredReply:
+        """The reply of the stream's last chunk."""
+        values = self._random.normal(size=(steps, outputs)).astype(np.float32)
+        return StoredReply(stream.mark, values)
+
+    def creation(self, key: StreamKey, **sizes: int) -> Commit:
+        """The commit of a stream's first chunk, with its reply."""
+        new = self.first(**sizes)
+        return Commit(key, None, new, self.reply(new))
+
+    def next(self, commit: Commit) -> Commit:
+        """The commit that follows a commit."""
+        new = self.after(commit.new)
+        return Commit(commit.key, commit.new.mark, new, self.reply(new))
+
+
+def key(stream: str, model: str = "flights") -> StreamKey:
+    """A stream's key."""
+    return StreamKey(model, stream)
+
+
+def same_stream(found: Any, expected: StreamState) -> bool:
+    """Whether two streams are equal in every field and every bit."""
+    return (
+        isinstance(found, StreamState)
+        and (found.mark, found.feed, found.fingerprint, found.last, found.updated_ms)
+        == (
+            expected.mark,
+            expected.feed,
+            expected.fingerprint,
+            expected.last,
+            expected.updated_ms,
+        )
+        and found.state.floats.tobytes() == expected.state.floats.tobytes()
+        and found.state.ints.tobytes() == expected.state.ints.tobytes()
+        and found.state.floats.dtype == np.float32
+        and found.state.ints.dtype == np.int64
+    )
+
+
+def same_reply(found: Any, expected: StoredReply) -> bool:
+    """Whether two replies are equal in every bit."""
+    return (
+        isinstance(found, StoredReply)
+        and found.mark == expected.mark
+        and found.outputs.shape == expected.outputs.shape
+        and found.outputs.tobytes() == expected.outputs.tobytes()
+    )
