@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,10 @@ def serve(settings: Settings) -> None:
     Raises:
         CannotServeError: the port is taken, or the store is not usable.
     """
+    # uvicorn handles both while it runs, then raises them anew: this is where they arrive, and
+    # before it runs. Leaving by an exception stops the embedded store on the way out.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port))
         if settings.redis_url is None:
@@ -75,6 +80,11 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         Multiprocess(config, sockets=[listener]).run()
     else:
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _leave(number: int, frame: object) -> None:
+    """Handler of SIGTERM and SIGINT: leave in good order."""
+    raise SystemExit(0)
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""The service as its users run it: `carry serve` as a process, reached over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.servers import until
+
+READY_S = 120
+
+
+class Service:
+    """One `carry serve`, with its log."""
+
+    def __init__(self, folder: Path, models: Path, *options: str, redis_url: str | None = None):
+        self.folder = folder
+        self.data_dir = folder / "data"
+        self._command = [
+            *(sys.executable, "-m", "service.cli", "serve", "--port", "0"),
+            *("--models", str(models), "--data-dir", str(self.data_dir), *options),
+        ]
+        if redis_url is not None:
+            self._command += ["--redis-url", redis_url]
+        self._log = folder / "service.log"
+        self._from = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self, **environment: str) -> None:
+        """Start it and wait until it is ready."""
+        self.launch(**environment)
+        self.url = until(lambda: self.ended() or self._fact("listening", "url"), "listening")
+        with httpx.Client(base_url=self.url) as client:
+            until(lambda: self.ended() or _is_ready(client), "the service", READY_S)
+        assert not self.ended(), self.log()
+
+    def launch(self, **environment: str) -> None:
+        """Start the process; returns at once."""
+        inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
+        self._from = self._log.stat().st_size if self._log.exists() else 0
+        with self._log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=output,
+                stderr=output,
+                env={**inherited, **environment},
+                start_new_session=True,
+            )
+
+    def log(self) -> str:
+        """What it printed since it was started last."""
+        return self._log.read_bytes()[self._from :].decode()
+
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.poll() is not None
+
+    def _fact(self, message: str, name: str) -> Any:
+        """A member of the last log line with that message, or None."""
+        found = None
+        for line in self.log().splitlines():
+            if f'"message":"{message}"' in line:
+                found = json.loads(line)[name]
+        return found
+
+    def valkey_pid(self) -> int:
+        """The process of its embedded server."""
+        return int(json.loads((self.data_dir / "valkey.json").read_text())["pid"])
+
+    def kill(self) -> None:
+        """SIGKILL of the parent process alone."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health/ready").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def running(
+    folder: Path, models: Path, *options: str, redis_url: str | None = None, **environment: str
+) -> Iterator[Service]:
+    """A ready service, stopped afterwards, with the server it may have left behind."""
+    service = Service(folder, models, *options, redis_url=redis_url)
+    try:
+        service.start(**environment)
+        yield service
+    finally:
+        if not service.ended():
+            service.stop()
+        elif redis_url is None and (service.data_dir / "valkey.json").exists():
+            os.kill(service.valkey_pid(), signal.SIGKILL)

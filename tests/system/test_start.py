@@ -1,0 +1,87 @@
+"""What keeps the service from starting ends in one line that says what to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.servers import RealServer, real_server
+from tests.support.service import Service
+
+pytestmark = pytest.mark.usefixtures("model_dir")
+
+
+def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `carry serve` to its end."""
+    inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", "serve", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**inherited, **environment},
+        check=False,
+    )
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The line that ends a failed start; a traceback is never it."""
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = serve("--port", str(port), "--data-dir", str(tmp_path))
+    assert f"carry: cannot listen on 127.0.0.1:{port}" in last_line(done)
+    assert f"make run PORT={port + 1}" in last_line(done)
+
+
+def test_a_data_directory_in_use(service: Service) -> None:
+    done = serve("--port", "0", "--data-dir", str(service.data_dir))
+    assert str(service.process.pid) in last_line(done)
+
+
+def test_a_setting_that_is_none(tmp_path: Path) -> None:
+    done = serve("--data-dir", str(tmp_path), CARRY_PROT="9000")
+    assert "CARRY_PROT is no setting; did you mean CARRY_PORT?" in last_line(done)
+
+
+def test_a_directory_without_models(tmp_path: Path) -> None:
+    done = serve("--port", "0", "--data-dir", str(tmp_path / "data"), "--models", str(tmp_path))
+    assert str(tmp_path) in last_line(done)
+    assert "carry init" in last_line(done)
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, model_dir: Path) -> None:
+    done = serve(
+        *("--port", "0", "--models", str(model_dir)),
+        *("--redis-url", f"unix://{tmp_path}/none.sock"),
+        CARRY_STORE_WAIT_S="0.2",
+    )
+    assert f"{tmp_path}/none.sock" in last_line(done)
+
+
+@pytest.fixture
+def evicting() -> RealServer:
+    with real_server("valkey", "--maxmemory-policy", "allkeys-lru") as server:
+        yield server
+
+
+def test_a_store_that_evicts(evicting: RealServer, model_dir: Path) -> None:
+    done = serve("--port", "0", "--models", str(model_dir), "--redis-url", evicting.url)
+    assert "allkeys-lru" in last_line(done)
+    assert "CARRY_ALLOW_EVICTION" in last_line(done)
+
+
+def test_a_password_is_not_shown(tmp_path: Path) -> None:
+    done = serve("--redis-url", "redis://user:hush@127.0.0.1:1/0", CARRY_STORE_WAIT_S="0.1")
+    assert "hush" not in done.stderr + done.stdout
+    assert "127.0.0.1:1" in last_line(done)
