@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.system.post_tables import INPUT, PRINTED, TABLES, Table
+from tests.support.post_tables import INPUT, PRINTED, TABLES, Table
 
 CUTS = [cut for count in range(5) for cut in itertools.combinations(range(1, len(INPUT)), count)]
 """All sixteen ways to cut five events."""

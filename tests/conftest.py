@@ -13,7 +13,7 @@ import models
 from models.artifact import write_artifact
 from models.spec import parse_spec
 from tests.support.service import Service, running
-from tests.system.post_tables import TABLES, Table
+from tests.support.post_tables import TABLES, Table
 
 
 def _write(folder: Path, table: Table) -> None:
