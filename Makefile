@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
+# logs for a person, unless told otherwise
+run: export CARRY_LOG_FORMAT ?= console
 run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@scripts/setup run
 	@exec $(BIN)/carry serve $(if $(PORT),--port $(PORT)) $(ARGS)
