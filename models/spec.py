@@ -231,6 +231,8 @@ class TrainingSpec(Frozen):
             validated and kept; 0 keeps the weights themselves.
         loss_weights: by head, its share in the loss; 1 where not named.
         seed: of weights, order and dropout.
+        members: networks trained one after the other, from seeds that follow one another, and
+            merged into one that averages them.
     """
 
     stream: str
@@ -249,6 +251,7 @@ class TrainingSpec(Frozen):
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 1
+    members: Annotated[int, Field(ge=1, le=16)] = 1
 
 
 class ModelSpec(Frozen):

@@ -82,7 +82,7 @@ def train_frame(
         raise ArtifactError(f"{out}: holds something already; expected a free path")
     done = train(spec, frame, out, resume=resume, quiet=quiet, overwrite=overwrite, source=source)
     console.print(
-        f"kept epoch {done.best_epoch} of {len(done.history)}, {done.seconds:.0f} s of training"
+        f"kept epoch {', '.join(map(str, done.best_epochs))}; {done.seconds:.0f} s of training"
     )
     artifact = done.artifact
     training, schema = training_of(artifact.spec), schema_of(artifact.spec)

@@ -41,12 +41,13 @@ FloatArray = NDArray[np.float32]
 class Loop:
     """Trains one network, epoch by epoch; one thread only."""
 
-    def __init__(self, spec: ModelSpec, plan: Plan):
-        """Build the network with fresh weights of the spec's seed."""
+    def __init__(self, spec: ModelSpec, plan: Plan, seed: int):
+        """Build the network with fresh weights; the seed also decides orders and dropout."""
+        self._seed = seed
         self.spec, self.plan = spec, plan
         self._training = training_of(spec)
         self.network = StepNetwork(spec)
-        self.network.initialise(self._training.seed)
+        self.network.initialise(seed)
         self._trainable = self.network.trainable_variables
         self._names = [
             name
@@ -75,8 +76,8 @@ class Loop:
             epoch: counted from 0; decides the order of groups and the dropout masks.
         """
         training = self._training
-        self.network.reseed(training.seed * 100_003 + epoch)
-        order = np.random.default_rng([training.seed, epoch]).permutation(len(self.plan.groups))
+        self.network.reseed(self._seed * 100_003 + epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self.plan.groups))
         total = self.windows_per_epoch * training.epochs
         for group in (self.plan.groups[index] for index in order):
             state = self._begin([self.plan.segments[i].before for i in group])

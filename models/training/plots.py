@@ -31,9 +31,14 @@ def plot_report(report: dict[str, Any]) -> dict[str, bytes]:
 def _learning(history: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.subplots()
-    epochs = [record["epoch"] for record in history]
-    axes.plot(epochs, [record["train_loss"] for record in history], label="training (dropout on)")
-    axes.plot(epochs, [record["validation"]["loss"] for record in history], label="validation")
+    for member in sorted({record["member"] for record in history}):
+        of = [record for record in history if record["member"] == member]
+        epochs = [record["epoch"] for record in of]
+        train = [record["train_loss"] for record in of]
+        validation = [record["validation"]["loss"] for record in of]
+        first = member == 1
+        axes.plot(epochs, train, "tab:gray", label="training (dropout on)" if first else None)
+        axes.plot(epochs, validation, "tab:blue", label="validation" if first else None)
     axes.set(xlabel="epoch", ylabel="weighted loss", title="Learning curve")
     axes.legend()
     return figure

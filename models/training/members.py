@@ -1,0 +1,187 @@
+"""Several networks trained from different seeds, merged into one that averages them.
+
+Networks that differ by their seed alone err differently, and the mean of their raw values
+errs less (Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
+using deep ensembles", average the probabilities instead). The merged network is an ordinary
+one: every member's layers side by side, embeddings joined, and heads that read all members
+with their kernels divided by the number of members. So it is served like any other, with a
+state as many times as large.
+
+Invariant: the merged network's raw values are the mean of its members'. A spec in which a
+layer cannot be laid side by side (one that mixes or normalises the features themselves, and
+a head without weights) is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import SpecError
+from models.events.schema import CategoricalField
+from models.layout import layer_widths
+from models.spec import (
+    FEATURES,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LstmLayer,
+    MergeLayer,
+    ModelSpec,
+    SequenceHead,
+    parse_spec,
+)
+from models.training.data import schema_of
+
+Weights = Mapping[str, NDArray[np.float32]]
+Places = NDArray[np.int64]
+
+
+def check_members(spec: ModelSpec) -> None:
+    """Refuse a spec whose network cannot be merged; SpecError names the layer or head."""
+    mixed = {FEATURES}
+    for layer in spec.layers:
+        reads = mixed.intersection(layer.inputs)
+        if isinstance(layer, DropoutLayer) or (
+            isinstance(layer, MergeLayer) and layer.kind == "concatenate"
+        ):
+            if reads:
+                mixed.add(layer.name)
+        elif reads and not isinstance(layer, (LstmLayer, GruLayer, DenseLayer)):
+            raise SpecError(
+                f"training.members: layer {layer.name!r} ({layer.kind}) reads the features "
+                "themselves; expected an lstm, gru or dense layer before it"
+            )
+    for head in spec.heads:
+        if isinstance(head, SequenceHead) or head.input in mixed:
+            raise SpecError(
+                f"training.members: head {head.name!r} cannot be averaged; expected one with "
+                "weights that reads a layer other than the features"
+            )
+
+
+def merged(
+    spec: ModelSpec, members: Sequence[Weights]
+) -> tuple[ModelSpec, dict[str, NDArray[np.float32]]]:
+    """One network out of several of the same fitted spec.
+
+    Args:
+        spec: the members' spec.
+        members: their weights, by name.
+
+    Returns:
+        The merged network's spec and weights; those given, where there is one member.
+
+    Raises:
+        SpecError: the network cannot be merged.
+    """
+    if len(members) == 1:
+        return spec, dict(members[0])
+    check_members(spec)
+    count = len(members)
+    joined = _merged_spec(spec, count)
+    weights: dict[str, NDArray[np.float32]] = {}
+    for column in spec.columns:
+        if column.embedding is not None:
+            name = f"embedding.{column.name}"
+            weights[name] = np.concatenate([member[name] for member in members], axis=1)
+    widths = layer_widths(joined)
+    for index, member in enumerate(members):
+        places: dict[str, Places] = {FEATURES: _feature_places(spec, index, count)}
+        for layer in spec.layers:
+            _place(spec, layer, index, member, places, widths, weights)
+    for head in spec.heads:
+        kernels = [member[f"heads.{head.name}.kernel"] for member in members]
+        weights[f"heads.{head.name}.kernel"] = np.concatenate(kernels) / np.float32(count)
+        if (bias := f"heads.{head.name}.bias") in members[0]:
+            weights[bias] = np.mean([member[bias] for member in members], axis=0, dtype=np.float32)
+    return joined, weights
+
+
+def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
+    schema = schema_of(spec)
+    fields = [
+        field.model_copy(update={"embedding": field.embedding * count})
+        if isinstance(field, CategoricalField)
+        else field
+        for field in schema.fields
+    ]
+    layers = []
+    for index in range(count):
+        for layer in spec.layers:
+            inputs = [name if name == FEATURES else _named(name, index) for name in layer.inputs]
+            layers.append(
+                {**layer.model_dump(), "name": _named(layer.name, index), "inputs": inputs}
+            )
+    for name in dict.fromkeys(head.input for head in spec.heads):
+        inputs = [_named(name, index) for index in range(count)]
+        layers.append({"kind": "concatenate", "name": _all(name), "inputs": inputs})
+    heads = [{**head.model_dump(), "input": _all(head.input)} for head in spec.heads]
+    plain = spec.model_dump()
+    plain["events"]["fields"] = [field.model_dump() for field in fields]
+    if plain["training"] is not None:
+        plain["training"]["members"] = 1
+    return parse_spec({**plain, "layers": layers, "heads": heads})
+
+
+def _feature_places(spec: ModelSpec, index: int, count: int) -> Places:
+    """Where a member's features lie among the merged network's."""
+    found: list[int] = []
+    start = 0
+    for column in spec.columns:
+        if column.embedding is None:
+            found.append(start)
+            start += 1
+        else:
+            first = start + index * column.embedding
+            found.extend(range(first, first + column.embedding))
+            start += count * column.embedding
+    return np.array(found, np.int64)
+
+
+def _place(
+    spec: ModelSpec,
+    layer: Layer,
+    index: int,
+    member: Weights,
+    places: dict[str, Places],
+    widths: Mapping[str, int],
+    weights: dict[str, NDArray[np.float32]],
+) -> None:
+    """Copy one member's layer, its kernel's rows to where what it reads now lies."""
+    name = _named(layer.name, index)
+    own = np.arange(layer_widths(spec)[layer.name])
+    match layer:
+        case LstmLayer() | GruLayer() | DenseLayer():
+            read = layer.inputs[0]
+            kernel = member[f"{layer.name}.kernel"]
+            width = widths[read if read == FEATURES else _named(read, index)]
+            wide = np.zeros((width, kernel.shape[1]), np.float32)
+            wide[places[read]] = kernel
+            weights[f"{name}.kernel"] = wide
+            places[layer.name] = own
+        case DropoutLayer():
+            places[layer.name] = places[layer.inputs[0]]
+        case MergeLayer(kind="concatenate"):
+            parts, start = [], 0
+            for read in layer.inputs:
+                parts.append(places[read] + start)
+                start += widths[read if read == FEATURES else _named(read, index)]
+            places[layer.name] = np.concatenate(parts)
+        case _:
+            places[layer.name] = own
+    for key, value in member.items():
+        owner, _, kind = key.rpartition(".")
+        if owner == layer.name and f"{name}.{kind}" not in weights:
+            weights[f"{name}.{kind}"] = value
+
+
+def _named(name: str, index: int) -> str:
+    return f"{name}_m{index + 1}"
+
+
+def _all(name: str) -> str:
+    return f"{name}_all"

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.errors import SpecError
+from models.networks.build import StepNetwork
+from models.networks.fresh import fresh_weights
+from models.spec import ModelSpec, parse_spec
+from models.training.data import fitted_spec, streams_of
+from models.training.members import merged
+from tests.support.training import HOUR_MS, latch_frame, latch_spec
+
+
+def with_layers(layers: list[dict[str, object]]) -> ModelSpec:
+    plain = latch_spec().model_dump()
+    heads = [{**head, "input": ""} for head in plain["heads"]]
+    return parse_spec({**plain, "layers": layers, "heads": heads})
+
+
+STACKED = [
+    {"kind": "lstm", "units": 5},
+    {"kind": "dropout", "rate": 0.2},
+    {"kind": "gru", "units": 4},
+    {"kind": "concatenate", "inputs": ["features", "dropout_1", "gru_1"]},
+    {"kind": "dense", "units": 6, "activation": "relu"},
+    {"kind": "layer_normalization"},
+]
+
+
+@pytest.mark.parametrize("layers", [STACKED, STACKED[:1]])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
+    streams = streams_of(with_layers(layers), latch_frame())
+    spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
+    random = np.random.default_rng(1)
+    members = [
+        {
+            name: value + random.normal(0, 0.2, value.shape).astype(np.float32)
+            for name, value in fresh_weights(spec, seed).items()
+        }
+        for seed in range(count)
+    ]
+    assert spec.events is not None
+    rows = streams.encoded(spec.events)[:40].reshape(2, 20, -1)
+    lengths = np.array([20, 13], np.int32)
+    raw: dict[str, list[np.ndarray]] = {head.name: [] for head in spec.heads}
+    for weights in members:
+        network = StepNetwork(spec)
+        network.set_weights(weights)
+        state = np.zeros((2, network.state_size), np.float32)
+        for name, value in network.forward(rows, lengths, state).raw.items():
+            raw[name].append(value.numpy())
+    joined, weights = merged(spec, members)
+    network = StepNetwork(joined)
+    network.set_weights(weights)
+    state = np.zeros((2, network.state_size), np.float32)
+    for name, value in network.forward(rows, lengths, state).raw.items():
+        for row, length in enumerate(lengths):
+            mean = np.mean([member[row, :length] for member in raw[name]], axis=0)
+            np.testing.assert_allclose(value.numpy()[row, :length], mean, atol=1e-5)
+    assert joined.training is not None
+    assert joined.training.members == 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"),
+    [
+        ([{"kind": "layer_normalization"}, {"kind": "lstm", "units": 3}], "layer_normalization_1"),
+        (
+            [
+                {"kind": "lstm", "units": 3},
+                {"kind": "concatenate", "inputs": ["features", "lstm_1"]},
+            ],
+            "head 'up'",
+        ),
+    ],
+)
+def test_what_cannot_lie_side_by_side_is_refused(layers, named):
+    streams = streams_of(with_layers(layers), latch_frame())
+    spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
+    weights = [fresh_weights(spec, seed) for seed in range(2)]
+    with pytest.raises(SpecError, match=named):
+        merged(spec, weights)
