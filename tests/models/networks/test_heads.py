@@ -133,6 +133,39 @@ def test_first_event_of_a_new_stream_is_judged_by_the_zero_forecast() -> None:
     assert found == pytest.approx(np.log(4) + normal + np.log(2), abs=1e-5)
 
 
+def test_a_row_of_length_0_keeps_its_forecast() -> None:
+    spec = model()
+    network = network_of(spec, 10)
+    random = np.random.default_rng(10)
+    rows = np.stack([encoded(random, spec, 3) for _ in range(2)])
+    state = random.uniform(-1, 1, (2, network.state_size)).astype(np.float32)
+    _, after = step(network, rows, [0, 3], state)
+    np.testing.assert_array_equal(after[0], state[0])
+    assert np.abs(after[1] - state[1]).min() > 0
+
+
+def test_one_trace_serves_every_batch_and_length() -> None:
+    spec = model()
+    network = network_of(spec, 11)
+    random = np.random.default_rng(11)
+    traced = tf.function(
+        network.step,
+        input_signature=[
+            tf.TensorSpec((None, None, spec.input_features)),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec((None, network.state_size)),
+        ],
+    )
+    for batch, steps in ((1, 1), (3, 4)):
+        rows = np.stack([encoded(random, spec, steps) for _ in range(batch)])
+        state = random.uniform(-1, 1, (batch, network.state_size)).astype(np.float32)
+        outputs, after = traced(rows, np.full(batch, steps, np.int32), state)
+        for b in range(batch):
+            wanted = oracle_step(spec, network.get_weights(), rows[b], state[b])
+            np.testing.assert_allclose(outputs[b], wanted[0], **CLOSE)
+            np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
+
+
 def test_scores_stay_finite_for_any_finite_row_and_forecast() -> None:
     spec = model()
     network = network_of(spec, 5)
