@@ -58,6 +58,18 @@ async def test_every_code_comes_out_of_the_pipeline(
     assert api.counts.seen[kind.code] == 1
 
 
+async def test_failures_are_logged_and_refusals_are_not(
+    api: Harness, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem(await api.chunk({**BODY, "position": 3}), 409, "position_ahead")
+    assert "position_ahead" not in capsys.readouterr().out
+    api.store.away = errors.StoreRefused("out of memory")
+    problem(await api.chunk(BODY), 503, "store_refused")
+    logged = capsys.readouterr().out
+    assert "store_refused" in logged
+    assert "out of memory" in logged
+
+
 async def test_errors_of_the_store(api: Harness) -> None:
     for error in (
         errors.StoreUnavailable("no answer", retry_after_s=2.2),
