@@ -1,0 +1,120 @@
+"""The example client over faults, and the example bodies against the model's schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples import client
+from examples.client import Stream
+from models.events.parse import event_adapter
+from models.spec import read_spec
+from service.replay.source import StreamEvents
+from tests.service.replay.standin import Standin
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def events(streams: list[StreamEvents]) -> list[dict[str, Any]]:
+    """The events of the stream `s:3`."""
+    (stream,) = (stream for stream in streams if stream.name == "s:3")
+    return stream.events(0, len(stream))
+
+
+def outputs_of(sent: list[tuple[int, dict[str, Any]]]) -> dict[int, float]:
+    """The last output of every event, by its position."""
+    return {
+        start + step: value for start, outputs in sent for step, value in enumerate(outputs["late"])
+    }
+
+
+def test_every_event_is_applied_once(
+    background: str, standin: Standin, events: list[dict[str, Any]]
+) -> None:
+    stream = Stream(background, "small", "s:3")
+    sent = list(stream.send(events))
+    assert [start for start, _ in sent] == list(range(0, len(events), client.CHUNK_EVENTS))
+    assert standin.streams["s:3"].position == stream.position == len(events)
+    assert list(Stream(background, "small", "s:3").send(events)) == []
+
+
+@pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
+def test_a_failed_chunk_is_sent_again_with_its_position(
+    background: str, standin: Standin, events: list[dict[str, Any]], fault: str
+) -> None:
+    right = outputs_of(list(Stream(background, "small", "right").send(events)))
+    faults = iter([None, fault, None, None, fault])
+    standin.fault = lambda request: next(faults, None)
+    assert outputs_of(list(Stream(background, "small", "s:3").send(events))) == right
+    assert standin.streams["s:3"].position == len(events)
+
+
+def test_a_stream_that_fell_back_is_sent_from_where_it_stands(
+    background: str, standin: Standin, events: list[dict[str, Any]]
+) -> None:
+    right = outputs_of(list(Stream(background, "small", "right").send(events)))
+    stream = Stream(background, "small", "s:3")
+    sent = []
+    for chunk in stream.send(events):
+        sent.append(chunk)
+        if len(sent) == 4:
+            standin.roll_back("s:3", 3)
+    starts = [start // client.CHUNK_EVENTS for start, _ in sent]
+    assert starts == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7]
+    assert outputs_of(sent) == right
+
+
+def test_a_stream_begins_where_another_run_left_it(
+    background: str, standin: Standin, events: list[dict[str, Any]]
+) -> None:
+    list(Stream(background, "small", "s:3").send(events[:20]))
+    sent = list(Stream(background, "small", "s:3").send(events))
+    assert sent[0][0] == 20
+    assert standin.streams["s:3"].position == len(events)
+
+
+def test_a_refusal_ends_it(background: str, standin: Standin, events: list[dict[str, Any]]) -> None:
+    standin.fault = lambda request: "refuse"
+    with pytest.raises(SystemExit, match="invalid_input"):
+        list(Stream(background, "small", "s:3").send(events))
+
+
+def chunks_of(name: str) -> list[dict[str, Any]]:
+    """The chunks in one of the example files."""
+    document = json.loads((EXAMPLES / name).read_bytes())
+    if name == "departures.json":
+        return [{"position": 0, "events": events} for events in document.values()]
+    found: list[dict[str, Any]] = document.get("chunks", [document])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.json")))
+def test_the_example_bodies_hold_events_of_the_flights_model(name: str) -> None:
+    schema = read_spec(ROOT / "models" / "examples" / "flights" / "spec.yaml").events
+    assert schema is not None
+    adapter = event_adapter(schema)
+    fields = {field.name for field in schema.fields}
+    for chunk in chunks_of(name):
+        assert chunk["events"]
+        for event in chunk["events"]:
+            adapter.validate_json(json.dumps(event))
+            assert set(event) == fields
+
+
+def test_the_chunks_of_a_stream_follow_one_another() -> None:
+    position = 0
+    departures = json.loads((EXAMPLES / "departures.json").read_bytes())["EWR-UA"]
+    for name in ("first-chunk.json", "second-chunk.json", "many-streams.json"):
+        chunk = chunks_of(name)[0]
+        assert chunk["position"] == position
+        steps = len(chunk["events"])
+        assert chunk["events"] == departures[position : position + steps]
+        position += steps
+    moments = [np.datetime64(event["departed"][:19]) for event in departures]
+    assert moments == sorted(moments)
