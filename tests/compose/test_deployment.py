@@ -156,6 +156,21 @@ def test_containers_are_hardened(deployment: Deployment) -> None:
     say("both containers: no root, no capabilities, read-only file system, memory limit")
 
 
+def test_the_readmes_examples_work_as_they_are(deployment: Deployment) -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    replies = []
+    for block in re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
+        script = block.replace("http://127.0.0.1:8000", deployment.url)
+        done = subprocess.run(
+            ["sh", "-euc", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        replies.append(json.loads(done.stdout))
+    assert [reply.get("position") for reply in replies[:4]] == [4, 6, 6, 6]
+    assert [reply.get("replayed") for reply in replies[:3]] == [False, False, True]
+    assert replies[3]["code"] == "position_ahead"
+    say(f"the README's {len(replies)} examples: as it says")
+
+
 def test_streams_go_on_after_each_container_was_restarted(
     deployment: Deployment, client: httpx.Client, streams: list[StreamEvents]
 ) -> None:
@@ -206,18 +221,22 @@ def test_a_replay_goes_through_while_containers_restart(
         *("--report", str(report), "--quiet"),
     ]
     replay = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         for service, reached in (("carry", 2000), ("redis", 4000)):
             wait_for_events(deployment, replay, reached)
             deployment.restart(service)
-        output, _ = replay.communicate(timeout=400)
+        output, errors = replay.communicate(timeout=400)
     finally:
         if replay.poll() is None:
             replay.send_signal(signal.SIGINT)
             replay.communicate()
-    assert replay.returncode == 0, output
+    assert replay.returncode == 0, output + errors
     assert report.exists()
     say("replayed 20,000 events while both containers restarted; verified:")
     for line in output.splitlines():
@@ -231,4 +250,4 @@ def wait_for_events(deployment: Deployment, replay: subprocess.Popen[str], count
         found = counted.search(httpx.get(f"{deployment.url}/metrics", timeout=60).text)
         if found and float(found[1]) >= count:
             return
-    pytest.fail(f"the replay ended early: {replay.communicate()[0]}")
+    pytest.fail("the replay ended early: " + "".join(replay.communicate()))
