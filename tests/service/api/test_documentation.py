@@ -104,7 +104,10 @@ def compare(shown: Any, got: Any, learned: dict[str, str], at: str = "reply") ->
     """Members and kinds agree; texts that differ (epochs, tags) are learned for later requests."""
     if isinstance(shown, dict):
         assert isinstance(got, dict), at
-        assert shown.keys() == got.keys(), at
+        # a state is cut short on the page
+        assert (
+            shown.keys() <= got.keys() if at.endswith(".state") else shown.keys() == got.keys()
+        ), at
         for name, value in shown.items():
             compare(value, got[name], learned, f"{at}.{name}")
     elif isinstance(shown, list):
