@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,7 +37,9 @@ class LossyPath:
         self._clients.add(task)
         try:
             if not self.dead:
-                await self._forward(client, back)
+                # The listener's own callback cannot cope with a cancelled task.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._forward(client, back)
         finally:
             back.close()
             self._clients.discard(task)
@@ -65,10 +68,10 @@ class LossyPath:
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            server.close()
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            server.close()
 
     @classmethod
     @asynccontextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -62,14 +63,14 @@ class RealServer:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
-    def launch(self) -> None:
-        """Start the process; returns at once."""
+    def launch(self, *options: str) -> None:
+        """Start the process, with further options this time; returns at once."""
         found = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
         if found is None:
             pytest.skip("redis-server is not on the PATH")
-        options = server_arguments(self.folder, self.socket, 0)
+        arguments = server_arguments(self.folder, self.socket, 0)
         self._process = subprocess.Popen(
-            [found, *options, *self._options],
+            [found, *arguments, *self._options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={"LC_ALL": "C", "PATH": os.defpath},
@@ -87,6 +88,15 @@ class RealServer:
                 return bool(client.ping())
         except redis.RedisError:
             return False
+
+    def refuses(self, word: str) -> bool:
+        """Whether it answers, and with an error that holds this word."""
+        try:
+            with self.client() as client:
+                client.get("any")
+        except redis.RedisError as error:
+            return word.lower() in str(error).lower()
+        return False
 
     def kill(self) -> None:
         """SIGKILL, and wait for its end."""
@@ -107,6 +117,13 @@ class RealServer:
         return redis.Redis(
             unix_socket_path=self.socket, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=10
         )
+
+
+def free_port() -> int:
+    """A port of the loopback that nothing listened on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
