@@ -73,6 +73,7 @@ class Tally:
         faults: what the service said that cannot be true, the first hundred.
         fault_count: how many there were.
         latencies_s: of every answered request.
+        silence_s: the longest time in which no request was answered.
     """
 
     events: int = 0
@@ -88,6 +89,7 @@ class Tally:
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
     latencies_s: list[float] = field(default_factory=list)
+    silence_s: float = 0.0
     wall_s: float = 0.0
 
     def fault(self, text: str | None) -> None:
@@ -141,6 +143,7 @@ class Replay:
         self._options = options
         self._clock = clock
         self._random = Random(options.seed)  # noqa: S311
+        self._heard_s = 0.0
         self.tally = Tally()
         self.ledgers = {
             stream.name: Ledger(
@@ -205,7 +208,7 @@ class Replay:
         most = max(1, min(options.per_request, options.streams_in_flight))
         slots = asyncio.Semaphore(max(1, options.streams_in_flight // most))
         schedule = Schedule(cursors, options.speed, self._clock)
-        start_s = self._clock()
+        start_s = self._heard_s = self._clock()
 
         async def settle(taken: list[Cursor]) -> None:
             try:
@@ -262,6 +265,8 @@ class Replay:
                     )
             if not all(isinstance(a, Problem) and a.code == NO_ANSWER for a in answers):
                 tally.latencies_s.append(latency_s)
+                tally.silence_s = max(tally.silence_s, sent_s + latency_s - self._heard_s)
+                self._heard_s = sent_s + latency_s
             waiting = [cursor for cursor in waiting if cursor.name not in settled]
             if worst is not None:
                 tally.retries += 1

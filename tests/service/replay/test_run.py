@@ -242,6 +242,7 @@ async def test_a_service_that_comes_back_on_its_port_is_waited_for(
     await back.close()
     assert_all_received(replay, standin)
     assert replay.tally.problems["no_answer"] > 0
+    assert 0 < replay.tally.silence_s < replay.tally.wall_s
 
 
 async def test_an_unknown_model_is_refused_at_once(replayed: Replayed) -> None:
