@@ -12,8 +12,8 @@ import pytest
 import models
 from models.artifact import write_artifact
 from models.spec import parse_spec
-from tests.support.service import Service, running
 from tests.support.post_tables import TABLES, Table
+from tests.support.service import Service, running
 
 
 def _write(folder: Path, table: Table) -> None:

@@ -32,7 +32,7 @@ WRONG: list[tuple[str, bytes, int, str, str]] = [
     (
         "too long",
         b'{"inputs": [' + b",".join([b"[1]"] * 10_001) + b"]}",
-        422,
+        413,
         "chunk_too_long",
         "10000",
     ),
@@ -80,8 +80,8 @@ def test_a_wrong_chunk(
     ("method", "path", "status", "code"),
     [
         ("POST", "/v1/models/none/streams/a/chunks", 404, "model_not_found"),
-        ("POST", "/v1/models/post-lstm/streams/a%20b/chunks", 422, "invalid_name"),
-        ("POST", f"/v1/models/post-lstm/streams/{'a' * 257}/chunks", 422, "invalid_name"),
+        ("POST", "/v1/models/post-lstm/streams/a%20b/chunks", 400, "invalid_name"),
+        ("POST", f"/v1/models/post-lstm/streams/{'a' * 257}/chunks", 400, "invalid_name"),
         ("GET", "/v1/models/post-lstm/streams/never-sent", 404, "stream_not_found"),
         ("DELETE", "/v1/models/post-lstm/streams/never-sent", 404, "stream_not_found"),
         ("GET", "/v1/nothing", 404, "not_found"),

@@ -10,6 +10,7 @@ from models.artifact import Artifact, write_artifact
 from tests.service.api.harness import Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +25,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 
 
 @pytest.fixture
-async def api(models: Mapping[str, Artifact]) -> AsyncIterator[Harness]:
+async def api(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> AsyncIterator[Harness]:
     """A running application with nothing stored."""
-    async with harness(models) as running:
+    async with harness(pipeline_server, models) as running:
         yield running

@@ -18,9 +18,12 @@ from service.api.application import ApiLimits, create_api
 from service.domain import StreamKey
 from service.pipeline import Pipeline, PipelineLimits
 from service.served import ServedModel
-from tests.service.api.memory_store import MemoryStore
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
+from tests.service.api.faulty_store import FaultyStore, StoredStates
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import Counts
+from tests.support.servers import RealServer
 
 JSON = {"content-type": "application/json"}
 MSGPACK = {"content-type": "application/msgpack"}
@@ -47,7 +50,7 @@ class Harness:
     app: FastAPI
     client: httpx.AsyncClient
     pipeline: Pipeline
-    store: MemoryStore
+    store: FaultyStore
     counts: Counts
     models: Mapping[str, Artifact]
     clock: list[int]
@@ -79,9 +82,16 @@ class Harness:
 
 
 @asynccontextmanager
-async def harness(models: Mapping[str, Artifact], **pipeline: Any) -> AsyncIterator[Harness]:
-    """An application of its own."""
-    store, counts, clock = MemoryStore(), Counts(), [NOW_MS]
+async def harness(
+    server: RealServer, models: Mapping[str, Artifact], **pipeline: Any
+) -> AsyncIterator[Harness]:
+    """An application of its own, on a server that is emptied first."""
+    settings = StoreSettings(server.url, wait_s=5)
+    peek = server.client()
+    peek.flushall()
+    store = FaultyStore(RedisStore(settings), StoredStates(peek, settings.keys))
+    counts, clock = Counts(), [NOW_MS]
+    await store.start()
     built = Pipeline(
         [ServedModel(artifact, NumpyRuntime(artifact)) for artifact in models.values()],
         store,
@@ -103,6 +113,8 @@ async def harness(models: Mapping[str, Artifact], **pipeline: Any) -> AsyncItera
             yield Harness(app, client, built, store, counts, models, clock)
         finally:
             await built.stop()
+            await store.close()
+            peek.close()
 
 
 def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

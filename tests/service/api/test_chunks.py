@@ -377,7 +377,7 @@ async def test_the_table_of_positions(api: Harness) -> None:
     mine = {"position": 3, "epoch": reply["epoch"], "inputs": given}
     assert (await api.chunk(mine)).json()["position"] == 6
 
-    api.store.replies.clear()
+    api.store.states.forget_replies()
     problem(await api.chunk(mine), 409, "already_applied")
     await api.chunk({"events": [EVENT]}, model="small")
     kind = await api.chunk({"inputs": [[0.0] * 13]}, model="small")

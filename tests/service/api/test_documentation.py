@@ -23,6 +23,7 @@ from service.delivery import chunk_digest, next_tag
 from service.domain import FIRST_TAG, Check, Feed, Steps
 from tests.service.api.harness import harness
 from tests.support.oracle import contracting_weights
+from tests.support.servers import RealServer
 
 ROOT = Path(__file__).parents[3]
 FITTED: dict[str, dict[str, Any]] = {
@@ -126,13 +127,13 @@ def compare(shown: Any, got: Any, learned: dict[str, str], at: str = "reply") ->
         assert isinstance(got, type(shown) | int), at
 
 
-async def test_every_exchange_of_the_api_page(tmp_path: Path) -> None:
+async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_path: Path) -> None:
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     learned: dict[str, str] = {}
     kept = ""
     seen = 0
-    async with harness({"flights": artifact}) as api:
+    async with harness(pipeline_server, {"flights": artifact}) as api:
         api.store.checks = [Check("store", True, "unix:/run/carry/valkey.sock answers")]
         for request, abridged, reply in exchanges():
             first, headers, body = parts(request)
@@ -170,10 +171,10 @@ def test_links_of_the_pages_lead_somewhere(page: str) -> None:
         assert (ROOT / "docs" / target).exists(), target
 
 
-async def test_every_address_has_its_section(tmp_path: Path) -> None:
+async def test_every_address_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
-    async with harness({"flights": artifact}) as api:
+    async with harness(pipeline_server, {"flights": artifact}) as api:
         paths = (await api.client.get("/openapi.json")).json()["paths"]
     text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))

@@ -17,6 +17,7 @@ from service.errors import BodyTooLarge, MalformedBody, NotAcceptable, Unsupport
 from service.served import ServedModel
 from tests.service.api.harness import harness
 from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.servers import RealServer
 
 
 @pytest.mark.parametrize(
@@ -99,9 +100,10 @@ async def test_a_declared_length_over_the_limit_is_refused_before_reading() -> N
 
 
 async def test_a_model_that_was_exchanged_gets_a_wire_of_its_own(
+    pipeline_server: RealServer,
     models: Mapping[str, Artifact],
 ) -> None:
-    async with harness(models) as api:
+    async with harness(pipeline_server, models) as api:
         context = api.app.state.api
         before = context.wire("probe")
         assert context.wire("probe") is before

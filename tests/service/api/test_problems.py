@@ -18,6 +18,7 @@ from service.domain import StreamKey
 from service.errors import CarryError, leaf_errors
 from service.state.protocol import Conflicted
 from tests.service.api.harness import Harness, harness, problem, rows
+from tests.support.servers import RealServer
 
 ROOT = Path(__file__).parents[3]
 BODY = {"position": 0, "inputs": rows(1).tolist()}
@@ -100,12 +101,14 @@ async def test_numbers_that_are_not_finite(api: Harness) -> None:
     assert (await api.chunk(BODY)).status_code == 200
 
 
-async def test_a_full_queue_and_a_stopping_service(models: Mapping[str, Artifact]) -> None:
-    async with harness(models, max_queue=0) as full:
+async def test_a_full_queue_and_a_stopping_service(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> None:
+    async with harness(pipeline_server, models, max_queue=0) as full:
         response = await full.chunk(BODY)
         problem(response, 503, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
-    async with harness(models) as stopping:
+    async with harness(pipeline_server, models) as stopping:
         await stopping.pipeline.stop()
         problem(await stopping.chunk(BODY), 503, "shutting_down")
 

@@ -1,0 +1,100 @@
+"""The real store with failures on demand, and a look at what it holds behind its back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+
+import redis
+
+from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
+from service.errors import CarryError
+from service.state.codec import decode_state, encode_state
+from service.state.keys import KeySpace
+from service.state.protocol import Commit, CommitResult, StateStore
+
+
+class StoredStates(MutableMapping[StreamKey, StreamState]):
+    """The streams a server holds, read and written without the store."""
+
+    def __init__(self, client: redis.Redis, keys: KeySpace):
+        self._client = client
+        self._keys = keys
+
+    def __getitem__(self, key: StreamKey) -> StreamState:
+        value = self._client.get(self._keys.state(key))
+        if value is None:
+            raise KeyError(key)
+        return decode_state(value)
+
+    def __setitem__(self, key: StreamKey, state: StreamState) -> None:
+        self._client.set(self._keys.state(key), encode_state(state))
+
+    def __delitem__(self, key: StreamKey) -> None:
+        self._client.delete(*self._keys.pair(key))
+
+    def __iter__(self) -> Iterator[StreamKey]:
+        found = (self._keys.parse(key.decode()) for key in self._client.keys("*:s:*"))
+        return iter([key for key in found if key is not None])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def forget_replies(self) -> None:
+        """Drop every kept reply, as their short life would."""
+        for key in self:
+            self._client.delete(self._keys.reply(key))
+
+
+class FaultyStore:
+    """A `StateStore` that passes everything on, except what a test has it fail."""
+
+    def __init__(self, store: StateStore, states: StoredStates):
+        self.states = states
+        self.away: Exception | None = None
+        """Raised by every call while it is set."""
+        self.damaged: dict[StreamKey, CarryError] = {}
+        """Answers of `load` for some streams."""
+        self.on_commit: Callable[[Commit], CommitResult | None] = lambda _: None
+        """May answer a commit in the store's place."""
+        self.checks: list[Check] | None = None
+        """Answers `check` in the store's place."""
+        self._store = store
+
+    async def start(self) -> None:
+        await self._store.start()
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    async def check(self) -> list[Check]:
+        return await self._store.check() if self.checks is None else self.checks
+
+    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
+        self._fail()
+        found = await self._store.load(keys)
+        return [self.damaged.get(key, state) for key, state in zip(keys, found, strict=True)]
+
+    async def load_with_reply(
+        self, key: StreamKey
+    ) -> tuple[StreamState | None, StoredReply | None]:
+        self._fail()
+        return await self._store.load_with_reply(key)
+
+    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+        self._fail()
+        answers = [self.on_commit(commit) for commit in commits]
+        passed = [c for c, answer in zip(commits, answers, strict=True) if answer is None]
+        results = iter(await self._store.commit(passed) if passed else [])
+        return [next(results) if answer is None else answer for answer in answers]
+
+    async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
+        self._fail()
+        return await self._store.delete(key, expected)
+
+    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        self._fail()
+        return await self._store.streams(model, prefix, cursor, limit)
+
+    def _fail(self) -> None:
+        if self.away is not None:
+            raise self.away
