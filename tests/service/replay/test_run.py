@@ -125,6 +125,21 @@ async def test_a_stream_that_fell_back_is_sent_again_from_there(
     assert replay.tally.events == EVENTS + replay.tally.lost
 
 
+async def test_other_outputs_for_events_that_are_sent_again_are_a_fault(
+    replayed: Replayed, standin: Standin
+) -> None:
+    def lose(request: web.Request) -> None:
+        if len(standin.history.get("s:3", ())) == 4:
+            standin.fault = lambda request: None
+            standin.roll_back("s:3", 4)
+            standin.wrong_by = 1e-3
+
+    standin.fault = lose
+    replay = await replayed(streams_in_flight=1)
+    (fault,) = (fault for fault in replay.tally.faults if "'s:3'" in fault)
+    assert "other outputs than before" in fault
+
+
 async def test_a_lost_reply_is_skipped_and_counted(replayed: Replayed, standin: Standin) -> None:
     replies = 0
 
