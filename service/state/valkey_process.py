@@ -184,12 +184,22 @@ def end_at_once(data_dir: Path) -> list[int]:
 
 
 def server_pids(data_dir: Path) -> list[int]:
-    """The processes that were started as Valkey servers of this very folder."""
+    """The Valkey servers of this very folder: started for it, and holding its lock.
+
+    The lock is compared as a file, so that a server of another folder that once had, or
+    elsewhere has, the same path is never taken for one of this.
+    """
     wanted = f"--dir\0{data_dir}\0"
+    try:
+        lock = (data_dir / "valkey.lock").stat()
+    except FileNotFoundError:
+        return []
     return [
         pid
         for pid, line in _command_lines()
-        if Path(line.split("\0", 1)[0]).name == "valkey-server" and wanted in line
+        if Path(line.split("\0", 1)[0]).name == "valkey-server"
+        and wanted in line
+        and _has_open(pid, lock)
     ]
 
 
@@ -211,6 +221,19 @@ def _client(socket: str) -> redis.Redis:
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
     )
+
+
+def _has_open(pid: int, file: os.stat_result) -> bool:
+    """Whether a process has a file open; yes where the system does not say."""
+    folder = Path(f"/proc/{pid}/fd")
+    if not folder.exists():
+        return not Path("/proc/self").exists()
+    with contextlib.suppress(OSError):
+        for descriptor in folder.iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(descriptor.stat(), file):
+                    return True
+    return False
 
 
 def _command_lines() -> list[tuple[int, str]]:

@@ -13,8 +13,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from service.state.open import open_store
+from service.state.protocol import StateStore
+from service.state.settings import StoreSettings
 from service.state.valkey_process import server_arguments, server_binary
 
 KINDS = ("valkey", "redis")
@@ -137,6 +140,17 @@ def real_server(kind: str, *options: str) -> Iterator[RealServer]:
     finally:
         server.stop()
         shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
+    """A started store, closed afterwards."""
+    store = open_store(StoreSettings(url, **settings))
+    try:
+        await store.start()
+        yield store
+    finally:
+        await store.close()
 
 
 @pytest.fixture(scope="session", params=KINDS)

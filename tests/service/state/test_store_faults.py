@@ -15,18 +15,8 @@ from service.state.open import open_store
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
-from tests.support.servers import KINDS, RealServer, free_port, real_server, until
+from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
 from tests.support.streams import Streams, key, same_reply, same_stream
-
-
-@asynccontextmanager
-async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
-    store = open_store(StoreSettings(url, **settings))
-    try:
-        await store.start()
-        yield store
-    finally:
-        await store.close()
 
 
 @asynccontextmanager
