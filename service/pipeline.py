@@ -86,6 +86,7 @@ class Pipeline:
         self._compute = ComputeThread()
         self._warm = False
         self._draining = False
+        self._warming: asyncio.Task[None] | None = None
         self._batchers = {
             name: self._batcher(served, recorder) for name, served in self.models.items()
         }
@@ -116,10 +117,19 @@ class Pipeline:
         for served in self.models.values():
             await self._compute.run(served.runtime.warm)
         self._warm = True
+        self._warming = asyncio.get_running_loop().create_task(self._warm_rest())
+
+    async def _warm_rest(self) -> None:
+        """Compile what is left beside the first requests, shape by shape."""
+        for served in self.models.values():
+            while await asyncio.to_thread(served.runtime.warm_next):
+                pass
 
     async def stop(self) -> None:
         """Finish every accepted chunk, then end; once, before the store is closed."""
         self._draining = True
+        if self._warming is not None:
+            self._warming.cancel()
         drains = [batcher.drain(self._limits.drain_s) for batcher in self._batchers.values()]
         await asyncio.gather(*drains)
         self._compute.close()

@@ -1,7 +1,7 @@
 """What the engine asks of a runtime, whichever library runs the network.
 
 A runtime computes; it never checks numbers, keeps no state between calls and knows nothing
-of streams. It is called from the engine's one compute thread only.
+of streams. `step` is called from the engine's one compute thread only.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class Runtime(Protocol):
 
     def warm(self) -> None:
         """Compile what must be ready before the first request; once, before use."""
+
+    def warm_next(self) -> bool:
+        """Compile one more shape, beside calls of `step`; False where nothing is left."""
 
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows

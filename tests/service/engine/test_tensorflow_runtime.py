@@ -1,0 +1,57 @@
+"""The tensorflow runtime: at every rung, and from the first ones alone, the oracle's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact import Artifact
+from service.engine.compute import ComputeThread
+from service.engine.tensorflow_runtime import FIRST_RUNGS, TensorflowRuntime
+from tests.support.oracle import oracle_step
+from tests.support.pipelines import make_artifact, rows_of
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_artifact(tmp_path_factory.mktemp("probe"))
+
+
+async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[int]) -> None:
+    """Ragged rows from random states equal the oracle, outputs and states."""
+    random = np.random.default_rng(len(lengths))
+    rows = [rows_of(random, length) for length in lengths]
+    states = random.uniform(-0.5, 0.5, (len(rows), artifact.state.float_size)).astype(np.float32)
+    kept = states.copy()
+    compute = ComputeThread()
+    try:
+        outputs, after = await compute.infer(runtime, rows, states, lambda *_: None)
+    finally:
+        compute.close()
+    np.testing.assert_array_equal(states, kept, "what the engine was given is not written to")
+    for index, row in enumerate(rows):
+        expected, state = oracle_step(artifact.spec, artifact.weights, row, kept[index])
+        np.testing.assert_allclose(outputs[index], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(after[index], state, rtol=1e-5, atol=1e-5)
+
+
+async def test_ready_after_the_first_rungs_and_the_same_after_all(
+    artifact: Artifact, tmp_path: Path
+) -> None:
+    runtime = TensorflowRuntime(artifact)
+    runtime.warm()
+    assert runtime.padded_shape(1, 1) == (1, 1)
+    assert runtime.padded_shape(2, 3) == (8, 16)
+    assert runtime.padded_shape(9, 1) == FIRST_RUNGS[-1]
+    batches = [[1], [5, 1], [3] * 9, [64, 1, 20], [150, 2, 65, 64]]
+    for lengths in batches:
+        await check(runtime, artifact, lengths)
+    steps = 0
+    while runtime.warm_next():
+        steps += 1
+    assert steps == 12 - len(FIRST_RUNGS)
+    assert runtime.padded_shape(2, 3) == (8, 4)
+    for lengths in batches:
+        await check(runtime, artifact, lengths)
