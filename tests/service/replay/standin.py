@@ -68,7 +68,10 @@ class Standin:
 
     Attributes:
         fault: asked for every request with chunks; see `_answer` for what it may say.
-        seen: how often each stream's positions were sent.
+        seen: stream, position and number of events of every chunk, as they came.
+        port_of: the port that each request with chunks came to.
+        wrong_by: added to an output of every stream's event 7.
+        deaf: how many questions for a position go unanswered.
     """
 
     weights: dict[str, Any]
@@ -80,6 +83,7 @@ class Standin:
     counts: Counter[str] = field(default_factory=Counter)
     port_of: list[int] = field(default_factory=list)
     wrong_by: float = 0.0
+    deaf: int = 0
     with_metrics: bool = True
     version: str = VERSION
 
@@ -118,6 +122,9 @@ class Standin:
         return _respond(request, 200, document)
 
     async def _stream(self, request: web.Request) -> web.Response:
+        if self.deaf:
+            self.deaf -= 1
+            return _respond(request, 503, _problem(503, "store_unavailable", True))
         found = self.streams.get(request.match_info["stream"])
         if found is None:
             return _respond(request, 404, _problem(404, "stream_not_found", False))
@@ -150,8 +157,10 @@ class Standin:
             assert request.transport is not None
             request.transport.close()
             return web.Response()
-        if fault in ("store_unavailable", "outcome_unknown_before"):
+        if fault == "store_unavailable":
             return _respond(request, 503, _problem(503, "store_unavailable", True))
+        if fault == "conflict":
+            return _respond(request, 409, _problem(409, "conflict", True))
         if fault == "refuse":
             return _respond(request, 422, _problem(422, "invalid_input", False))
         answers = [self._apply(item) for item in items]

@@ -65,7 +65,10 @@ async def test_streams_go_side_by_side(replayed: Replayed, standin: Standin) -> 
     assert names.index("s2") < len(names) - 1 - names[::-1].index("s1")
 
 
-@pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
+FAULTS = ["drop", "drop_after", "store_unavailable", "outcome_unknown", "conflict"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("per_request", [1, 4])
 async def test_a_chunk_without_an_answer_is_sent_again_as_it_was(
     replayed: Replayed, standin: Standin, fault: str, per_request: int
@@ -106,6 +109,17 @@ async def test_a_second_replay_goes_on_where_the_first_was_refused(
         assert ledger.began == stood.get(name, 0)
         assert np.isnan(ledger.outputs[: ledger.began]).all()
         assert np.isfinite(ledger.outputs[ledger.began :]).all()
+
+
+async def test_a_position_that_is_not_told_is_asked_again(
+    replayed: Replayed, standin: Standin
+) -> None:
+    await replayed()
+    standin.deaf = 3
+    replay = await replayed()
+    assert replay.tally.faults == []
+    assert replay.tally.problems == {"store_unavailable": 3}
+    assert replay.tally.events == 0
 
 
 async def test_a_stream_that_fell_back_is_sent_again_from_there(
