@@ -66,7 +66,13 @@ HEADS: list[dict[str, Any]] = [
 
 
 def model() -> ModelSpec:
-    layers = [{"kind": "lstm", "units": 4, "name": "first"}, {"kind": "gru", "units": 5}]
+    # Heads see the row itself too: behind a recurrent layer alone, padding repeats the last
+    # valid step and would hide a head that reads the wrong one.
+    layers = [
+        {"kind": "lstm", "units": 4, "name": "first"},
+        {"kind": "gru", "units": 5},
+        {"kind": "concatenate", "inputs": ["gru_1", "features"]},
+    ]
     return parse_spec({"name": "m", "events": EVENTS, "layers": layers, "heads": HEADS})
 
 
