@@ -32,9 +32,11 @@ from tests.support.servers import opened, until
 from tests.support.streams import Streams, key, same_stream
 
 OWNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from service.state.embedded import EmbeddedValkey
+# A test run in a shell's background has it ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 valkey = EmbeddedValkey(Path(sys.argv[1]), maxmemory_bytes=int(sys.argv[2]))
 valkey.start()
 print(valkey.status().pid, valkey.url, flush=True)

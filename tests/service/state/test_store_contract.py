@@ -78,6 +78,7 @@ async def test_many_streams_keep_their_places(store: StateStore, streams: Stream
     assert found.pop(20) is None
     for stream, commit in zip(found, commits[::-1], strict=True):
         assert same_stream(stream, commit.new)
+        assert same_reply((await store.load_with_reply(commit.key))[1], commit.reply)
 
 
 async def test_nothing_is_asked_for_nothing(store: StateStore) -> None:
