@@ -42,8 +42,6 @@ from service.state.scan import scan_page
 from service.state.server_checks import check_server
 from service.state.settings import StoreSettings
 
-__all__ = ["RedisStore", "StoreSettings", "settle"]
-
 PING_S: Final = 1.0
 
 log = structlog.get_logger(__name__)
