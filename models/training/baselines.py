@@ -232,41 +232,48 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
 def _forecast(
     table: Table, head: ForecastHead | DenseHead, quantiles: tuple[float, ...], trees: bool
 ) -> list[Baseline]:
-    """Fitted on standardised values, where errors are alike, and scored in the head's units."""
+    """Forecasts, scored in the head's units."""
     metric = "pinball" if quantiles else "mae"
     levels = quantiles or (0.5,)
     truth = _everywhere(table, head)
     encoded = np.stack([_encoded(table, name) for name in head.targets], axis=1)
 
-    def values_of(series: Floats, target: int, at: NDArray[np.int64]) -> Floats:
-        errors = encoded[table.train, target] - series[table.train - 1]
-        spread = np.nanquantile(errors, levels)
-        said = series[at - 1]
-        middle = float(np.nanmedian(encoded[table.train, target]))
-        values = np.where(np.isnan(said), middle, said)[:, None] + spread
-        return np.asarray(values, np.float64)
-
     def in_units(values: list[Floats]) -> Floats:
         stacked = np.stack(values, axis=1)
         return stacked if isinstance(head, DenseHead) else _units(table.spec, head, stacked)
 
-    def score(values: list[Floats], at: NDArray[np.int64]) -> Scored:
-        return score_forecast(quantiles, in_units(values), truth[at])
-
     targets = range(len(head.targets))
-    series = [encoded[:, target] for target in targets]
-    last = score([values_of(series[t], t, table.test) for t in targets], table.test)
-    tried = []
-    for life in HALF_LIVES:
-        means = [table.running(series[t], life) for t in targets]
-        judged = score([values_of(means[t], t, table.validate) for t in targets], table.validate)
-        tried.append((float(np.nanmean(judged.losses[metric])), life, means))
-    loss, life, means = min(tried, key=lambda item: item[0])
-    running = score([values_of(means[t], t, table.test) for t in targets], table.test)
-    found = [
-        Baseline(LAST, last, {}),
-        Baseline(RUNNING, running, {"half_life_events": life, "validation": loss}),
-    ]
+    # Errors are alike in one space and not in the other, depending on the data: try both.
+    spaces: dict[str, tuple[Floats, Callable[[list[Floats]], Floats]]] = {
+        "transformed": (encoded, in_units),
+        "units": (truth, lambda values: np.stack(values, axis=1)),
+    }
+
+    def score(space: str, life: Any, at: NDArray[np.int64]) -> Scored:
+        known, back = spaces[space]
+        values = []
+        for target in targets:
+            series = known[:, target]
+            said = series if life == "last" else table.running(series, life)
+            spread = np.nanquantile(series[table.train] - said[table.train - 1], levels)
+            middle = float(np.nanmedian(series[table.train]))
+            near = np.where(np.isnan(said[at - 1]), middle, said[at - 1])
+            values.append(near[:, None] + spread)
+        return score_forecast(quantiles, back(values), truth[at])
+
+    def chosen(name: str, lives: tuple[Any, ...]) -> Baseline:
+        tried = [
+            (float(np.nanmean(score(space, life, table.validate).losses[metric])), space, life)
+            for space in spaces
+            for life in lives
+        ]
+        loss, space, life = min(tried, key=lambda item: item[0])
+        settings = {"errors_in": space, "validation": loss}
+        if life != "last":
+            settings["half_life_events"] = life
+        return Baseline(name, score(space, life, table.test), settings)
+
+    found = [chosen(LAST, ("last",)), chosen(RUNNING, HALF_LIVES)]
     if trees:
         settings: dict[str, Any] = {}
         values = []
@@ -277,7 +284,8 @@ def _forecast(
             settings[name] = model.settings
             said = [model.again(level).values(table.test) for level in levels]
             values.append(np.sort(np.stack(said, axis=1), axis=1))
-        found.append(Baseline(TREES, score(values, table.test), settings))
+        scored = score_forecast(quantiles, in_units(values), truth[table.test])
+        found.append(Baseline(TREES, scored, settings))
     return found
 
 

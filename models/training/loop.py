@@ -23,6 +23,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from models.events.schema import UNKNOWN_CODE
 from models.layout import weight_shapes
 from models.networks.build import StepNetwork
 from models.spec import ModelSpec
@@ -181,11 +182,20 @@ class Loop:
             valid & wanted[window.index],
         )
 
+    def _forgetful(self, rows: Any, seed: Any) -> Any:
+        """The rows with a share of their categories replaced by the unknown one."""
+        columns = np.array([column.codes is not None for column in self.spec.columns])
+        if not self._training.unknown_rate or not columns.any():
+            return rows
+        drawn = tf.random.stateless_uniform(tf.shape(rows), seed)
+        return tf.where(columns & (drawn < self._training.unknown_rate), float(UNKNOWN_CODE), rows)
+
     def _train_window(
         self, rows: Any, following: Any, lengths: Any, mask: Any, state: Any, rates: Any, count: Any
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
-            done = self.network.forward(rows, lengths, tf.stop_gradient(state), training=True)
+            shown = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
+            done = self.network.forward(shown, lengths, tf.stop_gradient(state), training=True)
             losses = self.network.losses(done.raw, following, mask)
             loss = tf.add_n([self._weights[name] * value for name, value in losses.items()])
         gradients = [

@@ -9,6 +9,7 @@ number, absent values as NaN, the last event's categories as categories.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,37 @@ Features = Callable[[int], tuple[NDArray[np.float32], list[bool]]]
 MAX_CATEGORIES = 255
 """scikit-learn's bound on the categories of a feature; beyond it codes are plain numbers."""
 WHOLE_EVENTS = 2
-FULL = {"events": (5, 10, 20), "leaves": (31, 63), "smallest_leaf": (20, 100)}
-SHORT = {"events": (5, 20), "leaves": (31,), "smallest_leaf": (100,)}
-"""What is tried, one setting after the other, each from the best so far."""
-LEARNING_RATE = 0.05
-MOST_TREES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What is tried, one setting after the other, each from the best so far.
+
+    Attributes:
+        events, leaves, smallest_leaf: options, the first being where the search begins.
+        rate: learning rate.
+        most_trees: every number of trees up to it is tried.
+    """
+
+    events: tuple[int, ...]
+    leaves: tuple[int, ...]
+    smallest_leaf: tuple[int, ...]
+    rate: float
+    most_trees: int
+
+    @property
+    def options(self) -> dict[str, tuple[int, ...]]:
+        """The settings in the order in which they are tried."""
+        return {
+            "events": self.events,
+            "leaves": self.leaves,
+            "smallest_leaf": self.smallest_leaf,
+        }
+
+
+FULL = Grid((5, 20), (31, 63), (20, 100), 0.05, 1000)
+SHORT = Grid((5, 20), (31, 63), (100,), 0.1, 500)
+"""For numbers: each of them needs several ensembles."""
 TREES_STEP = 20
 
 
@@ -42,6 +69,7 @@ class Trees:
         self._truth: NDArray[np.float64] = np.zeros(0)
         self._train: NDArray[np.int64] = np.zeros(0, np.int64)
         self._model: Any = None
+        self._grid = FULL if kind == "log_loss" else SHORT
         self.settings: dict[str, Any] = {}
 
     @classmethod
@@ -52,8 +80,6 @@ class Trees:
         truth: NDArray[np.float64],
         train: NDArray[np.int64],
         validate: NDArray[np.int64],
-        *,
-        grid: dict[str, tuple[int, ...]] | None = None,
     ) -> Trees:
         """Choose by validation loss and fit on the training targets.
 
@@ -62,12 +88,11 @@ class Trees:
             features: events to look back on -> features of every row, and which are categories.
             truth: float64 [rows], the target at its own row; NaN where absent.
             train, validate: int64, target rows; their features are those of the row before.
-            grid: what is tried; `FULL` for classes, else `SHORT`.
         """
         made = cls(kind, features, 0.5)
         made._truth, made._train = truth, train[~np.isnan(truth[train])]
         judged = validate[~np.isnan(truth[validate])]
-        grid = grid or (FULL if kind == "log_loss" else SHORT)
+        grid = made._grid.options
         chosen = {name: options[0] for name, options in grid.items()}
         best = made._attempt(chosen, judged)
         for name, options in grid.items():
@@ -114,7 +139,7 @@ class Trees:
     def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
         rows, categories = self._features(int(settings["events"]))
         shared: dict[str, Any] = {
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": self._grid.rate,
             "max_iter": trees,
             "max_leaf_nodes": int(settings["leaves"]),
             "min_samples_leaf": int(settings["smallest_leaf"]),
@@ -137,7 +162,7 @@ class Trees:
         self, settings: dict[str, Any], judged: NDArray[np.int64]
     ) -> tuple[float, Any, int]:
         """Loss, model and number of trees of the best stage."""
-        rows = self._fit(settings, MOST_TREES)
+        rows = self._fit(settings, self._grid.most_trees)
         truth = self._truth[judged]
         method = "staged_predict_proba" if self._kind == "log_loss" else "staged_predict"
         losses: dict[int, float] = {}

@@ -2,7 +2,8 @@
 
 Prepares the departures, trains `spec.yaml` on January to September, chooses the epoch by
 October, scores November and December beside three baselines, and writes the artifact with
-report and plots to `models/pretrained/flights` (or to the path given).
+report and plots to `models/pretrained/flights` (or to the path given). `--show` prints the
+report's tables.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import argparse
 import time
 from pathlib import Path
 
+import orjson
+
 from models.errors import ModelsError
 from models.examples.flights.data import flight_events
 from models.spec import read_spec
-from models.training.commands import train_frame
+from models.training.commands import REPORT, train_frame
 
 HERE = Path(__file__).parent
 SPEC = HERE / "spec.yaml"
@@ -26,7 +29,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m models.examples.flights", description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=OUT, help=f"default: {OUT}")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped training")
+    parser.add_argument("--show", action="store_true", help="print the report that is there")
     options = parser.parse_args()
+    if options.show:
+        from models.training.report import report_lines
+
+        print("\n".join(report_lines(orjson.loads((options.out / REPORT).read_bytes()))))
+        return
     start = time.monotonic()
     try:
         artifact = train_frame(

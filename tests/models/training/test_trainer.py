@@ -172,3 +172,17 @@ def test_members_are_resumed_too(frame, tmp_path):
         train(spec, frame, tmp_path / "cut", quiet=True, after_epoch=stop)
     resumed = train(spec, frame, tmp_path / "cut", quiet=True, resume=True)
     assert resumed.artifact.fingerprint == whole.artifact.fingerprint
+
+
+def test_a_share_of_the_categories_is_shown_as_unknown(frame):
+    loop = looped(frame, unknown_rate=0.4)
+    rows = loop.plan.rows[:300].reshape(3, 100, -1)
+    kind = [column.name for column in loop.spec.columns].index("kind")
+    shown = loop._forgetful(tf.constant(rows), tf.constant([1, 7])).numpy()
+    hidden = shown[..., kind] == 0
+    assert 0.3 < hidden.mean() < 0.5
+    assert (rows[..., kind] > 0).all()
+    np.testing.assert_array_equal(shown[~hidden], rows[~hidden])
+    np.testing.assert_array_equal(np.delete(shown, kind, -1), np.delete(rows, kind, -1))
+    again = loop._forgetful(tf.constant(rows), tf.constant([1, 8])).numpy()
+    assert not np.array_equal(shown, again)

@@ -1,0 +1,157 @@
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.artifact import load_artifact
+from models.errors import ArtifactError
+from models.training import trees
+from models.training.baselines import LAST, RUNNING, TREES, Table, baselines_of
+from models.training.commands import evaluate_command, train_command, train_frame
+from models.training.data import fitted_spec, streams_of
+from models.training.evaluate import scored_rows
+from models.training.report import MODEL, report_lines
+from models.training.trees import Trees, tree_features
+from tests.support.training import HOUR_MS, latch_frame, latch_spec
+
+VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
+
+
+def table_of(frame: pl.DataFrame) -> Table:
+    streams = streams_of(latch_spec(), frame)
+    spec = fitted_spec(latch_spec(), streams, VALIDATE)
+    assert spec.events is not None
+    return Table(
+        spec,
+        streams,
+        streams.encoded(spec.events),
+        scored_rows(streams, None, VALIDATE),
+        scored_rows(streams, VALIDATE, TEST),
+        scored_rows(streams, TEST),
+    )
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    """Forty trees and two tries are enough for tables this small."""
+    monkeypatch.setattr(trees, "FULL", trees.Grid((2, 5), (7,), (5,), 0.1, 40))
+    monkeypatch.setattr(trees, "SHORT", trees.Grid((5,), (7,), (5,), 0.1, 40))
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return table_of(latch_frame(60))
+
+
+def test_a_target_that_stays_is_foretold_by_its_last_value(table):
+    up, noise, odd = table.spec.heads
+    found = {b.name: b.scored for b in baselines_of(table, up, trees=True)}
+    assert list(found) == [LAST, RUNNING, TREES]
+    for scored in found.values():
+        assert np.nanmean(scored.losses["log_loss"]) < 0.1
+    for head in (noise, odd):
+        names = [baseline.name for baseline in baselines_of(table, head, trees=False)]
+        assert names == [LAST, RUNNING]
+
+
+def test_the_running_mean_of_noise_is_as_good_as_noise_allows(table):
+    noise = table.spec.heads[1]
+    found = {b.name: b for b in baselines_of(table, noise, trees=False)}
+    last, running = (np.nanmean(found[n].scored.losses["mae"]) for n in (LAST, RUNNING))
+    # E|x| of a standard normal is 0.80; of the difference of two it is 1.13.
+    assert running == pytest.approx(0.80, abs=0.08)
+    assert last > running + 0.15
+    nll = {
+        b.name: np.nanmean(b.scored.losses["nll"])
+        for b in baselines_of(table, table.spec.heads[2], trees=False)
+    }
+    # A standard normal has 1.419 nats, a fair coin 0.693.
+    assert nll[RUNNING] == pytest.approx(1.419 + 0.693, abs=0.1)
+
+
+def test_no_baseline_is_fitted_on_held_out_events(table):
+    """Held-out events of other streams change nothing that is said about one stream."""
+    frame = latch_frame(60)
+    other = (pl.col("at") >= TEST) & (pl.col("id") != "s00")
+    changed = table_of(
+        frame.with_columns(
+            noise=pl.when(other).then(50.0).otherwise("noise"),
+            mark=pl.when(other).then(-pl.col("mark")).otherwise("mark"),
+        )
+    )
+    start, stop = table.streams.spans[0]
+    own = (table.test >= start) & (table.test < stop)
+    assert own.any()
+    for head in table.spec.heads:
+        before = baselines_of(table, head, trees=head.name == "up")
+        after = baselines_of(changed, head, trees=head.name == "up")
+        for one, two in zip(before, after, strict=True):
+            assert one.settings == two.settings
+            for metric, loss in one.scored.losses.items():
+                np.testing.assert_array_equal(loss[own], two.scored.losses[metric][own])
+
+
+def test_trees_look_back_within_the_stream_alone(table):
+    features, categories = tree_features(table.spec, table.rows, table.streams.spans, 5)
+    assert features.shape[0] == table.streams.events
+    assert sum(categories) == 1
+    start, stop = table.streams.spans[1]
+    noise = table.rows[:, [column.name for column in table.spec.columns].index("noise")]
+    held = [
+        at
+        for at in range(features.shape[1])
+        if np.array_equal(features[start + 4 : stop, at], noise[start : stop - 4])
+    ]
+    assert len(held) == 1
+    assert np.isnan(features[start : start + 4, held[0]]).all()
+
+
+def test_trees_learn_what_lies_within_their_reach():
+    random = np.random.default_rng(3)
+    x = random.normal(size=(2000, 1)).astype(np.float32)
+    truth = np.append([0.0], (x[:-1, 0] > 0.3).astype(float))
+    rows = np.arange(1, 2000)
+    model = Trees.tuned("log_loss", lambda k: (x, [False]), truth, rows[:1500], rows[1500:])
+    said = model.chances(rows[1500:])[:, 1]
+    assert np.mean((said > 0.5) == truth[rows[1500:]]) > 0.98
+
+
+def test_a_trained_artifact_brings_its_report_and_plots(tmp_path):
+    latch_frame(24).write_csv(tmp_path / "events.csv")
+    spec = latch_spec(epochs=1).model_dump(mode="json")
+    (tmp_path / "SPEC.yaml").write_text(json.dumps(spec))
+    out = tmp_path / "model"
+    train_command(tmp_path / "SPEC.yaml", tmp_path / "events.csv", out, trees=False, quiet=True)
+    artifact = load_artifact(out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["version"] == artifact.version
+    assert report["data"]["held_out"] > 50
+    for head in ("up", "next", "odd"):
+        scores = report["heads"][head]["scores"]
+        assert list(scores) == [MODEL, LAST, RUNNING]
+        for metric in scores[MODEL].values():
+            low, high = metric["interval"]
+            assert low <= metric["value"] <= high
+    assert len(report["heads"]["up"]["calibration"]) == 10
+    assert len(report["heads"]["next"]["calibration"]) == 3
+    assert any("| model |" in line for line in report_lines(report))
+    for plot in ("learning", "skill", "calibration"):
+        assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+    again = evaluate_command(
+        out, tmp_path / "events.csv", since="1970-01-01T22:00:00Z", chunk=3, quiet=True
+    )
+    held_out = artifact.manifest["metrics"]["held_out"]
+    assert again["heads"]["up"]["log_loss"] == pytest.approx(held_out["up"]["log_loss"], rel=1e-5)
+    assert again["scored"] == report["data"]["held_out"]
+    with pytest.raises(ArtifactError, match="holds something already"):
+        train_frame(latch_spec(), latch_frame(), out, quiet=True)
+
+
+def test_without_held_out_events_there_is_no_report(tmp_path):
+    spec = latch_spec(epochs=1, test_from="1970-02-01")
+    train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
+    assert not (tmp_path / "model" / "report.json").exists()
+    assert load_artifact(tmp_path / "model").manifest["training"]["best_epochs"] == [1]
