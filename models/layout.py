@@ -110,9 +110,11 @@ def state_spec(spec: ModelSpec) -> StateSpec:
             parts.append(StatePart(f"{layer.name}.carry", (layer.units,), "float32"))
         elif isinstance(layer, GruLayer):
             parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
-    for head in spec.heads:
-        if isinstance(head, AnomalyHead):
-            parts.append(StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32"))
+    parts.extend(
+        StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
+        for head in spec.heads
+        if isinstance(head, AnomalyHead)
+    )
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)

@@ -10,7 +10,8 @@ import pytest
 import tensorflow as tf
 
 from models.networks.build import StepNetwork
-from tests.models.networks.post_tables import (
+from tests.support.oracle import oracle_step
+from tests.support.post_tables import (
     GRU_HIDDEN,
     GRU_OUTPUTS,
     INPUT,
@@ -20,7 +21,6 @@ from tests.models.networks.post_tables import (
     PRINTED,
     post_model,
 )
-from tests.support.oracle import oracle_step
 
 TABLES = {
     "lstm": (LSTM_OUTPUTS, (LSTM_HIDDEN, LSTM_CARRY)),
