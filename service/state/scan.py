@@ -23,7 +23,7 @@ async def scan_page(
 
     Args:
         cursor: where to go on, 0 for the beginning.
-        limit: names on a page, at least 1; more only where the smallest step gives more.
+        limit: names on a page, at least 1; more only where a single bucket holds more.
         max_count: keys to look at per step, at most.
 
     Returns:
@@ -35,8 +35,8 @@ async def scan_page(
         room = limit - len(names)
         following, found = await step(cursor, count)
         if len(found) > room:
-            if count > room:
-                count = room
+            if count > 1:
+                count = min(room, count // 2)
                 continue
             if names:
                 return list(names), cursor
