@@ -180,8 +180,8 @@ def _check(
     over = excess(ours, expected)
     # A value that is not a number would compare as within any bound.
     over = np.where(np.isfinite(over), over, np.inf)
-    at = int(over.max(axis=1).argmax())
-    difference = np.abs(ours.astype(np.float64) - expected).max()
+    at = int(np.argmax(np.max(over, axis=1)))
+    difference = np.max(np.abs(ours.astype(np.float64) - expected))
     beyond = int((over > ABSOLUTE).sum())
     return OutputCheck(
         name, float(over.max()), float(difference), stream.name, int(steps[at]), beyond
