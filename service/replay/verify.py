@@ -184,7 +184,7 @@ def _check(
     difference = np.max(np.abs(ours.astype(np.float64) - expected))
     beyond = int((over > ABSOLUTE).sum())
     return OutputCheck(
-        name, float(over.max()), float(difference), stream.name, int(steps[at]), beyond
+        name, float(np.max(over)), float(difference), stream.name, int(steps[at]), beyond
     )
 
 
