@@ -55,6 +55,11 @@ async def until_async(condition: Callable[[], Awaitable[Any]], what: str = "the 
     return found
 
 
+def written(client: redis.Redis) -> None:
+    """Wait until the server has handed all it acknowledged to the operating system."""
+    until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")
+
+
 class RealServer:
     """One server process that can be killed and started again on its files."""
 
@@ -171,6 +176,10 @@ def server(shared_server: RealServer) -> RealServer:
 
 @pytest.fixture(params=KINDS)
 def own_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
-    """A server of each kind that the test may kill, stop or spoil."""
-    with real_server(request.param) as running:
+    """A server of each kind that the test may kill, stop or spoil.
+
+    It writes each command to its file before it answers. With `everysec` it may put the write
+    off for up to two seconds while a sync is under way, and lose it to a SIGKILL.
+    """
+    with real_server(request.param, "--appendfsync", "no") as running:
         yield running

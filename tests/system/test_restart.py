@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from tests.support.pipelines import make_artifact, rows_of, whole
@@ -42,44 +43,42 @@ class Sender:
         self.rows = rows_of(self.random, events)
         self.position = 0
         self.outputs = np.zeros((events, 7), np.float32)
-        self.retries = 0
 
     async def send(
         self, client: httpx.AsyncClient, until_position: int, begun: asyncio.Event | None = None
     ) -> None:
         """Send up to a position; `begun` is set once something of it was answered."""
-        while self.position < until_position:
-            count = int(self.random.integers(1, 9))
-            piece = self.rows[self.position : min(self.position + count, until_position)]
-            reply = await self._answered(client, piece)
-            for name, columns in (
-                ("last", slice(0, 4)),
-                ("out", slice(4, 6)),
-                ("steep", slice(6, 7)),
-            ):
-                got = np.array(reply["outputs"][name], np.float32)
-                self.outputs[self.position : self.position + len(piece), columns] = got
-            self.position += len(piece)
-            assert reply["position"] == self.position
-            if begun is not None:
-                begun.set()
-
-    async def _answered(self, client: httpx.AsyncClient, piece: np.ndarray) -> dict:
-        body = {"position": self.position, "inputs": piece.tolist()}
         async with asyncio.timeout(LONG_S):
-            while True:
-                try:
-                    response = await client.post(self.path, json=body)
-                except httpx.TransportError:
-                    self.retries += 1
-                    await asyncio.sleep(0.05)
-                    continue
-                if response.status_code == 503:
-                    self.retries += 1
-                    await asyncio.sleep(0.05)
-                    continue
-                assert response.status_code == 200, response.text
-                return response.json()
+            while self.position < until_position:
+                count = int(self.random.integers(1, 9))
+                piece = self.rows[self.position : min(self.position + count, until_position)]
+                await self._send(client, piece)
+                if begun is not None:
+                    begun.set()
+
+    async def _send(self, client: httpx.AsyncClient, piece: NDArray[np.float32]) -> None:
+        """Send one chunk until it is answered, or the stream is found to stand elsewhere."""
+        body = {"position": self.position, "inputs": piece.tolist()}
+        while True:
+            try:
+                response = await client.post(self.path, json=body)
+            except httpx.TransportError:
+                response = None
+            if response is not None and response.status_code != 503:
+                break
+            await asyncio.sleep(0.05)
+        reply = response.json()
+        if response.status_code == 409:
+            # The store lost what it had not yet written: the client is told, and sends again.
+            assert reply["code"] == "position_ahead", reply
+            self.position = reply["expected"]
+            return
+        assert response.status_code == 200, reply
+        end = self.position + len(piece)
+        for name, columns in (("last", slice(0, 4)), ("out", slice(4, 6)), ("steep", slice(6, 7))):
+            self.outputs[self.position : end, columns] = np.array(reply["outputs"][name])
+        assert reply["position"] == end
+        self.position = end
 
 
 async def _send_all(url: str, senders: list[Sender], until_position: int) -> None:

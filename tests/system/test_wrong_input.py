@@ -28,7 +28,7 @@ WRONG: list[tuple[str, bytes, int, str, str]] = [
     ("overflow", b'{"inputs": [[1e39]]}', 422, "invalid_input", "inputs[0]"),
     ("F wrong", b'{"inputs": [[1, 2]]}', 422, "invalid_input", "1"),
     ("ragged", b'{"inputs": [[1], []]}', 422, "invalid_input", "inputs[1]"),
-    ("empty", b'{"inputs": []}', 422, "invalid_input", "1"),
+    ("empty", b'{"inputs": []}', 422, "invalid_input", "at least one"),
     (
         "too long",
         b'{"inputs": [' + b",".join([b"[1]"] * 10_001) + b"]}",

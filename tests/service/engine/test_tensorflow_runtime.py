@@ -40,7 +40,7 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
 async def test_ready_after_the_first_rungs_and_the_same_after_all(
     artifact: Artifact, tmp_path: Path
 ) -> None:
-    runtime = TensorflowRuntime(artifact)
+    runtime = TensorflowRuntime(artifact, threads=0)
     runtime.warm()
     assert runtime.padded_shape(1, 1) == (1, 1)
     assert runtime.padded_shape(2, 3) == (8, 16)

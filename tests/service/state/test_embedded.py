@@ -28,7 +28,7 @@ from service.state.valkey_process import (
     remove_socket,
     server_pids,
 )
-from tests.support.servers import opened, until
+from tests.support.servers import opened, until, written
 from tests.support.streams import Streams, key, same_stream
 
 OWNER = """
@@ -110,6 +110,7 @@ def owned(data_dir: Path, maxmemory_bytes: int = 0) -> Iterator[Owner]:
 def put(url: str, name: str) -> None:
     with redis.Redis.from_url(url) as client:
         client.set(name, name)
+        written(client)
 
 
 def has(url: str, name: str) -> bool:
@@ -417,6 +418,8 @@ async def test_commits_wait_while_it_is_started_again(data_dir: Path) -> None:
         async with opened(valkey.url, wait_s=30) as store:
             assert await store.commit([commit]) == [Committed()]
             for _ in range(3):
+                with redis.Redis.from_url(valkey.url) as client:
+                    written(client)
                 os.kill(until(lambda: valkey.status().pid), signal.SIGKILL)
                 commit = streams.next(commit)
                 assert await store.commit([commit]) == [Committed()]
