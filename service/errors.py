@@ -203,7 +203,6 @@ class StateIncompatible(Refused):
 class PreviousFailed(Refused):
     code = "previous_failed"
     title = "An earlier item of this stream failed"
-    retryable = True
     remedy = "Mend the earlier item and send both again."
 
 

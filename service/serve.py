@@ -102,7 +102,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
                 f"example `carry serve --port {port + 1}` or `make run PORT={port + 1}`"
             ) from error
         listener.set_inheritable(True)
-        log.info("listening", url=_url(listener))
+        log.info("port_bound", url=_url(listener), answers="when the models are ready")
         yield listener
 
 

@@ -11,7 +11,10 @@ import pytest
 
 from examples import client
 from examples.client import Stream
+from models.events.columns import canonical_bytes, columns_from_events
+from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
+from models.examples.flights.data import flight_events
 from models.spec import read_spec
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import Standin
@@ -118,3 +121,20 @@ def test_the_chunks_of_a_stream_follow_one_another() -> None:
         position += steps
     moments = [np.datetime64(event["departed"][:19]) for event in departures]
     assert moments == sorted(moments)
+
+
+def test_the_departures_are_those_that_the_replay_sends() -> None:
+    """So that a replay goes on where the examples stopped, and its outputs can be verified."""
+    spec = read_spec(ROOT / "models" / "examples" / "flights" / "spec.yaml")
+    assert spec.events is not None
+    frame = flight_events("airport-carrier")
+    given = json.loads((EXAMPLES / "departures.json").read_bytes())
+    for name, events in given.items():
+        rows = frame.filter(frame["stream"] == name).head(len(events))
+        adapter = event_adapter(spec.events)
+        sent = columns_from_events(spec.events, [adapter.validate_python(e) for e in events])
+        recorded = columns_from_frame(spec.events, rows)
+        assert canonical_bytes(spec.events, sent) == canonical_bytes(spec.events, recorded), name
+    first = json.loads((EXAMPLES / "first-chunk.json").read_bytes())["events"]
+    second = json.loads((EXAMPLES / "second-chunk.json").read_bytes())["events"]
+    assert first + second == given["EWR-UA"][:6]

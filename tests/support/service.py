@@ -39,7 +39,7 @@ class Service:
     def start(self, **environment: str) -> None:
         """Start it and wait until it is ready."""
         self.launch(**environment)
-        self.url = until(lambda: self.ended() or self._fact("listening", "url"), "listening")
+        self.url = until(lambda: self.ended() or self._fact("port_bound", "url"), "its port")
         with httpx.Client(base_url=self.url) as client:
             until(lambda: self.ended() or _is_ready(client), "the service", READY_S)
         assert not self.ended(), self.log()
