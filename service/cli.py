@@ -45,9 +45,7 @@ def _one_line_errors() -> Iterator[None]:
     except (ModelsError, ModuleNotFoundError) as error:
         hint = ""
         if isinstance(error, ModuleNotFoundError):
-            hint = (
-                "; training needs the extra `train` (in a clone: scripts/setup dev)"
-            )
+            hint = "; training needs the extra `train` (in a clone: scripts/setup dev)"
         typer.echo(f"carry: {error}{hint}", err=True)
         raise typer.Exit(1) from error
 
