@@ -72,9 +72,9 @@ class Table:
         sizes = [stop - start for start, stop in self.streams.spans]
         return np.repeat(np.arange(len(sizes)), sizes)
 
-    def features(self, events: int) -> tuple[NDArray[np.float32], list[bool]]:
+    def features(self, events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
         """The last events at every row, for trees: see `tree_features`."""
-        return tree_features(self.spec, self.rows, self.streams.spans, events)
+        return tree_features(self.spec, self.rows, self.streams.spans, events, categorical)
 
     def running(self, series: Floats, half_life: float | None) -> Floats:
         """Running mean of each stream up to each row, without absent values; NaN before any."""

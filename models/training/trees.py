@@ -3,7 +3,7 @@
 scikit-learn's histogram trees (after LightGBM). They look back on the last k events of the
 stream: everything that the last two events hold, and of older ones what moves from event to
 event: the gap, the time of day, the targets and the categories. Angles are given as one
-number, absent values as NaN, the last event's categories as categories.
+number, absent values as NaN, categories as such or as numbers, whichever validates better.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.events.schema import CategoricalField, NumericField, TimestampField
 from models.layout import event_field
 from models.spec import ModelSpec
 
-Features = Callable[[int], tuple[NDArray[np.float32], list[bool]]]
+Features = Callable[[int, bool], tuple[NDArray[np.float32], list[bool]]]
 
 MAX_CATEGORIES = 255
 """scikit-learn's bound on the categories of a feature; beyond it codes are plain numbers."""
@@ -33,11 +33,14 @@ class Grid:
     """What is tried, one setting after the other, each from the best so far.
 
     Attributes:
+        categories: 1 gives the last event's categories as categories, 0 all of them as
+            numbers. Neither is always better: categories let trees learn names by heart.
         events, leaves, smallest_leaf: options, the first being where the search begins.
         rate: learning rate.
         most_trees: every number of trees up to it is tried.
     """
 
+    categories: tuple[int, ...]
     events: tuple[int, ...]
     leaves: tuple[int, ...]
     smallest_leaf: tuple[int, ...]
@@ -48,14 +51,15 @@ class Grid:
     def options(self) -> dict[str, tuple[int, ...]]:
         """The settings in the order in which they are tried."""
         return {
+            "categories": self.categories,
             "events": self.events,
             "leaves": self.leaves,
             "smallest_leaf": self.smallest_leaf,
         }
 
 
-FULL = Grid((5, 20), (31, 63), (20, 100), 0.05, 1000)
-SHORT = Grid((5, 20), (31, 63), (100,), 0.1, 500)
+FULL = Grid((0, 1), (5, 20), (31, 63), (100, 20), 0.05, 1000)
+SHORT = Grid((0,), (5, 20), (31, 63), (100,), 0.1, 500)
 """For numbers: each of them needs several ensembles."""
 TREES_STEP = 20
 
@@ -85,7 +89,8 @@ class Trees:
 
         Args:
             kind: `log_loss` (classes), `quantile` (the median) or `squared_error`.
-            features: events to look back on -> features of every row, and which are categories.
+            features: events to look back on and whether categories are given as such -> features
+                of every row, and which of them are categories.
             truth: float64 [rows], the target at its own row; NaN where absent.
             train, validate: int64, target rows; their features are those of the row before.
         """
@@ -127,7 +132,10 @@ class Trees:
         return np.asarray(self._stage(self._rows(at), "staged_predict"))
 
     def _rows(self, at: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._features(int(self.settings["events"]))[0][at - 1]
+        return self._looked(self.settings)[0][at - 1]
+
+    def _looked(self, settings: dict[str, Any]) -> tuple[NDArray[np.float32], list[bool]]:
+        return self._features(int(settings["events"]), bool(settings["categories"]))
 
     def _stage(self, rows: NDArray[np.float32], method: str) -> Any:
         wanted = int(self.settings["trees"])
@@ -137,7 +145,7 @@ class Trees:
         raise ValueError(f"expected at least {wanted} trees")
 
     def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
-        rows, categories = self._features(int(settings["events"]))
+        rows, categories = self._looked(settings)
         shared: dict[str, Any] = {
             "learning_rate": self._grid.rate,
             "max_iter": trees,
@@ -186,6 +194,7 @@ def tree_features(
     rows: NDArray[np.float32],
     spans: tuple[tuple[int, int], ...],
     events: int,
+    categorical: bool = True,
 ) -> tuple[NDArray[np.float32], list[bool]]:
     """The last events at every row, newest first.
 
@@ -194,6 +203,8 @@ def tree_features(
         rows: float32 [rows, F], encoded.
         spans: each stream's rows.
         events: k, how many to look back on.
+        categorical: whether the last event's categories are given as categories; otherwise
+            they are numbers, their places in the alphabet.
 
     Returns:
         float32 [rows, features], NaN before a stream's beginning; and which are categories.
@@ -216,7 +227,7 @@ def tree_features(
             late[lag:] = values[: len(values) - lag]
             late[age < lag] = np.nan
             found.append(late)
-            categories.append(category and lag == 0)
+            categories.append(category and categorical and lag == 0)
     return np.stack(found, axis=1), categories
 
 
@@ -246,6 +257,16 @@ def _columns(
             category = isinstance(field, CategoricalField) and field.codes <= MAX_CATEGORIES
         for values, moving in parts:
             taken = values.astype(np.float32)
+            if isinstance(field, CategoricalField):
+                taken = _alphabetic(field)[values.astype(np.int64)]
             taken[absent] = np.nan
             found.append((taken, moving, category))
     return found
+
+
+def _alphabetic(field: CategoricalField) -> NDArray[np.float32]:
+    """Code -> place in the alphabet: times of day, say, then stand in their order."""
+    order = np.argsort(np.array(field.labels), kind="stable")
+    places = np.empty(len(order), np.float32)
+    places[order] = np.arange(len(order), dtype=np.float32)
+    return places

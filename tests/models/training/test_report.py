@@ -37,8 +37,8 @@ def table_of(frame: pl.DataFrame) -> Table:
 @pytest.fixture(autouse=True)
 def few_trees(monkeypatch):
     """Forty trees and two tries are enough for tables this small."""
-    monkeypatch.setattr(trees, "FULL", trees.Grid((2, 5), (7,), (5,), 0.1, 40))
-    monkeypatch.setattr(trees, "SHORT", trees.Grid((5,), (7,), (5,), 0.1, 40))
+    monkeypatch.setattr(trees, "FULL", trees.Grid((0, 1), (2, 5), (7,), (5,), 0.1, 40))
+    monkeypatch.setattr(trees, "SHORT", trees.Grid((0,), (5,), (7,), (5,), 0.1, 40))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,9 @@ def test_trees_look_back_within_the_stream_alone(table):
     features, categories = tree_features(table.spec, table.rows, table.streams.spans, 5)
     assert features.shape[0] == table.streams.events
     assert sum(categories) == 1
+    plain, none = tree_features(table.spec, table.rows, table.streams.spans, 5, False)
+    assert not any(none)
+    np.testing.assert_array_equal(plain, features)
     start, stop = table.streams.spans[1]
     noise = table.rows[:, [column.name for column in table.spec.columns].index("noise")]
     held = [
@@ -114,7 +117,9 @@ def test_trees_learn_what_lies_within_their_reach():
     x = random.normal(size=(2000, 1)).astype(np.float32)
     truth = np.append([0.0], (x[:-1, 0] > 0.3).astype(float))
     rows = np.arange(1, 2000)
-    model = Trees.tuned("log_loss", lambda k: (x, [False]), truth, rows[:1500], rows[1500:])
+    model = Trees.tuned(
+        "log_loss", lambda k, categorical: (x, [False]), truth, rows[:1500], rows[1500:]
+    )
     said = model.chances(rows[1500:])[:, 1]
     assert np.mean((said > 0.5) == truth[rows[1500:]]) > 0.98
 
