@@ -116,6 +116,8 @@ def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {error}"
         ) from error
+    if _holds_booleans(value):
+        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
     if given.size == 0 and part.size == 0:
         given = given.astype(part.dtype)
     if given.shape != part.shape:
@@ -132,3 +134,10 @@ def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
     if part.dtype == "int64" and not np.array_equal(cast, given):
         raise StateError(f"part {part.name!r}: expected int64 values, got one out of range")
     return cast
+
+
+def _holds_booleans(value: Any) -> bool:
+    """NumPy would take them for numbers once they stand among numbers."""
+    if isinstance(value, list | tuple):
+        return any(_holds_booleans(item) for item in value)
+    return isinstance(value, bool)

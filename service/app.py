@@ -33,6 +33,10 @@ from service.settings import Settings
 from service.state.open import open_store
 from service.state.settings import StoreSettings
 
+LATE_S = 2.0
+"""How long the pipeline goes on after the server has waited CARRY_DRAIN_S for its requests: their
+callers are gone, and what is at its commit may end."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -63,7 +67,7 @@ def create_app() -> FastAPI:
             batches_in_flight=settings.batches_in_flight,
             state_cache_bytes=settings.state_cache_bytes,
             conflict_attempts=settings.conflict_attempts,
-            drain_s=settings.drain_s,
+            drain_s=min(settings.drain_s, LATE_S),
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from models.state import State
@@ -40,10 +41,12 @@ from service.domain import (
 from service.engine.batcher import Job
 from service.engine.compute import ComputeThread
 from service.engine.state_cache import StateCache
-from service.errors import CarryError, Conflict, NotFinite, StateIncompatible
+from service.errors import CarryError, Conflict, InternalError, NotFinite, StateIncompatible
 from service.recorder import Recorder
 from service.served import ServedModel
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
+
+log = structlog.get_logger(__name__)
 
 Work = Chunk | Steps
 Result = Reply | Prediction
@@ -134,7 +137,7 @@ class BatchRun:
             (unsure if member.base is None else ready).append(member)
         if use_cache:
             self._recorder.cache(self._served.name, len(ready), len(unsure))
-        found = await self._store.load([_chunk(member).key for member in unsure]) if unsure else []
+        found = await self._load(unsure)
         load_s = time.monotonic() - began_s
         replays: list[_Member] = []
         for member in members:
@@ -157,6 +160,15 @@ class BatchRun:
                 ready.append(member)
         answered = await asyncio.gather(*(self._replay(member) for member in replays))
         return ready, [m for m, done in zip(replays, answered, strict=True) if not done]
+
+    async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
+        """The members' streams; a store that is away fails those that need it, and no others."""
+        if not members:
+            return []
+        try:
+            return await self._store.load([_chunk(member).key for member in members])
+        except CarryError as error:
+            return [error] * len(members)
 
     def _cached(self, member: _Member) -> StreamState | None:
         """The cached state, if the chunk would simply be processed from it."""
@@ -214,6 +226,10 @@ class BatchRun:
         except CarryError as error:
             member.job.fail(error)
             return False
+        except Exception as error:
+            log.exception("encoding_failed", model=self._served.name)
+            member.job.fail(InternalError(f"encoding failed: {type(error).__name__}"))
+            return False
         return True
 
     def _state(self, member: _Member) -> State:
@@ -232,7 +248,8 @@ class BatchRun:
         for member, output, after in zip(members, outputs, floats, strict=True):
             member.timing.infer_s += infer_s
             member.outputs = output
-            state = State(after, member.ints)
+            # A copy: a view would keep the whole batch's states alive in the cache.
+            state = State(after.copy(), member.ints)
             if member.chunk is not None:
                 member.new = advance(
                     member.chunk,

@@ -104,7 +104,7 @@ class Pipeline:
         rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
         return Batcher(
             run,
-            BatchLimits(rows, self._limits.max_batch_steps),
+            BatchLimits(rows, self._limits.max_batch_steps, served.runtime.max_steps),
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
             on_depth=partial(recorder.queue, served.name),
@@ -191,7 +191,7 @@ class Pipeline:
                 item = items[index]
                 result = await self._outcome(item, blocking)
                 results[index] = result
-                if isinstance(result, CarryError) and not isinstance(result, PreviousFailed):
+                if isinstance(result, CarryError):
                     blocking = result
 
         await asyncio.gather(*(apply_in_order(indices) for indices in by_stream.values()))
@@ -204,10 +204,11 @@ class Pipeline:
             return item
         passes = isinstance(blocking, AlreadyApplied | PositionBehind)
         if blocking is not None and not (passes and item.position is not None):
+            first = blocking.facts.get("previous", blocking.code)
             return PreviousFailed(
-                f"an earlier item of stream {item.key.stream!r} failed with {blocking.code}",
+                f"an earlier item of stream {item.key.stream!r} failed with {first}",
                 stream=item.key.stream,
-                previous=blocking.code,
+                previous=first,
             )
         try:
             return await self.process(item)

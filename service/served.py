@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
-from models.errors import DataError
+from models.errors import DataError, StateError
 from models.events.encode import Clock, encode
 from models.events.schema import EventSchema
 from models.layout import OutputSpec
 from models.state import State, StateSpec
 from service.domain import FloatRows, Steps
 from service.engine.protocol import Runtime
-from service.errors import InvalidInput
+from service.errors import InvalidInput, StateDamaged
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class ServedModel:
 
         Raises:
             InvalidInput: a value cannot be encoded (it overflows float32, say).
+            StateDamaged: the state's clock is one that no stream can have.
         """
         if steps.rows is not None:
             return steps.rows, state.ints
@@ -80,6 +81,8 @@ class ServedModel:
             rows, clock = encode(self.events, steps.columns, clock)
         except DataError as error:
             raise invalid_data("events", error) from error
+        except StateError as error:
+            raise StateDamaged(f"the stored state cannot be continued: {error}") from error
         return rows, clock.into_ints(self.state, state.ints)
 
 

@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     outlives the service."""
 
     namespace: Annotated[
-        str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)
+        str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=32)
     ] = "carry"
     """Prefix of every key in the store; two services that share a store need two."""
 

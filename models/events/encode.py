@@ -49,6 +49,10 @@ _MINUTES = 1440
 _EPOCH_WEEKDAY = 3
 
 
+MAX_SEEN = 2**62
+"""More events than any stream can have; counting on from it stays within int64."""
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
     """What a stream remembers of its timestamps.
@@ -78,7 +82,7 @@ class Clock:
             int(ints[spec.slices[name].start])
             for name in (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         )
-        if seen < 0 or not 0 <= out_of_order <= max(seen - 1, 0):
+        if not 0 <= seen <= MAX_SEEN or not 0 <= out_of_order <= max(seen - 1, 0):
             raise StateError(
                 f"parts {CLOCK_SEEN!r} and {CLOCK_OUT_OF_ORDER!r}: expected counts, the second "
                 f"below the first, got {seen} and {out_of_order}"

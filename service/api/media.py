@@ -139,6 +139,8 @@ def _weight(accept: str, media: Media) -> float:
             weight = float(_parameters(parameters).get("q", "1"))
         except ValueError:
             weight = 0.0
+        if not 0 <= weight <= 1:
+            weight = 0.0
         found = max(found, (-name.count("*"), weight))
     return found[1]
 

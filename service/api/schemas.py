@@ -14,7 +14,6 @@ from service.api.bodies import (
     EXAMPLE_EPOCH,
     EXAMPLE_STREAM,
     EXAMPLE_TAG,
-    MAX_POSITION,
     StrictBody,
 )
 from service.api.reading import STREAM_NAME
@@ -53,7 +52,7 @@ TagText = Annotated[
     ),
 ]
 PositionNumber = Annotated[
-    int, Field(ge=0, le=MAX_POSITION, description="Events consumed.", examples=[48])
+    int, Field(ge=0, le=2**62, description="Events consumed.", examples=[48])
 ]
 FeedName = Annotated[
     Literal["events", "inputs"], Field(description="How the stream is fed, since its first chunk.")

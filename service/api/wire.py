@@ -122,10 +122,10 @@ class ModelWire:
                 value = self.bodies.validate_part(
                     self.bodies.types[media].item, media, value, inside
                 )
-            precondition = value.if_match and parse_if_match(
-                value.if_match, f"{inside}.if_match", bare=True
-            )
-            return self._chunk(value, value.stream, precondition or None, inside)
+            precondition = None
+            if value.if_match is not None:
+                precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
+            return self._chunk(value, value.stream, precondition, inside)
         except CarryError as error:
             return error if stream is None else _about(stream, error)
 

@@ -76,6 +76,7 @@ class Batcher(Generic[P, R]):
         self._on_depth = on_depth
         self._queue: list[Job[P, R]] = []
         self._busy: set[Hashable] = set()
+        self._long = 0
         self._batches: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._stopping = False
@@ -100,8 +101,8 @@ class Batcher(Generic[P, R]):
                 f"{len(self._queue)} chunks are waiting, which is the limit", retry_after_s=1
             )
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._on_depth(len(self._queue) + 1)
         self._queue.append(Job(payload, key, steps, future))
-        self._on_depth(len(self._queue))
         self._wake.set()
         return await future
 
@@ -127,13 +128,25 @@ class Batcher(Generic[P, R]):
         while not (self._stopping and not self._queue and not self._batches):
             await self._wake.wait()
             self._wake.clear()
-            self._queue = [job for job in self._queue if not job.future.done()]
-            while len(self._batches) < self._max_in_flight and self._start_batch():
-                pass
-            self._on_depth(len(self._queue))
+            try:
+                self._form()
+            except Exception as error:
+                log.exception("forming_failed", jobs=len(self._queue))
+                for job in self._queue:
+                    job.fail(InternalError(f"no batch could be formed: {type(error).__name__}"))
+                self._queue = []
+
+    def _form(self) -> None:
+        """Start as many batches as may be under way."""
+        self._queue = [job for job in self._queue if not job.future.done()]
+        while len(self._batches) < self._max_in_flight and self._start_batch():
+            pass
+        self._on_depth(len(self._queue))
 
     def _start_batch(self) -> bool:
-        chosen = form(self._queue, self._busy, self._limits)
+        # Long jobs hold their slot for many calls: they never take the last one.
+        long_ones = self._long < max(1, self._max_in_flight - 1)
+        chosen = form(self._queue, self._busy, self._limits, long_ones=long_ones)
         if not chosen:
             return False
         jobs = [self._queue[index] for index in chosen]
@@ -142,8 +155,14 @@ class Batcher(Generic[P, R]):
         self._busy.update(job.key for job in jobs if job.key is not None)
         task = asyncio.get_running_loop().create_task(self._run_batch(jobs))
         self._batches.add(task)
+        if any(job.steps > self._limits.long_steps for job in jobs):
+            self._long += 1
+            task.add_done_callback(self._long_done)
         task.add_done_callback(self._batch_done)
         return True
+
+    def _long_done(self, _: asyncio.Task[None]) -> None:
+        self._long -= 1
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
         self._batches.discard(task)

@@ -30,18 +30,23 @@ class BatchLimits:
     Attributes:
         max_rows: jobs per batch.
         max_padded_steps: rows times the longest row's steps; a single longer job goes alone.
+        long_steps: a job of more steps is a long one, which takes several runtime calls.
     """
 
     max_rows: int
     max_padded_steps: int
+    long_steps: int = 2**31
 
 
-def form(queue: Iterable[Waiting], busy: Set[Hashable], limits: BatchLimits) -> list[int]:
+def form(
+    queue: Iterable[Waiting], busy: Set[Hashable], limits: BatchLimits, *, long_ones: bool = True
+) -> list[int]:
     """Indices of the jobs to run next, in queue order; empty where none may run.
 
     Args:
         queue: waiting jobs, oldest first.
         busy: streams with a job in flight.
+        long_ones: whether long jobs may be taken.
     """
     chosen: list[int] = []
     passed: set[Hashable] = set()
@@ -53,6 +58,8 @@ def form(queue: Iterable[Waiting], busy: Set[Hashable], limits: BatchLimits) -> 
             if job.key in busy or job.key in passed:
                 continue
             passed.add(job.key)
+        if job.steps > limits.long_steps and not long_ones:
+            continue
         padded = (len(chosen) + 1) * max(longest, job.steps)
         if chosen and padded > limits.max_padded_steps:
             continue

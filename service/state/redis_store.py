@@ -43,6 +43,7 @@ from service.state.server_checks import check_server
 from service.state.settings import StoreSettings
 
 PING_S: Final = 1.0
+CURSOR_DIGITS: Final = 20
 
 log = structlog.get_logger(__name__)
 
@@ -178,7 +179,7 @@ class RedisStore:
             StoreUnavailable, StoreRefused: the server as a whole.
         """
         at = "0" if cursor is None else cursor
-        if not at.isascii() or not at.isdigit() or int(at) >= 2**64:
+        if len(at) > CURSOR_DIGITS or not at.isascii() or not at.isdigit() or int(at) >= 2**64:
             raise InvalidInput(
                 f"cursor: expected the one of the last page, got {cursor!r}", at="cursor"
             )

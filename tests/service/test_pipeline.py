@@ -280,6 +280,37 @@ async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) ->
         assert isinstance(blocked[1], PreviousFailed)
 
 
+async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
+    store_url: str, artifact: Artifact
+) -> None:
+    rows = rows_of(np.random.default_rng(21), 12)
+    async with worker(store_url, artifact) as one:
+        await one.process(chunk_of("held", rows[:2], 0))
+        results = await one.process_many(
+            [
+                chunk_of("held", rows[4:6], 0),
+                chunk_of("held", rows[6:8]),
+                chunk_of("held", rows[2:4], 2),
+            ]
+        )
+        assert [type(result) for result in results] == [
+            PositionBehind,
+            PreviousFailed,
+            PreviousFailed,
+        ]
+        assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
+        assert (await one.read(StreamKey("probe", "held"))).mark.position == 2
+
+
+async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(22)
+    async with worker(store_url, artifact) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of(f"own{index}", rows_of(random, 2), 0)) for index in range(6))
+        )
+    assert all(reply.state.floats.base is None for reply in replies)
+
+
 async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(14), 20)
     key = StreamKey("probe", "source")

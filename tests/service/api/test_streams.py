@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from service.api.schemas import Deleted, StateReply, StreamInfo, StreamList
 from service.domain import StreamKey
+from service.errors import StoreUnavailable
 from tests.service.api.harness import EVENT, LATER, MSGPACK, NOW_MS, Harness, problem, rows
 
 ADDRESS = "/v1/models/probe/streams"
@@ -258,3 +260,52 @@ async def test_a_state_of_another_version_is_not_given_by_name(api: Harness) -> 
     assert document["got"] == "0" * 32
     info = (await api.client.get(f"{ADDRESS}/s")).json()
     assert (info["version"], info["position"]) == ("0" * 12, 2)
+
+
+async def test_a_cursor_of_many_digits_is_refused(api: Harness) -> None:
+    response = await api.client.get(f"{ADDRESS}?cursor={'9' * 5000}")
+    problem(response, 422, "invalid_input")
+
+
+async def test_a_clock_that_no_stream_can_have_is_not_restored(api: Harness) -> None:
+    await api.chunk({"events": [EVENT]}, model="small")
+    address = "/v1/models/small/streams/s/state"
+    given = (await api.client.get(address)).json()
+    given["state"]["clock.seen"] = 2**63 - 1
+    await api.client.delete("/v1/models/small/streams/s")
+    response = await api.client.put(address, json=given)
+    assert response.status_code == 422, response.text
+
+
+async def test_booleans_are_no_numbers_of_a_state(api: Harness) -> None:
+    await api.chunk({"inputs": rows(2).tolist()})
+    given = (await api.client.get(f"{ADDRESS}/s/state")).json()
+    given["state"]["lstm_1.hidden"][0] = True
+    await api.client.delete(f"{ADDRESS}/s")
+    response = await api.client.put(f"{ADDRESS}/s/state", json=given)
+    problem(response, 422, "invalid_input")
+
+
+async def test_predictions_need_no_store(api: Harness) -> None:
+    api.store.away = StoreUnavailable("no answer")
+    body = {"sequences": [{"inputs": rows(3).tolist()}]}
+    predicted, refused = await asyncio.gather(
+        api.client.post("/v1/models/probe/predict", json=body),
+        api.chunk({"inputs": rows(2).tolist()}),
+    )
+    assert predicted.status_code == 200
+    problem(refused, 503, "store_unavailable")
+
+
+async def test_an_empty_precondition_is_none_that_holds(api: Harness) -> None:
+    item = {"stream": "s", "position": 0, "inputs": rows(2).tolist(), "if_match": ""}
+    reply = await api.client.post("/v1/models/probe/chunks", json={"chunks": [item]})
+    (result,) = reply.json()["results"]
+    assert result["error"]["code"] == "invalid_precondition"
+    assert api.position() is None
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-1"])
+async def test_a_weight_out_of_range_accepts_nothing(api: Harness, weight: str) -> None:
+    response = await api.client.get(ADDRESS, headers={"accept": f"application/json;q={weight}"})
+    problem(response, 406, "not_acceptable")

@@ -161,3 +161,42 @@ async def test_drain_is_bounded() -> None:
     for task in tasks:
         with pytest.raises(ShuttingDown):
             await task
+
+
+async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
+    runs = Runs()
+    batcher: Batcher[str, str] = Batcher(
+        runs,
+        BatchLimits(8, 100, long_steps=64),
+        max_queue=9,
+        max_in_flight=3,
+        on_depth=lambda _: None,
+    )
+    batcher.start()
+    long_ones = [asyncio.create_task(batcher.submit(name, name, 1000)) for name in "abcd"]
+    short = asyncio.create_task(batcher.submit("s", "s", 1))
+    await runs.began(3)
+    assert runs.batches == [["a"], ["b"], ["s"]]
+    runs.gate.set()
+    assert await asyncio.gather(*long_ones, short) == ["A", "B", "C", "D", "S"]
+    await batcher.drain(5)
+
+
+async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later() -> None:
+    runs = Runs()
+    runs.gate.set()
+    broken = iter([None, ZeroDivisionError()])
+
+    def on_depth(_: int) -> None:
+        if error := next(broken, None):
+            raise error
+
+    batcher: Batcher[str, str] = Batcher(
+        runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1, on_depth=on_depth
+    )
+    batcher.start()
+    waiting = [asyncio.create_task(batcher.submit("a", "a", 1))]
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert outcomes == ["A"] or isinstance(outcomes[0], InternalError)
+    assert await batcher.submit("b", "b", 1) == "B"
+    await batcher.drain(5)

@@ -42,6 +42,13 @@ def test_a_job_over_the_budget_goes_alone() -> None:
     assert form([Waits("a", 1000), Waits("b", 1)], set(), LIMITS) == [0]
 
 
+def test_long_jobs_wait_where_only_short_ones_may_start() -> None:
+    limits = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=16)
+    queue = [Waits("a", 1000), Waits("a", 1), Waits("b", 1)]
+    assert form(queue, set(), limits, long_ones=False) == [2]
+    assert form(queue, set(), limits) == [0]
+
+
 def test_jobs_without_a_stream_share_a_batch() -> None:
     assert form([Waits(None, 1), Waits(None, 1)], set(), LIMITS) == [0, 1]
 
