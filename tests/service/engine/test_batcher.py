@@ -184,8 +184,7 @@ async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
 
 async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later() -> None:
     runs = Runs()
-    runs.gate.set()
-    broken = iter([None, ZeroDivisionError()])
+    broken = iter([None, None, ZeroDivisionError()])
 
     def on_depth(_: int) -> None:
         if error := next(broken, None):
@@ -195,8 +194,10 @@ async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later()
         runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1, on_depth=on_depth
     )
     batcher.start()
-    waiting = [asyncio.create_task(batcher.submit("a", "a", 1))]
-    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-    assert outcomes == ["A"] or isinstance(outcomes[0], InternalError)
-    assert await batcher.submit("b", "b", 1) == "B"
+    running, waiting = (asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab")
+    with pytest.raises(InternalError):
+        await waiting
+    runs.gate.set()
+    assert await running == "A"
+    assert await batcher.submit("c", "c", 1) == "C"
     await batcher.drain(5)

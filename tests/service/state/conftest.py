@@ -1,5 +1,41 @@
 """Real servers and stores on them."""
 
-from tests.support.servers import own_server, server, shared_server
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from service.state.open import open_store
+from service.state.protocol import StateStore
+from service.state.settings import StoreSettings
+from tests.support.servers import RealServer, own_server, server, shared_server
+from tests.support.streams import OpenStore, Streams
 
 __all__ = ["own_server", "server", "shared_server"]
+
+
+@pytest.fixture
+async def open_on(server: RealServer) -> AsyncIterator[OpenStore]:
+    """Opens stores on the server; each is closed at the end."""
+    async with AsyncExitStack() as stack:
+
+        async def open_one(**settings: Any) -> StateStore:
+            store = open_store(StoreSettings(server.url, **settings))
+            stack.push_async_callback(store.close)
+            await store.start()
+            return store
+
+        yield open_one
+
+
+@pytest.fixture
+async def store(open_on: OpenStore) -> StateStore:
+    return await open_on()
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
