@@ -335,7 +335,7 @@ class BatchRun:
             self._recorder.conflict(self._served.name)
             return False
         self._cache.put(chunk.key, new)
-        self._recorder.chunk(self._served.name, member.steps.count, member.timing)
+        self._recorder.chunk(self._served.name, member.steps.length, member.timing)
         member.job.resolve(reply)
         return True
 

@@ -85,7 +85,7 @@ def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -
         kind, canonical = b"I", np.ascontiguousarray(steps.rows, "<f4").tobytes()
     else:
         raise ValueError("expected columns under a schema, or rows")
-    return hashlib.sha256(kind + struct.pack("<Q", steps.count) + canonical + nonce).digest()
+    return hashlib.sha256(kind + struct.pack("<Q", steps.length) + canonical + nonce).digest()
 
 
 def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
@@ -208,7 +208,7 @@ def advance(
         mark=Mark(
             before.epoch,
             next_tag(before.tag, before.position, chunk.digest),
-            before.position + chunk.steps.count,
+            before.position + chunk.steps.length,
         ),
         feed=chunk.steps.feed,
         fingerprint=fingerprint,

@@ -1,12 +1,15 @@
 """The values that travel through the service: what is sent, what is kept, what is answered.
 
-Plain frozen values without behaviour of their own; no transport, store or runtime types.
+Plain frozen values without behaviour of their own; no transport, store or runtime types. What
+every chunk makes anew is a named tuple: it is made, hashed and compared in C, at a third of the
+cost of a frozen dataclass.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +26,7 @@ FIRST_TAG = bytes(TAG_BYTES)
 """The tag of a stream at the beginning of an epoch."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class StreamKey:
+class StreamKey(NamedTuple):
     """A stream under its model."""
 
     model: str
@@ -38,8 +40,7 @@ class Feed(StrEnum):
     INPUTS = "inputs"
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """Names one state of one stream: epoch and tag; the position alone would not.
 
     Attributes:
@@ -58,8 +59,7 @@ class Mark:
         return f"{self.epoch.hex()}-{self.tag.hex()}"
 
 
-@dataclass(frozen=True, slots=True)
-class LastChunk:
+class LastChunk(NamedTuple):
     """What a retry of the stream's last chunk is recognised by.
 
     Attributes:
@@ -71,8 +71,7 @@ class LastChunk:
     digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StreamState:
+class StreamState(NamedTuple):
     """One stream as the store keeps it.
 
     Attributes:
@@ -89,8 +88,7 @@ class StreamState:
     state: State
 
 
-@dataclass(frozen=True, slots=True)
-class StoredReply:
+class StoredReply(NamedTuple):
     """The outputs of a stream's last chunk, kept for retries.
 
     Attributes:
@@ -102,8 +100,7 @@ class StoredReply:
     outputs: FloatRows
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
+class Steps(NamedTuple):
     """T >= 1 consecutive events, either as validated columns or as encoded rows.
 
     Attributes:
@@ -112,7 +109,7 @@ class Steps:
     """
 
     feed: Feed
-    count: int
+    length: int
     columns: EventColumns | None = None
     rows: FloatRows | None = None
 
@@ -129,8 +126,7 @@ class Precondition:
         return mark is not None and (self.any_state or mark.etag in self.etags)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Events of one stream, sent together.
 
     Attributes:
@@ -147,9 +143,8 @@ class Chunk:
     precondition: Precondition | None = None
 
 
-@dataclass(slots=True)
-class Timing:
-    """Where a chunk's time went, in seconds."""
+class Timing(NamedTuple):
+    """Where a chunk's time went, in seconds; all zero where nothing was computed."""
 
     queue_s: float = 0.0
     load_s: float = 0.0
@@ -157,8 +152,7 @@ class Timing:
     commit_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """What one chunk is answered with.
 
     Attributes:
@@ -175,19 +169,17 @@ class Reply:
     state: State
     replayed: bool = False
     created: bool = False
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = Timing()
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """A whole sequence from the zero state, nothing stored: outputs [T, O] and the last state."""
 
     outputs: FloatRows
     state: State
 
 
-@dataclass(frozen=True, slots=True)
-class StreamPage:
+class StreamPage(NamedTuple):
     """One page of a listing; `cursor` is None on the last."""
 
     streams: tuple[str, ...]

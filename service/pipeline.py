@@ -163,7 +163,7 @@ class Pipeline:
             CarryError: refused or failed; see `service.errors`.
         """
         batcher = self._batchers[self.model(chunk.key.model).name]
-        result = await batcher.submit(chunk, chunk.key, chunk.steps.count)
+        result = await batcher.submit(chunk, chunk.key, chunk.steps.length)
         if not isinstance(result, Reply):
             raise TypeError(f"expected a reply, got {type(result).__name__}")
         return result
@@ -223,7 +223,7 @@ class Pipeline:
         """
         batcher = self._batchers[self.model(model).name]
         results = await asyncio.gather(
-            *(batcher.submit(steps, None, steps.count) for steps in sequences)
+            *(batcher.submit(steps, None, steps.length) for steps in sequences)
         )
         return [result for result in results if isinstance(result, Prediction)]
 

@@ -142,7 +142,7 @@ class ModelWire:
         steps = [
             self._steps(sequence, f"sequences[{at}]", most) for at, sequence in enumerate(found)
         ]
-        _counted(sum(sequence.count for sequence in steps), "sequences", most)
+        _counted(sum(sequence.length for sequence in steps), "sequences", most)
         return steps
 
     def _chunk(

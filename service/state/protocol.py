@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
 from service.errors import CarryError
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """One compare-and-set.
 
     Attributes:
@@ -37,8 +36,7 @@ class Committed:
     """Written: reply, state and position together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conflicted:
+class Conflicted(NamedTuple):
     """Not written: the stream was found at another mark (None: it does not exist)."""
 
     found: Mark | None

@@ -200,7 +200,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     random, encode = np.random.default_rng(23), ServedModel.encode
 
     def encode_or_fail(served: ServedModel, steps: Steps, state: State) -> object:
-        if steps.count == 3:
+        if steps.length == 3:
             raise ZeroDivisionError("an unforeseen failure")
         return encode(served, steps, state)
 
