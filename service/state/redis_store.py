@@ -36,7 +36,8 @@ from service.state.codec import (
     encode_state,
     mark_bytes,
 )
-from service.state.link import RETRY_AFTER_S, ReplyLost, Script, ServerLink
+from service.state.connections import RETRY_AFTER_S
+from service.state.link import ReplyLost, Script, ServerLink
 from service.state.protocol import Commit, CommitResult, Committed, Conflicted
 from service.state.scan import scan_page
 from service.state.server_checks import check_server
@@ -92,7 +93,7 @@ class RedisStore:
         """
         if not keys:
             return []
-        values = await self._link.read("MGET", *map(self._keys.state, keys))
+        values = await self._link.read_in_order("MGET", *map(self._keys.state, keys))
         return [self._decoded(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def load_with_reply(
@@ -104,7 +105,7 @@ class RedisStore:
             StateDamaged: the state's bytes are refused.
             StoreUnavailable, StoreRefused: the server as a whole.
         """
-        value, kept = await self._link.read("MGET", *self._keys.pair(key))
+        value, kept = await self._link.read_in_order("MGET", *self._keys.pair(key))
         state = self._decoded(key, value)
         if isinstance(state, CarryError):
             raise state
@@ -161,7 +162,7 @@ class RedisStore:
         keys = list(self._keys.pair(key))
         mark = b"" if expected is None else mark_bytes(expected)
         try:
-            answer = await self._link.run(self._delete, keys, [mark], in_order=True)
+            answer = await self._link.run(self._delete, keys, [mark])
         except ReplyLost as error:
             return _outcome_unknown(key, expected, error)
         result = self._result(key, answer.value)
@@ -197,7 +198,7 @@ class RedisStore:
         self, keys: list[str], arguments: list[str | bytes | int], commits: list[Commit]
     ) -> list[CommitResult]:
         try:
-            answer = await self._link.run(self._commit, keys, arguments, in_order=True)
+            answer = await self._link.run(self._commit, keys, arguments)
         except ReplyLost as error:
             return [_outcome_unknown(commit.key, commit.expected, error) for commit in commits]
         outcomes: list[CommitResult] = []

@@ -104,7 +104,8 @@ async def test_calls_wait_for_a_server_that_starts_again(
         assert same_stream(state, other.new)
         assert same_reply(reply, other.reply)
         assert set(page.streams) == {"a", "b"}
-        assert deleted == Conflicted(None)
+        # It may have gone out before the server's end was noticed: then nobody knows who deleted.
+        assert deleted in (Conflicted(None), Committed())
         (found,) = await store.load([key("a")])
         assert same_stream(found, second.new)
 
@@ -192,23 +193,23 @@ async def test_a_hung_server_is_waited_for(own_server: RealServer, streams: Stre
         assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
 
 
-async def test_commits_behind_a_hung_one_are_not_sent_late(
+async def test_everything_sent_to_a_hung_server_is_open(
     own_server: RealServer, streams: Streams
 ) -> None:
-    """Their time counts from their call, and what was not sent is known not to be applied."""
+    """Requests do not wait for each other: what was sent may be carried out later."""
     async with opened(own_server.url, wait_s=0.3) as store:
         assert await store.commit([streams.creation(key("before"))]) == [Committed()]
+        commits = [streams.creation(key(f"s{i}")) for i in range(5)]
         own_server.signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(10):
-                outcomes = await asyncio.gather(
-                    *(store.commit([streams.creation(key(f"s{i}"))]) for i in range(5)),
-                    return_exceptions=True,
-                )
+                outcomes = await asyncio.gather(*(store.commit([commit]) for commit in commits))
         finally:
             own_server.signal(signal.SIGCONT)
-        assert isinstance(outcomes[0][0], OutcomeUnknown)
-        assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes[1:])
+        assert all(isinstance(outcome, OutcomeUnknown) for [outcome] in outcomes)
+    async with opened(own_server.url) as store:
+        for commit in commits:
+            assert await store.commit([commit]) in ([Committed()], [Conflicted(commit.new.mark)])
 
 
 # Lost replies

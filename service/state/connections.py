@@ -1,0 +1,129 @@
+"""Where a store's server is, and connections to it that are not open yet.
+
+The address comes from the settings; what it may not change (a reply decoded to text, say, would
+not be a state) is fixed here. So is what the client library's errors mean: whether the server
+may answer the same request later, and the service's own error where it will not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from redis.asyncio import BlockingConnectionPool
+from redis.asyncio.connection import AbstractConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from service.errors import StoreRefused, StoreUnavailable
+from service.state.settings import REDIS_SCHEMES, StoreSettings
+
+RETRY_AFTER_S: Final = 1
+TRIES: Final = 3
+"""A connection that is silent for a third of a call's time is given up and made anew: longer
+than a server hesitates, and early enough to reach the server that took its place."""
+
+_URL_OPTIONS: Final = frozenset(
+    {"host", "port", "db", "username", "password", "path", "connection_class"}
+)
+
+
+class Backend:
+    """The server of some settings.
+
+    Attributes:
+        where: its address without secrets.
+        wait_s: how long a call waits for it.
+        silence_s: how long one connection may be silent.
+
+    Raises:
+        StoreRefused: the address cannot be used.
+    """
+
+    def __init__(self, settings: StoreSettings):
+        self._options = _connection_options(settings)
+        self._max_connections = settings.max_connections
+        self.where = _where(self._options)
+        self.wait_s = settings.wait_s
+        self.silence_s = settings.wait_s / TRIES
+
+    def pool(self) -> BlockingConnectionPool:
+        """Connections for requests that need no order; their reads time out by themselves."""
+        return BlockingConnectionPool(
+            max_connections=self._max_connections,
+            timeout=self.wait_s,
+            socket_timeout=self.silence_s,
+            **self._options,
+        )
+
+    def connection(self) -> AbstractConnection:
+        """One connection of its own, whose user watches over its silence."""
+        # Without a timeout of its own it writes at once, in the order of the calls.
+        pool = BlockingConnectionPool(max_connections=1, socket_timeout=None, **self._options)
+        connection: AbstractConnection = pool.make_connection()
+        return connection
+
+    def refused(self, error: BaseException) -> StoreRefused:
+        """The server said no, and will say so again."""
+        return StoreRefused(
+            f"the store at {self.where} refused: {text(error)}", retry_after_s=RETRY_AFTER_S
+        )
+
+    def unavailable(self, error: BaseException) -> StoreUnavailable:
+        """The server did not answer in time, and nothing was carried out."""
+        return StoreUnavailable(
+            f"the store at {self.where} did not answer within {self.wait_s:g} s: {text(error)}",
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the server may answer the same request later: it is away or loading."""
+    # On unix sockets the client library wraps what the server said to AUTH.
+    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
+        error = error.__cause__
+    if isinstance(error, (AuthenticationError, AuthorizationError)):
+        return False
+    return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError))
+
+
+def text(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing."""
+    return str(error) or type(error).__name__
+
+
+def _connection_options(settings: StoreSettings) -> dict[str, Any]:
+    """What the client library is given: the address, and settings that the address may not
+    change (a reply decoded to text, say, would not be a state)."""
+    scheme = settings.url.partition("://")[0]
+    if scheme not in REDIS_SCHEMES:
+        accepted = ", ".join(f"{name}://" for name in REDIS_SCHEMES)
+        raise StoreRefused(f"expected a store address that begins with {accepted}, got {scheme}://")
+    try:
+        address: Mapping[str, Any] = parse_url(settings.url)
+    except ValueError as error:
+        raise StoreRefused(f"the store's address cannot be read: {error}") from error
+    unknown = [name for name in address if name not in _URL_OPTIONS and not name.startswith("ssl_")]
+    if unknown:
+        raise StoreRefused(f"the store's address has options that are not taken: {unknown}")
+    if scheme == "unix" and not address.get("path"):
+        raise StoreRefused("expected unix:///path/of/socket as the store's address")
+    return {
+        **address,
+        "protocol": 2,
+        "decode_responses": False,
+        "retry": Retry(NoBackoff(), 0),
+        "socket_connect_timeout": settings.wait_s / TRIES,
+    }
+
+
+def _where(options: Mapping[str, Any]) -> str:
+    """The address without its secrets."""
+    if "path" in options:
+        return f"unix://{options['path']}"
+    scheme = "rediss" if options.get("connection_class") else "redis"
+    host, port = options.get("host", "localhost"), options.get("port", 6379)
+    return f"{scheme}://{host}:{port}/{options.get('db', 0)}"
