@@ -24,7 +24,7 @@ from service.api.health import RenderMetrics
 from service.api.limits import ApiLimits
 from service.api.openapi_document import DESCRIPTION, openapi_document
 from service.api.problems import REFERENCE
-from service.ops.logs import RequestLog
+from service.ops.request_log import RequestLog
 from service.pipeline import Pipeline
 from service.recorder import Recorder
 

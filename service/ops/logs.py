@@ -2,40 +2,33 @@
 
 The service logs through structlog, libraries through the standard library; both end in the
 same lines, and every line that is written while a request is served carries its
-`request_id`. `RequestLog` writes one line for each request. A line names routes, never the
-path that was asked for: names of streams may be names of people. Logging never raises.
+`request_id`. The lines of requests take a way of their own (`log_request`), short enough for
+every request. Logging never raises.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
-import secrets
 import sys
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
 import structlog
-from structlog.contextvars import bound_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from service.ops.lines import StderrLines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 
-REQUEST_ID_HEADER = b"x-request-id"
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
+REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
+"""The id of the request that is being served; the lines of its context carry it."""
 
-PROBES = ("/health/live", "/health/ready", "/metrics")
-"""Routes that machines ask for every few seconds; logged at `debug`."""
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+_stderr = StderrLines()
 
 
 def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> None:
@@ -47,7 +40,7 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
-        merge_contextvars,
+        _add_request_id,
         structlog.processors.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -72,110 +65,108 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(True)
-
-
-class RequestLog:
-    """ASGI middleware: gives every request an id, and the log one line about it.
-
-    The id is the client's `X-Request-Id` where that is a plain token, else a new one; it is
-    bound for all lines of the request and sent back in the reply's header. Put it outside of
-    everything else, so that the time is the whole time.
-    """
-
-    def __init__(self, app: AsgiApp):
-        self._app = app
-        self._log = structlog.get_logger("service.requests")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection; anything but HTTP passes through."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        status: int = 0
-        began_s = time.perf_counter()
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        with bound_contextvars(request_id=request_id):
-            try:
-                await self._app(scope, receive, send_with_id)
-            except BaseException:
-                # nothing was answered: the server sends a plain 500, or the client is gone
-                status = status or 500
-                raise
-            finally:
-                route = getattr(scope.get("route"), "path", None)
-                write = self._log.debug if route in PROBES else self._log.info
-                write(
-                    "request",
-                    method=scope["method"],
-                    route=route,
-                    status=status,
-                    ms=round((time.perf_counter() - began_s) * 1000, 2),
-                )
+    _requests.configure(number, log_format)
 
 
 def current_request_id() -> str | None:
     """The id of the request that is being served; None outside of one."""
-    found = structlog.contextvars.get_contextvars().get("request_id")
-    return found if isinstance(found, str) else None
+    return REQUEST_ID.get()
 
 
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == REQUEST_ID_HEADER and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return secrets.token_hex(8)
+def log_request(level: int, fields: Mapping[str, Any]) -> None:
+    """The line of one request, gathered with others before it is written.
+
+    It looks like any other line, and is made without structlog's processors, which take ten
+    times as long. Before `configure_logs` there is none.
+
+    Args:
+        level: `logging.INFO`, or another of its levels.
+        fields: what is told of the request; plain values.
+    """
+    _requests.log(level, fields)
+
+
+def flush_logs() -> None:
+    """Write what was gathered. It is written by itself after a moment, and at exit."""
+    _stderr.flush()
+
+
+class _RequestLines:
+    """Writes the lines of requests at the level and in the format of `configure_logs`."""
+
+    def __init__(self) -> None:
+        self._level = logging.CRITICAL + 1
+        self._line: Callable[[dict[str, Any]], str] = _json_line
+
+    def configure(self, level: int, log_format: LogFormat) -> None:
+        self._level = level
+        self._line = _json_line if log_format == "json" else _console_line()
+
+    def log(self, level: int, fields: Mapping[str, Any]) -> None:
+        if level < self._level:
+            return
+        line = {
+            "timestamp": datetime.now(UTC),
+            "level": logging.getLevelName(level).lower(),
+            "logger": "service.requests",
+            "message": "request",
+            "request_id": REQUEST_ID.get(),
+            **fields,
+        }
+        _stderr.gather(self._line(line))
+
+
+def _json_line(line: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z).decode()
+    except TypeError:
+        # a lone surrogate, an integer over 64 bits: the slower writer escapes them
+        return json.dumps(line, default=repr, skipkeys=True)
+
+
+def _console_line() -> Callable[[dict[str, Any]], str]:
+    renderer = _console_renderer()
+
+    def render(line: dict[str, Any]) -> str:
+        moment: datetime = line.pop("timestamp")
+        fields = {"timestamp": f"{moment.replace(tzinfo=None).isoformat()}Z", **line}
+        fields["event"] = fields.pop("message")
+        return str(renderer(None, fields["level"], fields))
+
+    return render
+
+
+def _console_renderer() -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(),
+        exception_formatter=structlog.dev.plain_traceback,
+    )
 
 
 def _rendering(log_format: LogFormat) -> list[Processor]:
     if log_format == "console":
-        return [
-            structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(),
-                exception_formatter=structlog.dev.plain_traceback,
-            )
-        ]
-    return [
-        structlog.processors.format_exc_info,
-        _render_json,
-    ]
+        return [_console_renderer()]
+    return [structlog.processors.format_exc_info, _render_json]
 
 
 def _render_json(_: WrappedLogger, __: str, fields: EventDict) -> str:
     line = {name: fields.pop(name, None) for name in ("timestamp", "level", "logger")}
     # structlog calls the message `event`, which is a time step here
     line["message"] = fields.pop("event", None)
-    line |= fields
-    try:
-        return orjson.dumps(line, default=repr).decode()
-    except TypeError:
-        # a lone surrogate, an integer over 64 bits: the slower writer escapes them
-        return json.dumps(line, default=repr, skipkeys=True)
+    return _json_line(line | fields)
+
+
+def _add_request_id(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    request_id = REQUEST_ID.get()
+    if request_id is not None:
+        fields.setdefault("request_id", request_id)
+    return fields
 
 
 def _without_colours(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
     # uvicorn's second rendering of each message
     fields.pop("color_message", None)
     return fields
-
-
-def _write_line(line: str) -> None:
-    # looked up for each line, so that a replaced stderr is followed
-    stream = sys.stderr
-    try:
-        stream.write(f"{line}\n")
-        stream.flush()
-    except (OSError, ValueError):
-        # stderr is gone; there is nowhere left to say so
-        return
 
 
 class _StderrLogger:
@@ -185,7 +176,7 @@ class _StderrLogger:
         self.name = name
 
     def msg(self, line: str) -> None:
-        _write_line(line)
+        _stderr.write(line)
 
     debug = info = warning = error = critical = msg
 
@@ -195,6 +186,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            _write_line(self.format(record))
+            _stderr.write(self.format(record))
         except Exception:
             self.handleError(record)
+
+
+_requests = _RequestLines()

@@ -14,7 +14,8 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
-from service.ops.logs import RequestLog, configure_logs, current_request_id
+from service.ops.logs import configure_logs, current_request_id, flush_logs
+from service.ops.request_log import RequestLog
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,7 @@ def logging_as_before() -> Iterator[None]:
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    flush_logs()
     captured = capsys.readouterr()
     assert captured.out == ""
     return [json.loads(line) for line in captured.err.splitlines()]
@@ -110,6 +112,7 @@ def test_the_console_format_is_for_people(capsys: pytest.CaptureFixture[str]) ->
     configure_logs("info", "console")
     structlog.get_logger("service.app").info("ready", workers=2)
     logging.getLogger("uvicorn.error").info("Started")
+    flush_logs()
     first, second = capsys.readouterr().err.splitlines()
     assert "ready" in first
     assert "workers=2" in first
