@@ -63,12 +63,21 @@ STATE_MAGIC: Final = b"CRRY"
 REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
 
+# What lies before the checksum, and what follows it.
+_STATE_LEAD = struct.Struct("<4sBBHI")
+_STATE_REST = struct.Struct("<16s8s16sQQ16sq")
 _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
+_REPLY_LEAD = struct.Struct("<4sB3sII")
+_REPLY_REST = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
 HEADER_BYTES: Final = _STATE.size
 REPLY_HEADER_BYTES: Final = _REPLY.size
-_STATE_CRC_AT: Final = 12
-_REPLY_CRC_AT: Final = 16
+_STATE_CRC_AT: Final = _STATE_LEAD.size
+_REPLY_CRC_AT: Final = _REPLY_LEAD.size
+_FLOAT: Final = np.dtype("<f4")
+_INT: Final = np.dtype("<i8")
+_NO_DIGEST: Final = bytes(DIGEST_BYTES)
+_ZERO: Final = bytes(3)
 
 _FEED_IS_INPUTS: Final = 1
 _HAS_LAST: Final = 2
@@ -82,39 +91,36 @@ def encode_state(stream: StreamState) -> bytes:
     """The bytes of a stream.
 
     Args:
-        stream: floats float32 [N] and finite, ints int64 [M].
+        stream: floats float32 [N] and ints int64 [M]; that they are finite is the caller's to
+            check, who can do it for a whole batch at once.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
-    ints, floats = stream.state.ints, stream.state.floats
-    if ints.ndim != 1 or ints.dtype != np.int64:
-        raise CodecError(f"expected int64 [M], got {ints.dtype} {list(ints.shape)}")
-    body = _row_bytes(ints) + _float_bytes(floats, 1)
-    flags = _FEED_IS_INPUTS if stream.feed is Feed.INPUTS else 0
-    start, digest = 0, bytes(DIGEST_BYTES)
-    if stream.last is not None:
-        flags |= _HAS_LAST
-        start, digest = stream.last.start, _exact("digest", stream.last.digest, DIGEST_BYTES)
-    try:
-        header = _STATE.pack(
-            STATE_MAGIC,
-            FORMAT,
-            flags,
-            ints.size,
-            floats.size,
-            0,
-            _exact("fingerprint", stream.fingerprint, FINGERPRINT_BYTES),
-            _exact("epoch", stream.mark.epoch, EPOCH_BYTES),
-            _exact("tag", stream.mark.tag, TAG_BYTES),
-            stream.mark.position,
-            start,
-            digest,
-            stream.updated_ms,
+    mark, feed, fingerprint, last, updated_ms, (floats, ints) = stream
+    if floats.ndim != 1 or floats.dtype != _FLOAT or ints.ndim != 1 or ints.dtype != _INT:
+        raise CodecError(
+            f"expected float32 [N] and int64 [M], got {floats.dtype} {list(floats.shape)} and "
+            f"{ints.dtype} {list(ints.shape)}"
         )
+    flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
+    start, digest = 0, _NO_DIGEST
+    if last is not None:
+        flags |= _HAS_LAST
+        start, digest = last
+    epoch, tag, position = mark
+    # struct would pad or cut a string of another length without a word.
+    if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
+        raise CodecError(
+            "expected 16 bytes each of fingerprint, tag and digest, and 8 of the epoch, got "
+            f"{len(fingerprint)}, {len(tag)}, {len(digest)} and {len(epoch)}"
+        )
+    try:
+        lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, flags, ints.size, floats.size)
+        rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(header + body, _STATE_CRC_AT)
+    return _sealed(lead, b"".join((rest, ints.tobytes(), floats.tobytes())))
 
 
 def decode_state(value: bytes) -> StreamState:
@@ -147,7 +153,7 @@ def decode_state(value: bytes) -> StreamState:
     has_last = bool(flags & _HAS_LAST)
     if not has_last and (start or any(digest)):
         raise CodecError("a last chunk is given, and the flags say there is none")
-    ints = np.frombuffer(value, "<i8", int_size, HEADER_BYTES)
+    ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES)
     floats = _floats(value, float_size, HEADER_BYTES + 8 * int_size)
     return StreamState(
         mark=Mark(epoch, tag, position),
@@ -155,7 +161,7 @@ def decode_state(value: bytes) -> StreamState:
         fingerprint=fingerprint,
         last=LastChunk(start, digest) if has_last else None,
         updated_ms=updated_ms,
-        state=State(floats, ints.astype(np.int64, copy=False)),
+        state=State(floats, ints),
     )
 
 
@@ -178,28 +184,23 @@ def mark_bytes(mark: Mark) -> bytes:
 
 
 def encode_reply(reply: StoredReply) -> bytes:
-    """The bytes of a reply, outputs float32 [T, O] and finite.
+    """The bytes of a reply, outputs float32 [T, O]; finite by the caller's check.
 
     Raises:
         CodecError: a value does not fit the layout.
     """
-    body = _float_bytes(reply.outputs, 2)
-    steps, width = reply.outputs.shape
+    (epoch, tag, position), outputs = reply
+    if outputs.ndim != 2 or outputs.dtype != _FLOAT:
+        raise CodecError(f"expected float32 [T, O], got {outputs.dtype} {list(outputs.shape)}")
+    if len(tag) != TAG_BYTES or len(epoch) != EPOCH_BYTES:
+        raise CodecError(f"expected a tag and an epoch, got {len(tag)} and {len(epoch)} bytes")
+    steps, width = outputs.shape
     try:
-        header = _REPLY.pack(
-            REPLY_MAGIC,
-            FORMAT,
-            bytes(3),
-            steps,
-            width,
-            0,
-            _exact("epoch", reply.mark.epoch, EPOCH_BYTES),
-            _exact("tag", reply.mark.tag, TAG_BYTES),
-            reply.mark.position,
-        )
+        lead = _REPLY_LEAD.pack(REPLY_MAGIC, FORMAT, _ZERO, steps, width)
+        rest = _REPLY_REST.pack(epoch, tag, position)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(header + body, _REPLY_CRC_AT)
+    return _sealed(lead, rest + outputs.tobytes())
 
 
 def decode_reply(value: bytes) -> StoredReply:
@@ -219,29 +220,8 @@ def decode_reply(value: bytes) -> StoredReply:
     return StoredReply(Mark(epoch, tag, position), outputs.reshape(steps, width))
 
 
-def _exact(name: str, value: bytes, size: int) -> bytes:
-    # struct would pad or cut a string of another length without a word.
-    if len(value) != size:
-        raise CodecError(f"{name}: expected {size} bytes, got {len(value)}")
-    return value
-
-
-def _row_bytes(row: NDArray[np.int64] | NDArray[np.float32]) -> bytes:
-    return row.astype(row.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _float_bytes(values: NDArray[np.float32], ndim: int) -> bytes:
-    if values.ndim != ndim or values.dtype != np.float32:
-        raise CodecError(
-            f"expected float32 of {ndim} axes, got {values.dtype} {list(values.shape)}"
-        )
-    if not np.isfinite(values).all():
-        raise CodecError("expected finite numbers")
-    return _row_bytes(values)
-
-
 def _floats(value: bytes, count: int, offset: int) -> NDArray[np.float32]:
-    floats = np.frombuffer(value, "<f4", count, offset).astype(np.float32, copy=False)
+    floats = np.frombuffer(value, _FLOAT, count, offset)
     if not np.isfinite(floats).all():
         raise CodecError("a number is not finite")
     return floats
@@ -267,6 +247,7 @@ def _checksum(value: bytes, crc_at: int) -> int:
     return zlib.crc32(view[crc_at + 4 :], zlib.crc32(view[:crc_at]))
 
 
-def _sealed(value: bytes, crc_at: int) -> bytes:
-    crc = struct.pack("<I", _checksum(value, crc_at))
-    return b"".join((value[:crc_at], crc, value[crc_at + 4 :]))
+def _sealed(lead: bytes, rest: bytes) -> bytes:
+    """Both, with the checksum over both between them."""
+    crc = zlib.crc32(rest, zlib.crc32(lead))
+    return b"".join((lead, crc.to_bytes(4, "little"), rest))

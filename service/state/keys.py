@@ -61,9 +61,9 @@ class KeySpace:
 
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
+        model, stream = key
         slot = f"{self.namespace}{{p{self.partition(key):04d}}}"
-        name = f"{key.model}:{key.stream}"
-        return f"{slot}:s:{name}", f"{slot}:r:{name}"
+        return f"{slot}:s:{model}:{stream}", f"{slot}:r:{model}:{stream}"
 
     def pattern(self, model: str, prefix: str) -> str:
         """The glob that matches the states of a model's streams whose names begin so."""

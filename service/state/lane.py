@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+import hiredis
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
@@ -136,7 +137,8 @@ class Lane:
             return
         packed: list[bytes] = []
         for request in requests:
-            packed += self._connection.pack_command(*request.command)
+            # The client library packs in Python, at four times the cost.
+            packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
             request.sent = True
         self._owe()
         try:

@@ -36,6 +36,10 @@ class Committed:
     """Written: reply, state and position together."""
 
 
+COMMITTED = Committed()
+"""The one there has to be."""
+
+
 class Conflicted(NamedTuple):
     """Not written: the stream was found at another mark (None: it does not exist)."""
 

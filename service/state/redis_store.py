@@ -38,13 +38,14 @@ from service.state.codec import (
 )
 from service.state.connections import RETRY_AFTER_S
 from service.state.link import ReplyLost, Script, ServerLink
-from service.state.protocol import Commit, CommitResult, Committed, Conflicted
+from service.state.protocol import COMMITTED, Commit, CommitResult, Committed, Conflicted
 from service.state.scan import scan_page
 from service.state.server_checks import check_server
 from service.state.settings import StoreSettings
 
 PING_S: Final = 1.0
 CURSOR_DIGITS: Final = 20
+_WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
 
@@ -127,28 +128,27 @@ class RedisStore:
             StoreUnavailable: nothing was sent.
             StoreRefused: the server as a whole; nothing was written.
         """
-        results: list[CommitResult | None] = [None] * len(commits)
         keys: list[str] = []
         arguments: list[str | bytes | int] = [
             self._settings.idle_ttl_ms,
             self._settings.reply_ttl_ms,
         ]
-        asked: list[int] = []
+        asked: list[Commit] = []
+        refused: dict[int, CommitResult] = {}
         for index, commit in enumerate(commits):
             try:
-                value = (encode_state(commit.new), self._reply_bytes(commit.reply))
+                state, reply = encode_state(commit.new), self._reply_bytes(commit.reply)
             except CodecError as error:
-                results[index] = _not_encodable(commit.key, error)
+                refused[index] = _not_encodable(commit.key, error)
                 continue
-            expected = b"" if commit.expected is None else mark_bytes(commit.expected)
+            expected = commit.expected
             keys += self._keys.pair(commit.key)
-            arguments += (expected, *value)
-            asked.append(index)
-        if asked:
-            outcomes = await self._run_commit(keys, arguments, [commits[i] for i in asked])
-            for index, outcome in zip(asked, outcomes, strict=True):
-                results[index] = outcome
-        return [result for result in results if result is not None]
+            arguments += (b"" if expected is None else mark_bytes(expected), state, reply)
+            asked.append(commit)
+        results = await self._run_commit(keys, arguments, asked) if asked else []
+        for index, result in refused.items():
+            results.insert(index, result)
+        return results
 
     async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
         """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
@@ -168,7 +168,7 @@ class RedisStore:
         result = self._result(key, answer.value)
         if answer.repeated and result == Conflicted(None):
             # The try whose answer was lost may have deleted it; either way it is gone.
-            return Committed()
+            return COMMITTED
         return result
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
@@ -203,7 +203,7 @@ class RedisStore:
             return [_outcome_unknown(commit.key, commit.expected, error) for commit in commits]
         outcomes: list[CommitResult] = []
         for commit, reply in zip(commits, answer.value, strict=True):
-            result = self._result(commit.key, reply)
+            result = COMMITTED if reply == _WRITTEN else self._result(commit.key, reply)
             if answer.repeated and isinstance(result, Conflicted):
                 result = settle(commit, result)
             outcomes.append(result)
@@ -218,7 +218,7 @@ class RedisStore:
     def _result(self, key: StreamKey, reply: list[Any]) -> CommitResult:
         """The outcome of one stream, as a script returned it."""
         if reply[0] == 1:
-            return Committed()
+            return COMMITTED
         if reply[0] == 0:
             try:
                 return Conflicted(decode_mark(reply[1]) if len(reply) > 1 else None)

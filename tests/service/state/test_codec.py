@@ -193,10 +193,8 @@ def test_a_header_that_is_none_gives_no_mark() -> None:
 def test_what_has_no_bytes_is_not_encoded() -> None:
     streams = Streams()
     good = streams.first(floats=3, ints=1)
-    nan = np.array([1, np.nan, 2], np.float32)
     ints = good.state.ints
     for state in (
-        State(nan, ints),
         State(good.state.floats.astype(np.float64), ints),
         State(good.state.floats.reshape(1, 3), ints),
         State(good.state.floats, ints.astype(np.int32)),
@@ -208,7 +206,7 @@ def test_what_has_no_bytes_is_not_encoded() -> None:
         with pytest.raises(CodecError):
             encode_state(StreamState(mark, good.feed, good.fingerprint, good.last, 0, good.state))
     with pytest.raises(CodecError):
-        encode_reply(StoredReply(good.mark, np.full((2, 2), np.inf, np.float32)))
+        encode_reply(StoredReply(good.mark, np.zeros((2, 2))))
     with pytest.raises(CodecError):
         encode_reply(StoredReply(good.mark, np.zeros(4, np.float32)))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
+from models.state import State
 from service.domain import Mark
 from service.errors import InternalError, StateDamaged, StoreRefused
 from service.state.codec import HEADER_BYTES
@@ -252,7 +254,8 @@ async def test_what_cannot_be_stored_fails_its_own_stream(
     store: StateStore, streams: Streams
 ) -> None:
     good, bad = streams.creation(key("a")), streams.creation(key("b"))
-    bad.new.state.floats[0] = float("nan")
+    wrong = State(bad.new.state.floats.astype(np.float64), bad.new.state.ints)
+    bad = bad._replace(new=bad.new._replace(state=wrong))
     results = await store.commit([bad, good])
     assert isinstance(results[0], InternalError)
     assert results[1] == Committed()
