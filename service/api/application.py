@@ -13,12 +13,14 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.responses import HTMLResponse
 
 from service.api import health, routes_chunks, routes_models, routes_streams
 from service.api.boundary import LastResort, add_handlers
 from service.api.context import ApiContext
+from service.api.direct import DirectRoutes
 from service.api.error_reference import reference_html
 from service.api.health import RenderMetrics
 from service.api.limits import ApiLimits
@@ -77,7 +79,6 @@ def create_api(
     )
     add_handlers(app)
     app.add_middleware(LastResort)
-    app.add_middleware(RequestLog)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -85,6 +86,8 @@ def create_api(
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
+    chunks = [route for route in routes_chunks.router.routes if isinstance(route, APIRoute)]
+    app.middleware_stack = RequestLog(DirectRoutes(app.build_middleware_stack(), chunks))
     return app
 
 

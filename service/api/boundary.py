@@ -53,24 +53,37 @@ class LastResort:
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
-            log.info("client_left", method=scope["method"])
+            client_left(scope)
         except Exception as error:
             if begun:
                 raise
-            log.exception("request_failed", error=type(error).__name__)
-            response = _answer(
-                Request(scope),
-                InternalError("the request failed unexpectedly; the service's log has the reason"),
-            )
-            await response(scope, receive, send)
+            await unexpected(Request(scope), error)(scope, receive, send)
+
+
+def client_left(scope: Scope) -> None:
+    """Log that a client was gone before its request was there."""
+    log.info("client_left", method=scope["method"])
+
+
+def unexpected(request: Request, error: Exception) -> Response:
+    """The answer to what nobody expected, which is being handled; the log has its traceback."""
+    log.exception("request_failed", error=type(error).__name__)
+    return _answer(
+        request, InternalError("the request failed unexpectedly; the service's log has the reason")
+    )
+
+
+def refused(request: Request, error: CarryError) -> Response:
+    """The answer to an error of the service."""
+    if isinstance(error, Failed):
+        log.warning("request_failed", code=error.code, detail=error.detail)
+    return _answer(request, error)
 
 
 async def _on_carry_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, CarryError):
         raise error
-    if isinstance(error, Failed):
-        log.warning("request_failed", code=error.code, detail=error.detail)
-    return _answer(request, error)
+    return refused(request, error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

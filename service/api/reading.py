@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from urllib.parse import parse_qsl
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from service.api.media import Media, accepted, media_of
 from service.domain import Precondition
@@ -50,12 +50,17 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         raise _too_large(limit_bytes, int(length))
     parts: list[bytes] = []
     size_bytes = 0
-    async for part in request.stream():
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
         size_bytes += len(part)
         if size_bytes > limit_bytes:
             raise _too_large(limit_bytes, size_bytes)
         parts.append(part)
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:

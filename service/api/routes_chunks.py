@@ -55,9 +55,8 @@ async def post_chunk(request: Request) -> Response:
     body = await read_body(request, api.limits.max_body_bytes)
     chunk = wire.chunk(body, media, stream, precondition)
     result = await api.pipeline.process(chunk)
-    headers = etag(result.mark)
-    headers["Server-Timing"] = server_timing(result.timing)
-    return reply(answer, wire.reply(result, options), headers=headers)
+    timing = (b"server-timing", server_timing(result.timing).encode())
+    return reply(answer, wire.reply(result, options), headers=(etag(result.mark), timing))
 
 
 @router.post(

@@ -54,7 +54,7 @@ async def get_stream(request: Request) -> Response:
     answer = reply_media(request)
     key = _key(request)
     found = await api_of(request).pipeline.read(key)
-    return reply(answer, _info(request, key, found), headers=etag(found.mark))
+    return reply(answer, _info(request, key, found), headers=[etag(found.mark)])
 
 
 @router.delete(
@@ -89,7 +89,7 @@ async def get_state(request: Request) -> Response:
     if not _fits(wire.served, found):
         raise incompatible(wire.served, key.stream, found)
     document = {**_standing(key, found), "state": wire.state(found.state)}
-    return reply(answer, document, headers=etag(found.mark))
+    return reply(answer, document, headers=[etag(found.mark)])
 
 
 @router.put(
@@ -243,9 +243,10 @@ def _begun(
 ) -> Response:
     """The answer to a restore or a fork: without a precondition it can only have created."""
     status = 201 if precondition is None else 200
-    headers = etag(found.mark)
+    headers = [etag(found.mark)]
     if status == 201:
-        headers["Location"] = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+        location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+        headers.append((b"location", location.encode()))
     return reply(answer, _info(request, key, found), status, headers)
 
 

@@ -12,21 +12,18 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
 import structlog
+from structlog.contextvars import get_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from service.ops.lines import StderrLines
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
-
-REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The id of the request that is being served; the lines of its context carry it."""
 
 _stderr = StderrLines()
 
@@ -40,7 +37,7 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
-        _add_request_id,
+        merge_contextvars,
         structlog.processors.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -70,7 +67,8 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
 
 def current_request_id() -> str | None:
     """The id of the request that is being served; None outside of one."""
-    return REQUEST_ID.get()
+    found = get_contextvars().get("request_id")
+    return found if isinstance(found, str) else None
 
 
 def log_request(level: int, fields: Mapping[str, Any]) -> None:
@@ -110,7 +108,6 @@ class _RequestLines:
             "level": logging.getLevelName(level).lower(),
             "logger": "service.requests",
             "message": "request",
-            "request_id": REQUEST_ID.get(),
             **fields,
         }
         _stderr.gather(self._line(line))
@@ -153,14 +150,7 @@ def _render_json(_: WrappedLogger, __: str, fields: EventDict) -> str:
     line = {name: fields.pop(name, None) for name in ("timestamp", "level", "logger")}
     # structlog calls the message `event`, which is a time step here
     line["message"] = fields.pop("event", None)
-    return _json_line(line | fields)
-
-
-def _add_request_id(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
-    request_id = REQUEST_ID.get()
-    if request_id is not None:
-        fields.setdefault("request_id", request_id)
-    return fields
+    return _json_line({**line, **fields})
 
 
 def _without_colours(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:

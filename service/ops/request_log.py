@@ -12,7 +12,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from service.ops.logs import REQUEST_ID, log_request
+from structlog.contextvars import bind_contextvars, reset_contextvars
+
+from service.ops.logs import log_request
 
 REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -58,7 +60,8 @@ class RequestLog:
                 message = {**message, "headers": headers}
             await send(message)
 
-        outside = REQUEST_ID.set(request_id.decode())
+        name = request_id.decode()
+        outside = bind_contextvars(request_id=name)
         try:
             await self._app(scope, receive, send_with_id)
         except BaseException:
@@ -70,13 +73,14 @@ class RequestLog:
             log_request(
                 logging.DEBUG if route in PROBES else logging.INFO,
                 {
+                    "request_id": name,
                     "method": scope["method"],
                     "route": route,
                     "status": status,
                     "ms": round((time.perf_counter() - began_s) * 1000, 2),
                 },
             )
-            REQUEST_ID.reset(outside)
+            reset_contextvars(**outside)
 
     def _request_id(self, scope: Scope) -> bytes:
         for name, value in scope["headers"]:
