@@ -1,10 +1,14 @@
 """The way of one batch: load -> judge -> encode -> infer -> commit -> reply.
 
 A batch holds chunks of different streams, and whole sequences to predict, of one model. Each
-member succeeds or fails on its own: a refused, poisoned or conflicting chunk never touches
-its neighbours. A chunk whose commit finds its stream moved on is judged and computed again,
-a bounded number of times. Nothing is answered before its commit is known, and no refusal or
-replay is ever taken from the cache.
+member succeeds or fails on its own: a refused, poisoned or conflicting chunk never touches its
+neighbours. A chunk whose commit finds its stream moved on goes back to be judged and computed
+again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
+or replay is ever taken from memory.
+
+What lies in memory is a state that was committed, or whose commit is under way: the stream's next
+chunk may be computed from it at once, because its own commit follows on the same ordered way and
+expects that state's mark. If the first one fails, so does the second, and it is judged anew.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import structlog
@@ -24,8 +29,8 @@ from service.delivery import (
     Replay,
     advance,
     already_applied,
+    continues,
     judge,
-    new_epoch,
     standing,
 )
 from service.domain import (
@@ -38,33 +43,52 @@ from service.domain import (
     StreamState,
     Timing,
 )
-from service.engine.batcher import Job
-from service.engine.compute import ComputeThread
+from service.engine.batcher import Job, Release
+from service.engine.compute import Compute
 from service.engine.state_cache import StateCache
 from service.errors import CarryError, Conflict, InternalError, NotFinite, StateIncompatible
 from service.recorder import Recorder
 from service.served import ServedModel
-from service.state.protocol import Commit, Committed, Conflicted, StateStore
+from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, StateStore
 
 log = structlog.get_logger(__name__)
 
 Work = Chunk | Steps
 Result = Reply | Prediction
+WorkJob = Job[Work, Result]
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """One job on its way through the batch."""
+    """One job on its way through the batch.
 
-    job: Job[Work, Result]
+    Attributes:
+        chunk: what is to be applied; None where a whole sequence is predicted.
+        base: the stream it continues; None where it begins one.
+    """
+
+    job: WorkJob
     steps: Steps
     chunk: Chunk | None
-    timing: Timing
     base: StreamState | None = None
-    rows: FloatRows = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    ints: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    outputs: FloatRows = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    rows: FloatRows = field(init=False)
+    ints: NDArray[np.int64] = field(init=False)
+    outputs: FloatRows = field(init=False)
     new: StreamState | None = None
+
+
+@dataclass(slots=True)
+class _Times:
+    """When the batch began, and how long its stages took, in seconds."""
+
+    began_s: float
+    load_s: float = 0.0
+    infer_s: float = 0.0
+    commit_s: float = 0.0
+
+    def of(self, member: _Member) -> Timing:
+        queue_s = self.began_s - member.job.submitted_s
+        return Timing(queue_s, self.load_s, self.infer_s, self.commit_s)
 
 
 class BatchRun:
@@ -80,7 +104,7 @@ class BatchRun:
         served: ServedModel,
         store: StateStore,
         cache: StateCache,
-        compute: ComputeThread,
+        compute: Compute,
         recorder: Recorder,
         *,
         now_ms: Callable[[], int],
@@ -93,55 +117,51 @@ class BatchRun:
         self._recorder = recorder
         self._now_ms = now_ms
         self._attempts = attempts
+        self._on_call = partial(recorder.batch, served.name)
+        self._zero = served.state.zero()
 
-    async def __call__(self, jobs: list[Job[Work, Result]]) -> None:
-        """Resolve or fail every job."""
-        began_s = time.monotonic()
-        members = [_member(job, began_s) for job in jobs]
-        for attempt in range(self._attempts):
-            members = await self._attempt(members, use_cache=attempt == 0)
-            if not members:
-                return
-        for member in members:
-            if member.chunk is not None:
-                stream = member.chunk.key.stream
-                member.job.fail(
-                    Conflict(
-                        f"stream {stream!r} was moved on by others {self._attempts} times in a row",
-                        stream=stream,
-                    )
-                )
-
-    async def _attempt(self, members: list[_Member], *, use_cache: bool) -> list[_Member]:
-        """One pass; returns the members whose commit found their stream moved on."""
+    async def __call__(self, jobs: list[WorkJob], release: Release) -> list[WorkJob]:
+        """Settle the jobs; returns those whose stream others moved on, to be done again."""
+        times = _Times(time.monotonic())
+        members = [_member(job) for job in jobs]
         chunks = [member for member in members if member.chunk is not None]
-        ready, again = await self._judged(chunks, use_cache)
-        ready += [member for member in members if member.chunk is None]
+        ready, again = await self._judged(chunks, times)
+        if len(chunks) < len(members):
+            ready += [member for member in members if member.chunk is None]
         ready = [member for member in ready if self._encoded(member)]
-        if not ready:
-            return again
-        await self._infer(ready)
-        return again + await self._commit(ready)
+        if ready:
+            await self._infer(ready, times)
+            again += await self._commit(ready, times, release)
+        return [member.job for member in again if not self._gave_up(member)]
+
+    def _gave_up(self, member: _Member) -> bool:
+        if member.job.attempts + 1 < self._attempts:
+            return False
+        stream = _chunk(member).key.stream
+        member.job.settle(
+            Conflict(
+                f"stream {stream!r} was moved on by others {self._attempts} times in a row",
+                stream=stream,
+            )
+        )
+        return True
 
     async def _judged(
-        self, members: list[_Member], use_cache: bool
+        self, members: list[_Member], times: _Times
     ) -> tuple[list[_Member], list[_Member]]:
-        """Load the members' streams; those to be processed, and those to be judged anew."""
-        if not members:
-            return [], []
-        began_s = time.monotonic()
+        """Find the members' streams; those to be processed, and those to be judged anew."""
         ready: list[_Member] = []
         unsure: list[_Member] = []
         for member in members:
-            member.base = self._cached(member) if use_cache else None
+            member.base = self._cached(_chunk(member))
             (unsure if member.base is None else ready).append(member)
-        if use_cache:
+        if members:
             self._recorder.cache(self._served.name, len(ready), len(unsure))
+        if not unsure:
+            return ready, []
         found = await self._load(unsure)
-        load_s = time.monotonic() - began_s
+        times.load_s = time.monotonic() - times.began_s
         replays: list[_Member] = []
-        for member in members:
-            member.timing.load_s += load_s
         for member, stored in zip(unsure, found, strict=True):
             chunk = _chunk(member)
             try:
@@ -151,35 +171,31 @@ class BatchRun:
                 if stored is not None:
                     self._check_compatible(chunk, stored)
             except CarryError as error:
-                member.job.fail(error)
+                member.job.settle(error)
                 continue
             if isinstance(verdict, Replay):
                 replays.append(member)
             else:
                 member.base = verdict.base
                 ready.append(member)
+        if not replays:
+            return ready, []
         answered = await asyncio.gather(*(self._replay(member) for member in replays))
         return ready, [m for m, done in zip(replays, answered, strict=True) if not done]
 
     async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
         """The members' streams; a store that is away fails those that need it, and no others."""
-        if not members:
-            return []
         try:
             return await self._store.load([_chunk(member).key for member in members])
         except CarryError as error:
             return [error] * len(members)
 
-    def _cached(self, member: _Member) -> StreamState | None:
-        """The cached state, if the chunk would simply be processed from it."""
-        chunk = _chunk(member)
+    def _cached(self, chunk: Chunk) -> StreamState | None:
+        """The state in memory, if the chunk would simply be processed from it."""
         copy = self._cache.get(chunk.key)
         if copy is None or copy.fingerprint != self._served.fingerprint:
             return None
-        try:
-            return copy if isinstance(judge(chunk, copy), Process) else None
-        except CarryError:
-            return None
+        return copy if continues(chunk, copy) else None
 
     def _check_compatible(self, chunk: Chunk, stored: StreamState) -> None:
         sizes = stored.state.floats.size, stored.state.ints.size
@@ -208,135 +224,131 @@ class BatchRun:
             mark = verdict.found.mark
             if kept is not None and kept.mark == mark:
                 self._recorder.replay(self._served.name)
-                member.job.resolve(
+                member.job.settle(
                     Reply(chunk.key, mark, kept.outputs, verdict.found.state, replayed=True)
                 )
             elif own is not None:
-                member.job.resolve(own)
+                member.job.settle(own)
             else:
-                member.job.fail(already_applied(chunk.key.stream, mark))
+                member.job.settle(already_applied(chunk.key.stream, mark))
         except CarryError as error:
-            member.job.fail(error)
+            member.job.settle(error)
         return True
 
     def _encoded(self, member: _Member) -> bool:
         """Encode the member's events under its state; a refusal fails it alone."""
+        state = member.base.state if member.base else self._zero
         try:
-            member.rows, member.ints = self._served.encode(member.steps, self._state(member))
+            member.rows, member.ints = self._served.encode(member.steps, state)
         except CarryError as error:
-            member.job.fail(error)
+            member.job.settle(error)
             return False
         except Exception as error:
             log.exception("encoding_failed", model=self._served.name)
-            member.job.fail(InternalError(f"encoding failed: {type(error).__name__}"))
+            member.job.settle(InternalError(f"encoding failed: {type(error).__name__}"))
             return False
         return True
 
-    def _state(self, member: _Member) -> State:
-        return member.base.state if member.base else self._served.state.zero()
-
-    async def _infer(self, members: list[_Member]) -> None:
+    async def _infer(self, members: list[_Member], times: _Times) -> None:
         began_s = time.monotonic()
-        name = self._served.name
-        outputs, floats = await self._compute.infer(
+        floats = [(m.base.state if m.base else self._zero).floats for m in members]
+        outputs, states, finite = await self._compute.infer(
             self._served.runtime,
             [member.rows for member in members],
-            np.stack([self._state(member).floats for member in members]),
-            lambda *call: self._recorder.batch(name, *call),
+            np.concatenate(floats).reshape(len(floats), -1),
+            self._on_call,
         )
-        infer_s = time.monotonic() - began_s
-        for member, output, after in zip(members, outputs, floats, strict=True):
-            member.timing.infer_s += infer_s
-            member.outputs = output
+        times.infer_s = time.monotonic() - began_s
+        now_ms, fingerprint = self._now_ms(), self._served.fingerprint
+        for member, output, after in zip(members, outputs, states, strict=True):
+            if not finite and not (np.isfinite(output).all() and np.isfinite(after).all()):
+                member.job.settle(_not_finite(member))
+                continue
             # A copy: a view would keep the whole batch's states alive in the cache.
             state = State(after.copy(), member.ints)
-            if member.chunk is not None:
-                member.new = advance(
-                    member.chunk,
-                    member.base,
-                    state,
-                    fingerprint=self._served.fingerprint,
-                    now_ms=self._now_ms(),
-                    epoch=new_epoch(),
-                )
-            elif self._is_finite(member, state):
-                member.job.resolve(Prediction(output, state))
-
-    def _is_finite(self, member: _Member, state: State) -> bool:
-        if np.isfinite(member.outputs).all() and np.isfinite(state.floats).all():
-            return True
-        if member.chunk is None:
-            where, facts = "a predicted sequence", {}
-        else:
-            key, mark = member.chunk.key, member.base.mark if member.base else None
-            where, facts = f"stream {key.stream!r}", standing(key.stream, mark)
-        member.job.fail(
-            NotFinite(
-                f"expected finite outputs and states of {where}, got NaN or infinity", **facts
+            if member.chunk is None:
+                member.job.settle(Prediction(output, state))
+                continue
+            member.outputs = output
+            member.new = advance(
+                member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms
             )
-        )
-        return False
 
-    async def _commit(self, members: list[_Member]) -> list[_Member]:
-        """Commit what was computed; returns the members to be done again."""
-        ready = [
-            (member, new)
-            for member in members
-            if (new := member.new) is not None and self._is_finite(member, new.state)
-        ]
-        if not ready:
+    async def _commit(
+        self, members: list[_Member], times: _Times, release: Release
+    ) -> list[_Member]:
+        """Commit what was computed; returns the members to be done again.
+
+        The streams' next chunks may go on from here at once, from memory: their commits follow
+        these on the store's one ordered way, and fail if these do.
+        """
+        commits: list[Commit] = []
+        sent: list[_Member] = []
+        for member in members:
+            new = member.new
+            if new is None:
+                continue
+            key = _chunk(member).key
+            before = member.base.mark if member.base else None
+            commits.append(Commit(key, before, new, StoredReply(new.mark, member.outputs)))
+            sent.append(member)
+            self._cache.put(key, new)
+            release(key)
+        if not sent:
             return []
         began_s = time.monotonic()
-        results = await self._store.commit(
-            [
-                Commit(
-                    _chunk(member).key,
-                    member.base.mark if member.base else None,
-                    new,
-                    StoredReply(new.mark, member.outputs),
-                )
-                for member, new in ready
-            ]
-        )
-        commit_s = time.monotonic() - began_s
+        try:
+            results = await self._store.commit(commits)
+        except BaseException:
+            for commit in commits:
+                self._cache.drop(commit.key)
+            raise
+        times.commit_s = time.monotonic() - began_s
         again: list[_Member] = []
-        for (member, new), result in zip(ready, results, strict=True):
-            member.timing.commit_s += commit_s
-            if not await self._settled(member, new, result):
+        timings: list[Timing] = []
+        steps = 0
+        for member, commit, result in zip(sent, commits, results, strict=True):
+            if result is COMMITTED:
+                timing = times.of(member)
+                timings.append(timing)
+                steps += member.steps.length
+                member.job.settle(self._reply(member, commit.new, timing))
+            elif not await self._settled(member, commit.new, result, times):
                 again.append(member)
+        if timings:
+            self._recorder.chunks(self._served.name, steps, timings)
         return again
 
-    async def _settled(
-        self, member: _Member, new: StreamState, result: Committed | Conflicted | CarryError
-    ) -> bool:
-        """Answer a member by its commit's outcome; False where it is to be done again."""
-        chunk = _chunk(member)
-        if isinstance(result, CarryError):
-            self._cache.drop(chunk.key)
-            member.job.fail(result)
-            return True
-        reply = Reply(
-            chunk.key,
+    def _reply(self, member: _Member, new: StreamState, timing: Timing) -> Reply:
+        return Reply(
+            _chunk(member).key,
             new.mark,
             member.outputs,
             new.state,
             created=member.base is None,
-            timing=member.timing,
+            timing=timing,
         )
-        if isinstance(result, Conflicted) and result.found == new.mark:
+
+    async def _settled(
+        self, member: _Member, new: StreamState, result: CommitResult, times: _Times
+    ) -> bool:
+        """Answer a member that was not simply written; False where it is to be done again."""
+        chunk = _chunk(member)
+        self._cache.drop(chunk.key)
+        if isinstance(result, CarryError):
+            member.job.settle(result)
+            return True
+        reply = self._reply(member, new, times.of(member))
+        if isinstance(result, Conflicted):
+            if result.found != new.mark:
+                self._recorder.conflict(self._served.name)
+                return False
             # Found at the very mark this commit writes: by a nonce only this commit can have
             # written it (its answer was lost); without one, a duplicate of the chunk may have.
             if chunk.position is not None:
-                self._cache.drop(chunk.key)
                 return await self._replay(member, own=reply)
-            result = Committed()
-        if isinstance(result, Conflicted):
-            self._cache.drop(chunk.key)
-            self._recorder.conflict(self._served.name)
-            return False
-        self._cache.put(chunk.key, new)
-        self._recorder.chunk(self._served.name, member.steps.length, member.timing)
-        member.job.resolve(reply)
+        self._recorder.chunks(self._served.name, member.steps.length, [reply.timing])
+        member.job.settle(reply)
         return True
 
 
@@ -351,10 +363,20 @@ def incompatible(served: ServedModel, stream: str, stored: StreamState) -> State
     )
 
 
-def _member(job: Job[Work, Result], began_s: float) -> _Member:
-    chunk = job.payload if isinstance(job.payload, Chunk) else None
-    steps = job.payload.steps if isinstance(job.payload, Chunk) else job.payload
-    return _Member(job, steps, chunk, Timing(queue_s=began_s - job.submitted_s))
+def _not_finite(member: _Member) -> NotFinite:
+    if member.chunk is None:
+        where, facts = "a predicted sequence", {}
+    else:
+        key, mark = member.chunk.key, member.base.mark if member.base else None
+        where, facts = f"stream {key.stream!r}", standing(key.stream, mark)
+    return NotFinite(f"expected finite outputs and states of {where}, got NaN or infinity", **facts)
+
+
+def _member(job: WorkJob) -> _Member:
+    work = job.payload
+    if isinstance(work, Chunk):
+        return _Member(job, work.steps, work)
+    return _Member(job, work, None)
 
 
 def _chunk(member: _Member) -> Chunk:

@@ -90,7 +90,7 @@ def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -
 
 def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
     """The tag after a chunk that began at `start`."""
-    return hashlib.sha256(tag + struct.pack("<Q", start) + digest).digest()[:TAG_BYTES]
+    return hashlib.sha256(tag + start.to_bytes(8, "little") + digest).digest()[:TAG_BYTES]
 
 
 def standing(stream: str, mark: Mark | None) -> dict[str, object]:
@@ -145,6 +145,18 @@ def judge(chunk: Chunk, found: StreamState | None) -> Process | Replay:
     )
 
 
+def continues(chunk: Chunk, copy: StreamState) -> bool:
+    """Whether the chunk would simply be processed from this copy of its stream: what `judge`
+    says in the usual case, at a fraction of its cost. False says nothing."""
+    mark = copy.mark
+    return (
+        (chunk.position is None or chunk.position == mark.position)
+        and copy.feed is chunk.steps.feed
+        and (chunk.epoch is None or chunk.epoch == mark.epoch)
+        and chunk.precondition is None
+    )
+
+
 def _is_last(chunk: Chunk, found: StreamState) -> bool:
     return (
         chunk.position is not None
@@ -189,32 +201,23 @@ def already_applied(stream: str, mark: Mark) -> AlreadyApplied:
 
 
 def advance(
-    chunk: Chunk,
-    base: StreamState | None,
-    state: State,
-    *,
-    fingerprint: bytes,
-    now_ms: int,
-    epoch: bytes,
+    chunk: Chunk, base: StreamState | None, state: State, *, fingerprint: bytes, now_ms: int
 ) -> StreamState:
     """The stream after a processed chunk.
 
     Args:
-        base: the stream before, or None where the chunk begins it under `epoch`.
+        base: the stream before, or None where the chunk begins it, in a new epoch.
         state: the network's and the encoder's state after the chunk.
     """
-    before = base.mark if base else Mark(epoch, FIRST_TAG, 0)
+    epoch, tag, start = base.mark if base else (new_epoch(), FIRST_TAG, 0)
+    steps, digest = chunk.steps, chunk.digest
     return StreamState(
-        mark=Mark(
-            before.epoch,
-            next_tag(before.tag, before.position, chunk.digest),
-            before.position + chunk.steps.length,
-        ),
-        feed=chunk.steps.feed,
-        fingerprint=fingerprint,
-        last=LastChunk(before.position, chunk.digest[:DIGEST_BYTES]),
-        updated_ms=now_ms,
-        state=state,
+        Mark(epoch, next_tag(tag, start, digest), start + steps.length),
+        steps.feed,
+        fingerprint,
+        LastChunk(start, digest[:DIGEST_BYTES]),
+        now_ms,
+        state,
     )
 
 

@@ -9,7 +9,6 @@ forked. Those read the store, never the cache. One pipeline per process and even
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,13 +30,14 @@ from service.domain import (
     StreamPage,
     StreamState,
 )
-from service.engine.batcher import Batcher
-from service.engine.compute import ComputeThread
+from service.engine.batcher import Batcher, Request
+from service.engine.compute import Compute
 from service.engine.policy import BatchLimits
 from service.engine.state_cache import StateCache
 from service.errors import (
     AlreadyApplied,
     CarryError,
+    InternalError,
     ModelNotFound,
     PositionBehind,
     PreviousFailed,
@@ -83,7 +83,7 @@ class Pipeline:
         self._limits = limits
         self._now_ms = now_ms
         self._cache = StateCache(limits.state_cache_bytes)
-        self._compute = ComputeThread()
+        self._compute = Compute()
         self._warm = False
         self._draining = False
         self._warming: asyncio.Task[None] | None = None
@@ -111,9 +111,7 @@ class Pipeline:
         )
 
     async def start(self) -> None:
-        """Start the batchers and warm the runtimes; once, after the store was started."""
-        for batcher in self._batchers.values():
-            batcher.start()
+        """Warm the runtimes; once, after the store was started."""
         for served in self.models.values():
             await self._compute.run(served.runtime.warm)
         self._warm = True
@@ -163,10 +161,10 @@ class Pipeline:
             CarryError: refused or failed; see `service.errors`.
         """
         batcher = self._batchers[self.model(chunk.key.model).name]
-        result = await batcher.submit(chunk, chunk.key, chunk.steps.length)
-        if not isinstance(result, Reply):
-            raise TypeError(f"expected a reply, got {type(result).__name__}")
-        return result
+        [result] = await batcher.submit([Request(chunk, chunk.key, chunk.steps.length)])
+        if isinstance(result, Reply):
+            return result
+        raise result if isinstance(result, CarryError) else _unexpected(result)
 
     async def process_many(self, items: Sequence[Chunk | CarryError]) -> list[Reply | CarryError]:
         """Apply chunks of many streams of one model; each item has its own outcome.
@@ -179,41 +177,43 @@ class Pipeline:
             items: chunks, or the error of an item that could not be read (its fact `stream`
                 names the stream, where that much was readable).
         """
-        by_stream: defaultdict[str, list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            # An item without a readable stream belongs to none, so it blocks none.
-            by_stream[_stream_of(item) or f"item {index}"].append(index)
         results: dict[int, Reply | CarryError] = {}
-
-        async def apply_in_order(indices: list[int]) -> None:
-            blocking: CarryError | None = None
-            for index in indices:
-                item = items[index]
-                result = await self._outcome(item, blocking)
+        blocking: dict[str, CarryError] = {}
+        left = list(enumerate(items))
+        while left:
+            # The first that is left of each stream, all of them together.
+            streams: set[str] = set()
+            taken: list[tuple[int, Chunk]] = []
+            later: list[tuple[int, Chunk | CarryError]] = []
+            for index, item in left:
+                # An item without a readable stream belongs to none, so it blocks none.
+                stream = _stream_of(item) or f"item {index}"
+                if stream in streams:
+                    later.append((index, item))
+                    continue
+                streams.add(stream)
+                if not isinstance(item, Chunk):
+                    results[index] = blocking[stream] = item
+                elif (held := _held_back(item, blocking.get(stream))) is not None:
+                    results[index] = blocking[stream] = held
+                else:
+                    taken.append((index, item))
+            for (index, item), result in zip(
+                taken, await self._apply([chunk for _, chunk in taken]), strict=True
+            ):
                 results[index] = result
                 if isinstance(result, CarryError):
-                    blocking = result
-
-        await asyncio.gather(*(apply_in_order(indices) for indices in by_stream.values()))
+                    blocking[item.key.stream] = result
+            left = later
         return [results[index] for index in range(len(items))]
 
-    async def _outcome(
-        self, item: Chunk | CarryError, blocking: CarryError | None
-    ) -> Reply | CarryError:
-        if isinstance(item, CarryError):
-            return item
-        passes = isinstance(blocking, AlreadyApplied | PositionBehind)
-        if blocking is not None and not (passes and item.position is not None):
-            first = blocking.facts.get("previous", blocking.code)
-            return PreviousFailed(
-                f"an earlier item of stream {item.key.stream!r} failed with {first}",
-                stream=item.key.stream,
-                previous=first,
-            )
-        try:
-            return await self.process(item)
-        except CarryError as error:
-            return error
+    async def _apply(self, chunks: list[Chunk]) -> list[Reply | CarryError]:
+        """Chunks of different streams of one model."""
+        if not chunks:
+            return []
+        batcher = self._batchers[self.model(chunks[0].key.model).name]
+        found = await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks])
+        return [r if isinstance(r, Reply | CarryError) else _unexpected(r) for r in found]
 
     async def predict(self, model: str, sequences: Sequence[Steps]) -> list[Prediction]:
         """Run whole sequences from the zero state; nothing is stored.
@@ -222,10 +222,12 @@ class Pipeline:
             CarryError: the first failure among the sequences.
         """
         batcher = self._batchers[self.model(model).name]
-        results = await asyncio.gather(
-            *(batcher.submit(steps, None, steps.length) for steps in sequences)
-        )
-        return [result for result in results if isinstance(result, Prediction)]
+        predictions: list[Prediction] = []
+        for result in await batcher.submit([Request(s, None, s.length) for s in sequences]):
+            if not isinstance(result, Prediction):
+                raise result if isinstance(result, CarryError) else _unexpected(result)
+            predictions.append(result)
+        return predictions
 
     async def read(self, key: StreamKey) -> StreamState:
         """The stream as the store has it.
@@ -355,6 +357,24 @@ def _required(key: StreamKey, found: StreamState | None, precondition: Precondit
     if mark is None or not precondition.holds(mark):
         raise state_changed(key.stream, mark)
     return mark
+
+
+def _held_back(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | None:
+    """The answer to a chunk behind an item of its stream that failed; None: it may go on."""
+    if blocking is None:
+        return None
+    if isinstance(blocking, AlreadyApplied | PositionBehind) and chunk.position is not None:
+        return None
+    first = blocking.facts.get("previous", blocking.code)
+    return PreviousFailed(
+        f"an earlier item of stream {chunk.key.stream!r} failed with {first}",
+        stream=chunk.key.stream,
+        previous=first,
+    )
+
+
+def _unexpected(result: object) -> InternalError:
+    return InternalError(f"the engine gave {type(result).__name__} in place of an answer")
 
 
 def _stream_of(item: Chunk | CarryError) -> str | None:

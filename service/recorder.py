@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from service.domain import Timing
@@ -10,8 +11,9 @@ from service.domain import Timing
 class Recorder(Protocol):
     """Counts and times; never raises, never blocks. Called from the event loop."""
 
-    def chunk(self, model: str, steps: int, timing: Timing) -> None:
-        """A chunk was processed and committed."""
+    def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
+        """Chunks of one batch were processed and committed: their steps together, and the
+        times of each."""
 
     def replay(self, model: str) -> None:
         """A retry was answered from the stored reply."""

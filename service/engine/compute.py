@@ -1,9 +1,11 @@
-"""The one compute thread of a worker, and how a batch is laid out for it.
+"""Where a worker computes, and how a batch is laid out for its runtime.
 
 Rows of different lengths are padded to the runtime's shape; what is longer than the runtime's
 longest call goes in slices from the state of the slice before. Between slices other batches
-take their turn, since each call queues for the thread again. Padding rows carry zeros and
-length 1, and their results are dropped.
+take their turn. Padding rows carry zeros and length 1, and their results are dropped.
+
+A call that is known to be short runs on the event loop itself: handing it to a thread and back
+costs as much as the call. Anything else runs in the one compute thread. Never both at a time.
 """
 
 from __future__ import annotations
@@ -12,27 +14,54 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
 from service.domain import FloatRows
-from service.engine.protocol import Runtime
+from service.engine.protocol import FloatBatch, Lengths, Runtime
 
 T = TypeVar("T")
 OnCall = Callable[[int, int, int, float], None]
 """Told of each runtime call: rows, real steps, padded steps, seconds."""
 
+INLINE_S: Final = 0.002
+"""Longest call on the event loop, in seconds; how long it may keep everything else waiting."""
 
-class ComputeThread:
-    """Runs runtime calls one after another off the event loop."""
+_SMOOTHING: Final = 0.2
+
+
+class Inferred(NamedTuple):
+    """What a batch came to.
+
+    Attributes:
+        outputs: B arrays float32 [T_b, O].
+        states: float32 [B, N], after each row's last step.
+        finite: every number of both is finite. False says that some number is not, which may
+            lie in the padding.
+    """
+
+    outputs: list[FloatRows]
+    states: FloatRows
+    finite: bool
+
+
+class Compute:
+    """Runs runtime calls one after another."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
+        self._in_thread = 0
+        self._seconds: dict[tuple[int, int], float] = {}
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run one call in the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        self._in_thread += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        finally:
+            self._in_thread -= 1
 
     async def infer(
         self,
@@ -40,34 +69,51 @@ class ComputeThread:
         rows: Sequence[FloatRows],
         states: FloatRows,
         on_call: OnCall,
-    ) -> tuple[list[FloatRows], FloatRows]:
+    ) -> Inferred:
         """Step a batch through its rows.
 
         Args:
             rows: B arrays, float32 [T_b, F], T_b >= 1 and different.
-            states: float32 [B, N].
-
-        Returns:
-            B arrays float32 [T_b, O], and the states after the last row, float32 [B, N].
+            states: float32 [B, N]; not changed.
         """
+        longest = max(map(len, rows))
+        if longest <= runtime.max_steps:
+            return await self._step(runtime, rows, states, on_call)
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in rows]
-        longest = max(len(row) for row in rows)
+        finite = True
         for start in range(0, longest, runtime.max_steps):
             members = [index for index, row in enumerate(rows) if len(row) > start]
             slices = [rows[index][start : start + runtime.max_steps] for index in members]
-            outputs, stepped, seconds = await self.run(
-                lambda slices=slices, members=members: _call(  # type: ignore[misc]
-                    runtime, slices, states[members]
-                )
-            )
-            states[members] = stepped[: len(members)]
-            real = 0
-            for member, piece, output in zip(members, slices, outputs, strict=False):
-                parts[member].append(output[: len(piece)])
-                real += len(piece)
-            on_call(len(members), real, outputs.shape[0] * outputs.shape[1], seconds)
-        return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts], states
+            stepped = await self._step(runtime, slices, states[members], on_call)
+            states[members] = stepped.states
+            finite = finite and stepped.finite
+            for member, output in zip(members, stepped.outputs, strict=True):
+                parts[member].append(output)
+            # A call on the loop did not let others have it.
+            await asyncio.sleep(0)
+        return Inferred([np.concatenate(part) for part in parts], states, finite)
+
+    async def _step(
+        self, runtime: Runtime, rows: Sequence[FloatRows], states: FloatRows, on_call: OnCall
+    ) -> Inferred:
+        """One call of the runtime."""
+        lengths = [len(row) for row in rows]
+        steps = max(lengths)
+        padded_rows, padded_steps = runtime.padded_shape(len(rows), steps)
+        padded = padded_rows * padded_steps
+        call = partial(_call, runtime, rows, lengths, states, padded_rows, padded_steps)
+        # Calls of about the same size take about the same time.
+        size = (id(runtime), padded.bit_length())
+        expected_s = self._seconds.get(size, INLINE_S)
+        if expected_s < INLINE_S and not self._in_thread:
+            inferred, seconds = call()
+        else:
+            inferred, seconds = await self.run(call)
+        before_s = self._seconds.get(size, seconds)
+        self._seconds[size] = before_s + _SMOOTHING * (seconds - before_s)
+        on_call(len(rows), sum(lengths), padded, seconds)
+        return inferred
 
     def close(self) -> None:
         """Finish the running call and end the thread."""
@@ -75,18 +121,36 @@ class ComputeThread:
 
 
 def _call(
-    runtime: Runtime, slices: Sequence[FloatRows], states: FloatRows
-) -> tuple[FloatRows, FloatRows, float]:
+    runtime: Runtime,
+    rows: Sequence[FloatRows],
+    lengths: Sequence[int],
+    states: FloatRows,
+    padded_rows: int,
+    padded_steps: int,
+) -> tuple[Inferred, float]:
     began_s = time.monotonic()
-    steps = max(len(piece) for piece in slices)
-    padded_rows, padded_steps = runtime.padded_shape(len(slices), steps)
-    features = slices[0].shape[1]
-    batch = np.zeros((padded_rows, padded_steps, features), np.float32)
-    lengths = np.ones(padded_rows, np.int32)
-    for index, piece in enumerate(slices):
-        batch[index, : len(piece)] = piece
-        lengths[index] = len(piece)
-    padded_states = np.zeros((padded_rows, states.shape[1]), np.float32)
-    padded_states[: len(slices)] = states
-    outputs, stepped = runtime.step(batch, lengths, padded_states)
-    return outputs, stepped, time.monotonic() - began_s
+    batch, padded_lengths = _laid_out(rows, lengths, padded_rows, padded_steps)
+    if padded_rows > len(rows):
+        given = states
+        states = np.zeros((padded_rows, given.shape[1]), np.float32)
+        states[: len(given)] = given
+    outputs, stepped = runtime.step(batch, padded_lengths, states)
+    finite = bool(np.isfinite(outputs).all() and np.isfinite(stepped).all())
+    parts = [outputs[index, :length] for index, length in enumerate(lengths)]
+    return Inferred(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
+
+
+def _laid_out(
+    rows: Sequence[FloatRows], lengths: Sequence[int], padded_rows: int, padded_steps: int
+) -> tuple[FloatBatch, Lengths]:
+    """The rows as one array [B, T, F], zeros beyond each length, and the lengths [B]."""
+    features = rows[0].shape[1]
+    if padded_rows == len(rows) and padded_steps == min(lengths):
+        batch = np.concatenate(rows).reshape(padded_rows, padded_steps, features)
+    else:
+        batch = np.zeros((padded_rows, padded_steps, features), np.float32)
+        for row, length, place in zip(rows, lengths, batch, strict=False):
+            place[:length] = row
+    padded_lengths = np.ones(padded_rows, np.int32)
+    padded_lengths[: len(lengths)] = lengths
+    return batch, padded_lengths

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +153,11 @@ class PrometheusRecorder:
         self._stage(model, "load").observe(timing.load_s)
         self._stage(model, "infer").observe(timing.infer_s)
         self._stage(model, "commit").observe(timing.commit_s)
+
+    def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
+        """Chunks of one batch were committed: their steps together, the times of each."""
+        for index, timing in enumerate(timings):
+            self.chunk(model, 0 if index else steps, timing)
 
     def replay(self, model: str) -> None:
         """A retry was answered from the stored reply."""

@@ -48,7 +48,8 @@ def chunk(position: int | None = None, count: int = 4, seed: int = 0, **more: An
 
 def after(last: Chunk, base: StreamState | None = None) -> StreamState:
     state = State(np.ones(5, np.float32), np.zeros(0, np.int64))
-    return advance(last, base, state, fingerprint=FINGERPRINT, now_ms=7, epoch=EPOCH)
+    new = advance(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
+    return new if base else new._replace(mark=new.mark._replace(epoch=EPOCH))
 
 
 FIRST = chunk(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +51,8 @@ class Counts:
     seen: Counter[str] = field(default_factory=Counter)
     largest_batch: int = 0
 
-    def chunk(self, model: str, steps: int, timing: Timing) -> None:
-        self.seen["chunks"] += 1
+    def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
+        self.seen["chunks"] += len(timings)
         self.seen["events"] += steps
 
     def replay(self, model: str) -> None:

@@ -8,34 +8,55 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from service.engine.batcher import Batcher, Job
+from service.engine.batcher import Batcher, Job, Release, Request
 from service.engine.policy import BatchLimits
-from service.errors import InternalError, Overloaded, ShuttingDown
+from service.errors import CarryError, InternalError, Overloaded, ShuttingDown
 
 Jobs = list[Job[str, str]]
 
 
 class Runs:
-    """Records the batches; each waits until it is let go."""
+    """Records the batches; each waits until it is let go.
+
+    Attributes:
+        releasing: whether a batch lets the next jobs of its streams go on before it ends.
+        refusals: how often a job is given back to be done again.
+    """
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.releasing = False
+        self.refusals: dict[str, int] = {}
         self.gate = asyncio.Event()
         self._began = asyncio.Condition()
 
-    async def __call__(self, jobs: Jobs) -> None:
+    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
         async with self._began:
             self.batches.append([job.payload for job in jobs])
             self._began.notify_all()
+        if self.releasing:
+            for job in jobs:
+                release(job.key)
         await self.gate.wait()
+        again = [job for job in jobs if job.attempts < self.refusals.get(job.payload, 0)]
         for job in jobs:
             if job.payload.startswith("poison"):
                 raise RuntimeError("poisoned")
-            job.resolve(job.payload.upper())
+            if job not in again:
+                job.settle(job.payload.upper())
+        return again
 
     async def began(self, count: int) -> None:
         async with asyncio.timeout(5), self._began:
             await self._began.wait_for(lambda: len(self.batches) >= count)
+
+
+async def submit(batcher: Batcher[str, str], payload: str, key: str, steps: int) -> str:
+    """One job, its failure raised."""
+    [result] = await batcher.submit([Request(payload, key, steps)])
+    if isinstance(result, CarryError):
+        raise result
+    return result
 
 
 @asynccontextmanager
@@ -49,7 +70,6 @@ async def batching(
         max_in_flight=in_flight,
         on_depth=lambda _: None,
     )
-    batcher.start()
     try:
         yield batcher
     finally:
@@ -60,9 +80,9 @@ async def batching(
 async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
         await runs.began(1)
-        rest = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "bcd"]
+        rest = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bcd"]
         await asyncio.sleep(0)
         runs.gate.set()
         assert await asyncio.gather(first, *rest) == ["A", "B", "C", "D"]
@@ -72,8 +92,8 @@ async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
 async def test_a_stream_never_has_two_jobs_in_flight() -> None:
     runs = Runs()
     async with batching(runs, in_flight=3) as batcher:
-        tasks = [asyncio.create_task(batcher.submit(name, "same", 1)) for name in ("a1", "a2")]
-        other = asyncio.create_task(batcher.submit("b", "b", 1))
+        tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
+        other = asyncio.create_task(submit(batcher, "b", "b", 1))
         await runs.began(1)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -83,12 +103,48 @@ async def test_a_stream_never_has_two_jobs_in_flight() -> None:
     assert runs.batches == [["a1", "b"], ["a2"]]
 
 
+async def test_a_released_stream_goes_on_before_its_batch_ends() -> None:
+    runs = Runs()
+    runs.releasing = True
+    async with batching(runs, in_flight=2) as batcher:
+        tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
+        await runs.began(2)
+        assert runs.batches == [["a1"], ["a2"]]
+        runs.gate.set()
+        assert await asyncio.gather(*tasks) == ["A1", "A2"]
+
+
+async def test_what_is_done_again_takes_its_old_place() -> None:
+    runs = Runs()
+    runs.releasing = True
+    runs.refusals = {"a1": 1, "a2": 1}
+    async with batching(runs, in_flight=2) as batcher:
+        tasks = [
+            asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
+        ]
+        await runs.began(2)
+        runs.gate.set()
+        assert await asyncio.gather(*tasks) == ["A1", "A2", "A3"]
+    assert [name for batch in runs.batches for name in batch] == ["a1", "a2", "a1", "a2", "a3"]
+
+
+async def test_one_caller_waits_for_all_its_jobs_and_gets_them_in_order() -> None:
+    runs = Runs()
+    runs.gate.set()
+    async with batching(runs, queue=3) as batcher:
+        names = ["a", "b", "a", "c"]
+        results = await batcher.submit([Request(name, name, 1) for name in names])
+        assert results[:3] == ["A", "B", "A"]
+        assert isinstance(results[3], Overloaded)
+        assert await batcher.submit([]) == []
+
+
 async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        bad = asyncio.create_task(batcher.submit("poison", "p", 1))
+        bad = asyncio.create_task(submit(batcher, "poison", "p", 1))
         await runs.began(1)
-        good = asyncio.create_task(batcher.submit("b", "b", 1))
+        good = asyncio.create_task(submit(batcher, "b", "b", 1))
         await asyncio.sleep(0)
         runs.gate.set()
         with pytest.raises(InternalError):
@@ -99,10 +155,10 @@ async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
 async def test_a_caller_that_left_is_dropped_and_its_neighbours_are_not() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
         await runs.began(1)
-        leaver = asyncio.create_task(batcher.submit("b", "b", 1))
-        stays = asyncio.create_task(batcher.submit("c", "c", 1))
+        leaver = asyncio.create_task(submit(batcher, "b", "b", 1))
+        stays = asyncio.create_task(submit(batcher, "c", "c", 1))
         await asyncio.sleep(0)
         leaver.cancel()
         await asyncio.sleep(0)
@@ -114,8 +170,8 @@ async def test_a_caller_that_left_is_dropped_and_its_neighbours_are_not() -> Non
 async def test_a_caller_that_leaves_a_running_batch_leaves_it_running() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        leaver = asyncio.create_task(batcher.submit("a", "a", 1))
-        stays = asyncio.create_task(batcher.submit("b", "b", 1))
+        leaver = asyncio.create_task(submit(batcher, "a", "a", 1))
+        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
         await runs.began(1)
         leaver.cancel()
         runs.gate.set()
@@ -125,12 +181,12 @@ async def test_a_caller_that_leaves_a_running_batch_leaves_it_running() -> None:
 async def test_a_full_queue_refuses_at_once() -> None:
     runs = Runs()
     async with batching(runs, queue=1) as batcher:
-        first = asyncio.create_task(batcher.submit("a", "a", 1))
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
         await runs.began(1)
-        second = asyncio.create_task(batcher.submit("b", "b", 1))
+        second = asyncio.create_task(submit(batcher, "b", "b", 1))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await batcher.submit("c", "c", 1)
+            await submit(batcher, "c", "c", 1)
         runs.gate.set()
         assert await asyncio.gather(first, second) == ["A", "B"]
 
@@ -138,12 +194,12 @@ async def test_a_full_queue_refuses_at_once() -> None:
 async def test_drain_finishes_what_was_accepted_and_takes_no_more() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        tasks = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab"]
+        tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
         await runs.began(1)
         draining = asyncio.create_task(batcher.drain(5))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
-            await batcher.submit("late", "late", 1)
+            await submit(batcher, "late", "late", 1)
         runs.gate.set()
         await draining
         assert await asyncio.gather(*tasks) == ["A", "B"]
@@ -154,8 +210,7 @@ async def test_drain_is_bounded() -> None:
     batcher: Batcher[str, str] = Batcher(
         runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1, on_depth=lambda _: None
     )
-    batcher.start()
-    tasks = [asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab"]
+    tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
     await runs.began(1)
     await batcher.drain(0.01)
     for task in tasks:
@@ -172,9 +227,8 @@ async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
         max_in_flight=3,
         on_depth=lambda _: None,
     )
-    batcher.start()
-    long_ones = [asyncio.create_task(batcher.submit(name, name, 1000)) for name in "abcd"]
-    short = asyncio.create_task(batcher.submit("s", "s", 1))
+    long_ones = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcd"]
+    short = asyncio.create_task(submit(batcher, "s", "s", 1))
     await runs.began(3)
     assert runs.batches == [["a"], ["b"], ["s"]]
     runs.gate.set()
@@ -184,7 +238,7 @@ async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
 
 async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later() -> None:
     runs = Runs()
-    broken = iter([None, None, ZeroDivisionError()])
+    broken = iter([None, ZeroDivisionError()])
 
     def on_depth(_: int) -> None:
         if error := next(broken, None):
@@ -193,11 +247,13 @@ async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later()
     batcher: Batcher[str, str] = Batcher(
         runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1, on_depth=on_depth
     )
-    batcher.start()
-    running, waiting = (asyncio.create_task(batcher.submit(name, name, 1)) for name in "ab")
-    with pytest.raises(InternalError):
-        await waiting
+    running, following, waiting = (
+        asyncio.create_task(submit(batcher, name, name, 1)) for name in "abc"
+    )
     runs.gate.set()
     assert await running == "A"
-    assert await batcher.submit("c", "c", 1) == "C"
+    with pytest.raises(InternalError):
+        await waiting
+    assert await following == "B"
+    assert await submit(batcher, "d", "d", 1) == "D"
     await batcher.drain(5)

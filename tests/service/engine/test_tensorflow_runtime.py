@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.artifact import Artifact
-from service.engine.compute import ComputeThread
+from service.engine.compute import Compute
 from service.engine.tensorflow_runtime import FIRST_RUNGS, TensorflowRuntime
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import make_artifact, rows_of
@@ -25,11 +25,12 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
     rows = [rows_of(random, length) for length in lengths]
     states = random.uniform(-0.5, 0.5, (len(rows), artifact.state.float_size)).astype(np.float32)
     kept = states.copy()
-    compute = ComputeThread()
+    compute = Compute()
     try:
-        outputs, after = await compute.infer(runtime, rows, states, lambda *_: None)
+        outputs, after, finite = await compute.infer(runtime, rows, states, lambda *_: None)
     finally:
         compute.close()
+    assert finite
     np.testing.assert_array_equal(states, kept, "what the engine was given is not written to")
     for index, row in enumerate(rows):
         expected, state = oracle_step(artifact.spec, artifact.weights, row, kept[index])
