@@ -1,6 +1,6 @@
 """The way of one batch: load -> judge -> encode -> infer -> commit -> reply.
 
-A batch holds chunks of different streams, and whole sequences to predict, of one model. Each
+A batch holds chunks of different streams of one model. Each
 member succeeds or fails on its own: a refused, poisoned or conflicting chunk never touches its
 neighbours. A chunk whose commit finds its stream moved on goes back to be judged and computed
 again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
@@ -36,10 +36,9 @@ from service.delivery import (
 from service.domain import (
     Chunk,
     FloatRows,
-    Prediction,
     Reply,
-    Steps,
     StoredReply,
+    StreamKey,
     StreamState,
     Timing,
 )
@@ -53,28 +52,26 @@ from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, 
 
 log = structlog.get_logger(__name__)
 
-Work = Chunk | Steps
-Result = Reply | Prediction
-WorkJob = Job[Work, Result]
+ChunkJob = Job[Chunk, Reply]
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """One job on its way through the batch.
+    """A chunk on its way through the batch.
 
     Attributes:
-        chunk: what is to be applied; None where a whole sequence is predicted.
         base: the stream it continues; None where it begins one.
+        rows: float32 [T, F]; ints: int64 [M], the clock after the chunk.
+        outputs: float32 [T, O].
     """
 
-    job: WorkJob
-    steps: Steps
-    chunk: Chunk | None
+    job: ChunkJob
+    chunk: Chunk
+    key: StreamKey
     base: StreamState | None = None
     rows: FloatRows = field(init=False)
     ints: NDArray[np.int64] = field(init=False)
     outputs: FloatRows = field(init=False)
-    new: StreamState | None = None
 
 
 @dataclass(slots=True)
@@ -120,24 +117,22 @@ class BatchRun:
         self._on_call = partial(recorder.batch, served.name)
         self._zero = served.state.zero()
 
-    async def __call__(self, jobs: list[WorkJob], release: Release) -> list[WorkJob]:
+    async def __call__(self, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
         times = _Times(time.monotonic())
-        members = [_member(job) for job in jobs]
-        chunks = [member for member in members if member.chunk is not None]
-        ready, again = await self._judged(chunks, times)
-        if len(chunks) < len(members):
-            ready += [member for member in members if member.chunk is None]
+        members = [_Member(job, job.payload, job.payload.key) for job in jobs]
+        ready, again = await self._judged(members, times)
         ready = [member for member in ready if self._encoded(member)]
         if ready:
-            await self._infer(ready, times)
-            again += await self._commit(ready, times, release)
+            computed = await self._infer(ready, times)
+            if computed:
+                again += await self._commit(computed, times, release)
         return [member.job for member in again if not self._gave_up(member)]
 
     def _gave_up(self, member: _Member) -> bool:
         if member.job.attempts + 1 < self._attempts:
             return False
-        stream = _chunk(member).key.stream
+        stream = member.key.stream
         member.job.settle(
             Conflict(
                 f"stream {stream!r} was moved on by others {self._attempts} times in a row",
@@ -153,23 +148,21 @@ class BatchRun:
         ready: list[_Member] = []
         unsure: list[_Member] = []
         for member in members:
-            member.base = self._cached(_chunk(member))
+            member.base = self._cached(member)
             (unsure if member.base is None else ready).append(member)
-        if members:
-            self._recorder.cache(self._served.name, len(ready), len(unsure))
+        self._recorder.cache(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
         found = await self._load(unsure)
         times.load_s = time.monotonic() - times.began_s
         replays: list[_Member] = []
         for member, stored in zip(unsure, found, strict=True):
-            chunk = _chunk(member)
             try:
                 if isinstance(stored, CarryError):
                     raise stored
-                verdict = judge(chunk, stored)
+                verdict = judge(member.chunk, stored)
                 if stored is not None:
-                    self._check_compatible(chunk, stored)
+                    self._check_compatible(member.key, stored)
             except CarryError as error:
                 member.job.settle(error)
                 continue
@@ -186,25 +179,25 @@ class BatchRun:
     async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
         """The members' streams; a store that is away fails those that need it, and no others."""
         try:
-            return await self._store.load([_chunk(member).key for member in members])
+            return await self._store.load([member.key for member in members])
         except CarryError as error:
             return [error] * len(members)
 
-    def _cached(self, chunk: Chunk) -> StreamState | None:
+    def _cached(self, member: _Member) -> StreamState | None:
         """The state in memory, if the chunk would simply be processed from it."""
-        copy = self._cache.get(chunk.key)
+        copy = self._cache.get(member.key)
         if copy is None or copy.fingerprint != self._served.fingerprint:
             return None
-        return copy if continues(chunk, copy) else None
+        return copy if continues(member.chunk, copy) else None
 
-    def _check_compatible(self, chunk: Chunk, stored: StreamState) -> None:
+    def _check_compatible(self, key: StreamKey, stored: StreamState) -> None:
         sizes = stored.state.floats.size, stored.state.ints.size
         spec = self._served.state
         if stored.fingerprint != self._served.fingerprint or sizes != (
             spec.float_size,
             spec.int_size,
         ):
-            raise incompatible(self._served, chunk.key.stream, stored)
+            raise incompatible(self._served, key.stream, stored)
 
     async def _replay(self, member: _Member, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
@@ -215,22 +208,22 @@ class BatchRun:
         Returns:
             False where the stream changed meanwhile and the chunk has to be judged anew.
         """
-        chunk = _chunk(member)
+        key = member.key
         try:
-            state, kept = await self._store.load_with_reply(chunk.key)
-            verdict = judge(chunk, state)
+            state, kept = await self._store.load_with_reply(key)
+            verdict = judge(member.chunk, state)
             if isinstance(verdict, Process):
                 return False
             mark = verdict.found.mark
             if kept is not None and kept.mark == mark:
                 self._recorder.replay(self._served.name)
                 member.job.settle(
-                    Reply(chunk.key, mark, kept.outputs, verdict.found.state, replayed=True)
+                    Reply(key, mark, kept.outputs, verdict.found.state, replayed=True)
                 )
             elif own is not None:
                 member.job.settle(own)
             else:
-                member.job.settle(already_applied(chunk.key.stream, mark))
+                member.job.settle(already_applied(key.stream, mark))
         except CarryError as error:
             member.job.settle(error)
         return True
@@ -239,7 +232,7 @@ class BatchRun:
         """Encode the member's events under its state; a refusal fails it alone."""
         state = member.base.state if member.base else self._zero
         try:
-            member.rows, member.ints = self._served.encode(member.steps, state)
+            member.rows, member.ints = self._served.encode(member.chunk.steps, state)
         except CarryError as error:
             member.job.settle(error)
             return False
@@ -249,7 +242,10 @@ class BatchRun:
             return False
         return True
 
-    async def _infer(self, members: list[_Member], times: _Times) -> None:
+    async def _infer(
+        self, members: list[_Member], times: _Times
+    ) -> list[tuple[_Member, StreamState]]:
+        """Compute the members; each with its stream as it is then, where that is finite."""
         began_s = time.monotonic()
         floats = [(m.base.state if m.base else self._zero).floats for m in members]
         outputs, states, finite = await self._compute.infer(
@@ -260,22 +256,20 @@ class BatchRun:
         )
         times.infer_s = time.monotonic() - began_s
         now_ms, fingerprint = self._now_ms(), self._served.fingerprint
+        computed: list[tuple[_Member, StreamState]] = []
         for member, output, after in zip(members, outputs, states, strict=True):
             if not finite and not (np.isfinite(output).all() and np.isfinite(after).all()):
                 member.job.settle(_not_finite(member))
                 continue
+            member.outputs = output
             # A copy: a view would keep the whole batch's states alive in the cache.
             state = State(after.copy(), member.ints)
-            if member.chunk is None:
-                member.job.settle(Prediction(output, state))
-                continue
-            member.outputs = output
-            member.new = advance(
-                member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms
-            )
+            new = advance(member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms)
+            computed.append((member, new))
+        return computed
 
     async def _commit(
-        self, members: list[_Member], times: _Times, release: Release
+        self, computed: list[tuple[_Member, StreamState]], times: _Times, release: Release
     ) -> list[_Member]:
         """Commit what was computed; returns the members to be done again.
 
@@ -283,19 +277,11 @@ class BatchRun:
         these on the store's one ordered way, and fail if these do.
         """
         commits: list[Commit] = []
-        sent: list[_Member] = []
-        for member in members:
-            new = member.new
-            if new is None:
-                continue
-            key = _chunk(member).key
+        for member, new in computed:
             before = member.base.mark if member.base else None
-            commits.append(Commit(key, before, new, StoredReply(new.mark, member.outputs)))
-            sent.append(member)
-            self._cache.put(key, new)
-            release(key)
-        if not sent:
-            return []
+            commits.append(Commit(member.key, before, new, StoredReply(new.mark, member.outputs)))
+            self._cache.put(member.key, new)
+            release(member.key)
         began_s = time.monotonic()
         try:
             results = await self._store.commit(commits)
@@ -307,49 +293,43 @@ class BatchRun:
         again: list[_Member] = []
         timings: list[Timing] = []
         steps = 0
-        for member, commit, result in zip(sent, commits, results, strict=True):
+        for (member, new), result in zip(computed, results, strict=True):
             if result is COMMITTED:
                 timing = times.of(member)
                 timings.append(timing)
-                steps += member.steps.length
-                member.job.settle(self._reply(member, commit.new, timing))
-            elif not await self._settled(member, commit.new, result, times):
+                steps += member.chunk.steps.length
+                member.job.settle(_reply(member, new, timing))
+            elif not await self._settled(member, new, result, times):
                 again.append(member)
         if timings:
             self._recorder.chunks(self._served.name, steps, timings)
         return again
 
-    def _reply(self, member: _Member, new: StreamState, timing: Timing) -> Reply:
-        return Reply(
-            _chunk(member).key,
-            new.mark,
-            member.outputs,
-            new.state,
-            created=member.base is None,
-            timing=timing,
-        )
-
     async def _settled(
         self, member: _Member, new: StreamState, result: CommitResult, times: _Times
     ) -> bool:
         """Answer a member that was not simply written; False where it is to be done again."""
-        chunk = _chunk(member)
-        self._cache.drop(chunk.key)
+        self._cache.drop(member.key)
         if isinstance(result, CarryError):
             member.job.settle(result)
             return True
-        reply = self._reply(member, new, times.of(member))
+        reply = _reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
             if result.found != new.mark:
                 self._recorder.conflict(self._served.name)
                 return False
             # Found at the very mark this commit writes: by a nonce only this commit can have
             # written it (its answer was lost); without one, a duplicate of the chunk may have.
-            if chunk.position is not None:
+            if member.chunk.position is not None:
                 return await self._replay(member, own=reply)
-        self._recorder.chunks(self._served.name, member.steps.length, [reply.timing])
+        self._recorder.chunks(self._served.name, member.chunk.steps.length, [reply.timing])
         member.job.settle(reply)
         return True
+
+
+def _reply(member: _Member, new: StreamState, timing: Timing) -> Reply:
+    created = member.base is None
+    return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing)
 
 
 def incompatible(served: ServedModel, stream: str, stored: StreamState) -> StateIncompatible:
@@ -364,22 +344,8 @@ def incompatible(served: ServedModel, stream: str, stored: StreamState) -> State
 
 
 def _not_finite(member: _Member) -> NotFinite:
-    if member.chunk is None:
-        where, facts = "a predicted sequence", {}
-    else:
-        key, mark = member.chunk.key, member.base.mark if member.base else None
-        where, facts = f"stream {key.stream!r}", standing(key.stream, mark)
-    return NotFinite(f"expected finite outputs and states of {where}, got NaN or infinity", **facts)
-
-
-def _member(job: WorkJob) -> _Member:
-    work = job.payload
-    if isinstance(work, Chunk):
-        return _Member(job, work.steps, work)
-    return _Member(job, work, None)
-
-
-def _chunk(member: _Member) -> Chunk:
-    if member.chunk is None:
-        raise TypeError("expected a member that continues a stream")
-    return member.chunk
+    mark = member.base.mark if member.base else None
+    return NotFinite(
+        f"expected finite outputs and states of stream {member.key.stream!r}, got NaN or infinity",
+        **standing(member.key.stream, mark),
+    )

@@ -12,9 +12,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from models.state import State
-from service.batch import BatchRun, Result, Work, incompatible
+from service.batch import BatchRun, incompatible
 from service.delivery import begin_anew, standing, state_changed, stream_exists
 from service.domain import (
     FIRST_TAG,
@@ -30,23 +31,26 @@ from service.domain import (
     StreamPage,
     StreamState,
 )
-from service.engine.batcher import Batcher, Request
+from service.engine.batcher import Batcher, Request, Run
 from service.engine.compute import Compute
 from service.engine.policy import BatchLimits
 from service.engine.state_cache import StateCache
 from service.errors import (
     AlreadyApplied,
     CarryError,
-    InternalError,
     ModelNotFound,
     PositionBehind,
     PreviousFailed,
     StateDamaged,
     StreamNotFound,
 )
+from service.predict import PredictRun
 from service.recorder import Recorder
 from service.served import ServedModel
 from service.state.protocol import Commit, Committed, StateStore
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,27 +91,38 @@ class Pipeline:
         self._warm = False
         self._draining = False
         self._warming: asyncio.Task[None] | None = None
-        self._batchers = {
-            name: self._batcher(served, recorder) for name, served in self.models.items()
+        self._recorder = recorder
+        self._chunks = {name: self._chunk_batcher(found) for name, found in self.models.items()}
+        self._sequences = {
+            name: self._sequence_batcher(found) for name, found in self.models.items()
         }
 
-    def _batcher(self, served: ServedModel, recorder: Recorder) -> Batcher[Work, Result]:
+    def _chunk_batcher(self, served: ServedModel) -> Batcher[Chunk, Reply]:
         run = BatchRun(
             served,
             self._store,
             self._cache,
             self._compute,
-            recorder,
+            self._recorder,
             now_ms=self._now_ms,
             attempts=self._limits.conflict_attempts,
         )
+        return self._batcher(served, run, partial(self._recorder.queue, served.name))
+
+    def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
+        run = PredictRun(served, self._compute, self._recorder)
+        return self._batcher(served, run, lambda _: None)
+
+    def _batcher(
+        self, served: ServedModel, run: Run[P, R], on_depth: Callable[[int], None]
+    ) -> Batcher[P, R]:
         rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
         return Batcher(
             run,
             BatchLimits(rows, self._limits.max_batch_steps, served.runtime.max_steps),
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
-            on_depth=partial(recorder.queue, served.name),
+            on_depth=on_depth,
         )
 
     async def start(self) -> None:
@@ -128,8 +143,11 @@ class Pipeline:
         self._draining = True
         if self._warming is not None:
             self._warming.cancel()
-        drains = [batcher.drain(self._limits.drain_s) for batcher in self._batchers.values()]
-        await asyncio.gather(*drains)
+        drain_s = self._limits.drain_s
+        await asyncio.gather(
+            *(batcher.drain(drain_s) for batcher in self._chunks.values()),
+            *(batcher.drain(drain_s) for batcher in self._sequences.values()),
+        )
         self._compute.close()
 
     async def readiness(self) -> list[Check]:
@@ -160,11 +178,11 @@ class Pipeline:
         Raises:
             CarryError: refused or failed; see `service.errors`.
         """
-        batcher = self._batchers[self.model(chunk.key.model).name]
+        batcher = self._chunks[self.model(chunk.key.model).name]
         [result] = await batcher.submit([Request(chunk, chunk.key, chunk.steps.length)])
-        if isinstance(result, Reply):
-            return result
-        raise result if isinstance(result, CarryError) else _unexpected(result)
+        if isinstance(result, CarryError):
+            raise result
+        return result
 
     async def process_many(self, items: Sequence[Chunk | CarryError]) -> list[Reply | CarryError]:
         """Apply chunks of many streams of one model; each item has its own outcome.
@@ -211,9 +229,8 @@ class Pipeline:
         """Chunks of different streams of one model."""
         if not chunks:
             return []
-        batcher = self._batchers[self.model(chunks[0].key.model).name]
-        found = await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks])
-        return [r if isinstance(r, Reply | CarryError) else _unexpected(r) for r in found]
+        batcher = self._chunks[self.model(chunks[0].key.model).name]
+        return await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks])
 
     async def predict(self, model: str, sequences: Sequence[Steps]) -> list[Prediction]:
         """Run whole sequences from the zero state; nothing is stored.
@@ -221,11 +238,11 @@ class Pipeline:
         Raises:
             CarryError: the first failure among the sequences.
         """
-        batcher = self._batchers[self.model(model).name]
+        batcher = self._sequences[self.model(model).name]
         predictions: list[Prediction] = []
         for result in await batcher.submit([Request(s, None, s.length) for s in sequences]):
-            if not isinstance(result, Prediction):
-                raise result if isinstance(result, CarryError) else _unexpected(result)
+            if isinstance(result, CarryError):
+                raise result
             predictions.append(result)
         return predictions
 
@@ -371,10 +388,6 @@ def _held_back(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | No
         stream=chunk.key.stream,
         previous=first,
     )
-
-
-def _unexpected(result: object) -> InternalError:
-    return InternalError(f"the engine gave {type(result).__name__} in place of an answer")
 
 
 def _stream_of(item: Chunk | CarryError) -> str | None:

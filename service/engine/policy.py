@@ -7,8 +7,7 @@ the oldest job that may run is always taken, so nobody starves, however long it 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Waiting(Protocol):
@@ -23,8 +22,7 @@ class Waiting(Protocol):
         """Steps it needs."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
+class BatchLimits(NamedTuple):
     """How large a batch may grow.
 
     Attributes:
@@ -48,21 +46,23 @@ def form(
         busy: streams with a job in flight.
         long_ones: whether long jobs may be taken.
     """
+    max_rows, max_padded, long_steps = limits
     chosen: list[int] = []
     passed: set[Hashable] = set()
-    longest = 0
+    longest = rows = 0
     for index, job in enumerate(queue):
-        if len(chosen) == limits.max_rows:
-            break
-        if job.key is not None:
-            if job.key in busy or job.key in passed:
+        key, steps = job.key, job.steps
+        if key is not None:
+            if key in busy or key in passed:
                 continue
-            passed.add(job.key)
-        if job.steps > limits.long_steps and not long_ones:
+            passed.add(key)
+        if steps > long_steps and not long_ones:
             continue
-        padded = (len(chosen) + 1) * max(longest, job.steps)
-        if chosen and padded > limits.max_padded_steps:
+        widest = steps if steps > longest else longest
+        if rows and (rows + 1) * widest > max_padded:
             continue
         chosen.append(index)
-        longest = max(longest, job.steps)
+        rows, longest = rows + 1, widest
+        if rows == max_rows:
+            break
     return chosen

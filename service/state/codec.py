@@ -120,7 +120,7 @@ def encode_state(stream: StreamState) -> bytes:
         rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(lead, b"".join((rest, ints.tobytes(), floats.tobytes())))
+    return _sealed(lead, rest, ints.tobytes(), floats.tobytes())
 
 
 def decode_state(value: bytes) -> StreamState:
@@ -200,7 +200,7 @@ def encode_reply(reply: StoredReply) -> bytes:
         rest = _REPLY_REST.pack(epoch, tag, position)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(lead, rest + outputs.tobytes())
+    return _sealed(lead, rest, outputs.tobytes())
 
 
 def decode_reply(value: bytes) -> StoredReply:
@@ -247,7 +247,9 @@ def _checksum(value: bytes, crc_at: int) -> int:
     return zlib.crc32(view[crc_at + 4 :], zlib.crc32(view[:crc_at]))
 
 
-def _sealed(lead: bytes, rest: bytes) -> bytes:
-    """Both, with the checksum over both between them."""
-    crc = zlib.crc32(rest, zlib.crc32(lead))
-    return b"".join((lead, crc.to_bytes(4, "little"), rest))
+def _sealed(lead: bytes, *rest: bytes) -> bytes:
+    """All of it, with the checksum over all of it behind the lead."""
+    crc = zlib.crc32(lead)
+    for part in rest:
+        crc = zlib.crc32(part, crc)
+    return b"".join((lead, crc.to_bytes(4, "little"), *rest))

@@ -1,0 +1,67 @@
+"""Whole sequences from the zero state: nothing is loaded, nothing is stored.
+
+Sequences share runtime calls with each other; one that fails does so alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import structlog
+
+from models.state import State
+from service.domain import Prediction, Steps
+from service.engine.batcher import Job, Release
+from service.engine.compute import Compute
+from service.errors import CarryError, InternalError, NotFinite
+from service.recorder import Recorder
+from service.served import ServedModel
+
+log = structlog.get_logger(__name__)
+
+SequenceJob = Job[Steps, Prediction]
+
+
+class PredictRun:
+    """Runs batches of sequences of one model; `__call__` is what their batcher is given."""
+
+    def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
+        self._served = served
+        self._compute = compute
+        self._on_call = partial(recorder.batch, served.name)
+        self._zero = served.state.zero()
+
+    async def __call__(self, jobs: list[SequenceJob], release: Release) -> list[SequenceJob]:
+        """Settle every job."""
+        encoded = [(job, *found) for job in jobs if (found := self._encoded(job)) is not None]
+        if not encoded:
+            return []
+        outputs, states, finite = await self._compute.infer(
+            self._served.runtime,
+            [rows for _, rows, _ in encoded],
+            np.tile(self._zero.floats, (len(encoded), 1)),
+            self._on_call,
+        )
+        for (job, _, ints), output, after in zip(encoded, outputs, states, strict=True):
+            if finite or (np.isfinite(output).all() and np.isfinite(after).all()):
+                job.settle(Prediction(output, State(after.copy(), ints)))
+            else:
+                job.settle(
+                    NotFinite(
+                        "expected finite outputs and states of a predicted sequence, got NaN or "
+                        "infinity"
+                    )
+                )
+        return []
+
+    def _encoded(self, job: SequenceJob) -> tuple[np.ndarray, np.ndarray] | None:
+        """Its rows and the clock after them; a refusal fails it alone."""
+        try:
+            return self._served.encode(job.payload, self._zero)
+        except CarryError as error:
+            job.settle(error)
+        except Exception as error:
+            log.exception("encoding_failed", model=self._served.name)
+            job.settle(InternalError(f"encoding failed: {type(error).__name__}"))
+        return None
