@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench example compose-test lock clean
+.PHONY: help run test check format bench bench-micro example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,9 +40,13 @@ format: ## mend what the linter and the formatter can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: ## measure a chunk's round trip beside a bare route (ARGS="--seconds 10")
+bench: ## measure Carry beside floors and baselines (ARGS="--full --jsonl bench.jsonl --report")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
+
+bench-micro: ## measure codec, policy, encode, wire and store by themselves
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
 
 example: ## train the flights example from nothing and compare it with its baselines
 	@scripts/setup dev

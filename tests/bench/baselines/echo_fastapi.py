@@ -1,17 +1,16 @@
-"""The floor of the comparison: a bare FastAPI route that reads the body and answers at once.
+"""The floor that Carry is held against: a bare FastAPI route.
 
-    uvicorn tests.bench.floor:app
+    BENCH_REPLY_BYTES=1800 uvicorn tests.bench.baselines.echo_fastapi:app
 
-It answers with a fixed body of the size of Carry's reply, so that what lies between the two is
-Carry's work and not the size of the bytes.
+It reads the body and answers with a fixed one of the size of Carry's reply, so that what lies
+between the two is Carry's work and not the size of the bytes.
 """
 
 from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 
-REPLY_BYTES = 1800
-BODY = b'{"outputs":"' + b"0" * (REPLY_BYTES - 14) + b'"}'
+from tests.bench.baselines.echo_asgi import BODY
 
 app = FastAPI()
 

@@ -1,0 +1,279 @@
+"""The load generator's own process: plain sockets, keep-alive, one send and one read a request.
+
+Closed loop: each connection sends its next request when the last is answered. Open loop: the
+moments of sending are fixed beforehand, and a latency counts from that moment, also where no
+connection was free for it; so a server that stalls is charged for all who came meanwhile.
+Loopback only, and each run is bounded by its duration and a grace. `remote` is how it is reached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import select
+import socket
+import sys
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.bench.traffic import Kept, Ticket, Traffic, TrafficSpec, WrongReplyError
+
+HOST = "127.0.0.1"
+READ_BYTES = 1 << 18
+GRACE_S = 20.0
+"""How long replies are waited for after the last request was sent."""
+
+LEAD_S = 0.05
+"""Between the schedule's making and its first moment."""
+
+PR_SET_TIMERSLACK = 29
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+
+
+@dataclass(slots=True)
+class Load:
+    """What one run saw.
+
+    Attributes:
+        seconds: from the first request sent to the last answered.
+        latencies_s: one per request, in the order of the replies.
+        chunks: chunks answered.
+        events: events in them.
+        cpu_s: the generator's own processor time.
+        late_s: open loop: how long after its moment each request was sent.
+        unsent: open loop: requests that could not be sent before the end.
+        kept: replies of sampled streams.
+    """
+
+    seconds: float = 0.0
+    latencies_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    chunks: int = 0
+    events: int = 0
+    cpu_s: float = 0.0
+    late_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    unsent: int = 0
+    kept: list[Kept] = field(default_factory=list)
+
+    @property
+    def chunks_per_s(self) -> float:
+        """The rate over the whole run."""
+        return self.chunks / self.seconds
+
+    def percentile_ms(self, percent: float) -> float:
+        """A percentile of the latencies, in milliseconds."""
+        return float(np.percentile(self.latencies_s, percent)) * 1000
+
+
+def arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64]:
+    """The moments of an open loop, in seconds from its beginning: a Poisson process."""
+    random = np.random.default_rng(seed)
+    gaps = random.exponential(1 / rate_per_s, int(rate_per_s * seconds * 1.2) + 10)
+    moments: NDArray[np.float64] = np.cumsum(gaps)
+    return moments[moments < seconds]
+
+
+class Connection:
+    """One connection with at most one request in flight."""
+
+    __slots__ = ("_body_at", "_missing_bytes", "_pieces", "sent_s", "sock", "ticket")
+
+    def __init__(self, port: int):
+        self.sock = socket.create_connection((HOST, port), GRACE_S)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.ticket: Ticket = ()
+        self.sent_s = 0.0
+        self._pieces: list[bytes] = []
+        self._missing_bytes = 0
+        self._body_at = 0
+
+    def receive(self) -> tuple[bytes, int] | None:
+        """A whole reply and where its body begins, or None while some of it is missing.
+
+        Raises:
+            WrongReplyError: another status than 200, no length, or the connection was closed.
+        """
+        data = self.sock.recv(READ_BYTES)
+        if self._missing_bytes:
+            self._pieces.append(data)
+            self._missing_bytes -= len(data)
+            if self._missing_bytes and data:
+                return None
+            reply = b"".join(self._pieces)
+            self._pieces.clear()
+        else:
+            while (end := data.find(b"\r\n\r\n")) < 0 and (more := self.sock.recv(READ_BYTES)):
+                data += more
+            length = _LENGTH.search(data, 0, end)
+            if not data.startswith(b"HTTP/1.1 200 ") or length is None:
+                raise WrongReplyError(f"expected status 200 and a length, got {data[:800]!r}")
+            self._body_at = end + 4
+            self._missing_bytes = self._body_at + int(length[1]) - len(data)
+            if self._missing_bytes > 0:
+                self._pieces.append(data)
+                return None
+            reply = data
+        if self._missing_bytes:
+            raise WrongReplyError(f"expected one whole reply, got {reply[:300]!r}")
+        return reply, self._body_at
+
+
+class _Poller:
+    """Waits for readable connections, to the microsecond where there is epoll."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll() if hasattr(select, "epoll") else None
+        self._poll = select.poll()
+
+    def add(self, connection: Connection) -> None:
+        """Wait for this one too."""
+        (self._epoll or self._poll).register(connection.sock.fileno(), select.POLLIN)
+
+    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
+        """Descriptors that can be read, after at most `timeout_s`."""
+        if self._epoll is None:
+            return self._poll.poll(timeout_s * 1000)
+        return self._epoll.poll(timeout_s)
+
+    def wait_finely(self, timeout_s: float) -> list[tuple[int, int]]:
+        """As `wait`, without rounding the time up to a millisecond."""
+        if self._epoll is None:
+            return self._poll.poll(timeout_s * 1000)
+        if timeout_s > 0:
+            select.select([self._epoll.fileno()], [], [], timeout_s)
+        return self._epoll.poll(0)
+
+
+class Generator:
+    """Runs loads, one after another; the streams of a spec keep their positions in between."""
+
+    def __init__(self) -> None:
+        self._traffic: dict[str, Traffic] = {}
+
+    def own_process(self) -> None:
+        """Settle in a process that does nothing else: no collections, and precise timers."""
+        gc.disable()
+        if sys.platform == "linux":
+            # Otherwise the kernel may send each request of an open loop 50 us late.
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+    def traffic(self, key: str, spec: TrafficSpec) -> None:
+        """Make the streams that later loads name."""
+        self._traffic[key] = Traffic(spec)
+
+    def closed(self, key: str, port: int, connections: int, seconds: float) -> Load:
+        """Load a port from connections that each wait for their reply."""
+        traffic = self._traffic[key]
+        latencies = array("d")
+
+        def run(by_fd: dict[int, Connection], poller: _Poller) -> tuple[float, int]:
+            clock = time.perf_counter
+            ends_s = clock() + seconds
+            in_flight = 0
+            for connection in by_fd.values():
+                if traffic.ready:
+                    _send(connection, traffic)
+                    in_flight += 1
+            while in_flight:
+                ready = poller.wait(GRACE_S)
+                if not ready:
+                    raise WrongReplyError(f"{in_flight} requests were not answered in {GRACE_S} s")
+                for fd, _ in ready:
+                    connection = by_fd[fd]
+                    found = connection.receive()
+                    if found is None:
+                        continue
+                    now_s = clock()
+                    latencies.append(now_s - connection.sent_s)
+                    traffic.accept(connection.ticket, *found)
+                    if now_s < ends_s:
+                        _send(connection, traffic)
+                    else:
+                        in_flight -= 1
+            return clock(), 0
+
+        return _loaded(traffic, port, connections, run, latencies, array("d"))
+
+    def open(
+        self, key: str, port: int, connections: int, rate_per_s: float, seconds: float, seed: int
+    ) -> Load:
+        """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
+        traffic = self._traffic[key]
+        due = arrivals(rate_per_s, seconds, seed)
+        latencies, late = array("d"), array("d")
+
+        def run(by_fd: dict[int, Connection], poller: _Poller) -> tuple[float, int]:
+            clock = time.perf_counter
+            idle = list(by_fd.values())
+            moments = (due + clock() + LEAD_S).tolist()
+            ends_s = clock() + LEAD_S + seconds + GRACE_S
+            at, count = 0, len(moments)
+            while at < count or len(idle) < len(by_fd):
+                now_s = clock()
+                if now_s > ends_s:
+                    break
+                while at < count and moments[at] <= now_s and idle and traffic.ready:
+                    connection = idle.pop()
+                    late.append(clock() - moments[at])
+                    _send(connection, traffic)
+                    connection.sent_s = moments[at]
+                    at += 1
+                pause_s = GRACE_S
+                if at < count and idle and traffic.ready:
+                    pause_s = max(0.0, moments[at] - clock())
+                for fd, _ in poller.wait_finely(pause_s):
+                    connection = by_fd[fd]
+                    found = connection.receive()
+                    if found is not None:
+                        latencies.append(clock() - connection.sent_s)
+                        traffic.accept(connection.ticket, *found)
+                        idle.append(connection)
+            return clock(), count - at
+
+        return _loaded(traffic, port, connections, run, latencies, late)
+
+
+def _send(connection: Connection, traffic: Traffic) -> None:
+    request, connection.ticket = traffic.request()
+    connection.sent_s = time.perf_counter()
+    connection.sock.sendall(request)
+
+
+def _loaded(
+    traffic: Traffic,
+    port: int,
+    connections: int,
+    run: Callable[[dict[int, Connection], _Poller], tuple[float, int]],
+    latencies: array[float],
+    late: array[float],
+) -> Load:
+    """Open the connections, run, close them, and sum up."""
+    opened: list[Connection] = []
+    poller = _Poller()
+    try:
+        for _ in range(connections):
+            opened.append(Connection(port))
+            poller.add(opened[-1])
+        by_fd = {connection.sock.fileno(): connection for connection in opened}
+        events_before, cpu_before_s = traffic.events, time.process_time()
+        traffic.kept = []
+        began_s = time.perf_counter()
+        ended_s, unsent = run(by_fd, poller)
+        return Load(
+            ended_s - began_s,
+            np.array(latencies),
+            len(latencies) * max(1, traffic.spec.items),
+            traffic.events - events_before,
+            time.process_time() - cpu_before_s,
+            np.array(late),
+            unsent,
+            traffic.kept,
+        )
+    finally:
+        for connection in opened:
+            connection.sock.close()

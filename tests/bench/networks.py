@@ -1,0 +1,151 @@
+"""The networks that are measured, the bodies sent to them, and the judge of their answers.
+
+The standard workload: two stacked LSTM(64) and Dense(8), 16 features, 16 events a chunk. The
+weights are contracting, so that every server's outputs must equal the float64 oracle of the
+tests within the contract's 1e-5, however the events were cut and batched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import ormsgpack
+from numpy.typing import NDArray
+
+from models.artifact import Artifact, write_artifact
+from models.spec import parse_spec
+from tests.bench.traffic import Kept, Media, TrafficSpec, packed_binary
+from tests.support.oracle import contracting_weights, oracle_step
+
+FEATURES, STEPS, UNITS = 16, 16, 64
+BODIES = 8
+TOLERANCE = 1e-5
+TRAINED_TOLERANCE = 1e-3
+"""For weights from training, with heads that exponentiate: the contract's bound is for
+contracting networks, and this judge is to find wrong answers, not the last digit."""
+
+FloatRows = NDArray[np.float32]
+
+
+def standard_model(folder: Path, units: int = UNITS) -> Artifact:
+    """Write the benchmark's network as the artifact `folder/bench`."""
+    spec = parse_spec(
+        {
+            "name": "bench",
+            "features": FEATURES,
+            "layers": [{"kind": "lstm", "units": units}, {"kind": "lstm", "units": units}],
+            "heads": [{"kind": "dense", "name": "out", "units": 8}],
+        }
+    )
+    return write_artifact(folder / "bench", spec, contracting_weights(spec, 1))
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """What the chunks hold: blocks of rows, which a stream is sent in turn.
+
+    Attributes:
+        rows: float32 [T, F] each.
+        events: the same as events, written as JSON; None where the feed is `inputs`.
+    """
+
+    rows: tuple[FloatRows, ...]
+    events: tuple[bytes, ...] | None = None
+
+    @classmethod
+    def random(cls, steps: int, features: int = FEATURES, count: int = BODIES) -> Bodies:
+        """Blocks of `steps` random rows with four decimals."""
+        random = np.random.default_rng(steps)
+        blocks = random.normal(size=(count, steps, features)).round(4).astype(np.float32)
+        return cls(tuple(blocks))
+
+    def values(self, media: Media) -> tuple[bytes, ...]:
+        """Each block as the member of a body."""
+        if self.events is not None:
+            return self.events
+        if media == "msgpack":
+            return tuple(packed_binary(rows.astype("<f4").tobytes()) for rows in self.rows)
+        return tuple(orjson.dumps(rows, option=orjson.OPT_SERIALIZE_NUMPY) for rows in self.rows)
+
+    def traffic(
+        self,
+        prefix: str,
+        streams: int,
+        *,
+        model: str = "bench",
+        media: Media = "json",
+        items: int = 0,
+        **rest: Any,
+    ) -> TrafficSpec:
+        """What a generator sends to one server: its own streams, named by `prefix`."""
+        single = f"/v1/models/{model}/streams/%b/chunks"
+        return TrafficSpec(
+            path=(f"/v1/models/{model}/chunks" if items else single).encode(),
+            media=media,
+            member="inputs" if self.events is None else "events",
+            values=self.values(media),
+            steps=tuple(map(len, self.rows)),
+            prefix=prefix,
+            streams=streams,
+            items=items,
+            **rest,
+        )
+
+
+class WrongOutputsError(Exception):
+    """A server's outputs are not the network's."""
+
+
+def check_answers(
+    artifact: Artifact,
+    spec: TrafficSpec,
+    rows: Sequence[FloatRows],
+    kept: Sequence[Kept],
+    tolerance: float = TOLERANCE,
+) -> int:
+    """Hold the kept replies of streams that began in this run against one whole run of each.
+
+    Args:
+        rows: the encoded rows of each body, in a stream's own order of bodies.
+        kept: replies; chunks of one stream without a gap from its first.
+
+    Returns:
+        How many events' outputs were compared.
+
+    Raises:
+        WrongOutputsError: with the largest difference.
+    """
+    compared = 0
+    for stream in sorted({reply.stream for reply in kept}):
+        replies = sorted((k for k in kept if k.stream == stream), key=lambda k: k.chunk)
+        if [reply.chunk for reply in replies] != list(range(len(replies))):
+            raise WrongOutputsError(f"stream {stream}: replies are missing")
+        sent = np.concatenate([rows[spec.body(stream, reply.chunk)] for reply in replies])
+        whole = oracle_step(artifact.spec, artifact.weights, sent, artifact.state.zero().floats)[0]
+        got = np.concatenate([_outputs(artifact, spec.media, k.reply) for k in replies])
+        if got.shape != whole.shape:
+            raise WrongOutputsError(f"expected outputs {whole.shape}, got {got.shape}")
+        excess = np.abs(got - whole) - tolerance * (1 + np.abs(whole))
+        if not (excess <= 0).all():
+            raise WrongOutputsError(
+                f"stream {stream}: the outputs differ from one whole run by up to "
+                f"{np.abs(got - whole).max():.2g}, expected {tolerance:g}"
+            )
+        compared += len(got)
+    return compared
+
+
+def _outputs(artifact: Artifact, media: Media, reply: bytes) -> NDArray[np.float64]:
+    """The outputs of a reply, float64 [T, O]."""
+    read = orjson.loads if media == "json" else ormsgpack.unpackb
+    named = read(reply)["outputs"]
+    columns = []
+    for output in artifact.outputs.outputs:
+        values = np.asarray(named[output.name], np.float64)
+        columns.append(values.reshape(len(values), output.size))
+    return np.concatenate(columns, axis=1)

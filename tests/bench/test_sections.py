@@ -1,0 +1,93 @@
+"""Each section of the benchmark runs, for a moment, with everything it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.bench import context, micro
+from tests.bench.__main__ import SECTIONS, main
+from tests.bench.context import Bench, Options
+from tests.bench.machine import Cores
+from tests.bench.results import Results
+from tests.bench.sections import many, workers
+from tests.bench.servers import missing
+
+ABOUT = {"commit": "none", "machine": "none", "date": "now"}
+FIGURES = {
+    "peak": "peak/carry-onnxruntime over fastapi",
+    "many": "many/carry-onnxruntime over compute",
+    "latency": "latency/carry-onnxruntime p99 beside long chunks over without",
+    "streams": "streams/2000 over 1000",
+    "cold": "cold/carry-onnxruntime s",
+    "workers": "workers/carry-onnxruntime lost",
+    "events": "events/carry-onnxruntime events over inputs",
+    "widths": None,
+    "split": None,
+}
+"""What each section has to find."""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A tiny run; nothing that it started is left afterwards."""
+    monkeypatch.setattr(context, "WARM_S", 0.05)
+    monkeypatch.setattr(context, "SETTLED_S", 0.02)
+    monkeypatch.setattr(context, "SETTLES_WITHIN_S", 0.0)
+    monkeypatch.setattr(many, "COMPUTE_S", 0.01)
+    monkeypatch.setattr(workers, "RACES", 2)
+    options = Options(
+        rounds=1,
+        seconds=0.1,
+        streams=64,
+        many_streams=2000,
+        runtimes=("onnxruntime",),
+        baselines=("asgi", "fastapi", "competent"),
+    )
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield Bench(options, Cores((), ()), tmp_path, Results(ABOUT))
+    after = {child.pid for child in psutil.Process().children(recursive=True)}
+    assert after <= before
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_runs(section: str, bench: Bench) -> None:
+    if (reason := missing("carry-onnxruntime", bench.artifact)) is not None:
+        pytest.skip(reason)
+    import_module(f"tests.bench.sections.{section}").run(bench)
+    assert bench.results.rows or section == "cold"
+    assert FIGURES[section] is None or FIGURES[section] in bench.results.figures
+    if section == "workers":
+        assert bench.results.figures["workers/carry-onnxruntime lost"].high == 0
+
+
+def test_every_section_is_tried() -> None:
+    assert set(FIGURES) == set(SECTIONS)
+    folder = Path(__file__).parent / "sections"
+    assert {path.stem for path in folder.glob("*.py")} == set(SECTIONS)
+
+
+def test_the_parts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert micro.main(["--seconds", "0.001"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{group}, " in f"\n{shown}" for group in micro.GROUPS)
+
+
+def test_a_section_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "peak,speed"])
+    assert "got speed" in capsys.readouterr().err
+
+
+def test_cores_are_the_first_and_the_last() -> None:
+    cores = Cores.chosen()
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < 2:
+        assert cores.everything == ()
+    else:
+        assert (cores.servers, cores.others) == ((available[0],), (available[-1],))
