@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,15 @@ from service.errors import (
     StateChanged,
     StateDamaged,
     StateIncompatible,
+    StoreRefused,
     StreamExists,
     StreamNotFound,
 )
 from service.pipeline import Pipeline
 from service.served import ServedModel
+from service.state.protocol import Commit, CommitResult, Conflicted
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
 from tests.support.pipelines import Counts, chunk_of, make_artifact, rows_of, whole, worker
 
 
@@ -176,6 +180,74 @@ async def test_sixteen_appends_at_once_are_all_applied(store_url: str, artifact:
     assert len({reply.mark.tag for reply in replies}) == 16
     assert counts.seen["conflicts"] > 0
     close(np.concatenate([r.outputs for r in replies]), whole(artifact, np.tile(same, (16, 1))))
+
+
+async def test_a_streams_queue_goes_on_from_memory(store_url: str, artifact: Artifact) -> None:
+    """Its chunks neither load the stream again nor wait for each other's commits."""
+    random = np.random.default_rng(31)
+    rows, counts = rows_of(random, 48), Counts()
+    async with worker(store_url, artifact, counts) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of("hot", rows[at : at + 3], at)) for at in range(0, 48, 3))
+        )
+    assert [reply.mark.position for reply in replies] == list(range(3, 51, 3))
+    assert (counts.seen["misses"], counts.seen["conflicts"]) == (1, 0)
+    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
+
+
+class FailingStore(RedisStore):
+    """Fails, or loses, the first commit of a stream at a position; for the fault alone."""
+
+    def __init__(self, settings: StoreSettings, position: int, error: CarryError | None):
+        super().__init__(settings)
+        self.position = position
+        self.error = error
+
+    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+        fails = [commit.new.mark.position == self.position for commit in commits]
+        if any(fails):
+            self.position = -1
+            # as long as a real answer takes
+            await super().check()
+        going = [commit for commit, failed in zip(commits, fails, strict=True) if not failed]
+        done = iter(await super().commit(going))
+        return [
+            (self.error or Conflicted(commit.expected)) if failed else next(done)
+            for commit, failed in zip(commits, fails, strict=True)
+        ]
+
+
+async def test_what_follows_a_failed_commit_is_judged_anew(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(32)
+    rows, counts = rows_of(random, 12), Counts()
+    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, StoreRefused("no room"))
+    async with worker(store_url, artifact, counts, store=store) as one:
+        outcomes = await asyncio.gather(
+            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
+            return_exceptions=True,
+        )
+        assert isinstance(outcomes[0], Reply)
+        assert isinstance(outcomes[1], StoreRefused)
+        assert isinstance(outcomes[2], PositionAhead)
+        assert outcomes[2].facts["expected"] == 4
+        rest = [await one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)]
+    outputs = [reply.outputs for reply in (outcomes[0], *rest)]
+    close(np.concatenate(outputs), whole(artifact, rows))
+
+
+async def test_a_conflict_in_a_chain_loses_none_of_it(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(33)
+    rows, counts = rows_of(random, 20), Counts()
+    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, None)
+    async with worker(store_url, artifact, counts, store=store) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in range(0, 20, 4))
+        )
+    assert counts.seen["conflicts"] >= 2
+    assert [reply.mark.position for reply in replies] == [4, 8, 12, 16, 20]
+    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
 
 
 async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:

@@ -90,9 +90,10 @@ async def worker(
     cache_bytes: int = 2**20,
     reply_max_bytes: int = 65_536,
     idle_ttl_ms: int = 0,
+    store: RedisStore | None = None,
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
-    store = RedisStore(
+    store = store or RedisStore(
         StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_ms=idle_ttl_ms, wait_s=5)
     )
     pipeline = Pipeline(
