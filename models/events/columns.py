@@ -1,7 +1,8 @@
 """Validated events, column by column: what encoding, digests and training share.
 
 One array per field instead of one dict per event, so that everything after parsing is
-vectorised. Absent values hold 0, false or "" and are told apart by `present` alone.
+vectorised. Absent values hold 0, false or "" and are told apart by `present` alone. Events
+off the wire stay in the block that the reader made; their columns are views of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.events.block import Block, BoolArray, ByName, layout_of
 from models.events.parse import timestamp_ms
 from models.events.schema import (
     BooleanField,
@@ -22,8 +24,6 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,17 +36,27 @@ class EventColumns:
         values: per field, an array [T]: float64 for a numeric (-0.0 is kept as 0.0), int64
             epoch milliseconds for a timestamp, bool for a boolean, objects (str) for a
             categorical. Where not present: 0, false or "".
+        block: the same events as digests and encoding read them, where they are at hand.
     """
 
     steps: int
     present: Mapping[str, BoolArray]
     values: Mapping[str, NDArray[Any]]
+    block: Block | None = None
+
+    @classmethod
+    def of_block(cls, block: Block) -> EventColumns:
+        """The columns of a block, made when they are asked for."""
+        places = block.layout.places
+        return cls(block.steps, ByName(places, block.presence), ByName(places, block.values), block)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, cut: slice) -> EventColumns:
         """The events of a slice, as views."""
+        if self.block is not None:
+            return EventColumns.of_block(self.block.cut(cut))
         steps = len(range(*cut.indices(self.steps)))
         return EventColumns(
             steps,
@@ -96,6 +106,41 @@ def columns_from_events(schema: EventSchema, events: Sequence[Mapping[str, Any]]
     return EventColumns(steps, present, values)
 
 
+def block_of(schema: EventSchema, columns: EventColumns) -> Block:
+    """The block of events under that schema: the one they came with, or one made here."""
+    if columns.block is not None and columns.block.layout.schema is schema:
+        return columns.block
+    layout = layout_of(schema)
+    numbers = np.zeros((len(layout.columns), columns.steps))
+    absent = np.zeros((layout.optionals, columns.steps), np.bool_)
+    texts: list[list[str]] = [[] for _ in layout.codes]
+    times_ms = None
+    for name, place in layout.places.items():
+        values = columns.values[name]
+        if place.absent is not None:
+            absent[place.absent] = ~columns.present[name]
+        if isinstance(place.field, TimestampField):
+            times_ms = np.asarray(values, np.int64)
+        elif place.text is not None:
+            texts[place.text] = values.tolist()
+            codes = layout.codes[place.text]
+            numbers[place.row] = list(map(codes.__getitem__, texts[place.text]))
+            if place.absent is not None:
+                numbers[place.row, absent[place.absent]] = codes[None]
+        else:
+            numbers[place.row] = values
+    numbers += 0.0
+    numbers[layout.missing] = absent[: len(layout.blanked)]
+    return Block(
+        layout,
+        columns.steps,
+        numbers,
+        tuple(texts),
+        times_ms,
+        absent if absent.any() else None,
+    )
+
+
 def canonical_bytes(schema: EventSchema, columns: EventColumns) -> bytes:
     """The bytes of a chunk's events that its digest is taken over, together with T.
 
@@ -110,20 +155,4 @@ def canonical_bytes(schema: EventSchema, columns: EventColumns) -> bytes:
        - categorical: T uint32, the length of each category in UTF-8 bytes, then the UTF-8
          bytes of all categories one after the other.
     """
-    parts: list[bytes] = []
-    for field in schema.fields:
-        present = columns.present[field.name]
-        values = columns.values[field.name]
-        parts.append(present.astype(np.uint8).tobytes())
-        match field:
-            case NumericField():
-                parts.append((values + 0.0).astype("<f8").tobytes())
-            case TimestampField():
-                parts.append(values.astype("<i8").tobytes())
-            case BooleanField():
-                parts.append(values.astype(np.uint8).tobytes())
-            case CategoricalField():
-                encoded = [value.encode() for value in values.tolist()]
-                parts.append(np.array([len(value) for value in encoded], "<u4").tobytes())
-                parts.extend(encoded)
-    return b"".join(parts)
+    return block_of(schema, columns).canonical_bytes()

@@ -18,43 +18,44 @@ give the same bits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from models.errors import DataError, StateError
-from models.events.columns import EventColumns
+from models.events.block import GAP_ROW, Block, BlockLayout, IntArray, Place
+from models.events.columns import EventColumns, block_of
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
-    TIMESTAMP_FEATURES,
     UNKNOWN_CODE,
-    BooleanField,
     CategoricalField,
     Column,
     EventSchema,
     NumericField,
-    TimestampField,
 )
-from models.events.zones import DAY_MS, zone_table
+from models.events.zones import zone_table
 from models.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
 from models.state import StateSpec
 
 FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
 
 _MINUTE_MS = 60_000
-_MINUTES = 1440
-_EPOCH_WEEKDAY = 3
-
+_DAY_MINUTES = 1440
+_WEEK_DAYS = 7
+_WEEK_MINUTES = _WEEK_DAYS * _DAY_MINUTES
+_CALENDAR_COLUMNS = 4
+_EPOCH_MINUTE = 3 * _DAY_MINUTES
+"""The minute of the week, from Monday 0:00, in which 1970 began."""
 
 MAX_SEEN = 2**62
 """More events than any stream can have; counting on from it stays within int64."""
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
+class Clock(NamedTuple):
     """What a stream remembers of its timestamps.
 
     Attributes:
@@ -120,35 +121,115 @@ def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[Fl
     Raises:
         DataError: a numeric value that is not finite as a float32 once standardised.
     """
-    rows = np.zeros((columns.steps, len(schema.columns)), np.float32)
-    at = 0
-    with np.errstate(over="ignore"):
-        for field in schema.fields:
-            present = columns.present[field.name]
-            values = columns.values[field.name]
-            width = 1
-            match field:
-                case CategoricalField():
-                    rows[:, at] = categorical_codes(field, present, values)
-                case NumericField():
-                    rows[:, at] = _scale(transformed(field, values), field.mean, field.std)
-                case BooleanField():
-                    rows[:, at] = values
-                case TimestampField():
-                    width = len(TIMESTAMP_FEATURES)
-                    times_ms = values[present] if field.optional else values
-                    features, clock = _timestamp(schema, field, times_ms, clock)
-                    rows[present if field.optional else slice(None), at : at + width] = features
-            at += width
-            if field.optional and not isinstance(field, CategoricalField):
-                absent = ~present
-                if absent.any():
-                    rows[absent, at - width : at] = 0
-                rows[:, at] = absent
-                at += 1
+    rows, clocks = _encoded([block_of(schema, columns)], [clock])
     if not np.isfinite(rows).all():
         raise _not_finite(schema, columns, rows)
-    return rows, clock
+    return rows, clocks[0]
+
+
+def encode_many(
+    schema: EventSchema, columns: Sequence[EventColumns], clocks: Sequence[Clock]
+) -> tuple[list[FloatArray], list[Clock]]:
+    """Encode chunks of several streams at once: to the bit what `encode` gives for each.
+
+    Args:
+        schema: a fitted schema.
+        columns: N >= 1 chunks, of different streams.
+        clocks: the N streams' clocks before them.
+
+    Returns:
+        N arrays of rows, float32 [T, F], finite, views of one array; and the N clocks after.
+
+    Raises:
+        DataError: as `encode` does for one of them, the first in order. Encode one by one
+            to have the others.
+    """
+    blocks = [block_of(schema, chunk) for chunk in columns]
+    rows, after = _encoded(blocks, clocks)
+    cuts = list(accumulate([block.steps for block in blocks], initial=0))
+    parts = [rows[start:stop] for start, stop in pairwise(cuts)]
+    if not np.isfinite(rows).all():
+        at = next(at for at, part in enumerate(parts) if not np.isfinite(part).all())
+        raise _not_finite(schema, columns[at], parts[at])
+    return parts, after
+
+
+def _encoded(blocks: Sequence[Block], clocks: Sequence[Clock]) -> tuple[FloatArray, list[Clock]]:
+    """Rows of blocks under one layout, one after the other; they may hold infinities."""
+    layout = blocks[0].layout
+    if not layout.fitted:
+        raise ValueError("expected a fitted schema: mean and standard deviation are not known")
+    numbers = np.concatenate([block.numbers for block in blocks], axis=1)
+    rows = np.empty((numbers.shape[1], len(layout.schema.columns)), np.float32)
+    absent = None
+    if any(block.absent is not None for block in blocks):
+        absent = numbers[layout.missing] != 0
+    after = list(clocks)
+    if layout.time is not None:
+        times_ms, gaps, after = _gaps(layout.time, blocks, clocks)
+        np.divide(gaps, 1000.0, out=numbers[GAP_ROW])
+        calendar = rows[:, layout.calendar : layout.calendar + _CALENDAR_COLUMNS]
+        calendar[:] = _calendar().take(_week_minutes(layout, times_ms), axis=0)
+        if absent is not None:
+            calendar[absent[layout.blanked == GAP_ROW].any(axis=0)] = 0
+    with np.errstate(over="ignore"):
+        if layout.logs:
+            logs = numbers[: layout.logs]
+            np.copysign(np.log1p(np.abs(logs)), logs, out=logs)
+        numbers -= layout.mean
+        numbers /= layout.std
+        if absent is not None:
+            blanked = numbers[layout.blanked]
+            blanked[absent] = 0
+            numbers[layout.blanked] = blanked
+        rows[:, layout.columns] = numbers.T
+    return rows, after
+
+
+def _gaps(
+    place: Place, blocks: Sequence[Block], clocks: Sequence[Clock]
+) -> tuple[IntArray, IntArray, list[Clock]]:
+    """Timestamps and gaps of all blocks' events, both int64 [T], and the clocks afterwards.
+
+    Without a timestamp an event has 0 for both.
+    """
+    times_ms = np.concatenate([_times_ms(block) for block in blocks])
+    cuts = list(accumulate([block.steps for block in blocks], initial=0))
+    gaps = np.zeros(len(times_ms), np.int64)
+    # In order, as nearly always, the latest timestamp is the one before.
+    np.subtract(times_ms[1:], times_ms[:-1], out=gaps[1:])
+    after = list(clocks)
+    others: set[int] = set()
+    for at, (block, clock) in enumerate(zip(blocks, clocks, strict=True)):
+        start, stop = cuts[at], cuts[at + 1]
+        if start == stop:
+            continue
+        gaps[start] = times_ms.item(start) - clock.last_ms if clock.seen else 0
+        after[at] = Clock(times_ms.item(stop - 1), clock.seen + block.steps, clock.out_of_order)
+        if place.absent is not None and block.absent is not None:
+            others.add(at)
+    if np.minimum.reduce(gaps, initial=0) < 0:
+        others.update((np.searchsorted(cuts, np.flatnonzero(gaps < 0), "right") - 1).tolist())
+    for at in others:
+        part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(place)
+        gaps[part] = 0
+        gaps[part][there], after[at] = gaps_ms(times_ms[part][there], clocks[at])
+    return times_ms, gaps, after
+
+
+def _times_ms(block: Block) -> IntArray:
+    if block.times_ms is None:
+        raise ValueError("expected a block with timestamps")
+    return block.times_ms
+
+
+def _week_minutes(layout: BlockLayout, times_ms: IntArray) -> IntArray:
+    """The minute of the local week, from Monday 0:00, of each timestamp."""
+    minutes = times_ms + zone_table(layout.schema.timezone).offsets(times_ms)
+    minutes //= _MINUTE_MS
+    minutes += _EPOCH_MINUTE
+    minutes %= _WEEK_MINUTES
+    return minutes
 
 
 def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
@@ -252,18 +333,6 @@ def check_rows(columns: tuple[Column, ...], rows: FloatArray) -> None:
             )
 
 
-def _timestamp(
-    schema: EventSchema, field: TimestampField, times_ms: IntArray, clock: Clock
-) -> tuple[FloatArray, Clock]:
-    gaps, clock = gaps_ms(times_ms, clock)
-    local_ms = times_ms + zone_table(schema.timezone).offsets(times_ms)
-    features = np.empty((len(times_ms), len(TIMESTAMP_FEATURES)), np.float32)
-    features[:, 0] = _scale(log_gap(gaps), field.gap_mean, field.gap_std)
-    features[:, 1:3] = _MINUTE_ANGLES[local_ms // _MINUTE_MS % _MINUTES]
-    features[:, 3:5] = _WEEKDAY_ANGLES[(local_ms // DAY_MS + _EPOCH_WEEKDAY) % 7]
-    return features, clock
-
-
 def _not_finite(schema: EventSchema, columns: EventColumns, rows: FloatArray) -> DataError:
     step, at = (int(index) for index in np.argwhere(~np.isfinite(rows))[0])
     name = schema.columns[at].field or schema.columns[at].name
@@ -281,11 +350,16 @@ def _scale(values: NDArray[np.float64], mean: float | None, std: float | None) -
     return np.asarray((values - mean) / std, np.float32)
 
 
+@cache
+def _calendar() -> FloatArray:
+    """Sine and cosine of the hour, sine and cosine of the weekday, per minute of the week.
+
+    A table instead of vectorised sin and cos: faster, and the same bits for any chunk length.
+    """
+    hours, days = _angles(_DAY_MINUTES), _angles(_WEEK_DAYS)
+    return np.hstack([np.tile(hours, (_WEEK_DAYS, 1)), np.repeat(days, _DAY_MINUTES, axis=0)])
+
+
 def _angles(period: int) -> FloatArray:
     turns = [2 * math.pi * step / period for step in range(period)]
     return np.array([(math.sin(turn), math.cos(turn)) for turn in turns], np.float32)
-
-
-# A table instead of vectorised sin and cos: faster, and the same bits for any chunk length.
-_MINUTE_ANGLES = _angles(_MINUTES)
-_WEEKDAY_ANGLES = _angles(7)

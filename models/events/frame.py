@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from models.errors import DataError
-from models.events.columns import BoolArray, EventColumns
+from models.events.block import BoolArray
+from models.events.columns import EventColumns
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,

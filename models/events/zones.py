@@ -38,7 +38,7 @@ class ZoneTable:
 
     def offsets(self, utc_ms: IntArray) -> IntArray:
         """Local time minus UTC at each moment, both in milliseconds."""
-        return self.offsets_ms[np.searchsorted(self.starts_ms[1:], utc_ms, side="right")]
+        return self.offsets_ms.take(self.starts_ms[1:].searchsorted(utc_ms, side="right"))
 
     def to_utc(self, local_ms: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
         """The moments at which local clocks showed these times.

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from models.errors import DataError, StateError
 from models.events.columns import columns_from_events
-from models.events.encode import Clock, check_rows, encode, standardise
+from models.events.encode import (
+    Clock,
+    check_rows,
+    encode,
+    encode_many,
+    gaps_ms,
+    log_gap,
+    standardise,
+)
+from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
     CategoricalField,
     EventSchema,
@@ -118,6 +127,69 @@ def test_chunking_is_invisible_to_the_bit(data: st.DataObject, schema: EventSche
 
     assert np.concatenate(parts).tobytes() == whole.tobytes()
     assert clock == after
+
+
+CLOCKS = [Clock(), Clock(1_370_000_000_123, 7, 2), Clock(MIN_TIMESTAMP_MS, 1, 0)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
+def test_chunks_encoded_together_are_those_encoded_alone(
+    data: st.DataObject, schema: EventSchema
+) -> None:
+    in_order = data.draw(st.booleans())
+    chunks = data.draw(st.lists(events(schema, 6), min_size=1, max_size=5))
+    if in_order:
+        chunks = [sorted(chunk, key=lambda event: event.get("at") or 0) for chunk in chunks]
+    columns = [columns_from_events(schema, chunk) for chunk in chunks]
+    clocks = data.draw(
+        st.lists(st.sampled_from(CLOCKS), min_size=len(chunks), max_size=len(chunks))
+    )
+
+    rows, after = encode_many(schema, columns, clocks)
+
+    alone = [encode(schema, *each) for each in zip(columns, clocks, strict=True)]
+    assert [each.tobytes() for each in rows] == [each.tobytes() for each, _ in alone]
+    assert [each.shape for each in rows] == [each.shape for each, _ in alone]
+    assert all(each.flags.c_contiguous for each in rows)
+    assert after == [clock for _, clock in alone]
+
+
+def test_of_chunks_encoded_together_the_first_that_is_refused_is_named() -> None:
+    good = {"load": 1.0, "at": 0, "carrier": "x", "heavy": True}
+    chunks = [[good], [good, {**good, "load": 1e39}], [{**good, "load": -1e39}]]
+    columns = [columns_from_events(FULL_SCHEMA, chunk) for chunk in chunks]
+
+    with pytest.raises(DataError) as caught:
+        encode_many(FULL_SCHEMA, columns, [Clock()] * 3)
+    assert (caught.value.index, caught.value.field, caught.value.got) == (1, "load", "1e+39")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1), max_size=40))
+def test_gaps_are_scaled_to_the_bit_as_one_by_one(times: list[int]) -> None:
+    field = FULL_SCHEMA.timestamp
+    assert field is not None
+    clock = CLOCKS[1]
+    chunk = [{"load": 1.0, "at": time, "carrier": "x", "heavy": True} for time in times]
+    rows, _ = encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), clock)
+
+    gaps, _ = gaps_ms(np.array(times, np.int64), clock)
+    wanted = [
+        np.float32((log_gap(gaps[at : at + 1])[0] - field.gap_mean) / field.gap_std)
+        for at in range(len(times))
+    ]
+    assert rows[:, FULL_SCHEMA.column_index["at.gap"]].tolist() == wanted
+
+
+def test_an_absent_value_is_zero_without_a_sign_whatever_its_mean() -> None:
+    chunk = [{"load": 1.0, "at": 0, "carrier": "x", "heavy": True}] * 2
+    rows, _ = encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())
+
+    for name in ("delay", "late"):
+        column = rows[:, FULL_SCHEMA.column_index[name]]
+        assert column.tobytes() == bytes(8)
+        assert rows[:, FULL_SCHEMA.column_index[f"{name}.missing"]].tolist() == [1, 1]
 
 
 def at(schema: EventSchema, *times: int | None, clock: Clock | None = None) -> Any:

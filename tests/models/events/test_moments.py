@@ -1,0 +1,121 @@
+"""Lists of timestamps, against the validator of the event type, one text at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from models.events.moments import epoch_ms, same_shape_ms
+from models.events.parse import (
+    MAX_TIMESTAMP_MS,
+    MIN_TIMESTAMP_MS,
+    timestamp_ms,
+    timestamp_validator,
+)
+
+
+def one_by_one(moments: list[str | int]) -> list[int] | None:
+    try:
+        return [timestamp_ms(timestamp_validator().validate_python(each)) for each in moments]
+    except ValidationError:
+        return None
+
+
+def assert_agrees(moments: list[str | int]) -> None:
+    found, wanted = epoch_ms(moments), one_by_one(moments)
+    if wanted is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.dtype == np.int64
+        assert found.tolist() == wanted
+
+
+def _number(low: int, high: int, digits: int) -> st.SearchStrategy[str]:
+    likely = st.integers(low, high)
+    return st.one_of(likely, likely, likely, st.integers(0, 10**digits - 1)).map(
+        lambda number: f"{number:0{digits}}"
+    )
+
+
+FRACTIONS = st.integers(0, 10).flatmap(
+    lambda digits: st.just("") if digits == 0 else st.from_regex(rf"\.[0-9]{{{digits}}}\Z")
+)
+OFFSETS = st.one_of(
+    st.sampled_from(["Z", "z", "", "+0000", "-00:00", "+23:59", "-23:59", "+24:00", "+00:60"]),
+    st.builds("{}{}:{}".format, st.sampled_from("+-"), _number(0, 23, 2), _number(0, 59, 2)),
+)
+LOCALS = st.builds(
+    "{}-{}-{}{}{}:{}:{}".format,
+    _number(1899, 2200, 4),
+    _number(1, 12, 2),
+    _number(1, 31, 2),
+    st.sampled_from("TTTTt _"),
+    _number(0, 23, 2),
+    _number(0, 59, 2),
+    _number(0, 59, 2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(LOCALS, min_size=1, max_size=4), FRACTIONS, st.lists(OFFSETS, min_size=1))
+def test_texts_of_one_shape_are_read_as_one_by_one(
+    local: list[str], fraction: str, offsets: list[str]
+) -> None:
+    assert_agrees([f"{text}{fraction}{offsets[0]}" for text in local])
+    assert_agrees(
+        [f"{text}{fraction}{offsets[at % len(offsets)]}" for at, text in enumerate(local)]
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.builds("{}{}{}".format, LOCALS, FRACTIONS, OFFSETS),
+            st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1),
+        ),
+        max_size=4,
+    )
+)
+def test_a_mixture_is_read_as_one_by_one(moments: list[str | int]) -> None:
+    assert_agrees(moments)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        ["2013-01-01T05:17:00-05:0", "02013-01-01T05:17:00-05:00"],
+        ["2013-01-01T05:17:00Z\n2013-01-01T05:17:00Z"],
+        ["2013-01-01T05:17:00Z\n", "2013-01-01T05:17:00Z"],
+        ["2013-01-01T05:17:00Z", ""],
+        ["2013-01-01T05:17:00Z", "2013-01-01T05:17:00.5Z"],
+        ["2013-01-01T05:17:00+01:00", "2013-01-01T05:17:00-01:00"],
+        ["1900-01-01T00:00:00+00:01"],
+        ["1899-12-31T23:59:00-00:01"],
+        ["2200-01-01T00:00:00+00:01"],
+        ["2199-12-31T23:59:59.999Z"],
+        ["2199-12-31T23:59:59.999-00:01"],
+        ["1969-12-31T23:59:59.9999999Z"],
+        ["0000-01-01T00:00:00Z"],
+        ["٢٠١٣-01-01T05:17:00Z"],
+        ["\ud800"],
+    ],
+)
+def test_the_edges_are_read_as_one_by_one(moments: list[str | int]) -> None:
+    assert_agrees(moments)
+
+
+@pytest.mark.parametrize(
+    "ending", ["Z", "+02:00", "-05:30", ".5Z", ".123Z", ".123456+00:00", ".123456789-05:00"]
+)
+def test_what_clients_write_is_read_in_one_go(ending: str) -> None:
+    texts = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
+
+    found = same_shape_ms(texts)
+
+    assert found is not None
+    assert found.tolist() == one_by_one(list(texts))

@@ -1,0 +1,223 @@
+"""The fast way in: it accepts nothing that the strict type refuses, and reads the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import numpy as np
+import ormsgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field, TypeAdapter, ValidationError
+
+from models.events.columns import EventColumns, canonical_bytes, columns_from_events
+from models.events.encode import Clock, encode
+from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, event_type
+from models.events.reader import EventReader
+from models.events.schema import EventSchema
+from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+
+ALL_OPTIONAL = FULL_SCHEMA.model_copy(
+    update={
+        "fields": tuple(
+            field.model_copy(update={"optional": True, "name": f"__{field.name}__"})
+            for field in reversed(FULL_SCHEMA.fields)
+        )
+    }
+)
+"""Every kind optional, in another order, under names that Python's objects use."""
+
+TIMES_ONLY = FULL_SCHEMA.model_copy(update={"fields": (FULL_SCHEMA.field("at"),)})
+TEXTS_ONLY = FULL_SCHEMA.model_copy(update={"fields": (FULL_SCHEMA.field("carrier"),)})
+SCHEMAS = [FULL_SCHEMA, SPARSE_TIMES, ALL_OPTIONAL, TIMES_ONLY, TEXTS_ONLY]
+
+READERS = {id(schema): EventReader(schema) for schema in SCHEMAS}
+STRICT: dict[int, TypeAdapter[list[dict[str, Any]]]] = {
+    id(schema): TypeAdapter(Annotated[list[event_type(schema)], Field(fail_fast=True)])
+    for schema in SCHEMAS
+}
+GOOD: dict[str, Any] = {
+    "load": 3,
+    "delay": -1.5,
+    "at": "2013-01-01T05:17:00-05:00",
+    "carrier": "UA",
+    "gate": "A",
+    "heavy": True,
+    "late": False,
+}
+REQUIRED = {name: GOOD[name] for name in ("load", "at", "carrier", "heavy")}
+READER = READERS[id(FULL_SCHEMA)]
+
+
+def strict(schema: EventSchema, body: bytes) -> EventColumns | None:
+    """The columns by way of the strict type, or None where it refuses the events."""
+    try:
+        return columns_from_events(schema, STRICT[id(schema)].validate_json(body))
+    except ValidationError:
+        return None
+
+
+def assert_same(schema: EventSchema, found: EventColumns | None, wanted: EventColumns) -> None:
+    assert found is not None
+    assert found.steps == wanted.steps
+    assert list(found.values) == list(found.present) == list(wanted.values)
+    for name, values in wanted.values.items():
+        assert found.values[name].dtype == values.dtype
+        assert found.values[name].tolist() == values.tolist()
+        assert found.present[name].dtype == np.bool_
+        assert found.present[name].tolist() == wanted.present[name].tolist()
+    assert canonical_bytes(schema, found) == canonical_bytes(schema, wanted)
+    for clock in (Clock(), Clock(1_370_000_000_123, 7, 2)):
+        rows, after = encode(schema, found, clock)
+        wanted_rows, wanted_after = encode(schema, wanted, clock)
+        assert rows.tobytes() == wanted_rows.tobytes()
+        assert after == wanted_after
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(SCHEMAS).flatmap(lambda s: st.tuples(st.just(s), events(s, 12))))
+def test_good_events_are_read_as_the_strict_type_reads_them(
+    case: tuple[EventSchema, list[dict[str, Any]]],
+) -> None:
+    schema, chunk = case
+    body, reader = json.dumps(chunk).encode(), READERS[id(schema)]
+    wanted = strict(schema, body)
+    assert wanted is not None
+
+    assert_same(schema, reader.from_json(body), wanted)
+    assert_same(schema, reader.from_msgpack(ormsgpack.packb(chunk)), wanted)
+    assert_same(schema, reader.from_values(chunk), wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SCHEMAS[:3]).flatmap(lambda s: st.tuples(st.just(s), events(s, 12))),
+    st.integers(-14, 14),
+    st.integers(-14, 14),
+)
+def test_a_slice_is_what_the_sliced_events_give(
+    case: tuple[EventSchema, list[dict[str, Any]]], start: int, stop: int
+) -> None:
+    schema, chunk = case
+    found = READERS[id(schema)].from_values(chunk)
+    assert found is not None
+
+    assert_same(schema, found[start:stop], columns_from_events(schema, chunk[start:stop]))
+
+
+def test_another_schema_encodes_the_events_by_its_own_numbers() -> None:
+    other = FULL_SCHEMA.model_copy(
+        update={
+            "fields": tuple(
+                field.model_copy(update={"vocabulary": ("zz", "UA")})
+                if field.name == "carrier"
+                else field
+                for field in FULL_SCHEMA.fields
+            )
+        }
+    )
+    found = READER.from_values([GOOD])
+    assert found is not None
+
+    rows, _ = encode(other, found, Clock())
+    assert rows[0, other.column_index["carrier"]] == 2
+    assert canonical_bytes(other, found) == canonical_bytes(FULL_SCHEMA, found)
+
+
+ODD_VALUES = [
+    *("null", "true", "0", "1", "-0", "-0.0", "1.0", "1e3", "1e400", "-1e400", "1e-400", "NaN"),
+    *("Infinity", "-Infinity", "01", "1.", "+1", ".5", "9" * 30, "9" * 400, "123456789012345678"),
+    *('""', '"a"', '"\\u0000"', '"\\ud83d\\ude00"', '"\\ud800"', '"\\ude00"', '"\\u00e9"', '"3"'),
+    *("[]", "{}", '["UA"]', f'"{"航" * 256}"', f'"{"航" * 257}"', f'"{"x" * 257}"', '"NaN"'),
+    *("1357035420000", "1357035420000.0", str(MIN_TIMESTAMP_MS), str(MIN_TIMESTAMP_MS - 1)),
+    *(str(MAX_TIMESTAMP_MS), str(MAX_TIMESTAMP_MS - 1), str(2**63), str(-(2**64)), str(10**30)),
+    *('"2013-01-01T05:17:00"', '"2013-01-01T05:17:00Z"', '"2013-02-30T05:17:00Z"'),
+    *('"2013-01-01T05:17:00.9999999Z"', '"2200-01-01T00:00:00Z"', '"2013-01-01T24:00:00Z"'),
+    *('"2013-01-01T05:17:00\\n"', '"2013-01-01t05:17:00z"', '"2013-01-01T05:17:00+0500"'),
+]
+
+
+@pytest.mark.parametrize("text", ODD_VALUES)
+@pytest.mark.parametrize("name", GOOD)
+def test_an_odd_value_passes_only_where_the_strict_type_lets_it(name: str, text: str) -> None:
+    body = json.dumps([GOOD, {**GOOD, name: "@"}, REQUIRED]).replace('"@"', text).encode()
+    wanted = strict(FULL_SCHEMA, body)
+
+    found = READER.from_json(body)
+    if wanted is None:
+        assert found is None
+    elif found is not None:
+        assert_same(FULL_SCHEMA, found, wanted)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -float("inf"), 10**400, True, "3", b"x", "\ud800", None, [], {}],
+)
+@pytest.mark.parametrize("name", GOOD)
+def test_an_odd_object_passes_only_where_the_strict_type_lets_it(name: str, value: Any) -> None:
+    chunk = [GOOD, {**GOOD, name: value}]
+    try:
+        wanted = columns_from_events(FULL_SCHEMA, STRICT[id(FULL_SCHEMA)].validate_python(chunk))
+    except ValidationError:
+        assert READER.from_values(chunk) is None
+        return
+    assert_same(FULL_SCHEMA, READER.from_values(chunk), wanted)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(json.dumps(value) for value in (None, {}, "x", 1, [1], [[]], [None], [{}], GOOD)),
+        *(json.dumps([GOOD, wrong]) for wrong in ({**GOOD, "x": 1}, {"load": 1}, {"f0": 1})),
+        *("", "[", "[{}", "[] x", "\ufeff[]", "[,]", "[[[[[[", '[{"load": 1,}]'),
+        json.dumps([GOOD]).replace('"load": 3', '"load": 3, "load": "4"'),
+        json.dumps([GOOD]).replace('"load": 3', '"load": "3", "load": 4'),
+        json.dumps([GOOD]).replace('"load": 3', '"load": 3, "load": 4'),
+        json.dumps([GOOD]).replace('"load"', '"lo\\u0061d"'),
+    ],
+)
+def test_odd_bodies_pass_only_where_the_strict_type_lets_them(body: str) -> None:
+    wanted = strict(FULL_SCHEMA, body.encode())
+    found = READER.from_json(body.encode())
+
+    if wanted is None:
+        assert found is None
+    elif found is not None:
+        assert_same(FULL_SCHEMA, found, wanted)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_bytes_pass_only_where_the_strict_type_lets_them(data: st.DataObject) -> None:
+    body = json.dumps([GOOD, REQUIRED], ensure_ascii=data.draw(st.booleans())).encode()
+    at = data.draw(st.integers(0, len(body)))
+    put = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from([b'"', b"\\", b"e", b"9"])))
+    damaged = body[:at] + put + body[at + data.draw(st.integers(0, 4)) :]
+    found = READER.from_json(damaged)
+
+    if found is not None:
+        wanted = strict(FULL_SCHEMA, damaged)
+        assert wanted is not None
+        assert_same(FULL_SCHEMA, found, wanted)
+
+
+def test_msgpack_that_is_no_list_of_events_is_not_read() -> None:
+    good = ormsgpack.packb([GOOD])
+    no_utf8 = good.replace(b"\xa2UA", b"\xa2U\xff")
+    assert READER.from_msgpack(good) is not None
+
+    for body in (good[:-1], good + b"\x01", ormsgpack.packb(GOOD), no_utf8):
+        assert READER.from_msgpack(body) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**1023), 2**1023))
+def test_numbers_are_read_to_the_last_digit(number: float, whole: int) -> None:
+    chunk = [{**GOOD, "load": number}, {**GOOD, "load": whole}]
+    found = READER.from_json(json.dumps(chunk).encode())
+
+    assert found is not None
+    assert found.values["load"].tolist() == [number, float(whole)]
