@@ -23,7 +23,7 @@ from service.errors import (
 )
 
 STREAM_NAME = r"^[A-Za-z0-9._:@-]{1,256}$"
-_STREAM_NAME = re.compile(STREAM_NAME[:-1] + r"\Z")
+is_stream_name = re.compile(STREAM_NAME[:-1] + r"\Z").match
 _STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
 _NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
 _ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
@@ -87,7 +87,7 @@ def stream_name(name: str, at: str = "stream") -> str:
     Raises:
         InvalidName
     """
-    if not _STREAM_NAME.match(name):
+    if not is_stream_name(name):
         raise _invalid_name(at, _NAME_EXPECTED, name)
     return name
 

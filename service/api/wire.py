@@ -22,6 +22,7 @@ from service.api.bodies import ChunkBody, ItemBody, ModelBodies, StepsBody
 from service.api.invalid import shown
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
+from service.api.plain import PlainBodies, PlainChunk
 from service.api.reading import parse_if_match, stream_name
 from service.delivery import chunk_digest, new_nonce
 from service.domain import (
@@ -67,9 +68,11 @@ class ModelWire:
     ):
         self.served = served
         self.bodies = ModelBodies(served, limits)
+        self._plain = PlainBodies(served, limits)
         self._limits = limits
         self._nonce = nonce
         self._columns = served.artifact.spec.columns
+        self._version = served.version
 
     def chunk(
         self, body: bytes, media: Media, stream: str, precondition: Precondition | None
@@ -79,11 +82,15 @@ class ModelWire:
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong: with the fact `stream`.
         """
+        plain = self._plain.chunk(media, body)
+        if plain is not None:
+            return self._chunk(*plain, stream, precondition)
         try:
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
-            return self._chunk(found, stream, precondition, "")
+            steps = self._steps(found, "", self._limits.max_chunk_steps)
         except CarryError as error:
             raise _about(stream, error) from error
+        return self._chunk(found, steps, stream, precondition)
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.
@@ -93,6 +100,9 @@ class ModelWire:
         Raises:
             MalformedBody, InvalidInput: the body as a whole is not a request.
         """
+        plain = self._plain.items(media, body)
+        if plain is not None and all(item.if_match is None for item, _ in plain):
+            return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
         types = self.bodies.types[media]
         try:
             found: list[Any] = list(self.bodies.validate(types.many, media, body).chunks)
@@ -125,7 +135,8 @@ class ModelWire:
             precondition = None
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            return self._chunk(value, value.stream, precondition, inside)
+            steps = self._steps(value, inside, self._limits.max_chunk_steps)
+            return self._chunk(value, steps, value.stream, precondition)
         except CarryError as error:
             return error if stream is None else _about(stream, error)
 
@@ -135,6 +146,9 @@ class ModelWire:
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
         """
+        plain = self._plain.sequences(media, body)
+        if plain is not None:
+            return plain
         found = self.bodies.validate(self.bodies.types[media].predict, media, body).sequences
         if len(found) > self._limits.max_items:
             raise _too_many("sequences", self._limits.max_items, len(found))
@@ -146,9 +160,12 @@ class ModelWire:
         return steps
 
     def _chunk(
-        self, body: ChunkBody, stream: str, precondition: Precondition | None, inside: str
+        self,
+        body: ChunkBody | PlainChunk,
+        steps: Steps,
+        stream: str,
+        precondition: Precondition | None,
     ) -> Chunk:
-        steps = self._steps(body, inside, self._limits.max_chunk_steps)
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
             StreamKey(self.served.name, stream),
@@ -232,7 +249,7 @@ class ModelWire:
         mark = reply.mark
         document: dict[str, Any] = {
             "model": self.served.name,
-            "version": self.served.version,
+            "version": self._version,
             "stream": reply.key.stream,
             "epoch": mark.epoch.hex(),
             "position": mark.position,
