@@ -1,8 +1,14 @@
-"""A model on disk: a directory with `manifest.json`, `weights.safetensors` and its reports.
+"""A model on disk: a directory with `manifest.json`, weights, graph and its reports.
 
-The manifest holds the spec, what follows from it (state layout, outputs, fingerprint), how
-the model was trained and a SHA-256 of every file; its own `checksum` covers the rest of the
-manifest and through it the whole directory. Nothing in an artifact is code.
+The manifest holds the spec, what follows from it (state layout, outputs, fingerprint), which
+runtimes can run it, how the model was trained and a SHA-256 of every file; its own `checksum`
+covers the rest of the manifest and through it the whole directory. Nothing in an artifact is
+code.
+
+`graph.onnx` is the same network as spec and weights, written out for ONNX Runtime when the
+model is packaged. It decides no number and is no part of the fingerprint. A model that no
+graph can hold has none, and its manifest says why; one packaged before there were graphs gets
+its own from `add_graph`.
 
 Loading refuses whatever is damaged, of another format or does not fit itself, and says
 which file and why. Writing is atomic: a directory under the final name is complete.
@@ -14,13 +20,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -29,15 +34,19 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from models.errors import ArtifactError, SpecError
+from models.errors import ArtifactError, GraphUnsupportedError, SpecError
+from models.files import inside, replace_file, sync_directory, write_new
 from models.fingerprint import canonical_json, fingerprint
 from models.layout import OutputSpec, output_spec, state_spec, weight_shapes
 from models.spec import ModelSpec, parse_spec
 from models.state import StateSpec
 
 FORMAT = 1
+ONNXRUNTIME = "onnxruntime"
+TENSORFLOW = "tensorflow"
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
+GRAPH_NAME = "graph.onnx"
 
 FloatArray = NDArray[np.float32]
 
@@ -46,6 +55,7 @@ _LIBRARIES = (
     "carry",
     "keras",
     "numpy",
+    "onnx",
     "polars",
     "pydantic",
     "safetensors",
@@ -65,6 +75,7 @@ class Artifact:
         fingerprint: 16 bytes; see `models.fingerprint`.
         version: the fingerprint's first 12 hexadecimal digits.
         manifest: the whole manifest as plain data.
+        graph: the model's ONNX graph, or None where the artifact has none.
     """
 
     path: Path
@@ -73,6 +84,12 @@ class Artifact:
     fingerprint: bytes
     version: str
     manifest: Mapping[str, Any]
+    graph: bytes | None = None
+
+    @property
+    def graph_refused(self) -> str | None:
+        """Why no graph can hold the model; None where one can, or none was tried yet."""
+        return self.manifest.get("graph_refused")
 
     @cached_property
     def state(self) -> StateSpec:
@@ -114,12 +131,26 @@ def write_artifact(
     path = Path(path)
     _check_fitted(spec, str(path))
     _check_weights(spec, weights, str(path))
-    contents: dict[str, bytes] = {WEIGHTS_NAME: _weights_bytes(weights)}
+    graph = _graph(spec, weights, str(path))
+    contents: dict[str, bytes] = {WEIGHTS_NAME: _weights_bytes(weights), **graph.files}
     for name, content in dict(files).items():
-        if name in (MANIFEST_NAME, WEIGHTS_NAME) or not _inside(name):
+        if name in (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME) or not inside(name):
             raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
         contents[name] = content.read_bytes() if isinstance(content, Path) else content
-    manifest = _manifest(spec, weights, contents, metrics, training, path)
+    manifest = _sealed(
+        {
+            "format": FORMAT,
+            **_derived(spec, fingerprint(spec, weights)),
+            "weights": WEIGHTS_NAME,
+            **graph.facts,
+            "metrics": dict(metrics or {}),
+            "training": dict(training or {}),
+            "libraries": _library_versions(),
+            "files": {name: _file_entry(data) for name, data in sorted(contents.items())},
+            "spec": spec.model_dump(mode="json"),
+        },
+        str(path),
+    )
     _check_target(path, overwrite)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,11 +158,10 @@ def write_artifact(
     try:
         made.mkdir()
         for name, data in contents.items():
-            _write_file(made / name, data)
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-        _write_file(made / MANIFEST_NAME, (text + "\n").encode())
+            write_new(made / name, data)
+        write_new(made / MANIFEST_NAME, _manifest_bytes(manifest))
         for folder in {made, *(made.joinpath(name).parent for name in contents)}:
-            _sync_directory(folder)
+            sync_directory(folder)
         artifact = load_artifact(made)
         _move_into_place(made, path)
     finally:
@@ -169,7 +199,74 @@ def load_artifact(path: Path) -> Artifact:
                 f"{where}: `{key}` does not follow from spec and weights: "
                 f"expected {_short(expected)}, got {_short(manifest.get(key))}"
             )
-    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
+    graph_name = manifest.get("graph")
+    if graph_name is not None and graph_name not in contents:
+        raise ArtifactError(f"{where}: expected `graph` to name one of its files: {graph_name!r}")
+    graph = None if graph_name is None else contents[graph_name]
+    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest, graph)
+
+
+def add_graph(path: Path) -> Artifact:
+    """Write the graph of an artifact anew, in place; everything else stays as it is.
+
+    At every moment the directory is a whole artifact, before with the old graph or with none.
+
+    Raises:
+        ArtifactError: the artifact is refused, or its graph cannot be written now.
+        GraphUnsupportedError: no graph can hold the model; the manifest says so from now on.
+    """
+    path = Path(path)
+    artifact = load_artifact(path)
+    graph = _graph(artifact.spec, artifact.weights, str(path))
+    manifest = dict(artifact.manifest)
+    old = manifest.pop("graph", None)
+    manifest.pop("graph_refused", None)
+    manifest["files"] = {
+        name: entry for name, entry in manifest["files"].items() if name not in (old, GRAPH_NAME)
+    }
+    if old is not None:
+        without = {**manifest, "runtimes": [TENSORFLOW]}
+        replace_file(path / MANIFEST_NAME, _manifest_bytes(_sealed(without, str(path))))
+    for name, data in graph.files.items():
+        replace_file(path / name, data)
+        manifest["files"][name] = _file_entry(data)
+    manifest.update(graph.facts)
+    replace_file(path / MANIFEST_NAME, _manifest_bytes(_sealed(manifest, str(path))))
+    if graph.refused is not None:
+        raise GraphUnsupportedError(f"{path}: {graph.refused}")
+    return load_artifact(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """The graph's file, or why there can be none."""
+
+    data: bytes | None = None
+    refused: str | None = None
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return {} if self.data is None else {GRAPH_NAME: self.data}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        if self.data is None:
+            return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
+        return {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
+
+
+def _graph(spec: ModelSpec, weights: Mapping[str, FloatArray], where: str) -> _Graph:
+    try:
+        from models.onnx.graph import write_graph
+    except ModuleNotFoundError as error:
+        raise ArtifactError(
+            f"{where}: packaging a model needs {error.name!r}: pip install onnx"
+        ) from error
+    try:
+        return _Graph(data=write_graph(spec, weights))
+    except GraphUnsupportedError as error:
+        return _Graph(refused=str(error))
 
 
 def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
@@ -193,36 +290,26 @@ def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
     }
 
 
-def _manifest(
-    spec: ModelSpec,
-    weights: Mapping[str, FloatArray],
-    contents: Mapping[str, bytes],
-    metrics: Mapping[str, Any] | None,
-    training: Mapping[str, Any] | None,
-    path: Path,
-) -> dict[str, Any]:
-    manifest = {
-        "format": FORMAT,
-        **_derived(spec, fingerprint(spec, weights)),
-        "weights": WEIGHTS_NAME,
-        "metrics": dict(metrics or {}),
-        "training": dict(training or {}),
-        "libraries": _library_versions(),
-        "files": {
-            name: {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
-            for name, data in sorted(contents.items())
-        },
-        "spec": spec.model_dump(mode="json"),
-    }
+def _sealed(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The manifest with its checksum, as plain data."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
     try:
-        manifest["checksum"] = _checksum(manifest)
         # What is read back has lists for tuples and text for every key; it must be the same.
-        plain: dict[str, Any] = json.loads(canonical_json(manifest))
+        plain: dict[str, Any] = json.loads(canonical_json({**rest, "checksum": _checksum(rest)}))
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{path}: expected metrics and training to be plain, finite JSON data, got {error}"
+            f"{where}: expected metrics and training to be plain, finite JSON data, got {error}"
         ) from error
     return plain
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def _file_entry(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -264,7 +351,7 @@ def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     for name, entry in listed.items():
         file = path / name
-        if not _inside(name) or not file.resolve().is_relative_to(path.resolve()):
+        if not inside(name) or not file.resolve().is_relative_to(path.resolve()):
             raise ArtifactError(
                 f"{path / MANIFEST_NAME}: expected file names inside the artifact, got {name!r}"
             )
@@ -344,7 +431,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
 def _move_into_place(made: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
         made.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         return
     old = path.parent / f".{path.name}.{secrets.token_hex(6)}.old"
     path.rename(old)
@@ -353,30 +440,8 @@ def _move_into_place(made: Path, path: Path) -> None:
     except OSError:
         old.rename(path)
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
     shutil.rmtree(old)
-
-
-def _write_file(file: Path, data: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _inside(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    plain = bool(parts) and not name.startswith("/") and ".." not in parts
-    return plain and "\\" not in name and str(PurePosixPath(name)) == name and name != "."
 
 
 def _library_versions() -> dict[str, str]:

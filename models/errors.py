@@ -1,11 +1,12 @@
 """What can be wrong with a model, its files or the data given to it.
 
     ModelsError
-      SpecError          a specification that cannot be built
-      ArtifactError      an artifact that is damaged, foreign or does not fit itself
-      StateError         state parts that do not fit the model's layout
-      DataError          one sequence of events or rows that the model's schema refuses
-      ImportedModelError a Keras model that cannot be carried
+      SpecError              a specification that cannot be built
+      GraphUnsupportedError  a network that no ONNX graph can hold
+      ArtifactError          an artifact that is damaged, foreign or does not fit itself
+      StateError             state parts that do not fit the model's layout
+      DataError              one sequence of events or rows that the model's schema refuses
+      ImportedModelError     a Keras model that cannot be carried
 
 The service wraps these at its boundary; none of them knows about HTTP.
 """
@@ -19,6 +20,10 @@ class ModelsError(Exception):
 
 class SpecError(ModelsError):
     """The specification does not describe a network that can be built."""
+
+
+class GraphUnsupportedError(ModelsError):
+    """The network has something that its ONNX graph cannot hold; the message names it."""
 
 
 class ArtifactError(ModelsError):

@@ -66,6 +66,7 @@ def serve_command(
     ] = None,
 ) -> None:
     """Serve models over HTTP. Every setting is also a CARRY_ variable; a flag wins."""
+    from service.engine.runtimes import RuntimeUnavailableError
     from service.errors import CarryError
     from service.ops.logs import configure_logs
     from service.serve import CannotServeError, serve
@@ -85,7 +86,13 @@ def serve_command(
         for setting in settings.effective():
             typer.echo(f"{setting.name:20} {setting.value:40} {setting.origin}", err=True)
         serve(settings)
-    except (CannotServeError, SettingsError, ModelsError, CarryError) as error:
+    except (
+        CannotServeError,
+        SettingsError,
+        ModelsError,
+        CarryError,
+        RuntimeUnavailableError,
+    ) as error:
         typer.echo(f"carry: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -164,6 +171,21 @@ def import_command(
         )
         for note in report.notes:
             typer.echo(f"note: {note}")
+
+
+@app.command("graph")
+def graph_command(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="The models' directories.")
+    ],
+) -> None:
+    """Write the ONNX graph of artifacts anew; those made before there were graphs get one."""
+    with _one_line_errors():
+        from models.artifact import add_graph
+
+        for path in artifacts:
+            artifact = add_graph(path)
+            typer.echo(f"{path}: model {artifact.spec.name}, version {artifact.version}: graph")
 
 
 @app.command("version")

@@ -71,8 +71,10 @@ class Settings(BaseSettings):
     models_dir: Path = Path(models.__file__).parent / "pretrained"
     """Folder whose sub-folders are the artifacts to serve, one model each."""
 
-    runtime: Literal["tensorflow"] = "tensorflow"
-    """What runs the networks."""
+    runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
+    """What runs the networks. `auto` takes `onnxruntime`, the faster and smaller, where it is
+    installed and every model has a graph, else `tensorflow`; the log line `runtime` says which
+    and why."""
 
     runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that one step of the network may use. Small recurrent networks gain nothing

@@ -1,36 +1,107 @@
-"""Which runtime runs a model. Runtimes are extras: imported only when asked for."""
+"""Which runtime runs the models. Runtimes are extras: imported only when they are opened.
+
+All models of a service run on one runtime. `auto` takes ONNX Runtime, which is faster and
+smaller (docs/decisions/runtimes.md), where it is installed and every model has a graph.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from importlib.util import find_spec
 
-from models.artifact import Artifact
+import structlog
+
+from models.artifact import ONNXRUNTIME, TENSORFLOW, Artifact
 from service.engine.protocol import Runtime
 
-RUNTIMES = ("tensorflow",)
-"""The runtimes of this version, the default first."""
+log = structlog.get_logger(__name__)
+
+RUNTIMES = (ONNXRUNTIME, TENSORFLOW)
+"""The runtimes of this version, in the order in which `auto` tries them."""
+AUTO = "auto"
 
 
-class RuntimeMissingError(Exception):
-    """The runtime's library is not installed."""
+class RuntimeUnavailableError(Exception):
+    """The models cannot be run as asked; the message is one line that says what to do."""
+
+
+class RuntimeMissingError(RuntimeUnavailableError):
+    """runtime_missing: the runtime's library is not installed."""
+
+
+class RuntimeUnsupportedError(RuntimeUnavailableError):
+    """runtime_unsupported: a model cannot be run by the runtime."""
+
+
+def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> list[Runtime]:
+    """A runtime for each model, all of one kind, not yet warm.
+
+    Args:
+        wanted: one of `RUNTIMES`, or `auto`.
+        artifacts: the models.
+        threads: threads that one step may use.
+
+    Raises:
+        RuntimeMissingError: the library is not installed.
+        RuntimeUnsupportedError: a model lacks what the runtime needs.
+        ArtifactError: the runtime refuses a model's graph.
+        ValueError: there is no such runtime.
+    """
+    if wanted not in (AUTO, *RUNTIMES):
+        raise ValueError(f"expected one of the runtimes {[AUTO, *RUNTIMES]}, got {wanted!r}")
+    name, reason = _chosen(artifacts) if wanted == AUTO else (wanted, "as asked for")
+    opened = [open_runtime(name, artifact, threads) for artifact in artifacts]
+    log.info("runtime", runtime=name, reason=reason)
+    return opened
 
 
 def open_runtime(name: str, artifact: Artifact, threads: int) -> Runtime:
-    """The runtime of that name for one model, not yet warm.
-
-    Raises:
-        RuntimeMissingError: its extra of the distribution is not installed.
-        ValueError: there is no such runtime.
-    """
-    if name != "tensorflow":
-        raise ValueError(f"expected one of the runtimes {list(RUNTIMES)}, got {name!r}")
-    # Quiet at start, errors excepted; and one order of summation, whatever the processor.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    """The runtime of that name for one model; see `open_runtimes`."""
     try:
+        if name == ONNXRUNTIME:
+            lacks = _lacks_graph(artifact)
+            if lacks is not None:
+                raise RuntimeUnsupportedError(f"runtime_unsupported: {lacks}")
+            from service.engine.onnx_runtime import OnnxRuntime
+
+            return OnnxRuntime(artifact, threads)
+        # Quiet at start, errors excepted; and one order of summation, whatever the processor.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         from service.engine.tensorflow_runtime import TensorflowRuntime
+
+        return TensorflowRuntime(artifact, threads)
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
-            f"the runtime 'tensorflow' needs {error.name!r}: pip install 'carry[tensorflow]'"
+            f"runtime_missing: the runtime {name!r} needs {error.name!r}: "
+            f"pip install 'carry[{_EXTRAS[name]}]'"
         ) from error
-    return TensorflowRuntime(artifact, threads)
+
+
+_EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
+
+
+def _chosen(artifacts: Sequence[Artifact]) -> tuple[str, str]:
+    """What `auto` stands for, and why."""
+    lacking = [lacks for artifact in artifacts if (lacks := _lacks_graph(artifact)) is not None]
+    installed = [name for name in RUNTIMES if find_spec(name) is not None]
+    if installed == [TENSORFLOW]:
+        return TENSORFLOW, "onnxruntime is not installed"
+    if TENSORFLOW in installed and lacking:
+        return TENSORFLOW, lacking[0]
+    if not installed:
+        raise RuntimeMissingError(
+            "runtime_missing: neither runtime is installed: pip install 'carry[onnx]' "
+            "or 'carry[tensorflow]'"
+        )
+    return ONNXRUNTIME, "installed, and every model has a graph"
+
+
+def _lacks_graph(artifact: Artifact) -> str | None:
+    """Why ONNX Runtime cannot run the model, and what to do about it; None where it can."""
+    if artifact.graph is not None:
+        return None
+    if artifact.graph_refused is not None:
+        return f"{artifact.path}: no graph can hold the model: {artifact.graph_refused}"
+    return f"{artifact.path}: the artifact has no graph; `carry graph {artifact.path}` writes it"

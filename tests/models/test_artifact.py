@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models.artifact import Artifact, load_artifact, write_artifact
-from models.errors import ArtifactError
+from models.artifact import Artifact, add_graph, load_artifact, write_artifact
+from models.errors import ArtifactError, GraphUnsupportedError
 from models.fingerprint import canonical_json, fingerprint
 from models.layout import output_spec, state_spec
 from models.spec import parse_spec
@@ -111,7 +112,16 @@ def test_the_manifest_says_what_follows_from_the_spec(made: Path) -> None:
         "labels": ["0.1", "0.5", "0.9"],
         "per": "step",
     }
-    assert set(manifest["files"]) == {"weights.safetensors", "report.json", "plots/skill.png"}
+    assert set(manifest["files"]) == {
+        "graph.onnx",
+        "weights.safetensors",
+        "report.json",
+        "plots/skill.png",
+    }
+    assert (manifest["graph"], manifest["runtimes"]) == (
+        "graph.onnx",
+        ["onnxruntime", "tensorflow"],
+    )
     assert manifest["libraries"]["numpy"] == np.__version__
 
 
@@ -119,7 +129,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_artifact(tmp_path / name, SPEC, dict(reversed(WEIGHTS.items())))
 
-    for file in ("manifest.json", "weights.safetensors"):
+    for file in ("manifest.json", "weights.safetensors", "graph.onnx"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
@@ -224,6 +234,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         "a\\b",
         "manifest.json",
         "weights.safetensors",
+        "graph.onnx",
     ],
 )
 def test_file_names_that_lead_out_or_are_taken_are_not_written(tmp_path: Path, name: str) -> None:
@@ -337,7 +348,9 @@ def test_a_changed_manifest_fails_its_checksum(made: Path) -> None:
     refusal(made, "manifest.json", "changed since it was written", manifest["checksum"])
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "report.json", "plots/skill.png"])
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
+)
 def test_every_listed_file_is_guarded(made: Path, name: str) -> None:
     file = made / name
     content = file.read_bytes()
@@ -358,6 +371,7 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     "no files": (lambda m: m.pop("files"), ["`files`"]),
     "bad entry": (lambda m: m["files"].update({"report.json": 1}), ["files.report.json"]),
     "no weights": (lambda m: m.pop("weights"), ["`weights`", "None"]),
+    "unlisted graph": (lambda m: m.update(graph="g"), ["`graph`", "'g'"]),
     "unlisted weights": (lambda m: m.update(weights="w"), ["`weights`", "'w'"]),
     "name": (lambda m: m.update(name="other"), ["`name`", "small", "other"]),
     "state": (lambda m: m["state"].pop("gru_1.hidden"), ["`state`"]),
@@ -423,3 +437,92 @@ def test_the_checksum_is_that_of_the_canonical_manifest(made: Path) -> None:
     checksum = manifest.pop("checksum")
 
     assert checksum == hashlib.sha256(canonical_json(manifest)).hexdigest()
+
+
+ODD = parse_spec(
+    {
+        "name": "odd",
+        "features": 1,
+        "layers": [{"kind": "lstm", "units": 2, "activation": "gelu"}],
+        "heads": [{"kind": "sequence", "name": "h"}],
+    }
+)
+"""A model that no graph can hold."""
+
+
+def graphless(path: Path) -> dict[str, Any]:
+    """Make the artifact one from before there were graphs; its manifest."""
+    manifest = manifest_of(path)
+    for key in ("graph", "graph_refused", "runtimes"):
+        manifest.pop(key, None)
+    manifest["files"].pop("graph.onnx", None)
+    (path / "graph.onnx").unlink(missing_ok=True)
+    seal(path, manifest)
+    return manifest_of(path)
+
+
+def test_a_model_that_no_graph_can_hold_says_why(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "odd", ODD, random_weights(ODD))
+
+    assert artifact.graph is None
+    assert "'gelu'" in str(artifact.graph_refused)
+    assert artifact.manifest["runtimes"] == ["tensorflow"]
+    assert set(artifact.manifest["files"]) == {"weights.safetensors"}
+
+
+def test_an_old_artifact_gets_its_graph_and_keeps_the_rest(made: Path) -> None:
+    written = load_artifact(made)
+    (made / "notes.txt").write_text("mine")
+    before = graphless(made)
+    assert (load_artifact(made).graph, load_artifact(made).graph_refused) == (None, None)
+
+    artifact = add_graph(made)
+
+    assert artifact.graph == written.graph
+    assert artifact.version == written.version
+    assert artifact.manifest == written.manifest
+    kept = {key: value for key, value in before.items() if key not in ("checksum", "files")}
+    assert kept.items() <= artifact.manifest.items()
+    assert (made / "notes.txt").read_text() == "mine"
+    assert not [entry.name for entry in made.iterdir() if entry.name.startswith(".")]
+    assert add_graph(made).manifest == written.manifest
+
+
+def test_an_old_artifact_that_no_graph_can_hold_learns_why(tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    written = write_artifact(path, ODD, random_weights(ODD))
+    graphless(path)
+
+    with pytest.raises(GraphUnsupportedError, match="'gelu'"):
+        add_graph(path)
+
+    assert load_artifact(path).manifest == written.manifest
+
+
+def test_every_moment_of_a_new_graph_is_a_whole_artifact(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = load_artifact(made).graph
+    seen: list[bytes | None] = []
+    replace = Path.replace
+
+    def watched(source: Path, target: Path) -> Path:
+        seen.append(load_artifact(made).graph)
+        done = replace(source, target)
+        seen.append(load_artifact(made).graph)
+        return done
+
+    monkeypatch.setattr(Path, "replace", watched)
+    add_graph(made)
+
+    assert seen == [graph, None, None, None, None, graph]
+
+
+def test_packaging_without_onnx_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "models.onnx.graph", raising=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+
+    with pytest.raises(ArtifactError, match="needs 'onnx': pip install onnx"):
+        write_artifact(tmp_path / "a", SPEC, WEIGHTS)

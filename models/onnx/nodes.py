@@ -1,0 +1,103 @@
+"""The nodes and constants of a graph under construction.
+
+A value is known by its name, which is made here and never read by anyone else: adding a layer
+to a specification may rename every value of its graph. Constants with equal content are kept
+once. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+Value: TypeAlias = str
+"""The name of a tensor in the graph; "" stands for an optional input that is left out."""
+
+
+class Nodes:
+    """What has been added so far, in the order in which it will run."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self._values = 0
+        self._known: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+
+    def add(self, operator: str, *inputs: Value, name: Value = "", **attributes: Any) -> Value:
+        """Add a node with one output.
+
+        Args:
+            operator: an operator of the default ONNX domain.
+            inputs: its inputs in order.
+            name: the output's name where the graph's contract fixes it.
+            attributes: the node's attributes; None leaves one out.
+        """
+        output = name or self._new()
+        self._append(operator, inputs, [output], attributes)
+        return output
+
+    def add_many(self, operator: str, *inputs: Value, count: int, **attributes: Any) -> list[Value]:
+        """Add a node with `count` outputs; the rest as for `add`."""
+        outputs = [self._new() for _ in range(count)]
+        self._append(operator, inputs, outputs, attributes)
+        return outputs
+
+    def split(self, value: Value, sizes: Sequence[int], axis: int) -> list[Value]:
+        """Cut a tensor along an axis; sizes add up to its length there."""
+        if len(sizes) == 1:
+            return [value]
+        return self.add_many("Split", value, self.integers(*sizes), count=len(sizes), axis=axis)
+
+    def concat(self, values: Sequence[Value], axis: int) -> Value:
+        """Join tensors along an axis."""
+        return values[0] if len(values) == 1 else self.add("Concat", *values, axis=axis)
+
+    def part(self, value: Value, start: int, stop: int, axis: int) -> Value:
+        """The elements start..stop of a tensor along an axis; `stop` may be negative."""
+        return self.add(
+            "Slice", value, self.integers(start), self.integers(stop), self.integers(axis)
+        )
+
+    def column(self, value: Value, index: int) -> Value:
+        """One column: [..., W] -> [...]."""
+        return self.add("Gather", value, self.constant(np.array(index, np.int64)), axis=-1)
+
+    def constant(self, array: NDArray[Any]) -> Value:
+        """A constant tensor."""
+        array = np.ascontiguousarray(array) if array.ndim else array
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._known:
+            self._known[key] = f"c{len(self.constants)}"
+            self.constants.append(numpy_helper.from_array(array, self._known[key]))
+        return self._known[key]
+
+    def number(self, value: float) -> Value:
+        """A float32 scalar."""
+        return self.constant(np.array(value, np.float32))
+
+    def integers(self, *values: int) -> Value:
+        """An int64 vector, as axes, sizes and bounds are given."""
+        return self.constant(np.array(values, np.int64))
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes of all constants."""
+        return sum(len(constant.raw_data) for constant in self.constants)
+
+    def _append(
+        self,
+        operator: str,
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        given = {name: value for name, value in attributes.items() if value is not None}
+        self.nodes.append(helper.make_node(operator, list(inputs), list(outputs), **given))
+
+    def _new(self) -> Value:
+        self._values += 1
+        return f"v{self._values}"

@@ -1,0 +1,104 @@
+"""The onnxruntime runtime: the model's graph in one session that computes in its caller's thread.
+
+Batches run at the shape they have: ONNX Runtime compiles nothing, so no step is padding but
+that of shorter rows. With one thread there is no pool; more of them sleep between calls instead
+of spinning. Memory is taken per call and given back: an arena would keep the largest batch it
+ever saw and is no faster (docs/decisions/runtimes.md). The session is made in the thread that
+loads, and `step` called from one other; it keeps nothing between calls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+
+from models.artifact import Artifact
+from models.errors import ArtifactError
+from models.onnx.names import (
+    GRAPH_FORMAT,
+    LENGTHS,
+    MARK_FINGERPRINT,
+    MARK_FORMAT,
+    OUTPUTS,
+    ROWS,
+    STATES,
+    STATES_AFTER,
+)
+from service.domain import FloatRows
+from service.engine.protocol import FloatBatch, Lengths
+
+ERRORS_ONLY = 3
+"""ONNX Runtime's severity; its warnings speak of devices that are not used."""
+RESULTS = [OUTPUTS, STATES_AFTER]
+
+
+class OnnxRuntime:
+    """One model on ONNX Runtime.
+
+    Args:
+        artifact: the model, with its graph.
+        threads: threads inside one operator.
+
+    Raises:
+        ArtifactError: there is no graph, ONNX Runtime does not take it, or it is another
+            model's or of another format.
+    """
+
+    name = "onnxruntime"
+    max_batch = 128
+    max_steps = 64
+
+    def __init__(self, artifact: Artifact, threads: int = 1):
+        where = str(artifact.path)
+        if artifact.graph is None:
+            raise ArtifactError(f"{where}: expected a graph; `carry graph {where}` writes it")
+        onnxruntime.set_default_logger_severity(ERRORS_ONLY)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(
+                artifact.graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions have no base of their own
+            raise ArtifactError(f"{where}: ONNX Runtime refuses the graph: {error}") from error
+        marks = self._session.get_modelmeta().custom_metadata_map
+        for mark, expected in (
+            (MARK_FORMAT, GRAPH_FORMAT),
+            (MARK_FINGERPRINT, artifact.fingerprint.hex()),
+        ):
+            if marks.get(mark) != expected:
+                raise ArtifactError(
+                    f"{where}: expected a graph with {mark} {expected!r}, got "
+                    f"{marks.get(mark)!r}; `carry graph {where}` writes it anew"
+                )
+        self._features = artifact.spec.input_features
+        self._state_size = artifact.state.float_size
+
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        """The shape itself."""
+        return rows, steps
+
+    def warm(self) -> None:
+        """One run, which allocates what every later one needs."""
+        self.step(
+            np.zeros((1, 1, self._features), np.float32),
+            np.ones(1, np.int32),
+            np.zeros((1, self._state_size), np.float32),
+        )
+
+    def warm_next(self) -> bool:
+        """Nothing is ever left: there are no shapes to compile."""
+        return False
+
+    def step(
+        self, rows: FloatBatch, lengths: Lengths, states: FloatRows
+    ) -> tuple[FloatBatch, FloatRows]:
+        """Run one batch; see `Runtime.step`."""
+        outputs, after = self._session.run(RESULTS, {ROWS: rows, LENGTHS: lengths, STATES: states})
+        return outputs, after

@@ -1,0 +1,140 @@
+"""The written graph: valid ONNX, the oracle's numbers for any network, clear refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from models.errors import GraphUnsupportedError
+from models.fingerprint import fingerprint
+from models.layout import state_spec
+from models.onnx import graph as graph_module
+from models.onnx.graph import write_graph
+from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
+from models.spec import ModelSpec, parse_spec
+from tests.models.networks.specs import sequences, stacks
+from tests.support.models import random_weights, small_spec
+from tests.support.oracle import ACTIVATIONS, contracting_weights, oracle_step
+
+Floats = NDArray[np.float32]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CELLS = ["elu", "hard_sigmoid", "leaky_relu", "linear", "relu", "sigmoid", "softplus", "softsign"]
+CELLS += ["tanh"]
+
+
+def session_of(spec: ModelSpec, weights: Mapping[str, Floats]) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(
+        write_graph(spec, weights), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(
+    session: onnxruntime.InferenceSession, rows: Floats, lengths: list[int], states: Floats
+) -> tuple[Floats, Floats]:
+    given = {"rows": rows, "lengths": np.array(lengths, np.int32), "states": states}
+    outputs, after = session.run(["outputs", "states_after"], given)
+    return outputs, after
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stacks(), st.lists(st.integers(1, 11), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_any_network_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    weights = contracting_weights(spec, seed)
+    streams = sequences(random, lengths, spec.input_features)
+    size = state_spec(spec).float_size
+    states = random.uniform(-1, 1, (len(lengths), size)).astype(np.float32)
+    rows = np.zeros((len(lengths), max(lengths) + 2, spec.input_features), np.float32)
+    for b, stream in enumerate(streams):
+        rows[b, : len(stream)] = stream
+    outputs, after = run(session_of(spec, weights), rows, lengths, states)
+    for b, stream in enumerate(streams):
+        wanted, wanted_state = oracle_step(spec, weights, stream, states[b])
+        np.testing.assert_allclose(outputs[b, : len(stream)], wanted, **CLOSE)
+        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+
+
+def cells(name: str) -> list[dict[str, Any]]:
+    recurrent = {"units": 3, "activation": name, "recurrent_activation": name}
+    return [
+        {"kind": "lstm", **recurrent},
+        {"kind": "gru", **recurrent},
+        {"kind": "gru", "reset_after": False, **recurrent},
+    ]
+
+
+def check_one_step(layers: list[dict[str, Any]], head: str) -> None:
+    heads = [{"kind": "dense", "name": "y", "units": 4, "activation": head}]
+    spec = parse_spec({"name": "m", "features": 3, "layers": layers, "heads": heads})
+    weights = contracting_weights(spec, 8)
+    rows = np.random.default_rng(8).normal(size=(1, 1, 3)).astype(np.float32)
+    size = state_spec(spec).float_size
+    states = np.linspace(-0.4, 0.3, size, dtype=np.float32)[np.newaxis]
+    outputs, after = run(session_of(spec, weights), rows, [1], states)
+    wanted, wanted_state = oracle_step(spec, weights, rows[0], states[0])
+    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
+    np.testing.assert_allclose(after[0], wanted_state, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_activations_inside_a_cell(name: str) -> None:
+    check_one_step(cells(name), "linear")
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_of_layers_and_heads(name: str) -> None:
+    layers = [
+        {"kind": "gru", "units": 3},
+        {"kind": "dense", "units": 3, "activation": name},
+        {"kind": "activation", "activation": name},
+    ]
+    check_one_step(layers, name)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() - set(CELLS)))
+@pytest.mark.parametrize("kind", [0, 1], ids=["lstm", "gru"])
+def test_activations_that_no_cell_has_are_refused(name: str, kind: int) -> None:
+    heads = [{"kind": "sequence", "name": "h"}]
+    spec = parse_spec({"name": "m", "features": 1, "layers": [cells(name)[kind]], "heads": heads})
+    with pytest.raises(GraphUnsupportedError, match=rf"'(lstm|gru)_1'.*'{name}'.*'softsign'"):
+        write_graph(spec, random_weights(spec))
+
+
+def test_more_weights_than_a_file_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small_spec()
+    monkeypatch.setattr(graph_module, "MAX_CONSTANT_BYTES", 1000)
+    with pytest.raises(GraphUnsupportedError, match="at most 1000 bytes of weights"):
+        write_graph(spec, random_weights(spec))
+
+
+def test_the_graph_is_valid_and_says_whose_it_is() -> None:
+    spec, weights = small_spec(), random_weights(small_spec())
+    data = write_graph(spec, weights)
+    model = onnx.load_from_string(data)
+    onnx.checker.check_model(model, full_check=True)
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    size = state_spec(spec).float_size
+    assert shapes == {
+        "rows": ["B", "T", 13],
+        "lengths": ["B"],
+        "states": ["B", size],
+        "outputs": ["B", "T", shapes["outputs"][2]],
+        "states_after": ["B", size],
+    }
+    marks = {entry.key: entry.value for entry in model.metadata_props}
+    assert marks == {MARK_FORMAT: "1", MARK_FINGERPRINT: fingerprint(spec, weights).hex()}
+    assert {node.op_type for node in model.graph.node} >= {"LSTM", "GRU"}
+    assert data == write_graph(spec, dict(reversed(weights.items())))

@@ -1,0 +1,259 @@
+"""What every runtime promises, each against the float64 oracle and against itself.
+
+Weights are random and distinct, states are not zero. Equal means |a-b| <= 1e-5 + 1e-5 |b| to
+the oracle, and |a-b| <= 1e-6 + 1e-6 |b| between two ways through the same runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.artifact import Artifact, write_artifact
+from models.layout import weight_shapes
+from models.spec import ModelSpec, parse_spec
+from service.engine.protocol import Runtime
+from service.engine.runtimes import RUNTIMES, open_runtime
+from tests.support.events import FULL_SCHEMA
+from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.stepping import in_cuts, step
+
+Floats = NDArray[np.float32]
+
+STACKED: dict[str, Any] = {
+    "layers": [
+        {"kind": "lstm", "units": 7},
+        {"kind": "gru", "units": 6},
+        {"kind": "gru", "units": 5, "reset_after": False},
+        {"kind": "lstm", "units": 4, "use_bias": False, "activation": "softsign"},
+    ],
+    "heads": [
+        {"kind": "sequence", "name": "last"},
+        {"kind": "dense", "name": "out", "units": 3, "input": "gru_2", "activation": "softmax"},
+    ],
+}
+MERGED: dict[str, Any] = {
+    "layers": [
+        {"kind": "dense", "name": "wide", "units": 5, "activation": "gelu"},
+        {"kind": "layer_normalization", "epsilon": 0.05},
+        {"kind": "lstm", "name": "left", "units": 5, "recurrent_activation": "hard_sigmoid"},
+        {"kind": "gru", "name": "right", "units": 5, "use_bias": False, "inputs": ["wide"]},
+        {"kind": "average", "inputs": ["left", "right", "wide"]},
+        {"kind": "gru", "name": "inner", "units": 5, "reset_after": False, "activation": "elu"},
+        {"kind": "add", "name": "residual", "inputs": ["inner", "average_1"]},
+        {"kind": "batch_normalization", "epsilon": 0.1},
+        {"kind": "multiply", "inputs": ["batch_normalization_1", "left", "right"]},
+        {"kind": "concatenate", "inputs": ["multiply_1", "residual", "features"]},
+        {"kind": "dropout", "rate": 0.5},
+        {"kind": "activation", "activation": "silu"},
+    ],
+    "heads": [
+        {"kind": "dense", "name": "out", "units": 2, "use_bias": False},
+        {"kind": "sequence", "name": "inner", "input": "inner"},
+    ],
+}
+EVENTS: dict[str, Any] = {
+    "events": FULL_SCHEMA.model_dump(mode="json"),
+    "layers": [
+        {"kind": "lstm", "units": 6},
+        # so that padding shows: behind a recurrent layer alone the rows could be anything
+        {"kind": "concatenate", "inputs": ["lstm_1", "features"]},
+    ],
+    "heads": [
+        {"kind": "anomaly", "name": "odd", "targets": ["carrier", "delay", "late", "load"]},
+        {"kind": "forecast", "name": "range", "targets": ["delay", "load"]},
+        {"kind": "forecast", "name": "point", "targets": ["load", "delay"], "quantiles": []},
+        {"kind": "classification", "name": "gate", "target": "gate"},
+        {"kind": "classification", "name": "heavy", "target": "heavy"},
+        {"kind": "classification", "name": "late_load", "target": "load", "above": 4.5},
+        {"kind": "anomaly", "name": "odd_gate", "targets": ["gate"], "input": "lstm_1"},
+        {"kind": "dense", "name": "next", "units": 1, "targets": ["load"]},
+    ],
+}
+MODELS = {
+    "stacked": {"features": 3, **STACKED},
+    "merged": {"features": 3, **MERGED},
+    "events": EVENTS,
+}
+
+
+class Opened(NamedTuple):
+    artifact: Artifact
+    runtime: Runtime
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.artifact.spec
+
+    def states(self, random: np.random.Generator, count: int) -> Floats:
+        size = self.artifact.state.float_size
+        return random.uniform(-1, 1, (count, size)).astype(np.float32)
+
+
+def spec_of(name: str) -> ModelSpec:
+    return parse_spec({"name": name, **MODELS[name]})
+
+
+@pytest.fixture(
+    scope="module", params=[(name, model) for model in MODELS for name in RUNTIMES], ids="-".join
+)
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Opened]:
+    name, model = request.param
+    spec = spec_of(model)
+    folder = tmp_path_factory.mktemp("models") / model
+    artifact = write_artifact(folder, spec, contracting_weights(spec, 11))
+    runtime = open_runtime(name, artifact, threads=0 if name == "tensorflow" else 1)
+    runtime.warm()
+    return Opened(artifact, runtime)
+
+
+def encoded(random: np.random.Generator, spec: ModelSpec, steps: int) -> Floats:
+    """Rows that an encoder could have written, float32 [steps, F]."""
+    rows = random.normal(size=(steps, spec.input_features))
+    for index, column in enumerate(spec.columns):
+        if column.codes is not None:
+            rows[:, index] = random.integers(0, column.codes, steps)
+        elif column.name in ("heavy", "late") or column.name.endswith(".missing"):
+            rows[:, index] = random.integers(0, 2, steps)
+    for index, column in enumerate(spec.columns):
+        if column.name.endswith(".missing"):
+            rows[:, index - 1] *= 1 - rows[:, index]
+    return rows.astype(np.float32)
+
+
+def equals_the_oracle(
+    opened: Opened, rows: Floats, state: Floats, outputs: Floats, after: Floats
+) -> None:
+    expected, expected_state = oracle_step(opened.spec, opened.artifact.weights, rows, state)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after, expected_state, rtol=1e-5, atol=1e-5)
+
+
+def same(found: Floats, expected: Floats) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [[1], [16], [1, 9, 16, 3, 16, 2], [64, 1]], ids=str)
+def test_a_ragged_batch_equals_the_oracle(opened: Opened, lengths: list[int]) -> None:
+    random = np.random.default_rng(len(lengths))
+    rows = [encoded(random, opened.spec, length) for length in lengths]
+    states = opened.states(random, len(rows))
+    kept = [array.copy() for array in (*rows, states)]
+    outputs, after = step(opened.runtime, rows, states)
+    for given, before in zip((*rows, states), kept, strict=True):
+        np.testing.assert_array_equal(given, before, "what is given is not written to")
+    for index, row in enumerate(rows):
+        equals_the_oracle(opened, row, states[index], outputs[index], after[index])
+
+
+def test_cuts_are_invisible(opened: Opened) -> None:
+    random = np.random.default_rng(1)
+    rows = encoded(random, opened.spec, 40)
+    state = opened.states(random, 1)[0]
+    whole, after = in_cuts(opened.runtime, rows, state, [40])
+    equals_the_oracle(opened, rows, state, whole, after)
+    for cuts in ([1] * 40, [16, 16, 8], [3, 1, 20, 16], [39, 1]):
+        outputs, end = in_cuts(opened.runtime, rows, state, cuts)
+        same(outputs, whole)
+        same(end, after)
+
+
+def test_company_is_invisible(opened: Opened) -> None:
+    random = np.random.default_rng(2)
+    rows = [encoded(random, opened.spec, length) for length in (5, 12, 1, 16, 2, 7, 16, 3, 11)]
+    states = opened.states(random, len(rows))
+    order = random.permutation(len(rows))
+    together, after = step(opened.runtime, [rows[index] for index in order], states[order])
+    for place, index in enumerate(order):
+        (alone,), state = step(opened.runtime, [rows[index]], states[index : index + 1])
+        same(together[place], alone)
+        same(after[place], state[0])
+
+
+@pytest.mark.parametrize(("more_rows", "more_steps"), [(6, 0), (0, 40), (7, 13)])
+def test_padding_is_invisible(opened: Opened, more_rows: int, more_steps: int) -> None:
+    random = np.random.default_rng(3)
+    rows = [encoded(random, opened.spec, length) for length in (4, 16)]
+    states = opened.states(random, 2)
+    outputs, after = step(opened.runtime, rows, states)
+    padded, padded_after = step(
+        opened.runtime, rows, states, more_rows=more_rows, more_steps=more_steps
+    )
+    same(padded_after, after)
+    for found, expected in zip(padded, outputs, strict=True):
+        same(found, expected)
+
+
+def test_the_state_stands_still_beyond_a_length(opened: Opened) -> None:
+    random = np.random.default_rng(4)
+    rows = encoded(random, opened.spec, 16)
+    state = opened.states(random, 1)
+    shapes = opened.runtime.padded_shape(1, 16)
+    assert shapes == (1, 16)
+    lengths = np.array([6], np.int32)
+    # the engine never sends this: what lies beyond a length must not matter to the state
+    _, after = opened.runtime.step(rows[np.newaxis], lengths, state)
+    _, short = step(opened.runtime, [rows[:6]], state)
+    same(after, short)
+    assert np.abs(short - state).max() > 1e-3
+
+
+def test_results_are_not_overwritten_by_the_next_call(opened: Opened) -> None:
+    random = np.random.default_rng(5)
+    rows = [encoded(random, opened.spec, 16) for _ in range(2)]
+    states = opened.states(random, 2)
+    (first,), after = step(opened.runtime, rows[:1], states[:1])
+    kept, kept_after = first.copy(), after.copy()
+    step(opened.runtime, rows[1:], states[1:])
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(after, kept_after)
+
+
+def test_it_says_what_it_is(opened: Opened) -> None:
+    runtime = opened.runtime
+    assert runtime.name in RUNTIMES
+    for rows, steps in ((1, 1), (2, 3), (runtime.max_batch, 1), (1, runtime.max_steps)):
+        padded = runtime.padded_shape(rows, steps)
+        assert padded[0] >= rows
+        assert padded[1] >= steps
+
+
+def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(tmp_path: Path) -> None:
+    """Recurrent weights so large that one digit more or less would show after a few steps.
+
+    XLA's programs of two shapes do part there, by their last digits.
+    """
+    spec = parse_spec(
+        {
+            "name": "chaotic",
+            "features": 4,
+            "layers": [{"kind": "lstm", "units": 20}, {"kind": "gru", "units": 20}],
+            "heads": [{"kind": "sequence", "name": "last"}],
+        }
+    )
+    random = np.random.default_rng(6)
+    weights = {
+        key: (random.normal(size=shape) * 2).astype(np.float32)
+        for key, shape in weight_shapes(spec).items()
+    }
+    runtime = open_runtime("onnxruntime", write_artifact(tmp_path / "m", spec, weights), 1)
+    rows = random.normal(size=(64, 4)).astype(np.float32)
+    state = random.uniform(-1, 1, 60).astype(np.float32)
+    whole, after = in_cuts(runtime, rows, state, [64])
+    touched, _ = in_cuts(runtime, rows, state + np.float32(1e-6), [64])
+    assert np.abs(touched - whole).max() > 1e-3
+    for cuts in ([1] * 64, [16] * 4, [3, 5, 13, 43]):
+        outputs, end = in_cuts(runtime, rows, state, cuts)
+        same(outputs, whole)
+        same(end, after)
+    company = [rows, rows[:7], rows[:30]]
+    outputs, _ = step(runtime, company, np.stack([state] * 3))
+    for found, row in zip(outputs, company, strict=True):
+        same(found, whole[: len(row)])

@@ -1,0 +1,150 @@
+"""Which runtime is taken, and what a start says that cannot have one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import models
+from models.artifact import Artifact, load_artifact, write_artifact
+from models.errors import ArtifactError
+from models.onnx.graph import write_graph
+from models.spec import parse_spec
+from service.engine import runtimes
+from service.engine.runtimes import (
+    RuntimeMissingError,
+    RuntimeUnsupportedError,
+    open_runtime,
+    open_runtimes,
+)
+from tests.support.models import random_weights
+from tests.support.oracle import contracting_weights
+
+
+def artifact(folder: Path, *, activation: str = "tanh", seed: int = 1) -> Artifact:
+    layers = [{"kind": "lstm", "units": 2, "activation": activation}]
+    heads = [{"kind": "sequence", "name": "h"}]
+    spec = parse_spec({"name": "m", "features": 1, "layers": layers, "heads": heads})
+    return write_artifact(folder, spec, contracting_weights(spec, seed))
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Artifact:
+    """An artifact with a graph."""
+    return artifact(tmp_path / "drawn")
+
+
+@pytest.fixture
+def old(drawn: Artifact) -> Artifact:
+    """As from before there were graphs."""
+    manifest = {key: value for key, value in drawn.manifest.items() if key != "graph"}
+    return Artifact(
+        drawn.path, drawn.spec, drawn.weights, drawn.fingerprint, drawn.version, manifest
+    )
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Artifact:
+    """One that no graph can hold."""
+    return artifact(tmp_path / "odd", activation="selu")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Says which libraries are there; what is opened is only noted."""
+
+    def only(*names: str) -> None:
+        monkeypatch.setattr(runtimes, "find_spec", lambda name: name in names or None)
+        monkeypatch.setattr(runtimes, "open_runtime", lambda name, *_: name)
+
+    return only
+
+
+def chosen(*artifacts: Artifact, wanted: str = "auto") -> tuple[object, str]:
+    with capture_logs() as logs:
+        opened = open_runtimes(wanted, artifacts, 1)
+    assert len(set(opened)) == 1
+    assert len(opened) == len(artifacts)
+    (line,) = [entry for entry in logs if entry["event"] == "runtime"]
+    assert line["runtime"] == opened[0]
+    return opened[0], line["reason"]
+
+
+def test_auto_takes_onnxruntime_where_every_model_has_a_graph(
+    drawn: Artifact, old: Artifact, odd: Artifact, installed: Any
+) -> None:
+    installed("onnxruntime", "tensorflow")
+    assert chosen(drawn, drawn) == ("onnxruntime", "installed, and every model has a graph")
+    name, reason = chosen(drawn, old)
+    assert name == "tensorflow"
+    assert f"`carry graph {old.path}`" in reason
+    name, reason = chosen(drawn, odd)
+    assert name == "tensorflow"
+    assert "'selu'" in reason
+
+
+def test_auto_takes_what_is_installed(drawn: Artifact, old: Artifact, installed: Any) -> None:
+    installed("tensorflow")
+    assert chosen(drawn) == ("tensorflow", "onnxruntime is not installed")
+    installed("onnxruntime")
+    assert chosen(drawn)[0] == "onnxruntime"
+    installed()
+    with pytest.raises(RuntimeMissingError, match=r"carry\[onnx\].*carry\[tensorflow\]"):
+        open_runtimes("auto", [drawn], 1)
+
+
+def test_what_is_asked_for_is_taken(drawn: Artifact, old: Artifact, installed: Any) -> None:
+    installed("onnxruntime", "tensorflow")
+    assert chosen(drawn, wanted="tensorflow") == ("tensorflow", "as asked for")
+    with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
+        open_runtimes("torch", [drawn], 1)
+
+
+def test_a_model_without_a_graph_is_unsupported(old: Artifact, odd: Artifact) -> None:
+    with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*`carry graph "):
+        open_runtimes("onnxruntime", [old], 1)
+    with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*'selu'"):
+        open_runtimes("onnxruntime", [odd], 1)
+
+
+def test_a_missing_library_is_named_with_its_extra(
+    drawn: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, extra in (("onnxruntime", "onnx"), ("tensorflow", "tensorflow")):
+        module = f"service.engine.{'onnx' if name == 'onnxruntime' else name}_runtime"
+        monkeypatch.delitem(sys.modules, module, raising=False)
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(RuntimeMissingError, match=rf"'{name}' needs .*carry\[{extra}\]"):
+            open_runtime(name, drawn, 1)
+
+
+def with_graph(found: Artifact, graph: bytes) -> Artifact:
+    return Artifact(
+        found.path,
+        found.spec,
+        found.weights,
+        found.fingerprint,
+        found.version,
+        found.manifest,
+        graph,
+    )
+
+
+def test_a_graph_that_is_none_or_anothers_is_refused(drawn: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"drawn: ONNX Runtime refuses the graph"):
+        open_runtime("onnxruntime", with_graph(drawn, b"junk"), 1)
+    other = write_graph(drawn.spec, random_weights(drawn.spec))
+    with pytest.raises(ArtifactError, match=r"carry.fingerprint.*`carry graph .*anew"):
+        open_runtime("onnxruntime", with_graph(drawn, other), 1)
+
+
+def test_the_pretrained_model_has_its_graph() -> None:
+    flights = load_artifact(Path(models.__file__).parent / "pretrained" / "flights")
+    runtime = open_runtime("onnxruntime", flights, 1)
+    runtime.warm()
+    assert (runtime.name, flights.version) == ("onnxruntime", "46de72b9354a")
+    assert flights.graph == write_graph(flights.spec, flights.weights)
