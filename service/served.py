@@ -1,11 +1,13 @@
 """One served model: its artifact, its runtime, and the code between events and rows.
 
 `encode` turns the steps of a chunk into network rows under the stream's present state, and
-gives the integer part of the state back advanced. The float part is the runtime's.
+gives the integer part of the state back advanced. The float part is the runtime's. `encode_many`
+does so for the chunks of a batch together; what is wrong with one of them is that one's alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,13 +16,16 @@ from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from models.errors import DataError, StateError
-from models.events.encode import Clock, encode
+from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
 from models.layout import OutputSpec
 from models.state import State, StateSpec
 from service.domain import FloatRows, Steps
 from service.engine.protocol import Runtime
 from service.errors import InvalidInput, StateDamaged
+
+Encoded = tuple[FloatRows, NDArray[np.int64]]
+"""Rows [T, F] of a chunk, and the int parts [M] of the state after it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class ServedModel:
         """The layout of one step's outputs."""
         return self.artifact.outputs
 
-    def encode(self, steps: Steps, state: State) -> tuple[FloatRows, NDArray[np.int64]]:
+    def encode(self, steps: Steps, state: State) -> Encoded:
         """Rows [T, F] of a chunk that continues `state`, and the int parts [M] after it.
 
         Raises:
@@ -84,6 +89,44 @@ class ServedModel:
         except StateError as error:
             raise StateDamaged(f"the stored state cannot be continued: {error}") from error
         return rows, clock.into_ints(self.state, state.ints)
+
+    def encode_many(self, items: Sequence[tuple[Steps, State]]) -> list[Encoded | Exception]:
+        """As `encode` for chunks of different streams, in a fraction of its time for each.
+
+        Returns:
+            In the order of the items: what `encode` returns for it, or the exception, raised
+            by that item alone. The rows of several chunks are views of one array.
+        """
+        given = [(steps, state) for steps, state in items if steps.rows is None]
+        together = self._encoded_together(given) if len(given) > 1 else None
+        found: list[Encoded | Exception] = []
+        for steps, state in items:
+            if together is not None and steps.rows is None:
+                found.append(next(together))
+                continue
+            try:
+                found.append(self.encode(steps, state))
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _encoded_together(self, items: Sequence[tuple[Steps, State]]) -> Iterator[Encoded] | None:
+        """Chunks of events at once; None where any of them fails."""
+        columns = [steps.columns for steps, _ in items if steps.columns is not None]
+        if self.events is None or len(columns) < len(items):
+            return None
+        layout = self.state
+        try:
+            clocks = [Clock.from_ints(layout, state.ints) for _, state in items]
+            rows, after = encode_many(self.events, columns, clocks)
+        except Exception:
+            # Whichever chunk it is, one by one it fails alone.
+            return None
+        ints = [
+            clock.into_ints(layout, state.ints)
+            for clock, (_, state) in zip(after, items, strict=True)
+        ]
+        return zip(rows, ints, strict=True)
 
 
 def invalid_data(feed: str, error: DataError) -> InvalidInput:

@@ -79,10 +79,10 @@ class Clock(NamedTuple):
         """
         if CLOCK_SEEN not in spec.slices:
             return cls()
-        last_ms, seen, out_of_order = (
-            int(ints[spec.slices[name].start])
-            for name in (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
-        )
+        slices, values = spec.slices, ints.tolist()
+        last_ms = values[slices[CLOCK_LAST_MS].start]
+        seen = values[slices[CLOCK_SEEN].start]
+        out_of_order = values[slices[CLOCK_OUT_OF_ORDER].start]
         if not 0 <= seen <= MAX_SEEN or not 0 <= out_of_order <= max(seen - 1, 0):
             raise StateError(
                 f"parts {CLOCK_SEEN!r} and {CLOCK_OUT_OF_ORDER!r}: expected counts, the second "
@@ -99,11 +99,11 @@ class Clock(NamedTuple):
 
     def into_ints(self, spec: StateSpec, ints: IntArray) -> IntArray:
         """A copy of a state's int64 row [M] with the clock's parts set to this clock."""
-        result = ints.copy()
-        if CLOCK_SEEN in spec.slices:
-            result[spec.slices[CLOCK_LAST_MS]] = self.last_ms
-            result[spec.slices[CLOCK_SEEN]] = self.seen
-            result[spec.slices[CLOCK_OUT_OF_ORDER]] = self.out_of_order
+        slices, result = spec.slices, ints.copy()
+        if CLOCK_SEEN in slices:
+            result[slices[CLOCK_LAST_MS].start] = self.last_ms
+            result[slices[CLOCK_SEEN].start] = self.seen
+            result[slices[CLOCK_OUT_OF_ORDER].start] = self.out_of_order
         return result
 
 
