@@ -122,7 +122,7 @@ class BatchRun:
         times = _Times(time.monotonic())
         members = [_Member(job, job.payload, job.payload.key) for job in jobs]
         ready, again = await self._judged(members, times)
-        ready = [member for member in ready if self._encoded(member)]
+        ready = self._encoded(ready)
         if ready:
             computed = await self._infer(ready, times)
             if computed:
@@ -228,19 +228,24 @@ class BatchRun:
             member.job.settle(error)
         return True
 
-    def _encoded(self, member: _Member) -> bool:
-        """Encode the member's events under its state; a refusal fails it alone."""
-        state = member.base.state if member.base else self._zero
-        try:
-            member.rows, member.ints = self._served.encode(member.chunk.steps, state)
-        except CarryError as error:
-            member.job.settle(error)
-            return False
-        except Exception as error:
-            log.exception("encoding_failed", model=self._served.name)
-            member.job.settle(InternalError(f"encoding failed: {type(error).__name__}"))
-            return False
-        return True
+    def _encoded(self, members: list[_Member]) -> list[_Member]:
+        """Encode the members' events under their states; a refusal fails one alone."""
+        encoded: list[_Member] = []
+        states = [member.base.state if member.base else self._zero for member in members]
+        items = [(m.chunk.steps, state) for m, state in zip(members, states, strict=True)]
+        for member, found in zip(members, self._served.encode_many(items), strict=True):
+            if isinstance(found, Exception):
+                member.job.settle(self._encoding_failed(found))
+            else:
+                member.rows, member.ints = found
+                encoded.append(member)
+        return encoded
+
+    def _encoding_failed(self, error: Exception) -> CarryError:
+        if isinstance(error, CarryError):
+            return error
+        log.error("encoding_failed", model=self._served.name, exc_info=error)
+        return InternalError(f"encoding failed: {type(error).__name__}")
 
     async def _infer(
         self, members: list[_Member], times: _Times

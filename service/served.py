@@ -101,14 +101,19 @@ class ServedModel:
         together = self._encoded_together(given) if len(given) > 1 else None
         found: list[Encoded | Exception] = []
         for steps, state in items:
-            if together is not None and steps.rows is None:
+            if steps.rows is not None:
+                found.append((steps.rows, state.ints))
+            elif together is not None:
                 found.append(next(together))
-                continue
-            try:
-                found.append(self.encode(steps, state))
-            except Exception as error:
-                found.append(error)
+            else:
+                found.append(self._encoded_alone(steps, state))
         return found
+
+    def _encoded_alone(self, steps: Steps, state: State) -> Encoded | Exception:
+        try:
+            return self.encode(steps, state)
+        except Exception as error:
+            return error
 
     def _encoded_together(self, items: Sequence[tuple[Steps, State]]) -> Iterator[Encoded] | None:
         """Chunks of events at once; None where any of them fails."""

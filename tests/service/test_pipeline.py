@@ -269,14 +269,16 @@ async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, encode = np.random.default_rng(23), ServedModel.encode
+    random, encode_many = np.random.default_rng(23), ServedModel.encode_many
 
-    def encode_or_fail(served: ServedModel, steps: Steps, state: State) -> object:
-        if steps.length == 3:
-            raise ZeroDivisionError("an unforeseen failure")
-        return encode(served, steps, state)
+    def encode_or_fail(served: ServedModel, items: Sequence[tuple[Steps, State]]) -> object:
+        found = encode_many(served, items)
+        return [
+            ZeroDivisionError("an unforeseen failure") if steps.length == 3 else each
+            for (steps, _), each in zip(items, found, strict=True)
+        ]
 
-    monkeypatch.setattr(ServedModel, "encode", encode_or_fail)
+    monkeypatch.setattr(ServedModel, "encode_many", encode_or_fail)
     counts = Counts()
     async with worker(store_url, artifact, counts) as one:
         outcomes = await asyncio.gather(
