@@ -57,7 +57,7 @@ R = TypeVar("R")
 class PipelineLimits:
     """How much the pipeline takes on; see the settings of the same names."""
 
-    max_batch_rows: int = 32
+    max_batch_rows: int = 128
     max_batch_steps: int = 4096
     max_queue: int = 4096
     batches_in_flight: int = 3

@@ -130,9 +130,9 @@ class Settings(BaseSettings):
     max_predict_steps: Annotated[int, Field(ge=1)] = 100_000
     """Most events in one predict request, all its sequences together."""
 
-    max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Most streams in one call of the network. More raises the throughput until the cores
-    are busy, and with it the time of each call."""
+    max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
+    """Most streams in one call of the network, where its runtime takes that many. More raises
+    the throughput until the core is busy, and with it the time of each call."""
 
     max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
     """Most steps in one call of the network, rows times the longest, padding included. It
