@@ -1,25 +1,36 @@
-# The service with the TensorFlow runtime and the pretrained models. The final image holds the
-# locked environment and nothing that built it, runs as a user without rights, and writes only
-# to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
+# The service with the pretrained models, in two targets:
+#   lean     ONNX Runtime alone: no TensorFlow in it     docker build --target lean .
+#   (last)   both runtimes, and what replays verify with
+# A final image holds the locked environment and nothing that built it, runs as a user without
+# rights, and writes only to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
 
-FROM python:3.13-slim AS locked
+FROM python:3.13-slim AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv /opt/venv
+
+FROM environment AS locked-lean
+COPY requirements-lean.lock ./
+RUN /opt/venv/bin/pip install --require-hashes -r requirements-lean.lock
+
+FROM environment AS locked
 COPY requirements.lock ./
 RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
 
 # beside the environment, so that a change of the code makes one small layer
-FROM locked AS built
+FROM locked-lean AS built
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY models models
 COPY service service
 RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --target /opt/carry .
 
-FROM locked AS lean
+FROM locked-lean AS stripped-lean
 RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
 
-FROM python:3.13-slim
+FROM locked AS stripped
+RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip
+
+FROM python:3.13-slim AS service
 
 LABEL org.opencontainers.image.title="carry" \
       org.opencontainers.image.description="Serves stateful stacked LSTMs over event streams" \
@@ -27,14 +38,11 @@ LABEL org.opencontainers.image.title="carry" \
 
 RUN useradd --system --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin carry \
     && install --directory --owner carry --group carry --mode 700 /data
-COPY --from=lean /opt/venv /opt/venv
-COPY --from=built /opt/carry /opt/carry
 
 ENV PATH=/opt/carry/bin:/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/carry \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    KERAS_HOME=/tmp/keras \
     CARRY_DATA_DIR=/data
 USER carry
 WORKDIR /data
@@ -46,3 +54,12 @@ HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=6 \
 
 ENTRYPOINT ["carry"]
 CMD ["serve", "--host", "0.0.0.0"]
+
+FROM service AS lean
+COPY --from=stripped-lean /opt/venv /opt/venv
+COPY --from=built /opt/carry /opt/carry
+
+FROM service
+ENV KERAS_HOME=/tmp/keras
+COPY --from=stripped /opt/venv /opt/venv
+COPY --from=built /opt/carry /opt/carry
