@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-micro example compose-test lock clean
+.PHONY: help run test check format bench bench-micro load example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,10 @@ bench: ## measure Carry beside floors and baselines (ARGS="--full --jsonl bench.
 bench-micro: ## measure codec, policy, encode, wire and store by themselves
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
+
+load: ## load a running service, check its answers (ARGS="--scenario steady --users 32")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.load $(ARGS)
 
 example: ## train the flights example from nothing and compare it with its baselines
 	@scripts/setup dev

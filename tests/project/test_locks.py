@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "requirements.lock"
 LEAN = REPOSITORY / "requirements-lean.lock"
 DEV = REPOSITORY / "requirements-dev.lock"
-LOCKS = (RUN, LEAN, DEV)
+LOAD = REPOSITORY / "requirements-load.lock"
+LOCKS = (RUN, LEAN, DEV, LOAD)
 EXTRAS = {RUN: ("onnx", "tensorflow", "replay"), LEAN: ("onnx",)}
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
@@ -50,10 +51,12 @@ def wanted(lock: Path) -> list[Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     groups = project["dependency-groups"]
+    if lock == LOAD:
+        return [Requirement(text) for text in groups["load"]]
     texts = [*project["project"]["dependencies"], *groups["build"]]
     texts += [text for extra in EXTRAS.get(lock, extras) for text in extras[extra]]
     if lock == DEV:
-        texts += [text for text in groups["dev"] if isinstance(text, str)]
+        texts += [text for text in (*groups["dev"], *groups["load"]) if isinstance(text, str)]
     return [Requirement(text) for text in texts]
 
 
@@ -92,8 +95,9 @@ def test_a_lock_holds_what_the_project_asks_for(python: str, platform: str, mach
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_serving_and_testing_use_the_same_versions(python: str) -> None:
-    lean, run, dev = (pins(lock, python, "linux", "x86_64") for lock in (LEAN, RUN, DEV))
+    run, lean, dev, load = (pins(lock, python, "linux", "x86_64") for lock in LOCKS)
     assert lean.items() <= run.items() <= dev.items()
+    assert load.items() <= dev.items()
 
 
 def test_the_lean_lock_brings_one_runtime() -> None:

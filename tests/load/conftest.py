@@ -1,0 +1,121 @@
+"""A live service on a port of its own, with the oracle as its runtime, that can be made to lie."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+
+from models.artifact import Artifact, write_artifact
+from service.api.application import ApiLimits, create_api
+from service.pipeline import Pipeline, PipelineLimits
+from service.served import ServedModel
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
+from tests.load.liar import Liar
+from tests.support.models import small_spec
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.oracle import contracting_weights
+from tests.support.pipelines import Counts, make_artifact
+from tests.support.servers import RealServer, real_server, until
+
+LIMITS = ApiLimits(max_chunk_steps=200)
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running service."""
+
+    url: str
+    liar: Liar
+    models: Mapping[str, Artifact]
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
+    """`small` takes events, `probe` rows only."""
+    folder = tmp_path_factory.mktemp("models")
+    spec = small_spec()
+    small = write_artifact(folder / "small", spec, contracting_weights(spec, 3))
+    return {"small": small, "probe": make_artifact(folder)}
+
+
+@pytest.fixture(scope="session")
+def lying_service(artifacts: Mapping[str, Artifact]) -> Iterator[Live]:
+    """One service for all tests, in a thread of its own."""
+    # asyncio sends small writes at once only where the socket says that it is TCP
+    listening = socket.socket(proto=socket.IPPROTO_TCP)
+    with real_server("valkey") as store, listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        liar = Liar(None)
+        started, stop = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as thread:
+            serving = thread.submit(
+                lambda: asyncio.run(_serve(store, artifacts, liar, listening, started, stop))
+            )
+            try:
+                until(lambda: started.is_set() or serving.done(), "the service")
+                if not started.is_set():
+                    serving.result()
+                yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", liar, artifacts)
+            finally:
+                stop.set()
+            serving.result()
+
+
+@pytest.fixture
+def live(lying_service: Live) -> Live:
+    """The service, honest until the test makes it lie."""
+    lying_service.liar.choose(None)
+    return lying_service
+
+
+async def _serve(
+    server: RealServer,
+    artifacts: Mapping[str, Artifact],
+    liar: Liar,
+    listening: socket.socket,
+    started: threading.Event,
+    stop: threading.Event,
+) -> None:
+    counts = Counts()
+    store = RedisStore(StoreSettings(server.url, wait_s=5))
+    pipeline = Pipeline(
+        [ServedModel(artifact, NumpyRuntime(artifact)) for artifact in artifacts.values()],
+        store,
+        counts,
+        limits=PipelineLimits(),
+        now_ms=lambda: time.time_ns() // 1_000_000,
+    )
+    await store.start()
+    await pipeline.start()
+    try:
+        liar.honest = create_api(pipeline, LIMITS, counts)
+        config = uvicorn.Config(
+            _application(liar), log_config=None, access_log=False, lifespan="off"
+        )
+        http = uvicorn.Server(config)
+        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        started.set()
+        await asyncio.to_thread(stop.wait)
+        http.should_exit = True
+        await serving
+    finally:
+        await pipeline.stop()
+        await store.close()
+
+
+def _application(liar: Liar) -> Any:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await liar(scope, receive, send)
+
+    return application
