@@ -39,6 +39,9 @@ SECTIONS = (
 )
 """In the order in which they are run; each is a module of `sections` with `run(bench)`."""
 
+BUSY_S, BUSY_CORES = 1.0, 0.2
+"""How long others are watched before the run, and how many cores' worth is worth a note."""
+
 DOCS = machine.REPOSITORY / "docs"
 
 
@@ -98,6 +101,10 @@ def measure(sections: Sequence[str], options: Options) -> Results:
             f"{cores.describe()}; {options.store} with AOF everysec on a unix socket; "
             f"{options.rounds} rounds of {options.seconds:g} s"
         )
+        if (busy := machine.busy_cores(BUSY_S)) > BUSY_CORES:
+            bench.note(
+                f"the machine was busy before the run: {busy:.1f} cores; trust the ratios by CPU"
+            )
         machine.pin(cores.others)
         try:
             for name in sections:

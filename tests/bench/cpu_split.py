@@ -2,8 +2,9 @@
 
 A sample is a stack of a thread that runs or waits for the processor. Going from its innermost
 frame outwards, the first frame that a rule knows gives the stage; so what a library does on
-the store's behalf counts for the store. The shares are multiplied with the CPU per chunk that
-was measured without the profiler.
+the store's behalf counts for the store; what the event loop does by itself, the reading and
+writing of sockets above all, counts for HTTP. The shares are multiplied with the CPU per chunk
+that was measured without the profiler.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ ATTACH_S = 30.0
 
 RULES: tuple[tuple[str, str], ...] = (
     # stage, and a pattern over `function (path/file.py:line)`
-    ("codec", r"\(service/api/(wire|bodies|body\w*|media|invalid|render\w*|write\w*|read\w*)\b"),
-    ("codec", r"\(service/api/[\w/]*(codec|json|msgpack|packed)\w*"),
+    ("codec", r"\(service/api/(wire|bodies|plain|media|invalid)\b"),
     ("codec", r"\(models/events/"),
     ("codec", r"\b\w*(digest|encode|encoded)\w* \(service/(delivery|served|batch)"),
     ("load", r"\b_?(load|loaded|judged?|decode)\w* \(service/"),
     ("commit", r"\b_?(commit|settle|advance|encode_state|encode_reply|next_tag)\w* \(service/"),
     ("infer", r"\(service/engine/(compute|\w*runtime)"),
     ("infer", r"\b_?(infer|step)\w* \(service/"),
-    ("infer", r"\((onnxruntime|tensorflow|keras)/"),
+    ("infer", r"\((onnxruntime|tensorflow|keras|concurrent/futures)/"),
+    ("HTTP", r"\((service/ops/(logs|request_log)|structlog/)"),
     ("queue", r"\(service/(engine|pipeline|batch|ops|recorder|delivery|domain)"),
     ("commit", r"\b_?(run|write\w*) \(service/state/"),
     ("load", r"\b_?(read)\w* \(service/state/"),
     ("commit", r"\(service/state/"),
-    ("HTTP", r"\((service/api|service/ops/logs|uvicorn|starlette|fastapi|httptools|structlog)/?"),
+    ("HTTP", r"\((service/(api|serve)|uvicorn|starlette|fastapi|httptools)"),
     ("HTTP", r"\b(run|serve|run_forever|run_until_complete) \((uvicorn|asyncio|uvloop)"),
 )
 _COMPILED = tuple((stage, re.compile(pattern)) for stage, pattern in RULES)

@@ -110,6 +110,11 @@ def wait_until(condition: Callable[[], Any], what: str, within_s: float) -> Any:
     return found
 
 
+def busy_cores(seconds: float) -> float:
+    """How many cores' worth of time others use now; to be asked before anything is started."""
+    return float(sum(psutil.cpu_percent(seconds, percpu=True)) / 100)
+
+
 @lru_cache
 def describe() -> str:
     """Processor, cores, system and Python."""

@@ -1,6 +1,6 @@
 """What HTTP and the codec cost a request, without sockets, engine and store.
 
-    python -m tests.bench.micro_http [--repeats 7] [--requests 400]
+    python -m tests.bench.micro_http [--repeats 100] [--requests 64]
 
 Drives the application by hand, `scope, receive, send`, over a pipeline that answers at once with
 a constant, and prints the processor time of each kind of request: least and median of the repeats.
@@ -187,8 +187,8 @@ async def compare(repeats: int, requests: int) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="What HTTP and the codec cost a request.")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--requests", type=int, default=64)
     options = parser.parse_args()
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     configure_logs()

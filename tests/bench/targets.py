@@ -28,6 +28,7 @@ class Target:
         return value >= self.bound if self.side == "at least" else value <= self.bound
 
 
+NOT_MEASURED = "not measured"
 FEW, MANY = 1_000, 1_000_000
 """Streams in the store, in the comparison of few and many."""
 
@@ -113,7 +114,7 @@ def verdicts(results: Results) -> list[tuple[Target, str, str]]:
     for target in TARGETS:
         figure = results.figures.get(target.figure)
         if figure is None:
-            found.append((target, "-", "not measured"))
+            found.append((target, "-", NOT_MEASURED))
             continue
         shown = f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
         found.append((target, shown, "reached" if target.reached(figure.value) else "not reached"))
@@ -121,8 +122,14 @@ def verdicts(results: Results) -> list[tuple[Target, str, str]]:
 
 
 def verdict_table(results: Results) -> str:
-    """The targets as text, one a line."""
-    return "\n".join(
+    """The targets as text, one a line; of those not measured, how many there are."""
+    found = verdicts(results)
+    lines = [
         f"{verdict:13} {target.text}: {shown}, {target.side} {target.bound:g}"
-        for target, shown, verdict in verdicts(results)
-    )
+        for target, shown, verdict in found
+        if verdict != NOT_MEASURED
+    ]
+    missing = len(found) - len(lines)
+    if missing:
+        lines.append(f"{NOT_MEASURED:13} {missing} of {len(found)} targets")
+    return "\n".join(lines)

@@ -15,7 +15,7 @@ from tests.bench.__main__ import SECTIONS, main
 from tests.bench.context import Bench, Options
 from tests.bench.machine import Cores
 from tests.bench.results import Results
-from tests.bench.sections import many, workers
+from tests.bench.sections import many, widths, workers
 from tests.bench.servers import missing
 
 ABOUT = {"commit": "none", "machine": "none", "date": "now"}
@@ -41,6 +41,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(context, "SETTLES_WITHIN_S", 0.0)
     monkeypatch.setattr(many, "COMPUTE_S", 0.01)
     monkeypatch.setattr(workers, "RACES", 2)
+    monkeypatch.setattr(widths, "WIDTHS", (8,))
+    monkeypatch.setattr(widths, "STEPS", (1, 16))
     options = Options(
         rounds=1,
         seconds=0.1,

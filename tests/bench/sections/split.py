@@ -6,9 +6,9 @@ import math
 from collections import Counter
 
 from tests.bench.context import Bench
-from tests.bench.cpu_split import CannotProfileError, Profile, shares
+from tests.bench.cpu_split import CannotProfileError, Profile, shares, stage_of
 
-SHOWN = 8
+SHOWN = 12
 
 
 def run(bench: Bench) -> None:
@@ -41,8 +41,8 @@ def run(bench: Bench) -> None:
 def _show(bench: Bench, profile: Profile) -> None:
     """The innermost frames that cost most, as a hint at where to look."""
     total = max(1, profile.stacks.total())
-    inner: Counter[str] = Counter()
+    inner: Counter[tuple[str, str]] = Counter()
     for stack, count in profile.stacks.items():
-        inner[stack.rpartition(";")[2]] += count
-    for frame, count in inner.most_common(SHOWN):
-        bench.say(f"  {count / total:6.1%}  {frame}")
+        inner[stage_of(stack), stack.rpartition(";")[2]] += count
+    for (stage, frame), count in inner.most_common(SHOWN):
+        bench.say(f"  {count / total:6.1%}  {stage:7} {frame}")
