@@ -191,7 +191,7 @@ def _gaps(
 ) -> tuple[IntArray, IntArray, list[Clock]]:
     """Timestamps and gaps of all blocks' events, both int64 [T], and the clocks afterwards.
 
-    Without a timestamp an event has 0 for both.
+    Of an event without a timestamp neither means anything.
     """
     times_ms = np.concatenate([_times_ms(block) for block in blocks])
     cuts = list(accumulate([block.steps for block in blocks], initial=0))
@@ -212,7 +212,6 @@ def _gaps(
         others.update((np.searchsorted(cuts, np.flatnonzero(gaps < 0), "right") - 1).tolist())
     for at in others:
         part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(place)
-        gaps[part] = 0
         gaps[part][there], after[at] = gaps_ms(times_ms[part][there], clocks[at])
     return times_ms, gaps, after
 

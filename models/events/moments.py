@@ -26,12 +26,11 @@ from models.events.parse import (
 IntArray = NDArray[np.int64]
 
 _MINUTE_MS = 60_000
-_TO_SECOND = len("2013-01-01T05:17:00")
-_TO_MILLISECOND = len("2013-01-01T05:17:00.000")
+_LONGEST = len("2013-01-01T05:17:00.123456789-05:00")
 
 # Every digit becomes 0, and everything else stays as it is.
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_SHAPE = re.compile(rb"0000-00-00[T ]00:00:00(\.0{1,9})?([Zz]|[+-]00:00)")
+_SHAPE = re.compile(rb"0000-00-00[T ]00:00:00(?:\.0{1,9})?([Zz]|[+-]00:00)")
 
 
 def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
@@ -60,6 +59,8 @@ def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
 
 def same_shape_ms(texts: Sequence[str]) -> IntArray | None:
     """As `epoch_ms`; None as well where the texts differ in shape."""
+    if len(texts[0]) > _LONGEST:
+        return None
     try:
         written = "\n".join(texts).encode()
         parts = _parts(texts[0].encode().translate(_DIGITS))
@@ -80,22 +81,21 @@ def same_shape_ms(texts: Sequence[str]) -> IntArray | None:
     return times_ms
 
 
+# Shapes are of what clients write: short, and so is what is remembered.
 @lru_cache(maxsize=256)
 def _parts(shape: bytes) -> tuple[bytes, np.dtype[np.void]] | None:
     """A line of that shape and its parts, or None for a shape that no timestamp has."""
     match = _SHAPE.fullmatch(shape)
     if match is None:
         return None
-    # Digits after the millisecond are not read, which cuts them off.
-    local = min(match.end(1) if match[1] else _TO_SECOND, _TO_MILLISECOND)
-    offset = match.start(2)
-    line = len(shape) + 1
+    offset = match.start(1)
+    # NumPy cuts digits after the millisecond off.
     return shape + b"\n", np.dtype(
         {
             "names": ["local", "offset"],
-            "formats": [f"S{local}", f"S{len(shape) - offset}"],
+            "formats": [f"S{offset}", f"S{len(shape) - offset}"],
             "offsets": [0, offset],
-            "itemsize": line,
+            "itemsize": len(shape) + 1,
         }
     )
 

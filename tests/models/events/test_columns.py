@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.events.columns import canonical_bytes, columns_from_events
+from models.events.columns import EventColumns, canonical_bytes, columns_from_events
 from models.events.schema import EventSchema
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
 
@@ -92,6 +92,14 @@ def test_absent_is_null_and_zero_has_no_sign() -> None:
     assert of(absent) == of({**base, "delay": None})
     assert of({**base, "load": 0.0}) == of({**base, "load": -0.0})
     assert of({**base, "delay": 0.0}) != of(absent)
+
+
+def test_zero_has_no_sign_in_columns_of_any_origin() -> None:
+    schema = EventSchema.model_validate({"fields": [{"kind": "numeric", "name": "x"}]})
+    present = {"x": np.ones(1, np.bool_)}
+    zero, negative = (EventColumns(1, present, {"x": np.array([x])}) for x in (0.0, -0.0))
+
+    assert canonical_bytes(schema, negative) == canonical_bytes(schema, zero)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.events.moments import epoch_ms, same_shape_ms
+from models.events.moments import _parts, epoch_ms, same_shape_ms
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
@@ -36,7 +36,7 @@ def assert_agrees(moments: list[str | int]) -> None:
 
 def _number(low: int, high: int, digits: int) -> st.SearchStrategy[str]:
     likely = st.integers(low, high)
-    return st.one_of(likely, likely, likely, st.integers(0, 10**digits - 1)).map(
+    return st.one_of(*[likely] * 9, st.integers(0, 10**digits - 1)).map(
         lambda number: f"{number:0{digits}}"
     )
 
@@ -102,11 +102,22 @@ def test_a_mixture_is_read_as_one_by_one(moments: list[str | int]) -> None:
         ["1969-12-31T23:59:59.9999999Z"],
         ["0000-01-01T00:00:00Z"],
         ["٢٠١٣-01-01T05:17:00Z"],
+        ["2013-01-01T05:17:00+24:00"],
+        ["2013-01-01T05:17:00-00:60"],
+        ["2013-01-01T05:17:00+23:59", "2013-01-01T05:17:00+99:99"],
+        ["1969-12-31T23:59:59.999999999Z", "1900-01-01T00:00:00.000999999Z"],
         ["\ud800"],
     ],
 )
 def test_the_edges_are_read_as_one_by_one(moments: list[str | int]) -> None:
     assert_agrees(moments)
+
+
+def test_long_texts_are_not_remembered() -> None:
+    before = _parts.cache_info().misses
+
+    assert epoch_ms(["2013-01-01T05:17:00Z" + "x" * 16]) is None
+    assert _parts.cache_info().misses == before
 
 
 @pytest.mark.parametrize(
