@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import os
 import platform
+from bisect import bisect_left
+from collections import Counter as Tally
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -39,6 +42,23 @@ SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("queue", "load", "infer", "commit")
+
+
+class _Series(NamedTuple):
+    """The series of one model; `stages` in the order of STAGES."""
+
+    chunks: Counter
+    events: Counter
+    replays: Counter
+    conflicts: Counter
+    cache_hits: Counter
+    cache_misses: Counter
+    queue: Gauge
+    batch_rows: Histogram
+    batch_seconds: Histogram
+    batch_steps: Counter
+    padded_steps: Counter
+    stages: tuple[Histogram, ...]
 
 
 class PrometheusRecorder:
@@ -128,40 +148,43 @@ class PrometheusRecorder:
         if not os.environ.get(MULTIPROCESS_DIR):
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
-        # a child is found by a lock, a tuple and a dict; the stages of a chunk want four
-        self._stage = lru_cache(maxsize=None)(self._stages.labels)
+        # a child is found by a lock, a tuple and a dict; a batch wants a dozen of them
+        self._series = lru_cache(maxsize=None)(self._series_of)
 
     def model(self, name: str, version: str, runtime: str) -> None:
         """A model is served from now on; its series begin at zero."""
         self._served.add(name)
         self._models.labels(name, version, runtime).set(1)
-        self._queue.labels(name).set(0)
-        for metric in (
-            self._chunks, self._events, self._replays, self._conflicts, self._cache_hits,
-            self._cache_misses, self._batch_steps, self._padded_steps, self._batch_rows,
-            self._batch_seconds,
-        ):  # fmt: skip
-            metric.labels(name)
-        for stage in STAGES:
-            self._stage(name, stage)
+        self._series(name).queue.set(0)
 
-    def chunk(self, model: str, steps: int, timing: Timing) -> None:
-        """A chunk was processed and committed."""
-        self._chunks.labels(model).inc()
-        self._events.labels(model).inc(steps)
-        self._stage(model, "queue").observe(timing.queue_s)
-        self._stage(model, "load").observe(timing.load_s)
-        self._stage(model, "infer").observe(timing.infer_s)
-        self._stage(model, "commit").observe(timing.commit_s)
+    def _series_of(self, model: str) -> _Series:
+        return _Series(
+            self._chunks.labels(model),
+            self._events.labels(model),
+            self._replays.labels(model),
+            self._conflicts.labels(model),
+            self._cache_hits.labels(model),
+            self._cache_misses.labels(model),
+            self._queue.labels(model),
+            self._batch_rows.labels(model),
+            self._batch_seconds.labels(model),
+            self._batch_steps.labels(model),
+            self._padded_steps.labels(model),
+            tuple([self._stages.labels(model, stage) for stage in STAGES]),
+        )
 
     def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
         """Chunks of one batch were committed: their steps together, the times of each."""
-        for index, timing in enumerate(timings):
-            self.chunk(model, 0 if index else steps, timing)
+        series = self._series(model)
+        series.chunks.inc(len(timings))
+        series.events.inc(steps)
+        queue_s, load_s, infer_s, commit_s = zip(*timings, strict=True)
+        for stage, times_s in zip(series.stages, (queue_s, load_s, infer_s, commit_s), strict=True):
+            observe_all(stage, times_s)
 
     def replay(self, model: str) -> None:
         """A retry was answered from the stored reply."""
-        self._replays.labels(model).inc()
+        self._series(model).replays.inc()
 
     def refusal(self, model: str, code: str) -> None:
         """A request, or an item of one, was answered with a problem."""
@@ -169,23 +192,25 @@ class PrometheusRecorder:
 
     def conflict(self, model: str) -> None:
         """A commit found the stream moved on; the chunk is done again."""
-        self._conflicts.labels(model).inc()
+        self._series(model).conflicts.inc()
 
     def cache(self, model: str, hits: int, misses: int) -> None:
         """States found in, and missing from, this worker's cache when a batch was loaded."""
-        self._cache_hits.labels(model).inc(hits)
-        self._cache_misses.labels(model).inc(misses)
+        series = self._series(model)
+        series.cache_hits.inc(hits)
+        series.cache_misses.inc(misses)
 
     def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
         """One runtime call: rows B, real steps, B x T after padding, wall time."""
-        self._batch_rows.labels(model).observe(rows)
-        self._batch_steps.labels(model).inc(steps)
-        self._padded_steps.labels(model).inc(padded_steps)
-        self._batch_seconds.labels(model).observe(seconds)
+        series = self._series(model)
+        series.batch_rows.observe(rows)
+        series.batch_steps.inc(steps)
+        series.padded_steps.inc(padded_steps)
+        series.batch_seconds.observe(seconds)
 
     def queue(self, model: str, depth: int) -> None:
         """Chunks waiting for a batch."""
-        self._queue.labels(model).set(depth)
+        self._series(model).queue.set(depth)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format, of all workers together."""
@@ -196,6 +221,24 @@ class PrometheusRecorder:
         summed = CollectorRegistry()
         MultiProcessCollector(summed, path=directory)
         return generate_latest(summed)
+
+
+def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
+    """Observe several values: as `observe` for each, with one addition for each bucket met.
+
+    It adds to the library's own values, as `observe` does, so that it counts in several
+    processes too.
+
+    Args:
+        histogram: a child, where the histogram has labels.
+    """
+    bounds, buckets = histogram._upper_bounds, histogram._buckets
+    histogram._sum.inc(sum(values))
+    # the chunks of a batch mostly share their times
+    shared = bool(values) and values.count(values[0]) == len(values)
+    counted = {values[0]: len(values)} if shared else Tally(values)
+    for value, times in counted.items():
+        buckets[bisect_left(bounds, value)].inc(times)
 
 
 def _forget_dead_workers(directory: Path) -> None:

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.domain import Timing
-from service.ops.metrics import MULTIPROCESS_DIR, PrometheusRecorder
+from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
 from service.recorder import Recorder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -42,9 +45,9 @@ def test_each_report_lands_in_its_own_series(recorder: PrometheusRecorder) -> No
     reports: Recorder = recorder
     recorder.model("flights", "a1b2", "tensorflow")
     recorder.model("post", "c3d4", "tensorflow")
-    reports.chunk("flights", 16, Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0))
-    reports.chunk("flights", 3, Timing())
-    reports.chunk("post", 1, Timing())
+    first = Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0)
+    reports.chunks("flights", 19, [first, Timing()])
+    reports.chunks("post", 1, [Timing()])
     reports.replay("flights")
     reports.conflict("post")
     reports.conflict("post")
@@ -79,6 +82,29 @@ def test_each_report_lands_in_its_own_series(recorder: PrometheusRecorder) -> No
     assert found[info] == 1
 
 
+TIMES_S = st.sampled_from(SECONDS) | st.floats(0, 20)
+
+
+@given(batches=st.lists(st.lists(TIMES_S, max_size=8), max_size=4))
+def test_values_at_once_count_as_one_by_one(batches: list[list[float]]) -> None:
+    registry = CollectorRegistry()
+    at_once, one_by_one = (
+        Histogram(name, "-", ("model",), registry=registry, buckets=SECONDS).labels("m")
+        for name in ("at_once", "one_by_one")
+    )
+    for values in batches:
+        observe_all(at_once, values)
+        for value in values:
+            one_by_one.observe(value)
+    found = {
+        (name.removeprefix("at_once").removeprefix("one_by_one"), labels, name[:3]): value
+        for (name, labels), value in read(generate_latest(registry)).items()
+    }
+    for (name, labels, which), value in found.items():
+        if which == "at_":
+            assert value == pytest.approx(found[name, labels, "one"])
+
+
 def test_the_series_of_a_model_begin_at_zero(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     found = read(recorder.render())
@@ -109,7 +135,8 @@ from service.ops.metrics import PrometheusRecorder
 
 recorder = PrometheusRecorder()
 recorder.model("flights", "a1b2", "tensorflow")
-recorder.chunk("flights", 5, Timing(infer_s=0.25))
+recorder.chunks("flights", 5, [Timing(infer_s=0.25)])
+recorder.chunks("flights", 4, [Timing(queue_s=0.003, infer_s=0.2), Timing(infer_s=0.2)])
 recorder.queue("flights", 3)
 print("recorded", flush=True)
 if input() == "render":
@@ -142,10 +169,16 @@ def test_any_worker_answers_for_all_of_them_and_for_those_that_died(tmp_path: Pa
             if worker.poll() is None:
                 worker.communicate(b"end\n")
     found = read(rendered)
-    assert found[series("carry_chunks_total", model="flights")] == 3
-    assert found[series("carry_events_total", model="flights")] == 15
+    assert found[series("carry_chunks_total", model="flights")] == 9
+    assert found[series("carry_events_total", model="flights")] == 27
     stage = {"model": "flights", "stage": "infer"}
-    assert found[series("carry_chunk_stage_seconds_sum", **stage)] == pytest.approx(0.75)
+    name = "carry_chunk_stage_seconds"
+    assert found[series(f"{name}_sum", **stage)] == pytest.approx(3 * 0.65)
+    assert found[series(f"{name}_bucket", **stage, le="0.1")] == 0
+    assert found[series(f"{name}_bucket", **stage, le="0.25")] == 9
+    stage["stage"] = "queue"
+    assert found[series(f"{name}_bucket", **stage, le="0.0025")] == 6
+    assert found[series(f"{name}_count", **stage)] == 9
     # the one that was killed waits for nothing any more
     assert found[series("carry_queue_depth", model="flights")] == 6
     assert len([key for key in found if key[0] == "carry_model_info"]) == 1
