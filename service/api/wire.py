@@ -72,7 +72,12 @@ class ModelWire:
         self._limits = limits
         self._nonce = nonce
         self._columns = served.artifact.spec.columns
+        self._name = served.name
         self._version = served.version
+        self._schema = served.events
+        outputs = served.outputs.outputs
+        one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
+        self._only = outputs[0].name if one_axis else None
 
     def chunk(
         self, body: bytes, media: Media, stream: str, precondition: Precondition | None
@@ -168,9 +173,9 @@ class ModelWire:
     ) -> Chunk:
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
-            StreamKey(self.served.name, stream),
+            StreamKey(self._name, stream),
             steps,
-            chunk_digest(self.served.events, steps, nonce),
+            chunk_digest(self._schema, steps, nonce),
             body.position,
             None if body.epoch is None else bytes.fromhex(body.epoch),
             precondition,
@@ -248,7 +253,7 @@ class ModelWire:
         """The members of a chunk's reply."""
         mark = reply.mark
         document: dict[str, Any] = {
-            "model": self.served.name,
+            "model": self._name,
             "version": self._version,
             "stream": reply.key.stream,
             "epoch": mark.epoch.hex(),
@@ -273,6 +278,9 @@ class ModelWire:
     def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
         """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone."""
         shown_rows = rows if options.return_sequences else rows[-1]
+        if self._only is not None:
+            # the packed rows are its values as they are
+            return {self._only: np.ascontiguousarray(shown_rows)}
         return _writable(self.served.outputs.by_name(shown_rows))
 
     def state(self, state: State) -> dict[str, Any]:

@@ -72,13 +72,11 @@ class RequestLog:
             route = getattr(scope.get("route"), "path", None)
             log_request(
                 logging.DEBUG if route in PROBES else logging.INFO,
-                {
-                    "request_id": name,
-                    "method": scope["method"],
-                    "route": route,
-                    "status": status,
-                    "ms": round((time.perf_counter() - began_s) * 1000, 2),
-                },
+                name,
+                scope["method"],
+                route,
+                status,
+                round((time.perf_counter() - began_s) * 1000, 2),
             )
             reset_contextvars(**outside)
 
