@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Annotated, Any
 
 import msgspec
@@ -137,6 +137,18 @@ class EventReader:
             if at in self._texts:
                 texts[self._texts.index(at)] = [text or "" for text in given[at]]
         return EventColumns.of_block(Block(layout, steps, numbers, tuple(texts), times_ms, absent))
+
+    def columns_many(self, chunks: Sequence[Sequence[msgspec.Struct]]) -> list[EventColumns] | None:
+        """As `columns` for several chunks, in less time for each; views of the same arrays.
+
+        Returns:
+            None where the strict type is to be asked about any of them.
+        """
+        together = self.columns(list(chain.from_iterable(chunks)))
+        if together is None:
+            return None
+        cuts = accumulate(map(len, chunks), initial=0)
+        return [together[start:stop] for start, stop in pairwise(cuts)]
 
     def _absent(self, given: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
         """What is absent, bool [optionals, T], and `numbers` told so; NaN in them becomes 0."""

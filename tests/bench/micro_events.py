@@ -1,12 +1,13 @@
 """What the events of a chunk cost, from their bytes to rows, stage by stage, without a service.
 
-    python -m tests.bench.micro_events [--repeats 9] [--calls 200]
+    python -m tests.bench.micro_events [--repeats 40] [--calls 40]
 
 Made-up departures under the schema of the packaged flights model, with weather that is sometimes
 absent and timestamps written as RFC 3339 or as epoch milliseconds. Prints microseconds a chunk,
 the least of the repeats: `strict` and `columns` are what events cost that the reader leaves to
-the strict type, `decode` and `take out` what the reader takes for the same, `digest` and
-`encode` what follows either way, and `of N` encoding in a batch of N chunks, each.
+the strict type; `decode` and `take out` what the reader takes for the same, `take 32` for each
+of 32 chunks together; `digest` and `encode` what follows either way, and `of N` encoding for
+each of N chunks together.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def least_us(call: Callable[[], Any], calls: int, repeats: int) -> float:
 def stages(schema: EventSchema, body: bytes) -> dict[str, Callable[[], Any]]:
     """What is measured, by name."""
     reader = EventReader(schema)
-    strict = TypeAdapter(list[event_type(schema)])  # type: ignore[misc]
+    strict: TypeAdapter[list[dict[str, Any]]] = TypeAdapter(list[event_type(schema)])  # type: ignore[misc]
     decoder = msgspec.json.Decoder(list[reader.event])  # type: ignore[name-defined]
     events, objects = strict.validate_json(body), decoder.decode(body)
     columns, clock = reader.columns(objects), Clock()
@@ -95,6 +96,7 @@ def stages(schema: EventSchema, body: bytes) -> dict[str, Callable[[], Any]]:
         "columns": lambda: columns_from_events(schema, events),
         "decode": lambda: decoder.decode(body),
         "take out": lambda: reader.columns(objects),
+        "take 32": lambda: reader.columns_many([objects] * 32),
         "digest": lambda: hashlib.sha256(canonical_bytes(schema, columns)).digest(),
         "encode": lambda: encode(schema, columns, clock),
         **{f"of {chunks}": together(chunks) for chunks in BATCHES},
@@ -104,8 +106,8 @@ def stages(schema: EventSchema, body: bytes) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--calls", type=int, default=40)
     options = parser.parse_args()
     schema = load_artifact(FLIGHTS).spec.events
     if schema is None:
@@ -126,7 +128,8 @@ def main() -> None:
 
 
 def _chunks(name: str) -> int:
-    return int(name.removeprefix("of ")) if name.startswith("of ") else 1
+    together, _, chunks = name.rpartition(" ")
+    return int(chunks) if together in ("of", "take") and chunks.isdigit() else 1
 
 
 if __name__ == "__main__":

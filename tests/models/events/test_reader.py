@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import ormsgpack
 import pytest
@@ -105,6 +106,31 @@ def test_a_slice_is_what_the_sliced_events_give(
     assert found is not None
 
     assert_same(schema, found[start:stop], columns_from_events(schema, chunk[start:stop]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(SCHEMAS).flatmap(
+        lambda s: st.tuples(st.just(s), st.lists(events(s, 5), max_size=5))
+    )
+)
+def test_chunks_read_together_are_those_read_alone(
+    case: tuple[EventSchema, list[list[dict[str, Any]]]],
+) -> None:
+    schema, chunks = case
+    reader = READERS[id(schema)]
+
+    found = reader.columns_many(msgspec.convert(chunks, list[list[reader.event]]))
+
+    assert found is not None
+    for columns, chunk in zip(found, chunks, strict=True):
+        assert_same(schema, columns, columns_from_events(schema, chunk))
+
+
+def test_of_chunks_read_together_none_is_read_where_one_is_to_be_asked_about() -> None:
+    chunks = [[GOOD], [{**GOOD, "at": "2013-02-30T05:17:00Z"}]]
+
+    assert READER.columns_many(msgspec.convert(chunks, list[list[READER.event]])) is None
 
 
 def test_another_schema_encodes_the_events_by_its_own_numbers() -> None:
