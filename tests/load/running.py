@@ -25,7 +25,7 @@ from tests.load.sender import Answer, Sender
 from tests.load.streams import Population
 
 REQUEST_TIMEOUT_S = 30.0
-SPAWNED_PER_S = 100
+SPAWNED_PER_S = 1000
 HEADERS = {
     "Content-Type": "application/json",
     "Accept": "application/json",
@@ -92,6 +92,8 @@ def _user_class(url: str, scenario: Scenario, sender: Sender) -> type[FastHttpUs
             """Users who come together do not keep in step."""
             if pace is not None:
                 gevent.sleep(sender.random.uniform(0, 1 / pace))
+                # begins the pace here; else the second chunk follows the first at once
+                self.wait_time()
 
         def on_stop(self) -> None:
             """Locust leaves a user's connection open."""
