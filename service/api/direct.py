@@ -2,9 +2,8 @@
 
 `DirectRoutes` finds such a route by its path, calls its endpoint and sends what it returns. The
 endpoint is the one that FastAPI documents and would call, with the same request and the same
-errors, so that a request answers the same on either way; FastAPI's own takes some 60 us. What is
-not certainly for one of these routes (another method or path, a mounted application) goes on to
-FastAPI.
+errors, so that a request is answered the same on either way. What is not certainly for one of
+these routes (another method or path, a mounted application) goes on to FastAPI.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 import tempfile
@@ -176,6 +177,9 @@ async def compare(repeats: int, requests: int) -> None:
     recorder.model(served.name, served.version, served.runtime.name)
     pipeline = cast(Pipeline, ConstantPipeline(served))
     app = cast(AsgiApp, create_api(pipeline, ApiLimits(), recorder))
+    # as a worker does when it is ready
+    gc.collect()
+    gc.freeze()
     print(f"{'request':24} {'least us/chunk':>15} {'median':>8}")
     for case in cases():
         for name, target in ((f"echo of {case.name}", echo), (case.name, app)):
