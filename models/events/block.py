@@ -204,7 +204,12 @@ def _canonical_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=64)
 def layout_of(schema: EventSchema) -> BlockLayout:
-    """The layout of a schema's blocks; finding it again costs a hash of the whole schema."""
+    """The layout of the blocks of an equal schema, made once; each call hashes the schema."""
+    return new_layout(schema)
+
+
+def new_layout(schema: EventSchema) -> BlockLayout:
+    """The layout of a schema's blocks, which are known to be that schema's by its identity."""
     fields = schema.fields
     order = sorted(range(len(fields)), key=lambda index: _rank(fields[index]))
     texts = [index for index in order if isinstance(fields[index], CategoricalField)]

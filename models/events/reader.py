@@ -26,7 +26,7 @@ from models.events.block import (
     BoolArray,
     DoubleArray,
     IntArray,
-    layout_of,
+    new_layout,
 )
 from models.events.columns import EventColumns, columns_from_events
 from models.events.moments import epoch_ms
@@ -57,7 +57,7 @@ class EventReader:
     """
 
     def __init__(self, schema: EventSchema):
-        self._layout = layout_of(schema)
+        self._layout = new_layout(schema)
         self.event = _event_struct(schema)
         self._list: Any = list[self.event]  # type: ignore[name-defined]
         self._json: msgspec.json.Decoder[Any] = msgspec.json.Decoder(self._list)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field, TypeAdapter, ValidationError
 
-from models.events.columns import EventColumns, canonical_bytes, columns_from_events
+from models.events.block import layout_of
+from models.events.columns import EventColumns, block_of, canonical_bytes, columns_from_events
 from models.events.encode import Clock, encode
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, event_type
 from models.events.reader import EventReader
@@ -131,6 +132,17 @@ def test_of_chunks_read_together_none_is_read_where_one_is_to_be_asked_about() -
     chunks = [[GOOD], [{**GOOD, "at": "2013-02-30T05:17:00Z"}]]
 
     assert READER.columns_many(msgspec.convert(chunks, list[list[READER.event]])) is None
+
+
+def test_what_a_reader_has_read_is_not_arranged_again() -> None:
+    # one equal to it has been met before
+    layout_of(FULL_SCHEMA)
+    schema = FULL_SCHEMA.model_copy()
+    found = EventReader(schema).from_values([GOOD])
+    assert found is not None
+
+    assert block_of(schema, found) is found.block
+    assert block_of(schema, found[:1]).numbers.base is found.block.numbers
 
 
 def test_another_schema_encodes_the_events_by_its_own_numbers() -> None:
