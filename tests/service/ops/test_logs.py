@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
+from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
 from service.ops.request_log import RequestLog
 
@@ -22,7 +24,11 @@ from service.ops.request_log import RequestLog
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    requests_from = logs._requests.level
+    flush_logs()
     yield
+    flush_logs()
+    logs._requests.configure(requests_from, "json")
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -209,6 +215,35 @@ async def test_failures_and_unknown_paths_have_their_line_too(
     assert (broken["route"], broken["status"]) == ("/broken", 500)
     assert (unknown["route"], unknown["status"]) == (None, 404)
     assert "secret" not in json.dumps(unknown)
+
+
+async def test_requests_in_the_format_and_from_the_level_that_are_set(
+    capsys: pytest.CaptureFixture[str], api: FastAPI
+) -> None:
+    configure_logs("info", "console")
+    async with client(api) as http:
+        await http.get("/v1/models/m/streams/ann", headers={"X-Request-Id": "mine"})
+    flush_logs()
+    line = next(line for line in capsys.readouterr().err.splitlines() if "status=200" in line)
+    for part in ("[info", "request", "request_id=mine", "route=/v1/models/{model}/streams"):
+        assert part in line
+    assert re.match(r"[0-9-]{10}T[0-9:.]{8,15}Z ", line)
+    configure_logs("warning")
+    async with client(api) as http:
+        await http.get("/v1/models/m/streams/ann")
+    flush_logs()
+    assert requests(capsys) == []
+
+
+async def test_the_line_of_a_request_follows_what_was_logged_before(
+    capsys: pytest.CaptureFixture[str], api: FastAPI
+) -> None:
+    configure_logs()
+    async with client(api) as http:
+        await http.get("/v1/models/m/streams/a")
+        structlog.get_logger("after").warning("later")
+    messages = [line["message"] for line in lines(capsys) if line["logger"][:5] != "httpx"]
+    assert messages == ["reading", "request", "later"]
 
 
 async def test_probes_are_quiet_unless_asked_for(
