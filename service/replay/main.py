@@ -18,7 +18,13 @@ from service.replay.run import Replay, describe
 from service.replay.skill import skill_of
 from service.replay.source import load_streams
 from service.replay.summary import ProgressBar, Summary
-from service.replay.verify import Received, keras_whole, open_artifact, verify
+from service.replay.verify import (
+    Received,
+    keras_whole,
+    open_artifact,
+    require_reference,
+    verify,
+)
 
 EXIT_FAILED = 1
 EXIT_UNFINISHED = 2
@@ -50,6 +56,8 @@ def run_replay(options: ReplayOptions) -> int:
 
 
 async def _run(options: ReplayOptions, errors: Console) -> Summary:
+    if options.verify:
+        require_reference()
     async with connect(options.urls, options.model, options.format) as service:
         served = await describe(service, options.patience_s)
         artifact = _artifact(options, served)

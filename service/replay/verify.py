@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -114,20 +115,32 @@ def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
     return artifact
 
 
+def require_reference() -> None:
+    """Refuse what `keras_whole` would, before a replay begins and without importing TensorFlow.
+
+    Raises:
+        ReplayError: TensorFlow, the reference whatever runtime serves, is not installed.
+    """
+    if find_spec("tensorflow") is None:
+        raise ReplayError(
+            "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
+            "pip install 'carry[tensorflow]'"
+        )
+
+
 def keras_whole(artifact: Artifact) -> Whole:
     """Runs the artifact's Keras layers once over whole sequences. Imports TensorFlow.
 
     Raises:
         ReplayError: TensorFlow is not installed.
     """
+    require_reference()
     # TensorFlow's start-up chatter goes to stderr from C++; errors still do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        import tensorflow as tf
+    import tensorflow as tf
 
-        from models.networks.build import StepNetwork
-    except ImportError as error:
-        raise ReplayError("--verify needs TensorFlow: pip install 'carry[tensorflow]'") from error
+    from models.networks.build import StepNetwork
+
     network = StepNetwork(artifact.spec)
     network.set_weights(artifact.weights)
     signature = [

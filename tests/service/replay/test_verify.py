@@ -9,7 +9,8 @@ import orjson
 import pytest
 
 from models.artifact import Artifact, write_artifact
-from service.replay.main import run_replay
+from service.replay import verify as verify_module
+from service.replay.main import EXIT_UNFINISHED, run_replay
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.source import StreamEvents
 from service.replay.verify import Received, keras_whole, open_artifact, verify
@@ -153,3 +154,11 @@ def test_the_command_ends_with_the_verdict(
     assert (report["retries"], report["problems"]) == (1, {"store_unavailable": 1})
     assert report["service"]["replays"] == report["duplicates"]
     assert {skill["output"] for skill in report["skill"]} == {"late", "next"}
+
+
+def test_without_the_reference_nothing_is_sent(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
+    assert run_replay(ReplayOptions(verify=True, urls=("http://127.0.0.1:1",))) == EXIT_UNFINISHED
+    assert "needs TensorFlow, whatever runtime serves: pip install" in capfd.readouterr().err
