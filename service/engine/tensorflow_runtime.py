@@ -8,7 +8,6 @@ variables captured by it. `step` is called from one thread, `warm_next` from ano
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Any
 
 import tensorflow as tf
@@ -18,9 +17,10 @@ from models.networks.build import StepNetwork
 from service.domain import FloatRows
 from service.engine.protocol import FloatBatch, Lengths
 
-ROW_RUNGS = (1, 8, 32)
-STEP_RUNGS = (1, 4, 16, 64)
-FIRST_RUNGS = ((1, 1), (1, 16), (8, 16), (ROW_RUNGS[-1], STEP_RUNGS[-1]))
+ROWS_AT = {1: (1, 8, 32), 4: (1, 32), 16: (1, 8, 16, 32), 64: (1, 8, 32)}
+"""By steps, the rows of its rungs: finest where chunks of a dozen events meet."""
+RUNGS = tuple((rows, steps) for steps, row_rungs in ROWS_AT.items() for rows in row_rungs)
+FIRST_RUNGS = ((1, 1), (1, 16), (8, 16), RUNGS[-1])
 """Compiled before the service is ready; the last takes every batch."""
 
 CALL_ROWS = 8
@@ -38,8 +38,7 @@ class TensorflowRuntime:
     """
 
     name = "tensorflow"
-    max_batch = ROW_RUNGS[-1]
-    max_steps = STEP_RUNGS[-1]
+    max_batch, max_steps = RUNGS[-1]
 
     def __init__(self, artifact: Artifact, threads: int = 1):
         if threads:
@@ -69,7 +68,7 @@ class TensorflowRuntime:
 
     def warm_next(self) -> bool:
         """Compile one more rung, the cheapest first; False where none is left."""
-        left = [rung for rung in product(ROW_RUNGS, STEP_RUNGS) if rung not in self._programs]
+        left = [rung for rung in RUNGS if rung not in self._programs]
         if left:
             self._compile(min(left, key=_cost))
         return bool(left)

@@ -53,6 +53,8 @@ async def test_ready_after_the_first_rungs_and_the_same_after_all(
     while runtime.warm_next():
         steps += 1
     assert steps == 12 - len(FIRST_RUNGS)
-    assert runtime.padded_shape(2, 3) == (8, 4)
+    assert runtime.padded_shape(2, 3) == (32, 4)
+    assert runtime.padded_shape(9, 16) == (16, 16)
+    assert runtime.padded_shape(runtime.max_batch, runtime.max_steps) == FIRST_RUNGS[-1]
     for lengths in batches:
         await check(runtime, artifact, lengths)
