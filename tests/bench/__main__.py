@@ -21,9 +21,11 @@ from pathlib import Path
 
 from tests.bench import machine
 from tests.bench.context import Bench, Options
+from tests.bench.networks import WrongOutputsError
+from tests.bench.remote import HelperFailedError
 from tests.bench.report import write_report
 from tests.bench.results import Results, read_results, table
-from tests.bench.servers import RUNTIMES
+from tests.bench.servers import RUNTIMES, CannotStartError
 from tests.bench.targets import MANY, verdict_table
 
 SECTIONS = (
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, or none")
     parser.add_argument("--full", action="store_true", help="longer rounds, a million streams")
     parser.add_argument("--rounds", type=int, help="of every row (3; full 5)")
-    parser.add_argument("--seconds", type=float, help="of one closed-loop round (2; full 4)")
+    parser.add_argument("--seconds", type=float, help="of one closed-loop round (1; full 4)")
     parser.add_argument("--streams", type=int, default=1000, help="in the standard workload")
     parser.add_argument("--many-streams", type=int, help="100000; full 1000000")
     parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="of Carry")
@@ -66,33 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--report needs --jsonl FILE, which it reads")
     options = Options(
         rounds=given.rounds or (5 if given.full else 3),
-        seconds=given.seconds or (4.0 if given.full else 2.0),
+        seconds=given.seconds or (4.0 if given.full else 1.0),
         streams=given.streams,
         many_streams=given.many_streams or (MANY if given.full else 100_000),
         runtimes=tuple(given.runtimes.split(",")),
         store=given.store,
     )
+    failed: list[str] = []
     if only:
-        results = measure(only, options)
-        print("\n" + table(results) + "\n\n" + verdict_table(results))
-        if given.jsonl is not None:
-            results.write(given.jsonl)
+        results = Results(
+            {
+                "commit": machine.commit(),
+                "machine": machine.describe(),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+        try:
+            failed = measure(only, options, results)
+        finally:
+            print("\n" + table(results) + "\n\n" + verdict_table(results))
+            if given.jsonl is not None:
+                results.write(given.jsonl)
     if given.report:
         write_report(read_results(given.jsonl), DOCS)
         print(f"wrote {DOCS / 'performance.md'}")
-    return 0
+    return 1 if failed else 0
 
 
-def measure(sections: Sequence[str], options: Options) -> Results:
-    """Run some sections with everything they start, and stop it again."""
+def measure(sections: Sequence[str], options: Options, results: Results) -> list[str]:
+    """Run some sections with everything they start, and stop it again.
+
+    Returns:
+        The sections that failed: a server did not start, or an answer was wrong.
+    """
     signal.signal(signal.SIGTERM, _leave)
-    results = Results(
-        {
-            "commit": machine.commit(),
-            "machine": machine.describe(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-    )
+    failed = []
     cores = machine.Cores.chosen()
     with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
         bench = Bench(options, cores, Path(folder), results)
@@ -109,10 +119,14 @@ def measure(sections: Sequence[str], options: Options) -> Results:
         try:
             for name in sections:
                 bench.say(f"== {name}")
-                import_module(f"tests.bench.sections.{name}").run(bench)
+                try:
+                    import_module(f"tests.bench.sections.{name}").run(bench)
+                except (CannotStartError, HelperFailedError, WrongOutputsError) as error:
+                    bench.note(f"{name} FAILED: {error}")
+                    failed.append(name)
         finally:
             machine.pin(cores.everything)
-    return results
+    return failed
 
 
 def _leave(number: int, frame: object) -> None:

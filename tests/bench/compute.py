@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,13 @@ from models.artifact import load_artifact
 from service.engine.runtimes import open_runtime
 
 BATCHES = (1, 8, 32, 64, 128)
+
+
+class Rate(NamedTuple):
+    """What one batch size gives."""
+
+    chunks_per_s: float
+    cpu_us_per_chunk: float
 
 
 class Compute:
@@ -28,8 +36,8 @@ class Compute:
         while self._runtime.warm_next():
             pass
 
-    def rates(self, steps: int, batches: Sequence[int], seconds: float) -> dict[int, float]:
-        """Chunks per second of `steps` events at each batch that the runtime takes.
+    def rates(self, steps: int, batches: Sequence[int], seconds: float) -> dict[int, Rate]:
+        """Chunks of `steps` events at each batch that the runtime takes.
 
         Args:
             seconds: for each batch.
@@ -45,9 +53,10 @@ class Compute:
             states = random.uniform(-1, 1, (padded, self._artifact.state.float_size))
             arguments = (rows.astype(np.float32), lengths, states.astype(np.float32))
             runtime.step(*arguments)
-            calls, began_s = 0, time.perf_counter()
+            calls, began_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
             while (passed_s := time.perf_counter() - began_s) < seconds:
                 runtime.step(*arguments)
                 calls += 1
-            found[batch] = calls * batch / passed_s
+            cpu_s = time.process_time() - cpu_before_s
+            found[batch] = Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
         return found

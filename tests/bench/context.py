@@ -48,7 +48,7 @@ class Options:
     """
 
     rounds: int = 3
-    seconds: float = 2.0
+    seconds: float = 1.0
     streams: int = 1000
     many_streams: int = 100_000
     runtimes: tuple[str, ...] = tuple(RUNTIMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.bench.compute import BATCHES
+from tests.bench.compute import BATCHES, Rate
 from tests.bench.context import CONNECTIONS, Bench
 from tests.bench.networks import STEPS
 from tests.bench.remote import Remote
@@ -27,7 +27,7 @@ def run(bench: Bench) -> None:
         compute = Remote(
             "tests.bench.compute:Compute", bench.cores.servers, runtime, str(bench.artifact.path)
         )
-        alone: dict[int, list[float]] = {}
+        alone: dict[int, list[Rate]] = {}
         with (
             bench.store() as store,
             bench.drivers() as [driver],
@@ -46,16 +46,25 @@ def run(bench: Bench) -> None:
                     name, key = f"many/{load}/{kind}", f"{kind}/{load}"
                     bench.closed(name, driver, key, server, store, connections)
         for batch, values in alone.items():
-            results.figure(f"many/compute alone {runtime} batch {batch}, chunks/s", values)
-        best = [max(values) for values in zip(*alone.values(), strict=True)]
+            results.figure(
+                f"many/compute alone {runtime} batch {batch}, chunks/s",
+                [rate.chunks_per_s for rate in values],
+            )
+        turns = list(zip(*alone.values(), strict=True))
+        best = [max(rate.chunks_per_s for rate in turn) for turn in turns]
+        least_us = [min(rate.cpu_us_per_chunk for rate in turn) for turn in turns]
         for load in LOADS:
-            served = results.rows[f"many/{load}/{kind}"].values("chunks_per_s")
+            row = results.rows[f"many/{load}/{kind}"]
             name = "" if load == "msgpack-64" else f" {load}"
             results.figure(
                 f"many/{kind}{name} over compute",
-                [rate / floor for rate, floor in zip(served, best, strict=True)],
+                [a / b for a, b in zip(row.values("chunks_per_s"), best, strict=True)],
+            )
+            results.figure(
+                f"many/{kind}{name} over compute, by CPU",
+                [a / b for a, b in zip(least_us, row.values("cpu_us_per_chunk"), strict=True)],
             )
 
 
-def _rates(rates: dict[int, float]) -> list[str]:
-    return [f"batch {batch} {rate:,.0f} chunks/s" for batch, rate in rates.items()]
+def _rates(rates: dict[int, Rate]) -> list[str]:
+    return [f"batch {batch} {rate.chunks_per_s:,.0f} chunks/s" for batch, rate in rates.items()]
