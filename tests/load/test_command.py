@@ -149,3 +149,14 @@ def test_what_cannot_be_run_is_one_clear_line(live: Live, options: list[str], sa
     assert done.returncode == 2, done.stdout
     assert done.stderr.startswith(f"load: {said.format(**known)}")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_load_needs_none_of_the_projects_code() -> None:
+    brought = (
+        "import sys, tests.load.__main__\n"
+        "print({name.partition('.')[0] for name in sys.modules} & {'models', 'service'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", brought], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
