@@ -185,7 +185,8 @@ def graph_command(
 
         for path in artifacts:
             artifact = add_graph(path)
-            typer.echo(f"{path}: model {artifact.spec.name}, version {artifact.version}: graph")
+            size = len(artifact.graph or b"")
+            typer.echo(f"{path}: the graph of {artifact.spec.name}, {size:,} bytes")
 
 
 @app.command("version")
