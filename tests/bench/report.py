@@ -170,7 +170,7 @@ def _plot_split(results: Results) -> Plot | None:
         axes.barh(kinds, values, left=left, label=stage)
         left = [at + value for at, value in zip(left, values, strict=True)]
     axes.set(xlabel="CPU of a chunk, us")
-    axes.legend(ncols=len(STAGES), loc="upper center", bbox_to_anchor=(0.45, 1.4), frameon=False)
+    plot.legend(loc="outside upper center", ncols=len(STAGES), columnspacing=1, handlelength=1)
     return plot
 
 
