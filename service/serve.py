@@ -74,6 +74,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         http="httptools",
         loop="auto" if sys.platform == "win32" else "uvloop",
         ws="none",
+        # nothing is told or decided by a client's address
+        proxy_headers=False,
         access_log=False,
         server_header=False,
         date_header=False,
