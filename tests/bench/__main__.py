@@ -27,6 +27,7 @@ from tests.bench.report import write_report
 from tests.bench.results import Results, read_results, table
 from tests.bench.servers import RUNTIMES, CannotStartError
 from tests.bench.targets import MANY, verdict_table
+from tests.bench.traffic import WrongReplyError
 
 SECTIONS = (
     "peak",
@@ -43,6 +44,9 @@ SECTIONS = (
 
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
+
+FAILURES = (CannotStartError, HelperFailedError, WrongOutputsError, WrongReplyError)
+"""What ends a section and not the run."""
 
 DOCS = machine.REPOSITORY / "docs"
 
@@ -121,7 +125,7 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
                 bench.say(f"== {name}")
                 try:
                     import_module(f"tests.bench.sections.{name}").run(bench)
-                except (CannotStartError, HelperFailedError, WrongOutputsError) as error:
+                except FAILURES as error:
                     bench.note(f"{name} FAILED: {error}")
                     failed.append(name)
         finally:
