@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from models.state import State
 from service.delivery import (
-    Process,
+    Answer,
     Replay,
     advance,
-    already_applied,
+    after_conflict,
+    answer_retry,
     continues,
     judge,
     standing,
@@ -211,19 +212,14 @@ class BatchRun:
         key = member.key
         try:
             state, kept = await self._store.load_with_reply(key)
-            verdict = judge(member.chunk, state)
-            if isinstance(verdict, Process):
+            answer = answer_retry(member.chunk, state, kept, own.mark if own else None)
+            if answer is Answer.ANEW:
                 return False
-            mark = verdict.found.mark
-            if kept is not None and kept.mark == mark:
+            if answer is Answer.STORED and state is not None and kept is not None:
                 self._recorder.replay(self._served.name)
-                member.job.settle(
-                    Reply(key, mark, kept.outputs, verdict.found.state, replayed=True)
-                )
+                member.job.settle(Reply(key, kept.mark, kept.outputs, state.state, replayed=True))
             elif own is not None:
                 member.job.settle(own)
-            else:
-                member.job.settle(already_applied(key.stream, mark))
         except CarryError as error:
             member.job.settle(error)
         return True
@@ -320,12 +316,11 @@ class BatchRun:
             return True
         reply = _reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
-            if result.found != new.mark:
+            answer = after_conflict(member.chunk, new.mark, result.found)
+            if answer is Answer.ANEW:
                 self._recorder.conflict(self._served.name)
                 return False
-            # Found at the very mark this commit writes: by a nonce only this commit can have
-            # written it (its answer was lost); without one, a duplicate of the chunk may have.
-            if member.chunk.position is not None:
+            if answer is Answer.STORED:
                 return await self._replay(member, own=reply)
         self._recorder.chunks(self._served.name, member.chunk.steps.length, [reply.timing])
         member.job.settle(reply)

@@ -2,8 +2,12 @@
 
 `judge` is the idempotency table: given a chunk and the stream as the store has it, either
 the chunk is to be processed, or the stored reply is its answer, or it is refused. `advance`
-says what a processed chunk makes of the stream. Digest and tag are defined here and nowhere
-else; `docs/protocol.md` repeats their bytes for clients.
+says what a processed chunk makes of the stream; `after_conflict` and `answer_retry` say what
+becomes of a chunk whose stream was moved on meanwhile, and of one that was applied before. A
+model of the protocol explores these same functions (`tests/protocol`).
+
+Digest and tag are defined here and nowhere else; `docs/protocol.md` repeats their bytes for
+clients:
 
     digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
     tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes
@@ -18,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -33,6 +38,7 @@ from service.domain import (
     LastChunk,
     Mark,
     Steps,
+    StoredReply,
     StreamState,
 )
 from service.errors import (
@@ -65,6 +71,14 @@ class Replay:
     """The chunk is the stream's last one; its stored reply, if it is kept, is the answer."""
 
     found: StreamState
+
+
+class Answer(Enum):
+    """Which answer a chunk gets that was not simply written."""
+
+    STORED = "the stored reply"
+    OWN = "what this worker computed for it"
+    ANEW = "none yet: it is judged anew"
 
 
 def new_epoch() -> bytes:
@@ -156,6 +170,42 @@ def continues(chunk: Chunk, copy: StreamState) -> bool:
         and (chunk.epoch is None or chunk.epoch == mark.epoch)
         and chunk.precondition is None
     )
+
+
+def after_conflict(chunk: Chunk, new: Mark, found: Mark | None) -> Answer:
+    """What becomes of a chunk whose commit of `new` found its stream at another mark than
+    expected, `found` (None: no stream).
+
+    Found at the very mark the commit writes: by a nonce only this commit can have written it
+    (its answer was lost); without one, a duplicate of the chunk may have.
+    """
+    if found != new:
+        return Answer.ANEW
+    return Answer.OWN if chunk.position is None else Answer.STORED
+
+
+def answer_retry(
+    chunk: Chunk, found: StreamState | None, kept: StoredReply | None, own: Mark | None
+) -> Answer:
+    """The answer to a chunk that was found to be its stream's last one.
+
+    Args:
+        found: the stream, and `kept` its reply, read together.
+        own: the mark after the chunk where this worker computed it too; else None.
+
+    Raises:
+        AlreadyApplied: it was applied, and its reply is not kept.
+        EpochMismatch, ...: as `judge`; the stream changed meanwhile.
+    """
+    verdict = judge(chunk, found)
+    if isinstance(verdict, Process):
+        return Answer.ANEW
+    mark = verdict.found.mark
+    if kept is not None and kept.mark == mark:
+        return Answer.STORED
+    if own == mark:
+        return Answer.OWN
+    raise already_applied(chunk.key.stream, mark)
 
 
 def _is_last(chunk: Chunk, found: StreamState) -> bool:
