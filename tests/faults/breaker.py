@@ -1,0 +1,243 @@
+"""Carries out a plan, one fault after the other, while the clients go on.
+
+A fault waits until some chunk is in flight. A worker that was killed or told to end starts again
+beside the faults that follow. Every fault that may take acknowledged chunks away is noted in the
+history, with the moments between which it can have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tests.faults.client import Client
+from tests.faults.path import Choice, Direction, Link
+from tests.faults.path import Path as Way
+from tests.faults.plan import Fault, Kind
+from tests.faults.records import History, Loss
+from tests.faults.sight import BEFORE_LOAD, COMPUTING, ClientSight, StoreSight
+from tests.faults.stores import Store, ValkeyStore
+from tests.faults.workers import Worker
+
+TRIGGER_S = 5.0
+"""How long a fault that waits for a moment waits for it."""
+
+HELD_SHARE = 3
+"""One client of so many rests over a rollback, and its stream is moved on differently."""
+
+ALONE_SHARE = 4
+"""One fault of so many may meet a worker while the others are down."""
+
+CUTS = 3
+_IN_FLIGHT_S = 2.0
+_POLL_S = 0.001
+_LATE_S = {BEFORE_LOAD: 0.0006, COMPUTING: 0.0012}
+"""A kill comes up to so long after the request, or the load's answer, was handed on: the worker
+is to have it. Commits are still in the path when the kill comes."""
+
+
+class Breaker:
+    """Breaks one set of workers and their store.
+
+    Attributes:
+        done: faults by what they were.
+        kills: kills by stage, and chunks by stage.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        workers: Sequence[Worker],
+        store_ways: dict[str, Way],
+        sights: tuple[ClientSight, StoreSight],
+        clients: Sequence[Client],
+        history: History,
+        random: np.random.Generator,
+    ):
+        self.done: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.chunks_killed: Counter[str] = Counter()
+        self.warm_rollbacks = 0
+        self.in_flight = 0
+        self._store = store
+        self._workers = list(workers)
+        self._store_ways = store_ways
+        self._client_sight, self._store_sight = sights
+        self._clients = list(clients)
+        self._history = history
+        self._random = random
+
+    async def run(self, fault: Fault) -> None:
+        """One fault, from the wait before it until it is over."""
+        await asyncio.sleep(fault.gap_s)
+        await self._someone_in_flight()
+        match fault.kind:
+            case Kind.WORKER_KILL:
+                await self._kill_worker(fault)
+            case Kind.WORKER_PAUSE:
+                worker = await self._one_up(fault)
+                worker.pause()
+                await asyncio.sleep(fault.seconds)
+                worker.go_on()
+            case Kind.WORKER_TERM:
+                worker = await self._one_up(fault)
+                await worker.end()
+                worker.restart()
+            case Kind.STORE_KILL:
+                await self._kill_store()
+            case Kind.STORE_PAUSE:
+                await asyncio.to_thread(self._store.pause, fault.seconds)
+            case Kind.STORE_FULL:
+                await asyncio.to_thread(self._store.fill, fault.seconds)
+            case Kind.ROLLBACK:
+                await self._roll_back(fault)
+            case Kind.OWNER_KILL | Kind.OWNER_TERM if isinstance(self._store, ValkeyStore):
+                kill = fault.kind is Kind.OWNER_KILL
+                await asyncio.to_thread(self._store.restart_owner, kill=kill)
+            case Kind.CUT_REQUEST | Kind.CUT_REPLY | Kind.CUT_COMMIT | Kind.CUT_ANSWER:
+                if not await self._cut(fault):
+                    return
+            case _:
+                raise ValueError(f"{fault.kind} on {self._store.name}")
+        self.done[fault.kind] += 1
+
+    async def settle(self) -> None:
+        """Let everything serve again."""
+        for way in self._all_ways():
+            way.forget_cuts()
+        for worker in self._workers:
+            await worker.started()
+
+    def _all_ways(self) -> list[Way]:
+        return [*self._store_ways.values(), *(worker.way for worker in self._workers)]
+
+    async def _someone_in_flight(self) -> None:
+        deadline_s = time.monotonic() + _IN_FLIGHT_S
+        while time.monotonic() < deadline_s:
+            if any(self._client_sight.in_flight(worker.name) for worker in self._workers):
+                self.in_flight += 1
+                return
+            await asyncio.sleep(_POLL_S)
+
+    async def _one_up(self, fault: Fault) -> Worker:
+        """A worker that serves; mostly while all do, so that the clients get on."""
+        if fault.pick % ALONE_SHARE:
+            for worker in self._workers:
+                await worker.started()
+        while True:
+            up = [worker for worker in self._workers if worker.up_s is not None]
+            if up:
+                return up[fault.pick // ALONE_SHARE % len(up)]
+            for worker in self._workers:
+                await worker.started()
+
+    async def _kill_worker(self, fault: Fault) -> None:
+        """Kill a worker when one of its chunks is at the stage, and count where all were."""
+        worker = await self._one_up(fault)
+        loop = asyncio.get_running_loop()
+        killed: asyncio.Future[tuple[list, float]] = loop.create_future()
+
+        def kill() -> None:
+            if not killed.done():
+                killed.set_result(worker.kill())
+
+        def reached(name: str, stream: str, stage: str) -> None:
+            if name != worker.name or stage != fault.stage:
+                return
+            self._client_sight.hook = self._store_sight.hook = None
+            latest_s = _LATE_S.get(stage)
+            if latest_s is None:
+                kill()
+            else:
+                loop.call_later(self._random.uniform(0, latest_s), kill)
+
+        self._client_sight.hook = self._store_sight.hook = reached
+        try:
+            owed, killed_s = await asyncio.wait_for(asyncio.shield(killed), TRIGGER_S)
+        except TimeoutError:
+            kill()
+            owed, killed_s = killed.result()
+        finally:
+            self._client_sight.hook = self._store_sight.hook = None
+        way = self._store_ways.get(worker.name)
+        stages = await worker.stages(owed, killed_s, self._store_sight, way)
+        self.chunks_killed += stages
+        self.kills.update(stages.keys())
+        worker.restart()
+
+    async def _kill_store(self) -> None:
+        killed_s = time.monotonic()
+        await asyncio.to_thread(self._store.kill)
+        if self._store.kill_may_lose_s:
+            done_s = time.monotonic()
+            since_s = killed_s - self._store.kill_may_lose_s
+            self._history.losses.append(Loss("store killed", since_s, done_s, done_s))
+
+    async def _roll_back(self, fault: Fault) -> None:
+        """Put the store's files of some moments ago back under workers that know better."""
+        for worker in self._workers:
+            await worker.started()
+        since_s = time.monotonic()
+        copy = await asyncio.to_thread(self._store.copy_files)
+        await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
+        held = [
+            client
+            for place, client in enumerate(self._clients)
+            if (place + fault.pick) % HELD_SHARE == 0
+        ]
+        await asyncio.gather(*(client.hold() for client in held))
+        ended_s = await asyncio.to_thread(self._store.roll_back, copy)
+        done_s = time.monotonic()
+        self._history.losses.append(Loss("rolled back", since_s, ended_s, done_s))
+        set_back = sum(
+            any(
+                since_s < ack.at_s < ended_s and up_s.get(ack.worker, done_s) < ack.sent_s
+                for ack in reversed(client.log.acks[-50:])
+            )
+            for up_s in [{w.name: w.up_s for w in self._workers if w.up_s is not None}]
+            for client in self._clients
+        )
+        self._history.seen["streams set back under warm caches"] += set_back
+        self.warm_rollbacks += set_back > 0
+        for client in held:
+            client.release(moves_on_differently=True)
+
+    async def _cut(self, fault: Fault) -> bool:
+        """Cut some connections; whether any was."""
+        direction: Direction
+        choice: Choice
+        if fault.kind in (Kind.CUT_REQUEST, Kind.CUT_REPLY):
+            ways = [worker.way for worker in self._workers]
+        else:
+            ways = list(self._store_ways.values())
+        match fault.kind:
+            case Kind.CUT_REQUEST:
+                direction, choice = "request", _is_chunk
+            case Kind.CUT_REPLY:
+                direction, choice = "reply", _is_applied
+            case Kind.CUT_COMMIT:
+                direction, choice = "request", _is_script
+            case _:
+                direction, choice = "reply", lambda link, _: self._store_sight.owes(link)
+        cuts = [ways[(fault.pick + n) % len(ways)].cut(direction, choice) for n in range(CUTS)]
+        done, _ = await asyncio.wait(cuts, timeout=TRIGGER_S)
+        for way in ways:
+            way.forget_cuts()
+        self._history.seen[f"{fault.kind}, connections"] += len(done)
+        return bool(done)
+
+
+def _is_chunk(_: Link, data: bytes) -> bool:
+    return data.startswith(b"POST ") and b"/chunks HTTP" in data[:400]
+
+
+def _is_applied(_: Link, data: bytes) -> bool:
+    return data.startswith(b"HTTP/1.1 200")
+
+
+def _is_script(_: Link, data: bytes) -> bool:
+    return b"EVAL" in data

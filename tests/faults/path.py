@@ -1,0 +1,212 @@
+"""A small TCP proxy on the loopback: it watches what passes, and cuts connections on demand.
+
+It changes no byte. What it can do to a connection is to end it in the middle: after the first
+half of a request, or of a reply, has gone on. Use from one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+Direction = Literal["request", "reply"]
+Target = tuple[str, int] | str
+"""Host and port, or the path of a unix socket."""
+
+_HOST = "127.0.0.1"
+_numbers = itertools.count()
+
+
+class Watcher(Protocol):
+    """Told of everything that passes, before it goes on."""
+
+    def passing(self, link: Link, direction: Direction, data: bytes) -> None:
+        """Bytes of one connection, in their order."""
+
+    def closed(self, link: Link) -> None:
+        """The client's end of a connection is gone."""
+
+
+Choice = Callable[["Link", bytes], bool]
+
+
+class Link:
+    """One connection through a path.
+
+    Attributes:
+        number: different for every connection of the run.
+        notes: the watcher's own.
+    """
+
+    def __init__(self, path: Path, front: asyncio.Transport):
+        self.path = path
+        self.number = next(_numbers)
+        self.notes: Any = None
+        self.front: asyncio.Transport = front
+        self.back: asyncio.Transport | None = None
+        self.gone = False
+        self.ended = asyncio.Event()
+        self._early: list[bytes] = []
+
+    async def connect(self, target: Target) -> None:
+        """Reach the target; a target that is not there ends the connection."""
+        loop = asyncio.get_running_loop()
+        try:
+            if isinstance(target, str):
+                back, _ = await loop.create_unix_connection(lambda: _Back(self), target)
+            else:
+                back, _ = await loop.create_connection(lambda: _Back(self), *target)
+        except OSError:
+            self.abort()
+            return
+        self.back = back
+        if self.gone:
+            back.abort()
+            return
+        for data in self._early:
+            back.write(data)
+        self._early = []
+
+    def request(self, data: bytes) -> None:
+        """Bytes from the client."""
+        self._pass("request", data)
+
+    def reply(self, data: bytes) -> None:
+        """Bytes from the server."""
+        self._pass("reply", data)
+
+    def _pass(self, direction: Direction, data: bytes) -> None:
+        if self.gone:
+            return
+        cut = self.path.take_cut(direction, self, data)
+        if cut:
+            data = data[: len(data) // 2]
+        else:
+            self.path.watcher.passing(self, direction, data)
+        if direction == "reply":
+            self.front.write(data)
+        elif self.back is not None:
+            self.back.write(data)
+        else:
+            self._early.append(data)
+        if cut:
+            # close, not abort: the half that was written is to arrive
+            self._end(abort=False)
+
+    def front_gone(self) -> None:
+        """The client ended the connection; what it wrote still reaches the server."""
+        self.path.watcher.closed(self)
+        self._end(abort=False)
+
+    def abort(self) -> None:
+        """End both sides at once."""
+        self._end(abort=True)
+
+    def _end(self, *, abort: bool) -> None:
+        self.gone = True
+        self.ended.set()
+        self.path.links.discard(self)
+        for side in (self.front, self.back):
+            if side is not None:
+                if abort:
+                    side.abort()
+                else:
+                    side.close()
+
+
+class _Front(asyncio.Protocol):
+    def __init__(self, path: Path):
+        self._path = path
+        self._link: Link | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._link = self._path.opened(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._link.request(data)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._link.front_gone()
+
+
+class _Back(asyncio.Protocol):
+    def __init__(self, link: Link):
+        self._link = link
+
+    def data_received(self, data: bytes) -> None:
+        self._link.reply(data)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._link._end(abort=False)
+
+
+class Path:
+    """A listener that forwards to a target, which may move.
+
+    Args:
+        target: where the server is now; None while it is nowhere.
+        owner: whom the connections belong to, for the watcher.
+    """
+
+    def __init__(self, target: Callable[[], Target | None], watcher: Watcher, owner: str = ""):
+        self.watcher = watcher
+        self.owner = owner
+        self.links: set[Link] = set()
+        self.port = 0
+        self._target = target
+        self._listener: asyncio.Server | None = None
+        self._cuts: list[tuple[Direction, Choice, asyncio.Future[None]]] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Listen on a free port of the loopback."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lambda: _Front(self), _HOST, 0)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def close(self) -> None:
+        """End the listener and every connection."""
+        if self._listener is not None:
+            self._listener.close()
+        for link in list(self.links):
+            link.abort()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+
+    async def drained(self) -> None:
+        """Wait until every connection that there is now has ended."""
+        await asyncio.gather(*(link.ended.wait() for link in list(self.links)))
+
+    def opened(self, front: asyncio.BaseTransport) -> Link:
+        """A client connected."""
+        link = Link(self, front)
+        self.links.add(link)
+        target = self._target()
+        if target is None:
+            link.abort()
+        else:
+            task = asyncio.get_running_loop().create_task(link.connect(target))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+        return link
+
+    def cut(self, direction: Direction, choice: Choice) -> asyncio.Future[None]:
+        """Cut the next bytes in this direction that are chosen; done when it happened."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._cuts.append((direction, choice, done))
+        return done
+
+    def take_cut(self, direction: Direction, link: Link, data: bytes) -> bool:
+        """Whether these bytes are to be cut, which then happened."""
+        for index, (wanted, choice, done) in enumerate(self._cuts):
+            if wanted == direction and choice(link, data):
+                del self._cuts[index]
+                if not done.done():
+                    done.set_result(None)
+                return True
+        return False
+
+    def forget_cuts(self) -> None:
+        """Cut nothing that is still to come."""
+        self._cuts = []

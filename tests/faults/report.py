@@ -1,0 +1,98 @@
+"""What a run saw, as text, and why it failed, where it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.faults.checker import DOUBLED, LOST, MIXED
+from tests.faults.plan import KINDS, Kind
+from tests.faults.run import Outcome
+from tests.faults.sight import STAGES
+
+_SHOWN = 12
+_ROLLS_BACK = {"valkey": Kind.ROLLBACK, "redis": Kind.ROLLBACK, "cluster": Kind.LOSSY_FAILOVER}
+
+
+def report(outcome: Outcome) -> str:
+    """The counts of a run."""
+    return "\n".join(_lines(outcome))
+
+
+def failures(outcome: Outcome, *, whole: bool) -> list[str]:
+    """Why a run is red; empty where it is not.
+
+    Args:
+        whole: whether everything that can occur on the store had to be seen.
+    """
+    found = [f"{each.kind}: {each.stream}: {each.what}" for each in outcome.verdict.findings]
+    found += [f"unexpected: {each}" for each in outcome.history.unexpected]
+    found += [f"stuck: {each}" for each in outcome.stuck]
+    if whole:
+        found += [f"never seen: {name}" for name, count in _wanted(outcome) if not count]
+        found += [
+            f"kills at the stage {stage!r}: {outcome.kills[stage]}, expected at least "
+            f"{outcome.course.kills_per_stage}"
+            for stage in STAGES
+            if outcome.kills[stage] < outcome.course.kills_per_stage
+        ]
+        total = sum(outcome.faults.values())
+        if total < outcome.course.faults:
+            found.append(f"{total} faults, expected at least {outcome.course.faults}")
+    return found
+
+
+def _wanted(outcome: Outcome) -> Iterator[tuple[str, int]]:
+    """What must have been seen on this store."""
+    seen = outcome.history.seen
+    yield from ((kind, outcome.faults[kind]) for kind in KINDS[outcome.course.store])
+    yield "conflicts", outcome.conflicts
+    yield "rollbacks with warm caches", outcome.warm_rollbacks
+    for name in (
+        "replays",
+        "resends",
+        "refused position_ahead",
+        "refused state_changed",
+        "refused epoch_mismatch",
+        "noticed by a tag that does not follow",
+        "moved on differently",
+        "blind retries",
+        "deleted",
+        "expired",
+        "appends",
+    ):
+        yield name, seen[name]
+
+
+def _lines(outcome: Outcome) -> Iterator[str]:
+    course, verdict = outcome.course, outcome.verdict
+    yield (
+        f"{course.store}: seed {course.seed}, {sum(outcome.faults.values())} faults "
+        f"({outcome.in_flight} with chunks in flight) over {outcome.events} events in "
+        f"{outcome.seconds:.0f} s"
+    )
+    yield (
+        f"  {LOST} {verdict.count(LOST)}, {DOUBLED} {verdict.count(DOUBLED)}, "
+        f"{MIXED} {verdict.count(MIXED)}"
+    )
+    yield (
+        f"  checked {verdict.checked_chunks} replies with {verdict.checked_events} events and "
+        f"{verdict.episodes} episodes of appends; {outcome.replayed_undisturbed} chunks again on "
+        f"an undisturbed service; {verdict.explained} acknowledged chunks taken away by a fault, "
+        "their clients told"
+    )
+    for kind in KINDS[course.store]:
+        yield f"  {outcome.faults[kind]:6d}  {kind}"
+    yield f"  {outcome.faults[Kind.WORKER_KILL]:6d}  {Kind.WORKER_KILL}, with chunks"
+    for stage in STAGES:
+        chunks = outcome.chunks_killed[stage]
+        yield f"  {outcome.kills[stage]:6d}    {stage} ({chunks} chunks)"
+    yield f"  {outcome.warm_rollbacks:6d}  rollbacks with warm caches"
+    yield f"  {outcome.conflicts:6d}  conflicts"
+    for name, count in sorted(outcome.history.seen.items()):
+        yield f"  {count:6d}  {name}"
+
+
+def shortened(found: list[str]) -> str:
+    """The first failures, and how many more there are."""
+    more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "\n".join([*found[:_SHOWN], *more])

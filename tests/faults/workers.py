@@ -1,0 +1,113 @@
+"""Workers: `carry serve` processes, each behind a path of its own for clients and the store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults.path import Path as Way
+from tests.faults.path import Target
+from tests.faults.sight import ClientSight, StoreSight, count_stages
+from tests.support.service import Service
+
+_TRIES = 20
+
+
+class Worker:
+    """One worker and its two paths.
+
+    Attributes:
+        up_s: since when it has been serving; None while it is not.
+        ends: how often it ended without having been asked to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        models: Path,
+        store_url: str,
+        clients: ClientSight,
+        environment: dict[str, str],
+    ):
+        self.name = name
+        self.way = Way(self._target, clients, name)
+        self.up_s: float | None = None
+        self._clients = clients
+        self._environment = environment
+        folder.mkdir(parents=True)
+        self._service = Service(folder, models, redis_url=store_url)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the process and wait until it serves; a store that is away just now may keep
+        it from starting, as a supervisor would see."""
+        for attempt in range(_TRIES):
+            try:
+                await asyncio.to_thread(self._service.start, **self._environment)
+                break
+            except AssertionError:
+                if attempt + 1 == _TRIES or not self._service.ended():
+                    raise
+        self.up_s = time.monotonic()
+
+    def restart(self) -> None:
+        """Start it again beside whatever goes on."""
+        self._starting = asyncio.create_task(self.start())
+
+    async def started(self) -> None:
+        """Wait for a restart."""
+        if self._starting is not None:
+            await self._starting
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        os.kill(self._service.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        os.kill(self._service.process.pid, signal.SIGCONT)
+
+    async def end(self) -> None:
+        """SIGTERM, and its end."""
+        self.up_s = None
+        await asyncio.to_thread(self._service.stop)
+
+    def kill(self) -> tuple[list, float]:
+        """SIGKILL now; what it owed, and the moment."""
+        self.up_s = None
+        owed = self._clients.in_flight(self.name)
+        killed_s = time.monotonic()
+        self._service.process.kill()
+        return owed, killed_s
+
+    async def stages(
+        self, owed: list, killed_s: float, store: StoreSight, way: Way | None
+    ) -> Counter[str]:
+        """Once it is gone and all it wrote has passed: how far what it owed had come."""
+        await asyncio.to_thread(self._service.process.wait)
+        await self.way.drained()
+        if way is not None:
+            await way.drained()
+        return count_stages(store, self.name, owed, killed_s)
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        process = self._service.process
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+    def log(self) -> str:
+        """What it printed since it was started last."""
+        return self._service.log()
+
+    def _target(self) -> Target | None:
+        if self.up_s is None or not self._service.url:
+            return None
+        return "127.0.0.1", int(self._service.url.rsplit(":", 1)[1])
