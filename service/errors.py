@@ -32,6 +32,7 @@
         StoreUnavailable      store_unavailable
         StoreRefused          store_refused
         OutcomeUnknown        outcome_unknown
+        NotDurable            not_durable
         Overloaded            overloaded
         ShuttingDown          shutting_down
         InternalError         internal_error
@@ -248,6 +249,13 @@ class OutcomeUnknown(Failed):
     title = "Whether the chunk was applied is not known"
     retryable = True
     remedy = "Send it again with the same position; it is applied once either way."
+
+
+class NotDurable(Failed):
+    code = "not_durable"
+    title = "The chunk is not as durable as CARRY_DURABILITY asks"
+    retryable = True
+    remedy = "Send it again with the same position; it is applied once, and waited for anew."
 
 
 class Overloaded(Failed):

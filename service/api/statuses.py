@@ -35,6 +35,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.StoreUnavailable: 503,
     errors.StoreRefused: 503,
     errors.OutcomeUnknown: 503,
+    errors.NotDurable: 503,
     errors.Overloaded: 503,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,

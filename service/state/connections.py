@@ -14,12 +14,19 @@ from redis.asyncio import BlockingConnectionPool
 from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.errors import StoreRefused, StoreUnavailable
-from service.state.settings import REDIS_SCHEMES, StoreSettings
+from service.state.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
 TRIES: Final = 3
@@ -81,13 +88,21 @@ class Backend:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the server may answer the same request later: it is away or loading."""
+    """Whether the server may answer the same request later: it is away, loading, or held up."""
     # On unix sockets the client library wraps what the server said to AUTH.
     if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
         error = error.__cause__
     if isinstance(error, (AuthenticationError, AuthorizationError)):
         return False
+    if isinstance(error, ResponseError):
+        # MASTERDOWN is one of the latter. The client library has no class of its own for BUSY.
+        return isinstance(error, ClusterDownError) or str(error).startswith("BUSY ")
     return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError))
+
+
+def is_reply(error: BaseException) -> bool:
+    """Whether the server answered with this error, and so did not carry the request out."""
+    return isinstance(error, (ResponseError, BusyLoadingError))
 
 
 def text(error: BaseException) -> str:
@@ -99,9 +114,6 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     """What the client library is given: the address, and settings that the address may not
     change (a reply decoded to text, say, would not be a state)."""
     scheme = settings.url.partition("://")[0]
-    if scheme not in REDIS_SCHEMES:
-        accepted = ", ".join(f"{name}://" for name in REDIS_SCHEMES)
-        raise StoreRefused(f"expected a store address that begins with {accepted}, got {scheme}://")
     try:
         address: Mapping[str, Any] = parse_url(settings.url)
     except ValueError as error:

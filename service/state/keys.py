@@ -62,8 +62,12 @@ class KeySpace:
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
         model, stream = key
-        slot = f"{self.namespace}{{p{self.partition(key):04d}}}"
-        return f"{slot}:s:{model}:{stream}", f"{slot}:r:{model}:{stream}"
+        begin = self.begin(self.partition(key))
+        return f"{begin}:s:{model}:{stream}", f"{begin}:r:{model}:{stream}"
+
+    def begin(self, partition: int) -> str:
+        """How every key of a partition begins, and what it is hashed by."""
+        return f"{self.namespace}{{p{partition:04d}}}"
 
     def pattern(self, model: str, prefix: str) -> str:
         """The glob that matches the states of a model's streams whose names begin so."""

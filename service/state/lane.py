@@ -6,9 +6,10 @@ it, and a load behind a commit sees what that commit wrote.
 
 A connection that breaks, or that is silent for too long while something is asked of it, is
 made anew, with growing and jittered pauses, and all that was not answered is sent again in its
-order, until the time of each request is up. A request that may have been carried out at an
-earlier try says so by its answer (`repeated`), and by `ReplyLost` where no answer came. What
-the server itself refuses is never tried again.
+order, for as long as somebody waits for it. So is what a server refuses that is loading, or
+busy with a script. A request that may have been carried out at an earlier try says so by its
+answer (`repeated`). What the server refuses for good is never tried again; what a node of a
+cluster sends elsewhere or puts off is the router's.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -19,110 +20,96 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from collections.abc import AsyncIterator, Sequence
+from typing import Final, Protocol
 
 import hiredis
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import BusyLoadingError, NoScriptError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
 
-from service.state.connections import Backend, is_passing, text
+from service.errors import StoreRefused
+from service.state.connections import Backend, is_passing, is_reply, text
+from service.state.request import Answer, ReplyLost, Request
 
 PAUSE_S: Final = 0.01
 MAX_PAUSE_S: Final = 0.5
 
-Command = tuple[str | bytes | int, ...]
-
 log = structlog.get_logger(__name__)
 
 
-class ReplyLost(Exception):
-    """The request was sent, perhaps carried out, and no try was answered in time; or a later
-    try was refused, which says nothing about the earlier ones."""
+class Router(Protocol):
+    """What a lane tells whoever knows of other lanes."""
 
+    def redirected(self, request: Request, error: RedisError) -> bool:
+        """The node did not carry the request out; whether it is taken over from here."""
 
-class Answer(NamedTuple):
-    """The server's reply.
-
-    Attributes:
-        value: as the protocol gives it: bytes, int, None or a list of these.
-        repeated: an earlier try of the same request may have been carried out.
-    """
-
-    value: Any
-    repeated: bool
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """One request on its way.
-
-    Attributes:
-        fallback: what is sent where the server does not know the script.
-        sent: it went out at least once since it was last known not to be carried out.
-        repeated: it went out again after a try that may have been carried out.
-    """
-
-    command: Command
-    fallback: Command | None
-    future: asyncio.Future[Answer]
-    sent: bool = False
-    repeated: bool = False
+    def away(self) -> None:
+        """The node does not answer now; told at every try."""
 
 
 class Lane:
     """One ordered connection to a server; nothing is opened before the first request.
 
     The invariant that answers find their requests: `_pending` holds the requests in the order
-    in which they were written, and between putting one there and writing it nothing is awaited.
+    in which they were put and are written; whoever writes, writes all that was put before.
+
+    Attributes:
+        since: the number of the first request on the present connection; requests are numbered
+            as they are written, again at each try.
+        last: the trouble of last, for those whose time is up.
     """
 
-    def __init__(self, backend: Backend):
+    def __init__(self, backend: Backend, router: Router | None = None):
         self._backend = backend
+        self._router = router
         self._connection: AbstractConnection = backend.connection()
         self._open = False
-        self._pending: deque[_Request] = deque()
+        self._answered = False
+        self._pending: deque[Request] = deque()
+        self._unwritten: list[Request] = []
         self._work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
         self._reading = asyncio.timeout(None)
         self._owed_since_s: float | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._last: BaseException | None = None
         self._away_since_s: float | None = None
+        self._number = 0
+        self.since = 1
+        self.last: BaseException | None = None
 
-    async def ask(self, command: Command, fallback: Command | None = None) -> Answer:
-        """Send a request behind all that were asked before, and wait for its answer.
+    @property
+    def where(self) -> str:
+        """The server's address without secrets."""
+        return self._backend.where
 
-        Raises:
-            StoreUnavailable: the server could not be reached in time, nothing was sent.
-            ReplyLost: it was sent, and whether it was carried out is not known.
-            StoreRefused: the server refuses it, and carried nothing out.
-        """
-        loop = asyncio.get_running_loop()
-        request = _Request(command, fallback, loop.create_future())
-        self._pending.append(request)
-        try:
-            async with asyncio.timeout(self._backend.wait_s):
-                if self._open:
-                    await self._write(request)
-                else:
-                    self._work.set()
-                    if self._runner is None:
-                        self._runner = loop.create_task(self._run())
-                return await request.future
-        except TimeoutError as error:
-            cause = self._last or error
-            if request.sent:
-                raise ReplyLost(f"{self._backend.where}: {text(cause)}") from cause
-            raise self._backend.unavailable(cause) from cause
+    def put(self, requests: Sequence[Request]) -> None:
+        """Set the place of requests behind all that were put before; `flush` sends them."""
+        for request in requests:
+            request.lane = self
+            if request.asking:
+                # It shares the future: dropped when its request is, and counted as an answer.
+                aside = Request(("ASKING",), request.future, aside=True)
+                self._pending.append(aside)
+                self._unwritten.append(aside)
+            self._pending.append(request)
+            self._unwritten.append(request)
+
+    async def flush(self) -> None:
+        """Send all that was put, at once where there is a connection; else see that one is made."""
+        if self._open:
+            await self._write()
+        elif self._pending:
+            self._work.set()
+            if self._runner is None:
+                self._runner = asyncio.get_running_loop().create_task(self._run())
 
     def reconnect(self) -> None:
         """Make the connection anew, and send again what it owes: the server's role has changed."""
         if self._open:
-            self._last = ConnectionError("the server's role has changed")
+            self.last = ConnectionError("the server's role has changed")
             self._reading.reschedule(asyncio.get_running_loop().time())
 
     async def close(self) -> None:
@@ -131,20 +118,60 @@ class Lane:
             self._runner.cancel()
             await asyncio.wait({self._runner})
 
-    async def _write(self, *requests: _Request) -> None:
-        """Write requests; that the connection broke is noticed where it is read."""
-        if not self._connection.is_connected:
+    @property
+    def is_answering(self) -> bool:
+        """Whether the present connection has answered; what it owes is then best left to it."""
+        return self._open and self._answered
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it owes nothing."""
+        return not self._pending
+
+    def hand_over(self) -> list[Request]:
+        """What it owes, in order, for another lane to do; its connection is given up."""
+        owed: list[Request] = []
+        for request in self._pending:
+            request.repeated = request.repeated or request.sent
+            if request.bound:
+                request.settle(ReplyLost(f"{self.where}: the node has no slots any more"))
+            elif not request.future.done() and not request.aside:
+                owed.append(request)
+        self._pending.clear()
+        self._unwritten.clear()
+        if self._open:
+            # From now on its answers belong to nobody.
+            self._open = False
+            self.last = ConnectionError("the node has no slots any more")
+            self._reading.reschedule(asyncio.get_running_loop().time())
+        return owed
+
+    async def _write(self) -> None:
+        """Write what was put; that the connection broke is noticed where it is read."""
+        if not self._connection.is_connected or not self._unwritten:
             return
         packed: list[bytes] = []
-        for request in requests:
+        abandoned = False
+        number, since = self._number, self.since
+        for request in self._unwritten:
+            if request.future.done():
+                abandoned = True
+                continue
             # The client library packs in Python, at four times the cost.
             packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
-            request.sent = True
+            number += 1
+            request.sent, request.since, request.number = True, since, number
+        self._number = number
+        if abandoned:
+            # What was never sent is never sent; what was, still gets its answer.
+            unsent = [r for r in self._unwritten if r.future.done()]
+            self._pending = deque(r for r in self._pending if r not in unsent)
+        self._unwritten.clear()
         self._owe()
         try:
             await self._connection.send_packed_command(packed, check_health=False)
         except (RedisError, OSError) as error:
-            self._last = error
+            self.last = error
 
     async def _run(self) -> None:
         """Keep the connection while there is work, and read its answers; one task."""
@@ -164,7 +191,7 @@ class Lane:
                 else:
                     self._refuse_all(error)
             except Exception as error:
-                log.exception("lane_failed", store=self._backend.where)
+                log.exception("lane_failed", store=self.where)
                 self._refuse_all(error)
             finally:
                 self._open = False
@@ -178,13 +205,17 @@ class Lane:
             failures += 1
 
     async def _resend(self) -> None:
-        """Send what was not answered yet; what is asked from now on is sent at once, behind it."""
+        """Send what was not answered yet; what is put from now on is sent at once, behind it."""
+        for request in self._pending:
+            if request.bound and request.sent:
+                request.settle(ReplyLost(f"{self.where}: the connection broke"))
         self._forget_abandoned()
         for request in self._pending:
             request.repeated = request.repeated or request.sent
-        self._open = True
-        if self._pending:
-            await self._write(*self._pending)
+        self._unwritten = list(self._pending)
+        self.since = self._number + 1
+        self._open, self._answered = True, False
+        await self._write()
 
     async def _answers(self) -> AsyncIterator[None]:
         """Give every answer to the request that is next in order, until the connection ends."""
@@ -193,37 +224,49 @@ class Lane:
             try:
                 value = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
             except RedisError as error:
-                if is_passing(error) or not self._pending:
-                    if isinstance(error, BusyLoadingError) and self._pending:
-                        # Refused while it loads: this try was not carried out.
-                        self._pending[0].sent = self._pending[0].repeated
+                if not self._open or not self._pending:
                     raise
-                await self._settle_refusal(self._pending.popleft(), error)
+                await self._settle_refusal(error)
             else:
+                if not self._open:
+                    raise RedisConnectionError("handed over")
                 self._note_back()
                 request = self._pending.popleft()
-                if not request.future.done():
+                if not request.future.done() and not request.aside:
                     request.future.set_result(Answer(value, request.repeated))
+            self._answered = True
             self._owed_since_s = time.monotonic() if self._pending else None
             yield
 
-    async def _settle_refusal(self, request: _Request, error: RedisError) -> None:
+    async def _settle_refusal(self, error: RedisError) -> None:
+        """What becomes of the request whose answer is an error.
+
+        Raises:
+            RedisError: the server is away or held up, and all is to be sent again.
+        """
+        request = self._pending[0]
+        if is_reply(error):
+            request.not_carried_out()
         if isinstance(error, NoScriptError) and request.fallback is not None:
+            self._pending.popleft()
             request.command, request.fallback = request.fallback, None
-            self._pending.append(request)
-            await self._write(request)
+            self.put([request])
+            await self._write()
+        elif self._router is not None and self._router.redirected(request, error):
+            self._pending.popleft()
+        elif is_passing(error):
+            raise error
         else:
+            self._pending.popleft()
             self._refuse(request, error)
 
-    def _refuse(self, request: _Request, error: BaseException) -> None:
-        if request.future.done():
-            return
-        refusal: Exception = self._backend.refused(error)
+    def _refuse(self, request: Request, error: BaseException) -> None:
+        refusal: ReplyLost | StoreRefused = self._backend.refused(error)
         if request.repeated:
             # An earlier try may have been carried out.
-            refusal = ReplyLost(f"{self._backend.where}: {text(error)}")
+            refusal = ReplyLost(f"{self.where}: {text(error)}")
         refusal.__cause__ = error
-        request.future.set_exception(refusal)
+        request.settle(refusal)
 
     def _refuse_all(self, error: BaseException) -> None:
         while self._pending:
@@ -234,6 +277,7 @@ class Lane:
     def _forget_abandoned(self) -> None:
         """Drop the requests whose callers' time was up, while no answer to them can come."""
         self._pending = deque(r for r in self._pending if not r.future.done())
+        self._unwritten = [r for r in self._unwritten if not r.future.done()]
 
     def _owe(self) -> None:
         """The server owes an answer from now on; look after it, with one timer at a time."""
@@ -253,19 +297,21 @@ class Lane:
         if left_s > 0:
             self._watch_for(left_s)
         elif self._open:
-            self._last = TimeoutError(f"silent for {self._backend.silence_s:g} s")
+            self.last = TimeoutError(f"silent for {self._backend.silence_s:g} s")
             self._reading.reschedule(asyncio.get_running_loop().time())
 
     def _note_away(self, error: BaseException) -> None:
         # The end of `_reading` has no words of its own: what ended it has said why.
-        error = error if str(error) or self._last is None else self._last
-        self._last = error
+        error = error if str(error) or self.last is None else self.last
+        self.last = error
+        if self._router is not None:
+            self._router.away()
         if self._away_since_s is None:
             self._away_since_s = time.monotonic()
-            log.warning("store_away", store=self._backend.where, reason=text(error))
+            log.warning("store_away", store=self.where, reason=text(error))
 
     def _note_back(self) -> None:
         if self._away_since_s is not None:
             away_s = round(time.monotonic() - self._away_since_s, 3)
             self._away_since_s = None
-            log.info("store_back", store=self._backend.where, away_s=away_s)
+            log.info("store_back", store=self.where, away_s=away_s)

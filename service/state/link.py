@@ -1,8 +1,16 @@
-"""What a store asks of its server: requests in order on one lane, and single ones beside it.
+"""What a store asks of what is behind it: requests in order, each with an outcome of its own.
 
-Everything about streams goes through the lane, so that a load sees every commit that was asked
-before it. Listings, checks and probes change nothing and may take long; they take a connection
-of a bounded pool, and are tried again while the server is away, until the call's time is up.
+A link brings requests to their servers' lanes and waits for their outcomes, for as long as a
+call may take. Here is what every link has in common, and the link to a single server; that to a
+cluster is in `cluster`.
+
+With `replicated`, requests that write are followed, on the very connection that carried them, by
+one WAIT for each server, which is answered when enough replicas have all that was written on
+that connection before it. The server remembers that per connection: a WAIT on another
+connection, or behind no write, is answered at once and says nothing. So a write counts as durable
+only by a WAIT that was written after it on the same connection. One that was sent elsewhere, or
+sent again, is followed by another WAIT; one whose connection is gone since is not durable, and
+whoever asks again finds out.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -10,138 +18,238 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from importlib.resources import files
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from redis.asyncio.connection import AbstractConnection
-from redis.backoff import EqualJitterBackoff
-from redis.exceptions import RedisError
-
-from service.errors import StoreUnavailable
-from service.state.connections import Backend, is_passing, text
-from service.state.lane import MAX_PAUSE_S, PAUSE_S, Answer, Lane, ReplyLost
-from service.state.settings import StoreSettings
-
-__all__ = ["Answer", "ReplyLost", "Script", "ServerLink"]
+from service.errors import CarryError, StoreUnavailable
+from service.state.connections import RETRY_AFTER_S, TRIES, text
+from service.state.lane import Lane
+from service.state.request import Answer, Outcome, ReplyLost, Request
+from service.state.server import Server
+from service.state.settings import Durability, StoreSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A Lua script and the SHA-1 the server knows it by."""
+class Layout(NamedTuple):
+    """Which servers hold the streams.
 
-    text: bytes
-    sha: str
+    Attributes:
+        name: changes when streams may have moved between servers.
+        servers: in the order in which they are walked.
+        gap: what part of the streams nobody holds, in words; empty where there is none.
+    """
 
-    @classmethod
-    def load(cls, name: str) -> Script:
-        """Read `lua/{name}.lua` of this package."""
-        text = files("service.state").joinpath("lua", f"{name}.lua").read_bytes()
-        return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+    name: str
+    servers: list[Server]
+    gap: str = ""
 
 
-class ServerLink:
-    """Connections to the server of some settings; none is opened before the first call.
+class Link(ABC):
+    """The way to the servers of some settings; nothing is opened before the first call.
+
+    Attributes:
+        where: the address without secrets.
+    """
+
+    where: str
+
+    def __init__(self, settings: StoreSettings):
+        self._wait_s = settings.wait_s
+        self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
+        # Half of what a connection may be silent for, so that a WAIT does not look like a hang.
+        self._fence_ms = max(1, round(settings.wait_s / TRIES / 2 * 1000))
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Find the servers; once, before use.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close every connection; once, after the last call returned."""
+
+    @abstractmethod
+    def slot(self, key: str) -> int:
+        """What keys have in common that one request may be about."""
+
+    @abstractmethod
+    async def layout(self) -> Layout:
+        """The servers as they are now.
+
+        Raises:
+            StoreUnavailable, StoreRefused
+        """
+
+    @abstractmethod
+    def others(self) -> list[Server]:
+        """Servers that may come to hold the streams."""
+
+    @abstractmethod
+    def reconnect(self) -> None:
+        """Look the address up anew for the next requests: a server's role has changed."""
+
+    @abstractmethod
+    def _place(self, requests: Sequence[Request]) -> Sequence[Lane]:
+        """Put requests where they belong; returns the lanes to be flushed. Those that belong
+        nowhere yet are the link's to put later."""
+
+    @abstractmethod
+    def _trouble(self) -> BaseException | None:
+        """Why requests that were on no lane had to wait."""
+
+    async def ask(self, *requests: Request, durably: bool = False) -> list[Outcome]:
+        """The outcome of each request, all of them under way together; in the order of the
+        calls, where they go to one server.
+
+        Args:
+            durably: they write, and count as done when they are as durable as the settings
+                want; the answers say whether they are.
+        """
+        fences: list[Request] = []
+        durably = durably and self._replicas > 0
+        try:
+            async with asyncio.timeout(self._wait_s):
+                lanes = self._place(requests)
+                if durably:
+                    fences = self._fence(lanes)
+                await _flush(lanes)
+                for request in requests:
+                    await request.future
+                if durably:
+                    await self._cover(requests, fences)
+        except TimeoutError:
+            pass
+        finally:
+            for request in (*requests, *fences):
+                request.future.cancel()
+        outcomes = [self._outcome(request) for request in requests]
+        if not durably:
+            return outcomes
+        return [
+            outcome._replace(durable=self._is_covered(request, fences))
+            if isinstance(outcome, Answer)
+            else outcome
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    def _fence(self, lanes: Iterable[Lane]) -> list[Request]:
+        fences: list[Request] = []
+        for lane in lanes:
+            fence = Request.of("WAIT", self._replicas, self._fence_ms)
+            fence.bound = True
+            lane.put([fence])
+            fences.append(fence)
+        return fences
+
+    async def _cover(self, requests: Sequence[Request], fences: list[Request]) -> None:
+        """Wait for the fences, and set others behind the writes that these did not follow."""
+        for fence in fences:
+            await fence.future
+        late = {
+            request.lane
+            for request in requests
+            if request.lane is not None
+            and request.since == request.lane.since
+            and not any(_follows(fence, request) for fence in fences)
+        }
+        more = self._fence(late)
+        fences += more
+        await _flush(late)
+        for fence in more:
+            await fence.future
+
+    def _is_covered(self, request: Request, fences: Iterable[Request]) -> bool:
+        for fence in fences:
+            if _follows(fence, request) and not fence.future.cancelled():
+                outcome = fence.future.result()
+                # Refused where the server is a replica now, and by UNBLOCKED when it becomes one.
+                if isinstance(outcome, Answer) and outcome.value >= self._replicas:
+                    return True
+        return False
+
+    def _outcome(self, request: Request) -> Outcome:
+        if not request.future.cancelled():
+            return request.future.result()
+        lane = request.lane
+        where = self.where if lane is None else lane.where
+        trouble = self._trouble() if lane is None else lane.last
+        if request.sent:
+            lost = ReplyLost(f"{where}: {text(trouble or TimeoutError())}")
+            lost.__cause__ = trouble
+            return lost
+        unavailable = StoreUnavailable(
+            f"the store at {where} did not answer within {self._wait_s:g} s: "
+            f"{text(trouble or TimeoutError())}",
+            retry_after_s=RETRY_AFTER_S,
+        )
+        unavailable.__cause__ = trouble
+        return unavailable
+
+
+class ServerLink(Link):
+    """The way to a single server.
 
     Raises:
         StoreRefused: the address cannot be used.
     """
 
     def __init__(self, settings: StoreSettings):
-        self._backend = Backend(settings)
-        self.where = self._backend.where
-        self._lane = Lane(self._backend)
-        self._pool = self._backend.pool()
+        super().__init__(settings)
+        self._server = Server(settings)
+        self._lanes = (self._server.lane,)
+        self.where = self._server.where
+
+    async def start(self) -> None:
+        """Nothing has to be found."""
 
     async def close(self) -> None:
-        """Close every connection; once, after the last call returned."""
-        await self._lane.close()
-        await self._pool.disconnect()
+        await self._server.close()
 
-    async def ping(self, timeout_s: float) -> None:
-        """One try, without patience.
+    def slot(self, key: str) -> int:
+        """The same for all: one request may be about any of them."""
+        return 0
 
-        Raises:
-            StoreUnavailable: no answer in time.
-            StoreRefused: the server refuses.
-        """
-        try:
-            async with asyncio.timeout(timeout_s), self._pooled() as connection:
-                await _exchange(connection, ("PING",))
-        except TimeoutError as error:
-            raise StoreUnavailable(f"{self.where} did not answer in {timeout_s} s") from error
-        except (RedisError, OSError) as error:
-            if is_passing(error):
-                raise StoreUnavailable(f"{self.where}: {text(error)}") from error
-            raise self._backend.refused(error) from error
+    async def layout(self) -> Layout:
+        return Layout("", [self._server])
 
-    async def read(self, *command: str | bytes | int) -> Any:
-        """The reply to a command that changes nothing, or that may be repeated at will.
-
-        Raises:
-            StoreUnavailable: no answer in time.
-            StoreRefused: the server refuses the command.
-        """
-        backoff, failures = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S), 0
-        last: BaseException | None = None
-        try:
-            async with asyncio.timeout(self._backend.wait_s):
-                while True:
-                    try:
-                        async with self._pooled() as connection:
-                            return await _exchange(connection, command)
-                    except (RedisError, OSError) as error:
-                        if not is_passing(error):
-                            raise self._backend.refused(error) from error
-                        last = error
-                    await asyncio.sleep(backoff.compute(failures))
-                    failures += 1
-        except TimeoutError as error:
-            raise self._backend.unavailable(last or error) from (last or error)
-
-    async def read_in_order(self, *command: str | bytes | int) -> Any:
-        """As `read`, seeing whatever was asked by `run` before it.
-
-        Raises:
-            StoreUnavailable, StoreRefused
-        """
-        try:
-            return (await self._lane.ask(command)).value
-        except ReplyLost as lost:
-            cause = lost.__cause__ or lost
-            if isinstance(cause, TimeoutError) or is_passing(cause):
-                raise self._backend.unavailable(cause) from lost
-            raise self._backend.refused(cause) from lost
-
-    async def run(
-        self, script: Script, keys: list[str], arguments: list[str | bytes | int]
-    ) -> Answer:
-        """The reply of a script that writes, carried out in the order of the calls.
-
-        Raises:
-            StoreUnavailable: the server could not be reached in time, nothing was sent.
-            ReplyLost: it was sent, and whether it ran is not known.
-            StoreRefused: the server refuses to run it.
-        """
-        rest = (len(keys), *keys, *arguments)
-        return await self._lane.ask(("EVALSHA", script.sha, *rest), ("EVAL", script.text, *rest))
+    def others(self) -> list[Server]:
+        return []
 
     def reconnect(self) -> None:
-        """Look the address up anew for the next requests: the server's role has changed."""
-        self._lane.reconnect()
+        self._server.lane.reconnect()
 
-    @asynccontextmanager
-    async def _pooled(self) -> AsyncIterator[AbstractConnection]:
-        connection: AbstractConnection = await self._pool.get_connection()
-        try:
-            yield connection
-        finally:
-            await self._pool.release(connection)
+    def _place(self, requests: Sequence[Request]) -> Sequence[Lane]:
+        self._server.lane.put(requests)
+        return self._lanes
+
+    def _trouble(self) -> BaseException | None:
+        return self._server.lane.last
 
 
-async def _exchange(connection: AbstractConnection, command: tuple[str | bytes | int, ...]) -> Any:
-    await connection.send_command(*command)
-    return await connection.read_response()
+def first_error(outcomes: Sequence[Outcome]) -> CarryError | None:
+    """The error of them all, where not one request was carried out."""
+    first = outcomes[0]
+    if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
+        return first
+    return None
+
+
+def _follows(fence: Request, request: Request) -> bool:
+    """Whether a fence was written behind a request on the same connection."""
+    return (
+        fence.lane is request.lane
+        and fence.since == request.since
+        and fence.number > request.number
+    )
+
+
+async def _flush(lanes: Iterable[Lane]) -> None:
+    """Send what was put; where several servers are written to, none waits for another."""
+    lanes = list(lanes)
+    if len(lanes) == 1:
+        await lanes[0].flush()
+    elif lanes:
+        await asyncio.gather(*(lane.flush() for lane in lanes))

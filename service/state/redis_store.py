@@ -1,17 +1,21 @@
-"""Streams on one Redis or Valkey server.
+"""Streams on Redis or Valkey, one server or a cluster.
 
 One string per stream (see `codec`), its last reply in a second key with a short life of its
-own. Loads are one MGET; commits are one call of one Lua script, which compares and writes
-each stream on its own. Commits go through one connection, in the order in which they were
-made. Nothing here is a lock: a commit that comes too late finds out by its compare-and-set.
+own. Loads are one MGET and commits one call of one Lua script, which compares and writes each
+stream on its own: for all streams of a call on a single server, for those of one partition on a
+cluster, all of them under way at once. Requests of one stream go through one connection, in
+the order in which they were made. Nothing here is a lock: a commit that comes too late finds
+out by its compare-and-set.
 
 A commit whose reply was lost is repeated. If it then finds its own mark, it was written. If
 it finds the stream further on in the same epoch, nobody can tell whether it was written
-before others went on, and the answer is OutcomeUnknown.
+before others went on, and the answer is OutcomeUnknown. A commit that was written and is not as
+durable as the settings want is NotDurable.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -23,10 +27,13 @@ from service.errors import (
     CarryError,
     InternalError,
     InvalidInput,
+    NotDurable,
     OutcomeUnknown,
     StateDamaged,
     StoreRefused,
+    StoreUnavailable,
 )
+from service.state.cluster import ClusterLink
 from service.state.codec import (
     CodecError,
     decode_mark,
@@ -36,22 +43,21 @@ from service.state.codec import (
     encode_state,
     mark_bytes,
 )
-from service.state.connections import RETRY_AFTER_S
-from service.state.link import ReplyLost, Script, ServerLink
-from service.state.protocol import COMMITTED, Commit, CommitResult, Committed, Conflicted
-from service.state.scan import scan_page
-from service.state.server_checks import check_server
-from service.state.settings import StoreSettings
+from service.state.connections import RETRY_AFTER_S, is_passing
+from service.state.link import Link, ServerLink, first_error
+from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted
+from service.state.request import Answer, Outcome, ReplyLost, Request, Script
+from service.state.scan import Place, scan_page
+from service.state.server_checks import check_servers, why_not_ready
+from service.state.settings import Durability, StoreSettings
 
-PING_S: Final = 1.0
-CURSOR_DIGITS: Final = 20
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
 
 
 class RedisStore:
-    """A `StateStore` on a single server.
+    """A `StateStore` on a single server or a cluster, as the address says.
 
     Raises:
         StoreRefused: the settings' address cannot be used.
@@ -60,17 +66,24 @@ class RedisStore:
     def __init__(self, settings: StoreSettings):
         self._settings = settings
         self._keys = settings.keys
-        self._link = ServerLink(settings)
+        self._link: Link = ClusterLink(settings) if settings.is_cluster else ServerLink(settings)
+        self._slots: list[int] | None = None
+        if settings.is_cluster:
+            partitions = range(settings.partitions)
+            self._slots = [self._link.slot(self._keys.begin(each)) for each in partitions]
+        self._is_durable = settings.durability is not Durability.MEMORY
         self._commit = Script.load("commit")
         self._delete = Script.load("delete")
+        self._confirm = Script.load("confirm")
 
     async def start(self) -> None:
-        """Check the server and set the store up where it is new; once, before use.
+        """Check the servers and set the store up where it is new; once, before use.
 
         Raises:
-            StoreUnavailable, StoreRefused: the server does not answer, or must not be used.
+            StoreUnavailable, StoreRefused: a server does not answer, or must not be used.
         """
-        server = await check_server(self._link, self._settings)
+        await self._link.start()
+        server = await check_servers(self._link, self._settings)
         log.info("store_ready", store=self._link.where, server=server)
 
     async def close(self) -> None:
@@ -78,35 +91,67 @@ class RedisStore:
         await self._link.close()
 
     async def check(self) -> list[Check]:
-        """Readiness: whether the server answers now. Never raises."""
+        """Readiness: whether every server answers now, as durable as asked. Never raises."""
         try:
-            await self._link.ping(PING_S)
+            layout = await self._link.layout()
         except CarryError as error:
             return [Check("store", False, error.detail)]
+        found = await asyncio.gather(
+            *(why_not_ready(each, self._settings) for each in layout.servers)
+        )
+        why_not = [text for text in (layout.gap, *found) if text]
+        if why_not:
+            return [Check("store", False, "; ".join(why_not))]
         return [Check("store", True, f"{self._link.where} answers")]
 
     async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
         """Many streams in one round trip; None where there is none, StateDamaged where the
-        bytes are refused.
+        bytes are refused, and the error of its server where only some of a cluster answer.
 
         Raises:
-            StoreUnavailable, StoreRefused: the server as a whole.
+            StoreUnavailable, StoreRefused: the store as a whole.
         """
         if not keys:
             return []
-        values = await self._link.read_in_order("MGET", *map(self._keys.state, keys))
-        return [self._decoded(key, value) for key, value in zip(keys, values, strict=True)]
+        names = list(map(self._keys.state, keys))
+        if self._slots is None:
+            (outcome,) = await self._link.ask(Request.of("MGET", *names))
+            values = self._value(outcome)
+            return [self._decoded(key, value) for key, value in zip(keys, values, strict=True)]
+        groups = self._by_slot(keys)
+        outcomes = await self._link.ask(
+            *(
+                Request.of("MGET", *(names[index] for index in group), slot=slot)
+                for slot, group in groups
+            )
+        )
+        if (error := first_error(outcomes)) is not None:
+            raise error
+        found: list[StreamState | CarryError | None] = [None] * len(keys)
+        for (_, group), outcome in zip(groups, outcomes, strict=True):
+            try:
+                values = self._value(outcome)
+            except CarryError as error:
+                values = [error] * len(group)
+            for index, value in zip(group, values, strict=True):
+                failed = isinstance(value, CarryError)
+                found[index] = value if failed else self._decoded(keys[index], value)
+        return found
 
     async def load_with_reply(
         self, key: StreamKey
     ) -> tuple[StreamState | None, StoredReply | None]:
         """One stream and its kept reply, read together; a damaged reply counts as not kept.
 
+        What is read is as durable as a commit is: where that is more than the server's memory,
+        it is written to (the reply's lifetime), and waited for like a commit.
+
         Raises:
             StateDamaged: the state's bytes are refused.
-            StoreUnavailable, StoreRefused: the server as a whole.
+            NotDurable: it is not as durable as the settings want.
+            StoreUnavailable, StoreRefused: the store as a whole.
         """
-        value, kept = await self._link.read_in_order("MGET", *self._keys.pair(key))
+        value, kept = await self._confirmed(key)
         state = self._decoded(key, value)
         if isinstance(state, CarryError):
             raise state
@@ -126,29 +171,41 @@ class RedisStore:
 
         Raises:
             StoreUnavailable: nothing was sent.
-            StoreRefused: the server as a whole; nothing was written.
+            StoreRefused: the store as a whole; nothing was written.
         """
-        keys: list[str] = []
-        arguments: list[str | bytes | int] = [
-            self._settings.idle_ttl_ms,
-            self._settings.reply_ttl_ms,
-        ]
-        asked: list[Commit] = []
-        refused: dict[int, CommitResult] = {}
-        for index, commit in enumerate(commits):
-            try:
-                state, reply = encode_state(commit.new), self._reply_bytes(commit.reply)
-            except CodecError as error:
-                refused[index] = _not_encodable(commit.key, error)
-                continue
-            expected = commit.expected
-            keys += self._keys.pair(commit.key)
-            arguments += (b"" if expected is None else mark_bytes(expected), state, reply)
-            asked.append(commit)
-        results = await self._run_commit(keys, arguments, asked) if asked else []
-        for index, result in refused.items():
-            results.insert(index, result)
-        return results
+        results: list[CommitResult | None] = [None] * len(commits)
+        requests: list[Request] = []
+        asked: list[list[int]] = []
+        for slot, group in self._by_slot([commit.key for commit in commits]):
+            keys: list[str] = []
+            arguments: list[str | bytes | int] = [
+                self._settings.idle_ttl_ms,
+                self._settings.reply_ttl_ms,
+            ]
+            members: list[int] = []
+            for index in group:
+                commit = commits[index]
+                try:
+                    state, reply = encode_state(commit.new), self._reply_bytes(commit.reply)
+                except CodecError as error:
+                    results[index] = _not_encodable(commit.key, error)
+                    continue
+                expected = commit.expected
+                keys += self._keys.pair(commit.key)
+                arguments += (b"" if expected is None else mark_bytes(expected), state, reply)
+                members.append(index)
+            if members:
+                requests.append(Request.run(self._commit, keys, arguments, slot))
+                asked.append(members)
+        if requests:
+            outcomes = await self._link.ask(*requests, durably=True)
+            if (refusal := first_error(outcomes)) is not None:
+                raise refusal
+            for members, outcome in zip(asked, outcomes, strict=True):
+                found = await self._committed([commits[index] for index in members], outcome)
+                for index, result in zip(members, found, strict=True):
+                    results[index] = result
+        return [result for result in results if result is not None]
 
     async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
         """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
@@ -157,18 +214,22 @@ class RedisStore:
             Committed if it was there and is gone, otherwise Conflicted with what was found.
 
         Raises:
-            StoreUnavailable, StoreRefused: the server as a whole; nothing was deleted.
+            StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
         keys = list(self._keys.pair(key))
         mark = b"" if expected is None else mark_bytes(expected)
-        try:
-            answer = await self._link.run(self._delete, keys, [mark])
-        except ReplyLost as error:
-            return _outcome_unknown(key, expected, error)
-        result = self._result(key, answer.value)
-        if answer.repeated and result == Conflicted(None):
+        request = Request.run(self._delete, keys, [mark], self._slot(key))
+        (outcome,) = await self._link.ask(request, durably=True)
+        if isinstance(outcome, ReplyLost):
+            return _outcome_unknown(key, expected, outcome)
+        if isinstance(outcome, CarryError):
+            raise outcome
+        result = self._result(key, outcome.value)
+        if outcome.repeated and result == Conflicted(None):
             # The try whose answer was lost may have deleted it; either way it is gone.
-            return COMMITTED
+            result = COMMITTED
+        if result is COMMITTED and not outcome.durable:
+            return self._not_durable(key)
         return result
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
@@ -177,37 +238,109 @@ class RedisStore:
 
         Raises:
             InvalidInput: the cursor is not one of a page.
-            StoreUnavailable, StoreRefused: the server as a whole.
+            StoreUnavailable, StoreRefused: the store as a whole.
         """
-        at = "0" if cursor is None else cursor
-        if len(at) > CURSOR_DIGITS or not at.isascii() or not at.isdigit() or int(at) >= 2**64:
+        try:
+            place = Place() if cursor is None else Place.parse(cursor)
+        except ValueError as error:
             raise InvalidInput(
                 f"cursor: expected the one of the last page, got {cursor!r}", at="cursor"
-            )
+            ) from error
         pattern = self._keys.pattern(model, prefix)
+        name, servers, _ = await self._link.layout()
+        place = place.within(name, len(servers))
+        server = servers[place.server]
 
         async def step(at: int, count: int) -> tuple[int, list[str]]:
-            reply = await self._link.read("SCAN", at, "MATCH", pattern, "COUNT", count)
+            reply = await server.read("SCAN", at, "MATCH", pattern, "COUNT", count)
             found = map(self._keys.parse, (name.decode("utf-8", "replace") for name in reply[1]))
             return int(reply[0]), [key.stream for key in found if key is not None]
 
-        names, following = await scan_page(step, int(at), limit, self._settings.scan_count)
+        names, at = await scan_page(step, place.cursor, limit, self._settings.scan_count)
+        following: Place | None = None
+        if at is not None:
+            following = place._replace(cursor=at)
+        elif place.server + 1 < len(servers):
+            following = Place(name, place.server + 1)
+        elif (now := (await self._link.layout()).name) != name:
+            following = Place(now)
         return StreamPage(tuple(names), None if following is None else str(following))
 
-    async def _run_commit(
-        self, keys: list[str], arguments: list[str | bytes | int], commits: list[Commit]
-    ) -> list[CommitResult]:
-        try:
-            answer = await self._link.run(self._commit, keys, arguments)
-        except ReplyLost as error:
-            return [_outcome_unknown(commit.key, commit.expected, error) for commit in commits]
-        outcomes: list[CommitResult] = []
-        for commit, reply in zip(commits, answer.value, strict=True):
-            result = COMMITTED if reply == _WRITTEN else self._result(commit.key, reply)
-            if answer.repeated and isinstance(result, Conflicted):
+    def _slot(self, key: StreamKey) -> int:
+        return 0 if self._slots is None else self._slots[self._keys.partition(key)]
+
+    def _by_slot(self, keys: Sequence[StreamKey]) -> list[tuple[int, Sequence[int]]]:
+        """Which streams one request may be about: slots, and indices of keys."""
+        if self._slots is None:
+            return [(0, range(len(keys)))]
+        groups: dict[int, list[int]] = {}
+        for index, key in enumerate(keys):
+            groups.setdefault(self._slot(key), []).append(index)
+        return list(groups.items())
+
+    async def _committed(self, commits: Sequence[Commit], outcome: Outcome) -> list[CommitResult]:
+        """What became of the commits of one script."""
+        if isinstance(outcome, ReplyLost):
+            return [_outcome_unknown(commit.key, commit.expected, outcome) for commit in commits]
+        if isinstance(outcome, CarryError):
+            return [outcome] * len(commits)
+        results: list[CommitResult] = []
+        for commit, reply in zip(commits, outcome.value, strict=True):
+            if reply == _WRITTEN:
+                results.append(COMMITTED if outcome.durable else self._not_durable(commit.key))
+                continue
+            result = self._result(commit.key, reply)
+            if outcome.repeated and isinstance(result, Conflicted):
                 result = settle(commit, result)
-            outcomes.append(result)
-        return outcomes
+                if result is COMMITTED and self._is_durable:
+                    # An earlier try wrote it, and nothing waited for that write.
+                    result = await self._confirm_commit(commit.key)
+            results.append(result)
+        return results
+
+    async def _confirm_commit(self, key: StreamKey) -> CommitResult:
+        try:
+            await self._confirmed(key)
+        except CarryError as error:
+            return self._not_durable(key, error.detail)
+        return COMMITTED
+
+    async def _confirmed(self, key: StreamKey) -> list[bytes | None]:
+        """State and reply, as durable as a commit is."""
+        names, slot = list(self._keys.pair(key)), self._slot(key)
+        if self._is_durable:
+            lifetime = max(1, self._settings.reply_ttl_ms)
+            request = Request.run(self._confirm, names, [lifetime], slot)
+        else:
+            request = Request.of("MGET", *names, slot=slot)
+        (outcome,) = await self._link.ask(request, durably=self._is_durable)
+        found: list[bytes | None] = self._value(outcome)
+        if isinstance(outcome, Answer) and not outcome.durable and found[0] is not None:
+            raise self._not_durable(key)
+        return found
+
+    def _value(self, outcome: Outcome) -> Any:
+        """The reply to a request that changes nothing of a stream."""
+        if isinstance(outcome, Answer):
+            return outcome.value
+        if isinstance(outcome, CarryError):
+            raise outcome
+        cause = outcome.__cause__ or outcome
+        away = isinstance(cause, (TimeoutError, ReplyLost)) or is_passing(cause)
+        raise (StoreUnavailable if away else StoreRefused)(
+            f"the store does not answer: {outcome}", retry_after_s=RETRY_AFTER_S
+        ) from outcome
+
+    def _not_durable(self, key: StreamKey, reason: str = "") -> NotDurable:
+        wanted = f"{self._settings.replicas} replicas"
+        if self._settings.durability is Durability.FSYNC:
+            wanted = "the disk"
+        return NotDurable(
+            f"stream {key.stream!r} was written, and {wanted} did not confirm it in time"
+            + (f": {reason}" if reason else ""),
+            stream=key.stream,
+            retry_after_s=RETRY_AFTER_S,
+        )
 
     def _reply_bytes(self, reply: StoredReply | None) -> bytes:
         if reply is None or self._settings.reply_ttl_ms == 0:
@@ -254,11 +387,11 @@ def settle(commit: Commit, result: Conflicted) -> CommitResult:
     if found is None:
         return result
     if (found.epoch, found.tag) == (new.epoch, new.tag):
-        return Committed()
+        return COMMITTED
     before = commit.expected
     if found.epoch == new.epoch:
         if before is None or before.epoch != new.epoch:
-            return Committed()
+            return COMMITTED
         if found.position > before.position:
             return _outcome_unknown(commit.key, found, "others moved the stream on meanwhile")
     return result

@@ -1,63 +1,145 @@
-"""What a store must be before streams are entrusted to it; read once, at start.
+"""What servers must be before streams are entrusted to them; read at start.
 
 Refused: a server that may evict keys when its memory is full (a stream would begin anew in
-silence), a node of a cluster (streams of one batch lie in different slots), and a store that
-was made with another number of partitions (its streams would not be found).
+silence), a node of a cluster under the address of a single server and the other way round, a
+store that was made with another number of partitions (its streams would not be found), and with
+`fsync` a server whose disk has a write later than it is acknowledged.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Final
 
-from service.errors import StoreRefused
-from service.state.link import ServerLink
-from service.state.settings import StoreSettings
+import structlog
+
+from service.errors import CarryError, StoreRefused, StoreUnavailable
+from service.state.link import Link
+from service.state.request import Answer, Request
+from service.state.server import Server
+from service.state.settings import Durability, StoreSettings
 
 META_FORMAT = 1
+PROBE_S: Final = 1.0
+
+_FSYNC: Final = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
+
+log = structlog.get_logger(__name__)
 
 
-async def check_server(link: ServerLink, settings: StoreSettings) -> str:
-    """Check the server and set the store up where it is new.
+async def check_servers(link: Link, settings: StoreSettings) -> str:
+    """Check every server and set the store up where it is new.
 
     Returns:
-        The server in words, for logs: its name, version and eviction policy.
+        The servers in words, for logs: name, version and eviction policy.
 
     Raises:
-        StoreUnavailable, StoreRefused: the server does not answer, or must not be used.
+        StoreUnavailable, StoreRefused: one does not answer, or must not be used.
     """
-    facts = _info(await link.read("INFO"))
-    if facts.get("cluster_enabled") == "1":
+    layout = await link.layout()
+    words = [await _check_server(server, settings) for server in layout.servers]
+    for server in link.others():
+        try:
+            await server.try_once(PROBE_S, "PING")
+        except StoreUnavailable as error:
+            log.warning("replica_away", store=server.where, reason=error.detail)
+        else:
+            await _check_server(server, settings)
+    await _check_partitions(link, settings)
+    return "; ".join(dict.fromkeys(words))
+
+
+async def why_not_ready(server: Server, settings: StoreSettings) -> str:
+    """Why a server does not serve now as the settings want; empty where it does."""
+    try:
+        await server.try_once(PROBE_S, "PING")
+        if settings.durability is Durability.FSYNC:
+            _check_fsync(server, await _fsync_options(server))
+        if settings.durability is Durability.REPLICATED:
+            facts = _info(await server.try_once(PROBE_S, "INFO", "replication"))
+            replicas = _online_replicas(facts)
+            if replicas < settings.replicas:
+                return f"{server.where} has {replicas} replicas, expected {settings.replicas}"
+    except CarryError as error:
+        return error.detail
+    return ""
+
+
+async def _check_server(server: Server, settings: StoreSettings) -> str:
+    facts = _info(await server.read("INFO"))
+    if (facts.get("cluster_enabled") == "1") != settings.is_cluster:
+        what, scheme = ("a single server", "redis://")
+        if not settings.is_cluster:
+            what, scheme = ("a node of a cluster", "redis+cluster://")
         raise StoreRefused(
-            f"the store at {link.where} is a node of a cluster; expected a single server"
+            f"the store at {server.where} is {what}, whose address begins with {scheme}"
         )
-    policy = await _eviction_policy(link, facts)
+    policy = await _eviction_policy(server, facts)
     if policy != "noeviction" and not settings.allow_eviction:
         raise StoreRefused(
-            f"the store at {link.where} has maxmemory-policy {policy}, expected noeviction: "
+            f"the store at {server.where} has maxmemory-policy {policy}, expected noeviction: "
             "under another policy streams vanish and begin anew in silence. Set it to "
             "noeviction, or CARRY_ALLOW_EVICTION=true to take the risk"
         )
-    await _check_partitions(link, settings)
+    if settings.durability is Durability.FSYNC:
+        _check_fsync(server, await _fsync_options(server))
+    if settings.durability is Durability.REPLICATED and facts.get("role") == "master":
+        replicas = _online_replicas(facts)
+        if replicas < settings.replicas:
+            # Not refused: a replica that is down at a restart must not keep readers out too.
+            log.warning(
+                "replicas_missing", store=server.where, found=replicas, expected=settings.replicas
+            )
     name = "Valkey" if "valkey_version" in facts else "Redis"
     version = facts.get("valkey_version") or facts.get("redis_version", "of unknown version")
     return f"{name} {version}, {policy}"
 
 
-async def _eviction_policy(link: ServerLink, facts: dict[str, str]) -> str:
+async def _eviction_policy(server: Server, facts: dict[str, str]) -> str:
     """By INFO; CONFIG, which hosted servers often forbid, only where that does not say it."""
     if "maxmemory_policy" in facts:
         return facts["maxmemory_policy"]
-    reply = await link.read("CONFIG", "GET", "maxmemory-policy")
+    reply = await server.read("CONFIG", "GET", "maxmemory-policy")
     return reply[1].decode() if reply else "unknown"
 
 
-async def _check_partitions(link: ServerLink, settings: StoreSettings) -> None:
+async def _fsync_options(server: Server) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _FSYNC:
+        try:
+            reply = await server.read("CONFIG", "GET", name)
+        except StoreRefused as error:
+            raise StoreRefused(
+                f"CARRY_DURABILITY=fsync has to read the server's configuration: {error.detail}"
+            ) from error
+        found[name] = reply[1].decode() if reply else "unknown"
+    return found
+
+
+def _check_fsync(server: Server, found: dict[str, str]) -> None:
+    wrong = {name: value for name, value in found.items() if value != _FSYNC[name]}
+    if wrong:
+        got = ", ".join(f"{name} {value}" for name, value in wrong.items())
+        expected = ", ".join(f"{name} {_FSYNC[name]}" for name in wrong)
+        raise StoreRefused(
+            f"the store at {server.where} has {got}; CARRY_DURABILITY=fsync expects {expected}"
+        )
+
+
+async def _check_partitions(link: Link, settings: StoreSettings) -> None:
     meta = settings.keys.meta
     ours = {"format": META_FORMAT, "partitions": settings.partitions}
-    await link.read("SET", meta, json.dumps(ours), "NX")
-    stored = await link.read("GET", meta)
+    slot = link.slot(meta)
+    stored: bytes | None = None
+    for command in (("SET", meta, json.dumps(ours), "NX"), ("GET", meta)):
+        (outcome,) = await link.ask(Request.of(*command, slot=slot))
+        if isinstance(outcome, CarryError):
+            raise outcome
+        if not isinstance(outcome, Answer):
+            raise StoreUnavailable(f"the store does not answer: {outcome}") from outcome
+        stored = outcome.value
     try:
-        found = json.loads(stored)
+        found = json.loads(stored or b"")
         same = found["format"] == META_FORMAT and found["partitions"] == settings.partitions
     except (TypeError, ValueError, KeyError) as error:
         raise StoreRefused(
@@ -68,6 +150,12 @@ async def _check_partitions(link: ServerLink, settings: StoreSettings) -> None:
             f"the store at {link.where} was made with {found}, expected {ours}; set "
             f"CARRY_PARTITIONS to {found['partitions']}, or use another CARRY_NAMESPACE"
         )
+
+
+def _online_replicas(facts: dict[str, str]) -> int:
+    return sum(
+        name.startswith("slave") and "state=online" in value for name, value in facts.items()
+    )
 
 
 def _info(reply: bytes) -> dict[str, str]:

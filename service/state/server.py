@@ -1,0 +1,102 @@
+"""One server: its ordered lane, and a bounded pool beside it.
+
+Everything about streams goes through the lane, so that a load sees every commit that was asked
+before it. Listings, checks and probes change nothing and may take long; they take a connection
+of the pool, and are tried again while the server is away, until the call's time is up.
+
+Use from one event loop. Errors of the client library do not leave this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis.asyncio.connection import AbstractConnection
+from redis.backoff import EqualJitterBackoff
+from redis.exceptions import RedisError
+
+from service.errors import StoreUnavailable
+from service.state.connections import Backend, is_passing, text
+from service.state.lane import MAX_PAUSE_S, PAUSE_S, Lane, Router
+from service.state.request import Command
+from service.state.settings import StoreSettings
+
+
+class Server:
+    """Connections to one server; none is opened before the first call.
+
+    Args:
+        settings: their address is this server's.
+        router: told what the lane meets, where the server is one of several.
+
+    Raises:
+        StoreRefused: the address cannot be used.
+    """
+
+    def __init__(self, settings: StoreSettings, router: Router | None = None):
+        self._backend = Backend(settings)
+        self.where = self._backend.where
+        self.lane = Lane(self._backend, router)
+        self._pool = self._backend.pool()
+
+    async def close(self) -> None:
+        """Close every connection; once, after the last call returned."""
+        await self.lane.close()
+        await self._pool.disconnect()
+
+    async def try_once(self, timeout_s: float, *command: str | bytes | int) -> Any:
+        """The reply of one try, without patience.
+
+        Raises:
+            StoreUnavailable: no answer in time.
+            StoreRefused: the server refuses.
+        """
+        try:
+            async with asyncio.timeout(timeout_s), self._pooled() as connection:
+                return await _exchange(connection, command)
+        except TimeoutError as error:
+            raise StoreUnavailable(f"{self.where} did not answer in {timeout_s} s") from error
+        except (RedisError, OSError) as error:
+            if is_passing(error):
+                raise StoreUnavailable(f"{self.where}: {text(error)}") from error
+            raise self._backend.refused(error) from error
+
+    async def read(self, *command: str | bytes | int) -> Any:
+        """The reply to a command that changes nothing, or that may be repeated at will.
+
+        Raises:
+            StoreUnavailable: no answer in time.
+            StoreRefused: the server refuses the command.
+        """
+        backoff, failures = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S), 0
+        last: BaseException | None = None
+        try:
+            async with asyncio.timeout(self._backend.wait_s):
+                while True:
+                    try:
+                        async with self._pooled() as connection:
+                            return await _exchange(connection, command)
+                    except (RedisError, OSError) as error:
+                        if not is_passing(error):
+                            raise self._backend.refused(error) from error
+                        last = error
+                    await asyncio.sleep(backoff.compute(failures))
+                    failures += 1
+        except TimeoutError as error:
+            raise self._backend.unavailable(last or error) from (last or error)
+
+    @asynccontextmanager
+    async def _pooled(self) -> AsyncIterator[AbstractConnection]:
+        connection: AbstractConnection = await self._pool.get_connection()
+        try:
+            yield connection
+        finally:
+            await self._pool.release(connection)
+
+
+async def _exchange(connection: AbstractConnection, command: Command) -> Any:
+    await connection.send_command(*command)
+    return await connection.read_response()
