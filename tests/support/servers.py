@@ -120,6 +120,11 @@ class RealServer:
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
+    def configure(self, name: str, value: str | int) -> None:
+        """CONFIG SET."""
+        with self.client() as client:
+            client.config_set(name, value)
+
     def client(self) -> redis.Redis:
         """A plain client, for looking behind the store."""
         return redis.Redis(
@@ -147,6 +152,14 @@ def real_server(kind: str, *options: str) -> Iterator[RealServer]:
         shutil.rmtree(folder)
 
 
+def emptied(running: Any) -> Any:
+    """The same server or cluster, with nothing stored and no script known."""
+    with running.client() as client:
+        client.flushall()
+        client.script_flush()
+    return running
+
+
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
     """A started store, closed afterwards."""
@@ -168,10 +181,7 @@ def shared_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
 @pytest.fixture
 def server(shared_server: RealServer) -> RealServer:
     """An empty server of each kind. Tests that change its options restore them."""
-    with shared_server.client() as client:
-        client.flushall()
-        client.script_flush()
-    return shared_server
+    return emptied(shared_server)
 
 
 @pytest.fixture(params=KINDS)

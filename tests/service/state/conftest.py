@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -11,10 +11,21 @@ import pytest
 from service.state.open import open_store
 from service.state.protocol import StateStore
 from service.state.settings import StoreSettings
-from tests.support.servers import RealServer, own_server, server, shared_server
+from tests.support.cluster import Cluster, shared_cluster
+from tests.support.servers import KINDS, RealServer, own_server, real_server, server, shared_server
 from tests.support.streams import OpenStore, Streams
 
-__all__ = ["own_server", "server", "shared_server"]
+__all__ = ["own_server", "server", "shared_cluster", "shared_server"]
+
+
+@pytest.fixture(scope="session", params=[*KINDS, "cluster"])
+def every_store(request: pytest.FixtureRequest) -> Iterator[RealServer | Cluster]:
+    """What is behind each kind of store; in a module's `server` it stands for a single one."""
+    if request.param == "cluster":
+        yield request.getfixturevalue("shared_cluster")
+    else:
+        with real_server(request.param) as running:
+            yield running
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every store must do, on real servers: the embedded Valkey, and Redis."""
+"""What every store must do, on real servers: the embedded Valkey, Redis, and a cluster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from service.errors import InternalError, StateDamaged, StoreRefused
 from service.state.codec import HEADER_BYTES
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import StoreSettings
-from tests.support.servers import RealServer, until_async
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, until_async
 from tests.support.streams import OpenStore, Streams, committed, key, same_reply, same_stream
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
 
 # Compare-and-set
 
@@ -231,14 +239,13 @@ async def test_a_full_memory_refuses_commits_and_keeps_streams(
 ) -> None:
     first, other = streams.creation(key("a")), streams.creation(key("b"))
     await committed(store, first, other)
-    with server.client() as client:
-        client.config_set("maxmemory", 1)
-        try:
-            late = streams.next(first)
-            new = streams.creation(key("c"))
-            results = await store.commit([streams.creation(key("a")), streams.next(other), new])
-        finally:
-            client.config_set("maxmemory", 0)
+    server.configure("maxmemory", 1)
+    try:
+        late = streams.next(first)
+        new = streams.creation(key("c"))
+        results = await store.commit([streams.creation(key("a")), streams.next(other), new])
+    finally:
+        server.configure("maxmemory", 0)
     assert results[0] == Conflicted(first.new.mark)
     for result in results[1:]:
         assert isinstance(result, StoreRefused)

@@ -347,7 +347,14 @@ async def test_a_deletion_whose_reply_was_lost_happened(
 
 @pytest.mark.parametrize(
     "url",
-    ["redis+sentinel://localhost", "http://localhost", "localhost:6379", "", "memory://", "unix://"],
+    [
+        "redis+sentinel://localhost",
+        "http://localhost",
+        "localhost:6379",
+        "",
+        "memory://",
+        "unix://",
+    ],
 )
 def test_an_address_of_another_kind_is_refused_naming_what_is_taken(url: str) -> None:
     with pytest.raises(StoreRefused) as caught:

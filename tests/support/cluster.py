@@ -1,0 +1,202 @@
+"""A real Redis Cluster for tests: three primaries, each with a replica, on the loopback.
+
+The node timeout is short, so that a failover takes about a second.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.retry import Retry
+
+from service.state.valkey_process import server_binary
+from tests.support.servers import free_port, until
+
+NODE_TIMEOUT_MS = 600
+SLOTS = 16_384
+PRIMARIES = 3
+
+
+class ClusterNode:
+    """One server process of a cluster; killed and started again on its files."""
+
+    def __init__(self, kind: str, folder: Path, options: Sequence[str] = ()):
+        self.kind = kind
+        self.folder = folder
+        self.port, self._bus = free_port(), free_port()
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+
+    def start(self, *options: str) -> None:
+        """Start the process and wait until it answers."""
+        found = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
+        if found is None:
+            pytest.skip("redis-server is not on the PATH")
+        fixed = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self.folder,
+            "logfile": self.folder / "server.log",
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "no",
+            "cluster-enabled": "yes",
+            "cluster-port": self._bus,
+            "cluster-node-timeout": NODE_TIMEOUT_MS,
+            "cluster-replica-validity-factor": 0,
+            "repl-ping-replica-period": 1,
+            "repl-diskless-sync-delay": 0,
+            "repl-timeout": 5,
+            "maxmemory-policy": "noeviction",
+        }
+        arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
+        self._process = subprocess.Popen(
+            [found, *arguments, *self._options, *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"LC_ALL": "C", "PATH": os.defpath},
+        )
+        until(self.answers, f"node {self.port} answering")
+
+    def client(self) -> redis.Redis:
+        """A plain client of this node alone."""
+        return redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0))
+
+    def ask(self, *command: Any) -> Any:
+        """The node's reply to one command."""
+        with self.client() as client:
+            return client.execute_command(*command)
+
+    def answers(self) -> bool:
+        """Whether it answers at all."""
+        try:
+            return bool(self.ask("PING"))
+        except redis.RedisError:
+            return False
+
+    def facts(self, section: str) -> dict[str, Any]:
+        """A section of INFO."""
+        with self.client() as client:
+            return client.info(section)
+
+    @property
+    def name(self) -> str:
+        """The node's id."""
+        return self.ask("CLUSTER", "MYID").decode()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End the process, if it runs."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+
+class Cluster:
+    """Three primaries, and their replicas in the same order."""
+
+    def __init__(self, kind: str, folder: Path, options: Sequence[str]):
+        self.kind = kind
+        nodes = [ClusterNode(kind, folder / str(n), options) for n in range(2 * PRIMARIES)]
+        self.primaries, self.replicas = nodes[:PRIMARIES], nodes[PRIMARIES:]
+        hosts = ",".join(f"127.0.0.1:{node.port}" for node in self.primaries)
+        self.url = f"redis+cluster://{hosts}"
+
+    @property
+    def nodes(self) -> list[ClusterNode]:
+        """All six."""
+        return [*self.primaries, *self.replicas]
+
+    def form(self) -> None:
+        """Start the processes, and make a cluster of them."""
+        for node in self.nodes:
+            node.start()
+        for index, node in enumerate(self.primaries):
+            first, after = (SLOTS * i // PRIMARIES for i in (index, index + 1))
+            node.ask("CLUSTER", "ADDSLOTSRANGE", first, after - 1)
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", index + 1)
+        for node in self.nodes[1:]:
+            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port, self.nodes[0]._bus)
+        until(lambda: all(self._knows_all(node) for node in self.nodes), "all nodes met")
+        for primary, replica in zip(self.primaries, self.replicas, strict=True):
+            replica.ask("CLUSTER", "REPLICATE", primary.name)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until every node sees a whole cluster and every replica is in step."""
+        until(lambda: all(self._is_whole(node) for node in self.nodes), "a whole cluster")
+
+    def _knows_all(self, node: ClusterNode) -> bool:
+        lines = node.ask("CLUSTER", "NODES").decode().splitlines()
+        return len(lines) == len(self.nodes) and not any("handshake" in each for each in lines)
+
+    def _is_whole(self, node: ClusterNode) -> bool:
+        if b"cluster_state:ok" not in node.ask("CLUSTER", "INFO"):
+            return False
+        facts = node.facts("replication")
+        if facts["role"] == "slave":
+            return facts["master_link_status"] == "up"
+        return facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
+
+    def owner(self, key: str) -> int:
+        """Which of the primaries has a key at first."""
+        slot = key_slot(key.encode())
+        return next(i for i in range(PRIMARIES) if slot < SLOTS * (i + 1) // PRIMARIES)
+
+    def client(self) -> redis.RedisCluster:
+        """A plain client of the cluster, for looking behind the store."""
+        return redis.RedisCluster(host="127.0.0.1", port=self.primaries[0].port, protocol=2)
+
+    def configure(self, name: str, value: str | int) -> None:
+        """CONFIG SET on every node."""
+        for node in self.nodes:
+            node.ask("CONFIG", "SET", name, value)
+
+    def stop(self) -> None:
+        """End every process."""
+        for node in self.nodes:
+            node.stop()
+
+
+@contextmanager
+def real_cluster(kind: str = "valkey", *options: str) -> Iterator[Cluster]:
+    """A running cluster, ended and removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
+    cluster = Cluster(kind, folder, options)
+    try:
+        cluster.form()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[Cluster]:
+    """One cluster for the whole run, for tests that leave it as it is; empty it before use."""
+    with real_cluster() as running:
+        yield running
