@@ -51,7 +51,7 @@ KINDS: Final[dict[str, tuple[Kind, ...]]] = {
 }
 """What can occur on a store, kills of workers apart."""
 
-KILLED_SHARE: Final = 3
+KILLED_SHARE: Final = 4
 """One fault of so many kills a worker, the stages in turn."""
 
 _PAUSES_S: Final = (0.2, 0.5, 0.5, 1.0, 1.5, 3.5)
@@ -80,7 +80,7 @@ class Fault:
         return f"{self.kind}: {self.stage}" if self.stage else str(self.kind)
 
 
-def make_plan(store: str, count: int, random: np.random.Generator) -> list[Fault]:
+def make_plan(store: str, count: int, random: np.random.Generator, longest_s: float) -> list[Fault]:
     """`count` faults for a store: kinds and stages as evenly as the count allows, shuffled."""
     kills = max(len(STAGES), count // KILLED_SHARE)
     others = max(0, count - kills)
@@ -89,19 +89,19 @@ def make_plan(store: str, count: int, random: np.random.Generator) -> list[Fault
     ]
     wanted += [(kind, "") for kind in islice(cycle(KINDS[store]), others)]
     random.shuffle(wanted)
-    return [_fault(Kind(kind), str(stage), random) for kind, stage in wanted[:count]]
+    return [_fault(Kind(kind), str(stage), random, longest_s) for kind, stage in wanted[:count]]
 
 
 def more_kills(stages: list[str], random: np.random.Generator) -> Iterator[Fault]:
     """Further kills, for stages that were met too seldom."""
     for stage in stages:
-        yield _fault(Kind.WORKER_KILL, stage, random)
+        yield _fault(Kind.WORKER_KILL, stage, random, 0.0)
 
 
-def _fault(kind: Kind, stage: str, random: np.random.Generator) -> Fault:
+def _fault(kind: Kind, stage: str, random: np.random.Generator, longest_s: float) -> Fault:
     return Fault(
         kind,
-        float(random.choice(_PAUSES_S)),
+        min(longest_s, float(random.choice(_PAUSES_S))),
         float(random.uniform(0.05, 0.4)),
         int(random.integers(1 << 30)),
         stage,

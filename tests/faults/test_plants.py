@@ -1,0 +1,40 @@
+"""Each planted bug turns the suite red, and the suite says what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import uvloop
+
+from tests.faults.checker import DOUBLED, LOST, MIXED
+from tests.faults.plan import Fault, Kind
+from tests.faults.run import Course, new_seed, own_folder, run
+from tests.support.needs import needs_redis
+
+ROLLBACK = Fault(Kind.ROLLBACK, seconds=0.3, gap_s=0.5, pick=0)
+
+
+@needs_redis
+@pytest.mark.parametrize(
+    ("plant", "plan", "forgets", "kinds"),
+    [
+        ("position-only", (ROLLBACK,), 0.0, {LOST, MIXED}),
+        ("equal-tags", (), 0.0, {DOUBLED}),
+        ("cached-refusal", (), 0.0, {LOST}),
+        ("raised-stream", (), 0.05, {MIXED}),
+    ],
+)
+def test_a_planted_bug_is_found(
+    plant: str, plan: tuple[Fault, ...], forgets: float, kinds: set[str]
+) -> None:
+    seed = new_seed()
+    print(f"seed {seed}")
+    course = Course(
+        "redis", seed, 6_000, 0, streams=24, plan=plan, plant=plant, forgets=forgets, quiet=False
+    )
+
+    async def planted() -> set[str]:
+        async with own_folder() as folder:
+            outcome = await run(course, folder)
+            return {finding.kind for finding in outcome.verdict.findings}
+
+    assert uvloop.run(planted()) & kinds
