@@ -1,7 +1,7 @@
 """Chunks without a position: each is appended wherever the stream stands, as often as it is sent.
 
-An episode takes a new stream and sends its chunks all at once to all workers, half of them
-byte-identical in pairs or more. Nothing is retried, since an append that is sent again is
+An episode takes a new stream and sends its chunks all at once to all workers, every other one or
+all of them byte-identical. Nothing is retried, since an append that is sent again is
 appended again: what got no reply may or may not be applied.
 """
 
@@ -53,8 +53,11 @@ class Appender:
         self._episodes += 1
         name = f"{self._name}-{self._episodes}"
         same = random_events(self._random, 3)
+        alike = self._random.random() < 0.5
         chunks = [
-            same if place % 2 else random_events(self._random, int(self._random.integers(1, 6)))
+            same
+            if alike or place % 2
+            else random_events(self._random, int(self._random.integers(1, 6)))
             for place in self._random.permutation(CHUNKS)
         ]
         began_s = time.monotonic()

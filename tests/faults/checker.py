@@ -7,12 +7,11 @@ surviving history is the way to the tag at which the stream stood at the end. Th
     mixed      an acknowledged tag that no chain of sent chunks gives; outputs, a position or an
                epoch that are not those of the chunks on the way to that tag; a forgotten
                stream's epoch that comes back
-    doubled    outputs as if one chunk on the way had been applied twice; two appends
-               acknowledged for one place
+    doubled    outputs as if one chunk on the way had been applied twice
     lost       an acknowledged chunk outside the surviving history, unless a fault that may take
                it away came between, or the stream was forgotten, and its client noticed; outputs
-               as if one chunk on the way were missing; a refusal that denies what was
-               acknowledged before
+               as if one chunk on the way were missing; two appends acknowledged for one place;
+               a refusal that denies what was acknowledged before
 
 The outputs of every acknowledged chunk, also of those that were rolled back, are compared with
 whole-number arithmetic (`network.Reference`), the surviving ones also with an undisturbed
@@ -341,7 +340,7 @@ def check_episode(
 
     for before, after in pairwise(places):
         if after[0] < before[1]:
-            find(DOUBLED, f"two appends were acknowledged for {before} and {after}")
+            find(LOST, f"two appends were acknowledged for {before} and {after}")
             return
     if len({ack.epoch for ack in acks}) > 1 or len({ack.tag for ack in acks}) < len(acks):
         find(MIXED, "appends were acknowledged in two epochs, or under one tag")

@@ -33,7 +33,6 @@ WORKERS = ("a", "b")
 PLANTS = Path(__file__).parent / "plants"
 ROOT = Path(__file__).parents[2]
 FINISH_S = 60.0
-APPENDERS = 2
 MORE_KILLS = 20
 _POLL_S = 0.02
 
@@ -48,6 +47,7 @@ class Course:
         plan: the faults; None to make them from the seed.
         plant: a bug that is planted in the workers, by its folder in `plants`.
         forgets: share of chunks before which the stream is deleted or expires.
+        append_pause_s: mean pause between two episodes of an appender.
         longest_s: no pause is longer.
         quiet: compare with an undisturbed service, too.
         tell: print each fault before it comes.
@@ -63,6 +63,8 @@ class Course:
     plant: str | None = None
     forgets: float = 0.003
     pause_s: float = 0.06
+    appenders: int = 2
+    append_pause_s: float = 0.3
     longest_s: float = 10.0
     quiet: bool = True
     tell: bool = False
@@ -174,7 +176,7 @@ async def _drive(
     ]
     appenders = [
         Appender(f"append{n}", on.ways, history, _child(random), habits.timeout_s)
-        for n in range(APPENDERS)
+        for n in range(course.appenders)
     ]
     sights = (on.clients, on.stores)
     breaker = Breaker(on.store, on.workers, on.store_ways, sights, clients, history, _child(random))
@@ -195,7 +197,7 @@ async def _drive(
     began_s = time.monotonic()
     stop = asyncio.Event()
     tasks = [asyncio.create_task(client.run(stop)) for client in clients]
-    tasks += [asyncio.create_task(each.run(stop, 0.3)) for each in appenders]
+    tasks += [asyncio.create_task(each.run(stop, course.append_pause_s)) for each in appenders]
     try:
         for place, fault in enumerate(plan):
             await _until_events(events, course.events * place // max(1, len(plan)), tasks)
