@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from models.artifact import MANIFEST_NAME, Artifact, load_artifact
 from models.errors import ArtifactError
 from service.api.application import ApiLimits, create_api
+from service.api.express import EXPRESS
 from service.engine.runtimes import open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
@@ -75,7 +76,7 @@ def create_app() -> FastAPI:
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(api: FastAPI) -> AsyncIterator[dict[str, object]]:
         await store.start()
         began_s = time.monotonic()
         await pipeline.start()
@@ -84,7 +85,7 @@ def create_app() -> FastAPI:
         _settle_collector()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
-            yield
+            yield {EXPRESS: api.state.express}
         finally:
             await pipeline.stop()
             await store.close()

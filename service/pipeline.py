@@ -31,7 +31,7 @@ from service.domain import (
     StreamPage,
     StreamState,
 )
-from service.engine.batcher import Batcher, Request, Run
+from service.engine.batcher import Batcher, Request, Results, Run
 from service.engine.compute import Compute
 from service.engine.policy import BatchLimits
 from service.engine.state_cache import StateCache
@@ -171,6 +171,19 @@ class Pipeline:
                 f"expected one of the models {names}, got {name!r}", expected=names, got=name
             )
         return found
+
+    def begin(self, chunk: Chunk) -> Results[Reply]:
+        """As `process`, without waiting: a future of the one result.
+
+        Raises:
+            ModelNotFound
+        """
+        batcher = self._chunks[self.model(chunk.key.model).name]
+        return batcher.enqueue([Request(chunk, chunk.key, chunk.steps.length)])
+
+    def leave(self, chunk: Chunk, results: Results[Reply]) -> None:
+        """The caller of a chunk that was begun is gone; it is dropped if it still waits."""
+        self._chunks[chunk.key.model].leave(results)
 
     async def process(self, chunk: Chunk) -> Reply:
         """Apply one chunk and answer it; safe to retry where the chunk has a position.

@@ -20,6 +20,7 @@ import structlog
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from service.api.protocol import ExpressProtocol
 from service.app import store_settings
 from service.settings import PREFIX, Settings
 from service.state.embedded import EmbeddedValkey
@@ -70,8 +71,8 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         factory=True,
         workers=settings.workers,
         log_config=None,
+        http=ExpressProtocol,
         # named, so that a missing one is an error and not a service at half the speed
-        http="httptools",
         loop="auto" if sys.platform == "win32" else "uvloop",
         ws="none",
         # nothing is told or decided by a client's address

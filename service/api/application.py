@@ -7,7 +7,7 @@ decides nothing about streams and keeps nothing between requests.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any
@@ -22,17 +22,18 @@ from service.api.boundary import LastResort, add_handlers
 from service.api.context import ApiContext
 from service.api.direct import DirectRoutes
 from service.api.error_reference import reference_html
+from service.api.express import Express
 from service.api.health import RenderMetrics
 from service.api.limits import ApiLimits
 from service.api.openapi_document import DESCRIPTION, openapi_document
 from service.api.problems import REFERENCE
-from service.ops.request_log import RequestLog
+from service.ops.request_log import RequestIds, RequestLog
 from service.pipeline import Pipeline
 from service.recorder import Recorder
 
 __all__ = ["ApiLimits", "create_api"]
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
 
 def create_api(
@@ -89,7 +90,9 @@ def create_api(
 
     app.openapi = document  # type: ignore[method-assign]
     chunks = [route for route in routes_chunks.router.routes if isinstance(route, APIRoute)]
-    app.middleware_stack = RequestLog(DirectRoutes(app.build_middleware_stack(), chunks))
+    ids = RequestIds()
+    app.state.express = Express(api, ids)
+    app.middleware_stack = RequestLog(DirectRoutes(app.build_middleware_stack(), chunks), ids)
     return app
 
 

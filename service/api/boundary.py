@@ -7,6 +7,8 @@ of the inside. Every refusal is counted once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import structlog
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -17,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.context import api_of
 from service.api.problems import problem_response
+from service.api.replies import Header
 from service.errors import CarryError, Failed, InternalError, MethodNotAllowed, RouteNotFound
 
 log = structlog.get_logger(__name__)
@@ -75,9 +78,14 @@ def unexpected(request: Request, error: Exception) -> Response:
 
 def refused(request: Request, error: CarryError) -> Response:
     """The answer to an error of the service."""
+    note_failure(error)
+    return _answer(request, error)
+
+
+def note_failure(error: CarryError) -> None:
+    """Log an error whose cause is on this side."""
     if isinstance(error, Failed):
         log.warning("request_failed", code=error.code, detail=error.detail)
-    return _answer(request, error)
 
 
 async def _on_carry_error(request: Request, error: Exception) -> Response:
@@ -99,11 +107,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         refusal = MethodNotAllowed(
             f"expected {' or '.join(allowed)}, got {method}", expected=allowed, got=method
         )
-        return _answer(request, refusal, {"Allow": ", ".join(allowed)})
+        return _answer(request, refusal, [(b"allow", ", ".join(allowed).encode())])
     raise error
 
 
-def _answer(request: Request, error: CarryError, headers: dict[str, str] | None = None) -> Response:
+def _answer(request: Request, error: CarryError, headers: Iterable[Header] = ()) -> Response:
     # Before routing there is no path parameter; the recorder bounds the names of models.
     model = request.scope.get("path_params", {}).get("model", "-")
     api_of(request).recorder.refusal(model, error.code)

@@ -9,14 +9,14 @@ of the service's inside. It is `application/problem+json`, or MessagePack where 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from service.api.media import Media, dumps
 from service.api.reading import body_media, reply_media
+from service.api.replies import Answer, Header
 from service.api.statuses import STATUS
 from service.errors import CarryError, NotAcceptable, UnsupportedMediaType
 from service.ops.logs import current_request_id
@@ -52,25 +52,35 @@ def problem(error: CarryError) -> dict[str, Any]:
     return document
 
 
-def problem_response(
-    error: CarryError, request: Request, headers: Mapping[str, str] | None = None
-) -> Response:
+def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
     """The answer to a request that failed as a whole.
 
     A problem that names a state has its ETag, one of status 503 a `Retry-After`.
+
+    Args:
+        media: what it is written in.
+        headers: further ones, their names in lower case.
     """
     document = problem(error)
-    media = _media(request)
-    sent = dict(headers or {})
+    sent = [*headers]
     if "retry_after_s" in document:
-        sent["Retry-After"] = str(max(1, math.ceil(document["retry_after_s"])))
+        seconds = max(1, math.ceil(document["retry_after_s"]))
+        sent.append((b"retry-after", b"%d" % seconds))
     epoch, tag = document.get("epoch"), document.get("tag")
     if epoch and tag:
-        sent["ETag"] = f'"{epoch}-{tag}"'
+        sent.append((b"etag", f'"{epoch}-{tag}"'.encode()))
     content_type = PROBLEM_JSON if media is Media.JSON else media.value
-    return Response(
-        dumps(media, document), document["status"], headers=sent, media_type=content_type
+    return Answer(
+        dumps(media, document),
+        (b"content-type", content_type.encode()),
+        document["status"],
+        sent,
     )
+
+
+def problem_response(error: CarryError, request: Request, headers: Iterable[Header] = ()) -> Answer:
+    """The same, in what the request asked for."""
+    return problem_answer(error, _media(request), headers)
 
 
 def _media(request: Request) -> Media:

@@ -87,15 +87,22 @@ class ModelWire:
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong: with the fact `stream`.
         """
-        plain = self._plain.chunk(media, body)
+        plain = self.plain_chunk(body, media, stream, precondition)
         if plain is not None:
-            return self._chunk(*plain, stream, precondition)
+            return plain
         try:
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
             steps = self._steps(found, "", self._limits.max_chunk_steps)
         except CarryError as error:
             raise _about(stream, error) from error
         return self._chunk(found, steps, stream, precondition)
+
+    def plain_chunk(
+        self, body: bytes, media: Media, stream: str, precondition: Precondition | None = None
+    ) -> Chunk | None:
+        """The one chunk of a body that is plainly good; None where `chunk` has to say."""
+        plain = self._plain.chunk(media, body)
+        return None if plain is None else self._chunk(*plain, stream, precondition)
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.

@@ -48,15 +48,16 @@ class Request(NamedTuple, Generic[P]):
     steps: int
 
 
+Results = asyncio.Future[list[R | CarryError]]
+
+
 class Ticket(Generic[R]):
     """One caller, who waits for all of its jobs."""
 
     __slots__ = ("_left", "_results", "future")
 
     def __init__(self, jobs: int):
-        self.future: asyncio.Future[list[R | CarryError]] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.future: Results[R] = asyncio.get_running_loop().create_future()
         self._results: list[R | CarryError | None] = [None] * jobs
         self._left = jobs
 
@@ -134,11 +135,13 @@ class Batcher(Generic[P, R]):
         self._stopping = False
         self._drained = asyncio.Event()
 
-    async def submit(self, requests: Sequence[Request[P]]) -> list[R | CarryError]:
-        """Queue jobs and wait for all their results, in the order of the requests.
+    def enqueue(self, requests: Sequence[Request[P]]) -> Results[R]:
+        """Queue jobs; at least one.
 
-        A request is answered Overloaded where the queue is full and ShuttingDown where the
-        service is stopping; else with whatever its job was settled with.
+        Returns:
+            A future of all their results, in the order of the requests. A request is answered
+            Overloaded where the queue is full and ShuttingDown where the service is stopping;
+            else with whatever its job was settled with.
         """
         ticket: Ticket[R] = Ticket(len(requests))
         now_s = time.monotonic()
@@ -150,13 +153,23 @@ class Batcher(Generic[P, R]):
             else:
                 number = next(self._numbers)
                 self._queue.append(Job(payload, key, steps, number, now_s, ticket, index))
+        self._wake()
+        return ticket.future
+
+    def leave(self, results: Results[R]) -> None:
+        """Their caller is gone: what of them still waits is dropped."""
+        results.cancel()
+        self._has_leavers = True
+
+    async def submit(self, requests: Sequence[Request[P]]) -> list[R | CarryError]:
+        """Queue jobs and wait for all their results; see `enqueue`."""
         if not requests:
             return []
-        self._wake()
+        results = self.enqueue(requests)
         try:
-            return await ticket.future
+            return await results
         except asyncio.CancelledError:
-            self._has_leavers = True
+            self.leave(results)
             raise
 
     def _overloaded(self) -> Overloaded:

@@ -17,7 +17,7 @@ from structlog.contextvars import bind_contextvars, reset_contextvars
 from service.ops.logs import log_request
 
 REQUEST_ID_HEADER = b"x-request-id"
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
+is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
 _ID_LIMIT = 2**64
 
 PROBES = ("/health/live", "/health/ready", "/metrics")
@@ -30,6 +30,18 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+class RequestIds:
+    """Ids that count on from a random number: unique without the system's random bytes."""
+
+    def __init__(self) -> None:
+        self._next = secrets.randbelow(_ID_LIMIT)
+
+    def next(self) -> bytes:
+        """One that was not given yet."""
+        self._next = (self._next + 1) % _ID_LIMIT
+        return b"%016x" % self._next
+
+
 class RequestLog:
     """ASGI middleware: gives every request an id, and the log one line about it.
 
@@ -38,10 +50,9 @@ class RequestLog:
     everything else, so that the time is the whole time.
     """
 
-    def __init__(self, app: AsgiApp):
+    def __init__(self, app: AsgiApp, ids: RequestIds | None = None):
         self._app = app
-        # Ids count on from a random number: unique without the system's random bytes each time.
-        self._next_id = secrets.randbelow(_ID_LIMIT)
+        self._ids = ids or RequestIds()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; anything but HTTP passes through."""
@@ -82,7 +93,6 @@ class RequestLog:
 
     def _request_id(self, scope: Scope) -> bytes:
         for name, value in scope["headers"]:
-            if name == REQUEST_ID_HEADER and _REQUEST_ID.fullmatch(value):
+            if name == REQUEST_ID_HEADER and is_request_id(value):
                 return bytes(value)
-        self._next_id = (self._next_id + 1) % _ID_LIMIT
-        return b"%016x" % self._next_id
+        return self._ids.next()

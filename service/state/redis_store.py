@@ -8,9 +8,9 @@ the order in which they were made. Nothing here is a lock: a commit that comes t
 out by its compare-and-set.
 
 A commit whose reply was lost is repeated. If it then finds its own mark, it was written. If
-it finds the stream further on in the same epoch, nobody can tell whether it was written
-before others went on, and the answer is OutcomeUnknown. A commit that was written and is not as
-durable as the settings want is NotDurable.
+it finds the stream further on in the same epoch, or in an epoch begun since, nobody can tell
+whether it was written before others went on, and the answer is OutcomeUnknown. A commit that
+was written and is not as durable as the settings want is NotDurable.
 """
 
 from __future__ import annotations
@@ -225,9 +225,8 @@ class RedisStore:
         if isinstance(outcome, CarryError):
             raise outcome
         result = self._result(key, outcome.value)
-        if outcome.repeated and result == Conflicted(None):
-            # The try whose answer was lost may have deleted it; either way it is gone.
-            result = COMMITTED
+        if outcome.repeated and isinstance(result, Conflicted):
+            result = settle_deletion(key, expected, result)
         if result is COMMITTED and not outcome.durable:
             return self._not_durable(key)
         return result
@@ -380,20 +379,32 @@ def settle(commit: Commit, result: Conflicted) -> CommitResult:
     """What the conflict of a repeated commit says about its earlier tries.
 
     The stream at the commit's own mark, or anywhere in an epoch that the commit itself
-    began: it was written. Further on in the epoch it had: not known. Otherwise the commit
-    is in no history of the stream as it is now, which is a conflict like any other.
+    began: it was written. Further on in the epoch it had, or in an epoch that somebody began
+    since, perhaps from a state that the commit wrote (a restore): not known. Otherwise the
+    commit is in no history of the stream as it is now, which is a conflict like any other.
     """
-    found, new = result.found, commit.new.mark
+    found, new, before = result.found, commit.new.mark, commit.expected
     if found is None:
         return result
     if (found.epoch, found.tag) == (new.epoch, new.tag):
         return COMMITTED
-    before = commit.expected
-    if found.epoch == new.epoch:
-        if before is None or before.epoch != new.epoch:
-            return COMMITTED
-        if found.position > before.position:
-            return _outcome_unknown(commit.key, found, "others moved the stream on meanwhile")
+    if found.epoch == new.epoch and (before is None or before.epoch != new.epoch):
+        return COMMITTED
+    if before is None or found.epoch != before.epoch or found.position > before.position:
+        return _outcome_unknown(commit.key, found, "others moved the stream on meanwhile")
+    return result
+
+
+def settle_deletion(key: StreamKey, expected: Mark | None, result: Conflicted) -> CommitResult:
+    """What a repeated deletion that found nothing to delete says about its earlier tries.
+
+    No stream: it is gone, whoever deleted it. In another epoch than was expected: not known,
+    since it may have been deleted and begun anew. Otherwise it was not deleted.
+    """
+    if result.found is None:
+        return COMMITTED
+    if expected is not None and result.found.epoch != expected.epoch:
+        return _outcome_unknown(key, result.found, "others began the stream anew meanwhile")
     return result
 
 

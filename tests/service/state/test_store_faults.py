@@ -225,7 +225,8 @@ async def test_a_commit_whose_reply_was_lost_is_settled_by_its_mark(
         path.losses = 1
         assert await store.commit([first, other]) == [Committed(), Committed()]
         assert path.losses == 0
-        second, stale = streams.next(first), streams.creation(key("b"))
+        # The other stream is not as far as what is expected of it.
+        second, stale = streams.next(first), streams.next(streams.next(other))
         path.losses = 2
         results = await store.commit([second, stale])
         assert results == [Committed(), Conflicted(other.new.mark)]
@@ -265,7 +266,30 @@ async def test_a_continuation_that_others_continued_is_unknown(
         assert result.facts["epoch"] == third.new.mark.epoch.hex()
 
 
-async def test_a_stream_that_began_anew_or_rolled_back_meanwhile_is_a_conflict(
+async def test_an_epoch_that_began_meanwhile_leaves_the_outcome_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    """It may have begun from the very state that was written: a restore."""
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first, *anew = (streams.creation(key("a")) for _ in range(3))
+
+        async def begin_anew() -> None:
+            await others.delete(key("a"))
+            await others.commit([anew.pop()])
+
+        assert await store.commit([first]) == [Committed()]
+        path.losses, path.after_loss = 1, begin_anew
+        (result,) = await store.commit([streams.next(first)])
+        assert isinstance(result, OutcomeUnknown)
+        (found,) = await store.load([key("a")])
+        path.losses, path.after_loss = 1, begin_anew
+        assert isinstance(await store.delete(key("a"), found.mark), OutcomeUnknown)
+
+
+async def test_a_stream_that_rolled_back_meanwhile_is_written_or_a_conflict(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with (
@@ -274,20 +298,15 @@ async def test_a_stream_that_began_anew_or_rolled_back_meanwhile_is_a_conflict(
     ):
         first = streams.creation(key("a"))
         second = streams.next(first)
-        anew = streams.creation(key("a"))
-
-        async def begin_anew() -> None:
-            await others.delete(key("a"))
-            await others.commit([anew])
+        third = streams.next(second)
 
         async def roll_back() -> None:
             await others.delete(key("a"))
             await others.commit([Commit(key("a"), None, first.new, None)])
 
         assert await store.commit([first]) == [Committed()]
-        path.losses, path.after_loss = 1, begin_anew
-        assert await store.commit([second]) == [Conflicted(anew.new.mark)]
-        await roll_back()
+        path.losses, path.after_loss = 1, roll_back
+        assert await store.commit([third]) == [Conflicted(first.new.mark)]
         path.losses, path.after_loss = 1, roll_back
         # Back at what it expects: the repeat itself is written.
         assert await store.commit([second]) == [Committed()]

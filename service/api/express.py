@@ -1,0 +1,213 @@
+"""Chunk requests that are plainly good, read and answered as bytes: nothing between them and us.
+
+`Express.take` reads a request for one chunk, whole, from the bytes that came. It takes what it
+is certain of: the one route, no query, a few known headers said in the usual way, and a body
+that `PlainBodies` reads. Anything else, wrong or only unusual, is None, and the server and the
+framework read it as they always do and make the errors. What is taken is answered here as the
+route answers it, byte for byte (a test holds both ways to it). It never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Final, NamedTuple
+
+from structlog.contextvars import bound_contextvars
+
+from service.api.boundary import note_failure
+from service.api.context import ApiContext
+from service.api.media import Media, accepted, dumps, media_of
+from service.api.problems import problem_answer
+from service.api.reading import STREAM_NAME
+from service.api.replies import server_timing
+from service.api.wire import ModelWire, ReplyOptions
+from service.domain import Chunk, Reply
+from service.errors import CarryError
+from service.ops.logs import log_request
+from service.ops.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
+
+EXPRESS: Final = "express"
+"""Its name in the lifespan's state, where the server's connections find it."""
+
+MAX_BYTES: Final = 256 * 1024
+"""Longer requests are read by the framework, which takes them in piece by piece."""
+
+ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
+_START = re.compile(
+    rb"POST /v1/models/([a-z0-9_-]{1,64})/streams/(%b)/chunks HTTP/1\.1\r\n"
+    % STREAM_NAME[1:-1].encode()
+)
+_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e]+(?:[ \t]+[\x21-\x7e]+)*)[ \t]*"
+)
+_UNUSUAL = frozenset(
+    {
+        b"transfer-encoding",
+        b"content-encoding",
+        b"expect",
+        b"upgrade",
+        b"te",
+        b"trailer",
+        b"if-match",
+    }
+)
+_HEAD = {
+    media: b'HTTP/1.1 200 OK\r\netag: "%%b"\r\nserver-timing: %%b\r\ncontent-length: %%d\r\n'
+    b"content-type: %b\r\nx-request-id: %%b\r\n%%b\r\n" % media.value.encode()
+    for media in Media
+}
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
+_CLOSE = b"connection: close\r\n"
+_EVERY_STEP = ReplyOptions()
+
+
+Begun = asyncio.Future[list[Reply | CarryError]]
+"""A chunk on its way; holds its one result."""
+
+
+class More(NamedTuple):
+    """The request goes on: it will be whole at that many bytes."""
+
+    whole_bytes: int
+
+
+class Taken(NamedTuple):
+    """A request on its way.
+
+    Attributes:
+        answer: what the reply is written in.
+        began_s: when it was whole, of the performance counter.
+        whole_bytes: how many of the bytes it was.
+    """
+
+    wire: ModelWire
+    chunk: Chunk
+    answer: Media
+    request_id: bytes
+    began_s: float
+    whole_bytes: int
+
+
+class _Headers(NamedTuple):
+    """What the headers of a plain request say."""
+
+    length: int
+    media: Media
+    answer: Media
+    request_id: bytes | None
+
+
+class Express:
+    """Takes and answers the requests of one application."""
+
+    def __init__(self, api: ApiContext, ids: RequestIds):
+        self._api = api
+        self._ids = ids
+
+    def take(self, data: bytes) -> Taken | More | None:
+        """The request that these bytes begin with, if it is plain."""
+        start = _START.match(data)
+        if start is None:
+            return None
+        end = data.find(b"\r\n\r\n", start.end() - 2)
+        if end < 0:
+            return None
+        headers = _read_headers(data[start.end() : end])
+        if headers is None:
+            return None
+        whole_bytes = end + 4 + headers.length
+        if whole_bytes > min(MAX_BYTES, self._api.limits.max_body_bytes):
+            return None
+        if len(data) < whole_bytes:
+            return More(whole_bytes)
+        began_s = time.perf_counter()
+        model, stream = start[1].decode(), start[2].decode()
+        if model not in self._api.pipeline.models:
+            return None
+        wire = self._api.wire(model)
+        chunk = wire.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
+        if chunk is None:
+            return None
+        request_id = headers.request_id or self._ids.next()
+        return Taken(wire, chunk, headers.answer, request_id, began_s, whole_bytes)
+
+    def begin(self, taken: Taken) -> Begun:
+        """Hand the chunk to the pipeline."""
+        return self._api.pipeline.begin(taken.chunk)
+
+    def leave(self, taken: Taken, begun: Begun) -> None:
+        """The client is gone."""
+        self._api.pipeline.leave(taken.chunk, begun)
+
+    def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
+        """The whole answer.
+
+        Args:
+            last: whether the connection is closed after it.
+        """
+        more = _CLOSE if last else b""
+        status = 200
+        if isinstance(result, CarryError):
+            status, sent = self._refusal(taken, result, more)
+        else:
+            body = dumps(taken.answer, taken.wire.reply(result, _EVERY_STEP))
+            sent = (
+                _HEAD[taken.answer]
+                % (
+                    result.mark.etag.encode(),
+                    server_timing(result.timing).encode(),
+                    len(body),
+                    taken.request_id,
+                    more,
+                )
+                + body
+            )
+        ms = round((time.perf_counter() - taken.began_s) * 1000, 2)
+        log_request(logging.INFO, taken.request_id.decode(), "POST", ROUTE, status, ms)
+        return sent
+
+    def _refusal(self, taken: Taken, error: CarryError, more: bytes) -> tuple[int, bytes]:
+        with bound_contextvars(request_id=taken.request_id.decode()):
+            note_failure(error)
+            self._api.recorder.refusal(taken.wire.served.name, error.code)
+            answer = problem_answer(error, taken.answer)
+        headers = [*answer.raw_headers, (REQUEST_ID_HEADER, taken.request_id)]
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        status = answer.status_code
+        return status, _STATUS_LINES[status] + lines + more + b"\r\n" + answer.body
+
+
+@lru_cache(maxsize=4096)
+def _read_headers(block: bytes) -> _Headers | None:
+    """What a block of header lines says; None where a line is not plain, or says what is not
+    for here. Clients send the same lines again and again."""
+    found: dict[bytes, bytes] = {}
+    for text in block.split(b"\r\n"):
+        line = _LINE.fullmatch(text)
+        if line is None or (name := line[1].lower()) in found:
+            return None
+        found[name] = line[2]
+    length = found.get(b"content-length", b"")
+    keeps = found.get(b"connection", b"keep-alive").lower() == b"keep-alive"
+    if not length.isdigit() or len(length) > 9 or not keeps or _UNUSUAL & found.keys():
+        return None
+    request_id = found.get(REQUEST_ID_HEADER)
+    if request_id is not None and not is_request_id(request_id):
+        return None
+    try:
+        media = media_of(_text(found.get(b"content-type")))
+        answer = accepted(_text(found.get(b"accept")), media)
+    except CarryError:
+        return None
+    return _Headers(int(length), media, answer, request_id)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("ascii")

@@ -1,0 +1,114 @@
+"""uvicorn's HTTP protocol, with an express way past it for requests that are plainly good.
+
+Every connection is uvicorn's. Between its requests, bytes are first shown to `Express`: what that
+takes is answered with one write; all else is uvicorn's, with every byte that came. While either
+has a request under way, the other gets nothing. So a connection's answers keep their order.
+
+The application offers its `Express` through the lifespan's state, under `express`; without one this
+is uvicorn's protocol and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Taken
+
+
+class ExpressProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._express: Express | None = self.app_state.get(EXPRESS)
+        self._ours: tuple[Taken, Begun] | None = None
+        self._held = b""
+        self._theirs = False
+        self._message_whole = True
+        self._leaving = False
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what came."""
+        if self._theirs or self._express is None:
+            super().data_received(data)
+            return
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        if self._ours is not None:
+            self._hold(data)
+            return
+        found = self._express.take(data)
+        if found is None:
+            self._theirs = True
+            super().data_received(data)
+        elif isinstance(found, More):
+            self._hold(data)
+        else:
+            self._begin(found, self._express)
+            if len(data) > found.whole_bytes:
+                self._hold(data[found.whole_bytes :])
+
+    def _hold(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        self._held = data
+        if len(data) > MAX_BYTES:
+            # a client that sends on without reading; it has to wait
+            self.transport.pause_reading()
+
+    def _begin(self, taken: Taken, express: Express) -> None:
+        self._unset_keepalive_if_required()
+        begun = express.begin(taken)
+        self._ours = taken, begun
+
+        def answer(done: Begun) -> None:
+            self._ours = None
+            if done.cancelled() or self.transport.is_closing():
+                return
+            [result] = done.result()
+            self.transport.write(express.reply(taken, result, last=self._leaving))
+            if self._leaving:
+                self.transport.close()
+                return
+            super(ExpressProtocol, self).on_response_complete()
+            self._go_on()
+
+        begun.add_done_callback(answer)
+
+    def _go_on(self) -> None:
+        """Take in what came while a request was under way."""
+        held, self._held = self._held, b""
+        if len(held) > MAX_BYTES:
+            self.transport.resume_reading()
+        if held:
+            self.data_received(held)
+
+    def on_message_begin(self) -> None:
+        """uvicorn's parser has met the beginning of a request."""
+        self._message_whole = False
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        """uvicorn's parser has met the end of a request."""
+        self._message_whole = True
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """uvicorn has answered a request; if no other has begun, the next one may be ours."""
+        super().on_response_complete()
+        self._theirs = not self._message_whole or bool(self.pipeline)
+
+    def shutdown(self) -> None:
+        """The server stops: finish the request that is under way, then close."""
+        if self._ours is None:
+            super().shutdown()
+        else:
+            self._leaving = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone, or the connection was closed."""
+        if self._ours is not None and self._express is not None:
+            self._express.leave(*self._ours)
+        super().connection_lost(exc)

@@ -1,0 +1,139 @@
+"""The model's store held against the shipped scripts on a real server, key by key.
+
+Every script call that an exploration made is made once more, by the service's own `RedisStore`
+with its codec: many calls in one round trip, each on two keys of its own, which hold before it
+what the model says. Afterwards its outcome and the bytes of both keys must be the model's, and
+what the call wrote must have a lifetime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final
+
+import redis
+
+from service.domain import StreamKey
+from service.state.codec import encode_reply, encode_state
+from service.state.protocol import Commit, Committed, Conflicted
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
+from tests.protocol.book import MODEL, Book, Call
+from tests.protocol.world import STREAMS
+
+AT_ONCE: Final = 400
+IDLE_TTL_MS: Final = 3_600_000
+REPLY_TTL_MS: Final = 600_000
+
+
+class Different(Exception):
+    """The server did something else than the model; says what, call by call."""
+
+
+def settings(url: str) -> StoreSettings:
+    """Settings under which both keys expire."""
+    return StoreSettings(url, idle_ttl_ms=IDLE_TTL_MS, reply_ttl_ms=REPLY_TTL_MS)
+
+
+async def compare(book: Book, calls: Sequence[Call], url: str, client: redis.Redis) -> int:
+    """Make the calls on the server; how many there were.
+
+    Args:
+        client: of the same server, for looking behind the store.
+
+    Raises:
+        Different
+    """
+    store = RedisStore(settings(url))
+    await store.start()
+    try:
+        for first in range(0, len(calls), AT_ONCE):
+            await _compare(book, calls[first : first + AT_ONCE], store, client)
+    finally:
+        await store.close()
+    return len(calls)
+
+
+async def _compare(
+    book: Book, calls: Sequence[Call], store: RedisStore, client: redis.Redis
+) -> None:
+    client.flushdb()
+    streams = [StreamKey(MODEL, f"{STREAMS[c.stream]}{i}") for i, c in enumerate(calls)]
+    space = settings("unix:///none").keys
+    pipe = client.pipeline(transaction=False)
+    for call, stream in zip(calls, streams, strict=True):
+        for name, value in zip(
+            space.pair(stream), _bytes(book, call.state, call.reply), strict=True
+        ):
+            if value is not None:
+                pipe.set(name, value)
+    pipe.execute()
+    outcomes = await _make(book, calls, streams, store)
+    names = [name for stream in streams for name in space.pair(stream)]
+    values = client.mget(names)
+    for name in names:
+        pipe.pttl(name)
+    lives = pipe.execute()
+    for at, call in enumerate(calls):
+        expected = _bytes(book, call.after_state, call.after_reply)
+        if tuple(values[2 * at : 2 * at + 2]) != expected:
+            raise Different(f"{_told(book, call)}: other bytes than the model's")
+        if outcomes[at] != _outcome(book, call):
+            raise Different(f"{_told(book, call)}: {outcomes[at]}, not {_outcome(book, call)}")
+        if call.kind == "commit" and call.done:
+            limits = (IDLE_TTL_MS, REPLY_TTL_MS)
+            for value, lives_ms, most_ms in zip(
+                expected, lives[2 * at : 2 * at + 2], limits, strict=True
+            ):
+                if value is not None and not 0 < lives_ms <= most_ms:
+                    raise Different(f"{_told(book, call)}: written to live for {lives_ms} ms")
+
+
+async def _make(
+    book: Book, calls: Sequence[Call], streams: Sequence[StreamKey], store: RedisStore
+) -> list[Any]:
+    """The outcome of every call: all commits in one, the others side by side."""
+    commits, others = [], []
+    for at, (call, stream) in enumerate(zip(calls, streams, strict=True)):
+        expected = book.mark(call.expected)
+        if call.kind == "commit":
+            reply = book.replies[call.new_reply]
+            commits.append((at, Commit(stream, expected, book.states[call.new], reply)))
+        elif call.kind == "delete":
+            others.append((at, store.delete(stream, expected)))
+        else:
+            others.append((at, store.load_with_reply(stream)))
+    outcomes: list[Any] = [None] * len(calls)
+    results = await store.commit([commit for _, commit in commits])
+    for (at, _), result in zip(commits, results, strict=True):
+        outcomes[at] = result
+    for (at, _), found in zip(others, await asyncio.gather(*(o for _, o in others)), strict=True):
+        read = calls[at].kind == "read"
+        outcomes[at] = tuple(v and v.mark for v in found) if read else found
+    return outcomes
+
+
+def _outcome(book: Book, call: Call) -> Any:
+    if call.kind == "read":
+        reply = book.replies[call.reply]
+        return book.mark(call.state), reply and reply.mark
+    return Committed() if call.done else Conflicted(book.mark(call.state))
+
+
+def _bytes(book: Book, state: int, reply: int) -> tuple[bytes | None, bytes | None]:
+    found, kept = book.states[state], book.replies[reply]
+    return (
+        None if found is None else encode_state(found),
+        None if kept is None else encode_reply(kept),
+    )
+
+
+def _told(book: Book, call: Call) -> str:
+    def at(state: int) -> str:
+        return str(book.past(state)) if state else "nothing"
+
+    return (
+        f"{call.kind} of {at(call.new)} which expects {at(call.expected)}, "
+        f"where {at(call.state)} is held"
+    )

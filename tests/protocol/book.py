@@ -1,0 +1,256 @@
+"""Real values behind the numbers of the model, and each decision taken once.
+
+A state's one float spells in octal digits the events that led to it, so it forgets nothing: the
+state of another history is another number. Every value is the service's own (`StreamState`,
+`Chunk`, `StoredReply`), every decision a call of the `Rules`; asked again, the answer is looked
+up. All script calls that were ever made are kept, to be made on a real server.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.state import State
+from service.delivery import begin_anew, chunk_digest
+from service.domain import (
+    Chunk,
+    Feed,
+    Mark,
+    Precondition,
+    Steps,
+    StoredReply,
+    StreamKey,
+    StreamState,
+)
+from service.errors import CarryError
+from service.state.protocol import Commit, CommitResult, Conflicted
+from tests.protocol.rules import Answer, Pair, Process, Rules
+from tests.protocol.world import STREAMS, ChunkPlan, Guard, Job, Scenario
+
+MODEL = "probe"
+FINGERPRINT = b"\x0f" * 16
+NOW_MS = 1_700_000_000_000
+_NO_INTS = np.zeros(0, np.int64)
+
+
+class Call(NamedTuple):
+    """One call of a script as the model understands it: states and replies by number."""
+
+    kind: str
+    stream: int
+    state: int
+    reply: int
+    expected: int
+    new: int
+    new_reply: int
+    after_state: int
+    after_reply: int
+    done: bool
+
+
+class Book:
+    """The values and decisions of one exploration."""
+
+    def __init__(self, scenario: Scenario, rules: Rules):
+        self.scenario = scenario
+        self.rules = rules
+        self.keys = [StreamKey(MODEL, stream) for stream in STREAMS]
+        self.states: list[StreamState | None] = [None]
+        self.replies: list[StoredReply | None] = [None]
+        self.epochs: dict[bytes, str] = {}
+        self.calls: dict[Call, None] = {}
+        self._ids: dict[object, int] = {}
+        # Which number an object has; the book keeps them all alive.
+        self._objects: dict[int, int] = {}
+        self._memo: dict[tuple[object, ...], Any] = {}
+
+    def uid(self, job: Job) -> int:
+        """Names a chunk in histories: a chunk with a position is one however often it is sent."""
+        plan = self.plan(job)
+        number = job.number if isinstance(plan, ChunkPlan) and plan.position is None else 0
+        return (job.client * 16 + job.plan) * 16 + number
+
+    def plan(self, job: Job) -> Any:
+        """What the job is to do."""
+        return self.scenario.clients[job.client].plans[job.plan]
+
+    def name(self, uid: int) -> str:
+        """The chunk's name in stories."""
+        return self.scenario.clients[uid // 256].plans[uid // 16 % 16].name
+
+    def events(self, uid: int) -> tuple[int, ...]:
+        """The chunk's events."""
+        plan = self.scenario.clients[uid // 256].plans[uid // 16 % 16]
+        return plan.events if isinstance(plan, ChunkPlan) else ()
+
+    def past(self, state: int) -> tuple[int, ...]:
+        """The events that led to a state, as its float spells them."""
+        found = self.states[state]
+        digits = "" if found is None else f"{int(found.state.floats[0]):o}"
+        return tuple(int(digit) for digit in digits if digit != "0")
+
+    def mark(self, state: int) -> Mark | None:
+        """The state's mark."""
+        found = self.states[state]
+        return None if found is None else found.mark
+
+    def chunk(self, job: Job) -> Chunk:
+        """The chunk as a transport would make it."""
+        key = ("chunk", job.client, job.plan, job.number, job.named)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._make_chunk(job)
+        return found
+
+    def _make_chunk(self, job: Job) -> Chunk:
+        plan = self.plan(job)
+        rows = np.array([[digit] for digit in plan.events], np.float32)
+        steps = Steps(Feed.INPUTS, len(rows), rows=rows)
+        drawn = b""
+        if plan.position is None:
+            drawn = self.rules.nonce(job.client, job.plan, job.number)
+        mark = self.mark(job.named)
+        guard = plan.guard if mark is not None else Guard.NONE
+        return Chunk(
+            self.keys[plan.stream],
+            steps,
+            chunk_digest(None, steps, drawn),
+            plan.position,
+            mark.epoch if guard is Guard.EPOCH else None,
+            Precondition((mark.etag,)) if guard is Guard.IF_MATCH else None,
+        )
+
+    def _decide(self, key: tuple[object, ...], decide: Any, *arguments: Any) -> Any:
+        """A decision, or the error it raises, taken once."""
+        if key in self._memo:
+            return self._memo[key]
+        try:
+            found = decide(*arguments)
+        except CarryError as error:
+            found = error.with_traceback(None)
+        self._memo[key] = found
+        return found
+
+    def judge(self, job: Job, state: int) -> Process | Any:
+        """`judge`: Process, Replay, or the refusal."""
+        key = ("judge", job.client, job.plan, job.number, job.named, state)
+        return self._decide(key, self.rules.judge, self.chunk(job), self.states[state])
+
+    def continues(self, job: Job, state: int) -> bool:
+        """`continues` from a copy in memory."""
+        key = ("continues", job.client, job.plan, job.number, job.named, state)
+        return self._decide(key, self.rules.continues, self.chunk(job), self.states[state])
+
+    def retry(self, job: Job, first: int, state: int, reply: int, own: int) -> Answer | Any:
+        """`answer_retry`: which answer, or the refusal."""
+        key = ("retry", job.client, job.plan, job.number, job.named, first, state, reply, own)
+        return self._decide(
+            key,
+            self.rules.answer_retry,
+            self.chunk(job),
+            self.states[first],
+            self.states[state],
+            self.replies[reply],
+            self.mark(own),
+        )
+
+    def after_conflict(self, job: Job, new: int, found: int) -> Answer:
+        """`after_conflict` of the state that was found."""
+        return self.rules.after_conflict(self.chunk(job), self.mark(new), self.mark(found))
+
+    def settle(self, stream: int, expected: int, new: int, found: int) -> CommitResult:
+        """`settle` of a repeated commit."""
+        commit = self._commit(stream, expected, new, 0)
+        key = ("settle", stream, expected, new, found)
+        return self._decide(key, self.rules.settle, commit, Conflicted(self.mark(found)))
+
+    def settle_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
+        """`settle_deletion` of a repeated deletion."""
+        result = Conflicted(self.mark(found))
+        return self.rules.settle_deletion(self.keys[stream], self.mark(expected), result)
+
+    def advance(self, job: Job, base: int) -> int:
+        """The state after a chunk, computed and named."""
+        key = ("advance", job.client, job.plan, job.number, job.named, job.attempts, base)
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = self._advance(job, base)
+        return found
+
+    def _advance(self, job: Job, base: int) -> int:
+        before, chunk = self.states[base], self.chunk(job)
+        value = float(before.state.floats[0]) if before is not None else 0.0
+        outputs = []
+        for row in chunk.steps.rows:
+            value = value * 8 + float(row[0])
+            outputs.append([value])
+        state = State(np.array([value], np.float32), _NO_INTS)
+        new = self.rules.advance(chunk, before, state, fingerprint=FINGERPRINT, now_ms=NOW_MS)
+        if before is None:
+            new = new._replace(mark=new.mark._replace(epoch=self._epoch(job)))
+        return self._kept(new, np.array(outputs, np.float32))
+
+    def begin(self, job: Job, source: int) -> int:
+        """A state restored or forked."""
+        new = begin_anew(self.states[source], fingerprint=FINGERPRINT, now_ms=NOW_MS)
+        mark = new.mark._replace(epoch=self._epoch(job))
+        return self._kept(new._replace(mark=mark), None)
+
+    def _epoch(self, job: Job) -> bytes:
+        # Named by who drew it: the order in which epochs were drawn makes no other world.
+        epoch = bytes((job.client + 1, job.plan + 1, job.number + 1, job.attempts + 1, 0, 0, 0, 1))
+        name = f"{self.plan(job).name}.{job.number + 1}" + (f".{job.attempts}" * (job.attempts > 0))
+        self.epochs[epoch] = f"epoch {name}"
+        return epoch
+
+    def _kept(self, new: StreamState, outputs: Any) -> int:
+        key = (new.mark, new.last, float(new.state.floats[0]))
+        found = self._ids.get(key)
+        if found is None:
+            found = self._ids[key] = len(self.states)
+            reply = None if outputs is None else StoredReply(new.mark, outputs)
+            self.states.append(new)
+            self.replies.append(reply)
+            self._objects[id(new)] = self._objects[id(reply)] = found
+        return found
+
+    def _commit(self, stream: int, expected: int, new: int, reply: int) -> Commit:
+        mark = self.mark(expected)
+        return Commit(self.keys[stream], mark, self.states[new], self.replies[reply])
+
+    def commit(
+        self, stream: int, state: int, reply: int, expected: int, new: int
+    ) -> tuple[int, int, bool]:
+        """`commit.lua` on a stream's two keys: the keys afterwards, and whether it wrote."""
+        key = ("commit", stream, state, reply, expected, new)
+        found = self._memo.get(key)
+        if found is None:
+            kept = new if self.scenario.replies and self.replies[new] is not None else 0
+            commit = self._commit(stream, expected, new, kept)
+            before = Pair(self.states[state], self.replies[reply])
+            after, done = self.rules.commit_effect(before, commit)
+            found = self._number(after.state), self._number(after.reply), done
+            self._memo[key] = found
+            self.calls[Call("commit", stream, state, reply, expected, new, kept, *found)] = None
+        return found
+
+    def delete(self, stream: int, state: int, reply: int, expected: int) -> tuple[int, int, bool]:
+        """`delete.lua` on a stream's two keys."""
+        key = ("delete", stream, state, reply, expected)
+        found = self._memo.get(key)
+        if found is None:
+            before = Pair(self.states[state], self.replies[reply])
+            after, done = self.rules.delete_effect(before, self.mark(expected))
+            found = self._number(after.state), self._number(after.reply), done
+            self._memo[key] = found
+            self.calls[Call("delete", stream, state, reply, expected, 0, 0, *found)] = None
+        return found
+
+    def _number(self, value: object) -> int:
+        return 0 if value is None else self._objects[id(value)]
+
+    def read(self, stream: int, state: int, reply: int) -> None:
+        """Note that a stream and its reply were read together."""
+        self.calls[Call("read", stream, state, reply, 0, 0, 0, state, reply, True)] = None

@@ -1,0 +1,175 @@
+"""Bugs planted into the protocol, each of which the model must find.
+
+A bug is the rules with one part replaced, and where it lies in a script, the script's text with
+one part replaced too: the model finds what becomes of it, and the server shows that the text
+really does so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from service.delivery import Answer, Replay, answer_retry, judge
+from service.domain import Chunk, Mark, StoredReply, StreamKey, StreamState
+from service.errors import CarryError, StoreUnavailable
+from service.state.protocol import Commit, CommitResult, Conflicted
+from tests.protocol.rules import Effect, Pair, Rules, commit_effect
+from tests.protocol.scenarios import (
+    ERASED,
+    FORGOTTEN,
+    RACE,
+    RESTORED,
+    RETRIES,
+)
+from tests.protocol.world import Faults, Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Lua:
+    """A change of a script's text: `old` occurs once and becomes `new`."""
+
+    script: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """One bug.
+
+    Attributes:
+        told: part of the sentence that says which promise it breaks.
+    """
+
+    name: str
+    scenario: Scenario
+    rules: Rules
+    told: str
+    lua: Lua | None = None
+
+
+def _by_position(before: Pair, commit: Commit) -> Effect:
+    state, expected = before.state, commit.expected
+    if (state is None) != (expected is None):
+        return Effect(before, False)
+    if state is not None and expected and state.mark.position != expected.position:
+        return Effect(before, False)
+    return Effect(Pair(commit.new, commit.reply), True)
+
+
+def _creating(before: Pair, commit: Commit) -> Effect:
+    if before.state is None:
+        return Effect(Pair(commit.new, commit.reply), True)
+    return commit_effect(before, commit)
+
+
+def _reply_anyway(before: Pair, commit: Commit) -> Effect:
+    after, done = commit_effect(before, commit)
+    return Effect(after._replace(reply=commit.reply), done)
+
+
+def _no_nonce(client: int, plan: int, number: int) -> bytes:
+    return b""
+
+
+def _any_reply(
+    chunk: Chunk,
+    first: StreamState | None,
+    found: StreamState | None,
+    kept: StoredReply | None,
+    own: Mark | None,
+) -> Answer:
+    if kept is not None and isinstance(judge(chunk, first), Replay):
+        return Answer.STORED
+    return answer_retry(chunk, found, kept, own)
+
+
+def _not_sent(stream: str) -> CarryError:
+    return StoreUnavailable(f"no answer for {stream}", stream=stream)
+
+
+def _as_found(commit: Commit, result: Conflicted) -> CommitResult:
+    return result
+
+
+def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
+    found = result.found
+    if found is not None and commit.expected is None and found.epoch != commit.new.mark.epoch:
+        return result
+    return Rules().settle(commit, result)
+
+
+def _as_deleted(key: StreamKey, expected: Mark | None, result: Conflicted) -> CommitResult:
+    return result
+
+
+PLANTED = (
+    Planted(
+        "compare-and-set on the position alone",
+        FORGOTTEN,
+        Rules(commit_effect=_by_position),
+        "is in a state of the events",
+        Lua(
+            "commit",
+            "string.sub(header, 33, 56) ~= expected",
+            # where it stands, against the start of the chunk that is written
+            "string.sub(header, 57, 64) ~= string.sub(state, 65, 72)",
+        ),
+    ),
+    Planted("equal appends share a tag", RACE, Rules(nonce=_no_nonce), "is acknowledged"),
+    Planted(
+        "a refusal answered from the cache",
+        FORGOTTEN,
+        Rules(refuse_from_cache=True),
+        "says that S stands at",
+    ),
+    Planted(
+        "a commit that creates an expired stream",
+        FORGOTTEN,
+        Rules(commit_effect=_creating),
+        "brought it back",
+        Lua("commit", "if expected ~= '' then", "if false then"),
+    ),
+    Planted(
+        "the loser of a race writes its reply",
+        RACE,
+        Rules(commit_effect=_reply_anyway),
+        "is another commit's",
+        Lua(
+            "commit",
+            "elseif expected == ''",
+            "elseif redis.call('SET', reply_key, reply, 'PX', reply_ms) and expected == ''",
+        ),
+    ),
+    Planted(
+        "a replay answered from a reply whose mark is another",
+        RETRIES,
+        Rules(answer_retry=_any_reply),
+        "with the reply of another commit",
+    ),
+    Planted(
+        "an unknown outcome told as not applied",
+        RETRIES,
+        Rules(unanswered=_not_sent),
+        "and it is applied",
+    ),
+    Planted(
+        "a state in memory answered before its commit is known",
+        RETRIES,
+        Rules(answer_early=True),
+        "is not in the history",
+    ),
+    Planted("a lost answer taken for a conflict", RACE, Rules(settle=_as_found), "twice"),
+    Planted(
+        "another epoch taken for proof that nothing was written",
+        replace(RESTORED, faults=Faults(replies_lost=1)),
+        Rules(settle=_other_epoch),
+        "twice",
+    ),
+    Planted(
+        "a deletion whose answer was lost told as refused",
+        ERASED,
+        Rules(settle_deletion=_as_deleted),
+        "and it is applied",
+    ),
+)
