@@ -32,7 +32,7 @@ from service.pipeline import Pipeline, PipelineLimits
 from service.served import ServedModel
 from service.settings import Settings
 from service.state.open import open_store
-from service.state.settings import StoreSettings
+from service.state.settings import Durability, StoreSettings
 
 LATE_S = 2.0
 """How long the pipeline goes on after the server has waited CARRY_DRAIN_S for its requests: their
@@ -176,4 +176,6 @@ def store_settings(settings: Settings) -> StoreSettings:
         reply_max_bytes=settings.reply_max_bytes,
         allow_eviction=settings.allow_eviction,
         wait_s=settings.store_wait_s,
+        durability=Durability(settings.durability),
+        replicas=settings.replicas,
     )

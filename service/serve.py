@@ -53,7 +53,12 @@ def serve(settings: Settings) -> None:
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port))
         if settings.redis_url is None:
-            valkey = EmbeddedValkey(settings.data_dir)
+            if settings.durability == "replicated":
+                raise CannotServeError(
+                    "CARRY_DURABILITY=replicated needs a store that has replicas: set "
+                    "CARRY_REDIS_URL, or CARRY_DURABILITY=fsync for the service's own Valkey"
+                )
+            valkey = EmbeddedValkey(settings.data_dir, fsync=settings.durability == "fsync")
             stack.callback(valkey.stop)
             valkey.start()
             settings = settings.model_copy(update={"redis_url": valkey.url})

@@ -81,8 +81,9 @@ class Settings(BaseSettings):
     from more than one; use workers instead."""
 
     redis_url: Annotated[str | None, Field(repr=False)] = None
-    """The store of the states: redis://, rediss:// (TLS) or unix://. Without one the service
-    starts a Valkey of its own in `data_dir`."""
+    """The store of the states: redis://, rediss:// (TLS) or unix://; of a cluster
+    redis+cluster:// or rediss+cluster://, with some of its nodes. Without one the service starts
+    a Valkey of its own in `data_dir`."""
 
     data_dir: Path = Path(".carry")
     """Folder of the service's own Valkey; unused with `redis_url`. Give it a disk that
@@ -100,6 +101,15 @@ class Settings(BaseSettings):
     allow_eviction: bool = False
     """Take a store whose maxmemory-policy may evict states. Streams then begin anew in
     silence: only for caches whose loss is no harm."""
+
+    durability: Literal["memory", "fsync", "replicated"] = "memory"
+    """When a chunk is acknowledged: the store's server has it (`memory`), its disk has it
+    (`fsync`, needs `appendfsync always` on every server), or so many replicas have it
+    (`replicated`). docs/operations.md says what each survives."""
+
+    replicas: Annotated[int, Field(ge=1, le=16)] = 1
+    """How many replicas of its server must have a chunk with `durability=replicated`; all of
+    them, so that whichever is promoted has it."""
 
     store_wait_s: Annotated[float, Field(gt=0, le=300)] = 10.0
     """Longest that a request waits for a store that is away, in seconds. Shorter than the

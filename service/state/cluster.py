@@ -34,7 +34,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 
-from service.errors import CarryError, StoreUnavailable
+from service.errors import CarryError, StoreRefused, StoreUnavailable
 from service.state.connections import RETRY_AFTER_S, TRIES
 from service.state.lane import MAX_PAUSE_S, PAUSE_S, Lane
 from service.state.link import Layout, Link
@@ -71,14 +71,16 @@ class ClusterLink(Link):
         self._owners: list[Address | None] = []
         self._refreshing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last: BaseException | None = None
+        self._last: CarryError | None = None
         self._backoff = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S)
 
     async def start(self) -> None:
         failures = 0
         try:
             async with asyncio.timeout(self._wait_s):
-                while not await self._look():
+                while (error := await self._look()) is not None:
+                    if isinstance(error, StoreRefused):
+                        raise error
                     await asyncio.sleep(self._backoff.compute(failures))
                     failures += 1
         except TimeoutError:
@@ -96,8 +98,9 @@ class ClusterLink(Link):
         return key_slot(key.encode())
 
     async def layout(self) -> Layout:
-        if not await self._look() or self._map is None:
-            raise self._unavailable()
+        error = await self._look()
+        if error is not None or self._map is None:
+            raise self._unavailable() from error
         servers = [self._server(address) for address in self._map.primaries]
         gap = f"{self._map.uncovered} slots have no node" if self._map.uncovered else ""
         return Layout(self._map.layout, servers, gap)
@@ -114,7 +117,7 @@ class ClusterLink(Link):
         """Send a request elsewhere, or again later; nothing of it was carried out."""
         if not isinstance(error, (AskError, TryAgainError, ClusterDownError)):
             return False
-        self._last = error
+        request.put_off = error
         request.asking = False
         first = request.hops == 0
         request.hops += 1
@@ -190,22 +193,25 @@ class ClusterLink(Link):
         await self._look()
         await asyncio.sleep(random.uniform(REFRESH_S / 2, REFRESH_S))  # noqa: S311
 
-    async def _look(self) -> bool:
-        """Read the map from the first node that gives it; whether one did."""
+    async def _look(self) -> CarryError | None:
+        """Read the map from the first node that gives it; why none did."""
         known = list({*self._servers, *self._seeds})
         random.shuffle(known)
+        errors: list[CarryError] = []
         for address in known:
             try:
                 reply = await self._server(address).try_once(self._asked_s, "CLUSTER", "SLOTS")
                 found = read_topology(reply, address)
             except CarryError as error:
-                self._last = error
+                errors.append(error)
                 continue
             if found.primaries:
                 self._adopt(found)
-                return True
-            self._last = StoreUnavailable(f"{address} knows of no node that has slots")
-        return False
+                return None
+            errors.append(StoreUnavailable(f"{address} knows of no node that has slots"))
+        # A node that is away may still give it; where all refuse, they will go on to.
+        self._last = next((e for e in errors if isinstance(e, StoreUnavailable)), errors[0])
+        return self._last
 
     def _adopt(self, found: Topology) -> None:
         """Take a map over, and what the nodes owe that have no slots any more."""

@@ -15,12 +15,19 @@ from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
     ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -32,6 +39,19 @@ RETRY_AFTER_S: Final = 1
 TRIES: Final = 3
 """A connection that is silent for a third of a call's time is given up and made anew: longer
 than a server hesitates, and early enough to reach the server that took its place."""
+
+_CODES: Final[Mapping[type[RedisError], str]] = {
+    MasterDownError: "MASTERDOWN",
+    ClusterDownError: "CLUSTERDOWN",
+    TryAgainError: "TRYAGAIN",
+    MovedError: "MOVED",
+    AskError: "ASK",
+    BusyLoadingError: "LOADING",
+    NoPermissionError: "NOPERM",
+    OutOfMemoryError: "OOM",
+    ReadOnlyError: "READONLY",
+}
+"""The first words of replies, which the client library takes off; they are what to search for."""
 
 _URL_OPTIONS: Final = frozenset(
     {"host", "port", "db", "username", "password", "path", "connection_class"}
@@ -107,7 +127,11 @@ def is_reply(error: BaseException) -> bool:
 
 def text(error: BaseException) -> str:
     """What an error says, or its type where it says nothing."""
-    return str(error) or type(error).__name__
+    said = str(error) or type(error).__name__
+    for kind, code in _CODES.items():
+        if isinstance(error, kind) and not said.startswith(code):
+            return f"{code} {said}"
+    return said
 
 
 def _connection_options(settings: StoreSettings) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class EmbeddedValkey:
     Args:
         data_dir: its folder, made where it is missing.
         maxmemory_bytes: memory beyond which commits are refused; 0 for no limit.
+        fsync: whether the disk has every commit before it is acknowledged.
         runtime_dir: where the socket's folder is made; None for a temporary directory.
         start_timeout_s: how long a server may be silent while it starts; loading a large
             file counts as an answer.
@@ -92,12 +93,14 @@ class EmbeddedValkey:
         data_dir: Path,
         *,
         maxmemory_bytes: int = 0,
+        fsync: bool = False,
         runtime_dir: Path | None = None,
         start_timeout_s: float = 30.0,
         stop_timeout_s: float = 30.0,
     ):
         self._directory = DataDirectory(data_dir)
         self._maxmemory_bytes = maxmemory_bytes
+        self._fsync = fsync
         self._runtime_dir = runtime_dir
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
@@ -134,7 +137,7 @@ class EmbeddedValkey:
         self._directory.acquire()
         try:
             binary = server_binary()
-            settings = settings_digest(binary, self._directory.path, self._maxmemory_bytes)
+            settings = settings_digest(binary, self._arguments(""))
             adopted = self._adopt(settings)
             if adopted is None:
                 self._socket = new_socket_path(self._runtime_dir)
@@ -223,8 +226,7 @@ class EmbeddedValkey:
             Path(socket).parent.mkdir(mode=0o700, exist_ok=True)
             # Recorded before it is started, so that no server is ever without a record.
             directory.write_record(ServerRecord(socket, settings))
-            arguments = server_arguments(directory.path, socket, self._maxmemory_bytes)
-            self._child = spawn(binary, arguments, fd, directory.log_path)
+            self._child = spawn(binary, self._arguments(socket), fd, directory.log_path)
         except OSError as error:
             raise StoreUnavailable(f"Valkey cannot be started: {error}") from error
         finally:
@@ -232,6 +234,11 @@ class EmbeddedValkey:
         identity = self._await_ready(self._child.pid)
         self._note_running(settings, identity, adopted=False, restarts=restarts)
         log.info("valkey_started", pid=identity.pid, socket=socket, data_dir=str(directory.path))
+
+    def _arguments(self, socket: str) -> list[str]:
+        return server_arguments(
+            self._directory.path, socket, self._maxmemory_bytes, fsync=self._fsync
+        )
 
     def _await_ready(self, pid: int) -> Identity:
         """Wait until the server has loaded and answers."""

@@ -175,7 +175,7 @@ class Link(ABC):
             return request.future.result()
         lane = request.lane
         where = self.where if lane is None else lane.where
-        trouble = self._trouble() if lane is None else lane.last
+        trouble = request.put_off or (self._trouble() if lane is None else lane.last)
         if request.sent:
             lost = ReplyLost(f"{where}: {text(trouble or TimeoutError())}")
             lost.__cause__ = trouble

@@ -69,7 +69,7 @@ class Request:
         asking: the next try goes to the node that the slot is being moved to.
         aside: the word before a request that is `asking`, whose future it shares.
         bound: it means something on its present connection only, and is never sent again.
-        hops: how often a node sent it elsewhere or put it off.
+        hops: how often a node sent it elsewhere or put it off, and `put_off` by what words.
         lane, since, number: the connection of its last try (the first number written on it), and
             the place among what was written there.
     """
@@ -84,6 +84,7 @@ class Request:
     aside: bool = False
     bound: bool = False
     hops: int = 0
+    put_off: Exception | None = None
     lane: Lane | None = None
     since: int = 0
     number: int = 0

