@@ -21,6 +21,7 @@ from structlog.contextvars import bound_contextvars
 
 from service.api.boundary import note_failure
 from service.api.context import ApiContext
+from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, dumps, media_of
 from service.api.problems import problem_answer
 from service.api.reading import STREAM_NAME
@@ -34,8 +35,8 @@ from service.ops.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
 EXPRESS: Final = "express"
 """Its name in the lifespan's state, where the server's connections find it."""
 
-MAX_BYTES: Final = 256 * 1024
-"""Longer requests are read by the framework, which takes them in piece by piece."""
+MAX_BYTES: Final = LONG_BYTES
+"""Longer requests are read by the framework, piece by piece."""
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
 _START = re.compile(

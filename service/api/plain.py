@@ -74,14 +74,30 @@ class PlainBodies:
         self._row_bytes = _F4.itemsize * self._wide
         self._coded = any(column.codes is not None for column in self._columns)
         self._reader = None if served.events is None else EventReader(served.events)
+        self._max_chunk_steps = limits.max_chunk_steps
         self._max_predict_steps = limits.max_predict_steps
+        row = Annotated[list[float], Meta(min_length=self._wide, max_length=self._wide)]
+        self._rows_decoder: Any = msgspec.json.Decoder(list[row])
         self._decoders = {media: self._made(media, limits) for media in Media}
 
-    def chunk(self, media: Media, body: bytes) -> tuple[PlainChunk, Steps] | None:
-        """The one chunk of a body, or None."""
+    def chunk(
+        self, media: Media, body: bytes, more: Sequence[bytes] = ()
+    ) -> tuple[PlainChunk, Steps] | None:
+        """The one chunk of a body, or None.
+
+        Args:
+            more: rows that follow those of the body, each part as `rows` gives it.
+        """
         try:
             found: PlainChunk = self._decoders[media].chunk.decode(body)
-            return found, self._one(found)
+            return found, self._one(found, more)
+        except _NOT_PLAIN:
+            return None
+
+    def rows(self, part: bytes) -> bytes | None:
+        """A list of rows in JSON as float32, little-endian, row by row, or None."""
+        try:
+            return _float32(self._rows_decoder.decode(part))
         except _NOT_PLAIN:
             return None
 
@@ -104,10 +120,15 @@ class PlainBodies:
         too_long = sum(sequence.length for sequence in steps) > self._max_predict_steps
         return None if too_long else steps
 
-    def _one(self, body: PlainSteps) -> Steps:
+    def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> Steps:
         if body.inputs is None:
+            if more:
+                raise _NotPlainError
             return self._events(body)
-        rows = self._rows(_packed(body))
+        packed = _packed(body)
+        rows = self._rows(b"".join((packed, *more)) if more else packed)
+        if len(rows) > self._max_chunk_steps:
+            raise _NotPlainError
         return Steps(Feed.INPUTS, len(rows), None, rows)
 
     def _all(self, bodies: Sequence[PlainSteps]) -> list[Steps]:
@@ -195,5 +216,9 @@ def _packed(body: PlainSteps) -> bytes:
         raise _NotPlainError
     if isinstance(inputs, bytes):
         return inputs
-    count = len(inputs) * len(inputs[0])
-    return struct.pack(f"<{count}f", *chain.from_iterable(inputs))
+    return _float32(inputs)
+
+
+def _float32(rows: list[list[float]]) -> bytes:
+    count = len(rows) * len(rows[0])
+    return struct.pack(f"<{count}f", *chain.from_iterable(rows))

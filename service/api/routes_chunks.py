@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from service.api import openapi
 from service.api.context import ApiContext, api_of
+from service.api.long_bodies import read_in_turns
 from service.api.problems import problem
 from service.api.reading import (
     body_media,
@@ -53,7 +54,9 @@ async def post_chunk(request: Request) -> Response:
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await read_body(request, api.limits.max_body_bytes)
-    chunk = wire.chunk(body, media, stream, precondition)
+    chunk = await read_in_turns(wire, body, media, stream, precondition)
+    if chunk is None:
+        chunk = wire.chunk(body, media, stream, precondition)
     result = await api.pipeline.process(chunk)
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.reply(result, options), headers=(etag(result.mark), timing))

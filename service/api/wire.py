@@ -7,7 +7,7 @@ store here and nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +98,24 @@ class ModelWire:
         return self._chunk(found, steps, stream, precondition)
 
     def plain_chunk(
-        self, body: bytes, media: Media, stream: str, precondition: Precondition | None = None
+        self,
+        body: bytes,
+        media: Media,
+        stream: str,
+        precondition: Precondition | None = None,
+        more: Sequence[bytes] = (),
     ) -> Chunk | None:
-        """The one chunk of a body that is plainly good; None where `chunk` has to say."""
-        plain = self._plain.chunk(media, body)
+        """The one chunk of a body that is plainly good; None where `chunk` has to say.
+
+        Args:
+            more: rows that follow those of the body, each part as `plain_rows` gives it.
+        """
+        plain = self._plain.chunk(media, body, more)
         return None if plain is None else self._chunk(*plain, stream, precondition)
+
+    def plain_rows(self, part: bytes) -> bytes | None:
+        """A list of rows in JSON as float32, if it is plainly good."""
+        return self._plain.rows(part)
 
     def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.

@@ -45,7 +45,7 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
-    max_batch = 128
+    max_batch = 64
     max_steps = 64
 
     def __init__(self, artifact: Artifact, threads: int = 1):
