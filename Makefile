@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench bench-micro load example compose-test lock clean
+.PHONY: help run test model check format bench bench-micro load example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,10 @@ run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for anot
 test: ## run the tests (ARGS="tests/service -x" for some of them)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q $(ARGS)
+
+model: ## explore the model of the protocol to its end (ARGS="--depth 12 --stories")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.protocol $(ARGS)
 
 check: ## lint, formatting, types and the import contract
 	@scripts/setup dev

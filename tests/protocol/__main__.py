@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import sys
 from dataclasses import replace
+
+import structlog
 
 from tests.protocol.against import compare
 from tests.protocol.planted import PLANTED
@@ -20,15 +23,18 @@ from tests.protocol.story import story
 from tests.protocol.world import Faults, Scenario
 from tests.support.servers import real_server
 
+END = 1_000
+
 
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m tests.protocol", description=__doc__)
-    parser.add_argument("--depth", type=int, help="steps; default: each scenario's own")
+    parser.add_argument("--depth", type=int, default=END, help="steps; default: to the end")
     parser.add_argument("--faults", type=int, default=1, help="how often each fault may happen")
     parser.add_argument("--only", default="", help="scenarios whose names begin so")
     parser.add_argument("--stories", action="store_true", help="tell how each planted bug shows")
     options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     chosen = [_more(s, options.faults) for s in SCENARIOS if s.name.startswith(options.only)]
     broken = 0
     print(f"{'scenario':12}{'worlds':>10}{'transitions':>13}{'steps':>7}{'calls':>7}{'time':>8}")

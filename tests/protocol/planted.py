@@ -15,6 +15,7 @@ from service.errors import CarryError, StoreUnavailable
 from service.state.protocol import Commit, CommitResult, Conflicted
 from tests.protocol.rules import Effect, Pair, Rules, commit_effect
 from tests.protocol.scenarios import (
+    AGAIN,
     ERASED,
     FORGOTTEN,
     RACE,
@@ -84,6 +85,18 @@ def _any_reply(
     return answer_retry(chunk, found, kept, own)
 
 
+def _own_anyway(
+    chunk: Chunk,
+    first: StreamState | None,
+    found: StreamState | None,
+    kept: StoredReply | None,
+    own: Mark | None,
+) -> Answer:
+    if kept is None and own is not None and isinstance(judge(chunk, found), Replay):
+        return Answer.OWN
+    return answer_retry(chunk, found, kept, own)
+
+
 def _not_sent(stream: str) -> CarryError:
     return StoreUnavailable(f"no answer for {stream}", stream=stream)
 
@@ -145,6 +158,12 @@ PLANTED = (
         "a replay answered from a reply whose mark is another",
         RETRIES,
         Rules(answer_retry=_any_reply),
+        "with the reply of another commit",
+    ),
+    Planted(
+        "a worker's own answer given for the same chunk of another epoch",
+        AGAIN,
+        Rules(answer_retry=_own_anyway),
         "with the reply of another commit",
     ),
     Planted(

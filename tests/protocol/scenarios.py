@@ -35,22 +35,26 @@ RETRIES = Scenario(
     "retries: two chunks under way at once, each sent again to either worker",
     (ClientPlan("A", (A0, A1), window=2, resends=2, alone=True),),
     Faults(replies_lost=1, timeouts=1, replies_expired=1),
+    depth=13,
 )
 RACE = Scenario(
     "race: positions against two equal appends",
     (ClientPlan("A", (A0, A1), resends=1), ClientPlan("B", (B0, B1), window=2)),
     Faults(replies_lost=1),
+    depth=25,
 )
 RIVALS = Scenario(
     "rivals: two clients claim the same position; replies are lost and not kept",
     (ClientPlan("A", (A0, A1), resends=1), ClientPlan("C", (C1,), resends=1)),
     Faults(replies_lost=1, timeouts=1),
     replies=False,
+    depth=14,
 )
 ROLLBACK = Scenario(
     "rollback: one client, both workers hold newer states",
     (ClientPlan("A", (A0, A1, A2), resends=2, alone=True),),
     Faults(rollbacks=1, replies_lost=1),
+    depth=25,
 )
 MOVED_ON = Scenario(
     "moved on: after a rollback others move the stream on; A sends If-Match",
@@ -59,6 +63,7 @@ MOVED_ON = Scenario(
         ClientPlan("C", (C1,)),
     ),
     Faults(rollbacks=1),
+    depth=25,
 )
 FORGOTTEN = Scenario(
     "forgotten: streams and replies expire or are deleted under running chunks",
@@ -68,6 +73,7 @@ FORGOTTEN = Scenario(
         ClientPlan("D", (DeletePlan("the deletion of S"),)),
     ),
     Faults(streams_expired=1, replies_expired=1),
+    depth=10,
 )
 RESTORED = Scenario(
     "restored: a state is read and written back under If-Match; A names its epoch",
@@ -77,6 +83,7 @@ RESTORED = Scenario(
         ClientPlan("R", (BeginPlan("the restore of S"),)),
     ),
     Faults(replies_lost=1, timeouts=1),
+    depth=10,
 )
 FORKED = Scenario(
     "forked: T begins as a copy of S, or by itself, and both go on",
@@ -86,11 +93,13 @@ FORKED = Scenario(
         ClientPlan("T", (T0, T1)),
     ),
     Faults(replies_lost=1),
+    depth=11,
 )
 CRASHES = Scenario(
     "crashes: a worker dies with chunks under way",
     (ClientPlan("A", (A0, A1), window=2, resends=2), ClientPlan("B", (B0,))),
     Faults(crashes=1, replies_expired=1),
+    depth=10,
 )
 ERASED = Scenario(
     "erased: a deletion under If-Match whose answer is lost, while others begin anew",
@@ -100,6 +109,14 @@ ERASED = Scenario(
         ClientPlan("B", (B0,)),
     ),
     Faults(replies_lost=1, timeouts=1),
+    depth=13,
+)
+AGAIN = Scenario(
+    "again: duplicates at both workers, no reply is kept, and all of it once more",
+    (ClientPlan("A", (A0, A1), resends=4),),
+    Faults(rollbacks=1),
+    replies=False,
+    depth=25,
 )
 SCENARIOS = (
     RETRIES,
@@ -112,4 +129,5 @@ SCENARIOS = (
     FORKED,
     CRASHES,
     ERASED,
+    AGAIN,
 )

@@ -1,17 +1,20 @@
 """Breadth-first search through every world that a scenario can reach.
 
-The first broken promise that is found is one of the shortest way to it. Worlds are compared
-whole, not by a hash; two that differ only in which worker is called the first are one.
+The first broken promise that is found has no shorter way to it. Worlds are compared whole, not
+by a hash of theirs; two that differ only in which worker is called the first are one.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 
 from tests.protocol.book import Book
-from tests.protocol.moves import Broken, Move, Step, moves
+from tests.protocol.moves import Move, moves
+from tests.protocol.promises import Broken
 from tests.protocol.rules import Rules
+from tests.protocol.step import Step
 from tests.protocol.world import Scenario, World, first_world
 
 
@@ -40,12 +43,23 @@ class Found:
 
 
 def search(scenario: Scenario, rules: Rules | None = None, depth: int | None = None) -> Found:
-    """Explore a scenario to a depth in steps, or to its end."""
-    began_s = time.perf_counter()
+    """Explore a scenario to a depth in steps, by default its own, or to its end."""
     book = Book(scenario, rules or Rules())
-    limit = scenario.depth if depth is None else depth
+    # Worlds hold no cycles, and the collector would walk through all of them again and again.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _explore(book, scenario.depth if depth is None else depth)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _explore(book: Book, limit: int) -> Found:
+    began_s = time.perf_counter()
+    scenario = book.scenario
     first = first_world(scenario)
-    seen: dict[World, int] = {_canonical(first): 0}
+    seen = {_canonical(first)}
     came: list[tuple[int, Move]] = [(-1, ())]
     frontier, level, transitions = [(0, first)], 0, 0
 
@@ -65,7 +79,7 @@ def search(scenario: Scenario, rules: Rules | None = None, depth: int | None = N
                     return found(False, str(error), (*_way(came, index), move))
                 canonical = _canonical(after)
                 if canonical not in seen:
-                    seen[canonical] = len(came)
+                    seen.add(canonical)
                     following.append((len(came), after))
                     came.append((index, move))
         frontier = following

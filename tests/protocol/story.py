@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from tests.protocol.moves import Broken, Step, describe
+from tests.protocol.promises import Broken
 from tests.protocol.search import Found
+from tests.protocol.step import Step
+from tests.protocol.words import at
 from tests.protocol.world import STREAMS, World, first_world
 
 
@@ -35,6 +37,6 @@ def _store(found: Found, world: World) -> str:
         if slot.state or slot.reply:
             reply = "none"
             if slot.reply:
-                reply = "its own" if slot.reply == slot.state else describe(found.book, slot.reply)
-            held.append(f"{name} = {describe(found.book, slot.state)}, reply: {reply}")
+                reply = "its own" if slot.reply == slot.state else at(found.book, slot.reply)
+            held.append(f"{name} = {at(found.book, slot.state)}, reply: {reply}")
     return "; ".join(held) or "empty"

@@ -96,17 +96,17 @@ class Scenario:
     """Who does what, and what may go wrong.
 
     Attributes:
+        depth: steps that the tests explore; `make model` goes on to the end.
         attempts: how often a chunk is tried against a stream that others move on.
         replies: whether the store keeps replies at all (they may be too large).
-        depth: steps explored by default.
     """
 
     name: str
     clients: tuple[ClientPlan, ...]
     faults: Faults
+    depth: int
     attempts: int = 3
     replies: bool = True
-    depth: int = 12
 
 
 class Slot(NamedTuple):
@@ -150,6 +150,9 @@ class Kind(IntEnum):
     READ = 3
     BEGIN = 4
     DELETE = 5
+
+
+WRITES = (Kind.COMMIT, Kind.BEGIN, Kind.DELETE)
 
 
 class Request(NamedTuple):

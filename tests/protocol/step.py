@@ -1,0 +1,475 @@
+"""One step of the model: what a move makes of the world.
+
+A worker is modelled as it is built: a chunk that continues a copy in memory is computed and its
+commit sent at once, any other is loaded first; what is sent goes through one ordered connection
+and is carried out from its head; a chunk whose commit is sent lets the stream's next one start.
+Carrying out a request and receiving its answer are one step; where they part, the answer is lost
+and the request is repeated (`lose`), abandoned (`timeout`) or its worker dies (`crash`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from service.delivery import Answer, Process, Replay
+from service.errors import CarryError, Conflict, StateChanged, StoreUnavailable
+from service.state.protocol import Committed, Conflicted
+from tests.protocol.book import Book
+from tests.protocol.moves import Move
+from tests.protocol.promises import (
+    NOT_APPLIED,
+    check_answer,
+    check_failure,
+    check_reply,
+    check_write,
+)
+from tests.protocol.words import at, what, who
+from tests.protocol.world import (
+    STREAMS,
+    WRITES,
+    BeginPlan,
+    ChunkPlan,
+    DeletePlan,
+    Guard,
+    Job,
+    Kind,
+    Log,
+    Request,
+    Slot,
+    Worker,
+    World,
+)
+
+
+class Step:
+    """One move under way; made for one world and used once."""
+
+    def __init__(self, world: World, book: Book, notes: list[str] | None = None):
+        self.book = book
+        self.store = list(world.store)
+        self.older = world.older
+        self.workers = list(world.workers)
+        self.clients = list(world.clients)
+        self.left = world.left
+        self.notes = notes
+        self._before = world.store
+
+    def make(self, move: Move) -> World:
+        """The world after the move.
+
+        Raises:
+            Broken: a promise does not hold in it.
+        """
+        getattr(self, f"_{move[0]}")(*move[1:])
+        store = tuple(self.store)
+        if self.left.rollbacks == 0:
+            self.older = ()
+        elif store != self._before and store not in self.older:
+            self.older = (*self.older, store)
+        return World(store, self.older, tuple(self.workers), tuple(self.clients), self.left)
+
+    def note(self, text: Callable[[], str]) -> None:
+        if self.notes is not None:
+            self.notes.append(text())
+
+    # What clients do
+
+    def _send(self, client: int, plan: int, index: int) -> None:
+        known = self.clients[client]
+        number = known.sent[plan]
+        what = self.book.scenario.clients[client].plans[plan]
+        named = known.last if isinstance(what, ChunkPlan) and what.guard else 0
+        job = Job(client, plan, number, named)
+        sent = _with(known.sent, plan, number + 1)
+        self.clients[client] = known._replace(sent=sent, resends=known.resends - (number > 0))
+        self.note(lambda: f"{self._who(job)} sends {self._what(job)} to worker {index + 1}")
+        if isinstance(what, ChunkPlan):
+            worker = self.workers[index]
+            self.workers[index] = worker._replace(waiting=(*worker.waiting, job))
+            self._start(index, what.stream)
+            return
+        # The service drops its copy before it writes; only this worker's.
+        self._drop(index, what.stream)
+        guarded = isinstance(what, BeginPlan) or what.guarded
+        self._ask(index, Request(Kind.READ if guarded else Kind.DELETE, job))
+
+    # What workers do
+
+    def _start(self, index: int, stream: int) -> None:
+        """Take up the stream's waiting chunks, until one has to be waited for."""
+        while True:
+            worker = self.workers[index]
+            if any(r.held and self.book.plan(r.job).stream == stream for r in worker.lane):
+                return
+            job = next((j for j in worker.waiting if self.book.plan(j).stream == stream), None)
+            if job is None:
+                return
+            waiting = tuple(j for j in worker.waiting if j is not job)
+            self.workers[index] = worker._replace(waiting=waiting)
+            copy = worker.cache[stream]
+            if copy and self.book.continues(job, copy):
+                self._compute(index, job, copy, "its copy")
+                continue
+            if copy and self.book.rules.refuse_from_cache and self._refused(index, job, copy):
+                continue
+            self.note(lambda: f"worker {index + 1} asks the store for {STREAMS[stream]}")
+            self._ask(index, Request(Kind.LOAD, job, held=1))
+            return
+
+    def _refused(self, index: int, job: Job, copy: int) -> bool:
+        verdict = self.book.judge(job, copy)
+        if not isinstance(verdict, CarryError):
+            return False
+        self.note(lambda: f"worker {index + 1} judges it by its copy, {self._at(copy)}")
+        self._tell(index, job, verdict)
+        return True
+
+    def _compute(self, index: int, job: Job, base: int, whence: str) -> None:
+        """Compute a chunk and send its commit."""
+        stream = self.book.plan(job).stream
+        new = self.book.advance(job, base)
+        worker = self.workers[index]
+        self.note(
+            lambda: (
+                f"worker {index + 1} computes {self._what(job)} from {whence}, {self._at(base)}, "
+                f"and sends the commit of {self._at(new)}"
+            )
+        )
+        self.workers[index] = worker._replace(cache=_with(worker.cache, stream, new))
+        self._ask(index, Request(Kind.COMMIT, job, base, new))
+        if self.book.rules.answer_early and whence == "its copy":
+            self._answer(index, job, new)
+
+    def _ask(self, index: int, request: Request) -> None:
+        worker = self.workers[index]
+        self.workers[index] = worker._replace(lane=(*worker.lane, request))
+
+    def _drop(self, index: int, stream: int) -> None:
+        worker = self.workers[index]
+        if worker.cache[stream]:
+            self.workers[index] = worker._replace(cache=_with(worker.cache, stream, 0))
+
+    def _again(self, index: int, job: Job) -> None:
+        """Put a chunk back before those that were never tried."""
+        job = job._replace(attempts=job.attempts + 1)
+        if job.attempts >= self.book.scenario.attempts:
+            self._tell(index, job, _conflict())
+            return
+        worker = self.workers[index]
+        tried = sum(1 for waiting in worker.waiting if waiting.attempts)
+        waiting = (*worker.waiting[:tried], job, *worker.waiting[tried:])
+        self.workers[index] = worker._replace(waiting=waiting)
+
+    # What the store does
+
+    def _exec(self, index: int) -> None:
+        """Carry out the head of a worker's connection; its answer is received."""
+        worker = self.workers[index]
+        request = worker.lane[0]
+        self.workers[index] = worker._replace(lane=worker.lane[1:])
+        stream = self.book.plan(request.job).stream
+        if request.orphan:
+            self._write(index, request)
+            return
+        {
+            Kind.LOAD: self._loaded,
+            Kind.RETRY: self._retried,
+            Kind.READ: self._was_read,
+            Kind.COMMIT: self._committed,
+            Kind.BEGIN: self._committed,
+            Kind.DELETE: self._deleted,
+        }[Kind(request.kind)](index, request)
+        self._start(index, stream)
+
+    def _loaded(self, index: int, request: Request) -> None:
+        job, slot = request.job, self._read(request)
+        self.note(lambda: f"the store gives worker {index + 1} {self._stands(request)}")
+        verdict = self.book.judge(job, slot.state)
+        if isinstance(verdict, Process):
+            self._compute(index, job, slot.state, "it")
+        elif isinstance(verdict, Replay):
+            self.note(
+                lambda: (
+                    f"it is {self._stream(request)}'s last chunk: worker {index + 1} asks again, "
+                    "for state and reply"
+                )
+            )
+            self._ask(index, Request(Kind.RETRY, job, slot.state, held=1))
+        else:
+            self._tell(index, job, verdict)
+
+    def _retried(self, index: int, request: Request) -> None:
+        job, slot = request.job, self._read(request)
+        self.note(lambda: f"the store gives worker {index + 1} {self._stands(request)}")
+        answer = self.book.retry(job, request.base, slot.state, slot.reply, request.new)
+        if answer is Answer.STORED:
+            self._answer(index, job, slot.reply)
+        elif answer is Answer.OWN:
+            self._answer(index, job, request.new)
+        elif answer is Answer.ANEW:
+            self._again(index, job)
+        else:
+            self._tell(index, job, answer)
+
+    def _was_read(self, index: int, request: Request) -> None:
+        """The first half of a guarded deletion, a restore or a fork."""
+        job, plan = request.job, self.book.plan(request.job)
+        source = plan.source if isinstance(plan, BeginPlan) else plan.stream
+        slot = self.store[source]
+        self.book.read(source, slot.state, slot.reply)
+        if not slot.state:
+            self.note(lambda: f"{self._who(job)} is told that there is no {STREAMS[source]}")
+        elif isinstance(plan, DeletePlan):
+            self.note(lambda: f"worker {index + 1} sends the deletion of {self._at(slot.state)}")
+            self._ask(index, Request(Kind.DELETE, job, slot.state))
+        else:
+            new = self.book.begin(job, slot.state)
+            base = slot.state if source == plan.stream else 0
+            self.note(lambda: f"worker {index + 1} sends the commit of {self._at(new)}")
+            self._ask(index, Request(Kind.BEGIN, job, base, new, log=slot.log))
+
+    def _committed(self, index: int, request: Request) -> None:
+        job = request.job
+        stream = self.book.plan(job).stream
+        if self._write(index, request):
+            self._answer(index, job, request.new)
+            return
+        found = self.store[stream].state
+        result: Any = Conflicted(self.book.mark(found))
+        if request.repeated:
+            result = self.book.settle(stream, request.base, request.new, found)
+        if isinstance(result, Committed):
+            self._answer(index, job, request.new)
+            return
+        if request.kind == Kind.BEGIN:
+            if found != request.new:
+                self._tell(index, job, result if isinstance(result, CarryError) else _changed())
+            return
+        self._drop(index, stream)
+        if isinstance(result, CarryError):
+            self._tell(index, job, result)
+            return
+        answer = self.book.after_conflict(job, request.new, found)
+        if answer is Answer.ANEW:
+            self._again(index, job)
+        elif answer is Answer.OWN:
+            self._answer(index, job, request.new)
+        else:
+            self.note(
+                lambda: f"it is the mark of its own commit: worker {index + 1} asks for the reply"
+            )
+            self._ask(index, Request(Kind.RETRY, job, found, request.new))
+
+    def _deleted(self, index: int, request: Request) -> None:
+        job, stream = request.job, self.book.plan(request.job).stream
+        if self._write(index, request):
+            return
+        found = self.store[stream].state
+        result: Any = Conflicted(self.book.mark(found))
+        if request.repeated:
+            result = self.book.settle_deletion(stream, request.base, found)
+        if isinstance(result, CarryError):
+            self._tell(index, job, result)
+        elif isinstance(result, Conflicted) and found:
+            self._tell(index, job, _changed())
+
+    def _write(self, index: int, request: Request) -> bool:
+        """Let a script run; whether it wrote."""
+        job, plan = request.job, self.book.plan(request.job)
+        stream = plan.stream
+        slot = self.store[stream]
+        if request.kind == Kind.DELETE:
+            state, reply, done = self.book.delete(stream, slot.state, slot.reply, request.base)
+            log: Log = slot.log if state else ()
+        elif request.kind in WRITES:
+            state, reply, done = self.book.commit(
+                stream, slot.state, slot.reply, request.base, request.new
+            )
+            log = slot.log
+            if done and request.kind == Kind.BEGIN:
+                log = request.log
+            elif done:
+                log = (*slot.log, (self.book.uid(job), request.new))
+        else:
+            return False
+        self.store[stream] = Slot(state, reply, log)
+        verb = {Kind.COMMIT: "commit", Kind.BEGIN: "new beginning", Kind.DELETE: "deletion"}
+        self.note(
+            lambda: (
+                f"the store carries out worker {index + 1}'s {verb[Kind(request.kind)]} of "
+                f"{self._what(job)}, which expects {self._at(request.base)}: "
+                + ("written" if done else f"refused, it finds {self._at(slot.state)}")
+            )
+        )
+        if done and request.kind != Kind.DELETE:
+            check_write(self.book, request, slot, self.store[stream])
+        check_reply(STREAMS[stream], self.store[stream])
+        return done
+
+    # What breaks
+
+    def _lose(self, index: int, cut: int) -> None:
+        """The connection breaks after `cut` requests were carried out; no answer came, and all
+        that somebody waits for is sent again."""
+        self.left = self.left._replace(replies_lost=self.left.replies_lost - 1)
+        self.note(
+            lambda: (
+                f"the connection of worker {index + 1} breaks"
+                + (f", after {cut} of its requests were carried out" if cut else "")
+            )
+        )
+        self._cut(index, cut)
+        worker = self.workers[index]
+        self.workers[index] = worker._replace(
+            lane=tuple(r._replace(repeated=1) for r in worker.lane if not r.orphan)
+        )
+
+    def _cut(self, index: int, cut: int) -> None:
+        lane = list(self.workers[index].lane)
+        for place, request in enumerate(lane[:cut]):
+            if request.kind in WRITES and self._write(index, request):
+                lane[place] = request._replace(job=request.job._replace(wrote=request.new or -1))
+        self.workers[index] = self.workers[index]._replace(lane=tuple(lane))
+
+    def _crash(self, index: int, cut: int) -> None:
+        self.left = self.left._replace(crashes=self.left.crashes - 1)
+        self.note(
+            lambda: (
+                f"worker {index + 1} is killed"
+                + (f", after {cut} of its requests were carried out" if cut else "")
+            )
+        )
+        self._cut(index, cut)
+        self.workers[index] = Worker((0,) * len(STREAMS))
+
+    def _timeout(self, index: int) -> None:
+        """The oldest request that is waited for is given up; it may yet be carried out."""
+        self.left = self.left._replace(timeouts=self.left.timeouts - 1)
+        worker = self.workers[index]
+        place = next(i for i, request in enumerate(worker.lane) if not request.orphan)
+        request = worker.lane[place]
+        stream = self.book.plan(request.job).stream
+        self.note(lambda: f"worker {index + 1} waited long enough for {self._what(request.job)}")
+        writes = request.kind in WRITES
+        error = self.book.rules.unanswered(STREAMS[stream]) if writes else _unavailable()
+        denied = error.code in NOT_APPLIED
+        left = (request._replace(orphan=2 if denied else 1),) if writes else ()
+        lane = (*worker.lane[:place], *left, *worker.lane[place + 1 :])
+        self.workers[index] = worker._replace(lane=lane)
+        if request.kind == Kind.COMMIT:
+            self._drop(index, stream)
+        self._tell(index, request.job, error)
+        self._start(index, stream)
+
+    def _rollback(self, place: int) -> None:
+        """The store is what it was; connections broke."""
+        self.left = self.left._replace(rollbacks=self.left.rollbacks - 1)
+        self.store = list(self.older[place])
+        self.older = self.older[: place + 1]
+        self.note(lambda: "the store is stopped and started on what it held before")
+        for index, worker in enumerate(self.workers):
+            self.workers[index] = worker._replace(
+                lane=tuple(r._replace(repeated=1) for r in worker.lane if not r.orphan)
+            )
+
+    def _expire(self, stream: int) -> None:
+        self.left = self.left._replace(streams_expired=self.left.streams_expired - 1)
+        self.store[stream] = self.store[stream]._replace(state=0, log=())
+        self.note(lambda: f"{STREAMS[stream]} was idle for too long: its state expires")
+
+    def _expire_reply(self, stream: int) -> None:
+        self.left = self.left._replace(replies_expired=self.left.replies_expired - 1)
+        self.store[stream] = self.store[stream]._replace(reply=0)
+        self.note(lambda: f"the reply of {STREAMS[stream]} expires")
+
+    # What clients are told
+
+    def _answer(self, index: int, job: Job, state: int) -> None:
+        """A success: it must be in the history that survives, as it is answered."""
+        plan = self.book.plan(job)
+        slot = self.store[plan.stream]
+        self.note(lambda: f"worker {index + 1} answers {self._what(job)} with {self._at(state)}")
+        if not isinstance(plan, ChunkPlan):
+            return
+        client = self.clients[job.client]
+        check_answer(self.book, job, state, slot, client)
+        known = _with(client.known, job.plan, 1)
+        self.clients[job.client] = client._replace(known=known, last=state)
+
+    def _tell(self, index: int, job: Job, error: CarryError) -> None:
+        """A failure: what it says must be so."""
+        plan = self.book.plan(job)
+        slot = self.store[plan.stream]
+        self.note(
+            lambda: (
+                f"worker {index + 1} answers {self._what(job)} with {error.code}"
+                + (f", expected {error.facts['expected']}" if "expected" in error.facts else "")
+            )
+        )
+        check_failure(self.book, job, error, slot, self.clients[job.client])
+        if isinstance(plan, ChunkPlan):
+            self._learn(job, plan, error)
+
+    def _learn(self, job: Job, plan: ChunkPlan, error: CarryError) -> None:
+        """What the client makes of a failure."""
+        client = self.clients[job.client]
+        plans = self.book.scenario.clients[job.client].plans
+        if error.code == "position_ahead":
+            expected = error.facts["expected"]
+            known = tuple(
+                known if getattr(p, "position", None) is None or p.position < expected else 0
+                for known, p in zip(client.known, plans, strict=True)
+            )
+            last = client.last if plan.guard is Guard.NONE else 0
+            self.clients[job.client] = client._replace(known=known, last=last)
+        elif error.code in ("state_changed", "epoch_mismatch"):
+            self.clients[job.client] = client._replace(
+                known=(0,) * len(client.known), last=0, stopped=1
+            )
+        elif error.code in ("already_applied", "position_behind"):
+            if self.book.scenario.clients[job.client].alone:
+                known = _with(client.known, job.plan, 1)
+                self.clients[job.client] = client._replace(known=known)
+            else:
+                self.clients[job.client] = client._replace(stopped=1)
+
+    # Words
+
+    def _read(self, request: Request) -> Slot:
+        stream = self.book.plan(request.job).stream
+        slot = self.store[stream]
+        self.book.read(stream, slot.state, slot.reply)
+        return slot
+
+    def _who(self, job: Job) -> str:
+        return who(self.book, job)
+
+    def _what(self, job: Job) -> str:
+        return what(self.book, job)
+
+    def _stream(self, request: Request) -> str:
+        return STREAMS[self.book.plan(request.job).stream]
+
+    def _stands(self, request: Request) -> str:
+        slot = self.store[self.book.plan(request.job).stream]
+        return f"{self._stream(request)}: {self._at(slot.state)}"
+
+    def _at(self, state: int) -> str:
+        return at(self.book, state)
+
+
+def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+def _conflict() -> CarryError:
+    return Conflict("moved on by others too often")
+
+
+def _changed() -> CarryError:
+    return StateChanged("not the state that was named")
+
+
+def _unavailable() -> CarryError:
+    return StoreUnavailable("no answer to a read")
