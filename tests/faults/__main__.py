@@ -30,6 +30,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=48, help="streams (48)")
     parser.add_argument("--seed", type=int, help="a new one")
     parser.add_argument("--plant", choices=plants(), help="plant a bug in the workers")
+    parser.add_argument(
+        "--strict", action="store_true", help="cluster: acknowledge when the replicas have it"
+    )
     parser.add_argument("--tell", action="store_true", help="print each fault before it comes")
     given = parser.parse_args()
     seed = new_seed() if given.seed is None else given.seed
@@ -48,6 +51,7 @@ def main() -> int:
             given.streams,
             kills_per_stage=KILLS_PER_STAGE,
             plant=given.plant,
+            strict=given.strict and store == "cluster",
             tell=given.tell,
         )
         outcome = uvloop.run(_in_folder(course))

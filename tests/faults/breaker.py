@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tests.faults.client import Client
+from tests.faults.cluster_store import ClusterStore
 from tests.faults.path import Choice, Direction, Link
 from tests.faults.path import Path as Way
 from tests.faults.plan import Fault, Kind
 from tests.faults.records import History, Loss
-from tests.faults.sight import BEFORE_LOAD, COMPUTING, ClientSight, StoreSight
+from tests.faults.sight import BEFORE_LOAD, COMPUTING, ClientSight, Owed, StoreSight, count_stages
 from tests.faults.stores import Store, ValkeyStore
 from tests.faults.workers import Worker
 
@@ -52,7 +53,6 @@ class Breaker:
         self,
         store: Store,
         workers: Sequence[Worker],
-        store_ways: dict[str, Way],
         sights: tuple[ClientSight, StoreSight],
         clients: Sequence[Client],
         history: History,
@@ -65,7 +65,6 @@ class Breaker:
         self.in_flight = 0
         self._store = store
         self._workers = list(workers)
-        self._store_ways = store_ways
         self._client_sight, self._store_sight = sights
         self._clients = list(clients)
         self._history = history
@@ -88,12 +87,14 @@ class Breaker:
                 await worker.end()
                 worker.restart()
             case Kind.STORE_KILL:
-                await self._kill_store()
+                await self._lose(self._store.kill, fault.pick)
             case Kind.STORE_PAUSE:
-                await asyncio.to_thread(self._store.pause, fault.seconds)
+                await self._lose(self._store.pause, fault.seconds, fault.pick)
+            case Kind.FAILOVER if isinstance(self._store, ClusterStore):
+                await self._lose(self._store.fail_over, fault.pick)
             case Kind.STORE_FULL:
                 await asyncio.to_thread(self._store.fill, fault.seconds)
-            case Kind.ROLLBACK:
+            case Kind.ROLLBACK | Kind.LOSSY_FAILOVER:
                 await self._roll_back(fault)
             case Kind.OWNER_KILL | Kind.OWNER_TERM if isinstance(self._store, ValkeyStore):
                 kill = fault.kind is Kind.OWNER_KILL
@@ -113,7 +114,7 @@ class Breaker:
             await worker.started()
 
     def _all_ways(self) -> list[Way]:
-        return [*self._store_ways.values(), *(worker.way for worker in self._workers)]
+        return [*self._store.ways, *(worker.way for worker in self._workers)]
 
     async def _someone_in_flight(self) -> None:
         deadline_s = time.monotonic() + _IN_FLIGHT_S
@@ -139,7 +140,7 @@ class Breaker:
         """Kill a worker when one of its chunks is at the stage, and count where all were."""
         worker = await self._one_up(fault)
         loop = asyncio.get_running_loop()
-        killed: asyncio.Future[tuple[list, float]] = loop.create_future()
+        killed: asyncio.Future[tuple[list[Owed], float]] = loop.create_future()
 
         def kill() -> None:
             if not killed.done():
@@ -163,26 +164,23 @@ class Breaker:
             owed, killed_s = killed.result()
         finally:
             self._client_sight.hook = self._store_sight.hook = None
-        way = self._store_ways.get(worker.name)
-        stages = await worker.stages(owed, killed_s, self._store_sight, way)
+        await worker.ended(self._store)
+        stages = count_stages(self._store_sight, worker.name, owed, killed_s)
         self.chunks_killed += stages
         self.kills.update(stages.keys())
         worker.restart()
 
-    async def _kill_store(self) -> None:
-        killed_s = time.monotonic()
-        await asyncio.to_thread(self._store.kill)
-        if self._store.kill_may_lose_s:
-            done_s = time.monotonic()
-            since_s = killed_s - self._store.kill_may_lose_s
-            self._history.losses.append(Loss("store killed", since_s, done_s, done_s))
+    async def _lose(self, strike: Callable[..., Loss | None], *how: float) -> None:
+        """Something that may take acknowledged chunks away."""
+        loss = await asyncio.to_thread(strike, *how)
+        if loss is not None:
+            self._history.losses.append(loss)
 
     async def _roll_back(self, fault: Fault) -> None:
-        """Put the store's files of some moments ago back under workers that know better."""
+        """Set the store back by some moments under workers that know better."""
         for worker in self._workers:
             await worker.started()
-        since_s = time.monotonic()
-        copy = await asyncio.to_thread(self._store.copy_files)
+        since_s = await asyncio.to_thread(self._store.look_back, fault.pick)
         await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
         held = [
             client
@@ -190,21 +188,15 @@ class Breaker:
             if (place + fault.pick) % HELD_SHARE == 0
         ]
         await asyncio.gather(*(client.hold() for client in held))
-        ended_s = await asyncio.to_thread(self._store.roll_back, copy)
-        done_s = time.monotonic()
-        self._history.losses.append(Loss("rolled back", since_s, ended_s, done_s))
-        set_back = sum(
-            any(
-                since_s < ack.at_s < ended_s and up_s.get(ack.worker, done_s) < ack.sent_s
-                for ack in reversed(client.log.acks[-50:])
-            )
-            for up_s in [{w.name: w.up_s for w in self._workers if w.up_s is not None}]
-            for client in self._clients
-        )
-        self._history.seen["streams set back under warm caches"] += set_back
+        loss = await asyncio.to_thread(self._store.set_back, since_s)
+        self._history.losses.append(loss)
+        await asyncio.gather(*(client.release() for client in held))
+        set_back = sum(client.was_set_back for client in held)
+        self._history.seen["streams set back while their client rested"] += set_back
         self.warm_rollbacks += set_back > 0
-        for client in held:
-            client.release(moves_on_differently=True)
+
+    def _is_commit(self, link: Link, data: bytes) -> bool:
+        return b"EVAL" in data and self._store_sight.is_workers(link)
 
     async def _cut(self, fault: Fault) -> bool:
         """Cut some connections; whether any was."""
@@ -213,22 +205,27 @@ class Breaker:
         if fault.kind in (Kind.CUT_REQUEST, Kind.CUT_REPLY):
             ways = [worker.way for worker in self._workers]
         else:
-            ways = list(self._store_ways.values())
+            ways = self._store.ways
         match fault.kind:
             case Kind.CUT_REQUEST:
                 direction, choice = "request", _is_chunk
             case Kind.CUT_REPLY:
                 direction, choice = "reply", _is_applied
             case Kind.CUT_COMMIT:
-                direction, choice = "request", _is_script
+                direction, choice = "request", self._is_commit
             case _:
                 direction, choice = "reply", lambda link, _: self._store_sight.owes(link)
-        cuts = [ways[(fault.pick + n) % len(ways)].cut(direction, choice) for n in range(CUTS)]
-        done, _ = await asyncio.wait(cuts, timeout=TRIGGER_S)
+        waiting = {way.cut(direction, choice) for way in ways for _ in range(CUTS)}
+        deadline_s, count = time.monotonic() + TRIGGER_S, 0
+        while count < CUTS and time.monotonic() < deadline_s:
+            done, waiting = await asyncio.wait(
+                waiting, timeout=TRIGGER_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            count += len(done)
         for way in ways:
             way.forget_cuts()
-        self._history.seen[f"{fault.kind}, connections"] += len(done)
-        return bool(done)
+        self._history.seen[f"{fault.kind}, connections"] += count
+        return count > 0
 
 
 def _is_chunk(_: Link, data: bytes) -> bool:
@@ -237,7 +234,3 @@ def _is_chunk(_: Link, data: bytes) -> bool:
 
 def _is_applied(_: Link, data: bytes) -> bool:
     return data.startswith(b"HTTP/1.1 200")
-
-
-def _is_script(_: Link, data: bytes) -> bool:
-    return b"EVAL" in data

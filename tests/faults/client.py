@@ -64,6 +64,10 @@ class Habits:
 class Client:
     """One client and its stream.
 
+    Attributes:
+        applied: events that were acknowledged.
+        was_set_back: its stream was, the last time that it rested.
+
     Args:
         ways: the port of each worker.
         number: decides how it protects itself: If-Match, epoch, or the tag alone.
@@ -99,7 +103,8 @@ class Client:
         self._free = asyncio.Event()
         self._free.set()
         self._idle = asyncio.Event()
-        self._moves_on_differently = False
+        self._moved = asyncio.Event()
+        self.was_set_back = False
         self.applied = 0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -109,8 +114,8 @@ class Client:
                 self._idle.set()
                 await self._free.wait()
                 self._idle.clear()
-                if self._moves_on_differently:
-                    await self._moved_on()
+                await self._moved_on()
+                self._moved.set()
             if self._random.random() < self._habits.forgets:
                 await self._forget()
             length = int(self._random.integers(1, self._habits.longest + 1))
@@ -123,10 +128,12 @@ class Client:
         self._free.clear()
         await self._idle.wait()
 
-    def release(self, *, moves_on_differently: bool) -> None:
-        """Let it go on; first, perhaps, others move its stream on with other events."""
-        self._moves_on_differently = moves_on_differently
+    async def release(self) -> None:
+        """Let it go on, after others moved its stream on with other events if it was set back;
+        returns when they have. `was_set_back` says whether it was."""
+        self._moved.clear()
         self._free.set()
+        await self._moved.wait()
 
     async def finish(self) -> None:
         """Once everything is well again: one chunk, then where the stream stands."""
@@ -321,7 +328,8 @@ class Client:
         other = self._other(self._worker)
         standing = await self._read(other)
         at = standing.position if standing is not None else 0
-        if at >= self._position:
+        self.was_set_back = at < self._position
+        if not self.was_set_back:
             return
         while at < self._position:
             length = min(

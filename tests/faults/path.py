@@ -38,12 +38,14 @@ class Link:
     Attributes:
         number: different for every connection of the run.
         notes: the watcher's own.
+        whose: who made it, once somebody found out.
     """
 
     def __init__(self, path: Path, front: asyncio.Transport):
         self.path = path
         self.number = next(_numbers)
         self.notes: Any = None
+        self.whose: str | None = None
         self.front: asyncio.Transport = front
         self.back: asyncio.Transport | None = None
         self.gone = False
@@ -174,9 +176,9 @@ class Path:
             link.abort()
         await asyncio.gather(*self._connecting, return_exceptions=True)
 
-    async def drained(self) -> None:
-        """Wait until every connection that there is now has ended."""
-        await asyncio.gather(*(link.ended.wait() for link in list(self.links)))
+    async def drained(self, whose: Callable[[Link], bool]) -> None:
+        """Wait until the connections that there are now and that are chosen have ended."""
+        await asyncio.gather(*(link.ended.wait() for link in list(self.links) if whose(link)))
 
     def opened(self, front: asyncio.BaseTransport) -> Link:
         """A client connected."""

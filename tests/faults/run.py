@@ -21,11 +21,11 @@ from tests.faults.appender import Appender
 from tests.faults.breaker import Breaker
 from tests.faults.checker import Verdict, check
 from tests.faults.client import Client, Habits
-from tests.faults.path import Path as Way
+from tests.faults.cluster_store import ClusterStore
 from tests.faults.plan import Fault, make_plan, more_kills
 from tests.faults.records import History
 from tests.faults.sight import STAGES, ClientSight, StoreSight
-from tests.faults.stores import Store, make_store
+from tests.faults.stores import RedisStore, Store, ValkeyStore
 from tests.faults.undisturbed import compare
 from tests.faults.workers import Worker
 
@@ -46,6 +46,7 @@ class Course:
         kills_per_stage: further kills come until each stage was met so often.
         plan: the faults; None to make them from the seed.
         plant: a bug that is planted in the workers, by its folder in `plants`.
+        strict: chunks are acknowledged when the replicas have them.
         forgets: share of chunks before which the stream is deleted or expires.
         append_pause_s: mean pause between two episodes of an appender.
         longest_s: no pause is longer.
@@ -61,6 +62,7 @@ class Course:
     kills_per_stage: int = 0
     plan: tuple[Fault, ...] | None = None
     plant: str | None = None
+    strict: bool = False
     forgets: float = 0.003
     pause_s: float = 0.06
     appenders: int = 2
@@ -95,7 +97,6 @@ class Scene:
 
     store: Store
     workers: list[Worker]
-    store_ways: dict[str, Way]
     clients: ClientSight
     stores: StoreSight
 
@@ -105,43 +106,56 @@ class Scene:
         return {worker.name: worker.way.port for worker in self.workers}
 
 
-def environment(plant: str | None) -> dict[str, str]:
+def make_store(course: Course, folder: Path, models: Path, settings: dict[str, str]) -> Store:
+    """The store of a course, not yet started."""
+    match course.store:
+        case "valkey":
+            return ValkeyStore(folder, models, settings)
+        case "redis":
+            return RedisStore(folder)
+        case "cluster":
+            return ClusterStore(folder, strict=course.strict)
+    raise ValueError(f"expected valkey, redis or cluster, got {course.store!r}")
+
+
+def environment(course: Course) -> dict[str, str]:
     """The workers' settings: little patience, so that it ends within a run's pauses."""
     found = {
         "CARRY_RUNTIME": "onnxruntime",
         "CARRY_STORE_WAIT_S": "3",
         "CARRY_DRAIN_S": "2",
     }
-    if plant is not None:
-        found["PYTHONPATH"] = f"{PLANTS / plant}{os.pathsep}{ROOT}"
+    if course.strict:
+        found["CARRY_DURABILITY"] = "replicated"
+    if course.plant is not None:
+        found["PYTHONPATH"] = f"{PLANTS / course.plant}{os.pathsep}{ROOT}"
     return found
 
 
 @asynccontextmanager
-async def scene(store_name: str, folder: Path, plant: str | None = None) -> AsyncIterator[Scene]:
+async def scene(course: Course, folder: Path) -> AsyncIterator[Scene]:
     """Two workers on a store that serve; ended afterwards, whatever happened."""
     models = network.write(folder / "models")
-    settings = environment(plant)
-    store = make_store(store_name, folder / "store", models, settings)
+    settings = environment(course)
+    store = make_store(course, folder / "store", models, settings)
     store.folder.mkdir()
-    client_sight, store_sight = ClientSight(), StoreSight()
+    client_sight, store_sight = ClientSight(), StoreSight(store.whose)
+    workers: dict[str, Worker] = {}
     async with AsyncExitStack() as stack:
         stack.push_async_callback(asyncio.to_thread, store.stop)
+        await store.open_ways(store_sight, WORKERS, workers)
+        for way in store.ways:
+            stack.push_async_callback(way.close)
         await asyncio.to_thread(store.start)
-        workers: list[Worker] = []
-        store_ways: dict[str, Way] = {}
         for name in WORKERS:
-            store_way = store_ways[name] = Way(store.target, store_sight, name)
-            await store_way.open()
-            stack.push_async_callback(store_way.close)
-            url = f"redis://127.0.0.1:{store_way.port}"
+            url = store.url(name)
             worker = Worker(name, folder / name, models, url, client_sight, settings)
+            workers[name] = worker
             await worker.way.open()
             stack.push_async_callback(worker.way.close)
             stack.callback(worker.stop)
-            workers.append(worker)
-        await asyncio.gather(*(worker.start() for worker in workers))
-        yield Scene(store, workers, store_ways, client_sight, store_sight)
+        await asyncio.gather(*(worker.start() for worker in workers.values()))
+        yield Scene(store, list(workers.values()), client_sight, store_sight)
 
 
 async def run(course: Course, folder: Path) -> Outcome:
@@ -149,7 +163,7 @@ async def run(course: Course, folder: Path) -> Outcome:
     began_s = time.monotonic()
     random = np.random.default_rng(course.seed)
     history = History()
-    async with scene(course.store, folder, course.plant) as on:
+    async with scene(course, folder) as on:
         outcome = await _drive(course, on, history, random)
     outcome.verdict = await asyncio.to_thread(check, history)
     if course.quiet:
@@ -179,7 +193,7 @@ async def _drive(
         for n in range(course.appenders)
     ]
     sights = (on.clients, on.stores)
-    breaker = Breaker(on.store, on.workers, on.store_ways, sights, clients, history, _child(random))
+    breaker = Breaker(on.store, on.workers, sights, clients, history, _child(random))
     plan = course.plan
     if plan is None:
         plan = tuple(make_plan(course.store, course.faults, random, course.longest_s))

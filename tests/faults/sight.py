@@ -91,7 +91,7 @@ class StoreSight:
         hook: told of every load's answer, commit and commit's answer.
     """
 
-    def __init__(self, whose: Callable[[Link], str] = lambda link: link.path.owner):
+    def __init__(self, whose: Callable[[Link], str]):
         self.conflicts = 0
         self.hook: Hook | None = None
         self._whose = whose
@@ -105,11 +105,13 @@ class StoreSight:
         return found
 
     def passing(self, link: Link, direction: Direction, data: bytes) -> None:
-        """Read commands and replies."""
+        """Read commands and replies; what is no worker's is not looked at."""
+        worker = self._whose(link)
+        if not worker:
+            return
         if link.notes is None:
             link.notes = _StoreNotes()
         notes: _StoreNotes = link.notes
-        worker = self._whose(link)
         if direction == "request":
             notes.requests.feed(data)
             for command in _all(notes.requests):
@@ -126,6 +128,10 @@ class StoreSight:
 
     def closed(self, link: Link) -> None:
         """A broken connection answers nothing more."""
+
+    def is_workers(self, link: Link) -> bool:
+        """Whether a worker made the connection."""
+        return bool(self._whose(link))
 
     def owes(self, link: Link) -> bool:
         """Whether a commit on this connection has no answer yet."""

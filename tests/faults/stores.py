@@ -1,8 +1,9 @@
 """The stores under test as things that break: killed, stopped, filled, put back in time.
 
 Real servers, started and reached as the service's users do: the embedded Valkey through a
-`carry serve` of its own, a Redis with an append-only file. Blocking calls; the executor runs
-them in threads.
+`carry serve` of its own, a Redis with an append-only file; the cluster is in `cluster_store`.
+Blocking calls; the breaker runs them in threads. A fault that may take acknowledged chunks away
+gives back between which moments it can have.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Protocol
 
 import redis
 from redis.backoff import NoBackoff
@@ -26,34 +27,39 @@ from redis.retry import Retry
 from service.domain import StreamKey
 from service.state.keys import KeySpace
 from tests.faults.network import MODEL
-from tests.faults.path import Target
+from tests.faults.path import Link, Target, Watcher
+from tests.faults.path import Path as Way
+from tests.faults.records import Loss
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
 
-PARTITIONS: Final = 1024
 SERVES_S: Final = 60.0
 LATE_WRITES_S: Final = 3.0
 """With `everysec` a server puts writes to its file off while a sync is under way, for up to two
 seconds: a SIGKILL may take them."""
 
-_DOWN_S: Final = 0.2
-_ONE_BYTE: Final = "1"
+DOWN_S: Final = 0.2
+ONE_BYTE: Final = "1"
+ERRORS: Final = (redis.RedisError, OSError, ValueError)
+
+
+class HasPid(Protocol):
+    """A worker, as far as a store looks at it."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process."""
 
 
 class Store(ABC):
-    """A store with one server.
-
-    Attributes:
-        kill_may_lose_s: what was acknowledged this long before a SIGKILL of the server may be
-            gone afterwards; 0: nothing.
-    """
+    """A store and the paths to it."""
 
     name: str
-    kill_may_lose_s = 0.0
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._keys = KeySpace("carry", PARTITIONS)
+        self.keys = KeySpace("carry", 1024)
+        self.ways: list[Way] = []
 
     @abstractmethod
     def start(self) -> None:
@@ -64,6 +70,68 @@ class Store(ABC):
         """End it and remove what it left outside of its folder."""
 
     @abstractmethod
+    async def open_ways(
+        self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
+    ) -> None:
+        """Open the paths that workers of these names take, before the store is started.
+
+        Args:
+            workers: by name; filled later.
+        """
+
+    @abstractmethod
+    def url(self, worker: str) -> str:
+        """The address for a worker, through its path."""
+
+    @abstractmethod
+    def kill(self, pick: int) -> Loss | None:
+        """SIGKILL of a server, and its start some moments later; returns when it serves."""
+
+    @abstractmethod
+    def pause(self, seconds: float, pick: int) -> Loss | None:
+        """SIGSTOP of a server, and SIGCONT later."""
+
+    @abstractmethod
+    def fill(self, seconds: float) -> None:
+        """Let its memory be full for a while."""
+
+    @abstractmethod
+    def look_back(self, pick: int) -> float:
+        """Prepare to set it back to now; returns the moment before which nothing can be lost."""
+
+    @abstractmethod
+    def set_back(self, since_s: float) -> Loss:
+        """Set it back to the moment of `look_back`; returns when it serves."""
+
+    @abstractmethod
+    def ask(self, *command: str | int) -> Any:
+        """The reply to a command about a stream's key, past the workers."""
+
+    def whose(self, link: Link) -> str:
+        """The worker that made a connection; empty where none did."""
+        return link.path.owner
+
+    def expire(self, stream: str) -> None:
+        """Let a stream's keys expire now; returns when they are gone."""
+        pair = self.keys.pair(StreamKey(MODEL, stream))
+        while True:
+            try:
+                for key in pair:
+                    self.ask("PEXPIRE", key, 1)
+                until(lambda: not self.ask("EXISTS", *pair), "the expiry")
+                return
+            except ERRORS:
+                time.sleep(0.05)
+
+
+class SingleStore(Store):
+    """A store with one server on a unix socket; each worker has a path of its own to it."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._copy = folder
+
+    @abstractmethod
     def target(self) -> Target | None:
         """Where the server listens now."""
 
@@ -72,20 +140,24 @@ class Store(ABC):
         """The server's process."""
 
     @abstractmethod
-    def kill(self) -> None:
-        """SIGKILL of the server, and its start some moments later; returns when it serves."""
-
-    @abstractmethod
     def files(self) -> Path:
         """The folder of its append-only file."""
 
     @abstractmethod
-    def roll_back(self, copy: Path) -> float:
-        """End the server, put a copy of its files back, start it, wait until it serves.
+    def end(self) -> None:
+        """End the server so that it stays down."""
 
-        Returns:
-            The moment after which the old server did nothing more.
-        """
+    async def open_ways(
+        self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
+    ) -> None:
+        for worker in names:
+            way = Way(self.target, watcher, worker)
+            await way.open()
+            self.ways.append(way)
+
+    def url(self, worker: str) -> str:
+        way = next(way for way in self.ways if way.owner == worker)
+        return f"redis://127.0.0.1:{way.port}"
 
     def client(self, timeout_s: float = 30.0) -> redis.Redis:
         """A plain client past the paths."""
@@ -96,57 +168,53 @@ class Store(ABC):
             socket_timeout=timeout_s,
         )
 
-    def serves(self) -> bool:
-        """Whether it answers now."""
-        try:
-            with self.client(1.0) as client:
-                return client.get("none") is None
-        except (redis.RedisError, OSError, ValueError):
-            return False
+    def ask(self, *command: str | int) -> Any:
+        with self.client() as client:
+            return client.execute_command(*command)
 
-    def pause(self, seconds: float) -> None:
-        """SIGSTOP, and SIGCONT later."""
+    def pause(self, seconds: float, pick: int) -> Loss | None:
         pid = self.pid()
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
+        return None
 
     def fill(self, seconds: float) -> None:
-        """Let its memory be full for a while."""
         with self.client() as client:
-            client.config_set("maxmemory", _ONE_BYTE)
+            client.config_set("maxmemory", ONE_BYTE)
             time.sleep(seconds)
             client.config_set("maxmemory", "0")
 
-    def copy_files(self) -> Path:
-        """The append-only file as it is now. The server goes on writing: what is copied is a
-        beginning of the file, as a crash would leave it."""
-        copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self.folder))
-        shutil.copytree(self.files(), copy / "files")
-        return copy / "files"
+    def look_back(self, pick: int) -> float:
+        """Copy the append-only file. The server goes on writing: what is copied is a beginning
+        of the file, as a crash would leave it."""
+        since_s = time.monotonic()
+        self._copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self.folder)) / "files"
+        shutil.copytree(self.files(), self._copy)
+        return since_s
 
-    def expire(self, stream: str) -> None:
-        """Let a stream's keys expire now; returns when they are gone."""
-        pair = self._keys.pair(StreamKey(MODEL, stream))
-        while True:
-            try:
-                with self.client() as client:
-                    for key in pair:
-                        client.pexpire(key, 1)
-                    until(lambda: not client.exists(*pair), "the expiry")
-                return
-            except (redis.RedisError, OSError, ValueError):
-                time.sleep(0.05)
-
-    def _put_back(self, copy: Path) -> None:
+    def set_back(self, since_s: float) -> Loss:
+        """End the server, put the copy back, start it."""
+        self.end()
+        ended_s = time.monotonic()
         shutil.rmtree(self.files())
-        shutil.copytree(copy, self.files())
+        shutil.move(self._copy, self.files())
+        self.start()
+        return Loss("rolled back", since_s, ended_s, time.monotonic())
 
-    def _await_serving(self) -> None:
-        until(self.serves, f"{self.name} serving", SERVES_S)
+    def await_serving(self) -> None:
+        """Wait until it answers."""
+        until(self._serves, f"{self.name} serving", SERVES_S)
+
+    def _serves(self) -> bool:
+        try:
+            with self.client(1.0) as client:
+                return client.get("none") is None
+        except ERRORS:
+            return False
 
 
-class RedisStore(Store):
+class RedisStore(SingleStore):
     """`redis-server` that writes each command to its file before it answers: a kill loses
     nothing."""
 
@@ -161,7 +229,8 @@ class RedisStore(Store):
         )
 
     def start(self) -> None:
-        self._server.start()
+        self._server.launch()
+        self.await_serving()
 
     def stop(self) -> None:
         self._server.stop()
@@ -173,35 +242,28 @@ class RedisStore(Store):
     def pid(self) -> int:
         return self._server._process.pid
 
-    def kill(self) -> None:
+    def end(self) -> None:
         self._server.kill()
-        time.sleep(_DOWN_S)
-        self._server.launch()
-        self._await_serving()
+
+    def kill(self, pick: int) -> Loss | None:
+        self._server.kill()
+        time.sleep(DOWN_S)
+        self.start()
+        return None
 
     def files(self) -> Path:
         return self._home / "appendonlydir"
 
-    def roll_back(self, copy: Path) -> float:
-        self._server.kill()
-        ended_s = time.monotonic()
-        self._put_back(copy)
-        self._server.launch()
-        self._await_serving()
-        return ended_s
 
-
-class ValkeyStore(Store):
+class ValkeyStore(SingleStore):
     """The embedded Valkey of one `carry serve`, which the other workers use by its socket."""
 
     name = "valkey"
-    kill_may_lose_s = LATE_WRITES_S
 
     def __init__(self, folder: Path, models: Path, environment: dict[str, str]):
         super().__init__(folder)
         self.owner = Service(folder, models)
         self._environment = environment
-        self._lock = threading.Lock()
 
     def start(self) -> None:
         self.owner.start(**self._environment)
@@ -226,35 +288,30 @@ class ValkeyStore(Store):
     def pid(self) -> int:
         return self.owner.valkey_pid()
 
-    def kill(self) -> None:
-        with self._lock:
-            before = self.pid()
-            os.kill(before, signal.SIGKILL)
-            until(lambda: self._pid_or_none() not in (None, before), "a new Valkey", SERVES_S)
-            self._await_serving()
-            self._keep_file()
+    def end(self) -> None:
+        self.owner.stop()
+
+    def kill(self, pick: int) -> Loss | None:
+        before, killed_s = self.pid(), time.monotonic()
+        os.kill(before, signal.SIGKILL)
+        until(lambda: self._pid_or_none() not in (None, before), "a new Valkey", SERVES_S)
+        self.await_serving()
+        self._keep_file()
+        done_s = time.monotonic()
+        return Loss("killed", killed_s - LATE_WRITES_S, done_s, done_s)
 
     def files(self) -> Path:
         return self.owner.data_dir / "appendonlydir"
 
-    def roll_back(self, copy: Path) -> float:
-        with self._lock:
-            self.owner.stop()
-            ended_s = time.monotonic()
-            self._put_back(copy)
-            self.start()
-            return ended_s
-
     def restart_owner(self, *, kill: bool) -> None:
         """End the service that holds the Valkey, by SIGKILL (the Valkey goes on, and is taken
         over) or by SIGTERM (it ends too), and start it again."""
-        with self._lock:
-            if kill:
-                self.owner.kill()
-                time.sleep(_DOWN_S)
-            else:
-                self.owner.stop()
-            self.start()
+        if kill:
+            self.owner.kill()
+            time.sleep(DOWN_S)
+        else:
+            self.owner.stop()
+        self.start()
 
     def _pid_or_none(self) -> int | None:
         try:
@@ -266,12 +323,3 @@ class ValkeyStore(Store):
         # a rewrite would replace files while they are copied
         with self.client() as client:
             client.config_set("auto-aof-rewrite-percentage", "0")
-
-
-def make_store(name: str, folder: Path, models: Path, environment: dict[str, str]) -> Store:
-    """The store of that name, not yet started."""
-    if name == "valkey":
-        return ValkeyStore(folder, models, environment)
-    if name == "redis":
-        return RedisStore(folder)
-    raise ValueError(f"expected valkey or redis, got {name!r}")

@@ -13,10 +13,11 @@ from tests.faults.appender import CHUNKS, Appender
 from tests.faults.checker import Verdict, check_episode
 from tests.faults.http import MSGPACK, Line, chunk_body
 from tests.faults.records import History, digest, next_tag
-from tests.faults.run import new_seed, own_folder, scene
+from tests.faults.run import Course, new_seed, own_folder, scene
 
 STREAMS, EACH, COPIES = 50, 20, 5
 TIMEOUT_S = 30.0
+QUIET = Course("valkey", seed=0, events=0, faults=0)
 
 
 def test_a_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
@@ -24,7 +25,7 @@ def test_a_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
     print(f"seed {seed}")
 
     async def storm() -> None:
-        async with own_folder() as folder, scene("valkey", folder) as on:
+        async with own_folder() as folder, scene(QUIET, folder) as on:
             ports = [on.ways[worker] for worker in ("a", "b", "a", "b", "a")]
             await asyncio.gather(*(one_stream(number, ports) for number in range(STREAMS)))
 
@@ -69,7 +70,7 @@ def test_sixteen_appends_at_once_are_all_applied() -> None:
     print(f"seed {seed}")
 
     async def storm() -> None:
-        async with own_folder() as folder, scene("valkey", folder) as on:
+        async with own_folder() as folder, scene(QUIET, folder) as on:
             random = np.random.default_rng(seed)
             appender = Appender("all", on.ways, History(), random, TIMEOUT_S)
             for _ in range(10):

@@ -6,12 +6,12 @@ import asyncio
 import os
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 from tests.faults.path import Path as Way
 from tests.faults.path import Target
-from tests.faults.sight import ClientSight, StoreSight, count_stages
+from tests.faults.sight import ClientSight, Owed
+from tests.faults.stores import Store
 from tests.support.service import Service
 
 _TRIES = 20
@@ -22,7 +22,6 @@ class Worker:
 
     Attributes:
         up_s: since when it has been serving; None while it is not.
-        ends: how often it ended without having been asked to.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class Worker:
         self.up_s: float | None = None
         self._clients = clients
         self._environment = environment
-        folder.mkdir(parents=True)
+        folder.mkdir()
         self._service = Service(folder, models, redis_url=store_url)
         self._starting: asyncio.Task[None] | None = None
 
@@ -77,7 +76,13 @@ class Worker:
         self.up_s = None
         await asyncio.to_thread(self._service.stop)
 
-    def kill(self) -> tuple[list, float]:
+    @property
+    def pid(self) -> int | None:
+        """Its process; None before it was started."""
+        process = self._service.process
+        return None if process is None else process.pid
+
+    def kill(self) -> tuple[list[Owed], float]:
         """SIGKILL now; what it owed, and the moment."""
         self.up_s = None
         owed = self._clients.in_flight(self.name)
@@ -85,15 +90,12 @@ class Worker:
         self._service.process.kill()
         return owed, killed_s
 
-    async def stages(
-        self, owed: list, killed_s: float, store: StoreSight, way: Way | None
-    ) -> Counter[str]:
-        """Once it is gone and all it wrote has passed: how far what it owed had come."""
+    async def ended(self, store: Store) -> None:
+        """Once it is killed: wait until it is gone and all it wrote has passed."""
         await asyncio.to_thread(self._service.process.wait)
-        await self.way.drained()
-        if way is not None:
-            await way.drained()
-        return count_stages(store, self.name, owed, killed_s)
+        await self.way.drained(lambda _: True)
+        for way in store.ways:
+            await way.drained(lambda link: store.whose(link) == self.name)
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
@@ -102,10 +104,6 @@ class Worker:
             process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait()
-
-    def log(self) -> str:
-        """What it printed since it was started last."""
-        return self._service.log()
 
     def _target(self) -> Target | None:
         if self.up_s is None or not self._service.url:

@@ -40,6 +40,7 @@ class Service:
         """Start it and wait until it is ready."""
         self.launch(**environment)
         self.url = until(lambda: self.ended() or self._fact("port_bound", "url"), "its port")
+        assert not self.ended(), self.log()
         with httpx.Client(base_url=self.url) as client:
             until(lambda: self.ended() or _is_ready(client), "the service", READY_S)
         assert not self.ended(), self.log()
