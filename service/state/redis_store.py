@@ -226,7 +226,7 @@ class RedisStore:
             raise outcome
         result = self._result(key, outcome.value)
         if outcome.repeated and isinstance(result, Conflicted):
-            result = settle_deletion(key, expected, result)
+            result = settle_deletion(key, result)
         if result is COMMITTED and not outcome.durable:
             return self._not_durable(key)
         return result
@@ -395,17 +395,15 @@ def settle(commit: Commit, result: Conflicted) -> CommitResult:
     return result
 
 
-def settle_deletion(key: StreamKey, expected: Mark | None, result: Conflicted) -> CommitResult:
-    """What a repeated deletion that found nothing to delete says about its earlier tries.
+def settle_deletion(key: StreamKey, result: Conflicted) -> CommitResult:
+    """What a repeated deletion that deleted nothing says about its earlier tries.
 
-    No stream: it is gone, whoever deleted it. In another epoch than was expected: not known,
-    since it may have been deleted and begun anew. Otherwise it was not deleted.
+    No stream: it is gone, whoever deleted it. Another state than was expected: not known, since
+    the stream may have been deleted and begun again.
     """
     if result.found is None:
         return COMMITTED
-    if expected is not None and result.found.epoch != expected.epoch:
-        return _outcome_unknown(key, result.found, "others began the stream anew meanwhile")
-    return result
+    return _outcome_unknown(key, result.found, "others moved the stream on meanwhile")
 
 
 def _outcome_unknown(key: StreamKey, mark: Mark | None, reason: ReplyLost | str) -> OutcomeUnknown:

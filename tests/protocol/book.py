@@ -166,10 +166,9 @@ class Book:
         key = ("settle", stream, expected, new, found)
         return self._decide(key, self.rules.settle, commit, Conflicted(self.mark(found)))
 
-    def settle_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
+    def settle_deletion(self, stream: int, found: int) -> CommitResult:
         """`settle_deletion` of a repeated deletion."""
-        result = Conflicted(self.mark(found))
-        return self.rules.settle_deletion(self.keys[stream], self.mark(expected), result)
+        return self.rules.settle_deletion(self.keys[stream], Conflicted(self.mark(found)))
 
     def advance(self, job: Job, base: int) -> int:
         """The state after a chunk, computed and named."""

@@ -112,7 +112,7 @@ def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
     return Rules().settle(commit, result)
 
 
-def _as_deleted(key: StreamKey, expected: Mark | None, result: Conflicted) -> CommitResult:
+def _as_deleted(key: StreamKey, result: Conflicted) -> CommitResult:
     return result
 
 

@@ -101,7 +101,7 @@ class Rules:
     after_conflict: Callable[[Chunk, Mark, Mark | None], Answer] = after_conflict
     answer_retry: Callable[..., Answer] = answer_as_read
     settle: Callable[[Commit, Conflicted], CommitResult] = settle
-    settle_deletion: Callable[[StreamKey, Mark | None, Conflicted], CommitResult] = settle_deletion
+    settle_deletion: Callable[[StreamKey, Conflicted], CommitResult] = settle_deletion
     nonce: Callable[[int, int, int], bytes] = nonce
     commit_effect: Callable[[Pair, Commit], Effect] = commit_effect
     delete_effect: Callable[[Pair, Mark | None], Effect] = delete_effect

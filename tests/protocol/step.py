@@ -268,7 +268,7 @@ class Step:
         found = self.store[stream].state
         result: Any = Conflicted(self.book.mark(found))
         if request.repeated:
-            result = self.book.settle_deletion(stream, request.base, found)
+            result = self.book.settle_deletion(stream, found)
         if isinstance(result, CarryError):
             self._tell(index, job, result)
         elif isinstance(result, Conflicted) and found:
