@@ -297,11 +297,13 @@ def _explain(node: Node, found: NDArray[np.float32], reference: Reference) -> tu
     difference = found[-1].astype(np.int64) - outputs[-1]
     way = list(_way(node))
     for each in way[-_LOOK_BACK:]:
-        alone = reference.outputs(reference.zero(), each.sent.rows)[-1]
-        added = reference.turned(alone, node.position - each.position)
-        if (difference == added).all():
+        state, later = each.outputs[-1], node.position - each.position
+        twice = reference.outputs(state, each.sent.rows)[-1]
+        if (difference == reference.turned(twice - state, later)).all():
             return DOUBLED, f"are as if the chunk at {each.sent.start} were applied twice"
-        if (difference == -added).all():
+        first = each.before.outputs is None
+        without = reference.zero() if first else each.before.outputs[-1]
+        if (difference == reference.turned(without - state, later)).all():
             return LOST, f"are as if the chunk at {each.sent.start} were missing"
     return MIXED, f"differ by up to {np.abs(difference).max()}"
 

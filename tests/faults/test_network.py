@@ -1,0 +1,71 @@
+"""The served network forgets nothing: any mistake in the history shows in every later output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.artifact import Artifact, load_artifact
+from service.engine.onnx_runtime import OnnxRuntime
+from tests.faults import network
+from tests.faults.network import MODEL, PERIOD, Reference, random_events
+from tests.support.stepping import in_cuts, step
+
+EVENTS = 3 * PERIOD
+LATER = 2000
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return load_artifact(network.write(tmp_path_factory.mktemp("models")) / MODEL)
+
+
+def test_the_runtime_computes_the_reference_bit_by_bit(artifact: Artifact) -> None:
+    runtime, reference = OnnxRuntime(artifact), Reference()
+    random = np.random.default_rng(5)
+    rows = [random_events(random, length) for length in (40, 7, 64, 1)]
+    states = np.zeros((4, artifact.state.float_size), np.float32)
+    for _ in range(60):
+        outputs, states = step(runtime, [each.astype(np.float32) for each in rows], states)
+    for index, each in enumerate(rows):
+        state = reference.zero()
+        for _ in range(60):
+            expected = reference.outputs(state, each)
+            state = expected[-1]
+        assert (outputs[index] == expected).all()
+
+
+def test_cuts_do_not_show(artifact: Artifact) -> None:
+    rows = random_events(np.random.default_rng(6), 90)
+    zero = np.zeros(artifact.state.float_size, np.float32)
+    cut, _ = in_cuts(OnnxRuntime(artifact), rows.astype(np.float32), zero, (1, 30, 2, 57))
+    assert (cut == Reference().outputs(Reference().zero(), rows)).all()
+
+
+@pytest.mark.parametrize("mistake", ["wrong", "missing", "doubled", "swapped", "moved"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mistake_shows_in_every_later_output(mistake: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = random_events(random, EVENTS)
+    later = random_events(random, LATER)
+    place = int(random.integers(EVENTS - PERIOD))
+    changed = rows.copy()
+    match mistake:
+        case "wrong":
+            changed[place, 0] += 1
+        case "missing":
+            changed = np.delete(rows, place, axis=0)
+        case "doubled":
+            changed = np.insert(rows, place, rows[place], axis=0)
+        case "swapped":
+            while (rows[place] == rows[place + 1]).all():
+                place += 1
+            changed[[place, place + 1]] = rows[[place + 1, place]]
+        case "moved":
+            far = place + int(random.integers(2, PERIOD))
+            changed[[place, far]] = rows[[far, place]]
+            assert (changed != rows).any()
+    reference = Reference()
+    right = reference.outputs(reference.zero(), np.concatenate([rows, later]))[-LATER:]
+    wrong = reference.outputs(reference.zero(), np.concatenate([changed, later]))[-LATER:]
+    assert np.abs(right - wrong).max(axis=1).min() >= 1
