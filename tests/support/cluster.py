@@ -22,7 +22,7 @@ from redis.crc import key_slot
 from redis.retry import Retry
 
 from service.state.valkey_process import server_binary
-from tests.support.servers import free_port, until
+from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
 SLOTS = 16_384
@@ -200,3 +200,17 @@ def shared_cluster() -> Iterator[Cluster]:
     """One cluster for the whole run, for tests that leave it as it is; empty it before use."""
     with real_cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def breakable_cluster() -> Iterator[Cluster]:
+    """Another, whose nodes may be stopped; each test starts them again."""
+    with real_cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def own_cluster(breakable_cluster: Cluster) -> Cluster:
+    """The same, empty."""
+    empty: Cluster = emptied(breakable_cluster)
+    return empty

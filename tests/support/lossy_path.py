@@ -19,13 +19,17 @@ class LossyPath:
         losses: how many replies to scripts are still to be lost. For each, the server gets
             the request and answers, then the connection breaks.
         after_loss: awaited once the server has answered and before the client notices.
+        halves: whether the first half of a reply that is lost still comes through.
         dead: whether new connections are closed at once.
+        accepted: how many connections were made.
     """
 
     def __init__(self, target: str, socket: str):
         self.url = f"unix://{socket}"
         self.losses = 0
         self.after_loss: Hook | None = None
+        self.halves = False
+        self.accepted = 0
         self.dead = False
         self.dead_after_loss = False
         self._target = target
@@ -35,6 +39,7 @@ class LossyPath:
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         self._clients.add(task)
+        self.accepted += 1
         try:
             if not self.dead:
                 # The listener's own callback cannot cope with a cancelled task.
@@ -61,6 +66,8 @@ class LossyPath:
                     if self.after_loss is not None:
                         await self.after_loss()
                     self.dead = self.dead or self.dead_after_loss
+                    if self.halves:
+                        back.write(data[: len(data) // 2])
                     return
                 back.write(data)
 

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -63,12 +64,19 @@ def written(client: redis.Redis) -> None:
 class RealServer:
     """One server process that can be killed and started again on its files."""
 
-    def __init__(self, kind: str, folder: Path, *options: str):
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        *options: str,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         self.kind = kind
         self.folder = folder
         self.socket = str(folder / "server.sock")
         self.url = f"unix://{self.socket}"
         self._options = options
+        self._environment = {"LC_ALL": "C", "PATH": os.defpath, **environment}
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self, *options: str) -> None:
@@ -81,7 +89,7 @@ class RealServer:
             [found, *arguments, *self._options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={"LC_ALL": "C", "PATH": os.defpath},
+            env=self._environment,
         )
 
     def start(self) -> None:
@@ -140,10 +148,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def real_server(kind: str, *options: str) -> Iterator[RealServer]:
+def real_server(
+    kind: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[RealServer]:
     """A running server, ended and removed afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
-    server = RealServer(kind, folder, *options)
+    server = RealServer(kind, folder, *options, environment=environment)
     try:
         server.start()
         yield server

@@ -11,11 +11,18 @@ import pytest
 from service.state.open import open_store
 from service.state.protocol import StateStore
 from service.state.settings import StoreSettings
-from tests.support.cluster import Cluster, shared_cluster
+from tests.support.cluster import Cluster, breakable_cluster, own_cluster, shared_cluster
 from tests.support.servers import KINDS, RealServer, own_server, real_server, server, shared_server
 from tests.support.streams import OpenStore, Streams
 
-__all__ = ["own_server", "server", "shared_cluster", "shared_server"]
+__all__ = [
+    "breakable_cluster",
+    "own_cluster",
+    "own_server",
+    "server",
+    "shared_cluster",
+    "shared_server",
+]
 
 
 @pytest.fixture(scope="session", params=[*KINDS, "cluster"])

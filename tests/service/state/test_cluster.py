@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from service.errors import NotDurable, OutcomeUnknown, StoreRefused, StoreUnavai
 from service.state.open import open_store
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import Durability, StoreSettings
-from tests.support.cluster import Cluster, ClusterNode, real_cluster
+from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import emptied, free_port, opened, real_server, until, until_async
 from tests.support.streams import Streams, committed, key, same_reply, same_stream
 
@@ -25,19 +25,6 @@ PARTITIONS = 16
 def cluster(shared_cluster: Cluster) -> Cluster:
     """The shared one, empty. Tests put back what they change."""
     return emptied(shared_cluster)
-
-
-@pytest.fixture(scope="module")
-def breakable_cluster() -> Iterator[Cluster]:
-    """A cluster for the tests that stop its nodes; each starts them again."""
-    with real_cluster() as running:
-        yield running
-
-
-@pytest.fixture
-def own_cluster(breakable_cluster: Cluster) -> Cluster:
-    """The same, empty."""
-    return emptied(breakable_cluster)
 
 
 @pytest.fixture
