@@ -208,7 +208,7 @@ def _gaps(
         after[at] = Clock(times_ms.item(stop - 1), clock.seen + block.steps, clock.out_of_order)
         if place.absent is not None and block.absent is not None:
             others.add(at)
-    if np.minimum.reduce(gaps, initial=0) < 0:
+    if np.min(gaps, initial=0) < 0:
         others.update((np.searchsorted(cuts, np.flatnonzero(gaps < 0), "right") - 1).tolist())
     for at in others:
         part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(place)

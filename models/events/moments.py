@@ -76,7 +76,7 @@ def same_shape_ms(texts: Sequence[str]) -> IntArray | None:
     except ValueError:
         # No text in UTF-8, a date that no calendar has, or an offset of a day and more.
         return None
-    if times_ms.min() < MIN_TIMESTAMP_MS or times_ms.max() >= MAX_TIMESTAMP_MS:
+    if np.min(times_ms) < MIN_TIMESTAMP_MS or np.max(times_ms) >= MAX_TIMESTAMP_MS:
         return None
     return times_ms
 
