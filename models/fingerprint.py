@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import EventField
-from models.spec import Head, Layer, ModelSpec
+from models.heads import Head
+from models.layers import Layer
+from models.spec import ModelSpec
 
 FINGERPRINT_BYTES = 16
 

@@ -21,24 +21,26 @@ from models.events.schema import (
     EventField,
     NumericField,
 )
-from models.spec import (
-    FEATURES,
-    ActivationLayer,
+from models.heads import (
     AnomalyHead,
-    BatchNormalizationLayer,
     ClassificationHead,
     DenseHead,
+    ForecastHead,
+    Head,
+    SequenceHead,
+)
+from models.layers import (
+    FEATURES,
+    ActivationLayer,
+    BatchNormalizationLayer,
     DenseLayer,
     DropoutLayer,
-    ForecastHead,
     GruLayer,
-    Head,
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
-    ModelSpec,
-    SequenceHead,
 )
+from models.spec import ModelSpec
 from models.state import StatePart, StateSpec
 
 CLOCK_LAST_MS = "clock.last_ms"

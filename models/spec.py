@@ -16,196 +16,22 @@ from pydantic import Field, ValidationError, model_validator
 
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
+from models.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+)
+from models.layers import (
+    FEATURES,
+    RECURRENT,
+    Layer,
+    MergeLayer,
+    Rate,
+)
 
-LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Units = Annotated[int, Field(ge=1, le=16384)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-ActivationName = Literal[
-    "linear",
-    "relu",
-    "sigmoid",
-    "hard_sigmoid",
-    "tanh",
-    "softmax",
-    "softplus",
-    "softsign",
-    "elu",
-    "selu",
-    "gelu",
-    "silu",
-    "exponential",
-    "leaky_relu",
-]
-
-
-class _Layer(Frozen):
-    """What every layer has: a name and the layers it reads.
-
-    An empty name is filled in as `<kind>_<n>`, n counting the layers of that kind from 1.
-    Empty `inputs` mean the layer before; `features` names the encoded rows themselves.
-    """
-
-    name: LayerName | Literal[""] = ""
-    inputs: tuple[LayerName, ...] = ()
-
-
-class LstmLayer(_Layer):
-    """Keras `LSTM`: state parts `hidden` h and `carry` c, gates in Keras' order i, f, c, o."""
-
-    kind: Literal["lstm"] = "lstm"
-    units: Units
-    activation: ActivationName = "tanh"
-    recurrent_activation: ActivationName = "sigmoid"
-    use_bias: bool = True
-    dropout: Rate = 0.0
-    recurrent_dropout: Rate = 0.0
-
-
-class GruLayer(_Layer):
-    """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h."""
-
-    kind: Literal["gru"] = "gru"
-    units: Units
-    activation: ActivationName = "tanh"
-    recurrent_activation: ActivationName = "sigmoid"
-    use_bias: bool = True
-    reset_after: bool = True
-    dropout: Rate = 0.0
-    recurrent_dropout: Rate = 0.0
-
-
-class DenseLayer(_Layer):
-    """Keras `Dense`, the same weights at every step."""
-
-    kind: Literal["dense"] = "dense"
-    units: Units
-    activation: ActivationName = "linear"
-    use_bias: bool = True
-
-
-class ActivationLayer(_Layer):
-    """An activation alone."""
-
-    kind: Literal["activation"] = "activation"
-    activation: ActivationName
-
-
-class DropoutLayer(_Layer):
-    """Keras `Dropout`: active in training only."""
-
-    kind: Literal["dropout"] = "dropout"
-    rate: Rate
-
-
-class LayerNormalizationLayer(_Layer):
-    """Keras `LayerNormalization` over the last axis."""
-
-    kind: Literal["layer_normalization"] = "layer_normalization"
-    epsilon: Annotated[float, Field(gt=0)] = 1e-3
-    center: bool = True
-    scale: bool = True
-
-
-class BatchNormalizationLayer(_Layer):
-    """Keras `BatchNormalization` over the last axis, with its moving statistics (inference)."""
-
-    kind: Literal["batch_normalization"] = "batch_normalization"
-    epsilon: Annotated[float, Field(gt=0)] = 1e-3
-    center: bool = True
-    scale: bool = True
-
-
-class MergeLayer(_Layer):
-    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two layers or more."""
-
-    kind: Literal["add", "multiply", "average", "concatenate"]
-
-
-Layer = Annotated[
-    LstmLayer
-    | GruLayer
-    | DenseLayer
-    | ActivationLayer
-    | DropoutLayer
-    | LayerNormalizationLayer
-    | BatchNormalizationLayer
-    | MergeLayer,
-    Field(discriminator="kind"),
-]
-RECURRENT = (LstmLayer, GruLayer)
-
-FEATURES = "features"
-"""The name under which layers read the encoded rows, embeddings put in."""
-
-
-class _Head(Frozen):
-    """What every head has: the output's name and the layer it reads (the last by default)."""
-
-    name: LayerName
-    input: LayerName | Literal[""] = ""
-
-
-class SequenceHead(_Head):
-    """The layer's sequence itself: what `return_sequences=True` gives. No weights."""
-
-    kind: Literal["sequence"] = "sequence"
-
-
-class DenseHead(_Head):
-    """A Dense layer per step, with the outputs as they are."""
-
-    kind: Literal["dense"] = "dense"
-    units: Units
-    activation: ActivationName = "linear"
-    use_bias: bool = True
-    targets: tuple[str, ...] = ()
-    """Numeric event fields of the next event that training regresses on, one per unit."""
-
-
-class ForecastHead(_Head):
-    """The next event's numeric fields, in their own units: quantiles, or one point each."""
-
-    kind: Literal["forecast"] = "forecast"
-    targets: Annotated[tuple[str, ...], Field(min_length=1)]
-    quantiles: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.5, 0.9)
-
-    @model_validator(mode="after")
-    def _rising(self) -> ForecastHead:
-        if list(self.quantiles) != sorted(set(self.quantiles)):
-            raise ValueError(f"expected rising quantiles, got {list(self.quantiles)}")
-        return self
-
-
-class ClassificationHead(_Head):
-    """Probabilities of the next event's category.
-
-    `target` is a categorical field (one probability per code), a boolean field, or a numeric
-    field with `above`: then the one probability is that of value > above.
-    """
-
-    kind: Literal["classification"] = "classification"
-    target: str
-    above: float | None = None
-
-
-class AnomalyHead(_Head):
-    """How surprising each event is under the forecast made one event earlier, in nats.
-
-    The forecast is a Gaussian per numeric target, a softmax per categorical and a Bernoulli
-    per boolean; its parameters after a chunk's last event are a part of the state, so the
-    next chunk's first event is judged by them. A stream's first event is judged by the
-    zero parameters: a standard normal of the standardised value, uniform categories.
-    """
-
-    kind: Literal["anomaly"] = "anomaly"
-    targets: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-Head = Annotated[
-    SequenceHead | DenseHead | ForecastHead | ClassificationHead | AnomalyHead,
-    Field(discriminator="kind"),
-]
 
 
 class TrainingSpec(Frozen):

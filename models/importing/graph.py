@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from models.errors import ImportedModelError, SpecError
 from models.importing.layers import CannotCarryError, Carried, carry_layer
-from models.spec import FEATURES, ModelSpec, parse_spec
+from models.layers import FEATURES
+from models.spec import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
 """`x + y` and `x * y` of a functional model: Keras operations that are no layers."""

@@ -25,6 +25,19 @@ import tensorflow as tf
 from numpy.typing import NDArray
 
 from models.errors import ArtifactError, SpecError
+from models.heads import AnomalyHead
+from models.layers import (
+    FEATURES,
+    ActivationLayer,
+    BatchNormalizationLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+)
 from models.layout import (
     head_units,
     layer_widths,
@@ -41,20 +54,7 @@ from models.networks.heads import (
     head_output,
     mean_losses,
 )
-from models.spec import (
-    FEATURES,
-    ActivationLayer,
-    AnomalyHead,
-    BatchNormalizationLayer,
-    DenseLayer,
-    DropoutLayer,
-    GruLayer,
-    Layer,
-    LayerNormalizationLayer,
-    LstmLayer,
-    MergeLayer,
-    ModelSpec,
-)
+from models.spec import ModelSpec
 
 Variable = Any
 """A Keras variable; TensorFlow ships no types."""

@@ -15,8 +15,9 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from models.layers import LstmLayer
 from models.layout import weight_shapes
-from models.spec import LstmLayer, ModelSpec
+from models.spec import ModelSpec
 
 EMBEDDING_RANGE = 0.05
 FORGET_GATE = 1

@@ -42,17 +42,17 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
-from models.layout import anomaly_width, event_field
-from models.networks.activations import activation_of
-from models.spec import (
+from models.heads import (
     AnomalyHead,
     ClassificationHead,
     DenseHead,
     ForecastHead,
     Head,
-    ModelSpec,
     SequenceHead,
 )
+from models.layout import anomaly_width, event_field
+from models.networks.activations import activation_of
+from models.spec import ModelSpec
 
 Tensor: TypeAlias = Any
 """A float32 tf.Tensor; TensorFlow ships no types."""

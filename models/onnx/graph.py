@@ -22,6 +22,19 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from models.errors import GraphUnsupportedError
 from models.fingerprint import fingerprint
+from models.heads import AnomalyHead
+from models.layers import (
+    FEATURES,
+    ActivationLayer,
+    BatchNormalizationLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+)
 from models.layout import layer_widths, output_spec, state_spec
 from models.onnx.activations import activation
 from models.onnx.cells import gru, lstm
@@ -37,20 +50,7 @@ from models.onnx.names import (
     STATES_AFTER,
 )
 from models.onnx.nodes import Nodes, Value
-from models.spec import (
-    FEATURES,
-    ActivationLayer,
-    AnomalyHead,
-    BatchNormalizationLayer,
-    DenseLayer,
-    DropoutLayer,
-    GruLayer,
-    Layer,
-    LayerNormalizationLayer,
-    LstmLayer,
-    MergeLayer,
-    ModelSpec,
-)
+from models.spec import ModelSpec
 
 OPSET = 20
 IR_VERSION = 9

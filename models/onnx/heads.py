@@ -22,18 +22,18 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
-from models.layout import anomaly_width, event_field
-from models.onnx.activations import activation
-from models.onnx.nodes import Nodes, Value
-from models.spec import (
+from models.heads import (
     AnomalyHead,
     ClassificationHead,
     DenseHead,
     ForecastHead,
     Head,
-    ModelSpec,
     SequenceHead,
 )
+from models.layout import anomaly_width, event_field
+from models.onnx.activations import activation
+from models.onnx.nodes import Nodes, Value
+from models.spec import ModelSpec
 
 LOG_DEVIATION_LIMIT = 7.0
 DEVIATION_LIMIT = 1e18

@@ -26,8 +26,9 @@ from sklearn.isotonic import IsotonicRegression
 
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
+from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head
 from models.layout import event_field
-from models.spec import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head, ModelSpec
+from models.spec import ModelSpec
 from models.training.data import Streams
 from models.training.scores import (
     Floats,

@@ -21,19 +21,10 @@ from numpy.typing import NDArray
 
 from models.errors import SpecError
 from models.events.schema import CategoricalField
+from models.heads import SequenceHead
+from models.layers import FEATURES, DenseLayer, DropoutLayer, GruLayer, Layer, LstmLayer, MergeLayer
 from models.layout import layer_widths
-from models.spec import (
-    FEATURES,
-    DenseLayer,
-    DropoutLayer,
-    GruLayer,
-    Layer,
-    LstmLayer,
-    MergeLayer,
-    ModelSpec,
-    SequenceHead,
-    parse_spec,
-)
+from models.spec import ModelSpec, parse_spec
 from models.training.data import schema_of
 
 Weights = Mapping[str, NDArray[np.float32]]

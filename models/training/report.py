@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from models.artifact import Artifact
 from models.errors import DataError
 from models.events.zones import zone_table
+from models.heads import ForecastHead
 from models.layout import output_spec
-from models.spec import ForecastHead
 from models.training.baselines import Baseline, Table, baselines_of
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import run_chunks, scored_rows

@@ -27,15 +27,9 @@ from numpy.typing import NDArray
 from models.events.columns import EventColumns
 from models.events.encode import categorical_codes, standardise
 from models.events.schema import CategoricalField, NumericField
+from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head
 from models.layout import event_field
-from models.spec import (
-    AnomalyHead,
-    ClassificationHead,
-    DenseHead,
-    ForecastHead,
-    Head,
-    ModelSpec,
-)
+from models.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 SMALLEST_CHANCE = 1e-6

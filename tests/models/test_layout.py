@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.heads import AnomalyHead
 from models.layout import (
     anomaly_size,
     event_field,
@@ -16,7 +17,7 @@ from models.layout import (
     state_spec,
     weight_shapes,
 )
-from models.spec import AnomalyHead, parse_spec
+from models.spec import parse_spec
 from tests.support.models import small_spec
 
 SPEC = small_spec()

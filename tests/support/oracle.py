@@ -26,19 +26,17 @@ from math import erf, log, pi
 import numpy as np
 from numpy.typing import NDArray
 
-from models.layout import state_spec, weight_shapes
-from models.spec import (
+from models.heads import (
     AnomalyHead,
     ClassificationHead,
     DenseHead,
     ForecastHead,
-    GruLayer,
     Head,
-    Layer,
-    LstmLayer,
-    ModelSpec,
     SequenceHead,
 )
+from models.layers import GruLayer, Layer, LstmLayer
+from models.layout import state_spec, weight_shapes
+from models.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 

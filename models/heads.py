@@ -1,0 +1,82 @@
+"""The kinds of heads, which turn what a layer gives into named outputs.
+
+Descriptions only; `models.networks.heads` and `models.onnx.heads` compute them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from models.events.schema import Frozen
+from models.layers import ActivationName, LayerName, Units
+
+
+class _Head(Frozen):
+    """What every head has: the output's name and the layer it reads (the last by default)."""
+
+    name: LayerName
+    input: LayerName | Literal[""] = ""
+
+
+class SequenceHead(_Head):
+    """The layer's sequence itself: what `return_sequences=True` gives. No weights."""
+
+    kind: Literal["sequence"] = "sequence"
+
+
+class DenseHead(_Head):
+    """A Dense layer per step, with the outputs as they are."""
+
+    kind: Literal["dense"] = "dense"
+    units: Units
+    activation: ActivationName = "linear"
+    use_bias: bool = True
+    targets: tuple[str, ...] = ()
+    """Numeric event fields of the next event that training regresses on, one per unit."""
+
+
+class ForecastHead(_Head):
+    """The next event's numeric fields, in their own units: quantiles, or one point each."""
+
+    kind: Literal["forecast"] = "forecast"
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    quantiles: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.1, 0.5, 0.9)
+
+    @model_validator(mode="after")
+    def _rising(self) -> ForecastHead:
+        if list(self.quantiles) != sorted(set(self.quantiles)):
+            raise ValueError(f"expected rising quantiles, got {list(self.quantiles)}")
+        return self
+
+
+class ClassificationHead(_Head):
+    """Probabilities of the next event's category.
+
+    `target` is a categorical field (one probability per code), a boolean field, or a numeric
+    field with `above`: then the one probability is that of value > above.
+    """
+
+    kind: Literal["classification"] = "classification"
+    target: str
+    above: float | None = None
+
+
+class AnomalyHead(_Head):
+    """How surprising each event is under the forecast made one event earlier, in nats.
+
+    The forecast is a Gaussian per numeric target, a softmax per categorical and a Bernoulli
+    per boolean; its parameters after a chunk's last event are a part of the state, so the
+    next chunk's first event is judged by them. A stream's first event is judged by the
+    zero parameters: a standard normal of the standardised value, uniform categories.
+    """
+
+    kind: Literal["anomaly"] = "anomaly"
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+Head = Annotated[
+    SequenceHead | DenseHead | ForecastHead | ClassificationHead | AnomalyHead,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,132 @@
+"""The kinds of layers that a network is made of, as a specification describes them.
+
+Descriptions only: sizes, wiring and options of each layer, with neither weights nor a runtime.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from models.events.schema import Frozen
+
+LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+Units = Annotated[int, Field(ge=1, le=16384)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+ActivationName = Literal[
+    "linear",
+    "relu",
+    "sigmoid",
+    "hard_sigmoid",
+    "tanh",
+    "softmax",
+    "softplus",
+    "softsign",
+    "elu",
+    "selu",
+    "gelu",
+    "silu",
+    "exponential",
+    "leaky_relu",
+]
+
+
+class _Layer(Frozen):
+    """What every layer has: a name and the layers it reads.
+
+    An empty name is filled in as `<kind>_<n>`, n counting the layers of that kind from 1.
+    Empty `inputs` mean the layer before; `features` names the encoded rows themselves.
+    """
+
+    name: LayerName | Literal[""] = ""
+    inputs: tuple[LayerName, ...] = ()
+
+
+class LstmLayer(_Layer):
+    """Keras `LSTM`: state parts `hidden` h and `carry` c, gates in Keras' order i, f, c, o."""
+
+    kind: Literal["lstm"] = "lstm"
+    units: Units
+    activation: ActivationName = "tanh"
+    recurrent_activation: ActivationName = "sigmoid"
+    use_bias: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+
+
+class GruLayer(_Layer):
+    """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h."""
+
+    kind: Literal["gru"] = "gru"
+    units: Units
+    activation: ActivationName = "tanh"
+    recurrent_activation: ActivationName = "sigmoid"
+    use_bias: bool = True
+    reset_after: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+
+
+class DenseLayer(_Layer):
+    """Keras `Dense`, the same weights at every step."""
+
+    kind: Literal["dense"] = "dense"
+    units: Units
+    activation: ActivationName = "linear"
+    use_bias: bool = True
+
+
+class ActivationLayer(_Layer):
+    """An activation alone."""
+
+    kind: Literal["activation"] = "activation"
+    activation: ActivationName
+
+
+class DropoutLayer(_Layer):
+    """Keras `Dropout`: active in training only."""
+
+    kind: Literal["dropout"] = "dropout"
+    rate: Rate
+
+
+class LayerNormalizationLayer(_Layer):
+    """Keras `LayerNormalization` over the last axis."""
+
+    kind: Literal["layer_normalization"] = "layer_normalization"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    center: bool = True
+    scale: bool = True
+
+
+class BatchNormalizationLayer(_Layer):
+    """Keras `BatchNormalization` over the last axis, with its moving statistics (inference)."""
+
+    kind: Literal["batch_normalization"] = "batch_normalization"
+    epsilon: Annotated[float, Field(gt=0)] = 1e-3
+    center: bool = True
+    scale: bool = True
+
+
+class MergeLayer(_Layer):
+    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two layers or more."""
+
+    kind: Literal["add", "multiply", "average", "concatenate"]
+
+
+Layer = Annotated[
+    LstmLayer
+    | GruLayer
+    | DenseLayer
+    | ActivationLayer
+    | DropoutLayer
+    | LayerNormalizationLayer
+    | BatchNormalizationLayer
+    | MergeLayer,
+    Field(discriminator="kind"),
+]
+RECURRENT = (LstmLayer, GruLayer)
+
+FEATURES = "features"
+"""The name under which layers read the encoded rows, embeddings put in."""
