@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.events.schema import Frozen
 
@@ -44,7 +44,16 @@ class _Layer(Frozen):
 
 
 class LstmLayer(_Layer):
-    """Keras `LSTM`: state parts `hidden` h and `carry` c, gates in Keras' order i, f, c, o."""
+    """Keras `LSTM`: state parts `hidden` h and `carry` c, gates in Keras' order i, f, c, o.
+
+    Attributes:
+        peepholes: gates see the carry (Gers and Schmidhuber 2000).
+        layer_normalization: inside the cell (Ba et al. 2016).
+        projection: P values of the hidden part, which is the output too, P <= units; the carry
+            keeps `units` (Sak et al. 2014).
+
+    `models.networks.cells` has the equations.
+    """
 
     kind: Literal["lstm"] = "lstm"
     units: Units
@@ -53,6 +62,27 @@ class LstmLayer(_Layer):
     use_bias: bool = True
     dropout: Rate = 0.0
     recurrent_dropout: Rate = 0.0
+    peepholes: bool = False
+    layer_normalization: bool = False
+    projection: Units | None = None
+
+    @model_validator(mode="after")
+    def _narrower(self) -> LstmLayer:
+        if self.projection is not None and self.projection > self.units:
+            raise ValueError(
+                f"expected a projection to at most `units` ({self.units}), got {self.projection}"
+            )
+        return self
+
+    @property
+    def width(self) -> int:
+        """Values of the hidden part, and of the output at every step."""
+        return self.units if self.projection is None else self.projection
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is an LSTM as Keras and ONNX know it, with no option of Carry's own."""
+        return not (self.peepholes or self.layer_normalization or self.projection is not None)
 
 
 class GruLayer(_Layer):

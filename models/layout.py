@@ -108,7 +108,7 @@ def state_spec(spec: ModelSpec) -> StateSpec:
     parts: list[StatePart] = []
     for layer in spec.layers:
         if isinstance(layer, LstmLayer):
-            parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
+            parts.append(StatePart(f"{layer.name}.hidden", (layer.width,), "float32"))
             parts.append(StatePart(f"{layer.name}.carry", (layer.units,), "float32"))
         elif isinstance(layer, GruLayer):
             parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
@@ -195,7 +195,9 @@ def layer_widths(spec: ModelSpec) -> dict[str, int]:
     widths = {FEATURES: sum(column.width for column in spec.columns)}
     for layer in spec.layers:
         match layer:
-            case LstmLayer() | GruLayer() | DenseLayer():
+            case LstmLayer():
+                widths[layer.name] = layer.width
+            case GruLayer() | DenseLayer():
                 widths[layer.name] = layer.units
             case MergeLayer(kind="concatenate"):
                 widths[layer.name] = sum(widths[name] for name in layer.inputs)
@@ -208,7 +210,9 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight, in Keras' layouts, all float32.
 
     `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
-    `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`.
+    `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
+    and what an LSTM's options add: `<layer>.peepholes` (gates i, f, o side by side),
+    `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`.
     """
     widths = layer_widths(spec)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -218,15 +222,14 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for layer in spec.layers:
         read, name = widths[layer.inputs[0]], layer.name
         match layer:
-            case LstmLayer() | GruLayer():
-                gates = 4 if isinstance(layer, LstmLayer) else 3
-                shapes[f"{name}.kernel"] = (read, gates * layer.units)
-                shapes[f"{name}.recurrent_kernel"] = (layer.units, gates * layer.units)
+            case LstmLayer():
+                shapes.update(_lstm_shapes(layer, read))
+            case GruLayer():
+                shapes[f"{name}.kernel"] = (read, 3 * layer.units)
+                shapes[f"{name}.recurrent_kernel"] = (layer.units, 3 * layer.units)
                 if layer.use_bias:
-                    twice = isinstance(layer, GruLayer) and layer.reset_after
-                    shapes[f"{name}.bias"] = (
-                        (2, gates * layer.units) if twice else (gates * layer.units,)
-                    )
+                    wide = 3 * layer.units
+                    shapes[f"{name}.bias"] = (2, wide) if layer.reset_after else (wide,)
             case DenseLayer():
                 shapes[f"{name}.kernel"] = (read, layer.units)
                 if layer.use_bias:
@@ -247,4 +250,24 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"heads.{head.name}.kernel"] = (widths[head.input], units)
             if not isinstance(head, DenseHead) or head.use_bias:
                 shapes[f"heads.{head.name}.bias"] = (units,)
+    return shapes
+
+
+def _lstm_shapes(layer: LstmLayer, read: int) -> dict[str, tuple[int, ...]]:
+    name, gates = layer.name, 4 * layer.units
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.kernel": (read, gates),
+        f"{name}.recurrent_kernel": (layer.width, gates),
+    }
+    if layer.use_bias:
+        shapes[f"{name}.bias"] = (gates,)
+    if layer.peepholes:
+        shapes[f"{name}.peepholes"] = (3 * layer.units,)
+    if layer.layer_normalization:
+        shapes[f"{name}.kernel_gamma"] = (gates,)
+        shapes[f"{name}.recurrent_gamma"] = (gates,)
+        shapes[f"{name}.carry_gamma"] = (layer.units,)
+        shapes[f"{name}.carry_beta"] = (layer.units,)
+    if layer.projection is not None:
+        shapes[f"{name}.projection"] = (layer.units, layer.projection)
     return shapes

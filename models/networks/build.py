@@ -46,6 +46,7 @@ from models.layout import (
     weight_shapes,
 )
 from models.networks.activations import activation_of
+from models.networks.cells import recurrent_layer
 from models.networks.fresh import fresh_weights
 from models.networks.heads import (
     Tensor,
@@ -321,21 +322,7 @@ def _build_layer(layer: Layer, widths: Mapping[str, int]) -> keras.layers.Layer:
     common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
     match layer:
         case LstmLayer() | GruLayer():
-            common.update(
-                activation=activation_of(layer.activation),
-                recurrent_activation=activation_of(layer.recurrent_activation),
-                use_bias=layer.use_bias,
-                dropout=layer.dropout,
-                recurrent_dropout=layer.recurrent_dropout,
-                return_sequences=True,
-                return_state=True,
-                # cuDNN's kernel cannot be compiled by XLA and takes no step's mask.
-                use_cudnn=False,
-            )
-            if isinstance(layer, GruLayer):
-                built = keras.layers.GRU(layer.units, reset_after=layer.reset_after, **common)
-            else:
-                built = keras.layers.LSTM(layer.units, **common)
+            built = recurrent_layer(layer, layer.name)
         case DenseLayer():
             built = keras.layers.Dense(
                 layer.units,

@@ -1,7 +1,8 @@
 """Fresh, seeded weights for a specification: pure NumPy, no runtime.
 
-The draws follow Keras' defaults (Glorot uniform kernels, orthogonal recurrent kernels, a
-forget gate opened by a bias of 1, embeddings uniform within 0.05), from NumPy's generator:
+The draws follow Keras' defaults (Glorot uniform kernels and projections, orthogonal recurrent
+kernels, a forget gate opened by a bias of 1, gains of 1, embeddings uniform within 0.05), from
+NumPy's generator; peepholes are closed until training opens them, as offsets are 0. And
 every weight has a stream of its own, seeded by (seed, its name), so that adding a layer
 changes no other layer's weights. It trains nothing and needs no fitted schema, only one
 whose vocabularies are known.
@@ -42,16 +43,16 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
         random = np.random.default_rng([seed, digest])
         if name.startswith("embedding."):
             values = random.uniform(-EMBEDDING_RANGE, EMBEDDING_RANGE, shape)
-        elif kind == "kernel":
+        elif kind in ("kernel", "projection"):
             limit = np.sqrt(6.0 / (shape[0] + shape[1]))
             values = random.uniform(-limit, limit, shape)
         elif kind == "recurrent_kernel":
             values = _orthogonal(random, shape)
-        elif kind in ("gamma", "moving_variance"):
+        elif kind.endswith("gamma") or kind == "moving_variance":
             values = np.ones(shape)
         else:
             values = np.zeros(shape)
-            if owner in lstms:
+            if kind == "bias" and owner in lstms:
                 units = lstms[owner]
                 values[FORGET_GATE * units : (FORGET_GATE + 1) * units] = 1.0
         weights[name] = values.astype(np.float32)

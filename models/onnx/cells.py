@@ -3,8 +3,9 @@
 Keras and ONNX compute the same cells with their gates in another order. Where a weight holds
 its gates side by side, [..., gates * H], `_gates` puts them as ONNX wants them:
 
-    LSTM    Keras i, f, c, o    ONNX i, o, f, c
-    GRU     Keras z, r, h       ONNX z, r, h
+    LSTM        Keras i, f, c, o    ONNX i, o, f, c
+    peepholes         i, f, o            i, o, f
+    GRU               z, r, h            z, r, h
 
 ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to x W and one to
 h R. Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has
@@ -23,12 +24,14 @@ from numpy.typing import NDArray
 from models.layers import ActivationName, GruLayer, LstmLayer
 from models.onnx.activations import CellFunction, cell_function
 from models.onnx.nodes import Nodes, Value
+from models.onnx.recurrence import lstm_loop
 
 Floats = NDArray[np.float32]
 
 LSTM_GATES = (0, 3, 1, 2)
 GRU_GATES = (0, 1, 2)
-"""Where ONNX' gates stand among Keras'."""
+PEEPHOLE_GATES = (0, 2, 1)
+"""Where ONNX' gates stand among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
 
 
 def lstm(
@@ -47,8 +50,13 @@ def lstm(
         state: hidden and carry, float32 [1, B, H].
 
     Returns:
-        The sequence [T, B, H], zero beyond a row's length, and hidden and carry after it.
+        The sequence [T, B, H], and hidden and carry after a row's length.
+
+    Raises:
+        GraphUnsupportedError: an activation that the operator does not have.
     """
+    if layer.layer_normalization or layer.projection is not None:
+        return lstm_loop(nodes, layer, weights, x, lengths, state)
     hidden, carry = state
     functions = _functions(
         layer.name, layer.recurrent_activation, layer.activation, layer.activation
@@ -60,6 +68,7 @@ def lstm(
         lengths,
         hidden,
         carry,
+        *_peepholes(nodes, layer, weights),
         count=3,
         hidden_size=layer.units,
         **functions,
@@ -104,6 +113,14 @@ def _constants(
         *(nodes.constant(_gates(matrix, order).T[np.newaxis]) for matrix in matrices),
         nodes.constant(_gates(biases, order).reshape(1, -1)),
     ]
+
+
+def _peepholes(nodes: Nodes, layer: LstmLayer, weights: Mapping[str, Floats]) -> list[Value]:
+    """The operator's P [1, 3 * H], where there is one."""
+    if not layer.peepholes:
+        return []
+    given = weights[f"{layer.name}.peepholes"][np.newaxis]
+    return [nodes.constant(_gates(given, PEEPHOLE_GATES))]
 
 
 def _gates(weight: Floats, order: tuple[int, ...]) -> Floats:

@@ -8,6 +8,7 @@ once. Nothing is computed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count as counting
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,8 +25,17 @@ class Nodes:
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
-        self._values = 0
+        self._names = counting(1)
         self._known: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+
+    def inner(self) -> Nodes:
+        """For the body of a loop: its own nodes, constants and names shared with these.
+
+        A body sees every value around it; its constants are the graph's.
+        """
+        body = Nodes()
+        body.constants, body._names, body._known = self.constants, self._names, self._known
+        return body
 
     def add(self, operator: str, *inputs: Value, name: Value = "", **attributes: Any) -> Value:
         """Add a node with one output.
@@ -36,13 +46,13 @@ class Nodes:
             name: the output's name where the graph's contract fixes it.
             attributes: the node's attributes; None leaves one out.
         """
-        output = name or self._new()
+        output = name or self.name()
         self._append(operator, inputs, [output], attributes)
         return output
 
     def add_many(self, operator: str, *inputs: Value, count: int, **attributes: Any) -> list[Value]:
         """Add a node with `count` outputs; the rest as for `add`."""
-        outputs = [self._new() for _ in range(count)]
+        outputs = [self.name() for _ in range(count)]
         self._append(operator, inputs, outputs, attributes)
         return outputs
 
@@ -98,6 +108,6 @@ class Nodes:
         given = {name: value for name, value in attributes.items() if value is not None}
         self.nodes.append(helper.make_node(operator, list(inputs), list(outputs), **given))
 
-    def _new(self) -> Value:
-        self._values += 1
-        return f"v{self._values}"
+    def name(self) -> Value:
+        """A name that no value has yet, for a value that another graph makes."""
+        return f"v{next(self._names)}"

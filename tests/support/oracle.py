@@ -10,6 +10,14 @@ LSTM (Hochreiter & Schmidhuber 1997, forget gate by Gers et al. 2000), gates i, 
     g = a(x W_c + h U_c + b_c)      o = s(x W_o + h U_o + b_o)
     c' = f c + i g                  h' = o a(c')
 
+with its options: peepholes p (Gers & Schmidhuber 2000), layer normalisation of the sums and of
+the carry (Ba et al. 2016, eq. 20-22; one bias for the sums' three), projection V (Sak et al. 2014):
+
+    N(z; w, v) = w (z - mean z) / sqrt(var z + 0.001) + v
+    (z_i, z_f, z_g, z_o) = N(x W; w_x, 0) + N(h U; w_h, 0) + b
+    i = s(z_i + p_i c)    f = s(z_f + p_f c)    g = a(z_g)    c' = f c + i g
+    o = s(z_o + p_o c')   h' = (o a(N(c'; w_c, v_c))) V
+
 GRU (Cho et al. 2014), gates z, r, h; b has an input and a recurrent row if reset_after:
 
     z = s(x W_z + b_z + h U_z + d_z)        r = s(x W_r + b_r + h U_r + d_r)
@@ -119,7 +127,8 @@ def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.floa
     """Random weights, every value different, under which two states of a stream come closer.
 
     Recurrent kernels have a spectral norm of 0.4, everything else stays within about 1, so
-    float32 errors fade instead of growing and can be held to 1e-5.
+    float32 errors fade instead of growing and can be held to 1e-5. Layer normalisation inside a
+    cell undoes what a small kernel does, so the gain of what is recalled is small there.
     """
     random = np.random.default_rng(seed)
     found = {}
@@ -128,9 +137,13 @@ def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.floa
         match name.rpartition(".")[2]:
             case "recurrent_kernel":
                 values *= 0.4 / np.linalg.norm(values, 2)
-            case "kernel":
+            case "kernel" | "projection":
                 values /= np.sqrt(shape[0])
-            case "gamma" | "moving_variance":
+            case "recurrent_gamma":
+                values *= 0.2
+            case "peepholes":
+                values *= 0.5
+            case "gamma" | "moving_variance" | "kernel_gamma" | "carry_gamma":
                 values = 1 + 0.5 * values
         found[name] = values.astype(np.float32)
     return found
@@ -190,17 +203,33 @@ def _lstm(
     u = layer.units
     gate, squash = ACTIVATIONS[layer.recurrent_activation], ACTIVATIONS[layer.activation]
     h, c = parts[f"{layer.name}.hidden"], parts[f"{layer.name}.carry"]
-    w, r = weights[f"{layer.name}.kernel"], weights[f"{layer.name}.recurrent_kernel"]
-    b = weights.get(f"{layer.name}.bias", np.zeros(4 * u))
-    pre = [
-        x @ w[:, k * u : (k + 1) * u] + h @ r[:, k * u : (k + 1) * u] + b[k * u : (k + 1) * u]
-        for k in range(4)
-    ]
-    i, f, g, o = gate(pre[0]), gate(pre[1]), squash(pre[2]), gate(pre[3])
+
+    def weight(kind: str, size: int = 0) -> Floats:
+        return weights.get(f"{layer.name}.{kind}", np.zeros(size))
+
+    read, recalled = x @ weight("kernel"), h @ weight("recurrent_kernel")
+    if layer.layer_normalization:
+        read = _normalised(read) * weight("kernel_gamma")
+        recalled = _normalised(recalled) * weight("recurrent_gamma")
+    z = read + recalled + weight("bias", 4 * u)
+    p = weight("peepholes", 3 * u)
+    i = gate(z[:u] + p[:u] * c)
+    f = gate(z[u : 2 * u] + p[u : 2 * u] * c)
+    g = squash(z[2 * u : 3 * u])
     carry = f * c + i * g
-    hidden = o * squash(carry)
+    o = gate(z[3 * u :] + p[2 * u :] * carry)
+    seen = carry
+    if layer.layer_normalization:
+        seen = _normalised(carry) * weight("carry_gamma") + weight("carry_beta")
+    hidden = o * squash(seen)
+    if layer.projection is not None:
+        hidden = hidden @ weight("projection")
     parts[f"{layer.name}.hidden"], parts[f"{layer.name}.carry"] = hidden, carry
     return hidden
+
+
+def _normalised(x: Floats, epsilon: float = 1e-3) -> Floats:
+    return (x - np.mean(x)) / np.sqrt(np.mean((x - np.mean(x)) ** 2) + epsilon)
 
 
 def _gru(

@@ -54,7 +54,19 @@ def _recurrent(draw: st.DrawFn, number: int) -> dict[str, Any]:
     }
     if layer["kind"] == "gru":
         layer["reset_after"] = draw(st.booleans())
+    else:
+        layer |= options(draw, layer["units"])
     return layer
+
+
+def options(draw: st.DrawFn, units: int) -> dict[str, Any]:
+    """Options of an LSTM, alone and together; none of them in a third of the draws."""
+    found: dict[str, Any] = {}
+    if draw(st.integers(0, 2)):
+        found = {"peepholes": draw(st.booleans()), "layer_normalization": draw(st.booleans())}
+        if draw(st.booleans()):
+            found["projection"] = draw(st.integers(1, units))
+    return found
 
 
 def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[str, Any]:

@@ -159,13 +159,21 @@ def test_global_dtype_policy_does_not_reach_the_network() -> None:
     np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
 
 
-def test_dropout_is_active_in_training_only_and_follows_its_seed() -> None:
-    spec = two_layers(
-        layers=[
-            {"kind": "lstm", "units": 8, "dropout": 0.5, "recurrent_dropout": 0.5},
-            {"kind": "dropout", "rate": 0.5},
-        ]
-    )
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [{"kind": "lstm", "units": 8, "dropout": 0.5}, {"kind": "dropout", "rate": 0.5}],
+        [{"kind": "lstm", "units": 8, "recurrent_dropout": 0.5}],
+        [{"kind": "lstm", "units": 8, "dropout": 0.5, "peepholes": True}],
+        [{"kind": "lstm", "units": 8, "recurrent_dropout": 0.5, "layer_normalization": True}],
+        [{"kind": "lstm", "units": 8, "recurrent_dropout": 0.5, "projection": 5}],
+    ],
+    ids=str,
+)
+def test_dropout_is_active_in_training_only_and_follows_its_seed(
+    layers: list[dict[str, object]],
+) -> None:
+    spec = two_layers(layers=layers)
     network = network_of(spec, 10)
     rows = np.ones((2, 5, 3), np.float32)
     lengths = np.array([5, 5], np.int32)
@@ -180,6 +188,7 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed() -> None:
     assert np.abs(first - other).max() > 1e-3
     served = step(network, rows, [5, 5], state)[0]
     np.testing.assert_array_equal(served, step(network, rows, [5, 5], state)[0])
+    assert np.abs(first - served).max() > 1e-3
 
 
 def test_weights_come_back_by_name_and_in_order() -> None:

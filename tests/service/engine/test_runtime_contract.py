@@ -75,9 +75,30 @@ EVENTS: dict[str, Any] = {
         {"kind": "dense", "name": "next", "units": 1, "targets": ["load"]},
     ],
 }
+CELLS: dict[str, Any] = {
+    "layers": [
+        {"kind": "lstm", "units": 6, "peepholes": True},
+        {"kind": "lstm", "units": 7, "layer_normalization": True, "use_bias": False},
+        {"kind": "lstm", "units": 8, "projection": 3, "peepholes": True},
+        {
+            "kind": "lstm",
+            "units": 5,
+            "peepholes": True,
+            "layer_normalization": True,
+            "projection": 3,
+            "recurrent_activation": "hard_sigmoid",
+        },
+        {"kind": "add", "inputs": ["lstm_3", "lstm_4"]},
+    ],
+    "heads": [
+        {"kind": "dense", "name": "out", "units": 2},
+        {"kind": "sequence", "name": "peeping", "input": "lstm_1"},
+    ],
+}
 MODELS = {
     "stacked": {"features": 3, **STACKED},
     "merged": {"features": 3, **MERGED},
+    "cells": {"features": 3, **CELLS},
     "events": EVENTS,
 }
 

@@ -1,0 +1,131 @@
+"""A recurrent layer as an explicit loop: for cells that no ONNX operator computes.
+
+`Scan` runs one step's nodes for every event. What does not depend on the state, the product
+of the inputs and its normalisation, is computed before it for all steps at once. A step at or
+beyond a row's length keeps the state, as the operators do. The equations and the names of the
+weights are those of `models.networks.cells.LstmCell`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from models.layers import LstmLayer
+from models.onnx.activations import activation
+from models.onnx.nodes import Nodes, Value
+
+NORMALISATION_EPSILON = 1e-3
+"""That of `models.networks.cells`."""
+
+
+def lstm_loop(
+    nodes: Nodes,
+    layer: LstmLayer,
+    weights: Mapping[str, NDArray[np.float32]],
+    x: Value,
+    lengths: Value,
+    state: tuple[Value, Value],
+) -> tuple[Value, tuple[Value, Value]]:
+    """One LSTM layer with any of its options; as `models.onnx.cells.lstm`.
+
+    Beyond a row's length the sequence repeats the row's last hidden part.
+    """
+    own = {
+        name.rpartition(".")[2]: nodes.constant(weight)
+        for name, weight in weights.items()
+        if name.rpartition(".")[0] == layer.name
+    }
+    read = nodes.add("MatMul", x, own["kernel"])
+    if layer.layer_normalization:
+        read = _normalised(nodes, read, own["kernel_gamma"])
+    if layer.use_bias:
+        read = nodes.add("Add", read, own["bias"])
+    squeezed = [nodes.add("Squeeze", part, nodes.integers(0)) for part in state]
+    names = {
+        part: nodes.name() for part in ("hidden", "carry", "read", "valid", "h", "c", "sequence")
+    }
+    body = nodes.inner()
+    hidden, carry = _lstm_step(body, layer, own, names["read"], names["hidden"], names["carry"])
+    body.add("Where", names["valid"], hidden, names["hidden"], name=names["h"])
+    body.add("Where", names["valid"], carry, names["carry"], name=names["c"])
+    body.add("Identity", names["h"], name=names["sequence"])
+    floats, width, units = TensorProto.FLOAT, layer.width, layer.units
+    graph = helper.make_graph(
+        body.nodes,
+        "one_step",
+        inputs=[
+            helper.make_tensor_value_info(names["hidden"], floats, ["B", width]),
+            helper.make_tensor_value_info(names["carry"], floats, ["B", units]),
+            helper.make_tensor_value_info(names["read"], floats, ["B", 4 * units]),
+            helper.make_tensor_value_info(names["valid"], TensorProto.BOOL, ["B", 1]),
+        ],
+        outputs=[
+            helper.make_tensor_value_info(names["h"], floats, ["B", width]),
+            helper.make_tensor_value_info(names["c"], floats, ["B", units]),
+            helper.make_tensor_value_info(names["sequence"], floats, ["B", width]),
+        ],
+    )
+    after, carry_after, sequence = nodes.add_many(
+        "Scan",
+        *squeezed,
+        read,
+        _valid(nodes, x, lengths),
+        count=3,
+        body=graph,
+        num_scan_inputs=2,
+    )
+    lifted = [nodes.add("Unsqueeze", part, nodes.integers(0)) for part in (after, carry_after)]
+    return sequence, (lifted[0], lifted[1])
+
+
+def _lstm_step(
+    body: Nodes,
+    layer: LstmLayer,
+    own: Mapping[str, Value],
+    read: Value,
+    hidden: Value,
+    carry: Value,
+) -> tuple[Value, Value]:
+    """h', c' of one step; `read` is the normalised x W + b, [B, 4 * U]."""
+    gate, squash = layer.recurrent_activation, layer.activation
+    recalled = body.add("MatMul", hidden, own["recurrent_kernel"])
+    if layer.layer_normalization:
+        recalled = _normalised(body, recalled, own["recurrent_gamma"])
+    in_i, in_f, in_g, in_o = body.split(body.add("Add", read, recalled), [layer.units] * 4, axis=1)
+    peeps: list[Value] = []
+    if layer.peepholes:
+        peeps = body.split(own["peepholes"], [layer.units] * 3, axis=0)
+        in_i = body.add("Add", in_i, body.add("Mul", peeps[0], carry))
+        in_f = body.add("Add", in_f, body.add("Mul", peeps[1], carry))
+    kept = body.add("Mul", activation(body, gate, in_f), carry)
+    taken = body.add("Mul", activation(body, gate, in_i), activation(body, squash, in_g))
+    carry = body.add("Add", kept, taken)
+    if layer.peepholes:
+        in_o = body.add("Add", in_o, body.add("Mul", peeps[2], carry))
+    seen = carry
+    if layer.layer_normalization:
+        seen = _normalised(body, carry, own["carry_gamma"], own["carry_beta"])
+    hidden = body.add("Mul", activation(body, gate, in_o), activation(body, squash, seen))
+    if layer.projection is not None:
+        hidden = body.add("MatMul", hidden, own["projection"])
+    return hidden, carry
+
+
+def _normalised(nodes: Nodes, x: Value, gamma: Value, beta: Value = "") -> Value:
+    inputs = [x, gamma, beta] if beta else [x, gamma]
+    return nodes.add("LayerNormalization", *inputs, axis=-1, epsilon=NORMALISATION_EPSILON)
+
+
+def _valid(nodes: Nodes, x: Value, lengths: Value) -> Value:
+    """Which steps lie before their row's length: bool [T, B, 1]."""
+    steps = nodes.add("Gather", nodes.add("Shape", x), nodes.integers(0), axis=0)
+    steps = nodes.add("Squeeze", steps, nodes.integers(0))
+    zero, one = (nodes.constant(np.array(value, np.int64)) for value in (0, 1))
+    indices = nodes.add("Range", zero, steps, one)
+    indices = nodes.add("Unsqueeze", indices, nodes.integers(1, 2))
+    rows = nodes.add("Cast", lengths, to=TensorProto.INT64)
+    return nodes.add("Less", indices, nodes.add("Unsqueeze", rows, nodes.integers(0, 2)))
