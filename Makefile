@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test model check format bench bench-micro load example compose-test lock clean
+.PHONY: help run test model faults check format bench bench-micro load example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,10 @@ test: ## run the tests (ARGS="tests/service -x" for some of them)
 model: ## explore the model of the protocol to its end (ARGS="--depth 12 --stories")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.protocol $(ARGS)
+
+faults: ## break workers and stores under load, check every output (ARGS="--store valkey")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.faults $(ARGS)
 
 check: ## lint, formatting, types and the import contract
 	@scripts/setup dev

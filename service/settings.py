@@ -21,12 +21,11 @@ from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, fie
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 import models
+from service.state.settings import REDIS_SCHEMES
 
 PREFIX = "CARRY_"
 KIB = 1024
 MIB = 1024 * KIB
-
-REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Origin = Literal["flag", "env", "default"]
 

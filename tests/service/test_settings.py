@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings, SettingsError, hide_password
+from service.state.settings import REDIS_SCHEMES
 
 
 @pytest.fixture(autouse=True)
@@ -140,9 +141,19 @@ def test_a_refused_url_does_not_show_its_password() -> None:
     assert caught.value.__cause__ is None
 
 
+@pytest.mark.parametrize("scheme", REDIS_SCHEMES)
+def test_every_address_that_a_store_takes_is_a_setting(scheme: str) -> None:
+    url = f"{scheme}://:pass@one.test:6379,two.test:6379"
+    assert Settings.load({"redis_url": url}).redis_url == url
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
+        (
+            "rediss+cluster://ann:pass@one.test:6379,two.test",
+            "rediss+cluster://ann:***@one.test:6379,two.test",
+        ),
         ("redis://cache.test:6379/0", "redis://cache.test:6379/0"),
         ("rediss://:pass@cache.test/1", "rediss://:***@cache.test/1"),
         ("redis://:p@ss:w@cache.test/1", "redis://:***@cache.test/1"),
