@@ -15,7 +15,7 @@ import sys
 import uvloop
 
 from tests.faults.plan import KINDS
-from tests.faults.report import failures, report, shortened
+from tests.faults.report import failures, losses, report, shortened
 from tests.faults.run import PLANTS, Course, Outcome, new_seed, own_folder, run
 
 KILLS_PER_STAGE = 5
@@ -57,7 +57,10 @@ def main() -> int:
         outcome = uvloop.run(_in_folder(course))
         found = failures(outcome, whole=True)
         print(report(outcome))
-        print(f"  {'RED' if found else 'green'}\n{shortened(found)}", flush=True)
+        if found:
+            print(f"  RED\n{shortened(found)}\n{losses(outcome)}", flush=True)
+        else:
+            print("  green", flush=True)
         code |= bool(found)
     return code
 

@@ -2,100 +2,50 @@
 
 Tags are hash chains, so the chunks that were sent say which histories there can have been: from
 the beginning, each chunk that starts where a known state stands leads to one further tag. The
-surviving history is the way to the tag at which the stream stood at the end. Then
+history of an epoch is the way to the tag at which the stream stood at the end, or, where the
+stream was forgotten before, to the last tag that was acknowledged in it. Then
 
     mixed      an acknowledged tag that no chain of sent chunks gives; outputs, a position or an
                epoch that are not those of the chunks on the way to that tag; a forgotten
                stream's epoch that comes back
     doubled    outputs as if one chunk on the way had been applied twice
-    lost       an acknowledged chunk outside the surviving history, unless a fault that may take
-               it away came between, or the stream was forgotten, and its client noticed; outputs
-               as if one chunk on the way were missing; two appends acknowledged for one place;
-               a refusal that denies what was acknowledged before
+    lost       an acknowledged chunk outside the history of its epoch, unless a fault that may
+               take it away came between and its client noticed; an epoch that ended otherwise
+               than by such a fault or because the stream was forgotten; outputs as if one chunk
+               on the way were missing; two appends acknowledged for one place; a refusal that
+               denies what was acknowledged before
 
 The outputs of every acknowledged chunk, also of those that were rolled back, are compared with
-whole-number arithmetic (`network.Reference`), the surviving ones also with an undisturbed
-service (`undisturbed`). Both comparisons are bit by bit.
+whole-number arithmetic (`network.Reference`), those of each epoch's history also with an
+undisturbed service (`undisturbed`). Both comparisons are bit by bit.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.faults.episodes import check_episode
 from tests.faults.network import Reference
 from tests.faults.records import (
     FIRST_TAG,
     Ack,
-    Episode,
     History,
-    Loss,
     Sent,
     Standing,
     StreamLog,
     Told,
     next_tag,
 )
-
-LOST: Final = "lost"
-DOUBLED: Final = "doubled"
-MIXED: Final = "mixed"
+from tests.faults.verdict import DOUBLED, LOST, MIXED, Finding, Node, Verdict
 
 _MOST_STATES: Final = 200_000
 _LOOK_BACK: Final = 400
 """Chunks that are tried as the missing or doubled one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that must never be."""
-
-    kind: str
-    stream: str
-    what: str
-
-
-@dataclass(slots=True, eq=False, repr=False)
-class Node:
-    """A state that the stream may have been in: the chunks that lead to it.
-
-    Attributes:
-        before: the state before the last chunk; None at the beginning.
-        outputs: int64 [T, H] of the last chunk, once they were computed.
-    """
-
-    tag: bytes
-    position: int
-    before: Node | None = None
-    sent: Sent | None = None
-    outputs: NDArray[np.int64] | None = None
-
-
-@dataclass(slots=True)
-class Verdict:
-    """Of one run.
-
-    Attributes:
-        surviving: of each stream that stands at the end, its chunks and their tags.
-        explained: acknowledged chunks that a fault took away, with their clients told.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    surviving: dict[str, list[Node]] = field(default_factory=dict)
-    explained: int = 0
-    checked_chunks: int = 0
-    checked_events: int = 0
-    episodes: int = 0
-
-    def count(self, kind: str) -> int:
-        """Findings of a kind."""
-        return sum(finding.kind == kind for finding in self.findings)
 
 
 def check(history: History) -> Verdict:
@@ -103,26 +53,27 @@ def check(history: History) -> Verdict:
     verdict = Verdict()
     reference = Reference()
     for log in history.streams:
-        _StreamCheck(log, history.losses, reference, verdict).run()
+        _StreamCheck(log, history, reference, verdict).run()
     for episode in history.episodes:
         check_episode(episode, history.losses, reference, verdict)
     return verdict
 
 
 class _StreamCheck:
-    def __init__(self, log: StreamLog, losses: list[Loss], reference: Reference, verdict: Verdict):
+    def __init__(self, log: StreamLog, history: History, reference: Reference, verdict: Verdict):
         self._log = log
-        self._losses = losses
+        self._losses = history.losses
+        self._began_s = history.began_s
         self._reference = reference
         self._verdict = verdict
         self._nodes: dict[bytes, Node] = {}
 
     def run(self) -> None:
         self._find_states()
-        way = self._surviving()
+        ways = self._histories()
         for ack in self._log.acks:
             self._check_ack(ack)
-        self._check_survival(way)
+        self._check_survival(ways)
         self._check_forgotten()
         self._check_refusals()
 
@@ -143,20 +94,23 @@ class _StreamCheck:
         if not wanted <= self._nodes.keys():
             self._nodes = _states(log.sents, None)
 
-    def _surviving(self) -> set[bytes]:
-        """The tags on the way to where the stream stands."""
+    def _histories(self) -> dict[str, set[bytes]]:
+        """The tags on the way to where each epoch stands, or stood last."""
         final = self._log.final
-        if final is None or final.tag == FIRST_TAG:
-            return set()
-        node = self._nodes.get(final.tag)
-        if node is None:
-            self._find(MIXED, f"stands at {_place(final)}, which no chain of sent chunks gives")
-            return set()
-        if node.position != final.position:
-            self._find(MIXED, f"stands at {_place(final)}, its chunks end at {node.position}")
-        way = list(_way(node))
-        self._verdict.surviving[self._log.name] = way
-        return {each.tag for each in way}
+        ends = {ack.epoch: ack.tag for ack in sorted(self._log.acks, key=lambda ack: ack.at_s)}
+        if final is not None:
+            ends[final.epoch] = final.tag
+            node = self._nodes.get(final.tag)
+            if node is None:
+                self._find(MIXED, f"stands at {_place(final)}, which no chain of sent chunks gives")
+            elif node.position != final.position:
+                self._find(MIXED, f"stands at {_place(final)}, its chunks end at {node.position}")
+        found = {}
+        for epoch, tag in ends.items():
+            way = list(_way(self._nodes[tag])) if tag in self._nodes else []
+            self._verdict.histories[self._log.name, epoch] = way
+            found[epoch] = {node.tag for node in way}
+        return found
 
     def _check_ack(self, ack: Ack) -> None:
         """Tag, position and outputs against the chunks that lead to the tag."""
@@ -164,7 +118,7 @@ class _StreamCheck:
         verdict.checked_chunks += 1
         verdict.checked_events += len(ack.sent.rows)
         node = self._nodes.get(ack.tag)
-        what = f"chunk at {ack.sent.start}, acknowledged by {ack.worker}"
+        what = self._chunk(ack)
         if node is None:
             self._find(MIXED, f"{what}: its tag is that of no chain of sent chunks")
             return
@@ -177,24 +131,34 @@ class _StreamCheck:
         kind, why = _explain(node, ack.outputs, self._reference)
         self._find(kind, f"{what}: its outputs {why}")
 
-    def _check_survival(self, way: set[bytes]) -> None:
-        """Acknowledged chunks outside the surviving history, and what may have taken them."""
+    def _check_survival(self, ways: dict[str, set[bytes]]) -> None:
+        """Acknowledged chunks that are gone, and what may have taken them."""
         final = self._log.final
         for ack in self._log.acks:
-            if ack.tag in way and final is not None and ack.epoch == final.epoch:
+            in_epoch = ack.tag in ways[ack.epoch]
+            if in_epoch and final is not None and ack.epoch == final.epoch:
                 continue
-            what = f"chunk at {ack.sent.start}, acknowledged by {ack.worker}, did not survive"
-            if not (self._taken(ack) or self._forgotten_after(ack)):
+            taken = self._taken(ack)
+            what = f"{self._chunk(ack)}, did not survive"
+            if not (taken or (in_epoch and self._forgotten_after(ack))):
                 self._find(LOST, what)
             elif not any(at_s >= ack.at_s for at_s in self._log.noticed_s):
                 self._find(LOST, f"{what}, and its client was not told")
+            elif taken:
+                self._verdict.taken += 1
             else:
-                self._verdict.explained += 1
+                self._verdict.forgotten += 1
+
+    def _chunk(self, ack: Ack) -> str:
+        return f"chunk at {ack.sent.start}, acknowledged by {ack.worker} {self._at(ack.at_s)}"
+
+    def _at(self, moment_s: float) -> str:
+        return f"at {moment_s - self._began_s:.2f} s"
 
     def _taken(self, ack: Ack, until_s: float = float("inf")) -> bool:
         """Whether a fault before `until_s` may have taken it away."""
         return any(
-            loss.since_s <= ack.at_s and ack.sent_s <= loss.until_s <= until_s
+            loss.since_s <= ack.at_s and ack.sent_s <= loss.until_s and loss.struck_s <= until_s
             for loss in self._losses
         )
 
@@ -216,9 +180,7 @@ class _StreamCheck:
                 continue
             if not any(loss.since_s <= ended_s <= loss.done_s for loss in self._losses):
                 self._find(
-                    MIXED,
-                    f"chunk at {ack.sent.start}, acknowledged by {ack.worker} in the epoch of a "
-                    "stream that was forgotten",
+                    MIXED, f"{self._chunk(ack)}, in the epoch of a stream that was forgotten"
                 )
 
     def _check_refusals(self) -> None:
@@ -232,8 +194,9 @@ class _StreamCheck:
                 continue
             self._find(
                 LOST,
-                f"{told.worker} answered {told.code} with position {told.position}, after "
-                f"{last.position} was acknowledged by {last.worker}",
+                f"{told.worker} answered {told.code} with position {told.position} "
+                f"{self._at(told.at_s)}, after {last.position} was acknowledged by "
+                f"{last.worker} {self._at(last.at_s)}",
             )
 
 
@@ -320,42 +283,3 @@ def _last_before(acks: list[Ack], told: Told) -> Ack | None:
 
 def _place(standing: Standing) -> str:
     return f"position {standing.position} of epoch {standing.epoch}"
-
-
-def check_episode(
-    episode: Episode, losses: list[Loss], reference: Reference, verdict: Verdict
-) -> None:
-    """Each acknowledged append has a place of its own, after the ones before it.
-
-    Where chunks got no reply, or a fault may have taken some away, only the acknowledged ones
-    are held against each other.
-    """
-    verdict.episodes += 1
-    span = episode.span
-    if any(loss.since_s <= span.until_s and span.from_s <= loss.done_s for loss in losses):
-        return
-    acks = sorted(episode.acks, key=lambda ack: ack.position)
-    places = [(ack.position - len(ack.rows), ack.position) for ack in acks]
-
-    def find(kind: str, what: str) -> None:
-        verdict.findings.append(Finding(kind, episode.name, what))
-
-    for before, after in pairwise(places):
-        if after[0] < before[1]:
-            find(LOST, f"two appends were acknowledged for {before} and {after}")
-            return
-    if len({ack.epoch for ack in acks}) > 1 or len({ack.tag for ack in acks}) < len(acks):
-        find(MIXED, "appends were acknowledged in two epochs, or under one tag")
-    applied = sum(len(ack.rows) for ack in acks)
-    standing = episode.final.position if episode.final is not None else 0
-    if standing < applied or (not episode.unknown and standing != applied):
-        find(LOST, f"stands at {standing} after {applied} events were acknowledged")
-    state, at = reference.zero(), 0
-    for ack, (start, end) in zip(acks, places, strict=True):
-        if start != at:
-            return
-        outputs = reference.outputs(state, ack.rows)
-        if (ack.outputs != outputs).any():
-            find(MIXED, f"the append at {start} has outputs that do not follow")
-            return
-        state, at = outputs[-1], end

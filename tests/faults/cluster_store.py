@@ -150,12 +150,13 @@ class ClusterStore(Store):
         """Kill the primary, let its replica go on: it takes the place with what it had."""
         killed_s = time.monotonic()
         self._doomed.kill()
+        ended_s = time.monotonic()
         replica = self._stopped
         replica.resume()
         until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
         self._doomed.start()
         self._settle()
-        return Loss("lossy failover", since_s, killed_s, time.monotonic())
+        return Loss("lossy failover", since_s, killed_s, ended_s, time.monotonic())
 
     def _cut_off(self, primary: ClusterNode, pid: int) -> None:
         """End a process's connections to a node."""
@@ -168,12 +169,12 @@ class ClusterStore(Store):
         until(self._is_whole, "a whole cluster", SERVES_S)
         self._away = set()
 
-    def _settled(self, what: str, since_s: float) -> Loss | None:
+    def _settled(self, what: str, struck_s: float) -> Loss | None:
         until_s = time.monotonic() + STALE_S
         self._settle()
         if self._strict:
             return None
-        return Loss(what, since_s - LAG_S, until_s, time.monotonic())
+        return Loss(what, struck_s - LAG_S, struck_s, until_s, time.monotonic())
 
     def _is_whole(self) -> bool:
         try:

@@ -90,12 +90,14 @@ class Loss:
     Attributes:
         what: the fault.
         since_s: what was acknowledged before this moment must have survived.
+        struck_s: nothing is missing before this moment.
         until_s: what was sent after this moment must have survived.
         done_s: the store served again.
     """
 
     what: str
     since_s: float
+    struck_s: float
     until_s: float
     done_s: float
 
@@ -160,10 +162,15 @@ class Episode:
 
 @dataclass(slots=True)
 class History:
-    """What one run left behind for the checker."""
+    """What one run left behind for the checker.
+
+    Attributes:
+        began_s: moments are told as seconds after this one.
+    """
 
     streams: list[StreamLog] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    began_s: float = 0.0

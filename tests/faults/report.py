@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.faults.checker import DOUBLED, LOST, MIXED
 from tests.faults.plan import KINDS, Kind
 from tests.faults.run import Outcome
 from tests.faults.sight import STAGES
+from tests.faults.verdict import DOUBLED, LOST, MIXED
 
 _SHOWN = 12
 _ROLLS_BACK = {"valkey": Kind.ROLLBACK, "redis": Kind.ROLLBACK, "cluster": Kind.LOSSY_FAILOVER}
@@ -77,8 +77,11 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     yield (
         f"  checked {verdict.checked_chunks} replies with {verdict.checked_events} events and "
         f"{verdict.episodes} episodes of appends; {outcome.replayed_undisturbed} chunks again on "
-        f"an undisturbed service; {verdict.explained} acknowledged chunks taken away by a fault, "
-        "their clients told"
+        "an undisturbed service"
+    )
+    yield (
+        f"  of the acknowledged chunks, {verdict.taken} were taken away by a fault and "
+        f"{verdict.forgotten} forgotten with their streams, their clients told"
     )
     for kind in KINDS[course.store]:
         yield f"  {outcome.faults[kind]:6d}  {kind}"
@@ -90,6 +93,16 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     yield f"  {outcome.conflicts:6d}  conflicts"
     for name, count in sorted(outcome.history.seen.items()):
         yield f"  {count:6d}  {name}"
+
+
+def losses(outcome: Outcome) -> str:
+    """When acknowledged chunks may have been taken away; to read findings by."""
+    began_s = outcome.history.began_s
+    return "\n".join(
+        f"{loss.what}: from {loss.since_s - began_s:.2f}, struck {loss.struck_s - began_s:.2f}, "
+        f"until {loss.until_s - began_s:.2f}, done {loss.done_s - began_s:.2f} s"
+        for loss in outcome.history.losses
+    )
 
 
 def shortened(found: list[str]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from tests.faults import network
 from tests.faults.appender import Appender
 from tests.faults.breaker import Breaker
-from tests.faults.checker import Verdict, check
+from tests.faults.checker import check
 from tests.faults.client import Client, Habits
 from tests.faults.cluster_store import ClusterStore
 from tests.faults.plan import Fault, make_plan, more_kills
@@ -27,6 +27,7 @@ from tests.faults.records import History
 from tests.faults.sight import STAGES, ClientSight, StoreSight
 from tests.faults.stores import RedisStore, Store, ValkeyStore
 from tests.faults.undisturbed import compare
+from tests.faults.verdict import Verdict
 from tests.faults.workers import Worker
 
 WORKERS = ("a", "b")
@@ -208,7 +209,7 @@ async def _drive(
     def events() -> int:
         return sum(client.applied for client in clients)
 
-    began_s = time.monotonic()
+    began_s = history.began_s = time.monotonic()
     stop = asyncio.Event()
     tasks = [asyncio.create_task(client.run(stop)) for client in clients]
     tasks += [asyncio.create_task(each.run(stop, course.append_pause_s)) for each in appenders]

@@ -195,12 +195,13 @@ class SingleStore(Store):
 
     def set_back(self, since_s: float) -> Loss:
         """End the server, put the copy back, start it."""
+        struck_s = time.monotonic()
         self.end()
         ended_s = time.monotonic()
         shutil.rmtree(self.files())
         shutil.move(self._copy, self.files())
         self.start()
-        return Loss("rolled back", since_s, ended_s, time.monotonic())
+        return Loss("rolled back", since_s, struck_s, ended_s, time.monotonic())
 
     def await_serving(self) -> None:
         """Wait until it answers."""
@@ -298,7 +299,7 @@ class ValkeyStore(SingleStore):
         self.await_serving()
         self._keep_file()
         done_s = time.monotonic()
-        return Loss("killed", killed_s - LATE_WRITES_S, done_s, done_s)
+        return Loss("killed", killed_s - LATE_WRITES_S, killed_s, done_s, done_s)
 
     def files(self) -> Path:
         return self.owner.data_dir / "appendonlydir"

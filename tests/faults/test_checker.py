@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.faults.checker import DOUBLED, LOST, MIXED, Verdict, check, check_episode
+from tests.faults.checker import check
+from tests.faults.episodes import check_episode
 from tests.faults.network import Reference, Rows, random_events
 from tests.faults.records import (
     FIRST_TAG,
@@ -25,6 +26,7 @@ from tests.faults.records import (
     digest,
     next_tag,
 )
+from tests.faults.verdict import DOUBLED, LOST, MIXED, Verdict
 
 CHUNKS = 12
 OTHERS = random_events(np.random.default_rng(9), 5)
@@ -96,7 +98,7 @@ def test_a_faultless_history_passes_and_is_found_whole() -> None:
     verdict = check(History(streams=[stream.log]))
     assert not verdict.findings
     assert verdict.checked_chunks == CHUNKS
-    assert [node.sent for node in verdict.surviving["s"]] == stream.log.sents
+    assert [node.sent for node in verdict.histories["s", EPOCH]] == stream.log.sents
 
 
 def test_a_chunk_that_was_applied_without_an_answer_is_found() -> None:
@@ -156,7 +158,13 @@ def rolled_back() -> tuple[Stream, Loss]:
     """Two chunks are taken away by a rollback, and others come in their place."""
     stream = served()
     stream.back(2)
-    loss = Loss("rolled back", stream.now_s - 1.2, stream.now_s + 0.6, stream.now_s + 0.7)
+    loss = Loss(
+        "rolled back",
+        stream.now_s - 1.2,
+        stream.now_s + 0.5,
+        stream.now_s + 0.6,
+        stream.now_s + 0.7,
+    )
     return stream, loss
 
 
@@ -165,7 +173,7 @@ def test_a_rollback_explains_what_it_took_where_the_client_was_told() -> None:
     stream.told()
     stream.chunk()
     assert kinds(stream, loss) == set()
-    assert check(History([stream.log], losses=[loss])).explained == 2
+    assert check(History([stream.log], losses=[loss])).taken == 2
 
 
 def test_without_a_rollback_it_is_lost() -> None:
@@ -225,6 +233,28 @@ def test_a_forgotten_stream_begins_anew_and_does_not_come_back() -> None:
     assert MIXED in kinds(stream)
 
 
+def test_a_chunk_lost_before_its_stream_was_forgotten_is_found() -> None:
+    """Being forgotten explains the end of an epoch, and nothing that was missing in it."""
+    stream = served()
+    stream.back(1)
+    stream.log.noticed_s.append(stream.now_s + 1)
+    stream.chunk()
+    stream.now_s += 1
+    stream.log.forgotten.append(Span(stream.now_s, stream.now_s + 0.5))
+    stream.log.noticed_s.append(stream.now_s + 1)
+    stream.marks = stream.marks[:1]
+    stream.chunk(epoch=OTHER)
+    assert kinds(stream) == {LOST}
+
+
+def test_a_refusal_before_a_rollback_struck_is_not_explained_by_it() -> None:
+    stream, loss = rolled_back()
+    stream.told()
+    stream.chunk()
+    assert kinds(stream, replace(loss, until_s=20.0, struck_s=13.0)) == set()
+    assert kinds(stream, replace(loss, until_s=20.0, struck_s=14.0)) == {LOST}
+
+
 def episode(places: list[int], unknown: int = 0, standing: int | None = None) -> Episode:
     """Appends of three events, acknowledged at these places."""
     random, reference = np.random.default_rng(4), Reference()
@@ -246,7 +276,7 @@ def episode(places: list[int], unknown: int = 0, standing: int | None = None) ->
         (episode([0, 3, 9], unknown=1, standing=12), set()),
         (episode([0, 3, 3], standing=6), {LOST}),
         (episode([0, 3, 6], standing=6), {LOST}),
-        (episode([0, 3, 6], standing=12), {LOST}),
+        (episode([0, 3, 6], standing=12), {DOUBLED}),
     ],
     ids=["all", "one without answer", "one place twice", "too short", "too long"],
 )

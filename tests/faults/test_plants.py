@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import uvloop
 
-from tests.faults.checker import LOST, MIXED
 from tests.faults.plan import Fault, Kind
 from tests.faults.run import Course, new_seed, own_folder, run
+from tests.faults.verdict import LOST, MIXED
 from tests.support.needs import needs_redis
 
 ROLLBACK = Fault(Kind.ROLLBACK, seconds=0.3, gap_s=0.5, pick=0)

@@ -10,10 +10,11 @@ import uvloop
 
 from tests.faults import network
 from tests.faults.appender import CHUNKS, Appender
-from tests.faults.checker import Verdict, check_episode
+from tests.faults.episodes import check_episode
 from tests.faults.http import MSGPACK, Line, chunk_body
 from tests.faults.records import History, digest, next_tag
 from tests.faults.run import Course, new_seed, own_folder, scene
+from tests.faults.verdict import Verdict
 
 STREAMS, EACH, COPIES = 50, 20, 5
 TIMEOUT_S = 30.0

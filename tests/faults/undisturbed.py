@@ -1,4 +1,4 @@
-"""The surviving histories once more, with their cuts, on a service that nothing disturbs."""
+"""The histories of all epochs once more, with their cuts, on a service that nothing disturbs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults.checker import MIXED, Finding, Node, Verdict
 from tests.faults.http import MSGPACK, Line, NoReply, chunk_body
 from tests.faults.network import OUTPUT
 from tests.faults.records import History
+from tests.faults.verdict import MIXED, Finding, Node, Verdict
 from tests.support.service import Service
 
 AT_ONCE = 16
@@ -18,8 +18,8 @@ TIMEOUT_S = 30.0
 
 
 async def compare(history: History, verdict: Verdict, folder: Path, models: Path) -> int:
-    """Replay every surviving history and compare outputs, positions and tags with every reply
-    that was given; what differs is added to the findings.
+    """Replay every history, each as a stream of its own, and compare outputs, positions and tags
+    with every reply that was given; what differs is added to the findings.
 
     Returns:
         Chunks that were replayed.
@@ -28,13 +28,15 @@ async def compare(history: History, verdict: Verdict, folder: Path, models: Path
     await asyncio.to_thread(service.start, CARRY_RUNTIME="onnxruntime")
     try:
         replies = {log.name: _replies(history, log.name) for log in history.streams}
-        names = list(verdict.surviving)
+        histories = list(verdict.histories.items())
         port = int(service.url.rsplit(":", 1)[1])
 
         async def some(first: int) -> int:
             line, count = Line(port), 0
-            for name in names[first::AT_ONCE]:
-                count += await _replay(line, name, verdict, replies[name])
+            for (name, epoch), way in histories[first::AT_ONCE]:
+                findings = await _replay(line, f"{name}:{epoch}", way, replies[name])
+                verdict.findings += [Finding(MIXED, name, each) for each in findings]
+                count += len(way)
             line.drop()
             return count
 
@@ -53,25 +55,26 @@ def _replies(history: History, name: str) -> dict[bytes, list[np.ndarray]]:
 
 
 async def _replay(
-    line: Line, name: str, verdict: Verdict, replies: dict[bytes, list[np.ndarray]]
-) -> int:
-    way: list[Node] = verdict.surviving[name]
+    line: Line, stream: str, way: list[Node], replies: dict[bytes, list[np.ndarray]]
+) -> list[str]:
+    """What differs."""
+    found = []
     for node in way:
         body = chunk_body(node.sent.rows, node.sent.start, MSGPACK)
         try:
             status, document = await line.ask(
-                "POST", name, body=body, media=MSGPACK, timeout_s=TIMEOUT_S
+                "POST", stream, body=body, media=MSGPACK, timeout_s=TIMEOUT_S
             )
         except NoReply as error:
             raise AssertionError(f"the undisturbed service did not answer: {error}") from error
         assert status == 200, document
         if document["position"] != node.position or document["tag"] != node.tag.hex():
-            what = f"chunk at {node.sent.start}: undisturbed it has another position or tag"
-            verdict.findings.append(Finding(MIXED, name, what))
-            return len(way)
+            found.append(f"chunk at {node.sent.start}: undisturbed it has another position or tag")
+            return found
         expected = np.asarray(document["outputs"][OUTPUT], np.float32)
-        for outputs in replies.get(node.tag, []):
-            if outputs.shape != expected.shape or (outputs != expected).any():
-                what = f"chunk at {node.sent.start}: undisturbed it has other outputs"
-                verdict.findings.append(Finding(MIXED, name, what))
-    return len(way)
+        if any(
+            outputs.shape != expected.shape or (outputs != expected).any()
+            for outputs in replies.get(node.tag, [])
+        ):
+            found.append(f"chunk at {node.sent.start}: undisturbed it has other outputs")
+    return found
