@@ -27,7 +27,7 @@ _NUMERICS = 1
 
 _FIELD_NOTES = {"description", "max_vocabulary"}
 _LAYER_NOTES = {"dropout", "recurrent_dropout", "rate"}
-_DENSE_HEAD_NOTES = {"targets"}
+_HEAD_NOTES = {"dense": {"targets"}, "label": {"column"}}
 
 
 def fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
@@ -72,9 +72,7 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
         "events": events,
         "features": spec.features,
         "layers": [_part(layer, _LAYER_NOTES) for layer in spec.layers],
-        "heads": [
-            _part(head, _DENSE_HEAD_NOTES if head.kind == "dense" else set()) for head in spec.heads
-        ],
+        "heads": [_part(head, _HEAD_NOTES.get(head.kind, set())) for head in spec.heads],
     }
 
 

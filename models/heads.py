@@ -63,6 +63,32 @@ class ClassificationHead(_Head):
     above: float | None = None
 
 
+class LabelHead(_Head):
+    """Probabilities of a label of the event itself, which the event does not carry.
+
+    Labels are known later, or only for the past: a column of the training data that is no
+    field of the events. With `classes` (one probability each) a cell holds one of them, without
+    it is true or false (one probability, that of true). An empty cell is a step without a
+    label: it is read like any other, and neither trained nor scored.
+    """
+
+    kind: Literal["label"] = "label"
+    column: str = ""
+    """The data's column; the head's name where empty."""
+    classes: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+
+    @model_validator(mode="after")
+    def _classes(self) -> LabelHead:
+        if len(self.classes) == 1 or len(set(self.classes)) != len(self.classes):
+            raise ValueError(f"expected two or more distinct classes, got {list(self.classes)}")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The column that holds the label."""
+        return self.column or self.name
+
+
 class AnomalyHead(_Head):
     """How surprising each event is under the forecast made one event earlier, in nats.
 
@@ -77,6 +103,6 @@ class AnomalyHead(_Head):
 
 
 Head = Annotated[
-    SequenceHead | DenseHead | ForecastHead | ClassificationHead | AnomalyHead,
+    SequenceHead | DenseHead | ForecastHead | ClassificationHead | LabelHead | AnomalyHead,
     Field(discriminator="kind"),
 ]

@@ -27,6 +27,7 @@ from models.heads import (
     DenseHead,
     ForecastHead,
     Head,
+    LabelHead,
     SequenceHead,
 )
 from models.layers import (
@@ -145,7 +146,9 @@ def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
             if isinstance(field, CategoricalField):
                 return Output(head.name, (field.codes,), field.labels)
             return Output(head.name, ())
-        case AnomalyHead():
+        case LabelHead() if head.classes:
+            return Output(head.name, (len(head.classes),), head.classes)
+        case LabelHead() | AnomalyHead():
             return Output(head.name, ())
 
 
@@ -186,6 +189,8 @@ def head_units(spec: ModelSpec, head: Head) -> int:
         case ClassificationHead():
             field = event_field(spec, head.target)
             return field.codes if isinstance(field, CategoricalField) else 1
+        case LabelHead():
+            return len(head.classes) or 1
         case AnomalyHead():
             return anomaly_size(spec, head)
 

@@ -22,6 +22,7 @@ from models.heads import (
     DenseHead,
     ForecastHead,
     Head,
+    LabelHead,
 )
 from models.layers import (
     FEATURES,
@@ -180,6 +181,12 @@ class ModelSpec(Frozen):
                 wanted = {head.target: kinds}
             case AnomalyHead():
                 wanted = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
+            case LabelHead() if self.events is not None:
+                if head.source in {field.name for field in self.events.fields}:
+                    raise ValueError(
+                        f"head {head.name!r}: expected a label that the events do not carry, "
+                        f"{head.source!r} is one of their fields"
+                    )
             case _:
                 pass
         for name, kinds in wanted.items():

@@ -201,15 +201,22 @@ class StepNetwork:
         return Forward(raw, tf.concat([parts[name] for name in self._float_parts], axis=-1))
 
     @_plain_python
-    def losses(self, raw: dict[str, Tensor], next_rows: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self,
+        raw: dict[str, Tensor],
+        next_rows: Tensor,
+        mask: Tensor,
+        labels: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Training losses of a pass, one scalar per head with targets.
 
         Args:
             raw: what `forward` gave.
             next_rows: float32 [B, T, F], the encoded event after each step.
             mask: bool [B, T], True where a step and the event after it exist.
+            labels: label head -> float32 [B, T], NaN where a step has none that counts.
         """
-        return mean_losses(self.spec, raw, next_rows, mask)
+        return mean_losses(self.spec, raw, next_rows, mask, labels or {})
 
     @property
     def trainable_variables(self) -> list[Variable]:

@@ -6,7 +6,8 @@ event after it. From them come two things, both TensorFlow ops without a loop:
 - `head_output`: the output of the step, packed [B, T, size] as `models.layout.output_spec`
   says. An anomaly head looks one step back: event t is judged by the raw values of t - 1,
   and the first event of a chunk by the state part `<head>.forecast`.
-- `head_loss`: the training loss per step against the next event, and which steps count.
+- `head_loss`: the training loss per step against the next event (a label head's against the
+  step's own label), and which steps count.
 
 Both read encoded columns (categorical = its code as float32), never raw events. Rows beyond
 a chunk's length give values that nobody reads.
@@ -15,6 +16,7 @@ Equations, with y a head's raw values, z an encoded (standardised) value, u = so
 
     forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean)
     classification  softmax(y), or sigmoid(y) for a boolean or `value > above`
+    label           softmax(y), or sigmoid(y) where there are no `classes`
     anomaly         sum over targets of -log p(event), in nats:
                       numeric      log sqrt(2 pi) + s + d^2 / 2,  d = (z - y_1) exp(-s),
                                    s = clip(y_2, -7, 7)
@@ -48,6 +50,7 @@ from models.heads import (
     DenseHead,
     ForecastHead,
     Head,
+    LabelHead,
     SequenceHead,
 )
 from models.layout import anomaly_width, event_field
@@ -87,6 +90,8 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
             if isinstance(event_field(spec, head.target), CategoricalField):
                 return tf.nn.softmax(raw)
             return tf.sigmoid(raw)
+        case LabelHead():
+            return tf.nn.softmax(raw) if head.classes else tf.sigmoid(raw)
         case AnomalyHead():
             before = tf.concat([forecast[:, tf.newaxis, :], raw[:, :-1, :]], axis=1)
             loss, _ = anomaly_nats(spec, head, before, rows)
@@ -251,6 +256,20 @@ def _classification(
     return loss * present, present
 
 
+def _label(head: LabelHead, raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each step's own label, and 1 where it has one, both float32 [B, T]."""
+    present = tf.math.is_finite(labels)
+    value = tf.where(present, labels, 0.0)
+    if head.classes:
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=tf.cast(value, tf.int32), logits=raw
+        )
+    else:
+        loss = tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=raw[..., 0])
+    counted = tf.cast(present, tf.float32)
+    return loss * counted, counted
+
+
 def encoded_threshold(field: NumericField, head: ClassificationHead) -> np.float32:
     """`above` as the encoder would write it, so that comparing encoded values is exact."""
     if head.above is None:
@@ -259,7 +278,11 @@ def encoded_threshold(field: NumericField, head: ClassificationHead) -> np.float
 
 
 def mean_losses(
-    spec: ModelSpec, raw: dict[str, Tensor], next_rows: Tensor, mask: Tensor
+    spec: ModelSpec,
+    raw: dict[str, Tensor],
+    next_rows: Tensor,
+    mask: Tensor,
+    labels: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """One scalar per trained head: its loss per present target, over the steps that count.
 
@@ -269,6 +292,8 @@ def mean_losses(
         next_rows: float32 [B, T, F], the encoded rows t + 1; where mask is False they may
             hold anything.
         mask: bool [B, T], True where step t and the event after it exist.
+        labels: label head -> float32 [B, T], each step's label as its class or 1 and 0; NaN
+            where there is none, or none that counts.
 
     Returns:
         head name -> float32 scalar; 0 where nothing counted. Heads without targets are absent.
@@ -276,10 +301,13 @@ def mean_losses(
     found = {}
     next_rows = tf.where(mask[..., tf.newaxis], next_rows, 0.0)
     for head in spec.heads:
-        loss = head_loss(spec, head, raw[head.name], next_rows)
-        if loss is None:
-            continue
-        total, judged = (tf.reduce_sum(tf.where(mask, part, 0.0)) for part in loss)
+        if isinstance(head, LabelHead):
+            total, judged = map(tf.reduce_sum, _label(head, raw[head.name], labels[head.name]))
+        else:
+            loss = head_loss(spec, head, raw[head.name], next_rows)
+            if loss is None:
+                continue
+            total, judged = (tf.reduce_sum(tf.where(mask, part, 0.0)) for part in loss)
         found[head.name] = total / tf.maximum(judged, 1.0)
     return found
 

@@ -28,6 +28,7 @@ from models.heads import (
     DenseHead,
     ForecastHead,
     Head,
+    LabelHead,
     SequenceHead,
 )
 from models.layout import anomaly_width, event_field
@@ -73,6 +74,8 @@ def head_output(
         case ClassificationHead():
             categorical = isinstance(event_field(spec, head.target), CategoricalField)
             return activation(nodes, "softmax" if categorical else "sigmoid", raw), None
+        case LabelHead():
+            return activation(nodes, "softmax" if head.classes else "sigmoid", raw), None
         case AnomalyHead():
             part, last = state
             before = nodes.concat([part, nodes.part(raw, 0, -1, axis=0)], axis=0)

@@ -9,27 +9,24 @@ scored.
 The two plain ones become chances through isotonic regression, quantiles through the
 quantiles of their training errors, and densities through a Gaussian of their training
 errors. An anomaly's categorical and boolean targets have their training frequencies in all
-three baselines.
+three baselines. Those of labels are in `models.training.label_baselines`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
-from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head
+from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head, LabelHead
 from models.layout import event_field
 from models.spec import ModelSpec
-from models.training.data import Streams
+from models.training.label_baselines import label_baselines
 from models.training.scores import (
     Floats,
     Scored,
@@ -39,7 +36,8 @@ from models.training.scores import (
     score_forecast,
     truth_of,
 )
-from models.training.trees import Trees, tree_features
+from models.training.table import Baseline, Table, gaussian_nats
+from models.training.trees import Trees
 
 HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Events after which a running mean has forgotten half; None forgets nothing."""
@@ -47,63 +45,6 @@ MAX_TREE_CLASSES = 16
 """Boosted trees fit a set of trees per class: beyond this many they are left out."""
 
 LAST, RUNNING, TREES = "last value", "running mean", "boosted trees"
-
-
-@dataclass(frozen=True)
-class Table:
-    """What baselines are fitted on and scored on.
-
-    Attributes:
-        spec: the fitted spec.
-        streams: the data.
-        rows: float32 [rows, F], encoded.
-        train, validate, test: int64, rows that are targets; each has a predecessor.
-    """
-
-    spec: ModelSpec
-    streams: Streams
-    rows: NDArray[np.float32]
-    train: NDArray[np.int64]
-    validate: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-    @cached_property
-    def stream_of(self) -> NDArray[np.int64]:
-        """The stream's index of every row."""
-        sizes = [stop - start for start, stop in self.streams.spans]
-        return np.repeat(np.arange(len(sizes)), sizes)
-
-    def features(self, events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
-        """The last events at every row, for trees: see `tree_features`."""
-        return tree_features(self.spec, self.rows, self.streams.spans, events, categorical)
-
-    def running(self, series: Floats, half_life: float | None) -> Floats:
-        """Running mean of each stream up to each row, without absent values; NaN before any."""
-        frame = pl.DataFrame({"s": self.stream_of, "x": series}).with_columns(
-            pl.col("x").fill_nan(None)
-        )
-        if half_life is None:
-            known = pl.col("x").is_not_null().cum_sum()
-            mean = pl.col("x").fill_null(0.0).cum_sum() / known
-        else:
-            mean = pl.col("x").ewm_mean(half_life=half_life, ignore_nulls=True).forward_fill()
-        found = frame.select(mean.over("s").alias("mean"))["mean"]
-        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """One baseline for one head, scored on the test events.
-
-    Attributes:
-        name: `last value`, `running mean` or `boosted trees`.
-        scored: its losses on the test events.
-        settings: what was chosen on the validation events.
-    """
-
-    name: str
-    scored: Scored
-    settings: dict[str, Any]
 
 
 def baselines_of(table: Table, head: Head, *, trees: bool = True) -> list[Baseline]:
@@ -119,6 +60,8 @@ def baselines_of(table: Table, head: Head, *, trees: bool = True) -> list[Baseli
             return _forecast(table, head, (), trees)
         case AnomalyHead():
             return _anomaly(table, head, trees)
+        case LabelHead():
+            return label_baselines(table, head, trees=trees)
         case _:
             return []
 
@@ -153,7 +96,7 @@ def _running_candidates(
 
 def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
     truth = _everywhere(table, head)
-    value = _encoded(table, head.target)
+    value = table.encoded(head.target)
 
     def fit(series: Floats, at: NDArray[np.int64]) -> Scored:
         return score_chance(_isotonic(series, truth, table.train, at), truth[at])
@@ -237,7 +180,7 @@ def _forecast(
     metric = "pinball" if quantiles else "mae"
     levels = quantiles or (0.5,)
     truth = _everywhere(table, head)
-    encoded = np.stack([_encoded(table, name) for name in head.targets], axis=1)
+    encoded = np.stack([table.encoded(name) for name in head.targets], axis=1)
 
     def in_units(values: list[Floats]) -> Floats:
         stacked = np.stack(values, axis=1)
@@ -299,14 +242,14 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
     def score(means: dict[str, Floats], at: NDArray[np.int64]) -> Scored:
         nats = shared[at].copy()
         for name in numeric:
-            value = _encoded(table, name)
+            value = table.encoded(name)
             nats += _gaussian(value, means[name], table.train, at)
         return Scored({"nll": nats})
 
     def running(life: float | None) -> dict[str, Floats]:
-        return {name: table.running(_encoded(table, name), life) for name in numeric}
+        return {name: table.running(table.encoded(name), life) for name in numeric}
 
-    last = {name: _encoded(table, name) for name in numeric}
+    last = {name: table.encoded(name) for name in numeric}
     tried = [
         (float(np.nanmean(score(running(life), table.validate).losses["nll"])), life)
         for life in HALF_LIVES
@@ -324,7 +267,7 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
         nats = shared[table.test].copy()
         settings: dict[str, Any] = {}
         for name in numeric:
-            truth = _encoded(table, name)
+            truth = table.encoded(name)
             mean = Trees.tuned("squared_error", table.features, truth, table.train, table.validate)
             every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
             said = np.full(table.streams.events, np.nan)
@@ -339,7 +282,7 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
             known = table.train[~np.isnan(truth[table.train])]
             ratio = np.square(truth - said)[known] / np.exp(2 * log_deviation[known])
             log_deviation += 0.5 * np.log(ratio.mean())
-            nats += _nats(truth - said, log_deviation)[table.test]
+            nats += gaussian_nats(truth - said, log_deviation)[table.test]
             settings[name] = {"mean": mean.settings, "spread": spread.settings}
         found.append(Baseline(TREES, Scored({"nll": nats}), settings))
     return found
@@ -354,14 +297,7 @@ def _gaussian(
     deviation = float(np.std(value[known] - slope * series[known - 1] - offset))
     middle = float(value[known].mean())
     said = np.where(np.isnan(series[at - 1]), middle, slope * series[at - 1] + offset)
-    return _nats(value[at] - said, np.full(len(at), np.log(max(deviation, 1e-3))))
-
-
-def _nats(error: Floats, log_deviation: Floats) -> Floats:
-    """-log of a Gaussian's density; 0 where there is no value, as the anomaly head has it."""
-    nats = 0.5 * np.log(2 * np.pi) + log_deviation
-    nats = nats + 0.5 * np.square(error * np.exp(-log_deviation))
-    return np.where(np.isnan(error), 0.0, nats)
+    return gaussian_nats(value[at] - said, np.full(len(at), np.log(max(deviation, 1e-3))))
 
 
 def _frequency_nats(table: Table, name: str) -> Floats:
@@ -374,12 +310,6 @@ def _frequency_nats(table: Table, name: str) -> Floats:
     seen = column[table.train][present[table.train]]
     share = np.bincount(seen, minlength=count) + 1.0
     return np.where(present, -np.log(share / share.sum())[column], 0.0)
-
-
-def _encoded(table: Table, name: str) -> Floats:
-    at = [column.name for column in table.spec.columns].index(name)
-    values = table.rows[:, at].astype(np.float64)
-    return np.where(table.streams.columns.present[name], values, np.nan)
 
 
 def _units(spec: ModelSpec, head: ForecastHead, values: Floats) -> Floats:

@@ -24,6 +24,7 @@ from safetensors.numpy import save
 from models.errors import ArtifactError
 from models.fingerprint import canonical_json
 from models.spec import ModelSpec
+from models.training.labels import Labels
 
 FORMAT = "1"
 
@@ -47,12 +48,18 @@ def checkpoint_path(out: Path) -> Path:
 
 
 def training_key(
-    spec: ModelSpec, rows: NDArray[np.float32], spans: tuple[tuple[int, int], ...]
+    spec: ModelSpec,
+    rows: NDArray[np.float32],
+    spans: tuple[tuple[int, int], ...],
+    labels: Labels,
 ) -> str:
-    """A digest of all that determines a training run: the fitted spec and the encoded data."""
+    """A digest of all that determines a training run: the fitted spec, encoded data, labels."""
     digest = hashlib.sha256(canonical_json(spec.model_dump(mode="json")))
     digest.update(np.ascontiguousarray(rows).tobytes())
     digest.update(np.asarray(spans, np.int64).tobytes())
+    for name, values in labels.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()
 
 

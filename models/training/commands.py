@@ -7,7 +7,7 @@ or artifact are refused. An artifact that is written is complete: weights, repor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import polars as pl
@@ -19,6 +19,9 @@ from models.errors import ArtifactError
 from models.spec import ModelSpec, read_spec
 from models.training.data import moment_ms, read_data, schema_of, training_of
 from models.training.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from models.training.report import Further
 
 REPORT = "report.json"
 
@@ -68,8 +71,9 @@ def train_frame(
     trees: bool = True,
     quiet: bool = False,
     source: str = "data",
+    further: Further | None = None,
 ) -> Artifact:
-    """As `train_command`, for a table in memory.
+    """As `train_command`, for a table in memory; `further` is that of `make_report`.
 
     A table without events from `test_from` on gives an artifact without a report.
     """
@@ -90,7 +94,13 @@ def train_frame(
         console.print(f"no events from {training.test_from} on: nothing held out, no report")
         return artifact
     report = make_report(
-        artifact, frame, history=done.history, trees=trees, source=source, say=console.print
+        artifact,
+        frame,
+        history=done.history,
+        trees=trees,
+        further=further,
+        source=source,
+        say=console.print,
     )
     for line in report_lines(report):
         console.print(line, markup=False, soft_wrap=True)
@@ -149,9 +159,13 @@ def evaluate_command(
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:
     from models.training.data import streams_of
-    from models.training.evaluate import scored_rows
+    from models.training.evaluate import spoken_rows
+    from models.training.labels import labels_of
 
-    return len(scored_rows(streams_of(artifact.spec, frame), moment)) > 0
+    spec = artifact.spec
+    streams = streams_of(spec, frame)
+    labels = labels_of(spec, streams.frame)
+    return any(len(spoken_rows(head, streams, labels, moment)) for head in spec.heads)
 
 
 def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ are the outputs of these steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from models.artifact import Artifact
 from models.errors import DataError
 from models.events.encode import Clock, encode
+from models.heads import Head, LabelHead
 from models.layout import output_spec
 from models.spec import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of
+from models.training.labels import Labels, labels_of
 from models.training.scores import auc, has_targets, score_outputs
 
 Advance = Callable[[int], None]
@@ -107,6 +109,23 @@ def scored_rows(
     return np.flatnonzero(followed)
 
 
+def spoken_rows(
+    head: Head, streams: Streams, labels: Labels, from_ms: int | None, to_ms: int | None = None
+) -> NDArray[np.int64]:
+    """The events in [from_ms, to_ms) that a head speaks about, int64 [n].
+
+    Those with a label, for a label head; those with a predecessor for any other.
+    """
+    if not isinstance(head, LabelHead):
+        return scored_rows(streams, from_ms, to_ms)
+    found = ~np.isnan(labels[head.name])
+    if from_ms is not None:
+        found &= streams.moments_ms >= from_ms
+    if to_ms is not None:
+        found &= streams.moments_ms < to_ms
+    return np.flatnonzero(found)
+
+
 def evaluate(
     artifact: Artifact,
     frame: pl.DataFrame,
@@ -138,33 +157,49 @@ def evaluate(
     spec = artifact.spec
     streams = streams_of(spec, frame, source)
     from_ms = None if since is None else moment_ms(schema_of(spec), since, "since")
-    at = scored_rows(streams, from_ms)
-    if len(at) == 0:
+    labels = labels_of(spec, streams.frame, source)
+    at = {
+        head.name: spoken_rows(head, streams, labels, from_ms)
+        for head in spec.heads
+        if has_targets(head)
+    }
+    scored = distinct_rows(at.values())
+    if scored == 0:
         raise DataError(
-            expected=f"{source}: events to score, each after another of its stream", got="none"
+            expected=f"{source}: events to score, each after another of its stream or labelled",
+            got="none",
         )
     outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
     return {
         "events": streams.events,
         "streams": len(streams.names),
-        "scored": len(at),
+        "scored": scored,
         "since": since,
         "chunk": chunk,
         "seed": seed,
-        "heads": head_metrics(spec, outputs, streams, at),
+        "heads": head_metrics(spec, outputs, streams, labels, at),
     }
 
 
+def distinct_rows(rows: Iterable[NDArray[np.int64]]) -> int:
+    """How many events are spoken about by one head or more."""
+    return len(set().union(*(at.tolist() for at in rows)))
+
+
 def head_metrics(
-    spec: ModelSpec, outputs: NDArray[np.float32], streams: Streams, at: NDArray[np.int64]
+    spec: ModelSpec,
+    outputs: NDArray[np.float32],
+    streams: Streams,
+    labels: Labels,
+    at: Mapping[str, NDArray[np.int64]],
 ) -> dict[str, dict[str, float]]:
-    """Mean losses, and AUC for two classes, of every head with targets."""
+    """Mean losses, and AUC for two classes, of every head with targets at its rows."""
     named = output_spec(spec).by_name(outputs)
     found: dict[str, dict[str, float]] = {}
     for head in spec.heads:
-        if not has_targets(head):
+        if head.name not in at:
             continue
-        scored = score_outputs(spec, head, named[head.name], streams.columns, at)
+        scored = score_outputs(spec, head, named[head.name], streams.columns, labels, at[head.name])
         found[head.name] = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
         if scored.chance is not None and scored.truth is not None:
             found[head.name]["auc"] = auc(scored.chance, scored.truth)

@@ -28,6 +28,7 @@ from models.layout import weight_shapes
 from models.networks.build import StepNetwork
 from models.spec import ModelSpec
 from models.training.data import training_of
+from models.training.labels import Labels
 from models.training.plan import Plan
 from models.training.windows import Window, groups_of, windows_of
 
@@ -90,7 +91,7 @@ class Loop:
                     rate *= 0.5 * (1 + cos(pi * min(1.0, self._windows / total)))
                 decay = min(training.average_decay, self._windows / (self._windows + 10))
                 loss, state = self._step(
-                    *self._tensors(window, self.plan.trained),
+                    *self._tensors(window, self.plan.trained, self.plan.trained_labels),
                     state,
                     tf.constant([rate, decay if training.average_decay else 0.0], tf.float32),
                     tf.constant(self._windows, tf.float32),
@@ -108,20 +109,22 @@ class Loop:
             variable.assign(average)
         lanes = self._training.batch_streams
         sums = dict.fromkeys(self._weights, 0.0)
-        count = 0
+        counts = dict.fromkeys(self._weights, 0)
         for group in groups_of(self.plan.validation, lanes):
             segments = [self.plan.validation[index] for index in group]
             state = self._begin([segment.before for segment in segments])
             for window in windows_of(segments, lanes, SCORING_WINDOW_STEPS):
-                rows, following, lengths, mask = self._tensors(window, self.plan.validated)
-                losses, state = self._judge(rows, following, lengths, mask, state)
-                steps = int(np.count_nonzero(mask))
-                count += steps
+                rows, following, lengths, mask, labels = self._tensors(
+                    window, self.plan.validated, self.plan.validated_labels
+                )
+                losses, state = self._judge(rows, following, lengths, mask, labels, state)
                 for name, value in losses.items():
-                    sums[name] += float(value) * steps
+                    counted = np.isfinite(labels[name]) if name in labels else mask
+                    counts[name] += int(np.count_nonzero(counted))
+                    sums[name] += float(value) * int(np.count_nonzero(counted))
         for variable, value in zip(self._trainable, raw, strict=True):
             variable.assign(value)
-        found = {name: value / max(1, count) for name, value in sums.items()}
+        found = {name: value / max(1, counts[name]) for name, value in sums.items()}
         found["loss"] = sum(self._weights[name] * value for name, value in found.items())
         return found
 
@@ -171,8 +174,8 @@ class Loop:
         return tf.constant(state)
 
     def _tensors(
-        self, window: Window, wanted: NDArray[np.bool_]
-    ) -> tuple[FloatArray, FloatArray, NDArray[np.int32], NDArray[np.bool_]]:
+        self, window: Window, wanted: NDArray[np.bool_], labels: Labels
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.int32], NDArray[np.bool_], Labels]:
         valid = np.arange(window.index.shape[1]) < window.lengths[:, None]
         following = self.plan.rows[self.plan.following[window.index]]
         return (
@@ -180,6 +183,10 @@ class Loop:
             following,
             window.lengths,
             valid & wanted[window.index],
+            {
+                name: np.where(valid, known[window.index], np.float32(np.nan))
+                for name, known in labels.items()
+            },
         )
 
     def _forgetful(self, rows: Any, seed: Any) -> Any:
@@ -191,12 +198,20 @@ class Loop:
         return tf.where(columns & (drawn < self._training.unknown_rate), float(UNKNOWN_CODE), rows)
 
     def _train_window(
-        self, rows: Any, following: Any, lengths: Any, mask: Any, state: Any, rates: Any, count: Any
+        self,
+        rows: Any,
+        following: Any,
+        lengths: Any,
+        mask: Any,
+        labels: Any,
+        state: Any,
+        rates: Any,
+        count: Any,
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             shown = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
             done = self.network.forward(shown, lengths, tf.stop_gradient(state), training=True)
-            losses = self.network.losses(done.raw, following, mask)
+            losses = self.network.losses(done.raw, following, mask, labels)
             loss = tf.add_n([self._weights[name] * value for name, value in losses.items()])
         gradients = [
             tf.convert_to_tensor(gradient) if gradient is not None else tf.zeros_like(variable)
@@ -220,7 +235,7 @@ class Loop:
         return loss, done.state
 
     def _judge_window(
-        self, rows: Any, following: Any, lengths: Any, mask: Any, state: Any
+        self, rows: Any, following: Any, lengths: Any, mask: Any, labels: Any, state: Any
     ) -> tuple[dict[str, Any], Any]:
         done = self.network.forward(rows, lengths, state, training=False)
-        return self.network.losses(done.raw, following, mask), done.state
+        return self.network.losses(done.raw, following, mask, labels), done.state

@@ -1,7 +1,9 @@
 """Which steps are trained on and which are validated, and in which order they run.
 
 Invariant: nothing at or after `validate_ms` is trained on, neither as an event nor as the
-event to be predicted, and nothing at or after `test_ms` is validated on.
+event to be predicted, and nothing at or after `test_ms` is validated on. A label belongs to
+its own event's moment: one that is known only later must be left out of the table by whoever
+makes it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from models.errors import DataError
 from models.spec import ModelSpec
 from models.training.data import Streams, schema_of, training_of
+from models.training.labels import Labels
 from models.training.windows import Segment, groups_of, segments_of
 
 
@@ -23,10 +26,13 @@ class Plan:
     """Which steps are trained and which are validated.
 
     A step belongs to the side on which the event *after* it lies: that is what it predicts.
+    Its label belongs to the side on which the step itself lies.
 
     Attributes:
         rows: float32 [rows, F], encoded.
         trained, validated: bool [rows].
+        trained_labels, validated_labels: label head -> float32 [rows], NaN where there is none
+            on that side.
         segments: of the training part of every stream.
         groups: indices into `segments`.
         validation: per stream with validated steps, the rows to run: from the beginning of
@@ -36,6 +42,8 @@ class Plan:
     rows: NDArray[np.float32]
     trained: NDArray[np.bool_]
     validated: NDArray[np.bool_]
+    trained_labels: Labels
+    validated_labels: Labels
     segments: tuple[Segment, ...]
     groups: tuple[tuple[int, ...], ...]
     validation: tuple[Segment, ...]
@@ -46,7 +54,9 @@ class Plan:
         return np.minimum(np.arange(len(self.rows)) + 1, len(self.rows) - 1)
 
 
-def plan_of(spec: ModelSpec, streams: Streams, validate_ms: int, test_ms: int) -> Plan:
+def plan_of(
+    spec: ModelSpec, streams: Streams, labels: Labels, validate_ms: int, test_ms: int
+) -> Plan:
     """Lay out training before `validate_ms` and validation from there to `test_ms`.
 
     Raises:
@@ -63,30 +73,46 @@ def plan_of(spec: ModelSpec, streams: Streams, validate_ms: int, test_ms: int) -
     followed = np.append(latest[1:], latest[-1:])
     trained = streams.has_next & (followed < validate_ms)
     validated = streams.has_next & (followed >= validate_ms) & (followed < test_ms)
+    trained_labels = _within(labels, latest < validate_ms)
+    validated_labels = _within(labels, (latest >= validate_ms) & (latest < test_ms))
+    trains, validates = trained.copy(), validated.copy()
+    for known in trained_labels.values():
+        trains |= ~np.isnan(known)
+    for known in validated_labels.values():
+        validates |= ~np.isnan(known)
     steps = training.window_steps * training.segment_windows
     segments = segments_of(spans, steps)
     last = {segment.stop: index for index, segment in enumerate(segments)}
     validation = []
     for (start, stop), (_, end) in zip(streams.spans, spans, strict=True):
         until = start + int(np.searchsorted(latest[start:stop], test_ms))
-        if not validated[start:until].any():
+        if not validates[start:until].any():
             continue
         index = last.get(end) if end > start else None
         if index is None:
             validation.append(Segment(start, until, None))
         else:
             validation.append(Segment(segments[index].start, until, segments[index].before))
-    if not trained.any() or not validated.any():
+    if not trains.any() or not validates.any():
         raise DataError(
             expected="events on both sides of `validate_from`, followed by others of their stream",
-            got=f"{int(trained.sum())} to train on and {int(validated.sum())} to validate on",
+            got=f"{int(trains.sum())} to train on and {int(validates.sum())} to validate on",
         )
     groups = groups_of(segments, training.batch_streams)
     return Plan(
         streams.encoded(schema_of(spec)),
         trained,
         validated,
+        trained_labels,
+        validated_labels,
         tuple(segments),
         tuple(tuple(group) for group in groups),
         tuple(validation),
     )
+
+
+def _within(labels: Labels, side: NDArray[np.bool_]) -> Labels:
+    """The labels of one side; NaN elsewhere."""
+    return {
+        name: np.where(side, values, np.nan).astype(np.float32) for name, values in labels.items()
+    }

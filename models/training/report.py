@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from models.artifact import Artifact
 from models.errors import DataError
 from models.events.zones import zone_table
-from models.heads import ForecastHead
+from models.heads import ForecastHead, Head
 from models.layout import output_spec
-from models.training.baselines import Baseline, Table, baselines_of
+from models.training.baselines import baselines_of
 from models.training.data import moment_ms, schema_of, streams_of, training_of
-from models.training.evaluate import run_chunks, scored_rows
+from models.training.evaluate import distinct_rows, run_chunks, spoken_rows
+from models.training.labels import labels_of
 from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
+from models.training.table import Baseline, Table
 
 DRAWS = 1000
 CALIBRATION_BINS = 10
@@ -31,6 +33,7 @@ DAY_MS = 86_400_000
 MODEL = "model"
 
 Say = Callable[[str], None]
+Further = Callable[[Table, Head], list[Baseline]]
 
 
 def make_report(
@@ -39,6 +42,7 @@ def make_report(
     *,
     history: tuple[dict[str, Any], ...] = (),
     trees: bool = True,
+    further: Further | None = None,
     chunk: int = 64,
     seed: int = 0,
     draws: int = DRAWS,
@@ -52,6 +56,7 @@ def make_report(
         frame: the table it was trained on, held-out events included.
         history: the epochs of training, to be kept in the report.
         trees: whether boosted trees are fitted too; they take longest.
+        further: gives more baselines of a head, such as only these data allow.
         chunk, seed: how the model's run is cut.
         draws: resamples of days.
         source: what errors call the table.
@@ -71,51 +76,61 @@ def make_report(
     streams = streams_of(spec, frame, source)
     validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
     test_ms = moment_ms(schema, training.test_from, "training.test_from")
-    at = scored_rows(streams, test_ms)
-    if len(at) == 0:
+    labels = labels_of(spec, streams.frame, source)
+    heads = [head for head in spec.heads if has_targets(head)]
+    rows = streams.encoded(schema)
+    tables = {
+        head.name: Table(
+            spec,
+            streams,
+            rows,
+            spoken_rows(head, streams, labels, None, validate_ms),
+            spoken_rows(head, streams, labels, validate_ms, test_ms),
+            spoken_rows(head, streams, labels, test_ms),
+            labels,
+        )
+        for head in heads
+    }
+    held_out = distinct_rows(table.test for table in tables.values())
+    if held_out == 0:
         raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
     tell("running the model over all events, chunk by chunk")
     outputs = output_spec(spec).by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
-    table = Table(
-        spec,
-        streams,
-        streams.encoded(schema),
-        scored_rows(streams, None, validate_ms),
-        scored_rows(streams, validate_ms, test_ms),
-        at,
-    )
-    moments = streams.moments_ms[at]
+    moments = streams.moments_ms
     days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
-    resampled = DayDraws.make(days, draws, seed)
-    heads = {}
-    for head in spec.heads:
-        if not has_targets(head):
-            continue
+    found = {}
+    for head in heads:
         tell(f"baselines of {head.name}")
-        scored = score_outputs(spec, head, outputs[head.name], streams.columns, at)
+        table = tables[head.name]
+        scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
         baselines = baselines_of(table, head, trees=trees)
-        heads[head.name] = {
+        if further is not None:
+            baselines += further(table, head)
+        resampled = DayDraws.make(days[table.test], draws, seed)
+        found[head.name] = {
             "kind": head.kind,
             **_compared(scored, baselines, resampled),
             **_calibrated(scored, getattr(head, "quantiles", ())),
         }
         if isinstance(head, ForecastHead):
-            heads[head.name]["quantiles"] = list(head.quantiles)
+            found[head.name]["quantiles"] = list(head.quantiles)
     return {
         "model": spec.name,
         "version": artifact.version,
         "data": {
             "events": streams.events,
             "streams": len(streams.names),
-            "trained": len(table.train),
-            "validated": len(table.validate),
-            "held_out": len(at),
-            "held_out_days": int(resampled.counts.shape[1]),
+            "trained": distinct_rows(table.train for table in tables.values()),
+            "validated": distinct_rows(table.validate for table in tables.values()),
+            "held_out": held_out,
+            "held_out_days": len(
+                {day for table in tables.values() for day in days[table.test].tolist()}
+            ),
             "validate_from": training.validate_from,
             "test_from": training.test_from,
         },
         "run": {"chunk": chunk, "seed": seed, "draws": draws},
-        "heads": heads,
+        "heads": found,
         "history": list(history),
     }
 

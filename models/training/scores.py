@@ -1,10 +1,11 @@
 """How good outputs are: a loss per event, so that means, days and differences can be taken.
 
 Every head is scored on the events it speaks about, each seen from the event before it in its
-stream; a stream's first event is nobody's target. Less is better in every loss, and only the
-area under the ROC curve (AUC) is better when larger.
+stream; a stream's first event is nobody's target. A label head speaks about the event itself.
+Less is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
 
     classification  `log_loss` (nats), `brier`; AUC where there are two classes
+    label           the same
     forecast        `pinball`, the mean over quantiles of max(q e, (q - 1) e), and `mae` of the
                     median or point, both in the fields' own units; `pinball` needs quantiles
     dense           `mae`, in standard deviations
@@ -27,9 +28,17 @@ from numpy.typing import NDArray
 from models.events.columns import EventColumns
 from models.events.encode import categorical_codes, standardise
 from models.events.schema import CategoricalField, NumericField
-from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head
+from models.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    LabelHead,
+)
 from models.layout import event_field
 from models.spec import ModelSpec
+from models.training.labels import Labels
 
 Floats = NDArray[np.float64]
 SMALLEST_CHANCE = 1e-6
@@ -54,6 +63,8 @@ class Scored:
 
 def is_binary(spec: ModelSpec, head: Head) -> bool:
     """Whether the head gives one probability per event."""
+    if isinstance(head, LabelHead):
+        return not head.classes
     return isinstance(head, ClassificationHead) and not isinstance(
         event_field(spec, head.target), CategoricalField
     )
@@ -63,7 +74,7 @@ def has_targets(head: Head) -> bool:
     """Whether there is something to score the head against."""
     if isinstance(head, DenseHead):
         return bool(head.targets)
-    return isinstance(head, (ClassificationHead, ForecastHead, AnomalyHead))
+    return isinstance(head, (ClassificationHead, ForecastHead, AnomalyHead, LabelHead))
 
 
 def truth_of(spec: ModelSpec, head: Head, columns: EventColumns, at: NDArray[np.int64]) -> Floats:
@@ -124,17 +135,26 @@ def score_forecast(quantiles: tuple[float, ...], values: Floats, truth: Floats) 
 
 
 def score_outputs(
-    spec: ModelSpec, head: Head, output: NDArray[Any], columns: EventColumns, at: NDArray[np.int64]
+    spec: ModelSpec,
+    head: Head,
+    output: NDArray[Any],
+    columns: EventColumns,
+    labels: Labels,
+    at: NDArray[np.int64],
 ) -> Scored:
     """Score one head of a model.
 
     Args:
         output: [rows, ...], the head's output at every row.
         columns: the events of all rows.
-        at: int64 [n], the events spoken about; each has a predecessor in its stream.
+        labels: of all rows.
+        at: int64 [n], the events spoken about; each has its label where the head is of labels,
+            and a predecessor in its stream where it is not.
     """
     if isinstance(head, AnomalyHead):
         return Scored({"nll": np.asarray(output[at], np.float64)})
+    if isinstance(head, LabelHead):
+        return score_label(head, np.asarray(output[at], np.float64), labels[head.name][at])
     said = np.asarray(output[at - 1], np.float64)
     truth = truth_of(spec, head, columns, at)
     match head:
@@ -145,6 +165,12 @@ def score_outputs(
             return score_forecast(head.quantiles, values, truth)
         case _:
             return score_forecast((), said[..., None], truth)
+
+
+def score_label(head: LabelHead, said: Floats, label: NDArray[np.float32]) -> Scored:
+    """Probabilities [n] or [n, K] of labels [n], every one of them known."""
+    truth = label.astype(np.float64)
+    return score_classes(said, truth) if head.classes else score_chance(said, truth)
 
 
 def auc(chance: Floats, truth: Floats, weight: Floats | None = None) -> float:

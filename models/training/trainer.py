@@ -30,6 +30,7 @@ from models.training.checkpoint import (
     write_checkpoint,
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
+from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.members import check_members, merged
 from models.training.plan import plan_of
@@ -94,10 +95,12 @@ def train(
         )
     streams = streams_of(spec, frame, source)
     spec = fitted_spec(spec, streams, validate_ms)
-    plan = plan_of(spec, streams, validate_ms, test_ms)
+    labels = labels_of(spec, streams.frame, source)
+    plan = plan_of(spec, streams, labels, validate_ms, test_ms)
     if training.members > 1:
         check_members(spec)
-    run = _Run(checkpoint_path(Path(out)), training_key(spec, plan.rows, streams.spans))
+    key = training_key(spec, plan.rows, streams.spans, labels)
+    run = _Run(checkpoint_path(Path(out)), key)
     if resume:
         run.resume()
     with _progress(quiet) as progress:

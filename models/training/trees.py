@@ -67,13 +67,13 @@ TREES_STEP = 20
 class Trees:
     """One fitted ensemble with what was chosen for it."""
 
-    def __init__(self, kind: str, features: Features, level: float):
+    def __init__(self, kind: str, features: Features, level: float, grid: Grid | None = None):
         """Use `tuned`."""
         self._kind, self._features, self._level = kind, features, level
         self._truth: NDArray[np.float64] = np.zeros(0)
         self._train: NDArray[np.int64] = np.zeros(0, np.int64)
         self._model: Any = None
-        self._grid = FULL if kind == "log_loss" else SHORT
+        self._grid = grid or (FULL if kind == "log_loss" else SHORT)
         self.settings: dict[str, Any] = {}
 
     @classmethod
@@ -84,6 +84,7 @@ class Trees:
         truth: NDArray[np.float64],
         train: NDArray[np.int64],
         validate: NDArray[np.int64],
+        grid: Grid | None = None,
     ) -> Trees:
         """Choose by validation loss and fit on the training targets.
 
@@ -93,14 +94,15 @@ class Trees:
                 of every row, and which of them are categories.
             truth: float64 [rows], the target at its own row; NaN where absent.
             train, validate: int64, target rows; their features are those of the row before.
+            grid: what is tried; `FULL` for chances and `SHORT` for numbers by default.
         """
-        made = cls(kind, features, 0.5)
+        made = cls(kind, features, 0.5, grid)
         made._truth, made._train = truth, train[~np.isnan(truth[train])]
         judged = validate[~np.isnan(truth[validate])]
-        grid = made._grid.options
-        chosen = {name: options[0] for name, options in grid.items()}
+        tried = made._grid.options
+        chosen = {name: options[0] for name, options in tried.items()}
         best = made._attempt(chosen, judged)
-        for name, options in grid.items():
+        for name, options in tried.items():
             for option in options[1:]:
                 attempt = made._attempt({**chosen, name: option}, judged)
                 if attempt[0] < best[0]:
@@ -118,7 +120,7 @@ class Trees:
         """The same settings fitted to another quantile."""
         if self._kind != "quantile" or level == self._level:
             return self
-        made = Trees(self._kind, self._features, level)
+        made = Trees(self._kind, self._features, level, self._grid)
         made._truth, made._train, made.settings = self._truth, self._train, dict(self.settings)
         made._fit(made.settings, int(made.settings["trees"]))
         return made

@@ -64,6 +64,9 @@ DETERMINES = {
     "quantiles": put("heads", 2, "quantiles", value=[0.2, 0.5, 0.9]),
     "forecast targets": put("heads", 2, "targets", value=["delay", "load"]),
     "threshold": put("heads", 3, "above", value=16.0),
+    "label classes": lambda data: data["heads"].append(
+        {"kind": "label", "name": "l", "classes": ["a", "b"]}
+    ),
     "anomaly targets": put("heads", 5, "targets", value=["load", "heavy", "carrier"]),
     "head order": lambda data: data["heads"].reverse(),
     "layers": lambda data: data["layers"].append({"kind": "activation", "activation": "tanh"}),
@@ -99,6 +102,14 @@ def test_each_change_gives_a_fingerprint_of_its_own() -> None:
 @pytest.mark.parametrize("change", LEAVES.values(), ids=LEAVES.keys())
 def test_what_determines_no_number_leaves_it(change: Change) -> None:
     assert after(change) == BASE
+
+
+def test_the_column_that_a_label_is_learnt_from_leaves_it() -> None:
+    def labelled(column: str) -> bytes:
+        head = {"kind": "label", "name": "l", "column": column}
+        return after(lambda data: data["heads"].append(head))
+
+    assert labelled("") == labelled("other") != BASE
 
 
 def test_the_zone_counts_only_where_there_is_a_timestamp() -> None:

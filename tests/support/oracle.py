@@ -40,6 +40,7 @@ from models.heads import (
     DenseHead,
     ForecastHead,
     Head,
+    LabelHead,
     SequenceHead,
 )
 from models.layers import GruLayer, Layer, LstmLayer
@@ -271,6 +272,8 @@ def _head(
         return _forecast(spec, head, raw)
     if isinstance(head, ClassificationHead):
         return softmax(raw) if _field_kind(spec, head.target) == "categorical" else sigmoid(raw)
+    if isinstance(head, LabelHead):
+        return softmax(raw) if head.classes else sigmoid(raw)
     assert isinstance(head, AnomalyHead)
     name = f"{head.name}.forecast"
     score = nats(spec, head, parts[name], row)

@@ -62,6 +62,8 @@ HEADS: list[dict[str, Any]] = [
     {"kind": "dense", "name": "both", "units": 2, "targets": ["size", "price"]},
     {"kind": "anomaly", "name": "odd_kind", "targets": ["kind"], "input": "first"},
     {"kind": "sequence", "name": "hidden", "input": "first"},
+    {"kind": "label", "name": "faulty"},
+    {"kind": "label", "name": "phase", "classes": ["start", "run", "stop"]},
 ]
 
 
@@ -88,6 +90,10 @@ def encoded(random: np.random.Generator, spec: ModelSpec, steps: int) -> NDArray
     for name in ("price", "sold"):
         rows[:, where[name]] *= 1 - rows[:, where[f"{name}.missing"]]
     return rows.astype(np.float32)
+
+
+def no_labels(shape: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
+    return {name: np.full(shape, np.nan, np.float32) for name in ("faulty", "phase")}
 
 
 def network_of(spec: ModelSpec, seed: int) -> StepNetwork:
@@ -210,8 +216,14 @@ def test_losses_equal_numpy() -> None:
     done = network.forward(rows[:, :-1], np.array(lengths, np.int32), state)
     next_rows = rows[:, 1:]
     mask = np.arange(9) < np.array(lengths)[:, np.newaxis]
-    found = network.losses(done.raw, next_rows, mask)
-    wanted = _numpy_losses(spec, {k: np.float64(v) for k, v in done.raw.items()}, next_rows, mask)
+    labels = {
+        name: np.where(random.random((3, 9)) < 0.3, np.nan, random.integers(0, count, (3, 9)))
+        for name, count in (("faulty", 2), ("phase", 3))
+    }
+    labels = {name: value.astype(np.float32) for name, value in labels.items()}
+    found = network.losses(done.raw, next_rows, mask, labels)
+    raw = {name: np.float64(value) for name, value in done.raw.items()}
+    wanted = {**_numpy_losses(spec, raw, next_rows, mask), **_numpy_label_losses(raw, labels)}
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert float(found[name]) == pytest.approx(value, rel=1e-5), name
@@ -271,6 +283,18 @@ def _numpy_losses(
     }
 
 
+def _numpy_label_losses(
+    raw: dict[str, NDArray[np.float64]], labels: dict[str, NDArray[np.float32]]
+) -> dict[str, float]:
+    found: dict[str, list[float]] = {name: [] for name in labels}
+    for name, steps in labels.items():
+        for b, t in zip(*np.nonzero(~np.isnan(steps)), strict=True):
+            y, label = raw[name][b, t], int(steps[b, t])
+            p = softmax(y) if len(y) > 1 else np.array([1 - sigmoid(y[0]), sigmoid(y[0])])
+            found[name].append(-float(np.log(p[label])))
+    return {name: sum(losses) / len(losses) for name, losses in found.items()}
+
+
 def test_a_value_equal_to_the_threshold_is_not_above_it() -> None:
     spec = model()
     network = network_of(spec, 8)
@@ -286,7 +310,8 @@ def test_a_value_equal_to_the_threshold_is_not_above_it() -> None:
     raw["place_next"] = raw["place_next"][..., :4]
     raw["odd"] = raw["odd"][..., :10]
     raw["odd_kind"] = raw["odd_kind"][..., :4]
-    losses = network.losses(raw, next_rows, np.ones((1, 2), bool))
+    raw["phase"] = raw["phase"][..., :3]
+    losses = network.losses(raw, next_rows, np.ones((1, 2), bool), no_labels((1, 2)))
     assert float(losses["dear"]) == pytest.approx(0, abs=1e-6)
 
 
@@ -297,7 +322,7 @@ def test_losses_of_a_window_without_targets_are_zero_and_have_gradients() -> Non
     state = np.zeros((2, network.state_size), np.float32)
     with tf.GradientTape() as tape:
         done = network.forward(rows, np.array([4, 2], np.int32), state, training=True)
-        losses = network.losses(done.raw, rows, np.zeros((2, 4), bool))
+        losses = network.losses(done.raw, rows, np.zeros((2, 4), bool), no_labels((2, 4)))
         total = tf.add_n(list(losses.values()))
     assert float(total) == 0
     gradients = tape.gradient(total, [v.value for v in network.trainable_variables])

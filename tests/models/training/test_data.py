@@ -116,7 +116,7 @@ def test_nothing_held_out_reaches_training(frame):
     for data in (frame, changed):
         streams = streams_of(spec, data)
         fitted = fitted_spec(spec, streams, cut)
-        plan = plan_of(fitted, streams, cut, 22 * HOUR_MS)
+        plan = plan_of(fitted, streams, {}, cut, 22 * HOUR_MS)
         plans.append((fitted, plan, streams))
     (first, plan, streams), (second, other, _) = plans
     assert first == second
@@ -138,7 +138,8 @@ def test_an_event_out_of_order_moves_no_training_past_the_split(frame):
     back = (pl.col("rank") == 18) & (pl.col("id") == "s00")
     data = data.with_columns(at=pl.when(back).then(0).otherwise("at"))
     streams = streams_of(spec, data)
-    plan = plan_of(fitted_spec(spec, streams, 16 * HOUR_MS), streams, 16 * HOUR_MS, 22 * HOUR_MS)
+    fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
+    plan = plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS)
     start, stop = streams.spans[0]
     assert streams.moments_ms[start + 18] == 0
     assert not plan.trained[start + 15 : stop].any()
@@ -151,4 +152,4 @@ def test_a_split_without_events_on_both_sides_is_refused(frame):
         fitted_spec(spec, streams, -1)
     fitted = fitted_spec(spec, streams, 99 * HOUR_MS)
     with pytest.raises(DataError, match="0 to validate on"):
-        plan_of(fitted, streams, 99 * HOUR_MS, 99 * HOUR_MS)
+        plan_of(fitted, streams, {}, 99 * HOUR_MS, 99 * HOUR_MS)

@@ -9,11 +9,12 @@ pytest.importorskip("tensorflow")
 from models.artifact import load_artifact
 from models.errors import ArtifactError
 from models.training import trees
-from models.training.baselines import LAST, RUNNING, TREES, Table, baselines_of
+from models.training.baselines import LAST, RUNNING, TREES, baselines_of
 from models.training.commands import evaluate_command, train_command, train_frame
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
 from models.training.report import MODEL, report_lines
+from models.training.table import Table
 from models.training.trees import Trees, tree_features
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 

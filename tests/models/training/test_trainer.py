@@ -23,7 +23,7 @@ def looped(frame, **training) -> Loop:
     spec = latch_spec(**training)
     streams = streams_of(spec, frame)
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
-    return Loop(fitted, plan_of(fitted, streams, 16 * HOUR_MS, 22 * HOUR_MS), 1)
+    return Loop(fitted, plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS), 1)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_gradient_stops_between_windows(frame):
     """One window's step depends on the state that came in, not on how it came about."""
     loop = looped(frame)
     window = next(loop._cut(loop.plan.groups[0]))
-    tensors = loop._tensors(window, loop.plan.trained)
+    tensors = loop._tensors(window, loop.plan.trained, {})
     state = tf.constant(
         np.random.default_rng(5).normal(size=(8, loop.network.state_size)).astype(np.float32)
     )

@@ -1,0 +1,129 @@
+"""Baselines of labels: their frequencies, and classifiers that know nothing of a state.
+
+    base rate            how often each class was in training
+    logistic regression  on the event itself, standardised; its penalty chosen by validation
+    trees, this event    boosted trees on the event itself
+    trees, last events   the same on the event and those before it in its stream
+    trees, both sides    the same on the event and those before and after it; only beside a
+                         network that sees later events too
+
+All see encoded events, are fitted on training labels, and are chosen by validation labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from models.heads import LabelHead
+from models.training.scores import Floats, Scored, score_label
+from models.training.table import Baseline, Table
+from models.training.trees import Grid, Trees
+
+PENALTIES = (0.01, 0.1, 1.0, 10.0)
+"""Inverse strengths of the logistic regression's penalty."""
+MOST_CATEGORIES = 64
+"""A categorical with more codes is left out of the logistic regression."""
+SINGLE = Grid((0,), (1,), (15, 31), (20,), 0.1, 300)
+SEVERAL = Grid((0,), (3, 8), (15, 31), (20,), 0.1, 300)
+"""What trees on one event and on several try; the second number is events a side."""
+
+BASE, LOGISTIC = "base rate", "logistic regression"
+THIS, LAST_EVENTS, BOTH = "trees, this event", "trees, last events", "trees, both sides"
+
+
+def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> list[Baseline]:
+    """The baselines of one label head; `trees` says whether those with trees are fitted."""
+    truth = table.labels[head.name].astype(np.float64)
+    count = len(head.classes) or 2
+    share = np.bincount(truth[table.train].astype(np.int64), minlength=count) + 1.0
+    share /= share.sum()
+
+    def score(chances: Floats, at: NDArray[np.int64]) -> Scored:
+        said = chances if head.classes else chances[:, 1]
+        return score_label(head, said, table.labels[head.name][at])
+
+    base = score(np.tile(share, (len(table.test), 1)), table.test)
+    found = [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
+    if trees:
+        found.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
+        found.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
+    return found
+
+
+Score = Callable[[Floats, NDArray[np.int64]], Scored]
+
+
+def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline:
+    features = _plain(table)
+    tried = []
+    for penalty in PENALTIES:
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
+        model.fit(features[table.train], truth[table.train])
+        classes = model.classes_.astype(np.int64)
+        judged, tested = (
+            _of_all(model.predict_proba(features[at]), classes, count)
+            for at in (table.validate, table.test)
+        )
+        loss = float(score(judged, table.validate).losses["log_loss"].mean())
+        tried.append((loss, penalty, tested))
+    loss, penalty, said = min(tried, key=lambda item: item[0])
+    settings = {"inverse_penalty": penalty, "validation": loss}
+    return Baseline(LOGISTIC, score(said, table.test), settings)
+
+
+def _plain(table: Table) -> NDArray[np.float64]:
+    """The encoded columns, each category as a column of its own."""
+    found = []
+    for index, column in enumerate(table.spec.columns):
+        values = table.rows[:, index]
+        if column.codes is None:
+            found.append(values[:, None])
+        elif column.codes <= MOST_CATEGORIES:
+            found.append(values[:, None] == np.arange(column.codes))
+    return np.concatenate(found, axis=1).astype(np.float64)
+
+
+def _trees(
+    table: Table,
+    name: str,
+    truth: Floats,
+    count: int,
+    grid: Grid,
+    score: Score,
+    *,
+    ahead: bool,
+) -> Baseline:
+    def features(events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
+        seen = _around(table, events - 1, events - 1 if ahead else 0)
+        # `Trees` reads the row before its target: here that is the target's own.
+        return np.roll(seen, -1, axis=0), [False] * seen.shape[1]
+
+    model = Trees.tuned("log_loss", features, truth, table.train, table.validate, grid)
+    said = _of_all(model.chances(table.test), model.classes, count)
+    return Baseline(name, score(said, table.test), model.settings)
+
+
+def _of_all(chances: Floats, classes: NDArray[np.int64], count: int) -> Floats:
+    """Chances of all classes, those that training never saw included."""
+    known = np.full((len(chances), count), 1e-6)
+    known[:, classes] = chances
+    return np.asarray(known / known.sum(axis=1, keepdims=True), np.float64)
+
+
+def _around(table: Table, before: int, after: int) -> NDArray[np.float32]:
+    """Every row with those around it in its stream, NaN beyond the stream's ends."""
+    spans = table.streams.spans
+    age = np.concatenate([np.arange(stop - start) for start, stop in spans])
+    left = np.concatenate([np.arange(stop - start)[::-1] for start, stop in spans])
+    found = []
+    for offset in range(-before, after + 1):
+        seen = np.roll(table.rows, -offset, axis=0)
+        seen[(age < -offset) | (left < offset)] = np.nan
+        found.append(seen)
+    return np.concatenate(found, axis=1)

@@ -1,0 +1,68 @@
+"""The labels of a table: what label heads are trained on, column by column.
+
+A label is a value of the event itself that the event does not carry (`models.heads.LabelHead`).
+Here each becomes a number: the place of its class, or 1 and 0 where there are no classes; NaN
+where the cell is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.errors import DataError
+from models.heads import LabelHead
+from models.spec import ModelSpec
+
+Labels = Mapping[str, NDArray[np.float32]]
+"""Head name -> float32 [rows]."""
+
+_TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}
+
+
+def label_heads(spec: ModelSpec) -> tuple[LabelHead, ...]:
+    """The spec's label heads, in their order."""
+    return tuple(head for head in spec.heads if isinstance(head, LabelHead))
+
+
+def labels_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> Labels:
+    """Read the column of every label head.
+
+    Args:
+        spec: the model.
+        frame: one row per event; the labels stand in its order.
+        source: what errors call the table.
+
+    Raises:
+        DataError: a column is not there, or a cell is neither empty nor a class of its head
+            (true, false, 1 or 0 where it has no classes).
+    """
+    return {head.name: _column(head, frame, source) for head in label_heads(spec)}
+
+
+def _column(head: LabelHead, frame: pl.DataFrame, source: str) -> NDArray[np.float32]:
+    if head.source not in frame.columns:
+        raise DataError(
+            field=head.source,
+            expected=f"{source}: a column of the labels of {head.name!r}",
+            got=f"{frame.columns}",
+        )
+    if head.classes:
+        known = {name: float(at) for at, name in enumerate(head.classes)}
+        text = frame[head.source].cast(pl.String)
+    else:
+        known = _TRUTH
+        text = frame[head.source].cast(pl.String).str.strip_chars().str.to_lowercase()
+    read = text.replace_strict(known, default=None, return_dtype=pl.Float32)
+    wrong = text.is_not_null() & read.is_null()
+    if wrong.any():
+        row = int(wrong.arg_true()[0])
+        raise DataError(
+            field=head.source,
+            expected=f"{source}, row {row + 1}: one of {list(known)}, or nothing",
+            got=repr(text[row]),
+        )
+    return read.fill_null(float("nan")).to_numpy().astype(np.float32)

@@ -1,0 +1,90 @@
+"""What baselines are fitted on, and what comes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from models.spec import ModelSpec
+from models.training.data import Streams
+from models.training.labels import Labels
+from models.training.scores import Floats, Scored
+from models.training.trees import tree_features
+
+
+@dataclass(frozen=True)
+class Table:
+    """What baselines are fitted on and scored on.
+
+    Attributes:
+        spec: the fitted spec.
+        streams: the data.
+        rows: float32 [rows, F], encoded.
+        train, validate, test: int64, rows that the head speaks about. For a label head they are
+            the rows that carry the label; for any other each has a predecessor.
+        labels: of all rows.
+    """
+
+    spec: ModelSpec
+    streams: Streams
+    rows: NDArray[np.float32]
+    train: NDArray[np.int64]
+    validate: NDArray[np.int64]
+    test: NDArray[np.int64]
+    labels: Labels = field(default_factory=dict)
+
+    @cached_property
+    def stream_of(self) -> NDArray[np.int64]:
+        """The stream's index of every row."""
+        sizes = [stop - start for start, stop in self.streams.spans]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+    def encoded(self, name: str) -> Floats:
+        """A field's encoded values at every row, NaN where absent."""
+        at = [column.name for column in self.spec.columns].index(name)
+        values = self.rows[:, at].astype(np.float64)
+        return np.where(self.streams.columns.present[name], values, np.nan)
+
+    def features(self, events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
+        """The last events at every row, for trees: see `tree_features`."""
+        return tree_features(self.spec, self.rows, self.streams.spans, events, categorical)
+
+    def running(self, series: Floats, half_life: float | None) -> Floats:
+        """Running mean of each stream up to each row, without absent values; NaN before any."""
+        frame = pl.DataFrame({"s": self.stream_of, "x": series}).with_columns(
+            pl.col("x").fill_nan(None)
+        )
+        if half_life is None:
+            known = pl.col("x").is_not_null().cum_sum()
+            mean = pl.col("x").fill_null(0.0).cum_sum() / known
+        else:
+            mean = pl.col("x").ewm_mean(half_life=half_life, ignore_nulls=True).forward_fill()
+        found = frame.select(mean.over("s").alias("mean"))["mean"]
+        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One baseline for one head, scored on the test events.
+
+    Attributes:
+        name: what the report calls it.
+        scored: its losses on the test events.
+        settings: what was chosen on the validation events.
+    """
+
+    name: str
+    scored: Scored
+    settings: dict[str, Any]
+
+
+def gaussian_nats(error: Floats, log_deviation: Floats) -> Floats:
+    """-log of a Gaussian's density; 0 where there is no value, as the anomaly head has it."""
+    nats = 0.5 * np.log(2 * np.pi) + log_deviation
+    nats = nats + 0.5 * np.square(error * np.exp(-log_deviation))
+    return np.where(np.isnan(error), 0.0, nats)

@@ -1,0 +1,170 @@
+"""Labels: read from a column, trained on their own side of the splits, scored beside baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.artifact import load_artifact
+from models.errors import ArtifactError, DataError, SpecError
+from models.spec import ModelSpec, parse_spec
+from models.training import label_baselines
+from models.training.commands import evaluate_command, train_frame
+from models.training.data import fitted_spec, streams_of
+from models.training.evaluate import spoken_rows
+from models.training.labels import labels_of
+from models.training.plan import plan_of
+from models.training.trainer import train
+from tests.support.training import HOUR_MS, latch_frame, latch_spec
+
+VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
+
+
+def label_spec(*heads: dict[str, Any], **training: Any) -> ModelSpec:
+    """The latch's network with label heads in place of its own."""
+    spec = latch_spec(**training).model_dump()
+    events = [field for field in spec["events"]["fields"] if field["name"] != "mark"]
+    return parse_spec({**spec, "events": {**spec["events"], "fields": events}, "heads": heads})
+
+
+UP = {"kind": "label", "name": "up"}
+STATE = {"kind": "label", "name": "state", "classes": ["off", "on", "none"]}
+
+
+def labelled(streams: int = 24) -> pl.DataFrame:
+    """`up` and `state` say what the first flag of the stream was, half of the time."""
+    known = pl.int_range(pl.len()) % 2 == 0
+    up = pl.col("mark") > 0
+    return latch_frame(streams).with_columns(
+        up=pl.when(known).then(up),
+        state=pl.when(known).then(pl.when(up).then(pl.lit("on")).otherwise(pl.lit("off"))),
+    )
+
+
+def test_cells_become_classes() -> None:
+    frame = pl.DataFrame(
+        {"up": ["true", None, "0", " False "], "state": ["on", "off", None, "none"]}
+    )
+    labels = labels_of(label_spec(UP, STATE), frame)
+    np.testing.assert_array_equal(labels["up"], np.float32([1, np.nan, 0, 0]))
+    np.testing.assert_array_equal(labels["state"], np.float32([1, 0, np.nan, 2]))
+    same = labels_of(label_spec(UP), pl.DataFrame({"up": [True, None, False, False]}))
+    np.testing.assert_array_equal(same["up"], labels["up"])
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "message"),
+    [
+        ("up", ["true", "yes"], r"t\.csv, row 2: one of .*'true', .*, got 'yes'"),
+        ("state", ["on", None, "On"], "row 3: one of .*'off', 'on', 'none'"),
+        ("other", ["on"], "a column of the labels of 'up'"),
+    ],
+)
+def test_a_wrong_cell_or_column_is_named(column: str, cells: list[str], message: str) -> None:
+    head = STATE if column == "state" else UP
+    with pytest.raises(DataError, match=message):
+        labels_of(label_spec(head), pl.DataFrame({column: cells}), "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({**UP, "column": "noise"}, "'noise' is one of their fields"),
+        ({**STATE, "classes": ["on"]}, "two or more distinct classes"),
+        ({**STATE, "classes": ["on", "on"]}, "two or more distinct classes"),
+    ],
+)
+def test_a_label_that_the_event_carries_is_refused(head: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        label_spec(head)
+
+
+def test_labels_stay_on_their_side_of_the_splits() -> None:
+    spec = label_spec(UP)
+    streams = streams_of(spec, labelled())
+    labels = labels_of(spec, streams.frame)
+    plan = plan_of(fitted_spec(spec, streams, VALIDATE), streams, labels, VALIDATE, TEST)
+    trained = ~np.isnan(plan.trained_labels["up"])
+    validated = ~np.isnan(plan.validated_labels["up"])
+    known, moments = ~np.isnan(labels["up"]), streams.moments_ms
+    np.testing.assert_array_equal(trained, known & (moments < VALIDATE))
+    np.testing.assert_array_equal(validated, known & (moments >= VALIDATE) & (moments < TEST))
+    head = spec.heads[0]
+    held_out = spoken_rows(head, streams, labels, TEST)
+    np.testing.assert_array_equal(held_out, np.flatnonzero(known & (moments >= TEST)))
+
+
+def test_a_label_that_depends_on_the_past_is_learnt_and_beats_what_knows_none(tmp_path) -> None:
+    """The flag is seen once, at the first event; only a state still knows it."""
+    frame = labelled(60)
+    spec = label_spec(UP, STATE, epochs=8, learning_rate=0.03)
+    few = label_baselines.Grid((0,), (1,), (7,), (5,), 0.1, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label_baselines, "SINGLE", few)
+        patch.setattr(label_baselines, "SEVERAL", few)
+        train_frame(spec, frame, tmp_path / "model", quiet=True)
+    artifact = load_artifact(tmp_path / "model")
+    frame.write_csv(tmp_path / "events.csv")
+    found = evaluate_command(
+        tmp_path / "model",
+        tmp_path / "events.csv",
+        since="1970-01-01T22:00:00Z",
+        chunk=3,
+        quiet=True,
+    )
+    held_out = artifact.manifest["metrics"]["held_out"]
+    for name in ("up", "state"):
+        loss = found["heads"][name]["log_loss"]
+        assert loss == pytest.approx(held_out[name]["log_loss"], rel=1e-4)
+        assert loss < 0.2
+    report = orjson.loads((tmp_path / "model" / "report.json").read_bytes())
+    for name in ("up", "state"):
+        scores = report["heads"][name]["scores"]
+        assert list(scores)[1:] == [
+            label_baselines.BASE,
+            label_baselines.LOGISTIC,
+            label_baselines.THIS,
+            label_baselines.LAST_EVENTS,
+        ]
+        for baseline in (label_baselines.BASE, label_baselines.LOGISTIC, label_baselines.THIS):
+            assert scores[baseline]["log_loss"]["value"] > 0.5
+    assert found["scored"] == report["data"]["held_out"]
+
+
+def test_a_checkpoint_of_other_labels_is_refused(tmp_path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(_: dict[str, Any]) -> None:
+        raise Stopped
+
+    spec, frame = label_spec(UP, epochs=1), labelled(8)
+    with pytest.raises(Stopped):
+        train(spec, frame, tmp_path / "model", quiet=True, after_epoch=stop)
+    other = frame.with_columns(up=~pl.col("up"))
+    with pytest.raises(ArtifactError, match="other data"):
+        train(spec, other, tmp_path / "model", quiet=True, resume=True)
+
+
+def test_trees_see_what_is_asked_for_and_no_other_stream() -> None:
+    spec = label_spec(UP)
+    streams = streams_of(spec, labelled(4))
+    fitted = fitted_spec(spec, streams, VALIDATE)
+    assert fitted.events is not None
+    rows = streams.encoded(fitted.events)
+    table = label_baselines.Table(
+        fitted, streams, rows, np.arange(0), np.arange(0), np.arange(0), {}
+    )
+    seen = label_baselines._around(table, 2, 1).reshape(len(rows), 4, -1)
+    for start, stop in streams.spans:
+        for at in range(start, stop):
+            for place, offset in enumerate((-2, -1, 0, 1)):
+                other = at + offset
+                wanted = rows[other] if start <= other < stop else np.full(rows.shape[1], np.nan)
+                np.testing.assert_array_equal(seen[at, place], wanted)
