@@ -51,6 +51,8 @@ GRAPH_NAME = "graph.onnx"
 FloatArray = NDArray[np.float32]
 
 _VERSION_DIGITS = 12
+_UNSAID = {"chunking": "invisible"}
+"""What a manifest means that was written before its key was."""
 _LIBRARIES = (
     "carry",
     "keras",
@@ -194,10 +196,11 @@ def load_artifact(path: Path) -> Artifact:
     weights = _read_weights(spec, contents[name], f"{path / name}")
     mark = fingerprint(spec, weights)
     for key, expected in _derived(spec, mark).items():
-        if manifest.get(key) != expected:
+        given = manifest.get(key, _UNSAID.get(key))
+        if given != expected:
             raise ArtifactError(
                 f"{where}: `{key}` does not follow from spec and weights: "
-                f"expected {_short(expected)}, got {_short(manifest.get(key))}"
+                f"expected {_short(expected)}, got {_short(given)}"
             )
     graph_name = manifest.get("graph")
     if graph_name is not None and graph_name not in contents:
@@ -273,6 +276,8 @@ def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
     return {
         "name": spec.name,
         "input_features": spec.input_features,
+        "chunking": spec.chunking,
+        "max_chunk_steps": spec.chunk_limit,
         "state": {
             part.name: {"shape": list(part.shape), "dtype": part.dtype}
             for part in state_spec(spec).parts

@@ -51,6 +51,8 @@ class LstmLayer(_Layer):
         layer_normalization: inside the cell (Ba et al. 2016).
         projection: P values of the hidden part, which is the output too, P <= units; the carry
             keeps `units` (Sak et al. 2014).
+        starts_from: the layer whose returned state it begins each call from, the same call's; it
+            has no parts of its own then.
 
     `models.networks.cells` has the equations.
     """
@@ -65,6 +67,7 @@ class LstmLayer(_Layer):
     peepholes: bool = False
     layer_normalization: bool = False
     projection: Units | None = None
+    starts_from: LayerName | None = None
 
     @model_validator(mode="after")
     def _narrower(self) -> LstmLayer:
@@ -86,7 +89,10 @@ class LstmLayer(_Layer):
 
 
 class GruLayer(_Layer):
-    """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h."""
+    """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h.
+
+    `starts_from` as for `LstmLayer`.
+    """
 
     kind: Literal["gru"] = "gru"
     units: Units
@@ -96,6 +102,7 @@ class GruLayer(_Layer):
     reset_after: bool = True
     dropout: Rate = 0.0
     recurrent_dropout: Rate = 0.0
+    starts_from: LayerName | None = None
 
 
 class DenseLayer(_Layer):
@@ -157,6 +164,14 @@ Layer = Annotated[
     Field(discriminator="kind"),
 ]
 RECURRENT = (LstmLayer, GruLayer)
+
+
+def returned_state(layer: LstmLayer | GruLayer) -> dict[str, int]:
+    """The state a recurrent layer returns, and starts from: part -> size, in Keras' order."""
+    if isinstance(layer, LstmLayer):
+        return {"hidden": layer.width, "carry": layer.units}
+    return {"hidden": layer.units}
+
 
 FEATURES = "features"
 """The name under which layers read the encoded rows, embeddings put in."""

@@ -37,9 +37,11 @@ from models.layers import (
     DenseLayer,
     DropoutLayer,
     GruLayer,
+    Layer,
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    returned_state,
 )
 from models.spec import ModelSpec
 from models.state import StatePart, StateSpec
@@ -105,14 +107,12 @@ class OutputSpec:
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
-    """The state's parts: each recurrent layer's, each head's, then the clock's."""
-    parts: list[StatePart] = []
-    for layer in spec.layers:
-        if isinstance(layer, LstmLayer):
-            parts.append(StatePart(f"{layer.name}.hidden", (layer.width,), "float32"))
-            parts.append(StatePart(f"{layer.name}.carry", (layer.units,), "float32"))
-        elif isinstance(layer, GruLayer):
-            parts.append(StatePart(f"{layer.name}.hidden", (layer.units,), "float32"))
+    """The state's parts: each carried layer's, each head's, then the clock's."""
+    parts = [
+        StatePart(f"{layer.name}.{part}", shape, "float32")
+        for layer in spec.layers
+        for part, shape in _carried(layer).items()
+    ]
     parts.extend(
         StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
         for head in spec.heads
@@ -122,6 +122,15 @@ def state_spec(spec: ModelSpec) -> StateSpec:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)
     return StateSpec(tuple(parts))
+
+
+def _carried(layer: Layer) -> dict[str, tuple[int, ...]]:
+    """The parts that a layer carries from chunk to chunk, with their shapes."""
+    match layer:
+        case LstmLayer() | GruLayer() if layer.starts_from is None:
+            return {part: (size,) for part, size in returned_state(layer).items()}
+        case _:
+            return {}
 
 
 def output_spec(spec: ModelSpec) -> OutputSpec:

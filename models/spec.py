@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from models.chunking import DEFAULT_CHUNK_STEPS, Chunking, check_hand_off, chunking_of
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
 from models.heads import (
@@ -89,6 +90,10 @@ class ModelSpec(Frozen):
 
     Every name in `layers` and `heads` is resolved after validation: a spec read back from a
     manifest equals the one that was written.
+
+    Attributes:
+        max_chunk_steps: most steps of one chunk, for a network that sees a chunk as a whole;
+            `chunk_limit` says what holds.
     """
 
     name: ModelName
@@ -97,6 +102,7 @@ class ModelSpec(Frozen):
     features: Annotated[int, Field(ge=1, le=16384)] | None = None
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
+    max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     training: TrainingSpec | None = None
 
     @model_validator(mode="before")
@@ -128,6 +134,7 @@ class ModelSpec(Frozen):
         if (self.events is None) == (self.features is None):
             raise ValueError("expected either `events` or `features`, not both and not neither")
         known = {FEATURES}
+        before: dict[str, Layer] = {}
         for layer in self.layers:
             if layer.name in known:
                 raise ValueError(f"layer {layer.name!r}: expected a name of its own")
@@ -143,7 +150,10 @@ class ModelSpec(Frozen):
                 raise ValueError(
                     f"layer {layer.name!r}: expected {wanted}, got {list(layer.inputs)}"
                 )
+            if isinstance(layer, RECURRENT):
+                check_hand_off(layer, before)
             known.add(layer.name)
+            before[layer.name] = layer
         if not any(isinstance(layer, RECURRENT) for layer in self.layers):
             raise ValueError("expected at least one recurrent layer (lstm, gru)")
         names: set[str] = set()
@@ -156,6 +166,7 @@ class ModelSpec(Frozen):
                     f"head {head.name!r} reads {head.input!r}, expected one of {sorted(known)}"
                 )
             self._check_targets(head)
+        self._check_chunk_limit()
         weighed = self.training.loss_weights if self.training is not None else {}
         for name in weighed:
             if name not in names:
@@ -163,6 +174,20 @@ class ModelSpec(Frozen):
                     f"training.loss_weights: expected heads among {sorted(names)}, got {name!r}"
                 )
         return self
+
+    def _check_chunk_limit(self) -> None:
+        most = self.chunk_limit
+        if most is None:
+            if self.max_chunk_steps is not None:
+                raise ValueError(
+                    "max_chunk_steps: expected none, since the network goes through chunks of any "
+                    f"length step by step; got {self.max_chunk_steps}"
+                )
+        elif self.training is not None and self.training.window_steps > most:
+            raise ValueError(
+                "training.window_steps: a window is a chunk of this network; expected at most "
+                f"max_chunk_steps ({most}), got {self.training.window_steps}"
+            )
 
     def _check_targets(self, head: Head) -> None:
         wanted: dict[str, tuple[str, ...]] = {}
@@ -206,6 +231,18 @@ class ModelSpec(Frozen):
                     f"head {head.name!r}: expected a {' or '.join(kinds)} target, "
                     f"{name!r} is {field.kind}"
                 )
+
+    @property
+    def chunking(self) -> Chunking:
+        """What the cuts of a stream mean to the network; see `models.chunking`."""
+        return chunking_of(self.layers)
+
+    @property
+    def chunk_limit(self) -> int | None:
+        """Most steps of one chunk; None where a chunk may be cut anywhere."""
+        if self.chunking == "invisible":
+            return None
+        return self.max_chunk_steps or DEFAULT_CHUNK_STEPS
 
     @property
     def columns(self) -> tuple[Column, ...]:

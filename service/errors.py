@@ -88,7 +88,10 @@ class InvalidInput(BadRequest):
 class ChunkTooLong(BadRequest):
     code = "chunk_too_long"
     title = "The chunk holds too many events"
-    remedy = "Cut the chunk at the limit that is named and send the parts one after another."
+    remedy = (
+        "Cut the chunk at the limit that is named and send the parts one after another; to a "
+        "model with `chunking: per_chunk` each part is a chunk of its own."
+    )
 
 
 class BodyTooLarge(BadRequest):

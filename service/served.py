@@ -22,7 +22,7 @@ from models.layout import OutputSpec
 from models.state import State, StateSpec
 from service.domain import FloatRows, Steps
 from service.engine.protocol import Runtime
-from service.errors import InvalidInput, StateDamaged
+from service.errors import ChunkTooLong, InvalidInput, StateDamaged
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int parts [M] of the state after it."""
@@ -70,13 +70,34 @@ class ServedModel:
         """The layout of one step's outputs."""
         return self.artifact.outputs
 
+    @cached_property
+    def chunk_limit(self) -> int | None:
+        """Most steps of one chunk; None where a chunk may be cut anywhere."""
+        return self.artifact.spec.chunk_limit
+
+    def check_length(self, steps: Steps) -> None:
+        """Refuse what cannot be one call of a network that sees a chunk as a whole.
+
+        Raises:
+            ChunkTooLong
+        """
+        if self.chunk_limit is not None and steps.length > self.chunk_limit:
+            raise ChunkTooLong(
+                f"expected at most {self.chunk_limit} steps, the max_chunk_steps of model "
+                f"{self.name!r}, which sees a chunk as a whole; got {steps.length}",
+                expected=self.chunk_limit,
+                got=steps.length,
+            )
+
     def encode(self, steps: Steps, state: State) -> Encoded:
         """Rows [T, F] of a chunk that continues `state`, and the int parts [M] after it.
 
         Raises:
+            ChunkTooLong: as `check_length`.
             InvalidInput: a value cannot be encoded (it overflows float32, say).
             StateDamaged: the state's clock is one that no stream can have.
         """
+        self.check_length(steps)
         if steps.rows is not None:
             return steps.rows, state.ints
         if steps.columns is None or self.events is None:
@@ -98,10 +119,11 @@ class ServedModel:
             by that item alone. The rows of several chunks are views of one array.
         """
         given = [(steps, state) for steps, state in items if steps.rows is None]
-        together = self._encoded_together(given) if len(given) > 1 else None
+        whole = self.chunk_limit is not None
+        together = self._encoded_together(given) if len(given) > 1 and not whole else None
         found: list[Encoded | Exception] = []
         for steps, state in items:
-            if steps.rows is not None:
+            if steps.rows is not None and not whole:
                 found.append((steps.rows, state.ints))
             elif together is not None:
                 found.append(next(together))

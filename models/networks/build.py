@@ -3,7 +3,8 @@
     step(rows [B,T,F], lengths [B], state [B,N]) -> (outputs [B,T,O], state' [B,N])
 
 Every recurrent layer gets its own part of the packed state as `initial_state` and gives it
-back through `return_state`; `return_sequences` joins the layers. There is no
+back through `return_state`; one with `starts_from` gets what another returned in this call.
+`return_sequences` joins the layers. There is no
 `stateful=True`, no `predict()` and nothing hidden in a layer: the same arguments give the
 same results, in any order of calls. Steps at or beyond a row's length are masked: its state
 stands still whatever the padding holds, and a row of length 0 keeps its state.
@@ -37,6 +38,7 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    returned_state,
 )
 from models.layout import (
     head_units,
@@ -174,10 +176,12 @@ class StepNetwork:
             read = [values[name] for name in layer.inputs]
             match layer:
                 case LstmLayer() | GruLayer():
-                    names = [f"{layer.name}.hidden"]
-                    if isinstance(layer, LstmLayer):
-                        names.append(f"{layer.name}.carry")
-                    initial = [self._part(state, name) for name in names]
+                    names = [f"{layer.name}.{part}" for part in returned_state(layer)]
+                    if layer.starts_from is None:
+                        initial = [self._part(state, name) for name in names]
+                    else:
+                        given = returned_state(layer)
+                        initial = [parts[f"{layer.starts_from}.{part}"] for part in given]
                     values[layer.name], *after = keras_layer(
                         read[0], initial_state=initial, mask=mask, training=training
                     )

@@ -40,8 +40,8 @@ def lstm(
     weights: Mapping[str, Floats],
     x: Value,
     lengths: Value,
-    state: tuple[Value, Value],
-) -> tuple[Value, tuple[Value, Value]]:
+    state: list[Value],
+) -> tuple[Value, list[Value]]:
     """One LSTM layer.
 
     Args:
@@ -73,7 +73,7 @@ def lstm(
         hidden_size=layer.units,
         **functions,
     )
-    return nodes.add("Squeeze", sequence, nodes.integers(1)), (after, carry_after)
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after, carry_after]
 
 
 def gru(
@@ -82,21 +82,21 @@ def gru(
     weights: Mapping[str, Floats],
     x: Value,
     lengths: Value,
-    hidden: Value,
-) -> tuple[Value, Value]:
+    state: list[Value],
+) -> tuple[Value, list[Value]]:
     """One GRU layer; as `lstm`, with the hidden part alone."""
     sequence, after = nodes.add_many(
         "GRU",
         x,
         *_constants(nodes, layer, weights, GRU_GATES),
         lengths,
-        hidden,
+        *state,
         count=2,
         hidden_size=layer.units,
         linear_before_reset=int(layer.reset_after),
         **_functions(layer.name, layer.recurrent_activation, layer.activation),
     )
-    return nodes.add("Squeeze", sequence, nodes.integers(1)), after
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after]
 
 
 def _constants(

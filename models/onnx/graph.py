@@ -34,6 +34,7 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    returned_state,
 )
 from models.layout import layer_widths, output_spec, state_spec
 from models.onnx.activations import activation
@@ -150,15 +151,11 @@ class _Step:
         nodes, weights, x = self.nodes, self._weights, read[0]
         match layer:
             case LstmLayer():
-                hidden, carry = f"{layer.name}.hidden", f"{layer.name}.carry"
-                state = (self._before[hidden], self._before[carry])
-                x, after = lstm(nodes, layer, weights, x, LENGTHS, state)
-                self._after[hidden], self._after[carry] = after
+                x, after = lstm(nodes, layer, weights, x, LENGTHS, self._initial(layer))
+                self._keep(layer, after)
             case GruLayer():
-                hidden = f"{layer.name}.hidden"
-                x, self._after[hidden] = gru(
-                    nodes, layer, weights, x, LENGTHS, self._before[hidden]
-                )
+                x, after = gru(nodes, layer, weights, x, LENGTHS, self._initial(layer))
+                self._keep(layer, after)
             case DenseLayer():
                 x = activation(nodes, layer.activation, dense(nodes, weights, layer.name, x))
             case ActivationLayer():
@@ -172,6 +169,17 @@ class _Step:
             case MergeLayer():
                 x = self._merge(layer, read)
         return x
+
+    def _initial(self, layer: LstmLayer | GruLayer) -> list[Value]:
+        """What a recurrent layer starts from: its own state, or what another returned."""
+        source, found = layer.starts_from, self._before
+        if source is not None:
+            found = self._after
+        return [found[f"{source or layer.name}.{part}"] for part in returned_state(layer)]
+
+    def _keep(self, layer: LstmLayer | GruLayer, after: list[Value]) -> None:
+        names = [f"{layer.name}.{part}" for part in returned_state(layer)]
+        self._after.update(zip(names, after, strict=True))
 
     def _layer_normalization(self, layer: LayerNormalizationLayer, x: Value) -> Value:
         scale = self._weights.get(f"{layer.name}.gamma")

@@ -28,8 +28,8 @@ def lstm_loop(
     weights: Mapping[str, NDArray[np.float32]],
     x: Value,
     lengths: Value,
-    state: tuple[Value, Value],
-) -> tuple[Value, tuple[Value, Value]]:
+    state: list[Value],
+) -> tuple[Value, list[Value]]:
     """One LSTM layer with any of its options; as `models.onnx.cells.lstm`.
 
     Beyond a row's length the sequence repeats the row's last hidden part.
@@ -79,7 +79,7 @@ def lstm_loop(
         num_scan_inputs=2,
     )
     lifted = [nodes.add("Unsqueeze", part, nodes.integers(0)) for part in (after, carry_after)]
-    return sequence, (lifted[0], lifted[1])
+    return sequence, lifted
 
 
 def _lstm_step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +11,7 @@ class ApiLimits:
 
     Attributes:
         max_body_bytes: largest body.
-        max_chunk_steps: most events in one chunk.
+        max_chunk_steps: most events in one chunk; `of_model` lowers it to what a model takes.
         max_predict_steps: most events in one predict request, all sequences together.
         max_items: most items in a request for many streams, most sequences to predict and
             most names on one page of a listing.
@@ -21,3 +21,9 @@ class ApiLimits:
     max_chunk_steps: int = 10_000
     max_predict_steps: int = 100_000
     max_items: int = 1_000
+
+    def of_model(self, chunk_limit: int | None) -> ApiLimits:
+        """The limits for a model that takes chunks of at most `chunk_limit` steps (None: any)."""
+        if chunk_limit is None or chunk_limit >= self.max_chunk_steps:
+            return self
+        return replace(self, max_chunk_steps=chunk_limit)

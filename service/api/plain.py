@@ -76,6 +76,7 @@ class PlainBodies:
         self._reader = None if served.events is None else EventReader(served.events)
         self._max_chunk_steps = limits.max_chunk_steps
         self._max_predict_steps = limits.max_predict_steps
+        self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         row = Annotated[list[float], Meta(min_length=self._wide, max_length=self._wide)]
         self._rows_decoder: Any = msgspec.json.Decoder(list[row])
         self._decoders = {media: self._made(media, limits) for media in Media}
@@ -117,7 +118,8 @@ class PlainBodies:
             steps = self._all(self._decoders[media].predict.decode(body).sequences)
         except _NOT_PLAIN:
             return None
-        too_long = sum(sequence.length for sequence in steps) > self._max_predict_steps
+        lengths = [sequence.length for sequence in steps]
+        too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
         return None if too_long else steps
 
     def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> Steps:

@@ -17,9 +17,6 @@ from service.api.replies import reply
 from service.api.routing import plain_router
 from service.served import ServedModel
 
-CHUNKING = "invisible"
-"""Every layer a spec can hold is carried from chunk to chunk, so no model depends on the cuts."""
-
 router = plain_router("models")
 
 
@@ -56,7 +53,7 @@ def _summary(served: ServedModel) -> dict[str, Any]:
 
 def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
     """All that a client needs to know of a model, as plain data."""
-    schema = served.events
+    schema, limits = served.events, limits.of_model(served.chunk_limit)
     return {
         "name": served.name,
         "version": served.version,
@@ -77,7 +74,8 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
             part.name: {"shape": list(part.shape), "dtype": part.dtype}
             for part in served.state.parts
         },
-        "chunking": CHUNKING,
+        "chunking": served.artifact.spec.chunking,
+        "max_chunk_steps": served.chunk_limit,
         "runtimes": [served.runtime.name],
         "limits": {
             "max_body_bytes": limits.max_body_bytes,

@@ -286,7 +286,13 @@ class ModelDetail(Document):
     events: dict[str, Any] | None = Field(description="JSON Schema of one event, or null.")
     outputs: dict[str, OutputInfo]
     state: dict[str, PartInfo]
-    chunking: Literal["invisible", "per_chunk"]
+    chunking: Literal["invisible", "per_chunk", "whole"] = Field(
+        description="What cuts mean: nothing; or the model sees each chunk as a whole; or it takes "
+        "whole sequences only."
+    )
+    max_chunk_steps: int | None = Field(
+        description="Most steps of what the model sees as a whole; null where it cuts as it likes."
+    )
     runtimes: list[str]
     limits: LimitsInfo
     metrics: dict[str, Any] = Field(description="What was measured when the model was trained.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,13 @@ NAMED_COLUMNS = 8
 """How many columns an error names before it says `...`."""
 
 
+class _Most(NamedTuple):
+    """A limit on steps, and what clients and operators know it as."""
+
+    steps: int
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
     """What a reply holds, under Keras' names.
@@ -67,9 +74,11 @@ class ModelWire:
         self, served: ServedModel, limits: ApiLimits, nonce: Callable[[], bytes] = new_nonce
     ):
         self.served = served
+        limits = limits.of_model(served.chunk_limit)
         self.bodies = ModelBodies(served, limits)
         self._plain = PlainBodies(served, limits)
         self._limits = limits
+        self._most_chunk = _Most(limits.max_chunk_steps, "max_chunk_steps")
         self._nonce = nonce
         self._columns = served.artifact.spec.columns
         self._name = served.name
@@ -92,7 +101,7 @@ class ModelWire:
             return plain
         try:
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
-            steps = self._steps(found, "", self._limits.max_chunk_steps)
+            steps = self._steps(found, "", self._most_chunk)
         except CarryError as error:
             raise _about(stream, error) from error
         return self._chunk(found, steps, stream, precondition)
@@ -160,7 +169,7 @@ class ModelWire:
             precondition = None
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            steps = self._steps(value, inside, self._limits.max_chunk_steps)
+            steps = self._steps(value, inside, self._most_chunk)
             return self._chunk(value, steps, value.stream, precondition)
         except CarryError as error:
             return error if stream is None else _about(stream, error)
@@ -177,9 +186,11 @@ class ModelWire:
         found = self.bodies.validate(self.bodies.types[media].predict, media, body).sequences
         if len(found) > self._limits.max_items:
             raise _too_many("sequences", self._limits.max_items, len(found))
-        most = self._limits.max_predict_steps
+        most = _Most(self._limits.max_predict_steps, "max_predict_steps")
+        limit = self.served.chunk_limit
+        longest = most if limit is None else min(most, _Most(limit, "max_chunk_steps"))
         steps = [
-            self._steps(sequence, f"sequences[{at}]", most) for at, sequence in enumerate(found)
+            self._steps(sequence, f"sequences[{at}]", longest) for at, sequence in enumerate(found)
         ]
         _counted(sum(sequence.length for sequence in steps), "sequences", most)
         return steps
@@ -201,20 +212,20 @@ class ModelWire:
             precondition,
         )
 
-    def _steps(self, body: StepsBody, inside: str, most_steps: int) -> Steps:
+    def _steps(self, body: StepsBody, inside: str, most: _Most) -> Steps:
         lead = f"{inside}." if inside else ""
         if (body.events is None) == (body.inputs is None):
             raise self._not_one(inside or "body", "both" if body.events is not None else "none")
         schema = self.served.events
         if body.events is not None and schema is not None:
-            count = _counted(len(body.events), f"{lead}events", most_steps)
+            count = _counted(len(body.events), f"{lead}events", most)
             columns = columns_from_events(schema, body.events)
             return Steps(Feed.EVENTS, count, columns=columns)
         at = f"{lead}inputs"
         rows = (
-            self._rows_of_bytes(body.inputs, at, most_steps)
+            self._rows_of_bytes(body.inputs, at, most)
             if isinstance(body.inputs, bytes)
-            else self._rows_of_lists(body.inputs, at, most_steps)
+            else self._rows_of_lists(body.inputs, at, most)
         )
         try:
             check_rows(self._columns, rows)
@@ -222,8 +233,8 @@ class ModelWire:
             raise self._invalid_rows(at, error, body.inputs) from error
         return Steps(Feed.INPUTS, len(rows), rows=rows)
 
-    def _rows_of_lists(self, given: list[list[float]], at: str, most_steps: int) -> FloatRows:
-        _counted(len(given), at, most_steps)
+    def _rows_of_lists(self, given: list[list[float]], at: str, most: _Most) -> FloatRows:
+        _counted(len(given), at, most)
         wide = len(self._columns)
         for index, row in enumerate(given):
             if len(row) != wide:
@@ -231,11 +242,11 @@ class ModelWire:
         with np.errstate(over="ignore"):
             return np.array(given, np.float64).astype(np.float32)
 
-    def _rows_of_bytes(self, given: bytes, at: str, most_steps: int) -> FloatRows:
+    def _rows_of_bytes(self, given: bytes, at: str, most: _Most) -> FloatRows:
         wide = 4 * len(self._columns)
         if len(given) % wide:
             raise self._wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
-        _counted(len(given) // wide, at, most_steps)
+        _counted(len(given) // wide, at, most)
         return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
     def _invalid_rows(
@@ -316,15 +327,15 @@ def _writable(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     }
 
 
-def _counted(count: int, at: str, most_steps: int) -> int:
+def _counted(count: int, at: str, most: _Most) -> int:
     if count == 0:
         expected = "at least one step"
         raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
-    if count > most_steps:
+    if count > most.steps:
         raise ChunkTooLong(
-            f"{at}: expected at most {most_steps} steps, got {count}",
+            f"{at}: expected at most {most.steps} steps ({most.name}), got {count}",
             at=at,
-            expected=most_steps,
+            expected=most.steps,
             got=count,
         )
     return count

@@ -1,8 +1,9 @@
 """Where a worker computes, and how a batch is laid out for its runtime.
 
 Rows of different lengths are padded to the runtime's shape; what is longer than the runtime's
-longest call goes in slices from the state of the slice before. Between slices other batches
-take their turn. Padding rows carry zeros and length 1, and their results are dropped.
+longest call goes in slices from the state of the slice before (a chunk that its model sees as a
+whole is never longer: `ServedModel.check_length`). Between slices other batches take their turn.
+Padding rows carry zeros and length 1, and their results are dropped.
 
 A call that is known to be short runs on the event loop itself: handing it to a thread and back
 costs as much as the call. Anything else runs in the one compute thread. Never both at a time.

@@ -27,6 +27,8 @@ from models.onnx.names import (
 from service.domain import FloatRows
 from service.engine.protocol import FloatBatch, Lengths
 
+SLICE_STEPS = 64
+"""Longest call of a model whose chunks may be cut into several."""
 ERRORS_ONLY = 3
 """ONNX Runtime's severity; its warnings speak of devices that are not used."""
 RESULTS = [OUTPUTS, STATES_AFTER]
@@ -46,7 +48,6 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     max_batch = 64
-    max_steps = 64
 
     def __init__(self, artifact: Artifact, threads: int = 1):
         where = str(artifact.path)
@@ -77,6 +78,7 @@ class OnnxRuntime:
                     f"{where}: expected a graph with {mark} {expected!r}, got "
                     f"{marks.get(mark)!r}; `carry graph {where}` writes it anew"
                 )
+        self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
         self._features = artifact.spec.input_features
         self._state_size = artifact.state.float_size
 

@@ -30,7 +30,9 @@ class Runtime(Protocol):
 
     @property
     def max_steps(self) -> int:
-        """Most steps T of one call; longer chunks take several."""
+        """Most steps T of one call. Longer chunks take several, where the model goes through
+        them step by step; one that sees a chunk as a whole has no longer ones, and its calls
+        take as many steps as its `chunk_limit`."""
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
         """The (B, T) at which a call of `rows` x `steps` runs; at least as large in both."""

@@ -2,7 +2,8 @@
 
 XLA compiles per shape, so batches are padded up to a rung in rows and in steps. A few rungs
 that fit everything are compiled before the service is ready, the others beside the first
-requests; a batch takes the cheapest rung that is compiled. One program per rung; the weights are
+requests; a batch takes the cheapest rung that is compiled. The ladder of a model that sees a chunk
+as a whole reaches the longest chunk it takes. One program per rung; the weights are
 variables captured by it. `step` is called from one thread, `warm_next` from another.
 """
 
@@ -19,9 +20,11 @@ from service.engine.protocol import FloatBatch, Lengths
 
 ROWS_AT = {1: (1, 8, 32), 4: (1, 32), 16: (1, 8, 16, 32), 64: (1, 8, 32)}
 """By steps, the rows of its rungs: finest where chunks of a dozen events meet."""
-RUNGS = tuple((rows, steps) for steps, row_rungs in ROWS_AT.items() for rows in row_rungs)
-FIRST_RUNGS = ((1, 1), (1, 16), (8, 16), RUNGS[-1])
-"""Compiled before the service is ready; the last takes every batch."""
+FIRST_RUNGS = ((1, 1), (1, 16), (8, 16))
+"""Compiled before the service is ready, with the one that takes every batch."""
+SLICE_STEPS = max(ROWS_AT)
+"""Longest call of a model whose chunks may be cut into several."""
+MOST_ROWS = 32
 
 CALL_ROWS = 8
 """What a step costs whatever its rows, in rows. 1 row took 0.67 of the time of 8 at 64 steps
@@ -38,13 +41,15 @@ class TensorflowRuntime:
     """
 
     name = "tensorflow"
-    max_batch, max_steps = RUNGS[-1]
+    max_batch = MOST_ROWS
 
     def __init__(self, artifact: Artifact, threads: int = 1):
         if threads:
             _limit_threads(threads)
         network = StepNetwork(artifact.spec)
         network.set_weights(artifact.weights)
+        self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
+        self._rungs = rungs_up_to(self.max_steps)
         self._features = artifact.spec.input_features
         self._state_size = artifact.state.float_size
         # Exactly the arguments of a call: one that does not bind to the whole signature falls
@@ -63,12 +68,13 @@ class TensorflowRuntime:
 
     def warm(self) -> None:
         """Compile the first rungs and run each once."""
-        for rung in FIRST_RUNGS:
-            self._compile(rung)
+        for rung in self._rungs:
+            if rung in (*FIRST_RUNGS, self._rungs[-1]):
+                self._compile(rung)
 
     def warm_next(self) -> bool:
         """Compile one more rung, the cheapest first; False where none is left."""
-        left = [rung for rung in RUNGS if rung not in self._programs]
+        left = [rung for rung in self._rungs if rung not in self._programs]
         if left:
             self._compile(min(left, key=_cost))
         return bool(left)
@@ -95,6 +101,17 @@ class TensorflowRuntime:
         program = self._programs[rows.shape[0], rows.shape[1]]
         outputs, stepped = program(tf.constant(rows), tf.constant(lengths), tf.constant(states))
         return outputs.numpy(), stepped.numpy()
+
+
+def rungs_up_to(max_steps: int) -> list[tuple[int, int]]:
+    """The ladder of a model whose calls have at most `max_steps` steps; the last rung takes
+    every batch. Beyond `ROWS_AT` its steps go on by four."""
+    row_rungs = {steps: rows for steps, rows in ROWS_AT.items() if steps < max_steps}
+    steps = SLICE_STEPS
+    while (steps := steps * 4) < max_steps:
+        row_rungs[steps] = ROWS_AT[SLICE_STEPS]
+    row_rungs[max_steps] = ROWS_AT.get(max_steps, ROWS_AT[SLICE_STEPS])
+    return [(rows, steps) for steps, found in row_rungs.items() for rows in found]
 
 
 def _cost(rung: tuple[int, int]) -> int:

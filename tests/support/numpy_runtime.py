@@ -19,10 +19,10 @@ class NumpyRuntime:
 
     name = "numpy"
     max_batch = 8
-    max_steps = 16
 
     def __init__(self, artifact: Artifact):
         self._artifact = artifact
+        self.max_steps = artifact.spec.chunk_limit or 16
         self.shapes: list[tuple[int, int]] = []
         """(rows, longest) of every call, padding rows included."""
 

@@ -1,4 +1,4 @@
-"""The whole step in float64 NumPy, one stream and one event at a time.
+"""The whole step in float64 NumPy, one stream at a time, layer after layer and event by event.
 
 Written from the published equations and not from the Keras code, so that a mistake in one is
 not repeated in the other. It shares only names and their order (`models.layout`) with what it
@@ -28,7 +28,7 @@ GRU (Cho et al. 2014), gates z, r, h; b has an input and a recurrent row if rese
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import erf, log, pi
 
 import numpy as np
@@ -110,18 +110,33 @@ def oracle_step(
     names = [part.name for part in state_spec(spec).parts if part.dtype == "float32"]
     slices = state_spec(spec).slices
     parts = {name: np.array(state, np.float64)[slices[name]] for name in names}
+    exact_rows = np.asarray(rows, np.float64)
+    values = {"features": np.array([_features(spec, exact, row) for row in exact_rows])}
+    for layer in spec.layers:
+        read = [values[name] for name in layer.inputs]
+        values[layer.name] = _sequence(layer, exact, read, parts)
     outputs = []
-    for row in np.asarray(rows, np.float64):
-        values = {"features": _features(spec, exact, row)}
-        for layer in spec.layers:
-            read = [values[name] for name in layer.inputs]
-            values[layer.name] = _layer(layer, exact, read, parts)
-        outputs.append(
-            np.concatenate(
-                [_head(spec, head, exact, values[head.input], row, parts) for head in spec.heads]
-            )
-        )
+    for t, row in enumerate(exact_rows):
+        found = [_head(spec, head, exact, values[head.input][t], row, parts) for head in spec.heads]
+        outputs.append(np.concatenate(found))
     return np.array(outputs), np.concatenate([parts[name] for name in names])
+
+
+def oracle_in_cuts(
+    spec: ModelSpec,
+    weights: Mapping[str, NDArray[np.float32]],
+    rows: NDArray[np.float32],
+    state: NDArray[np.float32] | Floats,
+    cuts: Sequence[int],
+) -> tuple[Floats, Floats]:
+    """As `oracle_step`, chunk after chunk of these lengths, which add up to T."""
+    outputs, at = [], 0
+    for length in cuts:
+        found, state = oracle_step(spec, weights, rows[at : at + length], state)
+        outputs.append(found)
+        at += length
+    assert at == len(rows)
+    return np.concatenate(outputs), state
 
 
 def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -158,6 +173,19 @@ def _features(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> Fl
         else:
             pieces.append(weights[f"embedding.{column.name}"][int(value)])
     return np.concatenate(pieces)
+
+
+def _sequence(
+    layer: Layer, weights: Mapping[str, Floats], read: list[Floats], parts: dict[str, Floats]
+) -> Floats:
+    """A layer over the whole chunk: arrays [T, width] -> [T, width]."""
+    source = getattr(layer, "starts_from", None)
+    if source is not None:
+        # the state in which the other layer ended this very chunk
+        for part in ("hidden", "carry") if layer.kind == "lstm" else ("hidden",):
+            parts[f"{layer.name}.{part}"] = parts[f"{source}.{part}"]
+    steps = range(len(read[0]))
+    return np.array([_layer(layer, weights, [x[t] for x in read], parts) for t in steps])
 
 
 def _layer(

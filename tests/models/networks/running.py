@@ -23,22 +23,24 @@ def run_in_chunks(
     streams: list[Floats],
     states: Floats,
     random: np.random.Generator,
-) -> tuple[list[Floats], Floats]:
+) -> tuple[list[Floats], Floats, list[list[int]]]:
     """All streams side by side, each cut at random; padding holds zeros, 7.5 or NaN.
 
     In every round each unfinished stream gives a chunk of 1 to 5 rows; the batch is put in a
     random order and padded to the longest chunk and up to two steps more.
 
     Returns:
-        Outputs of each stream, float32 [length, O], and the states after, float32 [B, N].
+        Outputs of each stream, float32 [length, O], the states after, float32 [B, N], and the
+        lengths of each stream's chunks.
     """
     states = states.copy()
+    cuts: list[list[int]] = [[] for _ in streams]
     at = [0] * len(streams)
     outputs: list[list[Floats]] = [[] for _ in streams]
     while True:
         waiting = [b for b, rows in enumerate(streams) if at[b] < len(rows)]
         if not waiting:
-            return [np.concatenate(parts) for parts in outputs], states
+            return [np.concatenate(parts) for parts in outputs], states, cuts
         random.shuffle(waiting)
         lengths = [int(min(random.integers(1, 6), len(streams[b]) - at[b])) for b in waiting]
         steps = max(lengths) + int(random.integers(0, 3))
@@ -51,3 +53,4 @@ def run_in_chunks(
             outputs[b].append(found[row, : lengths[row]])
             states[b] = after[row]
             at[b] += lengths[row]
+            cuts[b].append(lengths[row])

@@ -19,13 +19,22 @@ PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu"]
 
 
 @st.composite
-def stacks(draw: st.DrawFn) -> ModelSpec:
-    """A network over raw rows: 1 to 7 layers, at least one recurrent, one or two heads."""
+def stacks(draw: st.DrawFn, per_chunk: bool = False) -> ModelSpec:
+    """A network over raw rows: 1 to 7 layers, at least one recurrent, one or two heads.
+
+    Args:
+        per_chunk: whether it ends in a layer that sees the chunk as a whole, and may hold more.
+    """
     layers: list[dict[str, Any]] = [_recurrent(draw, 1)]
     if draw(st.booleans()):
         layers.insert(0, {"kind": "dense", "name": "l0", "units": 3, "activation": "tanh"})
     for number in range(2, draw(st.integers(1, 6)) + 1):
-        layers.append(_layer(draw, layers, number))
+        if per_chunk and draw(st.booleans()):
+            layers.append(_handed(draw, layers, f"l{number}"))
+        else:
+            layers.append(_layer(draw, layers, number))
+    if per_chunk:
+        layers.append(_handed(draw, layers, "last"))
     heads: list[dict[str, Any]] = [{"kind": "sequence", "name": "output"}]
     if draw(st.booleans()):
         heads.append(
@@ -43,20 +52,22 @@ def stacks(draw: st.DrawFn) -> ModelSpec:
 
 
 def _recurrent(draw: st.DrawFn, number: int) -> dict[str, Any]:
-    layer = {
-        "kind": draw(st.sampled_from(["lstm", "gru"])),
-        "name": f"l{number}",
-        "units": draw(st.integers(1, 5)),
+    kind, units = draw(st.sampled_from(["lstm", "gru"])), draw(st.integers(1, 5))
+    layer = {**_plain_recurrent(draw), "kind": kind, "name": f"l{number}", "units": units}
+    if kind == "gru":
+        layer["reset_after"] = draw(st.booleans())
+    else:
+        layer |= options(draw, units)
+    return layer
+
+
+def _plain_recurrent(draw: st.DrawFn) -> dict[str, Any]:
+    return {
         "activation": draw(st.sampled_from(SQUASHING)),
         "recurrent_activation": draw(st.sampled_from(GATES)),
         "use_bias": draw(st.booleans()),
         "dropout": 0.3,
     }
-    if layer["kind"] == "gru":
-        layer["reset_after"] = draw(st.booleans())
-    else:
-        layer |= options(draw, layer["units"])
-    return layer
 
 
 def options(draw: st.DrawFn, units: int) -> dict[str, Any]:
@@ -67,6 +78,16 @@ def options(draw: st.DrawFn, units: int) -> dict[str, Any]:
         if draw(st.booleans()):
             found["projection"] = draw(st.integers(1, units))
     return found
+
+
+def _handed(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """A layer of the kind and size of one before it, which it starts from."""
+    source = draw(st.sampled_from([layer for layer in before if layer["kind"] in ("lstm", "gru")]))
+    kind, units = source["kind"], source["units"]
+    layer = {**_plain_recurrent(draw), "name": name, "kind": kind, "units": units}
+    if kind == "lstm":
+        layer |= {**options(draw, units), "projection": source.get("projection")}
+    return {**layer, "starts_from": source["name"]}
 
 
 def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: in
     network = network_of(spec, seed)
     streams = [encoded(random, spec, steps) for steps in lengths]
     states = random.uniform(-1, 1, (len(lengths), network.state_size)).astype(np.float32)
-    outputs, after = run_in_chunks(network, streams, states, random)
+    outputs, after, _ = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
         wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
         np.testing.assert_allclose(outputs[b], wanted, **CLOSE)

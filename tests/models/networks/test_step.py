@@ -15,7 +15,7 @@ from models.networks.build import StepNetwork
 from models.spec import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
 from tests.models.networks.specs import sequences, stacks
-from tests.support.oracle import ACTIVATIONS, contracting_weights, oracle_step
+from tests.support.oracle import ACTIVATIONS, contracting_weights, oracle_in_cuts, oracle_step
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -33,7 +33,11 @@ def two_layers(**changes: object) -> ModelSpec:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(stacks(), st.lists(st.integers(1, 11), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+@given(
+    stacks() | stacks(per_chunk=True),
+    st.lists(st.integers(1, 11), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
 def test_step_equals_the_oracle_in_any_cut_batch_and_padding(
     spec: ModelSpec, lengths: list[int], seed: int
 ) -> None:
@@ -41,9 +45,10 @@ def test_step_equals_the_oracle_in_any_cut_batch_and_padding(
     network = network_of(spec, seed)
     streams = sequences(random, lengths, spec.input_features)
     states = random.uniform(-1, 1, (len(lengths), network.state_size)).astype(np.float32)
-    outputs, after = run_in_chunks(network, streams, states, random)
+    outputs, after, cuts = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
-        wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
+        whole = [len(rows)] if spec.chunking == "invisible" else cuts[b]
+        wanted, wanted_state = oracle_in_cuts(spec, network.get_weights(), rows, states[b], whole)
         np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
         np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
 
@@ -55,7 +60,7 @@ def test_chunks_batches_and_padding_change_nothing(spec: ModelSpec, seed: int) -
     network = network_of(spec, seed)
     streams = sequences(random, [9, 4, 7], spec.input_features)
     states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
-    together, after = run_in_chunks(network, streams, states, random)
+    together, after, _ = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
         alone, alone_state = step(network, rows[np.newaxis], [len(rows)], states[b : b + 1])
         np.testing.assert_allclose(together[b], alone[0], rtol=0, atol=1e-6)
@@ -116,7 +121,7 @@ def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
     model.set_weights(list(weights.values()))
     random = np.random.default_rng(7)
     rows = random.normal(size=(2, 23, 3)).astype(np.float32)
-    outputs, _ = run_in_chunks(
+    outputs, _, _ = run_in_chunks(
         network, list(rows), np.zeros((2, network.state_size), np.float32), random
     )
     np.testing.assert_allclose(np.stack(outputs), np.asarray(model(rows)), **CLOSE)

@@ -47,7 +47,11 @@ def run(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(stacks(), st.lists(st.integers(1, 11), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+@given(
+    stacks() | stacks(per_chunk=True),
+    st.lists(st.integers(1, 11), min_size=1, max_size=4),
+    st.integers(0, 2**32 - 1),
+)
 def test_any_network_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     weights = contracting_weights(spec, seed)
