@@ -74,6 +74,7 @@ def test_every_section_is_tried() -> None:
     assert {path.stem for path in folder.glob("*.py")} == set(SECTIONS)
 
 
+@pytest.mark.usefixtures("logging_as_before")
 def test_the_parts_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert micro.main(["--seconds", "0.001"]) == 0
     shown = capsys.readouterr().out

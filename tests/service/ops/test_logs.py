@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,24 +14,10 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
-from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
 from service.ops.request_log import RequestLog
 
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    requests_from = logs._requests.level
-    flush_logs()
-    yield
-    flush_logs()
-    logs._requests.configure(requests_from, "json")
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
