@@ -73,7 +73,7 @@ class LstmLayer(_Layer):
     def _narrower(self) -> LstmLayer:
         if self.projection is not None and self.projection > self.units:
             raise ValueError(
-                f"expected a projection to at most `units` ({self.units}), got {self.projection}"
+                f"projection: expected at most `units` ({self.units}), got {self.projection}"
             )
         return self
 

@@ -8,10 +8,8 @@ builder, the ONNX writer and the state layout all read this one description.
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from models.chunking import DEFAULT_CHUNK_STEPS, Chunking, check_hand_off, chunking_of
@@ -267,12 +265,3 @@ def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
             for item in error.errors(include_url=False)
         ]
         raise SpecError("\n".join([f"{source}: not a model specification", *lines])) from error
-
-
-def read_spec(path: Path) -> ModelSpec:
-    """Read and validate a `SPEC.yaml`; SpecError where it cannot be read or is wrong."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}") from error
-    return parse_spec(data, str(path))

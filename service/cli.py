@@ -107,7 +107,7 @@ def init_command(
     """Write an artifact with fresh, seeded weights, for trials and benchmarks."""
     with _one_line_errors():
         from models.init import initialise_artifact
-        from models.spec import read_spec
+        from models.spec_file import read_spec
 
         artifact = initialise_artifact(read_spec(spec), out, seed, overwrite=overwrite)
         typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")

@@ -16,7 +16,8 @@ from rich.progress import Progress
 
 from models.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError
-from models.spec import ModelSpec, read_spec
+from models.spec import ModelSpec
+from models.spec_file import read_spec
 from models.training.data import moment_ms, read_data, schema_of, training_of
 from models.training.evaluate import evaluate
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from models.errors import SpecError
-from models.spec import parse_spec, read_spec
+from models.spec import parse_spec
 from tests.support.models import SMALL, small_spec
 
 
@@ -173,24 +171,3 @@ def test_every_wrong_place_is_named_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(raw(name="", layers=[*raw()["layers"], {"kind": "lstm", "units": -1}], extra=1))
     assert len(str(caught.value).splitlines()) == 4
-
-
-def test_a_spec_is_read_from_yaml(tmp_path: Path) -> None:
-    path = tmp_path / "SPEC.yaml"
-    path.write_text(yaml.safe_dump(SMALL, allow_unicode=True), encoding="utf-8")
-
-    assert read_spec(path) == small_spec()
-
-
-@pytest.mark.parametrize("content", [b"layers: [", b"\xff\xfe\xff", b"!!python/name:os.system x"])
-def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "SPEC.yaml"
-    path.write_bytes(content)
-
-    with pytest.raises(SpecError, match=r"SPEC\.yaml"):
-        read_spec(path)
-
-
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"none\.yaml"):
-        read_spec(tmp_path / "none.yaml")

@@ -16,7 +16,7 @@ import orjson
 
 from models.errors import ModelsError
 from models.examples.flights.data import flight_events
-from models.spec import read_spec
+from models.spec_file import read_spec
 from models.training.commands import REPORT, train_frame
 
 HERE = Path(__file__).parent

@@ -94,7 +94,9 @@ def test_layout_of_state_outputs_and_weights() -> None:
 
 
 def test_a_wider_projection_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"layers\.0\.lstm: .*at most `units` \(5\), got 6"):
+    with pytest.raises(
+        SpecError, match=r"layers\.0\.lstm: .*projection: expected at most `units` \(5\), got 6"
+    ):
         one_layer(projection=6)
 
 

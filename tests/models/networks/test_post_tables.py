@@ -58,6 +58,30 @@ def test_printed_outputs_and_states(kind: str, cuts: list[int], way: Callable[..
     np.testing.assert_allclose(np.float64(state[0]), wanted_state, rtol=0, atol=PRINTED)
 
 
+def returned(kind: str) -> list[np.ndarray]:
+    """What the network's own Keras layer returns for the post's input."""
+    spec, weights = post_model(kind)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    values = network._layers["cell"](np.array(INPUT, np.float32).reshape(1, 5, 1))
+    return [np.float64(value) for value in values]
+
+
+def test_an_lstm_returns_its_sequence_and_two_states() -> None:
+    sequence, state_h, state_c = returned("lstm")
+    np.testing.assert_allclose(sequence[0, :, 0], LSTM_OUTPUTS, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(state_h, [[LSTM_HIDDEN]], rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(state_c, [[LSTM_CARRY]], rtol=0, atol=PRINTED)
+    np.testing.assert_array_equal(sequence[:, -1], state_h)
+
+
+def test_a_gru_returns_its_sequence_and_one_state_which_is_its_output() -> None:
+    sequence, state = returned("gru")
+    np.testing.assert_allclose(sequence[0, :, 0], GRU_OUTPUTS, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(state, [[GRU_HIDDEN]], rtol=0, atol=PRINTED)
+    np.testing.assert_array_equal(sequence[:, -1], state)
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_the_oracle_gives_the_printed_numbers_too(kind: str) -> None:
     spec, weights = post_model(kind)
