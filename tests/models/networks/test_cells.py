@@ -52,7 +52,7 @@ def test_every_combination_equals_the_oracle_in_any_cut(options: dict[str, Any])
     random = np.random.default_rng(4)
     streams = sequences(random, [11, 1, 6], 2)
     states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
-    outputs, after = run_in_chunks(network, streams, states, random)
+    outputs, after, _ = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
         wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
         np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
@@ -165,7 +165,7 @@ def test_residuals_are_an_add_layer_and_widths_and_cells_differ_by_layer() -> No
     random = np.random.default_rng(8)
     streams = sequences(random, [9, 5], 3)
     states = random.uniform(-1, 1, (2, network.state_size)).astype(np.float32)
-    outputs, after = run_in_chunks(network, streams, states, random)
+    outputs, after, _ = run_in_chunks(network, streams, states, random)
     slices = state_spec(spec).slices
     for b, rows in enumerate(streams):
         wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
