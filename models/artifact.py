@@ -6,9 +6,9 @@ covers the rest of the manifest and through it the whole directory. Nothing in a
 code.
 
 `graph.onnx` is the same network as spec and weights, written out for ONNX Runtime when the
-model is packaged. It decides no number and is no part of the fingerprint. A model that no
-graph can hold has none, and its manifest says why; one packaged before there were graphs gets
-its own from `add_graph`.
+model is packaged, and `decoder.onnx` one step of its decoder, where it has one. They decide no
+number and are no part of the fingerprint. A model that no graph can hold has none, and its
+manifest says why; one packaged before there were graphs gets its own from `add_graph`.
 
 Loading refuses whatever is damaged, of another format or does not fit itself, and says
 which file and why. Writing is atomic: a directory under the final name is complete.
@@ -34,6 +34,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from models.decoder import decoder_weights
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
 from models.files import inside, replace_file, sync_directory, write_new
 from models.fingerprint import canonical_json, fingerprint
@@ -47,9 +48,11 @@ TENSORFLOW = "tensorflow"
 MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
 GRAPH_NAME = "graph.onnx"
+DECODER_GRAPH_NAME = "decoder.onnx"
 
 FloatArray = NDArray[np.float32]
 
+_OWN_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME, DECODER_GRAPH_NAME)
 _VERSION_DIGITS = 12
 _UNSAID = {"chunking": "invisible"}
 """What a manifest means that was written before its key was."""
@@ -78,6 +81,8 @@ class Artifact:
         version: the fingerprint's first 12 hexadecimal digits.
         manifest: the whole manifest as plain data.
         graph: the model's ONNX graph, or None where the artifact has none.
+        decoder_graph: the ONNX graph of a decoder's step; None where there is no decoder or no
+            graph.
     """
 
     path: Path
@@ -87,6 +92,19 @@ class Artifact:
     version: str
     manifest: Mapping[str, Any]
     graph: bytes | None = None
+    decoder_graph: bytes | None = None
+
+    @cached_property
+    def decoder(self) -> Artifact | None:
+        """The network of a decoder's step, for runtimes, as if packaged by itself."""
+        spec = self.spec.decoder_network
+        if spec is None:
+            return None
+        weights = MappingProxyType(decoder_weights(self.weights))
+        mark = fingerprint(spec, weights)
+        return Artifact(
+            self.path, spec, weights, mark, _version(mark), self.manifest, self.decoder_graph
+        )
 
     @property
     def graph_refused(self) -> str | None:
@@ -136,7 +154,7 @@ def write_artifact(
     graph = _graph(spec, weights, str(path))
     contents: dict[str, bytes] = {WEIGHTS_NAME: _weights_bytes(weights), **graph.files}
     for name, content in dict(files).items():
-        if name in (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME) or not inside(name):
+        if name in _OWN_NAMES or not inside(name):
             raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
         contents[name] = content.read_bytes() if isinstance(content, Path) else content
     manifest = _sealed(
@@ -202,11 +220,26 @@ def load_artifact(path: Path) -> Artifact:
                 f"{where}: `{key}` does not follow from spec and weights: "
                 f"expected {_short(expected)}, got {_short(given)}"
             )
-    graph_name = manifest.get("graph")
-    if graph_name is not None and graph_name not in contents:
-        raise ArtifactError(f"{where}: expected `graph` to name one of its files: {graph_name!r}")
-    graph = None if graph_name is None else contents[graph_name]
-    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest, graph)
+    return Artifact(
+        path,
+        spec,
+        MappingProxyType(weights),
+        mark,
+        _version(mark),
+        manifest,
+        _listed(manifest, "graph", contents, where),
+        _listed(manifest, "decoder_graph", contents, where),
+    )
+
+
+def _listed(
+    manifest: Mapping[str, Any], key: str, contents: Mapping[str, bytes], where: str
+) -> bytes | None:
+    """The file that the manifest names under a key, if it names one."""
+    name = manifest.get(key)
+    if name is not None and name not in contents:
+        raise ArtifactError(f"{where}: expected `{key}` to name one of its files: {name!r}")
+    return None if name is None else contents[name]
 
 
 def add_graph(path: Path) -> Artifact:
@@ -222,12 +255,13 @@ def add_graph(path: Path) -> Artifact:
     artifact = load_artifact(path)
     graph = _graph(artifact.spec, artifact.weights, str(path))
     manifest = dict(artifact.manifest)
-    old = manifest.pop("graph", None)
+    old = {manifest.pop(key, None) for key in ("graph", "decoder_graph")}
     manifest.pop("graph_refused", None)
+    gone = {*old, GRAPH_NAME, DECODER_GRAPH_NAME}
     manifest["files"] = {
-        name: entry for name, entry in manifest["files"].items() if name not in (old, GRAPH_NAME)
+        name: entry for name, entry in manifest["files"].items() if name not in gone
     }
-    if old is not None:
+    if old != {None}:
         without = {**manifest, "runtimes": [TENSORFLOW]}
         replace_file(path / MANIFEST_NAME, _manifest_bytes(_sealed(without, str(path))))
     for name, data in graph.files.items():
@@ -242,21 +276,26 @@ def add_graph(path: Path) -> Artifact:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """The graph's file, or why there can be none."""
+    """The graphs' files, or why there can be none."""
 
     data: bytes | None = None
+    decoder: bytes | None = None
     refused: str | None = None
 
     @property
     def files(self) -> dict[str, bytes]:
-        return {} if self.data is None else {GRAPH_NAME: self.data}
+        found = {GRAPH_NAME: self.data, DECODER_GRAPH_NAME: self.decoder}
+        return {name: data for name, data in found.items() if data is not None}
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the manifest says of it."""
         if self.data is None:
             return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
-        return {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
+        facts: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
+        if self.decoder is not None:
+            facts["decoder_graph"] = DECODER_GRAPH_NAME
+        return facts
 
 
 def _graph(spec: ModelSpec, weights: Mapping[str, FloatArray], where: str) -> _Graph:
@@ -267,7 +306,9 @@ def _graph(spec: ModelSpec, weights: Mapping[str, FloatArray], where: str) -> _G
             f"{where}: packaging a model needs {error.name!r}: pip install onnx"
         ) from error
     try:
-        return _Graph(data=write_graph(spec, weights))
+        network = spec.decoder_network
+        decoder = None if network is None else write_graph(network, decoder_weights(weights))
+        return _Graph(write_graph(spec, weights), decoder)
     except GraphUnsupportedError as error:
         return _Graph(refused=str(error))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoder import DistributionHead
 from models.events.schema import EventField
 from models.heads import Head
 from models.layers import Layer
@@ -28,6 +29,7 @@ _NUMERICS = 1
 _FIELD_NOTES = {"description", "max_vocabulary"}
 _LAYER_NOTES = {"dropout", "recurrent_dropout", "rate"}
 _HEAD_NOTES = {"dense": {"targets"}, "label": {"column"}}
+_DECODER_NOTES = {"max_horizon"}
 
 
 def fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
@@ -67,8 +69,17 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
             # Only the calendar features of a timestamp read the zone.
             "timezone": spec.events.timezone if spec.events.timestamp else None,
         }
+    decoder: dict[str, Any] = {}
+    if spec.decoder is not None:
+        own = spec.decoder
+        decoder["decoder"] = {
+            **own.model_dump(exclude={"layers", "head", *_DECODER_NOTES}, exclude_defaults=True),
+            "layers": [_part(layer, _LAYER_NOTES) for layer in own.layers],
+            "head": _part(own.head, set()),
+        }
     return {
         "numerics": _NUMERICS,
+        **decoder,
         "events": events,
         "features": spec.features,
         "layers": [_part(layer, _LAYER_NOTES) for layer in spec.layers],
@@ -76,7 +87,7 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _part(part: EventField | Layer | Head, notes: set[str]) -> dict[str, Any]:
+def _part(part: EventField | Layer | Head | DistributionHead, notes: set[str]) -> dict[str, Any]:
     """One field, layer or head without its notes and without what is at its default.
 
     An option that a later version adds is at its default in every model made before it, and

@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoder import LAST, as_decoder_weights
 from models.events.schema import (
     BooleanField,
     CategoricalField,
@@ -107,7 +108,7 @@ class OutputSpec:
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
-    """The state's parts: each carried layer's, each head's, then the clock's."""
+    """The state's parts: each carried layer's, each head's, the decoder's, the clock's."""
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
         for layer in spec.layers
@@ -118,6 +119,8 @@ def state_spec(spec: ModelSpec) -> StateSpec:
         for head in spec.heads
         if isinstance(head, AnomalyHead)
     )
+    if spec.decoder is not None:
+        parts.append(StatePart(LAST, (len(spec.decoder.targets),), "float32"))
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
         parts.extend(StatePart(name, (), "int64") for name in clock)
@@ -226,7 +229,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
     `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
     and what an LSTM's options add: `<layer>.peepholes` (gates i, f, o side by side),
-    `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`.
+    `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`;
+    those of a decoder's step network with `decoder.` before their names.
     """
     widths = layer_widths(spec)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -264,6 +268,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"heads.{head.name}.kernel"] = (widths[head.input], units)
             if not isinstance(head, DenseHead) or head.use_bias:
                 shapes[f"heads.{head.name}.bias"] = (units,)
+    if spec.decoder_network is not None:
+        shapes.update(as_decoder_weights(weight_shapes(spec.decoder_network)))
     return shapes
 
 

@@ -8,11 +8,14 @@ builder, the ONNX writer and the state layout all read this one description.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from models.chunking import DEFAULT_CHUNK_STEPS, Chunking, check_hand_off, chunking_of
+from models.decoder import DECODER, DecoderSpec, check_decoder, hand_over_starts, network_data
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
 from models.heads import (
@@ -101,6 +104,7 @@ class ModelSpec(Frozen):
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
     max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
+    decoder: DecoderSpec | None = None
     training: TrainingSpec | None = None
 
     @model_validator(mode="before")
@@ -108,17 +112,11 @@ class ModelSpec(Frozen):
     def _resolve_names(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("layers"), (list, tuple)):
             return data
-        layers = [dict(layer) if isinstance(layer, dict) else layer for layer in data["layers"]]
-        counts: Counter[str] = Counter()
-        previous = FEATURES
-        for layer in layers:
-            if not isinstance(layer, dict):
-                continue
-            kind = str(layer.get("kind"))
-            counts[kind] += 1
-            layer["name"] = layer.get("name") or f"{kind}_{counts[kind]}"
-            layer["inputs"] = layer.get("inputs") or (previous,)
-            previous = layer["name"]
+        layers, previous = _named(data["layers"])
+        decoder = data.get("decoder")
+        if isinstance(decoder, dict) and isinstance(decoder.get("layers"), (list, tuple)):
+            own, _ = _named(decoder["layers"])
+            data = {**data, "decoder": hand_over_starts({**decoder, "layers": own})}
         heads = data.get("heads")
         if isinstance(heads, (list, tuple)):
             heads = [
@@ -165,6 +163,14 @@ class ModelSpec(Frozen):
                 )
             self._check_targets(head)
         self._check_chunk_limit()
+        if self.decoder is not None:
+            check_decoder(self, self.decoder)
+            try:
+                _ = self.decoder_network
+            except ValidationError as error:
+                found = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"decoder: {found}") from error
+            names.add(DECODER)
         weighed = self.training.loss_weights if self.training is not None else {}
         for name in weighed:
             if name not in names:
@@ -253,6 +259,29 @@ class ModelSpec(Frozen):
     def input_features(self) -> int:
         """F, the number of values in a row of `inputs`."""
         return len(self.columns)
+
+    @cached_property
+    def decoder_network(self) -> ModelSpec | None:
+        """The network of one decoder step (see `models.decoder`); None without a decoder."""
+        if self.decoder is None:
+            return None
+        return ModelSpec.model_validate(network_data(self, self.decoder))
+
+
+def _named(layers: Sequence[Any]) -> tuple[list[Any], str]:
+    """Plain data of layers with every name and input filled in, and the name of the last."""
+    named = [dict(layer) if isinstance(layer, dict) else layer for layer in layers]
+    counts: Counter[str] = Counter()
+    previous = FEATURES
+    for layer in named:
+        if not isinstance(layer, dict):
+            continue
+        kind = str(layer.get("kind"))
+        counts[kind] += 1
+        layer["name"] = layer.get("name") or f"{kind}_{counts[kind]}"
+        layer["inputs"] = layer.get("inputs") or (previous,)
+        previous = layer["name"]
+    return named, previous
 
 
 def parse_spec(data: Any, source: str = "spec") -> ModelSpec:

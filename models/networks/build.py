@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from models.decoder import LAST, as_decoder_weights
 from models.errors import ArtifactError, SpecError
 from models.heads import AnomalyHead
 from models.layers import (
@@ -49,6 +50,7 @@ from models.layout import (
 )
 from models.networks.activations import activation_of
 from models.networks.cells import recurrent_layer
+from models.networks.decoder import last_observed
 from models.networks.fresh import fresh_weights
 from models.networks.heads import (
     Tensor,
@@ -98,10 +100,16 @@ class StepNetwork:
         spec: the specification it was built from.
         state_size: N, values in a packed state.
         output_size: O, values in a packed output row.
+        decoder: the network of a decoder's step, whose weights are among this one's; None
+            where the model has no decoder.
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, *, unroll: bool = False):
         """Build the layers; the weights are Keras' own draw until they are set.
+
+        Args:
+            unroll: lay the steps out one after the other instead of looping over them, which
+                is shorter where there is one; their number is then fixed when it is traced.
 
         Raises:
             SpecError: the event schema is not fitted, or Keras runs another backend than
@@ -128,11 +136,14 @@ class StepNetwork:
             for column in spec.columns
             if column.codes is not None and column.embedding is not None
         }
-        self._layers = {layer.name: _build_layer(layer, widths) for layer in spec.layers}
+        self._layers = {layer.name: _build_layer(layer, widths, unroll) for layer in spec.layers}
         self._heads = {
             head.name: build_head(head, head_units(spec, head), widths[head.input])
             for head in spec.heads
         }
+        self.decoder = (
+            None if spec.decoder_network is None else StepNetwork(spec.decoder_network, unroll=True)
+        )
         self._variables = self._named_variables()
 
     @_plain_python
@@ -202,6 +213,8 @@ class StepNetwork:
             if isinstance(head, AnomalyHead):
                 name = f"{head.name}.forecast"
                 parts[name] = anomaly_forecast(raw[head.name], lengths, self._part(state, name))
+        if self.spec.decoder is not None:
+            parts[LAST] = last_observed(self.spec, rows, mask, self._part(state, LAST))
         return Forward(raw, tf.concat([parts[name] for name in self._float_parts], axis=-1))
 
     @_plain_python
@@ -272,6 +285,8 @@ class StepNetwork:
             generator = getattr(owner, "seed_generator", None)
             if generator is not None:
                 generator.state.assign([seed % 2**31, index])
+        if self.decoder is not None:
+            self.decoder.reseed(seed)
 
     def _features(self, rows: Tensor) -> Tensor:
         """The rows with every code replaced by its embedding, columns kept in order."""
@@ -298,9 +313,12 @@ class StepNetwork:
         found: dict[str, Variable] = {}
         owners = {name: getattr(layer, "cell", layer) for name, layer in self._layers.items()}
         owners.update({f"heads.{name}": layer for name, layer in self._heads.items()})
+        decoding = {} if self.decoder is None else as_decoder_weights(self.decoder._variables)
         for name, shape in weight_shapes(self.spec).items():
             owner, _, kind = name.rpartition(".")
-            if owner == "embedding":
+            if name in decoding:
+                variable = decoding[name]
+            elif owner == "embedding":
                 variable = self._embeddings[kind].embeddings
             else:
                 variable = getattr(owners[owner], kind)
@@ -328,12 +346,15 @@ def _embedding(name: str, codes: int, width: int) -> keras.layers.Embedding:
     return layer
 
 
-def _build_layer(layer: Layer, widths: Mapping[str, int]) -> keras.layers.Layer:
+def _build_layer(
+    layer: Layer, widths: Mapping[str, int], unroll: bool = False
+) -> keras.layers.Layer:
     """The Keras layer, built for [B, T, width of what it reads]."""
     common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
     match layer:
         case LstmLayer() | GruLayer():
             built = recurrent_layer(layer, layer.name)
+            built.unroll = unroll
         case DenseLayer():
             built = keras.layers.Dense(
                 layer.units,

@@ -16,6 +16,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoder import DECODER, as_decoder_weights
 from models.layers import LstmLayer
 from models.layout import weight_shapes
 from models.spec import ModelSpec
@@ -35,11 +36,22 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
     Returns:
         name -> float32 array, the names and shapes of `models.layout.weight_shapes`.
     """
+    weights = _drawn(spec, seed, "")
+    if spec.decoder_network is not None:
+        lead = f"{DECODER}."
+        weights.update(as_decoder_weights(_drawn(spec.decoder_network, seed, lead)))
+    return weights
+
+
+def _drawn(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32]]:
+    """The weights of one network; `lead` is put before a name where it seeds."""
     lstms = {layer.name: layer.units for layer in spec.layers if isinstance(layer, LstmLayer)}
     weights: dict[str, NDArray[np.float32]] = {}
     for name, shape in weight_shapes(spec).items():
+        if name.startswith(f"{DECODER}."):
+            continue
         owner, _, kind = name.rpartition(".")
-        digest = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
+        digest = int.from_bytes(sha256((lead + name).encode()).digest()[:8], "little")
         random = np.random.default_rng([seed, digest])
         if name.startswith("embedding."):
             values = random.uniform(-EMBEDDING_RANGE, EMBEDDING_RANGE, shape)

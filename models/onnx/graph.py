@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
+from models.decoder import LAST
 from models.errors import GraphUnsupportedError
 from models.fingerprint import fingerprint
 from models.heads import AnomalyHead
@@ -39,6 +40,7 @@ from models.layers import (
 from models.layout import layer_widths, output_spec, state_spec
 from models.onnx.activations import activation
 from models.onnx.cells import gru, lstm
+from models.onnx.decoder import last_observed
 from models.onnx.heads import dense, head_output
 from models.onnx.names import (
     GRAPH_FORMAT,
@@ -123,6 +125,8 @@ class _Step:
         for layer in spec.layers:
             values[layer.name] = self._layer(layer, [values[name] for name in layer.inputs])
         outputs = self._heads(values, rows)
+        if spec.decoder is not None:
+            self._after[LAST] = last_observed(nodes, spec, rows, LENGTHS, self._before[LAST])
         nodes.add("Transpose", outputs, name=OUTPUTS, perm=[1, 0, 2])
         after = nodes.concat([self._after[part.name] for part in parts], axis=2)
         nodes.add("Squeeze", after, nodes.integers(0), name=STATES_AFTER)

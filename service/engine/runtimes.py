@@ -56,8 +56,24 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
     return opened
 
 
-def open_runtime(name: str, artifact: Artifact, threads: int) -> Runtime:
-    """The runtime of that name for one model; see `open_runtimes`."""
+def open_decoders(
+    runtimes: Sequence[Runtime], artifacts: Sequence[Artifact], threads: int
+) -> list[Runtime | None]:
+    """For each model a runtime for its decoder's step, of the same kind; None without one."""
+    return [
+        None
+        if artifact.decoder is None
+        else open_runtime(runtime.name, artifact.decoder, threads, decoding=True)
+        for runtime, artifact in zip(runtimes, artifacts, strict=True)
+    ]
+
+
+def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool = False) -> Runtime:
+    """The runtime of that name for one model; see `open_runtimes`.
+
+    Args:
+        decoding: the model is a decoder's step (`Artifact.decoder`).
+    """
     try:
         if name == ONNXRUNTIME:
             lacks = _lacks_graph(artifact)
@@ -71,7 +87,7 @@ def open_runtime(name: str, artifact: Artifact, threads: int) -> Runtime:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         from service.engine.tensorflow_runtime import TensorflowRuntime
 
-        return TensorflowRuntime(artifact, threads)
+        return TensorflowRuntime(artifact, threads, decoding=decoding)
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             f"runtime_missing: the runtime {name!r} needs {error.name!r}: "

@@ -25,6 +25,8 @@ FIRST_RUNGS = ((1, 1), (1, 16), (8, 16))
 SLICE_STEPS = max(ROWS_AT)
 """Longest call of a model whose chunks may be cut into several."""
 MOST_ROWS = 32
+DECODER_RUNGS = ((1, 1), (8, 1), (MOST_ROWS, 1))
+"""Those of a decoder, which takes one step at a time; all compiled before the service is ready."""
 
 CALL_ROWS = 8
 """What a step costs whatever its rows, in rows. 1 row took 0.67 of the time of 8 at 64 steps
@@ -38,18 +40,22 @@ class TensorflowRuntime:
         artifact: the model.
         threads: threads inside one TensorFlow operation, set once per process and before
             TensorFlow's first use; 0 leaves TensorFlow's own choice.
+        decoding: the model is a decoder's step (`Artifact.decoder`).
     """
 
     name = "tensorflow"
     max_batch = MOST_ROWS
 
-    def __init__(self, artifact: Artifact, threads: int = 1):
+    def __init__(self, artifact: Artifact, threads: int = 1, *, decoding: bool = False):
         if threads:
             _limit_threads(threads)
-        network = StepNetwork(artifact.spec)
+        network = StepNetwork(artifact.spec, unroll=decoding)
         network.set_weights(artifact.weights)
-        self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
-        self._rungs = rungs_up_to(self.max_steps)
+        self.max_steps = 1 if decoding else artifact.spec.chunk_limit or SLICE_STEPS
+        self._rungs = list(DECODER_RUNGS) if decoding else rungs_up_to(self.max_steps)
+        self._first = [
+            rung for rung in self._rungs if decoding or rung in (*FIRST_RUNGS, self._rungs[-1])
+        ]
         self._features = artifact.spec.input_features
         self._state_size = artifact.state.float_size
         # Exactly the arguments of a call: one that does not bind to the whole signature falls
@@ -68,9 +74,8 @@ class TensorflowRuntime:
 
     def warm(self) -> None:
         """Compile the first rungs and run each once."""
-        for rung in self._rungs:
-            if rung in (*FIRST_RUNGS, self._rungs[-1]):
-                self._compile(rung)
+        for rung in self._first:
+            self._compile(rung)
 
     def warm_next(self) -> bool:
         """Compile one more rung, the cheapest first; False where none is left."""

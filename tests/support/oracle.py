@@ -111,12 +111,17 @@ def oracle_step(
     slices = state_spec(spec).slices
     parts = {name: np.array(state, np.float64)[slices[name]] for name in names}
     exact_rows = np.asarray(rows, np.float64)
-    values = {"features": np.array([_features(spec, exact, row) for row in exact_rows])}
+    values = {"features": np.array([features_of(spec, exact, row) for row in exact_rows])}
     for layer in spec.layers:
         read = [values[name] for name in layer.inputs]
         values[layer.name] = _sequence(layer, exact, read, parts)
     outputs = []
+    where = {column.name: index for index, column in enumerate(spec.columns)}
     for t, row in enumerate(exact_rows):
+        if spec.decoder is not None:
+            for index, target in enumerate(spec.decoder.targets):
+                if f"{target}.missing" not in where or not row[where[f"{target}.missing"]]:
+                    parts["decoder.last"][index] = row[where[target]]
         found = [_head(spec, head, exact, values[head.input][t], row, parts) for head in spec.heads]
         outputs.append(np.concatenate(found))
     return np.array(outputs), np.concatenate([parts[name] for name in names])
@@ -165,7 +170,7 @@ def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.floa
     return found
 
 
-def _features(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> Floats:
+def features_of(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> Floats:
     pieces = []
     for column, value in zip(spec.columns, row, strict=True):
         if column.codes is None:
@@ -185,10 +190,10 @@ def _sequence(
         for part in ("hidden", "carry") if layer.kind == "lstm" else ("hidden",):
             parts[f"{layer.name}.{part}"] = parts[f"{source}.{part}"]
     steps = range(len(read[0]))
-    return np.array([_layer(layer, weights, [x[t] for x in read], parts) for t in steps])
+    return np.array([layer_step(layer, weights, [x[t] for x in read], parts) for t in steps])
 
 
-def _layer(
+def layer_step(
     layer: Layer, weights: Mapping[str, Floats], read: list[Floats], parts: dict[str, Floats]
 ) -> Floats:
     x = read[0]

@@ -1,0 +1,140 @@
+"""The decoder behind each runtime, against the float64 oracle from a state that is not zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.artifact import Artifact, add_graph, load_artifact, write_artifact
+from models.decoder import known_schema
+from models.decoding import Decoding, Distribution, Forecast, coming
+from models.events.columns import columns_from_events
+from models.events.encode import Clock, encode
+from models.layout import state_spec
+from models.state import State
+from service.engine.protocol import Runtime
+from service.engine.runtimes import RUNTIMES, open_decoders, open_runtime
+from tests.support.decoder_oracle import oracle_decode
+from tests.support.decoders import clock, decoder_spec, future_of, hourly_events, random_state
+from tests.support.oracle import contracting_weights, oracle_step
+
+HORIZON, SAMPLES, SEED = 7, 3, 5
+HEADS: dict[str, dict[str, Any]] = {
+    "quantiles": {},
+    "gaussian": {"head": {"kind": "gaussian", "quantiles": [0.2, 0.5, 0.9]}},
+}
+
+
+class Opened(NamedTuple):
+    artifact: Artifact
+    encoder: Runtime
+    decoder: Runtime
+
+
+@pytest.fixture(scope="module", params=[(n, h) for h in HEADS for n in RUNTIMES], ids="-".join)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    name, head = request.param
+    spec = decoder_spec(**HEADS[head])
+    artifact = write_artifact(
+        tmp_path_factory.mktemp("models") / "m", spec, contracting_weights(spec, 11)
+    )
+    threads = 0 if name == "tensorflow" else 1
+    encoder = open_runtime(name, artifact, threads)
+    [decoder] = open_decoders([encoder], [artifact], threads)
+    assert decoder is not None
+    decoder.warm()
+    return Opened(artifact, encoder, decoder)
+
+
+def known_of(artifact: Artifact, horizon: int = HORIZON) -> NDArray[np.float32]:
+    spec = artifact.spec
+    assert spec.events is not None
+    assert spec.decoder is not None
+    schema = known_schema(spec.events, spec.decoder, timed=False)
+    assert schema is not None
+    told = columns_from_events(schema, future_of(horizon))
+    return coming(spec, clock(), horizon, told).rows
+
+
+def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) -> Forecast:
+    spec, runtime = opened.artifact.spec, opened.decoder
+    decoding = Decoding(spec, random_state(spec), known, samples, SEED)
+    count = samples + 1
+    lengths = np.ones(runtime.padded_shape(count, 1)[0], np.int32)
+    while not decoding.done:
+        rows = np.zeros((len(lengths), 1, decoding.rows.shape[1]), np.float32)
+        rows[:count, 0] = decoding.rows
+        states = np.zeros((len(lengths), decoding.states.shape[1]), np.float32)
+        states[:count] = decoding.states
+        outputs, after = runtime.step(rows, lengths, states)
+        decoding.take(outputs[:count, 0], after[:count])
+    return decoding.forecast()
+
+
+def test_equals_the_oracle(opened: Opened) -> None:
+    spec, weights, known = opened.artifact.spec, opened.artifact.weights, known_of(opened.artifact)
+    found = decoded(opened, known)
+    noise = Distribution(spec).noise(SEED, HORIZON, SAMPLES)
+    state = random_state(spec)
+    point, quantiles = oracle_decode(spec, weights, state, known)
+    np.testing.assert_allclose(found.point, point, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(found.quantiles, quantiles, rtol=2e-5, atol=2e-5)
+    for path in range(SAMPLES):
+        drawn, _ = oracle_decode(spec, weights, state, known, noise[:, path])
+        np.testing.assert_allclose(found.paths[path], drawn, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.diff(found.paths, axis=0)).min() > 1e-3
+
+
+def test_the_same_numbers_twice_and_a_shorter_one_begins_alike(opened: Opened) -> None:
+    known = known_of(opened.artifact)
+    once, twice, shorter = (decoded(opened, rows) for rows in (known, known, known[:3]))
+    for name in ("point", "quantiles", "paths"):
+        np.testing.assert_array_equal(getattr(once, name), getattr(twice, name))
+    np.testing.assert_array_equal(once.paths[:, :3], shorter.paths)
+    np.testing.assert_array_equal(once.point[:3], shorter.point)
+
+
+def test_the_encoder_remembers_the_last_value_of_each_target(opened: Opened) -> None:
+    artifact, runtime = opened.artifact, opened.encoder
+    spec, layout = artifact.spec, state_spec(artifact.spec)
+    assert spec.events is not None
+    events = hourly_events(9, seed=2)
+    for event in events[-3:]:
+        event.pop("rain", None)
+    rows, _ = encode(spec.events, columns_from_events(spec.events, events), Clock())
+    runtime.warm()
+    before = random_state(spec)
+    cuts = ((0, 2), (2, 8), (8, 9))
+    floats = before
+    for start, stop in cuts:
+        count, steps = runtime.padded_shape(1, stop - start)
+        batch = np.zeros((count, steps, rows.shape[1]), np.float32)
+        batch[0, : stop - start] = rows[start:stop]
+        lengths = np.ones(count, np.int32)
+        lengths[0] = stop - start
+        _, after = runtime.step(batch, lengths, np.tile(floats, (count, 1)))
+        floats = after[0]
+    _, exact = oracle_step(spec, artifact.weights, rows, before)
+    np.testing.assert_allclose(floats, exact, rtol=1e-5, atol=1e-5)
+    last = layout.by_name(State(floats, np.zeros(layout.int_size, np.int64)))["decoder.last"]
+    rain = [event["rain"] for event in events if "rain" in event][-1]
+    wanted = [(events[-1]["warmth"] - 12.0) / 8.0, (np.log1p(rain) - 0.4) / 0.7]
+    np.testing.assert_allclose(last, wanted, rtol=1e-6)
+    # a target that no event of a chunk has keeps what it had
+    assert "rain" not in events[8]
+
+
+def test_both_graphs_are_packaged_and_written_anew(tmp_path: Path) -> None:
+    spec = decoder_spec()
+    made = write_artifact(tmp_path / "m", spec, contracting_weights(spec, 1))
+    assert made.decoder_graph is not None
+    assert made.manifest["decoder_graph"] == "decoder.onnx"
+    again = add_graph(tmp_path / "m")
+    assert (again.graph, again.decoder_graph) == (made.graph, made.decoder_graph)
+    (tmp_path / "m" / "decoder.onnx").write_bytes(b"junk")
+    with pytest.raises(Exception, match=r"decoder\.onnx"):
+        load_artifact(tmp_path / "m")
