@@ -67,12 +67,14 @@ def create_app() -> FastAPI:
             max_batch_rows=settings.max_batch_rows,
             max_batch_steps=settings.max_batch_steps,
             max_queue=settings.max_queue,
+            max_queue_wait_s=settings.max_queue_wait_s,
             batches_in_flight=settings.batches_in_flight,
             state_cache_bytes=settings.state_cache_bytes,
             conflict_attempts=settings.conflict_attempts,
             drain_s=min(settings.drain_s, LATE_S),
         ),
         now_ms=lambda: time.time_ns() // 1_000_000,
+        on_model_change=settings.on_model_change,
     )
 
     @asynccontextmanager
@@ -95,6 +97,8 @@ def create_app() -> FastAPI:
         max_predict_steps=settings.max_predict_steps,
         max_body_bytes=settings.max_body_bytes,
         max_items=settings.max_items,
+        timeout_s=min(settings.timeout_s, settings.max_timeout_s),
+        max_timeout_s=settings.max_timeout_s,
     )
     return create_api(
         pipeline,

@@ -6,6 +6,10 @@ neighbours. A chunk whose commit finds its stream moved on goes back to be judge
 again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
 or replay is ever taken from memory.
 
+A chunk whose time is up is answered by the batcher, whatever its batch is doing: nothing was
+applied before its commit began, and it is then left out; from there on its outcome is unknown.
+The store is waited for until the first deadline of those that need it, and again for the others.
+
 What lies in memory is a state that was committed, or whose commit is under way: the stream's next
 chunk may be computed from it at once, because its own commit follows on the same ordered way and
 expects that state's mark. If the first one fails, so does the second, and it is judged anew.
@@ -14,10 +18,12 @@ expects that state's mark. If the first one fails, so does the second, and it is
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 import numpy as np
 import structlog
@@ -37,16 +43,27 @@ from service.delivery import (
 from service.domain import (
     Chunk,
     FloatRows,
+    Mark,
     Reply,
     StoredReply,
     StreamKey,
     StreamState,
     Timing,
 )
-from service.engine.batcher import Job, Release
+from service.engine.batcher import TICK_S, Job, Release
 from service.engine.compute import Compute
 from service.engine.state_cache import StateCache
-from service.errors import CarryError, Conflict, InternalError, NotFinite, StateIncompatible
+from service.errors import (
+    CarryError,
+    Conflict,
+    DeadlineExceeded,
+    InternalError,
+    NotFinite,
+    OutcomeUnknown,
+    ShuttingDown,
+    StateIncompatible,
+    StoreUnavailable,
+)
 from service.recorder import Recorder
 from service.served import ServedModel
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, StateStore
@@ -55,6 +72,9 @@ log = structlog.get_logger(__name__)
 
 ChunkJob = Job[Chunk, Reply]
 
+SILENCE_S: Final = 0.1
+"""A store that was silent for so long is away; before, a caller's time was merely short."""
+
 
 @dataclass(slots=True, eq=False)
 class _Member:
@@ -62,6 +82,7 @@ class _Member:
 
     Attributes:
         base: the stream it continues; None where it begins one.
+        expected: the mark the stream must have at the commit; None where it must not exist.
         rows: float32 [T, F]; ints: int64 [M], the clock after the chunk.
         outputs: float32 [T, O].
     """
@@ -70,6 +91,7 @@ class _Member:
     chunk: Chunk
     key: StreamKey
     base: StreamState | None = None
+    expected: Mark | None = None
     rows: FloatRows = field(init=False)
     ints: NDArray[np.int64] = field(init=False)
     outputs: FloatRows = field(init=False)
@@ -95,6 +117,7 @@ class BatchRun:
     Args:
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried against a stream that others move on.
+        reset: whether a state of another version of the model is begun anew, not refused.
     """
 
     def __init__(
@@ -107,6 +130,7 @@ class BatchRun:
         *,
         now_ms: Callable[[], int],
         attempts: int,
+        reset: bool = False,
     ):
         self._served = served
         self._store = store
@@ -115,6 +139,8 @@ class BatchRun:
         self._recorder = recorder
         self._now_ms = now_ms
         self._attempts = attempts
+        self._reset = reset
+        self._asked_s: float | None = None
         self._on_call = partial(recorder.batch, served.name)
         self._zero = served.state.zero()
 
@@ -131,13 +157,16 @@ class BatchRun:
         return [member.job for member in again if not self._gave_up(member)]
 
     def _gave_up(self, member: _Member) -> bool:
+        """Whether there is no further try."""
+        if member.job.settled:
+            return True
         if member.job.attempts + 1 < self._attempts:
             return False
         stream = member.key.stream
         member.job.settle(
             Conflict(
                 f"stream {stream!r} was moved on by others {self._attempts} times in a row",
-                stream=stream,
+                **standing(stream, member.expected),
             )
         )
         return True
@@ -150,7 +179,11 @@ class BatchRun:
         unsure: list[_Member] = []
         for member in members:
             member.base = self._cached(member)
-            (unsure if member.base is None else ready).append(member)
+            if member.base is None:
+                unsure.append(member)
+            else:
+                member.expected = member.base.mark
+                ready.append(member)
         self._recorder.cache(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
@@ -158,12 +191,12 @@ class BatchRun:
         times.load_s = time.monotonic() - times.began_s
         replays: list[_Member] = []
         for member, stored in zip(unsure, found, strict=True):
+            if member.job.settled:
+                continue
             try:
                 if isinstance(stored, CarryError):
                     raise stored
-                verdict = judge(member.chunk, stored)
-                if stored is not None:
-                    self._check_compatible(member.key, stored)
+                verdict = judge(member.chunk, self._ours(member.chunk, stored))
             except CarryError as error:
                 member.job.settle(error)
                 continue
@@ -171,6 +204,7 @@ class BatchRun:
                 replays.append(member)
             else:
                 member.base = verdict.base
+                member.expected = stored.mark if stored else None
                 ready.append(member)
         if not replays:
             return ready, []
@@ -178,11 +212,34 @@ class BatchRun:
         return ready, [m for m, done in zip(replays, answered, strict=True) if not done]
 
     async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
-        """The members' streams; a store that is away fails those that need it, and no others."""
-        try:
-            return await self._store.load([member.key for member in members])
-        except CarryError as error:
-            return [error] * len(members)
+        """The members' streams. A store that is away fails those that need it, each when its
+        time is up, and no others."""
+        found: dict[_Member, StreamState | CarryError | None] = {}
+        left = members
+        while left:
+            states: list[StreamState | CarryError | None]
+            self._note_asked()
+            try:
+                states = await self._store.load([member.key for member in left], _until(min, left))
+                self._asked_s = None
+            except CarryError as error:
+                states = [error] * len(left)
+            late_s = time.monotonic() + TICK_S
+            waiting: list[_Member] = []
+            for member, state in zip(left, states, strict=True):
+                found[member] = state
+                if not isinstance(state, StoreUnavailable):
+                    continue
+                if member.job.deadline_s > late_s:
+                    waiting.append(member)
+                elif self._silent_s() > SILENCE_S:
+                    member.job.settle(state)
+                else:
+                    late = DeadlineExceeded("the time for the chunk was up before it was loaded")
+                    member.job.settle(late)
+            # Where nobody's time was up, the store has given up by itself.
+            left = [] if len(waiting) == len(left) else waiting
+        return [found[member] for member in members]
 
     def _cached(self, member: _Member) -> StreamState | None:
         """The state in memory, if the chunk would simply be processed from it."""
@@ -191,14 +248,19 @@ class BatchRun:
             return None
         return copy if continues(member.chunk, copy) else None
 
-    def _check_compatible(self, key: StreamKey, stored: StreamState) -> None:
-        sizes = stored.state.floats.size, stored.state.ints.size
-        spec = self._served.state
-        if stored.fingerprint != self._served.fingerprint or sizes != (
-            spec.float_size,
-            spec.int_size,
-        ):
-            raise incompatible(self._served, key.stream, stored)
+    def _ours(self, chunk: Chunk, stored: StreamState | None) -> StreamState | None:
+        """The stream as the chunk sees it: none, where it has to begin anew.
+
+        Raises:
+            StateIncompatible: another version of the model wrote its state.
+        """
+        if stored is None or self._served.takes(stored):
+            return stored
+        if self._reset:
+            return None
+        if chunk.epoch is not None and chunk.epoch != stored.mark.epoch:
+            return stored  # which is refused for its epoch, before anything else
+        raise incompatible(self._served, chunk.key.stream, stored)
 
     async def _replay(self, member: _Member, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
@@ -211,13 +273,14 @@ class BatchRun:
         """
         key = member.key
         try:
-            state, kept = await self._store.load_with_reply(key)
+            state, kept = await self._store.load_with_reply(key, _until(min, [member]))
             answer = answer_retry(member.chunk, state, kept, own.mark if own else None)
             if answer is Answer.ANEW:
                 return False
             if answer is Answer.STORED and state is not None and kept is not None:
                 self._recorder.replay(self._served.name)
-                member.job.settle(Reply(key, kept.mark, kept.outputs, state.state, replayed=True))
+                created = state.last is not None and state.last.start == 0
+                member.job.settle(Reply(key, kept.mark, kept.outputs, state.state, True, created))
             elif own is not None:
                 member.job.settle(own)
         except CarryError as error:
@@ -277,15 +340,22 @@ class BatchRun:
         The streams' next chunks may go on from here at once, from memory: their commits follow
         these on the store's one ordered way, and fail if these do.
         """
+        began_s = time.monotonic()
+        computed = [each for each in computed if self._is_in_time(each[0].job, began_s)]
+        if not computed:
+            return []
         commits: list[Commit] = []
         for member, new in computed:
-            before = member.base.mark if member.base else None
-            commits.append(Commit(member.key, before, new, StoredReply(new.mark, member.outputs)))
+            member.job.committing = True
+            reply = StoredReply(new.mark, member.outputs)
+            commits.append(Commit(member.key, member.expected, new, reply))
             self._cache.put(member.key, new)
             release(member.key)
-        began_s = time.monotonic()
+        self._note_asked()
         try:
-            results = await self._store.commit(commits)
+            results = await self._store.commit(
+                commits, _until(max, [member for member, _ in computed])
+            )
         except BaseException:
             for commit in commits:
                 self._cache.drop(commit.key)
@@ -303,8 +373,41 @@ class BatchRun:
             elif not await self._settled(member, new, result, times):
                 again.append(member)
         if timings:
+            self._asked_s = None
             self._recorder.chunks(self._served.name, steps, timings)
         return again
+
+    def _note_asked(self) -> None:
+        """The store is asked now; it is silent from here until it has answered anything."""
+        if self._asked_s is None:
+            self._asked_s = time.monotonic()
+
+    def _silent_s(self) -> float:
+        return 0.0 if self._asked_s is None else time.monotonic() - self._asked_s
+
+    def _is_in_time(self, job: ChunkJob, now_s: float) -> bool:
+        """Whether the chunk may still be committed; its caller may have been told otherwise."""
+        if job.deadline_s <= now_s:
+            job.settle(DeadlineExceeded("the time for the chunk was up before its commit"))
+        return not job.settled
+
+    def told(self, job: ChunkJob, error: CarryError) -> CarryError:
+        """What an error says of its chunk: one whose commit has begun may have been applied, and
+        then one without a position must not be sent again. Time that ran out while the store is
+        silent is the store's fault."""
+        if not job.committing:
+            if isinstance(error, DeadlineExceeded) and (silent_s := self._silent_s()) > SILENCE_S:
+                return StoreUnavailable(
+                    f"{error.detail}; the store has not answered for {silent_s:.1f} s"
+                )
+            return error
+        if isinstance(error, DeadlineExceeded | ShuttingDown):
+            stream = job.payload.key.stream
+            error = OutcomeUnknown(
+                f"whether the store wrote stream {stream!r} is not known: {error.detail}",
+                stream=stream,
+            )
+        return error if job.payload.position is not None else error.without_position()
 
     async def _settled(
         self, member: _Member, new: StreamState, result: CommitResult, times: _Times
@@ -312,13 +415,15 @@ class BatchRun:
         """Answer a member that was not simply written; False where it is to be done again."""
         self._cache.drop(member.key)
         if isinstance(result, CarryError):
-            member.job.settle(result)
+            member.job.settle(self.told(member.job, result))
             return True
         reply = _reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
             answer = after_conflict(member.chunk, new.mark, result.found)
             if answer is Answer.ANEW:
                 self._recorder.conflict(self._served.name)
+                member.job.committing = False
+                member.expected = result.found
                 return False
             if answer is Answer.STORED:
                 return await self._replay(member, own=reply)
@@ -327,8 +432,14 @@ class BatchRun:
         return True
 
 
+def _until(which: Callable[[Iterable[float]], float], members: list[_Member]) -> float | None:
+    """The first or last deadline, as a store takes it."""
+    deadline_s = which([member.job.deadline_s for member in members])
+    return None if deadline_s == math.inf else deadline_s
+
+
 def _reply(member: _Member, new: StreamState, timing: Timing) -> Reply:
-    created = member.base is None
+    created = new.mark.position == member.chunk.steps.length
     return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing)
 
 

@@ -33,20 +33,23 @@
         StoreRefused          store_refused
         OutcomeUnknown        outcome_unknown
         NotDurable            not_durable
+        DeadlineExceeded      deadline_exceeded
         Overloaded            overloaded
         ShuttingDown          shutting_down
         InternalError         internal_error
 
 Each class has a stable `code`, says whether the same request may be sent again
-(`retryable`) and what a caller does about it (`remedy`). HTTP status lives in one table in
-`api/`. `docs/errors.md` is generated from this tree. A refusal of a stream carries where the
-stream stands, so that a client can go on without another request.
+(`retryable`) and what a caller does about it (`remedy`). Where a chunk may have been applied
+(`needs_position`), that holds for a chunk with a position only: one without would be applied
+twice, and its error is made by `without_position`. HTTP status lives in one table in `api/`.
+`docs/errors.md` is generated from this tree. A refusal of a stream carries where the stream
+stands, so that a client can go on without another request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class CarryError(Exception):
@@ -60,13 +63,28 @@ class CarryError(Exception):
 
     code: ClassVar[str] = ""
     title: ClassVar[str] = ""
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
+    needs_position: ClassVar[bool] = False
     remedy: ClassVar[str] = ""
 
     def __init__(self, detail: str, **facts: Any):
         super().__init__(detail)
         self.detail = detail
         self.facts: Mapping[str, Any] = facts
+
+    def without_position(self) -> Self:
+        """The same error of a chunk without a position: one that may have been applied must not
+        be sent again."""
+        if not self.needs_position:
+            return self
+        facts = {name: fact for name, fact in self.facts.items() if name != "retry_after_s"}
+        told = type(self)(
+            f"{self.detail}; without a position it could be applied twice if it is sent again",
+            **facts,
+        )
+        told.retryable = False
+        told.__cause__ = self.__cause__
+        return told
 
 
 class BadRequest(CarryError):
@@ -201,7 +219,10 @@ class StreamExists(Refused):
 class StateIncompatible(Refused):
     code = "state_incompatible"
     title = "The state belongs to another version of the model"
-    remedy = "Serve the version that wrote it, or delete the stream and send it from the start."
+    remedy = (
+        "Serve the version that wrote it, or delete the stream and send it from the start; "
+        "CARRY_ON_MODEL_CHANGE=reset does so by itself."
+    )
 
 
 class PreviousFailed(Refused):
@@ -251,19 +272,36 @@ class OutcomeUnknown(Failed):
     code = "outcome_unknown"
     title = "Whether the chunk was applied is not known"
     retryable = True
-    remedy = "Send it again with the same position; it is applied once either way."
+    needs_position = True
+    remedy = (
+        "Send it again with the same position; it is applied once either way. Without one: read "
+        "the stream and see where it stands."
+    )
 
 
 class NotDurable(Failed):
     code = "not_durable"
     title = "The chunk is not as durable as CARRY_DURABILITY asks"
     retryable = True
-    remedy = "Send it again with the same position; it is applied once, and waited for anew."
+    needs_position = True
+    remedy = (
+        "Send it again with the same position; it is applied once, and waited for anew. Without "
+        "one it stands as it is."
+    )
+
+
+class DeadlineExceeded(Failed):
+    code = "deadline_exceeded"
+    title = "The request's time was up before its work was done"
+    retryable = True
+    remedy = (
+        "This request changed nothing. Send it again, with a longer Carry-Timeout or at less load."
+    )
 
 
 class Overloaded(Failed):
     code = "overloaded"
-    title = "The queue is full"
+    title = "More is waiting than can be done in time"
     retryable = True
     remedy = "Send it again after Retry-After."
 
@@ -279,7 +317,8 @@ class InternalError(Failed):
     code = "internal_error"
     title = "An unexpected failure"
     retryable = True
-    remedy = "Send it again with a position; report the request id that is named."
+    needs_position = True
+    remedy = "Send it again if it has a position; report the request id that is named."
 
 
 def leaf_errors(root: type[CarryError] = CarryError) -> Iterator[type[CarryError]]:

@@ -9,10 +9,11 @@ forked. Those read the store, never the cache. One pipeline per process and even
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from models.state import State
 from service.batch import BatchRun, incompatible
@@ -31,7 +32,7 @@ from service.domain import (
     StreamPage,
     StreamState,
 )
-from service.engine.batcher import Batcher, Request, Results, Run
+from service.engine.batcher import Batcher, Job, Request, Results, Run
 from service.engine.compute import Compute
 from service.engine.policy import BatchLimits
 from service.engine.state_cache import StateCache
@@ -39,6 +40,7 @@ from service.errors import (
     AlreadyApplied,
     CarryError,
     ModelNotFound,
+    Overloaded,
     PositionBehind,
     PreviousFailed,
     StateDamaged,
@@ -52,6 +54,9 @@ from service.state.protocol import Commit, Committed, StateStore
 P = TypeVar("P")
 R = TypeVar("R")
 
+OnModelChange = Literal["refuse", "reset"]
+"""What becomes of a stream whose state another version of its model wrote."""
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineLimits:
@@ -60,6 +65,7 @@ class PipelineLimits:
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
     max_queue: int = 4096
+    max_queue_wait_s: float = math.inf
     batches_in_flight: int = 3
     state_cache_bytes: int = 64 * 2**20
     conflict_attempts: int = 8
@@ -71,6 +77,10 @@ class Pipeline:
 
     Args:
         now_ms: wall clock in epoch milliseconds, for the time of commits.
+        on_model_change: whether a state that another version of its model wrote is refused, or
+            its stream begun anew.
+
+    A `deadline_s` is until when a caller waits, of the monotonic clock.
     """
 
     def __init__(
@@ -81,11 +91,13 @@ class Pipeline:
         *,
         limits: PipelineLimits,
         now_ms: Callable[[], int],
+        on_model_change: OnModelChange = "refuse",
     ):
         self.models: Mapping[str, ServedModel] = {model.name: model for model in models}
         self._store = store
         self._limits = limits
         self._now_ms = now_ms
+        self._reset = on_model_change == "reset"
         self._cache = StateCache(limits.state_cache_bytes)
         self._compute = Compute()
         self._warm = False
@@ -106,15 +118,20 @@ class Pipeline:
             self._recorder,
             now_ms=self._now_ms,
             attempts=self._limits.conflict_attempts,
+            reset=self._reset,
         )
-        return self._batcher(served, run, partial(self._recorder.queue, served.name))
+        return self._batcher(served, run, partial(self._recorder.queue, served.name), run.told)
 
     def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
         run = PredictRun(served, self._compute, self._recorder)
-        return self._batcher(served, run, lambda _: None)
+        return self._batcher(served, run, lambda _: None, lambda _, error: error)
 
     def _batcher(
-        self, served: ServedModel, run: Run[P, R], on_depth: Callable[[int], None]
+        self,
+        served: ServedModel,
+        run: Run[P, R],
+        on_depth: Callable[[int], None],
+        told: Callable[[Job[P, R], CarryError], CarryError],
     ) -> Batcher[P, R]:
         rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
         return Batcher(
@@ -123,6 +140,8 @@ class Pipeline:
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
             on_depth=on_depth,
+            max_wait_s=self._limits.max_queue_wait_s,
+            told=told,
         )
 
     async def start(self) -> None:
@@ -172,32 +191,40 @@ class Pipeline:
             )
         return found
 
-    def begin(self, chunk: Chunk) -> Results[Reply]:
+    def refusal(self, model: str, left_s: float) -> Overloaded | None:
+        """What a chunk of a served model would be answered now that can wait so long, where
+        that is Overloaded; for a transport that need not read what is refused anyway."""
+        return self._chunks[model].refusal(left_s)
+
+    def begin(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
         """As `process`, without waiting: a future of the one result.
 
         Raises:
             ModelNotFound
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        return batcher.enqueue([Request(chunk, chunk.key, chunk.steps.length)])
+        return batcher.enqueue([Request(chunk, chunk.key, chunk.steps.length)], deadline_s)
 
     def leave(self, chunk: Chunk, results: Results[Reply]) -> None:
         """The caller of a chunk that was begun is gone; it is dropped if it still waits."""
         self._chunks[chunk.key.model].leave(results)
 
-    async def process(self, chunk: Chunk) -> Reply:
+    async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         """Apply one chunk and answer it; safe to retry where the chunk has a position.
 
         Raises:
             CarryError: refused or failed; see `service.errors`.
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        [result] = await batcher.submit([Request(chunk, chunk.key, chunk.steps.length)])
+        requests = [Request(chunk, chunk.key, chunk.steps.length)]
+        [result] = await batcher.submit(requests, deadline_s)
         if isinstance(result, CarryError):
             raise result
         return result
 
-    async def process_many(self, items: Sequence[Chunk | CarryError]) -> list[Reply | CarryError]:
+    async def process_many(
+        self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
+    ) -> list[Reply | CarryError]:
         """Apply chunks of many streams of one model; each item has its own outcome.
 
         Items of one stream are applied in their order. After one that failed, later items of
@@ -229,23 +256,24 @@ class Pipeline:
                     results[index] = blocking[stream] = held
                 else:
                     taken.append((index, item))
-            for (index, item), result in zip(
-                taken, await self._apply([chunk for _, chunk in taken]), strict=True
-            ):
+            applied = await self._apply([chunk for _, chunk in taken], deadline_s)
+            for (index, item), result in zip(taken, applied, strict=True):
                 results[index] = result
                 if isinstance(result, CarryError):
                     blocking[item.key.stream] = result
             left = later
         return [results[index] for index in range(len(items))]
 
-    async def _apply(self, chunks: list[Chunk]) -> list[Reply | CarryError]:
+    async def _apply(self, chunks: list[Chunk], deadline_s: float) -> list[Reply | CarryError]:
         """Chunks of different streams of one model."""
         if not chunks:
             return []
         batcher = self._chunks[self.model(chunks[0].key.model).name]
-        return await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks])
+        return await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks], deadline_s)
 
-    async def predict(self, model: str, sequences: Sequence[Steps]) -> list[Prediction]:
+    async def predict(
+        self, model: str, sequences: Sequence[Steps], deadline_s: float = math.inf
+    ) -> list[Prediction]:
         """Run whole sequences from the zero state; nothing is stored.
 
         Raises:
@@ -253,7 +281,8 @@ class Pipeline:
         """
         batcher = self._sequences[self.model(model).name]
         predictions: list[Prediction] = []
-        for result in await batcher.submit([Request(s, None, s.length) for s in sequences]):
+        requests = [Request(s, None, s.length) for s in sequences]
+        for result in await batcher.submit(requests, deadline_s):
             if isinstance(result, CarryError):
                 raise result
             predictions.append(result)

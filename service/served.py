@@ -20,7 +20,7 @@ from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
 from models.layout import OutputSpec
 from models.state import State, StateSpec
-from service.domain import FloatRows, Steps
+from service.domain import FloatRows, Steps, StreamState
 from service.engine.protocol import Runtime
 from service.errors import ChunkTooLong, InvalidInput, StateDamaged
 
@@ -88,6 +88,15 @@ class ServedModel:
                 expected=self.chunk_limit,
                 got=steps.length,
             )
+
+    def takes(self, stored: StreamState) -> bool:
+        """Whether this version of the model wrote the state."""
+        state = stored.state
+        return (
+            stored.fingerprint == self.fingerprint
+            and state.floats.size == self.state.float_size
+            and state.ints.size == self.state.int_size
+        )
 
     def encode(self, steps: Steps, state: State) -> Encoded:
         """Rows [T, F] of a chunk that continues `state`, and the int parts [M] after it.

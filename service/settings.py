@@ -111,8 +111,9 @@ class Settings(BaseSettings):
     them, so that whichever is promoted has it."""
 
     store_wait_s: Annotated[float, Field(gt=0, le=300)] = 10.0
-    """Longest that a request waits for a store that is away, in seconds. Shorter than the
-    clients' own timeout."""
+    """Longest wait for a store that is away where no deadline of a request bounds it (the start,
+    reading and deleting streams), in seconds. A connection that is silent for a third of it is
+    made anew."""
 
     idle_ttl_s: Annotated[int, Field(ge=0)] = 0
     """Forget a stream this many seconds after its last commit; 0 keeps it for good. Longer
@@ -147,9 +148,21 @@ class Settings(BaseSettings):
     """Most steps in one call of the network, rows times the longest, padding included. It
     bounds how long a call takes, and so how long a new chunk waits for the one before it."""
 
+    timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """How long a request may take that says nothing else in `Carry-Timeout`, in seconds. What
+    was not begun by then is not begun any more. Not longer than the clients' own timeout."""
+
+    max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    """Longest that any request may take, in seconds; a longer `Carry-Timeout` counts as this."""
+
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
-    once. About the throughput times the longest wait that is still of use."""
+    once. It bounds the memory that waiting takes."""
+
+    max_queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """Longest that a chunk may be expected to wait in the queue, by the rate at which the queue
+    drains, in seconds; beyond it, or beyond its own deadline, the answer is `overloaded` at once.
+    The longest wait that is still of use."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 3
     """Batches between load and commit at once, so that the store's time is hidden behind the
@@ -157,6 +170,11 @@ class Settings(BaseSettings):
 
     conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 8
     """How often a chunk is done anew when others moved its stream on, before `conflict`."""
+
+    on_model_change: Literal["refuse", "reset"] = "refuse"
+    """What becomes of a stream whose state another version of its model wrote: refused with
+    `state_incompatible`, or begun anew at position 0 (`reset`). Not `reset` while two versions
+    are served at once: they would begin each other's streams anew."""
 
     state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
     """Memory per worker for states of recent streams, which saves their load; 0 turns it off.

@@ -1,4 +1,4 @@
-"""`carry streams list|show|delete`: look at and forget streams of a running service.
+"""`carry streams list|show|delete|reset`: look at and forget streams of a running service.
 
 A client of the HTTP API like any other: it holds no state and reaches no store.
 """
@@ -6,8 +6,12 @@ A client of the HTTP API like any other: it holds no state and reaches no store.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -16,15 +20,23 @@ import typer
 if TYPE_CHECKING:
     import httpx
 
-PAGE = 500
+AT_A_TIME = 8
+"""Requests under way at once, where many streams are meant."""
 
 streams_app = typer.Typer(
-    help="List, show and forget streams of a running service.", no_args_is_help=True
+    help="List, show, forget and reset streams of a running service.", no_args_is_help=True
 )
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
 Url = Annotated[str, typer.Option("--url", help="Where the service listens.")]
+Stream = Annotated[str | None, typer.Argument(help="The stream's name.")]
+Prefix = Annotated[
+    str | None, typer.Option(help="Every stream whose name begins with this; '' for all.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+DONE, LEFT, GONE, DAMAGED = "done", "left", "gone", "damaged"
+"""What became of one of many streams."""
 
 
 @contextmanager
@@ -41,13 +53,29 @@ def _service(url: str) -> Iterator[httpx.Client]:
         raise typer.Exit(1) from error
 
 
-def _ask(client: httpx.Client, method: str, path: str, **params: str | int) -> Any:
-    """The decoded reply; a problem document ends in one line and exit status 1."""
-    response = client.request(method, path, params=params)
+def _ask(
+    client: httpx.Client,
+    method: str,
+    path: str,
+    *,
+    but: Collection[str] = (),
+    if_match: str | None = None,
+    **params: str | int,
+) -> Any:
+    """The decoded reply; a problem document ends in one line and exit status 1.
+
+    Args:
+        but: codes of problems that are replies to the caller.
+        if_match: the ETag under which it is done.
+    """
+    headers = {} if if_match is None else {"If-Match": if_match}
+    response = client.request(method, path, params=params, headers=headers)
     if response.is_success:
         return response.json() if response.content else None
     try:
         problem = response.json()
+        if problem["code"] in but:
+            return problem
         line = f"{problem['code']}: {problem['detail']}"
     except (ValueError, KeyError, TypeError):
         line = f"{response.status_code} {response.reason_phrase}; is this a Carry service?"
@@ -66,7 +94,7 @@ def _names(client: httpx.Client, model: str, prefix: str) -> Iterator[str]:
     cursor: str | None = None
     while True:
         more = {} if cursor is None else {"cursor": cursor}
-        page = _ask(client, "GET", _path(model), prefix=prefix, limit=PAGE, **more)
+        page = _ask(client, "GET", _path(model), prefix=prefix, **more)
         for name in page["streams"]:
             if name not in seen:
                 seen.add(name)
@@ -107,23 +135,127 @@ def show_stream(
 @streams_app.command("delete")
 def delete_streams(
     model: Model,
-    stream: Annotated[str | None, typer.Argument(help="The stream's name.")] = None,
-    prefix: Annotated[
-        str | None, typer.Option(help="Forget every stream whose name begins with this.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    stream: Stream = None,
+    prefix: Prefix = None,
+    yes: Yes = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Forget one stream, or all with a prefix."""
-    if (stream is None) == (prefix is None):
-        raise typer.BadParameter("expected either a stream's name or --prefix")
-    what = f"stream {stream}" if stream is not None else f"all streams that begin with {prefix!r}"
+    what = _chosen(stream, prefix)
     if not yes:
         typer.confirm(f"Forget {what} of model {model}?", abort=True)
     with _service(url) as client:
         if stream is not None:
             _ask(client, "DELETE", _path(model, stream))
             typer.echo(f"forgot {stream}")
+            return
+        outcomes = _many(client, model, prefix or "", "forgetting", _forget)
+    typer.echo(f"forgot {outcomes[DONE]:,} streams")
+
+
+@streams_app.command("reset")
+def reset_streams(
+    model: Model,
+    stream: Stream = None,
+    prefix: Prefix = None,
+    yes: Yes = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Begin streams anew whose state another version of the model wrote.
+
+    They are forgotten, each only as long as it is as it was found; their next chunk is expected
+    at position 0. The streams of the version that is served now are left alone.
+    """
+    what = _chosen(stream, prefix)
+    if not yes:
+        typer.confirm(
+            f"Forget {what} of model {model}, where another version wrote the state?", abort=True
+        )
+    with _service(url) as client:
+        detail = _ask(client, "GET", f"/v1/models/{quote(model, safe='')}")
+        reset = partial(_reset, fingerprint=detail["fingerprint"])
+        if stream is not None:
+            outcomes = Counter([reset(client, _path(model, stream))])
+            if outcomes[GONE]:
+                typer.echo(f"carry: model {model} has no stream {stream}", err=True)
+                raise typer.Exit(1)
         else:
-            reply = _ask(client, "DELETE", _path(model), prefix=prefix or "")
-            typer.echo(f"forgot {reply['deleted']} streams")
+            outcomes = _many(client, model, prefix or "", "resetting", reset)
+    typer.echo(
+        f"reset {outcomes[DONE]:,} streams, left {outcomes[LEFT]:,} of version {detail['version']}"
+    )
+    if outcomes[DAMAGED]:
+        typer.echo(
+            f"carry: {outcomes[DAMAGED]:,} damaged streams were left; restore or delete them",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def _chosen(stream: str | None, prefix: str | None) -> str:
+    """The streams that are meant, in words."""
+    if (stream is None) == (prefix is None):
+        raise typer.BadParameter("expected either a stream's name or --prefix")
+    return f"stream {stream}" if stream is not None else f"all streams that begin with {prefix!r}"
+
+
+def _many(
+    client: httpx.Client,
+    model: str,
+    prefix: str,
+    doing: str,
+    act: Callable[[httpx.Client, str], str],
+) -> Counter[str]:
+    """Act on every stream with a prefix, some at a time, and count the outcomes.
+
+    The first failure ends it; what was done stays done, and the same command goes on from there.
+    """
+    # here, because it takes long to import
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    outcomes: Counter[str] = Counter()
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(AT_A_TIME) as pool,
+    ):
+        task = progress.add_task("listing", total=None)
+        names = list(progress.track(_names(client, model, prefix), task_id=task))
+        progress.reset(task, description=doing, total=len(names))
+        asked = (pool.submit(act, client, _path(model, name)) for name in names)
+        for done in _in_turn(asked, 2 * AT_A_TIME):
+            outcomes[done.result()] += 1
+            progress.advance(task)
+    return outcomes
+
+
+def _in_turn(futures: Iterator[Future[str]], ahead: int) -> Iterator[Future[str]]:
+    """The futures in order, that many of them begun ahead."""
+    begun = deque(islice(futures, ahead))
+    while begun:
+        yield begun.popleft()
+        begun.extend(islice(futures, 1))
+
+
+def _forget(client: httpx.Client, path: str) -> str:
+    return GONE if _ask(client, "DELETE", path, but=("stream_not_found",)) else DONE
+
+
+def _reset(client: httpx.Client, path: str, fingerprint: str) -> str:
+    """Forget a stream unless its state has this fingerprint."""
+    while True:
+        found = _ask(client, "GET", path, but=("stream_not_found", "state_damaged"))
+        if found.get("code") == "stream_not_found":
+            return GONE
+        if found.get("code") == "state_damaged":
+            return DAMAGED
+        if found["fingerprint"] == fingerprint:
+            return LEFT
+        etag = f'"{found["epoch"]}-{found["tag"]}"'
+        refusal = _ask(
+            client, "DELETE", path, but=("stream_not_found", "state_changed"), if_match=etag
+        )
+        if refusal is None:
+            return DONE

@@ -20,7 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.context import api_of
 from service.api.problems import problem_response
 from service.api.replies import Header
-from service.errors import CarryError, Failed, InternalError, MethodNotAllowed, RouteNotFound
+from service.errors import (
+    CarryError,
+    Failed,
+    InternalError,
+    MethodNotAllowed,
+    Overloaded,
+    RouteNotFound,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -83,8 +90,8 @@ def refused(request: Request, error: CarryError) -> Response:
 
 
 def note_failure(error: CarryError) -> None:
-    """Log an error whose cause is on this side."""
-    if isinstance(error, Failed):
+    """Log an error whose cause is on this side; an overload was logged, once for all of it."""
+    if isinstance(error, Failed) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 
 

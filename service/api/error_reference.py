@@ -89,6 +89,8 @@ def reference_html() -> str:
 
 
 def _retry(kind: type[CarryError]) -> str:
+    if kind.needs_position:
+        return "with a position"
     return "yes" if kind.retryable else "no"
 
 

@@ -5,6 +5,9 @@ is certain of: the one route, no query, a few known headers said in the usual wa
 that `PlainBodies` reads. Anything else, wrong or only unusual, is None, and the server and the
 framework read it as they always do and make the errors. What is taken is answered here as the
 route answers it, byte for byte (a test holds both ways to it). It never waits.
+
+While more comes than can be done, what would be refused as overloaded is refused before its body is
+read: what is spent on a refusal is missing where the work is done.
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from service.api.context import ApiContext
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, dumps, media_of
 from service.api.problems import problem_answer
-from service.api.reading import STREAM_NAME
+from service.api.reading import STREAM_NAME, parse_timeout
 from service.api.replies import server_timing
 from service.api.wire import ModelWire, ReplyOptions
 from service.domain import Chunk, Reply
-from service.errors import CarryError
+from service.errors import CarryError, Overloaded
 from service.ops.logs import log_request
 from service.ops.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
 
@@ -83,16 +86,21 @@ class Taken(NamedTuple):
     """A request on its way.
 
     Attributes:
+        chunk: None where it was refused unread.
+        refusal: why.
         answer: what the reply is written in.
-        began_s: when it was whole, of the performance counter.
+        began_s: when it was whole, and deadline_s until when its client waits, of the monotonic
+            clock.
         whole_bytes: how many of the bytes it was.
     """
 
     wire: ModelWire
-    chunk: Chunk
+    chunk: Chunk | None
+    refusal: Overloaded | None
     answer: Media
     request_id: bytes
     began_s: float
+    deadline_s: float
     whole_bytes: int
 
 
@@ -103,6 +111,7 @@ class _Headers(NamedTuple):
     media: Media
     answer: Media
     request_id: bytes | None
+    timeout_s: float | None
 
 
 class Express:
@@ -128,24 +137,42 @@ class Express:
             return None
         if len(data) < whole_bytes:
             return More(whole_bytes)
-        began_s = time.perf_counter()
+        began_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
-        if model not in self._api.pipeline.models:
+        pipeline = self._api.pipeline
+        if model not in pipeline.models:
             return None
         wire = self._api.wire(model)
-        chunk = wire.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
-        if chunk is None:
-            return None
+        limits = self._api.limits
+        timeout_s = limits.timeout_s
+        if headers.timeout_s is not None:
+            timeout_s = min(headers.timeout_s, limits.max_timeout_s)
+        chunk = None
+        refusal = pipeline.refusal(model, timeout_s)
+        if refusal is None:
+            body = data[end + 4 : whole_bytes]
+            chunk = wire.plain_chunk(body, headers.media, stream)
+            if chunk is None:
+                return None
         request_id = headers.request_id or self._ids.next()
-        return Taken(wire, chunk, headers.answer, request_id, began_s, whole_bytes)
+        deadline_s = began_s + timeout_s
+        return Taken(
+            wire, chunk, refusal, headers.answer, request_id, began_s, deadline_s, whole_bytes
+        )
 
     def begin(self, taken: Taken) -> Begun:
         """Hand the chunk to the pipeline."""
-        return self._api.pipeline.begin(taken.chunk)
+        if taken.chunk is not None:
+            return self._api.pipeline.begin(taken.chunk, taken.deadline_s)
+        begun: Begun = asyncio.get_running_loop().create_future()
+        if taken.refusal is not None:
+            begun.set_result([taken.refusal])
+        return begun
 
     def leave(self, taken: Taken, begun: Begun) -> None:
         """The client is gone."""
-        self._api.pipeline.leave(taken.chunk, begun)
+        if taken.chunk is not None:
+            self._api.pipeline.leave(taken.chunk, begun)
 
     def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
         """The whole answer.
@@ -170,7 +197,7 @@ class Express:
                 )
                 + body
             )
-        ms = round((time.perf_counter() - taken.began_s) * 1000, 2)
+        ms = round((time.monotonic() - taken.began_s) * 1000, 2)
         log_request(logging.INFO, taken.request_id.decode(), "POST", ROUTE, status, ms)
         return sent
 
@@ -207,7 +234,12 @@ def _read_headers(block: bytes) -> _Headers | None:
         answer = accepted(_text(found.get(b"accept")), media)
     except CarryError:
         return None
-    return _Headers(int(length), media, answer, request_id)
+    timeout_s = None
+    if (said := _text(found.get(b"carry-timeout"))) is not None:
+        timeout_s = parse_timeout(said)
+        if timeout_s is None:
+            return None
+    return _Headers(int(length), media, answer, request_id, timeout_s)
 
 
 def _text(value: bytes | None) -> str | None:

@@ -21,6 +21,8 @@ class ApiLimits:
     max_chunk_steps: int = 10_000
     max_predict_steps: int = 100_000
     max_items: int = 1_000
+    timeout_s: float = 30.0
+    max_timeout_s: float = 300.0
 
     def of_model(self, chunk_limit: int | None) -> ApiLimits:
         """The limits for a model that takes chunks of at most `chunk_limit` steps (None: any)."""

@@ -16,8 +16,8 @@ from service import errors
 from service.api import schemas
 from service.api.bodies import EXAMPLE_EPOCH, EXAMPLE_STREAM, EXAMPLE_TAG
 from service.api.media import SERVED
-from service.api.problems import PROBLEM_JSON, REFERENCE
-from service.api.reading import STREAM_NAME
+from service.api.problems import LATER, PROBLEM_JSON, REFERENCE
+from service.api.reading import SECONDS, STREAM_NAME
 from service.api.statuses import STATUS
 from service.errors import CarryError
 
@@ -34,6 +34,12 @@ _TIMING = {
     "Server-Timing": {
         "description": "Milliseconds in queue, load, infer and commit.",
         "schema": {"type": "string"},
+    }
+}
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds to wait before the same request is sent again, where it may be.",
+        "schema": {"type": "integer", "minimum": 1},
     }
 }
 
@@ -64,6 +70,13 @@ _IF_MATCH = _parameter(
     "Apply only where the stream is in one of the states these strong ETags name; `*` for any.",
     _TEXT,
 )
+_TIMEOUT = _parameter(
+    "header",
+    "Carry-Timeout",
+    "How long the client waits, in decimal seconds; what was not begun by then is not begun any "
+    "more. The service has a default and a cap.",
+    {**_TEXT, "pattern": SECONDS, "examples": ["2.5"]},
+)
 _REQUEST_ID = _parameter(
     "header", "X-Request-ID", "An id for logs and problems; made where there is none.", _TEXT
 )
@@ -92,6 +105,7 @@ def _problems(*kinds: type[CarryError]) -> dict[int | str, Any]:
     return {
         status: {
             "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in found),
+            **({"headers": _RETRY_AFTER} if status in LATER else {}),
             "content": {
                 PROBLEM_JSON: {
                     "schema": _PROBLEM,
@@ -158,7 +172,13 @@ _BODY = (
 )
 _NAMED = (errors.InvalidName, errors.ModelNotFound, errors.NotAcceptable)
 _STORE = (errors.StoreUnavailable, errors.StoreRefused)
-_ENGINE = (errors.NotFinite, errors.Overloaded, errors.ShuttingDown)
+_WRITTEN = (errors.OutcomeUnknown, errors.NotDurable)
+_ENGINE = (
+    errors.NotFinite,
+    errors.Overloaded,
+    errors.DeadlineExceeded,
+    errors.ShuttingDown,
+)
 _OVERWRITING = (
     errors.InvalidPrecondition,
     errors.StreamExists,
@@ -168,7 +188,7 @@ _OVERWRITING = (
 
 CHUNK = _route(
     {200: _good(schemas.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
-    [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH],
+    [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH, _TIMEOUT],
     errors.ChunkTooLong,
     *_NAMED,
     errors.InvalidPrecondition,
@@ -182,13 +202,13 @@ CHUNK = _route(
     errors.Conflict,
     errors.StateDamaged,
     *_STORE,
-    errors.OutcomeUnknown,
+    *_WRITTEN,
     *_ENGINE,
     body="Chunk",
 )
 MANY = _route(
     {200: _good(schemas.ManyReply, "One outcome per item.")},
-    [_MODEL, *_OPTIONS],
+    [_MODEL, *_OPTIONS, _TIMEOUT],
     errors.ModelNotFound,
     errors.NotAcceptable,
     errors.InvalidPrecondition,
@@ -196,7 +216,7 @@ MANY = _route(
 )
 PREDICT = _route(
     {200: _good(schemas.PredictReply, "One prediction per sequence.")},
-    [_MODEL, *_OPTIONS],
+    [_MODEL, *_OPTIONS, _TIMEOUT],
     errors.ChunkTooLong,
     errors.ModelNotFound,
     errors.NotAcceptable,
@@ -220,6 +240,7 @@ DELETE_STREAM = _route(
     errors.StreamNotFound,
     errors.StateChanged,
     *_STORE,
+    *_WRITTEN,
 )
 STATE = _route(
     {200: _good(schemas.StateReply, "The state.", _ETAG)},
@@ -239,6 +260,7 @@ RESTORE = _route(
     *_NAMED,
     *_OVERWRITING,
     *_STORE,
+    *_WRITTEN,
     body="StateBody",
 )
 FORK = _route(
@@ -252,6 +274,7 @@ FORK = _route(
     *_OVERWRITING,
     errors.StateDamaged,
     *_STORE,
+    *_WRITTEN,
     body="ForkBody",
 )
 STREAMS = _route(

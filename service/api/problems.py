@@ -26,6 +26,8 @@ REFERENCE = "/docs/errors"
 """Where the codes are explained; `type` is this, `#` and the code."""
 
 DEFAULT_RETRY_S = 1
+LATER = (429, 503, 504)
+"""Statuses of what may go well a little later."""
 
 
 def status_of(error: CarryError) -> int:
@@ -47,7 +49,7 @@ def problem(error: CarryError) -> dict[str, Any]:
     }
     for name, fact in error.facts.items():
         document.setdefault(name, fact)
-    if status == 503:
+    if status in LATER and error.retryable:
         document.setdefault("retry_after_s", DEFAULT_RETRY_S)
     return document
 
@@ -55,7 +57,7 @@ def problem(error: CarryError) -> dict[str, Any]:
 def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
     """The answer to a request that failed as a whole.
 
-    A problem that names a state has its ETag, one of status 503 a `Retry-After`.
+    A problem that names a state has its ETag, one that may pass a `Retry-After`.
 
     Args:
         media: what it is written in.

@@ -7,11 +7,13 @@ query parameter that the address does not know is refused, so that a misspelt on
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Collection
 from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect, Request
 
+from service.api.limits import ApiLimits
 from service.api.media import Media, accepted, media_of
 from service.domain import Precondition
 from service.errors import (
@@ -28,6 +30,10 @@ _STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
 _NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
 _ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
 _BARE_ETAG = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}")
+TIMEOUT_HEADER = "carry-timeout"
+_TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
+SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
+_SECONDS = re.compile(SECONDS, re.ASCII)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -144,6 +150,36 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
             got=text[:300],
         )
     return Precondition(tuple(etags))
+
+
+def deadline(request: Request, limits: ApiLimits) -> float:
+    """Until when the client waits, of the monotonic clock: by its Carry-Timeout header, counted
+    from now, else by the setting.
+
+    Raises:
+        InvalidInput
+    """
+    lines = request.headers.getlist(TIMEOUT_HEADER)
+    timeout_s = limits.timeout_s
+    if lines:
+        text = ", ".join(lines)
+        said_s = parse_timeout(text)
+        if said_s is None:
+            at, got = "Carry-Timeout", text[:300]
+            raise InvalidInput(
+                f"{at}: expected {_TIMEOUT_EXPECTED}, got {got!r}",
+                at=at,
+                expected=_TIMEOUT_EXPECTED,
+                got=got,
+            )
+        timeout_s = min(said_s, limits.max_timeout_s)
+    return time.monotonic() + timeout_s
+
+
+def parse_timeout(text: str) -> float | None:
+    """The seconds of a Carry-Timeout header; None where it is not one."""
+    seconds = float(text) if _SECONDS.fullmatch(text) else 0.0
+    return seconds if seconds > 0 else None
 
 
 def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:

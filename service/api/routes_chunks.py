@@ -14,10 +14,12 @@ from starlette.responses import Response
 
 from service.api import openapi
 from service.api.context import ApiContext, api_of
+from service.api.leaving import unless_left
 from service.api.long_bodies import read_in_turns
 from service.api.problems import problem
 from service.api.reading import (
     body_media,
+    deadline,
     flag,
     if_match,
     query,
@@ -47,6 +49,7 @@ async def post_chunk(request: Request) -> Response:
     and a chunk that would skip or repeat events is refused with the position that was expected.
     """
     api = api_of(request)
+    deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
     stream = stream_name(request.path_params["stream"])
     options = _options(request)
@@ -57,7 +60,7 @@ async def post_chunk(request: Request) -> Response:
     chunk = await read_in_turns(wire, body, media, stream, precondition)
     if chunk is None:
         chunk = wire.chunk(body, media, stream, precondition)
-    result = await api.pipeline.process(chunk)
+    result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.reply(result, options), headers=(etag(result.mark), timing))
 
@@ -76,6 +79,7 @@ async def post_chunks(request: Request) -> Response:
     The status is 200 however the items fare.
     """
     api = api_of(request)
+    deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
     options = _options(request)
     media = body_media(request)
@@ -88,7 +92,7 @@ async def post_chunks(request: Request) -> Response:
             expected="none",
         )
     items = wire.items(await read_body(request, api.limits.max_body_bytes), media)
-    results = await api.pipeline.process_many(items)
+    results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
 
@@ -100,12 +104,14 @@ async def post_chunks(request: Request) -> Response:
 async def post_predict(request: Request) -> Response:
     """Each sequence starts from the zero state. No stream is read or changed."""
     api = api_of(request)
+    deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
     options = _options(request)
     media = body_media(request)
     answer = reply_media(request, media)
     sequences = wire.sequences(await read_body(request, api.limits.max_body_bytes), media)
-    predictions = await api.pipeline.predict(wire.served.name, sequences)
+    predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
+    predictions = await unless_left(request, predicting)
     return reply(
         answer,
         {

@@ -86,7 +86,7 @@ async def get_state(request: Request) -> Response:
     key = _key(request)
     wire = api.wire(key.model)
     found = await api.pipeline.read(key)
-    if not _fits(wire.served, found):
+    if not wire.served.takes(found):
         raise incompatible(wire.served, key.stream, found)
     document = {**_standing(key, found), "state": wire.state(found.state)}
     return reply(answer, document, headers=[etag(found.mark)])
@@ -248,14 +248,6 @@ def _begun(
         location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
         headers.append((b"location", location.encode()))
     return reply(answer, _info(request, key, found), status, headers)
-
-
-def _fits(served: ServedModel, found: StreamState) -> bool:
-    return (
-        found.fingerprint == served.fingerprint
-        and found.state.floats.size == served.state.float_size
-        and found.state.ints.size == served.state.int_size
-    )
 
 
 def _foreign(served: ServedModel, stream: str, fingerprint: bytes) -> StateIncompatible:

@@ -36,7 +36,8 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.StoreRefused: 503,
     errors.OutcomeUnknown: 503,
     errors.NotDurable: 503,
-    errors.Overloaded: 503,
+    errors.DeadlineExceeded: 504,
+    errors.Overloaded: 429,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,
 }

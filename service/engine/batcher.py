@@ -5,8 +5,13 @@ than allowed, the next one is formed from whatever waits (no timer: small batche
 full ones at high load) and runs as a task of its own, so that loading, computing and
 committing of neighbouring batches overlap. A stream has at most one job in the hands of a
 batch, until the batch releases it; a job that has to be done again takes its old place in the
-queue. Jobs whose caller left are dropped while forming; a batch that fails fails its own jobs
-only. Each job is settled once.
+queue. Jobs whose caller left, or whose deadline passed, are dropped while forming; a batch that
+fails fails its own jobs only. Each job is settled once.
+
+The queue is bounded in jobs and, while more comes than is done, in time: at the rate at which
+it drains, a new job must be begun before its deadline and within `max_wait_s`. Otherwise it is
+refused at once, and told how long the queue will take. One timer watches over all deadlines; it
+is set to the earliest.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
 """
@@ -14,23 +19,40 @@ Use from one event loop: `submit` from any task, `drain` once at the end.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from bisect import insort
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import structlog
 
+from service.engine.drain_rate import DrainRate
 from service.engine.policy import BatchLimits, form
-from service.errors import CarryError, InternalError, Overloaded, ShuttingDown
+from service.errors import (
+    CarryError,
+    DeadlineExceeded,
+    InternalError,
+    Overloaded,
+    ShuttingDown,
+)
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 Release = Callable[[Hashable], None]
+
+GRACE_S: Final = 0.05
+"""How much later than its deadline a job in a batch is given up: what its batch waits for ends at
+the deadline too, and can say more."""
+
+TICK_S: Final = 0.01
+"""Least time between two looks of the timer at deadlines."""
+
+MAX_RETRY_AFTER_S: Final = 60.0
 
 log = structlog.get_logger(__name__)
 
@@ -52,11 +74,16 @@ Results = asyncio.Future[list[R | CarryError]]
 
 
 class Ticket(Generic[R]):
-    """One caller, who waits for all of its jobs."""
+    """One caller, who waits for all of its jobs.
 
-    __slots__ = ("_left", "_results", "future")
+    Attributes:
+        deadline_s: until when, of the monotonic clock.
+    """
 
-    def __init__(self, jobs: int):
+    __slots__ = ("_left", "_results", "deadline_s", "future")
+
+    def __init__(self, jobs: int, deadline_s: float):
+        self.deadline_s = deadline_s
         self.future: Results[R] = asyncio.get_running_loop().create_future()
         self._results: list[R | CarryError | None] = [None] * jobs
         self._left = jobs
@@ -77,6 +104,7 @@ class Job(Generic[P, R]):
         number: its place in the order of all jobs.
         attempts: how often it was in a batch before.
         submitted_s: when it came, of the monotonic clock.
+        committing: from here on it may be done without anybody knowing.
     """
 
     payload: P
@@ -88,6 +116,12 @@ class Job(Generic[P, R]):
     index: int
     attempts: int = 0
     settled: bool = False
+    committing: bool = False
+
+    @property
+    def deadline_s(self) -> float:
+        """Until when its caller waits, of the monotonic clock."""
+        return self.ticket.deadline_s
 
     def settle(self, result: R | CarryError) -> None:
         """Give the caller its result or its error, once."""
@@ -109,6 +143,8 @@ class Batcher(Generic[P, R]):
         max_queue: waiting jobs beyond which `submit` refuses.
         max_in_flight: batches that may be under way at once.
         on_depth: told the queue's length whenever a batch was formed.
+        max_wait_s: longest that a job may be expected to wait in the queue.
+        told: what becomes of an error of the batcher's own for a job, which may be committing.
     """
 
     def __init__(
@@ -119,53 +155,89 @@ class Batcher(Generic[P, R]):
         max_queue: int,
         max_in_flight: int,
         on_depth: Callable[[int], None],
+        max_wait_s: float = math.inf,
+        told: Callable[[Job[P, R], CarryError], CarryError] = lambda _, error: error,
     ):
         self._run = run
         self._limits = limits
         self._max_queue = max_queue
         self._max_in_flight = max_in_flight
         self._on_depth = on_depth
+        self._max_wait_s = max_wait_s
+        self._told = told
         self._queue: list[Job[P, R]] = []
         self._numbers = count()
         self._busy: set[Hashable] = set()
         self._long = 0
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
+        self._rate = DrainRate()
+        self._refusing = False
+        self._soonest_s = math.inf
+        self._timer: asyncio.TimerHandle | None = None
         self._forming = False
-        self._has_leavers = False
         self._stopping = False
         self._drained = asyncio.Event()
 
-    def enqueue(self, requests: Sequence[Request[P]]) -> Results[R]:
+    def enqueue(self, requests: Sequence[Request[P]], deadline_s: float = math.inf) -> Results[R]:
         """Queue jobs; at least one.
+
+        Args:
+            deadline_s: until when the caller waits, of the monotonic clock.
 
         Returns:
             A future of all their results, in the order of the requests. A request is answered
-            Overloaded where the queue is full and ShuttingDown where the service is stopping;
-            else with whatever its job was settled with.
+            Overloaded where the queue is too long, DeadlineExceeded where its time was up
+            before it was done, and ShuttingDown where the service is stopping; else with
+            whatever its job was settled with.
         """
-        ticket: Ticket[R] = Ticket(len(requests))
+        ticket: Ticket[R] = Ticket(len(requests), deadline_s)
         now_s = time.monotonic()
+        room = self._room(deadline_s - now_s)
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
                 ticket.settle(index, ShuttingDown("the service is stopping, no work is taken"))
-            elif len(self._queue) >= self._max_queue:
+            elif len(self._queue) >= room:
                 ticket.settle(index, self._overloaded())
             else:
                 number = next(self._numbers)
                 self._queue.append(Job(payload, key, steps, number, now_s, ticket, index))
+        if deadline_s < self._soonest_s:
+            self._watch(deadline_s, now_s)
         self._wake()
         return ticket.future
 
-    def leave(self, results: Results[R]) -> None:
-        """Their caller is gone: what of them still waits is dropped."""
-        results.cancel()
-        self._has_leavers = True
+    def refusal(self, left_s: float) -> Overloaded | None:
+        """What a request would be answered now that can wait so long, where that is Overloaded;
+        it saves to look into the request."""
+        return self._overloaded() if len(self._queue) >= self._room(left_s) else None
 
-    async def submit(self, requests: Sequence[Request[P]]) -> list[R | CarryError]:
+    def _room(self, left_s: float) -> int:
+        """How many jobs may wait before one that can wait so long."""
+        rate = self._rate.per_s
+        if rate is None:
+            return self._max_queue
+        # One may always wait: an empty queue takes no time.
+        wait_s = min(self._max_wait_s, left_s)
+        return (
+            self._max_queue
+            if wait_s == math.inf
+            else max(1, min(self._max_queue, int(wait_s * rate)))
+        )
+
+    def leave(self, results: Results[R]) -> None:
+        """Their caller is gone: what of them still waits is dropped, at the next look at least."""
+        results.cancel()
+        now_s = time.monotonic()
+        if now_s < self._soonest_s:
+            self._watch(now_s, now_s)
+
+    async def submit(
+        self, requests: Sequence[Request[P]], deadline_s: float = math.inf
+    ) -> list[R | CarryError]:
         """Queue jobs and wait for all their results; see `enqueue`."""
         if not requests:
             return []
-        results = self.enqueue(requests)
+        results = self.enqueue(requests, deadline_s)
         try:
             return await results
         except asyncio.CancelledError:
@@ -173,8 +245,18 @@ class Batcher(Generic[P, R]):
             raise
 
     def _overloaded(self) -> Overloaded:
-        waiting = len(self._queue)
-        return Overloaded(f"{waiting} chunks are waiting, which is the limit", retry_after_s=1)
+        waiting, rate = len(self._queue), self._rate.per_s
+        if not self._refusing:
+            # Once until the queue was empty again: every refusal is counted by its code.
+            self._refusing = True
+            log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
+        if rate is None:
+            return Overloaded(f"{waiting} chunks are waiting, which is the limit", retry_after_s=1)
+        drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(waiting / rate, 1)))
+        return Overloaded(
+            f"{waiting} chunks are waiting, and {rate:.0f} are done in a second",
+            retry_after_s=drained_s,
+        )
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new jobs and finish the accepted ones; once.
@@ -188,6 +270,8 @@ class Batcher(Generic[P, R]):
                     await self._drained.wait()
             except TimeoutError:
                 await self._abandon()
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def _abandon(self) -> None:
         for job in self._queue:
@@ -208,17 +292,66 @@ class Batcher(Generic[P, R]):
         """Start as many batches as may be under way."""
         self._forming = False
         try:
-            if self._has_leavers:
-                self._has_leavers = False
-                self._queue = [job for job in self._queue if not job.ticket.future.cancelled()]
+            now_s = time.monotonic()
+            if now_s >= self._soonest_s:
+                self._drop(now_s)
             while len(self._batches) < self._max_in_flight and self._start_batch():
                 pass
-            self._on_depth(len(self._queue))
+            waiting = len(self._queue)
+            self._rate.note(now_s, waiting)
+            if not waiting:
+                self._refusing = False
+            self._on_depth(waiting)
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue:
                 job.settle(InternalError(f"no batch could be formed: {type(error).__name__}"))
             self._queue = []
+        if self._stopping and not self._queue and not self._batches:
+            self._drained.set()
+
+    def _drop(self, now_s: float) -> None:
+        """Drop the jobs that nobody waits for any more, and tell those whose time is up."""
+        waiting: list[Job[P, R]] = []
+        soonest_s = math.inf
+        for job in self._queue:
+            ticket = job.ticket
+            if ticket.future.cancelled():
+                continue
+            if ticket.deadline_s <= now_s:
+                self._give_up(job, "before it was begun", now_s)
+                continue
+            soonest_s = min(soonest_s, ticket.deadline_s)
+            waiting.append(job)
+        self._queue = waiting
+        for jobs in self._batches.values():
+            for job in jobs:
+                if job.settled:
+                    continue
+                if job.ticket.deadline_s + GRACE_S <= now_s:
+                    self._give_up(job, "before it was done", now_s)
+                else:
+                    soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
+        self._watch(soonest_s, now_s)
+
+    def _give_up(self, job: Job[P, R], when: str, now_s: float) -> None:
+        waited_s = now_s - job.submitted_s
+        error = DeadlineExceeded(f"the time for the chunk was up {when}, after {waited_s:.3f} s")
+        job.settle(self._told(job, error))
+
+    def _watch(self, soonest_s: float, now_s: float) -> None:
+        """Look at the deadlines again at the earliest of them."""
+        self._soonest_s = soonest_s
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if soonest_s < math.inf:
+            pause_s = max(TICK_S, soonest_s - now_s)
+            self._timer = asyncio.get_running_loop().call_later(pause_s, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._drop(time.monotonic())
         if self._stopping and not self._queue and not self._batches:
             self._drained.set()
 
@@ -238,12 +371,12 @@ class Batcher(Generic[P, R]):
         is_long = any(job.steps > self._limits.long_steps for job in jobs)
         self._long += is_long
         task = asyncio.get_running_loop().create_task(self._run_batch(jobs, is_long))
-        self._batches.add(task)
+        self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
         return True
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
-        self._batches.discard(task)
+        del self._batches[task]
         self._wake()
 
     async def _run_batch(self, jobs: list[Job[P, R]], is_long: bool) -> None:
@@ -271,9 +404,12 @@ class Batcher(Generic[P, R]):
             self._long -= is_long
             self._busy -= held
             waiting = set(again)
+            self._rate.done += len(jobs) - len(waiting)
             for job in jobs:
                 if job in waiting:
                     job.attempts += 1
                     insort(self._queue, job, key=attrgetter("number"))
-                else:
-                    job.settle(failure)
+                    if job.deadline_s < self._soonest_s:
+                        self._watch(job.deadline_s, time.monotonic())
+                elif not job.settled:
+                    job.settle(self._told(job, failure))

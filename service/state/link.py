@@ -18,6 +18,7 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -100,18 +101,23 @@ class Link(ABC):
     def _trouble(self) -> BaseException | None:
         """Why requests that were on no lane had to wait."""
 
-    async def ask(self, *requests: Request, durably: bool = False) -> list[Outcome]:
+    async def ask(
+        self, *requests: Request, durably: bool = False, deadline_s: float | None = None
+    ) -> list[Outcome]:
         """The outcome of each request, all of them under way together; in the order of the
         calls, where they go to one server.
 
         Args:
             durably: they write, and count as done when they are as durable as the settings
                 want; the answers say whether they are.
+            deadline_s: until when the outcomes are waited for, of the monotonic clock; None:
+                as long as the settings say.
         """
+        wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         fences: list[Request] = []
         durably = durably and self._replicas > 0
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(wait_s):
                 lanes = self._place(requests)
                 if durably:
                     fences = self._fence(lanes)
@@ -125,7 +131,7 @@ class Link(ABC):
         finally:
             for request in (*requests, *fences):
                 request.future.cancel()
-        outcomes = [self._outcome(request) for request in requests]
+        outcomes = [self._outcome(request, wait_s) for request in requests]
         if not durably:
             return outcomes
         return [
@@ -170,7 +176,7 @@ class Link(ABC):
                     return True
         return False
 
-    def _outcome(self, request: Request) -> Outcome:
+    def _outcome(self, request: Request, wait_s: float) -> Outcome:
         if not request.future.cancelled():
             return request.future.result()
         lane = request.lane
@@ -181,7 +187,7 @@ class Link(ABC):
             lost.__cause__ = trouble
             return lost
         unavailable = StoreUnavailable(
-            f"the store at {where} did not answer within {self._wait_s:g} s: "
+            f"the store at {where} did not answer within {wait_s:.3g} s: "
             f"{text(trouble or TimeoutError())}",
             retry_after_s=RETRY_AFTER_S,
         )

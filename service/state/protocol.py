@@ -4,6 +4,9 @@ Every call takes many streams and answers each on its own: a damaged or failing 
 fails its neighbours, so failures of one stream are values here, and only a store that is
 away as a whole raises (`StoreUnavailable`, `StoreRefused`). Safe to call from one event loop
 only; each call may be repeated: a commit that is repeated finds its own mark.
+
+A call with a `deadline_s`, of the monotonic clock, waits no longer than that for a store that is
+away; without one, as long as the store's settings say.
 """
 
 from __future__ import annotations
@@ -61,11 +64,13 @@ class StateStore(Protocol):
     async def check(self) -> list[Check]:
         """Readiness: whether the store answers and is set up as needed. Never raises."""
 
-    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StreamState | CarryError | None]:
         """Many streams in one round trip; None where there is none."""
 
     async def load_with_reply(
-        self, key: StreamKey
+        self, key: StreamKey, deadline_s: float | None = None
     ) -> tuple[StreamState | None, StoredReply | None]:
         """One stream and its kept reply, read together.
 
@@ -73,13 +78,17 @@ class StateStore(Protocol):
             CarryError: the state is damaged.
         """
 
-    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip, each on its own.
 
         A key may occur once per call. The reply is written before the state.
         """
 
-    async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
+    async def delete(
+        self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
+    ) -> CommitResult:
         """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
 
         Returns:

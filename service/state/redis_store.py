@@ -104,7 +104,9 @@ class RedisStore:
             return [Check("store", False, "; ".join(why_not))]
         return [Check("store", True, f"{self._link.where} answers")]
 
-    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StreamState | CarryError | None]:
         """Many streams in one round trip; None where there is none, StateDamaged where the
         bytes are refused, and the error of its server where only some of a cluster answer.
 
@@ -115,7 +117,7 @@ class RedisStore:
             return []
         names = list(map(self._keys.state, keys))
         if self._slots is None:
-            (outcome,) = await self._link.ask(Request.of("MGET", *names))
+            (outcome,) = await self._link.ask(Request.of("MGET", *names), deadline_s=deadline_s)
             values = self._value(outcome)
             return [self._decoded(key, value) for key, value in zip(keys, values, strict=True)]
         groups = self._by_slot(keys)
@@ -123,7 +125,8 @@ class RedisStore:
             *(
                 Request.of("MGET", *(names[index] for index in group), slot=slot)
                 for slot, group in groups
-            )
+            ),
+            deadline_s=deadline_s,
         )
         if (error := first_error(outcomes)) is not None:
             raise error
@@ -139,7 +142,7 @@ class RedisStore:
         return found
 
     async def load_with_reply(
-        self, key: StreamKey
+        self, key: StreamKey, deadline_s: float | None = None
     ) -> tuple[StreamState | None, StoredReply | None]:
         """One stream and its kept reply, read together; a damaged reply counts as not kept.
 
@@ -151,7 +154,7 @@ class RedisStore:
             NotDurable: it is not as durable as the settings want.
             StoreUnavailable, StoreRefused: the store as a whole.
         """
-        value, kept = await self._confirmed(key)
+        value, kept = await self._confirmed(key, deadline_s)
         state = self._decoded(key, value)
         if isinstance(state, CarryError):
             raise state
@@ -163,7 +166,9 @@ class RedisStore:
             log.warning("reply_damaged", model=key.model, stream=key.stream, reason=str(error))
             return state, None
 
-    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
         """Compare-and-set many streams in one round trip, each on its own.
 
         A stream that is found at the commit's own mark at the first try was moved there by
@@ -198,16 +203,20 @@ class RedisStore:
                 requests.append(Request.run(self._commit, keys, arguments, slot))
                 asked.append(members)
         if requests:
-            outcomes = await self._link.ask(*requests, durably=True)
+            outcomes = await self._link.ask(*requests, durably=True, deadline_s=deadline_s)
             if (refusal := first_error(outcomes)) is not None:
                 raise refusal
             for members, outcome in zip(asked, outcomes, strict=True):
-                found = await self._committed([commits[index] for index in members], outcome)
+                found = await self._committed(
+                    [commits[index] for index in members], outcome, deadline_s
+                )
                 for index, result in zip(members, found, strict=True):
                     results[index] = result
         return [result for result in results if result is not None]
 
-    async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
+    async def delete(
+        self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
+    ) -> CommitResult:
         """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
 
         Returns:
@@ -219,7 +228,7 @@ class RedisStore:
         keys = list(self._keys.pair(key))
         mark = b"" if expected is None else mark_bytes(expected)
         request = Request.run(self._delete, keys, [mark], self._slot(key))
-        (outcome,) = await self._link.ask(request, durably=True)
+        (outcome,) = await self._link.ask(request, durably=True, deadline_s=deadline_s)
         if isinstance(outcome, ReplyLost):
             return _outcome_unknown(key, expected, outcome)
         if isinstance(outcome, CarryError):
@@ -277,7 +286,9 @@ class RedisStore:
             groups.setdefault(self._slot(key), []).append(index)
         return list(groups.items())
 
-    async def _committed(self, commits: Sequence[Commit], outcome: Outcome) -> list[CommitResult]:
+    async def _committed(
+        self, commits: Sequence[Commit], outcome: Outcome, deadline_s: float | None
+    ) -> list[CommitResult]:
         """What became of the commits of one script."""
         if isinstance(outcome, ReplyLost):
             return [_outcome_unknown(commit.key, commit.expected, outcome) for commit in commits]
@@ -293,18 +304,18 @@ class RedisStore:
                 result = settle(commit, result)
                 if result is COMMITTED and self._is_durable:
                     # An earlier try wrote it, and nothing waited for that write.
-                    result = await self._confirm_commit(commit.key)
+                    result = await self._confirm_commit(commit.key, deadline_s)
             results.append(result)
         return results
 
-    async def _confirm_commit(self, key: StreamKey) -> CommitResult:
+    async def _confirm_commit(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
         try:
-            await self._confirmed(key)
+            await self._confirmed(key, deadline_s)
         except CarryError as error:
             return self._not_durable(key, error.detail)
         return COMMITTED
 
-    async def _confirmed(self, key: StreamKey) -> list[bytes | None]:
+    async def _confirmed(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
         """State and reply, as durable as a commit is."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._is_durable:
@@ -312,7 +323,7 @@ class RedisStore:
             request = Request.run(self._confirm, names, [lifetime], slot)
         else:
             request = Request.of("MGET", *names, slot=slot)
-        (outcome,) = await self._link.ask(request, durably=self._is_durable)
+        (outcome,) = await self._link.ask(request, durably=self._is_durable, deadline_s=deadline_s)
         found: list[bytes | None] = self._value(outcome)
         if isinstance(outcome, Answer) and not outcome.durable and found[0] is not None:
             raise self._not_durable(key)

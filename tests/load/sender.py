@@ -26,7 +26,10 @@ from tests.load.streams import Fault, Population, Stream
 from tests.load.tape import Chunk
 
 NO_ANSWER = "no_answer"
-NOTHING_APPLIED = ("conflict", "overloaded", "store_unavailable", "store_refused", "shutting_down")
+NOTHING_APPLIED = (
+    *("conflict", "overloaded", "deadline_exceeded"),
+    *("store_unavailable", "store_refused", "shutting_down"),
+)
 STANDING = ("position_ahead", "position_behind", "already_applied")
 BUSY_STATUSES = (429, 502, 503, 504)
 FIRST_BACKOFF_S = 0.05

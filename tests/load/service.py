@@ -18,7 +18,7 @@ from tests.load.scenarios import LoadError
 TIMEOUT_S = 120.0
 RETRIED_FOR_S = 30.0
 RETRY_S = 0.2
-BUSY_STATUSES = (429, 503)
+BUSY_STATUSES = (429, 503, 504)
 
 
 class Service:

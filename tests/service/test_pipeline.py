@@ -203,14 +203,16 @@ class FailingStore(RedisStore):
         self.position = position
         self.error = error
 
-    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
         fails = [commit.new.mark.position == self.position for commit in commits]
         if any(fails):
             self.position = -1
-            # as long as a real answer takes
-            await super().check()
+            # in its turn, as a real answer
+            await super().load([commits[0].key])
         going = [commit for commit, failed in zip(commits, fails, strict=True) if not failed]
-        done = iter(await super().commit(going))
+        done = iter(await super().commit(going, deadline_s))
         return [
             (self.error or Conflicted(commit.expected)) if failed else next(done)
             for commit, failed in zip(commits, fails, strict=True)

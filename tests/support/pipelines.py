@@ -17,7 +17,7 @@ from models.spec import parse_spec
 from models.state import State
 from service.delivery import chunk_digest, new_nonce
 from service.domain import Chunk, Feed, Steps, StreamKey, Timing
-from service.pipeline import Pipeline, PipelineLimits
+from service.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.served import ServedModel
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
@@ -91,17 +91,27 @@ async def worker(
     reply_max_bytes: int = 65_536,
     idle_ttl_ms: int = 0,
     store: RedisStore | None = None,
+    runtime: NumpyRuntime | None = None,
+    in_flight: int = 3,
+    drain_s: float = 30.0,
+    on_model_change: OnModelChange = "refuse",
 ) -> AsyncIterator[Pipeline]:
     """One worker's pipeline on a store of its own connections."""
     store = store or RedisStore(
         StoreSettings(url, reply_max_bytes=reply_max_bytes, idle_ttl_ms=idle_ttl_ms, wait_s=5)
     )
     pipeline = Pipeline(
-        [ServedModel(artifact, NumpyRuntime(artifact))],
+        [ServedModel(artifact, runtime or NumpyRuntime(artifact))],
         store,
         counts or Counts(),
-        limits=PipelineLimits(state_cache_bytes=cache_bytes, conflict_attempts=64),
+        limits=PipelineLimits(
+            state_cache_bytes=cache_bytes,
+            conflict_attempts=64,
+            batches_in_flight=in_flight,
+            drain_s=drain_s,
+        ),
         now_ms=lambda: time.time_ns() // 1_000_000,
+        on_model_change=on_model_change,
     )
     await store.start()
     await pipeline.start()

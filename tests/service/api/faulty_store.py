@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 
 import redis
@@ -58,6 +59,8 @@ class FaultyStore:
         """May answer a commit in the store's place."""
         self.checks: list[Check] | None = None
         """Answers `check` in the store's place."""
+        self.held: asyncio.Event | None = None
+        """While it is there and not set, loads are not begun and commits not answered."""
         self._store = store
 
     async def start(self) -> None:
@@ -69,31 +72,43 @@ class FaultyStore:
     async def check(self) -> list[Check]:
         return await self._store.check() if self.checks is None else self.checks
 
-    async def load(self, keys: Sequence[StreamKey]) -> list[StreamState | CarryError | None]:
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[StreamState | CarryError | None]:
         self._fail()
-        found = await self._store.load(keys)
+        await self._held()
+        found = await self._store.load(keys, deadline_s)
         return [self.damaged.get(key, state) for key, state in zip(keys, found, strict=True)]
 
     async def load_with_reply(
-        self, key: StreamKey
+        self, key: StreamKey, deadline_s: float | None = None
     ) -> tuple[StreamState | None, StoredReply | None]:
         self._fail()
-        return await self._store.load_with_reply(key)
+        return await self._store.load_with_reply(key, deadline_s)
 
-    async def commit(self, commits: Sequence[Commit]) -> list[CommitResult]:
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
         self._fail()
         answers = [self.on_commit(commit) for commit in commits]
         passed = [c for c, answer in zip(commits, answers, strict=True) if answer is None]
-        results = iter(await self._store.commit(passed) if passed else [])
+        results = iter(await self._store.commit(passed, deadline_s) if passed else [])
+        await self._held()
         return [next(results) if answer is None else answer for answer in answers]
 
-    async def delete(self, key: StreamKey, expected: Mark | None = None) -> CommitResult:
+    async def delete(
+        self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
+    ) -> CommitResult:
         self._fail()
-        return await self._store.delete(key, expected)
+        return await self._store.delete(key, expected, deadline_s)
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         self._fail()
         return await self._store.streams(model, prefix, cursor, limit)
+
+    async def _held(self) -> None:
+        if self.held is not None:
+            await self.held.wait()
 
     def _fail(self) -> None:
         if self.away is not None:

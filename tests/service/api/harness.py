@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.artifact import Artifact
 from service.api.application import ApiLimits, create_api
 from service.domain import StreamKey
-from service.pipeline import Pipeline, PipelineLimits
+from service.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.served import ServedModel
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
@@ -83,7 +83,12 @@ class Harness:
 
 @asynccontextmanager
 async def harness(
-    server: RealServer, models: Mapping[str, Artifact], **pipeline: Any
+    server: RealServer,
+    models: Mapping[str, Artifact],
+    *,
+    limits: ApiLimits = LIMITS,
+    on_model_change: OnModelChange = "refuse",
+    **pipeline: Any,
 ) -> AsyncIterator[Harness]:
     """An application of its own, on a server that is emptied first."""
     settings = StoreSettings(server.url, wait_s=5)
@@ -98,11 +103,12 @@ async def harness(
         counts,
         limits=PipelineLimits(**pipeline),
         now_ms=lambda: clock[0],
+        on_model_change=on_model_change,
     )
     await built.start()
     app = create_api(
         built,
-        LIMITS,
+        limits,
         counts,
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
         now_ms=lambda: clock[0],

@@ -161,6 +161,7 @@ TAKEN: dict[str, bytes] = {
     "refused in packed": request(packed(3), "Content-Type: application/msgpack"),
     "own id": request(chunk(), "X-Request-Id: mine-1"),
     "kept alive": request(chunk(), "Connection: keep-alive", "User-Agent: a b\tc"),
+    "own timeout": request(chunk(), "Carry-Timeout: 2.5"),
     "other epoch": request(chunk(0, epoch="0123456789abcdef")),
 }
 LEFT: dict[str, bytes] = {
@@ -177,6 +178,8 @@ LEFT: dict[str, bytes] = {
     "compressed": request(chunk(), "Content-Encoding: gzip"),
     "wrong type": request(chunk(), "Content-Type: text/plain"),
     "wrong accept": request(chunk(), "Accept: text/html"),
+    "no timeout": request(chunk(), "Carry-Timeout: 0"),
+    "two timeouts": request(chunk(), "Carry-Timeout: 1", "Carry-Timeout: 2"),
     "id of spaces": request(chunk(), "X-Request-Id: a b"),
     "chunked": request(
         b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunk()), chunk()), "Transfer-Encoding: chunked", length=""
@@ -290,9 +293,11 @@ def held_back(api: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Non
     gate = asyncio.Event()
     commit = RedisStore.commit
 
-    async def held(store: RedisStore, commits: Sequence[Commit]) -> list[CommitResult]:
+    async def held(
+        store: RedisStore, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
         await gate.wait()
-        return await commit(store, commits)
+        return await commit(store, commits, deadline_s)
 
     monkeypatch.setattr(RedisStore, "commit", held)
     return gate.set

@@ -1,0 +1,83 @@
+"""A batcher under test, with batches that wait until they are let go."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from service.engine.batcher import Batcher, Job, Release, Request
+from service.engine.policy import BatchLimits
+from service.errors import CarryError
+
+Jobs = list[Job[str, str]]
+
+
+class Runs:
+    """Records the batches; each waits until it is let go.
+
+    Attributes:
+        releasing: whether a batch lets the next jobs of its streams go on before it ends.
+        refusals: how often a job is given back to be done again.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.releasing = False
+        self.refusals: dict[str, int] = {}
+        self.gate = asyncio.Event()
+        self._began = asyncio.Condition()
+
+    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+        """One batch."""
+        async with self._began:
+            self.batches.append([job.payload for job in jobs])
+            self._began.notify_all()
+        if self.releasing:
+            for job in jobs:
+                release(job.key)
+        await self.gate.wait()
+        again = [job for job in jobs if job.attempts < self.refusals.get(job.payload, 0)]
+        for job in jobs:
+            if job.payload.startswith("poison"):
+                raise RuntimeError("poisoned")
+            if job not in again:
+                job.settle(job.payload.upper())
+        return again
+
+    async def began(self, count: int) -> None:
+        """Wait until so many batches began."""
+        async with asyncio.timeout(5), self._began:
+            await self._began.wait_for(lambda: len(self.batches) >= count)
+
+
+async def submit(
+    batcher: Batcher[str, str], payload: str, key: str, steps: int, deadline_s: float = math.inf
+) -> str:
+    """One job, its failure raised."""
+    [result] = await batcher.submit([Request(payload, key, steps)], deadline_s)
+    if isinstance(result, CarryError):
+        raise result
+    return result
+
+
+@asynccontextmanager
+async def batching(
+    runs: Runs, *, in_flight: int = 1, queue: int = 100, **options: Any
+) -> AsyncIterator[Batcher[str, str]]:
+    """A batcher of batches of 8, drained at the end."""
+    batcher: Batcher[str, str] = Batcher(
+        runs,
+        BatchLimits(8, 1000),
+        max_queue=queue,
+        max_in_flight=in_flight,
+        on_depth=lambda _: None,
+        **options,
+    )
+    try:
+        yield batcher
+    finally:
+        runs.gate.set()
+        await batcher.drain(5)

@@ -1,0 +1,191 @@
+"""The batcher's deadlines, and how it refuses what it could not do in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import structlog
+
+from service.engine.batcher import GRACE_S, Batcher, Job, Release
+from service.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
+from tests.service.engine.batching import Jobs, Runs, batching, submit
+from tests.support.servers import until_async
+
+SHORT_S = 0.02
+
+
+def soon() -> float:
+    return time.monotonic() + SHORT_S
+
+
+async def room(batcher: Batcher[str, str]) -> None:
+    """Wait until one more may wait."""
+
+    async def there() -> bool:
+        return batcher.refusal(60) is None
+
+    await until_async(there, "room")
+
+
+async def test_what_was_not_begun_in_time_is_never_begun() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        await runs.began(1)
+        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
+        with pytest.raises(DeadlineExceeded, match="before it was begun"):
+            await submit(batcher, "late", "late", 1, soon())
+        runs.gate.set()
+        assert await asyncio.gather(first, stays) == ["A", "B"]
+    assert runs.batches == [["a"], ["b"]]
+
+
+async def test_a_deadline_that_passed_already_is_not_begun_by_an_idle_batcher() -> None:
+    runs = Runs()
+    runs.gate.set()
+    async with batching(runs) as batcher:
+        with pytest.raises(DeadlineExceeded):
+            await submit(batcher, "late", "late", 1, time.monotonic() - 1)
+        assert await submit(batcher, "a", "a", 1, time.monotonic() + 60) == "A"
+    assert runs.batches == [["a"]]
+
+
+async def test_the_earliest_deadline_is_looked_after_whatever_comes_first() -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        await runs.began(1)
+        patient = asyncio.create_task(submit(batcher, "b", "b", 1, time.monotonic() + 3600))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            for name in ("c", "d"):
+                with pytest.raises(DeadlineExceeded):
+                    await submit(batcher, name, name, 1, soon())
+        runs.gate.set()
+        assert await asyncio.gather(first, patient) == ["A", "B"]
+
+
+async def test_a_running_batch_keeps_no_caller_beyond_its_deadline() -> None:
+    """It runs on, and its result is nobody's; its neighbours get theirs."""
+    runs, told = Runs(), []
+
+    def tell(job: Job[str, str], error: CarryError) -> CarryError:
+        told.append((job.payload, type(error)))
+        return StoreRefused(error.detail)
+
+    async with batching(runs, told=tell) as batcher:
+        deadline_s = soon()
+        late = asyncio.create_task(submit(batcher, "late", "late", 1, deadline_s))
+        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
+        await runs.began(1)
+        with pytest.raises(StoreRefused, match="before it was done"):
+            await late
+        assert time.monotonic() >= deadline_s + GRACE_S
+        assert not stays.done()
+        runs.gate.set()
+        assert await stays == "B"
+    assert runs.batches == [["late", "b"]]
+    assert told == [("late", DeadlineExceeded)]
+
+
+async def test_what_is_done_again_and_again_ends_at_its_deadline() -> None:
+    runs = Runs()
+    runs.refusals = {"late": 10**9}
+    runs.gate.set()
+    async with batching(runs) as batcher, asyncio.timeout(5):
+        with pytest.raises(DeadlineExceeded, match="before it was begun"):
+            await submit(batcher, "late", "late", 1, soon())
+        assert await submit(batcher, "a", "a", 1) == "A"
+    assert len(runs.batches) > 2
+
+
+async def test_those_who_left_make_room_while_every_batch_is_held_up() -> None:
+    runs = Runs()
+    async with batching(runs, queue=2) as batcher:
+        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        await runs.began(1)
+        leavers = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bc"]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "d", "d", 1)
+        for leaver in leavers:
+            leaver.cancel()
+        await room(batcher)
+        runs.gate.set()
+        assert await asyncio.gather(first, submit(batcher, "e", "e", 1)) == ["A", "E"]
+    assert runs.batches == [["a"], ["e"]]
+
+
+class Paced(Runs):
+    """Each batch of 8 takes 0.4 s of a clock of its own; the last ones wait to be let go."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.now_s = 1000.0
+        self._free = batches
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+        self.now_s += 0.4
+        if self._free:
+            self._free -= 1
+            self.batches.append([job.payload for job in jobs])
+            for job in jobs:
+                job.settle(job.payload.upper())
+            return []
+        return await super().__call__(jobs, release)
+
+
+async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:
+    """That many jobs, of which those batches are done or begun."""
+    tasks = [asyncio.create_task(submit(batcher, f"j{i}", f"j{i}", 1)) for i in range(jobs)]
+    await runs.began(batches)
+    return tasks
+
+
+async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 20 jobs a second and 2 seconds, 40 wait; for whom 1 second is left, 20 are too many."""
+    runs = Paced(3)
+    monkeypatch.setattr("service.engine.batcher.time", runs)
+    async with batching(runs, max_wait_s=2.0) as batcher:
+        with structlog.testing.capture_logs() as logged:
+            tasks = await fill(batcher, runs, 60, 4)
+            assert batcher.refusal(60) is None
+            refusal = batcher.refusal(1.0)
+            assert isinstance(refusal, Overloaded)
+            assert refusal.facts["retry_after_s"] == pytest.approx(28 / 20)
+            with pytest.raises(Overloaded, match="28 chunks are waiting, and 20 are done"):
+                await submit(batcher, "hasty", "hasty", 1, runs.now_s + 1.0)
+            more = [asyncio.create_task(submit(batcher, f"m{i}", f"m{i}", 1)) for i in range(12)]
+            await asyncio.sleep(0)
+            with pytest.raises(Overloaded) as caught:
+                await submit(batcher, "n", "n", 1)
+            assert caught.value.facts["retry_after_s"] == pytest.approx(40 / 20)
+        assert [line["event"] for line in logged] == ["overloaded"]
+        runs.gate.set()
+        await asyncio.gather(*tasks, *more)
+        # Empty: nothing is known of its rate any more, and nothing is refused for it.
+        assert batcher.refusal(0.001) is None
+        assert await submit(batcher, "o", "o", 1) == "O"
+
+
+async def test_one_may_always_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the queue was: an empty one takes no time."""
+    runs = Paced(3)
+    monkeypatch.setattr("service.engine.batcher.time", runs)
+    async with batching(runs, max_wait_s=0.001) as batcher:
+        *tasks, last = await fill(batcher, runs, 33, 4)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "a", "a", 1)
+        last.cancel()
+        await room(batcher)
+        one = asyncio.create_task(submit(batcher, "b", "b", 1))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "c", "c", 1)
+        runs.gate.set()
+        await asyncio.gather(*tasks, one)
