@@ -12,7 +12,8 @@ The store is waited for until the first deadline of those that need it, and agai
 
 What lies in memory is a state that was committed, or whose commit is under way: the stream's next
 chunk may be computed from it at once, because its own commit follows on the same ordered way and
-expects that state's mark. If the first one fails, so does the second, and it is judged anew.
+expects that state's mark. If the first one fails, so does the second, and it is judged anew,
+behind the first one where that is done again.
 """
 
 from __future__ import annotations
@@ -190,8 +191,12 @@ class BatchRun:
         found = await self._load(unsure)
         times.load_s = time.monotonic() - times.began_s
         replays: list[_Member] = []
+        again: list[_Member] = []
         for member, stored in zip(unsure, found, strict=True):
             if member.job.settled:
+                continue
+            if member.job.overtakes:
+                again.append(member)
                 continue
             try:
                 if isinstance(stored, CarryError):
@@ -206,10 +211,10 @@ class BatchRun:
                 member.base = verdict.base
                 member.expected = stored.mark if stored else None
                 ready.append(member)
-        if not replays:
-            return ready, []
-        answered = await asyncio.gather(*(self._replay(member) for member in replays))
-        return ready, [m for m, done in zip(replays, answered, strict=True) if not done]
+        if replays:
+            answered = await asyncio.gather(*(self._replay(member) for member in replays))
+            again += [m for m, done in zip(replays, answered, strict=True) if not done]
+        return ready, again
 
     async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
         """The members' streams. A store that is away fails those that need it, each when its

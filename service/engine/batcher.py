@@ -105,6 +105,7 @@ class Job(Generic[P, R]):
         attempts: how often it was in a batch before.
         submitted_s: when it came, of the monotonic clock.
         committing: from here on it may be done without anybody knowing.
+        overtakes: an earlier job of its stream went back to be done again meanwhile.
     """
 
     payload: P
@@ -117,6 +118,7 @@ class Job(Generic[P, R]):
     attempts: int = 0
     settled: bool = False
     committing: bool = False
+    overtakes: bool = False
 
     @property
     def deadline_s(self) -> float:
@@ -355,6 +357,14 @@ class Batcher(Generic[P, R]):
         if self._stopping and not self._queue and not self._batches:
             self._drained.set()
 
+    def _note_overtaking(self, again: Job[P, R]) -> None:
+        """Tell those that were begun behind a job that it is done again."""
+        again.overtakes = False
+        for jobs in self._batches.values():
+            for job in jobs:
+                if job.key == again.key and job.number > again.number:
+                    job.overtakes = True
+
     def _start_batch(self) -> bool:
         # Long jobs hold their slot for many calls: they never take the last one.
         long_ones = self._long < max(1, self._max_in_flight - 1)
@@ -408,6 +418,7 @@ class Batcher(Generic[P, R]):
             for job in jobs:
                 if job in waiting:
                     job.attempts += 1
+                    self._note_overtaking(job)
                     insort(self._queue, job, key=attrgetter("number"))
                     if job.deadline_s < self._soonest_s:
                         self._watch(job.deadline_s, time.monotonic())

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from service.engine.batcher import Batcher, Request
+from service.engine.batcher import Batcher, Release, Request
 from service.engine.policy import BatchLimits
 from service.errors import InternalError, Overloaded, ShuttingDown
-from tests.service.engine.batching import Runs, batching, submit
+from tests.service.engine.batching import Jobs, Runs, batching, submit
 
 
 async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
@@ -61,6 +61,43 @@ async def test_what_is_done_again_takes_its_old_place() -> None:
         runs.gate.set()
         assert await asyncio.gather(*tasks) == ["A1", "A2", "A3"]
     assert [name for batch in runs.batches for name in batch] == ["a1", "a2", "a1", "a2", "a3"]
+
+
+async def test_those_begun_behind_what_is_done_again_are_told() -> None:
+    """Later jobs of the same stream that are in batches; no others."""
+    runs, seen = Runs(), {}
+    runs.releasing = True
+    runs.refusals = {"a1": 1}
+    gates = {name: asyncio.Event() for name in ("a1", "a2", "b")}
+    began = {name: asyncio.Event() for name in gates}
+
+    async def run(jobs: Jobs, release: Release) -> Jobs:
+        for job in jobs:
+            seen[job.payload] = job
+            began[job.payload].set()
+            release(job.key)
+        gate = gates.get(jobs[0].payload)
+        if gate is not None and not jobs[0].attempts:
+            await gate.wait()
+        return await runs(jobs, release)
+
+    async with batching(runs, in_flight=3) as batcher:
+        batcher._run = run
+        runs.gate.set()
+        tasks = []
+        for name in ("a1", "a2", "b"):
+            tasks.append(asyncio.create_task(submit(batcher, name, name[0], 1)))
+            await began[name].wait()
+        gates["a1"].set()
+        assert await tasks[0] == "A1"
+        assert {name: job.overtakes for name, job in seen.items()} == {
+            "a1": False,
+            "a2": True,
+            "b": False,
+        }
+        gates["a2"].set()
+        gates["b"].set()
+        assert await asyncio.gather(*tasks) == ["A1", "A2", "B"]
 
 
 async def test_one_caller_waits_for_all_its_jobs_and_gets_them_in_order() -> None:
