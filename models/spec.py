@@ -60,6 +60,8 @@ class TrainingSpec(Frozen):
             validated and kept; 0 keeps the weights themselves.
         unknown_rate: share of the categories that training shows to the network as unknown, so
             that it learns what to do with those it never saw, and does not learn by heart.
+        weigh: what weighs the same in an epoch: `steps`, or `windows` however many steps they
+            hold.
         loss_weights: by head, its share in the loss; 1 where not named.
         seed: of weights, order and dropout.
         members: networks trained one after the other, from seeds that follow one another, and
@@ -81,6 +83,7 @@ class TrainingSpec(Frozen):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     unknown_rate: Rate = 0.0
+    weigh: Literal["steps", "windows"] = "steps"
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 1
     members: Annotated[int, Field(ge=1, le=16)] = 1

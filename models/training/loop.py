@@ -63,6 +63,9 @@ class Loop:
         self._weights = {
             head.name: float(self._training.loss_weights.get(head.name, 1.0)) for head in spec.heads
         }
+        # What a window's loss is multiplied by: 1, or how many of a head's steps it holds of
+        # what windows hold on average.
+        self._typical = self._steps_per_window() if self._training.weigh == "steps" else {}
         self._step = tf.function(self._train_window, reduce_retracing=False)
         self._judge = tf.function(self._judge_window, reduce_retracing=False)
 
@@ -159,6 +162,23 @@ class Loop:
         self._ended = np.array(arrays["ended"])
         self._windows = int(arrays["windows"][0])
 
+    def _steps_per_window(self) -> dict[str, float]:
+        """How many steps of each head's a window holds, on average."""
+        found = {}
+        for name in self._weights:
+            known = self.plan.trained_labels.get(name)
+            steps = self.plan.trained if known is None else np.isfinite(known)
+            found[name] = max(1.0, float(np.count_nonzero(steps)) / self.windows_per_epoch)
+        return found
+
+    def _share(self, name: str, mask: Any, labels: Any) -> Any:
+        """What a head's mean loss over a window counts for."""
+        if not self._typical:
+            return self._weights[name]
+        counted = tf.math.is_finite(labels[name]) if name in labels else mask
+        steps = tf.reduce_sum(tf.cast(counted, tf.float32))
+        return self._weights[name] * steps / self._typical[name]
+
     def _slots(self) -> list[tuple[str, list[Any]]]:
         return [("m", self._moments[0]), ("v", self._moments[1]), ("average", self._average)]
 
@@ -212,7 +232,9 @@ class Loop:
             shown = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
             done = self.network.forward(shown, lengths, tf.stop_gradient(state), training=True)
             losses = self.network.losses(done.raw, following, mask, labels)
-            loss = tf.add_n([self._weights[name] * value for name, value in losses.items()])
+            loss = tf.add_n(
+                [self._share(name, mask, labels) * value for name, value in losses.items()]
+            )
         gradients = [
             tf.convert_to_tensor(gradient) if gradient is not None else tf.zeros_like(variable)
             for gradient, variable in zip(
