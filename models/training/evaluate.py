@@ -1,9 +1,9 @@
 """Scores an artifact by running it as the service does: chunk by chunk, from carried states.
 
 Every stream starts in the zero state with its clock at zero, and its events come in chunks of
-random lengths; each chunk is encoded against the clock that the chunk before it left and runs
-from the state that it left, in batches with other streams, padded and masked. What is scored
-are the outputs of these steps.
+random lengths (those of training, for a network that looks at a chunk as a whole); each chunk is
+encoded against the clock that the chunk before it left and runs from the state that it left, in
+batches with other streams, padded and masked. What is scored are the outputs of these steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.events.encode import Clock, encode
 from models.heads import Head, LabelHead
 from models.layout import output_spec
 from models.spec import ModelSpec
-from models.training.data import Streams, moment_ms, schema_of, streams_of
+from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
 from models.training.scores import auc, has_targets, score_outputs
 
@@ -44,7 +44,8 @@ def run_chunks(
     Args:
         artifact: the model.
         streams: its events.
-        chunk: most events in a chunk; lengths are drawn evenly from 1 to it.
+        chunk: most events in a chunk; lengths are drawn evenly from 1 to it. A network that looks
+            at a chunk as a whole gets the windows of its training.
         seed: of the lengths.
         batch: most streams in a batch.
         advance: called with the number of events done, after every batch.
@@ -64,6 +65,7 @@ def run_chunks(
     step = tf.function(network.step, reduce_retracing=False)
     random = np.random.default_rng(seed)
     outputs = np.zeros((streams.events, output_spec(spec).size), np.float32)
+    fixed = None if spec.chunking == "invisible" else training_of(spec).window_steps
     lanes = min(batch, len(streams.spans))
     waiting = sorted(streams.spans, key=lambda span: (span[1] - span[0], -span[0]))
     at = np.zeros(lanes, np.int64)
@@ -77,7 +79,8 @@ def run_chunks(
             at[lane], stop[lane] = waiting.pop()
             state[lane] = 0
             clocks[lane] = Clock()
-        lengths = np.minimum(random.integers(1, chunk + 1, lanes), stop - at).astype(np.int32)
+        drawn = random.integers(1, chunk + 1, lanes) if fixed is None else fixed
+        lengths = np.minimum(drawn, stop - at).astype(np.int32)
         if not lengths.any():
             return outputs
         steps = SMALLEST_STEPS

@@ -20,9 +20,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from models.chunking import looking_ahead
 from models.heads import LabelHead
 from models.training.scores import Floats, Scored, score_label
-from models.training.table import Baseline, Table
+from models.training.table import Baseline, Table, rows_around
 from models.training.trees import Grid, Trees
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
@@ -53,6 +54,8 @@ def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> lis
     if trees:
         found.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
         found.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
+        if head.input in looking_ahead(table.spec.layers):
+            found.append(_trees(table, BOTH, truth, count, SEVERAL, score, ahead=True))
     return found
 
 
@@ -100,7 +103,7 @@ def _trees(
     ahead: bool,
 ) -> Baseline:
     def features(events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
-        seen = _around(table, events - 1, events - 1 if ahead else 0)
+        seen = rows_around(table, events - 1, events - 1 if ahead else 0)
         # `Trees` reads the row before its target: here that is the target's own.
         return np.roll(seen, -1, axis=0), [False] * seen.shape[1]
 
@@ -114,16 +117,3 @@ def _of_all(chances: Floats, classes: NDArray[np.int64], count: int) -> Floats:
     known = np.full((len(chances), count), 1e-6)
     known[:, classes] = chances
     return np.asarray(known / known.sum(axis=1, keepdims=True), np.float64)
-
-
-def _around(table: Table, before: int, after: int) -> NDArray[np.float32]:
-    """Every row with those around it in its stream, NaN beyond the stream's ends."""
-    spans = table.streams.spans
-    age = np.concatenate([np.arange(stop - start) for start, stop in spans])
-    left = np.concatenate([np.arange(stop - start)[::-1] for start, stop in spans])
-    found = []
-    for offset in range(-before, after + 1):
-        seen = np.roll(table.rows, -offset, axis=0)
-        seen[(age < -offset) | (left < offset)] = np.nan
-        found.append(seen)
-    return np.concatenate(found, axis=1)

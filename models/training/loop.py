@@ -111,12 +111,15 @@ class Loop:
         for variable, average in zip(self._trainable, self._average, strict=True):
             variable.assign(average)
         lanes = self._training.batch_streams
+        # Where the cuts are part of what is computed, they are those of training.
+        cut = self.spec.chunking != "invisible"
+        steps = self._training.window_steps if cut else SCORING_WINDOW_STEPS
         sums = dict.fromkeys(self._weights, 0.0)
         counts = dict.fromkeys(self._weights, 0)
         for group in groups_of(self.plan.validation, lanes):
             segments = [self.plan.validation[index] for index in group]
             state = self._begin([segment.before for segment in segments])
-            for window in windows_of(segments, lanes, SCORING_WINDOW_STEPS):
+            for window in windows_of(segments, lanes, steps):
                 rows, following, lengths, mask, labels = self._tensors(
                     window, self.plan.validated, self.plan.validated_labels
                 )

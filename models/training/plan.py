@@ -14,10 +14,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import DataError
+from models.chunking import looking_ahead
+from models.errors import DataError, SpecError
+from models.heads import LabelHead
 from models.spec import ModelSpec
 from models.training.data import Streams, schema_of, training_of
 from models.training.labels import Labels
+from models.training.scores import has_targets
 from models.training.windows import Segment, groups_of, segments_of
 
 
@@ -60,9 +63,14 @@ def plan_of(
     """Lay out training before `validate_ms` and validation from there to `test_ms`.
 
     Raises:
-        DataError: there is nothing to train on, or nothing to validate on.
+        DataError: there is nothing to train on, or nothing to validate on; or a stream is longer
+            than a window, and the network reads it as a whole.
+        SpecError: a head would be shown the event that it is to foretell.
     """
     training = training_of(spec)
+    _check_foresight(spec)
+    if spec.chunking == "whole":
+        _check_lengths(spec, streams)
     spans = []
     # Within a stream moments may go back. What counts is the latest so far: then no training
     # step follows a validated one.
@@ -109,6 +117,29 @@ def plan_of(
         tuple(tuple(group) for group in groups),
         tuple(validation),
     )
+
+
+def _check_foresight(spec: ModelSpec) -> None:
+    """Refuse a head that would be shown what it is to foretell."""
+    seen = looking_ahead(spec.layers)
+    for head in spec.heads:
+        if has_targets(head) and not isinstance(head, LabelHead) and head.input in seen:
+            raise SpecError(
+                f"head {head.name!r} foretells the next event, and layer {head.input!r} has seen "
+                "it: expected a label head, or a layer that does not look ahead in its chunk"
+            )
+
+
+def _check_lengths(spec: ModelSpec, streams: Streams) -> None:
+    """Refuse a stream that is too long to be one window."""
+    most = training_of(spec).window_steps
+    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
+        if stop - start > most:
+            raise DataError(
+                expected=f"streams of at most `window_steps` ({most}) events, since the network "
+                "reads each as a whole",
+                got=f"{stop - start} of {name!r}",
+            )
 
 
 def _within(labels: Labels, side: NDArray[np.bool_]) -> Labels:

@@ -88,3 +88,19 @@ def gaussian_nats(error: Floats, log_deviation: Floats) -> Floats:
     nats = 0.5 * np.log(2 * np.pi) + log_deviation
     nats = nats + 0.5 * np.square(error * np.exp(-log_deviation))
     return np.where(np.isnan(error), 0.0, nats)
+
+
+def rows_around(table: Table, before: int, after: int) -> NDArray[np.float32]:
+    """Every row with those around it in its stream, NaN beyond its ends: [rows, F * offsets].
+
+    The earliest stands first.
+    """
+    spans = table.streams.spans
+    age = np.concatenate([np.arange(stop - start) for start, stop in spans])
+    left = np.concatenate([np.arange(stop - start)[::-1] for start, stop in spans])
+    found = []
+    for offset in range(-before, after + 1):
+        seen = np.roll(table.rows, -offset, axis=0)
+        seen[(age < -offset) | (left < offset)] = np.nan
+        found.append(seen)
+    return np.concatenate(found, axis=1)

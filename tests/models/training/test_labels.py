@@ -20,6 +20,7 @@ from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import spoken_rows
 from models.training.labels import labels_of
 from models.training.plan import plan_of
+from models.training.table import Table, rows_around
 from models.training.trainer import train
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
@@ -158,10 +159,8 @@ def test_trees_see_what_is_asked_for_and_no_other_stream() -> None:
     fitted = fitted_spec(spec, streams, VALIDATE)
     assert fitted.events is not None
     rows = streams.encoded(fitted.events)
-    table = label_baselines.Table(
-        fitted, streams, rows, np.arange(0), np.arange(0), np.arange(0), {}
-    )
-    seen = label_baselines._around(table, 2, 1).reshape(len(rows), 4, -1)
+    table = Table(fitted, streams, rows, np.arange(0), np.arange(0), np.arange(0), {})
+    seen = rows_around(table, 2, 1).reshape(len(rows), 4, -1)
     for start, stop in streams.spans:
         for at in range(start, stop):
             for place, offset in enumerate((-2, -1, 0, 1)):

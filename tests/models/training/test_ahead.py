@@ -1,0 +1,109 @@
+"""Networks that look ahead in their chunk: what they may learn, and the cuts they are judged on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import orjson
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.errors import SpecError
+from models.spec import ModelSpec, parse_spec
+from models.training import label_baselines
+from models.training.commands import train_frame
+from models.training.data import streams_of
+from models.training.evaluate import run_chunks
+from models.training.label_baselines import BASE, BOTH, LAST_EVENTS
+from tests.support.training import HOUR_MS
+
+STEPS = 4
+LABEL = {"kind": "label", "name": "up"}
+
+
+def frame(streams: int = 120) -> pl.DataFrame:
+    """Streams of four events; every event's label is the flag of the last one."""
+    random = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    for stream in range(streams):
+        flag = bool(random.integers(2))
+        rows += [
+            {
+                "id": f"s{stream:03d}",
+                "at": (stream * STEPS + step) * HOUR_MS,
+                "noise": float(random.normal()),
+                "flag": flag if step == STEPS - 1 else bool(random.integers(2)),
+                "up": flag,
+            }
+            for step in range(STEPS)
+        ]
+    return pl.DataFrame(rows)
+
+
+def spec(*heads: dict[str, Any], window_steps: int = STEPS) -> ModelSpec:
+    """A stack whose upper layer starts from where the lower one ended in the same chunk."""
+    return parse_spec(
+        {
+            "name": "ahead",
+            "events": {
+                "fields": [
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "numeric", "name": "noise"},
+                    {"kind": "boolean", "name": "flag"},
+                ]
+            },
+            "layers": [
+                {"kind": "lstm", "name": "below", "units": 8},
+                {"kind": "lstm", "name": "above", "units": 8, "starts_from": "below"},
+            ],
+            "heads": heads,
+            "training": {
+                "stream": "id",
+                "validate_from": "1970-01-13T08:00:00Z",
+                "test_from": "1970-01-16T16:00:00Z",
+                "epochs": 12,
+                "window_steps": window_steps,
+                "segment_windows": 1,
+                "batch_streams": 8,
+                "learning_rate": 0.03,
+                "average_decay": 0.8,
+            },
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"kind": "forecast", "name": "next", "targets": ["noise"]},
+        {"kind": "classification", "name": "next", "target": "flag"},
+    ],
+)
+def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head) -> None:
+    with pytest.raises(SpecError, match="'next' foretells the next event, and layer 'above'"):
+        train_frame(spec(head, LABEL), frame(), tmp_path / "model", quiet=True)
+    below = spec({**head, "input": "below"}, LABEL)
+    assert below.heads[0].input == "below"
+
+
+def test_what_comes_later_in_the_chunk_is_learnt_and_compared_fairly(tmp_path, monkeypatch) -> None:
+    few = label_baselines.Grid((0,), (STEPS,), (7,), (5,), 0.2, 40)
+    monkeypatch.setattr(label_baselines, "SINGLE", few)
+    monkeypatch.setattr(label_baselines, "SEVERAL", few)
+    data = frame()
+    artifact = train_frame(spec(LABEL), data, tmp_path / "model", quiet=True)
+    report = orjson.loads((tmp_path / "model" / "report.json").read_bytes())
+    scores = report["heads"]["up"]["scores"]
+    loss = {name: score["log_loss"]["value"] for name, score in scores.items()}
+    assert loss["model"] < 0.3
+    assert loss[BOTH] < 0.3
+    # The last of the four events gives it away; at the others it is a coin.
+    assert loss[BASE] > 0.6
+    assert loss[LAST_EVENTS] > 0.4
+    # Whatever chunks are asked for, such a network gets those of its training.
+    streams = streams_of(artifact.spec, data)
+    first, second = (run_chunks(artifact, streams, chunk=most, seed=most) for most in (1, 3))
+    np.testing.assert_array_equal(first, second)
