@@ -12,7 +12,7 @@ from pathlib import Path
 from models.artifact import Artifact, write_artifact
 from models.examples.post.weights import known_weights
 from models.init import initialise_artifact
-from models.spec import read_spec
+from models.spec_file import read_spec
 
 HERE = Path(__file__).parent
 SEED = 1
