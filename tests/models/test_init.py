@@ -33,6 +33,22 @@ def test_same_seed_gives_the_same_fingerprint(tmp_path: Path) -> None:
     assert first.manifest["training"] == {"initialised": {"seed": 3}}
 
 
+def test_options_of_a_cell_are_drawn_and_packaged_too(tmp_path: Path) -> None:
+    spec = raw_model()
+    first, *rest = spec.model_dump()["layers"]
+    options = {"peepholes": True, "layer_normalization": True, "projection": 3}
+    changed = {**spec.model_dump(), "layers": [{**first, **options}, *rest]}
+    made = initialise_artifact(parse_spec(changed), tmp_path / "a", 3)
+    plain = initialise_artifact(spec, tmp_path / "b", 3)
+    assert made.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
+    assert {part.name: part.shape for part in made.state.parts} == {
+        "lstm_1.hidden": (3,),
+        "lstm_1.carry": (4,),
+        "gru_1.hidden": (2,),
+    }
+    np.testing.assert_array_equal(made.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
+
+
 def test_another_layer_changes_no_other_weights(tmp_path: Path) -> None:
     spec = raw_model()
     more = spec.model_dump() | {

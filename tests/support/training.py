@@ -34,7 +34,12 @@ def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
     return pl.DataFrame([rows[index] for index in order])
 
 
-def latch_spec(*, dropout: float = 0.1, **training: Any) -> ModelSpec:
+LSTM: dict[str, Any] = {"kind": "lstm", "units": 8}
+
+
+def latch_spec(
+    *, dropout: float = 0.1, recurrent: dict[str, Any] = LSTM, **training: Any
+) -> ModelSpec:
     """Reads noise and flag, never the mark itself, and forecasts the mark's sign."""
     return parse_spec(
         {
@@ -49,7 +54,7 @@ def latch_spec(*, dropout: float = 0.1, **training: Any) -> ModelSpec:
                 ]
             },
             "layers": [
-                {"kind": "lstm", "units": 8},
+                recurrent,
                 {"kind": "dropout", "rate": dropout},
             ],
             "heads": [

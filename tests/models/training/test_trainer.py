@@ -31,9 +31,18 @@ def frame():
     return latch_frame()
 
 
-def test_windows_carry_the_state_as_one_whole_run_does(frame):
+OPTIONS = {"peepholes": True, "layer_normalization": True, "projection": 5}
+RECURRENT = [
+    {"kind": "lstm", "units": 8},
+    {"kind": "lstm", "units": 8, **OPTIONS},
+    {"kind": "gru", "units": 8, "reset_after": False},
+]
+
+
+@pytest.mark.parametrize("recurrent", RECURRENT, ids=["lstm", "options", "gru"])
+def test_windows_carry_the_state_as_one_whole_run_does(frame, recurrent):
     """With weights that stand still, every segment ends where the whole stream would."""
-    loop = looped(frame, dropout=0.0, learning_rate=1e-30, weight_decay=0.0)
+    loop = looped(frame, dropout=0.0, recurrent=recurrent, learning_rate=1e-30, weight_decay=0.0)
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
             pass
@@ -128,6 +137,17 @@ def test_what_lies_windows_back_is_learned_and_served(frame, tmp_path):
     assert min(losses) < 0.1
     scores = evaluate(done.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
     assert scores["heads"]["up"]["auc"] > 0.97
+
+
+def test_an_lstm_with_its_options_trains_and_is_packaged_for_both_runtimes(frame, tmp_path):
+    recurrent = {"kind": "lstm", "units": 8, "dropout": 0.1, "recurrent_dropout": 0.1, **OPTIONS}
+    done = train(latch_spec(recurrent=recurrent, epochs=2), frame, tmp_path / "a", quiet=True)
+    artifact = load_artifact(tmp_path / "a")
+    assert artifact.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
+    for name in ("peepholes", "kernel_gamma", "recurrent_gamma", "carry_gamma", "carry_beta"):
+        weight = artifact.weights[f"lstm_1.{name}"]
+        assert np.abs(weight - (1.0 if name.endswith("gamma") else 0.0)).max() > 1e-4
+    assert done.history[1]["validation"]["loss"] < done.history[0]["validation"]["loss"]
 
 
 def test_chunks_change_no_output(frame, tmp_path):
