@@ -14,9 +14,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from models.layers import GruLayer, Layer, LstmLayer, returned_state
+from models.layers import (
+    ActivationLayer,
+    AttentionLayer,
+    BatchNormalizationLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+    returned_state,
+)
 
 Chunking = Literal["invisible", "per_chunk", "whole"]
+
+_STEP_BY_STEP = (
+    DenseLayer,
+    ActivationLayer,
+    DropoutLayer,
+    LayerNormalizationLayer,
+    BatchNormalizationLayer,
+    MergeLayer,
+)
+"""Layers that do the same to every step, and so give one value where they read one."""
 
 DEFAULT_CHUNK_STEPS = 1024
 """Longest chunk of a network that sees it as a whole, where the specification says nothing."""
@@ -32,6 +54,19 @@ def looking_ahead(layers: Iterable[Layer]) -> frozenset[str]:
     found: set[str] = set()
     for layer in layers:
         if _sees_the_chunk(layer) or found.intersection(layer.inputs):
+            found.add(layer.name)
+    return frozenset(found)
+
+
+def steady(layers: Iterable[Layer]) -> frozenset[str]:
+    """Layers that give the same value at every step of a chunk."""
+    found: set[str] = set()
+    for layer in layers:
+        if isinstance(layer, AttentionLayer):
+            one_value = layer.over == "chunk"
+        else:
+            one_value = isinstance(layer, _STEP_BY_STEP) and found.issuperset(layer.inputs)
+        if one_value:
             found.add(layer.name)
     return frozenset(found)
 
@@ -60,7 +95,13 @@ def check_hand_off(layer: LstmLayer | GruLayer, before: Mapping[str, Layer]) -> 
 
 
 def _sees_the_chunk(layer: Layer) -> bool:
-    return isinstance(layer, (LstmLayer, GruLayer)) and layer.starts_from is not None
+    match layer:
+        case LstmLayer() | GruLayer():
+            return layer.starts_from is not None
+        case AttentionLayer():
+            return layer.over == "chunk"
+        case _:
+            return False
 
 
 def _listed(parts: Mapping[str, int]) -> str:

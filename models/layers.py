@@ -152,6 +152,23 @@ class MergeLayer(_Layer):
     kind: Literal["add", "multiply", "average", "concatenate"]
 
 
+class AttentionLayer(_Layer):
+    """Attention with context (Yang et al. 2016): a weighted mean of what it reads, as wide.
+
+    Attributes:
+        over: `chunk`: one value for the whole chunk, the same at every step; `stream`: at each
+            step over everything since the stream began, with the state parts `maximum`,
+            `normaliser` and `sum`.
+        units: of the hidden layer that scores a step.
+
+    `models.networks.attention` has the equations.
+    """
+
+    kind: Literal["attention"] = "attention"
+    over: Literal["chunk", "stream"]
+    units: Units
+
+
 Layer = Annotated[
     LstmLayer
     | GruLayer
@@ -160,7 +177,8 @@ Layer = Annotated[
     | DropoutLayer
     | LayerNormalizationLayer
     | BatchNormalizationLayer
-    | MergeLayer,
+    | MergeLayer
+    | AttentionLayer,
     Field(discriminator="kind"),
 ]
 RECURRENT = (LstmLayer, GruLayer)

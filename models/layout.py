@@ -8,13 +8,14 @@ built to it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.chunking import steady
 from models.decoder import LAST, as_decoder_weights
 from models.events.schema import (
     BooleanField,
@@ -34,6 +35,7 @@ from models.heads import (
 from models.layers import (
     FEATURES,
     ActivationLayer,
+    AttentionLayer,
     BatchNormalizationLayer,
     DenseLayer,
     DropoutLayer,
@@ -63,7 +65,8 @@ class Output:
         name: the head's name.
         shape: shape of one step, for example () for a probability, (8,) for 8 units.
         labels: names along the last axis, where it has any (classes, quantiles).
-        per: `step` (one per event).
+        per: `step` (one per event) or `chunk` (one for the whole chunk; a packed row holds it at
+            every step).
     """
 
     name: str
@@ -79,14 +82,21 @@ class Output:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The model's outputs, packed side by side in one float32 row of O values per step."""
+    """The model's outputs, packed side by side in one float32 row of O values per step.
+
+    Attributes:
+        outputs: one per head.
+        attention: layers that attend over the chunk; the weight that each gives to the step
+            follows the outputs.
+    """
 
     outputs: tuple[Output, ...]
+    attention: tuple[str, ...] = ()
 
     @cached_property
     def size(self) -> int:
         """O, the length of the packed row of one step."""
-        return sum(output.size for output in self.outputs)
+        return sum(output.size for output in self.outputs) + len(self.attention)
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -106,13 +116,19 @@ class OutputSpec:
             for output in self.outputs
         }
 
+    def attention_by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
+        """By layer, the weight of each step [...] out of packed rows [..., O]."""
+        first = self.size - len(self.attention)
+        return {name: rows[..., first + index] for index, name in enumerate(self.attention)}
+
 
 def state_spec(spec: ModelSpec) -> StateSpec:
     """The state's parts: each carried layer's, each head's, the decoder's, the clock's."""
+    widths = layer_widths(spec)
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
         for layer in spec.layers
-        for part, shape in _carried(layer).items()
+        for part, shape in _carried(layer, widths).items()
     ]
     parts.extend(
         StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
@@ -127,11 +143,14 @@ def state_spec(spec: ModelSpec) -> StateSpec:
     return StateSpec(tuple(parts))
 
 
-def _carried(layer: Layer) -> dict[str, tuple[int, ...]]:
+def _carried(layer: Layer, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """The parts that a layer carries from chunk to chunk, with their shapes."""
     match layer:
         case LstmLayer() | GruLayer() if layer.starts_from is None:
             return {part: (size,) for part, size in returned_state(layer).items()}
+        case AttentionLayer(over="stream"):
+            # each sum as what float32 holds of it, and the rest
+            return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
         case _:
             return {}
 
@@ -139,7 +158,20 @@ def _carried(layer: Layer) -> dict[str, tuple[int, ...]]:
 def output_spec(spec: ModelSpec) -> OutputSpec:
     """The outputs, one per head, in the order of the heads."""
     widths = layer_widths(spec)
-    return OutputSpec(tuple(_output(spec, head, widths) for head in spec.heads))
+    same = steady(spec.layers)
+    outputs = [_output(spec, head, widths) for head in spec.heads]
+    per_chunk = [head.input in same and not isinstance(head, AnomalyHead) for head in spec.heads]
+    return OutputSpec(
+        tuple(
+            replace(output, per="chunk") if once else output
+            for output, once in zip(outputs, per_chunk, strict=True)
+        ),
+        tuple(
+            layer.name
+            for layer in spec.layers
+            if isinstance(layer, AttentionLayer) and layer.over == "chunk"
+        ),
+    )
 
 
 def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
@@ -228,7 +260,8 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
     `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
     `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
-    and what an LSTM's options add: `<layer>.peepholes` (gates i, f, o side by side),
+    `<layer>.context` of an attention layer, and what an LSTM's options add:
+    `<layer>.peepholes` (gates i, f, o side by side),
     `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`;
     those of a decoder's step network with `decoder.` before their names.
     """
@@ -260,6 +293,10 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 if isinstance(layer, BatchNormalizationLayer):
                     shapes[f"{name}.moving_mean"] = (read,)
                     shapes[f"{name}.moving_variance"] = (read,)
+            case AttentionLayer():
+                shapes[f"{name}.kernel"] = (read, layer.units)
+                shapes[f"{name}.bias"] = (layer.units,)
+                shapes[f"{name}.context"] = (layer.units,)
             case ActivationLayer() | DropoutLayer() | MergeLayer():
                 pass
     for head in spec.heads:

@@ -14,7 +14,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from models.chunking import DEFAULT_CHUNK_STEPS, Chunking, check_hand_off, chunking_of
+from models.chunking import (
+    DEFAULT_CHUNK_STEPS,
+    Chunking,
+    check_hand_off,
+    chunking_of,
+    looking_ahead,
+)
 from models.decoder import DECODER, DecoderSpec, check_decoder, hand_over_starts, network_data
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
@@ -165,6 +171,11 @@ class ModelSpec(Frozen):
                     f"head {head.name!r} reads {head.input!r}, expected one of {sorted(known)}"
                 )
             self._check_targets(head)
+            if isinstance(head, AnomalyHead) and head.input in looking_ahead(self.layers):
+                raise ValueError(
+                    f"head {head.name!r} judges events by forecasts made before them, and "
+                    f"{head.input!r} knows the chunk's later events; expected a layer that does not"
+                )
         self._check_chunk_limit()
         if self.decoder is not None:
             check_decoder(self, self.decoder)

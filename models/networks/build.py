@@ -31,6 +31,7 @@ from models.heads import AnomalyHead
 from models.layers import (
     FEATURES,
     ActivationLayer,
+    AttentionLayer,
     BatchNormalizationLayer,
     DenseLayer,
     DropoutLayer,
@@ -49,6 +50,7 @@ from models.layout import (
     weight_shapes,
 )
 from models.networks.activations import activation_of
+from models.networks.attention import Attention, StreamState
 from models.networks.cells import recurrent_layer
 from models.networks.decoder import last_observed
 from models.networks.fresh import fresh_weights
@@ -87,10 +89,12 @@ class Forward:
     Attributes:
         raw: head name -> raw values, float32 [B, T, U]; see `models.networks.heads`.
         state: the state after each row's last valid step, float32 [B, N].
+        attention: by layer that attends over the chunk, the weight of each step [B, T].
     """
 
     raw: dict[str, Tensor]
     state: Tensor
+    attention: dict[str, Tensor]
 
 
 class StepNetwork:
@@ -168,6 +172,7 @@ class StepNetwork:
         for head in self.spec.heads:
             forecast = self._part(state, f"{head.name}.forecast")
             outputs.append(head_output(self.spec, head, done.raw[head.name], rows, forecast))
+        outputs.extend(weights[..., tf.newaxis] for weights in done.attention.values())
         return tf.concat(outputs, axis=-1), done.state
 
     @_plain_python
@@ -182,6 +187,7 @@ class StepNetwork:
         mask, rows = _padding_zeroed(rows, lengths)
         values = {FEATURES: self._features(rows)}
         parts: dict[str, Tensor] = {}
+        attention: dict[str, Tensor] = {}
         for layer in self.spec.layers:
             keras_layer = self._layers[layer.name]
             read = [values[name] for name in layer.inputs]
@@ -197,6 +203,14 @@ class StepNetwork:
                         read[0], initial_state=initial, mask=mask, training=training
                     )
                     parts.update(zip(names, after, strict=True))
+                case AttentionLayer(over="chunk"):
+                    found = keras_layer.over_chunk(read[0], mask)
+                    values[layer.name], attention[layer.name] = found
+                case AttentionLayer():
+                    names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
+                    before = StreamState(*(self._part(state, name) for name in names))
+                    values[layer.name], since = keras_layer.over_stream(read[0], lengths, before)
+                    parts.update(zip(names, since, strict=True))
                 case MergeLayer():
                     values[layer.name] = keras_layer(read)
                 case DropoutLayer():
@@ -215,7 +229,8 @@ class StepNetwork:
                 parts[name] = anomaly_forecast(raw[head.name], lengths, self._part(state, name))
         if self.spec.decoder is not None:
             parts[LAST] = last_observed(self.spec, rows, mask, self._part(state, LAST))
-        return Forward(raw, tf.concat([parts[name] for name in self._float_parts], axis=-1))
+        after = tf.concat([parts[name] for name in self._float_parts], axis=-1)
+        return Forward(raw, after, attention)
 
     @_plain_python
     def losses(
@@ -346,10 +361,8 @@ def _embedding(name: str, codes: int, width: int) -> keras.layers.Embedding:
     return layer
 
 
-def _build_layer(
-    layer: Layer, widths: Mapping[str, int], unroll: bool = False
-) -> keras.layers.Layer:
-    """The Keras layer, built for [B, T, width of what it reads]."""
+def _build_layer(layer: Layer, widths: Mapping[str, int], unroll: bool = False) -> Any:
+    """The Keras layer, built for [B, T, width of what it reads]; or `Attention`."""
     common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
     match layer:
         case LstmLayer() | GruLayer():
@@ -374,6 +387,8 @@ def _build_layer(
             built = keras.layers.BatchNormalization(
                 epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
             )
+        case AttentionLayer():
+            return Attention(layer, widths[layer.inputs[0]])
         case MergeLayer():
             built = _MERGES[layer.kind](**common)
             built.build([(None, None, widths[name]) for name in layer.inputs])

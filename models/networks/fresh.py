@@ -58,6 +58,10 @@ def _drawn(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float3
         elif kind in ("kernel", "projection"):
             limit = np.sqrt(6.0 / (shape[0] + shape[1]))
             values = random.uniform(-limit, limit, shape)
+        elif kind == "context":
+            # a kernel of one column
+            limit = np.sqrt(6.0 / (shape[0] + 1))
+            values = random.uniform(-limit, limit, shape)
         elif kind == "recurrent_kernel":
             values = _orthogonal(random, shape)
         elif kind.endswith("gamma") or kind == "moving_variance":

@@ -27,6 +27,7 @@ from models.heads import AnomalyHead
 from models.layers import (
     FEATURES,
     ActivationLayer,
+    AttentionLayer,
     BatchNormalizationLayer,
     DenseLayer,
     DropoutLayer,
@@ -39,6 +40,7 @@ from models.layers import (
 )
 from models.layout import layer_widths, output_spec, state_spec
 from models.onnx.activations import activation
+from models.onnx.attention import over_chunk, over_stream
 from models.onnx.cells import gru, lstm
 from models.onnx.decoder import last_observed
 from models.onnx.heads import dense, head_output
@@ -119,6 +121,7 @@ class _Step:
         before = nodes.split(states, [part.size for part in parts], axis=2)
         self._before = {part.name: value for part, value in zip(parts, before, strict=True)}
         self._after: dict[str, Value] = {}
+        self._attention: dict[str, Value] = {}
 
         rows = nodes.add("Transpose", ROWS, perm=[1, 0, 2])
         values = {FEATURES: self._features(rows)}
@@ -160,6 +163,14 @@ class _Step:
             case GruLayer():
                 x, after = gru(nodes, layer, weights, x, LENGTHS, self._initial(layer))
                 self._keep(layer, after)
+            case AttentionLayer(over="chunk"):
+                x, self._attention[layer.name] = over_chunk(nodes, layer, weights, x, LENGTHS)
+            case AttentionLayer():
+                names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
+                state = [self._before[name] for name in names]
+                width = layer_widths(self._spec)[layer.name]
+                x, since = over_stream(nodes, layer, weights, x, LENGTHS, state, width)
+                self._after.update(zip(names, since, strict=True))
             case DenseLayer():
                 x = activation(nodes, layer.activation, dense(nodes, weights, layer.name, x))
             case ActivationLayer():
@@ -242,7 +253,7 @@ class _Step:
             outputs.append(output)
             if after is not None:
                 self._after[part] = after
-        return nodes.concat(outputs, axis=2)
+        return nodes.concat([*outputs, *self._attention.values()], axis=2)
 
 
 def _tensor(name: str, dtype: int, shape: list[str | int]) -> ValueInfoProto:

@@ -93,6 +93,13 @@ _OPTIONS = [
         "As in Keras: true adds the state after the last step, by name.",
         {"type": "boolean", "default": False},
     ),
+    _parameter(
+        "query",
+        "return_attention",
+        "True adds the weight of each step, by layer that attends over the chunk; refused where "
+        "the model has none.",
+        {"type": "boolean", "default": False},
+    ),
 ]
 _PREFIX = "Only streams whose names begin with this."
 

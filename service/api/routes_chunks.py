@@ -52,7 +52,7 @@ async def post_chunk(request: Request) -> Response:
     deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
     stream = stream_name(request.path_params["stream"])
-    options = _options(request)
+    options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
@@ -81,7 +81,7 @@ async def post_chunks(request: Request) -> Response:
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
-    options = _options(request)
+    options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     if "if-match" in request.headers:
@@ -106,7 +106,7 @@ async def post_predict(request: Request) -> Response:
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     wire = api.wire(request.path_params["model"])
-    options = _options(request)
+    options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     sequences = wire.sequences(await read_body(request, api.limits.max_body_bytes), media)
@@ -122,14 +122,17 @@ async def post_predict(request: Request) -> Response:
     )
 
 
-def _options(request: Request) -> ReplyOptions:
-    parameters = query(request, ("return_sequences", "return_state"))
+def _options(request: Request, wire: ModelWire) -> ReplyOptions:
+    parameters = query(request, ("return_sequences", "return_state", "return_attention"))
     if not parameters:
         return _EVERY_STEP
-    return ReplyOptions(
+    options = ReplyOptions(
         return_sequences=flag(parameters, "return_sequences", default=True),
         return_state=flag(parameters, "return_state", default=False),
+        return_attention=flag(parameters, "return_attention", default=False),
     )
+    wire.check_options(options)
+    return options
 
 
 _EVERY_STEP = ReplyOptions()

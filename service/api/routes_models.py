@@ -74,6 +74,7 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
             part.name: {"shape": list(part.shape), "dtype": part.dtype}
             for part in served.state.parts
         },
+        "attention": list(served.outputs.attention),
         "chunking": served.artifact.spec.chunking,
         "max_chunk_steps": served.chunk_limit,
         "runtimes": [served.runtime.name],

@@ -67,8 +67,18 @@ StateValues = Annotated[
 Outputs = Annotated[
     dict[str, Any],
     Field(
-        description="Each output by its name: one value (of the output's shape) per event.",
+        description="Each output by its name: one value (of the output's shape) per event, or "
+        "one for the whole chunk where the output is `per: chunk`.",
         examples=[{"late": [0.18, 0.47]}],
+    ),
+]
+
+
+AttentionWeights = Annotated[
+    dict[str, Any],
+    Field(
+        description="By layer that attends over the chunk: the weight of each step.",
+        examples=[{"attention_1": [0.21, 0.79]}],
     ),
 ]
 
@@ -114,6 +124,7 @@ class ChunkReply(Document):
     replayed: bool = Field(description="The chunk was applied before; this is its stored reply.")
     created: Literal[True] | None = Field(None, description="There, and true, in a first reply.")
     state: StateValues | None = Field(None, description="With `return_state=true`.")
+    attention: AttentionWeights | None = Field(None, description="With `return_attention=true`.")
 
 
 class AppliedItem(Document):
@@ -143,6 +154,7 @@ class PredictionOfOne(Document):
 
     outputs: Outputs
     state: StateValues | None = Field(None, description="With `return_state=true`.")
+    attention: AttentionWeights | None = Field(None, description="With `return_attention=true`.")
 
 
 class PredictReply(Document):
@@ -286,6 +298,7 @@ class ModelDetail(Document):
     events: dict[str, Any] | None = Field(description="JSON Schema of one event, or null.")
     outputs: dict[str, OutputInfo]
     state: dict[str, PartInfo]
+    attention: list[str] = Field(description="Layers whose weights `return_attention` gives.")
     chunking: Literal["invisible", "per_chunk", "whole"] = Field(
         description="What cuts mean: nothing; or the model sees each chunk as a whole; or it takes "
         "whole sequences only."

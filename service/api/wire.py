@@ -57,10 +57,12 @@ class ReplyOptions:
         return_sequences: the outputs of every step; otherwise of the last one alone, without
             the axis of time.
         return_state: the state after the chunk as well.
+        return_attention: the weights of attention over the chunk as well.
     """
 
     return_sequences: bool = True
     return_state: bool = False
+    return_attention: bool = False
 
 
 class ModelWire:
@@ -86,7 +88,9 @@ class ModelWire:
         self._schema = served.events
         outputs = served.outputs.outputs
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
-        self._only = outputs[0].name if one_axis else None
+        plain = one_axis and outputs[0].per == "step" and not served.outputs.attention
+        self._only = outputs[0].name if plain else None
+        self._once = frozenset(output.name for output in outputs if output.per == "chunk")
 
     def chunk(
         self, body: bytes, media: Media, stream: str, precondition: Precondition | None
@@ -297,6 +301,8 @@ class ModelWire:
             document["created"] = True
         if options.return_state:
             document["state"] = self.state(reply.state)
+        if options.return_attention:
+            document["attention"] = self.attention(reply.outputs)
         return document
 
     def prediction(self, prediction: Prediction, options: ReplyOptions) -> dict[str, Any]:
@@ -304,15 +310,40 @@ class ModelWire:
         document: dict[str, Any] = {"outputs": self.outputs(prediction.outputs, options)}
         if options.return_state:
             document["state"] = self.state(prediction.state)
+        if options.return_attention:
+            document["attention"] = self.attention(prediction.outputs)
         return document
 
     def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
-        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone."""
+        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone; [...] of
+        an output that holds once for the whole chunk."""
         shown_rows = rows if options.return_sequences else rows[-1]
         if self._only is not None:
             # the packed rows are its values as they are
             return {self._only: np.ascontiguousarray(shown_rows)}
-        return _writable(self.served.outputs.by_name(shown_rows))
+        named = self.served.outputs.by_name(shown_rows)
+        if self._once and options.return_sequences:
+            named = {n: values[-1] if n in self._once else values for n, values in named.items()}
+        return _writable(named)
+
+    def attention(self, rows: FloatRows) -> dict[str, Any]:
+        """By layer that attends over the chunk, the weight of each step [T]."""
+        return _writable(self.served.outputs.attention_by_name(rows))
+
+    def check_options(self, options: ReplyOptions) -> None:
+        """Refuse what the model cannot return.
+
+        Raises:
+            InvalidInput
+        """
+        if options.return_attention and not self.served.outputs.attention:
+            expected = "a model with attention over the chunk"
+            raise InvalidInput(
+                f"?return_attention: expected {expected}, model {self._name!r} has none",
+                at="?return_attention",
+                expected=expected,
+                got="true",
+            )
 
     def state(self, state: State) -> dict[str, Any]:
         """A state by name."""

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from models.artifact import load_artifact, write_artifact
-from models.chunking import DEFAULT_CHUNK_STEPS, looking_ahead
+from models.chunking import DEFAULT_CHUNK_STEPS, looking_ahead, steady
 from models.errors import SpecError
 from models.fingerprint import fingerprint
-from models.layout import state_spec
+from models.layout import output_spec, state_spec
 from models.spec import ModelSpec, parse_spec
 from tests.support.oracle import contracting_weights, oracle_in_cuts
 
@@ -45,6 +45,53 @@ def test_a_hand_off_keeps_no_state_of_its_own_and_sees_the_chunk() -> None:
     assert looking_ahead(spec.layers) == {"above", "tail"}
     names = [part.name for part in state_spec(spec).parts]
     assert names == ["below.hidden", "below.carry", "aside.hidden"]
+
+
+def test_attention_over_the_chunk_is_one_value_until_it_meets_a_sequence() -> None:
+    spec = spec_of(
+        BELOW,
+        {"kind": "attention", "name": "here", "over": "chunk", "units": 3},
+        {"kind": "dense", "name": "tail", "units": 4, "activation": "tanh"},
+        {"kind": "add", "name": "both", "inputs": ["here", "tail"]},
+        {"kind": "add", "name": "mixed", "inputs": ["here", "below"]},
+        {"kind": "gru", "name": "over", "units": 2, "inputs": ["tail"]},
+        {"kind": "attention", "name": "so_far", "over": "stream", "units": 3, "inputs": ["tail"]},
+    )
+    assert (spec.chunking, spec.chunk_limit) == ("per_chunk", DEFAULT_CHUNK_STEPS)
+    assert steady(spec.layers) == {"here", "tail", "both"}
+    assert looking_ahead(spec.layers) == {layer.name for layer in spec.layers} - {"below"}
+    assert output_spec(spec).attention == ("here",)
+    heads = [{"kind": "sequence", "name": f"of_{n.name}", "input": n.name} for n in spec.layers]
+    outputs = output_spec(parse_spec({**spec.model_dump(), "heads": heads}))
+    assert {output.name for output in outputs.outputs if output.per == "chunk"} == {
+        "of_here",
+        "of_tail",
+        "of_both",
+    }
+    assert outputs.size == sum(output.size for output in outputs.outputs) + 1
+
+
+def test_attention_over_the_stream_is_carried() -> None:
+    spec = spec_of(BELOW, {"kind": "attention", "name": "past", "over": "stream", "units": 3})
+    assert (spec.chunking, looking_ahead(spec.layers)) == ("invisible", frozenset())
+    parts = {part.name: part.shape for part in state_spec(spec).parts}
+    assert parts == {
+        "below.hidden": (4,),
+        "below.carry": (4,),
+        "past.maximum": (),
+        "past.normaliser": (2,),
+        "past.sum": (2, 4),
+    }
+    assert output_spec(spec).attention == ()
+
+
+def test_an_anomaly_head_reads_nothing_that_knows_later_events() -> None:
+    events = {"fields": [{"kind": "numeric", "name": "x", "mean": 0.0, "std": 1.0}]}
+    heads = [{"kind": "anomaly", "name": "odd", "targets": ["x"], "input": "above"}]
+    given = {"name": "m", "events": events, "heads": heads}
+    with pytest.raises(SpecError, match=r"'odd' judges events by forecasts.*'above' knows"):
+        parse_spec({**given, "layers": [BELOW, ABOVE]})
+    parse_spec({**given, "layers": [BELOW, {**ABOVE, "starts_from": None}]})
 
 
 def test_other_cuts_give_other_outputs() -> None:

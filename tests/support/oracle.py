@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import erf, log, pi
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,11 +44,12 @@ from models.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.layers import GruLayer, Layer, LstmLayer
+from models.layers import AttentionLayer, GruLayer, Layer, LstmLayer
 from models.layout import state_spec, weight_shapes
 from models.spec import ModelSpec
 
 Floats = NDArray[np.float64]
+FloatRows = NDArray[np.float32]
 
 
 def sigmoid(x: Floats) -> Floats:
@@ -104,7 +106,8 @@ def oracle_step(
         state: [N], packed.
 
     Returns:
-        Outputs float64 [T, O] and the state after the last row, float64 [N].
+        Outputs float64 [T, O], the weights of attention over the chunk last, and the state
+        after the last row, float64 [N].
     """
     exact = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     names = [part.name for part in state_spec(spec).parts if part.dtype == "float32"]
@@ -112,9 +115,15 @@ def oracle_step(
     parts = {name: np.array(state, np.float64)[slices[name]] for name in names}
     exact_rows = np.asarray(rows, np.float64)
     values = {"features": np.array([features_of(spec, exact, row) for row in exact_rows])}
+    shares: dict[str, Floats] = {}
     for layer in spec.layers:
         read = [values[name] for name in layer.inputs]
-        values[layer.name] = _sequence(layer, exact, read, parts)
+        if layer.kind == "attention" and layer.over == "chunk":
+            values[layer.name], shares[layer.name] = _over_chunk(layer, exact, read[0])
+        elif layer.kind == "attention":
+            values[layer.name] = _over_stream(layer, exact, read[0], parts)
+        else:
+            values[layer.name] = _sequence(layer, exact, read, parts)
     outputs = []
     where = {column.name: index for index, column in enumerate(spec.columns)}
     for t, row in enumerate(exact_rows):
@@ -123,7 +132,7 @@ def oracle_step(
                 if f"{target}.missing" not in where or not row[where[f"{target}.missing"]]:
                     parts["decoder.last"][index] = row[where[target]]
         found = [_head(spec, head, exact, values[head.input][t], row, parts) for head in spec.heads]
-        outputs.append(np.concatenate(found))
+        outputs.append(np.concatenate([*found, [given[t] for given in shares.values()]]))
     return np.array(outputs), np.concatenate([parts[name] for name in names])
 
 
@@ -142,6 +151,42 @@ def oracle_in_cuts(
         at += length
     assert at == len(rows)
     return np.concatenate(outputs), state
+
+
+def random_states(spec: ModelSpec, random: np.random.Generator, count: int) -> FloatRows:
+    """States that streams of the model can be in, float32 [count, N], none of them zero.
+
+    The first has seen nothing that an attention over the stream would know.
+    """
+    layout = state_spec(spec)
+    states = random.uniform(-1, 1, (count, layout.float_size)).astype(np.float32)
+    for part in layout.parts:
+        values = states[:, layout.slices[part.name]] if part.dtype == "float32" else states[:, :0]
+        match part.name.rpartition(".")[2]:
+            case "normaliser":
+                values[:, 0] = 1 + np.abs(values[:, 0])
+                values[:, 1] *= 1e-8
+            case "sum":
+                values[:, part.shape[1] :] *= 1e-8
+        if part.name.endswith((".maximum", ".normaliser", ".sum")):
+            values[0] = 0
+    return states
+
+
+def joined(spec: ModelSpec, state: NDArray[np.floating[Any]]) -> Floats:
+    """The numbers of a state [..., N]: sums kept as high and low parts added up, the low part 0.
+
+    One sum can be parted in several ways, so states are compared like this.
+    """
+    layout = state_spec(spec)
+    numbers = np.array(state, np.float64)
+    for part in layout.parts:
+        if part.name.endswith((".normaliser", ".sum")):
+            values = numbers[..., layout.slices[part.name]]
+            half = values.shape[-1] // 2
+            values[..., :half] += values[..., half:]
+            values[..., half:] = 0
+    return numbers
 
 
 def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -191,6 +236,50 @@ def _sequence(
             parts[f"{layer.name}.{part}"] = parts[f"{source}.{part}"]
     steps = range(len(read[0]))
     return np.array([layer_step(layer, weights, [x[t] for x in read], parts) for t in steps])
+
+
+def _scores(layer: AttentionLayer, weights: Mapping[str, Floats], x: Floats) -> Floats:
+    """Yang et al. 2016: s_t = tanh(h_t W + b) . context, [T]."""
+    w, b = weights[f"{layer.name}.kernel"], weights[f"{layer.name}.bias"]
+    return np.array([np.tanh(h @ w + b) @ weights[f"{layer.name}.context"] for h in x])
+
+
+def _over_chunk(
+    layer: AttentionLayer, weights: Mapping[str, Floats], x: Floats
+) -> tuple[Floats, Floats]:
+    """The weighted mean of the whole chunk at every step [T, W], and the weights [T]."""
+    share = softmax(_scores(layer, weights, x))
+    mean = sum(a * h for a, h in zip(share, x, strict=True))
+    return np.array([mean for _ in x]), share
+
+
+def _over_stream(
+    layer: AttentionLayer, weights: Mapping[str, Floats], x: Floats, parts: dict[str, Floats]
+) -> Floats:
+    """Milakov & Gimelshein 2018: maximum, normaliser and weighted sum, step by step, [T, W].
+
+    Both sums are what their two parts, high and low, add up to; a sum of 0 has seen nothing.
+    """
+    maximum = float(parts[f"{layer.name}.maximum"][0])
+    normaliser = float(parts[f"{layer.name}.normaliser"].sum())
+    total = parts[f"{layer.name}.sum"].reshape(2, -1).sum(axis=0)
+    means = []
+    for score, h in zip(_scores(layer, weights, x), x, strict=True):
+        higher = score if normaliser == 0 else max(maximum, score)
+        rescaled = 0.0 if normaliser == 0 else np.exp(maximum - higher)
+        normaliser = normaliser * rescaled + np.exp(score - higher)
+        total = total * rescaled + h * np.exp(score - higher)
+        maximum = higher
+        means.append(total / normaliser)
+    parts[f"{layer.name}.maximum"] = np.array([maximum])
+    parts[f"{layer.name}.normaliser"] = _high_and_low(np.array([normaliser]))
+    parts[f"{layer.name}.sum"] = _high_and_low(total)
+    return np.array(means)
+
+
+def _high_and_low(values: Floats) -> Floats:
+    high = values.astype(np.float32).astype(np.float64)
+    return np.concatenate([high, values - high])
 
 
 def layer_step(

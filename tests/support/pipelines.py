@@ -133,13 +133,12 @@ def chunk_of(
     position: int | None = None,
     *,
     epoch: bytes | None = None,
+    model: str = "probe",
 ) -> Chunk:
     """One chunk as a transport would make it."""
     steps = Steps(Feed.INPUTS, len(rows), rows=rows)
     nonce = b"" if position is not None else new_nonce()
-    return Chunk(
-        StreamKey("probe", stream), steps, chunk_digest(None, steps, nonce), position, epoch
-    )
+    return Chunk(StreamKey(model, stream), steps, chunk_digest(None, steps, nonce), position, epoch)
 
 
 def whole(

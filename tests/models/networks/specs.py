@@ -30,11 +30,11 @@ def stacks(draw: st.DrawFn, per_chunk: bool = False) -> ModelSpec:
         layers.insert(0, {"kind": "dense", "name": "l0", "units": 3, "activation": "tanh"})
     for number in range(2, draw(st.integers(1, 6)) + 1):
         if per_chunk and draw(st.booleans()):
-            layers.append(_handed(draw, layers, f"l{number}"))
+            layers.append(_whole(draw, layers, f"l{number}"))
         else:
             layers.append(_layer(draw, layers, number))
     if per_chunk:
-        layers.append(_handed(draw, layers, "last"))
+        layers.append(_whole(draw, layers, "last"))
     heads: list[dict[str, Any]] = [{"kind": "sequence", "name": "output"}]
     if draw(st.booleans()):
         heads.append(
@@ -80,6 +80,18 @@ def options(draw: st.DrawFn, units: int) -> dict[str, Any]:
     return found
 
 
+def _whole(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """A layer that sees the chunk as a whole."""
+    if draw(st.booleans()):
+        return {
+            "kind": "attention",
+            "over": "chunk",
+            "name": name,
+            "units": draw(st.integers(1, 4)),
+        }
+    return _handed(draw, before, name)
+
+
 def _handed(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A layer of the kind and size of one before it, which it starts from."""
     source = draw(st.sampled_from([layer for layer in before if layer["kind"] in ("lstm", "gru")]))
@@ -94,12 +106,18 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
     name = f"l{number}"
     kind = draw(
         st.sampled_from(
-            ["recurrent", "recurrent", "dense", "activation", "dropout", "norm", "merge"]
+            [
+                *("recurrent", "recurrent", "dense", "activation", "dropout", "norm", "merge"),
+                "attention",
+            ]
         )
     )
     match kind:
         case "recurrent":
             return _recurrent(draw, number)
+        case "attention":
+            units = draw(st.integers(1, 4))
+            return {"kind": "attention", "over": "stream", "name": name, "units": units}
         case "dense":
             activation = draw(st.sampled_from(PLAIN))
             units = draw(st.integers(1, 5))

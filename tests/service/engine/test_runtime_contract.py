@@ -20,7 +20,7 @@ from models.spec import ModelSpec, parse_spec
 from service.engine.protocol import Runtime
 from service.engine.runtimes import RUNTIMES, open_runtime
 from tests.support.events import FULL_SCHEMA
-from tests.support.oracle import contracting_weights, oracle_in_cuts
+from tests.support.oracle import contracting_weights, joined, oracle_in_cuts, random_states
 from tests.support.stepping import in_cuts, step
 
 Floats = NDArray[np.float32]
@@ -112,12 +112,42 @@ HANDED: dict[str, Any] = {
     "max_chunk_steps": 70,
 }
 """Both kinds handed on, a state handed on twice, and a name that is not the layer before."""
+ATTENDING: dict[str, Any] = {
+    "layers": [
+        {"kind": "lstm", "units": 5},
+        {"kind": "attention", "name": "so_far", "over": "stream", "units": 4},
+        {"kind": "concatenate", "inputs": ["lstm_1", "so_far"]},
+        {"kind": "gru", "units": 4},
+        {"kind": "attention", "name": "again", "over": "stream", "units": 3},
+    ],
+    "heads": [
+        {"kind": "sequence", "name": "last"},
+        {"kind": "dense", "name": "out", "units": 3, "input": "so_far"},
+    ],
+}
+WHOLE: dict[str, Any] = {
+    "layers": [
+        {"kind": "gru", "units": 5},
+        {"kind": "attention", "name": "here", "over": "chunk", "units": 4},
+        {"kind": "attention", "name": "so_far", "over": "stream", "units": 4, "inputs": ["gru_1"]},
+        {"kind": "add", "name": "both", "inputs": ["here", "so_far"]},
+        {"kind": "lstm", "units": 4, "inputs": ["both"]},
+        {"kind": "dense", "name": "tail", "units": 3, "inputs": ["here"], "activation": "tanh"},
+    ],
+    "heads": [
+        {"kind": "dense", "name": "once", "units": 2},
+        {"kind": "sequence", "name": "each", "input": "lstm_1"},
+    ],
+    "max_chunk_steps": 70,
+}
 MODELS = {
     "stacked": {"features": 3, **STACKED},
     "merged": {"features": 3, **MERGED},
     "cells": {"features": 3, **CELLS},
     "events": EVENTS,
     "handed": {"features": 3, **HANDED},
+    "attending": {"features": 3, **ATTENDING},
+    "whole": {"features": 3, **WHOLE},
 }
 
 
@@ -130,8 +160,7 @@ class Opened(NamedTuple):
         return self.artifact.spec
 
     def states(self, random: np.random.Generator, count: int) -> Floats:
-        size = self.artifact.state.float_size
-        return random.uniform(-1, 1, (count, size)).astype(np.float32)
+        return random_states(self.spec, random, count)
 
 
 def spec_of(name: str) -> ModelSpec:
@@ -178,11 +207,18 @@ def equals_the_oracle(
     weights, chunks = opened.artifact.weights, cuts or [len(rows)]
     expected, expected_state = oracle_in_cuts(opened.spec, weights, rows, state, chunks)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(after, expected_state, rtol=1e-5, atol=1e-5)
+    numbers, expected_numbers = joined(opened.spec, after), joined(opened.spec, expected_state)
+    np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-5, atol=1e-5)
 
 
 def same(found: Floats, expected: Floats) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def same_state(opened: Opened, found: Floats, expected: Floats) -> None:
+    np.testing.assert_allclose(
+        joined(opened.spec, found), joined(opened.spec, expected), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("lengths", [[1], [16], [1, 9, 16, 3, 16, 2], [64, 1]], ids=str)
@@ -208,7 +244,7 @@ def test_cuts_are_invisible_or_the_chunks_that_the_model_sees(opened: Opened) ->
         outputs, end = in_cuts(opened.runtime, rows, state, cuts)
         if opened.spec.chunking == "invisible":
             same(outputs, whole)
-            same(end, after)
+            same_state(opened, end, after)
         else:
             equals_the_oracle(opened, rows, state, outputs, end, cuts)
             assert np.abs(outputs - whole).max() > 1e-3
@@ -223,7 +259,7 @@ def test_company_is_invisible(opened: Opened) -> None:
     for place, index in enumerate(order):
         (alone,), state = step(opened.runtime, [rows[index]], states[index : index + 1])
         same(together[place], alone)
-        same(after[place], state[0])
+        same_state(opened, after[place], state[0])
 
 
 @pytest.mark.parametrize(("more_rows", "more_steps"), [(6, 0), (0, 40), (7, 13)])
@@ -235,7 +271,7 @@ def test_padding_is_invisible(opened: Opened, more_rows: int, more_steps: int) -
     padded, padded_after = step(
         opened.runtime, rows, states, more_rows=more_rows, more_steps=more_steps
     )
-    same(padded_after, after)
+    same_state(opened, padded_after, after)
     for found, expected in zip(padded, outputs, strict=True):
         same(found, expected)
 
@@ -250,7 +286,7 @@ def test_the_state_stands_still_beyond_a_length(opened: Opened) -> None:
     # the engine never sends this: what lies beyond a length must not matter to the state
     _, after = opened.runtime.step(rows[np.newaxis], lengths, state)
     _, short = step(opened.runtime, [rows[:6]], state)
-    same(after, short)
+    same_state(opened, after, short)
     assert np.abs(short - state).max() > 1e-3
 
 

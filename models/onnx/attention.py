@@ -1,0 +1,142 @@
+"""Attention with context as nodes; the equations are those of `models.networks.attention`.
+
+Sequences are [T, B, W], state parts [1, B, size]. Over the stream all steps of a call are summed
+at once, in float64, from the state before it: memory grows with T squared, and the engine's calls
+are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from models.layers import AttentionLayer
+from models.onnx.heads import dense
+from models.onnx.nodes import Nodes, Value
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+MASKED = -1e30
+NOTHING = -1e300
+"""The bounds of `models.networks.attention`, which says why."""
+
+
+def over_chunk(
+    nodes: Nodes, layer: AttentionLayer, weights: Weights, x: Value, lengths: Value
+) -> tuple[Value, Value]:
+    """One layer over the valid steps of each row.
+
+    Args:
+        x: float32 [T, B, W].
+        lengths: int32 [B].
+
+    Returns:
+        The value, the same at every step, [T, B, W], and the weights [T, B, 1], 0 beyond a
+        row's length.
+    """
+    steps = nodes.add("Unsqueeze", _steps(nodes, x), nodes.integers(1))
+    valid = nodes.add("Less", steps, nodes.add("Cast", lengths, to=TensorProto.INT64))
+    valid = nodes.add("Unsqueeze", valid, nodes.integers(2))
+    scores = nodes.add("Where", valid, _scores(nodes, layer, weights, x), nodes.number(MASKED))
+    shares = nodes.add("Softmax", scores, axis=0)
+    value = nodes.add("ReduceSum", nodes.add("Mul", shares, x), nodes.integers(0), keepdims=1)
+    return nodes.add("Expand", value, nodes.add("Shape", x)), shares
+
+
+def over_stream(
+    nodes: Nodes,
+    layer: AttentionLayer,
+    weights: Weights,
+    x: Value,
+    lengths: Value,
+    state: list[Value],
+    width: int,
+) -> tuple[Value, list[Value]]:
+    """One layer over everything up to each step.
+
+    Args:
+        x: float32 [T, B, W].
+        lengths: int32 [B], each 1..T.
+        state: maximum [1, B, 1], normaliser [1, B, 2] and sum [1, B, 2 W].
+        width: W.
+
+    Returns:
+        The values [T, B, W], and the state after each row's last valid step.
+    """
+    start, normaliser_before, total_before = _exact(nodes, state, width)
+    exact = _double(nodes, nodes.add("Transpose", x, perm=[1, 0, 2]))
+    scores = _double(
+        nodes, nodes.add("Transpose", _scores(nodes, layer, weights, x), perm=[1, 2, 0])
+    )
+    steps = _steps(nodes, x)
+    causal = nodes.add("GreaterOrEqual", nodes.add("Unsqueeze", steps, nodes.integers(1)), steps)
+    nothing = nodes.constant(np.array(NOTHING, np.float64))
+    pairs = nodes.add("Where", causal, scores, nothing)
+    maximum = nodes.add("ReduceMax", pairs, nodes.integers(2), keepdims=1)
+    maximum = nodes.add("Max", maximum, start)
+    shares = nodes.add("Exp", nodes.add("Sub", pairs, maximum))
+    kept = nodes.add("Exp", nodes.add("Sub", start, maximum))
+    normaliser = nodes.add(
+        "Add",
+        nodes.add("Mul", kept, normaliser_before),
+        nodes.add("ReduceSum", shares, nodes.integers(2), keepdims=1),
+    )
+    total = nodes.add(
+        "Add", nodes.add("Mul", kept, total_before), nodes.add("MatMul", shares, exact)
+    )
+    values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=TensorProto.FLOAT)
+    sums = nodes.concat([maximum, normaliser, total], axis=2)
+    last = nodes.add("Cast", lengths, to=TensorProto.INT64)
+    last = nodes.add("Sub", last, nodes.integers(1))
+    last = nodes.add("Unsqueeze", last, nodes.integers(1, 2))
+    last = nodes.add("Expand", last, nodes.integers(1, 1, 2 + width))
+    ended = nodes.split(nodes.add("GatherElements", sums, last, axis=1), [1, 1, width], axis=2)
+    after = [
+        nodes.add("Cast", ended[0], to=TensorProto.FLOAT),
+        *(_parts(nodes, value) for value in ended[1:]),
+    ]
+    return nodes.add("Transpose", values, perm=[1, 0, 2]), [
+        nodes.add("Transpose", part, perm=[1, 0, 2]) for part in after
+    ]
+
+
+def _scores(nodes: Nodes, layer: AttentionLayer, weights: Weights, x: Value) -> Value:
+    """s_t: float32 [T, B, 1]."""
+    hidden = nodes.add("Tanh", dense(nodes, weights, layer.name, x))
+    context = weights[f"{layer.name}.context"][:, np.newaxis]
+    return nodes.add("MatMul", hidden, nodes.constant(context))
+
+
+def _exact(nodes: Nodes, state: list[Value], width: int) -> tuple[Value, Value, Value]:
+    """Maximum, normaliser and sum, float64 [B, 1, size]."""
+    maximum, normaliser, total = (
+        _double(nodes, nodes.add("Transpose", part, perm=[1, 0, 2])) for part in state
+    )
+    high, low = nodes.split(normaliser, [1, 1], axis=2)
+    seen = nodes.add("Greater", high, nodes.constant(np.array(0, np.float64)))
+    maximum = nodes.add("Where", seen, maximum, nodes.constant(np.array(NOTHING, np.float64)))
+    highs, lows = nodes.split(total, [width, width], axis=2)
+    return maximum, nodes.add("Add", high, low), nodes.add("Add", highs, lows)
+
+
+def _parts(nodes: Nodes, value: Value) -> Value:
+    """A float64 [..., n] as float32 [..., 2 n]: what float32 holds of it, and the rest."""
+    high = nodes.add("Cast", value, to=TensorProto.FLOAT)
+    low = nodes.add("Sub", value, _double(nodes, high))
+    return nodes.concat([high, nodes.add("Cast", low, to=TensorProto.FLOAT)], axis=2)
+
+
+def _steps(nodes: Nodes, x: Value) -> Value:
+    """0, 1, ... T - 1, int64 [T]."""
+    count = nodes.add(
+        "Gather", nodes.add("Shape", x), nodes.constant(np.array(0, np.int64)), axis=0
+    )
+    zero, one = (nodes.constant(np.array(number, np.int64)) for number in (0, 1))
+    return nodes.add("Range", zero, count, one)
+
+
+def _double(nodes: Nodes, value: Value) -> Value:
+    return nodes.add("Cast", value, to=TensorProto.DOUBLE)
