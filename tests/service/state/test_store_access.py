@@ -61,8 +61,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     ours = ("-keyout", folder / "ca.key", "-out", made.authority, "-subj", "/CN=authority")
     theirs = ("-keyout", made.key, "-out", made.certificate, "-subj", "/CN=server")
     signed = ("-CA", made.authority, "-CAkey", folder / "ca.key")
+    signing = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
     name = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
-    for arguments in ((*fresh, *ours), (*fresh, *theirs, *signed, *name)):
+    for arguments in ((*fresh, *ours, *signing), (*fresh, *theirs, *signed, *name)):
         subprocess.run([openssl, *arguments], check=True, capture_output=True)
     return made
 
