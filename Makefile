@@ -13,7 +13,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test model faults check format bench bench-micro load example compose-test lock clean
+.PHONY: help run test model faults check format bench bench-micro load overload example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,10 @@ bench-micro: ## measure codec, policy, encode, wire and store by themselves
 load: ## load a running service, check its answers (ARGS="--scenario steady --users 32")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.load $(ARGS)
+
+overload: ## twice what a service of its own can do, for a minute (ARGS="--steps 256")
+	@scripts/setup dev
+	@exec $(BIN)/python -m tests.load.overload $(ARGS)
 
 example: ## train the flights example from nothing and compare it with its baselines
 	@scripts/setup dev
