@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from models.artifact import Artifact, write_artifact
 from models.layout import weight_shapes
 from models.spec import ModelSpec, parse_spec
+from service.engine.compute import Compute
 from service.engine.protocol import Runtime
 from service.engine.runtimes import RUNTIMES, open_runtime
 from tests.support.events import FULL_SCHEMA
@@ -248,6 +249,26 @@ def test_cuts_are_invisible_or_the_chunks_that_the_model_sees(opened: Opened) ->
         else:
             equals_the_oracle(opened, rows, state, outputs, end, cuts)
             assert np.abs(outputs - whole).max() > 1e-3
+
+
+async def test_the_longest_chunk_is_one_call_where_the_model_sees_it_as_a_whole(
+    opened: Opened,
+) -> None:
+    limit = opened.spec.chunk_limit
+    random = np.random.default_rng(7)
+    rows = [encoded(random, opened.spec, length) for length in (limit or 150, 5)]
+    states, calls = opened.states(random, 2), []
+    compute = Compute()
+    try:
+        inferred = await compute.infer(
+            opened.runtime, rows, states, lambda *call: calls.append(call)
+        )
+    finally:
+        compute.close()
+    assert len(calls) == (3 if limit is None else 1)
+    for index, row in enumerate(rows):
+        found = inferred.outputs[index], inferred.states[index]
+        equals_the_oracle(opened, row, states[index], *found)
 
 
 def test_company_is_invisible(opened: Opened) -> None:

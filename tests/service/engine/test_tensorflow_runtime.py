@@ -9,7 +9,7 @@ import pytest
 
 from models.artifact import Artifact
 from service.engine.compute import Compute
-from service.engine.tensorflow_runtime import TensorflowRuntime
+from service.engine.tensorflow_runtime import TensorflowRuntime, rungs_up_to
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import make_artifact, rows_of
 
@@ -36,6 +36,24 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
         expected, state = oracle_step(artifact.spec, artifact.weights, row, kept[index])
         np.testing.assert_allclose(outputs[index], expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(after[index], state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("most", "steps"),
+    [
+        (1, [1]),
+        (10, [1, 4, 10]),
+        (64, [1, 4, 16, 64]),
+        (70, [1, 4, 16, 64, 70]),
+        (1000, [1, 4, 16, 64, 256, 1000]),
+        (1024, [1, 4, 16, 64, 256, 1024]),
+    ],
+)
+def test_the_ladder_reaches_the_longest_call(most: int, steps: list[int]) -> None:
+    rungs = rungs_up_to(most)
+    assert list(dict.fromkeys(step for _, step in rungs)) == steps
+    assert rungs[-1] == (TensorflowRuntime.max_batch, most)
+    assert len(set(rungs)) == len(rungs)
 
 
 async def test_ready_after_the_first_rungs_and_the_same_after_all(

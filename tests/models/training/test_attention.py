@@ -1,0 +1,76 @@
+"""Attention over the stream in training: its sums go from window to window, and it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.spec import ModelSpec, parse_spec
+from models.training.data import fitted_spec, streams_of
+from models.training.evaluate import evaluate
+from models.training.loop import Loop
+from models.training.plan import plan_of
+from models.training.trainer import train
+from tests.support.oracle import joined
+from tests.support.training import HOUR_MS, latch_frame, latch_spec
+
+ATTENDING = [
+    {"kind": "dense", "units": 8, "activation": "tanh"},
+    {"kind": "attention", "name": "past", "over": "stream", "units": 8},
+    # what a model has to have; no head reads it
+    {"kind": "gru", "units": 1, "inputs": ["features"]},
+]
+
+
+def attending_spec(**training: Any) -> ModelSpec:
+    """The latch's task for a network whose only memory is attention over the stream.
+
+    The mark itself is hidden: its column is nearly 0.
+    """
+    data = latch_spec(**training).model_dump()
+    for field in data["events"]["fields"]:
+        if field["name"] == "mark":
+            field["std"] = 1e6
+    heads = [{**head, "input": "past"} for head in data["heads"] if head["name"] == "up"]
+    return parse_spec({**data, "layers": ATTENDING, "heads": heads})
+
+
+def test_windows_carry_the_sums_as_one_whole_run_does() -> None:
+    spec = attending_spec(learning_rate=1e-30, weight_decay=0.0)
+    streams = streams_of(spec, latch_frame())
+    fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
+    loop = Loop(fitted, plan_of(fitted, streams, {}, 16 * HOUR_MS, 22 * HOUR_MS), 1)
+    for epoch in range(4):
+        for _ in loop.train_epoch(epoch):
+            pass
+    ended = loop.arrays()["ended"]
+    later = 0
+    for at, segment in enumerate(loop.plan.segments):
+        first = segment
+        while first.before is not None:
+            first = loop.plan.segments[first.before]
+            later += 1
+        rows = loop.plan.rows[first.start : segment.stop][None]
+        state = np.zeros((1, loop.network.state_size), np.float32)
+        whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
+        np.testing.assert_allclose(
+            joined(fitted, ended[at]), joined(fitted, whole.state.numpy()[0]), rtol=1e-5, atol=1e-5
+        )
+    assert later > 0
+
+
+def test_what_lies_windows_back_is_learned_and_served(tmp_path: Path) -> None:
+    """The first event decides every later mark, and a window is 4 events."""
+    done = train(
+        attending_spec(epochs=25, patience=25), latch_frame(60), tmp_path / "a", quiet=True
+    )
+    losses = [record["validation"]["up"] for record in done.history]
+    assert losses[0] > 0.5
+    assert min(losses) < 0.1
+    scores = evaluate(done.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
+    assert scores["heads"]["up"]["auc"] > 0.97
