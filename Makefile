@@ -6,6 +6,8 @@ PYTHON ?=
 VENV ?= .venv
 # where `make run` listens (empty: as CARRY_PORT says, else 8000)
 PORT ?=
+# which example `make example` trains
+NAME ?= flights
 # further options of the task's command
 ARGS ?=
 
@@ -64,9 +66,9 @@ overload: ## twice what a service of its own can do, for a minute (ARGS="--steps
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.load.overload $(ARGS)
 
-example: ## train the flights example from nothing and compare it with its baselines
+example: ## train an example from nothing, compare it with baselines (NAME=customers)
 	@scripts/setup dev
-	@exec $(BIN)/python -m models.examples.flights $(ARGS)
+	@exec $(BIN)/python -m models.examples.$(NAME) $(ARGS)
 
 compose-test: ## build the containers and prove that streams survive their restarts
 	@scripts/setup dev

@@ -198,7 +198,7 @@ def _forecast(
         values = []
         for target in targets:
             series = known[:, target]
-            said = series if life == "last" else table.running(series, life)
+            said = table.last_known(series) if life == "last" else table.running(series, life)
             spread = np.nanquantile(series[table.train] - said[table.train - 1], levels)
             middle = float(np.nanmedian(series[table.train]))
             near = np.where(np.isnan(said[at - 1]), middle, said[at - 1])
@@ -249,7 +249,7 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
     def running(life: float | None) -> dict[str, Floats]:
         return {name: table.running(table.encoded(name), life) for name in numeric}
 
-    last = {name: table.encoded(name) for name in numeric}
+    last = {name: table.last_known(table.encoded(name)) for name in numeric}
     tried = [
         (float(np.nanmean(score(running(life), table.validate).losses["nll"])), life)
         for life in HALF_LIVES
@@ -279,7 +279,8 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
             )
             log_deviation = np.full(table.streams.events, np.nan)
             log_deviation[every] = 0.5 * spread.values(every)
-            known = table.train[~np.isnan(truth[table.train])]
+            # The training errors that both were fitted on are smaller than those to come.
+            known = table.validate[~np.isnan(truth[table.validate])]
             ratio = np.square(truth - said)[known] / np.exp(2 * log_deviation[known])
             log_deviation += 0.5 * np.log(ratio.mean())
             nats += gaussian_nats(truth - said, log_deviation)[table.test]

@@ -54,6 +54,13 @@ class Table:
         """The last events at every row, for trees: see `tree_features`."""
         return tree_features(self.spec, self.rows, self.streams.spans, events, categorical)
 
+    def last_known(self, series: Floats) -> Floats:
+        """The latest value of each stream up to each row that is not absent; NaN before any."""
+        frame = pl.DataFrame({"s": self.stream_of, "x": series})
+        known = pl.col("x").fill_nan(None).forward_fill().over("s")
+        found = frame.select(known)["x"]
+        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+
     def running(self, series: Floats, half_life: float | None) -> Floats:
         """Running mean of each stream up to each row, without absent values; NaN before any."""
         frame = pl.DataFrame({"s": self.stream_of, "x": series}).with_columns(

@@ -11,14 +11,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from tests.support.pipelines import make_artifact, rows_of, whole
+from tests.support.sender import LONG_S, Sender, send_all
 from tests.support.servers import real_server, until
 from tests.support.service import Service, running
-
-LONG_S = 120.0
 
 
 @pytest.fixture(scope="session")
@@ -34,77 +32,25 @@ def own_service(tmp_path: Path, probe: Artifact) -> Iterator[Service]:
         yield up
 
 
-class Sender:
-    """One stream's events, sent in cuts, each sent again until it is answered."""
-
-    def __init__(self, name: str, seed: int, events: int = 60):
-        self.random = np.random.default_rng(seed)
-        self.path = f"/v1/models/probe/streams/{name}/chunks"
-        self.rows = rows_of(self.random, events)
-        self.position = 0
-        self.outputs = np.zeros((events, 7), np.float32)
-
-    async def send(
-        self, client: httpx.AsyncClient, until_position: int, begun: asyncio.Event | None = None
-    ) -> None:
-        """Send up to a position; `begun` is set once something of it was answered."""
-        async with asyncio.timeout(LONG_S):
-            while self.position < until_position:
-                count = int(self.random.integers(1, 9))
-                piece = self.rows[self.position : min(self.position + count, until_position)]
-                await self._send(client, piece)
-                if begun is not None:
-                    begun.set()
-
-    async def _send(self, client: httpx.AsyncClient, piece: NDArray[np.float32]) -> None:
-        """Send one chunk until it is answered, or the stream is found to stand elsewhere."""
-        body = {"position": self.position, "inputs": piece.tolist()}
-        while True:
-            try:
-                response = await client.post(self.path, json=body)
-            except httpx.TransportError:
-                response = None
-            if response is not None and response.status_code != 503:
-                break
-            await asyncio.sleep(0.05)
-        reply = response.json()
-        if response.status_code == 409:
-            # The store lost what it had not yet written: the client is told, and sends again.
-            assert reply["code"] == "position_ahead", reply
-            self.position = reply["expected"]
-            return
-        assert response.status_code == 200, reply
-        end = self.position + len(piece)
-        for name, columns in (("last", slice(0, 4)), ("out", slice(4, 6)), ("steep", slice(6, 7))):
-            self.outputs[self.position : end, columns] = np.array(reply["outputs"][name])
-        assert reply["position"] == end
-        self.position = end
-
-
-async def _send_all(url: str, senders: list[Sender], until_position: int) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-        await asyncio.gather(*(sender.send(client, until_position) for sender in senders))
-
-
 async def test_kills_and_a_stop_lose_nothing(own_service: Service, probe: Artifact) -> None:
     """One service through it all: it is killed, its store is killed, both are, it is stopped."""
     senders = [Sender(f"s{index}", index, events=150) for index in range(12)]
-    await _send_all(own_service.url, senders, 30)
+    await send_all(own_service.url, senders, 30)
 
     valkey = own_service.valkey_pid()
     own_service.kill()
     own_service.start()
     assert own_service.valkey_pid() == valkey, "left behind, and adopted"
-    await _send_all(own_service.url, senders, 50)
+    await send_all(own_service.url, senders, 50)
 
     # Requests wait while the store comes back.
-    await asyncio.gather(_send_all(own_service.url, senders, 90), _kill(valkey))
+    await asyncio.gather(send_all(own_service.url, senders, 90), _kill(valkey))
     assert own_service.valkey_pid() != valkey
 
     own_service.kill()
     await _kill(own_service.valkey_pid())
     own_service.start()
-    await _send_all(own_service.url, senders, 110)
+    await send_all(own_service.url, senders, 110)
 
     # What was accepted before SIGTERM is answered and stored.
     valkey = own_service.valkey_pid()
@@ -122,7 +68,7 @@ async def test_kills_and_a_stop_lose_nothing(own_service: Service, probe: Artifa
         for sender in senders:
             stands = client.get(sender.path.removesuffix("/chunks")).json()["position"]
             assert stands >= sender.position
-    await _send_all(own_service.url, senders, 150)
+    await send_all(own_service.url, senders, 150)
     for sender in senders:
         expected = whole(probe, sender.rows)
         np.testing.assert_allclose(sender.outputs, expected, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from tests.support.service import running
 
 STREAM = "/v1/models/post-lstm/streams/wrong"
 JSON = {"content-type": "application/json"}
+SHORT = {"carry-timeout": "0.5"}
 
 WRONG: list[tuple[str, bytes, int, str, str]] = [
     ("malformed", b'{"inputs": [[1]', 400, "malformed_body", "JSON"),
@@ -115,7 +116,7 @@ def test_redis_not_there(tmp_path: Path) -> None:
         client.post(f"{path}/chunks", json=body).raise_for_status()
         server.kill()
         for response in (
-            client.post(f"{path}/chunks", json={**body, "position": 2}),
+            client.post(f"{path}/chunks", json={**body, "position": 2}, headers=SHORT),
             client.get(path),
         ):
             problem = response.json()
@@ -130,3 +131,4 @@ def test_redis_not_there(tmp_path: Path) -> None:
         assert client.get(path).json()["position"] == 2
         again = client.post(f"{path}/chunks", json={**body, "position": 2}).json()
         assert again["position"] == 4
+        assert client.get("/health/ready").status_code == 200

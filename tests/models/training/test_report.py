@@ -161,3 +161,14 @@ def test_without_held_out_events_there_is_no_report(tmp_path):
     train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
     assert not (tmp_path / "model" / "report.json").exists()
     assert load_artifact(tmp_path / "model").manifest["training"]["best_epochs"] == [1]
+
+
+def test_the_last_value_is_the_last_that_is_known(table):
+    noise = table.encoded("noise")
+    holed = np.where(np.arange(len(noise)) % 3 == 0, noise, np.nan)
+    last = table.last_known(holed)
+    for start, stop in table.streams.spans:
+        wanted = np.nan
+        for at in range(start, stop):
+            wanted = noise[at] if at % 3 == 0 else wanted
+            np.testing.assert_equal(last[at], wanted)

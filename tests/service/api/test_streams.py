@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import ormsgpack
 import pytest
 
+from models.artifact import Artifact
 from service.api.schemas import Deleted, StateReply, StreamInfo, StreamList
 from service.domain import StreamKey
 from service.errors import StoreUnavailable
-from tests.service.api.harness import EVENT, LATER, MSGPACK, NOW_MS, Harness, problem, rows
+from tests.service.api.harness import EVENT, LATER, MSGPACK, NOW_MS, Harness, harness, problem, rows
+from tests.support.servers import RealServer
 
 ADDRESS = "/v1/models/probe/streams"
 
@@ -309,3 +312,42 @@ async def test_an_empty_precondition_is_none_that_holds(api: Harness) -> None:
 async def test_a_weight_out_of_range_accepts_nothing(api: Harness, weight: str) -> None:
     response = await api.client.get(ADDRESS, headers={"accept": f"application/json;q={weight}"})
     problem(response, 406, "not_acceptable")
+
+
+async def test_a_damaged_state_is_never_used_and_has_two_ways_out(
+    pipeline_server: RealServer,
+    models: Mapping[str, Artifact],
+    damage: Callable[[str], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its stream is named in the log; a deletion or a restore begins it anew."""
+    async with harness(pipeline_server, models, state_cache_bytes=0) as api:
+        body = {"position": 0, "inputs": rows(3).tolist()}
+        for way_out in ("delete", "restore"):
+            await api.chunk(body, stream="spoilt")
+            path = "/v1/models/probe/streams/spoilt"
+            saved = (await api.client.get(f"{path}/state")).json()
+            damage("spoilt")
+            capsys.readouterr()
+            for response in (
+                await api.chunk({**body, "position": 3}, stream="spoilt"),
+                await api.chunk({"inputs": body["inputs"]}, stream="spoilt"),
+                await api.chunk(body, stream="spoilt"),
+                await api.client.get(path),
+                await api.client.get(f"{path}/state"),
+                await api.client.post(f"{path}/fork", json={"to": "copy"}),
+            ):
+                document = problem(response, 500, "state_damaged")
+                assert (document["stream"], document["retryable"]) == ("spoilt", False)
+            logged = capsys.readouterr().out.splitlines()
+            named = [line for line in logged if "stream=spoilt" in line]
+            assert sum("[error" in line and "state_damaged" in line for line in named) >= 6
+            if way_out == "delete":
+                assert (await api.client.delete(path)).status_code == 204
+                assert (await api.chunk(body, stream="spoilt")).json()["created"] is True
+                assert (await api.client.delete(path)).status_code == 204
+            else:
+                restored = await api.client.put(f"{path}/state", json=saved)
+                assert restored.status_code in (200, 201)
+                again = await api.chunk({**body, "position": 3}, stream="spoilt")
+                assert again.json()["position"] == 6

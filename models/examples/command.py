@@ -1,0 +1,87 @@
+"""What the examples' commands do: train from nothing, compare, write; or show the report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+import polars as pl
+
+from models.artifact import Artifact
+from models.errors import ModelsError
+from models.files import replace_file
+from models.spec_file import read_spec
+from models.training.commands import REPORT, train_frame
+
+if TYPE_CHECKING:
+    from models.training.report import Further
+
+Beside = Callable[[Artifact, pl.DataFrame], dict[str, bytes]]
+BUILT = Path("build/examples")
+"""Where examples write their artifacts, from where the command is run."""
+
+
+def run_example(
+    name: str,
+    spec: Path,
+    events: Callable[[], pl.DataFrame],
+    out: Path,
+    *,
+    description: str | None = None,
+    further: Further | None = None,
+    beside: Beside | None = None,
+) -> None:
+    """Read the command line and run one example.
+
+    Args:
+        name: the example's module under `models.examples`.
+        spec: its specification.
+        events: prepares its table.
+        out: where the artifact goes unless a path is given.
+        description: of the command.
+        further: baselines that only these data allow, see `make_report`.
+        beside: further files of the artifact's folder; those that end in `.md` are printed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m models.examples.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", nargs="?", type=Path, default=out, help=f"default: {out}")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped training")
+    parser.add_argument("--show", action="store_true", help="print the report that is there")
+    options = parser.parse_args()
+    if options.show:
+        from models.training.report import report_lines
+
+        print("\n".join(report_lines(orjson.loads((options.out / REPORT).read_bytes()))))
+        for text in sorted(options.out.glob("*.md")):
+            print(text.read_text(encoding="utf-8"))
+        return
+    start = time.monotonic()
+    try:
+        frame = events()
+        artifact = train_frame(
+            read_spec(spec),
+            frame,
+            options.out,
+            resume=options.resume,
+            overwrite=True,
+            source=name,
+            further=further,
+        )
+        if beside is not None:
+            for file, content in beside(artifact, frame).items():
+                replace_file(options.out / file, content)
+                if file.endswith(".md"):
+                    print(content.decode())
+    except ModelsError as error:
+        raise SystemExit(f"{name}: {error}") from error
+    print(
+        f"{options.out}: model {artifact.spec.name}, version {artifact.version}, "
+        f"after {time.monotonic() - start:.0f} s"
+    )

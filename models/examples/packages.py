@@ -1,0 +1,23 @@
+"""Files of data that installed packages carry, found without importing the packages."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from models.errors import ModelsError
+
+
+def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
+    """Where a package lies.
+
+    Nothing of it is imported: some of these packages need modules that newer Pythons lack, and
+    all that is wanted are their data.
+
+    Raises:
+        ModelsError: it is not installed; `extras` is what the message says to install.
+    """
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ModelsError(f"expected the package `{package}` for its data: pip install {extras}")
+    return Path(next(iter(found.submodule_search_locations)))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+
+from models.examples.customers import data
+from models.examples.customers.__main__ import SPEC
+from models.examples.customers.baselines import BgNbd
+from models.examples.customers.data import END, TEST_FROM, VALIDATE_FROM, purchase_events
+from models.spec_file import read_spec
+from models.training.data import fitted_spec, moment_ms, streams_of
+
+BORDERS = (VALIDATE_FROM, TEST_FROM, END)
+
+
+@pytest.fixture(scope="module")
+def events() -> pl.DataFrame:
+    return purchase_events()
+
+
+def test_streams_are_customers_in_the_order_of_their_purchases(events):
+    assert events.height == 67_591
+    assert events["customer"].n_unique() == 23_570
+    assert events.equals(events.sort("customer", "bought"))
+    assert not events.select("customer", "bought").is_duplicated().any()
+    assert events["discs"].sum() == sum(int(line.split()[2]) for line in _lines())
+    assert events["dollars"].sum() == pytest.approx(sum(float(x.split()[3]) for x in _lines()))
+
+
+def _lines() -> list[str]:
+    path = data.package_folder("lifetimes") / "datasets" / "CDNOW_master.txt"
+    return path.read_text().splitlines()[1:]
+
+
+def test_a_label_says_whether_a_purchase_followed_within_thirty_days(events):
+    days: dict[str, list[date]] = {}
+    for customer, bought in events.select("customer", "bought").iter_rows():
+        days.setdefault(customer, []).append(bought)
+    for customer, bought, _, _, wait, again in events.sample(4000, seed=1).iter_rows():
+        before = [day for day in days[customer] if day < bought]
+        assert wait == ((bought - before[-1]).days if before else None)
+        border = next(border for border in BORDERS if bought < border)
+        if bought + timedelta(days=30) >= border:
+            assert again is None
+        else:
+            within = [day for day in days[customer] if 0 < (day - bought).days <= 30]
+            assert again is bool(within)
+
+
+@pytest.mark.parametrize("border", BORDERS[:2])
+def test_no_label_knows_what_comes_after_a_border(events, border, monkeypatch):
+    """Made from what was bought before a border, all labels before it are the same."""
+    read = data._read()
+    monkeypatch.setattr(data, "_read", lambda: read.filter(pl.col("bought") < border))
+    assert purchase_events().equals(events.filter(pl.col("bought") < border))
+
+
+def test_the_spec_names_the_borders_and_fits_the_events(events):
+    spec = read_spec(SPEC)
+    assert spec.training is not None
+    assert spec.events is not None
+    assert spec.training.validate_from == str(VALIDATE_FROM)
+    assert spec.training.test_from == str(TEST_FROM)
+    streams = streams_of(spec, events.head(2000))
+    fitted = fitted_spec(spec, streams, moment_ms(spec.events, "1997-10-01", "validate_from"))
+    assert fitted.events is not None
+    assert streams.encoded(fitted.events).shape == (2000, fitted.input_features)
+
+
+def test_bg_nbd_finds_the_customers_that_it_describes():
+    """Customers simulated as the model says: its parameters and its chances come out."""
+    random = np.random.default_rng(4)
+    truth = BgNbd(r=0.7, alpha=20.0, a=0.8, b=2.5)
+    count, whole = 20_000, 300.0
+    rate = random.gamma(truth.r, 1 / truth.alpha, count)
+    stops = random.beta(truth.a, truth.b, count)
+    x, last, now = np.zeros(count), np.zeros(count), np.zeros(count)
+    going = np.ones(count, bool)
+    seen = []
+    while going.any():
+        # No customer stops at the first purchase of all.
+        stopped = (x > 0) & (random.random(count) < stops)
+        wait = random.exponential(1 / rate)
+        seen.append(np.stack([x, now, ~stopped & (wait <= 30)])[:, going])
+        now = now + wait
+        going &= ~stopped & (now <= whole)
+        x[going] += 1
+        last[going] = now[going]
+    found = BgNbd.fitted(x, last, np.full(count, whole))
+    assert found.r == pytest.approx(truth.r, rel=0.1)
+    assert found.alpha == pytest.approx(truth.alpha, rel=0.1)
+    assert found.a / (found.a + found.b) == pytest.approx(0.8 / 3.3, rel=0.1)
+    purchases, age, bought = np.concatenate(seen, axis=1)
+    chance = truth.chance(purchases, age)
+    for group in (
+        purchases == 0,
+        (purchases == 1) & (age < 50),
+        (purchases == 1) & (age > 100),
+        (purchases > 1) & (age < 100),
+        purchases > 4,
+    ):
+        assert group.sum() > 1000
+        error = 3 * np.sqrt(0.25 / group.sum())
+        assert chance[group].mean() == pytest.approx(bought[group].mean(), abs=error)

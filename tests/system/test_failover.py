@@ -1,0 +1,92 @@
+"""A primary is lost under a running service: what was acknowledged, and what its clients see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from models.artifact import Artifact
+from tests.support.cluster import Cluster, ClusterNode, breakable_cluster, own_cluster
+from tests.support.pipelines import make_artifact, whole
+from tests.support.sender import Sender, send_all
+from tests.support.servers import until_async
+from tests.support.service import running
+
+__all__ = ["breakable_cluster", "own_cluster"]
+STREAMS, EVENTS = 16, 120
+
+
+@pytest.fixture(scope="session")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_artifact(tmp_path_factory.mktemp("models"))
+
+
+def senders() -> list[Sender]:
+    return [Sender(f"s{index}", index, events=EVENTS) for index in range(STREAMS)]
+
+
+def is_primary(node: ClusterNode) -> Callable[[], Awaitable[bool]]:
+    async def holds() -> bool:
+        return node.answers() and node.facts("replication")["role"] == "master"
+
+    return holds
+
+
+def check(artifact: Artifact, sent: list[Sender]) -> None:
+    """Every output is that of the whole sequence, nothing left out and nothing twice."""
+    for one in sent:
+        assert one.position == EVENTS
+        np.testing.assert_allclose(one.outputs, whole(artifact, one.rows), rtol=1e-5, atol=1e-5)
+
+
+async def test_replicated_to_all_no_acknowledged_chunk_is_lost(
+    own_cluster: Cluster, probe: Artifact, tmp_path: Path
+) -> None:
+    sent = senders()
+    victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
+    settings = {"CARRY_DURABILITY": "replicated", "CARRY_PARTITIONS": "64"}
+    with running(tmp_path, probe.path, redis_url=own_cluster.url, **settings) as service:
+        await send_all(service.url, sent, EVENTS // 3)
+        begun = asyncio.Event()
+        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+            sending = [asyncio.create_task(one.send(client, EVENTS, begun)) for one in sent]
+            await begun.wait()
+            victim.kill()
+            await until_async(is_primary(heir), "the replica's promotion")
+            # Without a replica nothing is as durable as asked, and nothing is acknowledged.
+            victim.start()
+            await asyncio.gather(*sending)
+    check(probe, sent)
+    assert [one.rewinds for one in sent] == [0] * STREAMS
+    own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
+    await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_a_lossy_failover_is_healed_by_sending_again(
+    own_cluster: Cluster, probe: Artifact, tmp_path: Path
+) -> None:
+    """`memory`: the replica that takes over has not what was acknowledged last."""
+    sent = senders()
+    with running(tmp_path, probe.path, redis_url=own_cluster.url, CARRY_PARTITIONS="64") as service:
+        await send_all(service.url, sent, EVENTS // 3)
+        for primary, replica in zip(own_cluster.primaries, own_cluster.replicas, strict=True):
+            assert primary.ask("WAIT", 1, 5000) == 1
+            replica.kill()
+        await send_all(service.url, sent, 2 * EVENTS // 3)
+        lost, heir = own_cluster.primaries[0], own_cluster.replicas[0]
+        lost.kill()
+        for replica in own_cluster.replicas:
+            replica.start()
+        await until_async(is_primary(heir), "the replica's promotion")
+        await send_all(service.url, sent, EVENTS)
+    check(probe, sent)
+    told = [one.rewinds for one in sent]
+    assert set(told) == {0, 1}, "the streams of the lost primary, and no others"
+    lost.start()
+    own_cluster.primaries[0], own_cluster.replicas[0] = heir, lost
+    await asyncio.to_thread(own_cluster.settle)
