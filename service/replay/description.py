@@ -29,12 +29,14 @@ class Description:
         version: first 12 digits of its fingerprint.
         schema: its event schema, not fitted.
         outputs: the layout of one step's outputs.
+        invisible: outputs do not depend on how events are cut into chunks.
     """
 
     name: str
     version: str
     schema: EventSchema
     outputs: OutputSpec
+    invisible: bool
 
 
 def read_description(document: Mapping[str, Any]) -> Description:
@@ -48,7 +50,11 @@ def read_description(document: Mapping[str, Any]) -> Description:
             for key, value in document["outputs"].items()
         )
         return Description(
-            name, str(document["version"]), _schema(document["events"]), OutputSpec(outputs)
+            name,
+            str(document["version"]),
+            _schema(document["events"]),
+            OutputSpec(outputs),
+            document["chunking"] == "invisible",
         )
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ReplayError(f"the description of model {name!r} cannot be read: {error}") from error

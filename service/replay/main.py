@@ -60,6 +60,11 @@ async def _run(options: ReplayOptions, errors: Console) -> Summary:
         require_reference()
     async with connect(options.urls, options.model, options.format) as service:
         served = await describe(service, options.patience_s)
+        if options.verify and not served.invisible:
+            raise ReplayError(
+                f"--verify compares with one call per whole stream, and the outputs of model "
+                f"{served.name!r} depend on how a stream is cut into chunks"
+            )
         artifact = _artifact(options, served)
         streams = load_streams(served.schema, options)
         replay = Replay(service, served.outputs, streams, options)

@@ -132,16 +132,19 @@ def read_reply(layout: OutputSpec, value: Any, steps: int) -> Reply:
 
 
 def packed(layout: OutputSpec, outputs: Mapping[str, Any], steps: int) -> FloatRows:
-    """Named outputs [T, ...] side by side in rows [T, O]; ValueError for another shape."""
+    """Named outputs [T, ...] side by side in rows [T, O]; ValueError for another shape.
+
+    An output that holds once for the whole chunk stands in each of its rows.
+    """
     rows = np.empty((steps, layout.size), np.float32)
     for output in layout.outputs:
         values = np.asarray(outputs[output.name], np.float32)
-        if values.shape != (steps, *output.shape):
+        shape = output.shape if output.per == "chunk" else (steps, *output.shape)
+        if values.shape != shape:
             raise ValueError(
-                f"output {output.name!r}: expected shape {[steps, *output.shape]}, "
-                f"got {list(values.shape)}"
+                f"output {output.name!r}: expected shape {list(shape)}, got {list(values.shape)}"
             )
-        rows[:, layout.slices[output.name]] = values.reshape(steps, output.size)
+        rows[:, layout.slices[output.name]] = values.reshape(-1, output.size)
     return rows
 
 

@@ -12,16 +12,26 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.errors import SpecError
+from models.layout import output_spec
 from models.spec import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import train_frame
 from models.training.data import streams_of
 from models.training.evaluate import run_chunks
 from models.training.label_baselines import BASE, BOTH, LAST_EVENTS
+from models.training.trainer import train
 from tests.support.training import HOUR_MS
 
 STEPS = 4
 LABEL = {"kind": "label", "name": "up"}
+HANDED = [
+    {"kind": "lstm", "name": "below", "units": 8},
+    {"kind": "lstm", "name": "above", "units": 8, "starts_from": "below"},
+]
+FOCUSED = [
+    {"kind": "lstm", "name": "below", "units": 8},
+    {"kind": "attention", "name": "above", "over": "chunk", "units": 8},
+]
 
 
 def frame(streams: int = 120) -> pl.DataFrame:
@@ -43,7 +53,9 @@ def frame(streams: int = 120) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def spec(*heads: dict[str, Any], window_steps: int = STEPS) -> ModelSpec:
+def spec(
+    *heads: dict[str, Any], window_steps: int = STEPS, layers: list[dict[str, Any]] = HANDED
+) -> ModelSpec:
     """A stack whose upper layer starts from where the lower one ended in the same chunk."""
     return parse_spec(
         {
@@ -55,10 +67,7 @@ def spec(*heads: dict[str, Any], window_steps: int = STEPS) -> ModelSpec:
                     {"kind": "boolean", "name": "flag"},
                 ]
             },
-            "layers": [
-                {"kind": "lstm", "name": "below", "units": 8},
-                {"kind": "lstm", "name": "above", "units": 8, "starts_from": "below"},
-            ],
+            "layers": layers,
             "heads": heads,
             "training": {
                 "stream": "id",
@@ -87,6 +96,25 @@ def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head)
         train_frame(spec(head, LABEL), frame(), tmp_path / "model", quiet=True)
     below = spec({**head, "input": "below"}, LABEL)
     assert below.heads[0].input == "below"
+
+
+def test_attention_over_the_chunk_learns_where_to_look(tmp_path) -> None:
+    """One value for all four events, whose label is the flag of the one loud event."""
+    random = np.random.default_rng(2)
+    data = frame().sort("id", "at")
+    loud = np.zeros((len(data) // STEPS, STEPS), bool)
+    loud[np.arange(len(loud)), random.integers(0, STEPS, len(loud))] = True
+    flags = data["flag"].to_numpy().reshape(loud.shape)
+    data = data.with_columns(
+        noise=loud.ravel().astype(float), up=np.repeat((flags & loud).any(axis=1), STEPS)
+    )
+    plain = spec(LABEL, layers=FOCUSED).model_dump()
+    longer = {**plain["training"], "epochs": 40, "patience": 40}
+    done = train(parse_spec({**plain, "training": longer}), data, tmp_path / "model", quiet=True)
+    losses = [record["validation"]["up"] for record in done.history]
+    assert losses[0] > 0.5
+    assert min(losses) < 0.2
+    assert output_spec(done.artifact.spec).outputs[0].per == "chunk"
 
 
 def test_what_comes_later_in_the_chunk_is_learnt_and_compared_fairly(tmp_path, monkeypatch) -> None:

@@ -86,6 +86,7 @@ class Standin:
     deaf: int = 0
     with_metrics: bool = True
     version: str = VERSION
+    chunking: str = "invisible"
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -118,6 +119,7 @@ class Standin:
             "version": self.version,
             "events": event_json_schema(self.spec.events),
             "outputs": outputs,
+            "chunking": self.chunking,
         }
         return _respond(request, 200, document)
 

@@ -164,11 +164,14 @@ def test_a_description_gives_fields_and_outputs_back() -> None:
         "version": "1",
         "events": event_json_schema(FULL_SCHEMA),
         "outputs": {"q": {"shape": [2, 3], "per": "step", "labels": []}},
+        "chunking": "invisible",
     }
     found = read_description(document)
     shape = [(field.name, field.kind, field.optional) for field in found.schema.fields]
     assert shape == [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
     assert found.outputs == OutputSpec((Output("q", (2, 3)),))
+    assert found.invisible
+    assert not read_description({**document, "chunking": "per_chunk"}).invisible
     with pytest.raises(ReplayError, match="takes no events"):
         read_description({**document, "events": None})
     with pytest.raises(ReplayError, match="cannot be read"):
@@ -186,6 +189,11 @@ def test_sent_events_pass_the_schema(streams: list[StreamEvents]) -> None:
 def test_outputs_are_packed_by_the_layout() -> None:
     rows = packed(LAYOUT, {"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8]}, 2)
     assert rows.tolist() == [[7, 0, 1, 2, 3, 4, 5], [8, 6, 7, 8, 9, 10, 11]]
+    once = OutputSpec((Output("v", (2,), per="chunk"), Output("p", ())))
+    rows = packed(once, {"v": [5, 6], "p": [7, 8]}, 2)
+    assert rows.tolist() == [[5, 6, 7], [5, 6, 8]]
+    with pytest.raises(ValueError, match="'v'"):
+        packed(once, {"v": [[5, 6], [5, 6]], "p": [7, 8]}, 2)
     with pytest.raises(ValueError, match="'p'"):
         packed(LAYOUT, {"q": np.zeros((2, 2, 3)), "p": [7]}, 2)
     with pytest.raises(ReplayError, match="cannot be read"):

@@ -162,3 +162,13 @@ def test_without_the_reference_nothing_is_sent(
     monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
     assert run_replay(ReplayOptions(verify=True, urls=("http://127.0.0.1:1",))) == EXIT_UNFINISHED
     assert "needs TensorFlow, whatever runtime serves: pip install" in capfd.readouterr().err
+
+
+def test_a_model_whose_cuts_count_is_not_compared_and_nothing_is_sent(
+    standin: Standin, background: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standin.chunking = "per_chunk"
+    options = ReplayOptions(urls=(background,), model="small", verify=True)
+    assert run_replay(options) == EXIT_UNFINISHED
+    assert "'small' depend on how a stream is cut into chunks" in capsys.readouterr().err
+    assert standin.seen == []
