@@ -21,7 +21,7 @@ from service.errors import (
     StoreUnavailable,
     StreamNotFound,
 )
-from service.state.protocol import COMMITTED, Commit, CommitResult
+from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
 from tests.support.numpy_runtime import NumpyRuntime
@@ -197,6 +197,34 @@ async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
         with pytest.raises(PositionAhead) as caught:
             await third
         assert caught.value.facts["expected"] == 4
+
+
+async def test_a_commit_that_was_refused_counts_as_not_begun(
+    store_url: str, artifact: Artifact
+) -> None:
+    """An append that lost a race, and had no time for a second try, may be sent again."""
+    rows = rows_of(np.random.default_rng(53), 4)
+
+    class Racing(HeldStore):
+        """Lets the first commit of all lose, and holds up what is loaded for the next try."""
+
+        async def commit(
+            self, commits: Sequence[Commit], deadline_s: float | None = None
+        ) -> list[CommitResult]:
+            if self.committing:
+                return await super().commit(commits, deadline_s)
+            self.committing += 1
+            self.loads.clear()
+            return [Conflicted(None)] * len(commits)
+
+    store = Racing(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        with pytest.raises((DeadlineExceeded, StoreUnavailable)) as caught:
+            await one.process(chunk_of("raced", rows), time.monotonic() + 0.2)
+        assert caught.value.retryable
+        store.loads.set()
+        again = await one.process(chunk_of("raced", rows), later())
+        assert again.mark.position == len(rows)
 
 
 class ShortStore(RedisStore):
