@@ -124,6 +124,8 @@ def environment(course: Course) -> dict[str, str]:
     found = {
         "CARRY_RUNTIME": "onnxruntime",
         "CARRY_STORE_WAIT_S": "3",
+        # no longer than what a client counts with that gave a request up
+        "CARRY_TIMEOUT_S": "3",
         "CARRY_DRAIN_S": "2",
     }
     if course.strict:
