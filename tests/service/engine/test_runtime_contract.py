@@ -331,7 +331,10 @@ def test_it_says_what_it_is(opened: Opened) -> None:
         assert padded[1] >= steps
 
 
-def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"peepholes": True}, {"projection": 15}], ids=str)
+def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     """Recurrent weights so large that one digit more or less would show after a few steps.
 
     XLA's programs of two shapes do part there, by their last digits.
@@ -340,7 +343,7 @@ def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(tmp_path: Path) ->
         {
             "name": "chaotic",
             "features": 4,
-            "layers": [{"kind": "lstm", "units": 20}, {"kind": "gru", "units": 20}],
+            "layers": [{"kind": "lstm", "units": 20, **options}, {"kind": "gru", "units": 20}],
             "heads": [{"kind": "sequence", "name": "last"}],
         }
     )
@@ -349,9 +352,10 @@ def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(tmp_path: Path) ->
         key: (random.normal(size=shape) * 2).astype(np.float32)
         for key, shape in weight_shapes(spec).items()
     }
-    runtime = open_runtime("onnxruntime", write_artifact(tmp_path / "m", spec, weights), 1)
+    artifact = write_artifact(tmp_path / "m", spec, weights)
+    runtime = open_runtime("onnxruntime", artifact, 1)
     rows = random.normal(size=(64, 4)).astype(np.float32)
-    state = random.uniform(-1, 1, 60).astype(np.float32)
+    state = random.uniform(-1, 1, artifact.state.float_size).astype(np.float32)
     whole, after = in_cuts(runtime, rows, state, [64])
     touched, _ = in_cuts(runtime, rows, state + np.float32(1e-6), [64])
     assert np.abs(touched - whole).max() > 1e-3
