@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,13 @@ Arrays = list[NDArray[np.float32]]
 
 SQUASHING = ["tanh", "softsign", "hard_sigmoid"]
 GATES = ["sigmoid", "hard_sigmoid"]
+OPTIONS: dict[str, Any] = {"peepholes": True, "layer_normalization": True, "projection": 3}
+COMBINATIONS = [
+    {name: OPTIONS[name] for name in names}
+    for count in range(1, len(OPTIONS) + 1)
+    for names in itertools.combinations(OPTIONS, count)
+]
+"""Every choice of an LSTM's options, for layers of 3 units or more."""
 PLAIN = ["linear", "relu", "tanh", "softplus", "gelu", "silu"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import keras
@@ -16,16 +15,10 @@ from models.networks.build import StepNetwork
 from models.networks.fresh import fresh_weights
 from models.spec import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
-from tests.models.networks.specs import sequences
+from tests.models.networks.specs import COMBINATIONS, OPTIONS, sequences
 from tests.support.oracle import contracting_weights, oracle_step
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-OPTIONS: dict[str, Any] = {"peepholes": True, "layer_normalization": True, "projection": 3}
-COMBINATIONS = [
-    {name: OPTIONS[name] for name in names}
-    for count in range(1, 4)
-    for names in itertools.combinations(OPTIONS, count)
-]
 
 
 def one_layer(*, units: int = 5, **options: Any) -> ModelSpec:
@@ -45,7 +38,7 @@ def network_of(spec: ModelSpec, seed: int = 3) -> StepNetwork:
     return network
 
 
-@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
 def test_every_combination_equals_the_oracle_in_any_cut(options: dict[str, Any]) -> None:
     spec = one_layer(**options)
     network = network_of(spec)
@@ -181,7 +174,7 @@ def test_residuals_are_an_add_layer_and_widths_and_cells_differ_by_layer() -> No
     }
 
 
-@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
 def test_keras_runs_the_cell_like_any_other(options: dict[str, Any]) -> None:
     """Through `keras.layers.RNN`, with its mask, `initial_state` and `return_state`."""
     network = network_of(one_layer(**options))

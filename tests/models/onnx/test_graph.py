@@ -20,7 +20,7 @@ from models.onnx import graph as graph_module
 from models.onnx.graph import write_graph
 from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
 from models.spec import ModelSpec, parse_spec
-from tests.models.networks.specs import sequences, stacks
+from tests.models.networks.specs import COMBINATIONS, sequences, stacks
 from tests.support.models import random_weights, small_spec
 from tests.support.oracle import (
     ACTIVATIONS,
@@ -59,6 +59,18 @@ def run(
     st.integers(0, 2**32 - 1),
 )
 def test_any_network_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
+    check_batch(spec, lengths, seed)
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
+def test_every_choice_of_an_lstms_options_equals_the_oracle(options: dict[str, Any]) -> None:
+    layer = {"kind": "lstm", "units": 5, **options}
+    heads = [{"kind": "sequence", "name": "h"}]
+    spec = parse_spec({"name": "m", "features": 2, "layers": [layer], "heads": heads})
+    check_batch(spec, [6, 2, 1, 9], 12)
+
+
+def check_batch(spec: ModelSpec, lengths: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     weights = contracting_weights(spec, seed)
     streams = sequences(random, lengths, spec.input_features)
@@ -106,6 +118,9 @@ def test_activations_of_layers_and_heads(name: str) -> None:
         {"kind": "gru", "units": 3},
         {"kind": "dense", "units": 3, "activation": name},
         {"kind": "activation", "activation": name},
+        {"kind": "activation", "activation": "tanh"},
+        {"kind": "lstm", "units": 3, "projection": 2, "activation": name},
+        {"kind": "activation", "activation": "tanh"},
     ]
     check_one_step(layers, name)
 
