@@ -249,13 +249,18 @@ class Load:
 
 
 @contextmanager
-def overloadable(folder: Path) -> Iterator[Service]:
-    """A service that refuses what would wait longer than half a second."""
+def overloadable(folder: Path, units: int) -> Iterator[Service]:
+    """A service that refuses what would wait longer than half a second.
+
+    Args:
+        units: of each of the network's two layers.
+    """
     settings = {
         "CARRY_RUNTIME": "onnxruntime",
         "CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S),
     }
-    with running(folder, standard_model(folder / "models").path.parent, **settings) as service:
+    models = standard_model(folder / "models", units).path.parent
+    with running(folder, models, **settings) as service:
         yield service
 
 
@@ -308,17 +313,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (60)")
     parser.add_argument("--times", type=float, default=2.0, help="the peak (2)")
     parser.add_argument("--steps", type=int, default=64, help="events in a chunk (64)")
+    parser.add_argument("--units", type=int, default=256, help="of each LSTM layer (256)")
     given = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="carry-overload-") as folder,
-        overloadable(Path(folder)) as service,
+        overloadable(Path(folder), given.units) as service,
     ):
         result = overload(
             service, steps=given.steps, times=given.times, seconds=given.seconds, peak_s=PEAK_S
         )
     over, failures = result.over, result.failures()
     print(f"{describe()}, commit {commit()}")
-    print(f"chunks of {given.steps} events; {given.times:g} times the peak for {given.seconds:g} s")
+    print(f"two LSTM({given.units}), chunks of {given.steps} events")
+    print(f"{given.times:g} times the peak for {given.seconds:g} s")
     print(f"peak             {result.peak:,.0f} chunks/s")
     print(f"offered          {over.offered / over.seconds:,.0f} chunks/s")
     print(f"goodput          {over.goodput:,.0f} chunks/s, {result.goodput:.1%} of the peak")
