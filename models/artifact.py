@@ -38,7 +38,7 @@ from models.decoder import decoder_weights
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
 from models.files import inside, replace_file, sync_directory, write_new
 from models.fingerprint import canonical_json, fingerprint
-from models.layout import OutputSpec, output_spec, state_spec, weight_shapes
+from models.layout import OutputSpec, network_state, output_spec, state_spec, weight_shapes
 from models.spec import ModelSpec, parse_spec
 from models.state import StateSpec
 
@@ -115,6 +115,11 @@ class Artifact:
     def state(self) -> StateSpec:
         """The layout of a stream's state."""
         return state_spec(self.spec)
+
+    @cached_property
+    def network_state(self) -> StateSpec:
+        """The parts of it that a runtime takes and gives; they come first among its floats."""
+        return network_state(self.spec)
 
     @cached_property
     def outputs(self) -> OutputSpec:

@@ -3,6 +3,7 @@
     invisible   every layer goes on from its own state: the cuts change nothing
     per_chunk   some layer looks at the chunk as a whole, so that each chunk is one Keras call
                 from the carried state, and its cuts are part of what is computed
+    whole       some layer reads backward from the end: only whole sequences have an end
 
 Three things follow from the layers alone: the word above, which layers know the chunk's later
 steps (what they give must not be trained or judged on those), and which give the same value at
@@ -15,9 +16,11 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from models.layers import (
+    RECURRENT,
     ActivationLayer,
     AttentionLayer,
     BatchNormalizationLayer,
+    BidirectionalLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -25,6 +28,7 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    Recurrent,
     returned_state,
 )
 
@@ -44,8 +48,17 @@ DEFAULT_CHUNK_STEPS = 1024
 """Longest chunk of a network that sees it as a whole, where the specification says nothing."""
 
 
-def chunking_of(layers: Iterable[Layer]) -> Chunking:
-    """What cuts mean to a network of these layers."""
+def chunking_of(layers: Iterable[Layer], *, blocks: bool) -> Chunking:
+    """What cuts mean to a network of these layers.
+
+    Args:
+        blocks: whether the stream is cut into blocks of its own (`models.blocks`).
+    """
+    if blocks:
+        return "invisible"
+    layers = tuple(layers)
+    if any(isinstance(layer, BidirectionalLayer) for layer in layers):
+        return "whole"
     return "per_chunk" if any(_sees_the_chunk(layer) for layer in layers) else "invisible"
 
 
@@ -71,7 +84,7 @@ def steady(layers: Iterable[Layer]) -> frozenset[str]:
     return frozenset(found)
 
 
-def check_hand_off(layer: LstmLayer | GruLayer, before: Mapping[str, Layer]) -> None:
+def check_hand_off(layer: Recurrent, before: Mapping[str, Layer]) -> None:
     """Refuse a layer that cannot start from the layer it names; ValueError says why.
 
     Args:
@@ -80,8 +93,8 @@ def check_hand_off(layer: LstmLayer | GruLayer, before: Mapping[str, Layer]) -> 
     if layer.starts_from is None:
         return
     source = before.get(layer.starts_from)
-    if not isinstance(source, (LstmLayer, GruLayer)):
-        names = [name for name, other in before.items() if isinstance(other, (LstmLayer, GruLayer))]
+    if not isinstance(source, RECURRENT):
+        names = [name for name, other in before.items() if isinstance(other, RECURRENT)]
         raise ValueError(
             f"layer {layer.name!r} starts from {layer.starts_from!r}, "
             f"expected a recurrent layer before it: {names}"
@@ -98,6 +111,8 @@ def _sees_the_chunk(layer: Layer) -> bool:
     match layer:
         case LstmLayer() | GruLayer():
             return layer.starts_from is not None
+        case BidirectionalLayer():
+            return True
         case AttentionLayer():
             return layer.over == "chunk"
         case _:

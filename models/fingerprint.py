@@ -69,17 +69,19 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
             # Only the calendar features of a timestamp read the zone.
             "timezone": spec.events.timezone if spec.events.timestamp else None,
         }
-    decoder: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     if spec.decoder is not None:
         own = spec.decoder
-        decoder["decoder"] = {
+        sections["decoder"] = {
             **own.model_dump(exclude={"layers", "head", *_DECODER_NOTES}, exclude_defaults=True),
             "layers": [_part(layer, _LAYER_NOTES) for layer in own.layers],
             "head": _part(own.head, set()),
         }
+    if spec.blocks is not None:
+        sections["blocks"] = spec.blocks.model_dump()
     return {
         "numerics": _NUMERICS,
-        **decoder,
+        **sections,
         "events": events,
         "features": spec.features,
         "layers": [_part(layer, _LAYER_NOTES) for layer in spec.layers],

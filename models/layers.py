@@ -105,6 +105,53 @@ class GruLayer(_Layer):
     starts_from: LayerName | None = None
 
 
+class BidirectionalLayer(_Layer):
+    """Keras `Bidirectional`: a cell that reads the steps forward, one that reads them backward.
+
+    Each direction is a layer of its own, named `<name>.forward` and `<name>.backward`, with its
+    own weights and state parts; `merge` joins what they give at each step. With `starts_from`,
+    which names a bidirectional layer of the same cell and units, each direction starts from the
+    state that this direction of that layer ended in, and there are no state parts.
+    """
+
+    kind: Literal["bidirectional"] = "bidirectional"
+    cell: Literal["lstm", "gru"] = "lstm"
+    units: Units
+    merge: Literal["concat", "sum", "mul", "ave"] = "concat"
+    activation: ActivationName = "tanh"
+    recurrent_activation: ActivationName = "sigmoid"
+    use_bias: bool = True
+    reset_after: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+    starts_from: LayerName | None = None
+
+    @model_validator(mode="after")
+    def _options_of_the_cell(self) -> BidirectionalLayer:
+        if self.cell == "lstm" and not self.reset_after:
+            raise ValueError("reset_after: an option of the gru cell, got cell lstm")
+        return self
+
+    @property
+    def directions(self) -> tuple[LstmLayer | GruLayer, LstmLayer | GruLayer]:
+        """The two cells as layers: forward, backward."""
+        return self._direction("forward"), self._direction("backward")
+
+    @property
+    def width(self) -> int:
+        """Values per step."""
+        return 2 * self.units if self.merge == "concat" else self.units
+
+    def _direction(self, name: str) -> LstmLayer | GruLayer:
+        # Built unchecked: the options are checked already, and a dot keeps the names apart.
+        given = self.model_dump(exclude={"kind", "cell", "merge", "starts_from", "name"})
+        given["name"] = f"{self.name}.{name}"
+        if self.cell == "gru":
+            return GruLayer.model_construct(**given)
+        del given["reset_after"]
+        return LstmLayer.model_construct(**given)
+
+
 class DenseLayer(_Layer):
     """Keras `Dense`, the same weights at every step."""
 
@@ -172,6 +219,7 @@ class AttentionLayer(_Layer):
 Layer = Annotated[
     LstmLayer
     | GruLayer
+    | BidirectionalLayer
     | DenseLayer
     | ActivationLayer
     | DropoutLayer
@@ -181,11 +229,18 @@ Layer = Annotated[
     | AttentionLayer,
     Field(discriminator="kind"),
 ]
-RECURRENT = (LstmLayer, GruLayer)
+Recurrent = LstmLayer | GruLayer | BidirectionalLayer
+RECURRENT = (LstmLayer, GruLayer, BidirectionalLayer)
 
 
-def returned_state(layer: LstmLayer | GruLayer) -> dict[str, int]:
+def returned_state(layer: Recurrent) -> dict[str, int]:
     """The state a recurrent layer returns, and starts from: part -> size, in Keras' order."""
+    if isinstance(layer, BidirectionalLayer):
+        return {
+            f"{cell.name.removeprefix(f'{layer.name}.')}.{part}": size
+            for cell in layer.directions
+            for part, size in returned_state(cell).items()
+        }
     if isinstance(layer, LstmLayer):
         return {"hidden": layer.width, "carry": layer.units}
     return {"hidden": layer.units}

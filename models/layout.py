@@ -15,6 +15,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from models.blocks import block_parts
 from models.chunking import steady
 from models.decoder import LAST, as_decoder_weights
 from models.events.schema import (
@@ -37,6 +38,7 @@ from models.layers import (
     ActivationLayer,
     AttentionLayer,
     BatchNormalizationLayer,
+    BidirectionalLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -123,12 +125,23 @@ class OutputSpec:
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
-    """The state's parts: each carried layer's, each head's, the decoder's, the clock's."""
+    """All parts of the state: the network's, then the clock's and those of the blocks."""
+    parts = list(network_state(spec).parts)
+    if spec.events is not None and spec.events.timestamp is not None:
+        clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
+        parts.extend(StatePart(name, (), "int64") for name in clock)
+    if spec.blocks is not None:
+        parts.extend(block_parts(spec.blocks, spec.input_features))
+    return StateSpec(tuple(parts))
+
+
+def network_state(spec: ModelSpec) -> StateSpec:
+    """The parts that the step takes and gives: each carried layer's, each head's, the decoder's."""
     widths = layer_widths(spec)
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
         for layer in spec.layers
-        for part, shape in _carried(layer, widths).items()
+        for part, shape in _carried(layer, widths, in_blocks=spec.blocks is not None).items()
     ]
     parts.extend(
         StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
@@ -137,17 +150,24 @@ def state_spec(spec: ModelSpec) -> StateSpec:
     )
     if spec.decoder is not None:
         parts.append(StatePart(LAST, (len(spec.decoder.targets),), "float32"))
-    if spec.events is not None and spec.events.timestamp is not None:
-        clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
-        parts.extend(StatePart(name, (), "int64") for name in clock)
     return StateSpec(tuple(parts))
 
 
-def _carried(layer: Layer, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The parts that a layer carries from chunk to chunk, with their shapes."""
+def _carried(
+    layer: Layer, widths: Mapping[str, int], *, in_blocks: bool
+) -> dict[str, tuple[int, ...]]:
+    """The parts that a layer carries from chunk to chunk, with their shapes.
+
+    In blocks a backward cell carries nothing: it begins from zero at the end of each window.
+    """
     match layer:
-        case LstmLayer() | GruLayer() if layer.starts_from is None:
-            return {part: (size,) for part, size in returned_state(layer).items()}
+        case LstmLayer() | GruLayer() | BidirectionalLayer() if layer.starts_from is None:
+            returned = returned_state(layer).items()
+            return {
+                part: (size,)
+                for part, size in returned
+                if not (in_blocks and part.startswith("backward."))
+            }
         case AttentionLayer(over="stream"):
             # each sum as what float32 holds of it, and the rest
             return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
@@ -248,6 +268,8 @@ def layer_widths(spec: ModelSpec) -> dict[str, int]:
                 widths[layer.name] = layer.width
             case GruLayer() | DenseLayer():
                 widths[layer.name] = layer.units
+            case BidirectionalLayer():
+                widths[layer.name] = layer.width
             case MergeLayer(kind="concatenate"):
                 widths[layer.name] = sum(widths[name] for name in layer.inputs)
             case _:
@@ -263,6 +285,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     `<layer>.context` of an attention layer, and what an LSTM's options add:
     `<layer>.peepholes` (gates i, f, o side by side),
     `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`;
+    a bidirectional layer has those of two cells, `<layer>.forward` and `<layer>.backward`;
     those of a decoder's step network with `decoder.` before their names.
     """
     widths = layer_widths(spec)
@@ -273,14 +296,11 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for layer in spec.layers:
         read, name = widths[layer.inputs[0]], layer.name
         match layer:
-            case LstmLayer():
-                shapes.update(_lstm_shapes(layer, read))
-            case GruLayer():
-                shapes[f"{name}.kernel"] = (read, 3 * layer.units)
-                shapes[f"{name}.recurrent_kernel"] = (layer.units, 3 * layer.units)
-                if layer.use_bias:
-                    wide = 3 * layer.units
-                    shapes[f"{name}.bias"] = (2, wide) if layer.reset_after else (wide,)
+            case LstmLayer() | GruLayer():
+                shapes.update(_cell_shapes(layer, read))
+            case BidirectionalLayer():
+                for cell in layer.directions:
+                    shapes.update(_cell_shapes(cell, read))
             case DenseLayer():
                 shapes[f"{name}.kernel"] = (read, layer.units)
                 if layer.use_bias:
@@ -307,6 +327,20 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 shapes[f"heads.{head.name}.bias"] = (units,)
     if spec.decoder_network is not None:
         shapes.update(as_decoder_weights(weight_shapes(spec.decoder_network)))
+    return shapes
+
+
+def _cell_shapes(cell: LstmLayer | GruLayer, read: int) -> dict[str, tuple[int, ...]]:
+    """The weights of one cell that reads rows of that width."""
+    if isinstance(cell, LstmLayer):
+        return _lstm_shapes(cell, read)
+    gates = 3 * cell.units
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{cell.name}.kernel": (read, gates),
+        f"{cell.name}.recurrent_kernel": (cell.units, gates),
+    }
+    if cell.use_bias:
+        shapes[f"{cell.name}.bias"] = (2, gates) if cell.reset_after else (gates,)
     return shapes
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from models.blocks import BlockSpec
 from models.chunking import (
     DEFAULT_CHUNK_STEPS,
     Chunking,
@@ -35,6 +36,8 @@ from models.heads import (
 from models.layers import (
     FEATURES,
     RECURRENT,
+    AttentionLayer,
+    BidirectionalLayer,
     Layer,
     MergeLayer,
     Rate,
@@ -102,6 +105,7 @@ class ModelSpec(Frozen):
     manifest equals the one that was written.
 
     Attributes:
+        blocks: how a bidirectional network follows streams; without it, it takes whole sequences.
         max_chunk_steps: most steps of one chunk, for a network that sees a chunk as a whole;
             `chunk_limit` says what holds.
     """
@@ -112,6 +116,7 @@ class ModelSpec(Frozen):
     features: Annotated[int, Field(ge=1, le=16384)] | None = None
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
+    blocks: BlockSpec | None = None
     max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     decoder: DecoderSpec | None = None
     training: TrainingSpec | None = None
@@ -160,7 +165,7 @@ class ModelSpec(Frozen):
             known.add(layer.name)
             before[layer.name] = layer
         if not any(isinstance(layer, RECURRENT) for layer in self.layers):
-            raise ValueError("expected at least one recurrent layer (lstm, gru)")
+            raise ValueError("expected at least one recurrent layer (lstm, gru, bidirectional)")
         names: set[str] = set()
         for head in self.heads:
             if head.name in names:
@@ -176,6 +181,7 @@ class ModelSpec(Frozen):
                     f"head {head.name!r} judges events by forecasts made before them, and "
                     f"{head.input!r} knows the chunk's later events; expected a layer that does not"
                 )
+        self._check_blocks()
         self._check_chunk_limit()
         if self.decoder is not None:
             check_decoder(self, self.decoder)
@@ -192,6 +198,35 @@ class ModelSpec(Frozen):
                     f"training.loss_weights: expected heads among {sorted(names)}, got {name!r}"
                 )
         return self
+
+    def _check_blocks(self) -> None:
+        backward = any(isinstance(layer, BidirectionalLayer) for layer in self.layers)
+        if backward and self.decoder is not None:
+            raise ValueError(
+                "decoder: expected layers that carry their states through a stream, and a "
+                "bidirectional one does not"
+            )
+        if self.blocks is None:
+            return
+        if not backward:
+            raise ValueError("blocks: expected a bidirectional layer, since no other needs them")
+        for layer in self.layers:
+            if isinstance(layer, AttentionLayer):
+                raise ValueError(
+                    f"layer {layer.name!r}: expected no attention in a network with `blocks`, "
+                    "whose windows overlap"
+                )
+            if isinstance(layer, RECURRENT) and layer.starts_from is not None:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected no `starts_from` in a network with `blocks`, "
+                    "whose layers carry their own states from block to block"
+                )
+        for head in self.heads:
+            if isinstance(head, AnomalyHead):
+                raise ValueError(
+                    f"head {head.name!r}: an anomaly head judges an event by a forecast from "
+                    "before it, and a network with `blocks` has seen what follows"
+                )
 
     def _check_chunk_limit(self) -> None:
         most = self.chunk_limit
@@ -253,7 +288,7 @@ class ModelSpec(Frozen):
     @property
     def chunking(self) -> Chunking:
         """What the cuts of a stream mean to the network; see `models.chunking`."""
-        return chunking_of(self.layers)
+        return chunking_of(self.layers, blocks=self.blocks is not None)
 
     @property
     def chunk_limit(self) -> int | None:

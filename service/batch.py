@@ -30,7 +30,10 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from models.blocks import BlockState
+from models.errors import StateError
 from models.state import State
+from service.blocks import Advanced, Known, advance_blocks
 from service.delivery import (
     Answer,
     Replay,
@@ -62,6 +65,7 @@ from service.errors import (
     NotFinite,
     OutcomeUnknown,
     ShuttingDown,
+    StateDamaged,
     StateIncompatible,
     StoreUnavailable,
 )
@@ -85,7 +89,7 @@ class _Member:
         base: the stream it continues; None where it begins one.
         expected: the mark the stream must have at the commit; None where it must not exist.
         rows: float32 [T, F]; ints: int64 [M], the clock after the chunk.
-        outputs: float32 [T, O].
+        outputs: float32 [T, O]; of a model with blocks, those that were due.
     """
 
     job: ChunkJob
@@ -144,6 +148,7 @@ class BatchRun:
         self._asked_s: float | None = None
         self._on_call = partial(recorder.batch, served.name)
         self._zero = served.state.zero()
+        self._blocks = served.blocks
 
     async def __call__(self, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
@@ -201,7 +206,8 @@ class BatchRun:
             try:
                 if isinstance(stored, CarryError):
                     raise stored
-                verdict = judge(member.chunk, self._ours(member.chunk, stored))
+                ours = self._ours(member.chunk, stored)
+                verdict = judge(member.chunk, ours, closed=self._closed(ours))
             except CarryError as error:
                 member.job.settle(error)
                 continue
@@ -251,6 +257,8 @@ class BatchRun:
         copy = self._cache.get(member.key)
         if copy is None or copy.fingerprint != self._served.fingerprint:
             return None
+        if self._blocks is not None and self._closed(copy):
+            return None
         return copy if continues(member.chunk, copy) else None
 
     def _ours(self, chunk: Chunk, stored: StreamState | None) -> StreamState | None:
@@ -258,14 +266,32 @@ class BatchRun:
 
         Raises:
             StateIncompatible: another version of the model wrote its state.
+            StateDamaged: other rows wait than can.
         """
-        if stored is None or self._served.takes(stored):
+        if stored is None:
+            return None
+        if self._served.takes(stored):
+            self._check_waiting(stored)
             return stored
         if self._reset:
             return None
         if chunk.epoch is not None and chunk.epoch != stored.mark.epoch:
             return stored  # which is refused for its epoch, before anything else
         raise incompatible(self._served, chunk.key.stream, stored)
+
+    def _check_waiting(self, stored: StreamState) -> None:
+        if self._blocks is None:
+            return
+        try:
+            self._blocks.check(stored.state)
+        except StateError as error:
+            raise StateDamaged(f"the stored state cannot be continued: {error}") from error
+
+    def _closed(self, found: StreamState | None) -> bool:
+        """Whether a final chunk ended the stream."""
+        if self._blocks is None or found is None or not self._served.takes(found):
+            return False
+        return self._blocks.closed(found.state)
 
     async def _replay(self, member: _Member, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
@@ -279,13 +305,26 @@ class BatchRun:
         key = member.key
         try:
             state, kept = await self._store.load_with_reply(key, _until(min, [member]))
-            answer = answer_retry(member.chunk, state, kept, own.mark if own else None)
+            answer = answer_retry(
+                member.chunk, state, kept, own.mark if own else None, closed=self._closed(state)
+            )
             if answer is Answer.ANEW:
                 return False
             if answer is Answer.STORED and state is not None and kept is not None:
                 self._recorder.replay(self._served.name)
                 created = state.last is not None and state.last.start == 0
-                member.job.settle(Reply(key, kept.mark, kept.outputs, state.state, True, created))
+                first = self._output_position(member.chunk, kept.mark)
+                member.job.settle(
+                    Reply(
+                        key,
+                        kept.mark,
+                        kept.outputs,
+                        state.state,
+                        replayed=True,
+                        created=created,
+                        output_position=first,
+                    )
+                )
             elif own is not None:
                 member.job.settle(own)
         except CarryError as error:
@@ -316,26 +355,45 @@ class BatchRun:
     ) -> list[tuple[_Member, StreamState]]:
         """Compute the members; each with its stream as it is then, where that is finite."""
         began_s = time.monotonic()
+        if self._blocks is None:
+            outputs, states, finite = await self._stepped(members)
+        else:
+            outputs, states, finite = await self._blocks_advanced(self._blocks, members)
+        times.infer_s = time.monotonic() - began_s
+        now_ms, fingerprint = self._now_ms(), self._served.fingerprint
+        computed: list[tuple[_Member, StreamState]] = []
+        for member, output, state in zip(members, outputs, states, strict=True):
+            if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+                member.job.settle(_not_finite(member))
+                continue
+            member.outputs = output
+            new = advance(member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms)
+            computed.append((member, new))
+        return computed
+
+    async def _stepped(self, members: list[_Member]) -> Advanced:
+        """Every step of every member."""
         floats = [(m.base.state if m.base else self._zero).floats for m in members]
-        outputs, states, finite = await self._compute.infer(
+        outputs, after, finite = await self._compute.infer(
             self._served.runtime,
             [member.rows for member in members],
             np.concatenate(floats).reshape(len(floats), -1),
             self._on_call,
         )
-        times.infer_s = time.monotonic() - began_s
-        now_ms, fingerprint = self._now_ms(), self._served.fingerprint
-        computed: list[tuple[_Member, StreamState]] = []
-        for member, output, after in zip(members, outputs, states, strict=True):
-            if not finite and not (np.isfinite(output).all() and np.isfinite(after).all()):
-                member.job.settle(_not_finite(member))
-                continue
-            member.outputs = output
-            # A copy: a view would keep the whole batch's states alive in the cache.
-            state = State(after.copy(), member.ints)
-            new = advance(member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms)
-            computed.append((member, new))
-        return computed
+        # Copies: views would keep the whole batch's states alive in the cache.
+        states = [State(row.copy(), m.ints) for row, m in zip(after, members, strict=True)]
+        return Advanced(outputs, states, finite)
+
+    async def _blocks_advanced(self, blocks: BlockState, members: list[_Member]) -> Advanced:
+        """Every block of every member that is due."""
+        known = [
+            Known(m.base.state if m.base else self._zero, m.rows, m.ints, m.chunk.final)
+            for m in members
+        ]
+        width = self._served.outputs.size
+        return await advance_blocks(
+            self._compute, self._served.runtime, blocks, known, width, self._on_call
+        )
 
     async def _commit(
         self, computed: list[tuple[_Member, StreamState]], times: _Times, release: Release
@@ -374,7 +432,7 @@ class BatchRun:
                 timing = times.of(member)
                 timings.append(timing)
                 steps += member.chunk.steps.length
-                member.job.settle(_reply(member, new, timing))
+                member.job.settle(self._reply(member, new, timing))
             elif not await self._settled(member, new, result, times):
                 again.append(member)
         if timings:
@@ -422,7 +480,7 @@ class BatchRun:
         if isinstance(result, CarryError):
             member.job.settle(self.told(member.job, result))
             return True
-        reply = _reply(member, new, times.of(member))
+        reply = self._reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
             answer = after_conflict(member.chunk, new.mark, result.found)
             if answer is Answer.ANEW:
@@ -436,16 +494,22 @@ class BatchRun:
         member.job.settle(reply)
         return True
 
+    def _reply(self, member: _Member, new: StreamState, timing: Timing) -> Reply:
+        created = new.mark.position == member.chunk.steps.length
+        first = self._output_position(member.chunk, new.mark)
+        return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing, first)
+
+    def _output_position(self, chunk: Chunk, after: Mark) -> int | None:
+        """Index of the event of the first output of a chunk, whose stream is then at `after`."""
+        if self._blocks is None:
+            return None
+        return self._blocks.blocks.given_at(after.position - chunk.steps.length)
+
 
 def _until(which: Callable[[Iterable[float]], float], members: list[_Member]) -> float | None:
     """The first or last deadline, as a store takes it."""
     deadline_s = which([member.job.deadline_s for member in members])
     return None if deadline_s == math.inf else deadline_s
-
-
-def _reply(member: _Member, new: StreamState, timing: Timing) -> Reply:
-    created = new.mark.position == member.chunk.steps.length
-    return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing)
 
 
 def incompatible(served: ServedModel, stream: str, stored: StreamState) -> StateIncompatible:

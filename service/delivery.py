@@ -12,9 +12,10 @@ clients:
     digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
     tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes
 
-`kind` is the byte `I` (inputs) or `E` (events); the canonical bytes are float32 LE, row by
-row, or those of `models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a
-chunk without a position and empty otherwise, so that two equal appends never share a tag.
+`kind` is the byte `I` (inputs) or `E` (events), in lower case for a final chunk; the canonical
+bytes are float32 LE, row by row, or those of `models.events.columns.canonical_bytes`; the nonce is
+16 random bytes for a chunk without a position and empty otherwise, so that two equal appends never
+share a tag.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ from service.errors import (
     PositionBehind,
     StateChanged,
     StreamExists,
+    StreamFinal,
 )
 
 NONCE_BYTES = 16
@@ -91,7 +93,9 @@ def new_nonce() -> bytes:
     return secrets.token_bytes(NONCE_BYTES)
 
 
-def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -> bytes:
+def chunk_digest(
+    schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
+) -> bytes:
     """SHA-256 over the canonical form of decoded events or rows, 32 bytes."""
     if steps.columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, steps.columns)
@@ -99,6 +103,8 @@ def chunk_digest(schema: EventSchema | None, steps: Steps, nonce: bytes = b"") -
         kind, canonical = b"I", steps.rows.astype(_F4, copy=False).tobytes()
     else:
         raise ValueError("expected columns under a schema, or rows")
+    if final:
+        kind = kind.lower()
     count = steps.length.to_bytes(8, "little")
     return hashlib.sha256(kind + count + canonical + nonce).digest()
 
@@ -120,16 +126,17 @@ def standing(stream: str, mark: Mark | None) -> dict[str, object]:
     }
 
 
-def judge(chunk: Chunk, found: StreamState | None) -> Process | Replay:
+def judge(chunk: Chunk, found: StreamState | None, *, closed: bool = False) -> Process | Replay:
     """The idempotency table, row by row.
 
     Args:
         chunk: what was sent.
         found: the stream as the store has it (or a copy that the commit will check).
+        closed: a final chunk ended it.
 
     Raises:
-        EpochMismatch, StateChanged, InputKindMismatch, PositionAhead, PositionBehind: the
-            chunk is refused; the stream is unchanged.
+        EpochMismatch, StateChanged, StreamFinal, InputKindMismatch, PositionAhead,
+            PositionBehind: the chunk is refused; the stream is unchanged.
     """
     stream, mark = chunk.key.stream, found.mark if found else None
     facts = standing(stream, mark)
@@ -141,6 +148,8 @@ def judge(chunk: Chunk, found: StreamState | None) -> Process | Replay:
     if found is not None and _is_last(chunk, found):
         return Replay(found)
     check_precondition(chunk, mark)
+    if closed:
+        raise StreamFinal(f"stream {stream!r} was ended by a final chunk", **facts)
     if found is not None and found.feed is not chunk.steps.feed:
         raise InputKindMismatch(
             f"stream {stream!r} is fed by `{found.feed}`, got `{chunk.steps.feed}`",
@@ -185,19 +194,25 @@ def after_conflict(chunk: Chunk, new: Mark, found: Mark | None) -> Answer:
 
 
 def answer_retry(
-    chunk: Chunk, found: StreamState | None, kept: StoredReply | None, own: Mark | None
+    chunk: Chunk,
+    found: StreamState | None,
+    kept: StoredReply | None,
+    own: Mark | None,
+    *,
+    closed: bool = False,
 ) -> Answer:
     """The answer to a chunk that was found to be its stream's last one.
 
     Args:
         found: the stream, and `kept` its reply, read together.
         own: the mark after the chunk where this worker computed it too; else None.
+        closed: as for `judge`.
 
     Raises:
         AlreadyApplied: it was applied, and its reply is not kept.
         EpochMismatch, ...: as `judge`; the stream changed meanwhile.
     """
-    verdict = judge(chunk, found)
+    verdict = judge(chunk, found, closed=closed)
     if isinstance(verdict, Process):
         return Answer.ANEW
     mark = verdict.found.mark

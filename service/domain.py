@@ -103,6 +103,8 @@ class StoredReply(NamedTuple):
 class Steps(NamedTuple):
     """T >= 1 consecutive events, either as validated columns or as encoded rows.
 
+    T is 0 in a final chunk alone, which may say nothing but that the stream is at its end.
+
     Attributes:
         columns: the events, when the feed is `events`.
         rows: float32 [T, F], when the feed is `inputs`; finite, codes in range.
@@ -133,6 +135,7 @@ class Chunk(NamedTuple):
         position: index of the first event, or None to append where the stream stands.
         epoch: the epoch the client believes in, or None.
         digest: SHA-256 over the canonical form (see `delivery`), 32 bytes.
+        final: no event follows these; for models with blocks.
     """
 
     key: StreamKey
@@ -141,6 +144,7 @@ class Chunk(NamedTuple):
     position: int | None = None
     epoch: bytes | None = None
     precondition: Precondition | None = None
+    final: bool = False
 
 
 class Timing(NamedTuple):
@@ -161,6 +165,8 @@ class Reply(NamedTuple):
         state: the stream's state after the chunk.
         replayed: the outputs are those of an earlier application of the same chunk.
         created: the chunk began the stream.
+        output_position: index of the event of the first output, for models with blocks, whose T
+            is not the chunk's.
     """
 
     key: StreamKey
@@ -170,6 +176,7 @@ class Reply(NamedTuple):
     replayed: bool = False
     created: bool = False
     timing: Timing = Timing()
+    output_position: int | None = None
 
 
 class Prediction(NamedTuple):

@@ -10,6 +10,8 @@
         NotAcceptable         not_acceptable
         InvalidName           invalid_name
         InvalidPrecondition   invalid_precondition
+        ChunksUnsupported     chunks_unsupported
+        FinalUnsupported      final_unsupported
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
@@ -21,6 +23,7 @@
         PositionBehind        position_behind
         AlreadyApplied        already_applied
         InputKindMismatch     input_kind_mismatch
+        StreamFinal           stream_final
         StateChanged          state_changed
         StreamExists          stream_exists
         StateIncompatible     state_incompatible
@@ -142,6 +145,18 @@ class InvalidPrecondition(BadRequest):
     remedy = 'Send the ETag of a reply as it came, for example If-Match: "epoch-tag", or *.'
 
 
+class ChunksUnsupported(BadRequest):
+    code = "chunks_unsupported"
+    title = "The model takes whole sequences only"
+    remedy = "Send whole sequences to .../predict; `chunking` of the model is `whole`."
+
+
+class FinalUnsupported(BadRequest):
+    code = "final_unsupported"
+    title = "The model's streams have no end"
+    remedy = "Leave `final` out; only a model with `blocks` waits for events that it may end."
+
+
 class NotFound(CarryError):
     """What the address names does not exist."""
 
@@ -202,6 +217,12 @@ class InputKindMismatch(Refused):
     code = "input_kind_mismatch"
     title = "The stream is fed in another kind"
     remedy = "Feed a stream by `events` or by `inputs`, as its first chunk did."
+
+
+class StreamFinal(Refused):
+    code = "stream_final"
+    title = "The stream is closed"
+    remedy = "A final chunk ended it; send what follows to another stream, or delete this one."
 
 
 class StateChanged(Refused):

@@ -5,18 +5,20 @@ Sequences share runtime calls with each other; one that fails does so alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import structlog
 
 from models.state import State
+from service.blocks import Advanced, Known, advance_blocks
 from service.domain import Prediction, Steps
 from service.engine.batcher import Job, Release
 from service.engine.compute import Compute
 from service.errors import CarryError, InternalError, NotFinite
 from service.recorder import Recorder
-from service.served import ServedModel
+from service.served import Encoded, ServedModel
 
 log = structlog.get_logger(__name__)
 
@@ -34,18 +36,13 @@ class PredictRun:
 
     async def __call__(self, jobs: list[SequenceJob], release: Release) -> list[SequenceJob]:
         """Settle every job."""
-        encoded = [(job, *found) for job in jobs if (found := self._encoded(job)) is not None]
+        encoded = [(job, found) for job in jobs if (found := self._encoded(job)) is not None]
         if not encoded:
             return []
-        outputs, states, finite = await self._compute.infer(
-            self._served.runtime,
-            [rows for _, rows, _ in encoded],
-            np.tile(self._zero.floats, (len(encoded), 1)),
-            self._on_call,
-        )
-        for (job, _, ints), output, after in zip(encoded, outputs, states, strict=True):
-            if finite or (np.isfinite(output).all() and np.isfinite(after).all()):
-                job.settle(Prediction(output, State(after.copy(), ints)))
+        outputs, states, finite = await self._advanced([found for _, found in encoded])
+        for (job, _), output, state in zip(encoded, outputs, states, strict=True):
+            if finite or (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+                job.settle(Prediction(output, state))
             else:
                 job.settle(
                     NotFinite(
@@ -55,7 +52,29 @@ class PredictRun:
                 )
         return []
 
-    def _encoded(self, job: SequenceJob) -> tuple[np.ndarray, np.ndarray] | None:
+    async def _advanced(self, encoded: Sequence[Encoded]) -> Advanced:
+        """Every sequence from the zero state to its end."""
+        served = self._served
+        if served.blocks is not None:
+            known = [Known(self._zero, rows, ints, final=True) for rows, ints in encoded]
+            return await advance_blocks(
+                self._compute,
+                served.runtime,
+                served.blocks,
+                known,
+                served.outputs.size,
+                self._on_call,
+            )
+        outputs, after, finite = await self._compute.infer(
+            served.runtime,
+            [rows for rows, _ in encoded],
+            np.tile(self._zero.floats, (len(encoded), 1)),
+            self._on_call,
+        )
+        states = [State(row.copy(), ints) for row, (_, ints) in zip(after, encoded, strict=True)]
+        return Advanced(outputs, states, finite)
+
+    def _encoded(self, job: SequenceJob) -> Encoded | None:
         """Its rows and the clock after them; a refusal fails it alone."""
         try:
             return self._served.encode(job.payload, self._zero)

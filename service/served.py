@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
+from models.blocks import BlockState
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
@@ -64,6 +65,12 @@ class ServedModel:
     def state(self) -> StateSpec:
         """The layout of a stream's state."""
         return self.artifact.state
+
+    @cached_property
+    def blocks(self) -> BlockState | None:
+        """The parts of the state that hold what waits, for a model with blocks."""
+        spec = self.artifact.spec.blocks
+        return None if spec is None else BlockState(spec, self.state)
 
     @cached_property
     def outputs(self) -> OutputSpec:

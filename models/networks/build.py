@@ -33,6 +33,7 @@ from models.layers import (
     ActivationLayer,
     AttentionLayer,
     BatchNormalizationLayer,
+    BidirectionalLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -40,17 +41,19 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    Recurrent,
     returned_state,
 )
 from models.layout import (
     head_units,
     layer_widths,
+    network_state,
     output_spec,
-    state_spec,
     weight_shapes,
 )
 from models.networks.activations import activation_of
 from models.networks.attention import Attention, StreamState
+from models.networks.bidirectional import run_bidirectional, run_forward
 from models.networks.cells import recurrent_layer
 from models.networks.decoder import last_observed
 from models.networks.fresh import fresh_weights
@@ -129,9 +132,9 @@ class StepNetwork:
                 f"model {spec.name!r}: expected a fitted schema, fields {names} are not"
             )
         self.spec = spec
-        state = state_spec(spec)
+        state = network_state(spec)
         self._slices = state.slices
-        self._float_parts = [part.name for part in state.parts if part.dtype == "float32"]
+        self._float_parts = [part.name for part in state.parts]
         self.state_size = state.float_size
         self.output_size = output_spec(spec).size
         widths = layer_widths(spec)
@@ -140,7 +143,10 @@ class StepNetwork:
             for column in spec.columns
             if column.codes is not None and column.embedding is not None
         }
-        self._layers = {layer.name: _build_layer(layer, widths, unroll) for layer in spec.layers}
+        self._layers: dict[str, keras.layers.Layer] = {}
+        for layer in spec.layers:
+            cells = layer.directions if isinstance(layer, BidirectionalLayer) else (layer,)
+            self._layers.update((cell.name, _build_layer(cell, widths, unroll)) for cell in cells)
         self._heads = {
             head.name: build_head(head, head_units(spec, head), widths[head.input])
             for head in spec.heads
@@ -159,8 +165,11 @@ class StepNetwork:
         Args:
             rows: float32 [B, T, F], T >= 1; encoded columns, a categorical as its code.
             lengths: int32 [B], valid steps of each row, 0..T.
-            state: float32 [B, N], packed as `models.layout.state_spec` says.
+            state: float32 [B, N], packed as `models.layout.network_state` says.
             training: whether dropout is active.
+
+        In blocks (`models.blocks`) the T = C+R steps are a window. The outputs are those of its
+        block, [B, C, O], and the state is that after the block.
 
         Returns:
             Outputs float32 [B, T, O], of which steps beyond a row's length mean nothing, and
@@ -168,6 +177,8 @@ class StepNetwork:
         """
         done = self.forward(rows, lengths, state, training)
         _, rows = _padding_zeroed(rows, lengths)
+        if self.spec.blocks is not None:
+            rows = rows[:, : self.spec.blocks.size]
         outputs = []
         for head in self.spec.heads:
             forecast = self._part(state, f"{head.name}.forecast")
@@ -189,18 +200,18 @@ class StepNetwork:
         parts: dict[str, Tensor] = {}
         attention: dict[str, Tensor] = {}
         for layer in self.spec.layers:
-            keras_layer = self._layers[layer.name]
             read = [values[name] for name in layer.inputs]
+            keras_layer: Any = self._layers.get(layer.name)
             match layer:
-                case LstmLayer() | GruLayer():
+                case LstmLayer() | GruLayer() | BidirectionalLayer():
                     names = [f"{layer.name}.{part}" for part in returned_state(layer)]
                     if layer.starts_from is None:
                         initial = [self._part(state, name) for name in names]
                     else:
                         given = returned_state(layer)
                         initial = [parts[f"{layer.starts_from}.{part}"] for part in given]
-                    values[layer.name], *after = keras_layer(
-                        read[0], initial_state=initial, mask=mask, training=training
+                    values[layer.name], after = self._recurrent(
+                        layer, read[0], initial, mask, training
                     )
                     parts.update(zip(names, after, strict=True))
                 case AttentionLayer(over="chunk"):
@@ -219,6 +230,8 @@ class StepNetwork:
                     values[layer.name] = keras_layer(read[0], training=training, mask=mask)
                 case _:
                     values[layer.name] = keras_layer(read[0])
+        if self.spec.blocks is not None:
+            values = {name: value[:, : self.spec.blocks.size] for name, value in values.items()}
         raw: dict[str, Tensor] = {}
         for head in self.spec.heads:
             dense = self._heads[head.name]
@@ -231,6 +244,21 @@ class StepNetwork:
             parts[LAST] = last_observed(self.spec, rows, mask, self._part(state, LAST))
         after = tf.concat([parts[name] for name in self._float_parts], axis=-1)
         return Forward(raw, after, attention)
+
+    def _recurrent(
+        self,
+        layer: Recurrent,
+        x: Tensor,
+        initial: list[Tensor],
+        mask: Tensor,
+        training: bool,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A recurrent layer's sequence, and the states it returns."""
+        if isinstance(layer, BidirectionalLayer):
+            cells = [self._layers[cell.name] for cell in layer.directions]
+            return run_bidirectional(layer, cells, x, initial, mask, training, self.spec.blocks)
+        cell = self._layers[layer.name]
+        return run_forward(cell, x, initial, mask, training, self.spec.blocks)
 
     @_plain_python
     def losses(

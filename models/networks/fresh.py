@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.decoder import DECODER, as_decoder_weights
-from models.layers import LstmLayer
+from models.layers import BidirectionalLayer, LstmLayer
 from models.layout import weight_shapes
 from models.spec import ModelSpec
 
@@ -45,7 +45,12 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
 
 def _drawn(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32]]:
     """The weights of one network; `lead` is put before a name where it seeds."""
-    lstms = {layer.name: layer.units for layer in spec.layers if isinstance(layer, LstmLayer)}
+    cells = [
+        cell
+        for layer in spec.layers
+        for cell in (layer.directions if isinstance(layer, BidirectionalLayer) else (layer,))
+    ]
+    lstms = {cell.name: cell.units for cell in cells if isinstance(cell, LstmLayer)}
     weights: dict[str, NDArray[np.float32]] = {}
     for name, shape in weight_shapes(spec).items():
         if name.startswith(f"{DECODER}."):

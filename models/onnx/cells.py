@@ -41,6 +41,7 @@ def lstm(
     x: Value,
     lengths: Value,
     state: list[Value],
+    direction: str | None = None,
 ) -> tuple[Value, list[Value]]:
     """One LSTM layer.
 
@@ -48,6 +49,7 @@ def lstm(
         x: float32 [T, B, in].
         lengths: int32 [B], valid steps of each row.
         state: hidden and carry, float32 [1, B, H].
+        direction: forward, or `reverse`: from each row's last valid step to its first.
 
     Returns:
         The sequence [T, B, H], and hidden and carry after a row's length.
@@ -71,6 +73,7 @@ def lstm(
         *_peepholes(nodes, layer, weights),
         count=3,
         hidden_size=layer.units,
+        direction=direction,
         **functions,
     )
     return nodes.add("Squeeze", sequence, nodes.integers(1)), [after, carry_after]
@@ -83,6 +86,7 @@ def gru(
     x: Value,
     lengths: Value,
     state: list[Value],
+    direction: str | None = None,
 ) -> tuple[Value, list[Value]]:
     """One GRU layer; as `lstm`, with the hidden part alone."""
     sequence, after = nodes.add_many(
@@ -93,6 +97,7 @@ def gru(
         *state,
         count=2,
         hidden_size=layer.units,
+        direction=direction,
         linear_before_reset=int(layer.reset_after),
         **_functions(layer.name, layer.recurrent_activation, layer.activation),
     )

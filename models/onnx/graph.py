@@ -2,6 +2,8 @@
 
     rows [B,T,F], lengths [B], states [B,N]  ->  outputs [B,T,O], states_after [B,N]
 
+In blocks T is C+R, the steps of a window, and the outputs are those of its block, [B,C,O].
+
 The same step as `models.networks.build`, with the ONNX operators LSTM and GRU, which take
 initial states and the length of each row. B and T are free: one graph serves every batch. Names
 and dtypes are in `models.onnx.names`, the packing in `models.layout`.
@@ -29,6 +31,7 @@ from models.layers import (
     ActivationLayer,
     AttentionLayer,
     BatchNormalizationLayer,
+    BidirectionalLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -36,12 +39,13 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    Recurrent,
     returned_state,
 )
-from models.layout import layer_widths, output_spec, state_spec
+from models.layout import layer_widths, network_state, output_spec
 from models.onnx.activations import activation
 from models.onnx.attention import over_chunk, over_stream
-from models.onnx.cells import gru, lstm
+from models.onnx.bidirectional import WindowSteps, bidirectional, forward
 from models.onnx.decoder import last_observed
 from models.onnx.heads import dense, head_output
 from models.onnx.names import (
@@ -81,7 +85,7 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
             f"model {spec.name!r}: expected at most {MAX_CONSTANT_BYTES} bytes of weights in one "
             f"graph, got {nodes.constant_bytes}"
         )
-    states: list[str | int] = ["B", state_spec(spec).float_size]
+    states: list[str | int] = ["B", network_state(spec).float_size]
     graph = helper.make_graph(
         nodes.nodes,
         "step",
@@ -116,17 +120,22 @@ class _Step:
         self.nodes = nodes = Nodes()
         self._spec = spec
         self._weights = weights
-        parts = [part for part in state_spec(spec).parts if part.dtype == "float32"]
+        parts = network_state(spec).parts
         states = nodes.add("Unsqueeze", STATES, nodes.integers(0))
         before = nodes.split(states, [part.size for part in parts], axis=2)
         self._before = {part.name: value for part, value in zip(parts, before, strict=True)}
         self._after: dict[str, Value] = {}
         self._attention: dict[str, Value] = {}
+        self._steps = WindowSteps.of(nodes, LENGTHS, spec.blocks)
 
         rows = nodes.add("Transpose", ROWS, perm=[1, 0, 2])
         values = {FEATURES: self._features(rows)}
         for layer in spec.layers:
             values[layer.name] = self._layer(layer, [values[name] for name in layer.inputs])
+        if spec.blocks is not None:
+            size = spec.blocks.size
+            values = {name: nodes.part(v, 0, size, axis=0) for name, v in values.items()}
+            rows = nodes.part(rows, 0, size, axis=0)
         outputs = self._heads(values, rows)
         if spec.decoder is not None:
             self._after[LAST] = last_observed(nodes, spec, rows, LENGTHS, self._before[LAST])
@@ -157,11 +166,12 @@ class _Step:
     def _layer(self, layer: Layer, read: list[Value]) -> Value:
         nodes, weights, x = self.nodes, self._weights, read[0]
         match layer:
-            case LstmLayer():
-                x, after = lstm(nodes, layer, weights, x, LENGTHS, self._initial(layer))
+            case LstmLayer() | GruLayer():
+                x, after = forward(nodes, layer, weights, x, self._steps, self._initial(layer))
                 self._keep(layer, after)
-            case GruLayer():
-                x, after = gru(nodes, layer, weights, x, LENGTHS, self._initial(layer))
+            case BidirectionalLayer():
+                initial = self._initial(layer)
+                x, after = bidirectional(nodes, layer, weights, x, self._steps, initial)
                 self._keep(layer, after)
             case AttentionLayer(over="chunk"):
                 x, self._attention[layer.name] = over_chunk(nodes, layer, weights, x, LENGTHS)
@@ -185,14 +195,16 @@ class _Step:
                 x = self._merge(layer, read)
         return x
 
-    def _initial(self, layer: LstmLayer | GruLayer) -> list[Value]:
+    def _initial(self, layer: Recurrent) -> list[Value]:
         """What a recurrent layer starts from: its own state, or what another returned."""
         source, found = layer.starts_from, self._before
         if source is not None:
             found = self._after
-        return [found[f"{source or layer.name}.{part}"] for part in returned_state(layer)]
+        names = [f"{source or layer.name}.{part}" for part in returned_state(layer)]
+        # In blocks a backward cell has no part: left out, the operator begins from zero.
+        return [found.get(name, "") for name in names]
 
-    def _keep(self, layer: LstmLayer | GruLayer, after: list[Value]) -> None:
+    def _keep(self, layer: Recurrent, after: list[Value]) -> None:
         names = [f"{layer.name}.{part}" for part in returned_state(layer)]
         self._after.update(zip(names, after, strict=True))
 

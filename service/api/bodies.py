@@ -57,6 +57,11 @@ class ChunkBody(StepsBody):
         description="The epoch of the stream that the client believes in.",
         examples=[EXAMPLE_EPOCH],
     )
+    final: bool = Field(
+        False,
+        description="For a model with `blocks`: no event follows; what waits is computed, and the "
+        "stream is closed. A final chunk may be empty.",
+    )
 
 
 class ItemBody(ChunkBody):
@@ -135,7 +140,7 @@ class _Members:
     def __call__(self, at: Place) -> Sequence[str]:
         if "events" in at:
             return self.event
-        return ("position", "epoch", "events", "inputs") if at else self.body
+        return ("position", "epoch", "final", "events", "inputs") if at else self.body
 
 
 def validate(kind: type[B], media: Media, body: bytes, members: _Members | None = None) -> B:

@@ -76,6 +76,7 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
         },
         "attention": list(served.outputs.attention),
         "chunking": served.artifact.spec.chunking,
+        "blocks": _blocks(served),
         "max_chunk_steps": served.chunk_limit,
         "runtimes": [served.runtime.name],
         "limits": {
@@ -86,6 +87,11 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
         },
         "metrics": dict(served.artifact.manifest.get("metrics") or {}),
     }
+
+
+def _blocks(served: ServedModel) -> dict[str, int] | None:
+    blocks = served.artifact.spec.blocks
+    return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
 
 
 def _column(served: ServedModel, column: Column) -> dict[str, Any]:

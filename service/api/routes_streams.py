@@ -12,8 +12,10 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response
 
-from models.errors import StateError
-from models.events.encode import Clock
+from models.blocks import WAITING
+from models.errors import DataError, StateError
+from models.events.encode import Clock, check_rows
+from models.state import State
 from service.api import openapi
 from service.api.bodies import validate
 from service.api.context import api_of
@@ -117,6 +119,7 @@ async def put_state(request: Request) -> Response:
     try:
         state = served.state.from_names(body.state)
         Clock.from_ints(served.state, state.ints)
+        _check_waiting(served, state, body.position)
     except StateError as error:
         raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error
     feed = Feed(body.feed)
@@ -248,6 +251,20 @@ def _begun(
         location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
         headers.append((b"location", location.encode()))
     return reply(answer, _info(request, key, found), status, headers)
+
+
+def _check_waiting(served: ServedModel, state: State, position: int) -> None:
+    """Refuse waiting rows that no stream at that position has; StateError says why."""
+    if served.blocks is None:
+        return
+    served.blocks.check_at(state, position)
+    try:
+        check_rows(served.artifact.spec.columns, served.blocks.waiting(state))
+    except DataError as error:
+        raise StateError(
+            f"part {WAITING!r}: row {error.index}, {error.field}: expected {error.expected}, got "
+            f"{error.got}"
+        ) from error
 
 
 def _foreign(served: ServedModel, stream: str, fingerprint: bytes) -> StateIncompatible:

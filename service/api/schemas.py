@@ -122,6 +122,11 @@ class ChunkReply(Document):
     tag: TagText
     outputs: Outputs
     replayed: bool = Field(description="The chunk was applied before; this is its stored reply.")
+    output_position: int | None = Field(
+        None,
+        description="There for a model with `blocks`: index of the event of the first output. The "
+        "outputs may be more or fewer than the chunk's events.",
+    )
     created: Literal[True] | None = Field(None, description="There, and true, in a first reply.")
     state: StateValues | None = Field(None, description="With `return_state=true`.")
     attention: AttentionWeights | None = Field(None, description="With `return_attention=true`.")
@@ -286,6 +291,13 @@ class LimitsInfo(Document):
     max_items: int
 
 
+class BlocksInfo(Document):
+    """Blocks of `size` events are answered once `lookahead` more are known, or the stream ends."""
+
+    size: int
+    lookahead: int
+
+
 class ModelDetail(Document):
     """All that a client needs to know of a model."""
 
@@ -302,6 +314,10 @@ class ModelDetail(Document):
     chunking: Literal["invisible", "per_chunk", "whole"] = Field(
         description="What cuts mean: nothing; or the model sees each chunk as a whole; or it takes "
         "whole sequences only."
+    )
+    blocks: BlocksInfo | None = Field(
+        description="How a bidirectional network follows a stream; null where events are answered "
+        "at once."
     )
     max_chunk_steps: int | None = Field(
         description="Most steps of what the model sees as a whole; null where it cuts as it likes."

@@ -35,7 +35,13 @@ from service.domain import (
     Steps,
     StreamKey,
 )
-from service.errors import CarryError, ChunkTooLong, InvalidInput
+from service.errors import (
+    CarryError,
+    ChunksUnsupported,
+    ChunkTooLong,
+    FinalUnsupported,
+    InvalidInput,
+)
 from service.served import ServedModel, invalid_data
 
 NAMED_COLUMNS = 8
@@ -86,6 +92,7 @@ class ModelWire:
         self._name = served.name
         self._version = served.version
         self._schema = served.events
+        self._whole = served.artifact.spec.chunking == "whole"
         outputs = served.outputs.outputs
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
         plain = one_axis and outputs[0].per == "step" and not served.outputs.attention
@@ -98,17 +105,19 @@ class ModelWire:
         """The one chunk of a body.
 
         Raises:
-            MalformedBody, InvalidInput, ChunkTooLong: with the fact `stream`.
+            ChunksUnsupported, FinalUnsupported, MalformedBody, InvalidInput, ChunkTooLong: with
+                the fact `stream`.
         """
         plain = self.plain_chunk(body, media, stream, precondition)
         if plain is not None:
             return plain
         try:
+            self._check_takes_chunks()
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
-            steps = self._steps(found, "", self._most_chunk)
+            steps = self._chunk_steps(found, "")
         except CarryError as error:
             raise _about(stream, error) from error
-        return self._chunk(found, steps, stream, precondition)
+        return self._chunk(found, steps, stream, precondition, final=found.final)
 
     def plain_chunk(
         self,
@@ -123,6 +132,8 @@ class ModelWire:
         Args:
             more: rows that follow those of the body, each part as `plain_rows` gives it.
         """
+        if self._whole:
+            return None
         plain = self._plain.chunk(media, body, more)
         return None if plain is None else self._chunk(*plain, stream, precondition)
 
@@ -137,7 +148,9 @@ class ModelWire:
 
         Raises:
             MalformedBody, InvalidInput: the body as a whole is not a request.
+            ChunksUnsupported
         """
+        self._check_takes_chunks()
         plain = self._plain.items(media, body)
         if plain is not None and all(item.if_match is None for item, _ in plain):
             return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
@@ -173,8 +186,8 @@ class ModelWire:
             precondition = None
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            steps = self._steps(value, inside, self._most_chunk)
-            return self._chunk(value, steps, value.stream, precondition)
+            steps = self._chunk_steps(value, inside)
+            return self._chunk(value, steps, value.stream, precondition, final=value.final)
         except CarryError as error:
             return error if stream is None else _about(stream, error)
 
@@ -205,32 +218,56 @@ class ModelWire:
         steps: Steps,
         stream: str,
         precondition: Precondition | None,
+        *,
+        final: bool = False,
     ) -> Chunk:
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
             StreamKey(self._name, stream),
             steps,
-            chunk_digest(self._schema, steps, nonce),
+            chunk_digest(self._schema, steps, nonce, final=final),
             body.position,
             None if body.epoch is None else bytes.fromhex(body.epoch),
             precondition,
+            final,
         )
 
-    def _steps(self, body: StepsBody, inside: str, most: _Most) -> Steps:
+    def _check_takes_chunks(self) -> None:
+        if self._whole:
+            raise ChunksUnsupported(
+                f"model {self._name!r} reads its sequences from both ends: expected whole ones, "
+                "sent to its address /predict",
+                expected="/predict",
+            )
+
+    def _chunk_steps(self, body: ChunkBody, inside: str) -> Steps:
+        """The steps of a chunk; a final one may have none."""
+        if body.final and self.served.blocks is None:
+            at = f"{inside}.final" if inside else "final"
+            raise FinalUnsupported(
+                f"{at}: expected none, since model {self._name!r} has no `blocks` and answers "
+                "every event at once",
+                at=at,
+                expected="no `final`",
+            )
+        return self._steps(body, inside, self._most_chunk, least=0 if body.final else 1)
+
+    def _steps(self, body: StepsBody, inside: str, most: _Most, least: int = 1) -> Steps:
         lead = f"{inside}." if inside else ""
         if (body.events is None) == (body.inputs is None):
             raise self._not_one(inside or "body", "both" if body.events is not None else "none")
         schema = self.served.events
         if body.events is not None and schema is not None:
-            count = _counted(len(body.events), f"{lead}events", most)
+            count = _counted(len(body.events), f"{lead}events", most, least)
             columns = columns_from_events(schema, body.events)
             return Steps(Feed.EVENTS, count, columns=columns)
         at = f"{lead}inputs"
         rows = (
-            self._rows_of_bytes(body.inputs, at, most)
+            self._rows_of_bytes(body.inputs, at)
             if isinstance(body.inputs, bytes)
             else self._rows_of_lists(body.inputs, at, most)
         )
+        _counted(len(rows), at, most, least)
         try:
             check_rows(self._columns, rows)
         except DataError as error:
@@ -238,19 +275,18 @@ class ModelWire:
         return Steps(Feed.INPUTS, len(rows), rows=rows)
 
     def _rows_of_lists(self, given: list[list[float]], at: str, most: _Most) -> FloatRows:
-        _counted(len(given), at, most)
+        _counted(len(given), at, most, least=0)
         wide = len(self._columns)
         for index, row in enumerate(given):
             if len(row) != wide:
                 raise self._wrong_width(f"{at}[{index}]", str(len(row)))
         with np.errstate(over="ignore"):
-            return np.array(given, np.float64).astype(np.float32)
+            return np.array(given, np.float64).astype(np.float32).reshape(-1, wide)
 
-    def _rows_of_bytes(self, given: bytes, at: str, most: _Most) -> FloatRows:
+    def _rows_of_bytes(self, given: bytes, at: str) -> FloatRows:
         wide = 4 * len(self._columns)
         if len(given) % wide:
             raise self._wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
-        _counted(len(given) // wide, at, most)
         return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
     def _invalid_rows(
@@ -299,6 +335,8 @@ class ModelWire:
         }
         if reply.created:
             document["created"] = True
+        if reply.output_position is not None:
+            document["output_position"] = reply.output_position
         if options.return_state:
             document["state"] = self.state(reply.state)
         if options.return_attention:
@@ -315,8 +353,11 @@ class ModelWire:
         return document
 
     def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
-        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone; [...] of
-        an output that holds once for the whole chunk."""
+        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone (None
+        where there is no step); [...] of an output that holds once for the whole chunk."""
+        if not len(rows) and not options.return_sequences:
+            # in blocks a chunk may bring no output, and so no last one
+            return dict.fromkeys(self.served.outputs.slices)
         shown_rows = rows if options.return_sequences else rows[-1]
         if self._only is not None:
             # the packed rows are its values as they are
@@ -358,8 +399,8 @@ def _writable(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     }
 
 
-def _counted(count: int, at: str, most: _Most) -> int:
-    if count == 0:
+def _counted(count: int, at: str, most: _Most, least: int = 1) -> int:
+    if count < least:
         expected = "at least one step"
         raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
     if count > most.steps:

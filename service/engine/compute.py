@@ -80,13 +80,31 @@ class Compute:
         longest = max(map(len, rows))
         if longest <= runtime.max_steps:
             return await self._step(runtime, rows, states, on_call)
+        most = runtime.max_steps
+        slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
+        return await self.infer_in_turns(runtime, slices, states, on_call)
+
+    async def infer_in_turns(
+        self,
+        runtime: Runtime,
+        slices: Sequence[Sequence[FloatRows]],
+        states: FloatRows,
+        on_call: OnCall,
+    ) -> Inferred:
+        """Step a batch through the slices of each row, one after another.
+
+        Args:
+            slices: of each row one or more, float32 [t, F]; each goes on from the state that
+                the one before it left.
+            states: float32 [B, N]; not changed.
+        """
         states = states.copy()
-        parts: list[list[FloatRows]] = [[] for _ in rows]
+        parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
-        for start in range(0, longest, runtime.max_steps):
-            members = [index for index, row in enumerate(rows) if len(row) > start]
-            slices = [rows[index][start : start + runtime.max_steps] for index in members]
-            stepped = await self._step(runtime, slices, states[members], on_call)
+        for turn in range(max(map(len, slices))):
+            members = [index for index, found in enumerate(slices) if len(found) > turn]
+            present = [slices[index][turn] for index in members]
+            stepped = await self._step(runtime, present, states[members], on_call)
             states[members] = stepped.states
             finite = finite and stepped.finite
             for member, output in zip(members, stepped.outputs, strict=True):

@@ -78,18 +78,20 @@ class OnnxRuntime:
                     f"{where}: expected a graph with {mark} {expected!r}, got "
                     f"{marks.get(mark)!r}; `carry graph {where}` writes it anew"
                 )
-        self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
+        blocks = artifact.spec.blocks
+        self._window = 1 if blocks is None else blocks.window
+        self.max_steps = artifact.spec.chunk_limit or max(SLICE_STEPS, self._window)
         self._features = artifact.spec.input_features
-        self._state_size = artifact.state.float_size
+        self._state_size = artifact.network_state.float_size
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
-        """The shape itself."""
-        return rows, steps
+        """The shape itself; of a model with blocks, whole windows."""
+        return rows, max(steps, self._window)
 
     def warm(self) -> None:
         """One run, which allocates what every later one needs."""
         self.step(
-            np.zeros((1, 1, self._features), np.float32),
+            np.zeros((1, self._window, self._features), np.float32),
             np.ones(1, np.int32),
             np.zeros((1, self._state_size), np.float32),
         )

@@ -53,11 +53,15 @@ class TensorflowRuntime:
         network.set_weights(artifact.weights)
         self.max_steps = 1 if decoding else artifact.spec.chunk_limit or SLICE_STEPS
         self._rungs = list(DECODER_RUNGS) if decoding else rungs_up_to(self.max_steps)
+        if artifact.spec.blocks is not None:
+            # Every call has the steps of a window.
+            self.max_steps = artifact.spec.blocks.window
+            self._rungs = [(rows, self.max_steps) for rows in ROWS_AT[SLICE_STEPS]]
         self._first = [
             rung for rung in self._rungs if decoding or rung in (*FIRST_RUNGS, self._rungs[-1])
         ]
         self._features = artifact.spec.input_features
-        self._state_size = artifact.state.float_size
+        self._state_size = artifact.network_state.float_size
         # Exactly the arguments of a call: one that does not bind to the whole signature falls
         # back on another way, after its error message has spelt out every array (2 ms a call).
         self._function: Any = tf.function(

@@ -44,11 +44,14 @@ class NumpyRuntime:
         assert lengths.min() >= 1
         assert lengths.max() <= rows.shape[1]
         self.shapes.append((rows.shape[0], rows.shape[1]))
-        outputs = np.full((*rows.shape[:2], self._artifact.outputs.size), np.nan, np.float32)
+        blocks = self._artifact.spec.blocks
+        most = rows.shape[1] if blocks is None else blocks.size
+        outputs = np.full((len(rows), most, self._artifact.outputs.size), np.nan, np.float32)
         stepped = np.empty_like(states)
         with np.errstate(over="ignore", invalid="ignore"):
             for index, length in enumerate(lengths):
-                outputs[index, :length], stepped[index] = oracle_step(
+                found, stepped[index] = oracle_step(
                     self._artifact.spec, self._artifact.weights, rows[index, :length], states[index]
                 )
+                outputs[index, : len(found)] = found
         return outputs, stepped

@@ -44,8 +44,8 @@ from models.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.layers import AttentionLayer, GruLayer, Layer, LstmLayer
-from models.layout import state_spec, weight_shapes
+from models.layers import AttentionLayer, BidirectionalLayer, GruLayer, Layer, LstmLayer
+from models.layout import network_state, weight_shapes
 from models.spec import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -97,7 +97,7 @@ def oracle_step(
     rows: NDArray[np.float32],
     state: NDArray[np.float32] | Floats,
 ) -> tuple[Floats, Floats]:
-    """Consume one stream's rows.
+    """Consume one stream's rows, or in blocks the rows of one window.
 
     Args:
         spec: the model.
@@ -107,11 +107,13 @@ def oracle_step(
 
     Returns:
         Outputs float64 [T, O], the weights of attention over the chunk last, and the state
-        after the last row, float64 [N].
+        after the last row, float64 [N]; in blocks the outputs of the block's own rows, [at most
+        C, O], and the state after these.
     """
+    block = len(rows) if spec.blocks is None else min(spec.blocks.size, len(rows))
     exact = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    names = [part.name for part in state_spec(spec).parts if part.dtype == "float32"]
-    slices = state_spec(spec).slices
+    names = [part.name for part in network_state(spec).parts]
+    slices = network_state(spec).slices
     parts = {name: np.array(state, np.float64)[slices[name]] for name in names}
     exact_rows = np.asarray(rows, np.float64)
     values = {"features": np.array([features_of(spec, exact, row) for row in exact_rows])}
@@ -123,10 +125,11 @@ def oracle_step(
         elif layer.kind == "attention":
             values[layer.name] = _over_stream(layer, exact, read[0], parts)
         else:
-            values[layer.name] = _sequence(layer, exact, read, parts)
+            blocks = spec.blocks is not None
+            values[layer.name] = _sequence(layer, exact, read, parts, block, blocks)
     outputs = []
     where = {column.name: index for index, column in enumerate(spec.columns)}
-    for t, row in enumerate(exact_rows):
+    for t, row in enumerate(exact_rows[:block]):
         if spec.decoder is not None:
             for index, target in enumerate(spec.decoder.targets):
                 if f"{target}.missing" not in where or not row[where[f"{target}.missing"]]:
@@ -158,7 +161,7 @@ def random_states(spec: ModelSpec, random: np.random.Generator, count: int) -> F
 
     The first has seen nothing that an attention over the stream would know.
     """
-    layout = state_spec(spec)
+    layout = network_state(spec)
     states = random.uniform(-1, 1, (count, layout.float_size)).astype(np.float32)
     for part in layout.parts:
         values = states[:, layout.slices[part.name]] if part.dtype == "float32" else states[:, :0]
@@ -178,7 +181,7 @@ def joined(spec: ModelSpec, state: NDArray[np.floating[Any]]) -> Floats:
 
     One sum can be parted in several ways, so states are compared like this.
     """
-    layout = state_spec(spec)
+    layout = network_state(spec)
     numbers = np.array(state, np.float64)
     for part in layout.parts:
         if part.name.endswith((".normaliser", ".sum")):
@@ -187,6 +190,24 @@ def joined(spec: ModelSpec, state: NDArray[np.floating[Any]]) -> Floats:
             values[..., :half] += values[..., half:]
             values[..., half:] = 0
     return numbers
+
+
+def oracle_in_blocks(
+    spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]], rows: NDArray[np.float32]
+) -> Floats:
+    """A whole stream of a model with blocks from its beginning to its end: outputs [T, O].
+
+    Block k is rows kC to kC + C-1; its window has up to R more; the state goes on from block to
+    block.
+    """
+    size, lookahead = spec.blocks.size, spec.blocks.lookahead
+    state = np.zeros(network_state(spec).float_size)
+    outputs = []
+    for start in range(0, len(rows), size):
+        window = rows[start : start + size + lookahead]
+        found, state = oracle_step(spec, weights, window, state)
+        outputs.append(found)
+    return np.concatenate(outputs)
 
 
 def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -226,16 +247,48 @@ def features_of(spec: ModelSpec, weights: Mapping[str, Floats], row: Floats) -> 
 
 
 def _sequence(
-    layer: Layer, weights: Mapping[str, Floats], read: list[Floats], parts: dict[str, Floats]
+    layer: Layer,
+    weights: Mapping[str, Floats],
+    read: list[Floats],
+    parts: dict[str, Floats],
+    block: int,
+    in_blocks: bool,
 ) -> Floats:
-    """A layer over the whole chunk: arrays [T, width] -> [T, width]."""
+    """A layer over the whole chunk: arrays [T, width] -> [T, width].
+
+    What is carried is the state after `block` steps; in blocks nothing is carried backward.
+    """
     source = getattr(layer, "starts_from", None)
     if source is not None:
         # the state in which the other layer ended this very chunk
-        for part in ("hidden", "carry") if layer.kind == "lstm" else ("hidden",):
-            parts[f"{layer.name}.{part}"] = parts[f"{source}.{part}"]
+        ends = {name: part for name, part in parts.items() if name.startswith(f"{source}.")}
+        parts.update((layer.name + name.removeprefix(source), part) for name, part in ends.items())
+    two_way = isinstance(layer, BidirectionalLayer)
+    forward = layer.directions[0] if two_way else layer
     steps = range(len(read[0]))
-    return np.array([layer_step(layer, weights, [x[t] for x in read], parts) for t in steps])
+    ahead, carried = [], {}
+    for t in steps:
+        ahead.append(layer_step(forward, weights, [x[t] for x in read], parts))
+        if t + 1 == block:
+            carried = dict(parts)
+    parts.update(carried)
+    if not two_way:
+        return np.array(ahead)
+    # Schuster & Paliwal 1997: the other cell reads the steps from the last one on
+    backward = layer.directions[1]
+    if in_blocks:
+        zero = np.zeros(layer.units)
+        parts.update({f"{backward.name}.hidden": zero, f"{backward.name}.carry": zero})
+    back = [layer_step(backward, weights, [x[t] for x in read], parts) for t in reversed(steps)][
+        ::-1
+    ]
+    joined = {
+        "concat": lambda a, b: np.concatenate([a, b]),
+        "sum": lambda a, b: a + b,
+        "mul": lambda a, b: a * b,
+        "ave": lambda a, b: (a + b) / 2,
+    }[layer.merge]
+    return np.array([joined(a, b) for a, b in zip(ahead, back, strict=True)])
 
 
 def _scores(layer: AttentionLayer, weights: Mapping[str, Floats], x: Floats) -> Floats:

@@ -1,0 +1,120 @@
+"""Bidirectional layers as two operators, one of them with direction `reverse`.
+
+The operators reverse by each row's length, as Keras does under a mask. Two operators in place of
+one with direction `bidirectional`: each direction keeps its own state value, and the two
+sequences are merged as Keras merges them.
+
+In blocks (`models.blocks`) the steps are those of a window: a forward operator runs over the block
+and another goes on over the lookahead, and the state between them is the one that is carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.blocks import BlockSpec
+from models.layers import BidirectionalLayer, GruLayer, LstmLayer
+from models.onnx.cells import gru, lstm
+from models.onnx.nodes import Nodes, Value
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+MOST = np.iinfo(np.int64).max
+"""As the end of a slice: up to the last element."""
+
+
+class WindowSteps(NamedTuple):
+    """The valid steps of each row, int32 [B], and in blocks also how they are divided.
+
+    Attributes:
+        lengths: of the whole row.
+        block: of its block; "" where there are no blocks, or no lookahead.
+        ahead: of its lookahead.
+        size: C, where the lookahead begins.
+    """
+
+    lengths: Value
+    block: Value = ""
+    ahead: Value = ""
+    size: int = 0
+
+    @classmethod
+    def of(cls, nodes: Nodes, lengths: Value, blocks: BlockSpec | None) -> WindowSteps:
+        """The steps of a network with these blocks, if it has any."""
+        if blocks is None or not blocks.lookahead:
+            return cls(lengths)
+        size, zero = (nodes.constant(np.array(n, np.int32)) for n in (blocks.size, 0))
+        block = nodes.add("Min", lengths, size)
+        ahead = nodes.add("Max", nodes.add("Sub", lengths, size), zero)
+        return cls(lengths, block, ahead, blocks.size)
+
+
+def forward(
+    nodes: Nodes,
+    cell: LstmLayer | GruLayer,
+    weights: Weights,
+    x: Value,
+    steps: WindowSteps,
+    initial: list[Value],
+) -> tuple[Value, list[Value]]:
+    """A forward cell: the sequence, and the states after the last step, or after the block."""
+    if not steps.block:
+        return _run(nodes, cell, weights, x, steps.lengths, initial)
+    block, ahead = nodes.part(x, 0, steps.size, axis=0), nodes.part(x, steps.size, MOST, axis=0)
+    first, after = _run(nodes, cell, weights, block, steps.block, initial)
+    second, _ = _run(nodes, cell, weights, ahead, steps.ahead, after)
+    return nodes.concat([first, second], axis=0), after
+
+
+def bidirectional(
+    nodes: Nodes,
+    layer: BidirectionalLayer,
+    weights: Weights,
+    x: Value,
+    steps: WindowSteps,
+    initial: list[Value],
+) -> tuple[Value, list[Value]]:
+    """Both directions of a layer.
+
+    Args:
+        x: float32 [T, B, in].
+        steps: valid steps of each row.
+        initial: the states of the forward cell, then of the backward cell, each [1, B, H], or
+            "" for zero.
+
+    Returns:
+        The merged sequence [T, B, width] and the states after, in the order of `initial`.
+    """
+    half = len(initial) // 2
+    ahead_cell, back_cell = layer.directions
+    ahead, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
+    back, after_back = _run(nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse")
+    return _merged(nodes, layer, ahead, back), [*after, *after_back]
+
+
+def _run(
+    nodes: Nodes,
+    cell: LstmLayer | GruLayer,
+    weights: Weights,
+    x: Value,
+    lengths: Value,
+    initial: list[Value],
+    direction: str | None = None,
+) -> tuple[Value, list[Value]]:
+    if isinstance(cell, LstmLayer):
+        return lstm(nodes, cell, weights, x, lengths, initial, direction)
+    return gru(nodes, cell, weights, x, lengths, initial, direction)
+
+
+def _merged(nodes: Nodes, layer: BidirectionalLayer, ahead: Value, back: Value) -> Value:
+    match layer.merge:
+        case "concat":
+            return nodes.concat([ahead, back], axis=2)
+        case "mul":
+            return nodes.add("Mul", ahead, back)
+    total = nodes.add("Add", ahead, back)
+    return total if layer.merge == "sum" else nodes.add("Div", total, nodes.number(2.0))

@@ -1,0 +1,164 @@
+"""Bidirectional layers: the post's five tensors, Keras' own wrapper, the oracle, both graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.errors import SpecError
+from models.layout import layer_widths, state_spec
+from models.networks.build import StepNetwork
+from models.spec import ModelSpec, parse_spec
+from tests.models.networks.running import Floats, step
+from tests.models.onnx.test_graph import run, session_of
+from tests.support.oracle import contracting_weights, oracle_step
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CELLS = ["lstm", "gru"]
+MERGES = ["concat", "sum", "mul", "ave"]
+
+
+def spec_of(*layers: dict[str, Any], features: int = 3) -> ModelSpec:
+    heads = [{"kind": "sequence", "name": "output"}]
+    return parse_spec({"name": "m", "features": features, "layers": layers, "heads": heads})
+
+
+def two_way(cell: str = "lstm", units: int = 4, **more: Any) -> dict[str, Any]:
+    return {"kind": "bidirectional", "cell": cell, "units": units, **more}
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> ModelSpec:
+    """Two to four layers, of which the first and others are bidirectional; some hand on."""
+    cell, units = draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))
+    options = {"use_bias": draw(st.booleans())}
+    if cell == "gru":
+        options["reset_after"] = draw(st.booleans())
+    layers = [two_way(cell, units, merge=draw(st.sampled_from(MERGES)), **options)]
+    for _ in range(draw(st.integers(1, 3))):
+        kind = draw(st.sampled_from(["handed", "alone", "one way", "dense"]))
+        match kind:
+            case "handed":
+                merge = draw(st.sampled_from(MERGES))
+                layers.append(two_way(cell, units, merge=merge, starts_from="bidirectional_1"))
+            case "alone":
+                layers.append(two_way(draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))))
+            case "one way":
+                layers.append({"kind": draw(st.sampled_from(CELLS)), "units": 3})
+            case _:
+                layers.append({"kind": "dense", "units": 3, "activation": "relu"})
+    return spec_of(*layers, features=draw(st.integers(1, 3)))
+
+
+def ragged(random: np.random.Generator, spec: ModelSpec, lengths: list[int]) -> tuple[Any, Any]:
+    """Rows [B, T + 2, F], zero beyond each length, and states that are not zero."""
+    rows = random.normal(size=(len(lengths), max(lengths) + 2, spec.input_features))
+    for b, length in enumerate(lengths):
+        rows[b, length:] = 0
+    states = random.uniform(-1, 1, (len(lengths), state_spec(spec).float_size))
+    return rows.astype(np.float32), states.astype(np.float32)
+
+
+def check(spec: ModelSpec, seed: int, lengths: list[int], ran: Any) -> None:
+    """Outputs and states of each row, against the oracle on the row alone."""
+    random = np.random.default_rng(seed)
+    rows, states = ragged(random, spec, lengths)
+    outputs, after = ran(rows, lengths, states)
+    for b, length in enumerate(lengths):
+        weights = contracting_weights(spec, seed)
+        wanted, wanted_state = oracle_step(spec, weights, rows[b, :length], states[b])
+        np.testing.assert_allclose(outputs[b, :length], wanted, **CLOSE)
+        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_the_keras_step_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
+    network = StepNetwork(spec)
+    network.set_weights(contracting_weights(spec, seed))
+    check(spec, seed, lengths, lambda rows, at, states: step(network, rows, at, states))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_the_graph_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
+    session = session_of(spec, contracting_weights(spec, seed))
+    check(spec, seed, lengths, lambda rows, at, states: run(session, rows, at, states))
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_posts_tensors_are_those_of_keras(cell: str, merge: str) -> None:
+    """Keras' wrapper returns the sequence, then h and c forward, then h and c backward; the
+    second layer starts from all of them."""
+    spec = spec_of(
+        two_way(cell, merge=merge), two_way(cell, starts_from="bidirectional_1", merge=merge)
+    )
+    network = StepNetwork(spec)
+    network.set_weights(contracting_weights(spec, 1))
+    keras_cell = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU}[cell]
+    first, second = (
+        keras.layers.Bidirectional(
+            keras_cell(4, return_sequences=True, return_state=True), merge_mode=merge
+        )
+        for _ in range(2)
+    )
+    rows = np.random.default_rng(2).normal(size=(2, 7, 3)).astype(np.float32)
+    first.build(rows.shape)
+    second.build((2, 7, layer_widths(spec)["bidirectional_1"]))
+    weights = network.get_weights()
+    for number, layer in enumerate((first, second), 1):
+        prefix = f"bidirectional_{number}."
+        layer.set_weights([value for name, value in weights.items() if name.startswith(prefix)])
+    sequence, *states = first(rows)
+    assert len(states) == {"lstm": 4, "gru": 2}[cell]
+    wanted, *_ = second(sequence, initial_state=states)
+    outputs, after = step(network, rows, [7, 7], np.zeros((2, network.state_size), np.float32))
+    np.testing.assert_allclose(outputs, wanted, **CLOSE)
+    np.testing.assert_allclose(after, np.concatenate(states, axis=-1), **CLOSE)
+
+
+def test_the_state_has_a_part_for_each_cell_of_what_starts_by_itself() -> None:
+    spec = spec_of(two_way(), two_way(starts_from="bidirectional_1"), two_way("gru"))
+    one, two = "bidirectional_1", "bidirectional_3"
+    assert [part.name for part in state_spec(spec).parts] == [
+        *(f"{one}.forward.hidden", f"{one}.forward.carry"),
+        *(f"{one}.backward.hidden", f"{one}.backward.carry"),
+        *(f"{two}.forward.hidden", f"{two}.backward.hidden"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([two_way(starts_from="other")], "expected a recurrent layer before it"),
+        ([two_way(), two_way(units=5, starts_from="bidirectional_1")], r"forward.hidden \[5\]"),
+        ([two_way(), two_way("gru", starts_from="bidirectional_1")], r"backward.carry \[4\]"),
+        ([{"kind": "lstm", "units": 4}, two_way(starts_from="lstm_1")], "starts from 'lstm_1'"),
+        ([two_way(starts_from="bidirectional_1")], "layer before it"),
+        ([two_way(reset_after=False)], "an option of the gru cell"),
+        ([two_way(merge="avg")], "merge"),
+    ],
+)
+def test_what_cannot_be_is_refused(layers: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        spec_of(*layers)
+
+
+def test_dropout_follows_its_seed_in_both_directions() -> None:
+    network = StepNetwork(spec_of(two_way(units=8, dropout=0.5, recurrent_dropout=0.5)))
+    rows, lengths = np.ones((2, 5, 3), np.float32), np.array([5, 5], np.int32)
+    state = np.zeros((2, network.state_size), np.float32)
+
+    def trained(seed: int) -> Floats:
+        network.reseed(seed)
+        return np.asarray(network.step(rows, lengths, state, training=True)[0])
+
+    first, again, other = trained(1), trained(1), trained(2)
+    np.testing.assert_array_equal(first, again)
+    assert (np.abs(first - other).reshape(10, 2, 8).max(axis=(0, 2)) > 1e-3).all()

@@ -1,0 +1,182 @@
+"""Networks in blocks, window by window, against the definition: both networks, any end.
+
+Cuts are taken by the same pure function as in the service, whose own tests are in
+`tests/models/test_blocks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from models.blocks import cut
+from models.errors import SpecError
+from models.layout import network_state, state_spec
+from models.networks.build import StepNetwork
+from models.spec import ModelSpec, parse_spec
+from tests.models.networks.running import Floats, step
+from tests.models.onnx.test_graph import run, session_of
+from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+Step = Callable[[Floats, list[int], Floats], tuple[Floats, Floats]]
+
+
+def spec_of(layers: list[dict[str, Any]], size: int, lookahead: int, **more: Any) -> ModelSpec:
+    heads = [{"kind": "sequence", "name": "output"}]
+    blocks = {"size": size, "lookahead": lookahead}
+    given = {"features": 2, "layers": layers, "heads": heads, "blocks": blocks}
+    return parse_spec({"name": "m", **given, **more})
+
+
+def two_way(cell: str = "lstm", units: int = 3, **more: Any) -> dict[str, Any]:
+    return {"kind": "bidirectional", "cell": cell, "units": units, **more}
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> ModelSpec:
+    """Bidirectional and forward layers in any order, dense ones between them."""
+    layers = [
+        draw(
+            st.sampled_from(
+                [
+                    two_way(),
+                    two_way("gru"),
+                    two_way("gru", reset_after=False, merge="mul"),
+                    two_way(merge="sum", use_bias=False),
+                    {"kind": "lstm", "units": 3},
+                    {"kind": "gru", "units": 2},
+                    {"kind": "dense", "units": 3, "activation": "tanh"},
+                ]
+            )
+        )
+        for _ in range(draw(st.integers(0, 3)))
+    ]
+    layers.insert(draw(st.integers(0, len(layers))), two_way(merge="ave"))
+    return spec_of(layers, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+
+
+def whole(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
+    """A stream from beginning to end, one window after another, padded as the engine pads."""
+    state = np.zeros((1, network_state(spec).float_size), np.float32)
+    outputs = []
+    for window in cut(spec.blocks, rows, final=True).windows:
+        padded = np.zeros((1, spec.blocks.window, rows.shape[1]), np.float32)
+        padded[0, : len(window)] = window
+        found, state = ran(padded, [len(window)], state)
+        assert found.shape[1] == spec.blocks.size
+        outputs.append(found[0, : len(window)])
+    return np.concatenate(outputs)
+
+
+def rows_of(seed: int, length: int) -> Floats:
+    return np.random.default_rng(seed).normal(size=(length, 2)).astype(np.float32)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
+def test_the_keras_step_is_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
+    network = StepNetwork(spec)
+    network.set_weights(contracting_weights(spec, seed))
+    rows = rows_of(seed, length)
+    found = whole(spec, rows, lambda *given: step(network, *given))
+    wanted = oracle_in_blocks(spec, network.get_weights(), rows)
+    np.testing.assert_allclose(found, wanted, **CLOSE)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
+def test_the_graph_is_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
+    weights = contracting_weights(spec, seed)
+    session = session_of(spec, weights)
+    rows = rows_of(seed, length)
+    found = whole(spec, rows, lambda *given: run(session, *given))
+    np.testing.assert_allclose(found, oracle_in_blocks(spec, weights, rows), **CLOSE)
+
+
+STACK = [two_way(), {"kind": "gru", "units": 4}, two_way("gru", units=2)]
+
+
+def test_windows_of_any_length_and_state_side_by_side() -> None:
+    """Rows of a batch end anywhere: in the lookahead, with the block, within it; the states
+    are not zero; both networks, the Keras one compiled."""
+    spec = spec_of(STACK, 3, 2)
+    weights = contracting_weights(spec, 4)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    compiled = tf.function(network.step, jit_compile=True)
+    session = session_of(spec, weights)
+    random = np.random.default_rng(5)
+    for lengths in ([5, 4, 3, 2, 1], [3, 3, 2, 1, 1], [5] * 5):
+        rows = random.normal(size=(5, 5, 2)).astype(np.float32)
+        for row, length in zip(rows, lengths, strict=True):
+            row[length:] = 0
+        states = random.uniform(-1, 1, (5, network.state_size)).astype(np.float32)
+        for outputs, after in (
+            run(session, rows, lengths, states),
+            compiled(*map(tf.constant, (rows, np.array(lengths, np.int32), states))),
+        ):
+            for b, length in enumerate(lengths):
+                wanted, kept = oracle_step(spec, weights, rows[b, :length], states[b])
+                assert len(wanted) == min(length, 3)
+                np.testing.assert_allclose(np.asarray(outputs)[b, : len(wanted)], wanted, **CLOSE)
+                np.testing.assert_allclose(np.asarray(after)[b], kept, **CLOSE)
+
+
+def test_without_lookahead_a_block_sees_itself_alone() -> None:
+    spec = spec_of(STACK, 4, 0)
+    weights = contracting_weights(spec, 6)
+    session = session_of(spec, weights)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    rows = rows_of(6, 11)
+    wanted = oracle_in_blocks(spec, weights, rows)
+    for ran in (lambda *given: run(session, *given), lambda *given: step(network, *given)):
+        np.testing.assert_allclose(whole(spec, rows, ran), wanted, **CLOSE)
+
+
+def test_a_window_over_the_whole_stream_is_the_whole_network() -> None:
+    spec = spec_of(STACK, 16, 3)
+    whole_spec = parse_spec({**spec.model_dump(mode="json"), "blocks": None})
+    weights = contracting_weights(spec, 7)
+    rows = rows_of(7, 16)
+    state = np.zeros(network_state(whole_spec).float_size)
+    wanted, _ = oracle_step(whole_spec, weights, rows, state)
+    np.testing.assert_allclose(oracle_in_blocks(spec, weights, rows), wanted, **CLOSE)
+
+
+def test_the_state_has_forward_parts_and_what_waits() -> None:
+    spec = spec_of([two_way(), {"kind": "gru", "units": 4}], 3, 2)
+    parts = {part.name: (part.shape, part.dtype) for part in state_spec(spec).parts}
+    assert parts == {
+        "bidirectional_1.forward.hidden": ((3,), "float32"),
+        "bidirectional_1.forward.carry": ((3,), "float32"),
+        "gru_1.hidden": ((4,), "float32"),
+        "blocks.waiting": ((4, 2), "float32"),
+        "blocks.count": ((), "int64"),
+        "blocks.closed": ((), "int64"),
+    }
+    assert (spec.chunking, spec.chunk_limit) == ("invisible", None)
+
+
+@pytest.mark.parametrize(
+    ("layers", "change", "said"),
+    [
+        ([{"kind": "lstm", "units": 3}], {}, "expected a bidirectional layer"),
+        ([two_way(), two_way(starts_from="bidirectional_1")], {}, "no `starts_from`"),
+        ([two_way()], {"blocks": {"size": 1, "lookahead": 0}}, "blocks of two events"),
+        ([two_way()], {"blocks": {"size": 0, "lookahead": 3}}, "blocks.size"),
+        ([two_way()], {"max_chunk_steps": 9}, "max_chunk_steps"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    layers: list[dict[str, Any]], change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(SpecError, match=said):
+        spec_of(layers, **{"size": 3, "lookahead": 2, **change})
