@@ -27,6 +27,9 @@ from tests.faults.workers import Worker
 TRIGGER_S = 5.0
 """How long a fault that waits for a moment waits for it."""
 
+LONGEST_WAIT_S = 60.0
+"""How long a fault waits for something to break: workers and store serve again by then."""
+
 HELD_SHARE = 3
 """One client of so many rests over a rollback, and its stream is moved on differently."""
 
@@ -34,7 +37,6 @@ ALONE_SHARE = 4
 """One fault of so many may meet a worker while the others are down."""
 
 CUTS = 3
-_IN_FLIGHT_S = 2.0
 _POLL_S = 0.001
 _LATE_S = {BEFORE_LOAD: 0.0006, COMPUTING: 0.0012}
 """A kill comes up to so long after the request, or the load's answer, was handed on: the worker
@@ -100,8 +102,7 @@ class Breaker:
                 kill = fault.kind is Kind.OWNER_KILL
                 await asyncio.to_thread(self._store.restart_owner, kill=kill)
             case Kind.CUT_REQUEST | Kind.CUT_REPLY | Kind.CUT_COMMIT | Kind.CUT_ANSWER:
-                if not await self._cut(fault):
-                    return
+                await self._cut(fault)
             case _:
                 raise ValueError(f"{fault.kind} on {self._store.name}")
         self.done[fault.kind] += 1
@@ -117,7 +118,7 @@ class Breaker:
         return [*self._store.ways, *(worker.way for worker in self._workers)]
 
     async def _someone_in_flight(self) -> None:
-        deadline_s = time.monotonic() + _IN_FLIGHT_S
+        deadline_s = time.monotonic() + LONGEST_WAIT_S
         while time.monotonic() < deadline_s:
             if any(self._client_sight.in_flight(worker.name) for worker in self._workers):
                 self.in_flight += 1
@@ -198,25 +199,29 @@ class Breaker:
     def _is_commit(self, link: Link, data: bytes) -> bool:
         return b"EVAL" in data and self._store_sight.is_workers(link)
 
-    async def _cut(self, fault: Fault) -> bool:
-        """Cut some connections; whether any was."""
+    async def _cut(self, fault: Fault) -> None:
+        """Cut some connections, at least one."""
         direction: Direction
         choice: Choice
-        if fault.kind in (Kind.CUT_REQUEST, Kind.CUT_REPLY):
-            ways = [worker.way for worker in self._workers]
-        else:
-            ways = self._store.ways
+        ways = self._store.ways
         match fault.kind:
             case Kind.CUT_REQUEST:
+                ways = [worker.way for worker in self._workers]
                 direction, choice = "request", _is_chunk
             case Kind.CUT_REPLY:
+                ways = [worker.way for worker in self._workers]
                 direction, choice = "reply", _is_applied
             case Kind.CUT_COMMIT:
                 direction, choice = "request", self._is_commit
             case _:
                 direction, choice = "reply", lambda link, _: self._store_sight.owes(link)
         waiting = {way.cut(direction, choice) for way in ways for _ in range(CUTS)}
-        deadline_s, count = time.monotonic() + TRIGGER_S, 0
+        done, waiting = await asyncio.wait(
+            waiting, timeout=LONGEST_WAIT_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            raise AssertionError(f"{fault.kind}: nothing to cut within {LONGEST_WAIT_S} s")
+        deadline_s, count = time.monotonic() + TRIGGER_S, len(done)
         while count < CUTS and time.monotonic() < deadline_s:
             done, waiting = await asyncio.wait(
                 waiting, timeout=TRIGGER_S, return_when=asyncio.FIRST_COMPLETED
@@ -225,7 +230,6 @@ class Breaker:
         for way in ways:
             way.forget_cuts()
         self._history.seen[f"{fault.kind}, connections"] += count
-        return count > 0
 
 
 def _is_chunk(_: Link, data: bytes) -> bool:

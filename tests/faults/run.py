@@ -168,6 +168,7 @@ async def run(course: Course, folder: Path) -> Outcome:
     history = History()
     async with scene(course, folder) as on:
         outcome = await _drive(course, on, history, random)
+    history.unexpected += [line for worker in on.workers for line in worker.logged()]
     outcome.verdict = await asyncio.to_thread(check, history)
     if course.quiet:
         quiet = folder / "undisturbed"

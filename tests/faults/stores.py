@@ -188,7 +188,7 @@ class SingleStore(Store):
     def look_back(self, pick: int) -> float:
         """Copy the append-only file. The server goes on writing: what is copied is a beginning
         of the file, as a crash would leave it."""
-        since_s = time.monotonic()
+        since_s = self._written_s()
         self._copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self.folder)) / "files"
         shutil.copytree(self.files(), self._copy)
         return since_s
@@ -202,6 +202,14 @@ class SingleStore(Store):
         shutil.move(self._copy, self.files())
         self.start()
         return Loss("rolled back", since_s, struck_s, ended_s, time.monotonic())
+
+    def _written_s(self) -> float:
+        """A moment of which all that was acknowledged before it is in the file by now."""
+        with self.client() as client:
+            while True:
+                asked_s = time.monotonic()
+                if client.info("persistence")["aof_buffer_length"] == 0:
+                    return asked_s
 
     def await_serving(self) -> None:
         """Wait until it answers."""

@@ -97,6 +97,14 @@ class Worker:
         for way in store.ways:
             await way.drained(lambda link: store.whose(link) == self.name)
 
+    def logged(self) -> list[str]:
+        """What it logged, over all its starts, about exceptions that nobody expected."""
+        return [
+            f"{self.name} logged {line}"
+            for line in self._service.whole_log().splitlines()
+            if '"exception":' in line
+        ]
+
     def stop(self) -> None:
         """End it, whatever it is doing."""
         process = self._service.process

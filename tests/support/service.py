@@ -62,6 +62,10 @@ class Service:
         """What it printed since it was started last."""
         return self._log.read_bytes()[self._from :].decode()
 
+    def whole_log(self) -> str:
+        """What it printed over all its starts."""
+        return self._log.read_text()
+
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self.process.poll() is not None
