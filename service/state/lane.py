@@ -170,7 +170,8 @@ class Lane:
         self._owe()
         try:
             await self._connection.send_packed_command(packed, check_health=False)
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, RuntimeError) as error:
+            # The last is uvloop's, for a transport that it closed and whose reader is yet to hear.
             self.last = error
 
     async def _run(self) -> None:

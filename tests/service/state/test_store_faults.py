@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvloop
 
 from service.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
 from service.state.open import open_store
@@ -37,6 +38,24 @@ async def losing(
 @pytest.fixture
 def streams() -> Streams:
     return Streams()
+
+
+def test_a_connection_that_the_loop_has_closed_is_made_anew(
+    server: RealServer, streams: Streams
+) -> None:
+    """uvloop refuses writes to a closed transport before its reader is told of the end."""
+
+    async def ended_before_each_commit() -> None:
+        async with opened(server.url) as store:
+            commit = streams.creation(key("s"))
+            assert await store.commit([commit]) == [Committed()]
+            for _ in range(5):
+                store._link._server.lane._connection._writer.transport.abort()
+                await asyncio.sleep(0)
+                commit = streams.next(commit)
+                assert await store.commit([commit]) == [Committed()]
+
+    uvloop.run(ended_before_each_commit())
 
 
 # Restarts
