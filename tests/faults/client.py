@@ -51,6 +51,7 @@ class Habits:
         duplicates: share of the chunks that are sent to two workers at once.
         forgets: share of the chunks before which the stream is deleted, or expires.
         pause_s: mean pause between two chunks of a stream.
+        deadlines: share of the tries that say how long they may take, by Carry-Timeout.
         timeout_s: how long a reply is waited for.
     """
 
@@ -58,6 +59,7 @@ class Habits:
     duplicates: float = 0.12
     forgets: float = 0.003
     pause_s: float = 0.06
+    deadlines: float = 0.2
     timeout_s: float = 2.5
 
 
@@ -219,9 +221,14 @@ class Client:
         expected = None
         if not plain and sent.start == self._position and (knows or sent.start == 0):
             expected = next_tag(self._tag or FIRST_TAG, sent.start, sent.digest)
+        deadline_s = None
+        if self._random.random() < self._habits.deadlines:
+            deadline_s = float(self._random.uniform(0.01, self._habits.timeout_s))
         began_s = time.monotonic()
         body = chunk_body(sent.rows, sent.start, media, epoch)
-        answer = await self._ask("POST", worker, body=body, media=media, etag=etag)
+        answer = await self._ask(
+            "POST", worker, body=body, media=media, etag=etag, deadline_s=deadline_s
+        )
         if answer is None:
             return None
         status, document = answer

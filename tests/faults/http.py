@@ -36,9 +36,14 @@ class Line:
         body: bytes = b"",
         media: str = JSON,
         etag: str | None = None,
+        deadline_s: float | None = None,
         timeout_s: float,
     ) -> tuple[int, Any]:
         """A request about a stream: the status, and the document of the reply.
+
+        Args:
+            deadline_s: how long the service may take, as Carry-Timeout tells it.
+            timeout_s: how long the reply is waited for.
 
         Raises:
             NoReply
@@ -47,6 +52,8 @@ class Line:
         head = f"{method} /v1/models/{MODEL}/streams/{stream}{ending} HTTP/1.1\r\nhost: carry\r\n"
         if etag is not None:
             head += f'if-match: "{etag}"\r\n'
+        if deadline_s is not None:
+            head += f"carry-timeout: {deadline_s:.3f}\r\n"
         if body:
             head += f"content-type: {media}\r\n"
         head += f"content-length: {len(body)}\r\n\r\n"

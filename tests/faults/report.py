@@ -56,6 +56,8 @@ def _wanted(outcome: Outcome) -> Iterator[tuple[str, int]]:
         "noticed by a tag that does not follow",
         "moved on differently",
         "blind retries",
+        "failed deadline_exceeded",
+        "failed outcome_unknown",
         "deleted",
         "expired",
         "appends",
