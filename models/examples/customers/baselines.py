@@ -79,8 +79,11 @@ def _own_gap(
     said = 1 - np.exp(-WITHIN_DAYS / np.maximum(mean, 1.0))
     known = train[~first[train]]
     curve = IsotonicRegression(out_of_bounds="clip").fit(said[known], truth[known])
+    # Isotonic regression may say 0 or 1; a little of the base rate keeps the loss finite.
+    size = float(np.sqrt(len(known)))
+    chance = (curve.predict(said[test]) * size + truth[known].mean()) / (size + 1)
     rate = truth[train[first[train]]].mean()
-    return np.asarray(np.where(first[test], rate, curve.predict(said[test])), np.float64)
+    return np.asarray(np.where(first[test], rate, chance), np.float64)
 
 
 def _cells(

@@ -19,6 +19,7 @@ from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import spoken_rows
 from models.training.labels import labels_of
+from models.training.loop import Loop
 from models.training.plan import plan_of
 from models.training.table import Table, rows_around
 from models.training.trainer import train
@@ -167,3 +168,42 @@ def test_trees_see_what_is_asked_for_and_no_other_stream() -> None:
                 other = at + offset
                 wanted = rows[other] if start <= other < stop else np.full(rows.shape[1], np.nan)
                 np.testing.assert_array_equal(seen[at, place], wanted)
+
+
+def test_padding_has_no_labels() -> None:
+    spec = label_spec(UP)
+    streams = streams_of(spec, labelled(5))
+    labels = labels_of(spec, streams.frame)
+    fitted = fitted_spec(spec, streams, VALIDATE)
+    loop = Loop(fitted, plan_of(fitted, streams, labels, VALIDATE, TEST), 1)
+    padded = 0
+    for window in loop._cut(loop.plan.groups[0]):
+        *_, lengths, _, given = loop._tensors(window, loop.plan.trained, labels)
+        beyond = np.arange(given["up"].shape[1]) >= lengths[:, None]
+        padded += int(beyond.sum())
+        assert np.isnan(given["up"][beyond]).all()
+        np.testing.assert_array_equal(given["up"][~beyond], labels["up"][window.index[~beyond]])
+    assert padded > 0
+
+
+def test_baselines_see_the_event_that_is_labelled(monkeypatch) -> None:
+    few = label_baselines.Grid((0,), (2,), (7,), (5,), 0.2, 60)
+    monkeypatch.setattr(label_baselines, "SINGLE", few)
+    monkeypatch.setattr(label_baselines, "SEVERAL", few)
+    head = {"kind": "label", "name": "big"}
+    frame = latch_frame(40).with_columns(big=pl.col("noise") > 0)
+    spec = label_spec(head)
+    streams = streams_of(spec, frame)
+    labels = labels_of(spec, streams.frame)
+    fitted = fitted_spec(spec, streams, VALIDATE)
+    rows = [
+        spoken_rows(spec.heads[0], streams, labels, start, stop)
+        for start, stop in ((None, VALIDATE), (VALIDATE, TEST), (TEST, None))
+    ]
+    table = Table(fitted, streams, streams.encoded(fitted.events), *rows, labels)
+    found = {
+        baseline.name: float(baseline.scored.losses["log_loss"].mean())
+        for baseline in label_baselines.label_baselines(table, fitted.heads[0])
+    }
+    assert found.pop(label_baselines.BASE) > 0.6
+    assert all(loss < 0.1 for loss in found.values()), found

@@ -206,3 +206,18 @@ def test_a_share_of_the_categories_is_shown_as_unknown(frame):
     np.testing.assert_array_equal(np.delete(shown, kind, -1), np.delete(rows, kind, -1))
     again = loop._forgetful(tf.constant(rows), tf.constant([1, 8])).numpy()
     assert not np.array_equal(shown, again)
+
+
+@pytest.mark.parametrize("weigh", ["steps", "windows"])
+def test_steps_or_windows_weigh_the_same(frame, weigh):
+    loop = looped(frame, weigh=weigh)
+    shares, counts = [], []
+    for group in loop.plan.groups:
+        for window in loop._cut(group):
+            mask = loop._tensors(window, loop.plan.trained, {})[3]
+            shares.append(float(loop._share("up", tf.constant(mask), {})))
+            counts.append(np.count_nonzero(mask))
+    assert len(shares) == loop.windows_per_epoch
+    assert len(set(counts)) > 3
+    wanted = np.divide(counts, np.mean(counts)) if weigh == "steps" else np.ones(len(counts))
+    np.testing.assert_allclose(shares, wanted, rtol=1e-5)
