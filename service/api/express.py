@@ -25,11 +25,11 @@ from structlog.contextvars import bound_contextvars
 from service.api.boundary import note_failure
 from service.api.context import ApiContext
 from service.api.long_bodies import LONG_BYTES
-from service.api.media import Media, accepted, dumps, media_of
+from service.api.media import Media, accepted, media_of
 from service.api.problems import problem_answer
 from service.api.reading import STREAM_NAME, parse_timeout
 from service.api.replies import server_timing
-from service.api.wire import ModelWire, ReplyOptions
+from service.api.wire import ModelWire
 from service.domain import Chunk, Reply
 from service.errors import CarryError, Overloaded
 from service.ops.logs import log_request
@@ -69,7 +69,6 @@ _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
 _CLOSE = b"connection: close\r\n"
-_EVERY_STEP = ReplyOptions()
 
 
 Begun = asyncio.Future[list[Reply | CarryError]]
@@ -185,7 +184,7 @@ class Express:
         if isinstance(result, CarryError):
             status, sent = self._refusal(taken, result, more)
         else:
-            body = dumps(taken.answer, taken.wire.reply(result, _EVERY_STEP))
+            body = taken.wire.reply_bytes(result, taken.answer)
             sent = (
                 _HEAD[taken.answer]
                 % (

@@ -1,10 +1,10 @@
 """Plainly good bodies, from bytes to steps in one pass: the fast way in, beside the strict one.
 
-Each model has its types for msgspec, whose decoders check while they parse, in C: members,
-numbers, widths, lengths. All the rows of a body then become one float32 buffer. What is read
-here is read by the strict types of `bodies.py` as the same values; what is wrong is never said
-here. Where the answer is None, the strict types are to be asked: they make the error, or find the
-body good after all.
+The usual chunk in JSON is read by `json_rows`. For all else each model has its types for msgspec,
+whose decoders check while they parse, in C: members, numbers, widths, lengths. All the rows of
+a body then become one float32 buffer. What is read here is read by the strict types of `bodies.py`
+as the same values; what is wrong is never said here. Where the answer is None, the strict types
+are to be asked: they make the error, or find the body good after all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader
 from service.api.bodies import MAX_POSITION
+from service.api.json_rows import JsonRows, RowsBody
 from service.api.limits import ApiLimits
 from service.api.media import Media
 from service.api.reading import is_stream_name
@@ -77,19 +78,20 @@ class PlainBodies:
         self._max_chunk_steps = limits.max_chunk_steps
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
-        row = Annotated[list[float], Meta(min_length=self._wide, max_length=self._wide)]
-        self._rows_decoder: Any = msgspec.json.Decoder(list[row])
+        self._json_rows = JsonRows(self._wide, limits.max_chunk_steps)
         self._decoders = {media: self._made(media, limits) for media in Media}
 
     def chunk(
         self, media: Media, body: bytes, more: Sequence[bytes] = ()
-    ) -> tuple[PlainChunk, Steps] | None:
+    ) -> tuple[PlainChunk | RowsBody, Steps] | None:
         """The one chunk of a body, or None.
 
         Args:
             more: rows that follow those of the body, each part as `rows` gives it.
         """
         try:
+            if media is Media.JSON and (read := self._json_rows.chunk(body)) is not None:
+                return read, self._given(read.rows, more)
             found: PlainChunk = self._decoders[media].chunk.decode(body)
             return found, self._one(found, more)
         except _NOT_PLAIN:
@@ -97,10 +99,8 @@ class PlainBodies:
 
     def rows(self, part: bytes) -> bytes | None:
         """A list of rows in JSON as float32, little-endian, row by row, or None."""
-        try:
-            return _float32(self._rows_decoder.decode(part))
-        except _NOT_PLAIN:
-            return None
+        found = self._json_rows.rows(part)
+        return None if found is None else found.tobytes()
 
     def items(self, media: Media, body: bytes) -> list[tuple[PlainItem, Steps]] | None:
         """The chunks of a body for many streams, all of them good, or None."""
@@ -128,7 +128,17 @@ class PlainBodies:
                 raise _NotPlainError
             return self._events(body)
         packed = _packed(body)
-        rows = self._rows(b"".join((packed, *more)) if more else packed)
+        return self._steps(self._rows(b"".join((packed, *more)) if more else packed))
+
+    def _given(self, rows: FloatRows, more: Sequence[bytes]) -> Steps:
+        """As `_one`, of rows that were read already."""
+        if more:
+            return self._steps(self._rows(b"".join((rows.tobytes(), *more))))
+        if self._coded:
+            check_rows(self._columns, rows)
+        return self._steps(rows)
+
+    def _steps(self, rows: FloatRows) -> Steps:
         if len(rows) > self._max_chunk_steps:
             raise _NotPlainError
         return Steps(Feed.INPUTS, len(rows), None, rows)

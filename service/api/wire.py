@@ -20,8 +20,9 @@ from models.events.encode import check_rows
 from models.state import State
 from service.api.bodies import ChunkBody, ItemBody, ModelBodies, StepsBody
 from service.api.invalid import shown
+from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
-from service.api.media import Media, loads
+from service.api.media import Media, dumps, loads
 from service.api.plain import PlainBodies, PlainChunk
 from service.api.reading import parse_if_match, stream_name
 from service.delivery import chunk_digest, new_nonce
@@ -71,6 +72,15 @@ class ReplyOptions:
     return_attention: bool = False
 
 
+_EVERY_STEP = ReplyOptions()
+_ENDS = {
+    (False, False): b'"replayed":false}',
+    (True, False): b'"replayed":true}',
+    (False, True): b'"replayed":false,"created":true}',
+    (True, True): b'"replayed":true,"created":true}',
+}
+
+
 class ModelWire:
     """Reads the requests for one model and writes its replies.
 
@@ -98,6 +108,7 @@ class ModelWire:
         plain = one_axis and outputs[0].per == "step" and not served.outputs.attention
         self._only = outputs[0].name if plain else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
+        self._begin = dumps(Media.JSON, {"model": self._name, "version": self._version})[:-1]
 
     def chunk(
         self, body: bytes, media: Media, stream: str, precondition: Precondition | None
@@ -214,7 +225,7 @@ class ModelWire:
 
     def _chunk(
         self,
-        body: ChunkBody | PlainChunk,
+        body: ChunkBody | PlainChunk | RowsBody,
         steps: Steps,
         stream: str,
         precondition: Precondition | None,
@@ -342,6 +353,22 @@ class ModelWire:
         if options.return_attention:
             document["attention"] = self.attention(reply.outputs)
         return document
+
+    def reply_bytes(self, reply: Reply, media: Media) -> bytes:
+        """The bytes of `reply`, of every step and without the state."""
+        if media is not Media.JSON or self._only is None:
+            return dumps(media, self.reply(reply, _EVERY_STEP))
+        epoch, tag, position = reply.mark
+        # A stream's name needs no escapes.
+        return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
+            self._begin,
+            reply.key.stream.encode(),
+            epoch.hex().encode(),
+            position,
+            tag.hex().encode(),
+            dumps(media, {self._only: np.ascontiguousarray(reply.outputs)}),
+            _ENDS[reply.replayed, reply.created],
+        )
 
     def prediction(self, prediction: Prediction, options: ReplyOptions) -> dict[str, Any]:
         """The members of one sequence's prediction."""
