@@ -28,9 +28,11 @@ class ExpressProtocol(HttpToolsProtocol):
         self._theirs = False
         self._message_whole = True
         self._leaving = False
+        self._idle_since_s: float | None = None
 
     def data_received(self, data: bytes) -> None:
         """Take in what came."""
+        self._idle_since_s = None
         if self._theirs or self._express is None:
             super().data_received(data)
             return
@@ -52,14 +54,12 @@ class ExpressProtocol(HttpToolsProtocol):
                 self._hold(data[found.whole_bytes :])
 
     def _hold(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
         self._held = data
         if len(data) > MAX_BYTES:
             # a client that sends on without reading; it has to wait
             self.transport.pause_reading()
 
     def _begin(self, taken: Taken, express: Express) -> None:
-        self._unset_keepalive_if_required()
         begun = express.begin(taken)
         self._ours = taken, begun
 
@@ -72,10 +72,34 @@ class ExpressProtocol(HttpToolsProtocol):
             if self._leaving:
                 self.transport.close()
                 return
-            super(ExpressProtocol, self).on_response_complete()
+            self.server_state.total_requests += 1
+            self._rest()
             self._go_on()
 
         begun.add_done_callback(answer)
+
+    def _rest(self) -> None:
+        """Nothing is under way. The timer that closes idle connections is left as it was set: to
+        stop and start one for each request would cost more than to look when it goes off."""
+        self._idle_since_s = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_idle(self.timeout_keep_alive)
+
+    def _wait_idle(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if it was idle for all the time."""
+        self.timeout_keep_alive_task = None
+        if self._idle_since_s is None or self.transport.is_closing():
+            return
+        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._wait_idle(left_s)
+        else:
+            super().timeout_keep_alive_handler()
 
     def _go_on(self) -> None:
         """Take in what came while a request was under way."""
@@ -99,6 +123,7 @@ class ExpressProtocol(HttpToolsProtocol):
         """uvicorn has answered a request; if no other has begun, the next one may be ours."""
         super().on_response_complete()
         self._theirs = not self._message_whole or bool(self.pipeline)
+        self._idle_since_s = None if self._theirs else self.loop.time()
 
     def shutdown(self) -> None:
         """The server stops: finish the request that is under way, then close."""

@@ -337,3 +337,39 @@ async def test_what_a_client_that_left_had_waiting_is_dropped(
         held_back()
         found = await api.pipeline.process(chunk_of("leaver", INPUTS))
     assert found.mark.position < 6 * len(INPUTS)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["ours", "uvicorn's"])
+async def test_idle_connections_are_closed_and_busy_ones_are_not(
+    api: Harness, *, left: bool
+) -> None:
+    async with serving(api, ExpressProtocol) as server:
+        door = Door(port_of(server))
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+        [connection] = server.server_state.connections
+        assert isinstance(connection, ExpressProtocol)
+        last = LEFT["wrong body"] if left else request(chunk(4))
+        for sent in (request(chunk()), last):
+            writer.write(sent)
+            await answer(reader)
+        timer = connection.timeout_keep_alive_task
+        assert timer is not None
+        connection.timeout_keep_alive_handler()
+        assert not connection.transport.is_closing(), "it has just been used"
+        assert connection.timeout_keep_alive_task is not None
+        writer.write(request(chunk(8))[:-1])
+
+        async def is_held() -> bool:
+            return bool(connection._held)
+
+        await until_async(is_held)
+        connection.timeout_keep_alive_handler()
+        assert not connection.transport.is_closing(), "a request is under way"
+        writer.write(request(chunk(8))[-1:])
+        await answer(reader)
+        assert connection._idle_since_s is not None
+        connection._idle_since_s -= connection.timeout_keep_alive
+        connection.timeout_keep_alive_handler()
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
