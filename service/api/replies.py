@@ -48,7 +48,12 @@ class Answer(Response):
 
 def reply(media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()) -> Answer:
     """A document in the media type that was negotiated."""
-    return Answer(dumps(media, document), _CONTENT_TYPE[media], status, headers)
+    return written(media, dumps(media, document), status, headers)
+
+
+def written(media: Media, body: bytes, status: int = 200, headers: Iterable[Header] = ()) -> Answer:
+    """A document whose bytes are there already."""
+    return Answer(body, _CONTENT_TYPE[media], status, headers)
 
 
 def etag(mark: Mark) -> Header:

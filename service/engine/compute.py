@@ -55,6 +55,7 @@ class Compute:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
         self._in_thread = 0
         self._seconds: dict[tuple[int, int], float] = {}
+        self._calls = 0
 
     async def run(self, call: Callable[[], T]) -> T:
         """Run one call in the thread."""
@@ -101,7 +102,14 @@ class Compute:
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
+        seen, began_s = self._calls, time.monotonic()
         for turn in range(max(map(len, slices))):
+            if turn:
+                # A call on the loop did not let others have it, and a chunk of theirs has several
+                # turns of the loop to take: where there are others, it would meet a slice in each.
+                with_others, seen = self._calls - seen > 1, self._calls
+                await asyncio.sleep(time.monotonic() - began_s if with_others else 0)
+                began_s = time.monotonic()
             members = [index for index, found in enumerate(slices) if len(found) > turn]
             present = [slices[index][turn] for index in members]
             stepped = await self._step(runtime, present, states[members], on_call)
@@ -109,8 +117,6 @@ class Compute:
             finite = finite and stepped.finite
             for member, output in zip(members, stepped.outputs, strict=True):
                 parts[member].append(output)
-            # A call on the loop did not let others have it.
-            await asyncio.sleep(0)
         return Inferred([np.concatenate(part) for part in parts], states, finite)
 
     async def _step(
@@ -129,8 +135,10 @@ class Compute:
             inferred, seconds = call()
         else:
             inferred, seconds = await self.run(call)
+        self._calls += 1
         before_s = self._seconds.get(size, seconds)
-        self._seconds[size] = before_s + _SMOOTHING * (seconds - before_s)
+        # One call during which the machine did something else says little.
+        self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
 

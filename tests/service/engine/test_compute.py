@@ -1,0 +1,82 @@
+"""Slices of a long chunk: the same numbers, and room for others between them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.engine import compute as module
+from service.engine.compute import Compute
+
+SLICES = 20
+
+
+class Summing:
+    """A runtime whose state is the sum of its rows; calls take no time."""
+
+    max_batch, max_steps = 8, 4
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        return rows, steps
+
+    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        self.rows.append(len(rows))
+        sums = states[:, None, :] + np.cumsum(rows, axis=1)
+        ends = np.asarray(lengths) - 1
+        return sums, sums[np.arange(len(rows)), ends]
+
+
+def inputs(steps: int, count: int = 1) -> tuple[list[Any], Any]:
+    rows = [np.ones((steps, 1), np.float32) for _ in range(count)]
+    return rows, np.zeros((count, 1), np.float32)
+
+
+async def infer(compute: Compute, runtime: Any, steps: int, count: int = 1) -> Any:
+    return await compute.infer(runtime, *inputs(steps, count), lambda *_: None)
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long was slept each time."""
+    found: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        found.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(module.asyncio, "sleep", noted)
+    return found
+
+
+async def test_alone_a_long_chunk_never_rests(rests: list[float]) -> None:
+    compute, runtime = Compute(), Summing()
+    outputs, states, finite = await infer(compute, runtime, 4 * SLICES)
+    compute.close()
+    assert finite
+    assert outputs[0][:, 0].tolist() == list(range(1, 4 * SLICES + 1))
+    assert states.tolist() == [[4 * SLICES]]
+    assert rests == [0] * (SLICES - 1)
+
+
+async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> None:
+    compute, runtime = Compute(), Summing()
+    # The first call of a size is timed in the thread; all others run on the loop.
+    await infer(compute, runtime, 4)
+    await infer(compute, runtime, 2)
+    runtime.rows.clear()
+    long = asyncio.create_task(infer(compute, runtime, 4 * SLICES))
+    while not long.done():
+        await infer(compute, runtime, 2, count=2)
+        await asyncio.sleep(0)
+    compute.close()
+    assert (await long).states.tolist() == [[4 * SLICES]]
+    assert runtime.rows.count(1) == SLICES
+    own = [seconds for seconds in rests if seconds > 0]
+    assert len(own) >= SLICES - 3, "it rests as soon as others compute too"
