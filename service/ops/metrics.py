@@ -197,8 +197,10 @@ class PrometheusRecorder:
     def cache(self, model: str, hits: int, misses: int) -> None:
         """States found in, and missing from, this worker's cache when a batch was loaded."""
         series = self._series(model)
-        series.cache_hits.inc(hits)
-        series.cache_misses.inc(misses)
+        if hits:
+            series.cache_hits.inc(hits)
+        if misses:
+            series.cache_misses.inc(misses)
 
     def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
         """One runtime call: rows B, real steps, B x T after padding, wall time."""

@@ -155,7 +155,11 @@ class Results:
 
 
 def read_results(file: Path) -> Results:
-    """The last run in a file of JSON lines; a later line of a name stands for an earlier one.
+    """What a file of JSON lines says of its last commit and machine.
+
+    A run of all sections takes most of an hour, so it may be made of several: those of the same
+    commit on the same machine are joined, and a later line of a name stands for an earlier one.
+    The date is that of the last.
 
     Raises:
         ValueError: there is no line.
@@ -163,10 +167,10 @@ def read_results(file: Path) -> Results:
     lines = [json.loads(line) for line in file.read_text().splitlines() if line]
     if not lines:
         raise ValueError(f"{file}: expected lines of a run, got none")
-    about = {name: lines[-1][name] for name in ("commit", "machine", "date")}
-    results = Results(about)
+    results = Results({name: lines[-1][name] for name in ("commit", "machine", "date")})
+    same = {name: lines[-1][name] for name in ("commit", "machine")}
     for line in lines:
-        if {name: line[name] for name in about} != about:
+        if {name: line[name] for name in same} != same:
             continue
         match line["kind"]:
             case "row":
@@ -175,7 +179,7 @@ def read_results(file: Path) -> Results:
             case "figure":
                 values = (line[name] for name in ("name", "value", "low", "high"))
                 results.figures[line["name"]] = Figure(*values)
-            case "note":
+            case "note" if line["name"] not in results.notes:
                 results.notes.append(line["name"])
     return results
 

@@ -53,12 +53,25 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert (figure.value, figure.low, figure.high) == (0.9, 0.8, 1.25)
 
 
+def test_runs_of_one_commit_are_joined_and_others_left(tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    earlier = {**ABOUT, "date": "2026-01-01T00:00:00+00:00"}
+    for name, about in (("s", earlier), ("MiB", {**ABOUT, "commit": "0"})):
+        other = some_results()
+        other.about = about
+        other.figure(f"cold/carry-tensorflow {name}", [9.0])
+        other.write(file)
+    results = some_results()
+    results.write(file)
+    read = read_results(file)
+    assert read.about == ABOUT
+    assert read.figures["cold/carry-tensorflow s"].value == 9.0
+    assert "cold/carry-tensorflow MiB" not in read.figures
+    assert read.notes == results.notes
+
+
 def test_lines_read_back_as_the_last_run(tmp_path: Path) -> None:
     file = tmp_path / "lines"
-    earlier = some_results()
-    earlier.about = {**ABOUT, "date": "2026-01-01T00:00:00+00:00"}
-    earlier.figure("cold/carry-tensorflow s", [9.0])
-    earlier.write(file)
     results = some_results()
     results.write(file)
     read = read_results(file)
