@@ -66,9 +66,9 @@ class PipelineLimits:
     max_batch_steps: int = 4096
     max_queue: int = 4096
     max_queue_wait_s: float = math.inf
-    batches_in_flight: int = 3
+    batches_in_flight: int = 2
     state_cache_bytes: int = 64 * 2**20
-    conflict_attempts: int = 8
+    conflict_attempts: int = 32
     drain_s: float = 30.0
 
 

@@ -164,12 +164,15 @@ class Settings(BaseSettings):
     drains, in seconds; beyond it, or beyond its own deadline, the answer is `overloaded` at once.
     The longest wait that is still of use."""
 
-    batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 3
+    batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
     """Batches between load and commit at once, so that the store's time is hidden behind the
-    network's. Three hide one round trip on either side."""
+    network's. More of them are smaller ones, which cost more for each chunk; try three where
+    the store is far away."""
 
-    conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 8
-    """How often a chunk is done anew when others moved its stream on, before `conflict`."""
+    conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 32
+    """How often a chunk is done anew when others moved its stream on, before `conflict`. Each
+    time another chunk of the stream was applied, so that about as many tries are enough as there
+    are chunks of one stream in flight."""
 
     on_model_change: Literal["refuse", "reset"] = "refuse"
     """What becomes of a stream whose state another version of its model wrote: refused with
