@@ -104,9 +104,10 @@ def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
     for index in range(count):
         for layer in spec.layers:
             inputs = [name if name == FEATURES else _named(name, index) for name in layer.inputs]
-            layers.append(
-                {**layer.model_dump(), "name": _named(layer.name, index), "inputs": inputs}
-            )
+            own = {**layer.model_dump(), "name": _named(layer.name, index), "inputs": inputs}
+            if own.get("starts_from") is not None:
+                own["starts_from"] = _named(own["starts_from"], index)
+            layers.append(own)
     for name in dict.fromkeys(head.input for head in spec.heads):
         inputs = [_named(name, index) for index in range(count)]
         layers.append({"kind": "concatenate", "name": _all(name), "inputs": inputs})

@@ -14,7 +14,12 @@ from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 def with_layers(layers: list[dict[str, object]]) -> ModelSpec:
     plain = latch_spec().model_dump()
-    heads = [{**head, "input": ""} for head in plain["heads"]]
+    handed = any("starts_from" in layer for layer in layers)
+    heads = [
+        {**head, "input": ""}
+        for head in plain["heads"]
+        if not (handed and head["kind"] == "anomaly")
+    ]
     return parse_spec({**plain, "layers": layers, "heads": heads})
 
 
@@ -28,7 +33,15 @@ STACKED = [
 ]
 
 
-@pytest.mark.parametrize("layers", [STACKED, STACKED[:1]])
+HANDED = [
+    {"kind": "lstm", "units": 5},
+    {"kind": "attention", "over": "stream", "units": 3},
+    {"kind": "lstm", "units": 5, "starts_from": "lstm_1"},
+    {"kind": "attention", "over": "chunk", "units": 3},
+]
+
+
+@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], HANDED])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
     streams = streams_of(with_layers(layers), latch_frame())
