@@ -415,3 +415,11 @@ async def test_query_parameters_are_checked(api: Harness, query: str, at: str) -
     )
     assert problem(response, 422, "invalid_input")["at"] == at
     assert api.position() is None
+
+
+async def test_only_streams_in_blocks_have_an_end(api: Harness) -> None:
+    body = {"position": 0, "inputs": rows(2).tolist()}
+    refused = problem(await api.chunk({**body, "final": True}), 422, "final_unsupported")
+    assert (refused["at"], refused["stream"]) == ("final", "s")
+    assert api.position() is None
+    assert (await api.chunk({**body, "final": False})).status_code == 200
