@@ -1,0 +1,54 @@
+"""A network that hears the day in one direction alone, as a baseline of the labels.
+
+It is `one_way.yaml`, trained on the same table in the same way: two stacked LSTMs of as many
+units as both directions have together. When an hour is labelled it has seen that hour and
+those before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.heads import Head, LabelHead
+from models.layout import output_spec
+from models.spec_file import read_spec
+from models.training.evaluate import run_chunks
+from models.training.scores import score_label
+from models.training.table import Baseline, Table
+from models.training.trainer import train
+
+SPEC = Path(__file__).parent / "one_way.yaml"
+ONE_WAY = "LSTMs, one direction"
+
+
+class OneWay:
+    """Gives the baseline of each label head; the network is trained for the first of them."""
+
+    def __init__(self) -> None:
+        self._outputs: Mapping[str, NDArray[Any]] | None = None
+        self._epoch = 0
+
+    def __call__(self, table: Table, head: Head) -> list[Baseline]:
+        """The one of a label head; none of another."""
+        if not isinstance(head, LabelHead):
+            return []
+        if self._outputs is None:
+            self._outputs = self._trained(table)
+        said = np.asarray(self._outputs[head.name][table.test], np.float64)
+        scored = score_label(head, said, table.labels[head.name][table.test])
+        return [Baseline(ONE_WAY, scored, {"epoch": self._epoch})]
+
+    def _trained(self, table: Table) -> Mapping[str, NDArray[Any]]:
+        """Train it; its outputs at every row."""
+        with TemporaryDirectory() as folder:
+            out = Path(folder) / "one_way"
+            done = train(read_spec(SPEC), table.streams.frame, out, quiet=True)
+        [self._epoch] = done.best_epochs
+        outputs = run_chunks(done.artifact, table.streams)
+        return output_spec(done.artifact.spec).by_name(outputs)

@@ -1,0 +1,36 @@
+"""Days of weather at New York's airports, each hour labelled with rain and gusts.
+
+The hours are those of `models.examples.weather`, without the rain gauge and without the gusts:
+what is left tells of them too, by the fall of the temperature onto the dew point, by pressure,
+wind and visibility. A stream is one day of one airport, a sequence that is complete when it is
+labelled: the labels may be told from the hours after it as from those before.
+
+Invariant: no hour of a day lies in another split than the rest of it; the splits of `spec.yaml`
+begin at local midnights. The same data give the same frame.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from models.examples.weather.data import TIMEZONE, weather_events
+
+
+def labelled_days() -> pl.DataFrame:
+    """All hours of 2013 as events of streams, days one after another.
+
+    Returns:
+        26,115 rows, sorted by airport and hour: `day` (like `JFK-2013-04-12`), what
+        `weather_events` has but for the precipitation, and the labels `rain` (whether any was
+        measured) and `gusts`.
+    """
+    local = pl.col("observed").dt.convert_time_zone(TIMEZONE).dt.to_string("%Y-%m-%d")
+    return (
+        weather_events()
+        .select(
+            pl.concat_str("airport", local, separator="-").alias("day"),
+            pl.exclude("precipitation"),
+            rain=pl.col("precipitation") > 0,
+        )
+        .sort("day", "observed")
+    )
