@@ -54,7 +54,7 @@ def test_worked_example_of_the_protocol() -> None:
     listings = [listed_bytes(text) for text in fences("protocol.md", "text bytes")]
     digests = [text.strip() for text in fences("protocol.md", "text digest")]
     tags = [text.strip() for text in fences("protocol.md", "text tag")]
-    assert len(chunks) == len(listings) == len(digests) == len(tags) == 3
+    assert len(chunks) == len(listings) == len(digests) == len(tags) == 4
     tag = FIRST_TAG
     for chunk, listing, digest, expected in zip(chunks, listings, digests, tags, strict=True):
         if "events" in chunk:
@@ -68,7 +68,8 @@ def test_worked_example_of_the_protocol() -> None:
             steps = Steps(Feed.INPUTS, len(rows), rows=rows)
             assert listing[9:] == rows.tobytes()
         assert hashlib.sha256(listing).hexdigest() == digest
-        assert chunk_digest(schema, steps).hex() == digest
+        final = chunk.get("final", False)
+        assert chunk_digest(schema, steps, final=final).hex() == digest
         start = chunk["position"]
         tag = next_tag(FIRST_TAG if start == 0 else tag, start, bytes.fromhex(digest))
         assert tag.hex() == expected
