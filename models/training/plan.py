@@ -65,10 +65,16 @@ def plan_of(
     Raises:
         DataError: there is nothing to train on, or nothing to validate on; or a stream is longer
             than a window, and the network reads it as a whole.
-        SpecError: a head would be shown the event that it is to foretell.
+        SpecError: a head would be shown the event that it is to foretell, or the network is in
+            blocks.
     """
     training = training_of(spec)
     _check_foresight(spec)
+    if spec.blocks is not None:
+        raise SpecError(
+            f"model {spec.name!r}: expected no `blocks` in training, which reads whole sequences; "
+            "the trained weights fit the same specification with them"
+        )
     if spec.chunking == "whole":
         _check_lengths(spec, streams)
     spans = []
