@@ -2,8 +2,9 @@
 
 Jobs wait in one queue, in the order in which they came. Whenever fewer batches are under way
 than allowed, the next one is formed from whatever waits (no timer: small batches at low load,
-full ones at high load) and runs as a task of its own, so that loading, computing and
-committing of neighbouring batches overlap. A stream has at most one job in the hands of a
+full ones at high load; beside a much larger one it is put off for a few turns of the loop). It
+runs as a task of its own, so that loading, computing and committing of neighbouring batches
+overlap. A stream has at most one job in the hands of a
 batch, until the batch releases it; a job that has to be done again takes its old place in the
 queue. Jobs whose caller left, or whose deadline passed, are dropped while forming; a batch that
 fails fails its own jobs only. Each job is settled once.
@@ -31,7 +32,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import structlog
 
 from service.engine.drain_rate import DrainRate
-from service.engine.policy import BatchLimits, form
+from service.engine.policy import BatchLimits, form, is_put_off
 from service.errors import (
     CarryError,
     DeadlineExceeded,
@@ -177,6 +178,7 @@ class Batcher(Generic[P, R]):
         self._soonest_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
+        self._turns = 0
         self._stopping = False
         self._drained = asyncio.Event()
 
@@ -292,7 +294,12 @@ class Batcher(Generic[P, R]):
 
     def _form(self) -> None:
         """Start as many batches as may be under way."""
-        self._forming = False
+        largest = max(map(len, self._batches.values()), default=0)
+        if is_put_off(len(self._queue), largest, self._turns):
+            self._turns += 1
+            asyncio.get_running_loop().call_soon(self._form)
+            return
+        self._forming, self._turns = False, 0
         try:
             now_s = time.monotonic()
             if now_s >= self._soonest_s:

@@ -7,7 +7,7 @@ the oldest job that may run is always taken, so nobody starves, however long it 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 
 class Waiting(Protocol):
@@ -34,6 +34,25 @@ class BatchLimits(NamedTuple):
     max_rows: int
     max_padded_steps: int
     long_steps: int = 2**31
+
+
+MOST_TURNS: Final = 8
+"""How many turns of the loop the next batch is put off at most, to be larger."""
+
+
+def is_put_off(waiting: int, largest: int, turns: int) -> bool:
+    """Whether the next batch is not formed yet, because it would be small beside its neighbours.
+
+    Every batch has a cost of its own, which its chunks share. Where clients answer replies with
+    requests, these come in a few turns of the loop, and so do those that the batches in flight
+    are about to answer. Nothing is put off where nothing is in flight, and never for long.
+
+    Args:
+        waiting: jobs in the queue.
+        largest: rows of the largest batch in flight; 0 where there is none.
+        turns: of the loop, for which it was put off already.
+    """
+    return 0 < 2 * waiting < largest and turns < MOST_TURNS
 
 
 def form(

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.engine.batcher import Batcher, Release, Request
-from service.engine.policy import BatchLimits
+from service.engine.policy import MOST_TURNS, BatchLimits
 from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
@@ -22,6 +22,35 @@ async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
         runs.gate.set()
         assert await asyncio.gather(first, *rest) == ["A", "B", "C", "D"]
     assert runs.batches == [["a"], ["b", "c", "d"]]
+
+
+async def test_a_small_batch_beside_a_large_one_waits_a_few_turns_for_company() -> None:
+    runs = Runs()
+    async with batching(runs, in_flight=2) as batcher:
+        large = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        await runs.began(1)
+        late = [asyncio.create_task(submit(batcher, "e", "e", 1))]
+        for _ in range(MOST_TURNS // 2):
+            await asyncio.sleep(0)
+        assert runs.batches == [["a", "b", "c", "d"]]
+        late.append(asyncio.create_task(submit(batcher, "f", "f", 1)))
+        await runs.began(2)
+        assert runs.batches[1:] == [["e", "f"]]
+        runs.gate.set()
+        assert await asyncio.gather(*large, *late) == ["A", "B", "C", "D", "E", "F"]
+
+
+async def test_it_is_formed_alone_where_no_company_comes() -> None:
+    runs = Runs()
+    async with batching(runs, in_flight=2) as batcher:
+        large = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        await runs.began(1)
+        late = asyncio.create_task(submit(batcher, "e", "e", 1))
+        for _ in range(MOST_TURNS + 4):
+            await asyncio.sleep(0)
+        assert runs.batches == [["a", "b", "c", "d"], ["e"]]
+        runs.gate.set()
+        assert await asyncio.gather(*large, late) == ["A", "B", "C", "D", "E"]
 
 
 async def test_a_stream_never_has_two_jobs_in_flight() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.policy import BatchLimits, form
+from service.engine.policy import MOST_TURNS, BatchLimits, form, is_put_off
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,21 @@ def test_invariants(queue: list[Waits], busy: set[str]) -> None:
     assert chosen[:1] == eligible[:1]
     for i in chosen:
         assert all(queue[j].key != queue[i].key or queue[i].key is None for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "largest", "turns", "expected"),
+    [
+        (7, 16, 0, True),
+        (8, 16, 0, False),
+        (1, 16, MOST_TURNS - 1, True),
+        (1, 16, MOST_TURNS, False),
+        (1, 2, 0, False),
+        (1, 0, 0, False),
+        (0, 16, 0, False),
+    ],
+)
+def test_a_batch_much_smaller_than_its_neighbours_is_put_off(
+    waiting: int, largest: int, turns: int, *, expected: bool
+) -> None:
+    assert is_put_off(waiting, largest, turns) is expected
