@@ -30,6 +30,10 @@ OnCall = Callable[[int, int, int, float], None]
 INLINE_S: Final = 0.002
 """Longest call on the event loop, in seconds; how long it may keep everything else waiting."""
 
+REST_S: Final = 0.001
+"""Least rest of a long chunk between two slices where others compute too; the loop's timers count
+in milliseconds."""
+
 _SMOOTHING: Final = 0.2
 
 
@@ -108,7 +112,8 @@ class Compute:
                 # A call on the loop did not let others have it, and a chunk of theirs has several
                 # turns of the loop to take: where there are others, it would meet a slice in each.
                 with_others, seen = self._calls - seen > 1, self._calls
-                await asyncio.sleep(time.monotonic() - began_s if with_others else 0)
+                rest_s = max(REST_S, time.monotonic() - began_s)
+                await asyncio.sleep(rest_s if with_others else 0)
                 began_s = time.monotonic()
             members = [index for index, found in enumerate(slices) if len(found) > turn]
             present = [slices[index][turn] for index in members]
