@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -90,6 +91,7 @@ class RealServer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=self._environment,
+            process_group=0,
         )
 
     def start(self) -> None:
@@ -115,8 +117,8 @@ class RealServer:
         return False
 
     def kill(self) -> None:
-        """SIGKILL, and wait for its end."""
-        self._process.kill()
+        """SIGKILL, also to the child that rewrites its file, and wait for its end."""
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def signal(self, number: int) -> None:
