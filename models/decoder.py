@@ -123,6 +123,25 @@ class DecoderSpec(Frozen):
         return None if self.step_s is None else round(self.step_s * 1000)
 
 
+class DecoderTraining(Frozen):
+    """How `carry train` fits a decoder; see `models.training.decoder`.
+
+    Attributes:
+        horizon: steps that it is unrolled over; `max_horizon` by default.
+        anchor_steps: events between two points of a window at which it is unrolled.
+        feedback: what falls over the training is the share of true values fed back; `teacher`
+            feeds back nothing else throughout.
+        half_at: share of the training (of all `epochs`) at which that is one half.
+        floor: least share of true values.
+    """
+
+    horizon: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    anchor_steps: Annotated[int, Field(ge=1, le=4096)] = 12
+    feedback: Literal["teacher", "inverse_sigmoid", "linear"] = "inverse_sigmoid"
+    half_at: Annotated[float, Field(gt=0, le=1)] = 0.5
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 def hand_over_starts(decoder: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data of the section with each layer's `starts_from` moved into the section's own.
 

@@ -22,7 +22,14 @@ from models.chunking import (
     chunking_of,
     looking_ahead,
 )
-from models.decoder import DECODER, DecoderSpec, check_decoder, hand_over_starts, network_data
+from models.decoder import (
+    DECODER,
+    DecoderSpec,
+    DecoderTraining,
+    check_decoder,
+    hand_over_starts,
+    network_data,
+)
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
 from models.heads import (
@@ -75,6 +82,7 @@ class TrainingSpec(Frozen):
         seed: of weights, order and dropout.
         members: networks trained one after the other, from seeds that follow one another, and
             merged into one that averages them.
+        decoder: how a decoder is trained, in a model that has one.
     """
 
     stream: str
@@ -96,6 +104,7 @@ class TrainingSpec(Frozen):
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=0)] = 1
     members: Annotated[int, Field(ge=1, le=16)] = 1
+    decoder: DecoderTraining = DecoderTraining()
 
 
 class ModelSpec(Frozen):

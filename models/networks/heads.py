@@ -159,13 +159,14 @@ def anomaly_nats(
         field = event_field(spec, name)
         stop = start + anomaly_width(field)
         present = _present(_schema(spec), field, rows)
-        nats += present * _field_nats(field, parameters[..., start:stop], _value(spec, name, rows))
+        nats += present * field_nats(field, parameters[..., start:stop], _value(spec, name, rows))
         judged += present
         start = stop
     return nats, judged
 
 
-def _field_nats(field: EventField, parameters: Tensor, value: Tensor) -> Tensor:
+def field_nats(field: EventField, parameters: Tensor, value: Tensor) -> Tensor:
+    """-log p of a field's encoded values [...] under parameters [..., width]."""
     match field:
         case NumericField():
             log_deviation = tf.clip_by_value(
@@ -251,7 +252,7 @@ def _classification(
         value = tf.cast(value > encoded_threshold(field, head), tf.float32)
         loss = tf.nn.sigmoid_cross_entropy_with_logits(labels=value, logits=raw[..., 0])
     else:
-        loss = _field_nats(field, raw, value)
+        loss = field_nats(field, raw, value)
     present = _present(_schema(spec), field, next_rows)
     return loss * present, present
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 import polars as pl
 from rich.console import Console
 from rich.progress import Progress
 
 from models.artifact import Artifact, load_artifact, write_artifact
+from models.decoder import DECODER
 from models.errors import ArtifactError
 from models.spec import ModelSpec
 from models.spec_file import read_spec
@@ -160,17 +162,23 @@ def evaluate_command(
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:
     from models.training.data import streams_of
-    from models.training.evaluate import spoken_rows
+    from models.training.evaluate import scored_rows, spoken_rows
     from models.training.labels import labels_of
 
     spec = artifact.spec
     streams = streams_of(spec, frame)
     labels = labels_of(spec, streams.frame)
+    if spec.decoder is not None and len(scored_rows(streams, moment)):
+        return True
     return any(len(spoken_rows(head, streams, labels, moment)) for head in spec.heads)
 
 
 def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    return {
+    found = {
         name: {metric: score["value"] for metric, score in head["scores"]["model"].items()}
         for name, head in report["heads"].items()
     }
+    for name, target in report.get("decoder", {}).get("targets", {}).items():
+        scored = [value for value in target["mae"]["model"] if value is not None]
+        found[f"{DECODER}.{name}"] = {"mae": float(np.mean(scored))} if scored else {}
+    return found

@@ -152,7 +152,8 @@ def evaluate(
 
     Returns:
         `events`, `streams`, `scored` (events), `since`, `chunk`, `seed` and `heads`: by head,
-        its metrics.
+        its metrics; `decoder` for a model that has one, as `horizon_report` gives it, with
+        the points of the baselines alone.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
@@ -166,13 +167,22 @@ def evaluate(
         for head in spec.heads
         if has_targets(head)
     }
-    scored = distinct_rows(at.values())
+    spoken = list(at.values())
+    if spec.decoder is not None:
+        spoken.append(scored_rows(streams, from_ms))
+    scored = distinct_rows(spoken)
     if scored == 0:
         raise DataError(
             expected=f"{source}: events to score, each after another of its stream or labelled",
             got="none",
         )
     outputs = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch, advance=advance)
+    decoded: dict[str, Any] = {}
+    if spec.decoder is not None:
+        from models.training.horizon import horizon_report
+
+        rows = streams.encoded(schema_of(spec))
+        decoded["decoder"] = horizon_report(artifact, streams, rows, from_ms)
     return {
         "events": streams.events,
         "streams": len(streams.names),
@@ -181,6 +191,7 @@ def evaluate(
         "chunk": chunk,
         "seed": seed,
         "heads": head_metrics(spec, outputs, streams, labels, at),
+        **decoded,
     }
 
 

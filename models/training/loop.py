@@ -23,11 +23,13 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
+from models.decoder import DECODER
 from models.events.schema import UNKNOWN_CODE
 from models.layout import weight_shapes
-from models.networks.build import StepNetwork
+from models.networks.build import Forward, StepNetwork
 from models.spec import ModelSpec
 from models.training.data import training_of
+from models.training.decoder import Anchors, DecoderTrainer, mean_loss
 from models.training.labels import Labels
 from models.training.plan import Plan
 from models.training.windows import Window, groups_of, windows_of
@@ -63,11 +65,15 @@ class Loop:
         self._weights = {
             head.name: float(self._training.loss_weights.get(head.name, 1.0)) for head in spec.heads
         }
+        self._decoder: DecoderTrainer | None = None
+        if spec.decoder is not None:
+            self._weights[DECODER] = float(self._training.loss_weights.get(DECODER, 1.0))
+            self._decoder = DecoderTrainer(self.network, plan, self._training, seed)
         # What a window's loss is multiplied by: 1, or how many of a head's steps it holds of
         # what windows hold on average.
         self._typical = self._steps_per_window() if self._training.weigh == "steps" else {}
-        self._step = tf.function(self._train_window, reduce_retracing=False)
-        self._judge = tf.function(self._judge_window, reduce_retracing=False)
+        self._step = tf.function(self._train_window, autograph=False)
+        self._judge = tf.function(self._judge_window, autograph=False)
 
     @cached_property
     def windows_per_epoch(self) -> int:
@@ -98,6 +104,7 @@ class Loop:
                     state,
                     tf.constant([rate, decay if training.average_decay else 0.0], tf.float32),
                     tf.constant(self._windows, tf.float32),
+                    self._anchors(window, self._windows, self._windows / total),
                 )
                 yield float(loss)
             self._ended[list(group)] = state.numpy()[: len(group)]
@@ -116,6 +123,7 @@ class Loop:
         steps = self._training.window_steps if cut else SCORING_WINDOW_STEPS
         sums = dict.fromkeys(self._weights, 0.0)
         counts = dict.fromkeys(self._weights, 0)
+        numbers = 0
         for group in groups_of(self.plan.validation, lanes):
             segments = [self.plan.validation[index] for index in group]
             state = self._begin([segment.before for segment in segments])
@@ -123,7 +131,14 @@ class Loop:
                 rows, following, lengths, mask, labels = self._tensors(
                     window, self.plan.validated, self.plan.validated_labels
                 )
-                losses, state = self._judge(rows, following, lengths, mask, labels, state)
+                anchors = self._anchors(window, numbers, None)
+                numbers += 1
+                losses, ahead, state = self._judge(
+                    rows, following, lengths, mask, labels, anchors, state
+                )
+                if ahead is not None:
+                    sums[DECODER] += float(np.sum(ahead[0]))
+                    counts[DECODER] += int(np.sum(ahead[1]))
                 for name, value in losses.items():
                     counted = np.isfinite(labels[name]) if name in labels else mask
                     counts[name] += int(np.count_nonzero(counted))
@@ -230,11 +245,14 @@ class Loop:
         state: Any,
         rates: Any,
         count: Any,
+        anchors: Anchors | None = None,
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             shown = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
-            done = self.network.forward(shown, lengths, tf.stop_gradient(state), training=True)
+            done, ahead = self._pass(shown, lengths, tf.stop_gradient(state), anchors, True)
             losses = self.network.losses(done.raw, following, mask, labels)
+            if ahead is not None:
+                losses[DECODER] = mean_loss(*ahead)
             loss = tf.add_n(
                 [self._share(name, mask, labels) * value for name, value in losses.items()]
             )
@@ -260,7 +278,26 @@ class Loop:
         return loss, done.state
 
     def _judge_window(
-        self, rows: Any, following: Any, lengths: Any, mask: Any, labels: Any, state: Any
-    ) -> tuple[dict[str, Any], Any]:
-        done = self.network.forward(rows, lengths, state, training=False)
-        return self.network.losses(done.raw, following, mask, labels), done.state
+        self,
+        rows: Any,
+        following: Any,
+        lengths: Any,
+        mask: Any,
+        labels: Any,
+        anchors: Anchors | None,
+        state: Any,
+    ) -> tuple[dict[str, Any], tuple[Any, Any] | None, Any]:
+        done, ahead = self._pass(rows, lengths, state, anchors, False)
+        return self.network.losses(done.raw, following, mask, labels), ahead, done.state
+
+    def _pass(
+        self, rows: Any, lengths: Any, state: Any, anchors: Anchors | None, training: bool
+    ) -> tuple[Forward, tuple[Any, Any] | None]:
+        """The network over a window; sums and counts of the decoder's losses, where it has one."""
+        if self._decoder is None or anchors is None:
+            return self.network.forward(rows, lengths, state, training=training), None
+        done, states = self._decoder.forward(rows, lengths, state, anchors, training)
+        return done, self._decoder.losses(states, anchors, training)
+
+    def _anchors(self, window: Window, number: int, progress: float | None) -> Anchors | None:
+        return None if self._decoder is None else self._decoder.anchors(window, number, progress)

@@ -33,6 +33,8 @@ Places = NDArray[np.int64]
 
 def check_members(spec: ModelSpec) -> None:
     """Refuse a spec whose network cannot be merged; SpecError names the layer or head."""
+    if spec.decoder is not None:
+        raise SpecError("training.members: a model with a decoder cannot be merged; expected 1")
     mixed = {FEATURES}
     for layer in spec.layers:
         reads = mixed.intersection(layer.inputs)

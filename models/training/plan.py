@@ -40,6 +40,7 @@ class Plan:
         groups: indices into `segments`.
         validation: per stream with validated steps, the rows to run: from the beginning of
             its last training segment, so that the state is the newest weights' own.
+        moments_ms: int64 [rows], as `Streams` has them.
     """
 
     rows: NDArray[np.float32]
@@ -50,6 +51,7 @@ class Plan:
     segments: tuple[Segment, ...]
     groups: tuple[tuple[int, ...], ...]
     validation: tuple[Segment, ...]
+    moments_ms: NDArray[np.int64]
 
     @cached_property
     def following(self) -> NDArray[np.int64]:
@@ -122,6 +124,7 @@ def plan_of(
         tuple(segments),
         tuple(tuple(group) for group in groups),
         tuple(validation),
+        streams.moments_ms,
     )
 
 

@@ -21,7 +21,10 @@ def plot_report(report: dict[str, Any]) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     if report["history"]:
         found["plots/learning.png"] = _png(_learning(report["history"]))
-    found["plots/skill.png"] = _png(_skill(report["heads"]))
+    if report["heads"]:
+        found["plots/skill.png"] = _png(_skill(report["heads"]))
+    if report.get("decoder"):
+        found["plots/horizon.png"] = _png(_horizon(report["decoder"]["targets"]))
     calibrated = {name: head for name, head in report["heads"].items() if "calibration" in head}
     if calibrated:
         found["plots/calibration.png"] = _png(_calibration(calibrated))
@@ -59,6 +62,24 @@ def _skill(heads: dict[str, Any]) -> Figure:
         axes.set_yticks(range(len(rows)), [model for model, _ in rows])
         axes.margins(y=0.2)
         axes.set_title(f"{name}: {metric} on held-out events, less is better", fontsize="medium")
+    return figure
+
+
+def _horizon(targets: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(5 * len(targets), 3.4), layout="constrained")
+    for axes, (name, target) in zip(
+        figure.subplots(1, len(targets), squeeze=False)[0], targets.items(), strict=True
+    ):
+        for model, values in target["mae"].items():
+            steps = [step for step, value in enumerate(values, start=1) if value is not None]
+            axes.plot(
+                steps,
+                [values[step - 1] for step in steps],
+                color="tab:blue" if model == MODEL else None,
+                label=model,
+            )
+        axes.set(xlabel="steps ahead", ylabel="mean absolute error", title=name)
+        axes.legend()
     return figure
 
 

@@ -21,8 +21,9 @@ from models.events.zones import zone_table
 from models.heads import ForecastHead, Head
 from models.layout import output_spec
 from models.training.baselines import baselines_of
-from models.training.data import moment_ms, schema_of, streams_of, training_of
-from models.training.evaluate import distinct_rows, run_chunks, spoken_rows
+from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
+from models.training.evaluate import distinct_rows, run_chunks, scored_rows, spoken_rows
+from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
 from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
 from models.training.table import Baseline, Table
@@ -65,7 +66,8 @@ def make_report(
     Returns:
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
-        `calibration`), `history`.
+        `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
+        `history`.
 
     Raises:
         DataError: there are no held-out events.
@@ -91,7 +93,10 @@ def make_report(
         )
         for head in heads
     }
-    held_out = distinct_rows(table.test for table in tables.values())
+    spoken = [table.test for table in tables.values()]
+    if spec.decoder is not None:
+        spoken.append(scored_rows(streams, test_ms))
+    held_out = distinct_rows(spoken)
     if held_out == 0:
         raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
     tell("running the model over all events, chunk by chunk")
@@ -131,8 +136,24 @@ def make_report(
         },
         "run": {"chunk": chunk, "seed": seed, "draws": draws},
         "heads": found,
+        **_decoded(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),
     }
+
+
+def _decoded(
+    artifact: Artifact,
+    streams: Streams,
+    rows: NDArray[np.float32],
+    test_ms: int,
+    validate_ms: int,
+    tell: Say,
+) -> dict[str, Any]:
+    """The decoder's part, by step of its horizon; empty for a model without one."""
+    if artifact.spec.decoder is None:
+        return {}
+    tell("forecasts of the decoder")
+    return {"decoder": horizon_report(artifact, streams, rows, test_ms, validate_ms)}
 
 
 def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
@@ -226,7 +247,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         for model, scores in head["difference"].items():
             cells = [_cell(scores.get(metric), "+") for metric in metrics]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    return lines
+    return lines + horizon_lines(report.get("decoder", {}))
 
 
 def _cell(score: dict[str, Any] | None, sign: str = "") -> str:

@@ -122,6 +122,14 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
         (lambda d: d["heads"][0].update(name="decoder"), "no layer or head of that name"),
         (lambda d: d["events"]["fields"].pop(1), "no field is a timestamp"),
         (lambda d: d.update(events=None, features=3, heads=[SEQUENCE]), "no `events`"),
+        (
+            lambda d: d["layers"].append({"kind": "bidirectional", "units": 2}),
+            "a bidirectional one does not",
+        ),
+        (
+            lambda d: d["decoder"]["layers"].append({"kind": "bidirectional", "units": 2}),
+            "expected one that goes forward step by step",
+        ),
     ],
 )
 def test_says_what_does_not_fit(change: Any, said: str) -> None:

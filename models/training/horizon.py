@@ -1,0 +1,315 @@
+"""A decoder's forecasts on held-out events, by step of the horizon, beside naive baselines.
+
+From the state after every `stride`-th event the decoder looks ahead along its medians, told
+what was known of the coming steps and nothing else. What it said is compared with what came,
+in the fields' own units:
+
+    last value      the last one observed
+    seasonal naive  the one at the same time a day before, the latest such that is known; where
+                    a day is a whole number of steps
+
+Both become quantiles through the quantiles of their own errors on training events, each step
+of the horizon by itself. All three are scored on the same steps: those where each has a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact import Artifact
+from models.decoder import LAST, known_columns
+from models.decoding import Distribution, decoder_of, start_parts
+from models.layout import state_spec
+from models.spec import ModelSpec
+from models.training.data import Streams
+from models.training.decoder import steps_ahead
+
+DAY_MS = 86_400_000
+STRIDE = 7
+"""Events between two forecasts; no divisor of a day's hours, so that every hour has its turn."""
+LANES = 64
+"""Streams that run side by side."""
+MODEL, LAST_VALUE, SEASONAL = "model", "last value", "seasonal naive"
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The steps that follow rows of a table.
+
+    Attributes:
+        at: int64 [A], the rows after which a forecast begins.
+        counts: bool [A, H], the steps that exist and lie on the wanted side.
+    """
+
+    at: Rows
+    counts: NDArray[np.bool_]
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of the coming steps, int64 [A, H]; 0 where there is none."""
+        coming = self.at[:, np.newaxis] + 1 + np.arange(self.counts.shape[1])
+        return np.asarray(np.where(self.counts, coming, 0), np.int64)
+
+
+def horizon_report(
+    artifact: Artifact,
+    streams: Streams,
+    rows: NDArray[np.float32],
+    from_ms: int | None,
+    train_before_ms: int | None = None,
+    stride: int = STRIDE,
+) -> dict[str, Any]:
+    """Score a model's decoder.
+
+    Args:
+        artifact: a model with a decoder.
+        streams: the events.
+        rows: float32 [rows, F], the same encoded.
+        from_ms: moment from which coming steps are scored; None scores all of them.
+        train_before_ms: moment before which the baselines learn their errors; without it they
+            give points alone.
+        stride: events between two forecasts.
+
+    Returns:
+        `horizon`, `stride`, `forecasts`, and `targets`: by name, `steps` (how many were scored,
+        by step of the horizon), `mae`, `pinball` (by model, a list over the horizon) and
+        `below` (by quantile, the share of values at or below it, over the horizon). A value is
+        None where nothing was scored. Empty where no forecast could be scored.
+    """
+    spec = artifact.spec
+    decoder, _, _ = decoder_of(spec)
+    anchors = _ahead(spec, streams, from_ms, None, stride)
+    if len(anchors.at) == 0:
+        return {}
+    points, quantiles = _forecasts(artifact, streams, rows, anchors, stride)
+    trained = None
+    if train_before_ms is not None:
+        trained = _ahead(spec, streams, None, train_before_ms, 1)
+    levels = np.array(decoder.head.quantiles)
+    targets = {}
+    for index, name in enumerate(decoder.targets):
+        values = np.where(streams.columns.present[name], streams.columns.values[name], np.nan)
+        truth = np.where(anchors.counts, values[anchors.rows], np.nan)
+        said = {MODEL: (points[..., index], quantiles[..., index, :])}
+        for baseline in (LAST_VALUE, SEASONAL):
+            near = _baseline(spec, streams, values, anchors, baseline)
+            if near is None:
+                continue
+            spread = np.full((near.shape[1], len(levels)), np.nan)
+            if trained is not None and len(trained.at):
+                known = _baseline(spec, streams, values, trained, baseline)
+                if known is not None:
+                    errors = np.where(trained.counts, values[trained.rows], np.nan) - known
+                    spread = _quantiles(errors, levels)
+            said[baseline] = (near, near[..., np.newaxis] + spread)
+        targets[name] = _scored(truth, said, levels)
+    return {
+        "horizon": decoder.max_horizon,
+        "stride": stride,
+        "forecasts": len(anchors.at),
+        "targets": targets,
+    }
+
+
+def horizon_lines(report: dict[str, Any]) -> list[str]:
+    """The report as a Markdown table per target: mean absolute errors by step."""
+    lines: list[str] = []
+    if not report:
+        return lines
+    horizon = report["horizon"]
+    shown = sorted({1, *(horizon * part // 4 for part in (1, 2, 3, 4))} - {0})
+    for name, target in report["targets"].items():
+        lines += ["", f"{name}, by step ahead ({report['forecasts']:,} forecasts), MAE", ""]
+        lines.append("| | " + " | ".join(map(str, shown)) + " | all |")
+        lines.append("| --- |" + " --- |" * (len(shown) + 1))
+        for model, values in target["mae"].items():
+            cells = [_cell(values[step - 1]) for step in shown]
+            known = [value for value in values if value is not None]
+            cells.append(_cell(float(np.mean(known)) if known else None))
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _ahead(
+    spec: ModelSpec, streams: Streams, from_ms: int | None, before_ms: int | None, stride: int
+) -> Ahead:
+    """Every `stride`-th row of each stream after which some step counts."""
+    decoder, _, _ = decoder_of(spec)
+    following = np.append(streams.moments_ms[1:], streams.moments_ms[-1:])
+    side = streams.has_next.copy()
+    if from_ms is not None:
+        side &= following >= from_ms
+    if before_ms is not None:
+        side &= following < before_ms
+    ahead = steps_ahead(side, streams.moments_ms, decoder.step_ms)
+    regular = np.zeros(streams.events, np.bool_)
+    for begin, end in streams.spans:
+        regular[begin + stride - 1 : end : stride] = True
+    at = np.flatnonzero(regular & (ahead > 0))
+    return Ahead(at, np.arange(decoder.max_horizon) < ahead[at][:, np.newaxis])
+
+
+def _forecasts(
+    artifact: Artifact,
+    streams: Streams,
+    rows: NDArray[np.float32],
+    anchors: Ahead,
+    stride: int,
+) -> tuple[Floats, Floats]:
+    """Points [A, H, D] and quantiles [A, H, D, Q] in units, as the service would give them."""
+    import tensorflow as tf
+
+    from models.networks.build import StepNetwork
+
+    spec = artifact.spec
+    decoder, _, events = decoder_of(spec)
+    network = StepNetwork(spec)
+    network.set_weights(artifact.weights)
+    if network.decoder is None:
+        raise TypeError(f"model {spec.name!r}: expected a network with a decoder")
+    floats = _states(
+        tf.function(network.step, autograph=False),
+        streams,
+        rows,
+        anchors.at,
+        stride,
+        network.state_size,
+    )
+    distribution = Distribution(spec)
+    state = np.concatenate(
+        [
+            np.zeros((len(floats), part), np.float32) if isinstance(part, int) else floats[:, part]
+            for part in start_parts(spec)
+        ],
+        axis=1,
+    )
+    previous = floats[:, state_spec(spec).slices[LAST]]
+    known = rows[:, [events.column_index[name] for name in known_columns(spec, decoder)]]
+    step = tf.function(network.decoder.step, autograph=False)
+    ones = np.ones(len(floats), np.int32)
+    points, quantiles = [], []
+    for coming in anchors.rows.T:
+        row = np.concatenate([previous, known[coming]], axis=1)
+        outputs, after = step(row[:, np.newaxis], ones, state)
+        state = after.numpy()
+        found = distribution.quantiles(outputs.numpy()[:, 0])
+        point = distribution.point(found)
+        previous = point.astype(np.float32)
+        points.append(distribution.in_units(point))
+        quantiles.append(distribution.in_units(found, axis=-2))
+    return np.stack(points, 1).astype(np.float64), np.stack(quantiles, 1).astype(np.float64)
+
+
+def _states(
+    step: Any,
+    streams: Streams,
+    rows: NDArray[np.float32],
+    at: Rows,
+    stride: int,
+    size: int,
+) -> NDArray[np.float32]:
+    """The encoder's states [A, N] after the rows `at`, each stream run from its beginning."""
+    place = np.full(streams.events, -1)
+    place[at] = np.arange(len(at))
+    found = np.zeros((len(at), size), np.float32)
+    for first in range(0, len(streams.spans), LANES):
+        group = streams.spans[first : first + LANES]
+        begins = np.array([begin for begin, _ in group])
+        ends = np.array([end for _, end in group])
+        state = np.zeros((len(group), size), np.float32)
+        for done in range(0, int((ends - begins).max()), stride):
+            lengths = np.clip(ends - begins - done, 0, stride).astype(np.int32)
+            index = begins[:, np.newaxis] + done + np.arange(stride)
+            index = np.minimum(index, ends[:, np.newaxis] - 1)
+            _, after = step(rows[index], lengths, state)
+            state = after.numpy()
+            for lane in np.flatnonzero(lengths == stride):
+                anchor = place[begins[lane] + done + stride - 1]
+                if anchor >= 0:
+                    found[anchor] = state[lane]
+    return found
+
+
+def _baseline(
+    spec: ModelSpec, streams: Streams, values: Floats, anchors: Ahead, kind: str
+) -> Floats | None:
+    """What a naive forecast says of the coming steps [A, H]; NaN where it cannot say."""
+    horizon = anchors.counts.shape[1]
+    if kind == LAST_VALUE:
+        latest = _latest(streams, values)
+        return np.repeat(latest[anchors.at][:, np.newaxis], horizon, axis=1)
+    decoder, _, _ = decoder_of(spec)
+    if decoder.step_ms is None or DAY_MS % decoder.step_ms:
+        return None
+    season = DAY_MS // decoder.step_ms
+    ahead = 1 + np.arange(horizon)
+    back = season * -(-ahead // season)
+    rows = anchors.at[:, np.newaxis] + ahead - back
+    first = np.repeat([begin for begin, _ in streams.spans], [e - b for b, e in streams.spans])
+    inside = rows >= first[anchors.at][:, np.newaxis]
+    rows = np.where(inside, rows, 0)
+    wanted = streams.moments_ms[anchors.at][:, np.newaxis] + (ahead - back) * decoder.step_ms
+    same = inside & (streams.moments_ms[rows] == wanted)
+    return np.where(same, values[rows], np.nan)
+
+
+def _latest(streams: Streams, values: Floats) -> Floats:
+    """At each row the latest value of its stream so far; NaN before any."""
+    rows = np.arange(len(values))
+    known = np.where(np.isnan(values), -1, rows)
+    found = np.full(len(values), np.nan)
+    for begin, end in streams.spans:
+        last = np.maximum.accumulate(known[begin:end])
+        found[begin:end] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
+    return found
+
+
+def _quantiles(errors: Floats, levels: Floats) -> Floats:
+    """Quantiles of errors [A, H], by step: [H, Q]; NaN where there are none."""
+    found = np.full((errors.shape[1], len(levels)), np.nan)
+    for step, column in enumerate(errors.T):
+        known = column[~np.isnan(column)]
+        if len(known):
+            found[step] = np.quantile(known, levels)
+    return found
+
+
+def _scored(
+    truth: Floats, said: dict[str, tuple[Floats, Floats]], levels: Floats
+) -> dict[str, Any]:
+    """Scores by model and step, of the values that all of them have."""
+    compared = ~np.isnan(truth)
+    for point, _ in said.values():
+        compared &= ~np.isnan(point)
+    mae, pinball = {}, {}
+    for name, (point, quantiles) in said.items():
+        mae[name] = _means(np.abs(truth - point), compared)
+        error = truth[..., np.newaxis] - quantiles
+        loss = np.mean(np.maximum(levels * error, (levels - 1) * error), axis=-1)
+        if not np.isnan(loss[compared]).all():
+            pinball[name] = _means(loss, compared)
+    below = {
+        str(level): _means((truth <= said[MODEL][1][..., at]).astype(np.float64), compared)
+        for at, level in enumerate(levels.tolist())
+    }
+    steps = np.count_nonzero(compared, axis=0).tolist()
+    return {"steps": steps, "mae": mae, "pinball": pinball, "below": below}
+
+
+def _means(losses: Floats, compared: NDArray[np.bool_]) -> list[float | None]:
+    """The mean of each step of the horizon; None where nothing was compared."""
+    return [
+        float(column[there].mean()) if there.any() else None
+        for column, there in zip(losses.T, compared.T, strict=True)
+    ]
