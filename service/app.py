@@ -25,7 +25,7 @@ from models.artifact import MANIFEST_NAME, Artifact, load_artifact
 from models.errors import ArtifactError
 from service.api.application import ApiLimits, create_api
 from service.api.express import EXPRESS
-from service.engine.runtimes import open_runtimes
+from service.engine.runtimes import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.pipeline import Pipeline, PipelineLimits
@@ -57,7 +57,8 @@ def create_app() -> FastAPI:
     recorder = PrometheusRecorder()
     artifacts = load_models(settings.models_dir)
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
-    served = [ServedModel(*each) for each in zip(artifacts, runtimes, strict=True)]
+    decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
+    served = [ServedModel(*each) for each in zip(artifacts, runtimes, decoders, strict=True)]
     store = open_store(store_settings(settings))
     pipeline = Pipeline(
         served,
@@ -97,6 +98,7 @@ def create_app() -> FastAPI:
         max_predict_steps=settings.max_predict_steps,
         max_body_bytes=settings.max_body_bytes,
         max_items=settings.max_items,
+        max_forecast_samples=settings.max_forecast_samples,
         timeout_s=min(settings.timeout_s, settings.max_timeout_s),
         max_timeout_s=settings.max_timeout_s,
     )

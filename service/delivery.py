@@ -157,15 +157,28 @@ def judge(chunk: Chunk, found: StreamState | None, *, closed: bool = False) -> P
             got=str(chunk.steps.feed),
             **facts,
         )
+    check_position(stream, chunk.position, mark)
+    return Process(found)
+
+
+def check_position(stream: str, given: int | None, mark: Mark | None) -> None:
+    """Refuse a position at which the stream does not stand; None stands anywhere.
+
+    Args:
+        mark: the stream, or None where there is none, which stands at 0.
+
+    Raises:
+        PositionAhead, PositionBehind
+    """
     position = mark.position if mark else 0
-    if chunk.position is None or chunk.position == position:
-        return Process(found)
-    error = PositionAhead if chunk.position > position else PositionBehind
+    if given is None or given == position:
+        return
+    error = PositionAhead if given > position else PositionBehind
     raise error(
-        f"expected position {position} of stream {stream!r}, got {chunk.position}",
+        f"expected position {position} of stream {stream!r}, got {given}",
         expected=position,
-        got=chunk.position,
-        **facts,
+        got=given,
+        **standing(stream, mark),
     )
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from models.decoding import Forecast
 from models.events.columns import EventColumns
 from models.state import State
 
@@ -184,6 +185,38 @@ class Prediction(NamedTuple):
 
     outputs: FloatRows
     state: State
+
+
+class ForecastRequest(NamedTuple):
+    """How a decoder is to look ahead.
+
+    Attributes:
+        horizon: steps.
+        samples: paths to draw.
+        seed: of the draws.
+        future: what is known of the coming steps, one event each; None where nothing is told.
+        position: where the stream is expected to stand; None where it may stand anywhere.
+    """
+
+    horizon: int
+    samples: int = 0
+    seed: int = 0
+    future: EventColumns | None = None
+    position: int | None = None
+
+
+class ForecastReply(NamedTuple):
+    """What was seen ahead of one state of a stream.
+
+    Attributes:
+        mark: the stream, which stands as it stood.
+        times_ms: epoch milliseconds of the coming steps, where the events have a timestamp.
+    """
+
+    key: StreamKey
+    mark: Mark
+    forecast: Forecast
+    times_ms: tuple[int, ...] | None
 
 
 class StreamPage(NamedTuple):

@@ -12,6 +12,7 @@
         InvalidPrecondition   invalid_precondition
         ChunksUnsupported     chunks_unsupported
         FinalUnsupported      final_unsupported
+        ForecastUnsupported   forecast_unsupported
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
@@ -155,6 +156,12 @@ class FinalUnsupported(BadRequest):
     code = "final_unsupported"
     title = "The model's streams have no end"
     remedy = "Leave `final` out; only a model with `blocks` waits for events that it may end."
+
+
+class ForecastUnsupported(BadRequest):
+    code = "forecast_unsupported"
+    title = "The model has no decoder to look ahead with"
+    remedy = "Ask a model whose description has `forecast`; GET /v1/models/{model} shows it."
 
 
 class NotFound(CarryError):

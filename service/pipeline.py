@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
 
+from models.decoding import Forecast
 from models.state import State
 from service.batch import BatchRun, incompatible
-from service.delivery import begin_anew, standing, state_changed, stream_exists
+from service.delivery import begin_anew, check_position, standing, state_changed, stream_exists
 from service.domain import (
     FIRST_TAG,
     Check,
     Chunk,
     Feed,
+    ForecastReply,
+    ForecastRequest,
     Mark,
     Precondition,
     Prediction,
@@ -35,10 +39,13 @@ from service.domain import (
 from service.engine.batcher import Batcher, Job, Request, Results, Run
 from service.engine.compute import Compute
 from service.engine.policy import BatchLimits
+from service.engine.protocol import Runtime
 from service.engine.state_cache import StateCache
 from service.errors import (
     AlreadyApplied,
     CarryError,
+    DeadlineExceeded,
+    InvalidInput,
     ModelNotFound,
     Overloaded,
     PositionBehind,
@@ -46,6 +53,7 @@ from service.errors import (
     StateDamaged,
     StreamNotFound,
 )
+from service.forecast import ForecastRun, Outset
 from service.predict import PredictRun
 from service.recorder import Recorder
 from service.served import ServedModel
@@ -108,6 +116,11 @@ class Pipeline:
         self._sequences = {
             name: self._sequence_batcher(found) for name, found in self.models.items()
         }
+        self._forecasts = {
+            name: self._forecast_batcher(found, found.decoder)
+            for name, found in self.models.items()
+            if found.decoder is not None
+        }
 
     def _chunk_batcher(self, served: ServedModel) -> Batcher[Chunk, Reply]:
         run = BatchRun(
@@ -125,6 +138,17 @@ class Pipeline:
     def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
         run = PredictRun(served, self._compute, self._recorder)
         return self._batcher(served, run, lambda _: None, lambda _, error: error)
+
+    def _forecast_batcher(self, served: ServedModel, decoder: Runtime) -> Batcher[Outset, Forecast]:
+        return Batcher(
+            ForecastRun(served, decoder, self._compute, self._recorder),
+            BatchLimits(1, self._limits.max_batch_steps),
+            max_queue=self._limits.max_queue,
+            max_in_flight=self._limits.batches_in_flight,
+            on_depth=lambda _: None,
+            max_wait_s=self._limits.max_queue_wait_s,
+            told=lambda _, error: error,
+        )
 
     def _batcher(
         self,
@@ -148,6 +172,8 @@ class Pipeline:
         """Warm the runtimes; once, after the store was started."""
         for served in self.models.values():
             await self._compute.run(served.runtime.warm)
+            if served.decoder is not None:
+                await self._compute.run(served.decoder.warm)
         self._warm = True
         self._warming = asyncio.get_running_loop().create_task(self._warm_rest())
 
@@ -166,6 +192,7 @@ class Pipeline:
         await asyncio.gather(
             *(batcher.drain(drain_s) for batcher in self._chunks.values()),
             *(batcher.drain(drain_s) for batcher in self._sequences.values()),
+            *(batcher.drain(drain_s) for batcher in self._forecasts.values()),
         )
         self._compute.close()
 
@@ -288,14 +315,50 @@ class Pipeline:
             predictions.append(result)
         return predictions
 
-    async def read(self, key: StreamKey) -> StreamState:
+    async def forecast(
+        self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
+    ) -> ForecastReply:
+        """Look ahead from a stream's state, as the store has it; nothing is changed.
+
+        Raises:
+            ForecastUnsupported: the model has no decoder.
+            InvalidInput: the horizon is longer than the decoder's, or something is not known.
+            StreamNotFound, StateIncompatible, StateDamaged
+            PositionAhead, PositionBehind: the stream does not stand at the request's position.
+            CarryError: refused or failed while it was decoded.
+        """
+        served = self.model(key.model)
+        most = served.require_decoder().max_horizon
+        if request.horizon > most:
+            raise InvalidInput(
+                f"horizon: expected at most {most} steps, the max_horizon of model {key.model!r}, "
+                f"got {request.horizon}",
+                at="horizon",
+                expected=most,
+                got=request.horizon,
+            )
+        if deadline_s <= time.monotonic():
+            raise DeadlineExceeded("the time for the forecast was up before it was begun")
+        found = await self.read(key, deadline_s)
+        if not served.takes(found):
+            raise incompatible(served, key.stream, found)
+        check_position(key.stream, request.position, found.mark)
+        known = served.coming(request, found.state)
+        outset = Outset(found.state.floats, known.rows, request.samples, request.seed)
+        wanted = [Request(outset, None, request.horizon)]
+        [result] = await self._forecasts[key.model].submit(wanted, deadline_s)
+        if isinstance(result, CarryError):
+            raise result
+        return ForecastReply(key, found.mark, result, known.times_ms)
+
+    async def read(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState:
         """The stream as the store has it.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable
         """
         self.model(key.model)
-        found = await self._stored(key)
+        found = await self._stored(key, deadline_s)
         if found is None:
             raise StreamNotFound(
                 f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
@@ -404,8 +467,9 @@ class Pipeline:
             raise stream_exists(key.stream, result.found)
         raise state_changed(key.stream, result.found)
 
-    async def _stored(self, key: StreamKey) -> StreamState | None:
-        (found,) = await self._store.load([key])
+    async def _stored(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState | None:
+        until_s = None if math.isinf(deadline_s) else deadline_s
+        (found,) = await self._store.load([key], until_s)
         if isinstance(found, CarryError):
             raise found
         return found

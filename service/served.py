@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from models.blocks import BlockState
+from models.decoder import DecoderSpec
+from models.decoding import Coming, coming
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
 from models.layout import OutputSpec
 from models.state import State, StateSpec
-from service.domain import FloatRows, Steps, StreamState
+from service.domain import FloatRows, ForecastRequest, Steps, StreamState
 from service.engine.protocol import Runtime
-from service.errors import ChunkTooLong, InvalidInput, StateDamaged
+from service.errors import ChunkTooLong, ForecastUnsupported, InvalidInput, StateDamaged
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int parts [M] of the state after it."""
@@ -35,6 +37,7 @@ class ServedModel:
 
     artifact: Artifact
     runtime: Runtime
+    decoder: Runtime | None = None
 
     @cached_property
     def name(self) -> str:
@@ -95,6 +98,34 @@ class ServedModel:
                 expected=self.chunk_limit,
                 got=steps.length,
             )
+
+    def coming(self, request: ForecastRequest, state: State) -> Coming:
+        """What is known of the steps that follow a state, encoded.
+
+        Raises:
+            InvalidInput: something is not known that has to be.
+            StateDamaged: the state's clock is one that no stream can have.
+        """
+        try:
+            clock = Clock.from_ints(self.state, state.ints)
+            return coming(self.artifact.spec, clock, request.horizon, request.future)
+        except DataError as error:
+            raise invalid_data("future", error) from error
+        except StateError as error:
+            raise StateDamaged(f"the stored state cannot be continued: {error}") from error
+
+    def require_decoder(self) -> DecoderSpec:
+        """The model's decoder.
+
+        Raises:
+            ForecastUnsupported: it has none.
+        """
+        decoder = self.artifact.spec.decoder
+        if decoder is None:
+            raise ForecastUnsupported(
+                f"model {self.name!r} has no decoder, so its streams cannot be forecast"
+            )
+        return decoder
 
     def takes(self, stored: StreamState) -> bool:
         """Whether this version of the model wrote the state."""

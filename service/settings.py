@@ -140,6 +140,10 @@ class Settings(BaseSettings):
     max_predict_steps: Annotated[int, Field(ge=1)] = 100_000
     """Most events in one predict request, all its sequences together."""
 
+    max_forecast_samples: Annotated[int, Field(ge=0)] = 1_000
+    """Most paths that one forecast draws; 0 draws none. They are computed as so many rows at
+    every step of the horizon, between other streams' chunks."""
+
     max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
     """Most streams in one call of the network, where its runtime takes that many. More raises
     the throughput until the core is busy, and with it the time of each call."""

@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.responses import HTMLResponse
 
-from service.api import health, routes_chunks, routes_models, routes_streams
+from service.api import health, routes_chunks, routes_forecast, routes_models, routes_streams
 from service.api.boundary import LastResort, add_handlers
 from service.api.context import ApiContext
 from service.api.direct import DirectRoutes
@@ -70,7 +70,10 @@ def create_api(
     app.state.api = api
     for name in pipeline.models:
         api.wire(name)
-    routers = [module.router for module in (routes_chunks, routes_streams, routes_models, health)]
+    routers = [
+        module.router
+        for module in (routes_chunks, routes_streams, routes_forecast, routes_models, health)
+    ]
     if metrics is not None:
         routers.append(health.metrics_router(metrics))
     for router in routers:

@@ -16,7 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from models.decoder import known_schema
 from models.events.parse import event_type
+from models.events.schema import EventSchema
 from service.api.invalid import Place, invalid_body
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
@@ -91,6 +93,20 @@ class PredictBody(StrictBody):
     sequences: list[StepsBody]
 
 
+class ForecastBody(StrictBody):
+    """How far to look ahead, and what is known of the coming steps."""
+
+    horizon: Annotated[int, Field(ge=1)] = Field(description="Steps ahead.", examples=[24])
+    samples: Annotated[int, Field(ge=0)] = Field(0, description="Paths to draw.", examples=[100])
+    seed: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Of the draws: the same seed gives the same paths of the same state."
+    )
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None, description="Where the stream is expected to stand.", examples=[48]
+    )
+    future: list[dict[str, Any]] | None = None
+
+
 B = TypeVar("B", bound=StrictBody)
 
 
@@ -102,6 +118,7 @@ class BodyTypes:
     item: type[ItemBody]
     many: type[ManyBody]
     predict: type[PredictBody]
+    forecast: type[ForecastBody] | None
 
 
 class ModelBodies:
@@ -110,6 +127,8 @@ class ModelBodies:
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self.types = {media: _types(served, limits, media) for media in Media}
         self._fields = [field.name for field in served.events.fields] if served.events else []
+        told = coming_schema(served)
+        self._coming = [] if told is None else [field.name for field in told.fields]
 
     def validate(self, kind: type[B], media: Media, body: bytes) -> B:
         """A body of that type.
@@ -127,7 +146,8 @@ class ModelBodies:
             raise invalid_body(error, media, self._members(kind), inside) from error
 
     def _members(self, kind: type[StrictBody]) -> _Members:
-        return _Members(list(kind.model_fields), self._fields)
+        fields = self._coming if issubclass(kind, ForecastBody) else self._fields
+        return _Members(list(kind.model_fields), fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +158,7 @@ class _Members:
     event: Sequence[str]
 
     def __call__(self, at: Place) -> Sequence[str]:
-        if "events" in at:
+        if "events" in at or "future" in at:
             return self.event
         return ("position", "epoch", "final", "events", "inputs") if at else self.body
 
@@ -188,7 +208,45 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
         __base__=PredictBody,
         sequences=(list[sequence], Field(json_schema_extra=most)),  # type: ignore[valid-type]
     )
-    return BodyTypes(chunk, item, many, predict)
+    return BodyTypes(chunk, item, many, predict, _forecast(served, limits, f"{name}-", suffix))
+
+
+def coming_schema(served: ServedModel) -> EventSchema | None:
+    """What a forecast may be told of a coming step; None where there is nothing to tell."""
+    decoder = served.artifact.spec.decoder
+    if decoder is None or served.events is None:
+        return None
+    return known_schema(served.events, decoder, timed=False)
+
+
+def _forecast(
+    served: ServedModel, limits: ApiLimits, lead: str, suffix: str
+) -> type[ForecastBody] | None:
+    decoder = served.artifact.spec.decoder
+    if decoder is None:
+        return None
+    told = coming_schema(served)
+    future: Any = None
+    if told is not None:
+        event: Any = event_type(told, f"{lead}Coming")
+        most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
+        future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
+    about = "What is known of each of the coming steps, as many as `horizon`."
+    ranges = {
+        "horizon": {"maximum": decoder.max_horizon},
+        "samples": {"maximum": limits.max_forecast_samples},
+    }
+
+    def bounded(schema: dict[str, Any]) -> None:
+        for name, range_ in ranges.items():
+            schema["properties"][name].update(range_)
+
+    return create_model(
+        f"{lead}Forecast{suffix}",
+        __base__=ForecastBody,
+        __cls_kwargs__={"json_schema_extra": bounded},
+        future=(future, Field(None, description=about)),
+    )
 
 
 def _events(served: ServedModel, limits: ApiLimits) -> Any:

@@ -15,12 +15,14 @@ class ApiLimits:
         max_predict_steps: most events in one predict request, all sequences together.
         max_items: most items in a request for many streams, most sequences to predict and
             most names on one page of a listing.
+        max_forecast_samples: most paths of one forecast.
     """
 
     max_body_bytes: int = 16 * 2**20
     max_chunk_steps: int = 10_000
     max_predict_steps: int = 100_000
     max_items: int = 1_000
+    max_forecast_samples: int = 1_000
     timeout_s: float = 30.0
     max_timeout_s: float = 300.0
 

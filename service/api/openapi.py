@@ -288,6 +288,20 @@ FORK = _route(
     *_WRITTEN,
     body="ForkBody",
 )
+FORECAST = _route(
+    {200: _good(schemas.ForecastReply, "What is seen ahead.", _ETAG)},
+    [_MODEL, _STREAM, _TIMEOUT],
+    *_NAMED,
+    errors.ForecastUnsupported,
+    errors.StreamNotFound,
+    errors.PositionAhead,
+    errors.PositionBehind,
+    errors.StateIncompatible,
+    errors.StateDamaged,
+    *_STORE,
+    *_ENGINE,
+    body="Forecast",
+)
 STREAMS = _route(
     {200: _good(schemas.StreamList, "One page.")},
     [

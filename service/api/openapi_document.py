@@ -44,6 +44,7 @@ _DOCUMENTS: tuple[type[BaseModel], ...] = (
     schemas.ChunkReply,
     schemas.ManyReply,
     schemas.PredictReply,
+    schemas.ForecastReply,
     schemas.StreamInfo,
     schemas.StateReply,
     schemas.StateBody,
@@ -76,6 +77,12 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
     for body in ("Chunk", "Many", "Predict"):
         refs = [{"$ref": REF_TEMPLATE.format(model=f"{name}-{body}")} for name in types]
         components[body] = {"title": body, "anyOf": refs}
+    forecasts = [name for name, found in types.items() if found.forecast is not None]
+    components["Forecast"] = (
+        {"title": "Forecast", "anyOf": [_reference(f"{name}-Forecast") for name in forecasts]}
+        if forecasts
+        else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
+    )
     document.setdefault("components", {})["schemas"] = dict(sorted(components.items()))
     for path, examples in _examples(api).items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
@@ -104,8 +111,13 @@ def _leave_out_null(member: dict[str, Any]) -> None:
         member.update(kinds[0])
 
 
+def _reference(model: str) -> dict[str, str]:
+    return {"$ref": REF_TEMPLATE.format(model=model)}
+
+
 def _kinds(types: BodyTypes) -> list[type[BaseModel]]:
-    return [types.chunk, types.item, types.many, types.predict]
+    found: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
+    return found if types.forecast is None else [*found, types.forecast]
 
 
 def _examples(api: ApiContext) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from models.decoder import DecoderSpec
 from models.events.parse import event_json_schema
 from models.events.schema import CategoricalField, Column
 from service.api import openapi
@@ -79,11 +80,13 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
         "blocks": _blocks(served),
         "max_chunk_steps": served.chunk_limit,
         "runtimes": [served.runtime.name],
+        "forecast": _forecast(served.artifact.spec.decoder),
         "limits": {
             "max_body_bytes": limits.max_body_bytes,
             "max_chunk_steps": limits.max_chunk_steps,
             "max_predict_steps": limits.max_predict_steps,
             "max_items": limits.max_items,
+            "max_forecast_samples": limits.max_forecast_samples,
         },
         "metrics": dict(served.artifact.manifest.get("metrics") or {}),
     }
@@ -92,6 +95,18 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
 def _blocks(served: ServedModel) -> dict[str, int] | None:
     blocks = served.artifact.spec.blocks
     return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
+
+
+def _forecast(decoder: DecoderSpec | None) -> dict[str, Any] | None:
+    if decoder is None:
+        return None
+    return {
+        "targets": list(decoder.targets),
+        "known": list(decoder.known),
+        "step_s": decoder.step_s,
+        "levels": list(decoder.head.quantiles),
+        "max_horizon": decoder.max_horizon,
+    }
 
 
 def _column(served: ServedModel, column: Column) -> dict[str, Any]:

@@ -170,6 +170,32 @@ class PredictReply(Document):
     predictions: list[PredictionOfOne]
 
 
+class TargetForecast(Document):
+    """H coming values of one target, in its own units."""
+
+    point: list[float] = Field(description="The medians: [H].")
+    quantiles: list[list[float]] = Field(
+        description="Each step's quantiles at `levels`, given the medians before it: [H][Q]."
+    )
+    paths: list[list[float]] | None = Field(None, description="Drawn paths: [samples][H].")
+
+
+class ForecastReply(Document):
+    """What is seen ahead of the state in which the stream stands."""
+
+    model: ModelName
+    version: Version
+    stream: StreamName
+    epoch: EpochText
+    position: PositionNumber
+    tag: TagText
+    times_ms: list[int] | None = Field(
+        None, description="Epoch milliseconds of the coming steps, where events have a timestamp."
+    )
+    levels: list[float] = Field(description="Of the quantiles.", examples=[[0.1, 0.5, 0.9]])
+    forecast: dict[str, TargetForecast] = Field(description="By target.")
+
+
 class StreamInfo(Document):
     """Where a stream stands. `version` and `fingerprint` are those of its state."""
 
@@ -282,6 +308,16 @@ class ModelList(Document):
     models: list[ModelSummary]
 
 
+class ForecastInfo(Document):
+    """What a forecast takes and gives; each of it follows from the model's decoder."""
+
+    targets: list[str]
+    known: list[str] = Field(description="What `future` has to say of a coming step.")
+    step_s: float | None = Field(description="Seconds between timestamps, where regular.")
+    levels: list[float] = Field(description="Of the quantiles.")
+    max_horizon: int
+
+
 class LimitsInfo(Document):
     """What one request may ask for."""
 
@@ -289,6 +325,7 @@ class LimitsInfo(Document):
     max_chunk_steps: int
     max_predict_steps: int
     max_items: int
+    max_forecast_samples: int
 
 
 class BlocksInfo(Document):
@@ -323,6 +360,7 @@ class ModelDetail(Document):
         description="Most steps of what the model sees as a whole; null where it cuts as it likes."
     )
     runtimes: list[str]
+    forecast: ForecastInfo | None = Field(description="Null for a model without a decoder.")
     limits: LimitsInfo
     metrics: dict[str, Any] = Field(description="What was measured when the model was trained.")
 

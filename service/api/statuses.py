@@ -18,6 +18,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.InvalidPrecondition: 400,
     errors.ChunksUnsupported: 422,
     errors.FinalUnsupported: 422,
+    errors.ForecastUnsupported: 422,
     errors.ModelNotFound: 404,
     errors.StreamNotFound: 404,
     errors.RouteNotFound: 404,

@@ -15,10 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import DataError
-from models.events.columns import columns_from_events
+from models.events.columns import EventColumns, columns_from_events
 from models.events.encode import check_rows
 from models.state import State
-from service.api.bodies import ChunkBody, ItemBody, ModelBodies, StepsBody
+from service.api.bodies import (
+    ChunkBody,
+    ForecastBody,
+    ItemBody,
+    ModelBodies,
+    StepsBody,
+    coming_schema,
+)
 from service.api.invalid import shown
 from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
@@ -30,6 +37,8 @@ from service.domain import (
     Chunk,
     Feed,
     FloatRows,
+    ForecastReply,
+    ForecastRequest,
     Precondition,
     Prediction,
     Reply,
@@ -222,6 +231,71 @@ class ModelWire:
         ]
         _counted(sum(sequence.length for sequence in steps), "sequences", most)
         return steps
+
+    def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
+        """How a body asks a decoder to look ahead.
+
+        Raises:
+            ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
+        """
+        try:
+            self.served.require_decoder()
+            kind = self.bodies.types[media].forecast
+            if kind is None:
+                raise TypeError("expected a body type of a model with a decoder")
+            found = self.bodies.validate(kind, media, body)
+            most = self._limits.max_forecast_samples
+            if found.samples > most:
+                raise InvalidInput(
+                    f"samples: expected at most {most}, got {found.samples}",
+                    at="samples",
+                    expected=most,
+                    got=found.samples,
+                )
+            return ForecastRequest(
+                found.horizon, found.samples, found.seed, self._future(found), found.position
+            )
+        except CarryError as error:
+            raise _about(stream, error) from error
+
+    def _future(self, body: ForecastBody) -> EventColumns | None:
+        schema = coming_schema(self.served)
+        if body.future is None or schema is None:
+            return None
+        if len(body.future) != body.horizon:
+            expected = f"{body.horizon} steps, as many as `horizon`"
+            raise InvalidInput(
+                f"future: expected {expected}, got {len(body.future)}",
+                at="future",
+                expected=body.horizon,
+                got=len(body.future),
+            )
+        return columns_from_events(schema, body.future)
+
+    def forecast(self, found: ForecastReply, request: ForecastRequest) -> dict[str, Any]:
+        """The members of a forecast's reply."""
+        decoder, mark, seen = self.served.require_decoder(), found.mark, found.forecast
+        document: dict[str, Any] = {
+            "model": self._name,
+            "version": self._version,
+            "stream": found.key.stream,
+            "epoch": mark.epoch.hex(),
+            "position": mark.position,
+            "tag": mark.tag.hex(),
+        }
+        if found.times_ms is not None:
+            document["times_ms"] = list(found.times_ms)
+        document["levels"] = list(decoder.head.quantiles)
+        targets: dict[str, Any] = {}
+        for at, name in enumerate(decoder.targets):
+            targets[name] = {
+                "point": np.ascontiguousarray(seen.point[:, at]),
+                "quantiles": np.ascontiguousarray(seen.quantiles[:, at]),
+            }
+            if request.samples:
+                targets[name]["paths"] = np.ascontiguousarray(seen.paths[..., at])
+        document["forecast"] = targets
+        return document
 
     def _chunk(
         self,

@@ -52,6 +52,27 @@ class Inferred(NamedTuple):
     finite: bool
 
 
+class Turns:
+    """Lets others compute between the calls of a long piece of work.
+
+    Args:
+        calls: how many calls there have been, of everybody.
+    """
+
+    def __init__(self, calls: Callable[[], int]):
+        self._calls = calls
+        self._seen, self._began_s = calls(), time.monotonic()
+
+    async def give(self) -> None:
+        """Between two calls of the work."""
+        # A call on the loop did not let others have it, and a chunk of theirs has several turns of
+        # the loop to take: where there are others, it would meet a call of this work in each.
+        with_others, self._seen = self._calls() - self._seen > 1, self._calls()
+        rest_s = max(REST_S, time.monotonic() - self._began_s)
+        await asyncio.sleep(rest_s if with_others else 0)
+        self._began_s = time.monotonic()
+
+
 class Compute:
     """Runs runtime calls one after another."""
 
@@ -106,15 +127,10 @@ class Compute:
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
-        seen, began_s = self._calls, time.monotonic()
+        turns = self.turns()
         for turn in range(max(map(len, slices))):
             if turn:
-                # A call on the loop did not let others have it, and a chunk of theirs has several
-                # turns of the loop to take: where there are others, it would meet a slice in each.
-                with_others, seen = self._calls - seen > 1, self._calls
-                rest_s = max(REST_S, time.monotonic() - began_s)
-                await asyncio.sleep(rest_s if with_others else 0)
-                began_s = time.monotonic()
+                await turns.give()
             members = [index for index, found in enumerate(slices) if len(found) > turn]
             present = [slices[index][turn] for index in members]
             stepped = await self._step(runtime, present, states[members], on_call)
@@ -146,6 +162,10 @@ class Compute:
         self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
+
+    def turns(self) -> Turns:
+        """For a piece of work of many calls, as it begins."""
+        return Turns(lambda: self._calls)
 
     def close(self) -> None:
         """Finish the running call and end the thread."""

@@ -11,7 +11,16 @@ import numpy as np
 from models.artifact import Artifact
 from service.domain import FloatRows
 from service.engine.protocol import FloatBatch, Lengths
+from service.served import ServedModel
 from tests.support.oracle import oracle_step
+
+
+def numpy_served(artifact: Artifact) -> ServedModel:
+    """A model on the oracle, its decoder too where it has one."""
+    decoder = artifact.decoder
+    return ServedModel(
+        artifact, NumpyRuntime(artifact), None if decoder is None else NumpyRuntime(decoder)
+    )
 
 
 class NumpyRuntime:

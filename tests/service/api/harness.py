@@ -17,11 +17,10 @@ from models.artifact import Artifact
 from service.api.application import ApiLimits, create_api
 from service.domain import StreamKey
 from service.pipeline import OnModelChange, Pipeline, PipelineLimits
-from service.served import ServedModel
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
 from tests.service.api.faulty_store import FaultyStore, StoredStates
-from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.numpy_runtime import numpy_served
 from tests.support.pipelines import Counts
 from tests.support.servers import RealServer
 
@@ -98,7 +97,7 @@ async def harness(
     counts, clock = Counts(), [NOW_MS]
     await store.start()
     built = Pipeline(
-        [ServedModel(artifact, NumpyRuntime(artifact)) for artifact in models.values()],
+        [numpy_served(artifact) for artifact in models.values()],
         store,
         counts,
         limits=PipelineLimits(**pipeline),

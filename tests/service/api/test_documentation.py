@@ -162,7 +162,7 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
             if address.endswith("/state"):
                 kept = response.text
             seen += 1
-    assert seen == 14
+    assert seen == 15
 
 
 @pytest.mark.parametrize("page", ["api.md", "errors.md", "protocol.md"])

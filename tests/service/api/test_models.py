@@ -123,7 +123,7 @@ async def test_every_operation_is_documented(api: Harness) -> None:
         for path, item in document["paths"].items()
         for method, operation in item.items()
     ]
-    assert len(operations) == 15
+    assert len(operations) == 16
     for path, method, operation in operations:
         assert operation["summary"], (path, method)
         assert operation["description"], (path, method)

@@ -1,0 +1,49 @@
+"""Forecasts: looking ahead from a stream's state, which stays as it is."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api import openapi
+from service.api.context import api_of
+from service.api.leaving import unless_left
+from service.api.reading import (
+    body_media,
+    deadline,
+    query,
+    read_body,
+    reply_media,
+    stream_name,
+)
+from service.api.replies import etag, reply
+from service.api.routing import plain_router
+from service.domain import StreamKey
+
+router = plain_router("streams")
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/forecast",
+    summary="Look ahead from where a stream stands",
+    **openapi.FORECAST,
+)
+async def post_forecast(request: Request) -> Response:
+    """The model's decoder starts from the stream's stored state and goes `horizon` steps ahead.
+
+    Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
+    step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
+    the same state. With a `position` the stream has to stand there.
+    """
+    api = api_of(request)
+    deadline_s = deadline(request, api.limits)
+    query(request)
+    wire = api.wire(request.path_params["model"])
+    key = StreamKey(wire.served.name, stream_name(request.path_params["stream"]))
+    wire.served.require_decoder()
+    media = body_media(request)
+    answer = reply_media(request, media)
+    body = await read_body(request, api.limits.max_body_bytes)
+    wanted = wire.forecast_request(body, media, key.stream)
+    found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
+    return reply(answer, wire.forecast(found, wanted), headers=[etag(found.mark)])

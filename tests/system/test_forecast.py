@@ -1,0 +1,43 @@
+"""A forecast before a kill is the forecast after it: it follows from what is stored alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.artifact import write_artifact
+from service.engine.runtimes import RUNTIMES
+from tests.support.decoders import decoder_spec, future_of, hourly_events
+from tests.support.oracle import contracting_weights
+from tests.support.service import running
+
+ASKED: dict[str, Any] = {"horizon": 6, "samples": 5, "seed": 2, "future": future_of(6)}
+STREAM = "/v1/models/weather/streams/EWR"
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_killed_service_and_store_foretell_the_same(tmp_path: Path, runtime: str) -> None:
+    spec = decoder_spec()
+    write_artifact(tmp_path / "models" / "weather", spec, contracting_weights(spec, 3))
+    with running(tmp_path, tmp_path / "models", CARRY_RUNTIME=runtime) as service:
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            for first in (0, 7):
+                body = {"position": first, "events": hourly_events(7, first=first)}
+                client.post(f"{STREAM}/chunks", json=body).raise_for_status()
+            before = client.post(f"{STREAM}/forecast", json=ASKED).raise_for_status().json()
+        valkey = service.valkey_pid()
+        service.kill()
+        os.kill(valkey, signal.SIGKILL)
+        service.start(CARRY_RUNTIME=runtime)
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            after = client.post(f"{STREAM}/forecast", json=ASKED).raise_for_status().json()
+            assert after == before
+            body = {"position": 14, "events": hourly_events(1, first=14)}
+            client.post(f"{STREAM}/chunks", json=body).raise_for_status()
+            moved = client.post(f"{STREAM}/forecast", json=ASKED).raise_for_status().json()
+            assert moved["forecast"] != before["forecast"]
