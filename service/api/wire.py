@@ -430,7 +430,7 @@ class ModelWire:
 
     def reply_bytes(self, reply: Reply, media: Media) -> bytes:
         """The bytes of `reply`, of every step and without the state."""
-        if media is not Media.JSON or self._only is None:
+        if media is not Media.JSON or self._only is None or reply.output_position is not None:
             return dumps(media, self.reply(reply, _EVERY_STEP))
         epoch, tag, position = reply.mark
         # A stream's name needs no escapes.

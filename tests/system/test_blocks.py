@@ -1,0 +1,76 @@
+"""A bidirectional network on streams: service and store killed while events wait in the state."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from models.artifact import write_artifact
+from models.spec import parse_spec
+from service.engine.runtimes import RUNTIMES
+from tests.support.oracle import contracting_weights, oracle_in_blocks
+from tests.support.service import running
+
+SPEC = parse_spec(
+    {
+        "name": "tagger",
+        "features": 3,
+        "layers": [
+            {"kind": "bidirectional", "units": 3},
+            {"kind": "bidirectional", "cell": "gru", "units": 2, "merge": "ave"},
+        ],
+        "heads": [{"kind": "sequence", "name": "output"}],
+        "blocks": {"size": 4, "lookahead": 3},
+    }
+)
+ROWS = np.random.default_rng(3).normal(size=(23, 3)).astype(np.float32)
+CUTS = [2, 1, 6, 1, 5, 8]
+"""Before the first kill nothing is answered yet, before the second rows of two blocks wait."""
+URL = "/v1/models/tagger/streams/one"
+
+
+def send(client: httpx.Client, start: int, count: int, **more: Any) -> Any:
+    body = {"position": start, "inputs": ROWS[start : start + count].tolist(), **more}
+    return client.post(f"{URL}/chunks", json=body).raise_for_status().json()
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_what_waits_survives_kills(tmp_path: Path, runtime: str) -> None:
+    weights = contracting_weights(SPEC, 5)
+    artifact = write_artifact(tmp_path / "models" / "tagger", SPEC, weights)
+    outputs: list[Any] = []
+    position = 0
+    with running(tmp_path, artifact.path, CARRY_RUNTIME=runtime) as service:
+        for number, count in enumerate(CUTS):
+            with httpx.Client(base_url=service.url, timeout=60) as client:
+                reply = send(client, position, count)
+                assert reply["output_position"] == len(outputs)
+                outputs += reply["outputs"]["output"]
+            if number in (1, 3):
+                valkey = service.valkey_pid()
+                service.kill()
+                if number == 3:
+                    os.kill(valkey, signal.SIGKILL)
+                service.start(CARRY_RUNTIME=runtime)
+                with httpx.Client(base_url=service.url, timeout=60) as client:
+                    again = send(client, position, count)
+                    assert again == {**reply, "replayed": True}
+            position += count
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            last = send(client, position, 0, final=True)
+        service.kill()
+        service.start(CARRY_RUNTIME=runtime)
+        with httpx.Client(base_url=service.url, timeout=60) as client:
+            assert send(client, position, 0, final=True) == {**last, "replayed": True}
+            body = {"position": position, "inputs": [[0, 0, 0]]}
+            refused = client.post(f"{URL}/chunks", json=body)
+            assert (refused.status_code, refused.json()["code"]) == (409, "stream_final")
+    outputs += last["outputs"]["output"]
+    wanted = oracle_in_blocks(SPEC, weights, ROWS)
+    np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
