@@ -79,7 +79,7 @@ def run_bidirectional(
     ahead, after = run_forward(forward, x, initial[:half], mask, training, blocks)
     begins = list(initial[half:])
     if blocks is not None:
-        begins = [tf.ones((tf.shape(x)[0], layer.units)) * 0.1 for _ in begins]
+        begins = [tf.zeros((tf.shape(x)[0], layer.units)) for _ in begins]
     # Reversed as a whole: what was padding comes first, and is masked until the last step.
     back, *after_back = backward(
         tf.reverse(x, [1]),
