@@ -85,13 +85,13 @@ def horizon_report(
     """
     spec = artifact.spec
     decoder, _, _ = decoder_of(spec)
-    anchors = _ahead(spec, streams, from_ms, None, stride)
+    anchors = ahead_of(spec, streams, from_ms, None, stride)
     if len(anchors.at) == 0:
         return {}
-    points, quantiles = _forecasts(artifact, streams, rows, anchors, stride)
+    points, quantiles = forecasts_at(artifact, streams, rows, anchors, stride)
     trained = None
     if train_before_ms is not None:
-        trained = _ahead(spec, streams, None, train_before_ms, 1)
+        trained = ahead_of(spec, streams, None, train_before_ms, 1)
     levels = np.array(decoder.head.quantiles)
     targets = {}
     for index, name in enumerate(decoder.targets):
@@ -141,7 +141,7 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _ahead(
+def ahead_of(
     spec: ModelSpec, streams: Streams, from_ms: int | None, before_ms: int | None, stride: int
 ) -> Ahead:
     """Every `stride`-th row of each stream after which some step counts."""
@@ -160,7 +160,7 @@ def _ahead(
     return Ahead(at, np.arange(decoder.max_horizon) < ahead[at][:, np.newaxis])
 
 
-def _forecasts(
+def forecasts_at(
     artifact: Artifact,
     streams: Streams,
     rows: NDArray[np.float32],

@@ -21,8 +21,8 @@ def labelled_days() -> pl.DataFrame:
 
     Returns:
         26,115 rows, sorted by airport and hour: `day` (like `JFK-2013-04-12`), what
-        `weather_events` has but for the precipitation, and the labels `rain` (whether any was
-        measured) and `gusts`.
+        `weather_events` has but for the precipitation, `wind` (its speed, m/s) and the labels
+        `rain` (whether any was measured) and `gusts`.
     """
     local = pl.col("observed").dt.convert_time_zone(TIMEZONE).dt.to_string("%Y-%m-%d")
     return (
@@ -30,6 +30,7 @@ def labelled_days() -> pl.DataFrame:
         .select(
             pl.concat_str("airport", local, separator="-").alias("day"),
             pl.exclude("precipitation"),
+            wind=(pl.col("wind_east").pow(2) + pl.col("wind_north").pow(2)).sqrt(),
             rain=pl.col("precipitation") > 0,
         )
         .sort("day", "observed")
