@@ -1,0 +1,179 @@
+"""The decoder's forecasts beside baselines, by how many hours ahead they look.
+
+Forecasts are those that `models.training.horizon` makes: from the state after every seventh event,
+along the medians. Truth and baselines go by the clock; an hour that is missing is not scored.
+
+    last value             the temperature at the origin
+    same hour yesterday    24 hours before the hour that is forecast
+    climatology            mean of that local hour on the last days, as many as validate best
+    linear, last 24 hours  ridge regression on everything of the last 24 hours, one per horizon,
+                           its penalty chosen by validation
+
+Baselines become quantiles by the quantiles of their errors in training, horizon by horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from sklearn.linear_model import Ridge
+
+from models.artifact import Artifact
+from models.decoding import decoder_of
+from models.events.zones import zone_table
+from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, same_hour_mean
+from models.training.data import moment_ms, schema_of, streams_of, training_of
+from models.training.evaluate import scored_rows
+from models.training.horizon import STRIDE, ahead_of, forecasts_at
+from models.training.report import DAY_MS
+from models.training.scores import DayDraws, Floats, interval
+from models.training.table import Table, rows_around
+
+HOUR_MS = 3_600_000
+SHOWN = (1, 3, 6, 12, 24)
+DRAWS = 1000
+MODEL = "encoder/decoder"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Losses of every method at n origins and H hours ahead.
+
+    Attributes:
+        pinball: method -> [n, H], degrees, the mean over the quantiles; NaN where the hour is
+            missing.
+        mae: method -> [n, H], degrees, of the median.
+        days: the local day of each origin, [n].
+    """
+
+    pinball: Mapping[str, Floats]
+    mae: Mapping[str, Floats]
+    days: NDArray[np.int64]
+
+
+def compare(artifact: Artifact, frame: pl.DataFrame) -> Comparison:
+    """Forecast from every origin of the held-out hours, with the model and the baselines."""
+    spec = artifact.spec
+    schema, training = schema_of(spec), training_of(spec)
+    decoder, _, _ = decoder_of(spec)
+    levels = np.array(decoder.head.quantiles)
+    streams = streams_of(spec, frame, "forecast")
+    validate_ms = moment_ms(schema, training.validate_from, "validate_from")
+    test_ms = moment_ms(schema, training.test_from, "test_from")
+    table = Table(
+        spec,
+        streams,
+        streams.encoded(schema),
+        scored_rows(streams, None, validate_ms),
+        scored_rows(streams, validate_ms, test_ms),
+        scored_rows(streams, test_ms),
+    )
+    value = streams.columns.values[decoder.targets[0]].astype(np.float64)
+    truth = _ahead(table, value, decoder.max_horizon)
+    anchors = ahead_of(spec, streams, test_ms, None, STRIDE)
+    _, quantiles = forecasts_at(artifact, streams, table.rows, anchors, STRIDE)
+    origins = anchors.at
+    said = {MODEL: quantiles[:, :, 0]}
+    for name, points in _baselines(table, value, truth).items():
+        errors = truth[table.train] - points[table.train]
+        spread = np.nanquantile(errors, levels, axis=0)
+        said[name] = points[origins][..., np.newaxis] + spread.T
+    middle = int(np.argmin(np.abs(levels - 0.5)))
+    pinball, mae = {}, {}
+    for name, quantiles in said.items():
+        error = truth[origins][..., np.newaxis] - quantiles
+        pinball[name] = np.maximum(levels * error, (levels - 1) * error).mean(axis=-1)
+        mae[name] = np.abs(error[..., middle])
+    moments = streams.moments_ms[origins]
+    days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
+    return Comparison(pinball, mae, days)
+
+
+def comparison_lines(found: Comparison) -> list[str]:
+    """The comparison as Markdown: pinball loss by horizon, with the model's lead over all."""
+    draws = DayDraws.make(found.days, DRAWS, 0)
+    lines = []
+    for title, losses in (("pinball loss", found.pinball), ("absolute error", found.mae)):
+        lines += [
+            "",
+            f"{title} in degrees Celsius, {len(found.days)} origins, by hours ahead; the last "
+            "column is minus the encoder/decoder over all hours (95% interval, by days)",
+            "",
+            "| | " + " | ".join(f"{hours} h" for hours in SHOWN) + " | all | minus model |",
+            "| --- |" + " --- |" * (len(SHOWN) + 2),
+        ]
+        own = np.nanmean(losses[MODEL], axis=1)
+        for name, loss in losses.items():
+            by_hour = np.nanmean(loss, axis=0)
+            mean = np.nanmean(loss, axis=1)
+            cells = [f"{by_hour[hours - 1]:.3f}" for hours in SHOWN]
+            cells.append(f"{np.nanmean(mean):.3f}")
+            low, high = interval(draws.means(mean - own))
+            difference = f"{np.nanmean(mean - own):+.3f} ({low:+.3f} to {high:+.3f})"
+            cells.append("" if name == MODEL else difference)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ahead(table: Table, value: Floats, horizon: int) -> Floats:
+    """The value so many hours after every row, by the clock: [rows, H], NaN where missing."""
+    at = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
+    columns = []
+    for hours in range(1, horizon + 1):
+        wanted = at.select("s", at=pl.col("at") + hours * HOUR_MS)
+        joined = wanted.join(at, on=["s", "at"], how="left", maintain_order="left")
+        columns.append(joined["x"].fill_null(float("nan")).to_numpy())
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
+    """Points of every baseline at every row, [rows, H]."""
+    horizon = truth.shape[1]
+    # Where the value of an hour is missing, that of the origin stands in for it.
+    last = np.repeat(value[:, np.newaxis], horizon, axis=1)
+    before = np.stack(
+        [_hours_ago(table, value, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
+    )
+    yesterday = np.where(np.isnan(before), last, before)
+
+    def climatology(days: int) -> Floats:
+        # What the mean of an hour was at its last occurrence, that one included.
+        known = same_hour_mean(table, value, days, including=True)
+        found = np.stack(
+            [_hours_ago(table, known, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
+        )
+        return np.where(np.isnan(found), last, found)
+
+    best = _best([climatology(days) for days in DAYS], table, truth)
+    seen = np.nan_to_num(rows_around(table, HOURS - 1, 0))
+    lines = []
+    for ahead in range(horizon):
+        known = table.train[~np.isnan(truth[table.train, ahead])]
+        fits = [
+            Ridge(penalty).fit(seen[known], truth[known, ahead]).predict(seen)
+            for penalty in PENALTIES
+        ]
+        lines.append(_best(fits, table, truth[:, ahead]))
+    return {
+        "last value": last,
+        "same hour yesterday": yesterday,
+        "climatology": best,
+        "linear, last 24 hours": np.stack(lines, axis=1),
+    }
+
+
+def _best(candidates: list[Floats], table: Table, truth: Floats) -> Floats:
+    judged = table.validate
+    losses = [float(np.nanmean(np.abs(truth[judged] - said[judged]))) for said in candidates]
+    return candidates[int(np.argmin(losses))]
+
+
+def _hours_ago(table: Table, value: Floats, hours: int) -> Floats:
+    frame = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
+    wanted = frame.select("s", at=pl.col("at") - hours * HOUR_MS)
+    joined = wanted.join(frame, on=["s", "at"], how="left", maintain_order="left")
+    return joined["x"].fill_null(float("nan")).to_numpy().astype(np.float64)

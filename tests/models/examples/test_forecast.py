@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import polars as pl
+import pytest
+
+from models.examples.forecast.__main__ import SPEC
+from models.examples.forecast.horizon import HOUR_MS, _ahead, _baselines
+from models.examples.weather.data import weather_events
+from models.spec_file import read_spec
+from models.training.data import fitted_spec, moment_ms, streams_of
+from models.training.evaluate import scored_rows
+from models.training.table import Table
+
+ORIGIN = datetime(2013, 11, 20, 6, tzinfo=UTC)
+HORIZON = 2
+"""Hours ahead: the linear baseline is fitted anew for each, which takes a second."""
+
+
+def table_of(events: pl.DataFrame) -> tuple[Table, np.ndarray]:
+    """The example's table and its temperatures."""
+    spec = read_spec(SPEC)
+    validate, test = (moment_ms(spec.events, f"2013-{day}", "x") for day in ("10-01", "11-01"))
+    streams = streams_of(spec, events)
+    spec = fitted_spec(spec, streams, validate)
+    rows = (
+        scored_rows(streams, None, validate),
+        scored_rows(streams, validate, test),
+        scored_rows(streams, test),
+    )
+    table = Table(spec, streams, streams.encoded(spec.events), *rows)
+    return table, streams.columns.values["temperature"].astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def events() -> pl.DataFrame:
+    return weather_events()
+
+
+def test_what_comes_is_told_by_the_clock(events):
+    table, value = table_of(events)
+    truth = _ahead(table, value, 3)
+    moments, stream = table.streams.moments_ms, table.stream_of
+    at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
+    absent = 0
+    for row in np.random.default_rng(1).integers(0, len(value), 500):
+        for hours in (1, 2, 3):
+            found = at.get((stream[row], moments[row] + hours * HOUR_MS))
+            absent += found is None
+            wanted = np.nan if found is None else value[found]
+            np.testing.assert_equal(truth[row, hours - 1], wanted)
+    assert absent > 0
+
+
+def test_no_baseline_knows_what_comes_after_its_origin(events):
+    """Whatever the held-out hours after an origin were, its forecasts are the same."""
+    later = pl.col("observed") > ORIGIN
+    changed = events.with_columns(
+        pl.when(later).then(pl.col(name) + 40).otherwise(name).alias(name)
+        for name in ("temperature", "dew_point")
+    )
+    said = []
+    for frame in (events, changed):
+        table, value = table_of(frame)
+        found = _baselines(table, value, _ahead(table, value, HORIZON))
+        rows = np.flatnonzero(table.streams.moments_ms == ORIGIN.timestamp() * 1000)
+        assert len(rows) == 3
+        said.append({name: points[rows] for name, points in found.items()})
+    assert len(said[0]) == 4
+    for name, points in said[0].items():
+        assert np.isfinite(points).all()
+        np.testing.assert_array_equal(points, said[1][name])
