@@ -33,6 +33,9 @@ LONGEST_WAIT_S = 60.0
 HELD_SHARE = 3
 """One client of so many rests over a rollback, and its stream is moved on differently."""
 
+REST_S = 4.0
+"""How long a client may take to come to rest: more than it waits for a reply."""
+
 ALONE_SHARE = 4
 """One fault of so many may meet a worker while the others are down."""
 
@@ -183,12 +186,13 @@ class Breaker:
             await worker.started()
         since_s = await asyncio.to_thread(self._store.look_back, fault.pick)
         await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
-        held = [
+        chosen = [
             client
             for place, client in enumerate(self._clients)
             if (place + fault.pick) % HELD_SHARE == 0
         ]
-        await asyncio.gather(*(client.hold() for client in held))
+        rest = await asyncio.gather(*(client.hold(REST_S) for client in chosen))
+        held = [client for client, rests in zip(chosen, rest, strict=True) if rests]
         loss = await asyncio.to_thread(self._store.set_back, since_s)
         self._history.losses.append(loss)
         await asyncio.gather(*(client.release() for client in held))

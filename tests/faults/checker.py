@@ -138,16 +138,16 @@ class _StreamCheck:
             in_epoch = ack.tag in ways[ack.epoch]
             if in_epoch and final is not None and ack.epoch == final.epoch:
                 continue
-            taken = self._taken(ack)
+            forgotten = in_epoch and self._forgotten_after(ack)
             what = f"{self._chunk(ack)}, did not survive"
-            if not (taken or (in_epoch and self._forgotten_after(ack))):
+            if not (forgotten or self._taken(ack)):
                 self._find(LOST, what)
             elif not any(at_s >= ack.at_s for at_s in self._log.noticed_s):
                 self._find(LOST, f"{what}, and its client was not told")
-            elif taken:
-                self._verdict.taken += 1
-            else:
+            elif forgotten:
                 self._verdict.forgotten += 1
+            else:
+                self._verdict.taken += 1
 
     def _chunk(self, ack: Ack) -> str:
         return f"chunk at {ack.sent.start}, acknowledged by {ack.worker} {self._at(ack.at_s)}"

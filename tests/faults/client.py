@@ -124,11 +124,20 @@ class Client:
             await self._deliver(self._events(length))
             await asyncio.sleep(self._random.exponential(self._habits.pause_s))
 
-    async def hold(self) -> None:
-        """Let it finish its chunk and then rest, its last worker's memory warm."""
+    async def hold(self, within_s: float) -> bool:
+        """Let it finish its chunk and then rest, its last worker's memory warm; whether it does.
+
+        A chunk that cannot be acknowledged as things are keeps it from resting.
+        """
         self._idle.clear()
         self._free.clear()
-        await self._idle.wait()
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self._free.set()
+            return False
+        return True
 
     async def release(self) -> None:
         """Let it go on, after others moved its stream on with other events if it was set back;
