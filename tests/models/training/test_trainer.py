@@ -218,6 +218,6 @@ def test_steps_or_windows_weigh_the_same(frame, weigh):
             shares.append(float(loop._share("up", tf.constant(mask), {})))
             counts.append(np.count_nonzero(mask))
     assert len(shares) == loop.windows_per_epoch
-    assert len(set(counts)) > 3
+    assert len(set(counts)) > 1
     wanted = np.divide(counts, np.mean(counts)) if weigh == "steps" else np.ones(len(counts))
     np.testing.assert_allclose(shares, wanted, rtol=1e-5)
