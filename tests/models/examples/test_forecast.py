@@ -72,3 +72,14 @@ def test_no_baseline_knows_what_comes_after_its_origin(events):
     for name, points in said[0].items():
         assert np.isfinite(points).all()
         np.testing.assert_array_equal(points, said[1][name])
+
+
+def test_yesterday_is_a_day_before_the_hour_that_is_foretold(events):
+    table, value = table_of(events)
+    found = _baselines(table, value, _ahead(table, value, HORIZON))["same hour yesterday"]
+    moments, stream = table.streams.moments_ms, table.stream_of
+    at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
+    for row in np.random.default_rng(3).integers(0, len(value), 300):
+        for ahead in range(1, HORIZON + 1):
+            before = at.get((stream[row], moments[row] + (ahead - 24) * HOUR_MS), row)
+            assert found[row, ahead - 1] == value[before]
