@@ -82,6 +82,7 @@ def form(
             continue
         chosen.append(index)
         rows, longest = rows + 1, widest
-        if rows == max_rows:
+        if rows == max_rows or (rows + 1) * longest > max_padded:
+            # Nothing more fits, not even one step; the rest of a long queue is not looked at.
             break
     return chosen
