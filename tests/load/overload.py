@@ -6,11 +6,15 @@ and sends chunks of many streams at once, each with its position: first as fast 
 moment a chunk was due. What is refused as overloaded must not have been applied: the stream's next
 chunk has the same position. Ends with 1 where goodput, latency or memory are not what they must be,
 or anything else than 200 and 429 came.
+
+The service has the first core, its store and what sends have the last: what it costs to send a
+chunk is no part of what the service can do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import select
 import socket
@@ -20,7 +24,7 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.bench.machine import commit, describe
+from tests.bench.machine import Cores, commit, describe, pin
 from tests.bench.networks import FEATURES, standard_model
 from tests.support.service import Service, running
 
@@ -260,8 +264,23 @@ def overloadable(folder: Path, units: int) -> Iterator[Service]:
         "CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S),
     }
     models = standard_model(folder / "models", units).path.parent
+    cores = Cores.chosen()
     with running(folder, models, **settings) as service:
-        yield service
+        server = psutil.Process(service.process.pid)
+        for process in (server, *server.children(recursive=True)):
+            _move(process, cores.servers if process == server else cores.others)
+        pin(cores.others)
+        try:
+            yield service
+        finally:
+            pin(cores.everything)
+
+
+def _move(process: psutil.Process, cores: Sequence[int]) -> None:
+    """Move all threads of a process to these cores, if they can be chosen."""
+    if cores:
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, cores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +342,7 @@ def main() -> int:
             service, steps=given.steps, times=given.times, seconds=given.seconds, peak_s=PEAK_S
         )
     over, failures = result.over, result.failures()
-    print(f"{describe()}, commit {commit()}")
+    print(f"{describe()}, commit {commit()}; {Cores.chosen().describe()}")
     print(f"two LSTM({given.units}), chunks of {given.steps} events")
     print(f"{given.times:g} times the peak for {given.seconds:g} s")
     print(f"peak             {result.peak:,.0f} chunks/s")
