@@ -10,7 +10,7 @@ from tests.load.overload import MOST_GROWTH, Result, Seen, overload, overloadabl
 def test_goodput_stays_and_the_rest_is_refused_at_once(tmp_path: Path) -> None:
     """Bounds for a busy machine; `make overload` has the real ones."""
     with overloadable(tmp_path, units=64) as service:
-        result = overload(service, steps=128, times=2.0, seconds=5.0, peak_s=2.0)
+        result = overload(service, steps=256, times=2.0, seconds=5.0, peak_s=2.0)
     over = result.over
     assert set(over.statuses) == {200, 429}
     assert over.statuses[429] > over.offered * 0.1
