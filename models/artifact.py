@@ -12,12 +12,13 @@ manifest says why; one packaged before there were graphs gets its own from `add_
 
 Loading refuses whatever is damaged, of another format or does not fit itself, and says
 which file and why. Writing is atomic: a directory under the final name is complete.
-Files that the manifest does not list are left alone and not read.
+Files that the manifest does not list are left alone and not read. `models.manifest`,
+`models.weights` and `models.graphs` know the parts; the directory as a whole is written, read
+and judged here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import secrets
@@ -29,28 +30,26 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-from numpy.typing import NDArray
-
 from models.decoder import decoder_weights
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
 from models.files import inside, replace_file, sync_directory, write_new
-from models.fingerprint import canonical_json, fingerprint
-from models.layout import OutputSpec, network_state, output_spec, state_spec, weight_shapes
+from models.fingerprint import fingerprint
+from models.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, write_graphs
+from models.layout import OutputSpec, network_state, output_spec, state_spec
+from models.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    file_entry,
+    manifest_bytes,
+    read_files,
+    read_manifest,
+    sealed,
+)
 from models.spec import ModelSpec, parse_spec
-from models.state import StateSpec
+from models.state import FloatArray, StateSpec
+from models.weights import check_weights, read_weights, weights_bytes
 
-FORMAT = 1
-ONNXRUNTIME = "onnxruntime"
-TENSORFLOW = "tensorflow"
-MANIFEST_NAME = "manifest.json"
 WEIGHTS_NAME = "weights.safetensors"
-GRAPH_NAME = "graph.onnx"
-DECODER_GRAPH_NAME = "decoder.onnx"
-
-FloatArray = NDArray[np.float32]
 
 _OWN_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME, DECODER_GRAPH_NAME)
 _VERSION_DIGITS = 12
@@ -155,23 +154,23 @@ def write_artifact(
     """
     path = Path(path)
     _check_fitted(spec, str(path))
-    _check_weights(spec, weights, str(path))
-    graph = _graph(spec, weights, str(path))
-    contents: dict[str, bytes] = {WEIGHTS_NAME: _weights_bytes(weights), **graph.files}
+    check_weights(spec, weights, str(path))
+    graphs = write_graphs(spec, weights, str(path))
+    contents: dict[str, bytes] = {WEIGHTS_NAME: weights_bytes(weights), **graphs.files}
     for name, content in dict(files).items():
         if name in _OWN_NAMES or not inside(name):
             raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
         contents[name] = content.read_bytes() if isinstance(content, Path) else content
-    manifest = _sealed(
+    manifest = sealed(
         {
             "format": FORMAT,
             **_derived(spec, fingerprint(spec, weights)),
             "weights": WEIGHTS_NAME,
-            **graph.facts,
+            **graphs.facts,
             "metrics": dict(metrics or {}),
             "training": dict(training or {}),
             "libraries": _library_versions(),
-            "files": {name: _file_entry(data) for name, data in sorted(contents.items())},
+            "files": {name: file_entry(data) for name, data in sorted(contents.items())},
             "spec": spec.model_dump(mode="json"),
         },
         str(path),
@@ -184,7 +183,7 @@ def write_artifact(
         made.mkdir()
         for name, data in contents.items():
             write_new(made / name, data)
-        write_new(made / MANIFEST_NAME, _manifest_bytes(manifest))
+        write_new(made / MANIFEST_NAME, manifest_bytes(manifest))
         for folder in {made, *(made.joinpath(name).parent for name in contents)}:
             sync_directory(folder)
         artifact = load_artifact(made)
@@ -205,9 +204,9 @@ def load_artifact(path: Path) -> Artifact:
             follow from it.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     where = f"{path / MANIFEST_NAME}"
-    contents = _read_files(path, manifest)
+    contents = read_files(path, manifest)
     try:
         spec = parse_spec(manifest.get("spec"), f"{where}: spec")
     except SpecError as error:
@@ -216,7 +215,7 @@ def load_artifact(path: Path) -> Artifact:
     name = manifest.get("weights")
     if not isinstance(name, str) or name not in contents:
         raise ArtifactError(f"{where}: expected `weights` to name one of its files, got {name!r}")
-    weights = _read_weights(spec, contents[name], f"{path / name}")
+    weights = read_weights(spec, contents[name], f"{path / name}")
     mark = fingerprint(spec, weights)
     for key, expected in _derived(spec, mark).items():
         given = manifest.get(key, _UNSAID.get(key))
@@ -258,7 +257,7 @@ def add_graph(path: Path) -> Artifact:
     """
     path = Path(path)
     artifact = load_artifact(path)
-    graph = _graph(artifact.spec, artifact.weights, str(path))
+    graphs = write_graphs(artifact.spec, artifact.weights, str(path))
     manifest = dict(artifact.manifest)
     old = {manifest.pop(key, None) for key in ("graph", "decoder_graph")}
     manifest.pop("graph_refused", None)
@@ -268,54 +267,15 @@ def add_graph(path: Path) -> Artifact:
     }
     if old != {None}:
         without = {**manifest, "runtimes": [TENSORFLOW]}
-        replace_file(path / MANIFEST_NAME, _manifest_bytes(_sealed(without, str(path))))
-    for name, data in graph.files.items():
+        replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(without, str(path))))
+    for name, data in graphs.files.items():
         replace_file(path / name, data)
-        manifest["files"][name] = _file_entry(data)
-    manifest.update(graph.facts)
-    replace_file(path / MANIFEST_NAME, _manifest_bytes(_sealed(manifest, str(path))))
-    if graph.refused is not None:
-        raise GraphUnsupportedError(f"{path}: {graph.refused}")
+        manifest["files"][name] = file_entry(data)
+    manifest.update(graphs.facts)
+    replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(manifest, str(path))))
+    if graphs.refused is not None:
+        raise GraphUnsupportedError(f"{path}: {graphs.refused}")
     return load_artifact(path)
-
-
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    """The graphs' files, or why there can be none."""
-
-    data: bytes | None = None
-    decoder: bytes | None = None
-    refused: str | None = None
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        found = {GRAPH_NAME: self.data, DECODER_GRAPH_NAME: self.decoder}
-        return {name: data for name, data in found.items() if data is not None}
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        if self.data is None:
-            return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
-        facts: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
-        if self.decoder is not None:
-            facts["decoder_graph"] = DECODER_GRAPH_NAME
-        return facts
-
-
-def _graph(spec: ModelSpec, weights: Mapping[str, FloatArray], where: str) -> _Graph:
-    try:
-        from models.onnx.graph import write_graph
-    except ModuleNotFoundError as error:
-        raise ArtifactError(
-            f"{where}: packaging a model needs {error.name!r}: pip install onnx"
-        ) from error
-    try:
-        network = spec.decoder_network
-        decoder = None if network is None else write_graph(network, decoder_weights(weights))
-        return _Graph(write_graph(spec, weights), decoder)
-    except GraphUnsupportedError as error:
-        return _Graph(refused=str(error))
 
 
 def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
@@ -339,126 +299,6 @@ def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
         "fingerprint": mark.hex(),
         "version": _version(mark),
     }
-
-
-def _sealed(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The manifest with its checksum, as plain data."""
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    try:
-        # What is read back has lists for tuples and text for every key; it must be the same.
-        plain: dict[str, Any] = json.loads(canonical_json({**rest, "checksum": _checksum(rest)}))
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{where}: expected metrics and training to be plain, finite JSON data, got {error}"
-        ) from error
-    return plain
-
-
-def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
-
-
-def _file_entry(data: bytes) -> dict[str, Any]:
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(canonical_json(rest)).hexdigest()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise ArtifactError(f"{path}: expected a directory with {MANIFEST_NAME}")
-    file = path / MANIFEST_NAME
-    try:
-        manifest = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(manifest, dict):
-        raise ArtifactError(f"{file}: expected a JSON object, got {type(manifest).__name__}")
-    form = manifest.get("format")
-    if form != FORMAT or isinstance(form, bool):
-        raise ArtifactError(f"{file}: expected artifact format {FORMAT}, got {form!r}")
-    try:
-        expected = _checksum(manifest)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: expected finite numbers, got {error}") from error
-    if manifest.get("checksum") != expected:
-        raise ArtifactError(
-            f"{file}: changed since it was written: its checksum is "
-            f"{manifest.get('checksum')!r}, its content gives {expected!r}"
-        )
-    return manifest
-
-
-def _read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    listed = manifest.get("files")
-    if not isinstance(listed, dict):
-        raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files`, an object")
-    contents: dict[str, bytes] = {}
-    for name, entry in listed.items():
-        file = path / name
-        if not inside(name) or not file.resolve().is_relative_to(path.resolve()):
-            raise ArtifactError(
-                f"{path / MANIFEST_NAME}: expected file names inside the artifact, got {name!r}"
-            )
-        if not isinstance(entry, dict):
-            raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files.{name}` to be an object")
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-        if len(data) != entry.get("size_bytes"):
-            raise ArtifactError(
-                f"{file}: expected {entry.get('size_bytes')} bytes, got {len(data)}"
-            )
-        if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-            raise ArtifactError(f"{file}: changed since it was written (SHA-256 differs)")
-        contents[name] = data
-    return contents
-
-
-def _weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
-    # safetensors writes the buffer as it lies, so a transposed view would be stored wrongly.
-    return bytes(
-        safetensors.numpy.save(
-            {name: np.ascontiguousarray(array) for name, array in sorted(weights.items())}
-        )
-    )
-
-
-def _read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, FloatArray]:
-    try:
-        weights = safetensors.numpy.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ArtifactError(f"{where}: expected safetensors, got {error}") from error
-    _check_weights(spec, weights, where)
-    for array in weights.values():
-        array.setflags(write=False)
-    return dict(weights)
-
-
-def _check_weights(spec: ModelSpec, weights: Mapping[str, NDArray[Any]], where: str) -> None:
-    shapes = weight_shapes(spec)
-    missing = sorted(shapes.keys() - weights.keys())
-    unknown = sorted(weights.keys() - shapes.keys())
-    if missing or unknown:
-        raise ArtifactError(
-            f"{where}: the weights do not fit the spec: missing {missing}, unknown {unknown}"
-        )
-    for name, shape in shapes.items():
-        array = weights[name]
-        if array.shape != shape or array.dtype != np.float32:
-            raise ArtifactError(
-                f"{where}: weight {name!r}: expected float32 {list(shape)}, "
-                f"got {array.dtype} {list(array.shape)}"
-            )
-        if not np.isfinite(array).all():
-            raise ArtifactError(f"{where}: weight {name!r}: expected finite values")
 
 
 def _check_fitted(spec: ModelSpec, where: str) -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 import structlog
 from fastapi import FastAPI
 
-from models.artifact import MANIFEST_NAME, Artifact, load_artifact
+from models.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
+from models.manifest import MANIFEST_NAME
 from service.api.application import ApiLimits, create_api
 from service.api.express import EXPRESS
 from service.engine.runtimes import open_decoders, open_runtimes

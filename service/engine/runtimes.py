@@ -12,7 +12,8 @@ from importlib.util import find_spec
 
 import structlog
 
-from models.artifact import ONNXRUNTIME, TENSORFLOW, Artifact
+from models.artifact import Artifact
+from models.graphs import ONNXRUNTIME, TENSORFLOW
 from service.engine.protocol import Runtime
 
 log = structlog.get_logger(__name__)

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact import ONNXRUNTIME, Artifact, write_artifact
+from models.artifact import Artifact, write_artifact
+from models.graphs import ONNXRUNTIME
 from models.spec import parse_spec
 from service.engine.runtimes import RUNTIMES
 from tests.support.oracle import contracting_weights, joined, oracle_step

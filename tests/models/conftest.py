@@ -1,0 +1,25 @@
+"""The artifact that the tests of artifacts begin from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from models.artifact import write_artifact
+from tests.models.artifacts import METRICS, SPEC, WEIGHTS
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A good artifact."""
+    path = tmp_path / "models" / "small"
+    write_artifact(
+        path,
+        SPEC,
+        WEIGHTS,
+        metrics=METRICS,
+        training={"epochs": 3},
+        files={"report.json": b"{}", "plots/skill.png": b"\x89PNG"},
+    )
+    return path
