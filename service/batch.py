@@ -1,9 +1,8 @@
 """The way of one batch: load -> judge -> encode -> infer -> commit -> reply.
 
-A batch holds chunks of different streams of one model. Each
-member succeeds or fails on its own: a refused, poisoned or conflicting chunk never touches its
-neighbours. A chunk whose commit finds its stream moved on goes back to be judged and computed
-again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
+A batch holds chunks of different streams of one model. Each member succeeds or fails on its own: a
+refused, poisoned or conflicting chunk never touches its neighbours. A chunk whose commit finds its
+stream moved on goes back to be judged and computed again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
 or replay is ever taken from memory.
 
 A chunk whose time is up is answered by the batcher, whatever its batch is doing: nothing was
@@ -22,22 +21,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from models.blocks import BlockState
 from models.errors import StateError
-from models.state import State
-from service.blocks import Advanced, Known, advance_blocks
 from service.delivery import (
     Answer,
     Replay,
-    advance,
     after_conflict,
     answer_retry,
     continues,
@@ -46,74 +37,35 @@ from service.delivery import (
 )
 from service.domain import (
     Chunk,
-    FloatRows,
     Mark,
     Reply,
     StoredReply,
-    StreamKey,
     StreamState,
     Timing,
 )
-from service.engine.batcher import TICK_S, Job, Release
+from service.engine.batcher import TICK_S, Release
 from service.engine.compute import Compute
 from service.engine.state_cache import StateCache
 from service.errors import (
     CarryError,
     Conflict,
     DeadlineExceeded,
-    InternalError,
-    NotFinite,
     OutcomeUnknown,
     ShuttingDown,
     StateDamaged,
     StateIncompatible,
     StoreUnavailable,
 )
+from service.infer import Inference
+from service.member import ChunkJob, Member, Times
 from service.recorder import Recorder
 from service.served import ServedModel
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, StateStore
 
 log = structlog.get_logger(__name__)
 
-ChunkJob = Job[Chunk, Reply]
-
 SILENCE_S: Final = 0.1
 """A store that was silent for so long is away; before, a caller's time was merely short."""
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """A chunk on its way through the batch.
-
-    Attributes:
-        base: the stream it continues; None where it begins one.
-        expected: the mark the stream must have at the commit; None where it must not exist.
-        rows: float32 [T, F]; ints: int64 [M], the clock after the chunk.
-        outputs: float32 [T, O]; of a model with blocks, those that were due.
-    """
-
-    job: ChunkJob
-    chunk: Chunk
-    key: StreamKey
-    base: StreamState | None = None
-    expected: Mark | None = None
-    rows: FloatRows = field(init=False)
-    ints: NDArray[np.int64] = field(init=False)
-    outputs: FloatRows = field(init=False)
-
-
-@dataclass(slots=True)
-class _Times:
-    """When the batch began, and how long its stages took, in seconds."""
-
-    began_s: float
-    load_s: float = 0.0
-    infer_s: float = 0.0
-    commit_s: float = 0.0
-
-    def of(self, member: _Member) -> Timing:
-        queue_s = self.began_s - member.job.submitted_s
-        return Timing(queue_s, self.load_s, self.infer_s, self.commit_s)
 
 
 class BatchRun:
@@ -140,29 +92,24 @@ class BatchRun:
         self._served = served
         self._store = store
         self._cache = cache
-        self._compute = compute
         self._recorder = recorder
-        self._now_ms = now_ms
+        self._infer = Inference(served, compute, recorder, now_ms)
         self._attempts = attempts
         self._reset = reset
         self._asked_s: float | None = None
-        self._on_call = partial(recorder.batch, served.name)
-        self._zero = served.state.zero()
         self._blocks = served.blocks
 
     async def __call__(self, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
-        times = _Times(time.monotonic())
-        members = [_Member(job, job.payload, job.payload.key) for job in jobs]
+        times = Times(time.monotonic())
+        members = [Member(job, job.payload, job.payload.key) for job in jobs]
         ready, again = await self._judged(members, times)
-        ready = self._encoded(ready)
-        if ready:
-            computed = await self._infer(ready, times)
-            if computed:
-                again += await self._commit(computed, times, release)
+        computed = await self._infer(ready, times)
+        if computed:
+            again += await self._commit(computed, times, release)
         return [member.job for member in again if not self._gave_up(member)]
 
-    def _gave_up(self, member: _Member) -> bool:
+    def _gave_up(self, member: Member) -> bool:
         """Whether there is no further try."""
         if member.job.settled:
             return True
@@ -178,11 +125,11 @@ class BatchRun:
         return True
 
     async def _judged(
-        self, members: list[_Member], times: _Times
-    ) -> tuple[list[_Member], list[_Member]]:
+        self, members: list[Member], times: Times
+    ) -> tuple[list[Member], list[Member]]:
         """Find the members' streams; those to be processed, and those to be judged anew."""
-        ready: list[_Member] = []
-        unsure: list[_Member] = []
+        ready: list[Member] = []
+        unsure: list[Member] = []
         for member in members:
             member.base = self._cached(member)
             if member.base is None:
@@ -195,8 +142,8 @@ class BatchRun:
             return ready, []
         found = await self._load(unsure)
         times.load_s = time.monotonic() - times.began_s
-        replays: list[_Member] = []
-        again: list[_Member] = []
+        replays: list[Member] = []
+        again: list[Member] = []
         for member, stored in zip(unsure, found, strict=True):
             if member.job.settled:
                 continue
@@ -222,10 +169,10 @@ class BatchRun:
             again += [m for m, done in zip(replays, answered, strict=True) if not done]
         return ready, again
 
-    async def _load(self, members: list[_Member]) -> list[StreamState | CarryError | None]:
+    async def _load(self, members: list[Member]) -> list[StreamState | CarryError | None]:
         """The members' streams. A store that is away fails those that need it, each when its
         time is up, and no others."""
-        found: dict[_Member, StreamState | CarryError | None] = {}
+        found: dict[Member, StreamState | CarryError | None] = {}
         left = members
         while left:
             states: list[StreamState | CarryError | None]
@@ -236,7 +183,7 @@ class BatchRun:
             except CarryError as error:
                 states = [error] * len(left)
             late_s = time.monotonic() + TICK_S
-            waiting: list[_Member] = []
+            waiting: list[Member] = []
             for member, state in zip(left, states, strict=True):
                 found[member] = state
                 if not isinstance(state, StoreUnavailable):
@@ -252,7 +199,7 @@ class BatchRun:
             left = [] if len(waiting) == len(left) else waiting
         return [found[member] for member in members]
 
-    def _cached(self, member: _Member) -> StreamState | None:
+    def _cached(self, member: Member) -> StreamState | None:
         """The state in memory, if the chunk would simply be processed from it."""
         copy = self._cache.get(member.key)
         if copy is None or copy.fingerprint != self._served.fingerprint:
@@ -293,7 +240,7 @@ class BatchRun:
             return False
         return self._blocks.closed(found.state)
 
-    async def _replay(self, member: _Member, own: Reply | None = None) -> bool:
+    async def _replay(self, member: Member, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
 
         Args:
@@ -331,73 +278,9 @@ class BatchRun:
             member.job.settle(error)
         return True
 
-    def _encoded(self, members: list[_Member]) -> list[_Member]:
-        """Encode the members' events under their states; a refusal fails one alone."""
-        encoded: list[_Member] = []
-        states = [member.base.state if member.base else self._zero for member in members]
-        items = [(m.chunk.steps, state) for m, state in zip(members, states, strict=True)]
-        for member, found in zip(members, self._served.encode_many(items), strict=True):
-            if isinstance(found, Exception):
-                member.job.settle(self._encoding_failed(found))
-            else:
-                member.rows, member.ints = found
-                encoded.append(member)
-        return encoded
-
-    def _encoding_failed(self, error: Exception) -> CarryError:
-        if isinstance(error, CarryError):
-            return error
-        log.error("encoding_failed", model=self._served.name, exc_info=error)
-        return InternalError(f"encoding failed: {type(error).__name__}")
-
-    async def _infer(
-        self, members: list[_Member], times: _Times
-    ) -> list[tuple[_Member, StreamState]]:
-        """Compute the members; each with its stream as it is then, where that is finite."""
-        began_s = time.monotonic()
-        if self._blocks is None:
-            outputs, states, finite = await self._stepped(members)
-        else:
-            outputs, states, finite = await self._blocks_advanced(self._blocks, members)
-        times.infer_s = time.monotonic() - began_s
-        now_ms, fingerprint = self._now_ms(), self._served.fingerprint
-        computed: list[tuple[_Member, StreamState]] = []
-        for member, output, state in zip(members, outputs, states, strict=True):
-            if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
-                member.job.settle(_not_finite(member))
-                continue
-            member.outputs = output
-            new = advance(member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms)
-            computed.append((member, new))
-        return computed
-
-    async def _stepped(self, members: list[_Member]) -> Advanced:
-        """Every step of every member."""
-        floats = [(m.base.state if m.base else self._zero).floats for m in members]
-        outputs, after, finite = await self._compute.infer(
-            self._served.runtime,
-            [member.rows for member in members],
-            np.concatenate(floats).reshape(len(floats), -1),
-            self._on_call,
-        )
-        # Copies: views would keep the whole batch's states alive in the cache.
-        states = [State(row.copy(), m.ints) for row, m in zip(after, members, strict=True)]
-        return Advanced(outputs, states, finite)
-
-    async def _blocks_advanced(self, blocks: BlockState, members: list[_Member]) -> Advanced:
-        """Every block of every member that is due."""
-        known = [
-            Known(m.base.state if m.base else self._zero, m.rows, m.ints, m.chunk.final)
-            for m in members
-        ]
-        width = self._served.outputs.size
-        return await advance_blocks(
-            self._compute, self._served.runtime, blocks, known, width, self._on_call
-        )
-
     async def _commit(
-        self, computed: list[tuple[_Member, StreamState]], times: _Times, release: Release
-    ) -> list[_Member]:
+        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+    ) -> list[Member]:
         """Commit what was computed; returns the members to be done again.
 
         The streams' next chunks may go on from here at once, from memory: their commits follow
@@ -424,7 +307,7 @@ class BatchRun:
                 self._cache.drop(commit.key)
             raise
         times.commit_s = time.monotonic() - began_s
-        again: list[_Member] = []
+        again: list[Member] = []
         timings: list[Timing] = []
         steps = 0
         for (member, new), result in zip(computed, results, strict=True):
@@ -473,7 +356,7 @@ class BatchRun:
         return error if job.payload.position is not None else error.without_position()
 
     async def _settled(
-        self, member: _Member, new: StreamState, result: CommitResult, times: _Times
+        self, member: Member, new: StreamState, result: CommitResult, times: Times
     ) -> bool:
         """Answer a member that was not simply written; False where it is to be done again."""
         self._cache.drop(member.key)
@@ -494,7 +377,7 @@ class BatchRun:
         member.job.settle(reply)
         return True
 
-    def _reply(self, member: _Member, new: StreamState, timing: Timing) -> Reply:
+    def _reply(self, member: Member, new: StreamState, timing: Timing) -> Reply:
         created = new.mark.position == member.chunk.steps.length
         first = self._output_position(member.chunk, new.mark)
         return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing, first)
@@ -506,7 +389,7 @@ class BatchRun:
         return self._blocks.blocks.given_at(after.position - chunk.steps.length)
 
 
-def _until(which: Callable[[Iterable[float]], float], members: list[_Member]) -> float | None:
+def _until(which: Callable[[Iterable[float]], float], members: list[Member]) -> float | None:
     """The first or last deadline, as a store takes it."""
     deadline_s = which([member.job.deadline_s for member in members])
     return None if deadline_s == math.inf else deadline_s
@@ -520,12 +403,4 @@ def incompatible(served: ServedModel, stream: str, stored: StreamState) -> State
         expected=served.fingerprint.hex(),
         got=stored.fingerprint.hex(),
         **standing(stream, stored.mark),
-    )
-
-
-def _not_finite(member: _Member) -> NotFinite:
-    mark = member.base.mark if member.base else None
-    return NotFinite(
-        f"expected finite outputs and states of stream {member.key.stream!r}, got NaN or infinity",
-        **standing(member.key.stream, mark),
     )
