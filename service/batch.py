@@ -2,8 +2,8 @@
 
 A batch holds chunks of different streams of one model. Each member succeeds or fails on its own: a
 refused, poisoned or conflicting chunk never touches its neighbours. A chunk whose commit finds its
-stream moved on goes back to be judged and computed again, a bounded number of times. Nothing is answered before its commit is known, and no refusal
-or replay is ever taken from memory.
+stream moved on goes back to be judged and computed again, a bounded number of times. Nothing is
+answered before its commit is known, and no refusal or replay is ever taken from memory.
 
 A chunk whose time is up is answered by the batcher, whatever its batch is doing: nothing was
 applied before its commit began, and it is then left out; from there on its outcome is unknown.
