@@ -42,6 +42,9 @@ RULES: tuple[tuple[str, str], ...] = (
     ("HTTP", r"\((service/(api|serve)|uvicorn|starlette|fastapi|httptools)"),
     ("HTTP", r"\b(run|serve|run_forever|run_until_complete) \((uvicorn|asyncio|uvloop)"),
 )
+_WAITING = re.compile(r"(_worker \(concurrent/futures/thread|\bwait \(threading)\.py:\d+\)$")
+"""The innermost frame of a thread that waits for work: it takes no processor time, and not every
+machine lets py-spy see that."""
 _COMPILED = tuple((stage, re.compile(pattern)) for stage, pattern in RULES)
 
 
@@ -92,11 +95,12 @@ class Profile:
 
 
 def read_stacks(text: str) -> Counter[str]:
-    """The collapsed stacks of a recording, with their counts."""
+    """The collapsed stacks of a recording, with their counts; without threads that wait."""
     stacks: Counter[str] = Counter()
     for line in text.splitlines():
         stack, _, count = line.rpartition(" ")
-        stacks[stack] += int(count)
+        if not _WAITING.search(stack):
+            stacks[stack] += int(count)
     return stacks
 
 

@@ -153,6 +153,15 @@ def test_shares_are_of_all_samples() -> None:
     assert (found["HTTP"], found["queue"], found["load"]) == (0.75, 0.25, 0)
 
 
+def test_threads_that_wait_for_work_are_left_out() -> None:
+    outer = "Thread.run (threading.py:1018);_worker (concurrent/futures/thread.py:90)"
+    works = f"{outer};_WorkItem.run (concurrent/futures/thread.py:59)"
+    text = (
+        f"{outer} 7\n{works} 2\nEvent.wait (threading.py:655);Condition.wait (threading.py:363) 5\n"
+    )
+    assert read_stacks(text) == Counter({works: 2})
+
+
 def test_answers_are_held_against_one_whole_run(tmp_path: Path) -> None:
     spec = parse_spec(
         {
