@@ -1,9 +1,9 @@
 """The use cases of the service: what a transport may ask for.
 
 Knows no HTTP, no TensorFlow and no Redis; it sees a store and runtimes through protocols. The
-way of a chunk itself is in `batch.py`, the rules of delivery in `delivery.py`; here requests
-are routed to the right model's batcher, and streams are read, listed, forgotten, restored and
-forked. Those read the store, never the cache. One pipeline per process and event loop.
+way of a chunk itself is in `batch.py`, the rules of delivery in `delivery.py`, what is done with
+streams as a whole in `streams.py`; here requests are routed to the right model's batcher. One
+pipeline per process and event loop.
 """
 
 from __future__ import annotations
@@ -17,24 +17,17 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from models.decoding import Forecast
-from models.state import State
 from service.batch import BatchRun, incompatible
-from service.delivery import begin_anew, check_position, standing, state_changed, stream_exists
+from service.delivery import check_position
 from service.domain import (
-    FIRST_TAG,
     Check,
     Chunk,
-    Feed,
     ForecastReply,
     ForecastRequest,
-    Mark,
-    Precondition,
     Prediction,
     Reply,
     Steps,
     StreamKey,
-    StreamPage,
-    StreamState,
 )
 from service.engine.batcher import Batcher, Job, Request, Results, Run
 from service.engine.compute import Compute
@@ -50,14 +43,13 @@ from service.errors import (
     Overloaded,
     PositionBehind,
     PreviousFailed,
-    StateDamaged,
-    StreamNotFound,
 )
 from service.forecast import ForecastRun, Outset
 from service.predict import PredictRun
 from service.recorder import Recorder
 from service.served import ServedModel
-from service.state.protocol import Commit, Committed, StateStore
+from service.state.protocol import StateStore
+from service.streams import Streams
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -88,6 +80,10 @@ class Pipeline:
         on_model_change: whether a state that another version of its model wrote is refused, or
             its stream begun anew.
 
+    Attributes:
+        models: by name, what is served.
+        streams: what is done with streams as a whole.
+
     A `deadline_s` is until when a caller waits, of the monotonic clock.
     """
 
@@ -107,6 +103,7 @@ class Pipeline:
         self._now_ms = now_ms
         self._reset = on_model_change == "reset"
         self._cache = StateCache(limits.state_cache_bytes)
+        self.streams = Streams(self.model, store, self._cache, now_ms=now_ms)
         self._compute = Compute()
         self._warm = False
         self._draining = False
@@ -339,7 +336,7 @@ class Pipeline:
             )
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the time for the forecast was up before it was begun")
-        found = await self.read(key, deadline_s)
+        found = await self.streams.read(key, deadline_s)
         if not served.takes(found):
             raise incompatible(served, key.stream, found)
         check_position(key.stream, request.position, found.mark)
@@ -350,136 +347,6 @@ class Pipeline:
         if isinstance(result, CarryError):
             raise result
         return ForecastReply(key, found.mark, result, known.times_ms)
-
-    async def read(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState:
-        """The stream as the store has it.
-
-        Raises:
-            StreamNotFound, StateDamaged, StoreUnavailable
-        """
-        self.model(key.model)
-        found = await self._stored(key, deadline_s)
-        if found is None:
-            raise StreamNotFound(
-                f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
-            )
-        return found
-
-    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        """A page of the model's streams whose names begin with `prefix`."""
-        return await self._store.streams(self.model(model).name, prefix, cursor, limit)
-
-    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
-        """Forget a stream.
-
-        Raises:
-            StreamNotFound: there is none.
-            StateChanged: it is not in the state the precondition names.
-        """
-        self.model(key.model)
-        expected: Mark | None = None
-        if precondition is not None:
-            expected = _required(key, await self._stored(key), precondition)
-        self._cache.drop(key)
-        result = await self._store.delete(key, expected)
-        if isinstance(result, CarryError):
-            raise result
-        if isinstance(result, Committed):
-            return
-        if result.found is not None:
-            raise state_changed(key.stream, result.found)
-        raise StreamNotFound(
-            f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
-        )
-
-    async def delete_prefix(self, model: str, prefix: str) -> int:
-        """Forget every stream whose name begins with `prefix`; how many there were."""
-        deleted, cursor = 0, None
-        while True:
-            page = await self.streams(model, prefix, cursor, 500)
-            for stream in page.streams:
-                key = StreamKey(model, stream)
-                self._cache.drop(key)
-                deleted += isinstance(await self._store.delete(key), Committed)
-            cursor = page.cursor
-            if cursor is None:
-                return deleted
-
-    async def restore(
-        self,
-        key: StreamKey,
-        *,
-        feed: Feed,
-        position: int,
-        fingerprint: bytes,
-        state: State,
-        precondition: Precondition | None,
-    ) -> StreamState:
-        """Write a state that `read` gave, under a new epoch.
-
-        Raises:
-            StateIncompatible: the state is of another version of the model.
-            StreamExists: there is a stream and no precondition.
-            StateChanged: it is not in the state the precondition names.
-        """
-        served = self.model(key.model)
-        source = StreamState(
-            Mark(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
-        )
-        if fingerprint != served.fingerprint:
-            raise incompatible(served, key.stream, source)
-        return await self._begin(key, source, precondition)
-
-    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
-        """Begin stream `to` from the present state of `key`, under a new epoch.
-
-        Raises:
-            StreamNotFound, StateIncompatible, StreamExists, StateChanged
-        """
-        served = self.model(key.model)
-        source = await self.read(key)
-        if source.fingerprint != served.fingerprint:
-            raise incompatible(served, key.stream, source)
-        return await self._begin(StreamKey(key.model, to), source, precondition)
-
-    async def _begin(
-        self, key: StreamKey, source: StreamState, precondition: Precondition | None
-    ) -> StreamState:
-        new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-        expected: Mark | None = None
-        try:
-            found = await self._stored(key)
-        except StateDamaged:
-            # A damaged state has no readable mark; a restore is one of the two ways out.
-            await self._store.delete(key)
-        else:
-            if precondition is not None:
-                expected = _required(key, found, precondition)
-            elif found is not None:
-                raise stream_exists(key.stream, found.mark)
-        self._cache.drop(key)
-        (result,) = await self._store.commit([Commit(key, expected, new, None)])
-        if isinstance(result, CarryError):
-            raise result
-        if isinstance(result, Committed) or result.found == new.mark:
-            return new
-        if precondition is None and result.found is not None:
-            raise stream_exists(key.stream, result.found)
-        raise state_changed(key.stream, result.found)
-
-    async def _stored(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState | None:
-        until_s = None if math.isinf(deadline_s) else deadline_s
-        (found,) = await self._store.load([key], until_s)
-        if isinstance(found, CarryError):
-            raise found
-        return found
-
-
-def _required(key: StreamKey, found: StreamState | None, precondition: Precondition) -> Mark:
-    mark = found.mark if found else None
-    if mark is None or not precondition.holds(mark):
-        raise state_changed(key.stream, mark)
-    return mark
 
 
 def _held_back(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | None:

@@ -55,7 +55,7 @@ async def get_stream(request: Request) -> Response:
     query(request)
     answer = reply_media(request)
     key = _key(request)
-    found = await api_of(request).pipeline.read(key)
+    found = await api_of(request).pipeline.streams.read(key)
     return reply(answer, _info(request, key, found), headers=[etag(found.mark)])
 
 
@@ -68,7 +68,7 @@ async def get_stream(request: Request) -> Response:
 async def delete_stream(request: Request) -> Response:
     """Its state and its stored reply are gone; its next chunk begins it anew, at position 0."""
     query(request)
-    await api_of(request).pipeline.delete(_key(request), if_match(request))
+    await api_of(request).pipeline.streams.delete(_key(request), if_match(request))
     return Response(status_code=204)
 
 
@@ -87,7 +87,7 @@ async def get_state(request: Request) -> Response:
     api = api_of(request)
     key = _key(request)
     wire = api.wire(key.model)
-    found = await api.pipeline.read(key)
+    found = await api.pipeline.streams.read(key)
     if not wire.served.takes(found):
         raise incompatible(wire.served, key.stream, found)
     document = {**_standing(key, found), "state": wire.state(found.state)}
@@ -131,7 +131,7 @@ async def put_state(request: Request) -> Response:
             got="events",
             stream=key.stream,
         )
-    found = await api.pipeline.restore(
+    found = await api.pipeline.streams.restore(
         key,
         feed=feed,
         position=body.position,
@@ -161,7 +161,7 @@ async def post_fork(request: Request) -> Response:
     precondition = if_match(request)
     body = validate(ForkBody, media, await read_body(request, api.limits.max_body_bytes))
     to = StreamKey(key.model, stream_name(body.to, "to"))
-    found = await api.pipeline.fork(key, to.stream, precondition)
+    found = await api.pipeline.streams.fork(key, to.stream, precondition)
     return _begun(request, answer, to, found, precondition)
 
 
@@ -178,7 +178,7 @@ async def get_streams(request: Request) -> Response:
     model = api.pipeline.model(request.path_params["model"]).name
     limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await api.pipeline.streams(model, prefix, parameters.get("cursor") or None, limit)
+    page = await api.pipeline.streams.page(model, prefix, parameters.get("cursor") or None, limit)
     return reply(answer, {"model": model, "streams": list(page.streams), "cursor": page.cursor})
 
 
@@ -199,7 +199,7 @@ async def delete_streams(request: Request) -> Response:
     prefix = stream_prefix(
         required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
     )
-    deleted = await api.pipeline.delete_prefix(model, prefix)
+    deleted = await api.pipeline.streams.delete_prefix(model, prefix)
     return reply(answer, {"model": model, "deleted": deleted})
 
 

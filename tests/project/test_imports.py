@@ -53,6 +53,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
             "service.settings",
             "service.state.codec",
             "service.state.protocol",
+            "service.streams",
         ],
     ),
     (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),

@@ -86,7 +86,7 @@ async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
         assert not waiting.done()
         store.commits.set()
         close((await waiting).outputs, whole(artifact, rows))
-        assert (await one.read(chunk.key)).mark.position == 6
+        assert (await one.streams.read(chunk.key)).mark.position == 6
         if position == 0:
             again = await one.process(chunk, later())
             assert again.replayed
@@ -111,7 +111,7 @@ async def test_what_was_loading_at_the_deadline_is_never_applied(
         store.loads.set()
         close((await waiting).outputs, whole(artifact, rows))
         with pytest.raises(StreamNotFound):
-            await one.read(StreamKey("probe", "late"))
+            await one.streams.read(StreamKey("probe", "late"))
         assert not (await one.process(chunk_of("late", rows, 0), later())).replayed
 
 
@@ -142,7 +142,7 @@ async def test_what_was_computed_too_late_is_not_committed(
         assert isinstance(late, DeadlineExceeded)
         close(mate.outputs, whole(artifact, rows))
         with pytest.raises(StreamNotFound):
-            await one.read(StreamKey("probe", "late"))
+            await one.streams.read(StreamKey("probe", "late"))
 
 
 async def test_a_chain_goes_on_over_a_link_whose_time_was_up(

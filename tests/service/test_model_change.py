@@ -41,7 +41,7 @@ async def test_a_stream_begins_anew_at_position_0_only(
         with pytest.raises(StateChanged):
             await after.process(chunk)
         # The very chunk that was the old version's last one is no replay.
-        assert (await before.read(KEY)).mark == first.mark
+        assert (await before.streams.read(KEY)).mark == first.mark
         anew = await after.process(chunk_of("s", rows[:4], 0))
         assert (anew.replayed, anew.created) == (False, True)
         assert anew.mark.epoch != first.mark.epoch

@@ -265,7 +265,7 @@ async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) 
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], NotFinite)
         with pytest.raises(StreamNotFound):
-            await one.read(StreamKey("probe", "bad"))
+            await one.streams.read(StreamKey("probe", "bad"))
 
 
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
@@ -298,7 +298,7 @@ async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(
     async with worker(store_url, artifact, cache_bytes=0) as one:
         for name in ("fine", "broken"):
             await one.process(chunk_of(name, rows_of(random, 4), 0))
-        kept = await one.read(StreamKey("probe", "broken"))
+        kept = await one.streams.read(StreamKey("probe", "broken"))
         damage("broken")
         outcomes = await asyncio.gather(
             *(one.process(chunk_of(name, rows_of(random, 4), 4)) for name in ("fine", "broken")),
@@ -307,8 +307,8 @@ async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(
         assert isinstance(outcomes[0], Reply)
         assert isinstance(outcomes[1], StateDamaged)
         with pytest.raises(StateDamaged):
-            await one.read(StreamKey("probe", "broken"))
-        restored = await one.restore(
+            await one.streams.read(StreamKey("probe", "broken"))
+        restored = await one.streams.restore(
             StreamKey("probe", "broken"),
             feed=kept.feed,
             position=4,
@@ -338,14 +338,14 @@ async def test_a_deleted_stream_is_not_revived_from_a_cache(
     key = StreamKey("probe", "gone")
     async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
         await one.process(chunk_of("gone", rows[:4], 0))
-        await two.delete(key)
+        await two.streams.delete(key)
         with pytest.raises(PositionAhead) as caught:
             await one.process(chunk_of("gone", rows[4:], 4))
         assert caught.value.facts["expected"] == 0
         again = await one.process(chunk_of("gone", rows[4:]))
         assert again.created
         with pytest.raises(StreamNotFound):
-            await two.delete(StreamKey("probe", "never"))
+            await two.streams.delete(StreamKey("probe", "never"))
 
 
 async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) -> None:
@@ -399,7 +399,7 @@ async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
             PreviousFailed,
         ]
         assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
-        assert (await one.read(StreamKey("probe", "held"))).mark.position == 2
+        assert (await one.streams.read(StreamKey("probe", "held"))).mark.position == 2
 
 
 async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Artifact) -> None:
@@ -416,20 +416,20 @@ async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifac
     key = StreamKey("probe", "source")
     async with worker(store_url, artifact) as one:
         first = await one.process(chunk_of("source", rows[:8], 0))
-        forked = await one.fork(key, "copy", None)
+        forked = await one.streams.fork(key, "copy", None)
         assert forked.mark.position == 8
         assert forked.mark.epoch != first.mark.epoch
         rest = await one.process(chunk_of("copy", rows[8:], 8))
         close(np.concatenate([first.outputs, rest.outputs]), whole(artifact, rows))
         with pytest.raises(StreamExists):
-            await one.fork(key, "copy", None)
+            await one.streams.fork(key, "copy", None)
         with pytest.raises(StateChanged):
-            await one.fork(key, "copy", Precondition((forked.mark.etag,)))
-        again = await one.fork(key, "copy", Precondition((rest.mark.etag,)))
-        assert (await one.read(StreamKey("probe", "copy"))).mark == again.mark
-        kept = await one.read(key)
+            await one.streams.fork(key, "copy", Precondition((forked.mark.etag,)))
+        again = await one.streams.fork(key, "copy", Precondition((rest.mark.etag,)))
+        assert (await one.streams.read(StreamKey("probe", "copy"))).mark == again.mark
+        kept = await one.streams.read(key)
         with pytest.raises(StateIncompatible):
-            await one.restore(
+            await one.streams.restore(
                 key,
                 feed=kept.feed,
                 position=8,
@@ -438,7 +438,7 @@ async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifac
                 precondition=Precondition(any_state=True),
             )
         with pytest.raises(StreamExists):
-            await one.restore(
+            await one.streams.restore(
                 key,
                 feed=kept.feed,
                 position=8,
@@ -472,7 +472,7 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
         )
         for rows, prediction in zip(sequences, predictions, strict=True):
             close(prediction.outputs, whole(artifact, rows))
-        assert (await one.streams("probe", "", None, 10)).streams == ()
+        assert (await one.streams.page("probe", "", None, 10)).streams == ()
 
 
 async def test_a_caller_that_leaves_changes_nothing_for_its_neighbours(

@@ -1,0 +1,183 @@
+"""Streams as a whole: read, listed, forgotten, restored and forked.
+
+All of it reads the store, never the cache; what a write replaces is dropped from the cache first.
+Nothing is computed here and no chunk is applied. Each call stands by itself, beside whatever chunks
+are under way: the store decides which of two writes was first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from models.state import State
+from service.batch import incompatible
+from service.delivery import begin_anew, standing, state_changed, stream_exists
+from service.domain import (
+    FIRST_TAG,
+    Feed,
+    Mark,
+    Precondition,
+    StreamKey,
+    StreamPage,
+    StreamState,
+)
+from service.engine.state_cache import StateCache
+from service.errors import CarryError, StateDamaged, StreamNotFound
+from service.served import ServedModel
+from service.state.protocol import Commit, Committed, StateStore
+
+
+class Streams:
+    """The streams of several models in one store.
+
+    Args:
+        model: the served model of a name; raises ModelNotFound.
+        cache: what chunks under way keep; whatever is written here is dropped from it.
+        now_ms: wall clock in epoch milliseconds, for the time of commits.
+
+    Every method may raise ModelNotFound and what the store raises, besides what it names.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[str], ServedModel],
+        store: StateStore,
+        cache: StateCache,
+        *,
+        now_ms: Callable[[], int],
+    ):
+        self._model = model
+        self._store = store
+        self._cache = cache
+        self._now_ms = now_ms
+
+    async def read(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState:
+        """The stream as the store has it.
+
+        Raises:
+            StreamNotFound, StateDamaged, StoreUnavailable
+        """
+        self._model(key.model)
+        found = await self._stored(key, deadline_s)
+        if found is None:
+            raise StreamNotFound(
+                f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+            )
+        return found
+
+    async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        """A page of the model's streams whose names begin with `prefix`."""
+        return await self._store.streams(self._model(model).name, prefix, cursor, limit)
+
+    async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
+        """Forget a stream.
+
+        Raises:
+            StreamNotFound: there is none.
+            StateChanged: it is not in the state the precondition names.
+        """
+        self._model(key.model)
+        expected: Mark | None = None
+        if precondition is not None:
+            expected = _required(key, await self._stored(key), precondition)
+        self._cache.drop(key)
+        result = await self._store.delete(key, expected)
+        if isinstance(result, CarryError):
+            raise result
+        if isinstance(result, Committed):
+            return
+        if result.found is not None:
+            raise state_changed(key.stream, result.found)
+        raise StreamNotFound(
+            f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+        )
+
+    async def delete_prefix(self, model: str, prefix: str) -> int:
+        """Forget every stream whose name begins with `prefix`; how many there were."""
+        deleted, cursor = 0, None
+        while True:
+            page = await self.page(model, prefix, cursor, 500)
+            for stream in page.streams:
+                key = StreamKey(model, stream)
+                self._cache.drop(key)
+                deleted += isinstance(await self._store.delete(key), Committed)
+            cursor = page.cursor
+            if cursor is None:
+                return deleted
+
+    async def restore(
+        self,
+        key: StreamKey,
+        *,
+        feed: Feed,
+        position: int,
+        fingerprint: bytes,
+        state: State,
+        precondition: Precondition | None,
+    ) -> StreamState:
+        """Write a state that `read` gave, under a new epoch.
+
+        Raises:
+            StateIncompatible: the state is of another version of the model.
+            StreamExists: there is a stream and no precondition.
+            StateChanged: it is not in the state the precondition names.
+        """
+        served = self._model(key.model)
+        source = StreamState(
+            Mark(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
+        )
+        if fingerprint != served.fingerprint:
+            raise incompatible(served, key.stream, source)
+        return await self._begin(key, source, precondition)
+
+    async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
+        """Begin stream `to` from the present state of `key`, under a new epoch.
+
+        Raises:
+            StreamNotFound, StateIncompatible, StreamExists, StateChanged
+        """
+        served = self._model(key.model)
+        source = await self.read(key)
+        if source.fingerprint != served.fingerprint:
+            raise incompatible(served, key.stream, source)
+        return await self._begin(StreamKey(key.model, to), source, precondition)
+
+    async def _begin(
+        self, key: StreamKey, source: StreamState, precondition: Precondition | None
+    ) -> StreamState:
+        new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
+        expected: Mark | None = None
+        try:
+            found = await self._stored(key)
+        except StateDamaged:
+            # A damaged state has no readable mark; a restore is one of the two ways out.
+            await self._store.delete(key)
+        else:
+            if precondition is not None:
+                expected = _required(key, found, precondition)
+            elif found is not None:
+                raise stream_exists(key.stream, found.mark)
+        self._cache.drop(key)
+        (result,) = await self._store.commit([Commit(key, expected, new, None)])
+        if isinstance(result, CarryError):
+            raise result
+        if isinstance(result, Committed) or result.found == new.mark:
+            return new
+        if precondition is None and result.found is not None:
+            raise stream_exists(key.stream, result.found)
+        raise state_changed(key.stream, result.found)
+
+    async def _stored(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState | None:
+        until_s = None if math.isinf(deadline_s) else deadline_s
+        (found,) = await self._store.load([key], until_s)
+        if isinstance(found, CarryError):
+            raise found
+        return found
+
+
+def _required(key: StreamKey, found: StreamState | None, precondition: Precondition) -> Mark:
+    mark = found.mark if found else None
+    if mark is None or not precondition.holds(mark):
+        raise state_changed(key.stream, mark)
+    return mark
