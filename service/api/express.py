@@ -150,7 +150,7 @@ class Express:
         refusal = pipeline.refusal(model, timeout_s)
         if refusal is None:
             body = data[end + 4 : whole_bytes]
-            chunk = wire.plain_chunk(body, headers.media, stream)
+            chunk = wire.reader.plain_chunk(body, headers.media, stream)
             if chunk is None:
                 return None
         request_id = headers.request_id or self._ids.next()
@@ -184,7 +184,7 @@ class Express:
         if isinstance(result, CarryError):
             status, sent = self._refusal(taken, result, more)
         else:
-            body = taken.wire.reply_bytes(result, taken.answer)
+            body = taken.wire.writer.reply_bytes(result, taken.answer)
             sent = (
                 _HEAD[taken.answer]
                 % (

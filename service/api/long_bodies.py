@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from service.api.media import Media, dumps
-from service.api.wire import ModelWire
+from service.api.request_reader import RequestReader
 from service.domain import Chunk, Precondition
 
 LONG_BYTES: Final = 64 * 1024
@@ -33,7 +33,7 @@ _NEXT_ROW = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*(?=\[)")
 
 
 async def read_in_turns(
-    wire: ModelWire, body: bytes, media: Media, stream: str, precondition: Precondition | None
+    reader: RequestReader, body: bytes, media: Media, stream: str, precondition: Precondition | None
 ) -> Chunk | None:
     """The one chunk of a long body; None where it has to be read as a whole."""
     if media is not Media.JSON or len(body) < LONG_BYTES:
@@ -45,12 +45,12 @@ async def read_in_turns(
     packed: list[bytes] = []
     for block in rest:
         await asyncio.sleep(0)
-        rows = wire.plain_rows(block)
+        rows = reader.plain_rows(block)
         if rows is None:
             return None
         packed.append(rows)
     await asyncio.sleep(0)
-    return wire.plain_chunk(first, media, stream, precondition, more=packed)
+    return reader.plain_chunk(first, media, stream, precondition, more=packed)
 
 
 async def write_in_turns(document: dict[str, Any], media: Media) -> bytes:

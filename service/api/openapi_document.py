@@ -69,7 +69,8 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         license_info=app.license_info,
         routes=app.routes,
     )
-    types = {name: api.wire(name).bodies.types[Media.JSON] for name in sorted(api.pipeline.models)}
+    models = sorted(api.pipeline.models)
+    types = {name: api.wire(name).reader.bodies.types[Media.JSON] for name in models}
     components = {
         **_schemas(list(_DOCUMENTS)),
         **_schemas([kind for found in types.values() for kind in _kinds(found)]),

@@ -28,8 +28,9 @@ from service.api.reading import (
     stream_name,
 )
 from service.api.replies import etag, reply, server_timing, written
+from service.api.reply_writer import EVERY_STEP, ReplyOptions
 from service.api.routing import plain_router
-from service.api.wire import ModelWire, ReplyOptions
+from service.api.wire import ModelWire
 from service.domain import Reply
 from service.errors import CarryError, InvalidPrecondition
 
@@ -57,12 +58,12 @@ async def post_chunk(request: Request) -> Response:
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await read_body(request, api.limits.max_body_bytes)
-    chunk = await read_in_turns(wire, body, media, stream, precondition)
+    chunk = await read_in_turns(wire.reader, body, media, stream, precondition)
     if chunk is None:
-        chunk = wire.chunk(body, media, stream, precondition)
+        chunk = wire.reader.chunk(body, media, stream, precondition)
     result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
-    sent = await write_in_turns(wire.reply(result, options), answer)
+    sent = await write_in_turns(wire.writer.reply(result, options), answer)
     return written(answer, sent, headers=(etag(result.mark), timing))
 
 
@@ -92,7 +93,7 @@ async def post_chunks(request: Request) -> Response:
             at="If-Match",
             expected="none",
         )
-    items = wire.items(await read_body(request, api.limits.max_body_bytes), media)
+    items = wire.reader.items(await read_body(request, api.limits.max_body_bytes), media)
     results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
@@ -110,7 +111,7 @@ async def post_predict(request: Request) -> Response:
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
-    sequences = wire.sequences(await read_body(request, api.limits.max_body_bytes), media)
+    sequences = wire.reader.sequences(await read_body(request, api.limits.max_body_bytes), media)
     predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
     predictions = await unless_left(request, predicting)
     return reply(
@@ -118,7 +119,7 @@ async def post_predict(request: Request) -> Response:
         {
             "model": wire.served.name,
             "version": wire.served.version,
-            "predictions": [wire.prediction(found, options) for found in predictions],
+            "predictions": [wire.writer.prediction(found, options) for found in predictions],
         },
     )
 
@@ -126,17 +127,14 @@ async def post_predict(request: Request) -> Response:
 def _options(request: Request, wire: ModelWire) -> ReplyOptions:
     parameters = query(request, ("return_sequences", "return_state", "return_attention"))
     if not parameters:
-        return _EVERY_STEP
+        return EVERY_STEP
     options = ReplyOptions(
         return_sequences=flag(parameters, "return_sequences", default=True),
         return_state=flag(parameters, "return_state", default=False),
         return_attention=flag(parameters, "return_attention", default=False),
     )
-    wire.check_options(options)
+    wire.writer.check_options(options)
     return options
-
-
-_EVERY_STEP = ReplyOptions()
 
 
 def _outcomes(
@@ -152,7 +150,7 @@ def _outcomes(
             error = problem(result)
             outcomes.append({"status": error["status"], "error": error})
         else:
-            outcomes.append({"status": 200, "reply": wire.reply(result, options)})
+            outcomes.append({"status": 200, "reply": wire.writer.reply(result, options)})
     return {
         "model": wire.served.name,
         "version": wire.served.version,

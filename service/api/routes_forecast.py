@@ -44,6 +44,6 @@ async def post_forecast(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     body = await read_body(request, api.limits.max_body_bytes)
-    wanted = wire.forecast_request(body, media, key.stream)
+    wanted = wire.reader.forecast_request(body, media, key.stream)
     found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
-    return reply(answer, wire.forecast(found, wanted), headers=[etag(found.mark)])
+    return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.mark)])

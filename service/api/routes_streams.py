@@ -90,7 +90,7 @@ async def get_state(request: Request) -> Response:
     found = await api.pipeline.streams.read(key)
     if not wire.served.takes(found):
         raise incompatible(wire.served, key.stream, found)
-    document = {**_standing(key, found), "state": wire.state(found.state)}
+    document = {**_standing(key, found), "state": wire.writer.state(found.state)}
     return reply(answer, document, headers=[etag(found.mark)])
 
 

@@ -29,7 +29,8 @@ from models.events.frame import columns_from_frame
 from models.state import State
 from service.api.limits import ApiLimits
 from service.api.media import Media, dumps
-from service.api.wire import ModelWire, ReplyOptions
+from service.api.reply_writer import EVERY_STEP
+from service.api.wire import ModelWire
 from service.delivery import chunk_digest
 from service.domain import (
     Feed,
@@ -185,7 +186,6 @@ def _wire(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     stream = _stream(artifact, 1)
     outputs = _reply(artifact, stream.mark).outputs
     reply = Reply(StreamKey("bench", "stream-0000001"), stream.mark, outputs, stream.state)
-    options = ReplyOptions()
     rows = Bodies.random(STEPS)
     cases = []
     for media, name in ((Media.JSON, "json"), (Media.MSGPACK, "msgpack")):
@@ -199,12 +199,14 @@ def _wire(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
             Case(
                 f"wire, {name} body to chunk",
                 1,
-                lambda body=body, media=media: wire.chunk(body, media, "stream-0000001", None),
+                lambda body=body, media=media: wire.reader.chunk(
+                    body, media, "stream-0000001", None
+                ),
             ),
             Case(
                 f"wire, reply to {name}",
                 1,
-                lambda media=media: dumps(media, wire.reply(reply, options)),
+                lambda media=media: dumps(media, wire.writer.reply(reply, EVERY_STEP)),
             ),
         ]
     parsed = rows.values("json")[0]

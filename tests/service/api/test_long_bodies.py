@@ -17,7 +17,7 @@ from models.artifact import Artifact
 from service.api import long_bodies
 from service.api.limits import ApiLimits
 from service.api.media import Media, dumps
-from service.api.wire import ModelWire
+from service.api.request_reader import RequestReader
 from service.errors import CarryError
 from service.served import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
@@ -28,18 +28,20 @@ LIMITS = ApiLimits(
 
 
 @pytest.fixture(scope="module")
-def wire(models: Mapping[str, Artifact]) -> ModelWire:
+def reader(models: Mapping[str, Artifact]) -> RequestReader:
     artifact = models["probe"]
-    return ModelWire(ServedModel(artifact, NumpyRuntime(artifact)), LIMITS, nonce=lambda: b"n" * 16)
+    return RequestReader(
+        ServedModel(artifact, NumpyRuntime(artifact)), LIMITS, nonce=lambda: b"n" * 16
+    )
 
 
-def in_turns(wire: ModelWire, body: bytes) -> Any:
-    return asyncio.run(long_bodies.read_in_turns(wire, body, Media.JSON, "s", None))
+def in_turns(reader: RequestReader, body: bytes) -> Any:
+    return asyncio.run(long_bodies.read_in_turns(reader, body, Media.JSON, "s", None))
 
 
-def as_a_whole(wire: ModelWire, body: bytes) -> Any:
+def as_a_whole(reader: RequestReader, body: bytes) -> Any:
     try:
-        return wire.chunk(body, Media.JSON, "s", None)
+        return reader.chunk(body, Media.JSON, "s", None)
     except CarryError as error:
         return error
 
@@ -59,19 +61,21 @@ def rows(count: int) -> list[list[float]]:
     ],
     ids=["compact", "members after", "indented", "spaced"],
 )
-def test_a_long_body_is_the_same_chunk(wire: ModelWire, body: bytes) -> None:
-    found, expected = in_turns(wire, body), as_a_whole(wire, body)
+def test_a_long_body_is_the_same_chunk(reader: RequestReader, body: bytes) -> None:
+    found, expected = in_turns(reader, body), as_a_whole(reader, body)
     assert found[:1] + found[2:] == expected[:1] + expected[2:]
     assert found.steps.length == expected.steps.length
     np.testing.assert_array_equal(found.steps.rows, expected.steps.rows)
 
 
-def test_others_have_their_turn_between(wire: ModelWire) -> None:
+def test_others_have_their_turn_between(reader: RequestReader) -> None:
     body = orjson.dumps({"inputs": rows(9000)})
 
     async def both() -> int:
         turns = 0
-        reading = asyncio.create_task(long_bodies.read_in_turns(wire, body, Media.JSON, "s", None))
+        reading = asyncio.create_task(
+            long_bodies.read_in_turns(reader, body, Media.JSON, "s", None)
+        )
         while not reading.done():
             await asyncio.sleep(0)
             turns += 1
@@ -100,14 +104,14 @@ def test_others_have_their_turn_between(wire: ModelWire) -> None:
         b"[" * 70_000,
     ],
 )
-def test_what_is_wrong_is_left_to_the_strict_way(wire: ModelWire, body: bytes) -> None:
-    assert in_turns(wire, body) is None
-    assert isinstance(as_a_whole(wire, body), CarryError)
+def test_what_is_wrong_is_left_to_the_strict_way(reader: RequestReader, body: bytes) -> None:
+    assert in_turns(reader, body) is None
+    assert isinstance(as_a_whole(reader, body), CarryError)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(wire: ModelWire, data: Any) -> None:
+def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(reader: RequestReader, data: Any) -> None:
     """With blocks so small that any place may be where one is cut."""
     body = bytearray(orjson.dumps({"position": 1, "inputs": rows(40)}))
     for _ in range(data.draw(st.integers(0, 2))):
@@ -120,9 +124,9 @@ def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(wire: ModelWire, data:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(long_bodies, "LONG_BYTES", 1)
         patched.setattr(long_bodies, "BLOCK_BYTES", data.draw(st.integers(1, 300)))
-        found = in_turns(wire, bytes(body))
+        found = in_turns(reader, bytes(body))
     if found is not None:
-        expected = as_a_whole(wire, bytes(body))
+        expected = as_a_whole(reader, bytes(body))
         assert not isinstance(expected, CarryError)
         assert found.digest == expected.digest
         assert found[3:] == expected[3:]

@@ -16,7 +16,7 @@ from models.artifact import Artifact
 from service.api.limits import ApiLimits
 from service.api.media import Media
 from service.api.plain import PlainBodies
-from service.api.wire import ModelWire
+from service.api.request_reader import RequestReader
 from service.domain import Chunk, Steps
 from service.errors import CarryError
 from service.served import ServedModel
@@ -41,12 +41,12 @@ class Never(PlainBodies):
 
 
 @pytest.fixture(scope="module")
-def wires(models: Mapping[str, Artifact]) -> Mapping[str, tuple[ModelWire, ModelWire]]:
-    """Per model, a wire with the fast way and one without."""
+def readers(models: Mapping[str, Artifact]) -> Mapping[str, tuple[RequestReader, RequestReader]]:
+    """Per model, a reader with the fast way and one without."""
     found = {}
     for name, artifact in models.items():
         served = ServedModel(artifact, NumpyRuntime(artifact))
-        fast, strict = (ModelWire(served, LIMITS, lambda: b"n" * 16) for _ in "ab")
+        fast, strict = (RequestReader(served, LIMITS, lambda: b"n" * 16) for _ in "ab")
         strict._plain = Never(served, LIMITS)
         found[name] = fast, strict
     return found
@@ -77,17 +77,19 @@ def shown(value: Any) -> Any:
     return [shown(item) for item in value]
 
 
-def read(wire: ModelWire, kind: str, media: Media, body: bytes) -> Any:
+def read(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
     try:
         if kind == "chunk":
-            return shown(wire.chunk(body, media, "s", None))
-        return shown(wire.items(body, media) if kind == "items" else wire.sequences(body, media))
+            return shown(reader.chunk(body, media, "s", None))
+        return shown(
+            reader.items(body, media) if kind == "items" else reader.sequences(body, media)
+        )
     except CarryError as error:
         return shown(error)
 
 
-def is_plain(wire: ModelWire, kind: str, media: Media, body: bytes) -> bool:
-    return getattr(wire._plain, kind)(media, body) is not None
+def is_plain(reader: RequestReader, kind: str, media: Media, body: bytes) -> bool:
+    return getattr(reader._plain, kind)(media, body) is not None
 
 
 NUMBERS = st.one_of(
@@ -249,9 +251,12 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_json_is_read_as_by_the_strict_types(
-    wires: Mapping[str, tuple[ModelWire, ModelWire]], data: st.DataObject, model: str, kind: str
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+    data: st.DataObject,
+    model: str,
+    kind: str,
 ) -> None:
-    fast, strict = wires[model]
+    fast, strict = readers[model]
     body = data.draw(json_bodies(kind, fast.served.input_features, model == "small"))
     assert read(fast, kind, Media.JSON, body) == read(strict, kind, Media.JSON, body)
 
@@ -261,9 +266,12 @@ def test_json_is_read_as_by_the_strict_types(
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_messagepack_is_read_as_by_the_strict_types(
-    wires: Mapping[str, tuple[ModelWire, ModelWire]], data: st.DataObject, model: str, kind: str
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+    data: st.DataObject,
+    model: str,
+    kind: str,
 ) -> None:
-    fast, strict = wires[model]
+    fast, strict = readers[model]
     body = data.draw(packed_bodies(kind, fast.served.input_features, model == "small"))
     assert read(fast, kind, Media.MSGPACK, body) == read(strict, kind, Media.MSGPACK, body)
 
@@ -313,8 +321,8 @@ EDGES = [
 
 
 @pytest.mark.parametrize("text", EDGES)
-def test_edges(wires: Mapping[str, tuple[ModelWire, ModelWire]], text: str) -> None:
-    fast, strict = wires["probe"]
+def test_edges(readers: Mapping[str, tuple[RequestReader, RequestReader]], text: str) -> None:
+    fast, strict = readers["probe"]
     body = text.encode()
     assert read(fast, "chunk", Media.JSON, body) == read(strict, "chunk", Media.JSON, body)
     item = b'{"stream":"a",' + body[1:]
@@ -327,15 +335,17 @@ def test_edges(wires: Mapping[str, tuple[ModelWire, ModelWire]], text: str) -> N
 
 @pytest.mark.parametrize("position", [2**63 - 1, 2**63, 2**64 - 1, -1, 1.0, True, None, b"1"])
 def test_packed_positions(
-    wires: Mapping[str, tuple[ModelWire, ModelWire]], position: object
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], position: object
 ) -> None:
-    fast, strict = wires["probe"]
+    fast, strict = readers["probe"]
     body = ormsgpack.packb({"inputs": rows(1).tobytes(), "position": position})
     assert read(fast, "chunk", Media.MSGPACK, body) == read(strict, "chunk", Media.MSGPACK, body)
 
 
-def test_events_and_inputs_together(wires: Mapping[str, tuple[ModelWire, ModelWire]]) -> None:
-    fast, strict = wires["small"]
+def test_events_and_inputs_together(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+) -> None:
+    fast, strict = readers["small"]
     both = {"events": [EVENT], "inputs": [[0.0] * fast.served.input_features]}
     body = body_of(Media.JSON, both)
     assert not is_plain(fast, "chunk", Media.JSON, body)
@@ -347,9 +357,9 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnor
 
 @given(values=st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=1, max_size=4))
 def test_good_rows_are_plain(
-    wires: Mapping[str, tuple[ModelWire, ModelWire]], values: list[list[float]]
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], values: list[list[float]]
 ) -> None:
-    fast, _ = wires["probe"]
+    fast, _ = readers["probe"]
     expected = np.array(values, np.float32)
     given_rows = {Media.JSON: values, Media.MSGPACK: expected.tobytes()}
     for media, inputs in given_rows.items():
@@ -372,8 +382,8 @@ def body_of(media: Media, value: Any) -> bytes:
     return json.dumps(value).encode() if media is Media.JSON else ormsgpack.packb(value)
 
 
-def test_good_events_are_plain(wires: Mapping[str, tuple[ModelWire, ModelWire]]) -> None:
-    fast, strict = wires["small"]
+def test_good_events_are_plain(readers: Mapping[str, tuple[RequestReader, RequestReader]]) -> None:
+    fast, strict = readers["small"]
     for media in Media:
         for kind, value in (
             ("chunk", {"position": 3, "events": [EVENT, LATER]}),
@@ -386,9 +396,9 @@ def test_good_events_are_plain(wires: Mapping[str, tuple[ModelWire, ModelWire]])
 
 
 def test_items_of_both_kinds_and_of_different_lengths(
-    wires: Mapping[str, tuple[ModelWire, ModelWire]],
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
 ) -> None:
-    fast, strict = wires["small"]
+    fast, strict = readers["small"]
     zeros = [[0.0] * fast.served.input_features]
     items = [
         {"stream": "a", "inputs": zeros * 2},

@@ -1,0 +1,238 @@
+"""From bytes to the values of the pipeline, for one model.
+
+A body becomes chunks, sequences or what a forecast is asked for, checked as far as it can be
+without a stream. Nothing is looked up in a store here and nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from models.events.columns import EventColumns, columns_from_events
+from service.api.bodies import ChunkBody, ForecastBody, ItemBody, ModelBodies, coming_schema
+from service.api.json_rows import RowsBody
+from service.api.limits import ApiLimits
+from service.api.media import Media, loads
+from service.api.plain import PlainBodies, PlainChunk
+from service.api.reading import parse_if_match, stream_name
+from service.api.strict_steps import StrictSteps
+from service.delivery import chunk_digest, new_nonce
+from service.domain import Chunk, ForecastRequest, Precondition, Steps, StreamKey
+from service.errors import CarryError, ChunksUnsupported, InvalidInput
+from service.served import ServedModel
+
+
+class RequestReader:
+    """Reads the requests for one model.
+
+    Args:
+        nonce: gives the random bytes of an append.
+
+    Attributes:
+        bodies: the strict types of its bodies.
+    """
+
+    def __init__(
+        self, served: ServedModel, limits: ApiLimits, nonce: Callable[[], bytes] = new_nonce
+    ):
+        limits = limits.of_model(served.chunk_limit)
+        self.bodies = ModelBodies(served, limits)
+        self.served = served
+        self._plain = PlainBodies(served, limits)
+        self._strict = StrictSteps(served, limits)
+        self._limits = limits
+        self._nonce = nonce
+        self._name = served.name
+        self._schema = served.events
+        self._whole = served.artifact.spec.chunking == "whole"
+
+    def chunk(
+        self, body: bytes, media: Media, stream: str, precondition: Precondition | None
+    ) -> Chunk:
+        """The one chunk of a body.
+
+        Raises:
+            ChunksUnsupported, FinalUnsupported, MalformedBody, InvalidInput, ChunkTooLong: with
+                the fact `stream`.
+        """
+        plain = self.plain_chunk(body, media, stream, precondition)
+        if plain is not None:
+            return plain
+        try:
+            self._check_takes_chunks()
+            found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
+            steps = self._strict.of_chunk(found, "")
+        except CarryError as error:
+            raise _about(stream, error) from error
+        return self._chunk(found, steps, stream, precondition, final=found.final)
+
+    def plain_chunk(
+        self,
+        body: bytes,
+        media: Media,
+        stream: str,
+        precondition: Precondition | None = None,
+        more: Sequence[bytes] = (),
+    ) -> Chunk | None:
+        """The one chunk of a body that is plainly good; None where `chunk` has to say.
+
+        Args:
+            more: rows that follow those of the body, each part as `plain_rows` gives it.
+        """
+        if self._whole:
+            return None
+        plain = self._plain.chunk(media, body, more)
+        return None if plain is None else self._chunk(*plain, stream, precondition)
+
+    def plain_rows(self, part: bytes) -> bytes | None:
+        """A list of rows in JSON as float32, if it is plainly good."""
+        return self._plain.rows(part)
+
+    def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
+        """The chunks of a request for many streams, or what is wrong with each.
+
+        An item's error has the fact `stream` where the item names one.
+
+        Raises:
+            MalformedBody, InvalidInput: the body as a whole is not a request.
+            ChunksUnsupported
+        """
+        self._check_takes_chunks()
+        plain = self._plain.items(media, body)
+        if plain is not None and all(item.if_match is None for item, _ in plain):
+            return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
+        types = self.bodies.types[media]
+        try:
+            found: list[Any] = list(self.bodies.validate(types.many, media, body).chunks)
+        except InvalidInput as error:
+            found = self._item_values(body, media, error)
+        if len(found) > self._limits.max_items:
+            raise _too_many("chunks", self._limits.max_items, len(found))
+        return [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found)]
+
+    def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
+        """The items as plain values, where it is not the body as a whole that is wrong."""
+        values = loads(media, body)
+        if not isinstance(values, dict) or not isinstance(values.get("chunks"), list):
+            raise error
+        if len(values) > 1:
+            raise error
+        items: list[Any] = values["chunks"]
+        return items
+
+    def _item(self, value: Any, media: Media, inside: str) -> Chunk | CarryError:
+        stream: str | None = None
+        try:
+            name = value.stream if isinstance(value, ItemBody) else _name_in(value)
+            if name is not None:
+                stream = stream_name(name, f"{inside}.stream")
+            if not isinstance(value, ItemBody):
+                value = self.bodies.validate_part(
+                    self.bodies.types[media].item, media, value, inside
+                )
+            precondition = None
+            if value.if_match is not None:
+                precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
+            steps = self._strict.of_chunk(value, inside)
+            return self._chunk(value, steps, value.stream, precondition, final=value.final)
+        except CarryError as error:
+            return error if stream is None else _about(stream, error)
+
+    def sequences(self, body: bytes, media: Media) -> list[Steps]:
+        """The whole sequences of a predict request.
+
+        Raises:
+            MalformedBody, InvalidInput, ChunkTooLong
+        """
+        plain = self._plain.sequences(media, body)
+        if plain is not None:
+            return plain
+        found = self.bodies.validate(self.bodies.types[media].predict, media, body).sequences
+        if len(found) > self._limits.max_items:
+            raise _too_many("sequences", self._limits.max_items, len(found))
+        return self._strict.of_sequences(found)
+
+    def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
+        """How a body asks a decoder to look ahead.
+
+        Raises:
+            ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
+        """
+        try:
+            self.served.require_decoder()
+            kind = self.bodies.types[media].forecast
+            if kind is None:
+                raise TypeError("expected a body type of a model with a decoder")
+            found = self.bodies.validate(kind, media, body)
+            most = self._limits.max_forecast_samples
+            if found.samples > most:
+                raise InvalidInput(
+                    f"samples: expected at most {most}, got {found.samples}",
+                    at="samples",
+                    expected=most,
+                    got=found.samples,
+                )
+            return ForecastRequest(
+                found.horizon, found.samples, found.seed, self._future(found), found.position
+            )
+        except CarryError as error:
+            raise _about(stream, error) from error
+
+    def _future(self, body: ForecastBody) -> EventColumns | None:
+        schema = coming_schema(self.served)
+        if body.future is None or schema is None:
+            return None
+        if len(body.future) != body.horizon:
+            expected = f"{body.horizon} steps, as many as `horizon`"
+            raise InvalidInput(
+                f"future: expected {expected}, got {len(body.future)}",
+                at="future",
+                expected=body.horizon,
+                got=len(body.future),
+            )
+        return columns_from_events(schema, body.future)
+
+    def _chunk(
+        self,
+        body: ChunkBody | PlainChunk | RowsBody,
+        steps: Steps,
+        stream: str,
+        precondition: Precondition | None,
+        *,
+        final: bool = False,
+    ) -> Chunk:
+        nonce = self._nonce() if body.position is None else b""
+        return Chunk(
+            StreamKey(self._name, stream),
+            steps,
+            chunk_digest(self._schema, steps, nonce, final=final),
+            body.position,
+            None if body.epoch is None else bytes.fromhex(body.epoch),
+            precondition,
+            final,
+        )
+
+    def _check_takes_chunks(self) -> None:
+        if self._whole:
+            raise ChunksUnsupported(
+                f"model {self._name!r} reads its sequences from both ends: expected whole ones, "
+                "sent to its address /predict",
+                expected="/predict",
+            )
+
+
+def _too_many(at: str, most: int, got: int) -> InvalidInput:
+    return InvalidInput(
+        f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
+    )
+
+
+def _name_in(value: Any) -> str | None:
+    name = value.get("stream") if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _about(stream: str, error: CarryError) -> CarryError:
+    error.facts = {**error.facts, "stream": stream}
+    return error
