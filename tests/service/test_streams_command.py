@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from models.artifact import Artifact
 from service.api.protocol import ExpressProtocol
 from service.cli import app
 from service.domain import StreamKey
+from service.streams import Streams
 from tests.service.api.harness import Harness, harness
 from tests.service.api.test_express import port_of, serving
 from tests.support.pipelines import chunk_of, make_artifact, rows_of
@@ -115,17 +117,17 @@ async def test_reset_leaves_what_moved_on_meanwhile(
     """Begun anew by its client between the look at it and its deletion."""
     await carry.fill("s1")
     carry.make_old("s1")
-    delete = type(carry.api.pipeline).delete
+    delete = Streams.delete
     took_over: list[StreamKey] = []
 
-    async def late(pipeline: object, key: StreamKey, *rest: object) -> None:
+    async def late(streams: Streams, key: StreamKey, *rest: Any) -> None:
         if not took_over:
             took_over.append(key)
             del carry.api.store.states[key]
             await carry.fill(key.stream)
-        await delete(pipeline, key, *rest)
+        await delete(streams, key, *rest)
 
-    monkeypatch.setattr(type(carry.api.pipeline), "delete", late)
+    monkeypatch.setattr(Streams, "delete", late)
     done = await carry("reset", "probe", "--prefix", "", "--yes")
     assert done.stdout.startswith("reset 0 streams, left 1 of version ")
     assert took_over
