@@ -94,14 +94,23 @@ class Streams:
         )
 
     async def delete_prefix(self, model: str, prefix: str) -> int:
-        """Forget every stream whose name begins with `prefix`; how many there were."""
+        """Forget every stream whose name begins with `prefix`; how many there were.
+
+        Safe to repeat; what was forgotten before a failure stays so.
+
+        Raises:
+            OutcomeUnknown, NotDurable: the first stream whose deletion is not certain.
+        """
         deleted, cursor = 0, None
         while True:
             page = await self.page(model, prefix, cursor, 500)
             for stream in page.streams:
                 key = StreamKey(model, stream)
                 self._cache.drop(key)
-                deleted += isinstance(await self._store.delete(key), Committed)
+                result = await self._store.delete(key)
+                if isinstance(result, CarryError):
+                    raise result
+                deleted += isinstance(result, Committed)
             cursor = page.cursor
             if cursor is None:
                 return deleted

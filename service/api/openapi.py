@@ -320,6 +320,7 @@ DELETE_STREAMS = _route(
     *_NAMED,
     errors.InvalidInput,
     *_STORE,
+    *_WRITTEN,
 )
 MODELS = _route({200: _good(schemas.ModelList, "The models.")}, [], errors.NotAcceptable)
 MODEL = _route(

@@ -57,6 +57,8 @@ class FaultyStore:
         """Answers of `load` for some streams."""
         self.on_commit: Callable[[Commit], CommitResult | None] = lambda _: None
         """May answer a commit in the store's place."""
+        self.on_delete: Callable[[StreamKey], CommitResult | None] = lambda _: None
+        """May answer a deletion in the store's place."""
         self.checks: list[Check] | None = None
         """Answers `check` in the store's place."""
         self.held: asyncio.Event | None = None
@@ -100,7 +102,8 @@ class FaultyStore:
         self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
     ) -> CommitResult:
         self._fail()
-        return await self._store.delete(key, expected, deadline_s)
+        answer = self.on_delete(key)
+        return await self._store.delete(key, expected, deadline_s) if answer is None else answer
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         self._fail()

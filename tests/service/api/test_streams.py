@@ -14,7 +14,7 @@ import pytest
 from models.artifact import Artifact
 from service.api.schemas import Deleted, StateReply, StreamInfo, StreamList
 from service.domain import StreamKey
-from service.errors import StoreUnavailable
+from service.errors import OutcomeUnknown, StoreUnavailable
 from tests.service.api.harness import EVENT, LATER, MSGPACK, NOW_MS, Harness, harness, problem, rows
 from tests.support.servers import RealServer
 
@@ -102,6 +102,18 @@ async def test_forgetting_many_needs_a_prefix(api: Harness) -> None:
     Deleted.model_validate_json(response.content)
     assert response.json() == {"model": "probe", "deleted": 2}
     assert (await api.client.delete(f"{ADDRESS}?prefix=")).json()["deleted"] == 1
+    assert not api.store.states
+
+
+async def test_forgetting_many_says_where_it_is_not_certain(api: Harness) -> None:
+    for name in ("a:1", "a:2", "a:3"):
+        await api.chunk({"inputs": rows(1).tolist()}, stream=name)
+    unknown = OutcomeUnknown("the reply was lost", stream="a:2")
+    api.store.on_delete = lambda key: unknown if key.stream == "a:2" else None
+    document = problem(await api.client.delete(f"{ADDRESS}?prefix=a"), 503, "outcome_unknown")
+    assert document["stream"] == "a:2"
+    api.store.on_delete = lambda _: None
+    await api.client.delete(f"{ADDRESS}?prefix=a")
     assert not api.store.states
 
 
