@@ -27,7 +27,7 @@ from service.api.context import ApiContext
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, media_of
 from service.api.problems import problem_answer
-from service.api.reading import STREAM_NAME, parse_timeout
+from service.api.reading import STREAM_NAME, TIMEOUT_HEADER, parse_timeout
 from service.api.replies import server_timing
 from service.api.wire import ModelWire
 from service.domain import Chunk, Reply
@@ -68,6 +68,7 @@ _HEAD = {
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
+_TIMEOUT = TIMEOUT_HEADER.encode()
 _CLOSE = b"connection: close\r\n"
 
 
@@ -85,8 +86,7 @@ class Taken(NamedTuple):
     """A request on its way.
 
     Attributes:
-        chunk: None where it was refused unread.
-        refusal: why.
+        work: the chunk, or why it was refused unread.
         answer: what the reply is written in.
         began_s: when it was whole, and deadline_s until when its client waits, of the monotonic
             clock.
@@ -94,8 +94,7 @@ class Taken(NamedTuple):
     """
 
     wire: ModelWire
-    chunk: Chunk | None
-    refusal: Overloaded | None
+    work: Chunk | Overloaded
     answer: Media
     request_id: bytes
     began_s: float
@@ -142,36 +141,29 @@ class Express:
         if model not in pipeline.models:
             return None
         wire = self._api.wire(model)
-        limits = self._api.limits
-        timeout_s = limits.timeout_s
-        if headers.timeout_s is not None:
-            timeout_s = min(headers.timeout_s, limits.max_timeout_s)
-        chunk = None
-        refusal = pipeline.refusal(model, timeout_s)
-        if refusal is None:
+        waits_s = self._api.limits.waits_s(headers.timeout_s)
+        work: Chunk | Overloaded | None = pipeline.refusal(model, waits_s)
+        if work is None:
             body = data[end + 4 : whole_bytes]
-            chunk = wire.reader.plain_chunk(body, headers.media, stream)
-            if chunk is None:
+            work = wire.reader.plain_chunk(body, headers.media, stream)
+            if work is None:
                 return None
         request_id = headers.request_id or self._ids.next()
-        deadline_s = began_s + timeout_s
-        return Taken(
-            wire, chunk, refusal, headers.answer, request_id, began_s, deadline_s, whole_bytes
-        )
+        deadline_s = began_s + waits_s
+        return Taken(wire, work, headers.answer, request_id, began_s, deadline_s, whole_bytes)
 
     def begin(self, taken: Taken) -> Begun:
-        """Hand the chunk to the pipeline."""
-        if taken.chunk is not None:
-            return self._api.pipeline.begin(taken.chunk, taken.deadline_s)
+        """Hand the chunk to the pipeline; what was refused is done already."""
+        if isinstance(taken.work, Chunk):
+            return self._api.pipeline.begin(taken.work, taken.deadline_s)
         begun: Begun = asyncio.get_running_loop().create_future()
-        if taken.refusal is not None:
-            begun.set_result([taken.refusal])
+        begun.set_result([taken.work])
         return begun
 
     def leave(self, taken: Taken, begun: Begun) -> None:
         """The client is gone."""
-        if taken.chunk is not None:
-            self._api.pipeline.leave(taken.chunk, begun)
+        if isinstance(taken.work, Chunk):
+            self._api.pipeline.leave(taken.work, begun)
 
     def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
         """The whole answer.
@@ -234,7 +226,7 @@ def _read_headers(block: bytes) -> _Headers | None:
     except CarryError:
         return None
     timeout_s = None
-    if (said := _text(found.get(b"carry-timeout"))) is not None:
+    if (said := _text(found.get(_TIMEOUT))) is not None:
         timeout_s = parse_timeout(said)
         if timeout_s is None:
             return None

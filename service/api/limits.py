@@ -16,6 +16,8 @@ class ApiLimits:
         max_items: most items in a request for many streams, most sequences to predict and
             most names on one page of a listing.
         max_forecast_samples: most paths of one forecast.
+        timeout_s: how long a client waits that does not say so.
+        max_timeout_s: longest that one which says so may wait.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -25,6 +27,10 @@ class ApiLimits:
     max_forecast_samples: int = 1_000
     timeout_s: float = 30.0
     max_timeout_s: float = 300.0
+
+    def waits_s(self, said_s: float | None) -> float:
+        """How long a client waits that said so (None: it did not)."""
+        return self.timeout_s if said_s is None else min(said_s, self.max_timeout_s)
 
     def of_model(self, chunk_limit: int | None) -> ApiLimits:
         """The limits for a model that takes chunks of at most `chunk_limit` steps (None: any)."""

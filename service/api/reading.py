@@ -160,7 +160,7 @@ def deadline(request: Request, limits: ApiLimits) -> float:
         InvalidInput
     """
     lines = request.headers.getlist(TIMEOUT_HEADER)
-    timeout_s = limits.timeout_s
+    said_s = None
     if lines:
         text = ", ".join(lines)
         said_s = parse_timeout(text)
@@ -172,8 +172,7 @@ def deadline(request: Request, limits: ApiLimits) -> float:
                 expected=_TIMEOUT_EXPECTED,
                 got=got,
             )
-        timeout_s = min(said_s, limits.max_timeout_s)
-    return time.monotonic() + timeout_s
+    return time.monotonic() + limits.waits_s(said_s)
 
 
 def parse_timeout(text: str) -> float | None:

@@ -257,7 +257,7 @@ async def test_requests_on_one_connection_are_answered_in_order(
     assert [found and (found[1] or found[2] or found[3]) for found in seen] == [
         b"4", b'"models"', b"8", b'"models"', b"12", b'"code"', b"16", b"20", b'"models"',
     ]  # fmt: skip
-    assert [taken.chunk.position for taken in ours.taken][:1] == [0]
+    assert [taken.work.position for taken in ours.taken][:1] == [0]
 
 
 async def test_after_others_a_connection_goes_express_again(doors: tuple[Door, Door]) -> None:
