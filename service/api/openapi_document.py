@@ -76,8 +76,8 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         **_schemas([kind for found in types.values() for kind in _kinds(found)]),
     }
     for body in ("Chunk", "Many", "Predict"):
-        refs = [{"$ref": REF_TEMPLATE.format(model=f"{name}-{body}")} for name in types]
-        components[body] = {"title": body, "anyOf": refs}
+        references = [_reference(f"{name}-{body}") for name in types]
+        components[body] = {"title": body, "anyOf": references}
     forecasts = [name for name, found in types.items() if found.forecast is not None]
     components["Forecast"] = (
         {"title": "Forecast", "anyOf": [_reference(f"{name}-Forecast") for name in forecasts]}
