@@ -38,6 +38,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DONE, LEFT, GONE, DAMAGED = "done", "left", "gone", "damaged"
 """What became of one of many streams."""
 
+Act = Callable[["httpx.Client", str], str]
+"""Does something to the stream of an address, and says what became of it."""
+
 
 @contextmanager
 def _service(url: str) -> Iterator[httpx.Client]:
@@ -141,16 +144,10 @@ def delete_streams(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Forget one stream, or all with a prefix."""
-    what = _chosen(stream, prefix)
-    if not yes:
-        typer.confirm(f"Forget {what} of model {model}?", abort=True)
+    _confirm(model, stream, prefix, yes, "Forget {}?")
     with _service(url) as client:
-        if stream is not None:
-            _ask(client, "DELETE", _path(model, stream))
-            typer.echo(f"forgot {stream}")
-            return
-        outcomes = _many(client, model, prefix or "", "forgetting", _forget)
-    typer.echo(f"forgot {outcomes[DONE]:,} streams")
+        outcomes = _each(client, model, stream, prefix, "forgetting", _forget)
+    typer.echo(f"forgot {outcomes[DONE]:,} streams" if stream is None else f"forgot {stream}")
 
 
 @streams_app.command("reset")
@@ -166,21 +163,11 @@ def reset_streams(
     They are forgotten, each only as long as it is as it was found; their next chunk is expected
     at position 0. The streams of the version that is served now are left alone.
     """
-    what = _chosen(stream, prefix)
-    if not yes:
-        typer.confirm(
-            f"Forget {what} of model {model}, where another version wrote the state?", abort=True
-        )
+    _confirm(model, stream, prefix, yes, "Forget {}, where another version wrote the state?")
     with _service(url) as client:
         detail = _ask(client, "GET", f"/v1/models/{quote(model, safe='')}")
         reset = partial(_reset, fingerprint=detail["fingerprint"])
-        if stream is not None:
-            outcomes = Counter([reset(client, _path(model, stream))])
-            if outcomes[GONE]:
-                typer.echo(f"carry: model {model} has no stream {stream}", err=True)
-                raise typer.Exit(1)
-        else:
-            outcomes = _many(client, model, prefix or "", "resetting", reset)
+        outcomes = _each(client, model, stream, prefix, "resetting", reset)
     typer.echo(
         f"reset {outcomes[DONE]:,} streams, left {outcomes[LEFT]:,} of version {detail['version']}"
     )
@@ -192,20 +179,33 @@ def reset_streams(
         raise typer.Exit(1)
 
 
-def _chosen(stream: str | None, prefix: str | None) -> str:
-    """The streams that are meant, in words."""
+def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, question: str) -> None:
+    """Ask, unless `yes`, whether the streams that are meant are to be acted on.
+
+    Args:
+        question: with `{}` in the streams' place.
+    """
     if (stream is None) == (prefix is None):
         raise typer.BadParameter("expected either a stream's name or --prefix")
-    return f"stream {stream}" if stream is not None else f"all streams that begin with {prefix!r}"
+    which = f"all streams that begin with {prefix!r}" if stream is None else f"stream {stream}"
+    if not yes:
+        typer.confirm(question.format(f"{which} of model {model}"), abort=True)
 
 
-def _many(
-    client: httpx.Client,
-    model: str,
-    prefix: str,
-    doing: str,
-    act: Callable[[httpx.Client, str], str],
+def _each(
+    client: httpx.Client, model: str, stream: str | None, prefix: str | None, doing: str, act: Act
 ) -> Counter[str]:
+    """Act on the one stream, which has to be there, or on all with the prefix: the outcomes."""
+    if stream is None:
+        return _many(client, model, prefix or "", doing, act)
+    outcome = act(client, _path(model, stream))
+    if outcome == GONE:
+        typer.echo(f"carry: model {model} has no stream {stream}", err=True)
+        raise typer.Exit(1)
+    return Counter([outcome])
+
+
+def _many(client: httpx.Client, model: str, prefix: str, doing: str, act: Act) -> Counter[str]:
     """Act on every stream with a prefix, some at a time, and count the outcomes.
 
     The first failure ends it; what was done stays done, and the same command goes on from there.

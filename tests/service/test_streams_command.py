@@ -82,9 +82,13 @@ async def test_list_and_show(carry: Commands) -> None:
 
 async def test_delete_one_or_all_with_a_prefix(carry: Commands) -> None:
     await carry.fill(*MANY, "other")
-    assert (await carry("delete", "probe", "other", "--yes")).exit_code == 0
+    gone = await carry("delete", "probe", "other", "--yes")
+    assert (gone.exit_code, gone.stdout) == (0, "forgot other\n")
+    missing = await carry("delete", "probe", "other", "--yes")
+    assert (missing.exit_code, missing.stderr) == (1, "carry: model probe has no stream other\n")
     kept = await carry("delete", "probe", "--prefix", "d", answer="n\n")
     assert kept.exit_code == 1
+    assert "Forget all streams that begin with 'd' of model probe? [y/N]" in kept.output
     assert len(carry.streams()) == len(MANY)
     some = await carry("delete", "probe", "--prefix", "d1", answer="y\n")
     assert some.stdout.endswith("forgot 100 streams\n")
