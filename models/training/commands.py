@@ -20,8 +20,9 @@ from models.decoder import DECODER
 from models.errors import ArtifactError
 from models.spec import ModelSpec
 from models.spec_file import read_spec
-from models.training.data import moment_ms, read_data, schema_of, training_of
-from models.training.evaluate import evaluate
+from models.training.data import moment_ms, read_data, schema_of, streams_of, training_of
+from models.training.evaluate import evaluate, events_to_score
+from models.training.labels import labels_of
 
 if TYPE_CHECKING:
     from models.training.report import Further
@@ -161,16 +162,9 @@ def evaluate_command(
 
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:
-    from models.training.data import streams_of
-    from models.training.evaluate import scored_rows, spoken_rows
-    from models.training.labels import labels_of
-
-    spec = artifact.spec
-    streams = streams_of(spec, frame)
-    labels = labels_of(spec, streams.frame)
-    if spec.decoder is not None and len(scored_rows(streams, moment)):
-        return True
-    return any(len(spoken_rows(head, streams, labels, moment)) for head in spec.heads)
+    streams = streams_of(artifact.spec, frame)
+    labels = labels_of(artifact.spec, streams.frame)
+    return events_to_score(artifact.spec, streams, labels, moment) > 0
 
 
 def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ batches with other streams, padded and masked. What is scored are the outputs of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -105,11 +105,7 @@ def scored_rows(
 ) -> NDArray[np.int64]:
     """The events from one moment to before another that have a predecessor, int64 [n]."""
     followed = np.append(False, streams.has_next[:-1])
-    if from_ms is not None:
-        followed &= streams.moments_ms >= from_ms
-    if to_ms is not None:
-        followed &= streams.moments_ms < to_ms
-    return np.flatnonzero(followed)
+    return _within(streams, followed, from_ms, to_ms)
 
 
 def spoken_rows(
@@ -121,7 +117,14 @@ def spoken_rows(
     """
     if not isinstance(head, LabelHead):
         return scored_rows(streams, from_ms, to_ms)
-    found = ~np.isnan(labels[head.name])
+    return _within(streams, ~np.isnan(labels[head.name]), from_ms, to_ms)
+
+
+def _within(
+    streams: Streams, wanted: NDArray[np.bool_], from_ms: int | None, to_ms: int | None
+) -> NDArray[np.int64]:
+    """The wanted rows in [from_ms, to_ms)."""
+    found = wanted.copy()
     if from_ms is not None:
         found &= streams.moments_ms >= from_ms
     if to_ms is not None:
@@ -162,15 +165,7 @@ def evaluate(
     streams = streams_of(spec, frame, source)
     from_ms = None if since is None else moment_ms(schema_of(spec), since, "since")
     labels = labels_of(spec, streams.frame, source)
-    at = {
-        head.name: spoken_rows(head, streams, labels, from_ms)
-        for head in spec.heads
-        if has_targets(head)
-    }
-    spoken = list(at.values())
-    if spec.decoder is not None:
-        spoken.append(scored_rows(streams, from_ms))
-    scored = distinct_rows(spoken)
+    scored = events_to_score(spec, streams, labels, from_ms)
     if scored == 0:
         raise DataError(
             expected=f"{source}: events to score, each after another of its stream or labelled",
@@ -190,9 +185,19 @@ def evaluate(
         "since": since,
         "chunk": chunk,
         "seed": seed,
-        "heads": head_metrics(spec, outputs, streams, labels, at),
+        "heads": head_metrics(spec, outputs, streams, labels, from_ms),
         **decoded,
     }
+
+
+def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_ms: int | None) -> int:
+    """How many events from a moment on a head with targets, or the decoder, speaks about."""
+    spoken = [
+        spoken_rows(head, streams, labels, from_ms) for head in spec.heads if has_targets(head)
+    ]
+    if spec.decoder is not None:
+        spoken.append(scored_rows(streams, from_ms))
+    return distinct_rows(spoken)
 
 
 def distinct_rows(rows: Iterable[NDArray[np.int64]]) -> int:
@@ -205,15 +210,16 @@ def head_metrics(
     outputs: NDArray[np.float32],
     streams: Streams,
     labels: Labels,
-    at: Mapping[str, NDArray[np.int64]],
+    from_ms: int | None,
 ) -> dict[str, dict[str, float]]:
-    """Mean losses, and AUC for two classes, of every head with targets at its rows."""
+    """Mean losses, and AUC for two classes, of every head with targets from a moment on."""
     named = output_spec(spec).by_name(outputs)
     found: dict[str, dict[str, float]] = {}
     for head in spec.heads:
-        if head.name not in at:
+        if not has_targets(head):
             continue
-        scored = score_outputs(spec, head, named[head.name], streams.columns, labels, at[head.name])
+        at = spoken_rows(head, streams, labels, from_ms)
+        scored = score_outputs(spec, head, named[head.name], streams.columns, labels, at)
         found[head.name] = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
         if scored.chance is not None and scored.truth is not None:
             found[head.name]["auc"] = auc(scored.chance, scored.truth)

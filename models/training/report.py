@@ -22,7 +22,7 @@ from models.heads import ForecastHead, Head
 from models.layout import output_spec
 from models.training.baselines import baselines_of
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
-from models.training.evaluate import distinct_rows, run_chunks, scored_rows, spoken_rows
+from models.training.evaluate import distinct_rows, events_to_score, run_chunks, spoken_rows
 from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
 from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
@@ -93,10 +93,7 @@ def make_report(
         )
         for head in heads
     }
-    spoken = [table.test for table in tables.values()]
-    if spec.decoder is not None:
-        spoken.append(scored_rows(streams, test_ms))
-    held_out = distinct_rows(spoken)
+    held_out = events_to_score(spec, streams, labels, test_ms)
     if held_out == 0:
         raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
     tell("running the model over all events, chunk by chunk")

@@ -139,6 +139,14 @@ def test_a_label_that_depends_on_the_past_is_learnt_and_beats_what_knows_none(tm
     assert found["scored"] == report["data"]["held_out"]
 
 
+def test_labels_that_end_before_the_test_begins_leave_no_report(tmp_path) -> None:
+    """A head without targets, which speaks about every event, holds none of them out."""
+    spec = label_spec(UP, {"kind": "sequence", "name": "hidden"}, epochs=1)
+    frame = labelled(8).with_columns(up=pl.when(pl.col("at") < TEST).then("up"))
+    artifact = train_frame(spec, frame, tmp_path / "model", trees=False, quiet=True)
+    assert not (artifact.path / "report.json").exists()
+
+
 def test_a_checkpoint_of_other_labels_is_refused(tmp_path) -> None:
     class Stopped(Exception):
         pass
