@@ -39,16 +39,13 @@ from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, encode
 from models.events.schema import EventSchema, NumericField
+from models.heads import EXPONENT_LIMIT, LOG_DEVIATION_LIMIT
 from models.layout import state_spec
 from models.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]
 
-LOG_DEVIATION_LIMIT = 7.0
-"""Bound of a Gaussian's log deviation, either way, as in `models.networks.heads`."""
-EXPONENT_LIMIT = 88.0
-"""Bound of what `signed_log1p` inverts, as in `models.networks.heads`."""
 _SMALLEST = 2.0**-53
 """Uniform draws keep this far from 0 and 1, whose logarithms are infinite."""
 

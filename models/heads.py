@@ -1,6 +1,7 @@
 """The kinds of heads, which turn what a layer gives into named outputs.
 
-Descriptions only; `models.networks.heads` and `models.onnx.heads` compute them.
+Descriptions and the bounds that all who compute them keep; `models.networks.heads`,
+`models.onnx.heads` and, for a decoder's steps, `models.decoding` compute them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,13 @@ from pydantic import Field, model_validator
 
 from models.events.schema import Frozen
 from models.layers import ActivationName, LayerName, Units
+
+LOG_DEVIATION_LIMIT = 7.0
+"""Bound of a Gaussian's log deviation, either way: deviations of 0.0009 to 1,097."""
+DEVIATION_LIMIT = 1e18
+"""Bound of (z - mean) / deviation, so that 256 squares still sum to a finite float32."""
+EXPONENT_LIMIT = 88.0
+"""Bound of what `signed_log1p` inverts: exp(88) is a float32, exp(89) is not."""
 
 
 class _Head(Frozen):

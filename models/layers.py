@@ -1,6 +1,7 @@
 """The kinds of layers that a network is made of, as a specification describes them.
 
-Descriptions only: sizes, wiring and options of each layer, with neither weights nor a runtime.
+Descriptions only: sizes, wiring and options of each layer, and the constants that every runtime
+shares; neither weights nor a runtime.
 """
 
 from __future__ import annotations
@@ -10,6 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from models.events.schema import Frozen
+
+NORMALISATION_EPSILON = 1e-3
+"""Added to the variance inside a cell, as `keras.layers.LayerNormalization` does by default."""
+MASKED = -1e30
+"""Attention's score of a step that does not count; exp of it is 0 beside any other."""
+NOTHING = -1e300
+"""In float64, below every float32 score: attention's maximum of no steps."""
 
 LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Units = Annotated[int, Field(ge=1, le=16384)]

@@ -30,15 +30,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from models.layers import AttentionLayer
+from models.layers import MASKED, NOTHING, AttentionLayer
 from models.networks.activations import activation_of
 
 Tensor = Any
 
-MASKED = -1e30
-"""Score of a step that does not count; exp of it is 0 beside any other."""
-NOTHING = -1e300
-"""In float64, below every float32 score: the maximum of no steps."""
 BLOCK_STEPS = 64
 """Steps that are summed at once: memory grows with a block's square, and no further."""
 

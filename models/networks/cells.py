@@ -13,13 +13,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from models.layers import GruLayer, LstmLayer
+from models.layers import NORMALISATION_EPSILON, GruLayer, LstmLayer
 from models.networks.activations import activation_of
 
 Tensor = Any
-
-NORMALISATION_EPSILON = 1e-3
-"""Added to the variance, as `keras.layers.LayerNormalization` does by default."""
 
 
 class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no types

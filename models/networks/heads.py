@@ -45,6 +45,9 @@ from models.events.schema import (
     NumericField,
 )
 from models.heads import (
+    DEVIATION_LIMIT,
+    EXPONENT_LIMIT,
+    LOG_DEVIATION_LIMIT,
     AnomalyHead,
     ClassificationHead,
     DenseHead,
@@ -59,13 +62,6 @@ from models.spec import ModelSpec
 
 Tensor: TypeAlias = Any
 """A float32 tf.Tensor; TensorFlow ships no types."""
-
-LOG_DEVIATION_LIMIT = 7.0
-"""Bound of a Gaussian's log deviation, either way: deviations of 0.0009 to 1,097."""
-DEVIATION_LIMIT = 1e18
-"""Bound of (z - mean) / deviation, so that 256 squares still sum to a finite float32."""
-EXPONENT_LIMIT = 88.0
-"""Bound of what `signed_log1p` inverts: exp(88) is a float32, exp(89) is not."""
 
 
 def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast: Tensor) -> Tensor:

@@ -13,15 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from models.layers import AttentionLayer
+from models.layers import MASKED, NOTHING, AttentionLayer
 from models.onnx.heads import dense
 from models.onnx.nodes import Nodes, Value
 
 Weights = Mapping[str, NDArray[np.float32]]
-
-MASKED = -1e30
-NOTHING = -1e300
-"""The bounds of `models.networks.attention`, which says why."""
 
 
 def over_chunk(

@@ -23,6 +23,9 @@ from models.events.schema import (
     NumericField,
 )
 from models.heads import (
+    DEVIATION_LIMIT,
+    EXPONENT_LIMIT,
+    LOG_DEVIATION_LIMIT,
     AnomalyHead,
     ClassificationHead,
     DenseHead,
@@ -35,11 +38,6 @@ from models.layout import anomaly_width, event_field
 from models.onnx.activations import activation
 from models.onnx.nodes import Nodes, Value
 from models.spec import ModelSpec
-
-LOG_DEVIATION_LIMIT = 7.0
-DEVIATION_LIMIT = 1e18
-EXPONENT_LIMIT = 88.0
-"""The bounds of `models.networks.heads`, which says why."""
 
 
 def head_output(

@@ -14,12 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from models.layers import LstmLayer
+from models.layers import NORMALISATION_EPSILON, LstmLayer
 from models.onnx.activations import activation
 from models.onnx.nodes import Nodes, Value
-
-NORMALISATION_EPSILON = 1e-3
-"""That of `models.networks.cells`."""
 
 
 def lstm_loop(
