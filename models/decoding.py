@@ -101,12 +101,14 @@ def start_parts(spec: ModelSpec) -> list[slice | int]:
 
 
 def start(spec: ModelSpec, floats: FloatRows) -> tuple[FloatRows, FloatRows]:
-    """The decoder's state [M] and first previous values [D] from a stream's floats [N]."""
+    """The decoder's state [..., M] and first previous values [..., D] from floats [..., N]."""
     pieces = [
-        np.zeros(part, np.float32) if isinstance(part, int) else floats[part]
+        np.zeros((*floats.shape[:-1], part), np.float32)
+        if isinstance(part, int)
+        else floats[..., part]
         for part in start_parts(spec)
     ]
-    return np.concatenate(pieces), floats[state_spec(spec).slices[LAST]]
+    return np.concatenate(pieces, axis=-1), floats[..., state_spec(spec).slices[LAST]]
 
 
 def coming(spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | None) -> Coming:

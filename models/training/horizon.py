@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
-from models.decoder import LAST, known_columns
-from models.decoding import Distribution, decoder_of, start_parts
-from models.layout import state_spec
+from models.decoder import known_columns
+from models.decoding import Distribution, decoder_of, start
 from models.spec import ModelSpec
 from models.training.data import Streams
 from models.training.decoder import steps_ahead
@@ -187,14 +186,7 @@ def forecasts_at(
         network.state_size,
     )
     distribution = Distribution(spec)
-    state = np.concatenate(
-        [
-            np.zeros((len(floats), part), np.float32) if isinstance(part, int) else floats[:, part]
-            for part in start_parts(spec)
-        ],
-        axis=1,
-    )
-    previous = floats[:, state_spec(spec).slices[LAST]]
+    state, previous = start(spec, floats)
     known = rows[:, [events.column_index[name] for name in known_columns(spec, decoder)]]
     step = tf.function(network.decoder.step, autograph=False)
     ones = np.ones(len(floats), np.int32)
