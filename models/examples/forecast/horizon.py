@@ -25,7 +25,7 @@ from sklearn.linear_model import Ridge
 from models.artifact import Artifact
 from models.decoding import decoder_of
 from models.events.zones import zone_table
-from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, same_hour_mean
+from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago, same_hour_mean
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import scored_rows
 from models.training.horizon import STRIDE, ahead_of, forecasts_at
@@ -33,7 +33,6 @@ from models.training.report import DAY_MS
 from models.training.scores import DayDraws, Floats, interval
 from models.training.table import Table, rows_around
 
-HOUR_MS = 3_600_000
 SHOWN = (1, 3, 6, 12, 24)
 DRAWS = 1000
 MODEL = "encoder/decoder"
@@ -121,13 +120,8 @@ def comparison_lines(found: Comparison) -> list[str]:
 
 def _ahead(table: Table, value: Floats, horizon: int) -> Floats:
     """The value so many hours after every row, by the clock: [rows, H], NaN where missing."""
-    at = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
-    columns = []
-    for hours in range(1, horizon + 1):
-        wanted = at.select("s", at=pl.col("at") + hours * HOUR_MS)
-        joined = wanted.join(at, on=["s", "at"], how="left", maintain_order="left")
-        columns.append(joined["x"].fill_null(float("nan")).to_numpy())
-    return np.stack(columns, axis=1).astype(np.float64)
+    columns = [hours_ago(table, value, -hours) for hours in range(1, horizon + 1)]
+    return np.stack(columns, axis=1)
 
 
 def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
@@ -135,20 +129,16 @@ def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
     horizon = truth.shape[1]
     # Where the value of an hour is missing, that of the origin stands in for it.
     last = np.repeat(value[:, np.newaxis], horizon, axis=1)
-    before = np.stack(
-        [_hours_ago(table, value, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
-    )
-    yesterday = np.where(np.isnan(before), last, before)
 
-    def climatology(days: int) -> Floats:
-        # What the mean of an hour was at its last occurrence, that one included.
-        known = same_hour_mean(table, value, days, including=True)
+    def day_before(series: Floats) -> Floats:
         found = np.stack(
-            [_hours_ago(table, known, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
+            [hours_ago(table, series, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
         )
         return np.where(np.isnan(found), last, found)
 
-    best = _best([climatology(days) for days in DAYS], table, truth)
+    # The mean of an hour as it was at its last occurrence, that one included.
+    means = [same_hour_mean(table, value, days, including=True) for days in DAYS]
+    best = _best([day_before(mean) for mean in means], table, truth)
     seen = np.nan_to_num(rows_around(table, HOURS - 1, 0))
     lines = []
     for ahead in range(horizon):
@@ -160,7 +150,7 @@ def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
         lines.append(_best(fits, table, truth[:, ahead]))
     return {
         "last value": last,
-        "same hour yesterday": yesterday,
+        "same hour yesterday": day_before(value),
         "climatology": best,
         "linear, last 24 hours": np.stack(lines, axis=1),
     }
@@ -170,10 +160,3 @@ def _best(candidates: list[Floats], table: Table, truth: Floats) -> Floats:
     judged = table.validate
     losses = [float(np.nanmean(np.abs(truth[judged] - said[judged]))) for said in candidates]
     return candidates[int(np.argmin(losses))]
-
-
-def _hours_ago(table: Table, value: Floats, hours: int) -> Floats:
-    frame = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
-    wanted = frame.select("s", at=pl.col("at") - hours * HOUR_MS)
-    joined = wanted.join(frame, on=["s", "at"], how="left", maintain_order="left")
-    return joined["x"].fill_null(float("nan")).to_numpy().astype(np.float64)

@@ -46,7 +46,7 @@ def weather_baselines(table: Table, head: Head) -> list[Baseline]:
     before = np.zeros(table.streams.events)
     for name in head.targets:
         value = table.encoded(name)
-        before += _linear(value, yesterday(table, value), table.train)
+        before += _linear(value, hours_ago(table, value, 24), table.train)
     return [
         Baseline(
             CLIMATOLOGY, Scored({"nll": best[table.test]}), {"days": days, "validation": loss}
@@ -97,19 +97,15 @@ def same_hour_mean(table: Table, value: Floats, days: int, *, including: bool = 
     return found.fill_null(float("nan")).to_numpy().astype(np.float64)
 
 
-def yesterday(table: Table, value: Floats) -> Floats:
-    """The value 24 hours before, NaN where that hour is missing; float64 [rows]."""
-    frame = pl.DataFrame(
-        {"s": table.stream_of, "at": table.streams.moments_ms, "x": value}
-    ).with_columns(before=pl.col("at") - 24 * HOUR_MS)
-    joined = frame.join(
-        frame.select("s", "at", y="x"),
-        left_on=["s", "before"],
-        right_on=["s", "at"],
-        how="left",
-        maintain_order="left",
-    )
-    return joined["y"].fill_null(float("nan")).to_numpy().astype(np.float64)
+def hours_ago(table: Table, value: Floats, hours: int) -> Floats:
+    """The value so many hours before every row, by the clock; float64 [rows].
+
+    NaN where that hour is missing; hours below 0 look ahead.
+    """
+    frame = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
+    wanted = frame.select("s", at=pl.col("at") - hours * HOUR_MS)
+    joined = wanted.join(frame, on=["s", "at"], how="left", maintain_order="left")
+    return joined["x"].fill_null(float("nan")).to_numpy().astype(np.float64)
 
 
 def _by_hour(

@@ -7,7 +7,8 @@ import polars as pl
 import pytest
 
 from models.examples.forecast.__main__ import SPEC
-from models.examples.forecast.horizon import HOUR_MS, _ahead, _baselines
+from models.examples.forecast.horizon import _ahead, _baselines
+from models.examples.weather.baselines import HOUR_MS
 from models.examples.weather.data import weather_events
 from models.spec_file import read_spec
 from models.training.data import fitted_spec, moment_ms, streams_of

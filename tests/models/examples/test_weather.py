@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from models.examples.weather.__main__ import SPEC
-from models.examples.weather.baselines import local_hours, same_hour_mean, yesterday
+from models.examples.weather.baselines import hours_ago, local_hours, same_hour_mean
 from models.examples.weather.data import WEATHER_COLUMNS, weather_events
 from models.spec_file import read_spec
 from models.training.data import fitted_spec, moment_ms, streams_of
@@ -64,7 +64,7 @@ def test_baselines_look_back_by_the_clock(table):
     moments, stream = table.streams.moments_ms, table.stream_of
     hours = local_hours(table)
     at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
-    before, mean = yesterday(table, value), same_hour_mean(table, value, 3)
+    before, mean = hours_ago(table, value, 24), same_hour_mean(table, value, 3)
     absent = 0
     for row in np.random.default_rng(2).integers(0, len(value), 800):
         found = at.get((stream[row], moments[row] - 24 * 3_600_000))
