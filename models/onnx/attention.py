@@ -33,7 +33,7 @@ def over_chunk(
         The value, the same at every step, [T, B, W], and the weights [T, B, 1], 0 beyond a
         row's length.
     """
-    steps = nodes.add("Unsqueeze", _steps(nodes, x), nodes.integers(1))
+    steps = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1))
     valid = nodes.add("Less", steps, nodes.add("Cast", lengths, to=TensorProto.INT64))
     valid = nodes.add("Unsqueeze", valid, nodes.integers(2))
     scores = nodes.add("Where", valid, _scores(nodes, layer, weights, x), nodes.number(MASKED))
@@ -67,7 +67,7 @@ def over_stream(
     scores = _double(
         nodes, nodes.add("Transpose", _scores(nodes, layer, weights, x), perm=[1, 2, 0])
     )
-    steps = _steps(nodes, x)
+    steps = nodes.steps(x)
     causal = nodes.add("GreaterOrEqual", nodes.add("Unsqueeze", steps, nodes.integers(1)), steps)
     nothing = nodes.constant(np.array(NOTHING, np.float64))
     pairs = nodes.add("Where", causal, scores, nothing)
@@ -123,15 +123,6 @@ def _parts(nodes: Nodes, value: Value) -> Value:
     high = nodes.add("Cast", value, to=TensorProto.FLOAT)
     low = nodes.add("Sub", value, _double(nodes, high))
     return nodes.concat([high, nodes.add("Cast", low, to=TensorProto.FLOAT)], axis=2)
-
-
-def _steps(nodes: Nodes, x: Value) -> Value:
-    """0, 1, ... T - 1, int64 [T]."""
-    count = nodes.add(
-        "Gather", nodes.add("Shape", x), nodes.constant(np.array(0, np.int64)), axis=0
-    )
-    zero, one = (nodes.constant(np.array(number, np.int64)) for number in (0, 1))
-    return nodes.add("Range", zero, count, one)
 
 
 def _double(nodes: Nodes, value: Value) -> Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from onnx import TensorProto
 
 from models.errors import SpecError
@@ -48,9 +47,7 @@ def last_observed(nodes: Nodes, spec: ModelSpec, rows: Value, lengths: Value, pa
 
 def _valid_steps(nodes: Nodes, rows: Value, last: Value) -> Value:
     """Each step's number from 1, int64 [T, B, 1], 0 beyond a row's length."""
-    one = nodes.constant(np.array(1, np.int64))
-    steps = nodes.add("Squeeze", nodes.add("Shape", rows, start=0, end=1), nodes.integers(0))
-    numbers = nodes.add("Range", one, nodes.add("Add", steps, one), one)
+    numbers = nodes.add("Add", nodes.steps(rows), nodes.integers(1))
     numbers = nodes.add("Unsqueeze", numbers, nodes.integers(1, 2))
     valid = nodes.add("LessOrEqual", numbers, last)
     return nodes.add("Where", valid, numbers, nodes.integers(0))

@@ -76,6 +76,12 @@ class Nodes:
         """One column: [..., W] -> [...]."""
         return self.add("Gather", value, self.constant(np.array(index, np.int64)), axis=-1)
 
+    def steps(self, x: Value) -> Value:
+        """0, 1, ... T - 1 of a sequence [T, ...], int64 [T]."""
+        count = self.column(self.add("Shape", x), 0)
+        zero, one = (self.constant(np.array(number, np.int64)) for number in (0, 1))
+        return self.add("Range", zero, count, one)
+
     def constant(self, array: NDArray[Any]) -> Value:
         """A constant tensor."""
         array = np.ascontiguousarray(array) if array.ndim else array

@@ -119,10 +119,6 @@ def _normalised(nodes: Nodes, x: Value, gamma: Value, beta: Value = "") -> Value
 
 def _valid(nodes: Nodes, x: Value, lengths: Value) -> Value:
     """Which steps lie before their row's length: bool [T, B, 1]."""
-    steps = nodes.add("Gather", nodes.add("Shape", x), nodes.integers(0), axis=0)
-    steps = nodes.add("Squeeze", steps, nodes.integers(0))
-    zero, one = (nodes.constant(np.array(value, np.int64)) for value in (0, 1))
-    indices = nodes.add("Range", zero, steps, one)
-    indices = nodes.add("Unsqueeze", indices, nodes.integers(1, 2))
+    indices = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1, 2))
     rows = nodes.add("Cast", lengths, to=TensorProto.INT64)
     return nodes.add("Less", indices, nodes.add("Unsqueeze", rows, nodes.integers(0, 2)))
