@@ -12,13 +12,16 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.errors import SpecError
+from models.events.zones import DAY_MS
 from models.layout import output_spec
 from models.spec import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import train_frame
-from models.training.data import streams_of
+from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import run_chunks
 from models.training.label_baselines import BASE, BOTH, LAST_EVENTS
+from models.training.labels import labels_of
+from models.training.plan import plan_of
 from models.training.trainer import train
 from tests.support.training import HOUR_MS
 
@@ -95,7 +98,11 @@ def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head)
     with pytest.raises(SpecError, match="'next' foretells the next event, and layer 'above'"):
         train_frame(spec(head, LABEL), frame(), tmp_path / "model", quiet=True)
     below = spec({**head, "input": "below"}, LABEL)
-    assert below.heads[0].input == "below"
+    streams = streams_of(below, frame())
+    validate, test = 12 * DAY_MS + 8 * HOUR_MS, 15 * DAY_MS + 16 * HOUR_MS
+    fitted = fitted_spec(below, streams, validate)
+    plan = plan_of(fitted, streams, labels_of(below, streams.frame), validate, test)
+    assert plan.trained.any()
 
 
 def test_a_network_is_trained_without_its_blocks(tmp_path) -> None:
