@@ -40,6 +40,10 @@ class ZoneTable:
         """Local time minus UTC at each moment, both in milliseconds."""
         return self.offsets_ms.take(self.starts_ms[1:].searchsorted(utc_ms, side="right"))
 
+    def days(self, utc_ms: IntArray) -> IntArray:
+        """The local day of each moment, counted from 1970-01-01."""
+        return (utc_ms + self.offsets(utc_ms)) // DAY_MS
+
     def to_utc(self, local_ms: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
         """The moments at which local clocks showed these times.
 

@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from models.artifact import Artifact
 from models.decoder import known_columns
 from models.decoding import Distribution, decoder_of, start
+from models.events.zones import DAY_MS
 from models.spec import ModelSpec
 from models.training.data import Streams
 from models.training.decoder import steps_ahead
+from models.training.scores import Floats, pinball
 
-DAY_MS = 86_400_000
 STRIDE = 7
 """Events between two forecasts; no divisor of a day's hours, so that every hour has its turn."""
 LANES = 64
 """Streams that run side by side."""
 MODEL, LAST_VALUE, SEASONAL = "model", "last value", "seasonal naive"
 
-Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
 
@@ -284,19 +284,19 @@ def _scored(
     compared = ~np.isnan(truth)
     for point, _ in said.values():
         compared &= ~np.isnan(point)
-    mae, pinball = {}, {}
+    mae, pinballs = {}, {}
     for name, (point, quantiles) in said.items():
         mae[name] = _means(np.abs(truth - point), compared)
         error = truth[..., np.newaxis] - quantiles
-        loss = np.mean(np.maximum(levels * error, (levels - 1) * error), axis=-1)
+        loss = pinball(levels, error).mean(axis=-1)
         if not np.isnan(loss[compared]).all():
-            pinball[name] = _means(loss, compared)
+            pinballs[name] = _means(loss, compared)
     below = {
         str(level): _means((truth <= said[MODEL][1][..., at]).astype(np.float64), compared)
         for at, level in enumerate(levels.tolist())
     }
     steps = np.count_nonzero(compared, axis=0).tolist()
-    return {"steps": steps, "mae": mae, "pinball": pinball, "below": below}
+    return {"steps": steps, "mae": mae, "pinball": pinballs, "below": below}
 
 
 def _means(losses: Floats, compared: NDArray[np.bool_]) -> list[float | None]:

@@ -30,7 +30,6 @@ from models.training.table import Baseline, Table
 
 DRAWS = 1000
 CALIBRATION_BINS = 10
-DAY_MS = 86_400_000
 MODEL = "model"
 
 Say = Callable[[str], None]
@@ -99,7 +98,7 @@ def make_report(
     tell("running the model over all events, chunk by chunk")
     outputs = output_spec(spec).by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
     moments = streams.moments_ms
-    days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
+    days = zone_table(schema.timezone).days(moments)
     found = {}
     for head in heads:
         tell(f"baselines of {head.name}")

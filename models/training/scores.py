@@ -120,6 +120,11 @@ def score_classes(chances: Floats, truth: Floats) -> Scored:
     return Scored({"log_loss": -np.log(np.maximum(given, SMALLEST_CHANCE)), "brier": brier})
 
 
+def pinball(levels: Floats, error: Floats) -> Floats:
+    """The loss of each quantile: levels [Q], truth minus quantile [..., Q]."""
+    return np.asarray(np.maximum(levels * error, (levels - 1) * error))
+
+
 def score_forecast(quantiles: tuple[float, ...], values: Floats, truth: Floats) -> Scored:
     """Forecasts: values [n, targets, quantiles or 1], truth [n, targets]."""
     error = truth[..., None] - values
@@ -127,8 +132,7 @@ def score_forecast(quantiles: tuple[float, ...], values: Floats, truth: Floats) 
     middle = 0
     if quantiles:
         level = np.array(quantiles)
-        pinball = np.maximum(level * error, (level - 1) * error)
-        losses["pinball"] = pinball.mean(axis=(1, 2))
+        losses["pinball"] = pinball(level, error).mean(axis=(1, 2))
         middle = int(np.argmin(np.abs(level - 0.5)))
     losses["mae"] = np.abs(error[..., middle]).mean(axis=1)
     return Scored(losses, truth=truth, values=values)

@@ -31,13 +31,13 @@ from scipy.optimize import minimize
 from scipy.special import betaln, gammaln
 from sklearn.isotonic import IsotonicRegression
 
+from models.events.zones import DAY_MS
 from models.examples.customers.data import WITHIN_DAYS
 from models.heads import Head
 from models.training.data import moment_ms, schema_of, training_of
 from models.training.scores import Floats, score_chance
 from models.training.table import Baseline, Table
 
-DAY_MS = 86_400_000
 FREQUENCIES = (1, 2, 3, 5, 9)
 """Upper ends of the classes of earlier purchases; 0 has a class of its own."""
 GAPS_DAYS = (7, 14, 28, 56, 112, 224)

@@ -24,7 +24,7 @@ from models.examples.flights.data import WEATHER, flight_events
 from models.layout import output_spec
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import run_chunks, scored_rows
-from models.training.report import DAY_MS, DRAWS
+from models.training.report import DRAWS
 from models.training.scores import DayDraws, auc, interval, score_chance
 
 SETTINGS = ((5, 31), (20, 63))
@@ -74,7 +74,7 @@ def main() -> None:
     model = said["late"][test - 1].astype(np.float64)
     loss = score_chance(model, late[test]).losses["log_loss"]
     moments = streams.moments_ms[test]
-    local_days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
+    local_days = zone_table(schema.timezone).days(moments)
     days = DayDraws.make(local_days, DRAWS, 0)
     print(f"model: log loss {loss.mean():.4f}, AUC {auc(model, late[test]):.4f}", flush=True)
     for events, leaves in SETTINGS:

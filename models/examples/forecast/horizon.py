@@ -29,8 +29,7 @@ from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago,
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import scored_rows
 from models.training.horizon import STRIDE, ahead_of, forecasts_at
-from models.training.report import DAY_MS
-from models.training.scores import DayDraws, Floats, interval
+from models.training.scores import DayDraws, Floats, interval, pinball
 from models.training.table import Table, rows_around
 
 SHOWN = (1, 3, 6, 12, 24)
@@ -82,14 +81,14 @@ def compare(artifact: Artifact, frame: pl.DataFrame) -> Comparison:
         spread = np.nanquantile(errors, levels, axis=0)
         said[name] = points[origins][..., np.newaxis] + spread.T
     middle = int(np.argmin(np.abs(levels - 0.5)))
-    pinball, mae = {}, {}
+    pinballs, mae = {}, {}
     for name, quantiles in said.items():
         error = truth[origins][..., np.newaxis] - quantiles
-        pinball[name] = np.maximum(levels * error, (levels - 1) * error).mean(axis=-1)
+        pinballs[name] = pinball(levels, error).mean(axis=-1)
         mae[name] = np.abs(error[..., middle])
     moments = streams.moments_ms[origins]
-    days = (moments + zone_table(schema.timezone).offsets(moments)) // DAY_MS
-    return Comparison(pinball, mae, days)
+    days = zone_table(schema.timezone).days(moments)
+    return Comparison(pinballs, mae, days)
 
 
 def comparison_lines(found: Comparison) -> list[str]:

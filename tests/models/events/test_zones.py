@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -109,3 +109,11 @@ def test_local_times_lead_back_to_their_moment_or_an_earlier_one(zone: str, utc_
     assert exists.all()
     assert moments[0] <= utc_ms
     assert moments[0] + offset_ms(zone, int(moments[0])) == shown
+
+
+def test_a_local_day_begins_at_local_midnight() -> None:
+    """In New York on the second of July 2013, at 04:00 UTC."""
+    midnight = int(datetime(2013, 7, 2, 4, tzinfo=UTC).timestamp()) * 1000
+    moments = np.array([midnight - 1, midnight, midnight + DAY_MS - 1], np.int64)
+    second = (date(2013, 7, 2) - date(1970, 1, 1)).days
+    assert zone_table("America/New_York").days(moments).tolist() == [second - 1, second, second]
