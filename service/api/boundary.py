@@ -71,7 +71,7 @@ class LastResort:
 
 
 def client_left(scope: Scope) -> None:
-    """Log that a client was gone before its request was there."""
+    """Log that a client was gone before its request was there, or before it was answered."""
     log.info("client_left", method=scope["method"])
 
 

@@ -86,7 +86,7 @@ async def test_a_commit_under_way_is_unknown(api: Harness, position: int | None)
 
 
 async def test_items_fare_each_on_their_own(api: Harness) -> None:
-    """One is in memory and about to be written, the other's stream has to be loaded first."""
+    """The first is about to be written; the one behind it, of its stream, is held back."""
     await api.chunk(BODY, stream="known")
     api.store.held = asyncio.Event()
     body = {
