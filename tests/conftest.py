@@ -1,19 +1,15 @@
-"""One running service for the tests that leave it running, with the models they ask for; logging
-as it was after those that set it up."""
+"""One running service for the tests that leave it running, with the models they ask for."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-import structlog
 
 import models
 from models.artifact import write_artifact
-from service.ops import logs
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 
@@ -40,19 +36,3 @@ def client(service: Service) -> Iterator[httpx.Client]:
     """A client of that service."""
     with httpx.Client(base_url=service.url, timeout=60) as up:
         yield up
-
-
-@pytest.fixture
-def logging_as_before() -> Iterator[None]:
-    """Undo what a test's `configure_logs` does to every logger of the process."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    requests_from = logs._requests.level
-    logs.flush_logs()
-    yield
-    logs.flush_logs()
-    logs._requests.configure(requests_from, "json")
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()

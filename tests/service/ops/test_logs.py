@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,10 +15,25 @@ import pytest
 import structlog
 from fastapi import FastAPI
 
+from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
 from service.ops.request_log import RequestLog
 
-pytestmark = pytest.mark.usefixtures("logging_as_before")
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Undo what a test's `configure_logs` does to every logger of the process."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    requests_from = logs._requests.level
+    logs.flush_logs()
+    yield
+    logs.flush_logs()
+    logs._requests.configure(requests_from, "json")
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
