@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import signal
 import socket
@@ -142,11 +143,25 @@ class RealServer:
         )
 
 
+PORTS = range(12_000, 32_000)
+"""Below those that the system gives to outgoing connections: one of these could have a port between
+the moment it is found free and the moment its server takes it."""
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port of the loopback that nothing listened on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback on which nothing listens; none is given twice."""
+    for port in random.sample(PORTS, 1_000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in _given:
+            _given.add(port)
+            return port
+    raise AssertionError(f"no port in {PORTS} is free")
 
 
 @contextmanager
