@@ -166,7 +166,7 @@ def check_decoder(spec: ModelSpec, decoder: DecoderSpec) -> None:
     if spec.events is None:
         raise ValueError("decoder: targets are event fields, and the model has no `events`")
     if decoder.step_s is not None and spec.events.timestamp is None:
-        raise ValueError("decoder: `step_s` is between timestamps, and no field is a timestamp")
+        raise ValueError("decoder.step_s: it is between timestamps, and no field is a timestamp")
     for name in (*(layer.name for layer in spec.layers), *(head.name for head in spec.heads)):
         if name == DECODER:
             raise ValueError(f"decoder: expected no layer or head of that name, got {name!r}")
@@ -184,20 +184,25 @@ def _check_fields(schema: EventSchema, decoder: DecoderSpec) -> None:
     kinds = {field.name: field.kind for field in schema.fields}
     for part, names in (("targets", decoder.targets), ("known", decoder.known)):
         if len(set(names)) != len(names):
-            raise ValueError(f"decoder: expected distinct {part}, got {list(names)}")
+            raise ValueError(f"decoder.{part}: expected distinct {part}, got {list(names)}")
         for name in names:
             if name not in kinds:
                 raise ValueError(
-                    f"decoder: expected {part} among the event fields {list(kinds)}, got {name!r}"
+                    f"decoder.{part}: expected {part} among the event fields {list(kinds)}, "
+                    f"got {name!r}"
                 )
     for name in decoder.targets:
         if kinds[name] != "numeric":
-            raise ValueError(f"decoder: expected a numeric target, {name!r} is {kinds[name]}")
+            raise ValueError(
+                f"decoder.targets: expected a numeric target, {name!r} is {kinds[name]}"
+            )
     for name in decoder.known:
         if name in decoder.targets:
-            raise ValueError(f"decoder: {name!r} is decoded; expected it not to be known as well")
+            raise ValueError(
+                f"decoder.known: {name!r} is decoded; expected it not to be known as well"
+            )
         if kinds[name] == "timestamp":
-            raise ValueError(f"decoder: the timestamp {name!r} need not be named in `known`")
+            raise ValueError(f"decoder.known: the timestamp {name!r} need not be named")
 
 
 def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
@@ -225,7 +230,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
             )
     if not decoder.starts_from:
         raise ValueError(
-            "decoder: expected at least one layer with `starts_from`, naming one of the "
+            "decoder.layers: expected at least one layer with `starts_from`, naming one of the "
             f"encoder's: {sorted(encoder)}"
         )
 

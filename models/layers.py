@@ -6,6 +6,7 @@ shares; neither weights nor a runtime.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -252,6 +253,31 @@ def returned_state(layer: Recurrent) -> dict[str, int]:
     if isinstance(layer, LstmLayer):
         return {"hidden": layer.width, "carry": layer.units}
     return {"hidden": layer.units}
+
+
+def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
+    """Values per step that a layer gives.
+
+    Args:
+        widths: those of what it reads, by name.
+
+    Raises:
+        ValueError: it joins, element by element, what is not equally wide.
+    """
+    read = [widths[name] for name in layer.inputs]
+    match layer:
+        case LstmLayer() | BidirectionalLayer():
+            return layer.width
+        case GruLayer() | DenseLayer():
+            return layer.units
+        case MergeLayer(kind="concatenate"):
+            return sum(read)
+        case MergeLayer() if len(set(read)) > 1:
+            raise ValueError(
+                f"layer {layer.name!r}: expected inputs of one width to {layer.kind}, got {read}"
+            )
+        case _:
+            return read[0]
 
 
 FEATURES = "features"

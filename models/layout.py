@@ -46,6 +46,7 @@ from models.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    layer_width,
     returned_state,
 )
 from models.spec import ModelSpec
@@ -263,17 +264,7 @@ def layer_widths(spec: ModelSpec) -> dict[str, int]:
     """Width of what each layer gives per step, `features` included."""
     widths = {FEATURES: sum(column.width for column in spec.columns)}
     for layer in spec.layers:
-        match layer:
-            case LstmLayer():
-                widths[layer.name] = layer.width
-            case GruLayer() | DenseLayer():
-                widths[layer.name] = layer.units
-            case BidirectionalLayer():
-                widths[layer.name] = layer.width
-            case MergeLayer(kind="concatenate"):
-                widths[layer.name] = sum(widths[name] for name in layer.inputs)
-            case _:
-                widths[layer.name] = widths[layer.inputs[0]]
+        widths[layer.name] = layer_width(layer, widths)
     return widths
 
 

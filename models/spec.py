@@ -48,6 +48,7 @@ from models.layers import (
     Layer,
     MergeLayer,
     Rate,
+    layer_width,
 )
 
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -152,16 +153,16 @@ class ModelSpec(Frozen):
     def _consistent(self) -> ModelSpec:
         if (self.events is None) == (self.features is None):
             raise ValueError("expected either `events` or `features`, not both and not neither")
-        known = {FEATURES}
+        widths = {FEATURES: sum(column.width for column in self.columns)}
         before: dict[str, Layer] = {}
         for layer in self.layers:
-            if layer.name in known:
+            if layer.name in widths:
                 raise ValueError(f"layer {layer.name!r}: expected a name of its own")
             for name in layer.inputs:
-                if name not in known:
+                if name not in widths:
                     raise ValueError(
                         f"layer {layer.name!r} reads {name!r}, "
-                        f"expected one before it: {sorted(known)}"
+                        f"expected one before it: {sorted(widths)}"
                     )
             many = isinstance(layer, MergeLayer)
             if many == (len(layer.inputs) < 2):
@@ -171,7 +172,7 @@ class ModelSpec(Frozen):
                 )
             if isinstance(layer, RECURRENT):
                 check_hand_off(layer, before)
-            known.add(layer.name)
+            widths[layer.name] = layer_width(layer, widths)
             before[layer.name] = layer
         if not any(isinstance(layer, RECURRENT) for layer in self.layers):
             raise ValueError("expected at least one recurrent layer (lstm, gru, bidirectional)")
@@ -180,9 +181,9 @@ class ModelSpec(Frozen):
             if head.name in names:
                 raise ValueError(f"head {head.name!r}: expected a name of its own")
             names.add(head.name)
-            if head.input not in known:
+            if head.input not in widths:
                 raise ValueError(
-                    f"head {head.name!r} reads {head.input!r}, expected one of {sorted(known)}"
+                    f"head {head.name!r} reads {head.input!r}, expected one of {sorted(widths)}"
                 )
             self._check_targets(head)
             if isinstance(head, AnomalyHead) and head.input in looking_ahead(self.layers):

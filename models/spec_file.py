@@ -4,9 +4,9 @@
     SPEC.yaml:12: heads.0: head 'next' reads 'lstm_3', expected one of ['features', 'lstm_1']
 
 Every wrong place is named at once, in the order of the file. A check of the whole specification
-(`ModelSpec`) begins its message with what it is about: `layer 'x'`, `head 'x'`, `field 'x'` or
-the dotted path of a member; that is how its line is found. A key that stands twice in one
-mapping is refused, because YAML's readers silently keep the last.
+(`ModelSpec`) begins its message with what it is about: `layer 'x'`, `head 'x'`, `field 'x'`,
+`decoder: layer 'x'` or the dotted path of a member; that is how its line is found. A key that
+stands twice in one mapping is refused, because YAML's readers silently keep the last.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pydantic_core import ErrorDetails
 from models.errors import SpecError
 from models.spec import ModelSpec
 
-_SUBJECT = re.compile(r"(layer|head|field) '([^']*)'|([a-z_]+(?:\.[a-z_]+)*):")
-_SECTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "layer": (("layers",), ("decoder", "layers")),
-    "head": (("heads",),),
-    "field": (("events", "fields"),),
+_SUBJECT = re.compile(r"(?:(decoder): )?(layer|head|field) '([^']*)'|([a-z_]+(?:\.[a-z_]+)*):")
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "layer": ("layers",),
+    "head": ("heads",),
+    "field": ("events", "fields"),
 }
 _SHOWN_CHARACTERS = 60
 
@@ -59,7 +59,12 @@ def read_spec(path: Path) -> ModelSpec:
     try:
         return ModelSpec.model_validate(data)
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        # A list without an item that is right counts as too short; its items say what is wrong.
+        found = [
+            item
+            for item in error.errors(include_url=False)
+            if item["type"] != "too_short" or len(item["input"]) < item["ctx"]["min_length"]
+        ]
         raise _refusal(path, [_located(item, node, data) for item in found]) from error
 
 
@@ -91,6 +96,9 @@ def _located(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
             said, absent = "expected a value, got none", True
         case "extra_forbidden":
             said = "expected no member of this name"
+        case "too_short":
+            least, got = context["min_length"], len(item["input"])
+            said = f"expected {least} or more, got {got}"
         case "union_tag_invalid":
             steps = (*steps, "kind")
             said = f"expected one of {context['expected_tags']}, got {context['tag']!r}"
@@ -145,13 +153,15 @@ def _subject(said: str, data: Any) -> tuple[tuple[int | str, ...], str]:
     match = _SUBJECT.match(said)
     if match is None:
         return (), said
-    kind, name, dotted = match.groups()
+    inside, kind, name, dotted = match.groups()
     if dotted is not None:
         return tuple(dotted.split(".")), said[match.end() :].strip()
-    for section in _SECTIONS[kind]:
-        for index, found in enumerate(_names(data, section)):
-            if found == name:
-                return (*section, index), said
+    section = _SECTIONS[kind]
+    if inside is not None:
+        section, said = (inside, *section), said.removeprefix(f"{inside}: ")
+    for index, found in enumerate(_names(data, section)):
+        if found == name:
+            return (*section, index), said
     return (), said
 
 

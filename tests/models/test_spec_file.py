@@ -24,7 +24,7 @@ layers:
   - kind: lstm
     units: 4
     name: second
-  - {kind: add, inputs: [lstm_1, second]}
+  - {kind: concatenate, inputs: [lstm_1, second]}
 heads:
   - {kind: sequence, name: last}
   - kind: forecast
@@ -59,7 +59,8 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ("kind: lstm\n", "kind: rnn\n", ":10: layers.1.kind: expected one of 'lstm', "),
         ("- kind: lstm\n    ", "- ", ":10: layers.1.kind: expected a value, got none"),
         ("units: 4", "units: 4\n    projection: 5", ":12: layers.1.projection: expected at most"),
-        ("[lstm_1, second]", "[lstm_2]", ":13: layers.2: layer 'add_1' reads 'lstm_2', expected"),
+        ("[lstm_1, second]", "[lstm_2]", ":13: layers.2: layer 'concatenate_1' reads 'lstm_2', "),
+        ("concatenate", "add", ":13: layers.2: layer 'add_1': expected inputs of one width to add"),
         ("name: second", "name: lstm_1", ":9: layers.0: layer 'lstm_1': expected a name of its"),
         ("[pressure]", "[mode]", ":16: heads.1: head 'next': expected a numeric target, 'mode'"),
         ("[0.1, 0.9]", "[0.9, 0.1]", ":16: heads.1: expected rising quantiles, got [0.9, 0.1]"),
@@ -78,6 +79,52 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
 def test_a_wrong_place_is_said_with_its_line(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert GOOD.count(old) == 1, old
     assert any(line.startswith(said) for line in refusal(tmp_path, GOOD.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("starts_from: lstm_1}", "starts_from: second}", ":29: decoder.layers.1: layer 'lstm_1'"),
+        ("units: 8, starts", "units: 9, starts", ":29: decoder.layers.1: layer 'lstm_1' starts"),
+        (", starts_from: lstm_1", "", ":27: decoder.layers: expected at least one layer with"),
+        ("kind: dense", "kind: bidirectional", ":28: decoder.layers.0: layer 'bidirectional_1'"),
+        ("[pressure]\n", "[mode]\n", ":26: decoder.targets: expected a numeric target, 'mode'"),
+        ("[mode]", "[pressure]", ":31: decoder.known: 'pressure' is decoded; expected it not to"),
+        ("[mode]", "[mood]", ":31: decoder.known: expected known among the event fields ['pre"),
+    ],
+)
+def test_a_wrong_place_of_a_decoder_is_said_with_its_line(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    decoder = """\
+decoder:
+  targets: [pressure]
+  layers:
+    - {kind: dense, units: 3}
+    - {kind: lstm, units: 8, starts_from: lstm_1}
+  max_horizon: 4
+  known: [mode]
+"""
+    assert decoder.count(old) == 1, old
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(GOOD + decoder)
+    assert read_spec(path).decoder is not None
+    (line,) = refusal(tmp_path, GOOD + decoder.replace(old, new))
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("[{kind: gru, units: 0}]", ":3: layers.0.units: expected greater than or equal to 1, g"),
+        ("[]", ":3: layers: expected 1 or more, got 0"),
+    ],
+)
+def test_a_list_is_too_short_only_where_it_is(tmp_path: Path, layers: str, said: str) -> None:
+    """And not because everything in it is wrong."""
+    heads = "heads: [{kind: sequence, name: last}]"
+    (line,) = refusal(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
+    assert line.startswith(said)
 
 
 def test_all_wrong_places_are_said_in_the_order_of_the_file(tmp_path: Path) -> None:
