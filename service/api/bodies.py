@@ -26,6 +26,7 @@ from service.api.reading import STREAM_NAME
 from service.served import ServedModel
 
 MAX_POSITION = 2**63 - 1
+"""And so the largest whole number of any kind: a problem can name what was refused."""
 
 EXAMPLE_STREAM = "EWR-UA"
 EXAMPLE_EPOCH = "5f0c1e7ab2d34896"
@@ -96,8 +97,12 @@ class PredictBody(StrictBody):
 class ForecastBody(StrictBody):
     """How far to look ahead, and what is known of the coming steps."""
 
-    horizon: Annotated[int, Field(ge=1)] = Field(description="Steps ahead.", examples=[24])
-    samples: Annotated[int, Field(ge=0)] = Field(0, description="Paths to draw.", examples=[100])
+    horizon: Annotated[int, Field(ge=1, le=MAX_POSITION)] = Field(
+        description="Steps ahead.", examples=[24]
+    )
+    samples: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Paths to draw.", examples=[100]
+    )
     seed: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
         0, description="Of the draws: the same seed gives the same paths of the same state."
     )
@@ -147,20 +152,28 @@ class ModelBodies:
 
     def _members(self, kind: type[StrictBody]) -> _Members:
         fields = self._coming if issubclass(kind, ForecastBody) else self._fields
-        return _Members(list(kind.model_fields), fields)
+        inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
+        return _Members(list(kind.model_fields), list(inner.model_fields), fields)
 
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """What the object at a place may hold, in a body of one type."""
+    """What the object at a place may hold, in a body of one type.
+
+    Attributes:
+        body: the body itself.
+        inner: a chunk or sequence within it.
+        event: an event, or what is known of a coming step.
+    """
 
     body: Sequence[str]
+    inner: Sequence[str]
     event: Sequence[str]
 
     def __call__(self, at: Place) -> Sequence[str]:
         if "events" in at or "future" in at:
             return self.event
-        return ("position", "epoch", "final", "events", "inputs") if at else self.body
+        return self.inner if at else self.body
 
 
 def validate(kind: type[B], media: Media, body: bytes, members: _Members | None = None) -> B:
@@ -174,7 +187,7 @@ def validate(kind: type[B], media: Media, body: bytes, members: _Members | None 
             return kind.model_validate_json(body)
         return kind.model_validate(loads(media, body))
     except ValidationError as error:
-        known = members or _Members(list(kind.model_fields), ())
+        known = members or _Members(list(kind.model_fields), (), ())
         raise invalid_body(error, media, known) from error
 
 

@@ -268,6 +268,7 @@ RESTORE = _route(
         201: _good(schemas.StreamInfo, "Created.", _ETAG),
     },
     [_MODEL, _STREAM, _IF_MATCH],
+    errors.ChunksUnsupported,
     *_NAMED,
     *_OVERWRITING,
     *_STORE,

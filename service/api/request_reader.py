@@ -47,6 +47,19 @@ class RequestReader:
         self._schema = served.events
         self._whole = served.artifact.spec.chunking == "whole"
 
+    def check_takes_chunks(self) -> None:
+        """Refuse what a model without streams has no use for.
+
+        Raises:
+            ChunksUnsupported
+        """
+        if self._whole:
+            raise ChunksUnsupported(
+                f"model {self._name!r} reads its sequences from both ends: expected whole ones, "
+                "sent to its address /predict",
+                expected="/predict",
+            )
+
     def chunk(
         self, body: bytes, media: Media, stream: str, precondition: Precondition | None
     ) -> Chunk:
@@ -60,7 +73,7 @@ class RequestReader:
         if plain is not None:
             return plain
         try:
-            self._check_takes_chunks()
+            self.check_takes_chunks()
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
             steps = self._strict.of_chunk(found, "")
         except CarryError as error:
@@ -98,7 +111,7 @@ class RequestReader:
             MalformedBody, InvalidInput: the body as a whole is not a request.
             ChunksUnsupported
         """
-        self._check_takes_chunks()
+        self.check_takes_chunks()
         plain = self._plain.items(media, body)
         if plain is not None and all(item.if_match is None for item, _ in plain):
             return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
@@ -212,14 +225,6 @@ class RequestReader:
             precondition,
             final,
         )
-
-    def _check_takes_chunks(self) -> None:
-        if self._whole:
-            raise ChunksUnsupported(
-                f"model {self._name!r} reads its sequences from both ends: expected whole ones, "
-                "sent to its address /predict",
-                expected="/predict",
-            )
 
 
 def _too_many(at: str, most: int, got: int) -> InvalidInput:

@@ -108,7 +108,9 @@ async def put_state(request: Request) -> Response:
     query(request)
     api = api_of(request)
     key = _key(request)
-    served = api.pipeline.model(key.model)
+    wire = api.wire(key.model)
+    wire.reader.check_takes_chunks()
+    served = wire.served
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)

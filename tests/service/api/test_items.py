@@ -272,7 +272,9 @@ async def test_wrong_sequences_are_refused_as_a_whole(api: Harness) -> None:
         ({**good, "position": 0}, "sequences[1].position"),
     ):
         response = await predict(api, {"sequences": [good, sequence]})
-        assert problem(response, 422, "invalid_input")["at"] == at
+        document = problem(response, 422, "invalid_input")
+        assert document["at"] == at
+    assert document["expected"] == "one of the members events, inputs"
     too_long = [{"inputs": rows(20).tolist()}] * 2
     document = problem(await predict(api, {"sequences": too_long}), 413, "chunk_too_long")
     assert (document["at"], document["expected"], document["got"]) == ("sequences", 30, 40)

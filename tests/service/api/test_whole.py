@@ -81,6 +81,20 @@ async def test_chunks_are_refused(api: Harness) -> None:
     assert api.position(model="tagger") is None
 
 
+async def test_no_state_makes_a_stream(api: Harness, tagger: Artifact) -> None:
+    """Of a model that takes whole sequences there is none to restore."""
+    zero = tagger.state.by_name(tagger.state.zero())
+    body = {
+        "fingerprint": tagger.fingerprint.hex(),
+        "feed": "inputs",
+        "position": 0,
+        "state": {name: value.tolist() for name, value in zero.items()},
+    }
+    response = await api.client.put("/v1/models/tagger/streams/s/state", json=body)
+    assert (response.status_code, response.json()["code"]) == (422, "chunks_unsupported")
+    assert api.position(model="tagger") is None
+
+
 async def test_the_model_says_so(api: Harness) -> None:
     model = (await api.client.get("/v1/models/tagger")).json()
     assert (model["chunking"], model["max_chunk_steps"], model["blocks"]) == ("whole", 25, None)
