@@ -4,9 +4,10 @@
     SPEC.yaml:12: heads.0: head 'next' reads 'lstm_3', expected one of ['features', 'lstm_1']
 
 Every wrong place is named at once, in the order of the file. A check of the whole specification
-(`ModelSpec`) begins its message with what it is about: `layer 'x'`, `head 'x'`, `field 'x'`,
-`decoder: layer 'x'` or the dotted path of a member; that is how its line is found. A key that
-stands twice in one mapping is refused, because YAML's readers silently keep the last.
+(`ModelSpec`, or of training against its data) begins its message with what it is about: `layer
+'x'`, `head 'x'`, `field 'x'`, `decoder: layer 'x'` or the dotted path of a member; that is how its
+line is found. A key that stands twice in one mapping is refused, because YAML's readers silently
+keep the last.
 """
 
 from __future__ import annotations
@@ -68,6 +69,23 @@ def read_spec(path: Path) -> ModelSpec:
         raise _refusal(path, [_located(item, node, data) for item in found]) from error
 
 
+def at_its_line(path: Path, error: SpecError) -> SpecError:
+    """What was found wrong after the file was read, with the line that it is about.
+
+    Without a line where the message does not begin with a place in the file, or the file is
+    another by now.
+    """
+    try:
+        node, _, data = _loaded(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return SpecError(f"{path}: {error}")
+    subject, said = _subject(str(error), data)
+    line, place = _line(node, (), subject)
+    if not place:
+        return SpecError(f"{path}: {error}")
+    return _refusal(path, [_Problem(line, place, said)])
+
+
 def _refusal(path: Path, problems: Sequence[_Problem]) -> SpecError:
     return SpecError(
         "\n".join(f"{path}:{line}: {place}: {said}" for line, place, said in sorted(problems))
@@ -89,11 +107,12 @@ def _loaded(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
 
 
 def _located(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
-    steps, said, absent = item["loc"], item["msg"], False
+    steps, said = item["loc"], item["msg"]
+    subject: tuple[int | str, ...] = ()
     context = item.get("ctx", {})
     match item["type"]:
         case "missing":
-            said, absent = "expected a value, got none", True
+            subject, said = steps[-1:], "expected a value, got none"
         case "extra_forbidden":
             said = "expected no member of this name"
         case "too_short":
@@ -103,34 +122,36 @@ def _located(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
             steps = (*steps, "kind")
             said = f"expected one of {context['expected_tags']}, got {context['tag']!r}"
         case "union_tag_not_found":
-            steps, absent = (*steps, "kind"), True
-            said = "expected a value, got none"
+            subject, said = ("kind",), "expected a value, got none"
         case "value_error":
             subject, said = _subject(said.removeprefix("Value error, "), data)
-            steps = (*steps, *subject)
         case _:
             said = said.replace("Input should be ", "expected ", 1)
             said = f"{said}, got {_short(item['input'])}"
-    line, path = _line(node, steps)
-    if absent:
-        path.append(str(steps[-1]))
-    return _Problem(line, ".".join(path) or "spec", said)
+    line, place = _line(node, steps, subject)
+    return _Problem(line, place or "spec", said)
 
 
-def _line(node: yaml.Node | None, steps: Sequence[int | str]) -> tuple[int, list[str]]:
-    """The line of a place, counted from 1, and its path as far as the file has it.
+def _line(
+    node: yaml.Node | None, steps: Sequence[int | str], subject: Sequence[int | str]
+) -> tuple[int, str]:
+    """The line of a place, counted from 1, and its dotted path.
 
-    Steps that are not in the file are passed over: a missing member stands at the line around
-    it, and validation names the kind of a layer as a step.
+    Steps that are not in the file are passed over, since validation names the kind of a layer as
+    a step. What the message is about ends the path in any case: a member that is missing, or has
+    its default, stands at the line around it.
     """
     line = 1 if node is None else node.start_mark.line + 1
     path: list[str] = []
-    for step in steps:
+    found = None
+    for step in (*steps, *subject):
         found = _member(node, step)
         if found is not None:
             line, node = found
             path.append(str(step))
-    return line, path
+    if subject and found is None:
+        path.append(str(subject[-1]))
+    return line, ".".join(path)
 
 
 def _member(node: yaml.Node | None, step: int | str) -> tuple[int, yaml.Node] | None:

@@ -17,9 +17,9 @@ from rich.progress import Progress
 
 from models.artifact import Artifact, load_artifact, write_artifact
 from models.decoder import DECODER
-from models.errors import ArtifactError
+from models.errors import ArtifactError, SpecError
 from models.spec import ModelSpec
-from models.spec_file import read_spec
+from models.spec_file import at_its_line, read_spec
 from models.training.data import moment_ms, read_data, schema_of, streams_of, training_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.labels import labels_of
@@ -50,19 +50,24 @@ def train_command(
         overwrite: replace an artifact that is there.
         trees: compare with boosted trees too, which takes minutes on large tables.
         quiet: print nothing.
+
+    Raises:
+        SpecError: with the line of what cannot be trained, as for what cannot be read.
     """
     read = read_spec(spec)
-    frame = read_data(data, read)
-    return train_frame(
-        read,
-        frame,
-        out,
-        resume=resume,
-        overwrite=overwrite,
-        trees=trees,
-        quiet=quiet,
-        source=str(data),
-    )
+    try:
+        return train_frame(
+            read,
+            read_data(data, read),
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            trees=trees,
+            quiet=quiet,
+            source=str(data),
+        )
+    except SpecError as error:
+        raise at_its_line(spec, error) from error
 
 
 def train_frame(

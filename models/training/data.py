@@ -262,12 +262,14 @@ def _moments(
         return columns.values[name], columns.present[name]
     if training.order_by is None:
         raise SpecError(
-            "expected a timestamp field or `order_by` with a column of timestamps: "
-            "data are split by time"
+            "training: expected a timestamp field or `order_by` with a column of timestamps, "
+            "since data are split by time"
         )
     field = TimestampField(name=training.order_by) if training.order_by.isidentifier() else None
     if field is None:
-        raise SpecError(f"order_by: expected a plain column name, got {training.order_by!r}")
+        raise SpecError(
+            f"training.order_by: expected a plain column name, got {training.order_by!r}"
+        )
     only = EventSchema(timezone=schema.timezone, fields=(field,))
     read = columns_from_frame(only, frame)
     return read.values[field.name], read.present[field.name]

@@ -4,18 +4,23 @@ Every stream starts in the zero state with its clock at zero, and its events com
 random lengths (those of training, for a network that looks at a chunk as a whole); each chunk is
 encoded against the clock that the chunk before it left and runs from the state that it left, in
 batches with other streams, padded and masked. What is scored are the outputs of these steps.
+
+A network that takes whole sequences gets every stream as one. One in blocks goes from block to
+block, each with its lookahead and no more, and the last one ends where the stream ends, as if told
+so by a `final` chunk: what its outputs are does not depend on chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from models.artifact import Artifact
+from models.blocks import BlockSpec, cut
 from models.errors import DataError
 from models.events.encode import Clock, encode
 from models.heads import Head, LabelHead
@@ -24,6 +29,9 @@ from models.spec import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
 from models.training.scores import auc, has_targets, score_outputs
+
+if TYPE_CHECKING:
+    from models.networks.build import StepNetwork
 
 Advance = Callable[[int], None]
 SMALLEST_STEPS = 8
@@ -45,13 +53,17 @@ def run_chunks(
         artifact: the model.
         streams: its events.
         chunk: most events in a chunk; lengths are drawn evenly from 1 to it. A network that looks
-            at a chunk as a whole gets the windows of its training.
+            at a chunk as a whole gets the windows of its training, one that takes whole sequences
+            whole streams, and one in blocks its own windows.
         seed: of the lengths.
         batch: most streams in a batch.
         advance: called with the number of events done, after every batch.
 
     Returns:
         Packed outputs, float32 [rows, O], as `models.layout.output_spec` says.
+
+    Raises:
+        DataError: a stream is longer than a sequence that the network takes as a whole.
     """
     # TensorFlow takes seconds to import, and only this function needs it.
     import tensorflow as tf
@@ -63,9 +75,11 @@ def run_chunks(
     network = StepNetwork(spec)
     network.set_weights(artifact.weights)
     step = tf.function(network.step, reduce_retracing=False)
+    if spec.blocks is not None:
+        return _run_blocks(network, spec.blocks, step, streams, batch, advance)
     random = np.random.default_rng(seed)
-    outputs = np.zeros((streams.events, output_spec(spec).size), np.float32)
-    fixed = None if spec.chunking == "invisible" else training_of(spec).window_steps
+    outputs = np.zeros((streams.events, network.output_size), np.float32)
+    fixed = _fixed_steps(spec, streams)
     lanes = min(batch, len(streams.spans))
     waiting = sorted(streams.spans, key=lambda span: (span[1] - span[0], -span[0]))
     at = np.zeros(lanes, np.int64)
@@ -98,6 +112,64 @@ def run_chunks(
         at += lengths
         if advance is not None:
             advance(int(lengths.sum()))
+
+
+def _fixed_steps(spec: ModelSpec, streams: Streams) -> int | None:
+    """How many steps a chunk must have; None where any number will do."""
+    if spec.chunking == "invisible":
+        return None
+    if spec.chunking == "per_chunk":
+        return training_of(spec).window_steps
+    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
+        if spec.chunk_limit is not None and stop - start > spec.chunk_limit:
+            raise DataError(
+                expected=f"streams of at most `max_chunk_steps` ({spec.chunk_limit}) events, since "
+                "the network takes each as a whole",
+                got=f"{stop - start} of {name!r}",
+            )
+    return spec.chunk_limit
+
+
+def _run_blocks(
+    network: StepNetwork,
+    blocks: BlockSpec,
+    step: Callable[..., Any],
+    streams: Streams,
+    batch: int,
+    advance: Advance | None,
+) -> NDArray[np.float32]:
+    """As `run_chunks`, block by block, for streams that are told their ends."""
+    rows = streams.encoded(schema_of(network.spec))
+    outputs = np.zeros((streams.events, network.output_size), np.float32)
+    longest_first = sorted(streams.spans, key=lambda span: span[0] - span[1])
+    lanes = min(batch, len(longest_first))
+    for first in range(0, len(longest_first), lanes):
+        group = longest_first[first : first + lanes]
+        windows = [cut(blocks, rows[start:stop], final=True).windows for start, stop in group]
+        state = np.zeros((lanes, network.state_size), np.float32)
+        for number in range(len(windows[0])):
+            given = np.zeros((lanes, blocks.window, rows.shape[1]), np.float32)
+            lengths = np.zeros(lanes, np.int32)
+            for lane, own in enumerate(windows):
+                if number < len(own):
+                    lengths[lane] = len(own[number])
+                    given[lane, : lengths[lane]] = own[number]
+            computed, after = step(given, lengths, state)
+            found, state = computed.numpy(), np.array(after)
+            done = np.minimum(lengths, blocks.size)
+            for lane, (start, _) in enumerate(group):
+                at = start + number * blocks.size
+                outputs[at : at + done[lane]] = found[lane, : done[lane]]
+            if advance is not None:
+                advance(int(done.sum()))
+    return outputs
+
+
+def cuts_of(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
+    """What `run_chunks` cut streams by, plain data: `blocks`, or `chunk` and `seed`."""
+    if spec.blocks is not None:
+        return {"blocks": spec.blocks.model_dump()}
+    return {"chunk": chunk, "seed": seed}
 
 
 def scored_rows(
@@ -154,8 +226,8 @@ def evaluate(
         source: what errors call the table.
 
     Returns:
-        `events`, `streams`, `scored` (events), `since`, `chunk`, `seed` and `heads`: by head,
-        its metrics; `decoder` for a model that has one, as `horizon_report` gives it, with
+        `events`, `streams`, `scored` (events), `since`, what `cuts_of` gives, and `heads`: by
+        head, its metrics; `decoder` for a model that has one, as `horizon_report` gives it, with
         the points of the baselines alone.
 
     Raises:
@@ -183,8 +255,7 @@ def evaluate(
         "streams": len(streams.names),
         "scored": scored,
         "since": since,
-        "chunk": chunk,
-        "seed": seed,
+        **cuts_of(spec, chunk, seed),
         "heads": head_metrics(spec, outputs, streams, labels, from_ms),
         **decoded,
     }

@@ -22,13 +22,24 @@ from numpy.typing import NDArray
 from models.errors import SpecError
 from models.events.schema import CategoricalField
 from models.heads import SequenceHead
-from models.layers import FEATURES, DenseLayer, DropoutLayer, GruLayer, Layer, LstmLayer, MergeLayer
+from models.layers import (
+    FEATURES,
+    BidirectionalLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LstmLayer,
+    MergeLayer,
+)
 from models.layout import layer_widths
 from models.spec import ModelSpec, parse_spec
 from models.training.data import schema_of
 
 Weights = Mapping[str, NDArray[np.float32]]
 Places = NDArray[np.int64]
+
+_WITH_KERNELS = (LstmLayer, GruLayer, BidirectionalLayer, DenseLayer)
 
 
 def check_members(spec: ModelSpec) -> None:
@@ -43,10 +54,10 @@ def check_members(spec: ModelSpec) -> None:
         ):
             if reads:
                 mixed.add(layer.name)
-        elif reads and not isinstance(layer, (LstmLayer, GruLayer, DenseLayer)):
+        elif reads and not isinstance(layer, _WITH_KERNELS):
             raise SpecError(
                 f"training.members: layer {layer.name!r} ({layer.kind}) reads the features "
-                "themselves; expected an lstm, gru or dense layer before it"
+                "themselves; expected a recurrent or dense layer before it"
             )
     for head in spec.heads:
         if isinstance(head, SequenceHead) or head.input in mixed:
@@ -147,15 +158,19 @@ def _place(
 ) -> None:
     """Copy one member's layer, its kernel's rows to where what it reads now lies."""
     name = _named(layer.name, index)
+    owners = [layer.name]
+    if isinstance(layer, BidirectionalLayer):
+        owners = [cell.name for cell in layer.directions]
     own = np.arange(layer_widths(spec)[layer.name])
     match layer:
-        case LstmLayer() | GruLayer() | DenseLayer():
+        case LstmLayer() | GruLayer() | BidirectionalLayer() | DenseLayer():
             read = layer.inputs[0]
-            kernel = member[f"{layer.name}.kernel"]
             width = widths[read if read == FEATURES else _named(read, index)]
-            wide = np.zeros((width, kernel.shape[1]), np.float32)
-            wide[places[read]] = kernel
-            weights[f"{name}.kernel"] = wide
+            for owner in owners:
+                kernel = member[f"{owner}.kernel"]
+                wide = np.zeros((width, kernel.shape[1]), np.float32)
+                wide[places[read]] = kernel
+                weights[f"{name}{owner.removeprefix(layer.name)}.kernel"] = wide
             places[layer.name] = own
         case DropoutLayer():
             places[layer.name] = places[layer.inputs[0]]
@@ -168,9 +183,8 @@ def _place(
         case _:
             places[layer.name] = own
     for key, value in member.items():
-        owner, _, kind = key.rpartition(".")
-        if owner == layer.name and f"{name}.{kind}" not in weights:
-            weights[f"{name}.{kind}"] = value
+        if key.rpartition(".")[0] in owners:
+            weights.setdefault(f"{name}{key.removeprefix(layer.name)}", value)
 
 
 def _named(name: str, index: int) -> str:

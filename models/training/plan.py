@@ -24,6 +24,17 @@ from models.training.scores import has_targets
 from models.training.windows import Segment, groups_of, segments_of
 
 
+def trained_network(spec: ModelSpec) -> ModelSpec:
+    """What training runs: a network in blocks without them, each sequence as a whole.
+
+    Its weights are those of the network in blocks, and a sequence is at most a window long.
+    """
+    if spec.blocks is None:
+        return spec
+    steps = training_of(spec).window_steps
+    return spec.model_copy(update={"blocks": None, "max_chunk_steps": steps})
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which steps are trained and which are validated.
@@ -64,19 +75,16 @@ def plan_of(
 ) -> Plan:
     """Lay out training before `validate_ms` and validation from there to `test_ms`.
 
+    Args:
+        spec: what is trained; in blocks, its `trained_network`.
+
     Raises:
-        DataError: there is nothing to train on, or nothing to validate on; or a stream is longer
+        DataError: there is nothing to train on, or nothing to validate on.
+        SpecError: a head would be shown the event that it is to foretell, or a stream is longer
             than a window, and the network reads it as a whole.
-        SpecError: a head would be shown the event that it is to foretell, or the network is in
-            blocks.
     """
     training = training_of(spec)
     _check_foresight(spec)
-    if spec.blocks is not None:
-        raise SpecError(
-            f"model {spec.name!r}: expected no `blocks` in training, which reads whole sequences; "
-            "the trained weights fit the same specification with them"
-        )
     if spec.chunking == "whole":
         _check_lengths(spec, streams)
     spans = []
@@ -140,15 +148,17 @@ def _check_foresight(spec: ModelSpec) -> None:
 
 
 def _check_lengths(spec: ModelSpec, streams: Streams) -> None:
-    """Refuse a stream that is too long to be one window."""
+    """Refuse streams that are too long to be one window each."""
     most = training_of(spec).window_steps
-    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
-        if stop - start > most:
-            raise DataError(
-                expected=f"streams of at most `window_steps` ({most}) events, since the network "
-                "reads each as a whole",
-                got=f"{stop - start} of {name!r}",
-            )
+    longest, name = max(
+        (stop - start, name)
+        for name, (start, stop) in zip(streams.names, streams.spans, strict=True)
+    )
+    if longest > most:
+        raise SpecError(
+            "training.window_steps: the network reads each stream as a whole, in one window; "
+            f"expected at least {longest}, the events of {name!r}, or shorter streams, got {most}"
+        )
 
 
 def _within(labels: Labels, side: NDArray[np.bool_]) -> Labels:

@@ -1,14 +1,17 @@
 """The report of a trained model: its skill on held-out events beside baselines.
 
 The model is run as the service runs it (`models.training.evaluate`), and everything is scored
-on the same events: those from `test_from` on. Intervals are 95%, by resampling days of the
-schema's time zone; differences to the model are paired. The report is plain data
-(`report.json`) and holds all that the plots show.
+on the same events: those from `test_from` on. Beside a model in blocks stands the same network
+without them, which has read each stream to its end: what the bounded lookahead costs.
+
+Intervals are 95%, by resampling days of the schema's time zone; differences to the model are
+paired. The report is plain data (`report.json`) and holds all that the plots show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,15 +25,24 @@ from models.heads import ForecastHead, Head
 from models.layout import output_spec
 from models.training.baselines import baselines_of
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
-from models.training.evaluate import distinct_rows, events_to_score, run_chunks, spoken_rows
+from models.training.evaluate import (
+    cuts_of,
+    distinct_rows,
+    events_to_score,
+    run_chunks,
+    spoken_rows,
+)
 from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
+from models.training.plan import trained_network
 from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
 from models.training.table import Baseline, Table
 
 DRAWS = 1000
 CALIBRATION_BINS = 10
 MODEL = "model"
+WHOLE = "whole sequence"
+"""The network of a model in blocks, without them."""
 
 Say = Callable[[str], None]
 Further = Callable[[Table, Head], list[Baseline]]
@@ -95,8 +107,14 @@ def make_report(
     held_out = events_to_score(spec, streams, labels, test_ms)
     if held_out == 0:
         raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
-    tell("running the model over all events, chunk by chunk")
-    outputs = output_spec(spec).by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
+    pieces = "chunk by chunk" if spec.blocks is None else "block by block"
+    tell(f"running the model over all events, {pieces}")
+    named = output_spec(spec).by_name
+    outputs = named(run_chunks(artifact, streams, chunk=chunk, seed=seed))
+    whole = None
+    if spec.blocks is not None:
+        tell("running it over whole sequences, without blocks")
+        whole = named(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
     moments = streams.moments_ms
     days = zone_table(schema.timezone).days(moments)
     found = {}
@@ -107,6 +125,9 @@ def make_report(
         baselines = baselines_of(table, head, trees=trees)
         if further is not None:
             baselines += further(table, head)
+        if whole is not None:
+            read = score_outputs(spec, head, whole[head.name], streams.columns, labels, table.test)
+            baselines.insert(0, Baseline(WHOLE, read, {}))
         resampled = DayDraws.make(days[table.test], draws, seed)
         found[head.name] = {
             "kind": head.kind,
@@ -130,7 +151,7 @@ def make_report(
             "validate_from": training.validate_from,
             "test_from": training.test_from,
         },
-        "run": {"chunk": chunk, "seed": seed, "draws": draws},
+        "run": {"seed": seed, "draws": draws, **cuts_of(spec, chunk, seed)},
         "heads": found,
         **_decoded(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),

@@ -33,7 +33,7 @@ from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, 
 from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.members import check_members, merged
-from models.training.plan import plan_of
+from models.training.plan import plan_of, trained_network
 
 AfterEpoch = Callable[[dict[str, Any]], None]
 KEPT = "kept/"
@@ -71,7 +71,8 @@ def train(
     """Fit the schema, train the network and write the artifact.
 
     Args:
-        spec: with `events`, `training` and at least one head with targets.
+        spec: with `events`, `training` and at least one head with targets. One with `blocks` is
+            trained on whole sequences and packaged with them.
         frame: one row per event, as `read_data` gives it.
         out: the artifact's directory.
         resume: go on from the checkpoint of a run that was stopped.
@@ -90,13 +91,14 @@ def train(
     test_ms = moment_ms(schema, training.test_from, "training.test_from")
     if test_ms < validate_ms:
         raise SpecError(
-            f"expected training.test_from at or after validate_from, got {training.test_from!r} "
-            f"and {training.validate_from!r}"
+            "training.test_from: expected a moment at or after validate_from "
+            f"({training.validate_from!r}), got {training.test_from!r}"
         )
     streams = streams_of(spec, frame, source)
     spec = fitted_spec(spec, streams, validate_ms)
     labels = labels_of(spec, streams.frame, source)
-    plan = plan_of(spec, streams, labels, validate_ms, test_ms)
+    network = trained_network(spec)
+    plan = plan_of(network, streams, labels, validate_ms, test_ms)
     if training.members > 1:
         check_members(spec)
     key = training_key(spec, plan.rows, streams.spans, labels)
@@ -106,7 +108,7 @@ def train(
     with _progress(quiet) as progress:
         for member in range(training.members):
             run.train_member(
-                Loop(spec, plan, training.seed + member), member, progress, after_epoch
+                Loop(network, plan, training.seed + member), member, progress, after_epoch
             )
     made, weights = merged(spec, [run.kept(member) for member in range(training.members)])
     bests = [best_epoch(run.of(member)) for member in range(training.members)]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from models.errors import SpecError
-from models.spec_file import read_spec
+from models.spec_file import at_its_line, read_spec
 from tests.support.models import SMALL, small_spec
 
 GOOD = """\
@@ -67,6 +67,11 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ("[0.1, 0.9]", "\n      - 0.1\n      - 2", ":21: heads.1.quantiles.1: expected less than"),
         ("mean: 1", "mean: [a]", ":5: events.fields.0.mean: expected a valid number, got ['a']"),
         ("stream: pump\n", "epochs: 0\n", ":21: training.epochs: expected greater than or equal"),
+        (
+            "{kind: concatenate, inputs: [lstm_1, second]}",
+            "{kind: bidirectional, units: 2}\nmax_chunk_steps: 32",
+            ":21: training.window_steps: a window is a chunk of this network",
+        ),
         ("{next: 2.0}", "{nex: 2.0}", ":24: training.loss_weights: expected heads among ["),
         ("name: pumps", "name: Pumps", ":2: name: String should match pattern '"),
         ("events:\n", "features: 3\nevents:\n", ":2: spec: expected either `events` or `fea"),
@@ -151,6 +156,25 @@ def test_a_merge_may_override_and_its_line_is_the_overriding_one(tmp_path: Path)
     assert [layer.units for layer in read_spec(path).layers[:2]] == [8, 8]
     found = refusal(tmp_path, text.replace(old, "- <<: *first\n    units: -1"))
     assert found == [":11: layers.1.units: expected greater than or equal to 1, got -1"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("training.test_from: expected a day", ":23: training.test_from: expected a day"),
+        ("training.window_steps: too few", ":20: training.window_steps: too few"),
+        ("head 'next' is wrong", ":16: heads.1: head 'next' is wrong"),
+        ("model 'pumps' is wrong", ": model 'pumps' is wrong"),
+    ],
+)
+def test_what_is_found_later_is_said_with_its_line_too(
+    tmp_path: Path, found: str, said: str
+) -> None:
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(GOOD)
+    assert str(at_its_line(path, SpecError(found))) == f"{path}{said}"
+    path.write_text("name: [")
+    assert str(at_its_line(path, SpecError(found))) == f"{path}: {found}"
 
 
 @pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])

@@ -76,3 +76,56 @@ def latch_spec(
             },
         }
     )
+
+
+def both_ways_frame(streams: int = 63, seed: int = 4) -> pl.DataFrame:
+    """Streams of one to nine events, whose label `up` is the flag that the last event carries."""
+    random = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for stream in range(streams):
+        steps = 1 + stream % 9
+        flags = random.integers(2, size=steps).astype(bool)
+        rows += [
+            {
+                "id": f"s{stream:02d}",
+                "at": (10 * stream + step) * HOUR_MS,
+                "noise": float(random.normal()),
+                "flag": bool(flag),
+                "up": bool(flags[-1]),
+            }
+            for step, flag in enumerate(flags)
+        ]
+    return pl.DataFrame(rows)
+
+
+def both_ways_spec(blocks: dict[str, int] | None = None) -> ModelSpec:
+    """A bidirectional network for them; a third of the streams each train, validate and test."""
+    return parse_spec(
+        {
+            "name": "tagger",
+            "events": {
+                "fields": [
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "numeric", "name": "noise"},
+                    {"kind": "boolean", "name": "flag"},
+                ]
+            },
+            "layers": [
+                {"kind": "bidirectional", "units": 4},
+                {"kind": "bidirectional", "cell": "gru", "units": 3, "merge": "sum"},
+            ],
+            "heads": [{"kind": "label", "name": "up"}],
+            "blocks": blocks,
+            "training": {
+                "stream": "id",
+                "validate_from": "1970-01-09T18:00:00Z",
+                "test_from": "1970-01-18T12:00:00Z",
+                "epochs": 6,
+                "window_steps": 9,
+                "segment_windows": 1,
+                "batch_streams": 8,
+                "learning_rate": 0.05,
+                "average_decay": 0.5,
+            },
+        }
+    )

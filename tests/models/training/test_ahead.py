@@ -105,13 +105,6 @@ def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head)
     assert plan.trained.any()
 
 
-def test_a_network_is_trained_without_its_blocks(tmp_path) -> None:
-    plain = spec(LABEL, layers=[{"kind": "bidirectional", "units": 2}]).model_dump()
-    in_blocks = parse_spec({**plain, "blocks": {"size": 2, "lookahead": 1}})
-    with pytest.raises(SpecError, match="no `blocks` in training"):
-        train_frame(in_blocks, frame(2), tmp_path / "model", quiet=True)
-
-
 def test_attention_over_the_chunk_learns_where_to_look(tmp_path) -> None:
     """One value for all four events, whose label is the flag of the one loud event."""
     random = np.random.default_rng(2)

@@ -14,7 +14,7 @@ from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 def with_layers(layers: list[dict[str, object]]) -> ModelSpec:
     plain = latch_spec().model_dump()
-    handed = any("starts_from" in layer for layer in layers)
+    handed = any("starts_from" in layer or layer["kind"] == "bidirectional" for layer in layers)
     heads = [
         {**head, "input": ""}
         for head in plain["heads"]
@@ -41,7 +41,13 @@ HANDED = [
 ]
 
 
-@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], HANDED])
+BOTH_WAYS = [
+    {"kind": "bidirectional", "units": 3},
+    {"kind": "bidirectional", "cell": "gru", "units": 2, "merge": "sum"},
+]
+
+
+@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], HANDED, BOTH_WAYS])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
     streams = streams_of(with_layers(layers), latch_frame())

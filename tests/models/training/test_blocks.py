@@ -1,0 +1,181 @@
+"""Networks in blocks: trained on whole sequences, packaged with the blocks, scored as served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("tensorflow")
+
+from models.artifact import Artifact, load_artifact, write_artifact
+from models.blocks import BlockSpec
+from models.errors import DataError, SpecError
+from models.layout import network_state
+from models.networks.fresh import fresh_weights
+from models.training.commands import evaluate_command, train_command
+from models.training.data import Streams, streams_of
+from models.training.evaluate import run_chunks
+from models.training.members import merged
+from models.training.report import MODEL, WHOLE
+from models.training.trainer import train
+from tests.support.oracle import oracle_in_blocks, oracle_step
+from tests.support.training import both_ways_frame, both_ways_spec
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BLOCKS = {"size": 3, "lookahead": 1}
+LONGEST = 9
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    return both_ways_frame()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Path:
+    """A specification, its data, and what the command makes of them."""
+    folder = tmp_path_factory.mktemp("blocks")
+    frame.write_parquet(folder / "events.parquet")
+    (folder / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS).model_dump_json())
+    train_command(
+        folder / "SPEC.yaml", folder / "events.parquet", folder / "model", trees=False, quiet=True
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Artifact:
+    """The same specification without blocks, trained."""
+    out = tmp_path_factory.mktemp("whole") / "model"
+    return train(both_ways_spec(), frame, out, quiet=True).artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Artifact:
+    return load_artifact(folder / "model")
+
+
+def each(artifact: Artifact, streams: Streams) -> list[NDArray[np.float32]]:
+    """The encoded rows of every stream."""
+    assert artifact.spec.events is not None
+    rows = streams.encoded(artifact.spec.events)
+    return [rows[start:stop] for start, stop in streams.spans]
+
+
+def test_the_weights_are_those_of_whole_sequences(
+    artifact: Artifact, whole: Artifact, tmp_path: Path
+) -> None:
+    assert artifact.spec.blocks is not None
+    assert artifact.spec.blocks.model_dump() == BLOCKS
+    assert (artifact.spec.chunking, whole.spec.chunking) == ("invisible", "whole")
+    assert artifact.fingerprint != whole.fingerprint
+    assert artifact.weights.keys() == whole.weights.keys()
+    for name, value in artifact.weights.items():
+        np.testing.assert_array_equal(value, whole.weights[name])
+    packaged = whole.spec.model_copy(update={"blocks": BlockSpec(**BLOCKS)})
+    again = write_artifact(tmp_path / "model", packaged, whole.weights)
+    assert again.fingerprint == artifact.fingerprint
+    validated = artifact.manifest["metrics"]["validation"]
+    assert validated == whole.manifest["metrics"]["validation"]
+
+
+@pytest.mark.parametrize("batch", [64, 5])
+def test_what_is_scored_are_the_outputs_of_the_blocks(
+    artifact: Artifact, frame: pl.DataFrame, batch: int
+) -> None:
+    streams = streams_of(artifact.spec, frame)
+    assert {stop - start for start, stop in streams.spans} == set(range(1, LONGEST + 1))
+    done: list[int] = []
+    found = run_chunks(artifact, streams, batch=batch, advance=done.append)
+    wanted = [
+        oracle_in_blocks(artifact.spec, artifact.weights, rows) for rows in each(artifact, streams)
+    ]
+    np.testing.assert_allclose(found, np.concatenate(wanted), **CLOSE)
+    assert sum(done) == streams.events
+
+
+def test_whole_sequences_are_scored_as_such(
+    whole: Artifact, artifact: Artifact, frame: pl.DataFrame
+) -> None:
+    """A stream is one call, which says another thing where there are events beyond a window."""
+    streams = streams_of(whole.spec, frame)
+    found = run_chunks(whole, streams, chunk=2)
+    zero = np.zeros(network_state(whole.spec).float_size)
+    wanted = [
+        oracle_step(whole.spec, whole.weights, rows, zero)[0] for rows in each(whole, streams)
+    ]
+    np.testing.assert_allclose(found, np.concatenate(wanted), **CLOSE)
+    apart = np.abs(found - run_chunks(artifact, streams)).max(axis=1)
+    for start, stop in streams.spans:
+        longer = stop - start > sum(BLOCKS.values())
+        assert (apart[start:stop].max() > 1e-4) if longer else (apart[start:stop].max() < 1e-6)
+    training = whole.spec.training.model_copy(update={"window_steps": LONGEST - 1})
+    shorter = whole.spec.model_copy(update={"max_chunk_steps": LONGEST - 1, "training": training})
+    with pytest.raises(DataError, match=r"at most `max_chunk_steps` \(8\) events.* got 9 of 's"):
+        run_chunks(replace(whole, spec=shorter), streams)
+
+
+def test_the_report_states_what_is_served_and_what_the_blocks_cost(
+    folder: Path, artifact: Artifact, whole: Artifact, frame: pl.DataFrame
+) -> None:
+    report = json.loads((folder / "model" / "report.json").read_bytes())
+    assert report["run"]["blocks"] == BLOCKS
+    head = report["heads"]["up"]
+    assert list(head["scores"])[:2] == [MODEL, WHOLE]
+    since = both_ways_spec().training.test_from
+    data = folder / "events.parquet"
+    served = evaluate_command(folder / "model", data, since=since, quiet=True)
+    alike = evaluate_command(whole.path, data, since=since, quiet=True)
+    assert served["blocks"] == BLOCKS
+    assert "chunk" not in served
+    for metric, value in served["heads"]["up"].items():
+        assert head["scores"][MODEL][metric]["value"] == pytest.approx(value, rel=1e-5)
+        ahead = alike["heads"]["up"][metric]
+        assert head["scores"][WHOLE][metric]["value"] == pytest.approx(ahead, rel=1e-5)
+        assert abs(ahead - value) > 1e-3
+        difference = head["difference"][WHOLE][metric]["value"]
+        assert difference == pytest.approx(ahead - value, rel=1e-4)
+        assert artifact.manifest["metrics"]["held_out"]["up"][metric] == pytest.approx(value)
+
+
+def test_members_are_merged_in_blocks(tmp_path: Path, artifact: Artifact) -> None:
+    spec = artifact.spec
+    joined, weights = merged(spec, [artifact.weights, fresh_weights(spec, 2)])
+    assert joined.blocks == spec.blocks
+    assert write_artifact(tmp_path / "model", joined, weights).spec == joined
+
+
+@pytest.mark.parametrize(
+    ("window_steps", "said"),
+    [
+        (LONGEST - 1, r"training\.window_steps: the network reads each stream as a whole, in one "),
+        (None, r"training\.window_steps: .* expected at least 70, the events of 'long', .* got 64"),
+    ],
+)
+def test_a_stream_that_is_longer_than_a_window_is_refused_at_its_line(
+    tmp_path: Path, frame: pl.DataFrame, window_steps: int | None, said: str
+) -> None:
+    """Also where the setting has its default, at the line of `training`."""
+    plain = both_ways_spec(blocks=BLOCKS).model_dump(mode="json")
+    plain["training"].pop("window_steps")
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in plain["training"].items())
+    if window_steps is None:
+        more = frame.filter(pl.col("id") == frame["id"][0]).sample(70, with_replacement=True)
+        frame = pl.concat([frame, more.with_columns(id=pl.lit("long"))])
+    else:
+        lines += f"\nwindow_steps: {window_steps}"
+    rest = {key: value for key, value in plain.items() if key != "training"}
+    text = f"{json.dumps(rest)[:-1]},\ntraining: {{\n" + lines.replace("\n", ",\n") + "}}"
+    (tmp_path / "SPEC.yaml").write_text(text)
+    line = text[: text.index("window_steps" if window_steps else "training:")].count("\n") + 1
+    frame.write_parquet(tmp_path / "events.parquet")
+    with pytest.raises(SpecError, match=rf"SPEC\.yaml:{line}: {said}"):
+        train_command(
+            tmp_path / "SPEC.yaml", tmp_path / "events.parquet", tmp_path / "model", quiet=True
+        )

@@ -1,0 +1,75 @@
+"""From a specification with blocks and a table to a served model, which scores as evaluated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.artifact import load_artifact
+from models.training.data import streams_of
+from models.training.evaluate import run_chunks
+from tests.support.oracle import oracle_in_blocks
+from tests.support.service import running
+from tests.support.training import both_ways_frame, both_ways_spec
+
+BLOCKS = {"size": 3, "lookahead": 1}
+CUTS = (2, 1, 4, 1, 3)
+
+
+def carry(*words: str | Path) -> str:
+    command = [sys.executable, "-m", "service.cli", *map(str, words)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def streamed(client: httpx.Client, name: str, events: list[dict[str, Any]]) -> list[float]:
+    """A stream sent in cuts, its end told with the last of them."""
+    said: list[float] = []
+    at = 0
+    for count in CUTS:
+        piece = events[at : at + count]
+        body = {"position": at, "events": piece, "final": at + count >= len(events)}
+        reply = client.post(f"/v1/models/tagger/streams/{name}/chunks", json=body)
+        found = reply.raise_for_status().json()
+        assert found["output_position"] == len(said)
+        said += found["outputs"]["up"]
+        at += count
+        if at >= len(events):
+            return said
+    raise AssertionError(f"{len(events)} events, and cuts for {at}")
+
+
+def test_what_is_trained_in_blocks_is_served_and_scored_alike(tmp_path: Path) -> None:
+    frame = both_ways_frame()
+    frame.write_csv(tmp_path / "events.csv")
+    (tmp_path / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS).model_dump_json())
+    out = tmp_path / "models" / "tagger"
+    carry("train", tmp_path / "SPEC.yaml", tmp_path / "events.csv", out, "--no-trees", "--quiet")
+    scores = json.loads(carry("evaluate", out, tmp_path / "events.csv"))
+    artifact = load_artifact(out)
+    streams = streams_of(artifact.spec, frame)
+    evaluated = run_chunks(artifact, streams)[:, 0]
+    rows = streams.encoded(artifact.spec.events)
+    served = np.zeros(streams.events)
+    with running(tmp_path, out) as service, httpx.Client(base_url=service.url) as client:
+        assert client.get("/v1/models/tagger").json()["blocks"] == BLOCKS
+        for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
+            own = frame.filter(pl.col("id") == name).sort("at")
+            events = own.select("at", "noise", "flag").to_dicts()
+            served[start:stop] = streamed(client, name, events)
+            wanted = oracle_in_blocks(artifact.spec, artifact.weights, rows[start:stop])[:, 0]
+            np.testing.assert_allclose(served[start:stop], wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(evaluated, served, rtol=1e-5, atol=1e-5)
+    truth = streams.frame["up"].to_numpy()
+    loss = -np.log(np.where(truth, served, 1 - served)).mean()
+    assert scores["heads"]["up"]["log_loss"] == pytest.approx(loss, rel=1e-5)
+    assert scores["blocks"] == BLOCKS
