@@ -1,8 +1,8 @@
 """Attention with context as nodes; the equations are those of `models.networks.attention`.
 
 Sequences are [T, B, W], state parts [1, B, size]. Over the stream all steps of a call are summed
-at once, in float64, from the state before it: memory grows with T squared, and the engine's calls
-are short.
+at once, in float64, from the state before it: memory grows with T squared. Calls are short where
+the engine may slice them; where it may not, T is bounded by `MOST_STEPS`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,32 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from models.errors import GraphUnsupportedError
 from models.layers import MASKED, NOTHING, AttentionLayer
 from models.onnx.heads import dense
 from models.onnx.nodes import Nodes, Value
 
 Weights = Mapping[str, NDArray[np.float32]]
+
+MOST_STEPS = 2048
+"""T of the longest call with attention over the stream. Each pair of its steps takes 24 bytes while
+they are summed: 100 MB a row."""
+
+
+def check_steps(layer: AttentionLayer, chunk_limit: int | None) -> None:
+    """Refuse attention over the stream in calls that would take the memory of a machine.
+
+    Args:
+        chunk_limit: of the model.
+
+    Raises:
+        GraphUnsupportedError
+    """
+    if chunk_limit is not None and chunk_limit > MOST_STEPS:
+        raise GraphUnsupportedError(
+            f"layer {layer.name!r}: a graph holds attention over the stream for calls of at most "
+            f"{MOST_STEPS} steps, got max_chunk_steps {chunk_limit}"
+        )
 
 
 def over_chunk(

@@ -44,7 +44,7 @@ from models.layers import (
 )
 from models.layout import layer_widths, network_state, output_spec
 from models.onnx.activations import activation
-from models.onnx.attention import over_chunk, over_stream
+from models.onnx.attention import check_steps, over_chunk, over_stream
 from models.onnx.bidirectional import WindowSteps, bidirectional, forward
 from models.onnx.decoder import last_observed
 from models.onnx.heads import dense, head_output
@@ -176,6 +176,7 @@ class _Step:
             case AttentionLayer(over="chunk"):
                 x, self._attention[layer.name] = over_chunk(nodes, layer, weights, x, LENGTHS)
             case AttentionLayer():
+                check_steps(layer, self._spec.chunk_limit)
                 names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
                 state = [self._before[name] for name in names]
                 width = layer_widths(self._spec)[layer.name]

@@ -134,6 +134,29 @@ def test_activations_that_no_cell_has_are_refused(name: str, kind: int) -> None:
         write_graph(spec, random_weights(spec))
 
 
+@pytest.mark.parametrize("over", ["lstm", "chunk"])
+def test_attention_over_the_stream_is_for_short_calls(over: str) -> None:
+    """Its memory grows with the square of a call's steps, and such a call is never sliced."""
+    handed = {"kind": "lstm", "units": 2, "starts_from": "lstm_1"}
+    attention = {"kind": "attention", "over": "chunk", "units": 2}
+    data = {
+        "name": "m",
+        "features": 2,
+        "layers": [
+            {"kind": "lstm", "units": 2},
+            {"kind": "attention", "over": "stream", "units": 2, "name": "past"},
+            handed if over == "lstm" else attention,
+        ],
+        "heads": [{"kind": "sequence", "name": "h"}],
+        "max_chunk_steps": 2048,
+    }
+    spec = parse_spec(data)
+    write_graph(spec, random_weights(spec))
+    longer = parse_spec({**data, "max_chunk_steps": 2049})
+    with pytest.raises(GraphUnsupportedError, match=r"'past'.* at most 2048 steps, .* 2049"):
+        write_graph(longer, random_weights(longer))
+
+
 def test_more_weights_than_a_file_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = small_spec()
     monkeypatch.setattr(graph_module, "MAX_CONSTANT_BYTES", 1000)
