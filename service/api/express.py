@@ -26,9 +26,11 @@ from service.api.boundary import note_failure
 from service.api.context import ApiContext
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, media_of
-from service.api.problems import problem_answer
+from service.api.problems import problem_answer, status_of
 from service.api.reading import STREAM_NAME, TIMEOUT_HEADER, parse_timeout
+from service.api.refusals import Refusals
 from service.api.replies import server_timing
+from service.api.statuses import STATUS
 from service.api.wire import ModelWire
 from service.domain import Chunk, Reply
 from service.errors import CarryError, Overloaded
@@ -82,11 +84,21 @@ class More(NamedTuple):
     whole_bytes: int
 
 
+class Refused(NamedTuple):
+    """A request that is not done, its body unread; attributes as those of `Taken`."""
+
+    wire: ModelWire
+    error: Overloaded
+    answer: Media
+    request_id: bytes
+    began_s: float
+    whole_bytes: int
+
+
 class Taken(NamedTuple):
     """A request on its way.
 
     Attributes:
-        work: the chunk, or why it was refused unread.
         answer: what the reply is written in.
         began_s: when it was whole, and deadline_s until when its client waits, of the monotonic
             clock.
@@ -94,7 +106,7 @@ class Taken(NamedTuple):
     """
 
     wire: ModelWire
-    work: Chunk | Overloaded
+    chunk: Chunk
     answer: Media
     request_id: bytes
     began_s: float
@@ -118,8 +130,9 @@ class Express:
     def __init__(self, api: ApiContext, ids: RequestIds):
         self._api = api
         self._ids = ids
+        self._refusals = Refusals(_refusal)
 
-    def take(self, data: bytes) -> Taken | More | None:
+    def take(self, data: bytes) -> Taken | Refused | More | None:
         """The request that these bytes begin with, if it is plain."""
         start = _START.match(data)
         if start is None:
@@ -142,28 +155,29 @@ class Express:
             return None
         wire = self._api.wire(model)
         waits_s = self._api.limits.waits_s(headers.timeout_s)
-        work: Chunk | Overloaded | None = pipeline.refusal(model, waits_s)
-        if work is None:
-            body = data[end + 4 : whole_bytes]
-            work = wire.reader.plain_chunk(body, headers.media, stream)
-            if work is None:
-                return None
         request_id = headers.request_id or self._ids.next()
+        if (error := pipeline.refusal(model, waits_s)) is not None:
+            return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
+        chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
+        if chunk is None:
+            return None
         deadline_s = began_s + waits_s
-        return Taken(wire, work, headers.answer, request_id, began_s, deadline_s, whole_bytes)
+        return Taken(wire, chunk, headers.answer, request_id, began_s, deadline_s, whole_bytes)
 
     def begin(self, taken: Taken) -> Begun:
-        """Hand the chunk to the pipeline; what was refused is done already."""
-        if isinstance(taken.work, Chunk):
-            return self._api.pipeline.begin(taken.work, taken.deadline_s)
-        begun: Begun = asyncio.get_running_loop().create_future()
-        begun.set_result([taken.work])
-        return begun
+        """Hand the chunk to the pipeline."""
+        return self._api.pipeline.begin(taken.chunk, taken.deadline_s)
 
     def leave(self, taken: Taken, begun: Begun) -> None:
         """The client is gone."""
-        if isinstance(taken.work, Chunk):
-            self._api.pipeline.leave(taken.work, begun)
+        self._api.pipeline.leave(taken.chunk, begun)
+
+    def refuse(self, refused: Refused) -> bytes:
+        """The whole answer to what is not done."""
+        self._api.recorder.refusal(refused.wire.served.name, refused.error.code)
+        sent = self._refusals.answer(refused.error, refused.answer, refused.request_id)
+        _log(refused, STATUS[Overloaded])
+        return sent
 
     def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
         """The whole answer.
@@ -174,7 +188,11 @@ class Express:
         more = _CLOSE if last else b""
         status = 200
         if isinstance(result, CarryError):
-            status, sent = self._refusal(taken, result, more)
+            status = status_of(result)
+            self._api.recorder.refusal(taken.wire.served.name, result.code)
+            with bound_contextvars(request_id=taken.request_id.decode()):
+                note_failure(result)
+            sent = _refusal(result, taken.answer, taken.request_id, more)
         else:
             body = taken.wire.writer.reply_bytes(result, taken.answer)
             sent = (
@@ -188,19 +206,26 @@ class Express:
                 )
                 + body
             )
-        ms = round((time.monotonic() - taken.began_s) * 1000, 2)
-        log_request(logging.INFO, taken.request_id.decode(), "POST", ROUTE, status, ms)
+        _log(taken, status)
         return sent
 
-    def _refusal(self, taken: Taken, error: CarryError, more: bytes) -> tuple[int, bytes]:
-        with bound_contextvars(request_id=taken.request_id.decode()):
-            note_failure(error)
-            self._api.recorder.refusal(taken.wire.served.name, error.code)
-            answer = problem_answer(error, taken.answer)
-        headers = [*answer.raw_headers, (REQUEST_ID_HEADER, taken.request_id)]
-        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
-        status = answer.status_code
-        return status, _STATUS_LINES[status] + lines + more + b"\r\n" + answer.body
+
+def _log(request: Taken | Refused, status: int) -> None:
+    ms = round((time.monotonic() - request.began_s) * 1000, 2)
+    log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
+
+
+def _refusal(error: CarryError, media: Media, request_id: bytes, more: bytes = b"") -> bytes:
+    """The whole answer to a request that failed.
+
+    Args:
+        more: further lines of its head.
+    """
+    with bound_contextvars(request_id=request_id.decode()):
+        answer = problem_answer(error, media)
+    headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return _STATUS_LINES[answer.status_code] + lines + more + b"\r\n" + answer.body
 
 
 @lru_cache(maxsize=4096)

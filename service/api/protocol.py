@@ -14,7 +14,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Taken
+from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Refused, Taken
 
 
 class ExpressProtocol(HttpToolsProtocol):
@@ -39,19 +39,28 @@ class ExpressProtocol(HttpToolsProtocol):
         if self._held:
             data = self._held + data
             self._held = b""
+        while data:
+            data = self._taken(data, self._express)
+
+    def _taken(self, data: bytes, express: Express) -> bytes:
+        """Do with the bytes what can be done now; what is left of them is the next request."""
         if self._ours is not None:
             self._hold(data)
-            return
-        found = self._express.take(data)
+            return b""
+        found = express.take(data)
         if found is None:
             self._theirs = True
             super().data_received(data)
-        elif isinstance(found, More):
+            return b""
+        if isinstance(found, More):
             self._hold(data)
+            return b""
+        if isinstance(found, Refused):
+            self.transport.write(express.refuse(found))
+            self._rest()
         else:
-            self._begin(found, self._express)
-            if len(data) > found.whole_bytes:
-                self._hold(data[found.whole_bytes :])
+            self._begin(found, express)
+        return data[found.whole_bytes :]
 
     def _hold(self, data: bytes) -> None:
         self._held = data
@@ -72,15 +81,16 @@ class ExpressProtocol(HttpToolsProtocol):
             if self._leaving:
                 self.transport.close()
                 return
-            self.server_state.total_requests += 1
             self._rest()
             self._go_on()
 
         begun.add_done_callback(answer)
 
     def _rest(self) -> None:
-        """Nothing is under way. The timer that closes idle connections is left as it was set: to
-        stop and start one for each request would cost more than to look when it goes off."""
+        """A request is answered, and none is under way. The timer that closes idle connections is
+        left as it was set: to stop and start one for each request would cost more than to look
+        when it goes off."""
+        self.server_state.total_requests += 1
         self._idle_since_s = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._wait_idle(self.timeout_keep_alive)
@@ -102,7 +112,7 @@ class ExpressProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def _go_on(self) -> None:
-        """Take in what came while a request was under way."""
+        """Take in what came while that could not be done."""
         held, self._held = self._held, b""
         if len(held) > MAX_BYTES:
             self.transport.resume_reading()

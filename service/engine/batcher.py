@@ -175,6 +175,8 @@ class Batcher(Generic[P, R]):
         self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
         self._rate = DrainRate()
         self._refusing = False
+        self._refusal: Overloaded | None = None
+        self._refused_at: tuple[int, float | None] = 0, None
         self._soonest_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
@@ -212,8 +214,14 @@ class Batcher(Generic[P, R]):
 
     def refusal(self, left_s: float) -> Overloaded | None:
         """What a request would be answered now that can wait so long, where that is Overloaded;
-        it saves to look into the request."""
-        return self._overloaded() if len(self._queue) >= self._room(left_s) else None
+        it saves to look into the request. The same object for as long as it says the same, so not
+        one to raise."""
+        if len(self._queue) < self._room(left_s):
+            return None
+        standing = len(self._queue), self._rate.per_s
+        if self._refusal is None or standing != self._refused_at or not self._refusing:
+            self._refusal, self._refused_at = self._overloaded(), standing
+        return self._refusal
 
     def _room(self, left_s: float) -> int:
         """How many jobs may wait before one that can wait so long."""

@@ -150,6 +150,7 @@ class PrometheusRecorder:
             GCCollector(registry=registry)
         # a child is found by a lock, a tuple and a dict; a batch wants a dozen of them
         self._series = lru_cache(maxsize=None)(self._series_of)
+        self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
     def model(self, name: str, version: str, runtime: str) -> None:
         """A model is served from now on; its series begin at zero."""
@@ -188,7 +189,7 @@ class PrometheusRecorder:
 
     def refusal(self, model: str, code: str) -> None:
         """A request, or an item of one, was answered with a problem."""
-        self._refusals.labels(model if model in self._served else UNKNOWN_MODEL, code).inc()
+        self._refused(model if model in self._served else UNKNOWN_MODEL, code).inc()
 
     def conflict(self, model: str) -> None:
         """A commit found the stream moved on; the chunk is done again."""

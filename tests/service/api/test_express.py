@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.express import Express, Taken
 from service.api.protocol import ExpressProtocol
+from service.engine.batcher import Batcher
 from service.state.protocol import Commit, CommitResult
 from service.state.redis_store import RedisStore
 from tests.service.api.harness import Harness, rows
@@ -257,7 +258,47 @@ async def test_requests_on_one_connection_are_answered_in_order(
     assert [found and (found[1] or found[2] or found[3]) for found in seen] == [
         b"4", b'"models"', b"8", b'"models"', b"12", b'"code"', b"16", b"20", b'"models"',
     ]  # fmt: skip
-    assert [taken.work.position for taken in ours.taken][:1] == [0]
+    assert [taken.chunk.position for taken in ours.taken][:1] == [0]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (),
+        ("Accept: application/msgpack",),
+        ("X-Request-Id: mine-1",),
+        (f"X-Request-Id: {'0123456789abcdef' * 2}",),
+        (f"X-Request-Id: {'x' * 126}", "Accept: application/msgpack"),
+    ],
+    ids=["JSON", "MessagePack", "short id", "long id", "an id like a length"],
+)
+async def test_both_servers_refuse_the_same(
+    doors: tuple[Door, Door], monkeypatch: pytest.MonkeyPatch, lines: Sequence[str]
+) -> None:
+    """Several times, since what is said again and again is written once."""
+    monkeypatch.setattr(Batcher, "_room", lambda *_: 0)
+    ours, theirs = doors
+    sent = request(chunk(), *lines)
+    expected = await converse(theirs, sent)
+    assert expected[0].startswith(b"HTTP/1.1 429 ")
+    replies = await converse(ours, sent, sent + sent, answers=3)
+    assert list(map(steady, replies)) == list(map(steady, expected)) * 3
+    ids = [re.findall(rb"request[-_]id[^0-9a-z]*([0-9a-z-]+)", reply) for reply in replies]
+    assert all(len(set(found)) == 1 for found in ids), "the id of the head is the body's"
+    assert len(set(map(tuple, ids))) == (1 if "X-Request-Id" in str(lines) else 3)
+
+
+async def test_a_refusal_says_what_holds_now(
+    api: Harness, doors: tuple[Door, Door], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = doors
+    batcher = api.pipeline._chunks["probe"]
+    monkeypatch.setattr(Batcher, "_room", lambda *_: 0)
+    [first] = await converse(ours, request(chunk()))
+    monkeypatch.setattr(batcher._rate, "per_s", 20.0)
+    [second] = await converse(ours, request(chunk()))
+    assert b"which is the limit" in first
+    assert b"and 20 are done in a second" in second
 
 
 async def test_after_others_a_connection_goes_express_again(doors: tuple[Door, Door]) -> None:
@@ -274,10 +315,12 @@ async def test_after_others_a_connection_goes_express_again(doors: tuple[Door, D
     await writer.wait_closed()
 
 
+def express_connections(server: uvicorn.Server) -> list[ExpressProtocol]:
+    return [c for c in server.server_state.connections if isinstance(c, ExpressProtocol)]
+
+
 def under_way(server: uvicorn.Server) -> list[ExpressProtocol]:
-    return [
-        c for c in server.server_state.connections if isinstance(c, ExpressProtocol) and c._ours
-    ]
+    return [connection for connection in express_connections(server) if connection._ours]
 
 
 async def becomes(condition: Callable[[], bool], what: str) -> None:
