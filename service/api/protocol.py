@@ -44,7 +44,7 @@ class ExpressProtocol(HttpToolsProtocol):
 
     def _taken(self, data: bytes, express: Express) -> bytes:
         """Do with the bytes what can be done now; what is left of them is the next request."""
-        if self._ours is not None:
+        if self._ours is not None or self.flow.write_paused:
             self._hold(data)
             return b""
         found = express.take(data)
@@ -65,7 +65,7 @@ class ExpressProtocol(HttpToolsProtocol):
     def _hold(self, data: bytes) -> None:
         self._held = data
         if len(data) > MAX_BYTES:
-            # a client that sends on without reading; it has to wait
+            # a client that sends on before it has its answers; it has to wait
             self.transport.pause_reading()
 
     def _begin(self, taken: Taken, express: Express) -> None:
@@ -118,6 +118,12 @@ class ExpressProtocol(HttpToolsProtocol):
             self.transport.resume_reading()
         if held:
             self.data_received(held)
+
+    def resume_writing(self) -> None:
+        """The client reads its answers again; what it sent meanwhile was held."""
+        super().resume_writing()
+        if self._ours is None and not self._theirs:
+            self._go_on()
 
     def on_message_begin(self) -> None:
         """uvicorn's parser has met the beginning of a request."""

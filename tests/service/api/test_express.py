@@ -31,6 +31,8 @@ from tests.support.servers import until_async
 
 PATH = "/v1/models/probe/streams/{}/chunks"
 INPUTS = rows(4)
+DEAF = 1500
+"""Requests whose answers are more than may wait for one client."""
 _NEW = (
     (re.compile(rb"[0-9a-f]{16}-[0-9a-f]{32}"), b"ETAG"),
     (re.compile(rb'"(epoch|tag|request_id)":"[0-9a-f]+"'), b'"NEW"'),
@@ -299,6 +301,42 @@ async def test_a_refusal_says_what_holds_now(
     [second] = await converse(ours, request(chunk()))
     assert b"which is the limit" in first
     assert b"and 20 are done in a second" in second
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_a_client_that_does_not_read_has_to_wait(
+    api: Harness, monkeypatch: pytest.MonkeyPatch, *, refused: bool
+) -> None:
+    """What it is owed stays bounded, and none of it is lost."""
+    if refused:
+        monkeypatch.setattr(Batcher, "_room", lambda *_: 0)
+    paused: list[bool] = []
+    name = "refuse" if refused else "begin"
+    go_on = getattr(Express, name)
+
+    def watched(express: Express, found: Any) -> Any:
+        paused.append(any(each.flow.write_paused for each in express_connections(server)))
+        return go_on(express, found)
+
+    monkeypatch.setattr(Express, name, watched)
+    one = request(chunk(None), stream="deaf")
+    async with serving(api, ExpressProtocol) as server:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port_of(server)))
+            reader, writer = await asyncio.open_connection(sock=client, limit=4096)
+            await becomes(lambda: bool(express_connections(server)), "a connection")
+            [connection] = express_connections(server)
+            own = connection.transport.get_extra_info("socket")
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            writer.write(one * DEAF)
+            await becomes(lambda: connection.flow.write_paused, "too much to send")
+            answered = [await answer(reader) for _ in range(DEAF)]
+            writer.close()
+            await writer.wait_closed()
+    assert paused
+    assert not any(paused)
+    assert {reply[9:12] for reply in answered} == {b"429" if refused else b"200"}
 
 
 async def test_after_others_a_connection_goes_express_again(doors: tuple[Door, Door]) -> None:
