@@ -31,6 +31,7 @@ from service.domain import (
 )
 from service.engine.batcher import Batcher, Job, Request, Results, Run
 from service.engine.compute import Compute
+from service.engine.giving_way import GivingWay
 from service.engine.policy import BatchLimits
 from service.engine.protocol import Runtime
 from service.engine.state_cache import StateCache
@@ -105,6 +106,7 @@ class Pipeline:
         self._cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self._cache, now_ms=now_ms)
         self._compute = Compute()
+        self._giving_way = GivingWay()
         self._warm = False
         self._draining = False
         self._warming: asyncio.Task[None] | None = None
@@ -144,6 +146,7 @@ class Pipeline:
             max_in_flight=self._limits.batches_in_flight,
             on_depth=lambda _: None,
             max_wait_s=self._limits.max_queue_wait_s,
+            on_refusing=lambda refusing: self._giving_way.tell(refusing=refusing),
             told=lambda _, error: error,
         )
 
@@ -162,6 +165,7 @@ class Pipeline:
             max_in_flight=self._limits.batches_in_flight,
             on_depth=on_depth,
             max_wait_s=self._limits.max_queue_wait_s,
+            on_refusing=lambda refusing: self._giving_way.tell(refusing=refusing),
             told=told,
         )
 

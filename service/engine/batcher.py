@@ -147,6 +147,7 @@ class Batcher(Generic[P, R]):
         max_in_flight: batches that may be under way at once.
         on_depth: told the queue's length whenever a batch was formed.
         max_wait_s: longest that a job may be expected to wait in the queue.
+        on_refusing: told when it begins to refuse, and when the queue was empty again.
         told: what becomes of an error of the batcher's own for a job, which may be committing.
     """
 
@@ -159,6 +160,7 @@ class Batcher(Generic[P, R]):
         max_in_flight: int,
         on_depth: Callable[[int], None],
         max_wait_s: float = math.inf,
+        on_refusing: Callable[[bool], None] = lambda _: None,
         told: Callable[[Job[P, R], CarryError], CarryError] = lambda _, error: error,
     ):
         self._run = run
@@ -167,6 +169,7 @@ class Batcher(Generic[P, R]):
         self._max_in_flight = max_in_flight
         self._on_depth = on_depth
         self._max_wait_s = max_wait_s
+        self._on_refusing = on_refusing
         self._told = told
         self._queue: list[Job[P, R]] = []
         self._numbers = count()
@@ -261,6 +264,7 @@ class Batcher(Generic[P, R]):
         if not self._refusing:
             # Once until the queue was empty again: every refusal is counted by its code.
             self._refusing = True
+            self._on_refusing(True)
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
         if rate is None:
             return Overloaded(f"{waiting} chunks are waiting, which is the limit", retry_after_s=1)
@@ -316,8 +320,9 @@ class Batcher(Generic[P, R]):
                 pass
             waiting = len(self._queue)
             self._rate.note(now_s, waiting)
-            if not waiting:
+            if not waiting and self._refusing:
                 self._refusing = False
+                self._on_refusing(False)
             self._on_depth(waiting)
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))

@@ -151,7 +151,8 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
     """At 20 jobs a second and 2 seconds, 40 wait; for whom 1 second is left, 20 are too many."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
-    async with batching(runs, max_wait_s=2.0) as batcher:
+    refusing: list[bool] = []
+    async with batching(runs, max_wait_s=2.0, on_refusing=refusing.append) as batcher:
         with structlog.testing.capture_logs() as logged:
             tasks = await fill(batcher, runs, 60, 4)
             assert batcher.refusal(60) is None
@@ -166,10 +167,12 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
                 await submit(batcher, "n", "n", 1)
             assert caught.value.facts["retry_after_s"] == pytest.approx(40 / 20)
         assert [line["event"] for line in logged] == ["overloaded"]
+        assert refusing == [True]
         runs.gate.set()
         await asyncio.gather(*tasks, *more)
         # Empty: nothing is known of its rate any more, and nothing is refused for it.
         assert batcher.refusal(0.001) is None
+        assert refusing == [True, False]
         assert await submit(batcher, "o", "o", 1) == "O"
 
 
