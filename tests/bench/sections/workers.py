@@ -8,6 +8,9 @@ from tests.bench.networks import STEPS
 from tests.bench.servers import Server
 from tests.bench.traffic import Traffic, position_in
 
+CONNECTIONS = (32, 64, 128)
+"""With the first, each of two workers has batches of half the size that one has alone."""
+
 RACERS = 16
 RACES = 20
 
@@ -25,11 +28,17 @@ def run(bench: Bench) -> None:
             for server in (one, two):
                 bench.ready(driver, server.name, server, bench.bodies)
             for _ in range(bench.options.rounds):
-                for server in (one, two):
-                    name = f"workers/{server.name}/{kind}"
-                    bench.closed(name, driver, server.name, server, store)
+                for connections in CONNECTIONS:
+                    for server in (one, two):
+                        name = f"workers/{connections}-{server.name}/{kind}"
+                        bench.closed(name, driver, server.name, server, store, connections)
             lost = [race(bench, two, f"race-{turn}") for turn in range(RACES)]
-        bench.results.ratio(f"workers/{kind} 2 over 1", f"workers/2/{kind}", f"workers/1/{kind}")
+        for connections in CONNECTIONS:
+            bench.results.ratio(
+                f"workers/{kind} 2 over 1, {connections} connections",
+                f"workers/{connections}-2/{kind}",
+                f"workers/{connections}-1/{kind}",
+            )
         bench.results.figure(f"workers/{kind} lost", [max(lost)])
     for kind in bench.available([k for k in bench.options.baselines if k == "competent"]):
         with bench.store(cores) as store, bench.server(kind, store, cores=cores) as server:
