@@ -38,6 +38,7 @@ SECTIONS = (
     "workers",
     "events",
     "widths",
+    "kinds",
     "split",
 )
 """In the order in which they are run; each is a module of `sections` with `run(bench)`."""

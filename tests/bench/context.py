@@ -24,6 +24,7 @@ from tests.bench.servers import (
     running_server,
     running_store,
 )
+from tests.bench.traffic import TrafficSpec
 
 CONNECTIONS = 32
 WARM_S = 0.5
@@ -171,9 +172,10 @@ class Bench:
         server: Server,
         store: Store,
         connections: int = CONNECTIONS,
+        share: float = 1.0,
     ) -> Load:
-        """One closed-loop round of a row."""
-        seconds = self.options.seconds
+        """One closed-loop round of a row, or a `share` of the time of one."""
+        seconds = self.options.seconds * share
         return self.measured(
             name, server, store, lambda: driver.closed(key, server.port, connections, seconds)
         )
@@ -205,9 +207,13 @@ class Bench:
             sampled=0 if options.get("items") or not server.positions else 1,
             **options,
         )
-        driver.traffic(key, spec)
-        load = driver.closed(key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
+        load = self.warmed(driver, key, server, spec)
         if spec.sampled:
             more = {} if tolerance is None else {"tolerance": tolerance}
             check_answers(artifact or self.artifact, spec, bodies.rows, load.kept, **more)
         return load
+
+    def warmed(self, driver: Driver, key: str, server: Server, spec: TrafficSpec) -> Load:
+        """Make streams at a generator and load a server with them for a moment, unmeasured."""
+        driver.traffic(key, spec)
+        return driver.closed(key, server.port, min(CONNECTIONS, spec.streams), WARM_S)

@@ -166,8 +166,12 @@ class Generator:
         """Make the streams that later loads name."""
         self._traffic[key] = Traffic(spec)
 
-    def closed(self, key: str, port: int, connections: int, seconds: float) -> Load:
-        """Load a port from connections that each wait for their reply."""
+    def closed(self, key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
+        """Load a port from connections that each wait for their reply.
+
+        Args:
+            least: chunks of each sampled stream, however long that takes.
+        """
         traffic = self._traffic[key]
         latencies = array("d")
 
@@ -191,7 +195,7 @@ class Generator:
                     now_s = clock()
                     latencies.append(now_s - connection.sent_s)
                     traffic.accept(connection.ticket, *found)
-                    if now_s < ends_s:
+                    if now_s < ends_s or traffic.lacks(least):
                         _send(connection, traffic)
                     else:
                         in_flight -= 1

@@ -107,9 +107,9 @@ class Driver(Remote):
         """Make the streams that later loads name by `key`."""
         self.call("traffic", key, spec)
 
-    def closed(self, key: str, port: int, connections: int, seconds: float) -> Load:
+    def closed(self, key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
         """Closed loop; see `Generator.closed`."""
-        load: Load = self.call("closed", key, port, connections, seconds)
+        load: Load = self.call("closed", key, port, connections, seconds, least)
         return load
 
     def open(

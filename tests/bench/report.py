@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure as Plot
 
 from tests.bench.cpu_split import STAGES
+from tests.bench.kinds import PLAIN
 from tests.bench.results import COLUMNS, Figure, Results, Row, cells
 from tests.bench.targets import verdicts
 
@@ -49,6 +50,7 @@ def page(results: Results, images: Mapping[str, str]) -> str:
         "targets": _targets(results),
         "notes": "\n".join(f"- {note}" for note in results.notes) or NOTHING,
         "cold": _figures(results, "cold"),
+        "kinds": _kinds(results),
         "split": _split(results),
     }
     for section in SHOWN_SECTIONS:
@@ -97,6 +99,38 @@ def _targets(results: Results) -> str:
         for target, shown, verdict in verdicts(results)
     ]
     return _markdown(["target", "bound", "found", "verdict"], body)
+
+
+def _kinds(results: Results) -> str:
+    """One line a kind and runtime: its row at 32 connections, over the plain one, p50 at one."""
+    lead = "kinds/32/"
+    rows = [row for name, row in results.rows.items() if name.startswith(lead)]
+    if not rows:
+        return NOTHING + "\n"
+    body = []
+    for row in rows:
+        shown = row.name.removeprefix(lead)
+        name, _, kind = shown.partition("/")
+        over = [
+            results.figures.get(f"kinds/{kind} {name} over {PLAIN}{by}") for by in ("", ", by CPU")
+        ]
+        one = results.rows.get(f"kinds/1/{shown}")
+        body.append(
+            [
+                f"`{shown}`",
+                *(form.format(row.median(of)) for _, of, form in COLUMNS[:3]),
+                *("" if figure is None else _with_spread(figure) for figure in over),
+                "" if one is None else f"{one.median('p50_ms'):.2f}",
+            ]
+        )
+    ratios = (f"of `{PLAIN}`", "by CPU")
+    return _markdown(
+        ["kind/server", *(head for head, _, _ in COLUMNS[:3]), *ratios, "p50 ms at 1"], body
+    )
+
+
+def _with_spread(figure: Figure) -> str:
+    return f"{figure.value:.3g} ({figure.low:.3g} to {figure.high:.3g})"
 
 
 def _split(results: Results) -> str:

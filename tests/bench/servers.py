@@ -141,6 +141,7 @@ def running_server(
     cores: Sequence[int],
     folder: Path,
     *,
+    models: Path | None = None,
     workers: int = 1,
     reply_bytes: int = 1800,
     environment: Mapping[str, str] | None = None,
@@ -149,6 +150,7 @@ def running_server(
     """A ready server: `asgi`, `fastapi`, `naive`, `competent`, or `carry-RUNTIME`.
 
     Args:
+        models: a folder of models that Carry serves, instead of the one.
         workers: of Carry.
         reply_bytes: of the floors' fixed reply.
         environment: further variables, for Carry's other settings.
@@ -160,7 +162,7 @@ def running_server(
     log = folder / f"{kind}-{port}.log"
     more = dict(environment or {})
     if kind.startswith("carry-"):
-        command = carry_command(artifact, port, "--redis-url", store.url)
+        command = carry_command(models or artifact.path, port, "--redis-url", store.url)
         if workers > 1:
             command += ["--workers", str(workers)]
         more["CARRY_RUNTIME"] = kind.removeprefix("carry-")
@@ -179,11 +181,11 @@ def running_server(
         yield Server(name or kind, port, process.pid, kind not in FLOORS)
 
 
-def carry_command(artifact: Artifact, port: int, *options: str) -> list[str]:
-    """`carry serve` on one model."""
+def carry_command(models: Path, port: int, *options: str) -> list[str]:
+    """`carry serve` on one model, or a folder of them."""
     return [
         *(sys.executable, "-m", "service.cli", "serve", "--port", str(port)),
-        *("--models", str(artifact.path), *options),
+        *("--models", str(models), *options),
     ]
 
 
@@ -266,7 +268,7 @@ def cold_start(
     """
     port = free_port()
     log = folder / f"cold-{port}.log"
-    command = carry_command(artifact, port, "--data-dir", str(folder / f"data-{port}"))
+    command = carry_command(artifact.path, port, "--data-dir", str(folder / f"data-{port}"))
     began_s = time.perf_counter()
     with _process(command, cores, log, {"CARRY_RUNTIME": runtime}) as process:
         try:

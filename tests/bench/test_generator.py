@@ -117,6 +117,17 @@ def test_every_stream_is_sent_consecutive_positions_and_its_bodies_in_turn() -> 
             )
 
 
+def test_a_load_goes_on_until_the_sampled_streams_had_enough() -> None:
+    spec = BODIES.traffic("a", 5, sampled=2)
+    with stub(honest) as port:
+        load = generator(spec).closed("t", port, 2, 0.0, least=3)
+        short = generator(spec).closed("t", port, 2, 0.0)
+    assert {(kept.stream, kept.chunk) for kept in load.kept} >= {
+        (stream, chunk) for stream in range(2) for chunk in range(3)
+    }
+    assert short.chunks == 2
+
+
 def test_no_stream_has_two_requests_in_flight() -> None:
     busy: Counter[str] = Counter()
     most: Counter[str] = Counter()

@@ -105,6 +105,26 @@ def test_the_table_shows_rows_figures_and_notes() -> None:
     assert shown.endswith("note: something was left out")
 
 
+def test_the_page_holds_each_kind_against_the_plain_stack(tmp_path: Path) -> None:
+    results = some_results()
+    for rate in (500.0, 400.0):
+        for name, times in (("lstm", 1), ("gru", 1.5)):
+            row = f"{name}/carry-onnxruntime"
+            results.add(f"kinds/32/{row}", replace(BASE, chunks_per_s=rate * times))
+            results.add(f"kinds/1/{row}", replace(BASE, p50_ms=0.75 * times))
+    results.ratio(
+        "kinds/carry-onnxruntime gru over lstm",
+        "kinds/32/gru/carry-onnxruntime",
+        "kinds/32/lstm/carry-onnxruntime",
+    )
+    write_report(results, tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "| `lstm/carry-onnxruntime` | 450 | 16,000 | 50 |  |  | 0.75 |" in page
+    expected = "| `gru/carry-onnxruntime` | 675 | 16,000 | 50 | 1.5 (1.5 to 1.5) |  | 1.12 |"
+    assert expected in page
+    assert page.count("Not measured in this run.") == 5
+
+
 def test_the_page_has_every_figure_and_its_plots(tmp_path: Path) -> None:
     write_report(some_results(), tmp_path)
     page = (tmp_path / "performance.md").read_text()
@@ -114,7 +134,7 @@ def test_the_page_has_every_figure_and_its_plots(tmp_path: Path) -> None:
     assert "0.9 (0.8 to 1.25) | reached |" in page
     assert "- something was left out" in page
     assert "| carry-onnxruntime | 4.0 |" in page
-    assert page.count("Not measured in this run.") == 5
+    assert page.count("Not measured in this run.") == 6
     for name in ("peak", "latency", "split"):
         assert f"(performance/{name}.svg)" in page
         first = (tmp_path / "performance" / f"{name}.svg").read_bytes()

@@ -30,6 +30,7 @@ FIGURES = {
     "workers": "workers/carry-onnxruntime lost",
     "events": "events/carry-onnxruntime events over inputs",
     "widths": None,
+    "kinds": "kinds/carry-onnxruntime forecast over lstm, by CPU",
     "split": None,
 }
 """What each section has to find."""

@@ -35,27 +35,30 @@ class TrafficSpec:
     Attributes:
         path: where requests go; `%b` stands for the stream's name in a request for one stream.
         media: how bodies are written.
-        member: `inputs` or `events`.
+        member: `inputs` or `events` of a chunk, the one of `sequences` to predict (JSON only), or
+            the `horizon` of a forecast.
         values: the member's value in each body, already written.
-        steps: the events in each of them.
+        steps: the events in each of them; of a forecast those that it looks ahead.
         prefix: begins every stream's name.
         streams: how many there are.
         position: where every stream stands at the beginning.
         items: chunks per request; 0 for the route of one stream.
-        positions: whether replies tell the position (the floors' do not).
+        moves: whether a request moves its stream on; a forecast does not.
+        positions: whether replies tell the position (the floors' and predictions do not).
         sampled: streams whose first replies are kept.
         seed: of the order of the streams.
     """
 
     path: bytes
     media: Media
-    member: Literal["inputs", "events"]
+    member: Literal["inputs", "events", "sequences", "horizon"]
     values: tuple[bytes, ...]
     steps: tuple[int, ...]
     prefix: str
     streams: int
     position: int = 0
     items: int = 0
+    moves: bool = True
     positions: bool = True
     sampled: int = 0
     seed: int = 1
@@ -101,6 +104,10 @@ class Traffic:
         """Whether enough streams are without a request in flight."""
         return len(self._free) >= self._per_request
 
+    def lacks(self, least: int) -> bool:
+        """Whether a sampled stream had fewer chunks than `least`."""
+        return any(count < least for count in self._chunks[: self.spec.sampled])
+
     def request(self) -> tuple[bytes, Ticket]:
         """The next request, whole, and what `accept` needs to judge its reply."""
         spec, free, positions = self.spec, self._free, self._position
@@ -112,7 +119,7 @@ class Traffic:
             position = positions[stream]
             body = (stream + self._chunks[stream]) % len(values)
             parts.append((spec.name(stream), position, values[body]))
-            ticket.append((stream, position + steps[body]))
+            ticket.append((stream, position + steps[body] if spec.moves else position))
         return self._write(parts), tuple(ticket)
 
     def accept(self, ticket: Ticket, reply: bytes, body_at: int) -> None:
@@ -133,7 +140,7 @@ class Traffic:
             chunk = self._chunks[stream]
             if stream < spec.sampled and chunk < SAMPLED_CHUNKS and not spec.items:
                 self.kept.append(Kept(stream, chunk, reply[body_at:]))
-            self.events += after - self._position[stream]
+            self.events += spec.steps[spec.body(stream, chunk)]
             self._position[stream] = after
             self._chunks[stream] = chunk + 1
             self._free.append(stream)
@@ -171,6 +178,15 @@ def _writer(spec: TrafficSpec) -> Callable[[list[tuple[bytes, int, bytes]]], byt
             return head % len(body) + body
 
         return write_many
+    if spec.member == "sequences":
+        sequence = head + b'{"sequences":[%b]}'
+        around = len(b'{"sequences":[]}')
+
+        def write_sequence(parts: list[tuple[bytes, int, bytes]]) -> bytes:
+            value = parts[0][2]
+            return sequence % (around + len(value), value)
+
+        return write_sequence
     if spec.media == "json":
         template = head + b'{"position":%b,"' + member + b'":%b}'
         fixed = len(b'{"position":,"' + member + b'":}')
