@@ -297,8 +297,10 @@ class Decoding:
         """
         along = self._distribution.quantiles(parameters[0])
         point = self._distribution.point(along)
-        drawn = self._distribution.drawn(parameters[1:], self._noise[len(self._values)])
-        self._previous = np.concatenate([point[np.newaxis], drawn])
+        self._previous = point[np.newaxis]
+        if len(parameters) > 1:
+            drawn = self._distribution.drawn(parameters[1:], self._noise[len(self._values)])
+            self._previous = np.concatenate([self._previous, drawn])
         self._values.append(self._previous)
         self._quantiles.append(along)
         self.states = states

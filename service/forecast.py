@@ -86,7 +86,11 @@ class ForecastRun:
         for first in range(0, len(rows), most):
             part = slice(first, first + most)
             found = await self._compute.infer(
-                self._decoder, [row[np.newaxis] for row in rows[part]], states[part], self._on_call
+                self._decoder,
+                [row[np.newaxis] for row in rows[part]],
+                states[part],
+                self._on_call,
+                in_turns=True,
             )
             parameters += found.outputs
             after.append(found.states)

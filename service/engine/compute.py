@@ -55,8 +55,11 @@ class Inferred(NamedTuple):
 class Turns:
     """Lets others compute between the calls of a long piece of work.
 
+    Two long pieces take turns by themselves; rests are for those who need one call and have to come
+    by it.
+
     Args:
-        calls: how many calls there have been, of everybody.
+        calls: how many calls there have been outside of long pieces.
     """
 
     def __init__(self, calls: Callable[[], int]):
@@ -67,7 +70,7 @@ class Turns:
         """Between two calls of the work."""
         # A call on the loop did not let others have it, and a chunk of theirs has several turns of
         # the loop to take: where there are others, it would meet a call of this work in each.
-        with_others, self._seen = self._calls() - self._seen > 1, self._calls()
+        with_others, self._seen = self._calls() > self._seen, self._calls()
         rest_s = max(REST_S, time.monotonic() - self._began_s)
         await asyncio.sleep(rest_s if with_others else 0)
         self._began_s = time.monotonic()
@@ -96,15 +99,19 @@ class Compute:
         rows: Sequence[FloatRows],
         states: FloatRows,
         on_call: OnCall,
+        *,
+        in_turns: bool = False,
     ) -> Inferred:
         """Step a batch through its rows.
 
         Args:
             rows: B arrays, float32 [T_b, F], T_b >= 1 and different.
             states: float32 [B, N]; not changed.
+            in_turns: it is one call of a long piece of work, whose `Turns` the caller has.
         """
         longest = max(map(len, rows))
         if longest <= runtime.max_steps:
+            self._calls += not in_turns
             return await self._step(runtime, rows, states, on_call)
         most = runtime.max_steps
         slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
@@ -127,8 +134,10 @@ class Compute:
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in slices]
         finite = True
+        calls = max(map(len, slices))
+        self._calls += calls == 1
         turns = self.turns()
-        for turn in range(max(map(len, slices))):
+        for turn in range(calls):
             if turn:
                 await turns.give()
             members = [index for index, found in enumerate(slices) if len(found) > turn]
@@ -156,7 +165,6 @@ class Compute:
             inferred, seconds = call()
         else:
             inferred, seconds = await self.run(call)
-        self._calls += 1
         before_s = self._seconds.get(size, seconds)
         # One call during which the machine did something else says little.
         self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)

@@ -65,6 +65,30 @@ async def test_alone_a_long_chunk_never_rests(rests: list[float]) -> None:
     assert rests == [0] * (SLICES - 1)
 
 
+async def test_two_long_chunks_take_turns_without_rests(rests: list[float]) -> None:
+    compute, runtime = Compute(), Summing()
+    await infer(compute, runtime, 4)
+    await asyncio.gather(
+        infer(compute, runtime, 4 * SLICES), infer(compute, runtime, 4 * SLICES, count=2)
+    )
+    compute.close()
+    assert rests == [0] * 2 * (SLICES - 1)
+    assert runtime.rows[1:9] == [1, 2] * 4
+
+
+async def test_pieces_of_one_call_count_as_others(rests: list[float]) -> None:
+    """Whoever has slices to give, but only one each, needs one call as others do."""
+    compute, runtime = Compute(), Summing()
+    await infer(compute, runtime, 4)
+    rows, states = inputs(4)
+    long = asyncio.create_task(infer(compute, runtime, 4 * SLICES))
+    while not long.done():
+        await compute.infer_in_turns(runtime, [rows], states, lambda *_: None)
+        await asyncio.sleep(0)
+    compute.close()
+    assert any(seconds >= module.REST_S for seconds in rests)
+
+
 async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     # The first call of a size is timed in the thread; all others run on the loop.
