@@ -175,6 +175,7 @@ class Batcher(Generic[P, R]):
         self._numbers = count()
         self._busy: set[Hashable] = set()
         self._long = 0
+        self._short_waiting = 0
         self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
         self._rate = DrainRate()
         self._refusing = False
@@ -200,6 +201,7 @@ class Batcher(Generic[P, R]):
             whatever its job was settled with.
         """
         ticket: Ticket[R] = Ticket(len(requests), deadline_s)
+        may_run = False
         now_s = time.monotonic()
         room = self._room(deadline_s - now_s)
         for index, (payload, key, steps) in enumerate(requests):
@@ -210,9 +212,13 @@ class Batcher(Generic[P, R]):
             else:
                 number = next(self._numbers)
                 self._queue.append(Job(payload, key, steps, number, now_s, ticket, index))
+                is_short = steps <= self._limits.long_steps
+                self._short_waiting += is_short
+                may_run |= key not in self._busy and (is_short or self._takes_long)
         if deadline_s < self._soonest_s:
             self._watch(deadline_s, now_s)
-        self._wake()
+        if may_run:
+            self._wake()
         return ticket.future
 
     def refusal(self, left_s: float) -> Overloaded | None:
@@ -292,7 +298,7 @@ class Batcher(Generic[P, R]):
     async def _abandon(self) -> None:
         for job in self._queue:
             job.settle(ShuttingDown("the service stopped before the chunk was processed"))
-        self._queue = []
+        self._queue, self._short_waiting = [], 0
         for batch in self._batches:
             batch.cancel()
         if self._batches:
@@ -328,7 +334,7 @@ class Batcher(Generic[P, R]):
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue:
                 job.settle(InternalError(f"no batch could be formed: {type(error).__name__}"))
-            self._queue = []
+            self._queue, self._short_waiting = [], 0
         if self._stopping and not self._queue and not self._batches:
             self._drained.set()
 
@@ -345,7 +351,7 @@ class Batcher(Generic[P, R]):
                 continue
             soonest_s = min(soonest_s, ticket.deadline_s)
             waiting.append(job)
-        self._queue = waiting
+        self._queue, self._short_waiting = waiting, self._short_ones(waiting)
         for jobs in self._batches.values():
             for job in jobs:
                 if job.settled:
@@ -386,12 +392,13 @@ class Batcher(Generic[P, R]):
                     job.overtakes = True
 
     def _start_batch(self) -> bool:
-        # Long jobs hold their slot for many calls: they never take the last one.
-        long_ones = self._long < max(1, self._max_in_flight - 1)
-        chosen = form(self._queue, self._busy, self._limits, long_ones=long_ones)
+        if not self._short_waiting and not self._takes_long:
+            return False
+        chosen = form(self._queue, self._busy, self._limits, long_ones=self._takes_long)
         if not chosen:
             return False
         jobs = [self._queue[index] for index in chosen]
+        self._short_waiting -= self._short_ones(jobs)
         if chosen[-1] == len(chosen) - 1:
             del self._queue[: len(chosen)]
         else:
@@ -404,6 +411,14 @@ class Batcher(Generic[P, R]):
         self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
         return True
+
+    @property
+    def _takes_long(self) -> bool:
+        """Whether a long job may run. They hold their slot for many calls, and never the last."""
+        return self._long < max(1, self._max_in_flight - 1)
+
+    def _short_ones(self, jobs: list[Job[P, R]]) -> int:
+        return sum(job.steps <= self._limits.long_steps for job in jobs)
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
         del self._batches[task]
@@ -440,6 +455,7 @@ class Batcher(Generic[P, R]):
                     job.attempts += 1
                     self._note_overtaking(job)
                     insort(self._queue, job, key=attrgetter("number"))
+                    self._short_waiting += self._short_ones([job])
                     if job.deadline_s < self._soonest_s:
                         self._watch(job.deadline_s, time.monotonic())
                 elif not job.settled:

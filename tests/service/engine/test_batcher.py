@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from service.engine.batcher import Batcher, Release, Request
-from service.engine.policy import MOST_TURNS, BatchLimits
+from service.engine.policy import MOST_TURNS, BatchLimits, Waiting, form
 from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
@@ -217,6 +219,84 @@ async def test_drain_is_bounded() -> None:
     for task in tasks:
         with pytest.raises(ShuttingDown):
             await task
+
+
+async def turns() -> None:
+    """Enough of the loop's for what may begin to begin."""
+    for _ in range(MOST_TURNS + 4):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How long the queue was, each time that it was looked through."""
+    found: list[int] = []
+
+    def counted(queue: Sequence[Waiting], *rest: Any, **more: Any) -> list[int]:
+        found.append(len(queue))
+        return form(queue, *rest, **more)
+
+    monkeypatch.setattr("service.engine.batcher.form", counted)
+    return found
+
+
+async def test_nothing_is_looked_for_where_nothing_may_run(looks: list[int]) -> None:
+    """What waits for a slot or for its stream is not looked through at every arrival."""
+    runs = Runs()
+    runs.refusals = {"s": 1}
+    batcher: Batcher[str, str] = Batcher(
+        runs, BatchLimits(8, 100, long_steps=64), max_queue=100, max_in_flight=3,
+        on_depth=lambda _: None,
+    )  # fmt: skip
+    tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
+    await runs.began(2)
+    tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
+    await turns()
+    assert looks == [5, 4]
+    for name in "gh":
+        tasks.append(asyncio.create_task(submit(batcher, name, name, 1000)))
+        tasks.append(asyncio.create_task(submit(batcher, name, "a", 1)))
+        await turns()
+    assert looks == [5, 4]
+    tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
+    await runs.began(3)
+    assert runs.batches == [["a"], ["b"], ["s"]]
+    runs.gate.set()
+    await asyncio.gather(*tasks)
+    await batcher.drain(5)
+
+
+async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: list[int]) -> None:
+    class LongOnesWait(Runs):
+        async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+            if jobs[0].steps > 64:
+                return await super().__call__(jobs, release)
+            self.batches.append([job.payload for job in jobs])
+            again = [job for job in jobs if job.attempts < 1]
+            for job in jobs:
+                if job not in again:
+                    job.settle("done")
+            return again
+
+    runs = LongOnesWait()
+    batcher: Batcher[str, str] = Batcher(
+        runs,
+        BatchLimits(8, 100, long_steps=64),
+        max_queue=9,
+        max_in_flight=2,
+        on_depth=lambda _: None,
+    )
+    long = asyncio.create_task(submit(batcher, "a", "a", 1000))
+    await runs.began(1)
+    async with asyncio.timeout(5):
+        assert await submit(batcher, "s", "s", 1) == "done"
+    assert runs.batches == [["a"], ["s"], ["s"]]
+    next_one = asyncio.create_task(submit(batcher, "b", "b", 1000))
+    await turns()
+    assert looks == [1, 1, 1]
+    runs.gate.set()
+    assert await asyncio.gather(long, next_one) == ["A", "B"]
+    await batcher.drain(5)
 
 
 async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
