@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from models.chunking import DEFAULT_CHUNK_STEPS
 from models.errors import ImportedModelError, SpecError
 from models.importing.layers import CannotCarryError, Carried, carry_layer
-from models.layers import FEATURES
+from models.importing.states import (
+    Call,
+    Value,
+    call_of,
+    initial_inputs,
+    starts_from,
+    state_parts,
+)
+from models.layers import FEATURES, RECURRENT
 from models.spec import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
 """`x + y` and `x * y` of a functional model: Keras operations that are no layers."""
-_STATE_PARTS = {"LSTM": ("hidden", "carry"), "GRU": ("hidden",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +71,6 @@ class Translation:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Value:
-    """One tensor: which layer gives it, or which part of a recurrent layer's state it is."""
-
-    name: str
-    shape: tuple[Any, ...]
-    part: str | None = None
-
-
 @dataclass(slots=True)
 class _Walk:
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -79,6 +79,8 @@ class _Walk:
     notes: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {FEATURES})
     table: list[tuple[str, str, str]] = field(default_factory=list)
+    handed: set[str] = field(default_factory=set)
+    """Layers that start from another one, and keep no state of their own."""
 
 
 def translate(model: Any, name: str) -> Translation:
@@ -95,7 +97,8 @@ def translate(model: Any, name: str) -> Translation:
     graph = functional_of(model)
     features = _input_features(graph)
     walk = _Walk()
-    outputs = _walk_graph(walk, graph, [_Value(FEATURES, tuple(graph.inputs[0].shape))])
+    given = tuple(graph.inputs[0].shape)
+    outputs = _walk_graph(walk, graph, [Value(FEATURES, given, "the input")])
     heads, found = _heads(walk, graph, outputs)
     if walk.refused:
         raise ImportedModelError(
@@ -103,11 +106,41 @@ def translate(model: Any, name: str) -> Translation:
             + "\n".join(f"  {line}" for line in walk.refused)
         )
     data = {"name": name, "features": features, "layers": walk.layers, "heads": heads}
+    spec = _parsed(data)
+    if spec.chunk_limit is not None and (given[1] or 0) > DEFAULT_CHUNK_STEPS:
+        spec = _parsed({**data, "max_chunk_steps": given[1]})
+    notes = (*walk.notes, *_chunking_notes(spec, model))
+    return Translation(spec, walk.weights, found, tuple(walk.table), notes)
+
+
+def _parsed(data: dict[str, Any]) -> ModelSpec:
     try:
-        spec = parse_spec(data, "the imported model")
+        return parse_spec(data, "the imported model")
     except SpecError as error:
         raise ImportedModelError(str(error)) from error
-    return Translation(spec, walk.weights, found, tuple(walk.table), tuple(walk.notes))
+
+
+def _chunking_notes(spec: ModelSpec, model: Any) -> list[str]:
+    """What the model's chunking means to who knows the original."""
+    if spec.chunking == "per_chunk":
+        handed = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]
+        starts = " and ".join(
+            f"{to.name!r} from {to.starts_from!r}" for to in handed if to.starts_from
+        )
+        return [
+            f"chunking per_chunk: states are handed on within a call ({starts}), so a chunk, of at "
+            f"most {spec.chunk_limit} steps, is one call of the original that goes on from the "
+            "stream's state; other cuts give other outputs"
+        ]
+    notes = []
+    if spec.chunking == "whole":
+        notes.append(
+            f"chunking whole: it takes whole sequences of at most {spec.chunk_limit} steps "
+            "(predict), and has no streams"
+        )
+        if any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
+            notes.append("stateful=True is left out: each sequence begins in the zero state")
+    return notes
 
 
 def functional_of(model: Any) -> Any:
@@ -124,13 +157,14 @@ def functional_of(model: Any) -> Any:
 def _input_features(graph: Any) -> int:
     shapes = [tuple(tensor.shape) for tensor in graph.inputs]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][2] is None:
+        said = f"expected one input of shape [batch, steps, features], got {shapes}"
         raise ImportedModelError(
-            f"expected one input of shape [batch, steps, features], got {shapes}"
+            "\n".join([said, *(f"  {line}" for line in initial_inputs(graph))])
         )
     return int(shapes[0][2])
 
 
-def _walk_graph(walk: _Walk, graph: Any, given: list[_Value]) -> list[_Value]:
+def _walk_graph(walk: _Walk, graph: Any, given: list[Value]) -> list[Value]:
     """Carry every node of the graph, inputs first; the values of its outputs."""
     values = {id(tensor): value for tensor, value in zip(graph.inputs, given, strict=True)}
     nodes = [
@@ -142,16 +176,22 @@ def _walk_graph(walk: _Walk, graph: Any, given: list[_Value]) -> list[_Value]:
     calls = Counter(id(node.operation) for node in nodes)
     for node in nodes:
         operation = node.operation
-        reads = [values[id(tensor)] for tensor in node.input_tensors]
         if isinstance(operation, keras.Model):
+            reads = [values[id(tensor)] for tensor in node.input_tensors]
             found = _nested(walk, operation, reads)
         else:
-            found = _carry(walk, operation, reads, node.outputs, calls[id(operation)])
+            tensors = call_of(node)
+            call = replace(
+                tensors,
+                reads=[values[id(tensor)] for tensor in tensors.reads],
+                initial=[None if t is None else values[id(t)] for t in tensors.initial],
+            )
+            found = _carry(walk, operation, call, node.outputs, calls[id(operation)])
         values.update({id(t): v for t, v in zip(node.outputs, found, strict=True)})
     return [values[id(tensor)] for tensor in graph.outputs]
 
 
-def _nested(walk: _Walk, model: Any, reads: list[_Value]) -> list[_Value]:
+def _nested(walk: _Walk, model: Any, reads: list[Value]) -> list[Value]:
     graph = functional_of(model)
     if len(graph.inputs) != len(reads):
         raise ImportedModelError(
@@ -161,32 +201,36 @@ def _nested(walk: _Walk, model: Any, reads: list[_Value]) -> list[_Value]:
     return _walk_graph(walk, graph, reads)
 
 
-def _carry(
-    walk: _Walk, operation: Any, reads: list[_Value], outputs: list[Any], calls: int
-) -> list[_Value]:
+def _carry(walk: _Walk, operation: Any, call: Call, outputs: list[Any], calls: int) -> list[Value]:
     """Add one layer to the walk; a refused one is passed over, so that the walk goes on."""
     kind = type(operation).__name__
+    owner = f"{kind} {operation.name!r}"
     shapes = [tuple(tensor.shape) for tensor in outputs]
-    name = reads[0].name
+    name = call.reads[0].name
+    refused = False
     try:
-        carried = _translated(operation, reads, calls)
+        carried = _translated(operation, call, calls)
     except CannotCarryError as error:
-        walk.refused.append(f"{kind} {operation.name!r}: {error}")
-        carried = Carried()
+        walk.refused.append(f"{owner}: {error}")
+        carried, refused = Carried(), True
     if carried.note:
-        walk.notes.append(f"{kind} {operation.name!r}: {carried.note}")
+        walk.notes.append(f"{owner}: {carried.note}")
     if carried.data:
         name = _free_name(walk.names, operation.name)
-        walk.layers.append({"name": name, "inputs": [v.name for v in reads], **carried.data})
+        walk.layers.append({"name": name, "inputs": [v.name for v in call.reads], **carried.data})
         walk.weights.update({f"{name}.{part}": w for part, w in carried.weights.items()})
+    if "starts_from" in carried.data:
+        walk.handed.add(name)
     walk.table.append((operation.name, kind, name if carried.data else ""))
-    parts = [None, *_STATE_PARTS.get(kind, ())]
-    parts += [None] * (len(shapes) - len(parts))
-    return [_Value(name, shape, part) for shape, part in zip(shapes, parts, strict=False)]
+    states = state_parts(operation) if getattr(operation, "return_state", False) else ()
+    parts = [*[None] * (len(shapes) - len(states)), *states]
+    return [
+        Value(name, shape, owner, part, refused) for shape, part in zip(shapes, parts, strict=True)
+    ]
 
 
-def _translated(operation: Any, reads: list[_Value], calls: int) -> Carried:
-    kind = type(operation).__name__
+def _translated(operation: Any, call: Call, calls: int) -> Carried:
+    kind, reads = type(operation).__name__, call.reads
     merging = type(operation).__module__.startswith("keras.") and kind in _MERGING_OPERATIONS
     if merging and not isinstance(operation, keras.layers.Layer):
         carried = Carried({"kind": _MERGING_OPERATIONS[kind]})
@@ -201,10 +245,9 @@ def _translated(operation: Any, reads: list[_Value], calls: int) -> Carried:
         )
     merges = carried.data.get("kind") in ("add", "multiply", "average", "concatenate")
     if len(reads) > 1 and not merges:
-        raise CannotCarryError(
-            "it reads more than one tensor (an initial_state from another layer?); "
-            "a stream's state comes from the stream alone"
-        )
+        raise CannotCarryError("it reads more than one tensor")
+    if call.masked:
+        raise CannotCarryError("it is called with a mask; every event of a stream counts")
     if any(value.part for value in reads):
         raise CannotCarryError("it reads a layer's returned state; only sequences are passed on")
     if len({len(value.shape) for value in reads}) > 1:
@@ -212,17 +255,26 @@ def _translated(operation: Any, reads: list[_Value], calls: int) -> Carried:
     if merges and carried.data["kind"] != "concatenate" and len({v.shape[-1] for v in reads}) > 1:
         widths = [value.shape[-1] for value in reads]
         raise CannotCarryError(f"it broadcasts widths {widths}; expected equal ones")
+    if call.initial:
+        handed = {**carried.data, "starts_from": starts_from(operation, call.initial)}
+        return replace(carried, data=handed)
     return carried
 
 
 def _heads(
-    walk: _Walk, graph: Any, outputs: list[_Value]
+    walk: _Walk, graph: Any, outputs: Sequence[Value]
 ) -> tuple[list[dict[str, Any]], tuple[ModelOutput, ...]]:
     heads: list[dict[str, Any]] = []
     found: list[ModelOutput] = []
     sequences = sum(value.part is None for value in outputs)
     names: set[str] = set()
     for index, value in enumerate(outputs):
+        if value.part is not None and value.name in walk.handed:
+            walk.refused.append(
+                f"{value.owner}: output {index} of the model is its returned state, and a layer "
+                "that starts from another one keeps none"
+            )
+            continue
         if value.part is not None:
             part = f"{value.name}.{value.part}"
             found.append(ModelOutput(index, part=part))

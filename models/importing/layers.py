@@ -1,8 +1,9 @@
 """One Keras layer as one layer of a `ModelSpec`, with its weights.
 
 `carry_layer` knows the Keras layers that work step by step and mean the same with carried
-state; everything else, and every option that would change a number, it refuses with the
-reason. Only exact Keras classes are taken: a subclass may compute anything.
+state, and `Bidirectional`, which makes a model of whole sequences; everything else, and every
+option that would change a number, it refuses with the reason. Only exact Keras classes are taken:
+a subclass may compute anything.
 """
 
 from __future__ import annotations
@@ -57,11 +58,7 @@ def carry_layer(layer: Any, rank: int) -> Carried:
         raise CannotCarryError("it is not a layer; use the layer of the same effect")
     if kind not in _CARRIED:
         raise CannotCarryError(why_not(kind.__name__))
-    if layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
-        raise CannotCarryError(
-            f"it computes in {layer.compute_dtype} with {layer.variable_dtype} weights, "
-            "expected float32"
-        )
+    _expect_float32(layer)
     return _CARRIED[kind](layer, rank)
 
 
@@ -78,8 +75,8 @@ def is_known(class_name: str) -> bool:
 _STEPS = "it looks at several steps at once, and a stream has only those that came"
 _SHAPE = "it rearranges the axes of steps and features"
 _MASKED = "it would skip steps that look like padding; every event of a stream counts"
+_MERGE_MODES = ("concat", "sum", "mul", "ave")
 _REASONS = {
-    "Bidirectional": "it reads the sequence backwards too, and a stream has no end to start from",
     "RNN": "it holds a cell of its own; use LSTM or GRU",
     "StackedRNNCells": "it holds cells of its own; use LSTM or GRU layers",
     "SimpleRNN": "this cell is not among those served; use LSTM or GRU",
@@ -111,8 +108,53 @@ _REASONS = {
 def _recurrent(layer: Any, rank: int) -> Carried:
     if layer.go_backwards:
         raise CannotCarryError("go_backwards=True reads the sequence from its end")
+    note = ""
+    if not layer.return_sequences:
+        note = "return_sequences=False: served with an output for every step, the last one equal"
+    data = {"kind": type(layer).__name__.lower(), **_cell_options(layer)}
+    return Carried(data, _cell_weights(layer), note)
+
+
+def _bidirectional(layer: Any, rank: int) -> Carried:
+    ahead, back = layer.forward_layer, layer.backward_layer
+    for direction in (ahead, back):
+        if type(direction) not in (kl.LSTM, kl.GRU) or type(direction) is not type(ahead):
+            raise CannotCarryError(
+                f"it wraps {type(direction).__name__} {direction.name!r}; expected two LSTM or "
+                "two GRU"
+            )
+        _expect_float32(direction)
+    if ahead.go_backwards:
+        raise CannotCarryError("go_backwards=True: its first layer would read from the end")
+    if layer.merge_mode not in _MERGE_MODES:
+        raise CannotCarryError(
+            f"merge_mode={layer.merge_mode}: expected one of {list(_MERGE_MODES)}"
+        )
+    if not layer.return_sequences:
+        raise CannotCarryError(
+            "return_sequences=False joins the forward layer's last step with the backward "
+            "layer's first, which is the output of no step; expected return_sequences=True"
+        )
+    options, others = _cell_options(ahead), _cell_options(back)
+    differ = [name for name, value in options.items() if others[name] != value]
+    if differ:
+        raise CannotCarryError(f"its backward_layer differs in {differ}; expected equal options")
     data = {
-        "kind": type(layer).__name__.lower(),
+        "kind": "bidirectional",
+        "cell": type(ahead).__name__.lower(),
+        "merge": layer.merge_mode,
+        **options,
+    }
+    weights = {
+        f"{name}.{kind}": value
+        for name, direction in (("forward", ahead), ("backward", back))
+        for kind, value in _cell_weights(direction).items()
+    }
+    return Carried(data, weights)
+
+
+def _cell_options(layer: Any) -> dict[str, Any]:
+    options = {
         "units": layer.units,
         "activation": _activation(layer.activation),
         "recurrent_activation": _activation(layer.recurrent_activation),
@@ -121,11 +163,12 @@ def _recurrent(layer: Any, rank: int) -> Carried:
         "recurrent_dropout": layer.recurrent_dropout,
     }
     if isinstance(layer, kl.GRU):
-        data["reset_after"] = bool(layer.reset_after)
-    note = ""
-    if not layer.return_sequences:
-        note = "return_sequences=False: served with an output for every step, the last one equal"
-    return Carried(data, _weights(layer.cell, "kernel", "recurrent_kernel", "bias"), note)
+        options["reset_after"] = bool(layer.reset_after)
+    return options
+
+
+def _cell_weights(layer: Any) -> dict[str, NDArray[np.float32]]:
+    return _weights(layer.cell, "kernel", "recurrent_kernel", "bias")
 
 
 def _dense(layer: Any, rank: int) -> Carried:
@@ -218,6 +261,14 @@ def _time_distributed(layer: Any, rank: int) -> Carried:
     return carry_layer(inner, rank - 1)
 
 
+def _expect_float32(layer: Any) -> None:
+    if layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
+        raise CannotCarryError(
+            f"it computes in {layer.compute_dtype} with {layer.variable_dtype} weights, "
+            "expected float32"
+        )
+
+
 def _expect_features_axis(axis: Any, rank: int) -> None:
     axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
     if [index % rank for index in axes] != [rank - 1]:
@@ -260,6 +311,7 @@ _CARRIED: dict[type, Callable[[Any, int], Carried]] = {
     **_PER_STEP,
     kl.LSTM: _recurrent,
     kl.GRU: _recurrent,
+    kl.Bidirectional: _bidirectional,
     kl.SpatialDropout1D: _identity,
     kl.GaussianNoise: _identity,
     kl.GaussianDropout: _identity,

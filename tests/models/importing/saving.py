@@ -1,0 +1,38 @@
+"""Keras models on disk, for the tests of importing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from models.errors import ImportedModelError
+from models.importing.keras_model import ImportReport, import_keras_model
+
+
+def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:
+    """The model on disk, with weights that are all different and not small."""
+    random = np.random.default_rng(seed)
+    for weight in model.weights:
+        shape = tuple(weight.shape)
+        values = random.uniform(-0.4, 0.4, shape)
+        if weight.path.endswith(("gamma", "moving_variance")):
+            values = values + 1
+        weight.assign(values)
+    model.save(path)
+    return path
+
+
+def imported(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
+    """What importing the model reports; the artifact is `folder / "out"`."""
+    return import_keras_model(saved(model, folder / "My Model.keras", seed), folder / "out")
+
+
+def refusal(model: keras.Model, folder: Path) -> str:
+    """What is said when the model is refused; nothing may have been written."""
+    with pytest.raises(ImportedModelError) as caught:
+        imported(model, folder)
+    assert not (folder / "out").exists()
+    return str(caught.value)

@@ -1,0 +1,183 @@
+"""Importing Keras models with `Bidirectional`: whole sequences, equal to the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import layers as kl
+from numpy.typing import NDArray
+
+from models.artifact import load_artifact
+from models.importing import proof
+from models.importing.graph import translate
+from models.importing.keras_model import import_keras_model
+from models.layout import output_spec
+from models.networks.build import StepNetwork
+from tests.models.importing.saving import imported, refusal, saved
+
+# Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+LSTM: dict[str, Any] = {"kind": kl.LSTM}
+GRU: dict[str, Any] = {"kind": kl.GRU, "reset_after": True}
+OLD_GRU: dict[str, Any] = {"kind": kl.GRU, "reset_after": False}
+
+
+def cell(options: dict[str, Any], units: int = 3, **more: Any) -> Any:
+    """A Keras layer that gives its sequence."""
+    given = {"return_sequences": True, **options, **more}
+    return given.pop("kind")(units, **given)
+
+
+def predicted(folder: Path, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """The packaged model's outputs for whole sequences, from the zero state."""
+    artifact = load_artifact(folder / "out")
+    network = StepNetwork(artifact.spec)
+    network.set_weights(artifact.weights)
+    lengths = np.full(len(rows), rows.shape[1], np.int32)
+    state = np.zeros((len(rows), network.state_size), np.float32)
+    outputs, _ = network.step(rows, lengths, state)
+    return dict(output_spec(artifact.spec).by_name(np.asarray(outputs)))
+
+
+def random_rows(steps: int, features: int) -> NDArray[np.float32]:
+    return np.random.default_rng(steps).normal(size=(2, steps, features)).astype(np.float32)
+
+
+@pytest.mark.parametrize("options", [LSTM, GRU, OLD_GRU], ids=["lstm", "gru", "old_gru"])
+@pytest.mark.parametrize("merge", ["concat", "sum", "mul", "ave"])
+def test_every_merge_and_cell_agrees(tmp_path: Path, options: dict[str, Any], merge: str) -> None:
+    both = kl.Bidirectional(cell(options, use_bias=merge != "sum"), merge_mode=merge, name="both")
+    model = keras.Sequential([kl.Input((None, 2)), both])
+    report = imported(model, tmp_path, seed=len(merge))
+    layer = report.artifact.spec.layers[0]
+    assert (layer.kind, layer.name) == ("bidirectional", "both")
+    assert report.artifact.spec.chunking == "whole"
+    assert report.artifact.graph is not None
+    assert report.lengths_steps == (1, 2, 7, 33)
+    rows = random_rows(9, 2)
+    np.testing.assert_allclose(
+        predicted(tmp_path, rows)["output"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_between_other_layers_and_with_a_last_step(tmp_path: Path) -> None:
+    model = keras.Sequential(
+        [
+            kl.Input((None, 2)),
+            kl.Dense(3),
+            kl.Bidirectional(kl.LSTM(3, return_sequences=True, dropout=0.1), merge_mode="sum"),
+            kl.LayerNormalization(),
+            kl.Bidirectional(kl.GRU(2, return_sequences=True)),
+            kl.LSTM(3),
+            kl.Dense(2, activation="softmax"),
+        ]
+    )
+    report = imported(model, tmp_path)
+    rows = random_rows(6, 2)
+    np.testing.assert_allclose(
+        predicted(tmp_path, rows)["output"][:, -1], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
+    )
+    said = "chunking whole: it takes whole sequences of at most 1024 steps (predict)"
+    assert any(note.startswith(said) for note in report.notes)
+
+
+def test_the_five_tensors_are_outputs_and_state_parts(tmp_path: Path) -> None:
+    rows = kl.Input((None, 2))
+    both = kl.Bidirectional(cell(LSTM, return_state=True), name="both")
+    report = imported(keras.Model(rows, both(rows)), tmp_path)
+    parts = ("forward.hidden", "forward.carry", "backward.hidden", "backward.carry")
+    for index, part in enumerate(parts, start=1):
+        assert f"output {index} is the state part 'both.{part}', not an output" in report.notes
+
+
+def test_a_stateful_one_is_proven_as_it_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FromZero(StepNetwork):
+        def step(self, rows: Any, lengths: Any, state: Any, training: bool = False) -> Any:
+            return super().step(rows, lengths, state * 0, training)
+
+    monkeypatch.setattr(proof, "StepNetwork", FromZero)
+    model = keras.Sequential(
+        [
+            kl.Input(batch_shape=(2, 4, 2)),
+            kl.LSTM(3, return_sequences=True, stateful=True),
+            kl.Bidirectional(cell(LSTM, stateful=True)),
+        ]
+    )
+    report = imported(model, tmp_path)
+    assert report.lengths_steps == (4, 4, 4)
+    assert "stateful=True is left out: each sequence begins in the zero state" in report.notes
+
+
+def test_long_sequences_that_the_original_asks_for_are_taken() -> None:
+    model = keras.Sequential([kl.Input((1100, 1)), kl.Bidirectional(cell(GRU, units=1))])
+    assert translate(model, "long").spec.chunk_limit == 1100
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_h5_file_is_read(tmp_path: Path) -> None:
+    model = keras.Sequential([kl.Input((None, 2)), kl.Bidirectional(cell(GRU))])
+    report = import_keras_model(saved(model, tmp_path / "m.h5"), tmp_path / "out")
+    assert report.artifact.spec.layers[0].kind == "bidirectional"
+
+
+def test_swapped_directions_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(network: StepNetwork, weights: dict[str, NDArray[np.float32]]) -> None:
+        other = {"forward": "backward", "backward": "forward"}
+        names = {name: name.split(".") for name in weights}
+        given(network, {n: weights[f"{a}.{other[b]}.{c}"] for n, (a, b, c) in names.items()})
+
+    given = StepNetwork.set_weights
+    monkeypatch.setattr(StepNetwork, "set_weights", swapped)
+    model = keras.Sequential([kl.Input((None, 2)), kl.Bidirectional(cell(LSTM), merge_mode="sum")])
+    assert "the packaged model gives" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "said"),
+    [
+        (lambda: kl.Bidirectional(kl.LSTM(3), name="both"), "return_sequences=False joins"),
+        (
+            lambda: kl.Bidirectional(
+                cell(LSTM, go_backwards=True), backward_layer=cell(LSTM), name="both"
+            ),
+            "go_backwards=True",
+        ),
+        (lambda: kl.Bidirectional(cell(LSTM, dtype="float64"), name="both"), "it computes in"),
+        (
+            lambda: kl.Bidirectional(
+                cell(LSTM), backward_layer=cell(GRU, go_backwards=True), name="both"
+            ),
+            "it wraps GRU",
+        ),
+        (
+            lambda: kl.Bidirectional(
+                cell(LSTM),
+                backward_layer=cell(LSTM, units=4, activation="relu", go_backwards=True),
+                name="both",
+            ),
+            "its backward_layer differs in ['units', 'activation']",
+        ),
+    ],
+    ids=["last", "go_backwards", "float64", "two_cells", "two_options"],
+)
+def test_what_cannot_be_carried_is_named(tmp_path: Path, wrapper: Any, said: str) -> None:
+    model = keras.Sequential([kl.Input((None, 2)), wrapper()])
+    assert f"Bidirectional 'both': {said}" in refusal(model, tmp_path)
+
+
+def test_sequences_left_apart_are_refused(tmp_path: Path) -> None:
+    rows = kl.Input((None, 2))
+    both = kl.Bidirectional(cell(LSTM), merge_mode=None, name="both")
+    said = refusal(keras.Model(rows, both(rows)), tmp_path)
+    assert "Bidirectional 'both': merge_mode=None: expected one of" in said
