@@ -102,8 +102,8 @@ def run_chunks(
             steps *= 2
         rows = np.zeros((lanes, steps, spec.input_features), np.float32)
         for lane in np.flatnonzero(lengths):
-            cut = slice(int(at[lane]), int(at[lane] + lengths[lane]))
-            encoded, clocks[lane] = encode(schema, streams.columns[cut], clocks[lane])
+            part = slice(int(at[lane]), int(at[lane] + lengths[lane]))
+            encoded, clocks[lane] = encode(schema, streams.columns[part], clocks[lane])
             rows[lane, : lengths[lane]] = encoded
         given, after = step(rows, lengths, state)
         found, state = given.numpy(), np.array(after)
