@@ -35,6 +35,7 @@ from tests.faults.records import (
 REFUSALS = frozenset(
     {"position_ahead", "position_behind", "already_applied", "state_changed", "epoch_mismatch"}
 )
+_SHORTEST_S = 0.01
 _UNEXPECTED_KEPT = 20
 _LATE_S = 15.0
 """A request that was given up is carried out this much later at most."""
@@ -232,7 +233,9 @@ class Client:
             expected = next_tag(self._tag or FIRST_TAG, sent.start, sent.digest)
         deadline_s = None
         if self._random.random() < self._habits.deadlines:
-            deadline_s = float(self._random.uniform(0.01, self._habits.timeout_s))
+            # As many short ones as long ones: most tries are answered within a tenth of a second.
+            longest_s = self._habits.timeout_s
+            deadline_s = _SHORTEST_S * (longest_s / _SHORTEST_S) ** float(self._random.random())
         began_s = time.monotonic()
         body = chunk_body(sent.rows, sent.start, media, epoch)
         answer = await self._ask(
