@@ -28,6 +28,8 @@ from service.state.open import open_store
 
 log = structlog.get_logger(__name__)
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""What ends the service in good order."""
 
 WORKER_ANSWERS_S = 30
 """A worker that does not answer its supervisor for this long is taken for hung: long enough
@@ -48,7 +50,7 @@ def serve(settings: Settings) -> None:
     """
     # uvicorn handles both while it runs, then raises them anew: this is where they arrive, and
     # before it runs. Leaving by an exception stops the embedded store on the way out.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPS:
         signal.signal(number, _leave)
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port))
@@ -96,7 +98,9 @@ def _run(settings: Settings, listener: socket.socket) -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    """Handler of SIGTERM and SIGINT: leave in good order."""
+    """Their handler: leave in good order, which another of them does not break off."""
+    for each in STOPS:
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(0)
 
 

@@ -32,6 +32,18 @@ def own_service(tmp_path: Path, probe: Artifact) -> Iterator[Service]:
         yield up
 
 
+def test_a_stop_is_not_broken_off_by_further_ones(own_service: Service) -> None:
+    valkey = own_service.valkey_pid()
+
+    def ended() -> bool:
+        own_service.process.send_signal(signal.SIGTERM)
+        return own_service.ended()
+
+    until(ended, "the end of the service")
+    assert own_service.process.returncode == 0
+    assert not _alive(valkey), "stopped with the service"
+
+
 async def test_kills_and_a_stop_lose_nothing(own_service: Service, probe: Artifact) -> None:
     """One service through it all: it is killed, its store is killed, both are, it is stopped."""
     senders = [Sender(f"s{index}", index, events=150) for index in range(12)]
