@@ -43,6 +43,9 @@ EXPRESS: Final = "express"
 MAX_BYTES: Final = LONG_BYTES
 """Longer requests are read by the framework, piece by piece."""
 
+MAX_HEADERS_BYTES: Final = 4096
+"""Longer headers are read by the framework. Some thousands of what was read are kept."""
+
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
 _START = re.compile(
     rb"POST /v1/models/([a-z0-9_-]{1,64})/streams/(%b)/chunks HTTP/1\.1\r\n"
@@ -57,6 +60,7 @@ _UNUSUAL = frozenset(
         b"content-encoding",
         b"expect",
         b"upgrade",
+        b"proxy-connection",
         b"te",
         b"trailer",
         b"if-match",
@@ -140,7 +144,8 @@ class Express:
         end = data.find(b"\r\n\r\n", start.end() - 2)
         if end < 0:
             return None
-        headers = _read_headers(data[start.end() : end])
+        block = data[start.end() : end]
+        headers = None if len(block) > MAX_HEADERS_BYTES else _read_headers(block)
         if headers is None:
             return None
         whole_bytes = end + 4 + headers.length

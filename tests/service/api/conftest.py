@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import pytest
 
 from models.artifact import Artifact, write_artifact
+from service.state.protocol import Commit, CommitResult
+from service.state.redis_store import RedisStore
 from tests.service.api.harness import Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
@@ -31,3 +34,19 @@ async def api(
     """A running application with nothing stored."""
     async with harness(pipeline_server, models) as running:
         yield running
+
+
+@pytest.fixture
+def held_back(api: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Keeps the store from answering commits until it is called."""
+    gate = asyncio.Event()
+    commit = RedisStore.commit
+
+    async def held(
+        store: RedisStore, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        await gate.wait()
+        return await commit(store, commits, deadline_s)
+
+    monkeypatch.setattr(RedisStore, "commit", held)
+    return gate.set
