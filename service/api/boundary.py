@@ -63,16 +63,16 @@ class LastResort:
         try:
             await self._app(scope, receive, watched)
         except ClientDisconnect:
-            client_left(scope)
+            client_left(scope["method"])
         except Exception as error:
             if begun:
                 raise
             await unexpected(Request(scope), error)(scope, receive, send)
 
 
-def client_left(scope: Scope) -> None:
+def client_left(method: str) -> None:
     """Log that a client was gone before its request was there, or before it was answered."""
-    log.info("client_left", method=scope["method"])
+    log.info("client_left", method=method)
 
 
 def unexpected(request: Request, error: Exception) -> Response:

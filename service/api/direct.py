@@ -46,7 +46,7 @@ class DirectRoutes:
         except CarryError as error:
             response = refused(request, error)
         except ClientDisconnect:
-            client_left(scope)
+            client_left(scope["method"])
             return
         except Exception as error:
             response = unexpected(request, error)

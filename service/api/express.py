@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 from structlog.contextvars import bound_contextvars
 
-from service.api.boundary import note_failure
+from service.api.boundary import client_left, note_failure
 from service.api.context import ApiContext
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, media_of
@@ -74,6 +74,8 @@ _HEAD = {
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
+UNANSWERED: Final = 0
+"""Stands in the log for the status of what nobody waited for."""
 _TIMEOUT = TIMEOUT_HEADER.encode()
 _CLOSE = b"connection: close\r\n"
 
@@ -176,6 +178,9 @@ class Express:
     def leave(self, taken: Taken, begun: Begun) -> None:
         """The client is gone."""
         self._api.pipeline.leave(taken.chunk, begun)
+        with bound_contextvars(request_id=taken.request_id.decode()):
+            client_left("POST")
+        _log(taken, UNANSWERED)
 
     def refuse(self, refused: Refused) -> bytes:
         """The whole answer to what is not done."""

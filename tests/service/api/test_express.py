@@ -348,7 +348,7 @@ async def test_a_stopping_server_answers_what_it_took(
 
 
 async def test_what_a_client_that_left_had_waiting_is_dropped(
-    api: Harness, held_back: Callable[[], None]
+    api: Harness, monkeypatch: pytest.MonkeyPatch, held_back: Callable[[], None]
 ) -> None:
     """Its chunk in a batch is applied, the one that waits behind it is not."""
     async with serving(api, ExpressProtocol) as server:
@@ -359,9 +359,15 @@ async def test_what_a_client_that_left_had_waiting_is_dropped(
             writer.write(request(chunk(None), own, stream="leaver"))
             writers.append(writer)
         await becomes(lambda: len(under_way(server)) == 5, "all under way")
+        logged: list[tuple[str, int]] = []
+        monkeypatch.setattr(
+            "service.api.express.log_request",
+            lambda _, request_id, method, route, status, ms: logged.append((request_id, status)),
+        )
         for writer in writers:
             writer.transport.abort()
         await becomes(lambda: not server.server_state.connections, "no connection")
+        assert sorted(logged) == [(f"leaver-{place}", 0) for place in range(5)]
         held_back()
         found = await api.pipeline.process(chunk_of("leaver", INPUTS))
     assert found.mark.position < 6 * len(INPUTS)
