@@ -292,8 +292,14 @@ class Batcher(Generic[P, R]):
                     await self._drained.wait()
             except TimeoutError:
                 await self._abandon()
+        self._cease_refusing()
         if self._timer is not None:
             self._timer.cancel()
+
+    def _cease_refusing(self) -> None:
+        if self._refusing:
+            self._refusing = False
+            self._on_refusing(False)
 
     async def _abandon(self) -> None:
         for job in self._queue:
@@ -326,9 +332,8 @@ class Batcher(Generic[P, R]):
                 pass
             waiting = len(self._queue)
             self._rate.note(now_s, waiting)
-            if not waiting and self._refusing:
-                self._refusing = False
-                self._on_refusing(False)
+            if not waiting:
+                self._cease_refusing()
             self._on_depth(waiting)
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))

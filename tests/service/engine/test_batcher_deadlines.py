@@ -176,6 +176,19 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
         assert await submit(batcher, "o", "o", 1) == "O"
 
 
+async def test_a_queue_that_is_drained_refuses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Paced(3)
+    monkeypatch.setattr("service.engine.batcher.time", runs)
+    refusing: list[bool] = []
+    async with batching(runs, max_wait_s=0.001, on_refusing=refusing.append) as batcher:
+        tasks = await fill(batcher, runs, 33, 4)
+        with pytest.raises(Overloaded):
+            await submit(batcher, "a", "a", 1)
+        await batcher.drain(0)
+        assert refusing == [True, False]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_one_may_always_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the queue was: an empty one takes no time."""
     runs = Paced(3)

@@ -15,9 +15,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling poli
 
 
 def in_a_thread(check: Callable[[], None]) -> None:
-    """The policy is a thread's: that of the tests stays as it is."""
+    """The policy is a thread's: that of the tests stays as it is, and is not taken over."""
+
+    def checked() -> None:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        check()
+
     with ThreadPoolExecutor(1) as executor:
-        executor.submit(check).result()
+        executor.submit(checked).result()
 
 
 def test_it_gives_way_until_the_last_queue_is_empty() -> None:
@@ -49,4 +54,6 @@ def test_a_kernel_that_forbids_it_is_no_failure(monkeypatch: pytest.MonkeyPatch)
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    GivingWay().tell(refusing=True)
+    giving_way = GivingWay()
+    giving_way.tell(refusing=True)
+    giving_way.tell(refusing=False)
