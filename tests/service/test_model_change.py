@@ -22,6 +22,19 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifa
     return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
 
 
+async def test_it_is_refused_and_stays_as_it_is(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(15), 8)
+    async with worker(store_url, old) as before, worker(store_url, new) as after:
+        await before.process(chunk_of("s", rows[:4], 0))
+        with pytest.raises(StateIncompatible) as caught:
+            await after.process(chunk_of("s", rows[4:], 4))
+        assert caught.value.facts["position"] == 4
+        await before.process(chunk_of("s", rows[4:], 4))
+
+
 async def test_a_stream_begins_anew_at_position_0_only(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,19 +445,6 @@ async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifac
                 state=kept.state,
                 precondition=None,
             )
-
-
-async def test_a_state_of_another_version_is_refused(
-    store_url: str, artifact: Artifact, tmp_path: Path
-) -> None:
-    rows = rows_of(np.random.default_rng(15), 8)
-    other = make_artifact(tmp_path, seed=2)
-    async with worker(store_url, artifact) as one, worker(store_url, other) as two:
-        await one.process(chunk_of("versioned", rows[:4], 0))
-        with pytest.raises(StateIncompatible) as caught:
-            await two.process(chunk_of("versioned", rows[4:], 4))
-        assert caught.value.facts["position"] == 4
-        await one.process(chunk_of("versioned", rows[4:], 4))
 
 
 async def test_predict_runs_whole_sequences_and_stores_nothing(
