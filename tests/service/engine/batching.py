@@ -13,6 +13,7 @@ from service.engine.policy import BatchLimits
 from service.errors import CarryError
 
 Jobs = list[Job[str, str]]
+UP_TO_8 = BatchLimits(8, 1000)
 
 
 class Runs:
@@ -65,12 +66,17 @@ async def submit(
 
 @asynccontextmanager
 async def batching(
-    runs: Runs, *, in_flight: int = 1, queue: int = 100, **options: Any
+    runs: Runs,
+    *,
+    in_flight: int = 1,
+    queue: int = 100,
+    limits: BatchLimits = UP_TO_8,
+    **options: Any,
 ) -> AsyncIterator[Batcher[str, str]]:
-    """A batcher of batches of 8, drained at the end."""
+    """A batcher, of batches of 8 unless told otherwise, drained at the end."""
     batcher: Batcher[str, str] = Batcher(
         runs,
-        BatchLimits(8, 1000),
+        limits,
         max_queue=queue,
         max_in_flight=in_flight,
         on_depth=lambda _: None,

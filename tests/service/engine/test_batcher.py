@@ -13,6 +13,8 @@ from service.engine.policy import MOST_TURNS, BatchLimits, Waiting, form
 from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
+LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
+
 
 async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
     runs = Runs()
@@ -243,27 +245,22 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_nothing_is_looked_for_where_nothing_may_run(looks: list[int]) -> None:
     """What waits for a slot or for its stream is not looked through at every arrival."""
     runs = Runs()
-    runs.refusals = {"s": 1}
-    batcher: Batcher[str, str] = Batcher(
-        runs, BatchLimits(8, 100, long_steps=64), max_queue=100, max_in_flight=3,
-        on_depth=lambda _: None,
-    )  # fmt: skip
-    tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
-    await runs.began(2)
-    tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
-    await turns()
-    assert looks == [5, 4]
-    for name in "gh":
-        tasks.append(asyncio.create_task(submit(batcher, name, name, 1000)))
-        tasks.append(asyncio.create_task(submit(batcher, name, "a", 1)))
+    async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
+        tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
+        await runs.began(2)
+        tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
         await turns()
-    assert looks == [5, 4]
-    tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
-    await runs.began(3)
-    assert runs.batches == [["a"], ["b"], ["s"]]
-    runs.gate.set()
-    await asyncio.gather(*tasks)
-    await batcher.drain(5)
+        assert looks == [5, 4]
+        for name in "gh":
+            tasks.append(asyncio.create_task(submit(batcher, name, name, 1000)))
+            tasks.append(asyncio.create_task(submit(batcher, name, "a", 1)))
+            await turns()
+        assert looks == [5, 4]
+        tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
+        await runs.began(3)
+        assert runs.batches == [["a"], ["b"], ["s"]]
+        runs.gate.set()
+        await asyncio.gather(*tasks)
 
 
 async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: list[int]) -> None:
@@ -279,42 +276,28 @@ async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: lis
             return again
 
     runs = LongOnesWait()
-    batcher: Batcher[str, str] = Batcher(
-        runs,
-        BatchLimits(8, 100, long_steps=64),
-        max_queue=9,
-        max_in_flight=2,
-        on_depth=lambda _: None,
-    )
-    long = asyncio.create_task(submit(batcher, "a", "a", 1000))
-    await runs.began(1)
-    async with asyncio.timeout(5):
-        assert await submit(batcher, "s", "s", 1) == "done"
-    assert runs.batches == [["a"], ["s"], ["s"]]
-    next_one = asyncio.create_task(submit(batcher, "b", "b", 1000))
-    await turns()
-    assert looks == [1, 1, 1]
-    runs.gate.set()
-    assert await asyncio.gather(long, next_one) == ["A", "B"]
-    await batcher.drain(5)
+    async with batching(runs, in_flight=2, limits=LONG_BEYOND_64) as batcher:
+        long = asyncio.create_task(submit(batcher, "a", "a", 1000))
+        await runs.began(1)
+        async with asyncio.timeout(5):
+            assert await submit(batcher, "s", "s", 1) == "done"
+        assert runs.batches == [["a"], ["s"], ["s"]]
+        next_one = asyncio.create_task(submit(batcher, "b", "b", 1000))
+        await turns()
+        assert looks == [1, 1, 1]
+        runs.gate.set()
+        assert await asyncio.gather(long, next_one) == ["A", "B"]
 
 
 async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
     runs = Runs()
-    batcher: Batcher[str, str] = Batcher(
-        runs,
-        BatchLimits(8, 100, long_steps=64),
-        max_queue=9,
-        max_in_flight=3,
-        on_depth=lambda _: None,
-    )
-    long_ones = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcd"]
-    short = asyncio.create_task(submit(batcher, "s", "s", 1))
-    await runs.began(3)
-    assert runs.batches == [["a"], ["b"], ["s"]]
-    runs.gate.set()
-    assert await asyncio.gather(*long_ones, short) == ["A", "B", "C", "D", "S"]
-    await batcher.drain(5)
+    async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
+        long_ones = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcd"]
+        short = asyncio.create_task(submit(batcher, "s", "s", 1))
+        await runs.began(3)
+        assert runs.batches == [["a"], ["b"], ["s"]]
+        runs.gate.set()
+        assert await asyncio.gather(*long_ones, short) == ["A", "B", "C", "D", "S"]
 
 
 async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later() -> None:
