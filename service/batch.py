@@ -21,6 +21,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -63,6 +64,10 @@ from service.served import ServedModel
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, StateStore
 
 log = structlog.get_logger(__name__)
+
+MOST_PARTS: Final = 3
+LEAST_ROWS: Final = 4
+"""A batch that is alone is committed in so many parts at most, each of so many streams at least."""
 
 SILENCE_S: Final = 0.1
 """A store that was silent for so long is away; before, a caller's time was merely short."""
@@ -283,6 +288,30 @@ class BatchRun:
     ) -> list[Member]:
         """Commit what was computed; returns the members to be done again.
 
+        Where nothing else is to be done meanwhile it goes in a few parts: the store writes one
+        while the next is made, and the first are answered while it writes the last.
+        """
+        parts = min(MOST_PARTS, len(computed) // LEAST_ROWS)
+        if parts < 2 or not release.is_alone:
+            return await self._commit_part(computed, times, release)
+        rows = math.ceil(len(computed) / parts)
+        committing = [
+            self._commit_part(computed[at : at + rows], replace(times), release)
+            for at in range(0, len(computed), rows)
+        ]
+        again: list[Member] = []
+        # Each of them is waited for, whatever became of the others.
+        for found in await asyncio.gather(*committing, return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
+            again += found
+        return again
+
+    async def _commit_part(
+        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+    ) -> list[Member]:
+        """Commit some of a batch; returns the members to be done again.
+
         The streams' next chunks may go on from here at once, from memory: their commits follow
         these on the store's one ordered way, and fail if these do.
         """
@@ -302,10 +331,14 @@ class BatchRun:
             results = await self._store.commit(
                 commits, _until(max, [member for member, _ in computed])
             )
-        except BaseException:
+        except BaseException as error:
             for commit in commits:
                 self._cache.drop(commit.key)
-            raise
+            if not isinstance(error, CarryError):
+                raise
+            for member, _ in computed:
+                member.job.settle(self.told(member.job, error))
+            return []
         times.commit_s = time.monotonic() - began_s
         again: list[Member] = []
         timings: list[Timing] = []

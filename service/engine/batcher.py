@@ -1,13 +1,12 @@
 """Continuous batching across streams: one queue and one owner per model.
 
 Jobs wait in one queue, in the order in which they came. Whenever fewer batches are under way
-than allowed, the next one is formed from whatever waits (no timer: small batches at low load,
-full ones at high load; beside a much larger one it is put off for a few turns of the loop). It
-runs as a task of its own, so that loading, computing and committing of neighbouring batches
-overlap. A stream has at most one job in the hands of a
-batch, until the batch releases it; a job that has to be done again takes its old place in the
-queue. Jobs whose caller left, or whose deadline passed, are dropped while forming; a batch that
-fails fails its own jobs only. Each job is settled once.
+than allowed, the next one is formed from whatever waits: small batches at low load, full ones at
+high load. One that would be smaller than the last is put off for a moment. It runs as a task of
+its own, so that loading, computing and committing of neighbouring batches overlap. A stream has at
+most one job in the hands of a batch, until the batch releases it; a job that has to be done again
+takes its old place in the queue. Jobs whose caller left, or whose deadline passed, are dropped
+while forming; a batch that fails fails its own jobs only. Each job is settled once.
 
 The queue is bounded in jobs and, while more comes than is done, in time: at the rate at which
 it drains, a new job must be begun before its deadline and within `max_wait_s`. Otherwise it is
@@ -32,7 +31,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 import structlog
 
 from service.engine.drain_rate import DrainRate
-from service.engine.policy import BatchLimits, form, is_put_off
+from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, form, put_off
 from service.errors import (
     CarryError,
     DeadlineExceeded,
@@ -44,14 +43,15 @@ from service.errors import (
 P = TypeVar("P")
 R = TypeVar("R")
 
-Release = Callable[[Hashable], None]
-
 GRACE_S: Final = 0.05
 """How much later than its deadline a job in a batch is given up: what its batch waits for ends at
 the deadline too, and can say more."""
 
 TICK_S: Final = 0.01
 """Least time between two looks of the timer at deadlines."""
+
+PATIENCE_TICK_S: Final = 0.001
+"""What the loop's timers count in."""
 
 MAX_RETRY_AFTER_S: Final = 60.0
 
@@ -133,6 +133,33 @@ class Job(Generic[P, R]):
             self.ticket.settle(self.index, result)
 
 
+class Release:
+    """Lets the next job of a stream go on before its batch ends, once it can.
+
+    Attributes:
+        is_alone: whether no other batch is under way now and nothing waits for one.
+    """
+
+    __slots__ = ("_gone", "_held", "_is_alone")
+
+    def __init__(
+        self, held: set[Hashable], gone: Callable[[Hashable], None], is_alone: Callable[[], bool]
+    ):
+        self._held = held
+        self._gone = gone
+        self._is_alone = is_alone
+
+    def __call__(self, key: Hashable) -> None:
+        """From here on, of a stream that the batch holds."""
+        if key in self._held:
+            self._held.discard(key)
+            self._gone(key)
+
+    @property
+    def is_alone(self) -> bool:
+        return self._is_alone()
+
+
 Run = Callable[[list[Job[P, R]], Release], Awaitable[list[Job[P, R]]]]
 """Settles the jobs of a batch, which are of different streams. May release a stream's next job
 before that, once it can go on from what this one left. Returns the jobs to be done again."""
@@ -185,6 +212,8 @@ class Batcher(Generic[P, R]):
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
         self._turns = 0
+        self._last_rows = 0
+        self._patience: asyncio.TimerHandle | None = None
         self._stopping = False
         self._drained = asyncio.Event()
 
@@ -293,8 +322,9 @@ class Batcher(Generic[P, R]):
             except TimeoutError:
                 await self._abandon()
         self._cease_refusing()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._patience):
+            if timer is not None:
+                timer.cancel()
 
     def _cease_refusing(self) -> None:
         if self._refusing:
@@ -317,19 +347,38 @@ class Batcher(Generic[P, R]):
             asyncio.get_running_loop().call_soon(self._form)
 
     def _form(self) -> None:
-        """Start as many batches as may be under way."""
-        largest = max(map(len, self._batches.values()), default=0)
-        if is_put_off(len(self._queue), largest, self._turns):
+        """Start a batch, unless it is put off."""
+        wait = put_off(len(self._queue), self._last_rows, len(self._batches), self._turns)
+        if wait is PutOff.A_TURN:
             self._turns += 1
             asyncio.get_running_loop().call_soon(self._form)
             return
         self._forming, self._turns = False, 0
+        if wait is PutOff.NOT:
+            self._start()
+        elif self._patience is None:
+            self._wait_for_answers()
+
+    def _wait_for_answers(self, ticks: int = PATIENCE_TICKS) -> None:
+        """Start after some ticks at the latest; a batch that keeps the loop may swallow one."""
+        if ticks:
+            self._patience = asyncio.get_running_loop().call_later(
+                PATIENCE_TICK_S, self._wait_for_answers, ticks - 1
+            )
+        else:
+            self._start()
+
+    def _start(self) -> None:
+        """Start a batch, if one may be under way, and see to the next one."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
         try:
             now_s = time.monotonic()
             if now_s >= self._soonest_s:
                 self._drop(now_s)
-            while len(self._batches) < self._max_in_flight and self._start_batch():
-                pass
+            if len(self._batches) < self._max_in_flight and self._start_batch() and self._queue:
+                self._wake()
             waiting = len(self._queue)
             self._rate.note(now_s, waiting)
             if not waiting:
@@ -410,6 +459,7 @@ class Batcher(Generic[P, R]):
             taken = set(chosen)
             self._queue = [job for index, job in enumerate(self._queue) if index not in taken]
         self._busy.update(job.key for job in jobs if job.key is not None)
+        self._last_rows = len(jobs)
         is_long = any(job.steps > self._limits.long_steps for job in jobs)
         self._long += is_long
         task = asyncio.get_running_loop().create_task(self._run_batch(jobs, is_long))
@@ -429,15 +479,13 @@ class Batcher(Generic[P, R]):
         del self._batches[task]
         self._wake()
 
+    def _let_go(self, key: Hashable) -> None:
+        self._busy.discard(key)
+        self._wake()
+
     async def _run_batch(self, jobs: list[Job[P, R]], is_long: bool) -> None:
         held = {job.key for job in jobs if job.key is not None}
-
-        def release(key: Hashable) -> None:
-            if key in held:
-                held.discard(key)
-                self._busy.discard(key)
-                self._wake()
-
+        release = Release(held, self._let_go, lambda: not self._queue and len(self._batches) == 1)
         failure: CarryError = InternalError("the batch ended without an answer for this chunk")
         again: list[Job[P, R]] = []
         try:

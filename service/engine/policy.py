@@ -7,6 +7,7 @@ the oldest job that may run is always taken, so nobody starves, however long it 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Set
+from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
 
@@ -36,23 +37,44 @@ class BatchLimits(NamedTuple):
     long_steps: int = 2**31
 
 
-MOST_TURNS: Final = 8
-"""How many turns of the loop the next batch is put off at most, to be larger."""
+MOST_TURNS: Final = 16
+"""How many turns of the loop the next batch is put off at most where nothing is in flight."""
+
+PATIENCE_TICKS: Final = 2
+"""How many milliseconds it is put off at most for the answers of a batch in flight."""
 
 
-def is_put_off(waiting: int, largest: int, turns: int) -> bool:
-    """Whether the next batch is not formed yet, because it would be small beside its neighbours.
+ENOUGH_ROWS: Final = 24
+"""So many jobs are not put off for answers: they share the cost of a batch well enough, and beside
+the one in flight they leave neither the loop nor the store idle."""
+
+
+class PutOff(Enum):
+    """How long the next batch is put off."""
+
+    NOT = "it is formed now"
+    A_TURN = "for a turn of the loop"
+    FOR_ANSWERS = "until a batch in flight is done, or for `PATIENCE_TICKS`"
+
+
+def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
+    """Whether the next batch waits to be as large as the last one, for a moment.
 
     Every batch has a cost of its own, which its chunks share. Where clients answer replies with
     requests, these come in a few turns of the loop, and so do those that the batches in flight
-    are about to answer. Nothing is put off where nothing is in flight, and never for long.
+    are about to answer. Who is alone waits for nobody.
 
     Args:
         waiting: jobs in the queue.
-        largest: rows of the largest batch in flight; 0 where there is none.
+        last: rows of the last batch.
+        in_flight: batches that are under way.
         turns: of the loop, for which it was put off already.
     """
-    return 0 < 2 * waiting < largest and turns < MOST_TURNS
+    if not 0 < waiting < last:
+        return PutOff.NOT
+    if in_flight:
+        return PutOff.FOR_ANSWERS if waiting < ENOUGH_ROWS else PutOff.NOT
+    return PutOff.A_TURN if turns < MOST_TURNS else PutOff.NOT
 
 
 def form(

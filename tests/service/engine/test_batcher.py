@@ -28,33 +28,69 @@ async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
     assert runs.batches == [["a"], ["b", "c", "d"]]
 
 
-async def test_a_small_batch_beside_a_large_one_waits_a_few_turns_for_company() -> None:
-    runs = Runs()
-    async with batching(runs, in_flight=2) as batcher:
-        large = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
-        await runs.began(1)
-        late = [asyncio.create_task(submit(batcher, "e", "e", 1))]
-        for _ in range(MOST_TURNS // 2):
-            await asyncio.sleep(0)
-        assert runs.batches == [["a", "b", "c", "d"]]
-        late.append(asyncio.create_task(submit(batcher, "f", "f", 1)))
-        await runs.began(2)
-        assert runs.batches[1:] == [["e", "f"]]
-        runs.gate.set()
-        assert await asyncio.gather(*large, *late) == ["A", "B", "C", "D", "E", "F"]
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches wait for answers for ever."""
+    monkeypatch.setattr("service.engine.batcher.PATIENCE_TICK_S", 60)
 
 
-async def test_it_is_formed_alone_where_no_company_comes() -> None:
+@pytest.mark.usefixtures("patient")
+async def test_a_batch_waits_for_the_answers_of_one_in_flight() -> None:
+    """What they bring is in it."""
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
-        large = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
         await runs.began(1)
         late = asyncio.create_task(submit(batcher, "e", "e", 1))
-        for _ in range(MOST_TURNS + 4):
-            await asyncio.sleep(0)
+        await turns()
+        assert runs.batches == [["a", "b", "c", "d"]]
+        runs.gate.set()
+        await many[0]
+        more = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "fgh"]
+        assert await asyncio.gather(*many, late, *more) == list("ABCDEFGH")
+    assert runs.batches[1:] == [["e", "f", "g", "h"]]
+
+
+async def test_it_does_not_wait_for_them_for_long() -> None:
+    runs = Runs()
+    async with batching(runs, in_flight=2) as batcher:
+        many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        await runs.began(1)
+        late = asyncio.create_task(submit(batcher, "e", "e", 1))
+        await runs.began(2)
         assert runs.batches == [["a", "b", "c", "d"], ["e"]]
         runs.gate.set()
-        assert await asyncio.gather(*large, late) == ["A", "B", "C", "D", "E"]
+        assert await asyncio.gather(*many, late) == ["A", "B", "C", "D", "E"]
+
+
+@pytest.mark.usefixtures("patient")
+async def test_it_does_not_wait_for_them_where_it_is_as_large() -> None:
+    runs = Runs()
+    async with batching(runs, in_flight=2) as batcher:
+        first = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
+        await runs.began(1)
+        second = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "cd"]
+        await turns()
+        assert runs.batches == [["a", "b"], ["c", "d"]]
+        runs.gate.set()
+        assert await asyncio.gather(*first, *second) == ["A", "B", "C", "D"]
+
+
+async def test_where_none_is_in_flight_it_waits_a_few_turns_for_company() -> None:
+    runs = Runs()
+    runs.gate.set()
+    async with batching(runs) as batcher:
+        await asyncio.gather(*(submit(batcher, name, name, 1) for name in "ab"))
+        first = asyncio.create_task(submit(batcher, "c", "c", 1))
+        for _ in range(MOST_TURNS // 2):
+            await asyncio.sleep(0)
+        assert runs.batches == [["a", "b"]]
+        assert await submit(batcher, "d", "d", 1) == "D"
+        assert await first == "C"
+        alone = asyncio.create_task(submit(batcher, "e", "e", 1))
+        await turns()
+        assert alone.done()
+    assert runs.batches == [["a", "b"], ["c", "d"], ["e"]]
 
 
 async def test_a_stream_never_has_two_jobs_in_flight() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.policy import MOST_TURNS, BatchLimits, form, is_put_off
+from service.engine.policy import ENOUGH_ROWS, MOST_TURNS, BatchLimits, PutOff, form, put_off
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,23 @@ def test_invariants(queue: list[Waits], busy: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("waiting", "largest", "turns", "expected"),
+    ("waiting", "last", "in_flight", "turns", "expected"),
     [
-        (7, 16, 0, True),
-        (8, 16, 0, False),
-        (1, 16, MOST_TURNS - 1, True),
-        (1, 16, MOST_TURNS, False),
-        (1, 2, 0, False),
-        (1, 0, 0, False),
-        (0, 16, 0, False),
+        (15, 16, 1, 0, PutOff.FOR_ANSWERS),
+        (15, 16, 1, MOST_TURNS, PutOff.FOR_ANSWERS),
+        (16, 16, 1, 0, PutOff.NOT),
+        (ENOUGH_ROWS - 1, 64, 1, 0, PutOff.FOR_ANSWERS),
+        (ENOUGH_ROWS, 64, 1, 0, PutOff.NOT),
+        (ENOUGH_ROWS, 64, 0, 0, PutOff.A_TURN),
+        (15, 16, 0, MOST_TURNS - 1, PutOff.A_TURN),
+        (15, 16, 0, MOST_TURNS, PutOff.NOT),
+        (16, 16, 0, 0, PutOff.NOT),
+        (1, 1, 1, 0, PutOff.NOT),
+        (1, 0, 0, 0, PutOff.NOT),
+        (0, 16, 1, 0, PutOff.NOT),
     ],
 )
-def test_a_batch_much_smaller_than_its_neighbours_is_put_off(
-    waiting: int, largest: int, turns: int, *, expected: bool
+def test_a_batch_smaller_than_the_last_is_put_off(
+    waiting: int, last: int, in_flight: int, turns: int, expected: PutOff
 ) -> None:
-    assert is_put_off(waiting, largest, turns) is expected
+    assert put_off(waiting, last, in_flight, turns) is expected
