@@ -348,7 +348,9 @@ class Batcher(Generic[P, R]):
 
     def _form(self) -> None:
         """Start a batch, unless it is put off."""
-        wait = put_off(len(self._queue), self._last_rows, len(self._batches), self._turns)
+        # a long job is not about to be answered
+        about_to_end = len(self._batches) - self._long
+        wait = put_off(len(self._queue), self._last_rows, about_to_end, self._turns)
         if wait is PutOff.A_TURN:
             self._turns += 1
             asyncio.get_running_loop().call_soon(self._form)

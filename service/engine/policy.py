@@ -67,7 +67,7 @@ def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
     Args:
         waiting: jobs in the queue.
         last: rows of the last batch.
-        in_flight: batches that are under way.
+        in_flight: batches that are under way, without those of long jobs.
         turns: of the loop, for which it was put off already.
     """
     if not 0 < waiting < last:

@@ -1,12 +1,14 @@
 """`make bench`: Carry beside the floors and hand-written services, in one run, in turns.
 
     python -m tests.bench [--only peak,many,...] [--full] [--jsonl FILE] [--report]
+    python -m tests.bench --beside ../before --rounds 40 --seconds 0.5
 
 The servers share the first core, the store and the load generator the last; everything stays
 on the loopback, every section is bounded in time, every reply's position is checked and some
 outputs are held against the tests' float64 oracle. Prints a table of medians, the ratios with
 their spread, and the targets with `reached` or `not reached`. `--report` writes
 docs/performance.md from the file of `--jsonl`; alone with `--only none` it measures nothing.
+`--beside` holds this checkout against another one, in turns.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ SECTIONS = (
 )
 """In the order in which they are run; each is a module of `sections` with `run(bench)`."""
 
+BESIDE = "beside"
+"""The section of a run with `--beside`, which runs no other unless told so."""
+
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
 
@@ -55,7 +60,8 @@ DOCS = machine.REPOSITORY / "docs"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, print what was found, and keep it where it is asked for."""
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, or none")
+    parser.add_argument("--only", help="sections, or none; all by default")
+    parser.add_argument("--beside", type=Path, help="another checkout of Carry, measured in turns")
     parser.add_argument("--full", action="store_true", help="longer rounds, a million streams")
     parser.add_argument("--rounds", type=int, help="of every row (3; full 5)")
     parser.add_argument("--seconds", type=float, help="of one closed-loop round (1; full 4)")
@@ -66,9 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jsonl", type=Path, help="append every line to this file")
     parser.add_argument("--report", action="store_true", help="write docs/performance.md")
     given = parser.parse_args(arguments)
-    only = [] if given.only == "none" else given.only.split(",")
-    if unknown := set(only) - set(SECTIONS):
+    if given.only is None:
+        only = [BESIDE] if given.beside else list(SECTIONS)
+    else:
+        only = [] if given.only == "none" else given.only.split(",")
+    if unknown := set(only) - {*SECTIONS, BESIDE}:
         parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
+    if given.beside and not (given.beside / "service" / "cli.py").is_file():
+        parser.error(f"--beside: expected a checkout of Carry, got {given.beside}")
     if given.report and given.jsonl is None:
         parser.error("--report needs --jsonl FILE, which it reads")
     options = Options(
@@ -78,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         many_streams=given.many_streams or (MANY if given.full else 100_000),
         runtimes=tuple(given.runtimes.split(",")),
         store=given.store,
+        beside=given.beside and given.beside.resolve(),
     )
     failed: list[str] = []
     if only:

@@ -46,6 +46,7 @@ class Options:
         runtimes: of Carry.
         baselines: of the servers that Carry is held against.
         store: `valkey` or `redis`.
+        beside: another checkout of Carry, to be held against.
     """
 
     rounds: int = 3
@@ -55,6 +56,7 @@ class Options:
     runtimes: tuple[str, ...] = tuple(RUNTIMES)
     baselines: tuple[str, ...] = ("asgi", "fastapi", "naive", "competent")
     store: str = "valkey"
+    beside: Path | None = None
 
 
 @dataclass

@@ -146,6 +146,7 @@ def running_server(
     reply_bytes: int = 1800,
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
+    checkout: Path = REPOSITORY,
 ) -> Iterator[Server]:
     """A ready server: `asgi`, `fastapi`, `naive`, `competent`, or `carry-RUNTIME`.
 
@@ -154,6 +155,7 @@ def running_server(
         workers: of Carry.
         reply_bytes: of the floors' fixed reply.
         environment: further variables, for Carry's other settings.
+        checkout: whose code it runs, on this one's packages.
 
     Raises:
         CannotStartError
@@ -175,7 +177,7 @@ def running_server(
             "BENCH_REPLY_BYTES": str(reply_bytes),
             "TF_CPP_MIN_LOG_LEVEL": "2",
         }
-    with _process(command, cores, log, more) as process:
+    with _process(command, cores, log, more, checkout) as process:
         path = "/health/ready" if kind.startswith("carry-") else None
         _await(process, lambda: _answers(port, path), log, kind)
         yield Server(name or kind, port, process.pid, kind not in FLOORS)
@@ -191,14 +193,18 @@ def carry_command(models: Path, port: int, *options: str) -> list[str]:
 
 @contextmanager
 def _process(
-    command: list[str], cores: Sequence[int], log: Path, more: Mapping[str, str]
+    command: list[str],
+    cores: Sequence[int],
+    log: Path,
+    more: Mapping[str, str],
+    folder: Path = REPOSITORY,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process with a plain environment, ended with the block."""
     inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import psutil
 import pytest
 
 from tests.bench import context, micro
-from tests.bench.__main__ import SECTIONS, main
+from tests.bench.__main__ import BESIDE, SECTIONS, main
 from tests.bench.context import Bench, Options
-from tests.bench.machine import Cores
+from tests.bench.machine import REPOSITORY, Cores
 from tests.bench.results import Results
-from tests.bench.sections import many, widths, workers
+from tests.bench.sections import beside, many, widths, workers
 from tests.bench.servers import missing
 
 ABOUT = {"commit": "none", "machine": "none", "date": "now"}
@@ -74,7 +75,29 @@ def test_a_section_runs(section: str, bench: Bench) -> None:
 def test_every_section_is_tried() -> None:
     assert set(FIGURES) == set(SECTIONS)
     folder = Path(__file__).parent / "sections"
-    assert {path.stem for path in folder.glob("*.py")} == set(SECTIONS)
+    assert {path.stem for path in folder.glob("*.py")} == {*SECTIONS, BESIDE}
+
+
+def test_a_checkout_is_held_against_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (reason := missing("carry-onnxruntime", bench.artifact)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(beside, "CONNECTIONS", (2,))
+    beside.run(replace(bench, options=replace(bench.options, beside=REPOSITORY, rounds=2)))
+    assert [len(row.samples) for row in bench.results.rows.values()] == [2, 2]
+    assert bench.results.figures["beside/2: chunks/s, this over the other"].value > 0
+
+
+def test_the_mean_of_ratios_has_its_error() -> None:
+    middle, error = beside.geometric_mean([2.0, 0.5, 2.0, 0.5])
+    assert middle == pytest.approx(1.0)
+    assert error == pytest.approx(0.4002, abs=1e-4)
+    assert beside.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
+
+
+def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--beside", str(tmp_path)])
+    assert "expected a checkout of Carry" in capsys.readouterr().err
 
 
 def test_the_parts_are_measured() -> None:

@@ -64,6 +64,25 @@ async def test_it_does_not_wait_for_them_for_long() -> None:
 
 
 @pytest.mark.usefixtures("patient")
+async def test_it_does_not_wait_for_those_of_a_long_job() -> None:
+    runs, short = Runs(), Runs()
+    short.gate.set()
+
+    async def run(jobs: Jobs, release: Release) -> Jobs:
+        return await (runs if jobs[0].payload == "long" else short)(jobs, release)
+
+    async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
+        batcher._run = run
+        long = asyncio.create_task(submit(batcher, "long", "long", 1000))
+        await runs.began(1)
+        await asyncio.gather(*(submit(batcher, name, name, 1) for name in "bc"))
+        assert await submit(batcher, "d", "d", 1) == "D"
+        runs.gate.set()
+        await long
+    assert short.batches == [["b", "c"], ["d"]]
+
+
+@pytest.mark.usefixtures("patient")
 async def test_it_does_not_wait_for_them_where_it_is_as_large() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
