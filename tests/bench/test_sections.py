@@ -82,7 +82,8 @@ def test_a_checkout_is_held_against_another(bench: Bench, monkeypatch: pytest.Mo
     if (reason := missing("carry-onnxruntime", bench.artifact)) is not None:
         pytest.skip(reason)
     monkeypatch.setattr(beside, "CONNECTIONS", (2,))
-    beside.run(replace(bench, options=replace(bench.options, beside=REPOSITORY, rounds=2)))
+    bench.options = replace(bench.options, beside=REPOSITORY, rounds=2)
+    beside.run(bench)
     assert [len(row.samples) for row in bench.results.rows.values()] == [2, 2]
     assert bench.results.figures["beside/2: chunks/s, this over the other"].value > 0
 
