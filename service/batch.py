@@ -44,8 +44,9 @@ from service.domain import (
     StreamState,
     Timing,
 )
-from service.engine.batcher import TICK_S, Release
+from service.engine.batcher import TICK_S
 from service.engine.compute import Compute
+from service.engine.jobs import Release
 from service.engine.state_cache import StateCache
 from service.errors import (
     CarryError,

@@ -14,8 +14,8 @@ import numpy as np
 
 from models.decoding import Decoding, Forecast
 from service.domain import FloatRows
-from service.engine.batcher import Job, Release
 from service.engine.compute import Compute, Turns
+from service.engine.jobs import Job, Release
 from service.engine.protocol import Runtime
 from service.errors import NotFinite
 from service.recorder import Recorder

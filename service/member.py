@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.domain import Chunk, FloatRows, Mark, Reply, StreamKey, StreamState, Timing
-from service.engine.batcher import Job
+from service.engine.jobs import Job
 
 ChunkJob = Job[Chunk, Reply]
 

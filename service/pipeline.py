@@ -29,9 +29,10 @@ from service.domain import (
     Steps,
     StreamKey,
 )
-from service.engine.batcher import Batcher, Job, Request, Results, Run
+from service.engine.batcher import Batcher
 from service.engine.compute import Compute
 from service.engine.giving_way import GivingWay
+from service.engine.jobs import Job, Request, Results, Run
 from service.engine.policy import BatchLimits
 from service.engine.protocol import Runtime
 from service.engine.state_cache import StateCache

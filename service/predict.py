@@ -14,8 +14,8 @@ import structlog
 from models.state import State
 from service.blocks import Advanced, Known, advance_blocks
 from service.domain import Prediction, Steps
-from service.engine.batcher import Job, Release
 from service.engine.compute import Compute
+from service.engine.jobs import Job, Release
 from service.errors import CarryError, InternalError, NotFinite
 from service.recorder import Recorder
 from service.served import Encoded, ServedModel

@@ -43,7 +43,6 @@ MOST_TURNS: Final = 16
 PATIENCE_TICKS: Final = 2
 """How many milliseconds it is put off at most for the answers of a batch in flight."""
 
-
 ENOUGH_ROWS: Final = 32
 """So many jobs are not put off for answers: they share the cost of a batch well enough, and beside
 the one in flight they leave neither the loop nor the store idle."""

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from service.engine.batcher import Batcher, Job, Release, Request
+from service.engine.batcher import Batcher
+from service.engine.jobs import Job, Release, Request
 from service.engine.policy import BatchLimits
 from service.errors import CarryError
 

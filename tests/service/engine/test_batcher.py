@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.engine.batcher import Batcher, Release, Request
+from service.engine.batcher import Batcher
+from service.engine.jobs import Release, Request
 from service.engine.policy import MOST_TURNS, BatchLimits, Waiting, form
 from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit

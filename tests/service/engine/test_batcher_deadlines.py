@@ -8,7 +8,8 @@ import time
 import pytest
 import structlog
 
-from service.engine.batcher import GRACE_S, Batcher, Job, Release
+from service.engine.batcher import GRACE_S, Batcher
+from service.engine.jobs import Job, Release
 from service.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.support.servers import until_async

@@ -1,0 +1,123 @@
+"""What a batcher has in its hands: requests on their way, who waits for them, and what runs them.
+
+A job is settled once, whoever comes to it first; its caller is woken when all of its own are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from service.errors import CarryError
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class Request(NamedTuple, Generic[P]):
+    """What a caller wants done.
+
+    Attributes:
+        key: the stream, or None for work that continues no stream.
+        steps: steps it needs.
+    """
+
+    payload: P
+    key: Hashable | None
+    steps: int
+
+
+Results = asyncio.Future[list[R | CarryError]]
+
+
+class Ticket(Generic[R]):
+    """One caller, who waits for all of its jobs.
+
+    Attributes:
+        deadline_s: until when, of the monotonic clock.
+    """
+
+    __slots__ = ("_left", "_results", "deadline_s", "future")
+
+    def __init__(self, jobs: int, deadline_s: float):
+        self.deadline_s = deadline_s
+        self.future: Results[R] = asyncio.get_running_loop().create_future()
+        self._results: list[R | CarryError | None] = [None] * jobs
+        self._left = jobs
+
+    def settle(self, index: int, result: R | CarryError) -> None:
+        """Give the caller one result, unless it left; the last one wakes it."""
+        self._results[index] = result
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result([found for found in self._results if found is not None])
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[P, R]):
+    """One request on its way.
+
+    Attributes:
+        number: its place in the order of all jobs.
+        attempts: how often it was in a batch before.
+        submitted_s: when it came, of the monotonic clock.
+        committing: from here on it may be done without anybody knowing.
+        overtakes: an earlier job of its stream went back to be done again meanwhile.
+    """
+
+    payload: P
+    key: Hashable | None
+    steps: int
+    number: int
+    submitted_s: float
+    ticket: Ticket[R]
+    index: int
+    attempts: int = 0
+    settled: bool = False
+    committing: bool = False
+    overtakes: bool = False
+
+    @property
+    def deadline_s(self) -> float:
+        """Until when its caller waits, of the monotonic clock."""
+        return self.ticket.deadline_s
+
+    def settle(self, result: R | CarryError) -> None:
+        """Give the caller its result or its error, once."""
+        if not self.settled:
+            self.settled = True
+            self.ticket.settle(self.index, result)
+
+
+class Release:
+    """Lets the next job of a stream go on before its batch ends, once it can.
+
+    Attributes:
+        is_alone: whether no other batch is under way now and nothing waits for one.
+    """
+
+    __slots__ = ("_gone", "_held", "_is_alone")
+
+    def __init__(
+        self, held: set[Hashable], gone: Callable[[Hashable], None], is_alone: Callable[[], bool]
+    ):
+        self._held = held
+        self._gone = gone
+        self._is_alone = is_alone
+
+    def __call__(self, key: Hashable) -> None:
+        """From here on, of a stream that the batch holds."""
+        if key in self._held:
+            self._held.discard(key)
+            self._gone(key)
+
+    @property
+    def is_alone(self) -> bool:
+        return self._is_alone()
+
+
+Run = Callable[[list[Job[P, R]], Release], Awaitable[list[Job[P, R]]]]
+"""Settles the jobs of a batch, which are of different streams. May release a stream's next job
+before that, once it can go on from what this one left. Returns the jobs to be done again."""
