@@ -267,61 +267,6 @@ async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) 
             await one.streams.read(StreamKey("probe", "bad"))
 
 
-class PartsStore(RedisStore):
-    """Fails the second of its commits as a whole, before the others are answered."""
-
-    def __init__(self, settings: StoreSettings, error: Exception):
-        super().__init__(settings)
-        self.sizes: list[int] = []
-        self.error = error
-
-    async def commit(
-        self, commits: Sequence[Commit], deadline_s: float | None = None
-    ) -> list[CommitResult]:
-        self.sizes.append(len(commits))
-        if len(self.sizes) == 2:
-            raise self.error
-        await super().load([commits[0].key])
-        return await super().commit(commits, deadline_s)
-
-
-async def outcomes_in_parts(
-    store: PartsStore, url: str, artifact: Artifact, rows: NDArray[np.float32]
-) -> list[Reply | CarryError]:
-    """Of the chunks of 8 streams in one batch, which are sent twice."""
-    async with worker(url, artifact, store=store) as one:
-        chunks = [chunk_of(f"p{index}", rows, 0) for index in range(8)]
-        first = await one.process_many(chunks)
-        assert store.sizes == [4, 4]
-        again = await one.process_many(chunks)
-    # a retry of what was applied gets the stored reply, and the others are processed
-    assert [reply.replayed for reply in again if isinstance(reply, Reply)] == [
-        isinstance(found, Reply) for found in first
-    ]
-    return first
-
-
-async def test_a_batch_is_committed_in_parts_that_fail_alone(
-    store_url: str, artifact: Artifact
-) -> None:
-    rows = rows_of(np.random.default_rng(51), 4)
-    store = PartsStore(StoreSettings(store_url, wait_s=5), StoreRefused("no room"))
-    found = await outcomes_in_parts(store, store_url, artifact, rows)
-    assert [type(each) for each in found] == [Reply] * 4 + [StoreRefused] * 4
-    for reply in found:
-        if isinstance(reply, Reply):
-            close(reply.outputs, whole(artifact, rows))
-
-
-async def test_a_part_that_fails_unforeseen_is_told_when_the_others_are_done(
-    store_url: str, artifact: Artifact
-) -> None:
-    rows = rows_of(np.random.default_rng(52), 4)
-    store = PartsStore(StoreSettings(store_url, wait_s=5), ZeroDivisionError("unforeseen"))
-    found = await outcomes_in_parts(store, store_url, artifact, rows)
-    assert [type(each) for each in found] == [Reply] * 4 + [InternalError] * 4
-
-
 async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
