@@ -1,17 +1,24 @@
-"""One running service for the tests that leave it running, with the models they ask for."""
+"""The event loop of async tests, and one running service for the tests that leave it running."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
 import models
 from models.artifact import write_artifact
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Async tests run on uvloop, as the service does."""
+    return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,17 @@ chunk costs is `make bench`'s to say.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import orjson
+import uvloop
 
 from models.artifact import Artifact
 from models.events.encode import Clock, encode
@@ -232,7 +232,7 @@ def _store(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
         ]
 
     forth, back = commits(pair[0], pair[1]), commits(pair[1], pair[0])
-    with running_store("valkey", ()) as server, asyncio.Runner() as runner:
+    with running_store("valkey", ()) as server, closing(uvloop.new_event_loop()) as loop:
 
         async def begin() -> StateStore:
             found = open_store(StoreSettings(server.url))
@@ -251,14 +251,22 @@ def _store(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
                     if not all(isinstance(outcome, Committed) for outcome in outcomes):
                         raise RuntimeError(f"expected commits, got {outcomes[:2]}")
 
-        store = runner.run(begin())
+        store = loop.run_until_complete(begin())
         try:
             yield [
-                Case("store, load, 32 streams a call", BATCH * CALLS, lambda: runner.run(load())),
-                Case("store, commit, the same", BATCH * CALLS, lambda: runner.run(commit())),
+                Case(
+                    "store, load, 32 streams a call",
+                    BATCH * CALLS,
+                    lambda: loop.run_until_complete(load()),
+                ),
+                Case(
+                    "store, commit, the same",
+                    BATCH * CALLS,
+                    lambda: loop.run_until_complete(commit()),
+                ),
             ]
         finally:
-            runner.run(store.close())
+            loop.run_until_complete(store.close())
 
 
 CASES = {

@@ -10,7 +10,6 @@ The logs are on, as in `carry serve`, and go to /dev/null. A bare ASGI echo stan
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import os
 import sys
@@ -25,6 +24,7 @@ from typing import Any, cast
 import numpy as np
 import orjson
 import ormsgpack
+import uvloop
 
 from models.artifact import write_artifact
 from models.spec import parse_spec
@@ -196,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     configure_logs()
-    asyncio.run(compare(options.repeats, options.requests))
+    uvloop.run(compare(options.repeats, options.requests))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 
 from models.artifact import Artifact, write_artifact
 from service.api.application import ApiLimits, create_api
@@ -60,7 +61,7 @@ def lying_service(artifacts: Mapping[str, Artifact]) -> Iterator[Live]:
         started, stop = threading.Event(), threading.Event()
         with ThreadPoolExecutor(1) as thread:
             serving = thread.submit(
-                lambda: asyncio.run(_serve(store, artifacts, liar, listening, started, stop))
+                lambda: uvloop.run(_serve(store, artifacts, liar, listening, started, stop))
             )
             try:
                 until(lambda: started.is_set() or serving.done(), "the service")

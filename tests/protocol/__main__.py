@@ -8,12 +8,12 @@ where a promise is broken or a planted bug is not found.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import sys
 from dataclasses import replace
 
 import structlog
+import uvloop
 
 from tests.protocol.against import compare
 from tests.protocol.planted import PLANTED
@@ -45,7 +45,7 @@ def main() -> int:
             if found.broken:
                 broken += 1
                 print(story(found))
-            calls = asyncio.run(compare(found.book, [*found.book.calls], server.url, client))
+            calls = uvloop.run(compare(found.book, [*found.book.calls], server.url, client))
             print(_line(found, calls), flush=True)
             for at, more in enumerate((found.states, found.transitions, calls, found.seconds)):
                 totals[at] += more

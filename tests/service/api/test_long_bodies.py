@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +37,7 @@ def reader(models: Mapping[str, Artifact]) -> RequestReader:
 
 
 def in_turns(reader: RequestReader, body: bytes) -> Any:
-    return asyncio.run(long_bodies.read_in_turns(reader, body, Media.JSON, "s", None))
+    return uvloop.run(long_bodies.read_in_turns(reader, body, Media.JSON, "s", None))
 
 
 def as_a_whole(reader: RequestReader, body: bytes) -> Any:
@@ -82,7 +83,7 @@ def test_others_have_their_turn_between(reader: RequestReader) -> None:
         assert await reading is not None
         return turns
 
-    assert asyncio.run(both()) >= len(body) // long_bodies.BLOCK_BYTES - 1
+    assert uvloop.run(both()) >= len(body) // long_bodies.BLOCK_BYTES - 1
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,6 @@ def test_outputs_written_in_turns_are_those_written_at_once(
         finally:
             others.cancel()
 
-    assert asyncio.run(write()) == whole
+    assert uvloop.run(write()) == whole
     is_long = media is Media.JSON and values.size > 2 * long_bodies.BLOCK_VALUES
     assert turns >= (2 if is_long else 0)

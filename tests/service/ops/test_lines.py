@@ -68,14 +68,14 @@ def test_without_a_loop_nothing_waits(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
 def test_a_process_that_ends_loses_none(end: str) -> None:
     program = f"""
-import asyncio
+import uvloop
 from service.ops.lines import StderrLines
 
 async def main():
     StderrLines().gather("last words")
     {end}
 
-asyncio.run(main())
+uvloop.run(main())
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, timeout=60

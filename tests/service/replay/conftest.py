@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+import uvloop
 from aiohttp.test_utils import TestServer
 
 from models.events.columns import columns_from_events
@@ -76,7 +77,7 @@ def data(tmp_path: Path, streams: list[StreamEvents]) -> Path:
 @pytest.fixture
 def background(standin: Standin) -> Iterator[str]:
     """The stand-in's address, served by a loop in another thread."""
-    loop = asyncio.new_event_loop()
+    loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     server = TestServer(standin.app())
