@@ -22,7 +22,7 @@ from uvicorn.supervisors import Multiprocess
 
 from service.api.protocol import ExpressProtocol
 from service.app import store_settings
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, Settings, service_links
 from service.state.embedded import EmbeddedValkey
 from service.state.open import open_store
 
@@ -52,6 +52,8 @@ def serve(settings: Settings) -> None:
     # before it runs. Leaving by an exception stops the embedded store on the way out.
     for number in STOPS:
         signal.signal(number, _leave)
+    if links := service_links(os.environ):
+        log.info("service_links_ignored", variables=links)
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port))
         if settings.redis_url is None:

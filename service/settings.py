@@ -18,7 +18,12 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 import models
 from service.state.settings import REDIS_SCHEMES
@@ -198,6 +203,24 @@ class Settings(BaseSettings):
     """One JSON object a line for machines, or lines for people."""
 
     _flags: frozenset[str] = PrivateAttr(default=frozenset())
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What the constructor is given, then the environment without its service links."""
+        if isinstance(env_settings, EnvSettingsSource):
+            env_settings.env_vars = {
+                name: value
+                for name, value in env_settings.env_vars.items()
+                if not _is_service_link(name.upper(), value or "")
+            }
+        return init_settings, env_settings
+
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
@@ -237,6 +260,29 @@ class Settings(BaseSettings):
         if name in self._flags:
             return "flag"
         return "env" if name in self.model_fields_set else "default"
+_SERVICE_LINK = re.compile(
+    r"""CARRY (_[A-Z0-9_]+)? (
+      _SERVICE_HOST=[0-9a-fA-F.:]+
+    | _SERVICE_PORT (_[A-Z0-9_]+)? =\d+
+    | _PORT (_\d+_[A-Z]+)? =[a-z]+://.+
+    | _PORT_\d+_[A-Z]+_ (PROTO=[a-z]+ | PORT=\d+ | ADDR=[0-9a-fA-F.:]+)
+    )""",
+    re.VERBOSE,
+).fullmatch
+
+
+def service_links(environ: Mapping[str, str]) -> list[str]:
+    """The variables by which Kubernetes tells pods of a Service named `carry` or `carry-...`.
+
+    They are no settings, although their names begin like ours, and `CARRY_PORT` is one's name.
+    """
+    return sorted(name for name, value in environ.items() if _is_service_link(name, value))
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return _SERVICE_LINK(f"{name}={value}") is not None
+
+
 
 
 def refuse_unknown(environ: Mapping[str, str]) -> None:
@@ -244,10 +290,13 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
 
     Raises:
         SettingsError: naming them all.
+    links = service_links(environ)
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     unknown = sorted(
-        name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known
+        name
+        for name in environ
+        if name.upper().startswith(PREFIX) and name.upper() not in known and name not in links
     )
     if not unknown:
         return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, SettingsError, hide_password
-from service.state.settings import REDIS_SCHEMES
+from service.settings import Settings, SettingsError, service_links
 
 
 @pytest.fixture(autouse=True)
@@ -141,30 +141,48 @@ def test_a_refused_url_does_not_show_its_password() -> None:
     assert caught.value.__cause__ is None
 
 
-@pytest.mark.parametrize("scheme", REDIS_SCHEMES)
-def test_every_address_that_a_store_takes_is_a_setting(scheme: str) -> None:
-    url = f"{scheme}://:pass@one.test:6379,two.test:6379"
-    assert Settings.load({"redis_url": url}).redis_url == url
+SERVICE_LINKS = {
+    "CARRY_SERVICE_HOST": "10.96.12.7",
+    "CARRY_SERVICE_PORT": "8000",
+    "CARRY_SERVICE_PORT_HTTP": "8000",
+    "CARRY_PORT": "tcp://10.96.12.7:8000",
+    "CARRY_PORT_8000_TCP": "tcp://10.96.12.7:8000",
+    "CARRY_PORT_8000_TCP_PROTO": "tcp",
+    "CARRY_PORT_8000_TCP_PORT": "8000",
+    "CARRY_PORT_8000_TCP_ADDR": "10.96.12.7",
+    "CARRY_REDIS_SERVICE_HOST": "fd00::7",
+    "CARRY_REDIS_SERVICE_PORT": "6379",
+    "CARRY_REDIS_PORT": "tcp://[fd00::7]:6379",
+    "CARRY_REDIS_PORT_6379_TCP_ADDR": "fd00::7",
+}
+"""What Kubernetes sets in every pod of a namespace with the Services `carry` and `carry-redis`."""
+
+
+def test_kubernetes_service_links_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.load()
+    assert settings.port == 8000
+    assert set(origins(settings).values()) == {"default"}
+    assert service_links(os.environ) == sorted(SERVICE_LINKS)
 
 
 @pytest.mark.parametrize(
-    ("url", "shown"),
+    ("name", "value"),
     [
-        (
-            "rediss+cluster://ann:pass@one.test:6379,two.test",
-            "rediss+cluster://ann:***@one.test:6379,two.test",
-        ),
-        ("redis://cache.test:6379/0", "redis://cache.test:6379/0"),
-        ("rediss://:pass@cache.test/1", "rediss://:***@cache.test/1"),
-        ("redis://:p@ss:w@cache.test/1", "redis://:***@cache.test/1"),
-        ("redis://ann:p/ss@cache.test/1", "redis://ann:***@cache.test/1"),
-        ("redis://ann@cache.test", "redis://ann@cache.test"),
-        ("unix://:pass@/run/redis.sock?db=1", "unix://:***@/run/redis.sock?db=1"),
-        ("unix:///run/r.sock?Password=p&db=1", "unix:///run/r.sock?Password=***&db=1"),
+        ("CARRY_PORT", "8001x"),
+        ("CARRY_PROT", "tcp://10.96.12.7:8000"),
+        ("CARRY_REDIS_PORT", "6379"),
+        ("CARRY_SERVICE_PORT", "http"),
+        ("CARRY_SERVICE_HOSTS", "10.96.12.7"),
     ],
 )
-def test_passwords_in_urls_are_hidden(url: str, shown: str) -> None:
-    assert hide_password(url) == shown
+def test_what_only_resembles_a_service_link_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name):
+        Settings.load()
 
 
 def test_settings_travel_to_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
