@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, field_validator
 from pydantic_settings import (
@@ -26,7 +25,7 @@ from pydantic_settings import (
 )
 
 import models
-from service.state.settings import REDIS_SCHEMES
+from service.state.address import check_address, hide_password
 
 PREFIX = "CARRY_"
 KIB = 1024
@@ -203,6 +202,7 @@ class Settings(BaseSettings):
     """One JSON object a line for machines, or lines for people."""
 
     _flags: frozenset[str] = PrivateAttr(default=frozenset())
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -220,7 +220,6 @@ class Settings(BaseSettings):
                 if not _is_service_link(name.upper(), value or "")
             }
         return init_settings, env_settings
-
 
     @classmethod
     def load(cls, flags: Mapping[str, Any] | None = None) -> Self:
@@ -243,10 +242,9 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _known_scheme(cls, url: str | None) -> str | None:
-        if url is not None and urlsplit(url).scheme not in REDIS_SCHEMES:
-            expected = ", ".join(f"{scheme}://" for scheme in REDIS_SCHEMES)
-            raise ValueError(f"expected a URL that begins with one of {expected}")
+    def _usable_address(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_address(url)
         return url
 
     def effective(self) -> list[EffectiveSetting]:
@@ -260,6 +258,8 @@ class Settings(BaseSettings):
         if name in self._flags:
             return "flag"
         return "env" if name in self.model_fields_set else "default"
+
+
 _SERVICE_LINK = re.compile(
     r"""CARRY (_[A-Z0-9_]+)? (
       _SERVICE_HOST=[0-9a-fA-F.:]+
@@ -283,16 +283,14 @@ def _is_service_link(name: str, value: str) -> bool:
     return _SERVICE_LINK(f"{name}={value}") is not None
 
 
-
-
 def refuse_unknown(environ: Mapping[str, str]) -> None:
     """Refuse `CARRY_` variables that are no setting, each with the nearest one that is.
 
     Raises:
         SettingsError: naming them all.
-    links = service_links(environ)
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields]
+    links = service_links(environ)
     unknown = sorted(
         name
         for name in environ
@@ -307,13 +305,6 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
     raise SettingsError(" ".join(hints))
 
 
-def hide_password(url: str) -> str:
-    """The URL with `***` for its password, in the authority or in the query."""
-    # up to the last @, so that a password with an unescaped @ or / is hidden as a whole
-    url = re.sub(r"(://[^:@/]*:).*@", r"\1***@", url)
-    return re.sub(r"(?i)([?&]password=)[^&]*", r"\1***", url)
-
-
 def _shown(name: str, value: object) -> str:
     if value is None:
         return "not set"
@@ -326,7 +317,8 @@ def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:
     for problem in error.errors(include_url=False):
         name = str(problem["loc"][0]) if problem["loc"] else ""
         shown = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
-        got = hide_password(str(problem["input"]))
         message = problem["msg"].removeprefix("Value error, ")
-        sentences.append(f"{shown}: {message[0].lower()}{message[1:]}, got {got!r}.")
+        # of an address that cannot be read nobody can say where its password is
+        got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
+        sentences.append(f"{shown}: {message[0].lower()}{message[1:]}{got}.")
     return " ".join(sentences)

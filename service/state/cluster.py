@@ -81,6 +81,8 @@ class ClusterLink(Link):
                 while (error := await self._look()) is not None:
                     if isinstance(error, StoreRefused):
                         raise error
+                    if failures == 0:
+                        log.warning("store_away", store=self.where, reason=error.detail)
                     await asyncio.sleep(self._backoff.compute(failures))
                     failures += 1
         except TimeoutError:

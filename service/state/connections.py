@@ -53,10 +53,6 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
 }
 """The first words of replies, which the client library takes off; they are what to search for."""
 
-_URL_OPTIONS: Final = frozenset(
-    {"host", "port", "db", "username", "password", "path", "connection_class"}
-)
-
 
 class Backend:
     """The server of some settings.
@@ -141,10 +137,8 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     try:
         address: Mapping[str, Any] = parse_url(settings.url)
     except ValueError as error:
-        raise StoreRefused(f"the store's address cannot be read: {error}") from error
-    unknown = [name for name in address if name not in _URL_OPTIONS and not name.startswith("ssl_")]
-    if unknown:
-        raise StoreRefused(f"the store's address has options that are not taken: {unknown}")
+        # says at most which option has no such value: `check_address` came before
+        raise StoreRefused(f"the store's address cannot be used: {error}") from None
     if scheme == "unix" and not address.get("path"):
         raise StoreRefused("expected unix:///path/of/socket as the store's address")
     return {

@@ -1,11 +1,12 @@
-"""The store behind an address; the scheme picks the backend."""
+"""The store behind an address; one server or a cluster, as the scheme says."""
 
 from __future__ import annotations
 
 from service.errors import StoreRefused
+from service.state.address import check_address
 from service.state.protocol import StateStore
 from service.state.redis_store import RedisStore
-from service.state.settings import REDIS_SCHEMES, StoreSettings
+from service.state.settings import StoreSettings
 
 
 def open_store(settings: StoreSettings) -> StateStore:
@@ -14,8 +15,8 @@ def open_store(settings: StoreSettings) -> StateStore:
     Raises:
         StoreRefused: the address has another scheme or cannot be used.
     """
-    scheme, separator, _ = settings.url.partition("://")
-    if separator and scheme in REDIS_SCHEMES:
-        return RedisStore(settings)
-    accepted = ", ".join(f"{name}://" for name in REDIS_SCHEMES)
-    raise StoreRefused(f"expected a store address that begins with {accepted}, got {scheme!r}")
+    try:
+        check_address(settings.url)
+    except ValueError as error:
+        raise StoreRefused(f"the store's address cannot be used: {error}") from None
+    return RedisStore(settings)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError
@@ -23,6 +24,8 @@ from service.state.connections import Backend, is_passing, text
 from service.state.lane import MAX_PAUSE_S, PAUSE_S, Lane, Router
 from service.state.request import Command
 from service.state.settings import StoreSettings
+
+log = structlog.get_logger(__name__)
 
 
 class Server:
@@ -82,6 +85,8 @@ class Server:
                     except (RedisError, OSError) as error:
                         if not is_passing(error):
                             raise self._backend.refused(error) from error
+                        if last is None:
+                            log.warning("store_away", store=self.where, reason=text(error))
                         last = error
                     await asyncio.sleep(backoff.compute(failures))
                     failures += 1

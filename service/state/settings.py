@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -41,7 +41,7 @@ class StoreSettings:
         replicas: how many, with `replicated`.
     """
 
-    url: str
+    url: str = field(repr=False)
     namespace: str = "carry"
     partitions: int = 1024
     idle_ttl_ms: int = 0

@@ -97,16 +97,18 @@ def seeds(url: str) -> list[Address]:
     if tail.partition("?")[0].strip("/0"):
         raise StoreRefused("a cluster has database 0 only, expected no other in its address")
     found: list[Address] = []
-    for each in hosts.split(","):
+    for number, each in enumerate(hosts.split(","), start=1):
         try:
             parsed = urlsplit(f"//{each}")
             if not parsed.hostname:
                 raise ValueError("no host")
             found.append(Address(parsed.hostname, parsed.port or DEFAULT_PORT))
-        except ValueError as error:
+        except ValueError:
+            # not named: it may be part of a password with an @ or ? that is not encoded
             raise StoreRefused(
-                f"expected host:port[,host:port...] as a cluster's address, got {each!r}: {error}"
-            ) from error
+                "expected host:port[,host:port...] as a cluster's address, and node "
+                f"{number} of it is none"
+            ) from None
     return found
 
 
@@ -122,7 +124,7 @@ def _parts(url: str) -> tuple[str, str, str]:
     scheme, _, rest = url.partition("://")
     if scheme not in CLUSTER_SCHEMES:
         raise StoreRefused(f"expected a cluster's address, got {scheme}://")
-    # Up to the last @: a password may hold a slash.
-    credentials, at, hosts = rest.rpartition("@")
-    end = min((hosts.find(mark) for mark in "/?" if mark in hosts), default=len(hosts))
-    return credentials + at, hosts[:end], hosts[end:]
+    authority, mark, query = rest.partition("?")
+    credentials, at, place = authority.rpartition("@")
+    hosts, slash, database = place.partition("/")
+    return credentials + at, hosts, slash + database + mark + query

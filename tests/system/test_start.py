@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -81,7 +82,28 @@ def test_a_store_that_evicts(evicting: RealServer, model_dir: Path) -> None:
     assert "CARRY_ALLOW_EVICTION" in last_line(done)
 
 
-def test_a_password_is_not_shown(tmp_path: Path) -> None:
-    done = serve("--redis-url", "redis://user:hush@127.0.0.1:1/0", CARRY_STORE_WAIT_S="0.1")
-    assert "hush" not in done.stderr + done.stdout
-    assert "127.0.0.1:1" in last_line(done)
+@pytest.mark.parametrize(
+    ("url", "last"),
+    [
+        ("redis://user:hush@127.0.0.1:1/0", "127.0.0.1:1"),
+        ("rediss://127.0.0.1:1/0?ssl_password=hush", "127.0.0.1:1"),
+        ("redis://user:hu#sh@127.0.0.1:1/0", "%23"),
+    ],
+)
+def test_a_password_is_not_shown(url: str, last: str) -> None:
+    done = serve("--redis-url", url, CARRY_STORE_WAIT_S="0.1")
+    for part in ("hush", "hu#", "#sh", "'hu'"):
+        assert part not in done.stderr + done.stdout
+    assert last in last_line(done)
+
+
+def test_kubernetes_service_links_are_logged_once(tmp_path: Path) -> None:
+    links = {"CARRY_SERVICE_HOST": "10.96.12.7", "CARRY_PORT": "tcp://10.96.12.7:8000"}
+    done = serve(
+        *("--port", "0", "--redis-url", f"unix://{tmp_path}/none.sock"),
+        CARRY_STORE_WAIT_S="0.1",
+        **links,
+    )
+    assert f"{tmp_path}/none.sock" in last_line(done), "no setting was refused"
+    lines = [line for line in done.stderr.splitlines() if "service_links_ignored" in line]
+    assert [json.loads(line)["variables"] for line in lines] == [sorted(links)]

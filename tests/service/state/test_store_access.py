@@ -5,6 +5,7 @@ Redis alone: the embedded Valkey is built without TLS.
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,12 +15,21 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.errors import StoreRefused, StoreUnavailable
 from service.state.open import open_store
 from service.state.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster
-from tests.support.servers import RealServer, emptied, free_port, opened, real_server, until
+from tests.support.servers import (
+    RealServer,
+    emptied,
+    free_port,
+    opened,
+    real_server,
+    until,
+    until_async,
+)
 from tests.support.streams import Streams, committed, key, same_stream
 
 PASSWORD = "s3cr3t/@:,?"
@@ -106,6 +116,25 @@ async def test_a_certificate_of_nobody_we_know_is_not_trusted(certificates: Cert
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
             await store.start()
         await store.close()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
+async def test_start_logs_a_wrong_certificate_at_the_first_try(
+    certificates: Certificates, scheme: str
+) -> None:
+    with behind_tls(certificates) as (_, at), capture_logs() as lines:
+        store = open_store(StoreSettings(f"{scheme}://{at.partition('?')[0]}", wait_s=60))
+        starting = asyncio.create_task(store.start())
+
+        async def is_logged() -> bool:
+            return any("certificate verify failed" in line.get("reason", "") for line in lines)
+
+        await until_async(is_logged, "the log line with the cause")
+        assert not starting.done()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await store.close()
+        assert [line["event"] for line in lines] == ["store_away"]
 
 
 async def test_a_cluster_behind_tls(certificates: Certificates) -> None:
