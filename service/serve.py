@@ -1,8 +1,8 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
-With one worker the service runs in this process; with several, uvicorn's supervisor keeps
-that many child processes on the one listening socket and starts a new one where one died.
-The embedded store belongs to the parent, so that all workers share it and none takes it along.
+With one worker the service runs in this process; with several, a pool keeps that many child
+processes on the one listening socket (see `workers`). The embedded store belongs to the
+parent, so that all workers share it and none takes it along.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import structlog
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from service.api.protocol import ExpressProtocol
-from service.app import store_settings
+from service.app import LATE_S, store_settings
+from service.ops.logs import flush_logs
 from service.settings import PREFIX, Settings, service_links
 from service.state.embedded import EmbeddedValkey
 from service.state.open import open_store
+from service.workers import SIGHUP, Server, WorkerPool, WorkersFailedError
 
 log = structlog.get_logger(__name__)
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 """What ends the service in good order."""
-
-WORKER_ANSWERS_S = 30
-"""A worker that does not answer its supervisor for this long is taken for hung: long enough
-for compiling a large network, which holds the interpreter."""
 
 
 class CannotServeError(Exception):
@@ -41,16 +39,16 @@ class CannotServeError(Exception):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT; with one worker also until SIGHUP, where that is not ignored.
 
     The effective settings are handed to the workers through the environment.
 
     Raises:
-        CannotServeError: the port is taken, or the store is not usable.
+        CannotServeError: the port is taken, the store is not usable, or no worker starts.
     """
     # uvicorn handles both while it runs, then raises them anew: this is where they arrive, and
     # before it runs. Leaving by an exception stops the embedded store on the way out.
-    for number in STOPS:
+    for number in _stops():
         signal.signal(number, _leave)
     if links := service_links(os.environ):
         log.info("service_links_ignored", variables=links)
@@ -71,10 +69,18 @@ def serve(settings: Settings) -> None:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
         os.environ.update(_environment(settings))
         asyncio.run(_check_store(settings))
-        _run(settings, listener)
+
+        def leave() -> NoReturn:
+            """End a start: nothing was accepted yet, and a thread that compiles cannot be ended."""
+            _ignore_stops()
+            stack.close()
+            flush_logs()
+            os._exit(0)
+
+        _run(settings, listener, leave)
 
 
-def _run(settings: Settings, listener: socket.socket) -> None:
+def _run(settings: Settings, listener: socket.socket, leave: Callable[[], NoReturn]) -> None:
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
@@ -91,19 +97,38 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         date_header=False,
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        timeout_worker_healthcheck=WORKER_ANSWERS_S,
     )
     if settings.workers > 1:
-        Multiprocess(config, sockets=[listener]).run()
-    else:
-        uvicorn.Server(config).run(sockets=[listener])
+        drain_s = settings.drain_s + LATE_S
+        try:
+            WorkerPool(config, listener, size=settings.workers, drain_s=drain_s).run()
+        except WorkersFailedError as error:
+            raise CannotServeError(f"no worker could be started: {error}") from error
+        return
+    server = Server(config, leave)
+    if SIGHUP in _stops():
+        # uvicorn leaves this one alone, whose default is to kill
+        signal.signal(SIGHUP, server.handle_exit)
+    server.run(sockets=[listener])
+    _ignore_stops()
+
+
+def _stops() -> list[signal.Signals]:
+    """What ends the service; not SIGHUP where whoever started it (`nohup`) has it ignored."""
+    if SIGHUP is None or signal.getsignal(SIGHUP) is signal.SIG_IGN:
+        return [*STOPS]
+    return [*STOPS, SIGHUP]
 
 
 def _leave(number: int, frame: object) -> None:
     """Their handler: leave in good order, which another of them does not break off."""
-    for each in STOPS:
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_stops()
     raise SystemExit(0)
+
+
+def _ignore_stops() -> None:
+    for number in _stops():
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -1,0 +1,152 @@
+"""Worker processes that fail to start, die, hang in their warm-up, or are told by signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from models.artifact import Artifact
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer, real_server, until
+from tests.support.service import READY_S, Service, running
+
+SLOW_START = """
+import importlib.abc, importlib.util, sys, time
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "service.engine.onnx_runtime":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            def warm(runtime):
+                print("warming", file=sys.stderr, flush=True)
+                time.sleep(600)
+            module.OnnxRuntime.warm = warm
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Hook())
+"""
+"""A `sitecustomize` that makes the warm-up of a model take ten minutes."""
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A small model in a directory of its own."""
+    return make_artifact(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def store() -> Iterator[RealServer]:
+    """A store that the test may reconfigure."""
+    with real_server("valkey") as server:
+        yield server
+
+
+@pytest.fixture
+def two_workers(tmp_path: Path, probe: Artifact, store: RealServer) -> Iterator[Service]:
+    """A service of two workers, both of them ready."""
+    with running(tmp_path, probe.path, "--workers", "2", redis_url=store.url) as up:
+        until(lambda: len(lines(up, "worker_ready")) == 2, "both workers", READY_S)
+        yield up
+
+
+def lines(service: Service, message: str) -> list[dict[str, Any]]:
+    """The lines of the service's log with that message."""
+    return [
+        json.loads(line) for line in service.log().splitlines() if f'"message":"{message}"' in line
+    ]
+
+
+def pids(service: Service) -> list[int]:
+    """The workers, in the order in which they became ready."""
+    return [line["pid"] for line in lines(service, "worker_ready")]
+
+
+def is_live(service: Service) -> bool:
+    return httpx.get(f"{service.url}/health/live").status_code == 200
+
+
+def test_worker_that_fails_to_start_is_retried_while_others_serve(
+    two_workers: Service, store: RealServer
+) -> None:
+    store.configure("maxmemory-policy", "allkeys-lru")
+    os.kill(pids(two_workers)[0], signal.SIGKILL)
+    failed = until(lambda: lines(two_workers, "worker_ended")[1:], "a failed start", READY_S)
+    assert not two_workers.ended()
+    assert is_live(two_workers)
+    assert failed[0]["was_ready"] is False
+    store.configure("maxmemory-policy", "noeviction")
+    until(lambda: len(pids(two_workers)) == 3, "the third worker", READY_S)
+    pauses = [line["pause_s"] for line in lines(two_workers, "worker_ended")]
+    assert pauses == sorted(pauses)
+    assert pauses[:2] == [1, 2]
+
+
+def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Artifact) -> None:
+    slow(tmp_path)
+    with real_server("valkey") as store:
+        service = Service(tmp_path, probe.path, "--workers", "2", redis_url=store.url)
+        service.launch(PYTHONPATH=str(tmp_path))
+        until(lambda: service.log().count("warming") == 2, "the warm-up", READY_S)
+        for line in lines(service, "worker_started"):
+            os.kill(line["pid"], signal.SIGKILL)
+        killed_s = time.monotonic()
+        assert service.process.wait(60) == 1
+        assert time.monotonic() - killed_s < 10
+        assert "carry: no worker could be started: " in service.log().splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sigterm_during_the_warm_up_ends_the_service(
+    tmp_path: Path, probe: Artifact, workers: str
+) -> None:
+    slow(tmp_path)
+    service = Service(tmp_path, probe.path, "--workers", workers)
+    service.launch(PYTHONPATH=str(tmp_path))
+    until(lambda: service.log().count("warming") == int(workers), "the warm-up", READY_S)
+    valkey = service.valkey_pid()
+    assert service.stop() == 0
+    assert not Path(f"/proc/{valkey}").exists(), "stopped with the service"
+    for line in lines(service, "worker_started"):
+        assert not Path(f"/proc/{line['pid']}").exists()
+
+
+def slow(folder: Path) -> None:
+    (folder / "sitecustomize.py").write_text(SLOW_START)
+
+
+def test_sighup_drains_a_single_worker(tmp_path: Path, probe: Artifact) -> None:
+    with running(tmp_path, probe.path) as service:
+        valkey = service.valkey_pid()
+        service.process.send_signal(signal.SIGHUP)
+        assert service.process.wait(60) == 0
+        assert lines(service, "valkey_stopped")
+        assert not Path(f"/proc/{valkey}").exists()
+
+
+def test_sighup_replaces_every_worker_and_the_service_goes_on(two_workers: Service) -> None:
+    before = pids(two_workers)
+    two_workers.process.send_signal(signal.SIGHUP)
+
+    def replaced() -> bool:
+        assert is_live(two_workers)
+        return len(pids(two_workers)) == 4 and not any(
+            Path(f"/proc/{pid}").exists() for pid in before
+        )
+
+    until(replaced, "the new workers", READY_S)
+    assert is_live(two_workers)
+    assert not lines(two_workers, "worker_ended")
