@@ -10,10 +10,10 @@ loads, and `step` called from one other; it keeps nothing between calls.
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 
 from models.artifact import Artifact
 from models.errors import ArtifactError
+from models.onnx.library import onnxruntime
 from models.onnx.names import (
     GRAPH_FORMAT,
     LENGTHS,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from models.init import initialise_artifact
+from models.onnx.library import onnxruntime
 from models.spec import parse_spec
 from service.engine.onnx_runtime import RESULTS, OnnxRuntime
 from tests.bench.runtimes import SPEC

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import onnxruntime as ort
 import orjson
 import redis.asyncio as redis
 from fastapi import FastAPI, Response
 from pydantic import BaseModel, Field
+
+from models.onnx.library import onnxruntime as ort
 
 artifact = Path(os.environ["BENCH_ARTIFACT"])
 manifest = json.loads((artifact / "manifest.json").read_text())

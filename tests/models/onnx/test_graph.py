@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from models.fingerprint import fingerprint
 from models.layout import state_spec
 from models.onnx import graph as graph_module
 from models.onnx.graph import write_graph
+from models.onnx.library import onnxruntime
 from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
 from models.spec import ModelSpec, parse_spec
 from tests.models.networks.specs import COMBINATIONS, sequences, stacks

@@ -116,7 +116,8 @@ def test_a_missing_library_is_named_with_its_extra(
 ) -> None:
     for name, extra in (("onnxruntime", "onnx"), ("tensorflow", "tensorflow")):
         module = f"service.engine.{'onnx' if name == 'onnxruntime' else name}_runtime"
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        for loaded in (module, "models.onnx.library"):
+            monkeypatch.delitem(sys.modules, loaded, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(RuntimeMissingError, match=rf"'{name}' needs .*carry\[{extra}\]"):
             open_runtime(name, drawn, 1)

@@ -1,0 +1,16 @@
+"""ONNX Runtime with its telemetry off; the one place where it is imported.
+
+Its official builds send events about the machine and the models to their maker, and write an
+identifier of the machine into the user's cache directory, unless this variable is set before the
+library is loaded. Whoever wants that sets ORT_DISABLE_TELEMETRY=0.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
+
+__all__ = ["onnxruntime"]
