@@ -6,6 +6,11 @@ import shutil
 
 import pytest
 
-needs_redis = pytest.mark.skipif(
-    shutil.which("redis-server") is None, reason="redis-server is not on the PATH"
-)
+
+def needs_tools(*names: str) -> pytest.MarkDecorator:
+    """Skips where a program is not on the PATH, naming it."""
+    missing = [name for name in names if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not on the PATH: {', '.join(missing)}")
+
+
+needs_redis = needs_tools("redis-server")
