@@ -181,6 +181,7 @@ def store_settings(settings: Settings) -> StoreSettings:
         idle_ttl_ms=round(settings.idle_ttl_s * 1000),
         reply_ttl_ms=round(settings.reply_ttl_s * 1000),
         reply_max_bytes=settings.reply_max_bytes,
+        tombstone_ttl_ms=round(settings.tombstone_ttl_s * 1000),
         allow_eviction=settings.allow_eviction,
         wait_s=settings.store_wait_s,
         durability=Durability(settings.durability),

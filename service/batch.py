@@ -43,6 +43,7 @@ from service.domain import (
     StoredReply,
     StreamState,
     Timing,
+    Tombstone,
 )
 from service.engine.batcher import TICK_S
 from service.engine.compute import Compute
@@ -62,7 +63,14 @@ from service.infer import Inference
 from service.member import ChunkJob, Member, Times
 from service.recorder import Recorder
 from service.served import ServedModel
-from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, StateStore
+from service.state.protocol import (
+    COMMITTED,
+    Commit,
+    CommitResult,
+    Conflicted,
+    Loaded,
+    StateStore,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -175,13 +183,13 @@ class BatchRun:
             again += [m for m, done in zip(replays, answered, strict=True) if not done]
         return ready, again
 
-    async def _load(self, members: list[Member]) -> list[StreamState | CarryError | None]:
+    async def _load(self, members: list[Member]) -> list[Loaded]:
         """The members' streams. A store that is away fails those that need it, each when its
         time is up, and no others."""
-        found: dict[Member, StreamState | CarryError | None] = {}
+        found: dict[Member, Loaded] = {}
         left = members
         while left:
-            states: list[StreamState | CarryError | None]
+            states: list[Loaded]
             self._note_asked()
             try:
                 states = await self._store.load([member.key for member in left], _until(min, left))
@@ -214,14 +222,14 @@ class BatchRun:
             return None
         return copy if continues(member.chunk, copy) else None
 
-    def _ours(self, chunk: Chunk, stored: StreamState | None) -> StreamState | None:
+    def _ours(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
         """The stream as the chunk sees it: none, where it has to begin anew.
 
         Raises:
             StateIncompatible: another version of the model wrote its state.
             StateDamaged: other rows wait than can.
         """
-        if stored is None:
+        if stored is None or isinstance(stored, Tombstone):
             return None
         if self._served.takes(stored):
             self._check_waiting(stored)

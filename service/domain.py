@@ -89,6 +89,17 @@ class StreamState(NamedTuple):
     state: State
 
 
+class Tombstone(NamedTuple):
+    """What is kept for a while of a stream that was deleted; to clients there is no stream.
+
+    Attributes:
+        mark: names this deletion: a random epoch, at position 0. A commit that begins the
+            stream again expects it, so that one sent before the deletion conflicts.
+    """
+
+    mark: Mark
+
+
 class StoredReply(NamedTuple):
     """The outputs of a stream's last chunk, kept for retries.
 

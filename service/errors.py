@@ -53,7 +53,10 @@ stands, so that a client can go on without another request.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    from service.domain import Mark
 
 
 class CarryError(Exception):
@@ -271,9 +274,15 @@ class Failed(CarryError):
 
 
 class StateDamaged(Failed):
+    """
+    Attributes:
+        mark: what the stored bytes have in a mark's place, for deleting just these.
+    """
+
     code = "state_damaged"
     title = "The stored state fails its checks"
     remedy = "Restore the stream from a copy, or delete it and send it from the start."
+    mark: Mark | None = None
 
 
 class NotFinite(Failed):

@@ -127,6 +127,11 @@ class Settings(BaseSettings):
     """How long the reply of a stream's last chunk is kept for retries, in seconds. Longer
     than clients go on retrying."""
 
+    tombstone_ttl_s: Annotated[int, Field(ge=1)] = 600
+    """How long a deletion is remembered, in seconds, so that nothing that was sent before it can
+    be applied after it. Longer than a proxy or the network may hold back bytes of a connection
+    that was given up."""
+
     reply_max_bytes: Annotated[int, Field(ge=0)] = 64 * KIB
     """A larger reply is not kept, and a retry of its chunk gets `already_applied`; 0 keeps
     none. In bytes per stream, in the store's memory."""

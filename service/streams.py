@@ -21,6 +21,7 @@ from service.domain import (
     StreamKey,
     StreamPage,
     StreamState,
+    Tombstone,
 )
 from service.engine.state_cache import StateCache
 from service.errors import CarryError, StateDamaged, StreamNotFound
@@ -60,7 +61,7 @@ class Streams:
         """
         self._model(key.model)
         found = await self._stored(key, deadline_s)
-        if found is None:
+        if not isinstance(found, StreamState):
             raise StreamNotFound(
                 f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
             )
@@ -156,18 +157,17 @@ class Streams:
         self, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
         new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-        expected: Mark | None = None
         try:
             found = await self._stored(key)
-        except StateDamaged:
-            # A damaged state has no readable mark; a restore is one of the two ways out.
-            await self._store.delete(key)
+        except StateDamaged as error:
+            found = await self._replaced(key, error, precondition)
         else:
             if precondition is not None:
-                expected = _required(key, found, precondition)
-            elif found is not None:
+                _required(key, found, precondition)
+            elif isinstance(found, StreamState):
                 raise stream_exists(key.stream, found.mark)
         self._cache.drop(key)
+        expected = found.mark if found else None
         (result,) = await self._store.commit([Commit(key, expected, new, None)])
         if isinstance(result, CarryError):
             raise result
@@ -177,7 +177,28 @@ class Streams:
             raise stream_exists(key.stream, result.found)
         raise state_changed(key.stream, result.found)
 
-    async def _stored(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState | None:
+    async def _replaced(
+        self, key: StreamKey, damaged: StateDamaged, precondition: Precondition | None
+    ) -> Tombstone | None:
+        """Delete a damaged state, one of whose two ways out is a restore, and no other.
+
+        Raises:
+            StateDamaged: a precondition names a state, and whether it is this cannot be told.
+            StateChanged: others replaced it meanwhile.
+        """
+        if precondition is not None and not precondition.any_state:
+            raise damaged
+        result = await self._store.delete(key, damaged.mark)
+        if isinstance(result, CarryError):
+            raise result
+        found = await self._stored(key)
+        if isinstance(found, StreamState):
+            raise state_changed(key.stream, found.mark)
+        return found
+
+    async def _stored(
+        self, key: StreamKey, deadline_s: float = math.inf
+    ) -> StreamState | Tombstone | None:
         until_s = None if math.isinf(deadline_s) else deadline_s
         (found,) = await self._store.load([key], until_s)
         if isinstance(found, CarryError):
@@ -185,8 +206,10 @@ class Streams:
         return found
 
 
-def _required(key: StreamKey, found: StreamState | None, precondition: Precondition) -> Mark:
-    mark = found.mark if found else None
+def _required(
+    key: StreamKey, found: StreamState | Tombstone | None, precondition: Precondition
+) -> Mark:
+    mark = found.mark if isinstance(found, StreamState) else None
     if mark is None or not precondition.holds(mark):
         raise state_changed(key.stream, mark)
     return mark

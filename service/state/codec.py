@@ -5,7 +5,8 @@ A state, all little-endian; M int64 values and N float32 values:
     offset  size  what
          0     4  magic "CRRY"
          4     1  format, 1
-         5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk
+         5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk,
+                  bit 2 the stream was deleted
          6     2  M, u16
          8     4  N, u32
         12     4  CRC-32 over every other byte, u32
@@ -17,6 +18,9 @@ A state, all little-endian; M int64 values and N float32 values:
         72    16  digest of the last chunk, its first 16 bytes (0 where there is none)
         88     8  time of the commit, epoch milliseconds, i64
         96    8M  int64 values, then 4N bytes of float32 values
+
+A tombstone is a header whose bit 2 alone is set: a random epoch, and zeros from M and N on
+everywhere else but in the checksum.
 
 A reply, T steps of O outputs:
 
@@ -51,12 +55,14 @@ from models.state import State
 from service.domain import (
     DIGEST_BYTES,
     EPOCH_BYTES,
+    FIRST_TAG,
     TAG_BYTES,
     Feed,
     LastChunk,
     Mark,
     StoredReply,
     StreamState,
+    Tombstone,
 )
 
 FORMAT: Final = 1
@@ -72,6 +78,7 @@ _REPLY_LEAD = struct.Struct("<4sB3sII")
 _REPLY_REST = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
 HEADER_BYTES: Final = _STATE.size
+_MARK_AT: Final = 32
 REPLY_HEADER_BYTES: Final = _REPLY.size
 _STATE_CRC_AT: Final = _STATE_LEAD.size
 _REPLY_CRC_AT: Final = _REPLY_LEAD.size
@@ -83,6 +90,9 @@ _NO_INTS: Final = np.frombuffer(b"", _INT)
 
 _FEED_IS_INPUTS: Final = 1
 _HAS_LAST: Final = 2
+_DELETED: Final = 4
+TOMBSTONE_BEGIN: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
+"""How the bytes of every tombstone begin, and those of no stream."""
 
 
 class CodecError(Exception):
@@ -125,11 +135,25 @@ def encode_state(stream: StreamState) -> bytes:
     return _sealed(lead, rest, ints.tobytes(), floats.tobytes())
 
 
-def decode_state(value: bytes) -> StreamState:
-    """The stream whose bytes these are.
+def encode_tombstone(tombstone: Tombstone) -> bytes:
+    """The bytes of a tombstone.
 
     Raises:
-        CodecError: the bytes are not a whole, undamaged stream of a known format.
+        CodecError: its mark is not one of a tombstone.
+    """
+    epoch, tag, position = tombstone.mark
+    if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or position != 0:
+        raise CodecError("expected an epoch, the first tag and position 0 of a tombstone")
+    lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, _DELETED, 0, 0)
+    nothing = bytes(FINGERPRINT_BYTES)
+    return _sealed(lead, _STATE_REST.pack(nothing, epoch, tag, 0, 0, _NO_DIGEST, 0))
+
+
+def decode_state(value: bytes) -> StreamState | Tombstone:
+    """The stream, or the tombstone of one, whose bytes these are.
+
+    Raises:
+        CodecError: the bytes are not a whole, undamaged stream or tombstone of a known format.
     """
     if len(value) < HEADER_BYTES:
         raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
@@ -150,6 +174,8 @@ def decode_state(value: bytes) -> StreamState:
     ) = _STATE.unpack_from(value)
     _check_known(magic, STATE_MAGIC, format_)
     if flags & ~(_FEED_IS_INPUTS | _HAS_LAST):
+        if flags == _DELETED:
+            return _decode_tombstone(value, Mark(epoch, tag, position))
         raise CodecError(f"unknown flags 0x{flags:02x}")
     _check_whole(value, HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_AT, crc)
     has_last = bool(flags & _HAS_LAST)
@@ -167,8 +193,16 @@ def decode_state(value: bytes) -> StreamState:
     )
 
 
-def decode_mark(header: bytes) -> Mark:
-    """Where a stream stands, from the first 96 bytes alone (the checksum is not checked).
+def _decode_tombstone(value: bytes, mark: Mark) -> Tombstone:
+    tombstone = Tombstone(mark)
+    if value != encode_tombstone(tombstone):
+        raise CodecError("a tombstone has other bytes than its epoch gives")
+    return tombstone
+
+
+def decode_mark(header: bytes) -> Mark | None:
+    """The mark of a stream, None of a tombstone, from the first 96 bytes alone (the checksum is
+    not checked).
 
     Raises:
         CodecError: these are not the first bytes of a stream.
@@ -177,12 +211,21 @@ def decode_mark(header: bytes) -> Mark:
         raise CodecError(f"expected {HEADER_BYTES} bytes, got {len(header)}")
     fields = _STATE.unpack_from(header)
     _check_known(fields[0], STATE_MAGIC, fields[1])
+    if fields[2] == _DELETED:
+        return None
     return Mark(fields[7], fields[8], fields[9])
 
 
 def mark_bytes(mark: Mark) -> bytes:
     """What a commit compares: epoch and tag, 24 bytes, as they lie in the header."""
     return mark.epoch + mark.tag
+
+
+def raw_mark(value: bytes) -> Mark:
+    """What a value has where a state has its mark, zeros where it is too short: names the value of
+    a damaged state well enough to delete that and no other."""
+    raw = value[_MARK_AT : _MARK_AT + EPOCH_BYTES + TAG_BYTES].ljust(EPOCH_BYTES + TAG_BYTES, b"\0")
+    return Mark(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
 
 
 def encode_reply(reply: StoredReply) -> bytes:

@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
+from service.domain import (
+    Check,
+    Mark,
+    StoredReply,
+    StreamKey,
+    StreamPage,
+    StreamState,
+    Tombstone,
+)
 from service.errors import CarryError
 
 
@@ -23,7 +31,8 @@ class Commit(NamedTuple):
     """One compare-and-set.
 
     Attributes:
-        expected: the mark the stream must have, or None where it must not exist.
+        expected: the mark the stream must have, or the tombstone of a deleted one; None where
+            there must be neither.
         new: what is written.
         reply: kept for retries of the last chunk; None drops the one that is kept.
     """
@@ -44,12 +53,15 @@ COMMITTED = Committed()
 
 
 class Conflicted(NamedTuple):
-    """Not written: the stream was found at another mark (None: it does not exist)."""
+    """Not written: the stream was found at another mark (None: it does not exist, or no more)."""
 
     found: Mark | None
 
 
 CommitResult = Committed | Conflicted | CarryError
+
+Loaded = StreamState | Tombstone | CarryError | None
+"""A stream, the tombstone of a deleted one, why it cannot be read, or None where there is none."""
 
 
 class StateStore(Protocol):
@@ -66,8 +78,8 @@ class StateStore(Protocol):
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[StreamState | CarryError | None]:
-        """Many streams in one round trip; None where there is none."""
+    ) -> list[Loaded]:
+        """Many streams in one round trip."""
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None
@@ -89,7 +101,10 @@ class StateStore(Protocol):
     async def delete(
         self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
     ) -> CommitResult:
-        """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
+        """Delete a stream and its reply; with `expected`, only if the stream is at that mark.
+
+        Nothing that was sent to the store before the answer is applied after it: a tombstone is
+        left for a while, also where there was no stream (but not where `expected` differs).
 
         Returns:
             Committed if it was there and is gone, otherwise Conflicted with what was found.

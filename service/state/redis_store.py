@@ -16,41 +16,62 @@ was written and is not as durable as the settings want is NotDurable.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 import structlog
 
-from service.delivery import standing
-from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
+from service.delivery import new_epoch
+from service.domain import (
+    EPOCH_BYTES,
+    FIRST_TAG,
+    Check,
+    Mark,
+    StoredReply,
+    StreamKey,
+    StreamPage,
+    StreamState,
+    Tombstone,
+)
 from service.errors import (
     CarryError,
-    InternalError,
+    Conflict,
     InvalidInput,
     NotDurable,
-    OutcomeUnknown,
-    StateDamaged,
     StoreRefused,
     StoreUnavailable,
 )
 from service.state.cluster import ClusterLink
 from service.state.codec import (
+    TOMBSTONE_BEGIN,
     CodecError,
     decode_mark,
     decode_reply,
     decode_state,
     encode_reply,
     encode_state,
+    encode_tombstone,
     mark_bytes,
+    raw_mark,
 )
 from service.state.connections import RETRY_AFTER_S, is_passing
 from service.state.link import Link, ServerLink, first_error
-from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted
+from service.state.outcomes import (
+    damaged,
+    not_encodable,
+    outcome_unknown,
+    settle,
+    settle_deletion,
+)
+from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, Loaded
 from service.state.request import Answer, Outcome, ReplyLost, Request, Script
 from service.state.scan import Place, scan_page
+from service.state.server import Server
 from service.state.server_checks import check_servers, why_not_ready
 from service.state.settings import Durability, StoreSettings
 
+DELETE_TRIES: Final = 6
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
@@ -73,8 +94,8 @@ class RedisStore:
             self._slots = [self._link.slot(self._keys.begin(each)) for each in partitions]
         self._is_durable = settings.durability is not Durability.MEMORY
         self._commit = Script.load("commit")
-        self._delete = Script.load("delete")
-        self._confirm = Script.load("confirm")
+        self._deletion = Script.load("delete")
+        self._confirming = Script.load("confirm")
 
     async def start(self) -> None:
         """Check the servers and set the store up where it is new; once, before use.
@@ -106,7 +127,7 @@ class RedisStore:
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[StreamState | CarryError | None]:
+    ) -> list[Loaded]:
         """Many streams in one round trip; None where there is none, StateDamaged where the
         bytes are refused, and the error of its server where only some of a cluster answer.
 
@@ -130,7 +151,7 @@ class RedisStore:
         )
         if (error := first_error(outcomes)) is not None:
             raise error
-        found: list[StreamState | CarryError | None] = [None] * len(keys)
+        found: list[Loaded] = [None] * len(keys)
         for (_, group), outcome in zip(groups, outcomes, strict=True):
             try:
                 values = self._value(outcome)
@@ -158,6 +179,8 @@ class RedisStore:
         state = self._decoded(key, value)
         if isinstance(state, CarryError):
             raise state
+        if state is None or isinstance(state, Tombstone):
+            return None, None
         if kept is None:
             return state, None
         try:
@@ -193,7 +216,7 @@ class RedisStore:
                 try:
                     state, reply = encode_state(commit.new), self._reply_bytes(commit.reply)
                 except CodecError as error:
-                    results[index] = _not_encodable(commit.key, error)
+                    results[index] = not_encodable(commit.key, error)
                     continue
                 expected = commit.expected
                 keys += self._keys.pair(commit.key)
@@ -217,28 +240,62 @@ class RedisStore:
     async def delete(
         self, key: StreamKey, expected: Mark | None = None, deadline_s: float | None = None
     ) -> CommitResult:
-        """Forget a stream and its reply; with `expected`, only if the stream is at that mark.
+        """Replace a stream by a tombstone, in a bounded number of compare-and-sets.
+
+        Without `expected` what is found at one try is expected at the next: epoch and tag, and
+        where others keep moving the stream on, the epoch alone. A try that was held back and
+        comes late finds none of it.
 
         Returns:
-            Committed if it was there and is gone, otherwise Conflicted with what was found.
+            Committed if there was a stream and is none, otherwise Conflicted with what was found.
 
         Raises:
             StoreUnavailable, StoreRefused: the store as a whole; nothing was deleted.
         """
-        keys = list(self._keys.pair(key))
-        mark = b"" if expected is None else mark_bytes(expected)
-        request = Request.run(self._delete, keys, [mark], self._slot(key))
+        if deadline_s is None:
+            deadline_s = time.monotonic() + self._settings.wait_s
+        condition = b"" if expected is None else mark_bytes(expected)
+        is_stream, is_unsure = expected is not None, False
+        for tries_left in reversed(range(DELETE_TRIES)):
+            tombstone = Tombstone(Mark(new_epoch(), FIRST_TAG, 0))
+            outcome = await self._write_tombstone(key, condition, tombstone, deadline_s)
+            if isinstance(outcome, ReplyLost):
+                return outcome_unknown(key, expected, outcome)
+            if isinstance(outcome, CarryError):
+                if is_unsure:
+                    return outcome_unknown(key, expected, outcome.detail)
+                raise outcome
+            written, *rest = outcome.value
+            header = rest[0] if rest else None
+            result: CommitResult = COMMITTED if is_stream or is_unsure else Conflicted(None)
+            if written:
+                return result if outcome.durable else self._not_durable(key)
+            if outcome.repeated and header and raw_mark(header) == tombstone.mark:
+                return await self._confirm(key, result, deadline_s)
+            if expected is not None:
+                result = self._result(key, outcome.value)
+                if outcome.repeated and isinstance(result, Conflicted):
+                    result = settle_deletion(key, expected, result)
+                    if result is COMMITTED:
+                        return await self._confirm(key, result, deadline_s)
+                return result
+            is_unsure = is_unsure or (outcome.repeated and is_stream)
+            condition = b"" if header is None else mark_bytes(raw_mark(header))
+            if tries_left <= DELETE_TRIES // 2:
+                condition = condition[:EPOCH_BYTES]
+            is_stream = header is not None and not header.startswith(TOMBSTONE_BEGIN)
+        return Conflict(f"stream {key.stream!r} was begun again {DELETE_TRIES} times in a row")
+
+    async def _write_tombstone(
+        self, key: StreamKey, condition: bytes, tombstone: Tombstone, deadline_s: float
+    ) -> Outcome:
+        """One try to replace what begins with `condition` in its mark's place by a tombstone."""
+        names, slot = list(self._keys.pair(key)), self._slot(key)
+        lifetime = self._settings.tombstone_ttl_ms
+        arguments: list[str | bytes | int] = [condition, encode_tombstone(tombstone), lifetime]
+        request = Request.run(self._deletion, names, arguments, slot)
         (outcome,) = await self._link.ask(request, durably=True, deadline_s=deadline_s)
-        if isinstance(outcome, ReplyLost):
-            return _outcome_unknown(key, expected, outcome)
-        if isinstance(outcome, CarryError):
-            raise outcome
-        result = self._result(key, outcome.value)
-        if outcome.repeated and isinstance(result, Conflicted):
-            result = settle_deletion(key, result)
-        if result is COMMITTED and not outcome.durable:
-            return self._not_durable(key)
-        return result
+        return outcome
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
         """A page of at most `limit` names (more only where one bucket of the server's table
@@ -265,6 +322,7 @@ class RedisStore:
             return int(reply[0]), [key.stream for key in found if key is not None]
 
         names, at = await scan_page(step, place.cursor, limit, self._settings.scan_count)
+        names = await self._existing(server, model, names)
         following: Place | None = None
         if at is not None:
             following = place._replace(cursor=at)
@@ -273,6 +331,20 @@ class RedisStore:
         elif (now := (await self._link.layout()).name) != name:
             following = Place(now)
         return StreamPage(tuple(names), None if following is None else str(following))
+
+    async def _existing(self, server: Server, model: str, names: list[str]) -> list[str]:
+        """The names that are not of tombstones, nor of keys that are gone since."""
+        if not names:
+            return names
+        last = len(TOMBSTONE_BEGIN) - 1
+        keys = (self._keys.state(StreamKey(model, name)) for name in names)
+        begins = await server.read_each([("GETRANGE", key, 0, last) for key in keys])
+        # A slot that moves just now answers with an error: its streams are listed.
+        return [
+            name
+            for name, begin in zip(names, begins, strict=True)
+            if begin not in (b"", TOMBSTONE_BEGIN)
+        ]
 
     def _slot(self, key: StreamKey) -> int:
         return 0 if self._slots is None else self._slots[self._keys.partition(key)]
@@ -291,7 +363,7 @@ class RedisStore:
     ) -> list[CommitResult]:
         """What became of the commits of one script."""
         if isinstance(outcome, ReplyLost):
-            return [_outcome_unknown(commit.key, commit.expected, outcome) for commit in commits]
+            return [outcome_unknown(commit.key, commit.expected, outcome) for commit in commits]
         if isinstance(outcome, CarryError):
             return [outcome] * len(commits)
         results: list[CommitResult] = []
@@ -302,25 +374,28 @@ class RedisStore:
             result = self._result(commit.key, reply)
             if outcome.repeated and isinstance(result, Conflicted):
                 result = settle(commit, result)
-                if result is COMMITTED and self._is_durable:
-                    # An earlier try wrote it, and nothing waited for that write.
-                    result = await self._confirm_commit(commit.key, deadline_s)
+                if result is COMMITTED:
+                    result = await self._confirm(commit.key, result, deadline_s)
             results.append(result)
         return results
 
-    async def _confirm_commit(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
-        try:
-            await self._confirmed(key, deadline_s)
-        except CarryError as error:
-            return self._not_durable(key, error.detail)
-        return COMMITTED
+    async def _confirm(
+        self, key: StreamKey, result: CommitResult, deadline_s: float | None
+    ) -> CommitResult:
+        """The result of a write that an earlier try made, and that nothing waited for."""
+        if self._is_durable:
+            try:
+                await self._confirmed(key, deadline_s)
+            except CarryError as error:
+                return self._not_durable(key, error.detail)
+        return result
 
     async def _confirmed(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
         """State and reply, as durable as a commit is."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
         if self._is_durable:
             lifetime = max(1, self._settings.reply_ttl_ms)
-            request = Request.run(self._confirm, names, [lifetime], slot)
+            request = Request.run(self._confirming, names, [lifetime], slot)
         else:
             request = Request.of("MGET", *names, slot=slot)
         (outcome,) = await self._link.ask(request, durably=self._is_durable, deadline_s=deadline_s)
@@ -366,7 +441,7 @@ class RedisStore:
             try:
                 return Conflicted(decode_mark(reply[1]) if len(reply) > 1 else None)
             except CodecError as error:
-                return _damaged(key, error)
+                return damaged(key, error, reply[1])
         text = reply[1].decode("utf-8", "replace")
         if text.startswith("READONLY"):
             self._link.reconnect()
@@ -377,63 +452,10 @@ class RedisStore:
             retry_after_s=RETRY_AFTER_S,
         )
 
-    def _decoded(self, key: StreamKey, value: bytes | None) -> StreamState | CarryError | None:
+    def _decoded(self, key: StreamKey, value: bytes | None) -> Loaded:
         if value is None:
             return None
         try:
             return decode_state(value)
         except CodecError as error:
-            return _damaged(key, error)
-
-
-def settle(commit: Commit, result: Conflicted) -> CommitResult:
-    """What the conflict of a repeated commit says about its earlier tries.
-
-    The stream at the commit's own mark, or anywhere in an epoch that the commit itself
-    began: it was written. Further on in the epoch it had, or in an epoch that somebody began
-    since, perhaps from a state that the commit wrote (a restore): not known. Otherwise the
-    commit is in no history of the stream as it is now, which is a conflict like any other.
-    """
-    found, new, before = result.found, commit.new.mark, commit.expected
-    if found is None:
-        return result
-    if (found.epoch, found.tag) == (new.epoch, new.tag):
-        return COMMITTED
-    if found.epoch == new.epoch and (before is None or before.epoch != new.epoch):
-        return COMMITTED
-    if before is None or found.epoch != before.epoch or found.position > before.position:
-        return _outcome_unknown(commit.key, found, "others moved the stream on meanwhile")
-    return result
-
-
-def settle_deletion(key: StreamKey, result: Conflicted) -> CommitResult:
-    """What a repeated deletion that deleted nothing says about its earlier tries.
-
-    No stream: it is gone, whoever deleted it. Another state than was expected: not known, since
-    the stream may have been deleted and begun again.
-    """
-    if result.found is None:
-        return COMMITTED
-    return _outcome_unknown(key, result.found, "others moved the stream on meanwhile")
-
-
-def _outcome_unknown(key: StreamKey, mark: Mark | None, reason: ReplyLost | str) -> OutcomeUnknown:
-    return OutcomeUnknown(
-        f"whether the store wrote stream {key.stream!r} is not known: {reason}",
-        retry_after_s=RETRY_AFTER_S,
-        **(standing(key.stream, mark) if isinstance(reason, str) else {"stream": key.stream}),
-    )
-
-
-def _damaged(key: StreamKey, error: CodecError) -> StateDamaged:
-    log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))
-    return StateDamaged(
-        f"the stored state of stream {key.stream!r} is refused: {error}", stream=key.stream
-    )
-
-
-def _not_encodable(key: StreamKey, error: CodecError) -> InternalError:
-    log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
-    return InternalError(
-        f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream
-    )
+            return damaged(key, error, value)

@@ -10,14 +10,14 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
 from redis.asyncio.connection import AbstractConnection
 from redis.backoff import EqualJitterBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from service.errors import StoreUnavailable
 from service.state.connections import Backend, is_passing, text
@@ -68,11 +68,24 @@ class Server:
             raise self._backend.refused(error) from error
 
     async def read(self, *command: str | bytes | int) -> Any:
-        """The reply to a command that changes nothing, or that may be repeated at will.
+        """The reply to a command that changes nothing.
 
         Raises:
             StoreUnavailable: no answer in time.
             StoreRefused: the server refuses the command.
+        """
+        (reply,) = await self.read_each([command])
+        if isinstance(reply, RedisError):
+            raise self._backend.refused(reply) from reply
+        return reply
+
+    async def read_each(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies to commands that change nothing, in one round trip; the server's error
+        where it refuses one of them.
+
+        Raises:
+            StoreUnavailable: no answer in time.
+            StoreRefused: the server cannot be used.
         """
         backoff, failures = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S), 0
         last: BaseException | None = None
@@ -81,7 +94,7 @@ class Server:
                 while True:
                     try:
                         async with self._pooled() as connection:
-                            return await _exchange(connection, command)
+                            return await _exchange_each(connection, commands)
                     except (RedisError, OSError) as error:
                         if not is_passing(error):
                             raise self._backend.refused(error) from error
@@ -100,6 +113,21 @@ class Server:
             yield connection
         finally:
             await self._pool.release(connection)
+
+
+async def _exchange_each(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
+    await connection.send_packed_command(connection.pack_commands(commands))
+    replies: list[Any] = []
+    passing: RedisError | None = None
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response())
+        except ResponseError as error:
+            passing = error if is_passing(error) else passing
+            replies.append(error)
+    if passing is not None:
+        raise passing
+    return replies
 
 
 async def _exchange(connection: AbstractConnection, command: Command) -> Any:

@@ -32,6 +32,8 @@ class StoreSettings:
         idle_ttl_ms: a stream is forgotten this long after its last commit; 0 never.
         reply_ttl_ms: how long the last reply is kept for retries; 0 keeps none.
         reply_max_bytes: larger replies are not kept.
+        tombstone_ttl_ms: how long a deletion is remembered; longer than the network may hold back
+            what was sent.
         allow_eviction: accept a server that may evict keys when its memory is full.
         wait_s: how long a call waits for a server that is away.
         max_connections: connections for everything but commits, which have their own.
@@ -47,6 +49,7 @@ class StoreSettings:
     idle_ttl_ms: int = 0
     reply_ttl_ms: int = 600_000
     reply_max_bytes: int = 65_536
+    tombstone_ttl_ms: int = 600_000
     allow_eviction: bool = False
     wait_s: float = 10.0
     max_connections: int = 16
@@ -59,7 +62,7 @@ class StoreSettings:
         for name in ("idle_ttl_ms", "reply_ttl_ms", "reply_max_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("wait_s", "max_connections", "scan_count", "replicas"):
+        for name in ("tombstone_ttl_ms", "wait_s", "max_connections", "scan_count", "replicas"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
 

@@ -1,4 +1,4 @@
-"""A way to a real server that loses replies: the fault a network brings, and nothing else."""
+"""A proxy to a real server that loses replies or holds requests back, as a network may."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class LossyPath:
             the request and answers, then the connection breaks.
         after_loss: awaited once the server has answered and before the client notices.
         halves: whether the first half of a reply that is lost still comes through.
+        holds: how many requests to scripts are still to be held. For each, the client's connection
+            breaks before the server gets any of it; `deliver` hands it over later.
         dead: whether new connections are closed at once.
         accepted: how many connections were made.
     """
@@ -27,6 +29,8 @@ class LossyPath:
     def __init__(self, target: str, socket: str):
         self.url = f"unix://{socket}"
         self.losses = 0
+        self.holds = 0
+        self.held: list[bytes] = []
         self.after_loss: Hook | None = None
         self.halves = False
         self.accepted = 0
@@ -35,6 +39,17 @@ class LossyPath:
         self._target = target
         self._socket = socket
         self._clients: set[asyncio.Task[None]] = set()
+
+    async def deliver(self) -> None:
+        """Hand the server all that was held, each as the last bytes of a connection of its own,
+        and wait until it has carried them out."""
+        for data in self.held:
+            answers, server = await asyncio.open_unix_connection(self._target)
+            server.write(data)
+            server.write_eof()
+            await answers.read()
+            server.close()
+        self.held.clear()
 
     async def _serve(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -55,6 +70,10 @@ class LossyPath:
 
         async def upward() -> None:
             while data := await client.read(1 << 20):
+                if b"EVAL" in data and self.holds > 0:
+                    self.holds -= 1
+                    self.held.append(data)
+                    return
                 if b"EVAL" in data and self.losses > 0:
                     self.losses -= 1
                     losing.set()

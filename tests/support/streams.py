@@ -17,6 +17,7 @@ from service.domain import (
     StoredReply,
     StreamKey,
     StreamState,
+    Tombstone,
 )
 from service.state.protocol import Commit, Committed, StateStore
 
@@ -88,6 +89,13 @@ class Streams:
 def key(stream: str, model: str = "flights") -> StreamKey:
     """A stream's key."""
     return StreamKey(model, stream)
+
+
+async def absence(store: StateStore, key: StreamKey) -> Mark | None:
+    """What a commit expects that begins a stream: the tombstone of one that was deleted."""
+    (found,) = await store.load([key])
+    assert found is None or isinstance(found, Tombstone)
+    return found and found.mark
 
 
 def same_stream(found: Any, expected: StreamState) -> bool:

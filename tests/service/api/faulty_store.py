@@ -9,9 +9,9 @@ import redis
 
 from service.domain import Check, Mark, StoredReply, StreamKey, StreamPage, StreamState
 from service.errors import CarryError
-from service.state.codec import decode_state, encode_state
+from service.state.codec import TOMBSTONE_BEGIN, decode_state, encode_state
 from service.state.keys import KeySpace
-from service.state.protocol import Commit, CommitResult, StateStore
+from service.state.protocol import Commit, CommitResult, Loaded, StateStore
 
 
 class StoredStates(MutableMapping[StreamKey, StreamState]):
@@ -23,9 +23,10 @@ class StoredStates(MutableMapping[StreamKey, StreamState]):
 
     def __getitem__(self, key: StreamKey) -> StreamState:
         value = self._client.get(self._keys.state(key))
-        if value is None:
+        found = None if value is None else decode_state(value)
+        if not isinstance(found, StreamState):
             raise KeyError(key)
-        return decode_state(value)
+        return found
 
     def __setitem__(self, key: StreamKey, state: StreamState) -> None:
         self._client.set(self._keys.state(key), encode_state(state))
@@ -34,7 +35,14 @@ class StoredStates(MutableMapping[StreamKey, StreamState]):
         self._client.delete(*self._keys.pair(key))
 
     def __iter__(self) -> Iterator[StreamKey]:
-        found = (self._keys.parse(key.decode()) for key in self._client.keys("*:s:*"))
+        names = self._client.keys("*:s:*")
+        values = self._client.mget(names) if names else []
+        held = zip(names, values, strict=True)
+        found = (
+            self._keys.parse(name.decode())
+            for name, value in held
+            if not value.startswith(TOMBSTONE_BEGIN)
+        )
         return iter([key for key in found if key is not None])
 
     def __len__(self) -> int:
@@ -76,7 +84,7 @@ class FaultyStore:
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
-    ) -> list[StreamState | CarryError | None]:
+    ) -> list[Loaded]:
         self._fail()
         await self._held()
         found = await self._store.load(keys, deadline_s)

@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 
 from models.state import State
-from service.domain import Mark
+from service.domain import Mark, Tombstone
 from service.errors import InternalError, StateDamaged, StoreRefused
 from service.state.codec import HEADER_BYTES
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied, until_async
-from tests.support.streams import OpenStore, Streams, committed, key, same_reply, same_stream
+from tests.support.streams import (
+    OpenStore,
+    Streams,
+    absence,
+    committed,
+    key,
+    same_reply,
+    same_stream,
+)
 
 
 @pytest.fixture
@@ -231,7 +239,7 @@ async def test_foreign_bytes_are_neither_read_nor_overwritten(
             assert isinstance(result, StateDamaged)
         assert client.get(name) == value
         assert await store.delete(key("b")) == Committed()
-        assert client.exists(name) == 0
+        assert isinstance((await store.load([key("b")]))[0], Tombstone)
 
 
 async def test_a_full_memory_refuses_commits_and_keeps_streams(
@@ -397,6 +405,7 @@ async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
     first = streams.creation(key("a"))
     await committed(store, first)
     await store.delete(key("a"))
-    again = streams.creation(key("a"))
+    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
+    again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, again)
     assert await store.commit([streams.next(first)]) == [Conflicted(again.new.mark)]

@@ -17,7 +17,7 @@ from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
 from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
-from tests.support.streams import Streams, key, same_reply, same_stream
+from tests.support.streams import Streams, absence, key, same_reply, same_stream
 
 
 @asynccontextmanager
@@ -297,7 +297,8 @@ async def test_an_epoch_that_began_meanwhile_leaves_the_outcome_open(
 
         async def begin_anew() -> None:
             await others.delete(key("a"))
-            await others.commit([anew.pop()])
+            expected = await absence(others, key("a"))
+            await others.commit([anew.pop()._replace(expected=expected)])
 
         assert await store.commit([first]) == [Committed()]
         path.losses, path.after_loss = 1, begin_anew
@@ -321,7 +322,8 @@ async def test_a_stream_that_rolled_back_meanwhile_is_written_or_a_conflict(
 
         async def roll_back() -> None:
             await others.delete(key("a"))
-            await others.commit([Commit(key("a"), None, first.new, None)])
+            expected = await absence(others, key("a"))
+            await others.commit([Commit(key("a"), expected, first.new, None)])
 
         assert await store.commit([first]) == [Committed()]
         path.losses, path.after_loss = 1, roll_back
@@ -376,7 +378,7 @@ async def test_a_deletion_whose_reply_was_lost_happened(
         assert await store.commit([first]) == [Committed()]
         path.losses = 1
         assert await store.delete(key("a"), first.new.mark) == Committed()
-        assert await store.load([key("a")]) == [None]
+        assert await store.load_with_reply(key("a")) == (None, None)
         assert await store.delete(key("a")) == Conflicted(None)
 
 
