@@ -170,12 +170,12 @@ class ClusterLink(Link):
         await asyncio.sleep(pause_s)
         if not request.future.done():
             for lane in self._place((request,)):
-                await lane.flush()
+                lane.flush()
 
     async def _to(self, lane: Lane, request: Request) -> None:
         if not request.future.done():
             lane.put((request,))
-            await lane.flush()
+            lane.flush()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -7,6 +7,9 @@ may answer the same request later, and the service's own error where it will not
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -52,6 +55,10 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
     ReadOnlyError: "READONLY",
 }
 """The first words of replies, which the client library takes off; they are what to search for."""
+
+_KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""Seconds of rest before the first probe, seconds between probes, and how many; where the platform
+has them."""
 
 
 class Backend:
@@ -103,6 +110,30 @@ class Backend:
         )
 
 
+def writer_of(connection: AbstractConnection) -> asyncio.StreamWriter | None:
+    """What a connection writes to, None where it is not open; the client library has no public
+    name for it."""
+    writer: asyncio.StreamWriter | None = connection._writer
+    return writer
+
+
+def drop_unsent_on_close(connection: AbstractConnection) -> None:
+    """Have the kernel drop what it has not sent when an open TCP connection ends in any way (a
+    crash of the process too), where it would go on sending it."""
+    writer = writer_of(connection)
+    given = None if writer is None else writer.get_extra_info("socket")
+    if given is not None and given.family in (socket.AF_INET, socket.AF_INET6):
+        given.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def abort(connection: AbstractConnection) -> None:
+    """End a connection at once; what is not sent yet is never sent."""
+    writer = writer_of(connection)
+    if writer is not None:
+        writer.transport.abort()
+    await connection.disconnect(nowait=True)
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the server may answer the same request later: it is away, loading, or held up."""
     # On unix sockets the client library wraps what the server said to AUTH.
@@ -141,8 +172,22 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
         raise StoreRefused(f"the store's address cannot be used: {error}") from None
     if scheme == "unix" and not address.get("path"):
         raise StoreRefused("expected unix:///path/of/socket as the store's address")
+    patience: dict[str, Any] = {}
+    if "path" not in address:
+        # Unacknowledged bytes are dropped long before the tombstone of a deletion expires.
+        unacknowledged_ms = min(round(settings.wait_s * 1000), settings.tombstone_ttl_ms)
+        options = {**_KEEPALIVE, "TCP_USER_TIMEOUT": max(1, unacknowledged_ms)}
+        patience = {
+            "socket_keepalive": True,
+            "socket_keepalive_options": {
+                getattr(socket, name): value
+                for name, value in options.items()
+                if hasattr(socket, name)
+            },
+        }
     return {
         **address,
+        **patience,
         "protocol": 2,
         "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),

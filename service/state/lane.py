@@ -8,8 +8,10 @@ A connection that breaks, or that is silent for too long while something is aske
 made anew, with growing and jittered pauses, and all that was not answered is sent again in its
 order, for as long as somebody waits for it. So is what a server refuses that is loading, or
 busy with a script. A request that may have been carried out at an earlier try says so by its
-answer (`repeated`). What the server refuses for good is never tried again; what a node of a
-cluster sends elsewhere or puts off is the router's.
+answer (`repeated`). What a connection that is given up has not sent yet is never sent; what it
+has sent may be carried out after its repetition, and finds another mark than it expects. What the
+server refuses for good is never tried again; what a node of a cluster sends elsewhere or puts
+off is the router's.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -31,7 +33,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
 from service.errors import StoreRefused
-from service.state.connections import Backend, is_passing, is_reply, text
+from service.state.connections import (
+    Backend,
+    abort,
+    drop_unsent_on_close,
+    is_passing,
+    is_reply,
+    text,
+    writer_of,
+)
 from service.state.request import Answer, ReplyLost, Request
 
 PAUSE_S: Final = 0.01
@@ -97,10 +107,10 @@ class Lane:
             self._pending.append(request)
             self._unwritten.append(request)
 
-    async def flush(self) -> None:
+    def flush(self) -> None:
         """Send all that was put, at once where there is a connection; else see that one is made."""
         if self._open:
-            await self._write()
+            self._write()
         elif self._pending:
             self._work.set()
             if self._runner is None:
@@ -146,9 +156,16 @@ class Lane:
             self._reading.reschedule(asyncio.get_running_loop().time())
         return owed
 
-    async def _write(self) -> None:
-        """Write what was put; that the connection broke is noticed where it is read."""
-        if not self._connection.is_connected or not self._unwritten:
+    def _write(self) -> None:
+        """Write what was put; that the connection broke is noticed where it is read.
+
+        It waits for nobody: a caller that gives up must not end a connection it shares. What the
+        server does not take is bounded by what callers wait for, and by the watch.
+        """
+        writer = writer_of(self._connection)
+        # Not to a transport that closes: in some versions of CPython it would register its socket
+        # again, whose number the next connection's may have (python/cpython#136234).
+        if writer is None or writer.is_closing() or not self._unwritten:
             return
         packed: list[bytes] = []
         abandoned = False
@@ -169,8 +186,8 @@ class Lane:
         self._unwritten.clear()
         self._owe()
         try:
-            await self._connection.send_packed_command(packed, check_health=False)
-        except (RedisError, OSError, RuntimeError) as error:
+            writer.writelines(packed)
+        except (OSError, RuntimeError) as error:
             # The last is uvloop's, for a transport that it closed and whose reader is yet to hear.
             self.last = error
 
@@ -182,8 +199,9 @@ class Lane:
             try:
                 async with asyncio.timeout(self._backend.silence_s):
                     await self._connection.connect()
+                drop_unsent_on_close(self._connection)
                 async with asyncio.timeout(None) as self._reading:
-                    await self._resend()
+                    self._resend()
                     async for _ in self._answers():
                         failures = 0
             except (RedisError, OSError) as error:
@@ -197,7 +215,7 @@ class Lane:
             finally:
                 self._open = False
                 self._owed_since_s = None
-                await self._connection.disconnect(nowait=True)
+                await abort(self._connection)
             self._forget_abandoned()
             if not self._pending:
                 self._work.clear()
@@ -205,7 +223,7 @@ class Lane:
             await asyncio.sleep(backoff.compute(failures))
             failures += 1
 
-    async def _resend(self) -> None:
+    def _resend(self) -> None:
         """Send what was not answered yet; what is put from now on is sent at once, behind it."""
         for request in self._pending:
             if request.bound and request.sent:
@@ -216,7 +234,7 @@ class Lane:
         self._unwritten = list(self._pending)
         self.since = self._number + 1
         self._open, self._answered = True, False
-        await self._write()
+        self._write()
 
     async def _answers(self) -> AsyncIterator[None]:
         """Give every answer to the request that is next in order, until the connection ends."""
@@ -227,7 +245,7 @@ class Lane:
             except RedisError as error:
                 if not self._open or not self._pending:
                     raise
-                await self._settle_refusal(error)
+                self._settle_refusal(error)
             else:
                 if not self._open:
                     raise RedisConnectionError("handed over")
@@ -239,7 +257,7 @@ class Lane:
             self._owed_since_s = time.monotonic() if self._pending else None
             yield
 
-    async def _settle_refusal(self, error: RedisError) -> None:
+    def _settle_refusal(self, error: RedisError) -> None:
         """What becomes of the request whose answer is an error.
 
         Raises:
@@ -252,7 +270,7 @@ class Lane:
             self._pending.popleft()
             request.command, request.fallback = request.fallback, None
             self.put([request])
-            await self._write()
+            self._write()
         elif self._router is not None and self._router.redirected(request, error):
             self._pending.popleft()
         elif is_passing(error):

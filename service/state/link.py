@@ -121,7 +121,7 @@ class Link(ABC):
                 lanes = self._place(requests)
                 if durably:
                     fences = self._fence(lanes)
-                await _flush(lanes)
+                _flush(lanes)
                 for request in requests:
                     await request.future
                 if durably:
@@ -163,7 +163,7 @@ class Link(ABC):
         }
         more = self._fence(late)
         fences += more
-        await _flush(late)
+        _flush(late)
         for fence in more:
             await fence.future
 
@@ -252,10 +252,7 @@ def _follows(fence: Request, request: Request) -> bool:
     )
 
 
-async def _flush(lanes: Iterable[Lane]) -> None:
-    """Send what was put; where several servers are written to, none waits for another."""
-    lanes = list(lanes)
-    if len(lanes) == 1:
-        await lanes[0].flush()
-    elif lanes:
-        await asyncio.gather(*(lane.flush() for lane in lanes))
+def _flush(lanes: Iterable[Lane]) -> None:
+    """Send what was put."""
+    for lane in lanes:
+        lane.flush()

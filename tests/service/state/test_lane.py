@@ -1,0 +1,127 @@
+"""One ordered connection: whose answer is whose, and what becomes of a connection given up."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.errors import OutcomeUnknown
+from service.state.connections import Backend
+from service.state.lane import Lane
+from service.state.request import Answer, Request, Script
+from service.state.settings import StoreSettings
+from tests.support.servers import (
+    KINDS,
+    RealServer,
+    free_port,
+    opened,
+    real_server,
+    until,
+)
+from tests.support.streams import Streams, key
+
+
+@asynccontextmanager
+async def lane_to(server: RealServer) -> AsyncIterator[Lane]:
+    lane = Lane(Backend(StoreSettings(server.url)))
+    try:
+        yield lane
+    finally:
+        await lane.close()
+
+
+async def test_an_abandoned_request_that_is_sent_again_takes_nobodys_answer(
+    server: RealServer,
+) -> None:
+    """The server did not know the script, and its caller had left when it said so."""
+    script = Script(b"return ARGV[1]", "0" * 40)
+    async with lane_to(server) as lane:
+        for round_ in range(20):
+            abandoned = Request.run(script, [], [f"abandoned {round_}"])
+            lane.put([abandoned])
+            lane.flush()
+            if round_ == 0:
+                await _connected(server)
+            abandoned.future.cancel()
+            others = [Request.of("ECHO", f"{round_}.{number}") for number in range(5)]
+            for other in others:
+                lane.put([other])
+                lane.flush()
+                # The first is behind the refusal, the last behind what became of it.
+                await asyncio.wait({other.future}, timeout=10)
+            for number, other in enumerate(others):
+                assert other.future.result() == Answer(f"{round_}.{number}".encode(), False)
+        assert lane.is_idle
+
+
+async def _connected(server: RealServer) -> None:
+    def script_asked() -> bool:
+        with server.client() as client:
+            return "cmdstat_evalsha" in client.info("commandstats")
+
+    await asyncio.to_thread(until, script_asked, "the script's request")
+
+
+def on_stock_asyncio(work: Callable[[list[dict[str, Any]]], Coroutine[Any, Any, None]]) -> None:
+    """Run work on the standard library's loop, and see no callback of it fail."""
+    failures: list[dict[str, Any]] = []
+
+    async def watched() -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failures.append(context)
+        )
+        await work(failures)
+
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(watched())
+    assert failures == []
+
+
+def test_writes_on_a_lost_connection_do_not_break_the_next_one(
+    server: RealServer, streams: Streams
+) -> None:
+    """On stock asyncio the second write registered the socket that the first had found closed."""
+
+    async def cut_before_two_requests(failures: list[dict[str, Any]]) -> None:
+        async with opened(server.url, wait_s=60) as store:
+            assert await store.load([key("a")]) == [None]
+            with server.client() as client:
+                client.client_kill_filter(_type="normal", skipme=True)
+            reads = asyncio.gather(*(store.load([key(name)]) for name in "abc"))
+            done, _ = await asyncio.wait({reads}, timeout=10)
+            assert done, failures
+            assert await reads == [[None]] * 3
+
+    on_stock_asyncio(cut_before_two_requests)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("over_tcp", "floats"), [(False, 1_000_000), (True, 100_000)])
+async def test_what_was_not_sent_when_a_connection_is_given_up_is_never_sent(
+    kind: str, over_tcp: bool, floats: int, streams: Streams
+) -> None:
+    """More than a stopped server's buffers take, in ours (over a unix socket) or the kernel's."""
+    port = free_port()
+    with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
+        url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
+        async with opened(url, wait_s=0.3) as store:
+            known = streams.creation(key("known"))
+            await store.commit([known])
+            server.signal(signal.SIGSTOP)
+            (result,) = await store.commit([streams.creation(key("a"), floats=floats)])
+            assert isinstance(result, OutcomeUnknown)
+            server.signal(signal.SIGCONT)
+
+        def left_alone() -> bool:
+            with server.client() as client:
+                return len(client.client_list()) == 1
+
+        # What was still to be sent would be sent by this loop, or by the kernel.
+        await asyncio.to_thread(until, left_alone, "the end of the store's connections")
+        with server.client() as client:
+            assert client.keys("*:s:*:a") == []
