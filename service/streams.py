@@ -7,8 +7,10 @@ are under way: the store decides which of two writes was first.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
+from typing import Final
 
 from models.state import State
 from service.batch import incompatible
@@ -27,6 +29,9 @@ from service.engine.state_cache import StateCache
 from service.errors import CarryError, StateDamaged, StreamNotFound
 from service.served import ServedModel
 from service.state.protocol import Commit, Committed, StateStore
+
+DELETES_AT_ONCE: Final = 32
+"""Deletions of a prefix that are under way together; few enough that chunks hardly wait behind."""
 
 
 class Streams:
@@ -105,13 +110,16 @@ class Streams:
         deleted, cursor = 0, None
         while True:
             page = await self.page(model, prefix, cursor, 500)
-            for stream in page.streams:
-                key = StreamKey(model, stream)
-                self._cache.drop(key)
-                result = await self._store.delete(key)
-                if isinstance(result, CarryError):
-                    raise result
-                deleted += isinstance(result, Committed)
+            for first in range(0, len(page.streams), DELETES_AT_ONCE):
+                some = page.streams[first : first + DELETES_AT_ONCE]
+                keys = [StreamKey(model, stream) for stream in some]
+                for key in keys:
+                    self._cache.drop(key)
+                deletions = map(self._store.delete, keys)
+                for result in await asyncio.gather(*deletions, return_exceptions=True):
+                    if isinstance(result, BaseException):
+                        raise result
+                    deleted += isinstance(result, Committed)
             cursor = page.cursor
             if cursor is None:
                 return deleted
