@@ -26,12 +26,15 @@ from service.domain import (
     Tombstone,
 )
 from service.engine.state_cache import StateCache
-from service.errors import CarryError, StateDamaged, StreamNotFound
+from service.errors import CarryError, Conflict, StateDamaged, StreamNotFound
 from service.served import ServedModel
 from service.state.protocol import Commit, Committed, StateStore
 
 DELETES_AT_ONCE: Final = 32
 """Deletions of a prefix that are under way together; few enough that chunks hardly wait behind."""
+
+BEGIN_TRIES: Final = 4
+"""How often a restore or a fork is tried against others who replace the stream."""
 
 
 class Streams:
@@ -93,7 +96,7 @@ class Streams:
             raise result
         if isinstance(result, Committed):
             return
-        if result.found is not None:
+        if precondition is not None:
             raise state_changed(key.stream, result.found)
         raise StreamNotFound(
             f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
@@ -164,45 +167,41 @@ class Streams:
     async def _begin(
         self, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
-        new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-        try:
-            found = await self._stored(key)
-        except StateDamaged as error:
-            found = await self._replaced(key, error, precondition)
-        else:
-            if precondition is not None:
-                _required(key, found, precondition)
-            elif isinstance(found, StreamState):
-                raise stream_exists(key.stream, found.mark)
-        self._cache.drop(key)
-        expected = found.mark if found else None
-        (result,) = await self._store.commit([Commit(key, expected, new, None)])
-        if isinstance(result, CarryError):
-            raise result
-        if isinstance(result, Committed) or result.found == new.mark:
-            return new
-        if precondition is None and result.found is not None:
-            raise stream_exists(key.stream, result.found)
-        raise state_changed(key.stream, result.found)
+        for _ in range(BEGIN_TRIES):
+            new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
+            expected = await self._replaceable(key, precondition)
+            self._cache.drop(key)
+            (result,) = await self._store.commit([Commit(key, expected, new, None)])
+            if isinstance(result, CarryError):
+                raise result
+            if isinstance(result, Committed):
+                return new
+        raise Conflict(f"stream {key.stream!r} was replaced by others {BEGIN_TRIES} times in a row")
 
-    async def _replaced(
-        self, key: StreamKey, damaged: StateDamaged, precondition: Precondition | None
-    ) -> Tombstone | None:
-        """Delete a damaged state, one of whose two ways out is a restore, and no other.
+    async def _replaceable(self, key: StreamKey, precondition: Precondition | None) -> Mark | None:
+        """What a commit expects that replaces what is stored. A damaged state is deleted first, if
+        it is still the one that was read: a restore is one of its two ways out.
 
         Raises:
-            StateDamaged: a precondition names a state, and whether it is this cannot be told.
-            StateChanged: others replaced it meanwhile.
+            StreamExists, StateChanged: it is not to be replaced.
+            StateDamaged: whether it is the state that the precondition names cannot be told.
         """
-        if precondition is not None and not precondition.any_state:
-            raise damaged
-        result = await self._store.delete(key, damaged.mark)
-        if isinstance(result, CarryError):
-            raise result
-        found = await self._stored(key)
-        if isinstance(found, StreamState):
-            raise state_changed(key.stream, found.mark)
-        return found
+        was_damaged = False
+        try:
+            found = await self._stored(key)
+        except StateDamaged as damaged:
+            if precondition is not None and not precondition.any_state:
+                raise
+            result = await self._store.delete(key, damaged.mark)
+            if isinstance(result, CarryError):
+                raise result from None
+            found = await self._stored(key)
+            was_damaged = True
+        if isinstance(found, StreamState) and precondition is None:
+            raise stream_exists(key.stream, found.mark)
+        if precondition is not None and not was_damaged:
+            return _required(key, found, precondition)
+        return found.mark if found else None
 
     async def _stored(
         self, key: StreamKey, deadline_s: float = math.inf

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from models.state import State
-from service.domain import Feed, LastChunk, Mark, StoredReply, StreamState
+from service.domain import Feed, LastChunk, Mark, StoredReply, StreamState, Tombstone
 from service.state.codec import (
     HEADER_BYTES,
+    TOMBSTONE_BEGIN,
     CodecError,
     decode_mark,
     decode_reply,
     decode_state,
     encode_reply,
     encode_state,
+    encode_tombstone,
     mark_bytes,
+    raw_mark,
 )
 from tests.support.streams import Streams, same_reply, same_stream
 
@@ -73,6 +76,41 @@ def test_a_reply_comes_back_bit_by_bit(reply: StoredReply) -> None:
 @given(STATES)
 def test_the_mark_is_read_from_the_header_alone(stream: StreamState) -> None:
     assert decode_mark(encode_state(stream)[:HEADER_BYTES]) == stream.mark
+
+
+@given(st.binary(min_size=8, max_size=8))
+def test_a_tombstone_comes_back_and_its_header_is_of_no_stream(epoch: bytes) -> None:
+    tombstone = Tombstone(Mark(epoch, bytes(16), 0))
+    value = encode_tombstone(tombstone)
+    assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_BEGIN, epoch)
+    assert decode_state(value) == tombstone
+    assert decode_mark(value) is None
+    assert raw_mark(value) == tombstone.mark
+
+
+@pytest.mark.parametrize(
+    ("at", "patch"),
+    [(5, b"\x05"), (5, b"\x06"), (6, b"\1"), (16, b"\1"), (40, b"\1"), (56, b"\1"), (88, b"\1")],
+)
+def test_a_tombstone_with_anything_in_it_is_refused(at: int, patch: bytes) -> None:
+    value = encode_tombstone(Tombstone(Mark(b"epoch-89", bytes(16), 0)))
+    with pytest.raises(CodecError):
+        decode_state(resealed(value, at, 12, patch))
+    with pytest.raises(CodecError):
+        decode_state(value + b"\0")
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        Mark(b"short", bytes(16), 0),
+        Mark(bytes(8), b"t" * 16, 0),
+        Mark(bytes(8), bytes(16), 1),
+    ],
+)
+def test_no_other_mark_is_one_of_a_tombstone(mark: Mark) -> None:
+    with pytest.raises(CodecError):
+        encode_tombstone(Tombstone(mark))
 
 
 def test_the_layout_of_a_state_is_the_documented_one() -> None:

@@ -18,7 +18,6 @@ from tests.support.servers import RealServer, emptied, until_async
 from tests.support.streams import (
     OpenStore,
     Streams,
-    absence,
     committed,
     key,
     same_reply,
@@ -368,44 +367,3 @@ async def test_a_stream_lives_for_ever_by_default(
     with server.client() as client:
         assert client.pttl(keys.state(key("a"))) == -1
         assert 500_000 < client.pttl(keys.reply(key("a"))) <= 600_000
-
-
-# Deletion
-
-
-async def test_a_stream_is_deleted_with_its_reply(
-    store: StateStore, streams: Streams, server: RealServer
-) -> None:
-    first, other = streams.creation(key("a")), streams.creation(key("b"))
-    await committed(store, first, other)
-    assert await store.delete(key("a")) == Committed()
-    assert await store.load_with_reply(key("a")) == (None, None)
-    assert await store.delete(key("a")) == Conflicted(None)
-    (found,) = await store.load([key("b")])
-    assert same_stream(found, other.new)
-    with server.client() as client:
-        assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
-
-
-async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: Streams) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    second = streams.next(first)
-    await committed(store, second)
-    assert await store.delete(key("a"), first.new.mark) == Conflicted(second.new.mark)
-    (found,) = await store.load([key("a")])
-    assert same_stream(found, second.new)
-    assert await store.delete(key("a"), second.new.mark) == Committed()
-    assert await store.delete(key("a"), second.new.mark) == Conflicted(None)
-
-
-async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
-    store: StateStore, streams: Streams
-) -> None:
-    first = streams.creation(key("a"))
-    await committed(store, first)
-    await store.delete(key("a"))
-    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
-    again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
-    await committed(store, again)
-    assert await store.commit([streams.next(first)]) == [Conflicted(again.new.mark)]

@@ -6,9 +6,10 @@ import pytest
 
 from service.errors import InvalidInput
 from service.state.protocol import StateStore
+from service.state.settings import StoreSettings
 from tests.support.cluster import Cluster
 from tests.support.servers import RealServer, emptied
-from tests.support.streams import OpenStore, Streams, committed, key
+from tests.support.streams import OpenStore, Streams, absence, committed, key
 
 
 @pytest.fixture
@@ -86,3 +87,21 @@ async def test_namespaces_do_not_see_each_other(open_on: OpenStore, streams: Str
 async def test_a_cursor_that_is_none_is_refused(store: StateStore, cursor: str) -> None:
     with pytest.raises(InvalidInput, match="cursor"):
         await store.streams("flights", "", cursor, 10)
+
+
+async def test_deleted_streams_are_not_listed(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    names = [f"s{i}" for i in range(20)]
+    await committed(store, *(streams.creation(key(name)) for name in names))
+    with server.client() as client:
+        keys = StoreSettings(server.url).keys
+        client.set(keys.state(key("s0")), b"CRRY\x01\x05 damaged")
+        client.delete(keys.state(key("s1")))
+        client.rpush(keys.state(key("s1")), "of another type")
+    for name in names[5:]:
+        await store.delete(key(name))
+    assert set(await listed(store, "flights", "", 7)) == set(names[:5])
+    again = streams.creation(key("s5"))._replace(expected=await absence(store, key("s5")))
+    await committed(store, again)
+    assert set(await listed(store, "flights", "", 7)) == set(names[:6])
