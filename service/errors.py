@@ -39,6 +39,7 @@
         NotDurable            not_durable
         DeadlineExceeded      deadline_exceeded
         Overloaded            overloaded
+          StreamOverloaded    stream_overloaded
         ShuttingDown          shutting_down
         InternalError         internal_error
 
@@ -341,6 +342,15 @@ class Overloaded(Failed):
     title = "More is waiting than can be done in time"
     retryable = True
     remedy = "Send it again after Retry-After."
+
+
+class StreamOverloaded(Overloaded):
+    code = "stream_overloaded"
+    title = "More of the stream's chunks are waiting than can be done in time"
+    remedy = (
+        "Send it again after Retry-After. A stream's chunks are applied one after another: send "
+        "fewer at a time, each with more events, or use more streams."
+    )
 
 
 class ShuttingDown(Failed):

@@ -32,7 +32,7 @@ from service.api.refusals import Refusals
 from service.api.replies import server_timing
 from service.api.statuses import STATUS
 from service.api.wire import ModelWire
-from service.domain import Chunk, Reply
+from service.domain import Chunk, Reply, StreamKey
 from service.errors import CarryError, Overloaded
 from service.ops.logs import log_request
 from service.ops.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
@@ -163,7 +163,7 @@ class Express:
         wire = self._api.wire(model)
         waits_s = self._api.limits.waits_s(headers.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        if (error := pipeline.refusal(model, waits_s)) is not None:
+        if (error := pipeline.refusal(StreamKey(model, stream), waits_s)) is not None:
             return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
         chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
         if chunk is None:

@@ -214,6 +214,7 @@ CHUNK = _route(
     *_STORE,
     *_WRITTEN,
     *_ENGINE,
+    errors.StreamOverloaded,
     body="Chunk",
 )
 MANY = _route(

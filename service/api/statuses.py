@@ -42,6 +42,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.NotDurable: 503,
     errors.DeadlineExceeded: 504,
     errors.Overloaded: 429,
+    errors.StreamOverloaded: 429,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,
 }

@@ -1,17 +1,23 @@
 """Continuous batching across streams: one queue and one owner per model.
 
-Jobs wait in one queue, in the order in which they came. Whenever fewer batches are under way
-than allowed, the next one is formed from whatever waits: small batches at low load, full ones at
-high load. One that would be smaller than the last is put off for a moment. It runs as a task of
-its own, so that loading, computing and committing of neighbouring batches overlap. A stream has at
-most one job in the hands of a batch, until the batch releases it; a job that has to be done again
-takes its old place in the queue. Jobs whose caller left, or whose deadline passed, are dropped
-while forming; a batch that fails fails its own jobs only. Each job is settled once.
+Jobs wait in a fair queue (`fair_queue`): in order within a stream, in rotation between requests.
+Whenever fewer batches are under way than allowed, the next one is formed from whatever is ready:
+small batches at low load, full ones at high load. One that would be smaller than the last is put
+off for a moment. It runs as a task of its own, so that loading, computing and committing of
+neighbouring batches overlap. A stream has at most one job in the hands of a batch, until the batch
+releases it; a job that has to be done again takes its old place in the queue. Jobs whose caller
+left, or whose deadline passed, are dropped while forming; a batch that fails fails its own jobs
+only. Each job is settled once.
 
-The queue is bounded in jobs and, while more comes than is done, in time: at the rate at which
-it drains, a new job must be begun before its deadline and within `max_wait_s`. Otherwise it is
-refused at once, and told how long the queue will take. One timer watches over all deadlines; it
-is set to the earliest.
+Admission control. The queue is bounded in jobs and, while more comes than is done, in time: at the
+rate at which it drains, a new job must be begun before its deadline and within `max_wait_s`.
+Otherwise it is refused at once, and told how long the queue will take. What counts is what is begun
+before the new job: one job of each request that is ready, and the backlog of its own stream, at the
+rate of that stream. Of the room that is left in the queue, one stream's backlog gets a share only
+(a dynamic threshold), and one request no more than it leaves to others. So a stream's backlog is
+met by its own callers.
+
+One timer watches over all deadlines; it is set to the earliest.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
 """
@@ -21,23 +27,24 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from bisect import insort
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from itertools import count
-from operator import attrgetter
-from typing import Final, Generic
+from typing import Final, Generic, NamedTuple
 
 import structlog
 
 from service.engine.drain_rate import DrainRate
+from service.engine.fair_queue import Backlog, FairQueue
 from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket
-from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, form, put_off
+from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, put_off
 from service.errors import (
     CarryError,
     DeadlineExceeded,
     InternalError,
     Overloaded,
     ShuttingDown,
+    StreamOverloaded,
 )
 
 GRACE_S: Final = 0.05
@@ -52,7 +59,43 @@ PATIENCE_TICK_S: Final = 0.001
 
 MAX_RETRY_AFTER_S: Final = 60.0
 
+STREAM_SHARE: Final = 4
+"""A stream's backlog may be this part of the room that is left in the queue."""
+
 log = structlog.get_logger(__name__)
+
+
+class Refusal(NamedTuple):
+    """Why a job is not admitted.
+
+    Attributes:
+        waiting: jobs that are begun before it.
+        per_s: how many are begun in a second, where that is known.
+        of_stream: they are the backlog of its own stream.
+    """
+
+    waiting: int
+    per_s: float | None
+    of_stream: bool
+
+    def error(self) -> Overloaded:
+        """What the caller is answered."""
+        kind, what = (
+            (StreamOverloaded, "chunks of this stream")
+            if self.of_stream
+            else (Overloaded, "chunks")
+        )
+        if self.per_s is None:
+            return kind(f"{self.waiting} {what} are waiting, which is the limit", retry_after_s=1)
+        drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(self.waiting / self.per_s, 1)))
+        return kind(
+            f"{self.waiting} {what} are waiting, and {self.per_s:.0f} are done in a second",
+            retry_after_s=drained_s,
+        )
+
+
+_shared_error = lru_cache(maxsize=64)(Refusal.error)
+"""The same object for as long as it says the same."""
 
 
 class Batcher(Generic[P, R]):
@@ -88,16 +131,12 @@ class Batcher(Generic[P, R]):
         self._max_wait_s = max_wait_s
         self._on_refusing = on_refusing
         self._told = told
-        self._queue: list[Job[P, R]] = []
+        self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
-        self._busy: set[Hashable] = set()
         self._long = 0
-        self._short_waiting = 0
         self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
         self._rate = DrainRate()
         self._refusing = False
-        self._refusal: Overloaded | None = None
-        self._refused_at: tuple[int, float | None] = 0, None
         self._soonest_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
@@ -122,47 +161,58 @@ class Batcher(Generic[P, R]):
         ticket: Ticket[R] = Ticket(len(requests), deadline_s)
         may_run = False
         now_s = time.monotonic()
-        room = self._room(deadline_s - now_s)
+        left_s = deadline_s - now_s
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
                 ticket.settle(index, ShuttingDown("the service is stopping, no work is taken"))
-            elif len(self._queue) >= room:
-                ticket.settle(index, self._overloaded())
+            elif (refusal := self._refusal(key, left_s, index)) is not None:
+                ticket.settle(index, refusal.error())
             else:
-                number = next(self._numbers)
-                self._queue.append(Job(payload, key, steps, number, now_s, ticket, index))
-                is_short = steps <= self._limits.long_steps
-                self._short_waiting += is_short
-                may_run |= key not in self._busy and (is_short or self._takes_long)
+                job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
+                is_ready = self._queue.push(job)
+                may_run |= is_ready and (steps <= self._limits.long_steps or self._takes_long)
         if deadline_s < self._soonest_s:
             self._watch(deadline_s, now_s)
         if may_run:
             self._wake()
         return ticket.future
 
-    def refusal(self, left_s: float) -> Overloaded | None:
-        """What a request would be answered now that can wait so long, where that is Overloaded;
-        it saves to look into the request. The same object for as long as it says the same, so not
-        one to raise."""
-        if len(self._queue) < self._room(left_s):
-            return None
-        standing = len(self._queue), self._rate.per_s
-        if self._refusal is None or standing != self._refused_at or not self._refusing:
-            self._refusal, self._refused_at = self._overloaded(), standing
-        return self._refusal
+    def refusal(self, key: Hashable | None, left_s: float) -> Overloaded | None:
+        """What a request of a stream would be answered now that can wait so long, where that is
+        Overloaded; it saves to look into the request. The same object for as long as it says the
+        same, so not one to raise."""
+        refusal = self._refusal(key, left_s)
+        return None if refusal is None else _shared_error(refusal)
 
-    def _room(self, left_s: float) -> int:
-        """How many jobs may wait before one that can wait so long."""
-        rate = self._rate.per_s
-        if rate is None:
-            return self._max_queue
-        # One may always wait: an empty queue takes no time.
+    def _refusal(self, key: Hashable | None, left_s: float, index: int = 0) -> Refusal | None:
+        """Why a job that can wait so long is not admitted, where it is not.
+
+        Args:
+            index: how many jobs its request has before it.
+        """
+        queue = self._queue
+        room = self._max_queue - len(queue)
+        # Of each request that is ready, one job is begun before its first, two before its second.
+        before = min(queue.ready(), queue.requests * (index + 1))
+        if room <= index or before >= self._room(left_s, self._rate.per_s):
+            self._note_refusing(before)
+            return Refusal(len(queue) if room <= index else before, self._rate.per_s, False)
+        backlog = queue.backlog(key)
+        if backlog is None or not backlog.jobs:
+            return None
+        waiting = len(backlog.jobs)
+        if waiting >= max(1, room // STREAM_SHARE) or waiting >= self._room(left_s, backlog.per_s):
+            self._note_refusing_stream(backlog)
+            return Refusal(waiting, backlog.per_s, True)
+        return None
+
+    def _room(self, left_s: float, per_s: float | None) -> float:
+        """How many jobs may be begun at that rate before one that can wait so long."""
         wait_s = min(self._max_wait_s, left_s)
-        return (
-            self._max_queue
-            if wait_s == math.inf
-            else max(1, min(self._max_queue, int(wait_s * rate)))
-        )
+        if per_s is None or wait_s == math.inf:
+            return math.inf
+        # One may always wait: an empty queue takes no time.
+        return max(1, int(wait_s * per_s))
 
     def leave(self, results: Results[R]) -> None:
         """Their caller is gone: what of them still waits is dropped, at the next look at least."""
@@ -184,20 +234,25 @@ class Batcher(Generic[P, R]):
             self.leave(results)
             raise
 
-    def _overloaded(self) -> Overloaded:
-        waiting, rate = len(self._queue), self._rate.per_s
+    def _note_refusing(self, waiting: int) -> None:
+        """Once until nothing was ready again: every refusal is counted by its code."""
         if not self._refusing:
-            # Once until the queue was empty again: every refusal is counted by its code.
             self._refusing = True
             self._on_refusing(True)
+            rate = self._rate.per_s
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
-        if rate is None:
-            return Overloaded(f"{waiting} chunks are waiting, which is the limit", retry_after_s=1)
-        drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(waiting / rate, 1)))
-        return Overloaded(
-            f"{waiting} chunks are waiting, and {rate:.0f} are done in a second",
-            retry_after_s=drained_s,
-        )
+
+    def _note_refusing_stream(self, backlog: Backlog[P, R]) -> None:
+        """Once until the stream was idle again."""
+        if not backlog.is_refusing:
+            backlog.is_refusing = True
+            rate = backlog.per_s
+            log.warning(
+                "stream_overloaded",
+                stream=str(backlog.key),
+                waiting=len(backlog.jobs),
+                done_per_s=rate and round(rate, 1),
+            )
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new jobs and finish the accepted ones; once.
@@ -222,9 +277,8 @@ class Batcher(Generic[P, R]):
             self._on_refusing(False)
 
     async def _abandon(self) -> None:
-        for job in self._queue:
+        for job in self._queue.clear():
             job.settle(ShuttingDown("the service stopped before the chunk was processed"))
-        self._queue, self._short_waiting = [], 0
         for batch in self._batches:
             batch.cancel()
         if self._batches:
@@ -240,7 +294,8 @@ class Batcher(Generic[P, R]):
         """Start a batch, unless it is put off."""
         # a long job is not about to be answered
         about_to_end = len(self._batches) - self._long
-        wait = put_off(len(self._queue), self._last_rows, about_to_end, self._turns)
+        ready = self._queue.ready(long_ones=self._takes_long)
+        wait = put_off(ready, self._last_rows, about_to_end, self._turns)
         if wait is PutOff.A_TURN:
             self._turns += 1
             asyncio.get_running_loop().call_soon(self._form)
@@ -267,37 +322,32 @@ class Batcher(Generic[P, R]):
             self._patience = None
         try:
             now_s = time.monotonic()
-            if now_s >= self._soonest_s:
-                self._drop(now_s)
-            if len(self._batches) < self._max_in_flight and self._start_batch() and self._queue:
+            if len(self._batches) < self._max_in_flight and self._start_batch(now_s):
                 self._wake()
-            waiting = len(self._queue)
-            self._rate.note(now_s, waiting)
-            if not waiting:
+            ready = self._queue.ready()
+            self._rate.note(now_s, ready)
+            if not ready:
                 self._cease_refusing()
-            self._on_depth(waiting)
+            self._on_depth(len(self._queue))
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
-            for job in self._queue:
+            for job in self._queue.clear():
                 job.settle(InternalError(f"no batch could be formed: {type(error).__name__}"))
-            self._queue, self._short_waiting = [], 0
         if self._stopping and not self._queue and not self._batches:
             self._drained.set()
 
     def _drop(self, now_s: float) -> None:
         """Drop the jobs that nobody waits for any more, and tell those whose time is up."""
-        waiting: list[Job[P, R]] = []
         soonest_s = math.inf
-        for job in self._queue:
-            ticket = job.ticket
-            if ticket.future.cancelled():
-                continue
-            if ticket.deadline_s <= now_s:
-                self._give_up(job, "before it was begun", now_s)
-                continue
-            soonest_s = min(soonest_s, ticket.deadline_s)
-            waiting.append(job)
-        self._queue, self._short_waiting = waiting, self._short_ones(waiting)
+
+        def is_live(job: Job[P, R]) -> bool:
+            nonlocal soonest_s
+            if not self._is_live(job, now_s):
+                return False
+            soonest_s = min(soonest_s, job.ticket.deadline_s)
+            return True
+
+        self._queue.sweep(is_live)
         for jobs in self._batches.values():
             for job in jobs:
                 if job.settled:
@@ -307,6 +357,16 @@ class Batcher(Generic[P, R]):
                 else:
                     soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
         self._watch(soonest_s, now_s)
+
+    def _is_live(self, job: Job[P, R], now_s: float) -> bool:
+        """Whether somebody waits for a job that was not begun; one whose time is up is told."""
+        ticket = job.ticket
+        if ticket.future.cancelled():
+            return False
+        if ticket.deadline_s <= now_s:
+            self._give_up(job, "before it was begun", now_s)
+            return False
+        return True
 
     def _give_up(self, job: Job[P, R], when: str, now_s: float) -> None:
         waited_s = now_s - job.submitted_s
@@ -337,43 +397,36 @@ class Batcher(Generic[P, R]):
                 if job.key == again.key and job.number > again.number:
                     job.overtakes = True
 
-    def _start_batch(self) -> bool:
-        if not self._short_waiting and not self._takes_long:
+    def _start_batch(self, now_s: float) -> bool:
+        """Start a batch of what may run; whether anything more may."""
+        long_ones = self._takes_long
+        if not self._queue.ready(long_ones=long_ones):
             return False
-        chosen = form(self._queue, self._busy, self._limits, long_ones=self._takes_long)
-        if not chosen:
+        jobs = self._queue.take(lambda job: self._is_live(job, now_s), long_ones=long_ones)
+        if not jobs:
             return False
-        jobs = [self._queue[index] for index in chosen]
-        self._short_waiting -= self._short_ones(jobs)
-        if chosen[-1] == len(chosen) - 1:
-            del self._queue[: len(chosen)]
-        else:
-            taken = set(chosen)
-            self._queue = [job for index, job in enumerate(self._queue) if index not in taken]
-        self._busy.update(job.key for job in jobs if job.key is not None)
         self._last_rows = len(jobs)
-        is_long = any(job.steps > self._limits.long_steps for job in jobs)
+        is_long = jobs[0].steps > self._limits.long_steps
         self._long += is_long
         task = asyncio.get_running_loop().create_task(self._run_batch(jobs, is_long))
         self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
-        return True
+        return bool(self._queue.ready(long_ones=self._takes_long))
 
     @property
     def _takes_long(self) -> bool:
         """Whether a long job may run. They hold their slot for many calls, and never the last."""
         return self._long < max(1, self._max_in_flight - 1)
 
-    def _short_ones(self, jobs: list[Job[P, R]]) -> int:
-        return sum(job.steps <= self._limits.long_steps for job in jobs)
-
     def _batch_done(self, task: asyncio.Task[None]) -> None:
         del self._batches[task]
         self._wake()
 
-    def _let_go(self, key: Hashable) -> None:
-        self._busy.discard(key)
-        self._wake()
+    def _let_go(self, key: Hashable, *, first: bool = False) -> None:
+        backlog = self._queue.release(key, first=first)
+        if backlog is not None:
+            backlog.note_turn(time.monotonic())
+            self._wake()
 
     async def _run_batch(self, jobs: list[Job[P, R]], is_long: bool) -> None:
         held = {job.key for job in jobs if job.key is not None}
@@ -392,16 +445,17 @@ class Batcher(Generic[P, R]):
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
             self._long -= is_long
-            self._busy -= held
             waiting = set(again)
             self._rate.done += len(jobs) - len(waiting)
             for job in jobs:
                 if job in waiting:
                     job.attempts += 1
                     self._note_overtaking(job)
-                    insort(self._queue, job, key=attrgetter("number"))
-                    self._short_waiting += self._short_ones([job])
+                    self._queue.put_back(job)
                     if job.deadline_s < self._soonest_s:
                         self._watch(job.deadline_s, time.monotonic())
                 elif not job.settled:
                     job.settle(self._told(job, failure))
+            returned = {job.key for job in again}
+            for key in held:
+                self._let_go(key, first=key in returned)

@@ -1,26 +1,9 @@
-"""Which waiting jobs form the next batch: a pure function of the queue and the limits.
-
-Invariants: at most one job of a stream is in flight; jobs of one stream keep their order;
-the oldest job that may run is always taken, so nobody starves, however long it is.
-"""
+"""How large a batch may grow, and when the next one waits for company: a pure function."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Set
 from enum import Enum
-from typing import Final, NamedTuple, Protocol
-
-
-class Waiting(Protocol):
-    """What the policy sees of a job."""
-
-    @property
-    def key(self) -> Hashable | None:
-        """The stream, or None for a job that continues no stream."""
-
-    @property
-    def steps(self) -> int:
-        """Steps it needs."""
+from typing import Final, NamedTuple
 
 
 class BatchLimits(NamedTuple):
@@ -64,7 +47,7 @@ def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
     are about to answer. Who is alone waits for nobody.
 
     Args:
-        waiting: jobs in the queue.
+        waiting: jobs that are ready.
         last: rows of the last batch.
         in_flight: batches that are under way, without those of long jobs.
         turns: of the loop, for which it was put off already.
@@ -74,36 +57,3 @@ def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
     if in_flight:
         return PutOff.FOR_ANSWERS if waiting < ENOUGH_ROWS else PutOff.NOT
     return PutOff.A_TURN if turns < MOST_TURNS else PutOff.NOT
-
-
-def form(
-    queue: Iterable[Waiting], busy: Set[Hashable], limits: BatchLimits, *, long_ones: bool = True
-) -> list[int]:
-    """Indices of the jobs to run next, in queue order; empty where none may run.
-
-    Args:
-        queue: waiting jobs, oldest first.
-        busy: streams with a job in flight.
-        long_ones: whether long jobs may be taken.
-    """
-    max_rows, max_padded, long_steps = limits
-    chosen: list[int] = []
-    passed: set[Hashable] = set()
-    longest = rows = 0
-    for index, job in enumerate(queue):
-        key, steps = job.key, job.steps
-        if key is not None:
-            if key in busy or key in passed:
-                continue
-            passed.add(key)
-        if steps > long_steps and not long_ones:
-            continue
-        widest = steps if steps > longest else longest
-        if rows and (rows + 1) * widest > max_padded:
-            continue
-        chosen.append(index)
-        rows, longest = rows + 1, widest
-        if rows == max_rows or (rows + 1) * longest > max_padded:
-            # Nothing more fits, not even one step; the rest of a long queue is not looked at.
-            break
-    return chosen

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,9 @@ from service.domain import (
     StreamKey,
     StreamState,
 )
-from service.engine.policy import BatchLimits, form
+from service.engine.fair_queue import FairQueue
+from service.engine.jobs import Job, Ticket
+from service.engine.policy import BatchLimits
 from service.ops.logs import configure_logs
 from service.served import ServedModel
 from service.state.codec import decode_reply, decode_state, encode_reply, encode_state
@@ -80,14 +83,6 @@ class Case:
         once_s = max(min(timer.repeat(3, 1)), 1e-8)
         number = max(1, int(seconds / REPEATS / once_s))
         return min(timer.repeat(REPEATS, number)) / number / self.chunks * 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the policy sees of a waiting chunk."""
-
-    key: str
-    steps: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,16 +147,37 @@ def _codec(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
 
 
 @contextmanager
-def _policy(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
+def _queue(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     limits = BatchLimits(BATCH, 4096)
-    even = [Job(f"stream-{index}", STEPS) for index in range(BATCH)]
-    cuts = np.random.default_rng(1).integers(1, 64, 1000)
-    long = [Job(f"stream-{index % 300}", int(cut)) for index, cut in enumerate(cuts)]
-    taken = len(form(long, set(), limits))
+    with asyncio.Runner() as runner:
+        tickets = runner.run(_tickets(1_000))
+
+    def case(name: str, jobs: int, streams: int) -> Case:
+        """A batch is taken, its streams released, and as many jobs come as were taken."""
+        queue: FairQueue[None, None] = FairQueue(limits)
+        for index in range(jobs):
+            queue.push(Job(None, index % streams, STEPS, index, 0.0, tickets[index], 0))
+
+        def turn() -> None:
+            taken = queue.take(lambda _: True)
+            for job in taken:
+                queue.release(job.key)
+            for job in taken:
+                queue.push(job)
+
+        rows = len(queue.take(lambda _: True))
+        for key in range(rows):
+            queue.release(key)
+        return Case(name, rows, turn)
+
     yield [
-        Case("policy, 32 waiting chunks", BATCH, lambda: form(even, set(), limits)),
-        Case("policy, 1,000 ragged ones of 300 streams", taken, lambda: form(long, set(), limits)),
+        case("queue, 32 waiting chunks", BATCH, BATCH),
+        case("queue, 1,000 chunks of 300 streams", 1_000, 300),
     ]
+
+
+async def _tickets(count: int) -> list[Ticket[None]]:
+    return [Ticket(1, math.inf) for _ in range(count)]
 
 
 @contextmanager
@@ -271,7 +287,7 @@ def _store(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
 
 CASES = {
     "codec": _codec,
-    "policy": _policy,
+    "queue": _queue,
     "encode": _encode,
     "wire": _wire,
     "store": _store,

@@ -91,8 +91,8 @@ def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
     """The header of requests that are refused as overloaded."""
     room = Batcher._room
 
-    def some(batcher: Batcher[Any, Any], left_s: float) -> int:
-        return 0 if left_s <= 2.5 else room(batcher, left_s)
+    def some(batcher: Batcher[Any, Any], left_s: float, per_s: float | None) -> float:
+        return 0 if left_s <= 2.5 else room(batcher, left_s, per_s)
 
     monkeypatch.setattr(Batcher, "_room", some)
     return "Carry-Timeout: 2.5"

@@ -32,7 +32,7 @@ def test_every_error_has_a_status_and_no_more() -> None:
         assert kind.title, kind
         assert kind.remedy, kind
         status = status_of(kind("x"))
-        failed = issubclass(kind, errors.Failed) and kind is not errors.Overloaded
+        failed = issubclass(kind, errors.Failed) and not issubclass(kind, errors.Overloaded)
         assert (status >= 500) == failed
         assert 400 <= status < 600
 

@@ -13,6 +13,7 @@ import pytest
 from models.artifact import Artifact
 from service.api.leaving import PATIENCE_S
 from service.api.protocol import ExpressProtocol
+from service.domain import StreamKey
 from service.errors import Overloaded
 from tests.service.api.harness import LIMITS, Harness, harness, problem, rows
 from tests.service.api.test_express import Door as ExpressDoor
@@ -139,10 +140,10 @@ async def test_more_than_can_be_done_is_refused_unread(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the express way, once the request is whole; the connection goes on."""
-    asked: list[tuple[str, float]] = []
+    asked: list[tuple[StreamKey, float]] = []
 
-    def refusal(model: str, left_s: float) -> Overloaded | None:
-        asked.append((model, left_s))
+    def refusal(key: StreamKey, left_s: float) -> Overloaded | None:
+        asked.append((key, left_s))
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 
     monkeypatch.setattr(api.pipeline, "refusal", refusal)
@@ -156,7 +157,7 @@ async def test_more_than_can_be_done_is_refused_unread(
     assert (document["code"], document["retryable"]) == ("overloaded", True)
     assert document["retry_after_s"] == 2.5
     assert answered.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert asked == [("probe", 7), ("probe", 30)]
+    assert [(key.model, left_s) for key, left_s in asked] == [("probe", 7), ("probe", 30)]
     assert api.counts.seen["overloaded"] == 1
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from service.engine.batcher import Batcher
+from service.engine.fair_queue import FairQueue
 from service.engine.jobs import Release, Request
-from service.engine.policy import MOST_TURNS, BatchLimits, Waiting, form
+from service.engine.policy import MOST_TURNS, BatchLimits
 from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
@@ -138,6 +138,34 @@ async def test_a_released_stream_goes_on_before_its_batch_ends() -> None:
         assert await asyncio.gather(*tasks) == ["A1", "A2"]
 
 
+async def test_a_batch_that_ends_does_not_free_a_stream_that_it_released() -> None:
+    """Another batch holds the stream by then."""
+    runs = Runs()
+    gates = {name: asyncio.Event() for name in ("a1", "a2")}
+
+    async def run(jobs: Jobs, release: Release) -> Jobs:
+        name = jobs[0].payload
+        if name == "a1":
+            release("same")
+        again = await runs(jobs, release)
+        await gates.get(name, runs.gate).wait()
+        return again
+
+    async with batching(runs, in_flight=3) as batcher:
+        batcher._run = run
+        runs.gate.set()
+        tasks = [
+            asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
+        ]
+        await runs.began(2)
+        gates["a1"].set()
+        await turns()
+        assert runs.batches == [["a1"], ["a2"]]
+        gates["a2"].set()
+        assert await asyncio.gather(*tasks) == ["A1", "A2", "A3"]
+    assert runs.batches == [["a1"], ["a2"], ["a3"]]
+
+
 async def test_what_is_done_again_takes_its_old_place() -> None:
     runs = Runs()
     runs.releasing = True
@@ -192,11 +220,10 @@ async def test_those_begun_behind_what_is_done_again_are_told() -> None:
 async def test_one_caller_waits_for_all_its_jobs_and_gets_them_in_order() -> None:
     runs = Runs()
     runs.gate.set()
-    async with batching(runs, queue=3) as batcher:
+    async with batching(runs) as batcher:
         names = ["a", "b", "a", "c"]
         results = await batcher.submit([Request(name, name, 1) for name in names])
-        assert results[:3] == ["A", "B", "A"]
-        assert isinstance(results[3], Overloaded)
+        assert results == ["A", "B", "A", "C"]
         assert await batcher.submit([]) == []
 
 
@@ -287,14 +314,15 @@ async def turns() -> None:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How long the queue was, each time that it was looked through."""
+    """How many jobs were ready, each time that a batch was to be formed."""
     found: list[int] = []
+    take = FairQueue.take
 
-    def counted(queue: Sequence[Waiting], *rest: Any, **more: Any) -> list[int]:
-        found.append(len(queue))
-        return form(queue, *rest, **more)
+    def counted(queue: FairQueue[Any, Any], *rest: Any, **more: Any) -> list[Any]:
+        found.append(queue.ready())
+        return take(queue, *rest, **more)
 
-    monkeypatch.setattr("service.engine.batcher.form", counted)
+    monkeypatch.setattr(FairQueue, "take", counted)
     return found
 
 

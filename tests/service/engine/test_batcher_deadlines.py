@@ -25,7 +25,7 @@ async def room(batcher: Batcher[str, str]) -> None:
     """Wait until one more may wait."""
 
     async def there() -> bool:
-        return batcher.refusal(60) is None
+        return batcher.refusal("new", 60) is None
 
     await until_async(there, "room")
 
@@ -156,8 +156,8 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
     async with batching(runs, max_wait_s=2.0, on_refusing=refusing.append) as batcher:
         with structlog.testing.capture_logs() as logged:
             tasks = await fill(batcher, runs, 60, 4)
-            assert batcher.refusal(60) is None
-            refusal = batcher.refusal(1.0)
+            assert batcher.refusal("new", 60) is None
+            refusal = batcher.refusal("new", 1.0)
             assert isinstance(refusal, Overloaded)
             assert refusal.facts["retry_after_s"] == pytest.approx(28 / 20)
             with pytest.raises(Overloaded, match="28 chunks are waiting, and 20 are done"):
@@ -172,7 +172,7 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
         runs.gate.set()
         await asyncio.gather(*tasks, *more)
         # Empty: nothing is known of its rate any more, and nothing is refused for it.
-        assert batcher.refusal(0.001) is None
+        assert batcher.refusal("new", 0.001) is None
         assert refusing == [True, False]
         assert await submit(batcher, "o", "o", 1) == "O"
 

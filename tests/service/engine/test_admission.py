@@ -1,0 +1,117 @@
+"""Admission: a stream's backlog, and a request of many items, are met by their own callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+import structlog
+
+from service.engine.batcher import STREAM_SHARE, Batcher
+from service.engine.jobs import Request, Results
+from service.engine.policy import BatchLimits
+from service.errors import Overloaded, StreamOverloaded
+from tests.service.engine.batching import Runs, batching
+from tests.service.engine.test_batcher import turns
+from tests.service.engine.test_batcher_deadlines import Paced
+
+QUEUE = 90
+MOST_OF_ONE = QUEUE // (STREAM_SHARE + 1)
+"""Where a backlog is as long as its share of the room that it leaves."""
+
+
+def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results[str]]:
+    """A request for each."""
+    return [batcher.enqueue([Request(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
+
+
+def refused(results: Sequence[Results[str]]) -> list[type]:
+    """What was refused at once."""
+    return [type(found.result()[0]) for found in results if found.done()]
+
+
+async def test_a_stream_with_many_callers_refuses_these_alone() -> None:
+    runs = Runs()
+    async with batching(runs, queue=QUEUE) as batcher:
+        with structlog.testing.capture_logs() as logged:
+            hot = enqueue(batcher, ["hot"] * 500)
+            others = enqueue(batcher, [f"other{n}" for n in range(40)])
+        assert refused(hot) == [StreamOverloaded] * (500 - MOST_OF_ONE)
+        assert refused(others) == []
+        assert isinstance(batcher.refusal("hot", 60), StreamOverloaded)
+        assert batcher.refusal("hot", 60) is batcher.refusal("hot", 60)
+        assert batcher.refusal("other99", 60) is None
+        assert [(line["event"], line["stream"]) for line in logged] == [
+            ("stream_overloaded", "hot")
+        ]
+        runs.gate.set()
+        await asyncio.gather(*hot, *others)
+        assert batcher.refusal("hot", 60) is None
+
+
+async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
+    runs = Runs()
+    async with batching(runs, queue=QUEUE) as batcher:
+        hot = enqueue(batcher, [f"hot{n % 10}" for n in range(1000)])
+        assert set(refused(hot)) == {StreamOverloaded}
+        assert refused(enqueue(batcher, [f"other{n}" for n in range(20)])) == []
+        runs.gate.set()
+
+
+async def test_a_full_queue_refuses_every_stream() -> None:
+    runs = Runs()
+    async with batching(runs, queue=QUEUE) as batcher:
+        results = enqueue(batcher, [f"s{n}" for n in range(QUEUE + 2)])
+        assert refused(results) == [Overloaded] * 2
+        runs.gate.set()
+
+
+async def test_a_stream_is_refused_by_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its chunks is begun in 0.4 s, whatever becomes of others."""
+    runs = Paced(3)
+    monkeypatch.setattr("service.engine.batcher.time", runs)
+    async with batching(runs, queue=1000, max_wait_s=4.0) as batcher:
+        hot = enqueue(batcher, ["hot"] * 14)
+        await runs.began(4)
+        assert refused(hot[3:]) == []
+        refusal = batcher.refusal("hot", 60)
+        assert isinstance(refusal, StreamOverloaded)
+        assert refusal.detail.startswith("10 chunks of this stream are waiting")
+        assert refusal.facts["retry_after_s"] == pytest.approx(10 / 2.5)
+        assert batcher.refusal("other", 0.001) is None
+        runs.gate.set()
+
+
+async def test_a_request_with_many_items_leaves_room_for_others() -> None:
+    runs = Runs()
+    async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
+        many = batcher.enqueue([Request("a", f"m{n}", 1) for n in range(QUEUE)])
+        more = batcher.enqueue([Request("a", f"n{n}", 1) for n in range(QUEUE)])
+        assert refused(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
+        runs.gate.set()
+        outcomes = [await many, await more]
+        assert [sum(isinstance(each, Overloaded) for each in found) for found in outcomes] == [
+            QUEUE // 2,
+            QUEUE - (QUEUE // 2 + 1) // 2,
+        ]
+
+
+async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 20 in a second, 28 items take 1.4 s, and a lone chunk is in the next batch."""
+    runs = Paced(3)
+    monkeypatch.setattr("service.engine.batcher.time", runs)
+    async with batching(runs, queue=1000) as batcher:
+        many = batcher.enqueue([Request("a", f"m{n}", 1) for n in range(60)])
+        await runs.began(4)
+        assert batcher.refusal("lone", 0.1) is None
+        lone = batcher.enqueue([Request("lone", "lone", 1)], runs.now_s + 0.1)
+        assert not lone.done()
+        late = batcher.enqueue([Request("b", f"n{n}", 1) for n in range(12)], runs.now_s + 1.0)
+        runs.gate.set()
+        await turns()
+        assert "lone" in runs.batches[4]
+        await asyncio.gather(many, lone)
+        assert sum(isinstance(each, Overloaded) for each in await late) == 6

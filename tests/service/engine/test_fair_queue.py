@@ -1,0 +1,246 @@
+"""Forming batches: who is taken, who waits, in which order, and at what cost."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from itertools import count
+from random import Random
+from typing import Any
+
+import pytest
+
+from service.engine.fair_queue import MOST_PASSED, FairQueue
+from service.engine.jobs import Job, Ticket
+from service.engine.policy import BatchLimits
+
+LIMITS = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=200)
+LONG_BEYOND_16 = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=16)
+
+
+class Waiting:
+    """A queue, and jobs named by their stream and number, each of a request of its own."""
+
+    def __init__(self, limits: BatchLimits = LIMITS):
+        self.queue: FairQueue[str, str] = FairQueue(limits)
+        self._numbers = count()
+
+    def job(self, key: str | None, steps: int = 1, ticket: Ticket[str] | None = None) -> Any:
+        number = next(self._numbers)
+        return Job(f"{key}{number}", key, steps, number, 0.0, ticket or Ticket(1, math.inf), number)
+
+    def push(self, *keys: str | None, steps: int = 1, ticket: Ticket[str] | None = None) -> None:
+        for key in keys:
+            self.queue.push(self.job(key, steps, ticket))
+
+    def take(self, **options: Any) -> list[str]:
+        return [job.payload for job in self.queue.take(lambda _: True, **options)]
+
+
+async def test_a_batch_takes_one_job_of_each_stream() -> None:
+    waiting = Waiting()
+    waiting.push("a", "a", "b")
+    assert waiting.take() == ["a0", "b2"]
+    assert waiting.take() == []
+    waiting.queue.release("a")
+    waiting.queue.release("b")
+    assert waiting.take() == ["a1"]
+
+
+async def test_jobs_without_a_stream_share_a_batch() -> None:
+    waiting = Waiting()
+    waiting.push(None, None)
+    assert waiting.take() == ["None0", "None1"]
+    assert (len(waiting.queue), waiting.queue.ready()) == (0, 0)
+
+
+async def test_a_stream_with_a_backlog_takes_its_turn_behind_others() -> None:
+    waiting = Waiting(BatchLimits(max_rows=2, max_padded_steps=64))
+    waiting.push("hot", "hot", "hot", "a", "b")
+    assert waiting.take() == ["hot0", "a3"]
+    waiting.queue.release("hot")
+    assert waiting.take() == ["b4", "hot1"]
+
+
+async def test_requests_share_a_batch_evenly() -> None:
+    """Of one with many items a batch has as many as of others, and all that nobody else needs."""
+    waiting, many = Waiting(), Ticket(9, math.inf)
+    waiting.push("a", "b", "c", "d", "e", "f", ticket=many)
+    waiting.push("lone", "other")
+    assert waiting.take() == ["a0", "lone6", "other7", "b1"]
+    assert waiting.take() == ["c2", "d3", "e4", "f5"]
+
+
+async def test_a_job_that_does_not_fit_is_passed_over_and_comes_first_next_time() -> None:
+    waiting = Waiting()
+    waiting.push("a", steps=20)
+    waiting.push("b", steps=60)
+    waiting.push("b", "c")
+    assert waiting.take() == ["a0", "c3"]
+    assert waiting.take() == ["b1"]
+
+
+async def test_a_job_over_the_budget_goes_alone() -> None:
+    waiting = Waiting()
+    waiting.push("a", steps=150)
+    waiting.push("b")
+    assert waiting.take() == ["a0"]
+    assert waiting.take() == ["b1"]
+
+
+async def test_few_jobs_are_passed_over() -> None:
+    waiting = Waiting(BatchLimits(max_rows=200, max_padded_steps=64))
+    waiting.push("first", steps=20)
+    waiting.push(*(f"large{n}:" for n in range(MOST_PASSED)), steps=60)
+    waiting.push("small")
+    assert waiting.take() == ["first0"]
+    assert waiting.queue.ready() == MOST_PASSED + 1
+    assert waiting.take() == ["large0:1"]
+
+
+async def test_long_jobs_wait_where_only_short_ones_may_start() -> None:
+    waiting = Waiting(LONG_BEYOND_16)
+    waiting.push("a", steps=1000)
+    waiting.push("a", "b")
+    assert waiting.take(long_ones=False) == ["b2"]
+    assert waiting.take(long_ones=False) == []
+    assert waiting.take() == ["a0"]
+
+
+async def test_long_and_short_jobs_have_turns_by_age_and_share_no_batch() -> None:
+    waiting = Waiting(LONG_BEYOND_16)
+    waiting.push("a", steps=20)
+    waiting.push("b")
+    waiting.push("c", steps=20)
+    assert [waiting.take() for _ in range(2)] == [["a0", "c2"], ["b1"]]
+
+
+async def test_a_job_that_is_put_back_comes_before_all_others() -> None:
+    waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
+    waiting.push("a", "a", "b")
+    (first,) = waiting.queue.take(lambda _: True)
+    waiting.queue.put_back(first)
+    waiting.queue.release("a", first=True)
+    assert waiting.take() == ["a0"]
+    waiting.queue.release("a")
+    assert waiting.take() + waiting.take() == ["b2", "a1"]
+
+
+async def test_a_job_of_a_released_stream_is_put_back_before_the_streams_later_jobs() -> None:
+    waiting = Waiting(BatchLimits(max_rows=1, max_padded_steps=64))
+    waiting.push("a", "a", "b")
+    (first,) = waiting.queue.take(lambda _: True)
+    waiting.queue.release("a")
+    waiting.queue.put_back(first)
+    assert waiting.take() + waiting.take() == ["b2", "a0"]
+    waiting.queue.release("a")
+    assert waiting.take() == ["a1"]
+
+
+async def test_a_job_behind_which_another_is_held_waits_for_that() -> None:
+    waiting = Waiting()
+    waiting.push("a", "a")
+    (first,) = waiting.queue.take(lambda _: True)
+    waiting.queue.release("a")
+    (second,) = waiting.queue.take(lambda _: True)
+    waiting.queue.put_back(first)
+    assert waiting.take() == []
+    waiting.queue.put_back(second)
+    waiting.queue.release("a", first=True)
+    assert waiting.take() == ["a0"]
+    waiting.queue.release("a")
+    assert waiting.take() == ["a1"]
+
+
+async def test_a_short_job_that_a_long_one_is_put_back_before_does_not_overtake_it() -> None:
+    waiting = Waiting(LONG_BEYOND_16)
+    waiting.push("a", steps=1000)
+    waiting.push("a", "b")
+    (first,) = waiting.queue.take(lambda _: True)
+    waiting.queue.release("a")
+    waiting.queue.put_back(first)
+    assert waiting.take(long_ones=False) == ["b2"]
+    assert waiting.take() == ["a0"]
+
+
+async def test_jobs_that_are_gone_are_dropped_and_free_their_streams() -> None:
+    waiting = Waiting()
+    waiting.push("a", "a", "b", "c", "c")
+    held = waiting.queue.take(lambda job: job.payload != "b2")
+    assert [job.payload for job in held] == ["a0", "c3"]
+    assert waiting.queue.backlog("b") is None
+    waiting.push("b")
+    waiting.queue.sweep(lambda job: job.payload != "a1")
+    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (2, 1, 1)
+    waiting.queue.sweep(lambda job: job.payload != "b5")
+    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (1, 0, 0)
+    assert waiting.queue.backlog("b") is None
+    waiting.queue.release("a")
+    assert waiting.queue.backlog("a") is None
+    assert [job.payload for job in waiting.queue.clear()] == ["c4"]
+    assert len(waiting.queue) == 0
+
+
+async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> None:
+    waiting, looks = Waiting(), 0
+
+    def is_live(_: Job[str, str]) -> bool:
+        nonlocal looks
+        looks += 1
+        return True
+
+    waiting.push(*["hot"] * 5000, "a")
+    backlog = waiting.queue.backlog("hot")
+
+    class Untouched(deque[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("the backlog is looked through")
+
+    backlog.jobs = Untouched(backlog.jobs)
+    for _ in range(10):
+        waiting.queue.take(is_live)
+        waiting.queue.release("hot")
+    assert looks == 11
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_invariants(seed: int) -> None:
+    """Over any jobs, batches, releases and jobs that are put back."""
+    random = Random(seed)
+    waiting = Waiting(BatchLimits(max_rows=4, max_padded_steps=64, long_steps=100))
+    tickets = [Ticket[str](99, math.inf) for _ in range(4)]
+    held: list[Job[str, str]] = []
+    done: list[Job[str, str]] = []
+    left = 60
+    while len(done) < 60:
+        move = random.random()
+        if left and move < 0.4:
+            left -= 1
+            steps = random.choice((1, 16, 40, 150))
+            waiting.push(
+                random.choice([None, *"abcdef"]), steps=steps, ticket=random.choice(tickets)
+            )
+        elif held and move < 0.7:
+            job = held.pop(random.randrange(len(held)))
+            again = random.random() < 0.3
+            if again:
+                waiting.queue.put_back(job)
+            else:
+                done.append(job)
+            if job.key is not None:
+                waiting.queue.release(job.key, first=again)
+        else:
+            ready = waiting.queue.ready()
+            jobs = waiting.queue.take(lambda _: True)
+            assert bool(jobs) == bool(ready)
+            assert len(jobs) <= 4
+            assert len(jobs) < 2 or len(jobs) * max(job.steps for job in jobs) <= 64
+            assert len({job.steps > 100 for job in jobs}) < 2
+            held += jobs
+            keys = [job.key for job in held if job.key is not None]
+            assert len(set(keys)) == len(keys), "a stream has one job in flight"
+    assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (0, 0, 0)
+    for key in "abcdef":
+        numbers = [job.number for job in done if job.key == key]
+        assert numbers == sorted(numbers)
+        assert waiting.queue.backlog(key) is None
