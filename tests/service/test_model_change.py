@@ -10,7 +10,13 @@ import pytest
 
 from models.artifact import Artifact
 from service.domain import Precondition, StreamKey
-from service.errors import EpochMismatch, PositionAhead, StateChanged, StateIncompatible
+from service.errors import (
+    EpochMismatch,
+    PositionAhead,
+    StateChanged,
+    StateIncompatible,
+    StreamNotFound,
+)
 from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
 
 KEY = StreamKey("probe", "s")
@@ -106,3 +112,19 @@ async def test_a_stream_that_moved_on_meanwhile_is_not_taken_for_the_old_one(
         )
         assert first.mark == second.mark
         assert first.replayed != second.replayed
+
+
+async def test_a_stream_of_another_version_is_not_forked(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(54), 4)
+    copy = StreamKey("probe", "copy")
+    async with worker(store_url, old) as before, worker(store_url, new) as after:
+        await before.process(chunk_of("s", rows, 0))
+        with pytest.raises(StateIncompatible) as caught:
+            await after.streams.fork(KEY, "copy", None)
+        assert caught.value.facts["stream"] == "s"
+        with pytest.raises(StreamNotFound):
+            await after.streams.read(copy)
+        assert (await before.streams.fork(KEY, "copy", None)).mark.position == 4

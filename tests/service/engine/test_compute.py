@@ -107,3 +107,27 @@ async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> 
     assert runtime.rows.count(1) == SLICES
     own = [seconds for seconds in rests if seconds >= module.REST_S]
     assert len(own) >= SLICES - 3, "it rests as soon as others compute too"
+
+
+class Overflowing(Summing):
+    """Its outputs of one call are not finite; the states always are."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self._call = call
+
+    def step(self, rows: Any, lengths: Any, states: Any) -> Any:
+        outputs, after = super().step(rows, lengths, states)
+        if len(self.rows) == self._call:
+            outputs[0, 0] = np.inf
+        return outputs, after
+
+
+@pytest.mark.parametrize("call", [1, 2, SLICES])
+async def test_a_number_that_is_not_finite_is_noticed_in_every_slice(call: int) -> None:
+    compute = Compute()
+    outputs, states, finite = await infer(compute, Overflowing(call), 4 * SLICES)
+    compute.close()
+    assert not finite
+    assert not np.isfinite(outputs[0]).all()
+    assert np.isfinite(states).all()

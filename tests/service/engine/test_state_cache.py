@@ -1,0 +1,59 @@
+"""The cache of states stays within its bytes, and the stream used longest ago leaves first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.state import State
+from service.domain import FIRST_TAG, Feed, Mark, StreamKey, StreamState
+from service.engine.state_cache import OVERHEAD_BYTES, StateCache
+
+FLOATS = 64
+SIZE_BYTES = OVERHEAD_BYTES + 4 * FLOATS
+
+
+def key(name: str) -> StreamKey:
+    return StreamKey("model", name)
+
+
+def state(floats: int = FLOATS) -> StreamState:
+    values = State(np.zeros(floats, np.float32), np.zeros(0, np.int64))
+    return StreamState(Mark(b"e", FIRST_TAG, 1), Feed.INPUTS, b"f", None, 0, values)
+
+
+def kept(cache: StateCache, names: str) -> str:
+    return "".join(name for name in names if cache.get(key(name)) is not None)
+
+
+def test_the_stream_used_longest_ago_leaves_first() -> None:
+    cache = StateCache(3 * SIZE_BYTES)
+    for name in "abc":
+        cache.put(key(name), state())
+    assert cache.get(key("a")) is not None
+    cache.put(key("d"), state())
+    assert kept(cache, "abcd") == "acd"
+    for number in range(100):
+        cache.put(key(f"more{number}"), state())
+    assert sum(cache.get(key(f"more{number}")) is not None for number in range(100)) == 3
+
+
+def test_a_state_that_is_replaced_or_dropped_frees_its_bytes() -> None:
+    cache = StateCache(3 * SIZE_BYTES)
+    for _ in range(10):
+        cache.put(key("a"), state())
+        cache.put(key("gone"), state())
+        cache.drop(key("gone"))
+        cache.drop(key("never"))
+    cache.put(key("b"), state())
+    cache.put(key("c"), state())
+    assert kept(cache, "abc") == "abc"
+    cache.put(key("d"), state())
+    assert kept(cache, "abcd") == "bcd"
+
+
+def test_a_state_larger_than_the_cache_is_not_kept() -> None:
+    cache = StateCache(SIZE_BYTES)
+    cache.put(key("large"), state(FLOATS + 1))
+    assert cache.get(key("large")) is None
+    cache.put(key("a"), state())
+    assert kept(cache, "a") == "a"
