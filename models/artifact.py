@@ -5,10 +5,11 @@ runtimes can run it, how the model was trained and a SHA-256 of every file; its 
 covers the rest of the manifest and through it the whole directory. Nothing in an artifact is
 code.
 
-`graph.onnx` is the same network as spec and weights, written out for ONNX Runtime when the
-model is packaged, and `decoder.onnx` one step of its decoder, where it has one. They decide no
-number and are no part of the fingerprint. A model that no graph can hold has none, and its
-manifest says why; one packaged before there were graphs gets its own from `add_graph`.
+`graph.onnx` is the same network as spec and weights, written out when the model is packaged, and
+`decoder.onnx` one step of its decoder, where it has one. They are for other programs: loading
+checks them as it does every file, and then writes the graphs that run anew from spec and weights,
+so that no file can change a number without changing the fingerprint. A model that no graph can
+hold has none, and its manifest says why; `add_graph` writes the files anew.
 
 Loading refuses whatever is damaged, of another format or does not fit itself, and says
 which file and why. Writing is atomic: a directory under the final name is complete.
@@ -34,7 +35,7 @@ from models.decoder import decoder_weights
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
 from models.files import inside, replace_file, sync_directory, write_new
 from models.fingerprint import fingerprint
-from models.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, write_graphs
+from models.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, Graphs, write_graphs
 from models.layout import OutputSpec, network_state, output_spec, state_spec
 from models.manifest import (
     FORMAT,
@@ -59,7 +60,6 @@ _LIBRARIES = (
     "carry",
     "keras",
     "numpy",
-    "onnx",
     "polars",
     "pydantic",
     "safetensors",
@@ -79,9 +79,6 @@ class Artifact:
         fingerprint: 16 bytes; see `models.fingerprint`.
         version: the fingerprint's first 12 hexadecimal digits.
         manifest: the whole manifest as plain data.
-        graph: the model's ONNX graph, or None where the artifact has none.
-        decoder_graph: the ONNX graph of a decoder's step; None where there is no decoder or no
-            graph.
     """
 
     path: Path
@@ -90,8 +87,6 @@ class Artifact:
     fingerprint: bytes
     version: str
     manifest: Mapping[str, Any]
-    graph: bytes | None = None
-    decoder_graph: bytes | None = None
 
     @cached_property
     def decoder(self) -> Artifact | None:
@@ -101,14 +96,25 @@ class Artifact:
             return None
         weights = MappingProxyType(decoder_weights(self.weights))
         mark = fingerprint(spec, weights)
-        return Artifact(
-            self.path, spec, weights, mark, _version(mark), self.manifest, self.decoder_graph
-        )
+        return Artifact(self.path, spec, weights, mark, _version(mark), self.manifest)
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The model's ONNX graphs, written from spec and weights, or why none can hold it."""
+        return write_graphs(self.spec, self.weights)
 
     @property
-    def graph_refused(self) -> str | None:
-        """Why no graph can hold the model; None where one can, or none was tried yet."""
-        return self.manifest.get("graph_refused")
+    def differing_graphs(self) -> list[str]:
+        """The files that hold another graph than spec and weights give.
+
+        Another version of Carry wrote them, or they were exchanged. Nothing runs them.
+        """
+        listed = self.manifest["files"]
+        return [
+            name
+            for name, data in self.graphs.files.items()
+            if name in listed and listed[name] != file_entry(data)
+        ]
 
     @cached_property
     def state(self) -> StateSpec:
@@ -155,7 +161,7 @@ def write_artifact(
     path = Path(path)
     _check_fitted(spec, str(path))
     check_weights(spec, weights, str(path))
-    graphs = write_graphs(spec, weights, str(path))
+    graphs = write_graphs(spec, weights)
     contents: dict[str, bytes] = {WEIGHTS_NAME: weights_bytes(weights), **graphs.files}
     for name, content in dict(files).items():
         if name in _OWN_NAMES or not inside(name):
@@ -199,9 +205,9 @@ def load_artifact(path: Path) -> Artifact:
     Raises:
         ArtifactError: naming the file and the reason: no directory or no manifest there, a
             manifest that is not JSON, is of another format or fails its checksum, a file that
-            is missing, changed or outside the directory, a spec that is wrong or not fitted,
-            weights that do not fit it, or a state layout, outputs or fingerprint that do not
-            follow from it.
+            is missing, changed, too large, outside the directory or no regular file, a spec that
+            is wrong or not fitted, weights that do not fit it, or a state layout, outputs or
+            fingerprint that do not follow from it.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -224,26 +230,11 @@ def load_artifact(path: Path) -> Artifact:
                 f"{where}: `{key}` does not follow from spec and weights: "
                 f"expected {_short(expected)}, got {_short(given)}"
             )
-    return Artifact(
-        path,
-        spec,
-        MappingProxyType(weights),
-        mark,
-        _version(mark),
-        manifest,
-        _listed(manifest, "graph", contents, where),
-        _listed(manifest, "decoder_graph", contents, where),
-    )
-
-
-def _listed(
-    manifest: Mapping[str, Any], key: str, contents: Mapping[str, bytes], where: str
-) -> bytes | None:
-    """The file that the manifest names under a key, if it names one."""
-    name = manifest.get(key)
-    if name is not None and name not in contents:
-        raise ArtifactError(f"{where}: expected `{key}` to name one of its files: {name!r}")
-    return None if name is None else contents[name]
+    for key in ("graph", "decoder_graph"):
+        given = manifest.get(key)
+        if given is not None and not (isinstance(given, str) and given in manifest["files"]):
+            raise ArtifactError(f"{where}: expected `{key}` to name one of its files: {given!r}")
+    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
 
 
 def add_graph(path: Path) -> Artifact:
@@ -252,20 +243,21 @@ def add_graph(path: Path) -> Artifact:
     At every moment the directory is a whole artifact, before with the old graph or with none.
 
     Raises:
-        ArtifactError: the artifact is refused, or its graph cannot be written now.
+        ArtifactError: the artifact is refused.
         GraphUnsupportedError: no graph can hold the model; the manifest says so from now on.
     """
     path = Path(path)
     artifact = load_artifact(path)
-    graphs = write_graphs(artifact.spec, artifact.weights, str(path))
+    graphs = artifact.graphs
     manifest = dict(artifact.manifest)
-    old = {manifest.pop(key, None) for key in ("graph", "decoder_graph")}
+    old = [manifest.pop(key, None) for key in ("graph", "decoder_graph")]
     manifest.pop("graph_refused", None)
-    gone = {*old, GRAPH_NAME, DECODER_GRAPH_NAME}
     manifest["files"] = {
-        name: entry for name, entry in manifest["files"].items() if name not in gone
+        name: entry
+        for name, entry in manifest["files"].items()
+        if name not in (GRAPH_NAME, DECODER_GRAPH_NAME)
     }
-    if old != {None}:
+    if old != [None, None]:
         without = {**manifest, "runtimes": [TENSORFLOW]}
         replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(without, str(path))))
     for name, data in graphs.files.items():

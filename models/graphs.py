@@ -1,6 +1,7 @@
 """The ONNX graphs of a model: which files they are, and what its manifest says of them.
 
-`models.onnx` writes them; it needs `onnx`, and is imported when a graph is written.
+`models.onnx` writes them, from spec and weights alone and in milliseconds: when a model is
+packaged, for other programs, and for ONNX Runtime each time that a model is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.decoder import decoder_weights
-from models.errors import ArtifactError, GraphUnsupportedError
+from models.errors import GraphUnsupportedError
+from models.onnx.graph import write_graph
 from models.spec import ModelSpec
 from models.state import FloatArray
 
@@ -51,21 +53,8 @@ class Graphs:
         return facts
 
 
-def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray], where: str) -> Graphs:
-    """Write a model's graphs, or say why none can hold it.
-
-    Args:
-        where: the artifact, for the error.
-
-    Raises:
-        ArtifactError: `onnx` is not installed.
-    """
-    try:
-        from models.onnx.graph import write_graph
-    except ModuleNotFoundError as error:
-        raise ArtifactError(
-            f"{where}: packaging a model needs {error.name!r}: pip install onnx"
-        ) from error
+def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
+    """Write a model's graphs, or say why none can hold it."""
     try:
         network = spec.decoder_network
         decoder = None if network is None else write_graph(network, decoder_weights(weights))

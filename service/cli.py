@@ -179,13 +179,13 @@ def graph_command(
         list[Path], typer.Argument(metavar="ARTIFACT...", help="The models' directories.")
     ],
 ) -> None:
-    """Write the ONNX graph of artifacts anew; those made before there were graphs get one."""
+    """Write the ONNX graph of artifacts anew, for other programs; the service reads none."""
     with _one_line_errors():
         from models.artifact import add_graph
 
         for path in artifacts:
             artifact = add_graph(path)
-            size = len(artifact.graph or b"")
+            size = len(artifact.graphs.data or b"")
             typer.echo(f"{path}: the graph of {artifact.spec.name}, {size:,} bytes")
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from models.errors import GraphUnsupportedError
 from models.layers import MASKED, NOTHING, AttentionLayer
 from models.onnx.heads import dense
+from models.onnx.messages import DataType
 from models.onnx.nodes import Nodes, Value
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -55,7 +55,7 @@ def over_chunk(
         row's length.
     """
     steps = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1))
-    valid = nodes.add("Less", steps, nodes.add("Cast", lengths, to=TensorProto.INT64))
+    valid = nodes.add("Less", steps, nodes.add("Cast", lengths, to=DataType.INT64))
     valid = nodes.add("Unsqueeze", valid, nodes.integers(2))
     scores = nodes.add("Where", valid, _scores(nodes, layer, weights, x), nodes.number(MASKED))
     shares = nodes.add("Softmax", scores, axis=0)
@@ -104,15 +104,15 @@ def over_stream(
     total = nodes.add(
         "Add", nodes.add("Mul", kept, total_before), nodes.add("MatMul", shares, exact)
     )
-    values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=TensorProto.FLOAT)
+    values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=DataType.FLOAT)
     sums = nodes.concat([maximum, normaliser, total], axis=2)
-    last = nodes.add("Cast", lengths, to=TensorProto.INT64)
+    last = nodes.add("Cast", lengths, to=DataType.INT64)
     last = nodes.add("Sub", last, nodes.integers(1))
     last = nodes.add("Unsqueeze", last, nodes.integers(1, 2))
     last = nodes.add("Expand", last, nodes.integers(1, 1, 2 + width))
     ended = nodes.split(nodes.add("GatherElements", sums, last, axis=1), [1, 1, width], axis=2)
     after = [
-        nodes.add("Cast", ended[0], to=TensorProto.FLOAT),
+        nodes.add("Cast", ended[0], to=DataType.FLOAT),
         *(_parts(nodes, value) for value in ended[1:]),
     ]
     return nodes.add("Transpose", values, perm=[1, 0, 2]), [
@@ -141,10 +141,10 @@ def _exact(nodes: Nodes, state: list[Value], width: int) -> tuple[Value, Value, 
 
 def _parts(nodes: Nodes, value: Value) -> Value:
     """A float64 [..., n] as float32 [..., 2 n]: what float32 holds of it, and the rest."""
-    high = nodes.add("Cast", value, to=TensorProto.FLOAT)
+    high = nodes.add("Cast", value, to=DataType.FLOAT)
     low = nodes.add("Sub", value, _double(nodes, high))
-    return nodes.concat([high, nodes.add("Cast", low, to=TensorProto.FLOAT)], axis=2)
+    return nodes.concat([high, nodes.add("Cast", low, to=DataType.FLOAT)], axis=2)
 
 
 def _double(nodes: Nodes, value: Value) -> Value:
-    return nodes.add("Cast", value, to=TensorProto.DOUBLE)
+    return nodes.add("Cast", value, to=DataType.DOUBLE)

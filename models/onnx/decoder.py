@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from onnx import TensorProto
-
 from models.errors import SpecError
+from models.onnx.messages import DataType
 from models.onnx.nodes import Nodes, Value
 from models.spec import ModelSpec
 
@@ -23,7 +22,7 @@ def last_observed(nodes: Nodes, spec: ModelSpec, rows: Value, lengths: Value, pa
     if spec.decoder is None or spec.events is None:
         raise SpecError(f"model {spec.name!r}: expected a decoder")
     index, targets = spec.events.column_index, spec.decoder.targets
-    last = nodes.add("Cast", lengths, to=TensorProto.INT64)
+    last = nodes.add("Cast", lengths, to=DataType.INT64)
     last = nodes.add("Unsqueeze", last, nodes.integers(0, 2))
     counted: Value | None = None
     at: list[Value] = []
@@ -34,9 +33,7 @@ def last_observed(nodes: Nodes, spec: ModelSpec, rows: Value, lengths: Value, pa
             continue
         if counted is None:
             counted = _valid_steps(nodes, rows, last)
-        absent = nodes.add(
-            "Cast", nodes.part(rows, missing, missing + 1, axis=2), to=TensorProto.BOOL
-        )
+        absent = nodes.add("Cast", nodes.part(rows, missing, missing + 1, axis=2), to=DataType.BOOL)
         there = nodes.add("Where", absent, nodes.integers(0), counted)
         at.append(nodes.add("ReduceMax", there, nodes.integers(0), keepdims=1))
     columns = nodes.integers(*(index[name] for name in targets))

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from models.decoder import LAST
 from models.errors import GraphUnsupportedError
@@ -48,6 +47,7 @@ from models.onnx.attention import check_steps, over_chunk, over_stream
 from models.onnx.bidirectional import WindowSteps, bidirectional, forward
 from models.onnx.decoder import last_observed
 from models.onnx.heads import dense, head_output
+from models.onnx.messages import DataType, graph, model, tensor_value
 from models.onnx.names import (
     GRAPH_FORMAT,
     LENGTHS,
@@ -86,31 +86,27 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
             f"graph, got {nodes.constant_bytes}"
         )
     states: list[str | int] = ["B", network_state(spec).float_size]
-    graph = helper.make_graph(
-        nodes.nodes,
+    step = graph(
         "step",
+        nodes.nodes,
         inputs=[
-            _tensor(ROWS, TensorProto.FLOAT, ["B", "T", spec.input_features]),
-            _tensor(LENGTHS, TensorProto.INT32, ["B"]),
-            _tensor(STATES, TensorProto.FLOAT, states),
+            tensor_value(ROWS, DataType.FLOAT, ["B", "T", spec.input_features]),
+            tensor_value(LENGTHS, DataType.INT32, ["B"]),
+            tensor_value(STATES, DataType.FLOAT, states),
         ],
         outputs=[
-            _tensor(OUTPUTS, TensorProto.FLOAT, ["B", "T", output_spec(spec).size]),
-            _tensor(STATES_AFTER, TensorProto.FLOAT, states),
+            tensor_value(OUTPUTS, DataType.FLOAT, ["B", "T", output_spec(spec).size]),
+            tensor_value(STATES_AFTER, DataType.FLOAT, states),
         ],
-        initializer=nodes.constants,
+        constants=nodes.constants,
     )
-    model: ModelProto = helper.make_model(
-        graph,
-        producer_name="carry",
+    return model(
+        step,
         ir_version=IR_VERSION,
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        producer="carry",
+        opset=OPSET,
+        metadata={MARK_FORMAT: GRAPH_FORMAT, MARK_FINGERPRINT: fingerprint(spec, weights).hex()},
     )
-    helper.set_model_props(
-        model,
-        {MARK_FORMAT: GRAPH_FORMAT, MARK_FINGERPRINT: fingerprint(spec, weights).hex()},
-    )
-    return bytes(model.SerializeToString(deterministic=True))
 
 
 class _Step:
@@ -150,7 +146,7 @@ class _Step:
         if not coded:
             return rows
         codes = nodes.add("Gather", rows, nodes.integers(*coded), axis=2)
-        codes = nodes.add("Cast", nodes.add("Round", codes), to=TensorProto.INT64)
+        codes = nodes.add("Cast", nodes.add("Round", codes), to=DataType.INT64)
         pieces: list[Value] = []
         plain = 0
         for place, index in enumerate(coded):
@@ -249,7 +245,7 @@ class _Step:
         nodes, outputs = self.nodes, []
         last = ""
         if any(isinstance(head, AnomalyHead) for head in self._spec.heads):
-            step = nodes.add("Cast", LENGTHS, to=TensorProto.INT64)
+            step = nodes.add("Cast", LENGTHS, to=DataType.INT64)
             step = nodes.add("Sub", step, nodes.integers(1))
             last = nodes.add("Unsqueeze", step, nodes.integers(0, 2))
         for head in self._spec.heads:
@@ -267,7 +263,3 @@ class _Step:
             if after is not None:
                 self._after[part] = after
         return nodes.concat([*outputs, *self._attention.values()], axis=2)
-
-
-def _tensor(name: str, dtype: int, shape: list[str | int]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, dtype, shape)

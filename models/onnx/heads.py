@@ -12,7 +12,6 @@ from math import log, pi
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
 from models.errors import SpecError
 from models.events.schema import (
@@ -36,6 +35,7 @@ from models.heads import (
 )
 from models.layout import anomaly_width, event_field
 from models.onnx.activations import activation
+from models.onnx.messages import DataType
 from models.onnx.nodes import Nodes, Value
 from models.spec import ModelSpec
 
@@ -148,7 +148,7 @@ def _field_nats(nodes: Nodes, field: EventField, parameters: Value, value: Value
             constant = nodes.add("Add", log_deviation, nodes.number(0.5 * log(2 * pi)))
             return nodes.add("Add", constant, half)
         case CategoricalField():
-            code = nodes.add("Cast", nodes.add("Round", value), to=TensorProto.INT64)
+            code = nodes.add("Cast", nodes.add("Round", value), to=DataType.INT64)
             logs = nodes.add("LogSoftmax", parameters, axis=-1)
             return nodes.add("Neg", nodes.add("GatherElements", logs, code, axis=2))
         case BooleanField():

@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from models.onnx.messages import Tensor, node
 
 Value: TypeAlias = str
 """The name of a tensor in the graph; "" stands for an optional input that is left out."""
@@ -23,8 +24,8 @@ class Nodes:
     """What has been added so far, in the order in which it will run."""
 
     def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-        self.constants: list[TensorProto] = []
+        self.nodes: list[bytes] = []
+        self.constants: list[Tensor] = []
         self._names = counting(1)
         self._known: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
 
@@ -85,10 +86,11 @@ class Nodes:
     def constant(self, array: NDArray[Any]) -> Value:
         """A constant tensor."""
         array = np.ascontiguousarray(array) if array.ndim else array
-        key = (array.dtype.str, array.shape, array.tobytes())
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._known:
             self._known[key] = f"c{len(self.constants)}"
-            self.constants.append(numpy_helper.from_array(array, self._known[key]))
+            self.constants.append(Tensor(self._known[key], *key))
         return self._known[key]
 
     def number(self, value: float) -> Value:
@@ -102,7 +104,7 @@ class Nodes:
     @property
     def constant_bytes(self) -> int:
         """Bytes of all constants."""
-        return sum(len(constant.raw_data) for constant in self.constants)
+        return sum(len(constant.raw) for constant in self.constants)
 
     def _append(
         self,
@@ -112,7 +114,7 @@ class Nodes:
         attributes: Mapping[str, Any],
     ) -> None:
         given = {name: value for name, value in attributes.items() if value is not None}
-        self.nodes.append(helper.make_node(operator, list(inputs), list(outputs), **given))
+        self.nodes.append(node(operator, inputs, outputs, given))
 
     def name(self) -> Value:
         """A name that no value has yet, for a value that another graph makes."""

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from models.layers import NORMALISATION_EPSILON, LstmLayer
 from models.onnx.activations import activation
+from models.onnx.messages import DataType, Graph, graph, tensor_value
 from models.onnx.nodes import Nodes, Value
 
 
@@ -50,20 +50,20 @@ def lstm_loop(
     body.add("Where", names["valid"], hidden, names["hidden"], name=names["h"])
     body.add("Where", names["valid"], carry, names["carry"], name=names["c"])
     body.add("Identity", names["h"], name=names["sequence"])
-    floats, width, units = TensorProto.FLOAT, layer.width, layer.units
-    graph = helper.make_graph(
-        body.nodes,
+    floats, width, units = DataType.FLOAT, layer.width, layer.units
+    one_step = graph(
         "one_step",
+        body.nodes,
         inputs=[
-            helper.make_tensor_value_info(names["hidden"], floats, ["B", width]),
-            helper.make_tensor_value_info(names["carry"], floats, ["B", units]),
-            helper.make_tensor_value_info(names["read"], floats, ["B", 4 * units]),
-            helper.make_tensor_value_info(names["valid"], TensorProto.BOOL, ["B", 1]),
+            tensor_value(names["hidden"], floats, ["B", width]),
+            tensor_value(names["carry"], floats, ["B", units]),
+            tensor_value(names["read"], floats, ["B", 4 * units]),
+            tensor_value(names["valid"], DataType.BOOL, ["B", 1]),
         ],
         outputs=[
-            helper.make_tensor_value_info(names["h"], floats, ["B", width]),
-            helper.make_tensor_value_info(names["c"], floats, ["B", units]),
-            helper.make_tensor_value_info(names["sequence"], floats, ["B", width]),
+            tensor_value(names["h"], floats, ["B", width]),
+            tensor_value(names["c"], floats, ["B", units]),
+            tensor_value(names["sequence"], floats, ["B", width]),
         ],
     )
     after, carry_after, sequence = nodes.add_many(
@@ -72,7 +72,7 @@ def lstm_loop(
         read,
         _valid(nodes, x, lengths),
         count=3,
-        body=graph,
+        body=Graph(b"".join(one_step)),
         num_scan_inputs=2,
     )
     lifted = [nodes.add("Unsqueeze", part, nodes.integers(0)) for part in (after, carry_after)]
@@ -120,5 +120,5 @@ def _normalised(nodes: Nodes, x: Value, gamma: Value, beta: Value = "") -> Value
 def _valid(nodes: Nodes, x: Value, lengths: Value) -> Value:
     """Which steps lie before their row's length: bool [T, B, 1]."""
     indices = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1, 2))
-    rows = nodes.add("Cast", lengths, to=TensorProto.INT64)
+    rows = nodes.add("Cast", lengths, to=DataType.INT64)
     return nodes.add("Less", indices, nodes.add("Unsqueeze", rows, nodes.integers(0, 2)))

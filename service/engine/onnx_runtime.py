@@ -5,6 +5,9 @@ that of shorter rows. With one thread there is no pool; more of them sleep betwe
 of spinning. Memory is taken per call and given back: an arena would keep the largest batch it
 ever saw and is no faster (docs/decisions/runtimes.md). The session is made in the thread that
 loads, and `step` called from one other; it keeps nothing between calls.
+
+ONNX Runtime sees no bytes but those that `models.onnx` writes from spec and weights: a file could
+hold other weights under the model's fingerprint, read files by their names or never come to an end.
 """
 
 from __future__ import annotations
@@ -15,10 +18,7 @@ from models.artifact import Artifact
 from models.errors import ArtifactError
 from models.onnx.library import onnxruntime
 from models.onnx.names import (
-    GRAPH_FORMAT,
     LENGTHS,
-    MARK_FINGERPRINT,
-    MARK_FORMAT,
     OUTPUTS,
     ROWS,
     STATES,
@@ -38,12 +38,11 @@ class OnnxRuntime:
     """One model on ONNX Runtime.
 
     Args:
-        artifact: the model, with its graph.
+        artifact: the model.
         threads: threads inside one operator.
 
     Raises:
-        ArtifactError: there is no graph, ONNX Runtime does not take it, or it is another
-            model's or of another format.
+        ArtifactError: no graph can hold the model, or ONNX Runtime does not take it.
     """
 
     name = "onnxruntime"
@@ -51,8 +50,9 @@ class OnnxRuntime:
 
     def __init__(self, artifact: Artifact, threads: int = 1):
         where = str(artifact.path)
-        if artifact.graph is None:
-            raise ArtifactError(f"{where}: expected a graph; `carry graph {where}` writes it")
+        graph = artifact.graphs.data
+        if graph is None:
+            raise ArtifactError(f"{where}: no graph can hold it: {artifact.graphs.refused}")
         onnxruntime.set_default_logger_severity(ERRORS_ONLY)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
@@ -64,20 +64,10 @@ class OnnxRuntime:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
-                artifact.graph, options, providers=["CPUExecutionProvider"]
+                graph, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its exceptions have no base of their own
             raise ArtifactError(f"{where}: ONNX Runtime refuses the graph: {error}") from error
-        marks = self._session.get_modelmeta().custom_metadata_map
-        for mark, expected in (
-            (MARK_FORMAT, GRAPH_FORMAT),
-            (MARK_FINGERPRINT, artifact.fingerprint.hex()),
-        ):
-            if marks.get(mark) != expected:
-                raise ArtifactError(
-                    f"{where}: expected a graph with {mark} {expected!r}, got "
-                    f"{marks.get(mark)!r}; `carry graph {where}` writes it anew"
-                )
         blocks = artifact.spec.blocks
         self._window = 1 if blocks is None else blocks.window
         self.max_steps = artifact.spec.chunk_limit or max(SLICE_STEPS, self._window)

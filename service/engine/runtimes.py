@@ -1,7 +1,8 @@
 """Which runtime runs the models. Runtimes are extras: imported only when they are opened.
 
 All models of a service run on one runtime. `auto` takes ONNX Runtime, which is faster and
-smaller (docs/decisions/runtimes.md), where it is installed and every model has a graph.
+smaller (docs/decisions/runtimes.md), where it is installed and every model has a graph. The graph
+that runs is written from spec and weights, never read from the artifact.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
 
     Raises:
         RuntimeMissingError: the library is not installed.
-        RuntimeUnsupportedError: a model lacks what the runtime needs.
+        RuntimeUnsupportedError: no graph can hold a model, and ONNX Runtime is asked for.
         ArtifactError: the runtime refuses a model's graph.
         ValueError: there is no such runtime.
     """
@@ -54,6 +55,14 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
     name, reason = _chosen(artifacts) if wanted == AUTO else (wanted, "as asked for")
     opened = [open_runtime(name, artifact, threads) for artifact in artifacts]
     log.info("runtime", runtime=name, reason=reason)
+    for artifact in artifacts if name == ONNXRUNTIME else ():
+        if artifact.differing_graphs:
+            log.warning(
+                "graph_differs",
+                path=str(artifact.path),
+                files=artifact.differing_graphs,
+                hint=f"not run; `carry graph {artifact.path}` writes the graph of these weights",
+            )
     return opened
 
 
@@ -101,24 +110,24 @@ _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 def _chosen(artifacts: Sequence[Artifact]) -> tuple[str, str]:
     """What `auto` stands for, and why."""
-    lacking = [lacks for artifact in artifacts if (lacks := _lacks_graph(artifact)) is not None]
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
-    if installed == [TENSORFLOW]:
-        return TENSORFLOW, "onnxruntime is not installed"
-    if TENSORFLOW in installed and lacking:
-        return TENSORFLOW, lacking[0]
     if not installed:
         raise RuntimeMissingError(
             "runtime_missing: neither runtime is installed: pip install 'carry[onnx]' "
             "or 'carry[tensorflow]'"
         )
+    if installed == [TENSORFLOW]:
+        return TENSORFLOW, "onnxruntime is not installed"
+    if TENSORFLOW in installed:
+        for artifact in artifacts:
+            lacks = _lacks_graph(artifact)
+            if lacks is not None:
+                return TENSORFLOW, lacks
     return ONNXRUNTIME, "installed, and every model has a graph"
 
 
 def _lacks_graph(artifact: Artifact) -> str | None:
-    """Why ONNX Runtime cannot run the model, and what to do about it; None where it can."""
-    if artifact.graph is not None:
+    """Why ONNX Runtime cannot run the model; None where it can."""
+    if artifact.graphs.refused is None:
         return None
-    if artifact.graph_refused is not None:
-        return f"{artifact.path}: no graph can hold the model: {artifact.graph_refused}"
-    return f"{artifact.path}: the artifact has no graph; `carry graph {artifact.path}` writes it"
+    return f"{artifact.path}: no graph can hold the model: {artifact.graphs.refused}"

@@ -99,9 +99,10 @@ def fastest_s(way: Way, given: Arrays) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         artifact = initialise_artifact(parse_spec(SPEC), Path(folder) / "bench", seed=1)
-    assert artifact.graph is not None
+    graph = artifact.graphs.data
+    assert graph is not None
     size = artifact.state.float_size
-    tried = ways(artifact.graph)
+    tried = ways(graph)
     given = {shape: arrays(*shape, size) for shape in SHAPES}
     best: dict[tuple[str, tuple[int, int]], float] = {}
     for _ in range(ROUNDS):

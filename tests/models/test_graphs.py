@@ -1,15 +1,16 @@
-"""Graphs in an artifact: added to an old one, and what is said where there is none."""
+"""Graphs in an artifact: written beside the weights, never read back, and refused with a reason."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from models.artifact import add_graph, load_artifact, write_artifact
-from models.errors import ArtifactError, GraphUnsupportedError
+from models.errors import GraphUnsupportedError
+from models.fingerprint import fingerprint
+from models.onnx.graph import write_graph
 from models.spec import parse_spec
 from tests.models.artifacts import SPEC, WEIGHTS, manifest_of, seal
 from tests.support.models import random_weights
@@ -39,8 +40,9 @@ def graphless(path: Path) -> dict[str, Any]:
 def test_a_model_that_no_graph_can_hold_says_why(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "odd", ODD, random_weights(ODD))
 
-    assert artifact.graph is None
-    assert "'gelu'" in str(artifact.graph_refused)
+    assert artifact.graphs.data is None
+    assert "'gelu'" in str(artifact.graphs.refused)
+    assert artifact.manifest["graph_refused"] == artifact.graphs.refused
     assert artifact.manifest["runtimes"] == ["tensorflow"]
     assert set(artifact.manifest["files"]) == {"weights.safetensors"}
 
@@ -49,11 +51,11 @@ def test_an_old_artifact_gets_its_graph_and_keeps_the_rest(made: Path) -> None:
     written = load_artifact(made)
     (made / "notes.txt").write_text("mine")
     before = graphless(made)
-    assert (load_artifact(made).graph, load_artifact(made).graph_refused) == (None, None)
+    assert load_artifact(made).graphs == written.graphs
 
     artifact = add_graph(made)
 
-    assert artifact.graph == written.graph
+    assert (made / "graph.onnx").read_bytes() == artifact.graphs.data
     assert artifact.version == written.version
     assert artifact.manifest == written.manifest
     kept = {key: value for key, value in before.items() if key not in ("checksum", "files")}
@@ -77,27 +79,38 @@ def test_an_old_artifact_that_no_graph_can_hold_learns_why(tmp_path: Path) -> No
 def test_every_moment_of_a_new_graph_is_a_whole_artifact(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = load_artifact(made).graph
-    seen: list[bytes | None] = []
+    seen: list[str | None] = []
     replace = Path.replace
 
     def watched(source: Path, target: Path) -> Path:
-        seen.append(load_artifact(made).graph)
+        seen.append(load_artifact(made).manifest.get("graph"))
         done = replace(source, target)
-        seen.append(load_artifact(made).graph)
+        seen.append(load_artifact(made).manifest.get("graph"))
         return done
 
     monkeypatch.setattr(Path, "replace", watched)
     add_graph(made)
 
-    assert seen == [graph, None, None, None, None, graph]
+    assert seen == ["graph.onnx", None, None, None, None, "graph.onnx"]
 
 
-def test_packaging_without_onnx_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(sys.modules, "models.onnx.graph", raising=False)
-    monkeypatch.setitem(sys.modules, "onnx", None)
+def test_graphs_come_from_the_weights_whatever_the_file_holds(made: Path) -> None:
+    other = random_weights(SPEC, seed=9)
+    marks = [fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
+    (made / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))
+    seal(made, manifest_of(made))
 
-    with pytest.raises(ArtifactError, match="needs 'onnx': pip install onnx"):
-        write_artifact(tmp_path / "a", SPEC, WEIGHTS)
+    artifact = load_artifact(made)
+
+    assert artifact.fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert artifact.graphs.data == write_graph(SPEC, WEIGHTS)
+    assert artifact.differing_graphs == ["graph.onnx"]
+    assert add_graph(made).differing_graphs == []
+
+
+def test_adding_a_graph_removes_no_other_file(made: Path) -> None:
+    manifest = manifest_of(made)
+    manifest["graph"] = "report.json"
+    seal(made, manifest)
+
+    assert "report.json" in add_graph(made).manifest["files"]

@@ -59,7 +59,7 @@ def test_every_merge_and_cell_agrees(tmp_path: Path, options: dict[str, Any], me
     layer = report.artifact.spec.layers[0]
     assert (layer.kind, layer.name) == ("bidirectional", "both")
     assert report.artifact.spec.chunking == "whole"
-    assert report.artifact.graph is not None
+    assert report.artifact.graphs.data is not None
     assert report.lengths_steps == (1, 2, 7, 33)
     rows = random_rows(9, 2)
     np.testing.assert_allclose(

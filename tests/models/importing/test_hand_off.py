@@ -41,7 +41,7 @@ def test_each_chunk_is_one_call_from_the_carried_state(tmp_path: Path, kind: str
     sequence, *states = below(rows)
     report = imported(keras.Model(rows, above(sequence, initial_state=states)), tmp_path)
     assert report.artifact.spec.chunking == "per_chunk"
-    assert report.artifact.graph is not None
+    assert report.artifact.graphs.data is not None
     assert any("('above' from 'below')" in note for note in report.notes)
 
     artifact = load_artifact(tmp_path / "out")

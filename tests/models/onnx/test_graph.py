@@ -39,9 +39,9 @@ CELLS += ["tanh"]
 def session_of(spec: ModelSpec, weights: Mapping[str, Floats]) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        write_graph(spec, weights), options, providers=["CPUExecutionProvider"]
-    )
+    graph = write_graph(spec, weights)
+    assert onnx.load_from_string(graph).SerializeToString(deterministic=True) == graph
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def run(
