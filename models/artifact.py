@@ -212,16 +212,14 @@ def load_artifact(path: Path) -> Artifact:
     path = Path(path)
     manifest = read_manifest(path)
     where = f"{path / MANIFEST_NAME}"
-    contents = read_files(path, manifest)
+    name = manifest.get("weights")
+    data = read_files(path, manifest, name)
     try:
         spec = parse_spec(manifest.get("spec"), f"{where}: spec")
     except SpecError as error:
         raise ArtifactError(str(error)) from error
     _check_fitted(spec, where)
-    name = manifest.get("weights")
-    if not isinstance(name, str) or name not in contents:
-        raise ArtifactError(f"{where}: expected `weights` to name one of its files, got {name!r}")
-    weights = read_weights(spec, contents[name], f"{path / name}")
+    weights = read_weights(spec, data, f"{path / str(name)}")
     mark = fingerprint(spec, weights)
     for key, expected in _derived(spec, mark).items():
         given = manifest.get(key, _UNSAID.get(key))
@@ -234,6 +232,9 @@ def load_artifact(path: Path) -> Artifact:
         given = manifest.get(key)
         if given is not None and not (isinstance(given, str) and given in manifest["files"]):
             raise ArtifactError(f"{where}: expected `{key}` to name one of its files: {given!r}")
+    for key in ("metrics", "training"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise ArtifactError(f"{where}: expected `{key}` to be an object")
     return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
 
 

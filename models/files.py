@@ -1,10 +1,14 @@
-"""Files that are there whole or not at all, and names that stay inside their folder."""
+"""Files that are there whole or not at all, names that stay inside their folder, safe opening."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
+import unicodedata
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 
 def write_new(file: Path, data: bytes) -> None:
@@ -41,7 +45,35 @@ def sync_directory(path: Path) -> None:
 
 
 def inside(name: str) -> bool:
-    """Whether a relative name, with `/` between folders, leads nowhere else."""
+    """Whether a relative name, with `/` between folders, leads nowhere else.
+
+    A name with control characters, NUL among them, or lone surrogates is none.
+    """
     parts = PurePosixPath(name).parts
     plain = bool(parts) and not name.startswith("/") and ".." not in parts
-    return plain and "\\" not in name and str(PurePosixPath(name)) == name and name != "."
+    odd = "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    return plain and not odd and str(PurePosixPath(name)) == name and name != "."
+
+
+def open_regular(file: Path, folder: Path | None = None) -> BinaryIO:
+    """Open a regular file for reading, once and without waiting.
+
+    What was checked is what is read: look at it through its descriptor (`os.fstat`), never again
+    by its path. A FIFO, a device or a directory is refused before a byte is read.
+
+    Args:
+        file: the file; links are followed.
+        folder: the artifact that the file has to be in, once links are followed; None for any.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or leads out of the folder.
+    """
+    real = os.path.realpath(file)
+    if folder is not None and not Path(real).is_relative_to(os.path.realpath(folder)):
+        raise OSError(errno.EXDEV, f"expected a file inside the artifact, it leads to {real}")
+    # without O_NONBLOCK, opening a FIFO waits for a writer
+    handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "expected a regular file")
+    return open(handle, "rb")

@@ -4,23 +4,31 @@ The manifest is JSON. It lists every file with size and SHA-256, and its own `ch
 SHA-256 of the rest of it in canonical form. What the manifest means is for `models.artifact`.
 
 Reading refuses a manifest of another format, or one that does not have its checksum, and a listed
-file that is missing, changed or outside the directory. Files that are not listed are not read.
+file that is missing, changed, outside the directory or no regular file, or more bytes than the
+limits below. Each file is opened once: what was checked is what is returned. Files that are not
+listed are not opened. Links are followed inside the directory, which may be one itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.errors import ArtifactError
-from models.files import inside
+from models.files import inside, open_regular
 from models.fingerprint import canonical_json
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_ARTIFACT_BYTES = 4 * 2**30
+"""Largest manifest, and most bytes of all files that it lists."""
+
+_PIECE_BYTES = 2**20
 
 
 def sealed(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -61,7 +69,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: expected a directory with {MANIFEST_NAME}")
     file = path / MANIFEST_NAME
     try:
-        manifest = json.loads(file.read_bytes())
+        with open_regular(file, path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > MAX_MANIFEST_BYTES:
+                raise ArtifactError(
+                    f"{file}: expected at most {MAX_MANIFEST_BYTES} bytes, got {size}"
+                )
+            manifest = json.loads(stream.read(size))
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -83,36 +97,65 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_files(path: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:
-    """Every file that a directory's manifest lists, as it was written, by name.
+def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
+    """Check every file that a directory's manifest lists.
+
+    Args:
+        wanted: the name of one of them, as the manifest gives it.
+
+    Returns:
+        The content of the wanted one.
 
     Raises:
         ArtifactError: naming the file and the reason.
     """
+    where = path / MANIFEST_NAME
     listed = manifest.get("files")
     if not isinstance(listed, dict):
-        raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files`, an object")
-    contents: dict[str, bytes] = {}
+        raise ArtifactError(f"{where}: expected `files`, an object")
+    if not isinstance(wanted, str) or wanted not in listed:
+        raise ArtifactError(f"{where}: expected `weights` to name one of its files, got {wanted!r}")
+    sizes: dict[str, int] = {}
     for name, entry in listed.items():
-        file = path / name
-        if not inside(name) or not file.resolve().is_relative_to(path.resolve()):
+        if not inside(name):
+            raise ArtifactError(f"{where}: expected file names inside the artifact, got {name!r}")
+        size = entry.get("size_bytes") if isinstance(entry, dict) else None
+        if not isinstance(size, int) or size < 0:
             raise ArtifactError(
-                f"{path / MANIFEST_NAME}: expected file names inside the artifact, got {name!r}"
+                f"{where}: expected `files.{name}` to be an object with `size_bytes` and `sha256`"
             )
-        if not isinstance(entry, dict):
-            raise ArtifactError(f"{path / MANIFEST_NAME}: expected `files.{name}` to be an object")
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-        if len(data) != entry.get("size_bytes"):
-            raise ArtifactError(
-                f"{file}: expected {entry.get('size_bytes')} bytes, got {len(data)}"
-            )
-        if hashlib.sha256(data).hexdigest() != entry.get("sha256"):
-            raise ArtifactError(f"{file}: changed since it was written (SHA-256 differs)")
-        contents[name] = data
-    return contents
+        sizes[name] = size
+    if sum(sizes.values()) > MAX_ARTIFACT_BYTES:
+        raise ArtifactError(
+            f"{where}: expected files of at most {MAX_ARTIFACT_BYTES} bytes in all, "
+            f"got {sum(sizes.values())}"
+        )
+    contents = {
+        name: _read_listed(path, name, size, listed[name].get("sha256"), keep=name == wanted)
+        for name, size in sizes.items()
+    }
+    return contents[wanted]
+
+
+def _read_listed(path: Path, name: str, size: int, sha256: Any, *, keep: bool) -> bytes:
+    """Read and check one file; its content, or nothing of it."""
+    file = path / name
+    digest, kept = hashlib.sha256(), []
+    try:
+        with open_regular(file, path) as stream:
+            got = os.fstat(stream.fileno()).st_size
+            if got != size:
+                raise ArtifactError(f"{file}: expected {size} bytes, got {got}")
+            while size > 0 and (piece := stream.read(min(size, _PIECE_BYTES))):
+                size -= len(piece)
+                digest.update(piece)
+                if keep:
+                    kept.append(piece)
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
+    if size or digest.hexdigest() != sha256:
+        raise ArtifactError(f"{file}: changed since it was written (SHA-256 differs)")
+    return b"".join(kept)
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:

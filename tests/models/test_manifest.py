@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.artifact import write_artifact
+from models.artifact import load_artifact, write_artifact
 from models.errors import ArtifactError
 from models.fingerprint import canonical_json
 from models.spec import parse_spec
@@ -69,9 +70,10 @@ def test_a_changed_manifest_fails_its_checksum(made: Path) -> None:
     refusal(made, "manifest.json", "changed since it was written", manifest["checksum"])
 
 
-@pytest.mark.parametrize(
-    "name", ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
-)
+FILES = ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_every_listed_file_is_guarded(made: Path, name: str) -> None:
     file = made / name
     content = file.read_bytes()
@@ -93,6 +95,19 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
     "bad entry": (lambda m: m["files"].update({"report.json": 1}), ["files.report.json"]),
     "no weights": (lambda m: m.pop("weights"), ["`weights`", "None"]),
     "unlisted graph": (lambda m: m.update(graph="g"), ["`graph`", "'g'"]),
+    "graph no name": (lambda m: m.update(graph=["graph.onnx"]), ["`graph`", "['graph.onnx']"]),
+    "weights no name": (lambda m: m.update(weights=["w"]), ["`weights`", "['w']"]),
+    "metrics": (lambda m: m.update(metrics=[1]), ["`metrics`", "an object"]),
+    "training": (lambda m: m.update(training="x"), ["`training`", "an object"]),
+    "no size": (lambda m: m["files"].update(x={"sha256": ""}), ["files.x", "size_bytes"]),
+    "large": (
+        lambda m: m["files"].update(x={"sha256": "", "size_bytes": 2**32}),
+        ["at most 4294967296 bytes in all"],
+    ),
+    "NUL in a name": (
+        lambda m: m["files"].update({"a\0b": {"sha256": "", "size_bytes": 0}}),
+        ["inside the artifact"],
+    ),
     "unlisted weights": (lambda m: m.update(weights="w"), ["`weights`", "'w'"]),
     "name": (lambda m: m.update(name="other"), ["`name`", "small", "other"]),
     "state": (lambda m: m["state"].pop("gru_1.hidden"), ["`state`"]),
@@ -132,6 +147,74 @@ def test_a_link_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path)
     (made / "report.json").symlink_to(outside)
 
     refusal(made, "inside the artifact", "report.json")
+
+
+def test_a_linked_directory_and_links_inside_it_are_followed(made: Path, tmp_path: Path) -> None:
+    (made / "report.json").rename(made / "kept.json")
+    (made / "report.json").symlink_to("kept.json")
+    (tmp_path / "link").symlink_to(made)
+
+    assert load_artifact(tmp_path / "link").path == tmp_path / "link"
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "report.json"])
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (fifo, "regular file"),
+        (Path.mkdir, "regular file"),
+        (device, "inside the artifact"),
+        (loop, "symbolic links"),
+        (sparse, str(2**40)),
+    ],
+    ids=["fifo", "folder", "device", "loop", "sparse"],
+)
+def test_what_is_no_file_of_its_size_is_refused_unread(
+    made: Path, name: str, make: Callable[[Path], None], word: str
+) -> None:
+    (made / name).unlink()
+    make(made / name)
+
+    refusal(made, name, word)
+
+
+def test_a_manifest_that_is_too_large_is_refused_unread(made: Path) -> None:
+    (made / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
+
+    refusal(made, "manifest.json", "at most 16777216 bytes, got 16777217")
+
+
+def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked and loaded are the same bytes: nothing is looked at by its path twice."""
+    opened: list[str] = []
+    real = os.open
+
+    def counted(path: str, *rest: int, **more: int) -> int:
+        opened.append(Path(path).name)
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", counted)
+    load_artifact(made)
+
+    assert sorted(opened) == sorted(["manifest.json", *(Path(n).name for n in FILES)])
 
 
 def test_the_checksum_is_that_of_the_canonical_manifest(made: Path) -> None:
