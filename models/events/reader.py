@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -49,6 +49,19 @@ _CATEGORY = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_CATEGORY_CH
 _EPOCH_MS = Annotated[int, msgspec.Meta(ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)]
 
 
+class ReadEvents(NamedTuple):
+    """Events, and how much of their text they account for.
+
+    Attributes:
+        members: how many members of the events have a value other than null.
+        texts: how many of those values are text.
+    """
+
+    columns: EventColumns
+    members: int
+    texts: int
+
+
 class EventReader:
     """Reads the events of one model. Made once, for any number of chunks and threads.
 
@@ -67,6 +80,7 @@ class EventReader:
         self._numbers = given[: len(given) - texts]
         self._texts = given[len(given) - texts :]
         self._may_be_none = [places[at].absent is not None for at in self._numbers]
+        self._optional = [at for at, place in enumerate(places) if place.absent is not None]
         self._time_at = places.index(self._layout.time) if self._layout.time else None
         # Packing notices a None among numbers; among texts and timestamps nothing would.
         self._unnoticed = tuple(
@@ -104,8 +118,13 @@ class EventReader:
         Returns:
             None where the strict type is to be asked.
         """
+        read = self.read(events)
+        return None if read is None else read.columns
+
+    def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents | None:
+        """As `columns`, and how many members and texts the events have."""
         if not events:
-            return columns_from_events(self._layout.schema, [])
+            return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
         steps, layout = len(events), self._layout
         given = tuple(zip(*map(astuple, events), strict=True))
         times_ms = None
@@ -136,7 +155,23 @@ class EventReader:
         for at, _ in self._unnoticed if blanks else ():
             if at in self._texts:
                 texts[self._texts.index(at)] = [text or "" for text in given[at]]
-        return EventColumns.of_block(Block(layout, steps, numbers, tuple(texts), times_ms, absent))
+        columns = EventColumns.of_block(
+            Block(layout, steps, numbers, tuple(texts), times_ms, absent)
+        )
+        members, strings = self._accounted(given, steps)
+        return ReadEvents(columns, members, strings)
+
+    def _accounted(self, given: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
+        """How many values there are, and how many of them are text."""
+        members, texts = steps * len(given), steps * len(self._texts)
+        for at in self._optional:
+            absent = given[at].count(None)
+            members -= absent
+            if at in self._texts:
+                texts -= absent
+        if self._time_at is not None:
+            texts += list(map(type, given[self._time_at])).count(str)
+        return members, texts
 
     def columns_many(self, chunks: Sequence[Sequence[msgspec.Struct]]) -> list[EventColumns] | None:
         """As `columns` for several chunks, in less time for each; views of the same arrays.

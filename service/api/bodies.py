@@ -2,8 +2,8 @@
 
 Each served model has its own types, because its events have their own schema and its rows
 their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
-list of rows there, and one binary string of float32 here. Unknown members are refused, and
-nothing is converted: no number out of text, no integer out of 48.0.
+list of rows there, and one binary string of float32 here. Unknown and duplicate members are
+refused, and nothing is converted: no number out of text, no integer out of 48.0.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 from models.decoder import known_schema
 from models.events.parse import event_type
 from models.events.schema import EventSchema
+from service.api.duplicates import duplicate_member
 from service.api.invalid import Place, invalid_body
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
@@ -135,13 +136,16 @@ class ModelBodies:
         told = coming_schema(served)
         self._coming = [] if told is None else [field.name for field in told.fields]
 
-    def validate(self, kind: type[B], media: Media, body: bytes) -> B:
+    def validate(self, kind: type[B], media: Media, body: bytes, *, duplicates: bool = False) -> B:
         """A body of that type.
+
+        Args:
+            duplicates: leave duplicate members to the caller to reject.
 
         Raises:
             MalformedBody, InvalidInput
         """
-        return validate(kind, media, body, self._members(kind))
+        return validate(kind, media, body, self._members(kind), duplicates=duplicates)
 
     def validate_part(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
         """A part of a body that is parsed already; places in errors begin with `inside`."""
@@ -176,19 +180,33 @@ class _Members:
         return self.inner if at else self.body
 
 
-def validate(kind: type[B], media: Media, body: bytes, members: _Members | None = None) -> B:
+def validate(
+    kind: type[B],
+    media: Media,
+    body: bytes,
+    members: _Members | None = None,
+    *,
+    duplicates: bool = False,
+) -> B:
     """A body of a type that no model changes.
+
+    Args:
+        duplicates: leave duplicate members to the caller to reject.
 
     Raises:
         MalformedBody, InvalidInput
     """
     try:
         if media is Media.JSON:
-            return kind.model_validate_json(body)
-        return kind.model_validate(loads(media, body))
+            found = kind.model_validate_json(body)
+        else:
+            found = kind.model_validate(loads(media, body))
     except ValidationError as error:
         known = members or _Members(list(kind.model_fields), (), ())
         raise invalid_body(error, media, known) from error
+    if not duplicates and (error_twice := duplicate_member(media, body)) is not None:
+        raise error_twice
+    return found
 
 
 def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:

@@ -5,12 +5,18 @@ whose decoders check while they parse, in C: members, numbers, widths, lengths. 
 a body then become one float32 buffer. What is read here is read by the strict types of `bodies.py`
 as the same values; what is wrong is never said here. Where the answer is None, the strict types
 are to be asked: they make the error, or find the body good after all.
+
+A decoder keeps the last of duplicate members. So the members that it found, and in JSON the texts,
+are counted and compared with the body: in JSON each is a pair of quotation marks, in MessagePack
+the header of a map says how many it has. A duplicate, a null and a quotation mark within a text can
+only add to what the body has; only where it has more is it looked through.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
@@ -22,6 +28,7 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader
 from service.api.bodies import MAX_POSITION
+from service.api.duplicates import HEADER_BYTES, duplicate_member, packed_count
 from service.api.json_rows import JsonRows, RowsBody
 from service.api.limits import ApiLimits
 from service.api.media import Media
@@ -30,6 +37,7 @@ from service.domain import Feed, FloatRows, Steps
 from service.served import ServedModel
 
 _F4 = np.dtype("<f4")
+_QUOTE = np.uint8(ord('"'))
 
 
 class PlainSteps(msgspec.Struct):
@@ -62,8 +70,34 @@ _NOT_PLAIN = (_NotPlainError, msgspec.MsgspecError, DataError, OverflowError, Va
 
 class _Decoders(NamedTuple):
     chunk: Any
+    item: Any
     many: Any
     predict: Any
+
+
+class _Read(NamedTuple):
+    """The steps of a chunk or sequence, and how many members and texts it has, events included."""
+
+    steps: Steps
+    members: int
+    texts: int
+
+
+class _PackedChunk(msgspec.Struct):
+    """The events of a body in MessagePack, undecoded."""
+
+    events: list[msgspec.Raw] | None = None
+
+
+class _PackedParts(msgspec.Struct):
+    """The chunks or sequences of a body in MessagePack, undecoded."""
+
+    chunks: list[msgspec.Raw] = []
+    sequences: list[msgspec.Raw] = []
+
+
+_PACKED_CHUNK = msgspec.msgpack.Decoder(_PackedChunk)
+_PACKED_PARTS = msgspec.msgpack.Decoder(_PackedParts)
 
 
 class PlainBodies:
@@ -90,10 +124,14 @@ class PlainBodies:
             more: rows that follow those of the body, each part as `rows` gives it.
         """
         try:
-            if media is Media.JSON and (read := self._json_rows.chunk(body)) is not None:
-                return read, self._given(read.rows, more)
+            if media is Media.JSON and (rows := self._json_rows.chunk(body)) is not None:
+                return rows, self._given(rows.rows, more)
             found: PlainChunk = self._decoders[media].chunk.decode(body)
-            return found, self._one(found, more)
+            read = self._one(found, more)
+            members = read.members + (found.position is not None) + (found.epoch is not None)
+            texts = read.texts + (found.epoch is not None)
+            _check_once(media, body, members, texts, [(body, found.events is not None)])
+            return found, read.steps
         except _NOT_PLAIN:
             return None
 
@@ -108,27 +146,51 @@ class PlainBodies:
             found: list[PlainItem] = self._decoders[media].many.decode(body).chunks
             if None in [is_stream_name(item.stream) for item in found]:
                 return None
-            return list(zip(found, self._all(found), strict=True))
+            return list(zip(found, self._parts(media, body, found), strict=True))
         except _NOT_PLAIN:
             return None
 
     def sequences(self, media: Media, body: bytes) -> list[Steps] | None:
         """The whole sequences of a body, or None."""
         try:
-            steps = self._all(self._decoders[media].predict.decode(body).sequences)
+            found: list[PlainSteps] = self._decoders[media].predict.decode(body).sequences
+            steps = self._parts(media, body, found)
         except _NOT_PLAIN:
             return None
         lengths = [sequence.length for sequence in steps]
         too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
         return None if too_long else steps
 
-    def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> Steps:
+    def _parts(self, media: Media, body: bytes, found: Sequence[PlainSteps]) -> list[Steps]:
+        """The steps of each chunk or sequence of a body."""
+        read = self._all(found)
+        members, texts = 1, 0
+        for part, of_part in zip(found, read, strict=True):
+            members += of_part.members
+            texts += of_part.texts
+            if isinstance(part, PlainItem):
+                members += 1 + (part.position is not None)
+                texts += 1
+                for text in (part.epoch, part.if_match):
+                    if text is not None:
+                        members, texts = members + 1, texts + 1
+        packed: list[tuple[bytes | msgspec.Raw, bool]] = []
+        if media is Media.MSGPACK:
+            undecoded = _PACKED_PARTS.decode(body)
+            raws = [*undecoded.chunks, *undecoded.sequences]
+            packed = [(body, False)]
+            packed += zip(raws, [part.events is not None for part in found], strict=True)
+        _check_once(media, body, members, texts, packed)
+        return [of_part.steps for of_part in read]
+
+    def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> _Read:
         if body.inputs is None:
             if more:
                 raise _NotPlainError
             return self._events(body)
         packed = _packed(body)
-        return self._steps(self._rows(b"".join((packed, *more)) if more else packed))
+        steps = self._steps(self._rows(b"".join((packed, *more)) if more else packed))
+        return _Read(steps, 1, 0)
 
     def _given(self, rows: FloatRows, more: Sequence[bytes]) -> Steps:
         """As `_one`, of rows that were read already."""
@@ -143,12 +205,13 @@ class PlainBodies:
             raise _NotPlainError
         return Steps(Feed.INPUTS, len(rows), None, rows)
 
-    def _all(self, bodies: Sequence[PlainSteps]) -> list[Steps]:
+    def _all(self, bodies: Sequence[PlainSteps]) -> list[_Read]:
         """The steps of each body. All their rows are views of one buffer, checked at once."""
         packed = [_packed(body) for body in bodies if body.inputs is not None]
         rows = self._rows(b"".join(packed))
         lengths = iter([divmod(len(given), self._row_bytes) for given in packed])
-        end, found = 0, []
+        end = 0
+        found: list[_Read] = []
         for body in bodies:
             if body.inputs is None:
                 found.append(self._events(body))
@@ -157,7 +220,7 @@ class PlainBodies:
             if rest:
                 raise _NotPlainError
             start, end = end, end + length
-            found.append(Steps(Feed.INPUTS, length, None, rows[start:end]))
+            found.append(_Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0))
         return found
 
     def _rows(self, packed: bytes) -> FloatRows:
@@ -169,13 +232,14 @@ class PlainBodies:
             check_rows(self._columns, rows)
         return rows
 
-    def _events(self, body: PlainSteps) -> Steps:
+    def _events(self, body: PlainSteps) -> _Read:
         if self._reader is None or body.events is None:
             raise _NotPlainError
-        columns = self._reader.columns(body.events)
-        if columns is None:
+        read = self._reader.read(body.events)
+        if read is None:
             raise _NotPlainError
-        return Steps(Feed.EVENTS, columns.steps, columns)
+        steps = Steps(Feed.EVENTS, read.columns.steps, read.columns)
+        return _Read(steps, 1 + read.members, read.texts)
 
     def _made(self, media: Media, limits: ApiLimits) -> _Decoders:
         wide, most = self._wide, limits.max_chunk_steps
@@ -205,9 +269,51 @@ class PlainBodies:
         decoder: Any = msgspec.json.Decoder if media is Media.JSON else msgspec.msgpack.Decoder
         return _Decoders(
             decoder(_struct(PlainChunk, chunk)),
+            decoder(item),
             decoder(_struct(msgspec.Struct, [("chunks", items)])),
             decoder(_struct(msgspec.Struct, [("sequences", sequences)])),
         )
+
+
+def _check_once(
+    media: Media,
+    body: bytes,
+    members: int,
+    texts: int,
+    packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
+) -> None:
+    """Leave a body in which a member comes twice to the strict types.
+
+    Args:
+        members: how many the decoder found that are not null, and `texts` how many of them are
+            text.
+        packed: the maps of a body in MessagePack, apart from its events, and whether each has any.
+    """
+    if media is Media.MSGPACK:
+        is_once = sum([_packed_members(*part) for part in packed]) == members
+    else:
+        # NumPy counts five times as fast as bytes do.
+        quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
+        is_once = quotes == 2 * (members + texts)
+    if not is_once and duplicate_member(media, body) is not None:
+        raise _NotPlainError
+
+
+def _packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
+    """How many members a map in MessagePack has, those of its events included."""
+    members = _head_count(bytes(value)[:HEADER_BYTES])
+    if has_events:
+        events = _PACKED_CHUNK.decode(value).events or ()
+        members += sum([_head_count(bytes(event)[:HEADER_BYTES]) for event in events])
+    return members
+
+
+@lru_cache(maxsize=4096)
+def _head_count(header: bytes) -> int:
+    counted = packed_count(header)
+    if counted is None:
+        raise _NotPlainError
+    return counted[0]
 
 
 def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Struct]:

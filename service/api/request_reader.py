@@ -11,6 +11,7 @@ from typing import Any
 
 from models.events.columns import EventColumns, columns_from_events
 from service.api.bodies import ChunkBody, ForecastBody, ItemBody, ModelBodies, coming_schema
+from service.api.duplicates import duplicate_members
 from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
@@ -117,12 +118,17 @@ class RequestReader:
             return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
         types = self.bodies.types[media]
         try:
-            found: list[Any] = list(self.bodies.validate(types.many, media, body).chunks)
+            many = self.bodies.validate(types.many, media, body, duplicates=True)
+            found: list[Any] = list(many.chunks)
         except InvalidInput as error:
             found = self._item_values(body, media, error)
         if len(found) > self._limits.max_items:
             raise _too_many("chunks", self._limits.max_items, len(found))
-        return [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found)]
+        twice = duplicate_members(media, body, "chunks")
+        return [
+            self._item(value, media, f"chunks[{at}]", twice.get(at))
+            for at, value in enumerate(found)
+        ]
 
     def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
         """The items as plain values, where it is not the body as a whole that is wrong."""
@@ -134,12 +140,21 @@ class RequestReader:
         items: list[Any] = values["chunks"]
         return items
 
-    def _item(self, value: Any, media: Media, inside: str) -> Chunk | CarryError:
+    def _item(
+        self, value: Any, media: Media, inside: str, twice: InvalidInput | None
+    ) -> Chunk | CarryError:
+        """The chunk of an item, or what is wrong with it.
+
+        Args:
+            twice: that a member is in it twice.
+        """
         stream: str | None = None
         try:
             name = value.stream if isinstance(value, ItemBody) else _name_in(value)
             if name is not None:
                 stream = stream_name(name, f"{inside}.stream")
+            if twice is not None:
+                raise twice
             if not isinstance(value, ItemBody):
                 value = self.bodies.validate_part(
                     self.bodies.types[media].item, media, value, inside

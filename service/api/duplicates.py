@@ -1,0 +1,147 @@
+"""Duplicate members: an object that has a member twice is rejected.
+
+Decoders keep the last of equal members without a word, so that two readers may see two different
+requests in one body (RFC 8259, section 4). This module looks at the bytes of a body that a decoder
+has accepted. It builds all of the body once more: the fast decoder compares counts first and asks
+here only where they differ; long bodies come in parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from service.api.invalid import Place, place
+from service.api.media import Media
+from service.errors import InvalidInput
+
+EXPECTED: Final = "each member of an object once"
+
+_ELEMENTS: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_NAME: Final = msgspec.msgpack.Decoder(str)
+_FIXMAP, _MAP16, _MAP32 = 0x80, 0xDE, 0xDF
+_FIXARRAY, _ARRAY16, _ARRAY32 = 0x90, 0xDC, 0xDD
+
+
+class _Duplicate(NamedTuple):
+    """Stands for an object that has this member more than once."""
+
+    name: str
+
+
+def duplicate_member(media: Media, body: bytes, inside: str = "") -> InvalidInput | None:
+    """The rejection of a body in which an object has a member twice; None where none has.
+
+    Args:
+        body: what a decoder has accepted.
+        inside: the place of the body in the request, as `chunks[2]`.
+    """
+    tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
+    found = _find(tree, ())
+    return None if found is None else duplicated(place(found, inside))
+
+
+def duplicate_members(media: Media, body: bytes, parts: str) -> dict[int, InvalidInput]:
+    """As `duplicate_member` for each element of the list that is the body's member `parts`.
+
+    Raises:
+        InvalidInput: the member is twice in the body itself.
+    """
+    tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
+    if isinstance(tree, _Duplicate):
+        raise duplicated(tree.name)
+    found = {at: _find(part, (parts, at)) for at, part in enumerate(tree[parts])}
+    return {at: duplicated(place(where)) for at, where in found.items() if where is not None}
+
+
+def duplicated(at: str) -> InvalidInput:
+    """The rejection of a member that its object has more than once."""
+    return InvalidInput(
+        f"{at}: expected {EXPECTED}, got this one more than once",
+        at=at,
+        expected=EXPECTED,
+        got="more than one",
+    )
+
+
+HEADER_BYTES: Final = 5
+"""Most that the header of a map or an array takes in MessagePack."""
+
+
+def packed_count(value: bytes | memoryview) -> tuple[int, int] | None:
+    """Members of a map, or elements of an array, in MessagePack, and the size of its header.
+
+    Returns:
+        None where the value is neither.
+    """
+    first = value[0]
+    if first & 0xF0 in (_FIXMAP, _FIXARRAY):
+        return first & 0x0F, 1
+    if first in (_MAP16, _ARRAY16):
+        return int.from_bytes(value[1:3], "big"), 3
+    if first in (_MAP32, _ARRAY32):
+        return int.from_bytes(value[1:5], "big"), 5
+    return None
+
+
+def _json_tree(body: bytes) -> Any:
+    def members(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                break
+            seen.add(name)
+        return _Duplicate(name)
+
+    # Numbers are of no interest, and Python limits the digits of an integer.
+    return json.loads(body.decode(), object_pairs_hook=members, parse_int=len, parse_float=len)
+
+
+def _packed_tree(packed: bytes | msgspec.Raw) -> Any:
+    value = memoryview(packed)
+    counted = packed_count(value)
+    if counted is None:
+        return None
+    count, start = counted
+    if value[0] & 0xF0 == _FIXARRAY or value[0] in (_ARRAY16, _ARRAY32):
+        return [_packed_tree(element) for element in _ELEMENTS.decode(value)]
+    # A map is an array of its names and values under another header.
+    header = _ARRAY32.to_bytes() + (2 * count).to_bytes(4, "big")
+    pairs = _ELEMENTS.decode(b"".join((header, value[start:])))
+    found: dict[str, Any] = {}
+    for at in range(0, len(pairs), 2):
+        name = _name(pairs[at])
+        if name in found:
+            return _Duplicate(name)
+        found[name] = _packed_tree(pairs[at + 1])
+    return found
+
+
+def _name(packed: msgspec.Raw) -> str:
+    try:
+        return _NAME.decode(packed)
+    except msgspec.ValidationError:
+        # A name that is no text; nothing that is accepted has one.
+        return repr(bytes(packed))
+
+
+def _find(tree: Any, at: Place) -> Place | None:
+    if isinstance(tree, _Duplicate):
+        return (*at, tree.name)
+    parts: Iterable[tuple[int | str, Any]] = ()
+    if isinstance(tree, dict):
+        parts = tree.items()
+    elif isinstance(tree, list):
+        parts = enumerate(tree)
+    for step, part in parts:
+        if isinstance(part, list | dict | _Duplicate):
+            found = _find(part, (*at, step))
+            if found is not None:
+                return found
+    return None
