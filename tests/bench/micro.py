@@ -149,8 +149,7 @@ def _codec(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
 @contextmanager
 def _queue(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     limits = BatchLimits(BATCH, 4096)
-    with asyncio.Runner() as runner:
-        tickets = runner.run(_tickets(1_000))
+    tickets = uvloop.run(_tickets(1_000))
 
     def case(name: str, jobs: int, streams: int) -> Case:
         """A batch is taken, its streams released, and as many jobs come as were taken."""

@@ -77,7 +77,8 @@ def on_stock_asyncio(work: Callable[[list[dict[str, Any]]], Coroutine[Any, Any, 
         )
         await work(failures)
 
-    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+    loop = asyncio.SelectorEventLoop
+    with asyncio.Runner(loop_factory=loop) as runner:  # noqa: TID251 - the loop under test
         runner.run(watched())
     assert failures == []
 
