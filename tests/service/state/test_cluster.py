@@ -10,7 +10,13 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from service.errors import NotDurable, OutcomeUnknown, StoreRefused, StoreUnavailable
+from service.errors import (
+    CarryError,
+    NotDurable,
+    OutcomeUnknown,
+    StoreRefused,
+    StoreUnavailable,
+)
 from service.state.open import open_store
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.settings import Durability, StoreSettings
@@ -281,6 +287,33 @@ async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
         (check,) = await store.check()
         assert check.ok, check.detail
         own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
+
+
+async def test_what_a_lost_node_owes_goes_to_its_heir(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """Without the node coming back: what it was sent, and what was asked since."""
+    victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+        commits = [streams.creation(key(f"s{i}")) for i in range(12)]
+        await committed(store, *commits)
+        assert victim.ask("WAIT", 1, 5000) == 1
+        ours = [c for c in commits if own_cluster.owner(names("", c.key.stream)[0]) == 0]
+        assert len(ours) > 1
+        sent, *unsent = (streams.next(commit) for commit in ours)
+        victim.pause()
+        owed = [asyncio.create_task(store.commit([sent]))]
+        await asyncio.sleep(0)
+        victim.kill()
+        owed += [asyncio.create_task(store.commit([commit])) for commit in unsent]
+        loading = asyncio.create_task(store.load([commit.key for commit in commits]))
+        try:
+            assert await asyncio.gather(*owed) == [[Committed()]] * len(ours)
+            assert not any(isinstance(found, CarryError) for found in await loading)
+        finally:
+            victim.start()
+            own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
+            await asyncio.to_thread(own_cluster.settle)
 
 
 async def test_a_planned_change_of_the_primary_loses_nothing(

@@ -13,7 +13,7 @@ import pytest
 from service.errors import OutcomeUnknown
 from service.state.connections import Backend
 from service.state.lane import Lane
-from service.state.request import Answer, Request, Script
+from service.state.request import Answer, ReplyLost, Request, Script
 from service.state.settings import StoreSettings
 from tests.support.servers import (
     KINDS,
@@ -57,6 +57,36 @@ async def test_an_abandoned_request_that_is_sent_again_takes_nobodys_answer(
             for number, other in enumerate(others):
                 assert other.future.result() == Answer(f"{round_}.{number}".encode(), False)
         assert lane.is_idle
+
+
+async def test_what_is_handed_over_knows_its_earlier_tries(own_server: RealServer) -> None:
+    """Requests that were sent may have been carried out; a WAIT means nothing elsewhere."""
+    async with lane_to(own_server) as lane:
+        known = Request.of("PING")
+        lane.put([known])
+        lane.flush()
+        await known.future
+        own_server.signal(signal.SIGSTOP)
+        sent, bound, asking, abandoned = (Request.of("ECHO", word) for word in "abcd")
+        bound.bound = asking.asking = True
+        lane.put([sent, bound, asking, abandoned])
+        lane.flush()
+        unsent = Request.of("ECHO", "e")
+        lane.put([unsent])
+        abandoned.future.cancel()
+        assert lane.is_answering
+        assert lane.hand_over() == [sent, asking, unsent]
+        assert [request.repeated for request in (sent, asking, unsent)] == [True, True, False]
+        assert isinstance(bound.future.result(), ReplyLost)
+        assert lane.is_idle
+        assert not lane.is_answering
+        own_server.signal(signal.SIGCONT)
+        # Its connection is not used again: late answers belong to nobody.
+        later = Request.of("ECHO", "later")
+        lane.put([later])
+        lane.flush()
+        assert await later.future == Answer(b"later", False)
+        assert not any(request.future.done() for request in (sent, asking, unsent))
 
 
 async def _connected(server: RealServer) -> None:
