@@ -171,7 +171,7 @@ class Lane:
         abandoned = False
         number, since = self._number, self.since
         for request in self._unwritten:
-            if request.future.done():
+            if request.future.done() and not request.sent:
                 abandoned = True
                 continue
             # The client library packs in Python, at four times the cost.
@@ -181,7 +181,7 @@ class Lane:
         self._number = number
         if abandoned:
             # What was never sent is never sent; what was, still gets its answer.
-            unsent = [r for r in self._unwritten if r.future.done()]
+            unsent = [r for r in self._unwritten if r.future.done() and not r.sent]
             self._pending = deque(r for r in self._pending if r not in unsent)
         self._unwritten.clear()
         self._owe()
@@ -294,8 +294,20 @@ class Lane:
             self._refuse(request, error)
 
     def _forget_abandoned(self) -> None:
-        """Drop the requests whose callers' time was up, while no answer to them can come."""
-        self._pending = deque(r for r in self._pending if not r.future.done())
+        """Drop the requests whose callers' time was up, while no answer to them can come.
+
+        A script that was sent stays while somebody waits for one behind it on the same keys. The
+        bytes of the connection before may still arrive; the server would then carry out both,
+        after it had refused the second, which was decided for what the first writes.
+        """
+        awaited: set[str | bytes | int] = set()
+        pending: deque[Request] = deque()
+        for request in reversed(self._pending):
+            follows = request.sent and not awaited.isdisjoint(request.keys)
+            if not request.future.done() or follows:
+                awaited.update(request.keys)
+                pending.appendleft(request)
+        self._pending = pending
         self._unwritten = [r for r in self._unwritten if not r.future.done()]
 
     def _owe(self) -> None:

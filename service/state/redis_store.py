@@ -279,12 +279,15 @@ class RedisStore:
                     if result is COMMITTED:
                         return await self._confirm(key, result, deadline_s)
                 return result
-            is_unsure = is_unsure or (outcome.repeated and is_stream)
+            is_unsure = is_unsure or outcome.repeated
             condition = b"" if header is None else mark_bytes(raw_mark(header))
             if tries_left <= DELETE_TRIES // 2:
                 condition = condition[:EPOCH_BYTES]
             is_stream = header is not None and not header.startswith(TOMBSTONE_BEGIN)
-        return Conflict(f"stream {key.stream!r} was begun again {DELETE_TRIES} times in a row")
+        reason = f"others moved it on {DELETE_TRIES} times in a row"
+        if is_unsure:
+            return outcome_unknown(key, expected, reason)
+        return Conflict(f"stream {key.stream!r} is not deleted: {reason}")
 
     async def _write_tombstone(
         self, key: StreamKey, condition: bytes, tombstone: Tombstone, deadline_s: float

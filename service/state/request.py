@@ -111,6 +111,13 @@ class Request:
             slot,
         )
 
+    @property
+    def keys(self) -> Command:
+        """Those of a script; none of any other command."""
+        if self.command[0] not in ("EVALSHA", "EVAL"):
+            return ()
+        return self.command[3 : 3 + int(self.command[2])]
+
     def not_carried_out(self) -> None:
         """The last try certainly was not."""
         self.sent = self.repeated

@@ -22,6 +22,7 @@ class LossyPath:
         halves: whether the first half of a reply that is lost still comes through.
         holds: how many requests to scripts are still to be held. For each, the client's connection
             breaks before the server gets any of it; `deliver` hands it over later.
+        holding: set once one is held.
         dead: whether new connections are closed at once.
         accepted: how many connections were made.
     """
@@ -31,6 +32,7 @@ class LossyPath:
         self.losses = 0
         self.holds = 0
         self.held: list[bytes] = []
+        self.holding = asyncio.Event()
         self.after_loss: Hook | None = None
         self.halves = False
         self.accepted = 0
@@ -73,6 +75,7 @@ class LossyPath:
                 if b"EVAL" in data and self.holds > 0:
                     self.holds -= 1
                     self.held.append(data)
+                    self.holding.set()
                     return
                 if b"EVAL" in data and self.losses > 0:
                     self.losses -= 1

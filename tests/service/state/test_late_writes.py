@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
+from service.errors import Conflict, OutcomeUnknown
+from service.state.codec import encode_state
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
+from service.state.redis_store import DELETE_TRIES, RedisStore
+from service.state.request import Answer
+from service.state.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
 from tests.support.servers import RealServer, opened
 from tests.support.streams import Streams, absence, committed, key, same_stream
@@ -50,3 +58,37 @@ async def test_a_late_creation_does_not_bring_a_deleted_stream_back(
         await path.deliver()
         assert await store.load_with_reply(key("a")) == (None, None)
         assert await store.delete(key("a")) == Conflicted(None)
+
+
+async def test_a_commit_behind_an_abandoned_one_is_not_refused_and_then_applied(
+    server: RealServer, streams: Streams
+) -> None:
+    """The second was computed from what the first writes; late, they would both be written."""
+    first = streams.creation(key("a"))
+    second = streams.next(first)
+    async with holding(server) as (path, store):
+        path.holds = 1
+        abandoned = asyncio.create_task(store.commit([first]))
+        awaited = asyncio.create_task(store.commit([second]))
+        await path.holding.wait()
+        abandoned.cancel()
+        assert await awaited == [Committed()]
+        await path.deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
+
+
+@pytest.mark.parametrize(("repeated", "outcome"), [(False, Conflict), (True, OutcomeUnknown)])
+async def test_a_deletion_that_may_have_deleted_is_not_refused(
+    repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every try finds that the stream was begun again, after one whose answer was lost or not."""
+    store = RedisStore(StoreSettings("unix:///none"))
+    tries = [repeated] + [False] * (DELETE_TRIES - 1)
+
+    async def begun_again(*_: object) -> Answer:
+        return Answer([0, encode_state(streams.first())], tries.pop())
+
+    monkeypatch.setattr(store, "_write_tombstone", begun_again)
+    assert isinstance(await store.delete(key("a")), outcome)
+    assert not tries
