@@ -176,7 +176,10 @@ class Streams:
                 raise result
             if isinstance(result, Committed):
                 return new
-        raise Conflict(f"stream {key.stream!r} was replaced by others {BEGIN_TRIES} times in a row")
+        raise Conflict(
+            f"stream {key.stream!r} was replaced by others {BEGIN_TRIES} times in a row",
+            stream=key.stream,
+        )
 
     async def _replaceable(self, key: StreamKey, precondition: Precondition | None) -> Mark | None:
         """What a commit expects that replaces what is stored. A damaged state is deleted first, if

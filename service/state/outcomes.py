@@ -36,12 +36,11 @@ def settle(commit: Commit, result: Conflicted) -> CommitResult:
 
 
 def settle_deletion(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
-    """What the conflict of a repeated deletion says about its earlier tries, where it did not find
-    its own tombstone.
+    """What the conflict of a repeated deletion says about its earlier tries.
 
-    No stream: it is gone, whoever deleted it. Still in the epoch that was to be deleted, further
-    on: nothing was deleted. In another epoch: not known, since the stream may have been deleted
-    and begun again.
+    No stream (its own tombstone, another's, or none): it is gone, whoever deleted it. Still in
+    the epoch that was to be deleted, further on: nothing was deleted. In another epoch: not known,
+    since the stream may have been deleted and begun again.
     """
     found = result.found
     if found is None:

@@ -265,21 +265,20 @@ class RedisStore:
                 if is_unsure:
                     return outcome_unknown(key, expected, outcome.detail)
                 raise outcome
-            written, *rest = outcome.value
-            header = rest[0] if rest else None
-            result: CommitResult = COMMITTED if is_stream or is_unsure else Conflicted(None)
-            if written:
-                return result if outcome.durable else self._not_durable(key)
-            if outcome.repeated and header and raw_mark(header) == tombstone.mark:
-                return await self._confirm(key, result, deadline_s)
+            if outcome.value == _WRITTEN:
+                if not outcome.durable:
+                    return self._not_durable(key)
+                return COMMITTED if is_stream or is_unsure else Conflicted(None)
             if expected is not None:
                 result = self._result(key, outcome.value)
                 if outcome.repeated and isinstance(result, Conflicted):
                     result = settle_deletion(key, expected, result)
                     if result is COMMITTED:
-                        return await self._confirm(key, result, deadline_s)
+                        result = await self._confirm(key, deadline_s)
                 return result
+            # An earlier try may have deleted a stream; its tombstone is replaced like any other.
             is_unsure = is_unsure or outcome.repeated
+            header = outcome.value[1] if len(outcome.value) > 1 else None
             condition = b"" if header is None else mark_bytes(raw_mark(header))
             if tries_left <= DELETE_TRIES // 2:
                 condition = condition[:EPOCH_BYTES]
@@ -287,7 +286,7 @@ class RedisStore:
         reason = f"others moved it on {DELETE_TRIES} times in a row"
         if is_unsure:
             return outcome_unknown(key, expected, reason)
-        return Conflict(f"stream {key.stream!r} is not deleted: {reason}")
+        return Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
 
     async def _write_tombstone(
         self, key: StreamKey, condition: bytes, tombstone: Tombstone, deadline_s: float
@@ -378,20 +377,18 @@ class RedisStore:
             if outcome.repeated and isinstance(result, Conflicted):
                 result = settle(commit, result)
                 if result is COMMITTED:
-                    result = await self._confirm(commit.key, result, deadline_s)
+                    result = await self._confirm(commit.key, deadline_s)
             results.append(result)
         return results
 
-    async def _confirm(
-        self, key: StreamKey, result: CommitResult, deadline_s: float | None
-    ) -> CommitResult:
+    async def _confirm(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
         """The result of a write that an earlier try made, and that nothing waited for."""
         if self._is_durable:
             try:
                 await self._confirmed(key, deadline_s)
             except CarryError as error:
                 return self._not_durable(key, error.detail)
-        return result
+        return COMMITTED
 
     async def _confirmed(self, key: StreamKey, deadline_s: float | None) -> list[bytes | None]:
         """State and reply, as durable as a commit is."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.domain import Mark, Tombstone
-from service.errors import OutcomeUnknown, StateDamaged
+from service.domain import Mark, StreamState, Tombstone
+from service.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.state.codec import HEADER_BYTES
 from service.state.outcomes import settle_deletion
 from service.state.protocol import Committed, Conflicted, StateStore
@@ -224,6 +224,23 @@ async def test_a_stream_that_never_rests_is_deleted(
         await busy.close()
     assert isinstance((await store.load([key("a")]))[0], Tombstone)
     assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
+
+
+async def test_a_stream_that_is_begun_again_and_again_is_a_conflict(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    async def begin_again() -> None:
+        await store.delete(key("a"))
+        again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
+        await committed(store, again)
+
+    busy = Interrupted(StoreSettings(server.url), begin_again)
+    await busy.start()
+    try:
+        assert isinstance(await busy.delete(key("a")), Conflict)
+    finally:
+        await busy.close()
+    assert isinstance((await store.load([key("a")]))[0], StreamState)
 
 
 @pytest.mark.parametrize(

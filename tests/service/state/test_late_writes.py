@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from service.errors import Conflict, OutcomeUnknown
+from service.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.state.codec import encode_state
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
 from service.state.redis_store import DELETE_TRIES, RedisStore
-from service.state.request import Answer
+from service.state.request import Answer, Outcome
 from service.state.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
 from tests.support.servers import RealServer, opened
@@ -92,3 +93,62 @@ async def test_a_deletion_that_may_have_deleted_is_not_refused(
     monkeypatch.setattr(store, "_write_tombstone", begun_again)
     assert isinstance(await store.delete(key("a")), outcome)
     assert not tries
+
+
+# Deletions that are tried again
+
+
+class Watched(RedisStore):
+    """A store that does something before each try to write a tombstone."""
+
+    def __init__(self, settings: StoreSettings, before: Callable[[int], Outcome | None]):
+        super().__init__(settings)
+        self._before = before
+        self.tries = 0
+
+    async def _write_tombstone(self, *arguments: Any) -> Outcome:
+        self.tries += 1
+        outcome = self._before(self.tries)
+        return await super()._write_tombstone(*arguments) if outcome is None else outcome
+
+
+@asynccontextmanager
+async def watched(
+    server: RealServer, before: Callable[[int, LossyPath], Outcome | None]
+) -> AsyncIterator[Watched]:
+    """A store on a lossy path, and what is done before each of its tries to delete."""
+    async with LossyPath.to(server.socket, server.folder) as path:
+        store = Watched(StoreSettings(path.url), lambda number: before(number, path))
+        await store.start()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+async def test_a_deletion_that_finds_its_own_tombstone_happened(
+    server: RealServer, streams: Streams
+) -> None:
+    def lose_the_second(number: int, path: LossyPath) -> None:
+        path.losses = number == 2
+
+    async with watched(server, lose_the_second) as store:
+        await committed(store, streams.creation(key("a")))
+        assert await store.delete(key("a")) == Committed()
+        assert store.tries == 3
+        assert await store.load_with_reply(key("a")) == (None, None)
+
+
+async def test_a_deletion_that_is_broken_off_may_have_happened(
+    server: RealServer, streams: Streams
+) -> None:
+    def lose_the_second_and_break_off(number: int, path: LossyPath) -> Outcome | None:
+        path.losses = number == 2
+        return StoreUnavailable("no answer") if number == 3 else None
+
+    async with watched(server, lose_the_second_and_break_off) as store:
+        await committed(store, streams.creation(key("a")))
+        assert isinstance(await store.delete(key("a")), OutcomeUnknown)
+        store.tries = 2
+        with pytest.raises(StoreUnavailable):
+            await store.delete(key("a"))

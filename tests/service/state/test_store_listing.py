@@ -8,7 +8,7 @@ from service.errors import InvalidInput
 from service.state.protocol import StateStore
 from service.state.settings import StoreSettings
 from tests.support.cluster import Cluster
-from tests.support.servers import RealServer, emptied
+from tests.support.servers import RealServer, emptied, opened
 from tests.support.streams import OpenStore, Streams, absence, committed, key
 
 
@@ -105,3 +105,13 @@ async def test_deleted_streams_are_not_listed(
     again = streams.creation(key("s5"))._replace(expected=await absence(store, key("s5")))
     await committed(store, again)
     assert set(await listed(store, "flights", "", 7)) == set(names[:6])
+
+
+async def test_a_stream_that_goes_while_its_page_is_made_is_not_listed(
+    server: RealServer | Cluster,
+) -> None:
+    async with opened(server.url) as store:
+        layout = await store._link.layout()
+        found = [await store._existing(each, "flights", ["gone"]) for each in layout.servers]
+        # The other nodes of a cluster do not know.
+        assert [] in found
