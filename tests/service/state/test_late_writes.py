@@ -152,3 +152,48 @@ async def test_a_deletion_that_is_broken_off_may_have_happened(
         store.tries = 2
         with pytest.raises(StoreUnavailable):
             await store.delete(key("a"))
+
+
+@pytest.mark.parametrize("held", [1, 2])
+async def test_no_late_try_of_a_deletion_deletes_what_came_after_it(
+    server: RealServer, streams: Streams, held: int
+) -> None:
+    def hold_one(number: int, path: LossyPath) -> None:
+        path.holds = number == held
+        paths.append(path)
+
+    paths: list[LossyPath] = []
+    async with watched(server, hold_one) as store:
+        await committed(store, streams.creation(key("a")))
+        assert await store.delete(key("a")) == Committed()
+        again = await begun(store, streams)
+        assert paths[0].held
+        await paths[0].deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, again.new)
+
+
+async def test_a_late_deletion_that_was_given_up_spares_a_stream_that_moved_on(
+    server: RealServer, streams: Streams
+) -> None:
+    holding_path: asyncio.Future[LossyPath] = asyncio.get_running_loop().create_future()
+
+    def hold_the_second(number: int, path: LossyPath) -> None:
+        if number == 2:
+            path.holds = 1
+            holding_path.set_result(path)
+
+    async with watched(server, hold_the_second) as store:
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        deletion = asyncio.create_task(store.delete(key("a")))
+        path = await holding_path
+        await path.holding.wait()
+        deletion.cancel()
+        # By the next connection, on which nothing waits behind the deletion.
+        assert await store.load([key("b")]) == [None]
+        second = streams.next(first)
+        await committed(store, second)
+        await path.deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
