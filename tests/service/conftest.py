@@ -1,4 +1,4 @@
-"""A Valkey of their own for tests of what stands on the store."""
+"""A Valkey of their own for tests of what stands on the store, and a clock that they move."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from service import batch
+from service.api import express, reading
+from service.engine import batcher
+from tests.support.clock import ManualClock
 from tests.support.servers import RealServer, real_server
 
 
@@ -22,6 +26,15 @@ def store_url(pipeline_server: RealServer) -> str:
     with pipeline_server.client() as client:
         client.flushall()
     return pipeline_server.url
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """The clock of deadlines; it stands still until a test moves it."""
+    clock = ManualClock()
+    for module in (batch, batcher, express, reading):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,11 +25,10 @@ from service.errors import (
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
+from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
 from tests.support.servers import RealServer, real_server, until_async
-
-SHORT_S = 0.02
 
 
 @pytest.fixture(scope="session")
@@ -36,41 +36,52 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_artifact(tmp_path_factory.mktemp("deadlines"))
 
 
-def soon() -> float:
-    return time.monotonic() + SHORT_S
-
-
-def later() -> float:
-    return time.monotonic() + 60
-
-
 class HeldStore(RedisStore):
-    """A store that answers loads or commits only once it is let go; for the fault alone."""
+    """A store that answers loads or commits only once it is let go; for the fault alone.
 
-    def __init__(self, url: str):
-        super().__init__(StoreSettings(url, wait_s=5))
+    Attributes:
+        loading, committing: how often each stream was asked for, and written.
+    """
+
+    def __init__(self, url: str, wait_s: float = 5):
+        super().__init__(StoreSettings(url, wait_s=wait_s))
         self.loads, self.commits = asyncio.Event(), asyncio.Event()
         self.loads.set()
         self.commits.set()
-        self.loading = self.committing = 0
+        self.loading: Counter[str] = Counter()
+        self.committing: Counter[str] = Counter()
 
     async def load(self, keys: Sequence[StreamKey], deadline_s: float | None = None) -> list:
-        self.loading += 1
+        self.loading.update(key.stream for key in keys)
         await self.loads.wait()
-        return await super().load(keys)
+        return await super().load(keys, deadline_s)
 
     async def commit(
         self, commits: Sequence[Commit], deadline_s: float | None = None
     ) -> list[CommitResult]:
-        results = await super().commit(commits)
-        self.committing += 1
+        results = await super().commit(commits, deadline_s)
+        self.committing.update(commit.key.stream for commit in commits)
         await self.commits.wait()
         return results
 
 
+async def counted(counter: Counter[str], stream: str, times: int = 1) -> None:
+    """Wait until a stream was counted so often."""
+
+    async def reached() -> bool:
+        return counter[stream] >= times
+
+    await until_async(reached, f"{times} of {stream!r}")
+
+
+def later() -> float:
+    """A deadline of the real clock that does not pass."""
+    return time.monotonic() + 60
+
+
 @pytest.mark.parametrize("position", [0, None])
 async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
-    store_url: str, artifact: Artifact, position: int | None
+    store_url: str, artifact: Artifact, clock: ManualClock, position: int | None
 ) -> None:
     """It was written. With a position a retry finds it; without one nobody is told to try."""
     rows = rows_of(np.random.default_rng(40), 6)
@@ -78,9 +89,12 @@ async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
     async with worker(store_url, artifact, store=store) as one:
         store.commits.clear()
         chunk = chunk_of("open", rows, position)
-        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), later()))
+        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
+        late = asyncio.create_task(one.process(chunk, clock.soon()))
+        await counted(store.committing, "open")
+        clock.expire()
         with pytest.raises(OutcomeUnknown) as caught:
-            await one.process(chunk, soon())
+            await late
         assert caught.value.retryable == (position == 0)
         assert caught.value.facts["stream"] == "open"
         assert not waiting.done()
@@ -88,7 +102,7 @@ async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
         close((await waiting).outputs, whole(artifact, rows))
         assert (await one.streams.read(chunk.key)).mark.position == 6
         if position == 0:
-            again = await one.process(chunk, later())
+            again = await one.process(chunk, clock.later())
             assert again.replayed
             close(again.outputs, whole(artifact, rows))
 
@@ -98,45 +112,48 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 async def test_what_was_loading_at_the_deadline_is_never_applied(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(41), 6)
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
         store.loads.clear()
-        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), later()))
+        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
+        late = asyncio.create_task(one.process(chunk_of("late", rows, 0), clock.soon()))
+        await counted(store.loading, "late")
+        clock.expire()
         with pytest.raises(DeadlineExceeded) as caught:
-            await one.process(chunk_of("late", rows, 0), soon())
+            await late
         assert caught.value.retryable
         store.loads.set()
         close((await waiting).outputs, whole(artifact, rows))
         with pytest.raises(StreamNotFound):
             await one.streams.read(StreamKey("probe", "late"))
-        assert not (await one.process(chunk_of("late", rows, 0), later())).replayed
+        assert not (await one.process(chunk_of("late", rows, 0), clock.later())).replayed
 
 
 class LateRuntime(NumpyRuntime):
-    """A network whose next call lasts until some moment."""
+    """A network whose next call lasts beyond what was to be done soon."""
 
-    until_s = 0.0
+    clock: ManualClock | None = None
 
     def step(self, *arguments: object) -> object:
-        while time.monotonic() < self.until_s:
-            pass
+        if self.clock is not None:
+            self.clock.expire()
         return super().step(*arguments)
 
 
 async def test_what_was_computed_too_late_is_not_committed(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(42), 6)
     runtime = LateRuntime(artifact)
     async with worker(store_url, artifact, runtime=runtime) as one:
         await one.process(chunk_of("known", rows, 0))
-        runtime.until_s = deadline_s = soon()
+        runtime.clock = clock
         late, mate = await asyncio.gather(
-            one.process(chunk_of("late", rows, 0), deadline_s),
-            one.process(chunk_of("mate", rows, 0), later()),
+            one.process(chunk_of("late", rows, 0), clock.soon()),
+            one.process(chunk_of("mate", rows, 0), clock.later()),
             return_exceptions=True,
         )
         assert isinstance(late, DeadlineExceeded)
@@ -146,7 +163,7 @@ async def test_what_was_computed_too_late_is_not_committed(
 
 
 async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """The chunks behind it were computed from what it left, and are applied where it was."""
     rows = rows_of(np.random.default_rng(43), 16)
@@ -154,11 +171,15 @@ async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
     async with worker(store_url, artifact, store=store) as one:
         first = await one.process(chunk_of("chain", rows[:4], 0))
         store.commits.clear()
-        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), soon()))
+        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), clock.soon()))
         rest = [
-            asyncio.create_task(one.process(chunk_of("chain", rows[at : at + 4], at), later()))
+            asyncio.create_task(
+                one.process(chunk_of("chain", rows[at : at + 4], at), clock.later())
+            )
             for at in (8, 12)
         ]
+        await counted(store.committing, "chain", 2)
+        clock.expire()
         with pytest.raises(OutcomeUnknown):
             await second
         store.commits.set()
@@ -169,7 +190,7 @@ async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
 
 
 async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(44), 12)
 
@@ -181,7 +202,7 @@ async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
         ) -> list[CommitResult]:
             if commits[0].new.mark.position != 8:
                 return await super().commit(commits, deadline_s)
-            self.committing += 1
+            self.committing["chain"] += 1
             await self.commits.wait()
             return [OutcomeUnknown("no answer", stream="chain")]
 
@@ -189,8 +210,10 @@ async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
     async with worker(store_url, artifact, store=store) as one:
         await one.process(chunk_of("chain", rows[:4], 0))
         store.commits.clear()
-        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), soon()))
-        third = asyncio.create_task(one.process(chunk_of("chain", rows[8:], 8), later()))
+        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), clock.soon()))
+        third = asyncio.create_task(one.process(chunk_of("chain", rows[8:], 8), clock.later()))
+        await counted(store.committing, "chain", 2)
+        clock.expire()
         with pytest.raises(OutcomeUnknown):
             await second
         store.commits.set()
@@ -200,7 +223,7 @@ async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
 
 
 async def test_a_commit_that_was_refused_counts_as_not_begun(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """An append that lost a race, and had no time for a second try, may be sent again."""
     rows = rows_of(np.random.default_rng(53), 4)
@@ -213,17 +236,20 @@ async def test_a_commit_that_was_refused_counts_as_not_begun(
         ) -> list[CommitResult]:
             if self.committing:
                 return await super().commit(commits, deadline_s)
-            self.committing += 1
+            self.committing["raced"] += 1
             self.loads.clear()
             return [Conflicted(None)] * len(commits)
 
     store = Racing(store_url)
     async with worker(store_url, artifact, store=store) as one:
-        with pytest.raises((DeadlineExceeded, StoreUnavailable)) as caught:
-            await one.process(chunk_of("raced", rows), time.monotonic() + 0.2)
+        late = asyncio.create_task(one.process(chunk_of("raced", rows), clock.soon()))
+        await counted(store.loading, "raced", 2)
+        clock.expire()
+        with pytest.raises(DeadlineExceeded) as caught:
+            await late
         assert caught.value.retryable
         store.loads.set()
-        again = await one.process(chunk_of("raced", rows), later())
+        again = await one.process(chunk_of("raced", rows), clock.later())
         assert again.mark.position == len(rows)
 
 
@@ -267,14 +293,15 @@ async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
     when it is back."""
     random = np.random.default_rng(46)
     rows = {name: rows_of(random, 5) for name in ("patient", "b", "c", "d", "e", "f")}
-    settings = StoreSettings(own_server.url, wait_s=0.1)
-    async with worker("", artifact, store=RedisStore(settings), in_flight=2) as one:
+    store = HeldStore(own_server.url, wait_s=1)
+    async with worker("", artifact, store=store, in_flight=2) as one:
         await one.process(chunk_of("known", rows["b"], 0))
         own_server.kill()
         patient = asyncio.create_task(one.process(chunk_of("patient", rows["patient"], 0), later()))
+        await counted(store.loading, "patient")
         hasty = []
         for name in "bcdef":
-            deadline_s = time.monotonic() + 0.3
+            deadline_s = time.monotonic() + 1.2
             task = asyncio.create_task(one.process(chunk_of(name, rows[name], 0), deadline_s))
             hasty.append(task)
             await asyncio.sleep(0)
@@ -292,13 +319,17 @@ async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
 
 
 async def test_time_that_was_merely_short_is_not_the_stores_fault(
-    store_url: str, artifact: Artifact
+    store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
+    """Whenever it is up: at the first reading of the clock, the second, and so on."""
     rows = rows_of(np.random.default_rng(47), 4)
+    clock.tick_s = 1e-3
     async with worker(store_url, artifact) as one:
-        for wait_s in (0.0, 1e-6, 1e-4):
-            with pytest.raises((DeadlineExceeded, OutcomeUnknown)):
-                await one.process(chunk_of(f"short {wait_s}", rows, 0), time.monotonic() + wait_s)
+        for readings in range(12):
+            chunk = chunk_of(f"short-{readings}", rows, 0)
+            [result] = await one.process_many([chunk], clock.now_s + readings * clock.tick_s)
+            assert isinstance(result, DeadlineExceeded | OutcomeUnknown | Reply), result
+            assert readings or isinstance(result, DeadlineExceeded)
 
 
 async def test_a_hung_store_leaves_the_outcome_open_when_the_service_stops(
@@ -309,11 +340,7 @@ async def test_a_hung_store_leaves_the_outcome_open_when_the_service_stops(
     async with worker(store_url, artifact, store=store, drain_s=0.05) as one:
         store.commits.clear()
         begun = asyncio.create_task(one.process(chunk_of("begun", rows, 0)))
-
-        async def committing() -> bool:
-            return store.committing > 0
-
-        await until_async(committing, "a commit")
+        await counted(store.committing, "begun")
         store.loads.clear()
         loading = asyncio.create_task(one.process(chunk_of("loading", rows, 0)))
         await asyncio.sleep(0)
@@ -323,20 +350,26 @@ async def test_a_hung_store_leaves_the_outcome_open_when_the_service_stops(
         store.loads.set()
 
 
-async def test_many_chunks_share_one_deadline(store_url: str, artifact: Artifact) -> None:
+async def test_many_chunks_share_one_deadline(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
     """Chunks of one stream that follow one another in one request."""
     rows = rows_of(np.random.default_rng(49), 8)
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
         store.commits.clear()
         chunks = [chunk_of("s", rows[:4], 0), chunk_of("s", rows[4:], 4), chunk_of("t", rows, 0)]
-        results = await one.process_many(chunks, soon())
+        late = asyncio.create_task(one.process_many(chunks, clock.soon()))
+        for stream in "st":
+            await counted(store.committing, stream)
+        clock.expire()
+        results = await late
         assert [type(result).__name__ for result in results] == [
             "OutcomeUnknown",
             "PreviousFailed",
             "OutcomeUnknown",
         ]
         store.commits.set()
-        again = await one.process_many(chunks, later())
+        again = await one.process_many(chunks, clock.later())
         assert all(isinstance(result, Reply) for result in again)
         assert [result.replayed for result in again] == [True, False, True]

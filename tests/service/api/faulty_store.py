@@ -71,6 +71,8 @@ class FaultyStore:
         """Answers `check` in the store's place."""
         self.held: asyncio.Event | None = None
         """While it is there and not set, loads are not begun and commits not answered."""
+        self.holds = 0
+        """How many calls were held so far."""
         self._store = store
 
     async def start(self) -> None:
@@ -119,6 +121,7 @@ class FaultyStore:
 
     async def _held(self) -> None:
         if self.held is not None:
+            self.holds += 1
             await self.held.wait()
 
     def _fail(self) -> None:

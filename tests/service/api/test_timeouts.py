@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import pytest
@@ -18,19 +18,30 @@ from service.errors import Overloaded
 from tests.service.api.harness import LIMITS, Harness, harness, problem, rows
 from tests.service.api.test_express import Door as ExpressDoor
 from tests.service.api.test_express import converse, port_of, request, serving
+from tests.support.clock import SHORT_S, ManualClock
 from tests.support.servers import RealServer, until_async
 
 BODY = {"position": 0, "inputs": rows(2).tolist()}
-SHORT = {"carry-timeout": "0.02"}
+SHORT = {"carry-timeout": str(SHORT_S)}
 LONG = {"carry-timeout": "120"}
 
+T = TypeVar("T")
 
-@pytest.fixture
-async def held(api: Harness) -> AsyncIterator[Harness]:
-    """An application whose store is held up, until its event is set."""
-    api.store.held = asyncio.Event()
-    yield api
-    api.store.held.set()
+
+async def expire_while_held(api: Harness, clock: ManualClock, answer: Coroutine[Any, Any, T]) -> T:
+    """The answer to a request whose time is up while the store holds its stream."""
+    api.store.held = held = asyncio.Event()
+    before = api.store.holds
+    waiting = asyncio.create_task(answer)
+
+    async def holds() -> bool:
+        return api.store.holds > before
+
+    await until_async(holds, "the store")
+    clock.expire()
+    answered = await waiting
+    held.set()
+    return answered
 
 
 @pytest.mark.parametrize(
@@ -59,51 +70,49 @@ async def test_decimal_seconds_are_taken(api: Harness, value: str) -> None:
     assert response.status_code == 200
 
 
-async def test_what_was_not_begun_in_time_changes_nothing(held: Harness) -> None:
-    response = await held.chunk(BODY, headers=SHORT)
+async def test_what_was_not_begun_in_time_changes_nothing(api: Harness, clock: ManualClock) -> None:
+    response = await expire_while_held(api, clock, api.chunk(BODY, headers=SHORT))
     document = problem(response, 504, "deadline_exceeded")
     assert document["retryable"] is True
     assert int(response.headers["retry-after"]) >= 1
-    held.store.held.set()
-    assert (await held.chunk(BODY, headers=LONG)).json()["replayed"] is False
+    assert (await api.chunk(BODY, headers=LONG)).json()["replayed"] is False
 
 
 @pytest.mark.parametrize("position", [0, None])
-async def test_a_commit_under_way_is_unknown(api: Harness, position: int | None) -> None:
+async def test_a_commit_under_way_is_unknown(
+    api: Harness, clock: ManualClock, position: int | None
+) -> None:
     """The same request again is right with a position only, and that is what it is told."""
     await api.chunk(BODY)
-    api.store.held = asyncio.Event()
     body = {"inputs": BODY["inputs"]}
     if position is not None:
         body["position"] = 2
-    response = await api.chunk(body, headers=SHORT)
+    response = await expire_while_held(api, clock, api.chunk(body, headers=SHORT))
     document = problem(response, 503, "outcome_unknown")
     assert document["retryable"] is (position is not None)
     assert ("retry-after" in response.headers) == (position is not None)
     assert api.position() == 4
-    api.store.held.set()
     if position is not None:
         assert (await api.chunk(body)).json()["replayed"] is True
 
 
-async def test_items_fare_each_on_their_own(api: Harness) -> None:
+async def test_items_fare_each_on_their_own(api: Harness, clock: ManualClock) -> None:
     """The first is about to be written; the one behind it, of its stream, is held back."""
     await api.chunk(BODY, stream="known")
-    api.store.held = asyncio.Event()
     body = {
         "chunks": [
             {"stream": "known", "position": 2, "inputs": BODY["inputs"]},
             {"stream": "known", "position": 4, "inputs": BODY["inputs"]},
         ]
     }
-    response = await api.client.post("/v1/models/probe/chunks", json=body, headers=SHORT)
+    posting = api.client.post("/v1/models/probe/chunks", json=body, headers=SHORT)
+    response = await expire_while_held(api, clock, posting)
     assert response.status_code == 200
     results = response.json()["results"]
     assert [(each["status"], each["error"]["code"]) for each in results] == [
         (503, "outcome_unknown"),
         (424, "previous_failed"),
     ]
-    api.store.held.set()
     again = (await api.client.post("/v1/models/probe/chunks", json=body)).json()["results"]
     assert [each["reply"]["replayed"] for each in again] == [True, False]
 
@@ -119,21 +128,26 @@ async def test_predictions_have_a_deadline_too(api: Harness) -> None:
 
 @pytest.mark.parametrize(
     ("limits", "headers"),
-    [(replace(LIMITS, timeout_s=0.02), {}), (replace(LIMITS, max_timeout_s=0.02), LONG)],
+    [(replace(LIMITS, timeout_s=SHORT_S), {}), (replace(LIMITS, max_timeout_s=SHORT_S), LONG)],
     ids=["default", "cap"],
 )
 async def test_the_settings_say_how_long(
-    pipeline_server: RealServer, models: Mapping[str, Artifact], limits: Any, headers: Any
+    pipeline_server: RealServer,
+    models: Mapping[str, Artifact],
+    clock: ManualClock,
+    limits: Any,
+    headers: Any,
 ) -> None:
     async with harness(pipeline_server, models, limits=limits) as api:
-        api.store.held = asyncio.Event()
-        problem(await api.chunk(BODY, headers=headers), 504, "deadline_exceeded")
+        response = await expire_while_held(api, clock, api.chunk(BODY, headers=headers))
+        problem(response, 504, "deadline_exceeded")
         async with serving(api, ExpressProtocol) as server:
             lines = [f"{name}: {value}" for name, value in headers.items()]
             sent = request(orjson.dumps(BODY), *lines)
-            [reply] = await converse(ExpressDoor(port_of(server)), sent)
+            [reply] = await expire_while_held(
+                api, clock, converse(ExpressDoor(port_of(server)), sent)
+            )
         assert reply.startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
-        api.store.held.set()
 
 
 async def test_more_than_can_be_done_is_refused_unread(
