@@ -28,6 +28,8 @@ class NumpyRuntime:
 
     name = "numpy"
     max_batch = 8
+    padding = 1e30
+    """What outputs beyond a length are: finite, as those of other runtimes, and far from any."""
 
     def __init__(self, artifact: Artifact):
         self._artifact = artifact
@@ -49,13 +51,14 @@ class NumpyRuntime:
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
-        """Row by row; what lies beyond a length comes back as NaN, to be seen if it is used."""
+        """Row by row; what lies beyond a length is `padding`, to be seen if it is used."""
         assert lengths.min() >= 1
         assert lengths.max() <= rows.shape[1]
         self.shapes.append((rows.shape[0], rows.shape[1]))
         blocks = self._artifact.spec.blocks
         most = rows.shape[1] if blocks is None else blocks.size
-        outputs = np.full((len(rows), most, self._artifact.outputs.size), np.nan, np.float32)
+        shape = (len(rows), most, self._artifact.outputs.size)
+        outputs = np.full(shape, self.padding, np.float32)
         stepped = np.empty_like(states)
         with np.errstate(over="ignore", invalid="ignore"):
             for index, length in enumerate(lengths):
