@@ -158,12 +158,20 @@ def import_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
     name: Annotated[str | None, typer.Option(help="The model's name; by the file's name.")] = None,
     overwrite: Overwrite = False,
+    memory_mib: Annotated[
+        int, typer.Option(min=1, help="Most MiB that reading and verifying it may take.")
+    ] = 8192,
+    time_s: Annotated[
+        float, typer.Option(min=1, help="Most seconds that reading and verifying it may take.")
+    ] = 600.0,
 ) -> None:
     """Package a Keras model, verified against the original on random sequences."""
     with _one_line_errors():
+        from models.importing.isolation import Limits
         from models.importing.keras_model import import_keras_model
 
-        report = import_keras_model(model, out, name=name, overwrite=overwrite)
+        limits = Limits(memory_bytes=memory_mib * 2**20, time_s=time_s)
+        report = import_keras_model(model, out, name=name, overwrite=overwrite, limits=limits)
         typer.echo(
             f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "
             f"equal to the original within {report.largest_difference:.1e} on "

@@ -1,8 +1,9 @@
 """`carry import`: package a Keras model as an artifact, proven equal to the original.
 
-The model is read without running code of its own, translated layer by layer, and run
-beside the original on random sequences (`models.importing.proof`). Nothing is written unless
-every output agrees.
+In a process of its own, with limits (`models.importing.isolation`), the model is read without
+running code of its own, translated layer by layer, and run beside the original on random sequences
+(`models.importing.proof`). This process takes specification and weights from there as untrusted
+data, and packages them. Nothing is written unless every output agrees.
 
 It refuses what cannot be carried, naming each layer by class and name with the reason,
 and a packaged model whose outputs differ from the original's by more than
@@ -15,13 +16,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import keras
-
 from models.artifact import Artifact, write_artifact
-from models.errors import ImportedModelError
-from models.importing.graph import translate
-from models.importing.proof import prove
-from models.importing.reading import read_keras_model
+from models.errors import ArtifactError, ImportedModelError, SpecError
+from models.importing.isolation import Limits, convert_isolated
+from models.importing.result import Conversion
+from models.spec import parse_spec
+from models.weights import read_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,12 @@ class ImportReport:
 
 
 def import_keras_model(
-    path: Path, out: Path, *, name: str | None = None, overwrite: bool = False
+    path: Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    limits: Limits | None = None,
 ) -> ImportReport:
     """Package the model of a `.keras` or `.h5` file.
 
@@ -55,39 +60,63 @@ def import_keras_model(
         out: the directory to make.
         name: the packaged model's name, a lower-case slug; the file's by default.
         overwrite: whether an artifact that is already there is replaced.
+        limits: what reading and verifying the model may take.
 
     Raises:
-        ImportedModelError: the file cannot be read, holds layers that cannot be carried, or
-            gives other numbers than the packaged model.
+        ImportedModelError: the file cannot be read, holds layers that cannot be carried, gives
+            other numbers than the packaged model, or reached a limit.
         ArtifactError: `out` is occupied.
     """
     path = Path(path)
-    model = read_keras_model(path)
+    conversion, weights = convert_isolated(path, name or slug(path.stem), limits or Limits())
+    return package(path, conversion, weights, out, overwrite=overwrite)
+
+
+def package(
+    path: Path, conversion: Conversion, weights: bytes, out: Path, *, overwrite: bool = False
+) -> ImportReport:
+    """Write the artifact of a converted model.
+
+    Args:
+        path: the file that it was converted from.
+        conversion: what it became; checked here.
+        weights: as safetensors; checked here.
+        out: the directory to make.
+        overwrite: whether an artifact that is already there is replaced.
+
+    Raises:
+        ImportedModelError: specification and weights do not fit each other.
+        ArtifactError: `out` is occupied.
+    """
     try:
-        translation = translate(model, name or _slug(path.stem))
-    except ImportedModelError as error:
-        raise ImportedModelError(f"{path}: {error}") from error
-    lengths, batch, largest = prove(model, translation, str(path))
+        spec = parse_spec(conversion.spec, f"{path}: the imported model")
+        arrays = read_weights(spec, weights, str(path))
+    except (SpecError, ArtifactError) as error:
+        raise ImportedModelError(str(error)) from error
     imported = {
         "file": path.name,
-        "keras": keras.__version__,
-        "layers": [list(row) for row in translation.layers],
-        "notes": list(translation.notes),
+        "keras": conversion.keras,
+        "layers": conversion.layers,
+        "notes": conversion.notes,
         "verified": {
-            "lengths_steps": list(lengths),
-            "sequences": batch,
-            "largest_difference": largest,
+            "lengths_steps": conversion.lengths_steps,
+            "sequences": conversion.sequences,
+            "largest_difference": conversion.largest_difference,
         },
     }
     artifact = write_artifact(
-        out,
-        translation.spec,
-        translation.weights,
-        training={"imported": imported},
-        overwrite=overwrite,
+        out, spec, arrays, training={"imported": imported}, overwrite=overwrite
     )
-    return ImportReport(artifact, translation.layers, translation.notes, lengths, batch, largest)
+    return ImportReport(
+        artifact,
+        conversion.layers,
+        conversion.notes,
+        conversion.lengths_steps,
+        conversion.sequences,
+        conversion.largest_difference,
+    )
 
 
-def _slug(stem: str) -> str:
+def slug(stem: str) -> str:
+    """A file's name as a model's name."""
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:63] or "imported"

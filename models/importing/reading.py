@@ -1,8 +1,12 @@
 """Reading a Keras model's file without running what it may hold.
 
-The configuration is looked at before Keras builds anything: code (Lambda layers, classes
-outside Keras) is refused by name, together with every other layer whose class cannot be
-carried. Only then does Keras load the model, in its safe mode and without compiling.
+One reader, chosen as Keras chooses it: by the end of the file's name. The configuration is checked
+before Keras builds anything. Every object in it has to be a class of Keras that is known to compute
+and nothing else; code (Lambda layers, functions), classes from elsewhere and layers that read files
+are refused by name, together with every other layer that cannot be carried. Only then does Keras
+load the model from the same file, in its safe mode and without compiling.
+
+What a hostile file can do to the process that reads it is bounded by `models.importing.isolation`.
 """
 
 from __future__ import annotations
@@ -19,88 +23,132 @@ import keras
 from models.errors import ImportedModelError
 from models.importing.layers import is_known, why_not
 
+MAX_CONFIG_BYTES = 16 * 2**20
+
 _MODELS = ("Sequential", "Functional", "Model")
-_UNUSED = ("compile_config", "build_config")
-"""Parts of a configuration that are not read when a model is loaded uncompiled."""
+_TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__")
+"""What stands for a tensor among a layer's arguments: a name, or numbers."""
+_LAYERS = tuple(
+    f"keras.src.layers.{package}."
+    for package in (
+        "activations",
+        "attention",
+        "convolutional",
+        "core",
+        "merging",
+        "normalization",
+        "pooling",
+        "regularization",
+        "reshaping",
+        "rnn",
+    )
+)
+"""Where Keras keeps the layers that compute and nothing else; not so Lambda, among the core."""
+_PARTS = (
+    keras.constraints,
+    keras.dtype_policies,
+    keras.initializers,
+    keras.losses,
+    keras.metrics,
+    keras.optimizers,
+    keras.optimizers.schedules,
+    keras.regularizers,
+)
+"""Namespaces of what a layer or a compiled model is configured with."""
 
 
-def read_keras_model(path: Path) -> Any:
+def read_keras_model(path: Path, where: str) -> Any:
     """Load a `.keras` or `.h5` file.
 
+    Args:
+        path: the file; nobody else may write to it.
+        where: its name, for errors.
+
     Raises:
-        ImportedModelError: there is no such file, it is neither, it holds code, or Keras
-            cannot load it.
+        ImportedModelError: it is neither, it holds code, or Keras cannot load it.
+        MemoryError: it needs more than this process may take.
     """
-    config = _read_config(path)
-    if config.get("class_name") not in _MODELS:
+    try:
+        config = _read_config(path)
+        if config.get("class_name") not in _MODELS:
+            raise ImportedModelError(
+                f"expected a Sequential or functional model, got {config.get('class_name')!r}"
+            )
+        # the model is loaded uncompiled; those nested in it are compiled as they were
+        foreign = list(_foreign({**config, "compile_config": None}))
+        unknown = list(_unknown(config))
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, zipfile.BadZipFile) as error:
         raise ImportedModelError(
-            f"{path}: expected a Sequential or functional model, got {config.get('class_name')!r}"
-        )
-    foreign = list(_foreign(config))
-    unknown = list(_unknown(config))
-    if foreign or not all(hasattr(keras.layers, kind) for kind, _ in unknown):
-        refused = [f"{kind} {name!r}: {why_not(kind)}" for kind, name in unknown]
-        named = {line.partition(":")[0] for line in refused}
-        refused += [line for line in foreign if line.partition(":")[0] not in named]
+            f"{where}: expected a whole Keras model with its configuration, got {error}"
+        ) from error
+    except ImportedModelError as error:
+        raise ImportedModelError(f"{where}: {error}") from error
+    if foreign:
+        named = {line.partition(":")[0] for line in foreign}
+        others = {f"{kind} {name!r}": why_not(kind) for kind, name in unknown}
+        refused = foreign + [f"{who}: {why}" for who, why in others.items() if who not in named]
         raise ImportedModelError(
-            f"{path}: the model holds what cannot be carried:\n"
+            f"{where}: the model holds what cannot be carried:\n"
             + "\n".join(f"  {line}" for line in refused)
         )
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except MemoryError:
+        raise
     except Exception as error:
-        raise ImportedModelError(f"{path}: Keras cannot load it: {error}") from error
+        raise ImportedModelError(f"{where}: Keras cannot load it: {error}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                config = json.loads(archive.read("config.json"))
-        elif h5py.is_hdf5(path):
-            with h5py.File(path, "r") as file:
-                config = json.loads(file.attrs["model_config"])
-        elif not path.is_file():
-            raise ImportedModelError(f"{path}: expected a .keras or .h5 file, there is none")
-        else:
-            raise ImportedModelError(f"{path}: expected a .keras or .h5 file, it is neither")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ImportedModelError(
-            f"{path}: expected a whole Keras model with its configuration, got {error}"
-        ) from error
+    """The configuration, by the reader that Keras takes for the file's name."""
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo("config.json").file_size
+            if size > MAX_CONFIG_BYTES:
+                raise ValueError(f"a configuration of {size} bytes, more than {MAX_CONFIG_BYTES}")
+            config = json.loads(archive.read("config.json"))
+    else:
+        with h5py.File(path, "r") as file:
+            config = json.loads(file.attrs["model_config"])
     if not isinstance(config, dict):
-        raise ImportedModelError(f"{path}: expected a configuration that is an object")
+        raise ValueError("a configuration that is no object")
     return config
 
 
 def _foreign(config: Any, name: str = "") -> Iterator[str]:
-    """Each object of the configuration that is, or would import, code outside Keras."""
+    """Each object of the configuration that is not known to be harmless when it is built."""
     if isinstance(config, list):
         for item in config:
             yield from _foreign(item, name)
     if not isinstance(config, dict):
         return
     inner = config.get("config")
-    kind = config.get("class_name")
     if isinstance(inner, dict):
         name = str(inner.get("name") or name)
-    if kind == "Lambda":
-        yield f"Lambda {name!r}: {why_not('Lambda')}"
-        return
-    module = config.get("module")
-    if kind is not None and module is not None and str(module).partition(".")[0] != "keras":
-        yield f"{kind} {name!r}: it comes from {module!r}, which is not loaded"
-        return
-    if (
-        kind is not None
-        and module is None
-        and str(config.get("registered_name") or "").find(">") > 0
-    ):
-        yield f"{kind} {name!r}: it is a class of its own, which is not loaded"
-        return
-    for key, value in config.items():
-        if key not in _UNUSED:
-            yield from _foreign(value, name)
+    kind = config.get("class_name")
+    if kind is not None:
+        reason = _why_foreign(str(kind), config.get("module"), config.get("registered_name"))
+        if reason:
+            yield f"{kind} {name!r}: {reason}"
+            return
+    for value in config.values():
+        yield from _foreign(value, name)
+
+
+def _why_foreign(kind: str, module: Any, registered: Any) -> str:
+    """Why an object is not built; "" where it is."""
+    if module is not None and str(module).partition(".")[0] != "keras":
+        return f"it comes from {str(module)!r}, which is not loaded"
+    if ">" in str(registered) or ">" in kind:
+        return "it is a class of its own, which is not loaded"
+    parts = (getattr(part, kind, None) for part in _PARTS)
+    if kind in (*_MODELS, *_TENSORS) or any(isinstance(part, type) for part in parts):
+        return ""
+    layer = getattr(keras.layers, kind, None)
+    if not isinstance(layer, type):
+        return "it is a class of its own, which is not loaded"
+    harmless = kind != "Lambda" and layer.__module__.startswith(_LAYERS)
+    return "" if harmless else why_not(kind)
 
 
 def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -108,6 +156,8 @@ def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     inner = config.get("config")
     entries = inner.get("layers", []) if isinstance(inner, dict) else inner
     for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            raise ValueError(f"a layer that is no object: {str(entry)[:60]!r}")
         kind, own = str(entry.get("class_name")), entry.get("config")
         if kind in _MODELS:
             yield from _unknown(entry)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from models.errors import ImportedModelError
-from models.importing.keras_model import ImportReport, import_keras_model
+from models.importing.conversion import convert
+from models.importing.keras_model import ImportReport, package, slug
+from models.weights import weights_bytes
 
 
 def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:
@@ -25,9 +27,15 @@ def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:
     return path
 
 
+def import_here(path: Path, out: Path, name: str | None = None) -> ImportReport:
+    """As `import_keras_model`, in this process: a process for each test would take seconds."""
+    conversion, weights = convert(path, name or slug(path.stem), str(path))
+    return package(path, conversion, weights_bytes(weights), out)
+
+
 def imported(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
     """What importing the model reports; the artifact is `folder / "out"`."""
-    return import_keras_model(saved(model, folder / "My Model.keras", seed), folder / "out")
+    return import_here(saved(model, folder / "My Model.keras", seed), folder / "out")
 
 
 def refusal(model: keras.Model, folder: Path) -> str:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from models.artifact import load_artifact
 from models.importing import proof
 from models.importing.graph import translate
-from models.importing.keras_model import import_keras_model
 from models.layout import output_spec
 from models.networks.build import StepNetwork
-from tests.models.importing.saving import imported, refusal, saved
+from tests.models.importing.saving import import_here, imported, refusal, saved
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -125,7 +124,7 @@ def test_long_sequences_that_the_original_asks_for_are_taken() -> None:
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_h5_file_is_read(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 2)), kl.Bidirectional(cell(GRU))])
-    report = import_keras_model(saved(model, tmp_path / "m.h5"), tmp_path / "out")
+    report = import_here(saved(model, tmp_path / "m.h5"), tmp_path / "out")
     assert report.artifact.spec.layers[0].kind == "bidirectional"
 
 

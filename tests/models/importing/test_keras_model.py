@@ -13,9 +13,8 @@ from keras import layers as kl
 
 from models.artifact import load_artifact
 from models.errors import ImportedModelError
-from models.importing.keras_model import import_keras_model
 from models.networks.build import StepNetwork
-from tests.models.importing.saving import imported, refusal, saved
+from tests.models.importing.saving import import_here, imported, refusal, saved
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -122,7 +121,7 @@ def test_nested_models_are_flattened(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_h5_file_is_read(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 2)), kl.LSTM(3, return_sequences=True)])
-    report = import_keras_model(saved(model, tmp_path / "m.h5"), tmp_path / "out", name="from-h5")
+    report = import_here(saved(model, tmp_path / "m.h5"), tmp_path / "out", name="from-h5")
     assert report.artifact.spec.name == "from-h5"
     assert report.largest_difference < 1e-5
 
@@ -224,7 +223,7 @@ def test_classes_outside_keras_are_refused_before_they_are_imported(tmp_path: Pa
                 data = json.dumps(config).encode()
             new.writestr(item, data)
     with pytest.raises(ImportedModelError, match="Popper 'cell': "):
-        import_keras_model(changed, tmp_path / "out")
+        import_here(changed, tmp_path / "out")
 
 
 class OwnLayer(kl.Layer):
@@ -247,7 +246,7 @@ def test_a_layer_of_ones_own_is_named_with_the_others(tmp_path: Path, suffix: st
     )
     path = saved(model, tmp_path / f"m.{suffix}")
     with pytest.raises(ImportedModelError) as caught:
-        import_keras_model(path, tmp_path / "out")
+        import_here(path, tmp_path / "out")
     assert "OwnLayer 'own': " in str(caught.value)
     assert "Conv1D 'window': " in str(caught.value)
 
@@ -255,11 +254,9 @@ def test_a_layer_of_ones_own_is_named_with_the_others(tmp_path: Path, suffix: st
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"\x89HDF\r\n\x1a\n broken"])
 def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.keras"
-    with pytest.raises(ImportedModelError, match="there is none"):
-        import_keras_model(path, tmp_path / "out")
     path.write_bytes(content)
     with pytest.raises(ImportedModelError, match=r"m\.keras"):
-        import_keras_model(path, tmp_path / "out")
+        import_here(path, tmp_path / "out")
 
 
 def test_weights_missing_from_the_file_are_refused(tmp_path: Path) -> None:
@@ -271,7 +268,7 @@ def test_weights_missing_from_the_file_are_refused(tmp_path: Path) -> None:
             if not item.endswith(".h5"):
                 new.writestr(item, old.read(item))
     with pytest.raises(ImportedModelError, match="Keras cannot load it"):
-        import_keras_model(changed, tmp_path / "out")
+        import_here(changed, tmp_path / "out")
 
 
 def test_packaged_numbers_that_differ_are_refused(
@@ -295,4 +292,4 @@ def test_original_that_overflows_is_refused(tmp_path: Path) -> None:
     model.layers[-1].kernel.assign([[1e30]])
     model.save(path)
     with pytest.raises(ImportedModelError, match="expected finite outputs"):
-        import_keras_model(path, tmp_path / "out")
+        import_here(path, tmp_path / "out")

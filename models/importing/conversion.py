@@ -1,0 +1,49 @@
+"""A Keras model's file in our terms, proven equal to the original, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from models.errors import ImportedModelError
+from models.importing.graph import translate
+from models.importing.proof import prove
+from models.importing.reading import read_keras_model
+from models.importing.result import Conversion
+
+
+def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, NDArray[np.float32]]]:
+    """Read a `.keras` or `.h5` file, translate its model and prove the translation.
+
+    Args:
+        path: the file; nobody else may write to it.
+        name: the packaged model's name, a lower-case slug.
+        where: the file's name, for errors.
+
+    Returns:
+        The conversion, and the weights by name.
+
+    Raises:
+        ImportedModelError: the file cannot be read, holds what cannot be carried, or gives other
+            numbers than the translation.
+        MemoryError: the model needs more than this process may take.
+    """
+    model = read_keras_model(path, where)
+    try:
+        translation = translate(model, name)
+    except ImportedModelError as error:
+        raise ImportedModelError(f"{where}: {error}") from error
+    lengths, sequences, largest = prove(model, translation, where)
+    conversion = Conversion(
+        spec=translation.spec.model_dump(mode="json"),
+        keras=keras.__version__,
+        layers=translation.layers,
+        notes=translation.notes,
+        lengths_steps=lengths,
+        sequences=sequences,
+        largest_difference=largest,
+    )
+    return conversion, translation.weights

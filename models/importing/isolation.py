@@ -1,0 +1,192 @@
+"""Reading a foreign Keras model in a process of its own, with limits.
+
+The file is opened once and copied into a private folder, where it keeps the end of its name, by
+which Keras chooses a reader. The process (`models.importing.worker`) works in that folder, and its
+answer there is plain data, checked like any other input. At the end nothing of it is left, neither
+processes nor files.
+
+Limits hold on Linux; elsewhere the system may not apply the one on memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.errors import ImportedModelError
+from models.files import open_regular
+from models.importing.result import (
+    ERROR_NAME,
+    OUT_OF_MEMORY,
+    RESULT_NAME,
+    WEIGHTS_NAME,
+    Conversion,
+)
+from models.manifest import MAX_ARTIFACT_BYTES
+
+STARTS = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
+"""Ends of a file's name, by which Keras chooses its reader, and how such a file begins."""
+MAX_RESULT_BYTES = 16 * 2**20
+_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "-1",
+    "KERAS_BACKEND": "tensorflow",
+    "MALLOC_ARENA_MAX": "2",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+}
+"""So that address space is taken for the model, not for each core or a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What reading and verifying a model may take.
+
+    Attributes:
+        memory_bytes: address space, of which Keras and TensorFlow need 2 GiB.
+        time_s: seconds of wall clock, and of processor time.
+        file_bytes: size of the model's file, and of each file written.
+        open_files: files open at a time.
+    """
+
+    memory_bytes: int = 8 * 2**30
+    time_s: float = 600.0
+    file_bytes: int = MAX_ARTIFACT_BYTES
+    open_files: int = 256
+
+
+def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion, bytes]:
+    """As `models.importing.conversion.convert`, in another process.
+
+    Returns:
+        The conversion, and the weights as safetensors; neither of them trusted.
+
+    Raises:
+        ImportedModelError: as `convert`; the file cannot be read, is too large or begins
+            otherwise than its name says; a limit was reached; the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
+        inside = Path(folder)
+        copy = inside / f"model{_suffix(path)}"
+        _copy(path, copy, limits)
+        _run(path, copy, name, limits)
+        if (inside / ERROR_NAME).exists():
+            message = _answer(inside / ERROR_NAME, MAX_RESULT_BYTES, path).decode(
+                "utf-8", "replace"
+            )
+            if message == OUT_OF_MEMORY:
+                message = f"{path}: reading it needs more than {_memory(limits)}"
+            raise ImportedModelError(message)
+        result = _answer(inside / RESULT_NAME, MAX_RESULT_BYTES, path)
+        weights = _answer(inside / WEIGHTS_NAME, limits.file_bytes, path)
+    try:
+        return Conversion.model_validate_json(result), weights
+    except ValueError as error:
+        raise ImportedModelError(f"{path}: the import gave a damaged answer: {error}") from error
+
+
+def _suffix(path: Path) -> str:
+    for suffix in STARTS:
+        if path.name.endswith(suffix):
+            return suffix
+    raise ImportedModelError(
+        f"{path}: expected a .keras or .h5 file, by whose name Keras knows how to read it"
+    )
+
+
+def _copy(path: Path, copy: Path, limits: Limits) -> None:
+    begins = STARTS[copy.suffix]
+    try:
+        with open_regular(path) as source, copy.open("xb") as target:
+            size = os.fstat(source.fileno()).st_size
+            if size > limits.file_bytes:
+                raise ImportedModelError(
+                    f"{path}: expected a file of at most {limits.file_bytes} bytes, got {size}"
+                )
+            if source.read(len(begins)) != begins:
+                raise ImportedModelError(
+                    f"{path}: expected {'a ZIP archive' if begins == b'PK' else 'HDF5'}, "
+                    f"as the name says, and it begins otherwise"
+                )
+            source.seek(0)
+            shutil.copyfileobj(source, target)
+    except FileNotFoundError as error:
+        raise ImportedModelError(f"{path}: expected a .keras or .h5 file, there is none") from error
+    except OSError as error:
+        raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
+    """Run the process to its end; an error unless it ended by itself, in time."""
+    seconds = max(1, int(limits.time_s))
+    task = {
+        "file": copy.name,
+        "name": name,
+        "where": str(path),
+        "limits": {
+            "RLIMIT_AS": limits.memory_bytes,
+            "RLIMIT_CPU": seconds,
+            "RLIMIT_FSIZE": limits.file_bytes,
+            "RLIMIT_NOFILE": limits.open_files,
+            "RLIMIT_CORE": 0,
+        },
+    }
+    said = copy.parent / "stderr.txt"
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(  # noqa: S603, our own program
+            # -P: nothing is imported from the working directory
+            [sys.executable, "-P", "-m", "models.importing.worker", json.dumps(task)],
+            cwd=copy.parent,
+            env={**os.environ, **_ENVIRONMENT, "TMPDIR": str(copy.parent)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limits.time_s)
+        except subprocess.TimeoutExpired as error:
+            raise ImportedModelError(f"{path}: {_too_long(limits)}") from error
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status == -signal.SIGXCPU:
+        raise ImportedModelError(f"{path}: {_too_long(limits)}")
+    if status < 0:
+        raise ImportedModelError(
+            f"{path}: the process that read it was ended by {signal.Signals(-status).name}; "
+            f"it may have needed more than {_memory(limits)}"
+        )
+    if status > 0:
+        with said.open("rb") as stderr:
+            stderr.seek(-min(2000, said.stat().st_size), os.SEEK_END)
+            lines = stderr.read().decode("utf-8", "replace").strip().splitlines() or [""]
+        raise ImportedModelError(f"{path}: the process that read it failed: {lines[-1]}")
+
+
+def _answer(file: Path, most: int, path: Path) -> bytes:
+    """What the process left in a file."""
+    try:
+        with open_regular(file, file.parent) as stream:
+            if os.fstat(stream.fileno()).st_size <= most:
+                return stream.read(most)
+    except OSError:
+        pass
+    raise ImportedModelError(f"{path}: the process that read it left no answer in {file.name}")
+
+
+def _too_long(limits: Limits) -> str:
+    return f"reading it took longer than {limits.time_s:g} s"
+
+
+def _memory(limits: Limits) -> str:
+    return f"{limits.memory_bytes // 2**20} MiB of memory"

@@ -1,0 +1,58 @@
+"""The process that reads a foreign Keras model: `python -m models.importing.worker TASK`.
+
+It sets its limits first, before any library that reads the file is loaded, and leaves its answer in
+its working directory, as `models.importing.result` says. Whatever else happens ends it without one.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from models.importing.result import ERROR_NAME, OUT_OF_MEMORY, RESULT_NAME, WEIGHTS_NAME
+
+
+def main() -> None:
+    """Convert one file, as the JSON object in the first argument says."""
+    task = json.loads(sys.argv[1])
+    for name, most in task["limits"].items():
+        _limit(getattr(resource, name), most)
+    try:
+        _convert(task)
+    except MemoryError:
+        _refuse(OUT_OF_MEMORY)
+
+
+def _convert(task: dict[str, Any]) -> None:
+    from models.errors import ModelsError
+    from models.importing.conversion import convert
+    from models.weights import weights_bytes
+
+    try:
+        conversion, weights = convert(Path(task["file"]), task["name"], task["where"])
+        Path(WEIGHTS_NAME).write_bytes(weights_bytes(weights))
+        Path(RESULT_NAME).write_text(conversion.model_dump_json(), "utf-8")
+    except ModelsError as error:
+        _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{task['where']}: {error}")
+
+
+def _refuse(message: str) -> None:
+    Path(ERROR_NAME).write_text(message, "utf-8", "backslashreplace")
+
+
+def _limit(which: int, most: int) -> None:
+    """Never above what the process may have anyway."""
+    _, hard = resource.getrlimit(which)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard - (which == resource.RLIMIT_CPU))
+    # at the soft limit on processor time comes SIGXCPU, at the hard one SIGKILL, which says less
+    resource.setrlimit(which, (most, most + (which == resource.RLIMIT_CPU)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""A foreign model is read in a process of its own, whose limits end in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from keras import layers as kl
+
+from models.artifact import load_artifact
+from models.errors import ImportedModelError
+from models.importing.isolation import Limits
+from models.importing.keras_model import import_keras_model
+from tests.models.importing.hostile import edited, recurrent, two_models
+from tests.models.importing.saving import saved
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
+]
+
+
+def refused(path: Path, limits: Limits | None = None) -> str:
+    """Why the file is not imported; nothing may have been written."""
+    out = path.parent / "out"
+    with pytest.raises(ImportedModelError) as caught:
+        import_keras_model(path, out, limits=limits)
+    assert not out.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["keras", "hdf5"])
+def test_a_model_is_imported(tmp_path: Path, suffix: str) -> None:
+    report = import_keras_model(saved(recurrent(), tmp_path / f"m.{suffix}"), tmp_path / "out")
+    assert (report.artifact.spec.name, report.lengths_steps) == ("m", (1, 2, 7, 33))
+    assert 0 < report.largest_difference < 1e-5
+    imported = load_artifact(tmp_path / "out").manifest["training"]["imported"]
+    assert imported["file"] == f"m.{suffix}"
+    assert imported["verified"]["largest_difference"] == report.largest_difference
+
+
+def test_what_is_refused_says_so_by_the_file_that_was_given(tmp_path: Path) -> None:
+    path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
+    assert refused(path).startswith(f"{path}: the model holds what cannot be carried:")
+
+
+def test_a_model_that_is_too_large_reaches_the_memory_limit(tmp_path: Path) -> None:
+    path = edited(tmp_path / "m.keras", lambda layer: layer["config"].update(units=40_000))
+    said = refused(path, Limits(memory_bytes=4 * 2**30))
+    assert re.search("more than 4096 MiB of memory|OOM|allocat", said), said
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(time_s=1), "took longer than 1 s"),
+        (Limits(memory_bytes=2**26), "the process that read it"),
+        (Limits(open_files=3), "the process that read it"),
+        (Limits(file_bytes=100), "expected a file of at most 100 bytes"),
+    ],
+    ids=["time", "memory", "files", "size"],
+)
+def test_limits_end_in_one_line(tmp_path: Path, limits: Limits, words: str) -> None:
+    said = refused(saved(recurrent(), tmp_path / "m.keras"), limits)
+    assert words in said
+    assert "\n" not in said
+
+
+def test_a_file_is_read_as_its_name_says_or_not_at_all(tmp_path: Path) -> None:
+    archive, tree = (saved(recurrent(), tmp_path / name) for name in ("a.keras", "b.h5"))
+    for given, name, words in (
+        (archive, "m.h5", "expected HDF5"),
+        (tree, "m.keras", "expected a ZIP archive"),
+        (archive, "m.zip", "expected a .keras or .h5 file"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(given.read_bytes())
+        assert words in refused(path)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    assert "there is none" in refused(tmp_path / "none.keras")
+    (tmp_path / "folder.keras").mkdir()
+    os.mkfifo(tmp_path / "fifo.keras")
+    for name in ("folder.keras", "fifo.keras"):
+        assert "expected a regular file" in refused(tmp_path / name)

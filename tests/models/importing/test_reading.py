@@ -1,0 +1,129 @@
+"""What a Keras model's file may hold is decided before any of it is built."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import pytest
+from keras import layers as kl
+
+from models.errors import ImportedModelError
+from tests.models.importing.hostile import Edit, edited, recurrent, two_models
+from tests.models.importing.saving import import_here, saved
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
+    pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file"),
+]
+
+
+def put(**given: Any) -> Edit:
+    return lambda layer: layer.update(given)
+
+
+def activation(given: Any) -> Edit:
+    return lambda layer: layer["config"].update(activation=given)
+
+
+CODE = {"class_name": "__lambda__", "config": {"value": "4wAAAA=="}}
+DOWNLOAD = {"module": "keras.utils", "class_name": "get_file", "config": {"origin": "file:///x"}}
+FUNCTION = {"module": "builtins", "class_name": "function", "config": "exec"}
+OBJECTS: dict[str, tuple[Edit, str]] = {
+    "layer that loads a SavedModel": (put(class_name="TFSMLayer"), "TFSMLayer 'cell'"),
+    "layer that reads a vocabulary": (put(class_name="StringLookup"), "StringLookup 'cell'"),
+    "layer of another library": (put(class_name="TorchModuleWrapper"), "TorchModuleWrapper"),
+    "registered class": (put(registered_name="own>Evil"), "LSTM 'cell': it is a class of its own"),
+    "class that is none": (put(class_name="Popper"), "Popper 'cell': it is a class of its own"),
+    "function of a namespace": (put(class_name="deserialize"), "deserialize 'cell'"),
+    "class that is no text": (put(class_name=["LSTM"]), "['LSTM'] 'cell'"),
+    "lambda": (activation(CODE), "__lambda__ 'cell'"),
+    "downloading function": (activation(DOWNLOAD), "get_file 'cell'"),
+    "function": (activation(FUNCTION), "function 'cell': it comes from 'builtins'"),
+    "in a list": (activation([[{"a": CODE}]]), "__lambda__ 'cell'"),
+    "to compile": (put(compile_config={"loss": FUNCTION}), "function 'cell'"),
+    "to build": (put(build_config={"x": CODE}), "__lambda__ 'cell'"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize(("edit", "words"), OBJECTS.values(), ids=OBJECTS.keys())
+def test_objects_that_are_not_known_to_be_harmless_are_not_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, edit: Edit, words: str
+) -> None:
+    monkeypatch.setattr(keras.saving, "load_model", None)  # calling it would be a TypeError
+    path = edited(tmp_path / f"m{suffix}", edit)
+    with pytest.raises(ImportedModelError) as caught:
+        import_here(path, tmp_path / "out")
+    assert words in str(caught.value)
+
+
+def test_the_file_that_is_checked_is_the_one_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keras.saving, "load_model", None)
+    path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(ImportedModelError, match="Lambda 'code': it holds code"):
+        import_here(path, tmp_path / "out")
+
+
+def test_a_compiled_model_is_read(tmp_path: Path) -> None:
+    model = recurrent()
+    model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 5)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    outer = keras.Sequential([kl.Input((None, 3)), model])
+    outer.compile("adam", keras.losses.Huber(), metrics=["mae"])
+    report = import_here(saved(outer, tmp_path / "m.keras"), tmp_path / "out")
+    assert report.largest_difference < 1e-5
+
+
+CONFIGURATIONS = [b"", b"[]", b"{", b"null", b"[" * 100_000, b"{" + b'"a":{' * 100_000]
+CONFIGURATIONS += [b'{"class_name": "Sequential"}', b'{"class_name": "Sequential", "config": [1]}']
+CONFIGURATIONS += [b'{"class_name": "Functional", "config": {"layers": 3}}', b"\xff"]
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("content", CONFIGURATIONS, ids=lambda content: content[:20])
+def test_a_configuration_that_is_none_is_refused(
+    tmp_path: Path, suffix: str, content: bytes
+) -> None:
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".keras":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", content)
+    else:
+        with h5py.File(path, "w") as file:
+            file.attrs.create("model_config", content[:60_000], dtype=h5py.string_dtype())
+    with pytest.raises(ImportedModelError, match=rf"m\{suffix}: "):
+        import_here(path, tmp_path / "out")
+
+
+def test_a_configuration_that_inflates_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", b" " * (16 * 2**20 + 1))
+    with pytest.raises(ImportedModelError, match="16777217 bytes, more than 16777216"):
+        import_here(path, tmp_path / "out")
+
+
+def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = [1.0, 2.0]
+    with pytest.raises(ImportedModelError, match="expected a whole Keras model"):
+        import_here(path, tmp_path / "out")
+
+
+def test_weights_from_another_file_are_refused(tmp_path: Path) -> None:
+    path = saved(recurrent(), tmp_path / "m.h5")
+    saved(recurrent(), tmp_path / "secret.h5", seed=3)
+    with h5py.File(path, "r+") as file:
+        del file["model_weights"]["cell"]
+        link = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/model_weights/cell")
+        file["model_weights"]["cell"] = link
+    with pytest.raises(ImportedModelError, match="Keras cannot load it"):
+        import_here(path, tmp_path / "out")
