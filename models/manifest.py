@@ -153,7 +153,7 @@ def _read_listed(path: Path, name: str, size: int, sha256: Any, *, keep: bool) -
                     kept.append(piece)
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read: {error.strerror}") from error
-    if size or digest.hexdigest() != sha256:
+    if digest.hexdigest() != sha256:
         raise ArtifactError(f"{file}: changed since it was written (SHA-256 differs)")
     return b"".join(kept)
 

@@ -481,7 +481,8 @@ def nats(spec: ModelSpec, head: AnomalyHead, parameters: Floats, row: Floats) ->
         absent = field.kind != "categorical" and field.optional and row[where[f"{target}.missing"]]
         if field.kind == "numeric":
             mean, s = parameters[start], np.clip(parameters[start + 1], -7, 7)
-            found = log(2 * pi) / 2 + s + ((value - mean) / np.exp(s)) ** 2 / 2
+            deviation = np.clip((value - mean) / np.exp(s), -1e18, 1e18)
+            found = log(2 * pi) / 2 + s + deviation**2 / 2
             start += 2
         elif field.kind == "categorical":
             logits = parameters[start : start + field.codes]

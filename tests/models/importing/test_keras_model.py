@@ -161,6 +161,33 @@ def _much_refused() -> keras.Model:
     )
 
 
+PLAIN_ONLY: list[tuple[kl.Layer, str]] = [
+    (kl.ReLU(max_value=6.0, name="odd"), "ReLU 'odd': max_value=6.0, threshold=0.0"),
+    (kl.ReLU(threshold=0.1, name="odd"), "ReLU 'odd': max_value=None, threshold=0.1"),
+    (kl.ReLU(negative_slope=0.3, name="odd"), "ReLU 'odd': negative_slope=0.3"),
+    (kl.ELU(alpha=0.5, name="odd"), "ELU 'odd': alpha=0.5"),
+    (kl.Softmax(axis=1, name="odd"), "Softmax 'odd': axis=1"),
+    (kl.BatchNormalization(axis=1, name="odd"), "BatchNormalization 'odd': axis=1"),
+    (kl.TimeDistributed(kl.Masking(name="m"), name="odd"), "'odd': it wraps Masking 'm'"),
+]
+
+
+@pytest.mark.parametrize(("layer", "words"), PLAIN_ONLY, ids=[words for _, words in PLAIN_ONLY])
+def test_options_that_change_a_number_are_refused(
+    tmp_path: Path, layer: kl.Layer, words: str
+) -> None:
+    """Also those that the random sequences of the proof would not reach."""
+    model = keras.Sequential([kl.Input((4, 3)), kl.LSTM(3, return_sequences=True), layer])
+    assert words in refusal(model, tmp_path)
+
+
+def test_activations_with_plain_options_are_carried(tmp_path: Path) -> None:
+    layers = [kl.ReLU(), kl.LSTM(3, return_sequences=True), kl.ELU(), kl.ReLU(negative_slope=0.2)]
+    report = imported(keras.Sequential([kl.Input((None, 3)), *layers]), tmp_path)
+    kinds = [getattr(layer, "activation", "") for layer in report.artifact.spec.layers]
+    assert kinds == ["relu", "tanh", "elu", "leaky_relu"]
+
+
 def test_shared_layers_and_constants_are_refused(tmp_path: Path) -> None:
     rows = kl.Input((None, 3))
     shared = kl.GRU(3, return_sequences=True, name="shared")
@@ -281,6 +308,24 @@ def test_packaged_numbers_that_differ_are_refused(
     monkeypatch.setattr(StepNetwork, "set_weights", off)
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
     assert "the packaged model gives" in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize("chunking", ["invisible", "per_chunk"])
+def test_a_state_that_is_not_carried_between_chunks_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunking: str
+) -> None:
+    """Each sequence by itself is right: only its cuts show that every chunk begins from zero."""
+    step = StepNetwork.step
+    monkeypatch.setattr(
+        StepNetwork,
+        "step",
+        lambda network, rows, lengths, state: step(network, rows, lengths, 0 * state),
+    )
+    rows = kl.Input((None, 3))
+    sequence, *states = kl.LSTM(3, return_sequences=True, return_state=True)(rows)
+    if chunking == "per_chunk":
+        sequence = kl.LSTM(3, return_sequences=True)(sequence, initial_state=states)
+    assert "the packaged model gives" in refusal(keras.Model(rows, sequence), tmp_path)
 
 
 def test_original_that_overflows_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ CODE = {"class_name": "__lambda__", "config": {"value": "4wAAAA=="}}
 DOWNLOAD = {"module": "keras.utils", "class_name": "get_file", "config": {"origin": "file:///x"}}
 FUNCTION = {"module": "builtins", "class_name": "function", "config": "exec"}
 OBJECTS: dict[str, tuple[Edit, str]] = {
+    "layer of code": (put(class_name="Lambda"), "Lambda 'cell': it holds code"),
     "layer that loads a SavedModel": (put(class_name="TFSMLayer"), "TFSMLayer 'cell'"),
     "layer that reads a vocabulary": (put(class_name="StringLookup"), "StringLookup 'cell'"),
     "layer of another library": (put(class_name="TorchModuleWrapper"), "TorchModuleWrapper"),
@@ -71,12 +72,19 @@ def test_the_file_that_is_checked_is_the_one_that_is_loaded(
         import_here(path, tmp_path / "out")
 
 
+def own_loss(wanted: Any, given: Any) -> Any:
+    return keras.ops.mean(keras.ops.abs(wanted - given))
+
+
 def test_a_compiled_model_is_read(tmp_path: Path) -> None:
+    """With what is known of the models in it, and with anything of its own, which is not loaded."""
     model = recurrent()
-    model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 5)), "mse")
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 5)), keras.losses.Huber()
+    )
     model.optimizer.build(model.trainable_variables)
     outer = keras.Sequential([kl.Input((None, 3)), model])
-    outer.compile("adam", keras.losses.Huber(), metrics=["mae"])
+    outer.compile("adam", own_loss, metrics=[keras.metrics.MeanSquaredError()])
     report = import_here(saved(outer, tmp_path / "m.keras"), tmp_path / "out")
     assert report.largest_difference < 1e-5
 

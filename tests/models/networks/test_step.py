@@ -15,6 +15,7 @@ from models.networks.build import StepNetwork
 from models.spec import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
 from tests.models.networks.specs import sequences, stacks
+from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import (
     ACTIVATIONS,
     contracting_weights,
@@ -31,6 +32,15 @@ def network_of(spec: ModelSpec, seed: int) -> StepNetwork:
     network = StepNetwork(spec)
     network.set_weights(contracting_weights(spec, seed))
     return network
+
+
+EVERY_STATE: list[dict[str, object]] = [
+    {"kind": "lstm", "units": 4, "peepholes": True},
+    {"kind": "lstm", "units": 4, "projection": 3, "layer_normalization": True},
+    {"kind": "attention", "name": "so_far", "over": "stream", "units": 3},
+    {"kind": "gru", "units": 3},
+    {"kind": "gru", "units": 3, "reset_after": False},
+]
 
 
 def two_layers(**changes: object) -> ModelSpec:
@@ -257,3 +267,17 @@ def test_schema_without_fitted_numbers_is_refused() -> None:
     spec = two_layers(features=None, events={"fields": fields})
     with pytest.raises(SpecError, match=r"\['delay'\]"):
         StepNetwork(spec)
+
+
+def test_a_row_of_length_0_keeps_its_state() -> None:
+    events = FULL_SCHEMA.model_dump(mode="json")
+    head = {"kind": "anomaly", "name": "odd", "targets": ["load", "carrier"]}
+    spec = parse_spec({"name": "m", "events": events, "layers": EVERY_STATE, "heads": [head]})
+    network, random = network_of(spec, 4), np.random.default_rng(4)
+    states = random_states(spec, random, 2)
+    rows = np.zeros((2, 6, spec.input_features), np.float32)
+    rows[:, :, 0] = random.normal(size=(2, 6))
+    _, after = step(network, rows, [0, 6], states)
+    np.testing.assert_array_equal(after[0], states[0])
+    _, wanted = oracle_step(spec, network.get_weights(), rows[1], states[1])
+    np.testing.assert_allclose(joined(spec, after[1]), joined(spec, wanted), **CLOSE)

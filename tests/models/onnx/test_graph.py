@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from models.errors import GraphUnsupportedError
 from models.fingerprint import fingerprint
 from models.layout import state_spec
+from models.networks.build import StepNetwork
 from models.onnx import graph as graph_module
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
 from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
 from models.spec import ModelSpec, parse_spec
 from tests.models.networks.specs import COMBINATIONS, sequences, stacks
+from tests.support.events import FULL_SCHEMA
 from tests.support.models import random_weights, small_spec
 from tests.support.oracle import (
     ACTIVATIONS,
@@ -185,3 +187,27 @@ def test_the_graph_is_valid_and_says_whose_it_is() -> None:
     assert marks == {MARK_FORMAT: "1", MARK_FINGERPRINT: fingerprint(spec, weights).hex()}
     assert {node.op_type for node in model.graph.node} >= {"LSTM", "GRU"}
     assert data == write_graph(spec, dict(reversed(weights.items())))
+
+
+@pytest.mark.parametrize(
+    ("log_deviation", "value"),
+    [(30, 2), (-30, 2), (7.5, 2), (-7.5, 2), (6.5, 2), (0, 1e30), (0, -1e30), (-30, 3e38)],
+)
+def test_an_anomaly_heads_deviations_are_bounded(log_deviation: float, value: float) -> None:
+    """In both networks: without the bounds they overflow, or believe in any deviation."""
+    head = {"kind": "anomaly", "name": "odd", "targets": ["load"]}
+    data = {"events": FULL_SCHEMA.model_dump(mode="json"), "layers": [{"kind": "gru", "units": 2}]}
+    spec = parse_spec({"name": "m", **data, "heads": [head]})
+    weights = contracting_weights(spec, 5)
+    rows = np.zeros((1, 1, spec.input_features), np.float32)
+    rows[0, 0, spec.events.column_index["load"]] = value
+    state = np.zeros((1, state_spec(spec).float_size), np.float32)
+    state[0, state_spec(spec).slices["odd.forecast"]] = 0.5, log_deviation
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    outputs, _ = run(session_of(spec, weights), rows, [1], state)
+    others, _ = network.step(rows, np.ones(1, np.int32), state)
+    wanted, _ = oracle_step(spec, weights, rows[0], state[0])
+    assert np.isfinite(outputs).all()
+    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
+    np.testing.assert_allclose(others[0], wanted, **CLOSE)
