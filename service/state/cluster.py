@@ -107,6 +107,10 @@ class ClusterLink(Link):
         gap = f"{self._map.uncovered} slots have no node" if self._map.uncovered else ""
         return Layout(self._map.layout, servers, gap)
 
+    def server_of(self, slot: int) -> Server | None:
+        owner = self._owners[slot] if self._owners else None
+        return None if owner is None else self._server(owner)
+
     def others(self) -> list[Server]:
         return [self._server(address) for address in self._map.replicas] if self._map else []
 

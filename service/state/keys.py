@@ -2,6 +2,7 @@
 
     {namespace}{pNNNN}:s:{model}:{stream}     the state
     {namespace}{pNNNN}:r:{model}:{stream}     the last reply
+    {namespace}{pNNNN}:probe:{name}           a trial commit of readiness; lives a millisecond
     {namespace}:meta                          how the store was set up
 
 The braces around `pNNNN` are literal: Redis Cluster hashes what is between them, so that all
@@ -68,6 +69,10 @@ class KeySpace:
     def begin(self, partition: int) -> str:
         """How every key of a partition begins, and what it is hashed by."""
         return f"{self.namespace}{{p{partition:04d}}}"
+
+    def probe(self, partition: int, name: str) -> str:
+        """A key that is no stream's, in the slot of a partition; for a trial commit."""
+        return f"{self.begin(partition)}:probe:{name}"
 
     def pattern(self, model: str, prefix: str) -> str:
         """The glob that matches the states of a model's streams whose names begin so."""

@@ -85,6 +85,10 @@ class Link(ABC):
         """
 
     @abstractmethod
+    def server_of(self, slot: int) -> Server | None:
+        """The server that has a slot, as far as is known."""
+
+    @abstractmethod
     def others(self) -> list[Server]:
         """Servers that may come to hold the streams."""
 
@@ -220,6 +224,9 @@ class ServerLink(Link):
 
     async def layout(self) -> Layout:
         return Layout("", [self._server])
+
+    def server_of(self, slot: int) -> Server | None:
+        return self._server
 
     def others(self) -> list[Server]:
         return []

@@ -15,7 +15,6 @@ was written and is not as durable as the settings want is NotDurable.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -65,10 +64,11 @@ from service.state.outcomes import (
     settle_deletion,
 )
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, Loaded
+from service.state.readiness import Readiness
 from service.state.request import Answer, Outcome, ReplyLost, Request, Script
 from service.state.scan import Place, scan_page
 from service.state.server import Server
-from service.state.server_checks import check_servers, why_not_ready
+from service.state.server_checks import check_servers
 from service.state.settings import Durability, StoreSettings
 
 DELETE_TRIES: Final = 6
@@ -96,6 +96,7 @@ class RedisStore:
         self._commit = Script.load("commit")
         self._deletion = Script.load("delete")
         self._confirming = Script.load("confirm")
+        self._readiness = Readiness(self._link, settings, self._commit)
 
     async def start(self) -> None:
         """Check the servers and set the store up where it is new; once, before use.
@@ -105,25 +106,17 @@ class RedisStore:
         """
         await self._link.start()
         server = await check_servers(self._link, self._settings)
+        self._readiness.start()
         log.info("store_ready", store=self._link.where, server=server)
 
     async def close(self) -> None:
         """Release connections; once, after the last call returned."""
+        await self._readiness.close()
         await self._link.close()
 
     async def check(self) -> list[Check]:
-        """Readiness: whether every server answers now, as durable as asked. Never raises."""
-        try:
-            layout = await self._link.layout()
-        except CarryError as error:
-            return [Check("store", False, error.detail)]
-        found = await asyncio.gather(
-            *(why_not_ready(each, self._settings) for each in layout.servers)
-        )
-        why_not = [text for text in (layout.gap, *found) if text]
-        if why_not:
-            return [Check("store", False, "; ".join(why_not))]
-        return [Check("store", True, f"{self._link.where} answers")]
+        """Readiness: whether servers take commits now, as durable as asked. Never raises."""
+        return [await self._readiness.check()]
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None

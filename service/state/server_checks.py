@@ -49,24 +49,8 @@ async def check_servers(link: Link, settings: StoreSettings) -> str:
     return "; ".join(dict.fromkeys(words))
 
 
-async def why_not_ready(server: Server, settings: StoreSettings) -> str:
-    """Why a server does not serve now as the settings want; empty where it does."""
-    try:
-        await server.try_once(PROBE_S, "PING")
-        if settings.durability is Durability.FSYNC:
-            _check_fsync(server, await _fsync_options(server))
-        if settings.durability is Durability.REPLICATED:
-            facts = _info(await server.try_once(PROBE_S, "INFO", "replication"))
-            replicas = _online_replicas(facts)
-            if replicas < settings.replicas:
-                return f"{server.where} has {replicas} replicas, expected {settings.replicas}"
-    except CarryError as error:
-        return error.detail
-    return ""
-
-
 async def _check_server(server: Server, settings: StoreSettings) -> str:
-    facts = _info(await server.read("INFO"))
+    facts = read_info(await server.read("INFO"))
     if (facts.get("cluster_enabled") == "1") != settings.is_cluster:
         what, scheme = ("a single server", "redis://")
         if not settings.is_cluster:
@@ -75,16 +59,17 @@ async def _check_server(server: Server, settings: StoreSettings) -> str:
             f"the store at {server.where} is {what}, whose address begins with {scheme}"
         )
     policy = await _eviction_policy(server, facts)
-    if policy != "noeviction" and not settings.allow_eviction:
-        raise StoreRefused(
-            f"the store at {server.where} has maxmemory-policy {policy}, expected noeviction: "
-            "under another policy streams vanish and begin anew in silence. Set it to "
-            "noeviction, or CARRY_ALLOW_EVICTION=true to take the risk"
+    check_policy(server, policy, settings)
+    if facts.get("aof_enabled") == "0" and not settings.allow_eviction:
+        log.warning(
+            "append_only_file_off",
+            store=server.where,
+            risk="a restart of the server loses what was written since its last snapshot",
         )
     if settings.durability is Durability.FSYNC:
-        _check_fsync(server, await _fsync_options(server))
+        check_fsync(server, await fsync_options(server))
     if settings.durability is Durability.REPLICATED and facts.get("role") == "master":
-        replicas = _online_replicas(facts)
+        replicas = online_replicas(facts)
         if replicas < settings.replicas:
             # Not refused: a replica that is down at a restart must not keep readers out too.
             log.warning(
@@ -95,6 +80,20 @@ async def _check_server(server: Server, settings: StoreSettings) -> str:
     return f"{name} {version}, {policy}"
 
 
+def check_policy(server: Server, policy: str, settings: StoreSettings) -> None:
+    """Refuse a server that may evict streams.
+
+    Raises:
+        StoreRefused: by its `maxmemory-policy` it may, and the settings do not allow it.
+    """
+    if policy != "noeviction" and not settings.allow_eviction:
+        raise StoreRefused(
+            f"the store at {server.where} has maxmemory-policy {policy}, expected noeviction: "
+            "under another policy streams vanish and begin anew in silence. Set it to "
+            "noeviction, or CARRY_ALLOW_EVICTION=true to take the risk"
+        )
+
+
 async def _eviction_policy(server: Server, facts: dict[str, str]) -> str:
     """By INFO; CONFIG, which hosted servers often forbid, only where that does not say it."""
     if "maxmemory_policy" in facts:
@@ -103,7 +102,13 @@ async def _eviction_policy(server: Server, facts: dict[str, str]) -> str:
     return reply[1].decode() if reply else "unknown"
 
 
-async def _fsync_options(server: Server) -> dict[str, str]:
+async def fsync_options(server: Server) -> dict[str, str]:
+    """What the server is set to of all that `check_fsync` looks at.
+
+    Raises:
+        StoreUnavailable: it does not answer.
+        StoreRefused: it does not let its configuration be read.
+    """
     found: dict[str, str] = {}
     for name in _FSYNC:
         try:
@@ -116,7 +121,12 @@ async def _fsync_options(server: Server) -> dict[str, str]:
     return found
 
 
-def _check_fsync(server: Server, found: dict[str, str]) -> None:
+def check_fsync(server: Server, found: dict[str, str]) -> None:
+    """Refuse a server whose disk has a write later than it is acknowledged.
+
+    Raises:
+        StoreRefused: naming what is set otherwise.
+    """
     wrong = {name: value for name, value in found.items() if value != _FSYNC[name]}
     if wrong:
         got = ", ".join(f"{name} {value}" for name, value in wrong.items())
@@ -152,12 +162,14 @@ async def _check_partitions(link: Link, settings: StoreSettings) -> None:
         )
 
 
-def _online_replicas(facts: dict[str, str]) -> int:
+def online_replicas(facts: dict[str, str]) -> int:
+    """How many replicas are connected and in step."""
     return sum(
         name.startswith("slave") and "state=online" in value for name, value in facts.items()
     )
 
 
-def _info(reply: bytes) -> dict[str, str]:
+def read_info(reply: bytes) -> dict[str, str]:
+    """The reply to INFO, by name."""
     lines = reply.decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))

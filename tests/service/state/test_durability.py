@@ -196,16 +196,27 @@ async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it
     await asyncio.to_thread(own_cluster.settle)
 
 
-async def test_a_replica_that_is_gone_is_not_ready(own_cluster: Cluster) -> None:
+async def test_replicas_that_are_gone_are_named_and_without_any_it_is_not_ready(
+    own_cluster: Cluster,
+) -> None:
     async with replicated(own_cluster, wait_s=5) as store:
-        assert (await store.check())[0].ok
-        own_cluster.replicas[1].kill()
+        (check,) = await store.check()
+        assert check.ok
+        assert "replicas" not in check.detail
         try:
+            own_cluster.replicas[1].kill()
+            (check,) = await store.check()
+            assert check.ok, "the streams of the other shards are served"
+            assert check.detail.count("0 replicas, expected 1") == 1
+            own_cluster.replicas[0].kill()
+            own_cluster.replicas[2].kill()
             (check,) = await store.check()
             assert not check.ok
-            assert "0 replicas, expected 1" in check.detail
+            assert check.detail.count("0 replicas, expected 1") == 3
         finally:
-            own_cluster.replicas[1].start()
+            for replica in own_cluster.replicas:
+                if not replica.answers():
+                    replica.start()
     await asyncio.to_thread(own_cluster.settle)
 
 
