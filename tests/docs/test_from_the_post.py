@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from models.examples.post.__main__ import HERE
+from tests.support.needs import needs_tools
 from tests.support.pages import ROOT, agrees, blocks, run
 from tests.support.service import Service, running
 
@@ -39,6 +40,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         yield up
 
 
+@needs_tools("curl")
 def test_every_command_gives_what_the_page_shows(service: Service) -> None:
     got: list[Any] = []
     shown = 0

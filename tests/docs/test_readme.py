@@ -8,8 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.needs import needs_tools
 from tests.support.pages import agrees, blocks, run
 from tests.support.service import Service
+
+pytestmark = needs_tools("curl")
 
 
 @pytest.mark.usefixtures("model_dir")

@@ -46,9 +46,26 @@ def test_make_alone_lists_every_task_with_its_help() -> None:
     assert set(listed) == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
 
 
-@pytest.mark.parametrize("script", ["scripts/setup", "scripts/lock", ".ci/run"])
+@pytest.mark.parametrize("script", ["scripts/setup", "scripts/lock", ".ci/run", ".ci/serve"])
 def test_scripts_can_be_run(script: str) -> None:
     assert os.access(REPOSITORY / script, os.X_OK)
+
+
+def test_ci_installs_every_program_that_tests_need() -> None:
+    asked = re.compile(r'(?:shutil\.which|needs_tools)\(((?:"[\w-]+"(?:, )?)+)\)')
+    folders = ("compose", "docs", "project", "service", "support", "system")
+    sources = [path for folder in folders for path in (REPOSITORY / "tests" / folder).rglob("*.py")]
+    found = {
+        name
+        for path in sources
+        for names in asked.findall(path.read_text())
+        for name in re.findall(r"[\w-]+", names)
+    }
+    assert {"cc", "curl", "openssl", "redis-cli", "redis-server"} <= found
+    (listed,) = re.findall(
+        r"^ *for needed in (.*); do$", (REPOSITORY / ".ci/run").read_text(), re.M
+    )
+    assert found <= set(listed.replace('"', "").split())
 
 
 def test_a_python_that_does_not_start_is_one_clear_line(tmp_path: Path) -> None:
