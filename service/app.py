@@ -24,11 +24,13 @@ from fastapi import FastAPI
 from models.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
 from models.manifest import MANIFEST_NAME
-from service.api.application import ApiLimits, create_api
+from service.api.application import ApiLimits, ConnectionLimits, create_api
+from service.api.connections import CONNECTIONS
 from service.api.express import EXPRESS
 from service.engine.runtimes import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
+from service.ops.open_files import connections_within_open_files
 from service.pipeline import Pipeline, PipelineLimits
 from service.served import ServedModel
 from service.settings import Settings
@@ -89,7 +91,7 @@ def create_app() -> FastAPI:
         _settle_collector()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
-            yield {EXPRESS: api.state.express}
+            yield {EXPRESS: api.state.express, CONNECTIONS: api.state.connections}
         finally:
             await pipeline.stop()
             await store.close()
@@ -103,11 +105,21 @@ def create_app() -> FastAPI:
         timeout_s=min(settings.timeout_s, settings.max_timeout_s),
         max_timeout_s=settings.max_timeout_s,
     )
+    connections = ConnectionLimits(
+        max_connections=connections_within_open_files(settings.max_connections),
+        keep_alive_s=settings.keep_alive_s,
+        head_timeout_s=settings.head_timeout_s,
+        body_timeout_s=settings.body_timeout_s,
+        send_timeout_s=settings.send_timeout_s,
+        max_pending_body_bytes=settings.max_pending_body_bytes,
+        max_pending_reply_bytes=settings.max_pending_reply_bytes,
+    )
     return create_api(
         pipeline,
         limits,
         recorder,
         lifespan=lifespan,
+        connections=connections,
         metrics=lambda: (recorder.render(), recorder.content_type),
     )
 

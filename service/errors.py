@@ -2,6 +2,11 @@
 
     CarryError
       BadRequest            the request cannot be understood, nothing was looked up
+        MalformedRequest      malformed_request
+        DuplicateField        duplicate_field
+        HeadTooLarge          head_too_large
+        ExpectationFailed     expectation_failed
+        RequestTimeout        request_timeout
         MalformedBody         malformed_body
         InvalidInput          invalid_input
         ChunkTooLong          chunk_too_long
@@ -40,6 +45,7 @@
         DeadlineExceeded      deadline_exceeded
         Overloaded            overloaded
           StreamOverloaded    stream_overloaded
+        TooManyConnections    too_many_connections
         ShuttingDown          shutting_down
         InternalError         internal_error
 
@@ -97,6 +103,37 @@ class CarryError(Exception):
 
 class BadRequest(CarryError):
     """The request cannot be understood; nothing was looked up and nothing changed."""
+
+
+class MalformedRequest(BadRequest):
+    code = "malformed_request"
+    title = "The head or the framing of the request cannot be read"
+    remedy = "Send HTTP/1.1 with one Host; the connection is closed, what followed was not read."
+
+
+class DuplicateField(BadRequest):
+    code = "duplicate_field"
+    title = "A header or a query parameter is given more than once"
+    remedy = "Send what is named once; which of them was meant is not guessed."
+
+
+class HeadTooLarge(BadRequest):
+    code = "head_too_large"
+    title = "The head of the request is too large"
+    remedy = "Send fewer and shorter headers, and a shorter address."
+
+
+class ExpectationFailed(BadRequest):
+    code = "expectation_failed"
+    title = "The expectation is not one that is met"
+    remedy = "Send `Expect: 100-continue`, or none."
+
+
+class RequestTimeout(BadRequest):
+    code = "request_timeout"
+    title = "The request did not come in time"
+    retryable = True
+    remedy = "Send the whole request without pauses; CARRY_BODY_TIMEOUT_S is how long it may take."
 
 
 class MalformedBody(BadRequest):
@@ -351,6 +388,13 @@ class StreamOverloaded(Overloaded):
         "Send it again after Retry-After. A stream's chunks are applied one after another: send "
         "fewer at a time, each with more events, or use more streams."
     )
+
+
+class TooManyConnections(Failed):
+    code = "too_many_connections"
+    title = "The worker has as many connections as it may"
+    retryable = True
+    remedy = "Send it again later; keep fewer connections open, or raise CARRY_MAX_CONNECTIONS."
 
 
 class ShuttingDown(Failed):

@@ -23,6 +23,7 @@ import uvicorn
 from service.api.protocol import ExpressProtocol
 from service.app import LATE_S, store_settings
 from service.ops.logs import flush_logs
+from service.ops.open_files import raise_open_files_limit
 from service.settings import PREFIX, Settings, service_links
 from service.state.embedded import EmbeddedValkey
 from service.state.open import open_store
@@ -52,6 +53,7 @@ def serve(settings: Settings) -> None:
         signal.signal(number, _leave)
     if links := service_links(os.environ):
         log.info("service_links_ignored", variables=links)
+    raise_open_files_limit()
     with ExitStack() as stack:
         listener = stack.enter_context(_listening(settings.host, settings.port))
         if settings.redis_url is None:

@@ -139,6 +139,38 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
     """Largest body of a request, in bytes."""
 
+    max_connections: Annotated[int, Field(ge=1)] = 10_000
+    """Most connections of one worker at once; beyond it the answer is `too_many_connections` and
+    the connection is closed. Lowered at the start to what the limit on open files (`ulimit -n`)
+    leaves room for, with a line in the log. More than the clients keep open, all together."""
+
+    keep_alive_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    """How long a connection stays open without a request, in seconds. Longer than a proxy in front
+    keeps it, so that the proxy never sends on one that is being closed."""
+
+    head_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Longest from the first byte of a request to the end of its head, in seconds; then
+    `request_timeout`. It bounds what slow or silent clients hold."""
+
+    body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Longest from the head of a request to the end of its body, in seconds, and a second more for
+    every 16 KiB that came; then `request_timeout`. The longest pause that a client's network may
+    make."""
+
+    send_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Longest that a client may take to read the next 64 KiB of its replies, in seconds; then the
+    connection is closed. Longer than a client's pauses between reading."""
+
+    max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
+    """Most bytes of request bodies that a worker holds at once. Beyond it the bodies that have been
+    on their way for longest are answered `overloaded`. Several times `max_body_bytes`, and well
+    below the memory of the worker, of which a body takes up to three times its size."""
+
+    max_pending_reply_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
+    """Most bytes of replies that a worker holds for clients that do not read them. Beyond it the
+    connections that have waited for their reader for longest are closed. Well below the memory of
+    the worker."""
+
     max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
     """Most events in one chunk. A long chunk is computed in slices between other streams, so
     this bounds memory and the wait for its reply."""

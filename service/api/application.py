@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse
 
 from service.api import health, routes_chunks, routes_forecast, routes_models, routes_streams
 from service.api.boundary import LastResort, add_handlers
+from service.api.connections import ConnectionLimits, Connections
 from service.api.context import ApiContext
 from service.api.direct import DirectRoutes
 from service.api.error_reference import reference_html
@@ -31,7 +32,7 @@ from service.ops.request_log import RequestIds, RequestLog
 from service.pipeline import Pipeline
 from service.recorder import Recorder
 
-__all__ = ["ApiLimits", "create_api"]
+__all__ = ["ApiLimits", "ConnectionLimits", "create_api"]
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
 
@@ -43,6 +44,7 @@ def create_api(
     *,
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
+    connections: ConnectionLimits | None = None,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -51,6 +53,7 @@ def create_api(
         pipeline: answers every request; started before the first of them.
         lifespan: entered before the first request and left after the last.
         metrics: gives the body and the content type of `/metrics`; without it there is none.
+        connections: bounds on the connections of this worker.
         now_ms: wall clock in epoch milliseconds.
     """
     app = FastAPIOffline(
@@ -95,6 +98,7 @@ def create_api(
     chunks = [route for route in routes_chunks.router.routes if isinstance(route, APIRoute)]
     ids = RequestIds()
     app.state.express = Express(api, ids)
+    app.state.connections = Connections(connections)
     app.middleware_stack = RequestLog(DirectRoutes(app.build_middleware_stack(), chunks), ids)
     return app
 

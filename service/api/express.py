@@ -24,6 +24,7 @@ from structlog.contextvars import bound_contextvars
 
 from service.api.boundary import client_left, note_failure
 from service.api.context import ApiContext
+from service.api.heads import is_host
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, media_of
 from service.api.problems import problem_answer, status_of
@@ -33,7 +34,7 @@ from service.api.replies import server_timing
 from service.api.statuses import STATUS
 from service.api.wire import ModelWire
 from service.domain import Chunk, Reply, StreamKey
-from service.errors import CarryError, Overloaded
+from service.errors import CarryError, Overloaded, TooManyConnections
 from service.ops.logs import log_request
 from service.ops.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
 
@@ -189,6 +190,14 @@ class Express:
         _log(refused, STATUS[Overloaded])
         return sent
 
+    def refuse_unread(self, error: CarryError) -> bytes:
+        """The whole answer to what is not read to its end, after which the connection is closed."""
+        self._api.recorder.refusal("-", error.code)
+        request_id = self._ids.next()
+        if not isinstance(error, TooManyConnections):
+            log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)
+        return _refusal(error, Media.JSON, request_id, _CLOSE)
+
     def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
         """The whole answer.
 
@@ -251,6 +260,8 @@ def _read_headers(block: bytes) -> _Headers | None:
     length = found.get(b"content-length", b"")
     keeps = found.get(b"connection", b"keep-alive").lower() == b"keep-alive"
     if not length.isdigit() or len(length) > 9 or not keeps or _UNUSUAL & found.keys():
+        return None
+    if not is_host(found.get(b"host", b"/")):
         return None
     request_id = found.get(REQUEST_ID_HEADER)
     if request_id is not None and not is_request_id(request_id):

@@ -165,12 +165,18 @@ def _route(
     if body is not None:
         extra["requestBody"] = _body(body)
         problems = (*_BODY, *problems)
-    return {
-        "responses": {**good, **_problems(*problems, errors.InternalError)},
-        "openapi_extra": extra,
-    }
+    refused = _problems(*_CONNECTION, *problems, errors.InternalError)
+    return {"responses": {**good, **refused, **good}, "openapi_extra": extra}
 
 
+_CONNECTION = (
+    errors.MalformedRequest,
+    errors.DuplicateField,
+    errors.HeadTooLarge,
+    errors.ExpectationFailed,
+    errors.RequestTimeout,
+    errors.TooManyConnections,
+)
 _BODY = (
     errors.MalformedBody,
     errors.InvalidInput,

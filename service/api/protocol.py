@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, with an express way past it for requests that are plainly good.
+"""uvicorn's HTTP protocol, with a fast path past it for well-formed chunk requests.
 
 Every connection is uvicorn's. Between its requests, bytes are first shown to `Express`: what that
 takes is answered with one write; all else is uvicorn's, with every byte that came. While either
@@ -6,8 +6,11 @@ has a request under way, or answers wait for the client to read them, further re
 and beyond a bound not even read. So a connection's answers keep their order, and what it makes the
 process keep is bounded: held requests, one piece with uvicorn, answers that wait, and one head.
 
-The application offers its `Express` through the lifespan's state, under `express`; without one this
-is uvicorn's protocol and nothing else.
+What two readers of the same bytes could frame differently is refused, and the connection closed:
+no byte after it is taken for a request. An `Upgrade` is ignored, as RFC 9110 (7.8) allows: its
+request is framed as one without it. `Connections` bounds all connections together, and their time.
+
+The application offers its `Express` and its `Connections` through the lifespan's state.
 """
 
 from __future__ import annotations
@@ -15,16 +18,35 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.api.connections import CONNECTIONS, Connections, Phase
 from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Refused, Taken
-
-MAX_HEAD_BYTES: Final = 64 * 1024
-"""Most that may come of a request's head, or of what follows its body, before it is whole."""
+from service.api.heads import MAX_HEAD_BYTES, MAX_HEADERS, check_head, head_without_upgrade
+from service.errors import (
+    CarryError,
+    HeadTooLarge,
+    MalformedRequest,
+    Overloaded,
+    RequestTimeout,
+    TooManyConnections,
+)
 
 PIECE_BYTES: Final = 8 * 1024
 """What uvicorn is given at once: it makes something of every request therein."""
+
+MAX_DRAIN_BYTES: Final = 1024 * 1024
+"""Most that is read on of a body whose request was answered before it came."""
+
+MAX_REFUSED: Final = 64
+"""Connections over the limit that are read on for a moment; further ones are closed at once."""
+
+PROBE_S: Final = 0.5
+"""Between two interim answers to a client that closed its side of the connection."""
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class HoldingFlow(FlowControl):
@@ -43,67 +65,116 @@ class HoldingFlow(FlowControl):
 
 
 class ExpressProtocol(HttpToolsProtocol):
-    """One connection."""
+    """One connection.
+
+    Attributes:
+        turn, body_bytes, body_began_s: for `Connections`.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._express: Express | None = self.app_state.get(EXPRESS)
+        self._express: Express = self.app_state[EXPRESS]
+        self._all: Connections = self.app_state[CONNECTIONS]
         self._ours: tuple[Taken, Begun] | None = None
+        self._running: Any = None
         self._held = b""
         self._message_whole = True
+        self._head_whole = False
+        self._upgrades = False
         self._kept_bytes = 0
+        self._drained_bytes = 0
         self._leaving = False
-        self._idle_since_s: float | None = None
+        self._lingers = False
+        self._half_closed = False
+        self._failure: CarryError | None = None
+        self.turn = 0
+        self.body_bytes = 0
+        self.body_began_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there."""
         super().connection_made(transport)
         self._flow = self.flow = HoldingFlow(transport)
+        if self._all.add(self, self.loop):
+            return
+        limit = self._all.limits.max_connections
+        if len(self._all) > limit + MAX_REFUSED:
+            self.abort()
+        else:
+            self._refuse(TooManyConnections(f"expected at most {limit} connections of a worker"))
 
     def data_received(self, data: bytes) -> None:
         """Take in what came."""
-        if self._express is None:
-            super().data_received(data)
-            return
         if self._held:
             data = self._held + data
             self._held = b""
-        self._take_in(data, self._express)
+        self._take_in(data)
 
-    def _take_in(self, data: bytes, express: Express) -> None:
-        while data and not self.transport.is_closing():
-            self._idle_since_s = None
-            data = self._taken(data, express)
+    def _take_in(self, data: bytes) -> None:
+        while data and not (self._lingers or self._failure or self.transport.is_closing()):
+            data = self._taken(data)
 
-    def _taken(self, data: bytes, express: Express) -> bytes:
+    def _taken(self, data: bytes) -> bytes:
         """Do with the bytes what can be done now; what is left of them is the next request."""
         if self._has_to_wait:
             self._hold(data)
             return b""
-        found = express.take(data) if self._message_whole else None
+        found = self._express.take(data) if self._message_whole else None
         if found is None:
             return self._parse(data)
         if isinstance(found, More):
             self._hold(data)
             return b""
         if isinstance(found, Refused):
-            self.transport.write(express.refuse(found))
-            self._rest()
+            self.transport.write(self._express.refuse(found))
+            self._end_turn()
         else:
-            self._begin(found, express)
+            self._begin(found)
         return data[found.whole_bytes :]
 
     @property
     def _has_to_wait(self) -> bool:
         """Whether what comes next is not part of the request that is under way."""
-        if self._theirs:
-            return bool(self.pipeline) or not self.cycle.more_body
-        return self._ours is not None or (self.flow.write_paused and self._message_whole)
+        unread = self.flow.write_paused and self._message_whole and not self._theirs
+        return self._is_busy or unread
 
     @property
     def _theirs(self) -> bool:
         """Whether uvicorn has a request to answer."""
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether the service has a whole request to answer."""
+        if self._theirs:
+            return bool(self.pipeline) or not self.cycle.more_body
+        return self._ours is not None
+
+    @property
+    def _owes(self) -> bool:
+        """Whether answers to whole requests are still to come."""
+        return self._is_busy or bool(self._held and self.flow.write_paused)
+
+    @property
+    def phase(self) -> Phase:
+        """What the connection waits for."""
+        ends = self._lingers or self.transport.is_closing()
+        if self.flow.write_paused or (ends and self.transport.get_write_buffer_size()):
+            return Phase.READER
+        if ends:
+            return Phase.LINGER
+        if self._is_busy:
+            return Phase.SERVICE
+        if not self._message_whole and self._head_whole:
+            return Phase.BODY if self._theirs else Phase.REFUSED_BODY
+        if self._held:
+            return Phase.BODY
+        return Phase.IDLE if self._message_whole else Phase.HEAD
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Of replies, kept until the client reads them."""
+        return self.transport.get_write_buffer_size()
 
     def _parse(self, data: bytes) -> bytes:
         """Give uvicorn what it can do something with now; the rest is left.
@@ -113,25 +184,47 @@ class ExpressProtocol(HttpToolsProtocol):
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
             self._kept_bytes += len(piece)
-            super().data_received(piece)
-            if self.transport.is_closing():
-                break
+            self._feed(piece)
             if self._kept_bytes > MAX_HEAD_BYTES:
-                self.send_400_response(f"{MAX_HEAD_BYTES} bytes came without the end of a head.")
+                self._fail(HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes"))
+            if self._lingers or self._failure or self.transport.is_closing():
                 break
             if self._message_whole or self._has_to_wait:
                 return data[start + PIECE_BYTES :]
         return b""
 
+    def _feed(self, data: bytes) -> None:
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    # the parser takes an upgrade's body for another protocol: another one is
+                    # given the same head without it
+                    [head_bytes] = upgrade.args
+                    data = head_without_upgrade(self) + data[head_bytes:]
+                    self._upgrades = False
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            if not isinstance(cause, CarryError):
+                cause = MalformedRequest(f"expected a request of HTTP/1.1: {error}")
+            self._fail(cause)
+
     def _hold(self, data: bytes) -> None:
+        if not self._is_busy and not self.body_bytes:
+            self.body_began_s = self.loop.time()
         self._held = data
+        self._all.keep_body(self, max(len(data), self.body_bytes))
         if len(data) > MAX_BYTES:
             # a client that sends on before it has its answers; it has to wait
             self._flow.holds = True
             self._flow.pause_reading()
 
-    def _begin(self, taken: Taken, express: Express) -> None:
-        begun = express.begin(taken)
+    def _begin(self, taken: Taken) -> None:
+        begun = self._express.begin(taken)
         self._ours = taken, begun
 
         def answer(done: Begun) -> None:
@@ -139,39 +232,21 @@ class ExpressProtocol(HttpToolsProtocol):
             if done.cancelled() or self.transport.is_closing():
                 return
             [result] = done.result()
-            self.transport.write(express.reply(taken, result, last=self._leaving))
+            self.transport.write(self._express.reply(taken, result, last=self._leaving))
             if self._leaving:
                 self.transport.close()
                 return
-            self._rest()
+            self._end_turn()
             self._go_on()
 
         begun.add_done_callback(answer)
 
-    def _rest(self) -> None:
-        """A request is answered, and none is under way. The timer that closes idle connections is
-        left as it was set: to stop and start one for each request would cost more than to look
-        when it goes off."""
+    def _end_turn(self) -> None:
+        """A request is answered, and none is under way."""
+        self.turn += 1
         self.server_state.total_requests += 1
-        self._idle_since_s = self.loop.time()
-        if self.timeout_keep_alive_task is None:
-            self._wait_idle(self.timeout_keep_alive)
-
-    def _wait_idle(self, seconds: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(
-            seconds, self.timeout_keep_alive_handler
-        )
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection if it was idle for all the time."""
-        self.timeout_keep_alive_task = None
-        if self._idle_since_s is None or self.transport.is_closing():
-            return
-        left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
-        if left_s > 0:
-            self._wait_idle(left_s)
-        else:
-            super().timeout_keep_alive_handler()
+        if self.body_bytes:
+            self._all.keep_body(self, 0)
 
     def _go_on(self) -> None:
         """Take in what came while that could not be done."""
@@ -179,53 +254,182 @@ class ExpressProtocol(HttpToolsProtocol):
         if self._flow.holds:
             self._flow.holds = False
             self._flow.resume_reading()
-        if self._express is not None:
-            self._take_in(held, self._express)
+        self._take_in(held)
+        if self._half_closed and not self._owes:
+            self.transport.close()
+
+    def _fail(self, error: CarryError) -> None:
+        """Where the request that is being read ends is not known, or it is not waited for any
+        longer: what came before it is answered, then this; nothing after it is read."""
+        if self._lingers or self._failure:
+            return
+        self._held = b""
+        if self._message_whole or not self._head_whole:
+            if self._theirs or self._ours is not None:
+                self._failure = error
+            else:
+                self._refuse(error)
+        elif self.pipeline:
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
+            self._failure = error
+        elif self._theirs and not self.cycle.response_started:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._refuse(error)
+        else:
+            # its answer is there, or on its way: there is none to give besides
+            self._linger()
+
+    def _refuse(self, error: CarryError) -> None:
+        """Answer what is not read on, and close the connection."""
+        self.transport.write(self._express.refuse_unread(error))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Send what is written, then the end; read on for a moment, and throw it away."""
+        if self._lingers or self.transport.is_closing():
+            return
+        self._lingers = True
+        self._held = b""
+        self._all.keep_body(self, 0)
+        self._flow.holds = False
+        self._flow.resume_reading()
+        if self._half_closed or not self.transport.can_write_eof():
+            self.transport.close()
+        else:
+            self.transport.write_eof()
+
+    def expire(self, phase: Phase) -> None:
+        """Its time in this phase is over."""
+        if phase is Phase.HEAD or phase is Phase.BODY:
+            part = "head" if phase is Phase.HEAD else "body"
+            self._fail(RequestTimeout(f"the {part} of the request did not come in time"))
+        elif phase is Phase.READER or self.transport.is_closing():
+            self.abort()
+        else:
+            self.transport.close()
+
+    def shed_body(self) -> None:
+        """Refuse the body that is being received, since there are too many of them."""
+        limit = self._all.limits.max_pending_body_bytes
+        self._fail(Overloaded(f"bodies of more than {limit} bytes together are on their way"))
+
+    def abort(self) -> None:
+        """Close the connection, whatever is still to be sent."""
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         """The client reads its answers again."""
         super().resume_writing()
+        self.turn += 1
         if not self._has_to_wait:
             self._go_on()
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_message_begin(self) -> None:
         """uvicorn's parser has met the beginning of a request."""
-        self._message_whole = False
+        self._message_whole = self._head_whole = False
+        self._drained_bytes = 0
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """uvicorn's parser has met a header, or a trailer, which is none and is left out."""
+        if self._head_whole:
+            return
+        if len(self.headers) == MAX_HEADERS:
+            raise HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines")
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """uvicorn's parser has met the end of a head."""
+        version = self.parser.get_http_version()
+        check_head(self.parser.get_method(), self.url, version, self.headers)
+        self._upgrades = self.parser.should_upgrade()
+        if self._upgrades:
+            return
         self._kept_bytes = 0
+        self._head_whole = True
+        if version == "1.0":
+            self.expect_100_continue = False
         super().on_headers_complete()
+        if self.expect_100_continue:
+            # until its body has come: it never may, and then nobody knows what comes next
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """uvicorn's parser has met a part of a body."""
         self._kept_bytes = 0
+        if self.cycle.response_complete:
+            self._drained_bytes += len(body)
+            if self._drained_bytes > MAX_DRAIN_BYTES:
+                raise MalformedRequest("the body of a request that was answered goes on")
+            return
+        if not self.body_bytes:
+            self.body_began_s = self.loop.time()
         super().on_body(body)
+        self._all.keep_body(self, self.body_bytes + len(body))
+        if self._lingers:
+            raise Overloaded("this body was refused")
 
     def on_message_complete(self) -> None:
         """uvicorn's parser has met the end of a request."""
+        if self._upgrades:
+            return
         self._kept_bytes = 0
         self._message_whole = True
+        if self.expect_100_continue:
+            self.cycle.keep_alive = self.parser.should_keep_alive()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """uvicorn has answered a request, and begun the next one that it has."""
         super().on_response_complete()
+        self._unset_keepalive_if_required()
+        self.turn += 1
         if not self._theirs:
-            self._idle_since_s = self.loop.time()
-        if not self._has_to_wait:
+            self._all.keep_body(self, len(self._held))
+        if self._failure is not None and not self._theirs:
+            self._refuse(self._failure)
+        elif not self._has_to_wait:
             self._go_on()
 
     def shutdown(self) -> None:
         """The server stops: finish the request that is under way, then close."""
-        if self._ours is None:
+        if self._lingers:
+            self.transport.close()
+        elif self._ours is None:
             super().shutdown()
         else:
             self._leaving = True
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """The client sends no more. It may be gone, or wait for the answers that it is owed."""
+        self._half_closed = True
+        if self._lingers or not self._owes:
+            return None
+        self.loop.call_later(PROBE_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        """Write an interim answer, by which the network notices a client that is gone: the first
+        one is answered by a reset, and the next one fails, which ends the connection."""
+        if self.transport.is_closing() or not self._is_busy:
+            return
+        if self._ours is not None or not (
+            self.pipeline
+            or self.cycle.response_started
+            or self.cycle.scope["http_version"] == "1.0"
+        ):
+            self.transport.write(CONTINUE)
+        self.loop.call_later(PROBE_S, self._probe)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or the connection was closed."""
-        if self._ours is not None and self._express is not None:
+        self._all.remove(self)
+        if self._ours is not None:
             self._express.leave(*self._ours)
         super().connection_lost(exc)

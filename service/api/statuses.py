@@ -8,6 +8,11 @@ from service import errors
 from service.errors import CarryError
 
 STATUS: Mapping[type[CarryError], int] = {
+    errors.MalformedRequest: 400,
+    errors.DuplicateField: 400,
+    errors.HeadTooLarge: 431,
+    errors.ExpectationFailed: 417,
+    errors.RequestTimeout: 408,
     errors.MalformedBody: 400,
     errors.InvalidInput: 422,
     errors.ChunkTooLong: 413,
@@ -43,6 +48,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.DeadlineExceeded: 504,
     errors.Overloaded: 429,
     errors.StreamOverloaded: 429,
+    errors.TooManyConnections: 503,
     errors.ShuttingDown: 503,
     errors.InternalError: 500,
 }

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import uvicorn
 
+from service.api.connections import ConnectionLimits
 from service.api.express import MAX_BYTES, Begun, Express, Taken
-from service.api.protocol import MAX_HEAD_BYTES, PIECE_BYTES, ExpressProtocol
+from service.api.heads import MAX_HEAD_BYTES
+from service.api.protocol import PIECE_BYTES, ExpressProtocol
 from service.engine.batcher import Batcher
 from tests.service.api.harness import Harness
 from tests.service.api.test_express import (
@@ -34,6 +36,8 @@ DEAF = 1500
 """Requests whose answers are more than may wait for one client."""
 FEW = 150
 """Requests that are all read, so that nothing is reset when the connection is closed."""
+KEEP_ALIVE_S = ConnectionLimits().keep_alive_s
+SEND_TIMEOUT_S = ConnectionLimits().send_timeout_s
 GET = request(b"", first="GET /health/live HTTP/1.1", length="")
 QUERY = f"POST {PATH.format('s')}?return_state=true HTTP/1.1"
 """No plain request."""
@@ -57,6 +61,7 @@ class Client(NamedTuple):
         with suppress(ConnectionResetError):
             async with asyncio.timeout(10):
                 assert await self.reader.read() == b""
+        self.writer.close()
         await becomes(lambda: not self.server.server_state.connections, "no connection")
 
 
@@ -79,11 +84,12 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
             await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
-def long_after(connection: ExpressProtocol) -> None:
-    """The time is over after which idle connections are closed."""
-    if connection._idle_since_s is not None:
-        connection._idle_since_s -= connection.timeout_keep_alive
-    connection.timeout_keep_alive_handler()
+def long_after(client: Client, wait_s: float = 3600.0) -> None:
+    """The connections are looked at now and then."""
+    connections = client.connection._all
+    now_s = asyncio.get_running_loop().time()
+    connections.look(now_s)
+    connections.look(now_s + wait_s)
 
 
 @pytest.fixture
@@ -121,7 +127,7 @@ async def test_a_client_that_does_not_read_has_to_wait(
         await becomes(lambda: len(client.connection._held) > MAX_BYTES, "much that is held")
         client.connection.flow.resume_reading()
         assert not client.connection.transport.is_reading(), "whoever asks for more"
-        long_after(client.connection)
+        long_after(client, SEND_TIMEOUT_S)
         assert set(await client.statuses(DEAF)) == {b"429" if refused else b"200"}
     assert len(paused) == DEAF
     assert not any(paused)
@@ -231,7 +237,7 @@ async def test_a_head_without_an_end_is_cut_off(api: Harness, begin: bytes, more
             await asyncio.sleep(0)
             pieces += 1
         assert pieces > MAX_HEAD_BYTES // len(more)
-        assert await client.statuses(1) == [b"400"]
+        assert await client.statuses(1) == [b"431"]
         await client.is_cut_off()
 
 
@@ -250,17 +256,15 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, l
         for sent in (request(chunk()), last):
             client.writer.write(sent)
             await answer(client.reader)
-        assert connection.timeout_keep_alive_task is not None
-        connection.timeout_keep_alive_handler()
+        long_after(client, KEEP_ALIVE_S)
         assert not connection.transport.is_closing(), "it has just been used"
-        assert connection.timeout_keep_alive_task is not None
         client.writer.write(request(chunk(4))[:-1])
         await becomes(lambda: bool(connection._held), "half a request")
-        long_after(connection)
-        assert not connection.transport.is_closing(), "a request is under way"
+        long_after(client, 2 * KEEP_ALIVE_S)
+        assert not connection.transport.is_closing(), "a request is on its way"
         client.writer.write(request(chunk(4))[-1:])
         assert await client.statuses(1) == [b"200"]
-        long_after(connection)
+        long_after(client, KEEP_ALIVE_S + 1)
         await client.is_cut_off()
 
 
@@ -272,7 +276,7 @@ async def test_a_connection_is_not_idle_while_a_request_is_under_way(
         client.writer.write(request(chunk(), refuse_short) + request(chunk()))
         assert await client.statuses(1) == [b"429"]
         await becomes(lambda: client.connection._ours is not None, "a request under way")
-        long_after(client.connection)
+        long_after(client)
         held_back()
         assert await client.statuses(1) == [b"200"]
 
@@ -282,5 +286,5 @@ async def test_a_body_that_does_not_come_keeps_no_connection_open(api: Harness) 
     async with connected(api) as client:
         client.writer.write(request(b"", length="Content-Length: 1000000"))
         assert await client.statuses(1) == [b"413"]
-        long_after(client.connection)
+        long_after(client)
         await client.is_cut_off()

@@ -20,7 +20,8 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.api.express import Express, Taken
+from service.api.connections import CONNECTIONS
+from service.api.express import EXPRESS, Express, Taken
 from service.api.protocol import ExpressProtocol
 from service.engine.batcher import Batcher
 from tests.service.api.harness import Harness, rows
@@ -88,7 +89,7 @@ async def serving(api: Harness, protocol: type[asyncio.Protocol]) -> AsyncIterat
         server = uvicorn.Server(config)
         config.load()
         server.lifespan = config.lifespan_class(config)
-        server.lifespan.state["express"] = api.app.state.express
+        server.lifespan.state |= state_of(api)
         await server.startup(sockets=[listener])
         ticking = asyncio.create_task(server.main_loop())
         try:
@@ -97,6 +98,12 @@ async def serving(api: Harness, protocol: type[asyncio.Protocol]) -> AsyncIterat
             server.should_exit = True
             await ticking
             await server.shutdown(sockets=[listener])
+
+
+def state_of(api: Harness) -> dict[str, Any]:
+    """What the lifespan of the application gives to the connections."""
+    state = api.app.state
+    return {EXPRESS: state.express, CONNECTIONS: state.connections}
 
 
 def port_of(server: uvicorn.Server) -> int:
@@ -167,7 +174,6 @@ LEFT: dict[str, bytes] = {
     "no model": request(chunk(), first="POST /v1/models/none/streams/s/chunks HTTP/1.1"),
     "a query": request(chunk(), first=f"POST {PATH.format('s')}?return_state=1 HTTP/1.1"),
     "escaped": request(chunk(), first=f"POST {PATH.format('s%41')} HTTP/1.1"),
-    "no name": request(chunk(), first=f"POST {PATH.format('a b')} HTTP/1.1"),
     "HTTP/1.0": request(chunk(), first=f"POST {PATH.format('s')} HTTP/1.0"),
     "If-Match": request(chunk(), 'If-Match: "x"'),
     "close": request(chunk(), "Connection: close"),
@@ -183,6 +189,13 @@ LEFT: dict[str, bytes] = {
     "chunked": request(
         b"%x\r\n%b\r\n0\r\n\r\n" % (len(chunk()), chunk()), "Transfer-Encoding: chunked", length=""
     ),
+    "a proxy's close": request(chunk(), "Proxy-Connection: close"),
+    "long headers": request(chunk(), "X-Long: " + "x" * 5000),
+    "other method": request(b"", first=f"GET {PATH.format('s')} HTTP/1.1"),
+    "other route": request(b"", first="GET /v1/models HTTP/1.1"),
+}
+REFUSED: dict[str, bytes] = {
+    "no name": request(chunk(), first=f"POST {PATH.format('a b')} HTTP/1.1"),
     "signed length": request(chunk(), length=f"Content-Length: +{len(chunk())}"),
     "two lengths": request(
         chunk(), f"Content-Length: {len(chunk())}", length=f"Content-Length: {len(chunk())}"
@@ -190,11 +203,10 @@ LEFT: dict[str, bytes] = {
     "length and chunked": request(chunk(), "Transfer-Encoding: chunked"),
     "space before the colon": request(chunk(), "X-Odd : 1"),
     "folded": request(chunk(), "X-Odd: 1\r\n 2"),
-    "a proxy's close": request(chunk(), "Proxy-Connection: close"),
-    "long headers": request(chunk(), "X-Long: " + "x" * 5000),
     "bare newline": request(chunk(), "X-Odd: 1\nX-More: 2"),
-    "other method": request(b"", first=f"GET {PATH.format('s')} HTTP/1.1"),
-    "other route": request(b"", first="GET /v1/models HTTP/1.1"),
+    "no host": request(chunk()).replace(b"Host: carry\r\n", b""),
+    "two hosts": request(chunk(), "Host: other"),
+    "bad host": request(chunk()).replace(b"Host: carry", b"Host: a/b"),
 }
 
 
@@ -209,6 +221,24 @@ async def test_both_servers_answer_the_same(doors: tuple[Door, Door], name: str)
         replies.append(steady(reply.replace(stream.encode(), b"s")))
     assert replies[0] == replies[1]
     assert len(ours.taken) == (name in TAKEN)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_a_head_in_doubt_is_refused_and_the_connection_closed(
+    doors: tuple[Door, Door], name: str
+) -> None:
+    ours, _ = doors
+    reader, writer = await asyncio.open_connection("127.0.0.1", ours.port)
+    writer.write(REFUSED[name])
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"\r\nconnection: close" in head
+    document = orjson.loads(body)
+    assert document["code"] == ("duplicate_field" if name == "two hosts" else "malformed_request")
+    assert f"x-request-id: {document['request_id']}".encode() in head
+    assert not ours.taken
 
 
 async def test_a_stream_goes_on_over_both(doors: tuple[Door, Door]) -> None:
