@@ -27,6 +27,7 @@ from service.api.context import ApiContext
 from service.api.heads import is_host
 from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media, accepted, media_of
+from service.api.pieces import LONG_VALUES
 from service.api.problems import problem_answer, status_of
 from service.api.reading import STREAM_NAME, TIMEOUT_HEADER, parse_timeout
 from service.api.refusals import Refusals
@@ -167,7 +168,8 @@ class Express:
         if (error := pipeline.refusal(StreamKey(model, stream), waits_s)) is not None:
             return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
         chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
-        if chunk is None:
+        if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
+            # a long reply is written in pieces
             return None
         deadline_s = began_s + waits_s
         return Taken(wire, chunk, headers.answer, request_id, began_s, deadline_s, whole_bytes)

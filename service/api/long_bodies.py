@@ -1,32 +1,25 @@
-"""Long chunks in JSON, read and answered a block at a time: others have their turn between.
+"""Long chunks in JSON, read a block at a time: others have their turn between.
 
 Parsing ten thousand rows keeps the event loop for some twenty milliseconds. Here the rows are cut
 where one ends, into blocks of a few kilobytes; the first of them stays in the body, which is read
 as any other, and each further one is a list of rows of its own. Together they are the body's
 rows, because a JSON list may be cut between its elements and nowhere else do these bytes come
-together so: what does not parse that way is None, and is then read as a whole. Long outputs are
-written in blocks of rows, which joined are the bytes of the whole.
+together so: what does not parse that way is None, and is then read as a whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import orjson
-from numpy.typing import NDArray
-
-from service.api.media import Media, dumps
+from service.api.media import Media
 from service.api.request_reader import RequestReader
 from service.domain import Chunk, Precondition
 
 LONG_BYTES: Final = 64 * 1024
 """Shorter bodies are read at once."""
 BLOCK_BYTES: Final = 16 * 1024
-BLOCK_VALUES: Final = 4096
-"""Of outputs; more of them than two blocks are written in turns."""
 
 _FIRST_ROW = re.compile(rb"\[[ \t\r\n]*(?=\[)")
 _NEXT_ROW = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*(?=\[)")
@@ -51,25 +44,6 @@ async def read_in_turns(
         packed.append(rows)
     await asyncio.sleep(0)
     return reader.plain_chunk(first, media, stream, precondition, more=packed)
-
-
-async def write_in_turns(document: dict[str, Any], media: Media) -> bytes:
-    """The bytes of a chunk's reply; its `outputs` may be replaced by their bytes."""
-    if media is Media.JSON:
-        outputs: dict[str, Any] = document["outputs"]
-        for name, array in outputs.items():
-            if isinstance(array, np.ndarray) and array.size > 2 * BLOCK_VALUES:
-                outputs[name] = orjson.Fragment(await _written(array))
-    return dumps(media, document)
-
-
-async def _written(array: NDArray[Any]) -> bytes:
-    rows = max(1, BLOCK_VALUES * len(array) // array.size)
-    blocks: list[bytes] = []
-    for start in range(0, len(array), rows):
-        await asyncio.sleep(0)
-        blocks.append(dumps(Media.JSON, array[start : start + rows])[1:-1])
-    return b"[%b]" % b",".join(blocks)
 
 
 def _cut(body: bytes) -> list[bytes] | None:

@@ -25,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.api.connections import CONNECTIONS, Connections, Phase
 from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Refused, Taken
 from service.api.heads import MAX_HEAD_BYTES, MAX_HEADERS, check_head, head_without_upgrade
+from service.api.replies import UNSENT, UnsentReply
 from service.errors import (
     CarryError,
     HeadTooLarge,
@@ -83,6 +84,7 @@ class ExpressProtocol(HttpToolsProtocol):
         self._upgrades = False
         self._kept_bytes = 0
         self._drained_bytes = 0
+        self._unsent = UnsentReply()
         self._leaving = False
         self._lingers = False
         self._half_closed = False
@@ -174,7 +176,7 @@ class ExpressProtocol(HttpToolsProtocol):
     @property
     def unsent_bytes(self) -> int:
         """Of replies, kept until the client reads them."""
-        return self.transport.get_write_buffer_size()
+        return self._unsent.kept_bytes + self.transport.get_write_buffer_size()
 
     def _parse(self, data: bytes) -> bytes:
         """Give uvicorn what it can do something with now; the rest is left.
@@ -355,6 +357,7 @@ class ExpressProtocol(HttpToolsProtocol):
         self._head_whole = True
         if version == "1.0":
             self.expect_100_continue = False
+        self.scope["state"][UNSENT] = self._unsent
         super().on_headers_complete()
         if self.expect_100_continue:
             # until its body has come: it never may, and then nobody knows what comes next

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
 
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from service.api.leaving import unless_left
 from service.api.media import Media, dumps
+from service.api.pieces import LONG_VALUES, count_values, pieces
 from service.domain import Mark, Timing
 
 Header = tuple[bytes, bytes]
+
+WRITE_BYTES: Final = 32 * 1024
+"""Least that is written at once of a long response."""
 
 _CONTENT_TYPE = {media: (b"content-type", media.value.encode()) for media in Media}
 
@@ -46,14 +55,78 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": self.body})
 
 
-def reply(media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()) -> Answer:
-    """A document in the media type that was negotiated."""
-    return written(media, dumps(media, document), status, headers)
+UNSENT: Final = "unsent_reply"
+"""The name of `UnsentReply` in a request's state, where the server's connection has put it."""
+
+VALUE_BYTES: Final = 4
+"""Of a value of a reply, before it is written."""
 
 
-def written(media: Media, body: bytes, status: int = 200, headers: Iterable[Header] = ()) -> Answer:
-    """A document whose bytes are there already."""
-    return Answer(body, _CONTENT_TYPE[media], status, headers)
+@dataclass(slots=True)
+class UnsentReply:
+    """What a connection keeps of replies beside its transport's buffer."""
+
+    kept_bytes: int = 0
+
+
+class LongAnswer(Response):
+    """A response that is written in pieces, each once the client has taken in those before it.
+
+    Its values are kept until then, not its bytes, which take several times as much.
+    """
+
+    def __init__(self, media: Media, document: Any, status: int, headers: Iterable[Header]):
+        self.status_code = status
+        self.background = None
+        self.raw_headers = [*headers, _CONTENT_TYPE[media]]
+        self._media = media
+        self._document = document
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, as long as the client is there."""
+        unsent = scope.get("state", {}).get(UNSENT) or UnsentReply()
+        kept_bytes = VALUE_BYTES * count_values(self._document)
+        unsent.kept_bytes += kept_bytes
+        try:
+            with suppress(ClientDisconnect):
+                await unless_left(Request(scope, receive), self._send(scope, send))
+        finally:
+            unsent.kept_bytes -= kept_bytes
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        if scope["http_version"] == "1.0":
+            # which has no bodies without a length
+            written: list[bytes] = []
+            for piece in pieces(self._media, self._document):
+                written.append(piece)
+                await asyncio.sleep(0)
+            body = b"".join(written)
+            self.raw_headers.append((b"content-length", b"%d" % len(body)))
+            parts = iter([body[at : at + WRITE_BYTES] for at in range(0, len(body), WRITE_BYTES)])
+        else:
+            parts = pieces(self._media, self._document)
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        gathered: list[bytes] = []
+        size = 0
+        for part in parts:
+            gathered.append(part)
+            size += len(part)
+            if size >= WRITE_BYTES:
+                body, size = b"".join(gathered), 0
+                gathered.clear()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b"".join(gathered)})
+
+
+def reply(
+    media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()
+) -> Response:
+    """A document in the media type that was negotiated; a long one is sent in pieces."""
+    if count_values(document) > LONG_VALUES:
+        return LongAnswer(media, document, status, headers)
+    return Answer(dumps(media, document), _CONTENT_TYPE[media], status, headers)
 
 
 def etag(mark: Mark) -> Header:

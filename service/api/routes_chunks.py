@@ -15,7 +15,7 @@ from starlette.responses import Response
 from service.api import openapi
 from service.api.context import ApiContext, api_of
 from service.api.leaving import unless_left
-from service.api.long_bodies import read_in_turns, write_in_turns
+from service.api.long_bodies import read_in_turns
 from service.api.problems import problem
 from service.api.reading import (
     body_media,
@@ -27,7 +27,7 @@ from service.api.reading import (
     reply_media,
     stream_name,
 )
-from service.api.replies import etag, reply, server_timing, written
+from service.api.replies import etag, reply, server_timing
 from service.api.reply_writer import EVERY_STEP, ReplyOptions
 from service.api.routing import plain_router
 from service.api.wire import ModelWire
@@ -63,8 +63,7 @@ async def post_chunk(request: Request) -> Response:
         chunk = wire.reader.chunk(body, media, stream, precondition)
     result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
-    sent = await write_in_turns(wire.writer.reply(result, options), answer)
-    return written(answer, sent, headers=(etag(result.mark), timing))
+    return reply(answer, wire.writer.reply(result, options), headers=(etag(result.mark), timing))
 
 
 @router.post(

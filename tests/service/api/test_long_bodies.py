@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models.artifact import Artifact
 from service.api import long_bodies
 from service.api.limits import ApiLimits
-from service.api.media import Media, dumps
+from service.api.media import Media
 from service.api.request_reader import RequestReader
 from service.errors import CarryError
 from service.served import ServedModel
@@ -131,31 +131,3 @@ def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(reader: RequestReader,
         assert not isinstance(expected, CarryError)
         assert found.digest == expected.digest
         assert found[3:] == expected[3:]
-
-
-@pytest.mark.parametrize("media", list(Media))
-@pytest.mark.parametrize("shape", [(1,), (9000, 1), (4096, 3), (5, 7), (3, 50_000), (2731, 3, 2)])
-def test_outputs_written_in_turns_are_those_written_at_once(
-    media: Media, shape: tuple[int, ...]
-) -> None:
-    values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    whole = dumps(media, {"before": 1, "outputs": {"a": values, "b": np.float32(2)}, "after": 2})
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    async def write() -> bytes:
-        others = asyncio.create_task(count())
-        document = {"before": 1, "outputs": {"a": values, "b": np.float32(2)}, "after": 2}
-        try:
-            return await long_bodies.write_in_turns(document, media)
-        finally:
-            others.cancel()
-
-    assert uvloop.run(write()) == whole
-    is_long = media is Media.JSON and values.size > 2 * long_bodies.BLOCK_VALUES
-    assert turns >= (2 if is_long else 0)

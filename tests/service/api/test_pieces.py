@@ -1,0 +1,179 @@
+"""Long replies: written in pieces that are the whole, at the pace of their reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import ormsgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.artifact import Artifact
+from service.api import pieces as module
+from service.api.application import ApiLimits
+from service.api.media import Media, dumps
+from service.api.pieces import LONG_VALUES, PIECE_VALUES, count_values, pieces
+from service.api.protocol import ExpressProtocol
+from service.api.replies import LongAnswer, reply
+from tests.service.api.harness import harness, rows
+from tests.service.api.test_connections import connected
+from tests.service.api.test_express import PATH, becomes, port_of, request, serving
+from tests.support.servers import RealServer
+
+LIMITS = ApiLimits(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
+STEPS = 9_000
+PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
+
+
+def values(*shape: int) -> Any:
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+DOCUMENTS: dict[str, Any] = {
+    "nothing": {},
+    "one value": {"a": 1},
+    "long rows": {"before": 1, "outputs": {"a": values(3, 50_000), "b": np.float32(2)}, "after": 2},
+    "many rows": {"outputs": {"a": values(4096, 3), "b": values(9000)}},
+    "axes": {"a": values(2731, 3, 2), "empty": values(0, 3)},
+    "an empty array": {"a": values(9000), "b": values(3000, 0)},
+    "results": [{"status": 200, "reply": {"outputs": values(n % 7 * 300)}} for n in range(100)],
+    "names": {"streams": [f"s-{n}" for n in range(70_000)], "cursor": None},
+    "one of many": [[], values(9000), "x", {"a": [None, True, 1.5, 2**40]}, values(17)],
+    "members": {f"m{n}": values(600) for n in range(20)},
+}
+
+
+@pytest.mark.parametrize("media", Media)
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_pieces_are_the_whole(media: Media, name: str) -> None:
+    document = DOCUMENTS[name]
+    written = list(pieces(media, document))
+    assert b"".join(written) == dumps(media, document)
+    longest = 25 * PIECE_VALUES
+    assert max(map(len, written)) <= longest
+
+
+documents = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**31), 2**31) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=3), inner, max_size=20)
+    ),
+    max_leaves=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents, st.integers(1, 20), st.sampled_from(Media))
+def test_any_document_in_pieces_of_any_size(document: Any, size: int, media: Media) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "PIECE_VALUES", size)
+        assert b"".join(pieces(media, document)) == dumps(media, document)
+
+
+def test_only_long_documents_are_written_in_pieces() -> None:
+    assert count_values({"a": values(10, 3), "b": [1, {"c": "x"}]}) == 30 + 1 + 1 + 1 + 1 + 1
+    short, long = values(LONG_VALUES - 1), values(LONG_VALUES)
+    assert not isinstance(reply(Media.JSON, {"a": short}), LongAnswer)
+    assert isinstance(reply(Media.JSON, {"a": long}), LongAnswer)
+
+
+@pytest.mark.parametrize("media", ["application/json", "application/msgpack"])
+@pytest.mark.parametrize("address", [f"{PATH.format('s')}", "/v1/models/probe/predict"])
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_a_long_reply_is_the_same_as_short_ones(
+    pipeline_server: RealServer,
+    models: Mapping[str, Artifact],
+    media: str,
+    address: str,
+    version: str,
+) -> None:
+    """Over a real connection, by the fast path's address too."""
+    inputs = rows(STEPS)
+    body: dict[str, Any] = {"inputs": inputs.tobytes()}
+    if address.endswith("predict"):
+        body = {"sequences": [body]}
+    sent = request(
+        ormsgpack.packb(body),
+        *("Content-Type: application/msgpack", f"Accept: {media}", "Connection: close"),
+        first=f"POST {address} HTTP/{version}",
+    )
+    async with harness(pipeline_server, models, limits=LIMITS) as api:
+        async with serving(api, ExpressProtocol) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+            writer.write(sent)
+            head, _, received = (await reader.read()).partition(b"\r\n\r\n")
+            writer.close()
+            await writer.wait_closed()
+        whole = await api.client.post(
+            "/v1/models/probe/predict",
+            content=ormsgpack.packb({"sequences": [{"inputs": inputs.tobytes()}]}),
+            headers={"content-type": "application/msgpack", "accept": "application/json"},
+        )
+    chunked = b"transfer-encoding: chunked" in head
+    assert chunked == (version == "1.1")
+    content = _unchunked(received) if chunked else received
+    document = orjson.loads(content) if media.endswith("json") else ormsgpack.unpackb(content)
+    [expected] = whole.json()["predictions"]
+    got = document["predictions"][0] if "predictions" in document else document
+    np.testing.assert_array_equal(
+        np.float32(next(iter(got["outputs"].values()))),
+        np.float32(next(iter(expected["outputs"].values()))),
+    )
+
+
+def _unchunked(body: bytes) -> bytes:
+    parts = []
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        count = int(size, 16)
+        parts.append(body[:count])
+        body = body[count + 2 :]
+    return b"".join(parts)
+
+
+async def test_a_reply_that_is_not_read_is_not_written(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> None:
+    """Its values wait, and count as what the connection keeps; a client that leaves ends it."""
+    sequences = [{"inputs": rows(STEPS).tobytes()}] * 2
+    body = ormsgpack.packb({"sequences": sequences})
+    sent = request(body, "Content-Type: application/msgpack", first=PREDICT)
+    async with harness(pipeline_server, models, limits=LIMITS) as api, connected(api) as client:
+        connection = client.connection
+        client.writer.write(sent)
+        await becomes(lambda: connection.flow.write_paused, "a reply that is not read")
+        kept_bytes = connection._unsent.kept_bytes
+        assert kept_bytes > 4 * 2 * STEPS
+        assert connection.transport.get_write_buffer_size() < 512 * 1024
+        assert connection.unsent_bytes > kept_bytes
+        client.writer.transport.abort()
+        await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")
+
+
+async def test_others_have_their_turn_while_a_reply_is_written() -> None:
+    answer = reply(Media.JSON, {"a": values(100 * PIECE_VALUES)})
+    turns = written = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def send(message: Any) -> None:
+        nonlocal written
+        written += len(message.get("body", b""))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    counting = asyncio.create_task(count())
+    await answer({"type": "http", "http_version": "1.1"}, receive, send)
+    counting.cancel()
+    assert turns >= 100
+    assert written > 100 * PIECE_VALUES
