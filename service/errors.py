@@ -178,7 +178,9 @@ class NotAcceptable(BadRequest):
 class InvalidName(BadRequest):
     code = "invalid_name"
     title = "The name is not allowed"
-    remedy = "A stream's name is 1 to 256 characters of A-Z a-z 0-9 . _ : @ -."
+    remedy = (
+        "A stream's name is 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, but no . or .. alone."
+    )
 
 
 class InvalidPrecondition(BadRequest):

@@ -107,7 +107,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     path, method = request.url.path, request.method
     if error.status_code == 404:
         return _answer(
-            request, RouteNotFound(f"expected an address that GET /docs lists, got {path!r}")
+            request, RouteNotFound(f"expected an address that GET /docs lists, got {path[:300]!r}")
         )
     if error.status_code == 405:
         allowed = _allowed(request)

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import orjson
 import ormsgpack
@@ -41,6 +41,10 @@ _ACCEPTS: Mapping[str, tuple[Media, ...]] = {
     "application/*": (Media.JSON, Media.MSGPACK),
     "*/*": (Media.JSON, Media.MSGPACK),
 }
+
+MAX_FIELD: Final = 1024
+"""Longest `Accept` and `Content-Type`, in characters. Longer ones would hold the event loop up, and
+the memory of what was read last."""
 
 # An array of the body and this: whatever else follows the body stands in its place.
 _END = secrets.token_bytes(16)
@@ -80,7 +84,6 @@ def malformed(media: Media, reason: str) -> MalformedBody:
     )
 
 
-@lru_cache(maxsize=256)
 def media_of(content_type: str | None) -> Media:
     """What a body of this Content-Type is written in; JSON where there is none.
 
@@ -89,6 +92,16 @@ def media_of(content_type: str | None) -> Media:
     """
     if not content_type:
         return Media.JSON
+    if len(content_type) > MAX_FIELD:
+        raise UnsupportedMediaType(
+            f"Content-Type: expected at most {MAX_FIELD} characters, got {len(content_type)}",
+            expected=list(SERVED),
+        )
+    return _media_of(content_type)
+
+
+@lru_cache(maxsize=256)
+def _media_of(content_type: str) -> Media:
     name, _, parameters = content_type.partition(";")
     media = _READS.get(name.strip().lower())
     charset = _parameters(parameters).get("charset", "utf-8").strip('"').lower()
@@ -101,7 +114,6 @@ def media_of(content_type: str | None) -> Media:
     return media
 
 
-@lru_cache(maxsize=256)
 def accepted(accept: str | None, otherwise: Media) -> Media:
     """What a reply is written in.
 
@@ -114,6 +126,16 @@ def accepted(accept: str | None, otherwise: Media) -> Media:
     """
     if not accept:
         return otherwise
+    if len(accept) > MAX_FIELD:
+        raise NotAcceptable(
+            f"Accept: expected at most {MAX_FIELD} characters, got {len(accept)}",
+            expected=list(SERVED),
+        )
+    return _accepted(accept, otherwise)
+
+
+@lru_cache(maxsize=256)
+def _accepted(accept: str, otherwise: Media) -> Media:
     weights = {media: _weight(accept, media) for media in Media}
     best = max(weights.values())
     if best <= 0:

@@ -18,22 +18,29 @@ from service.api.media import Media, accepted, media_of
 from service.domain import Precondition
 from service.errors import (
     BodyTooLarge,
+    DuplicateField,
     InvalidInput,
     InvalidName,
     InvalidPrecondition,
     UnsupportedMediaType,
 )
 
-STREAM_NAME = r"^[A-Za-z0-9._:@-]{1,256}$"
+STREAM_NAME = r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
+"""All but `.` and `..`, which clients remove from an address (RFC 3986, 5.2.4): a request for such
+a stream would reach another. Written for engines that cannot look ahead."""
 is_stream_name = re.compile(STREAM_NAME[:-1] + r"\Z").match
 _STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
-_NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+_NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .."
 _ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
 _BARE_ETAG = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}")
 TIMEOUT_HEADER = "carry-timeout"
 _TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
 _SECONDS = re.compile(SECONDS, re.ASCII)
+MAX_PARAMETERS = 16
+"""Most parameters of a query that are looked at."""
+MAX_PRECONDITION = 8 * 1024
+"""Longest list of ETags, in characters."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -84,7 +91,7 @@ def body_media(request: Request) -> Media:
 
 def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
     """What the reply is to be written in; `otherwise` where Accept leaves it open."""
-    return accepted(request.headers.get("accept"), otherwise)
+    return accepted(", ".join(request.headers.getlist("accept")), otherwise)
 
 
 def stream_name(name: str, at: str = "stream") -> str:
@@ -136,6 +143,13 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
         return Precondition(any_state=True)
     if bare and _BARE_ETAG.fullmatch(text):
         return Precondition((text,))
+    if len(text) > MAX_PRECONDITION:
+        raise InvalidPrecondition(
+            f"{at}: expected at most {MAX_PRECONDITION} characters, got {len(text)}",
+            at=at,
+            expected=MAX_PRECONDITION,
+            got=len(text),
+        )
     etags: list[str] = []
     end = 0
     while found := _ETAG.match(text, end):
@@ -186,15 +200,23 @@ def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
 
     Raises:
         InvalidInput: one that the address does not know.
+        DuplicateField: one that comes twice.
     """
     raw: bytes = request.scope["query_string"]
     if not raw:
         return {}
-    found = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True))
-    for name in found:
+    found: dict[str, str] = {}
+    parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
+    for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
         if name not in known:
             expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
-            raise _invalid_query(name, expected, name)
+            raise _invalid_query(name[:300], expected, name)
+        if name in found:
+            at = f"?{name}"
+            raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
+        found[name] = value
+    if len(parts) > MAX_PARAMETERS:
+        raise _invalid_query("", f"at most {MAX_PARAMETERS} parameters", "more")
     return found
 
 

@@ -118,9 +118,10 @@ def split_streams(
     found = []
     for name, rows in rows_of.items():
         full = prefix + name
-        if not STREAM_NAME.match(full):
+        if not STREAM_NAME.match(full) or full in (".", ".."):
             raise ReplayError(
-                f"stream {full!r}: expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+                f"stream {full!r}: expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and "
+                "neither . nor .."
             )
         taken = EventColumns(
             len(rows),

@@ -158,3 +158,13 @@ async def test_a_service_that_is_not_there(carry: Commands) -> None:
         failed = await gone(*words)
         assert failed.exit_code == 1
         assert failed.stderr.startswith("carry: http://127.0.0.1:1 does not answer")
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+async def test_names_that_an_address_cannot_have_are_refused(carry: Commands, name: str) -> None:
+    await carry.fill("a")
+    for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
+        found = await carry(*words)
+        assert found.exit_code == 1
+        assert f"{name!r} is no name of a stream" in found.output
+    assert carry.streams() == ["a"]

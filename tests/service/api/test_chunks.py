@@ -351,9 +351,9 @@ async def test_names(api: Harness) -> None:
     body = {"inputs": rows(1).tolist()}
     document = problem(await api.chunk(body, model="nothing"), 404, "model_not_found")
     assert document["expected"] == ["probe", "small"]
-    for name in ("a b", "ü", "a" * 257, "a+b", "x%0A"):
+    for name in ("a b", "ü", "a" * 257, "a+b", "x%0A", "%2E", "%2e%2E"):
         problem(await api.chunk(body, stream=name), 400, "invalid_name")
-    for name in ("a" * 256, "A9._:@-", "plane:N725MQ@home"):
+    for name in ("a" * 256, "A9._:@-", "plane:N725MQ@home", "...", ".a", "a.", "a", "ab"):
         assert (await api.chunk(body, stream=name)).json()["stream"] == name
 
 

@@ -82,14 +82,20 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "/v1/models/probe/streams/s/chunks",
         {"content": BODY, "headers": [("If-Match", '"a"'), ("if-match", '"b"')]},
     ),
-    "first of two headers": (
+    "two headers that are a list": (
         "POST",
         "/v1/models/probe/predict",
         {
             "content": SEQUENCES,
-            "headers": [("Content-Type", "text/plain"), ("content-type", "application/json")],
+            "headers": [("Accept", "text/html"), ("accept", "application/msgpack")],
         },
     ),
+    "a parameter twice": (
+        "POST",
+        "/v1/models/probe/predict?return_state=1&return_state=0",
+        {"content": SEQUENCES},
+    ),
+    "a dot": ("POST", "/v1/models/probe/streams/%2E/chunks", {"content": BODY}),
     "compressed": (
         "POST",
         "/v1/models/probe/predict",

@@ -13,7 +13,13 @@ from service.api.media import Media, accepted, dumps, loads, media_of
 from service.api.reading import parse_if_match, read_body
 from service.api.replies import server_timing
 from service.domain import Precondition, Timing
-from service.errors import BodyTooLarge, MalformedBody, NotAcceptable, UnsupportedMediaType
+from service.errors import (
+    BodyTooLarge,
+    InvalidPrecondition,
+    MalformedBody,
+    NotAcceptable,
+    UnsupportedMediaType,
+)
 from service.served import ServedModel
 from tests.service.api.harness import harness
 from tests.support.numpy_runtime import NumpyRuntime
@@ -47,6 +53,18 @@ def test_accept(accept: str | None, otherwise: Media, media: Media) -> None:
 def test_nothing_accepted(accept: str) -> None:
     with pytest.raises(NotAcceptable):
         accepted(accept, Media.JSON)
+
+
+def test_long_headers_are_not_looked_into() -> None:
+    """A list of a few thousand ranges would hold the event loop up."""
+    ranges = ",".join(["text/x;q=0.1"] * 5000) + ",*/*"
+    with pytest.raises(NotAcceptable, match="at most 1024 characters"):
+        accepted(ranges, Media.JSON)
+    assert accepted(", ".join(["text/x;q=0.1"] * 60 + ["*/*"]), Media.MSGPACK) is Media.MSGPACK
+    with pytest.raises(UnsupportedMediaType, match="at most 1024 characters"):
+        media_of("application/json" + ";a=b" * 16_000)
+    with pytest.raises(InvalidPrecondition, match="at most 8192 characters"):
+        parse_if_match(",".join(['""'] * 20_000), "If-Match")
 
 
 def test_content_type() -> None:

@@ -45,7 +45,13 @@ async def test_where_a_stream_stands(api: Harness) -> None:
     assert ormsgpack.unpackb(packed.content) == response.json()
     document = problem(await api.client.get(f"{ADDRESS}/t"), 404, "stream_not_found")
     assert (document["stream"], document["position"]) == ("t", 0)
-    problem(await api.client.get(f"{ADDRESS}/a b"), 400, "invalid_name")
+    for name in ("a b", "%2E", "%2E%2E"):
+        problem(await api.client.get(f"{ADDRESS}/{name}"), 400, "invalid_name")
+        problem(await api.client.delete(f"{ADDRESS}/{name}"), 400, "invalid_name")
+        for part in ("state", "forecast"):
+            wanted = api.client.put if part == "state" else api.client.post
+            response = await wanted(f"{ADDRESS}/{name}/{part}", json={"horizon": 1})
+            problem(response, 400, "invalid_name")
     problem(await api.client.get("/v1/models/x/streams/s"), 404, "model_not_found")
 
 
@@ -256,6 +262,8 @@ async def test_wrong_forks_are_refused(api: Harness) -> None:
     assert problem(missing, 404, "stream_not_found")["stream"] == "s"
     for body, status, code in (
         ({"to": "a b"}, 400, "invalid_name"),
+        ({"to": "."}, 400, "invalid_name"),
+        ({"to": ".."}, 400, "invalid_name"),
         ({"to": 3}, 422, "invalid_input"),
         ({}, 422, "invalid_input"),
         ({"to": "t", "at": 3}, 422, "invalid_input"),

@@ -109,8 +109,9 @@ def test_streams_hold_the_earliest_events_in_order() -> None:
     ]
     assert by_name["p:y"].events(1, 2) == [{"at": 20, "delay": 20.0, "kind": "a"}]
     assert by_name["p:x"].ranks.tolist() == [1, 3]
-    with pytest.raises(ReplayError, match="'a/b'"):
-        split_streams(SPEC.events, columns, ["a/b"] * 5)
+    for name in ("a/b", ".", ".."):
+        with pytest.raises(ReplayError, match=f"'{name}'"):
+            split_streams(SPEC.events, columns, [name] * 5)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

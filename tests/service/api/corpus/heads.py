@@ -200,4 +200,8 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "bad chunk size after a request": Exchange(
         post(length(PREDICT)) + PREDICT + post(TE) + b"x\r\n" + INNER, (200, 400), True
     ),
+    # Names that clients remove from an address.
+    "dot": Exchange(chunk(stream="."), (400,)),
+    "two dots": Exchange(chunk(stream=".."), (400,)),
+    "escaped dots": Exchange(chunk(stream="%2e%2E"), (400,)),
 }  # fmt: skip
