@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvloop
 
 from tests.service.api.corpus.heads import CHUNK, EXCHANGES, HIDDEN, LAST, Exchange, chunk
 from tests.support.service import Service
@@ -80,7 +81,7 @@ def test_every_request_is_answered_once_however_it_is_cut(
     async def send() -> list[list[int]]:
         return await asyncio.gather(*[answers(service, *cut) for cut in cuts.values()])
 
-    got = asyncio.run(send())
+    got = uvloop.run(send())
     assert dict(zip(cuts, got, strict=True)) == dict.fromkeys(cuts, expected(exchange))
     for stream in (HIDDEN, "."):
         assert client.get(STREAMS, params={"prefix": stream}).json()["streams"] == []
@@ -105,5 +106,5 @@ def test_a_client_that_closes_its_side_gets_its_answers(
         await writer.wait_closed()
         return [int(status) for status in _STATUS.findall(received)]
 
-    assert asyncio.run(send()) == [200, 200]
+    assert uvloop.run(send()) == [200, 200]
     assert client.get(f"{STREAMS}/{HIDDEN}").json()["position"] == 2
