@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.errors import OutcomeUnknown
-from service.state.connections import Backend
+from service.state.connections import Backend, writer_of
 from service.state.lane import Lane
 from service.state.request import Answer, ReplyLost, Request, Script
 from service.state.settings import StoreSettings
@@ -156,3 +158,18 @@ async def test_what_was_not_sent_when_a_connection_is_given_up_is_never_sent(
         await asyncio.to_thread(until, left_alone, "the end of the store's connections")
         with server.client() as client:
             assert client.keys("*:s:*:a") == []
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+async def test_unacknowledged_bytes_do_not_outlive_a_tombstone() -> None:
+    port = free_port()
+    with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port)):
+        for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):
+            url = f"redis://127.0.0.1:{port}"
+            async with opened(url, wait_s=wait_s, tombstone_ttl_ms=tombstone_ttl_ms) as store:
+                given = writer_of(store._link._server.lane._connection).get_extra_info("socket")
+                assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                linger = given.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+                assert linger == struct.pack("ii", 1, 0)
+                limit_ms = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                assert limit_ms == expected_ms
