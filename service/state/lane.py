@@ -168,21 +168,20 @@ class Lane:
         if writer is None or writer.is_closing() or not self._unwritten:
             return
         packed: list[bytes] = []
-        abandoned = False
+        dropped: list[Request] = []
         number, since = self._number, self.since
         for request in self._unwritten:
             if request.future.done() and not request.sent:
-                abandoned = True
+                dropped.append(request)
                 continue
             # The client library packs in Python, at four times the cost.
             packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
             number += 1
             request.sent, request.since, request.number = True, since, number
         self._number = number
-        if abandoned:
+        if dropped:
             # What was never sent is never sent; what was, still gets its answer.
-            unsent = [r for r in self._unwritten if r.future.done() and not r.sent]
-            self._pending = deque(r for r in self._pending if r not in unsent)
+            self._pending = deque(r for r in self._pending if r not in dropped)
         self._unwritten.clear()
         self._owe()
         try:
