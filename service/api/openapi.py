@@ -197,6 +197,8 @@ _OVERWRITING = (
     errors.StreamExists,
     errors.StateChanged,
     errors.StateIncompatible,
+    errors.Conflict,
+    errors.StateDamaged,
 )
 
 CHUNK = _route(
@@ -257,6 +259,8 @@ DELETE_STREAM = _route(
     errors.InvalidPrecondition,
     errors.StreamNotFound,
     errors.StateChanged,
+    errors.Conflict,
+    errors.StateDamaged,
     *_STORE,
     *_WRITTEN,
 )
@@ -291,7 +295,6 @@ FORK = _route(
     *_NAMED,
     errors.StreamNotFound,
     *_OVERWRITING,
-    errors.StateDamaged,
     *_STORE,
     *_WRITTEN,
     body="ForkBody",
@@ -327,6 +330,7 @@ DELETE_STREAMS = _route(
     [_MODEL, _parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
     *_NAMED,
     errors.InvalidInput,
+    errors.Conflict,
     *_STORE,
     *_WRITTEN,
 )
