@@ -314,9 +314,11 @@ class Failed(CarryError):
 
 
 class StateDamaged(Failed):
-    """
+    """The stored bytes of a stream are no state.
+
     Attributes:
-        mark: what the stored bytes have in a mark's place, for deleting just these.
+        mark: what the bytes have where a state has its mark; a deletion that expects it deletes
+            just these.
     """
 
     code = "state_damaged"

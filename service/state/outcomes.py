@@ -71,7 +71,7 @@ def damaged(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
 
 def not_encodable(key: StreamKey, error: CodecError) -> InternalError:
     """The failure of a commit whose state has no bytes."""
-    log.error("statenot_encodable", model=key.model, stream=key.stream, reason=str(error))
+    log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
     return InternalError(
         f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream
     )

@@ -11,6 +11,9 @@ A commit whose reply was lost is repeated. If it then finds its own mark, it was
 it finds the stream further on in the same epoch, or in an epoch begun since, nobody can tell
 whether it was written before others went on, and the answer is OutcomeUnknown. A commit that
 was written and is not as durable as the settings want is NotDurable.
+
+A deletion is a compare-and-set as well, and leaves a tombstone, so that neither it nor a commit
+from before it changes anything when it comes late.
 """
 
 from __future__ import annotations

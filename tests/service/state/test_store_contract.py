@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from models.state import State
 from service.domain import Mark, Tombstone
@@ -270,7 +271,9 @@ async def test_what_cannot_be_stored_fails_its_own_stream(
     good, bad = streams.creation(key("a")), streams.creation(key("b"))
     wrong = State(bad.new.state.floats.astype(np.float64), bad.new.state.ints)
     bad = bad._replace(new=bad.new._replace(state=wrong))
-    results = await store.commit([bad, good])
+    with capture_logs() as logged:
+        results = await store.commit([bad, good])
+    assert [(each["event"], each["stream"]) for each in logged] == [("state_not_encodable", "b")]
     assert isinstance(results[0], InternalError)
     assert results[1] == Committed()
     assert await store.load([key("b")]) == [None]
