@@ -7,7 +7,8 @@ answered before its commit is known, and no refusal or replay is ever taken from
 
 A chunk whose time is up is answered by the batcher, whatever its batch is doing: nothing was
 applied before its commit began, and it is then left out; from there on its outcome is unknown.
-The store is waited for until the first deadline of those that need it, and again for the others.
+The store is waited for until the first deadline of those that need it, and again for the others;
+shards that do not answer are waited for apart from the batch (`shards`).
 
 What lies in memory is a state that was committed, or whose commit is under way: the stream's next
 chunk may be computed from it at once, because its own commit follows on the same ordered way and
@@ -20,9 +21,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -63,6 +64,7 @@ from service.infer import Inference
 from service.member import ChunkJob, Member, Times
 from service.recorder import Recorder
 from service.served import ServedModel
+from service.shards import Shards
 from service.state.protocol import (
     COMMITTED,
     Commit,
@@ -71,6 +73,8 @@ from service.state.protocol import (
     Loaded,
     StateStore,
 )
+
+X = TypeVar("X")
 
 log = structlog.get_logger(__name__)
 
@@ -88,6 +92,7 @@ class BatchRun:
     Args:
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried against a stream that others move on.
+        most_apart: chunks that may wait apart from batches for shards that do not answer.
         reset: whether a state of another version of the model is begun anew, not refused.
     """
 
@@ -101,10 +106,12 @@ class BatchRun:
         *,
         now_ms: Callable[[], int],
         attempts: int,
+        most_apart: int,
         reset: bool = False,
     ):
         self._served = served
         self._store = store
+        self._shards = Shards(store, most_apart)
         self._cache = cache
         self._recorder = recorder
         self._infer = Inference(served, compute, recorder, now_ms)
@@ -117,11 +124,15 @@ class BatchRun:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
         times = Times(time.monotonic())
         members = [Member(job, job.payload, job.payload.key) for job in jobs]
-        ready, again = await self._judged(members, times)
+        members = self._shards.without_late(members, release)
+        ready, again = await self._judged(members, times, release)
         computed = await self._infer(ready, times)
         if computed:
             again += await self._commit(computed, times, release)
-        return [member.job for member in again if not self._gave_up(member)]
+        return self._tried_again(again)
+
+    def _tried_again(self, members: list[Member]) -> list[ChunkJob]:
+        return [member.job for member in members if not self._gave_up(member)]
 
     def _gave_up(self, member: Member) -> bool:
         """Whether there is no further try."""
@@ -139,7 +150,7 @@ class BatchRun:
         return True
 
     async def _judged(
-        self, members: list[Member], times: Times
+        self, members: list[Member], times: Times, release: Release
     ) -> tuple[list[Member], list[Member]]:
         """Find the members' streams; those to be processed, and those to be judged anew."""
         ready: list[Member] = []
@@ -154,11 +165,11 @@ class BatchRun:
         self._recorder.cache(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
-        found = await self._load(unsure)
+        found = await self._of_shards(unsure, self._load, release)
         times.load_s = time.monotonic() - times.began_s
         replays: list[Member] = []
         again: list[Member] = []
-        for member, stored in zip(unsure, found, strict=True):
+        for member, stored in found:
             if member.job.settled:
                 continue
             if member.job.overtakes:
@@ -179,9 +190,27 @@ class BatchRun:
                 member.expected = stored.mark if stored else None
                 ready.append(member)
         if replays:
-            answered = await asyncio.gather(*(self._replay(member) for member in replays))
-            again += [m for m, done in zip(replays, answered, strict=True) if not done]
+            answered = await self._of_shards(replays, self._replay_all, release)
+            again += [member for member, done in answered if not done]
         return ready, again
+
+    async def _of_shards(
+        self,
+        members: list[Member],
+        read: Callable[[list[Member]], Coroutine[Any, Any, list[X]]],
+        release: Release,
+    ) -> list[tuple[Member, X]]:
+        """What is read of the members' streams, from the shards that answer."""
+
+        def leave(shard: Hashable, late: list[Member], task: asyncio.Task[list[X]]) -> None:
+            task.cancel()
+            self._shards.wait_apart(shard, late, release)
+
+        found = await self._shards.each(members, lambda member: member.key, read, leave)
+        return [pair for group, results in found for pair in zip(group, results, strict=True)]
+
+    async def _replay_all(self, members: list[Member]) -> list[bool]:
+        return await asyncio.gather(*(self._replay(member) for member in members))
 
     async def _load(self, members: list[Member]) -> list[Loaded]:
         """The members' streams. A store that is away fails those that need it, each when its
@@ -301,8 +330,8 @@ class BatchRun:
         while the next is made, and the first are answered while it writes the last.
         """
         parts = min(MOST_PARTS, len(computed) // LEAST_ROWS)
-        if parts < 2 or not release.is_alone:
-            return await self._commit_part(computed, times, release)
+        if parts < 2 or not release.is_alone or self._store.shard(computed[0][0].key) is not None:
+            return await self._commit_shards(computed, times, release)
         rows = math.ceil(len(computed) / parts)
         committing = [
             self._commit_part(computed[at : at + rows], replace(times), release)
@@ -315,6 +344,27 @@ class BatchRun:
                 raise found
             again += found
         return again
+
+    async def _commit_shards(
+        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+    ) -> list[Member]:
+        """Commit to each shard by itself; returns the members to be done again."""
+
+        def leave(
+            shard: Hashable,
+            late: list[tuple[Member, StreamState]],
+            task: asyncio.Task[list[Member]],
+        ) -> None:
+            async def rest() -> list[ChunkJob]:
+                return self._tried_again(await task)
+
+            self._shards.go_apart(shard, [member for member, _ in late], release, rest())
+
+        async def commit(part: list[tuple[Member, StreamState]]) -> list[Member]:
+            return await self._commit_part(part, replace(times), release)
+
+        found = await self._shards.each(computed, lambda each: each[0].key, commit, leave)
+        return [member for _, again in found for member in again]
 
     async def _commit_part(
         self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
@@ -384,10 +434,14 @@ class BatchRun:
         then one without a position must not be sent again. Time that ran out while the store is
         silent is the store's fault."""
         if not job.committing:
-            if isinstance(error, DeadlineExceeded) and (silent_s := self._silent_s()) > SILENCE_S:
+            if not isinstance(error, DeadlineExceeded):
+                return error
+            if (silent_s := self._silent_s()) > SILENCE_S:
                 return StoreUnavailable(
                     f"{error.detail}; the store has not answered for {silent_s:.1f} s"
                 )
+            if self._shards.is_late(job.payload.key):
+                return StoreUnavailable(f"{error.detail}; the stream's shard does not answer")
             return error
         if isinstance(error, DeadlineExceeded | ShuttingDown):
             stream = job.payload.key.stream

@@ -9,15 +9,8 @@ releases it; a job that has to be done again takes its old place in the queue. J
 left, or whose deadline passed, are dropped while forming; a batch that fails fails its own jobs
 only. Each job is settled once.
 
-Admission control. The queue is bounded in jobs and, while more comes than is done, in time: at the
-rate at which it drains, a new job must be begun before its deadline and within `max_wait_s`.
-Otherwise it is refused at once, and told how long the queue will take. What counts is what is begun
-before the new job: one job of each request that is ready, and the backlog of its own stream, at the
-rate of that stream. Of the room that is left in the queue, one stream's backlog gets a share only
-(a dynamic threshold), and one request no more than it leaves to others. So a stream's backlog is
-met by its own callers.
-
-One timer watches over all deadlines; it is set to the earliest.
+What would have to wait for too long is refused at once (`admission`). One timer watches over all
+deadlines; it is set to the earliest.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
 """
@@ -27,16 +20,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
-from itertools import count
-from typing import Final, Generic, NamedTuple
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from itertools import chain, count
+from typing import Any, Final, Generic
 
 import structlog
 
+from service.engine.admission import Admission, shared_error
 from service.engine.drain_rate import DrainRate
-from service.engine.fair_queue import Backlog, FairQueue
-from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket
+from service.engine.fair_queue import FairQueue
+from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket, Work
 from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, put_off
 from service.errors import (
     CarryError,
@@ -44,7 +37,6 @@ from service.errors import (
     InternalError,
     Overloaded,
     ShuttingDown,
-    StreamOverloaded,
 )
 
 GRACE_S: Final = 0.05
@@ -57,45 +49,7 @@ TICK_S: Final = 0.01
 PATIENCE_TICK_S: Final = 0.001
 """What the loop's timers count in."""
 
-MAX_RETRY_AFTER_S: Final = 60.0
-
-STREAM_SHARE: Final = 4
-"""A stream's backlog may be this part of the room that is left in the queue."""
-
 log = structlog.get_logger(__name__)
-
-
-class Refusal(NamedTuple):
-    """Why a job is not admitted.
-
-    Attributes:
-        waiting: jobs that are begun before it.
-        per_s: how many are begun in a second, where that is known.
-        of_stream: they are the backlog of its own stream.
-    """
-
-    waiting: int
-    per_s: float | None
-    of_stream: bool
-
-    def error(self) -> Overloaded:
-        """What the caller is answered."""
-        kind, what = (
-            (StreamOverloaded, "chunks of this stream")
-            if self.of_stream
-            else (Overloaded, "chunks")
-        )
-        if self.per_s is None:
-            return kind(f"{self.waiting} {what} are waiting, which is the limit", retry_after_s=1)
-        drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(self.waiting / self.per_s, 1)))
-        return kind(
-            f"{self.waiting} {what} are waiting, and {self.per_s:.0f} are done in a second",
-            retry_after_s=drained_s,
-        )
-
-
-_shared_error = lru_cache(maxsize=64)(Refusal.error)
-"""The same object for as long as it says the same."""
 
 
 class Batcher(Generic[P, R]):
@@ -125,18 +79,22 @@ class Batcher(Generic[P, R]):
     ):
         self._run = run
         self._limits = limits
-        self._max_queue = max_queue
         self._max_in_flight = max_in_flight
         self._on_depth = on_depth
-        self._max_wait_s = max_wait_s
-        self._on_refusing = on_refusing
         self._told = told
         self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
         self._long = 0
         self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
+        self._apart: dict[asyncio.Task[None], list[Job[P, R]]] = {}
         self._rate = DrainRate()
-        self._refusing = False
+        self._admission = Admission(
+            self._queue,
+            self._rate,
+            max_queue=max_queue,
+            max_wait_s=max_wait_s,
+            on_refusing=on_refusing,
+        )
         self._soonest_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
@@ -165,7 +123,7 @@ class Batcher(Generic[P, R]):
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
                 ticket.settle(index, ShuttingDown("the service is stopping, no work is taken"))
-            elif (refusal := self._refusal(key, left_s, index)) is not None:
+            elif (refusal := self._admission.refusal(key, left_s, index)) is not None:
                 ticket.settle(index, refusal.error())
             else:
                 job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
@@ -181,38 +139,8 @@ class Batcher(Generic[P, R]):
         """What a request of a stream would be answered now that can wait so long, where that is
         Overloaded; it saves to look into the request. The same object for as long as it says the
         same, so not one to raise."""
-        refusal = self._refusal(key, left_s)
-        return None if refusal is None else _shared_error(refusal)
-
-    def _refusal(self, key: Hashable | None, left_s: float, index: int = 0) -> Refusal | None:
-        """Why a job that can wait so long is not admitted, where it is not.
-
-        Args:
-            index: how many jobs its request has before it.
-        """
-        queue = self._queue
-        room = self._max_queue - len(queue)
-        # Of each request that is ready, one job is begun before its first, two before its second.
-        before = min(queue.ready(), queue.requests * (index + 1))
-        if room <= index or before >= self._room(left_s, self._rate.per_s):
-            self._note_refusing(before)
-            return Refusal(len(queue) if room <= index else before, self._rate.per_s, False)
-        backlog = queue.backlog(key)
-        if backlog is None or not backlog.jobs:
-            return None
-        waiting = len(backlog.jobs)
-        if waiting >= max(1, room // STREAM_SHARE) or waiting >= self._room(left_s, backlog.per_s):
-            self._note_refusing_stream(backlog)
-            return Refusal(waiting, backlog.per_s, True)
-        return None
-
-    def _room(self, left_s: float, per_s: float | None) -> float:
-        """How many jobs may be begun at that rate before one that can wait so long."""
-        wait_s = min(self._max_wait_s, left_s)
-        if per_s is None or wait_s == math.inf:
-            return math.inf
-        # One may always wait: an empty queue takes no time.
-        return max(1, int(wait_s * per_s))
+        refusal = self._admission.refusal(key, left_s)
+        return None if refusal is None else shared_error(refusal)
 
     def leave(self, results: Results[R]) -> None:
         """Their caller is gone: what of them still waits is dropped, at the next look at least."""
@@ -234,55 +162,35 @@ class Batcher(Generic[P, R]):
             self.leave(results)
             raise
 
-    def _note_refusing(self, waiting: int) -> None:
-        """Once until nothing was ready again: every refusal is counted by its code."""
-        if not self._refusing:
-            self._refusing = True
-            self._on_refusing(True)
-            rate = self._rate.per_s
-            log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
-
-    def _note_refusing_stream(self, backlog: Backlog[P, R]) -> None:
-        """Once until the stream was idle again."""
-        if not backlog.is_refusing:
-            backlog.is_refusing = True
-            rate = backlog.per_s
-            log.warning(
-                "stream_overloaded",
-                stream=str(backlog.key),
-                waiting=len(backlog.jobs),
-                done_per_s=rate and round(rate, 1),
-            )
-
     async def drain(self, timeout_s: float) -> None:
         """Take no new jobs and finish the accepted ones; once.
 
         Jobs that are not done after `timeout_s` fail with ShuttingDown.
         """
         self._stopping = True
-        if self._queue or self._batches:
+        if not self._is_idle:
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._drained.wait()
             except TimeoutError:
                 await self._abandon()
-        self._cease_refusing()
+        self._admission.cease()
         for timer in (self._timer, self._patience):
             if timer is not None:
                 timer.cancel()
 
-    def _cease_refusing(self) -> None:
-        if self._refusing:
-            self._refusing = False
-            self._on_refusing(False)
+    @property
+    def _is_idle(self) -> bool:
+        return not (self._queue or self._batches or self._apart)
 
     async def _abandon(self) -> None:
         for job in self._queue.clear():
             job.settle(ShuttingDown("the service stopped before the chunk was processed"))
-        for batch in self._batches:
-            batch.cancel()
-        if self._batches:
-            await asyncio.wait(self._batches)
+        tasks = [*self._batches, *self._apart]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _wake(self) -> None:
         """Form batches once whatever else is ready now has had its turn."""
@@ -327,13 +235,13 @@ class Batcher(Generic[P, R]):
             ready = self._queue.ready()
             self._rate.note(now_s, ready)
             if not ready:
-                self._cease_refusing()
+                self._admission.cease()
             self._on_depth(len(self._queue))
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue.clear():
                 job.settle(InternalError(f"no batch could be formed: {type(error).__name__}"))
-        if self._stopping and not self._queue and not self._batches:
+        if self._stopping and self._is_idle:
             self._drained.set()
 
     def _drop(self, now_s: float) -> None:
@@ -348,14 +256,13 @@ class Batcher(Generic[P, R]):
             return True
 
         self._queue.sweep(is_live)
-        for jobs in self._batches.values():
-            for job in jobs:
-                if job.settled:
-                    continue
-                if job.ticket.deadline_s + GRACE_S <= now_s:
-                    self._give_up(job, "before it was done", now_s)
-                else:
-                    soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
+        for job in self._under_way():
+            if job.settled:
+                continue
+            if job.ticket.deadline_s + GRACE_S <= now_s:
+                self._give_up(job, "before it was done", now_s)
+            else:
+                soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
         self._watch(soonest_s, now_s)
 
     def _is_live(self, job: Job[P, R], now_s: float) -> bool:
@@ -386,16 +293,15 @@ class Batcher(Generic[P, R]):
     def _look(self) -> None:
         self._timer = None
         self._drop(time.monotonic())
-        if self._stopping and not self._queue and not self._batches:
+        if self._stopping and self._is_idle:
             self._drained.set()
 
     def _note_overtaking(self, again: Job[P, R]) -> None:
         """Tell those that were begun behind a job that it is done again."""
         again.overtakes = False
-        for jobs in self._batches.values():
-            for job in jobs:
-                if job.key == again.key and job.number > again.number:
-                    job.overtakes = True
+        for job in self._under_way():
+            if job.key == again.key and job.number > again.number:
+                job.overtakes = True
 
     def _start_batch(self, now_s: float) -> bool:
         """Start a batch of what may run; whether anything more may."""
@@ -430,11 +336,37 @@ class Batcher(Generic[P, R]):
 
     async def _run_batch(self, jobs: list[Job[P, R]], is_long: bool) -> None:
         held = {job.key for job in jobs if job.key is not None}
-        release = Release(held, self._let_go, lambda: not self._queue and len(self._batches) == 1)
+
+        def apart(leaving: list[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
+            keys = {job.key for job in leaving} & held
+            held.difference_update(keys)
+            gone = set(leaving)
+            jobs[:] = [job for job in jobs if job not in gone]
+            task = asyncio.get_running_loop().create_task(self._finish(leaving, keys, work))
+            self._apart[task] = leaving
+            task.add_done_callback(self._apart_done)
+            return task
+
+        release = Release(
+            held, self._let_go, lambda: not self._queue and len(self._batches) == 1, apart
+        )
+        try:
+            await self._finish(jobs, held, self._run(jobs, release))
+        finally:
+            self._long -= is_long
+
+    async def _finish(
+        self, jobs: list[Job[P, R]], held: set[Hashable], work: Awaitable[list[Job[P, R]]]
+    ) -> None:
+        """Wait for work on jobs; settle them or put them back, and release their streams.
+
+        Args:
+            held: streams that were not released; the work may release some.
+        """
         failure: CarryError = InternalError("the batch ended without an answer for this chunk")
         again: list[Job[P, R]] = []
         try:
-            again = await self._run(jobs, release)
+            again = await work
         except CarryError as error:
             failure = error
         except asyncio.CancelledError:
@@ -444,7 +376,6 @@ class Batcher(Generic[P, R]):
             log.exception("batch_failed", jobs=len(jobs))
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
-            self._long -= is_long
             waiting = set(again)
             self._rate.done += len(jobs) - len(waiting)
             for job in jobs:
@@ -459,3 +390,11 @@ class Batcher(Generic[P, R]):
             returned = {job.key for job in again}
             for key in held:
                 self._let_go(key, first=key in returned)
+
+    def _apart_done(self, task: asyncio.Task[None]) -> None:
+        del self._apart[task]
+        self._wake()
+
+    def _under_way(self) -> Iterator[Job[P, R]]:
+        """Jobs of batches, and those that left them."""
+        return chain.from_iterable(chain(self._batches.values(), self._apart.values()))

@@ -6,9 +6,9 @@ A job is settled once, whoever comes to it first; its caller is woken when all o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from service.errors import CarryError
 
@@ -91,27 +91,46 @@ class Job(Generic[P, R]):
             self.ticket.settle(self.index, result)
 
 
+Work = Coroutine[Any, Any, list[Job[Any, Any]]]
+
+
 class Release:
-    """Lets the next job of a stream go on before its batch ends, once it can.
+    """Lets a batch's streams, or some of its jobs, go on before it ends.
 
     Attributes:
         is_alone: whether no other batch is under way now and nothing waits for one.
     """
 
-    __slots__ = ("_gone", "_held", "_is_alone")
+    __slots__ = ("_apart", "_gone", "_held", "_is_alone")
 
     def __init__(
-        self, held: set[Hashable], gone: Callable[[Hashable], None], is_alone: Callable[[], bool]
+        self,
+        held: set[Hashable],
+        gone: Callable[[Hashable], None],
+        is_alone: Callable[[], bool],
+        apart: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
     ):
         self._held = held
         self._gone = gone
         self._is_alone = is_alone
+        self._apart = apart
 
     def __call__(self, key: Hashable) -> None:
-        """From here on, of a stream that the batch holds."""
+        """Let the next job of a stream that the batch holds run from here on."""
         if key in self._held:
             self._held.discard(key)
             self._gone(key)
+
+    def apart(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
+        """Take jobs out of the batch: the work settles them, and no slot is held for it.
+
+        Args:
+            work: returns the jobs to be done again.
+
+        Returns:
+            What does the work, to be told of its end.
+        """
+        return self._apart(jobs, work)
 
     @property
     def is_alone(self) -> bool:

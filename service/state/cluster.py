@@ -49,6 +49,8 @@ REFRESH_S: Final = 0.1
 ASKED_S: Final = 1.0
 """How long one node may take to give the map before another is asked."""
 
+NO_NODE: Final = "none"
+
 log = structlog.get_logger(__name__)
 
 
@@ -98,6 +100,10 @@ class ClusterLink(Link):
     def slot(self, key: str) -> int:
         """The cluster's hash slot."""
         return key_slot(key.encode())
+
+    def owner(self, slot: int) -> Address | str:
+        """The node, or what stands for all slots without one."""
+        return (self._owners[slot] if self._owners else None) or NO_NODE
 
     async def layout(self) -> Layout:
         error = await self._look()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from service.errors import CarryError, StoreUnavailable
@@ -75,6 +75,10 @@ class Link(ABC):
     @abstractmethod
     def slot(self, key: str) -> int:
         """What keys have in common that one request may be about."""
+
+    @abstractmethod
+    def owner(self, slot: int) -> Hashable:
+        """Which server has a slot, as far as is known now; None where there is one only."""
 
     @abstractmethod
     async def layout(self) -> Layout:
@@ -221,6 +225,9 @@ class ServerLink(Link):
     def slot(self, key: str) -> int:
         """The same for all: one request may be about any of them."""
         return 0
+
+    def owner(self, slot: int) -> None:
+        """There is one server."""
 
     async def layout(self) -> Layout:
         return Layout("", [self._server])

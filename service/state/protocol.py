@@ -11,7 +11,7 @@ away; without one, as long as the store's settings say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -75,6 +75,9 @@ class StateStore(Protocol):
 
     async def check(self) -> list[Check]:
         """Readiness: whether the store answers and is set up as needed. Never raises."""
+
+    def shard(self, key: StreamKey) -> Hashable:
+        """The server that holds a stream, as far as is known now; None where one holds all."""
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None

@@ -19,7 +19,7 @@ from before it changes anything when it comes late.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -120,6 +120,10 @@ class RedisStore:
     async def check(self) -> list[Check]:
         """Readiness: whether servers take commits now, as durable as asked. Never raises."""
         return [await self._readiness.check()]
+
+    def shard(self, key: StreamKey) -> Hashable:
+        """The node of a cluster that holds a stream, as far as is known now; else None."""
+        return None if self._slots is None else self._link.owner(self._slot(key))
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None

@@ -93,6 +93,7 @@ async def worker(
     store: RedisStore | None = None,
     runtime: NumpyRuntime | None = None,
     in_flight: int = 3,
+    queue: int = 4096,
     drain_s: float = 30.0,
     on_model_change: OnModelChange = "refuse",
 ) -> AsyncIterator[Pipeline]:
@@ -105,6 +106,7 @@ async def worker(
         store,
         counts or Counts(),
         limits=PipelineLimits(
+            max_queue=queue,
             state_cache_bytes=cache_bytes,
             conflict_attempts=64,
             batches_in_flight=in_flight,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
 
 import redis
 
@@ -83,6 +83,9 @@ class FaultyStore:
 
     async def check(self) -> list[Check]:
         return await self._store.check() if self.checks is None else self.checks
+
+    def shard(self, key: StreamKey) -> Hashable:
+        return self._store.shard(key)
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None

@@ -17,7 +17,7 @@ from service.api.connections import ConnectionLimits
 from service.api.express import MAX_BYTES, Begun, Express, Taken
 from service.api.heads import MAX_HEAD_BYTES
 from service.api.protocol import PIECE_BYTES, ExpressProtocol
-from service.engine.batcher import Batcher
+from service.engine.admission import Admission
 from tests.service.api.harness import Harness
 from tests.service.api.test_express import (
     LEFT,
@@ -95,12 +95,12 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
 @pytest.fixture
 def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
     """The header of requests that are refused as overloaded."""
-    room = Batcher._room
+    room = Admission._room
 
-    def some(batcher: Batcher[Any, Any], left_s: float, per_s: float | None) -> float:
-        return 0 if left_s <= 2.5 else room(batcher, left_s, per_s)
+    def some(admission: Admission, left_s: float, per_s: float | None) -> float:
+        return 0 if left_s <= 2.5 else room(admission, left_s, per_s)
 
-    monkeypatch.setattr(Batcher, "_room", some)
+    monkeypatch.setattr(Admission, "_room", some)
     return "Carry-Timeout: 2.5"
 
 
@@ -110,7 +110,7 @@ async def test_a_client_that_does_not_read_has_to_wait(
 ) -> None:
     """What it is owed stays bounded, and none of it is lost, however long it takes."""
     if refused:
-        monkeypatch.setattr(Batcher, "_room", lambda *_: 0)
+        monkeypatch.setattr(Admission, "_room", lambda *_: 0)
     paused: list[bool] = []
     name = "refuse" if refused else "begin"
     go_on = getattr(Express, name)

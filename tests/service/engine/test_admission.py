@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import pytest
 import structlog
 
-from service.engine.batcher import STREAM_SHARE, Batcher
+from service.engine.admission import STREAM_SHARE
+from service.engine.batcher import Batcher
 from service.engine.jobs import Request, Results
 from service.engine.policy import BatchLimits
 from service.errors import Overloaded, StreamOverloaded

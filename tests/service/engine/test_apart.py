@@ -1,0 +1,120 @@
+"""Jobs that leave their batch, to be waited for apart: they hold their streams and no slot."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.engine.jobs import Release
+from service.errors import DeadlineExceeded, InternalError, ShuttingDown
+from tests.service.engine.batching import Jobs, Runs, batching, submit
+from tests.service.engine.test_batcher import turns
+from tests.service.engine.test_batcher_deadlines import soon
+
+
+class Leaving(Runs):
+    """Jobs named `late...` leave their batch at the first try, until the gate opens.
+
+    Attributes:
+        fails: what they end with.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: Exception | None = None
+
+    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+        self.batches.append([job.payload for job in jobs])
+        late = [job for job in jobs if job.payload.startswith("late") and not job.attempts]
+        if late:
+            release.apart(late, self._wait(late))
+        for job in jobs:
+            if job not in late:
+                job.settle(job.payload.upper())
+        return []
+
+    async def _wait(self, late: Jobs) -> Jobs:
+        await self.gate.wait()
+        if self.fails is not None:
+            raise self.fails
+        return late
+
+
+async def test_they_hold_no_slot_and_come_back_in_order() -> None:
+    runs = Leaving()
+    async with batching(runs) as batcher, asyncio.timeout(5):
+        late = [asyncio.create_task(submit(batcher, f"late{n}", "s", 1)) for n in range(2)]
+        assert await submit(batcher, "a", "a", 1) == "A"
+        assert await submit(batcher, "b", "b", 1) == "B"
+        await turns()
+        assert runs.batches == [["a", "late0"], ["b"]], "its stream waits for it"
+        runs.gate.set()
+        assert await asyncio.gather(*late) == ["LATE0", "LATE1"]
+    assert runs.batches[2][0] == "late0"
+
+
+async def test_they_end_at_their_deadlines() -> None:
+    runs = Leaving()
+    async with batching(runs) as batcher, asyncio.timeout(5):
+        with pytest.raises(DeadlineExceeded, match="before it was done"):
+            await submit(batcher, "late", "late", 1, soon())
+        assert await submit(batcher, "a", "a", 1) == "A"
+
+
+async def test_they_fail_alone() -> None:
+    runs = Leaving()
+    runs.fails = RuntimeError("unforeseen")
+    runs.gate.set()
+    async with batching(runs) as batcher, asyncio.timeout(5):
+        late = asyncio.create_task(submit(batcher, "late", "s", 1))
+        assert await submit(batcher, "a", "a", 1) == "A"
+        with pytest.raises(InternalError):
+            await late
+        assert await submit(batcher, "b", "s", 1) == "B"
+
+
+async def test_drain_waits_for_them_and_is_bounded() -> None:
+    runs = Leaving()
+    async with batching(runs) as batcher:
+        late = asyncio.create_task(submit(batcher, "late", "s", 1))
+        await turns()
+        draining = asyncio.create_task(batcher.drain(5))
+        await turns()
+        assert not draining.done()
+        runs.gate.set()
+        await draining
+        assert await late == "LATE"
+    runs = Leaving()
+    async with batching(runs) as batcher:
+        late = asyncio.create_task(submit(batcher, "late", "s", 1))
+        await turns()
+        await batcher.drain(0.01)
+        with pytest.raises(ShuttingDown):
+            await late
+
+
+async def test_a_job_behind_one_that_left_is_told_that_it_is_done_again() -> None:
+    """Its stream was released before it left, as where its commit is waited for."""
+    runs, seen = Leaving(), {}
+    hold = asyncio.Event()
+
+    async def run(jobs: Jobs, release: Release) -> Jobs:
+        (job,) = jobs
+        seen[job.payload] = job
+        release(job.key)
+        if job.payload == "next":
+            await hold.wait()
+        return await runs(jobs, release)
+
+    async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
+        batcher._run = run
+        first = asyncio.create_task(submit(batcher, "late", "s", 1))
+        await turns()
+        behind = asyncio.create_task(submit(batcher, "next", "s", 1))
+        await turns()
+        runs.gate.set()
+        await turns()
+        assert seen["next"].overtakes
+        hold.set()
+        assert await asyncio.gather(first, behind) == ["LATE", "NEXT"]

@@ -1,0 +1,151 @@
+"""A shard of a cluster that does not answer holds up its own streams alone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from models.artifact import Artifact
+from service.domain import Reply
+from service.errors import CarryError, StoreUnavailable
+from service.pipeline import Pipeline
+from service.state.keys import KeySpace
+from service.state.redis_store import RedisStore
+from service.state.settings import StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+
+PARTITIONS = 16
+DOWN = 2
+WITHIN_S = 20
+"""Far less than the chunks' deadlines, and far more than anything takes that is not held up."""
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_artifact(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def settings(own_cluster: Cluster) -> StoreSettings:
+    return StoreSettings(own_cluster.url, partitions=PARTITIONS, wait_s=3)
+
+
+@pytest.fixture
+async def pipeline(settings: StoreSettings, artifact: Artifact) -> AsyncIterator[Pipeline]:
+    async with worker("", artifact, store=RedisStore(settings), in_flight=2) as one:
+        yield one
+
+
+@contextmanager
+def one_shard_down(cluster: Cluster) -> Iterator[None]:
+    """A primary and its replica do not answer, and nobody takes their place."""
+    nodes = (cluster.replicas[DOWN], cluster.primaries[DOWN])
+    cluster.configure("cluster-require-full-coverage", "no")
+    for node in nodes:
+        node.pause()
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.resume()
+        cluster.configure("cluster-require-full-coverage", "yes")
+        cluster.settle()
+
+
+def named(cluster: Cluster, keys: KeySpace, prefix: str, count: int, *, down: bool) -> list[str]:
+    """Streams of the shard that will not answer, or of the others."""
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        name, number = f"{prefix}{number}", number + 1
+        key = keys.state(chunk_of(name, np.zeros((1, 3), np.float32)).key)
+        if (cluster.owner(key) == DOWN) == down:
+            found.append(name)
+    return found
+
+
+def later() -> float:
+    return time.monotonic() + 120
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["load", "commit"])
+async def test_it_holds_no_slots_of_batches_of_other_shards(
+    own_cluster: Cluster,
+    settings: StoreSettings,
+    artifact: Artifact,
+    pipeline: Pipeline,
+    *,
+    is_known: bool,
+) -> None:
+    """Neither while its streams are loaded nor while they are committed."""
+    rows = rows_of(np.random.default_rng(56), 8)
+    *late, short = named(own_cluster, settings.keys, "late", 21, down=True)
+    good = named(own_cluster, settings.keys, "good", 20, down=False)
+    if is_known:
+        for name in (*late, *good):
+            await pipeline.process(chunk_of(name, rows[:4], 0), later())
+    start = 4 if is_known else 0
+
+    async def send(name: str) -> Reply:
+        return await pipeline.process(chunk_of(name, rows[start:], start), later())
+
+    with one_shard_down(own_cluster):
+        waiting = [asyncio.create_task(send(name)) for name in late]
+        async with asyncio.timeout(WITHIN_S):
+            await asyncio.gather(*map(send, good[:10]))
+            for name in good[10:]:
+                await send(name)
+        assert not any(task.done() for task in waiting)
+        with pytest.raises(StoreUnavailable):
+            await pipeline.process(chunk_of(short, rows, 0), time.monotonic() + 0.5)
+    for reply in await asyncio.gather(*waiting):
+        assert not reply.replayed
+        np.testing.assert_allclose(
+            reply.outputs, whole(artifact, rows)[start:], rtol=1e-5, atol=1e-5
+        )
+
+
+async def test_few_chunks_wait_for_it(
+    own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
+) -> None:
+    """Half as many as may wait in all; of more it is said at once."""
+    rows = rows_of(np.random.default_rng(57), 4)
+    late = named(own_cluster, settings.keys, "late", 40, down=True)
+    (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
+    async with worker("", artifact, store=RedisStore(settings), in_flight=2, queue=20) as one:
+        with one_shard_down(own_cluster):
+            sent = [
+                asyncio.create_task(one.process(chunk_of(late[n], rows, 0), later()))
+                for n in range(10)
+            ]
+            async with asyncio.timeout(WITHIN_S):
+                await one.process(chunk_of(good, rows, 0), later())
+                for name in late[10:]:
+                    with pytest.raises(StoreUnavailable, match="10 chunks wait"):
+                        await one.process(chunk_of(name, rows, 0), later())
+            assert not any(task.done() for task in sent)
+        for outcome in await asyncio.gather(*sent, return_exceptions=True):
+            assert not isinstance(outcome, CarryError)
+
+
+async def test_a_service_that_stops_waits_for_it_no_longer_than_it_may(
+    own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
+) -> None:
+    rows = rows_of(np.random.default_rng(58), 4)
+    (late,) = named(own_cluster, settings.keys, "late", 1, down=True)
+    (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
+    store = RedisStore(settings)
+    async with worker("", artifact, store=store, in_flight=2, drain_s=0.1) as one:
+        with one_shard_down(own_cluster):
+            waiting = asyncio.create_task(one.process(chunk_of(late, rows, 0), later()))
+            async with asyncio.timeout(WITHIN_S):
+                await one.process(chunk_of(good, rows, 0), later())
+                await one.stop()
+                with pytest.raises(CarryError):
+                    await waiting
