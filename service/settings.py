@@ -203,7 +203,8 @@ class Settings(BaseSettings):
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
     once. A stream's chunks may take a fourth of the room that is left (`stream_overloaded`), the
-    items of a request half of it. It bounds the memory that waiting takes."""
+    items of one request half of it, 256 of them at a time. It bounds the memory that waiting
+    takes."""
 
     max_queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """Longest that a chunk may be expected to wait in the queue, by the rate at which the queue

@@ -49,6 +49,9 @@ TICK_S: Final = 0.01
 PATIENCE_TICK_S: Final = 0.001
 """What the loop's timers count in."""
 
+ITEMS_AT_ONCE: Final = 128
+"""Of a request with more items, two parts of so many wait at a time: a batch and the next one."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -152,7 +155,24 @@ class Batcher(Generic[P, R]):
     async def submit(
         self, requests: Sequence[Request[P]], deadline_s: float = math.inf
     ) -> list[R | CarryError]:
-        """Queue jobs and wait for all their results; see `enqueue`."""
+        """Queue jobs and wait for all their results; see `enqueue`.
+
+        Of many jobs a part waits in the queue at a time, so that few callers do not fill it.
+        """
+        if len(requests) <= ITEMS_AT_ONCE:
+            return await self._submit(requests, deadline_s)
+        parts = [requests[at : at + ITEMS_AT_ONCE] for at in range(0, len(requests), ITEMS_AT_ONCE)]
+        turn = asyncio.Semaphore(2)
+
+        async def submit(part: Sequence[Request[P]]) -> list[R | CarryError]:
+            async with turn:
+                return await self._submit(part, deadline_s)
+
+        return list(chain.from_iterable(await asyncio.gather(*map(submit, parts))))
+
+    async def _submit(
+        self, requests: Sequence[Request[P]], deadline_s: float
+    ) -> list[R | CarryError]:
         if not requests:
             return []
         results = self.enqueue(requests, deadline_s)

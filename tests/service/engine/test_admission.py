@@ -9,11 +9,11 @@ import pytest
 import structlog
 
 from service.engine.admission import STREAM_SHARE
-from service.engine.batcher import Batcher
+from service.engine.batcher import ITEMS_AT_ONCE, Batcher
 from service.engine.jobs import Request, Results
 from service.engine.policy import BatchLimits
 from service.errors import Overloaded, StreamOverloaded
-from tests.service.engine.batching import Runs, batching
+from tests.service.engine.batching import UP_TO_8, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced
 
@@ -116,3 +116,30 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
         assert "lone" in runs.batches[4]
         await asyncio.gather(many, lone)
         assert sum(isinstance(each, Overloaded) for each in await late) == 6
+
+
+async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
+    """Their results are in order, however many parts it takes; none is refused for the others."""
+    runs = Runs()
+    names = [f"s{n}" for n in range(5 * ITEMS_AT_ONCE + 3)]
+    async with batching(runs, queue=3 * ITEMS_AT_ONCE) as batcher:
+        many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
+        await runs.began(1)
+        await turns()
+        assert len(batcher._queue) == 2 * ITEMS_AT_ONCE - UP_TO_8.max_rows
+        assert refused(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_AT_ONCE)])) == []
+        runs.gate.set()
+        assert await many == [name.upper() for name in names]
+
+
+async def test_a_request_whose_caller_leaves_is_queued_no_further() -> None:
+    runs = Runs()
+    names = [f"s{n}" for n in range(5 * ITEMS_AT_ONCE)]
+    async with batching(runs) as batcher, asyncio.timeout(5):
+        many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
+        await runs.began(1)
+        many.cancel()
+        await turns()
+        runs.gate.set()
+        assert await submit(batcher, "a", "a", 1) == "A"
+    assert sum(map(len, runs.batches)) == UP_TO_8.max_rows + 1

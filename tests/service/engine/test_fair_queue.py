@@ -160,6 +160,7 @@ async def test_a_short_job_that_a_long_one_is_put_back_before_does_not_overtake_
     waiting.queue.release("a")
     waiting.queue.put_back(first)
     assert waiting.take(long_ones=False) == ["b2"]
+    assert waiting.take(long_ones=False) == []
     assert waiting.take() == ["a0"]
 
 

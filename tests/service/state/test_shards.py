@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from models.artifact import Artifact
+from service.batch import BatchRun
 from service.domain import Reply
+from service.engine.jobs import Release
 from service.errors import CarryError, StoreUnavailable
+from service.member import ChunkJob
 from service.pipeline import Pipeline
 from service.state.keys import KeySpace
 from service.state.redis_store import RedisStore
@@ -80,10 +83,19 @@ async def test_it_holds_no_slots_of_batches_of_other_shards(
     settings: StoreSettings,
     artifact: Artifact,
     pipeline: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
     *,
     is_known: bool,
 ) -> None:
-    """Neither while its streams are loaded nor while they are committed."""
+    """Neither while its streams are loaded nor while they are committed; and what waits is not
+    counted as tried."""
+    attempts, run = set(), BatchRun.__call__
+
+    async def noting(self: BatchRun, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
+        attempts.update(job.attempts for job in jobs)
+        return await run(self, jobs, release)
+
+    monkeypatch.setattr(BatchRun, "__call__", noting)
     rows = rows_of(np.random.default_rng(56), 8)
     *late, short = named(own_cluster, settings.keys, "late", 21, down=True)
     good = named(own_cluster, settings.keys, "good", 20, down=False)
@@ -109,6 +121,7 @@ async def test_it_holds_no_slots_of_batches_of_other_shards(
         np.testing.assert_allclose(
             reply.outputs, whole(artifact, rows)[start:], rtol=1e-5, atol=1e-5
         )
+    assert attempts == {0}
 
 
 async def test_few_chunks_wait_for_it(
