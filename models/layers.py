@@ -22,6 +22,8 @@ NOTHING = -1e300
 
 LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Units = Annotated[int, Field(ge=1, le=16384)]
+MAX_WIDTH = 16 * 16384
+"""Most values per step of a layer: concatenations have no weights, and each can double the last."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
 ActivationName = Literal[
     "linear",
@@ -262,7 +264,8 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
         widths: those of what it reads, by name.
 
     Raises:
-        ValueError: it joins, element by element, what is not equally wide.
+        ValueError: it joins, element by element, what is not equally wide, or gives more than
+            `MAX_WIDTH` values.
     """
     read = [widths[name] for name in layer.inputs]
     match layer:
@@ -271,6 +274,11 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
         case GruLayer() | DenseLayer():
             return layer.units
         case MergeLayer(kind="concatenate"):
+            if sum(read) > MAX_WIDTH:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected at most {MAX_WIDTH} values per step, "
+                    f"got {sum(read)}"
+                )
             return sum(read)
         case MergeLayer() if len(set(read)) > 1:
             raise ValueError(

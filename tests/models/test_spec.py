@@ -107,6 +107,15 @@ def test_columns_of_events_and_of_raw_features() -> None:
             raw(layers=[{"kind": "lstm", "units": 2}, {"kind": "add"}]),
             "layer 'add_1': expected two inputs or more",
         ),
+        (
+            raw(
+                layers=[
+                    {"kind": "gru", "units": 16384},
+                    {"kind": "concatenate", "name": "wide", "inputs": ["gru_1"] * 17},
+                ]
+            ),
+            "layer 'wide': expected at most 262144 values per step, got 278528",
+        ),
         (raw(heads=[{"kind": "sequence", "name": "h"}] * 2), "head 'h': expected a name"),
         (
             raw(heads=[{"kind": "sequence", "name": "h", "input": "x"}]),
