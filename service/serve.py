@@ -47,8 +47,8 @@ def serve(settings: Settings) -> None:
     Raises:
         CannotServeError: the port is taken, the store is not usable, or no worker starts.
     """
-    # uvicorn handles both while it runs, then raises them anew: this is where they arrive, and
-    # before it runs. Leaving by an exception stops the embedded store on the way out.
+    # Until the workers or uvicorn take them over. Leaving by an exception stops the embedded store
+    # on the way out.
     for number in _stops():
         signal.signal(number, _leave)
     if links := service_links(os.environ):
@@ -73,7 +73,7 @@ def serve(settings: Settings) -> None:
         asyncio.run(_check_store(settings))
 
         def leave() -> NoReturn:
-            """End a start: nothing was accepted yet, and a thread that compiles cannot be ended."""
+            """End the process; a thread that still compiles a network cannot be ended by itself."""
             _ignore_stops()
             stack.close()
             flush_logs()
@@ -112,7 +112,6 @@ def _run(settings: Settings, listener: socket.socket, leave: Callable[[], NoRetu
         # uvicorn leaves this one alone, whose default is to kill
         signal.signal(SIGHUP, server.handle_exit)
     server.run(sockets=[listener])
-    _ignore_stops()
 
 
 def _stops() -> list[signal.Signals]:

@@ -34,6 +34,7 @@ import uvicorn
 from models.errors import ModelsError
 from service.engine.runtimes import RuntimeUnavailableError
 from service.errors import CarryError
+from service.ops.logs import flush_logs
 from service.settings import SettingsError
 
 REPORT_S: Final = 0.5
@@ -63,20 +64,29 @@ class WorkersFailedError(Exception):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which on a signal leaves at once while it does not serve yet.
+    """uvicorn's server, which leaves when all is drained, or at once where nothing is served yet.
 
-    uvicorn itself starts to the end before it stops.
+    uvicorn itself starts to the end before it stops, and its process then waits for threads that
+    still compile a network.
 
     Args:
-        leave: ends the process; called by the signal's handler.
+        leave: ends the process; called in the main thread, also by a signal's handler.
     """
 
     def __init__(self, config: uvicorn.Config, leave: Callable[[], NoReturn]):
         super().__init__(config)
         self._leave = leave
+        # uvicorn replaces these while it runs, and raises the signals again when all is drained
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: leave())
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, then leave."""
+        await super().serve(sockets)
+        self._leave()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The handler of SIGTERM and SIGINT."""
+        """The handler of the signals while it runs."""
         if not self.started:
             self._leave()
         super().handle_exit(sig, frame)
@@ -311,7 +321,7 @@ def _work(config: uvicorn.Config, listener: socket.socket, reports: Connection[A
     if SIGHUP is not None:
         # a terminal that closes tells the whole group; the parent says what comes of it
         signal.signal(SIGHUP, signal.SIG_IGN)
-    server = Server(config, lambda: os._exit(0))
+    server = Server(config, _leave)
     threading.Thread(
         target=_report, args=(server, reports), name="carry-report", daemon=True
     ).start()
@@ -320,6 +330,11 @@ def _work(config: uvicorn.Config, listener: socket.socket, reports: Connection[A
     except (ModelsError, CarryError, RuntimeUnavailableError, SettingsError) as error:
         reports.send(str(error))
         sys.exit(1)
+
+
+def _leave() -> NoReturn:
+    flush_logs()
+    os._exit(0)
 
 
 def _report(server: Server, reports: Connection[Any, Any]) -> None:

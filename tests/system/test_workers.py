@@ -14,32 +14,28 @@ import httpx
 import pytest
 
 from models.artifact import Artifact
+from service import serve
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import READY_S, Service, running
 
-SLOW_START = """
-import importlib.abc, importlib.util, sys, time
+SLOW = """
+import sys, time
+from service.engine.onnx_runtime import OnnxRuntime
 
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "service.engine.onnx_runtime":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            def warm(runtime):
-                print("warming", file=sys.stderr, flush=True)
-                time.sleep(600)
-            module.OnnxRuntime.warm = warm
-        spec.loader.exec_module = exec_module
-        return spec
+def slow(runtime):
+    print("compiling", file=sys.stderr, flush=True)
+    time.sleep(600)
 
-sys.meta_path.insert(0, Hook())
+OnnxRuntime.{method} = slow
 """
-"""A `sitecustomize` that makes the warm-up of a model take ten minutes."""
+"""A `sitecustomize` that makes one method of the runtime take ten minutes."""
+
+IMPATIENT = """
+import service.workers
+service.workers.WORKER_SILENT_S = 20
+"""
+"""One that makes the parent give up on a silent worker a little earlier."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +72,12 @@ def pids(service: Service) -> list[int]:
 
 
 def is_live(service: Service) -> bool:
-    return httpx.get(f"{service.url}/health/live").status_code == 200
+    url = f"{service.url}/health/live"
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.RemoteProtocolError:
+        # a draining worker closes a connection on which no request has arrived; clients try again
+        return httpx.get(url).status_code == 200
 
 
 def test_worker_that_fails_to_start_is_retried_while_others_serve(
@@ -96,11 +97,11 @@ def test_worker_that_fails_to_start_is_retried_while_others_serve(
 
 
 def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Artifact) -> None:
-    slow(tmp_path)
+    customise(tmp_path, SLOW.format(method="warm"))
     with real_server("valkey") as store:
         service = Service(tmp_path, probe.path, "--workers", "2", redis_url=store.url)
         service.launch(PYTHONPATH=str(tmp_path))
-        until(lambda: service.log().count("warming") == 2, "the warm-up", READY_S)
+        until(lambda: service.log().count("compiling") == 2, "the warm-up", READY_S)
         for line in lines(service, "worker_started"):
             os.kill(line["pid"], signal.SIGKILL)
         killed_s = time.monotonic()
@@ -113,10 +114,10 @@ def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Ar
 def test_sigterm_during_the_warm_up_ends_the_service(
     tmp_path: Path, probe: Artifact, workers: str
 ) -> None:
-    slow(tmp_path)
+    customise(tmp_path, SLOW.format(method="warm"))
     service = Service(tmp_path, probe.path, "--workers", workers)
     service.launch(PYTHONPATH=str(tmp_path))
-    until(lambda: service.log().count("warming") == int(workers), "the warm-up", READY_S)
+    until(lambda: service.log().count("compiling") == int(workers), "the warm-up", READY_S)
     valkey = service.valkey_pid()
     assert service.stop() == 0
     assert not Path(f"/proc/{valkey}").exists(), "stopped with the service"
@@ -124,8 +125,43 @@ def test_sigterm_during_the_warm_up_ends_the_service(
         assert not Path(f"/proc/{line['pid']}").exists()
 
 
-def slow(folder: Path) -> None:
-    (folder / "sitecustomize.py").write_text(SLOW_START)
+def test_sigterm_does_not_wait_for_what_compiles_beside_requests(
+    tmp_path: Path, probe: Artifact
+) -> None:
+    customise(tmp_path, SLOW.format(method="warm_next"))
+    with running(tmp_path, probe.path, PYTHONPATH=str(tmp_path)) as service:
+        until(lambda: "compiling" in service.log(), "the compilation")
+        valkey = service.valkey_pid()
+        assert service.stop() == 0
+        assert not Path(f"/proc/{valkey}").exists()
+
+
+def test_worker_that_hangs_is_replaced(tmp_path: Path, probe: Artifact, store: RealServer) -> None:
+    customise(tmp_path, IMPATIENT)
+    command = (tmp_path, probe.path, "--workers", "2")
+    with running(*command, redis_url=store.url, PYTHONPATH=str(tmp_path)) as service:
+        until(lambda: len(pids(service)) == 2, "both workers", READY_S)
+        hung = pids(service)[0]
+        os.kill(hung, signal.SIGSTOP)
+        until(lambda: len(pids(service)) == 3, "the worker in its place", READY_S)
+        assert [line["pid"] for line in lines(service, "worker_hangs")] == [hung]
+        assert not Path(f"/proc/{hung}").exists()
+
+
+def test_sighup_that_is_ignored_stays_ignored() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert signal.SIGHUP not in serve._stops()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in serve._stops()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def customise(folder: Path, code: str) -> None:
+    """Have every process with this folder on its PYTHONPATH run this code when it starts."""
+    (folder / "sitecustomize.py").write_text(code)
 
 
 def test_sighup_drains_a_single_worker(tmp_path: Path, probe: Artifact) -> None:
