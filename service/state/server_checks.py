@@ -8,6 +8,7 @@ store that was made with another number of partitions (its streams would not be 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Final
 
@@ -34,10 +35,25 @@ async def check_servers(link: Link, settings: StoreSettings) -> str:
         The servers in words, for logs: name, version and eviction policy.
 
     Raises:
-        StoreUnavailable, StoreRefused: one does not answer, or must not be used.
+        StoreUnavailable: none answers, or not the one that knows how the store was set up.
+        StoreRefused: one must not be used.
     """
     layout = await link.layout()
-    words = [await _check_server(server, settings) for server in layout.servers]
+    checks = [_check_server(server, settings) for server in layout.servers]
+    words: list[str] = []
+    away: list[StoreUnavailable] = []
+    for found in await asyncio.gather(*checks, return_exceptions=True):
+        if isinstance(found, StoreUnavailable):
+            away.append(found)
+        elif isinstance(found, BaseException):
+            raise found
+        else:
+            words.append(found)
+    if not words:
+        raise away[0]
+    for error in away:
+        # readiness checks it when it is back
+        log.warning("primary_away", store=link.where, reason=error.detail)
     for server in link.others():
         try:
             await server.try_once(PROBE_S, "PING")

@@ -135,6 +135,21 @@ async def test_shard_that_is_away_leaves_the_service_ready(lasting_cluster: Clus
         assert str(victim.port) in lines[0]["reason"]
 
 
+async def test_store_starts_while_a_shard_is_away(lasting_cluster: Cluster) -> None:
+    async with opened(lasting_cluster.url, partitions=PARTITIONS):
+        pass
+    victim = lasting_cluster.primaries[(lasting_cluster.owner("carry:meta") + 1) % 3]
+    with capture_logs() as lines:
+        victim.pause()
+        try:
+            async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
+                assert (await found(store)).ok
+        finally:
+            victim.resume()
+    (away,) = [line["reason"] for line in lines if line["event"] == "primary_away"]
+    assert str(victim.port) in away
+
+
 async def test_shard_that_may_evict_is_not_ready(own_cluster: Cluster) -> None:
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
