@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, NamedTuple
 
 import structlog
@@ -98,7 +98,7 @@ class Readiness:
         except CarryError as error:
             self._note([Trouble(error.detail)])
             return Check("store", False, error.detail)
-        probes = self._probes()
+        probes = self._probes(layout.servers)
         found = await asyncio.gather(
             *(self._trouble_of(server, probes.get(server)) for server in layout.servers)
         )
@@ -111,11 +111,13 @@ class Readiness:
         detail = "; ".join(each.detail for each in troubles)
         return Check("store", is_serving and is_safe, detail or f"{self._link.where} takes commits")
 
-    def _probes(self) -> dict[Server, Command]:
-        """For each server a commit of a key that lies on it."""
+    def _probes(self, servers: Collection[Server]) -> dict[Server, Command]:
+        """For each server a commit of a key that lies on it; none where it has no partition."""
         probes: dict[Server, Command] = {}
         name = secrets.token_hex(4)
-        for partition in range(self._settings.partitions if self._settings.is_cluster else 1):
+        for partition in range(self._settings.partitions):
+            if len(probes) == len(servers):
+                break
             key = self._settings.keys.probe(partition, name)
             server = self._link.server_of(self._link.slot(key))
             if server is not None and server not in probes:

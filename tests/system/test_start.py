@@ -61,6 +61,14 @@ def test_a_directory_without_models(tmp_path: Path) -> None:
     assert "carry init" in last_line(done)
 
 
+def test_workers_that_cannot_start_end_the_service_with_the_reason(tmp_path: Path) -> None:
+    done = serve(
+        *("--port", "0", "--workers", "2"),
+        *("--data-dir", str(tmp_path / "data"), "--models", str(tmp_path)),
+    )
+    assert f"carry: no worker could be started: {tmp_path}: expected a model" in last_line(done)
+
+
 def test_a_store_that_is_not_there(tmp_path: Path, model_dir: Path) -> None:
     done = serve(
         *("--port", "0", "--models", str(model_dir)),

@@ -31,6 +31,26 @@ OnnxRuntime.{method} = slow
 """
 """A `sitecustomize` that makes one method of the runtime take ten minutes."""
 
+FIRST_FAILS = """
+import os, pathlib, time
+from service.engine.onnx_runtime import OnnxRuntime
+
+warm = OnnxRuntime.warm
+
+def fail_once(runtime):
+    path = pathlib.Path({folder!r}, "first")
+    try:
+        path.symlink_to(f"/proc/{{os.getpid()}}")
+    except FileExistsError:
+        while path.exists():
+            time.sleep(0.01)
+        return warm(runtime)
+    raise RuntimeError("planted")
+
+OnnxRuntime.warm = fail_once
+"""
+"""One that makes the first warm-up fail, and every other wait for the end of that process."""
+
 IMPATIENT = """
 import service.workers
 service.workers.WORKER_SILENT_S = 20
@@ -94,6 +114,28 @@ def test_worker_that_fails_to_start_is_retried_while_others_serve(
     pauses = [line["pause_s"] for line in lines(two_workers, "worker_ended")]
     assert pauses == sorted(pauses)
     assert pauses[:2] == [1, 2]
+
+
+def test_first_worker_that_fails_does_not_end_the_others(
+    tmp_path: Path, probe: Artifact, store: RealServer
+) -> None:
+    customise(tmp_path, FIRST_FAILS.format(folder=str(tmp_path)))
+    command = (tmp_path, probe.path, "--workers", "2")
+    with running(*command, redis_url=store.url, PYTHONPATH=str(tmp_path)) as service:
+        until(lambda: len(pids(service)) == 2, "both workers", READY_S)
+        (failed,) = lines(service, "worker_ended")
+        assert failed["was_ready"] is False
+
+
+def test_worker_that_does_not_stop_is_killed(
+    tmp_path: Path, probe: Artifact, store: RealServer
+) -> None:
+    command = (tmp_path, probe.path, "--workers", "2")
+    with running(*command, redis_url=store.url, CARRY_DRAIN_S="0") as service:
+        hung = until(lambda: pids(service)[1:], "both workers", READY_S)[0]
+        os.kill(hung, signal.SIGSTOP)
+        assert service.stop() == 0
+        assert not Path(f"/proc/{hung}").exists()
 
 
 def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Artifact) -> None:
