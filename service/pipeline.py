@@ -221,10 +221,14 @@ class Pipeline:
             )
         return found
 
-    def refusal(self, key: StreamKey, left_s: float) -> Overloaded | None:
-        """What a chunk of a served model's stream would be answered now that can wait so long,
-        where that is Overloaded; for a transport that need not read what is refused anyway."""
-        return self._chunks[key.model].refusal(key, left_s)
+    def refusal(self, model: str, key: StreamKey | None, left_s: float) -> Overloaded | None:
+        """What a chunk for a served model would be answered now that can wait so long, where that
+        is Overloaded; for a transport that need not read what is refused anyway.
+
+        Args:
+            key: its stream; None for chunks of many streams.
+        """
+        return self._chunks[model].refusal(key, left_s)
 
     def begin(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
         """As `process`, without waiting: a future of the one result.

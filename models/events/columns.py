@@ -50,6 +50,18 @@ class EventColumns:
         places = block.layout.places
         return cls(block.steps, ByName(places, block.presence), ByName(places, block.values), block)
 
+    @classmethod
+    def joined(cls, parts: Sequence[EventColumns]) -> EventColumns:
+        """The events of several parts under one schema, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = list(parts[0].values)
+        return cls(
+            sum(part.steps for part in parts),
+            {name: np.concatenate([part.present[name] for part in parts]) for name in names},
+            {name: np.concatenate([part.values[name] for part in parts]) for name in names},
+        )
+
     def __len__(self) -> int:
         return self.steps
 

@@ -20,7 +20,7 @@ from models.decoder import known_schema
 from models.events.parse import event_type
 from models.events.schema import EventSchema
 from service.api.duplicates import duplicate_member
-from service.api.invalid import Place, invalid_body
+from service.api.invalid import BODY, Origin, Place, invalid_body
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
 from service.api.reading import STREAM_NAME
@@ -122,6 +122,7 @@ class BodyTypes:
 
     chunk: type[ChunkBody]
     item: type[ItemBody]
+    sequence: type[StepsBody]
     many: type[ManyBody]
     predict: type[PredictBody]
     forecast: type[ForecastBody] | None
@@ -136,23 +137,32 @@ class ModelBodies:
         told = coming_schema(served)
         self._coming = [] if told is None else [field.name for field in told.fields]
 
-    def validate(self, kind: type[B], media: Media, body: bytes, *, duplicates: bool = False) -> B:
-        """A body of that type.
+    def validate(
+        self,
+        kind: type[B],
+        media: Media,
+        body: bytes,
+        origin: Origin = BODY,
+        *,
+        duplicates: bool = False,
+    ) -> B:
+        """A body of that type, or a document within one.
 
         Args:
+            origin: where the document lies in the request.
             duplicates: leave duplicate members to the caller to reject.
 
         Raises:
             MalformedBody, InvalidInput
         """
-        return validate(kind, media, body, self._members(kind), duplicates=duplicates)
+        return validate(kind, media, body, self._members(kind), origin, duplicates=duplicates)
 
     def validate_part(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
         """A part of a body that is parsed already; places in errors begin with `inside`."""
         try:
             return kind.model_validate(value)
         except ValidationError as error:
-            raise invalid_body(error, media, self._members(kind), inside) from error
+            raise invalid_body(error, media, self._members(kind), Origin(inside)) from error
 
     def _members(self, kind: type[StrictBody]) -> _Members:
         fields = self._coming if issubclass(kind, ForecastBody) else self._fields
@@ -185,12 +195,14 @@ def validate(
     media: Media,
     body: bytes,
     members: _Members | None = None,
+    origin: Origin = BODY,
     *,
     duplicates: bool = False,
 ) -> B:
     """A body of a type that no model changes.
 
     Args:
+        origin: where the document lies in the request.
         duplicates: leave duplicate members to the caller to reject.
 
     Raises:
@@ -203,9 +215,9 @@ def validate(
             found = kind.model_validate(loads(media, body))
     except ValidationError as error:
         known = members or _Members(list(kind.model_fields), (), ())
-        raise invalid_body(error, media, known) from error
-    if not duplicates and (error_twice := duplicate_member(media, body)) is not None:
-        raise error_twice
+        raise invalid_body(error, media, known, origin) from error
+    if not duplicates and (duplicate := duplicate_member(media, body, origin)) is not None:
+        raise duplicate
     return found
 
 
@@ -239,7 +251,9 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
         __base__=PredictBody,
         sequences=(list[sequence], Field(json_schema_extra=most)),  # type: ignore[valid-type]
     )
-    return BodyTypes(chunk, item, many, predict, _forecast(served, limits, f"{name}-", suffix))
+    return BodyTypes(
+        chunk, item, sequence, many, predict, _forecast(served, limits, f"{name}-", suffix)
+    )
 
 
 def coming_schema(served: ServedModel) -> EventSchema | None:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from service.api.invalid import Place, place
+from service.api.invalid import BODY, Origin, Place
 from service.api.media import Media
 from service.errors import InvalidInput
 
@@ -32,19 +32,21 @@ class _Duplicate(NamedTuple):
     name: str
 
 
-def duplicate_member(media: Media, body: bytes, inside: str = "") -> InvalidInput | None:
+def duplicate_member(media: Media, body: bytes, origin: Origin = BODY) -> InvalidInput | None:
     """The rejection of a body in which an object has a member twice; None where none has.
 
     Args:
         body: what a decoder has accepted.
-        inside: the place of the body in the request, as `chunks[2]`.
+        origin: where the body lies in its request.
     """
     tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
     found = _find(tree, ())
-    return None if found is None else duplicated(place(found, inside))
+    return None if found is None else duplicated(origin.place(found))
 
 
-def duplicate_members(media: Media, body: bytes, parts: str) -> dict[int, InvalidInput]:
+def duplicate_members(
+    media: Media, body: bytes, parts: str, origin: Origin = BODY
+) -> dict[int, InvalidInput]:
     """As `duplicate_member` for each element of the list that is the body's member `parts`.
 
     Raises:
@@ -54,7 +56,7 @@ def duplicate_members(media: Media, body: bytes, parts: str) -> dict[int, Invali
     if isinstance(tree, _Duplicate):
         raise duplicated(tree.name)
     found = {at: _find(part, (parts, at)) for at, part in enumerate(tree[parts])}
-    return {at: duplicated(place(where)) for at, where in found.items() if where is not None}
+    return {at: duplicated(origin.place(where)) for at, where in found.items() if where is not None}
 
 
 def duplicated(at: str) -> InvalidInput:
@@ -87,6 +89,28 @@ def packed_count(value: bytes | memoryview) -> tuple[int, int] | None:
     return None
 
 
+def is_packed_map(value: bytes | memoryview) -> bool:
+    """Whether a value in MessagePack is a map."""
+    return value[0] & 0xF0 == _FIXMAP or value[0] in (_MAP16, _MAP32)
+
+
+def is_packed_array(value: bytes | memoryview) -> bool:
+    """Whether a value in MessagePack is an array."""
+    return value[0] & 0xF0 == _FIXARRAY or value[0] in (_ARRAY16, _ARRAY32)
+
+
+def packed_pairs(value: bytes | memoryview) -> list[tuple[str, msgspec.Raw]]:
+    """Names and values of a map in MessagePack, those of duplicate members too."""
+    counted = packed_count(value)
+    if counted is None:
+        raise ValueError("expected a map")
+    count, start = counted
+    # A map is an array of its names and values under another header.
+    header = _ARRAY32.to_bytes() + (2 * count).to_bytes(4, "big")
+    parts = _ELEMENTS.decode(b"".join((header, value[start:])))
+    return [(_name(parts[at]), parts[at + 1]) for at in range(0, len(parts), 2)]
+
+
 def _json_tree(body: bytes) -> Any:
     def members(pairs: list[tuple[str, Any]]) -> Any:
         found = dict(pairs)
@@ -105,21 +129,15 @@ def _json_tree(body: bytes) -> Any:
 
 def _packed_tree(packed: bytes | msgspec.Raw) -> Any:
     value = memoryview(packed)
-    counted = packed_count(value)
-    if counted is None:
-        return None
-    count, start = counted
-    if value[0] & 0xF0 == _FIXARRAY or value[0] in (_ARRAY16, _ARRAY32):
+    if is_packed_array(value):
         return [_packed_tree(element) for element in _ELEMENTS.decode(value)]
-    # A map is an array of its names and values under another header.
-    header = _ARRAY32.to_bytes() + (2 * count).to_bytes(4, "big")
-    pairs = _ELEMENTS.decode(b"".join((header, value[start:])))
+    if not is_packed_map(value):
+        return None
     found: dict[str, Any] = {}
-    for at in range(0, len(pairs), 2):
-        name = _name(pairs[at])
+    for name, part in packed_pairs(value):
         if name in found:
             return _Duplicate(name)
-        found[name] = _packed_tree(pairs[at + 1])
+        found[name] = _packed_tree(part)
     return found
 
 

@@ -165,7 +165,7 @@ class Express:
         wire = self._api.wire(model)
         waits_s = self._api.limits.waits_s(headers.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        if (error := pipeline.refusal(StreamKey(model, stream), waits_s)) is not None:
+        if (error := pipeline.refusal(model, StreamKey(model, stream), waits_s)) is not None:
             return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
         chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
         if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:

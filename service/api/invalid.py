@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from pydantic import ValidationError
@@ -37,8 +37,29 @@ def place(loc: Place, inside: str = "") -> str:
     return text or "body"
 
 
+class Origin(NamedTuple):
+    """Where in its request a document lies that is validated by itself.
+
+    Attributes:
+        inside: its place, as `chunks[2]`; empty for the body.
+        first: how many elements of its list come before the ones that it has.
+    """
+
+    inside: str = ""
+    first: int = 0
+
+    def place(self, loc: Place) -> str:
+        """The place in the request of a place in the document."""
+        if self.first and len(loc) > 1 and isinstance(loc[1], int):
+            loc = (loc[0], loc[1] + self.first, *loc[2:])
+        return place(loc, self.inside)
+
+
+BODY = Origin()
+
+
 def invalid_body(
-    error: ValidationError, media: Media, members: Members, inside: str = ""
+    error: ValidationError, media: Media, members: Members, origin: Origin = BODY
 ) -> CarryError:
     """What a client is told about a body that does not fit its type.
 
@@ -46,7 +67,7 @@ def invalid_body(
         error: what validation raised.
         media: what the body was written in.
         members: names what may stand where something unknown stands.
-        inside: the place that the error's own places are relative to.
+        origin: what the error's own places are relative to.
 
     Returns:
         `MalformedBody` where the body is no document at all, otherwise `InvalidInput`.
@@ -58,7 +79,7 @@ def invalid_body(
         return malformed(media, str(found[0].get("ctx", {}).get("error", found[0]["msg"])))
     told = [
         {
-            "at": place(item["loc"], inside),
+            "at": origin.place(item["loc"]),
             "expected": _expected(item, members),
             "got": "nothing" if item["type"] == "missing" else shown(item["input"]),
         }

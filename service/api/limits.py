@@ -28,6 +28,11 @@ class ApiLimits:
     timeout_s: float = 30.0
     max_timeout_s: float = 300.0
 
+    @property
+    def max_waiting_bytes(self) -> int:
+        """Most bytes of long bodies that wait in a process to be validated."""
+        return 8 * self.max_body_bytes
+
     def waits_s(self, said_s: float | None) -> float:
         """How long a client waits that said so (None: it did not)."""
         return self.timeout_s if said_s is None else min(said_s, self.max_timeout_s)

@@ -4,17 +4,18 @@ Parsing ten thousand rows keeps the event loop for some twenty milliseconds. Her
 where one ends, into blocks of a few kilobytes; the first of them stays in the body, which is read
 as any other, and each further one is a list of rows of its own. Together they are the body's
 rows, because a JSON list may be cut between its elements and nowhere else do these bytes come
-together so: what does not parse that way is None, and is then read as a whole.
+together so: what does not parse that way is None, and is then read by `LongReader`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import re
+from collections.abc import Iterator
 from typing import Final
 
 from service.api.media import Media
 from service.api.request_reader import RequestReader
+from service.api.turns import Turns
 from service.domain import Chunk, Precondition
 
 LONG_BYTES: Final = 64 * 1024
@@ -26,49 +27,58 @@ _NEXT_ROW = re.compile(rb"[ \t\r\n]*,[ \t\r\n]*(?=\[)")
 
 
 async def read_in_turns(
-    reader: RequestReader, body: bytes, media: Media, stream: str, precondition: Precondition | None
+    reader: RequestReader,
+    body: bytes,
+    media: Media,
+    stream: str,
+    precondition: Precondition | None,
+    turns: Turns,
 ) -> Chunk | None:
-    """The one chunk of a long body; None where it has to be read as a whole."""
+    """The one chunk of a long body; None where it has to be read in another way.
+
+    Raises:
+        DeadlineExceeded
+    """
     if media is not Media.JSON or len(body) < LONG_BYTES:
         return None
-    blocks = _cut(body)
-    if blocks is None:
+    begin = _FIRST_ROW.search(body, 0, _NEAR_BEGIN)
+    last = _LAST_ROW.search(body, max(0, len(body) - BLOCK_BYTES))
+    if begin is None or last is None:
         return None
-    first, *rest = blocks
+    first: bytes | None = None
     packed: list[bytes] = []
-    for block in rest:
-        await asyncio.sleep(0)
-        rows = reader.plain_rows(block)
+    most = 4 * reader.served.input_features * reader.limits.max_chunk_steps
+    for block in _blocks(body, begin.end(), last.start() + 1):
+        if first is None:
+            first = block
+            continue
+        await turns.next()
+        rows = reader.plain_rows(b"[%b]" % block)
         if rows is None:
             return None
         packed.append(rows)
-    await asyncio.sleep(0)
-    return reader.plain_chunk(first, media, stream, precondition, more=packed)
-
-
-def _cut(body: bytes) -> list[bytes] | None:
-    """The body with its first block of rows alone, and every further block as a list of rows."""
-    begin = _FIRST_ROW.search(body)
-    if begin is None:
+        most -= len(rows)
+        if most < 0:
+            return None
+    await turns.next()
+    if first is None or not packed:
         return None
-    blocks: list[bytes] = []
-    start = begin.end()
+    whole = b"".join((body[: begin.end()], first, body[last.start() + 1 :]))
+    return reader.plain_chunk(whole, media, stream, precondition, more=packed)
+
+
+def _blocks(body: bytes, start: int, stop: int) -> Iterator[bytes]:
+    """The rows from one offset to another, some together; not as far where they are no rows."""
     while True:
-        end = body.find(b"]", start + BLOCK_BYTES) + 1
-        following = _NEXT_ROW.match(body, end) if end else None
-        if following is None:
+        end = body.find(b"]", start + BLOCK_BYTES, stop) + 1
+        following = _NEXT_ROW.match(body, end, stop) if end else None
+        if following is None or end - start > 4 * BLOCK_BYTES:
             break
-        blocks.append(body[start:end])
+        yield body[start:end]
         start = following.end()
-    if not blocks:
-        return None
-    # What is left holds the last rows and the end of the body.
-    last = _LAST_ROW.search(body, start)
-    if last is None:
-        return None
-    blocks.append(body[start : last.start() + 1])
-    head, tail = body[: begin.end()], body[last.start() + 1 :]
-    return [head + blocks[0] + tail, *(b"[%b]" % block for block in blocks[1:])]
+    yield body[start:stop]
 
 
+_NEAR_BEGIN = 4096
+"""Within so many bytes the rows begin."""
 _LAST_ROW = re.compile(rb"\][ \t\r\n]*\]")

@@ -8,7 +8,7 @@ UTF-8 JSON or MessagePack is read: no trailing bytes, no extension types, no com
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final
@@ -26,6 +26,9 @@ class Media(Enum):
     JSON = "application/json"
     MSGPACK = "application/msgpack"
 
+
+Encoded = bytes | memoryview
+"""A value as it lies in a body."""
 
 SERVED: tuple[str, ...] = tuple(media.value for media in Media)
 
@@ -74,6 +77,26 @@ def loads(media: Media, body: bytes) -> Any:
     if end != _END:
         raise malformed(media, "bytes follow the document")
     return value
+
+
+def encoded_list(media: Media, elements: Sequence[Encoded]) -> bytes:
+    """A list of elements that are encoded already."""
+    if media is Media.JSON:
+        return b"[%b]" % b",".join(elements)
+    return b"".join((b"\xdd", len(elements).to_bytes(4, "big"), *elements))
+
+
+def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
+    """An object of members whose values are encoded already."""
+    parts: list[Encoded] = []
+    for name, value in members.items():
+        if media is Media.JSON:
+            parts += (b"," if parts else b"", orjson.dumps(name), b":", value)
+        else:
+            parts += (ormsgpack.packb(name), value)
+    if media is Media.JSON:
+        return b"".join((b"{", *parts, b"}"))
+    return b"".join((b"\xdf", len(members).to_bytes(4, "big"), *parts))
 
 
 def malformed(media: Media, reason: str) -> MalformedBody:

@@ -6,6 +6,7 @@ query parameter that the address does not know is refused, so that a misspelt on
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from collections.abc import Collection
@@ -61,19 +62,26 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit_bytes:
         raise _too_large(limit_bytes, int(length))
-    parts: list[bytes] = []
-    size_bytes = 0
+    # Grows in place and gives its bytes away: a list of parts and their sum would both be kept.
+    body = io.BytesIO()
     more = True
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         part, more = message.get("body", b""), message.get("more_body", False)
-        size_bytes += len(part)
-        if size_bytes > limit_bytes:
-            raise _too_large(limit_bytes, size_bytes)
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        if not more and not body.tell():
+            return _within(part, limit_bytes)
+        body.write(part)
+        if body.tell() > limit_bytes:
+            raise _too_large(limit_bytes, body.tell())
+    return body.getvalue()
+
+
+def _within(body: bytes, limit_bytes: int) -> bytes:
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes, len(body))
+    return body
 
 
 def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:

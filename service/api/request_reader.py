@@ -12,9 +12,10 @@ from typing import Any
 from models.events.columns import EventColumns, columns_from_events
 from service.api.bodies import ChunkBody, ForecastBody, ItemBody, ModelBodies, coming_schema
 from service.api.duplicates import duplicate_members
+from service.api.invalid import Origin
 from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
-from service.api.media import Media, loads
+from service.api.media import Encoded, Media, encoded_list, encoded_object, loads
 from service.api.plain import PlainBodies, PlainChunk
 from service.api.reading import parse_if_match, stream_name
 from service.api.strict_steps import StrictSteps
@@ -32,6 +33,8 @@ class RequestReader:
 
     Attributes:
         bodies: the strict types of its bodies.
+        strict: the steps of what these accepted.
+        limits: those of the model.
     """
 
     def __init__(
@@ -41,8 +44,8 @@ class RequestReader:
         self.bodies = ModelBodies(served, limits)
         self.served = served
         self._plain = PlainBodies(served, limits)
-        self._strict = StrictSteps(served, limits)
-        self._limits = limits
+        self.strict = StrictSteps(served, limits)
+        self.limits = limits
         self._nonce = nonce
         self._name = served.name
         self._schema = served.events
@@ -76,10 +79,10 @@ class RequestReader:
         try:
             self.check_takes_chunks()
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
-            steps = self._strict.of_chunk(found, "")
+            steps = self.strict.of_chunk(found, "")
         except CarryError as error:
-            raise _about(stream, error) from error
-        return self._chunk(found, steps, stream, precondition, final=found.final)
+            raise about(stream, error) from error
+        return self.made_chunk(found, steps, stream, precondition, final=found.final)
 
     def plain_chunk(
         self,
@@ -97,14 +100,36 @@ class RequestReader:
         if self._whole:
             return None
         plain = self._plain.chunk(media, body, more)
-        return None if plain is None else self._chunk(*plain, stream, precondition)
+        return None if plain is None else self.made_chunk(*plain, stream, precondition)
 
     def plain_rows(self, part: bytes) -> bytes | None:
         """A list of rows in JSON as float32, if it is plainly good."""
         return self._plain.rows(part)
 
-    def items(self, body: bytes, media: Media) -> list[Chunk | CarryError]:
+    def part_of_steps(
+        self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
+    ) -> Steps:
+        """Some consecutive elements of a list of events or rows.
+
+        Args:
+            name: `events` or `inputs`.
+            origin: where the chunk or sequence lies, and how many elements come before these.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        body = encoded_object(media, {name: encoded_list(media, elements)})
+        plain = self._plain.chunk(media, body)
+        if plain is not None:
+            return plain[1]
+        found = self.bodies.validate(self.bodies.types[media].sequence, media, body, origin)
+        return self.strict.of_part(found, origin)
+
+    def items(self, body: bytes, media: Media, first: int = 0) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.
+
+        Args:
+            first: how many items of the request come before those of the body.
 
         An item's error has the fact `stream` where the item names one.
 
@@ -115,20 +140,20 @@ class RequestReader:
         self.check_takes_chunks()
         plain = self._plain.items(media, body)
         if plain is not None and all(item.if_match is None for item, _ in plain):
-            return [self._chunk(item, steps, item.stream, None) for item, steps in plain]
-        types = self.bodies.types[media]
+            return [self.made_chunk(item, steps, item.stream, None) for item, steps in plain]
+        types, origin = self.bodies.types[media], Origin(first=first)
         try:
-            many = self.bodies.validate(types.many, media, body, duplicates=True)
+            many = self.bodies.validate(types.many, media, body, origin, duplicates=True)
             found: list[Any] = list(many.chunks)
         except InvalidInput as error:
             found = self._item_values(body, media, error)
-        if len(found) > self._limits.max_items:
-            raise _too_many("chunks", self._limits.max_items, len(found))
-        twice = duplicate_members(media, body, "chunks")
-        return [
-            self._item(value, media, f"chunks[{at}]", twice.get(at))
-            for at, value in enumerate(found)
-        ]
+        if len(found) > self.limits.max_items:
+            raise too_many("chunks", self.limits.max_items, len(found))
+        items = [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found, first)]
+        if any(isinstance(item, Chunk) for item in items):
+            for at, duplicate in duplicate_members(media, body, "chunks", origin).items():
+                items[at] = _with_stream(duplicate, items[at])
+        return items
 
     def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
         """The items as plain values, where it is not the body as a whole that is wrong."""
@@ -140,21 +165,12 @@ class RequestReader:
         items: list[Any] = values["chunks"]
         return items
 
-    def _item(
-        self, value: Any, media: Media, inside: str, twice: InvalidInput | None
-    ) -> Chunk | CarryError:
-        """The chunk of an item, or what is wrong with it.
-
-        Args:
-            twice: that a member is in it twice.
-        """
+    def _item(self, value: Any, media: Media, inside: str) -> Chunk | CarryError:
         stream: str | None = None
         try:
             name = value.stream if isinstance(value, ItemBody) else _name_in(value)
             if name is not None:
                 stream = stream_name(name, f"{inside}.stream")
-            if twice is not None:
-                raise twice
             if not isinstance(value, ItemBody):
                 value = self.bodies.validate_part(
                     self.bodies.types[media].item, media, value, inside
@@ -162,13 +178,16 @@ class RequestReader:
             precondition = None
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            steps = self._strict.of_chunk(value, inside)
-            return self._chunk(value, steps, value.stream, precondition, final=value.final)
+            steps = self.strict.of_chunk(value, inside)
+            return self.made_chunk(value, steps, value.stream, precondition, final=value.final)
         except CarryError as error:
-            return error if stream is None else _about(stream, error)
+            return outcome(error, stream)
 
-    def sequences(self, body: bytes, media: Media) -> list[Steps]:
+    def sequences(self, body: bytes, media: Media, first: int = 0) -> list[Steps]:
         """The whole sequences of a predict request.
+
+        Args:
+            first: how many sequences of the request come before those of the body.
 
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
@@ -176,10 +195,11 @@ class RequestReader:
         plain = self._plain.sequences(media, body)
         if plain is not None:
             return plain
-        found = self.bodies.validate(self.bodies.types[media].predict, media, body).sequences
-        if len(found) > self._limits.max_items:
-            raise _too_many("sequences", self._limits.max_items, len(found))
-        return self._strict.of_sequences(found)
+        kind = self.bodies.types[media].predict
+        found = self.bodies.validate(kind, media, body, Origin(first=first)).sequences
+        if len(found) > self.limits.max_items:
+            raise too_many("sequences", self.limits.max_items, len(found))
+        return self.strict.of_sequences(found, first)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
         """How a body asks a decoder to look ahead.
@@ -188,24 +208,39 @@ class RequestReader:
             ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
         """
         try:
-            self.served.require_decoder()
-            kind = self.bodies.types[media].forecast
-            if kind is None:
-                raise TypeError("expected a body type of a model with a decoder")
-            found = self.bodies.validate(kind, media, body)
-            most = self._limits.max_forecast_samples
-            if found.samples > most:
-                raise InvalidInput(
-                    f"samples: expected at most {most}, got {found.samples}",
-                    at="samples",
-                    expected=most,
-                    got=found.samples,
-                )
-            return ForecastRequest(
-                found.horizon, found.samples, found.seed, self._future(found), found.position
-            )
+            return self.forecast_of(self.bodies.validate(self.forecast_type(media), media, body))
         except CarryError as error:
-            raise _about(stream, error) from error
+            raise about(stream, error) from error
+
+    def forecast_type(self, media: Media) -> type[ForecastBody]:
+        """The type of the body of a forecast.
+
+        Raises:
+            ForecastUnsupported
+        """
+        self.served.require_decoder()
+        kind = self.bodies.types[media].forecast
+        if kind is None:
+            raise TypeError("expected a body type of a model with a decoder")
+        return kind
+
+    def forecast_of(self, found: ForecastBody) -> ForecastRequest:
+        """What a validated body asks for.
+
+        Raises:
+            InvalidInput
+        """
+        most = self.limits.max_forecast_samples
+        if found.samples > most:
+            raise InvalidInput(
+                f"samples: expected at most {most}, got {found.samples}",
+                at="samples",
+                expected=most,
+                got=found.samples,
+            )
+        return ForecastRequest(
+            found.horizon, found.samples, found.seed, self._future(found), found.position
+        )
 
     def _future(self, body: ForecastBody) -> EventColumns | None:
         schema = coming_schema(self.served)
@@ -221,7 +256,7 @@ class RequestReader:
             )
         return columns_from_events(schema, body.future)
 
-    def _chunk(
+    def made_chunk(
         self,
         body: ChunkBody | PlainChunk | RowsBody,
         steps: Steps,
@@ -230,6 +265,7 @@ class RequestReader:
         *,
         final: bool = False,
     ) -> Chunk:
+        """The chunk of a body that was read."""
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
             StreamKey(self._name, stream),
@@ -242,10 +278,24 @@ class RequestReader:
         )
 
 
-def _too_many(at: str, most: int, got: int) -> InvalidInput:
+def too_many(at: str, most: int, got: int | str) -> InvalidInput:
+    """The refusal of more elements of a list than a request may have."""
     return InvalidInput(
         f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
     )
+
+
+def outcome(error: CarryError, stream: str | None) -> CarryError:
+    """The error of an item, without what it was raised from: a thousand of them are kept, and each
+    would keep the item's values."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error if stream is None else about(stream, error)
+
+
+def _with_stream(error: CarryError, item: Chunk | CarryError) -> CarryError:
+    """The error, in place of an item."""
+    stream = item.key.stream if isinstance(item, Chunk) else item.facts.get("stream")
+    return error if stream is None else about(stream, error)
 
 
 def _name_in(value: Any) -> str | None:
@@ -253,6 +303,7 @@ def _name_in(value: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _about(stream: str, error: CarryError) -> CarryError:
+def about(stream: str, error: CarryError) -> CarryError:
+    """The error, with the stream that it is about."""
     error.facts = {**error.facts, "stream": stream}
     return error

@@ -6,6 +6,7 @@ a request is found before anything is asked of the pipeline.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from starlette.responses import Response
 from service.api import openapi
 from service.api.context import ApiContext, api_of
 from service.api.leaving import unless_left
-from service.api.long_bodies import read_in_turns
+from service.api.long_bodies import LONG_BYTES, read_in_turns
+from service.api.media import Media
 from service.api.problems import problem
 from service.api.reading import (
     body_media,
@@ -31,7 +33,7 @@ from service.api.replies import etag, reply, server_timing
 from service.api.reply_writer import EVERY_STEP, ReplyOptions
 from service.api.routing import plain_router
 from service.api.wire import ModelWire
-from service.domain import Reply
+from service.domain import Chunk, Precondition, Reply, Steps, StreamKey
 from service.errors import CarryError, InvalidPrecondition
 
 router = plain_router("chunks")
@@ -58,9 +60,12 @@ async def post_chunk(request: Request) -> Response:
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await read_body(request, api.limits.max_body_bytes)
-    chunk = await read_in_turns(wire.reader, body, media, stream, precondition)
-    if chunk is None:
+    if len(body) < LONG_BYTES:
         chunk = wire.reader.chunk(body, media, stream, precondition)
+    else:
+        _check_room(api, wire, StreamKey(wire.served.name, stream), deadline_s)
+        reading = _long_chunk(api, wire, body, media, stream, precondition, deadline_s)
+        chunk = await unless_left(request, reading)
     result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.writer.reply(result, options), headers=(etag(result.mark), timing))
@@ -92,7 +97,12 @@ async def post_chunks(request: Request) -> Response:
             at="If-Match",
             expected="none",
         )
-    items = wire.reader.items(await read_body(request, api.limits.max_body_bytes), media)
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        items = wire.reader.items(body, media)
+    else:
+        _check_room(api, wire, None, deadline_s)
+        items = await unless_left(request, _long_items(api, wire, body, media, deadline_s))
     results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
@@ -110,7 +120,12 @@ async def post_predict(request: Request) -> Response:
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
-    sequences = wire.reader.sequences(await read_body(request, api.limits.max_body_bytes), media)
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        sequences = wire.reader.sequences(body, media)
+    else:
+        reading = _long_sequences(api, wire, body, media, deadline_s)
+        sequences = await unless_left(request, reading)
     predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
     predictions = await unless_left(request, predicting)
     return reply(
@@ -121,6 +136,45 @@ async def post_predict(request: Request) -> Response:
             "predictions": [wire.writer.prediction(found, options) for found in predictions],
         },
     )
+
+
+async def _long_chunk(
+    api: ApiContext,
+    wire: ModelWire,
+    body: bytes,
+    media: Media,
+    stream: str,
+    precondition: Precondition | None,
+    deadline_s: float,
+) -> Chunk:
+    async with api.long_bodies.admitted(body, deadline_s) as turns:
+        chunk = await read_in_turns(wire.reader, body, media, stream, precondition, turns)
+        return chunk or await wire.long.chunk(body, media, stream, precondition, turns)
+
+
+async def _long_items(
+    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
+) -> list[Chunk | CarryError]:
+    async with api.long_bodies.admitted(body, deadline_s) as turns:
+        return await wire.long.items(body, media, turns)
+
+
+async def _long_sequences(
+    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
+) -> list[Steps]:
+    async with api.long_bodies.admitted(body, deadline_s) as turns:
+        return await wire.long.sequences(body, media, turns)
+
+
+def _check_room(api: ApiContext, wire: ModelWire, key: StreamKey | None, deadline_s: float) -> None:
+    """Reject before its body is parsed what would be rejected afterwards.
+
+    Raises:
+        Overloaded
+    """
+    refusal = api.pipeline.refusal(wire.served.name, key, deadline_s - time.monotonic())
+    if refusal is not None:
+        raise type(refusal)(refusal.detail, **refusal.facts)
 
 
 def _options(request: Request, wire: ModelWire) -> ReplyOptions:

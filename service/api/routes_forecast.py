@@ -8,6 +8,7 @@ from starlette.responses import Response
 from service.api import openapi
 from service.api.context import api_of
 from service.api.leaving import unless_left
+from service.api.long_bodies import LONG_BYTES
 from service.api.reading import (
     body_media,
     deadline,
@@ -44,6 +45,10 @@ async def post_forecast(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     body = await read_body(request, api.limits.max_body_bytes)
-    wanted = wire.reader.forecast_request(body, media, key.stream)
+    if len(body) < LONG_BYTES:
+        wanted = wire.reader.forecast_request(body, media, key.stream)
+    else:
+        async with api.long_bodies.admitted(body, deadline_s) as turns:
+            wanted = await wire.long.forecast_request(body, media, key.stream, turns)
     found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
     return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.mark)])

@@ -6,6 +6,7 @@ with that stream's ETag.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +19,8 @@ from models.events.encode import Clock, check_rows
 from models.state import State
 from service.api import openapi
 from service.api.bodies import validate
-from service.api.context import api_of
+from service.api.context import ApiContext, api_of
+from service.api.long_bodies import LONG_BYTES
 from service.api.media import Media
 from service.api.reading import (
     body_media,
@@ -114,7 +116,12 @@ async def put_state(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    body = validate(StateBody, media, await read_body(request, api.limits.max_body_bytes))
+    content = await read_body(request, api.limits.max_body_bytes)
+    if len(content) < LONG_BYTES:
+        body = validate(StateBody, media, content)
+    else:
+        async with api.long_bodies.admitted(content, _deadline(api)) as turns:
+            body = await wire.long.state(content, media, turns)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
         raise _foreign(served, key.stream, fingerprint)
@@ -161,7 +168,12 @@ async def post_fork(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    body = validate(ForkBody, media, await read_body(request, api.limits.max_body_bytes))
+    content = await read_body(request, api.limits.max_body_bytes)
+    if len(content) < LONG_BYTES:
+        body = validate(ForkBody, media, content)
+    else:
+        async with api.long_bodies.admitted(content, _deadline(api)) as turns:
+            body = await api.wire(key.model).long.fork(content, media, turns)
     to = StreamKey(key.model, stream_name(body.to, "to"))
     found = await api.pipeline.streams.fork(key, to.stream, precondition)
     return _begun(request, answer, to, found, precondition)
@@ -213,6 +225,11 @@ def _key(request: Request) -> StreamKey:
     """
     model = api_of(request).pipeline.model(request.path_params["model"]).name
     return StreamKey(model, stream_name(request.path_params["stream"]))
+
+
+def _deadline(api: ApiContext) -> float:
+    """Until when the client of a request without `Carry-Timeout` waits."""
+    return time.monotonic() + api.limits.waits_s(None)
 
 
 def _standing(key: StreamKey, found: StreamState) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from models.errors import DataError
 from models.events.columns import columns_from_events
 from models.events.encode import check_rows
 from service.api.bodies import ChunkBody, StepsBody
-from service.api.invalid import shown
+from service.api.invalid import Origin, shown
 from service.api.limits import ApiLimits
 from service.domain import Feed, FloatRows, Steps
 from service.errors import ChunkTooLong, FinalUnsupported, InvalidInput
@@ -24,11 +24,20 @@ NAMED_COLUMNS = 8
 """How many columns an error names before it says `...`."""
 
 
-class _Most(NamedTuple):
+class Limit(NamedTuple):
     """A limit on steps, and what clients and operators know it as."""
 
     steps: int
     name: str
+
+    def exceeded(self, at: str, got: int | str) -> ChunkTooLong:
+        """The refusal of more steps."""
+        return ChunkTooLong(
+            f"{at}: expected at most {self.steps} steps ({self.name}), got {got}",
+            at=at,
+            expected=self.steps,
+            got=got,
+        )
 
 
 class StrictSteps:
@@ -41,10 +50,10 @@ class StrictSteps:
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self._served = served
         self._columns = served.artifact.spec.columns
-        self._most_chunk = _Most(limits.max_chunk_steps, "max_chunk_steps")
-        self._most_predict = most = _Most(limits.max_predict_steps, "max_predict_steps")
+        self._most_chunk = Limit(limits.max_chunk_steps, "max_chunk_steps")
+        self._most_predict = most = Limit(limits.max_predict_steps, "max_predict_steps")
         limit = served.chunk_limit
-        self._most_sequence = most if limit is None else min(most, _Most(limit, "max_chunk_steps"))
+        self._most_sequence = most if limit is None else min(most, Limit(limit, "max_chunk_steps"))
 
     def of_chunk(self, body: ChunkBody, inside: str) -> Steps:
         """The steps of a chunk; a final one may have none.
@@ -55,7 +64,67 @@ class StrictSteps:
         Raises:
             FinalUnsupported, InvalidInput, ChunkTooLong
         """
-        if body.final and self._served.blocks is None:
+        self.check_final(body, inside)
+        least = 0 if body.final else 1
+        return self._read(body, Origin(inside), self._most_chunk, least)
+
+    def of_sequence(self, body: StepsBody, inside: str) -> Steps:
+        """The steps of one sequence.
+
+        Raises:
+            InvalidInput, ChunkTooLong
+        """
+        return self._read(body, Origin(inside), self._most_sequence)
+
+    def of_sequences(self, bodies: Sequence[StepsBody], first: int = 0) -> list[Steps]:
+        """The steps of whole sequences.
+
+        Args:
+            first: how many sequences of the body come before these.
+
+        Raises:
+            InvalidInput, ChunkTooLong
+        """
+        steps = [
+            self.of_sequence(sequence, f"sequences[{at}]")
+            for at, sequence in enumerate(bodies, first)
+        ]
+        self.check_sum(sum(sequence.length for sequence in steps))
+        return steps
+
+    def of_body(self, body: StepsBody, inside: str) -> Steps:
+        """The steps of a chunk or of a sequence, as its type says."""
+        if isinstance(body, ChunkBody):
+            return self.of_chunk(body, inside)
+        return self.of_sequence(body, inside)
+
+    def of_part(self, body: StepsBody, origin: Origin) -> Steps:
+        """Some consecutive steps of a chunk or sequence.
+
+        Raises:
+            InvalidInput
+        """
+        return self._read(body, origin, self._most_predict)
+
+    def check_sum(self, steps: int) -> None:
+        """Refuse more steps than all sequences of a request may have together.
+
+        Raises:
+            ChunkTooLong
+        """
+        _counted(steps, "sequences", self._most_predict)
+
+    def most(self, kind: type[StepsBody]) -> Limit:
+        """How many steps a body of that type may have."""
+        return self._most_chunk if issubclass(kind, ChunkBody) else self._most_sequence
+
+    def check_final(self, body: StepsBody, inside: str) -> None:
+        """Refuse the end of a stream that has none.
+
+        Raises:
+            FinalUnsupported
+        """
+        if isinstance(body, ChunkBody) and body.final and self._served.blocks is None:
             at = f"{inside}.final" if inside else "final"
             raise FinalUnsupported(
                 f"{at}: expected none, since model {self._served.name!r} has no `blocks` and "
@@ -63,22 +132,9 @@ class StrictSteps:
                 at=at,
                 expected="no `final`",
             )
-        return self._read(body, inside, self._most_chunk, least=0 if body.final else 1)
 
-    def of_sequences(self, bodies: Sequence[StepsBody]) -> list[Steps]:
-        """The steps of whole sequences.
-
-        Raises:
-            InvalidInput, ChunkTooLong
-        """
-        steps = [
-            self._read(sequence, f"sequences[{at}]", self._most_sequence)
-            for at, sequence in enumerate(bodies)
-        ]
-        _counted(sum(sequence.length for sequence in steps), "sequences", self._most_predict)
-        return steps
-
-    def _read(self, body: StepsBody, inside: str, most: _Most, least: int = 1) -> Steps:
+    def _read(self, body: StepsBody, origin: Origin, most: Limit, least: int = 1) -> Steps:
+        inside, first = origin
         lead = f"{inside}." if inside else ""
         if (body.events is None) == (body.inputs is None):
             raise self._not_one(inside or "body", "both" if body.events is not None else "none")
@@ -91,38 +147,40 @@ class StrictSteps:
         rows = (
             self._rows_of_bytes(body.inputs, at)
             if isinstance(body.inputs, bytes)
-            else self._rows_of_lists(body.inputs, at, most)
+            else self._rows_of_lists(body.inputs, at, most, first)
         )
         _counted(len(rows), at, most, least)
         try:
             check_rows(self._columns, rows)
         except DataError as error:
-            raise self._invalid_rows(at, error, body.inputs) from error
+            raise self._invalid_rows(at, error, body.inputs, first) from error
         return Steps(Feed.INPUTS, len(rows), rows=rows)
 
-    def _rows_of_lists(self, given: list[list[float]], at: str, most: _Most) -> FloatRows:
+    def _rows_of_lists(
+        self, given: list[list[float]], at: str, most: Limit, first: int
+    ) -> FloatRows:
         _counted(len(given), at, most, least=0)
         wide = len(self._columns)
         for index, row in enumerate(given):
             if len(row) != wide:
-                raise self._wrong_width(f"{at}[{index}]", str(len(row)))
+                raise self.wrong_width(f"{at}[{index + first}]", str(len(row)))
         with np.errstate(over="ignore"):
             return np.array(given, np.float64).astype(np.float32).reshape(-1, wide)
 
     def _rows_of_bytes(self, given: bytes, at: str) -> FloatRows:
         wide = 4 * len(self._columns)
         if len(given) % wide:
-            raise self._wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
+            raise self.wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
         return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
     def _invalid_rows(
-        self, at: str, error: DataError, given: bytes | list[list[float]]
+        self, at: str, error: DataError, given: bytes | list[list[float]], first: int
     ) -> InvalidInput:
         """The refusal of one value of a row, as `inputs[3][0]`, with the name of its column."""
         if error.index is None or error.field is None:
             return invalid_data(at, error)
         column = [column.name for column in self._columns].index(error.field)
-        place = f"{at}[{error.index}][{column}]"
+        place = f"{at}[{error.index + first}][{column}]"
         # As it was sent: after the cast, what overflowed is infinite.
         got = error.got if isinstance(given, bytes) else shown(given[error.index][column])
         return InvalidInput(
@@ -133,7 +191,8 @@ class StrictSteps:
             got=got,
         )
 
-    def _wrong_width(self, at: str, got: str) -> InvalidInput:
+    def wrong_width(self, at: str, got: str) -> InvalidInput:
+        """The refusal of a row of another width."""
         names = [column.name for column in self._columns]
         more = ", ..." if len(names) > NAMED_COLUMNS else ""
         listed = ", ".join(names[:NAMED_COLUMNS]) + more
@@ -148,15 +207,10 @@ class StrictSteps:
         return InvalidInput(f"{at}: expected {feeds}, got {got}", at=at, expected=feeds, got=got)
 
 
-def _counted(count: int, at: str, most: _Most, least: int = 1) -> int:
+def _counted(count: int, at: str, most: Limit, least: int = 1) -> int:
     if count < least:
         expected = "at least one step"
         raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
     if count > most.steps:
-        raise ChunkTooLong(
-            f"{at}: expected at most {most.steps} steps ({most.name}), got {count}",
-            at=at,
-            expected=most.steps,
-            got=count,
-        )
+        raise most.exceeded(at, count)
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from service.api.limits import ApiLimits
+from service.api.long_reader import LongReader
 from service.api.reply_writer import ReplyWriter
 from service.api.request_reader import RequestReader
 from service.served import ServedModel
@@ -13,12 +14,14 @@ class ModelWire:
 
     Attributes:
         reader: makes values of its requests.
+        long: makes them of long ones, in turns.
         writer: makes replies of values.
     """
 
-    __slots__ = ("reader", "served", "writer")
+    __slots__ = ("long", "reader", "served", "writer")
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self.served = served
         self.reader = RequestReader(served, limits)
+        self.long = LongReader(self.reader)
         self.writer = ReplyWriter(served)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.api import long_bodies
 from service.api.limits import ApiLimits
 from service.api.media import Media
 from service.api.request_reader import RequestReader
+from service.api.turns import Turns
 from service.errors import CarryError
 from service.served import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
@@ -37,7 +39,9 @@ def reader(models: Mapping[str, Artifact]) -> RequestReader:
 
 
 def in_turns(reader: RequestReader, body: bytes) -> Any:
-    return uvloop.run(long_bodies.read_in_turns(reader, body, Media.JSON, "s", None))
+    return uvloop.run(
+        long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Turns(math.inf))
+    )
 
 
 def as_a_whole(reader: RequestReader, body: bytes) -> Any:
@@ -75,7 +79,7 @@ def test_others_have_their_turn_between(reader: RequestReader) -> None:
     async def both() -> int:
         turns = 0
         reading = asyncio.create_task(
-            long_bodies.read_in_turns(reader, body, Media.JSON, "s", None)
+            long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Turns(math.inf))
         )
         while not reading.done():
             await asyncio.sleep(0)

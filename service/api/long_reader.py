@@ -1,0 +1,328 @@
+"""Long bodies: read in turns, one at a time in a process, and never built as a whole.
+
+A body of `LONG_BYTES` or more is cut first (`cutting`), so that what has more members, steps or
+items than a request may have is rejected before an object is made of it. The rest is read a few
+elements at a time by the readers of short bodies, with the same results and the same errors;
+everything else has its turn in between, and the first error ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from models.events.columns import EventColumns
+from models.state import StatePart
+from service.api.bodies import StepsBody, StrictBody, validate
+from service.api.cutting import MORE, Cut, Shape, cut, groups, invalid, member_place
+from service.api.invalid import BODY, Origin
+from service.api.long_bodies import BLOCK_BYTES, LONG_BYTES
+from service.api.media import Encoded, Media, encoded_list, encoded_object, loads, malformed
+from service.api.reading import parse_if_match, stream_name
+from service.api.request_reader import RequestReader, about, outcome, too_many
+from service.api.schemas import ForkBody, StateBody
+from service.api.turns import Turns
+from service.domain import Chunk, Feed, ForecastRequest, Precondition, Steps
+from service.errors import (
+    CarryError,
+    DeadlineExceeded,
+    MalformedBody,
+)
+
+B = TypeVar("B", bound=StrictBody)
+S = TypeVar("S", bound=StepsBody)
+
+_EMPTY: Final = {Media.JSON: b"[]", Media.MSGPACK: b"\x90"}
+_EMPTY_OBJECT: Final = {Media.JSON: b"{}", Media.MSGPACK: b"\x80"}
+_ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
+_NO_BYTES: Final = b"\xc4\x00"
+_IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
+_MAX_EVENT_BYTES: Final = 2**20
+_MAX_PARTS: Final = 2**16
+"""Commas and brackets of an event that the strict type is given."""
+
+
+class LongReader:
+    """Reads the long requests for one model; each method as its namesake of `RequestReader`."""
+
+    def __init__(self, reader: RequestReader):
+        self._reader = reader
+
+    async def chunk(
+        self,
+        body: bytes,
+        media: Media,
+        stream: str,
+        precondition: Precondition | None,
+        turns: Turns,
+    ) -> Chunk:
+        """The one chunk of a body."""
+        reader = self._reader
+        try:
+            reader.check_takes_chunks()
+            kind = reader.bodies.types[media].chunk
+            found, steps = await self._steps(memoryview(body), media, kind, "", turns)
+        except CarryError as error:
+            raise about(stream, error) from error
+        return reader.made_chunk(found, steps, stream, precondition, final=found.final)
+
+    async def items(self, body: bytes, media: Media, turns: Turns) -> list[Chunk | CarryError]:
+        """The chunks of a request for many streams, or what is wrong with each."""
+        self._reader.check_takes_chunks()
+        kind = self._reader.bodies.types[media].many
+        items = await self._parts(body, media, kind, "chunks", turns)
+        found: list[Chunk | CarryError] = []
+        for group in groups(items, BLOCK_BYTES):
+            await turns.next()
+            if len(group[0]) >= LONG_BYTES:
+                inside = f"chunks[{len(found)}]"
+                found.append(await self._item(group[0], media, inside, turns))
+            else:
+                some = encoded_object(media, {"chunks": encoded_list(media, group)})
+                found += self._reader.items(some, media, len(found))
+        return found
+
+    async def sequences(self, body: bytes, media: Media, turns: Turns) -> list[Steps]:
+        """The whole sequences of a predict request."""
+        strict, types = self._reader.strict, self._reader.bodies.types[media]
+        parts = await self._parts(body, media, types.predict, "sequences", turns)
+        found: list[Steps] = []
+        steps = 0
+        for group in groups(parts, BLOCK_BYTES):
+            await turns.next()
+            first = len(found)
+            if len(group[0]) >= LONG_BYTES:
+                inside = f"sequences[{first}]"
+                found.append((await self._steps(group[0], media, types.sequence, inside, turns))[1])
+            else:
+                some = encoded_object(media, {"sequences": encoded_list(media, group)})
+                found += self._reader.sequences(some, media, first)
+            steps += sum(sequence.length for sequence in found[first:])
+            strict.check_sum(steps)
+        return found or strict.of_sequences([])
+
+    async def forecast_request(
+        self, body: bytes, media: Media, stream: str, turns: Turns
+    ) -> ForecastRequest:
+        """How a body asks a decoder to look ahead."""
+        reader = self._reader
+        try:
+            kind = reader.forecast_type(media)
+            most = reader.served.require_decoder().max_horizon
+            shape = Shape(
+                list(kind.model_fields), ["future"], most, lambda at: too_many(at, most, MORE)
+            )
+            opened = await self._opened(body, media, shape, "", turns)
+            found = self._rest(kind, media, opened, BODY)
+            if "future" in opened.lists:
+                future: list[dict[str, Any]] = []
+                for group in groups(opened.lists["future"], BLOCK_BYTES):
+                    await turns.next()
+                    _check_events(media, group, f"future[{len(future)}]")
+                    steps = encoded_list(media, group)
+                    part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
+                    origin = Origin(first=len(future))
+                    future += reader.bodies.validate(kind, media, part, origin).future or []
+                found.future = future
+            return reader.forecast_of(found)
+        except CarryError as error:
+            raise about(stream, error) from error
+
+    async def state(self, body: bytes, media: Media, turns: Turns) -> StateBody:
+        """A state to restore."""
+        parts = {part.name: part for part in self._reader.served.state.parts}
+        names = list(StateBody.model_fields)
+        opened = await self._opened(
+            body, media, Shape(names, [], len(parts), _no_list), "", turns, long=("state",)
+        )
+        state = opened.members.get("state", memoryview(b""))
+        if len(state) < LONG_BYTES:
+            return validate(StateBody, media, encoded_object(media, opened.members))
+        rest: dict[str, Encoded] = {**opened.members, "state": _EMPTY_OBJECT[media]}
+        found = validate(StateBody, media, encoded_object(media, rest))
+        most = sum(part.size for part in parts.values())
+        shape = Shape(list(parts), [], most, _no_list)
+        given = await self._opened(state, media, shape, "state", turns, long=parts)
+        for name, value in given.members.items():
+            await turns.next()
+            # The state itself names those that are unknown.
+            part = parts.get(name)
+            found.state[name] = None if part is None else _part_values(media, part, value)
+        return found
+
+    async def fork(self, body: bytes, media: Media, turns: Turns) -> ForkBody:
+        """The stream to begin."""
+        shape = Shape(list(ForkBody.model_fields), [], 1, _no_list)
+        opened = await self._opened(body, media, shape, "", turns)
+        return validate(ForkBody, media, encoded_object(media, opened.members))
+
+    async def _parts(
+        self, body: bytes, media: Media, kind: type[StrictBody], name: str, turns: Turns
+    ) -> list[memoryview]:
+        """The items or sequences of a request."""
+        most = self._reader.limits.max_items
+        shape = Shape(list(kind.model_fields), [name], most, lambda at: too_many(at, most, MORE))
+        opened = await self._opened(body, media, shape, "", turns)
+        self._rest(kind, media, opened, BODY)
+        return opened.lists[name]
+
+    async def _item(
+        self, item: memoryview, media: Media, inside: str, turns: Turns
+    ) -> Chunk | CarryError:
+        """The chunk of a long item, or what is wrong with it."""
+        reader = self._reader
+        stream: str | None = None
+        try:
+            kind = reader.bodies.types[media].item
+            opened = await self._opened(item, media, self._shape(kind, media), inside, turns)
+            stream = _stream_in(opened, media, f"{inside}.stream")
+            found, steps = await self._steps_of(opened, media, kind, inside, turns)
+            precondition = None
+            if found.if_match is not None:
+                precondition = parse_if_match(found.if_match, f"{inside}.if_match", bare=True)
+            return reader.made_chunk(found, steps, found.stream, precondition, final=found.final)
+        except (MalformedBody, DeadlineExceeded):
+            raise
+        except CarryError as error:
+            return outcome(error, stream)
+
+    async def _steps(
+        self, body: memoryview, media: Media, kind: type[S], inside: str, turns: Turns
+    ) -> tuple[S, Steps]:
+        """A chunk or sequence: its body without its list, and its steps."""
+        opened = await self._opened(body, media, self._shape(kind, media), inside, turns)
+        return await self._steps_of(opened, media, kind, inside, turns)
+
+    def _shape(self, kind: type[StepsBody], media: Media) -> Shape:
+        limit = self._reader.strict.most(kind)
+        feeds = ["events"] if media is Media.MSGPACK else ["events", "inputs"]
+        return Shape(
+            list(kind.model_fields), feeds, limit.steps, lambda at: limit.exceeded(at, MORE)
+        )
+
+    async def _steps_of(
+        self, opened: Cut, media: Media, kind: type[S], inside: str, turns: Turns
+    ) -> tuple[S, Steps]:
+        strict = self._reader.strict
+        rows = opened.members.get("inputs")
+        packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
+        if packed:
+            opened.members["inputs"] = memoryview(_NO_BYTES)
+        found = self._rest(kind, media, opened, Origin(inside))
+        if packed and rows is not None:
+            found.inputs = msgspec.msgpack.decode(rows, type=bytes)
+        given = [name for name, elements in opened.lists.items() if elements]
+        if (found.events is None) == (found.inputs is None) or not given:
+            return found, strict.of_body(found, inside)
+        [name] = given
+        strict.check_final(found, inside)
+        parts: list[Steps] = []
+        done = 0
+        for group in groups(opened.lists[name], BLOCK_BYTES):
+            await turns.next()
+            at = f"{member_place(inside, name)}[{done}]"
+            if name == "events":
+                _check_events(media, group, at)
+            else:
+                self._check_row(group, at)
+            try:
+                origin = Origin(inside, done)
+                parts.append(self._reader.part_of_steps(media, name, group, origin))
+            except MalformedBody as error:
+                raise malformed(media, f"it cannot be parsed at {at}") from error
+            done += len(group)
+        return found, _joined(parts)
+
+    async def _opened(
+        self,
+        document: bytes | memoryview,
+        media: Media,
+        shape: Shape,
+        inside: str,
+        turns: Turns,
+        long: Collection[str] = (),
+    ) -> Cut:
+        """An object, cut; of its members only those named and rows in MessagePack may be long."""
+        opened = await cut(document, media, shape, inside, turns)
+        for name, value in opened.members.items():
+            packed = name == "inputs" and media is Media.MSGPACK and value[0] in _IS_BYTES
+            if len(value) < LONG_BYTES or name in long or packed:
+                continue
+            expected = f"a value of less than {LONG_BYTES} bytes"
+            if name not in shape.members:
+                expected = f"one of the members {', '.join(shape.members)}"
+            elif name in shape.lists:
+                expected = "a list"
+            raise invalid(member_place(inside, name), expected, f"{len(value)} bytes")
+        return opened
+
+    def _rest(self, kind: type[B], media: Media, opened: Cut, origin: Origin) -> B:
+        """An object with its lists left empty."""
+        lists = dict.fromkeys(opened.lists, memoryview(_EMPTY[media]))
+        document = encoded_object(media, {**opened.members, **lists})
+        return self._reader.bodies.validate(kind, media, document, origin)
+
+    def _check_row(self, group: Sequence[memoryview], at: str) -> None:
+        """Refuse a long row of another width, or of anything but numbers, by its commas."""
+        if len(group[0]) < LONG_BYTES:
+            return
+        text = bytes(group[0]).lstrip(b" \t\r\n")
+        values = text.count(b",") + 1
+        if text[:1] == b"[" and values != self._reader.served.input_features:
+            raise self._reader.strict.wrong_width(at, str(values))
+        if text[:1] == b"{" or text.count(b"[") > 1:
+            raise invalid(at, "a list of numbers", "objects or lists")
+
+
+def _check_events(media: Media, group: Sequence[memoryview], at: str) -> None:
+    """Refuse an event of more bytes, or of more parts, than any event has."""
+    size = len(group[0])
+    if size < LONG_BYTES:
+        return
+    if size > _MAX_EVENT_BYTES:
+        raise invalid(at, f"an event of at most {_MAX_EVENT_BYTES} bytes", f"{size} bytes")
+    event = bytes(group[0])
+    parts = size if media is Media.MSGPACK else sum(map(event.count, (b",", b"[", b"{")))
+    if parts > _MAX_PARTS:
+        raise invalid(at, f"an event of at most {_MAX_PARTS} values", MORE)
+
+
+def _stream_in(opened: Cut, media: Media, at: str) -> str | None:
+    """The stream that an item names; None where it does not."""
+    value = opened.members.get("stream")
+    name = None if value is None else loads(media, bytes(value))
+    return stream_name(name, at) if isinstance(name, str) else None
+
+
+def _no_list(at: str) -> CarryError:
+    return invalid(at, "fewer values", MORE)
+
+
+def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
+    """The nested lists of a part of the state, which have its shape."""
+    kind: Any = float | int
+    for size in reversed(part.shape):
+        kind = Annotated[list[kind], msgspec.Meta(min_length=size, max_length=size)]
+    text = bytes(value)
+    fits = media is Media.MSGPACK or text.count(b",") == max(0, part.size - 1)
+    try:
+        if not fits:
+            raise msgspec.ValidationError("another number of values")
+        decode = msgspec.msgpack.decode if media is Media.MSGPACK else msgspec.json.decode
+        return decode(text, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        expected = f"numbers in the shape {list(part.shape)} for part {part.name!r}"
+        raise invalid("state", expected, str(error)) from error
+
+
+def _joined(parts: Sequence[Steps]) -> Steps:
+    """Steps that follow one another, as one."""
+    length = sum(part.length for part in parts)
+    rows = [part.rows for part in parts if part.rows is not None]
+    if rows:
+        return Steps(Feed.INPUTS, length, rows=np.concatenate(rows))
+    columns = [part.columns for part in parts if part.columns is not None]
+    return Steps(Feed.EVENTS, length, columns=EventColumns.joined(columns))

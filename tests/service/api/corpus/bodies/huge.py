@@ -1,0 +1,159 @@
+"""Bodies of nearly 16 MiB that cost a service seconds and gigabytes: cheap to send, dear to read.
+
+Each is made when it is asked for. They are for the model `flights` (17 columns, 10 event fields)
+under the default limits. The first five are an attack's; the others are of the same kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+JSON, MSGPACK = "application/json", "application/msgpack"
+MAX_BYTES = 16 * 2**20
+
+CHUNK = "/v1/models/flights/streams/huge/chunks"
+CHUNKS = "/v1/models/flights/chunks"
+PREDICT = "/v1/models/flights/predict"
+FORK = "/v1/models/flights/streams/huge/fork"
+STATE = "/v1/models/flights/streams/huge/state"
+
+ROW = b"[" + b",".join([b"0"] * 17) + b"]"
+SHORT_ROW = b"[" + b",".join([b"0"] * 16) + b"]"
+
+
+class HugeBody(NamedTuple):
+    """A request and the answer that it should get.
+
+    Attributes:
+        code: of the problem document; for a request for many streams of every item.
+    """
+
+    name: str
+    path: str
+    media: str
+    make: Callable[[], bytes]
+    status: int
+    code: str
+    method: str = "POST"
+
+
+def _filled(lead: bytes, part: bytes, tail: bytes = b"", between: bytes = b",") -> bytes:
+    """As many equal parts as fit."""
+    count = (MAX_BYTES - len(lead) - len(tail)) // (len(part) + len(between))
+    return lead + between.join([part] * count) + tail
+
+
+def _packed(lead: bytes, element: bytes) -> bytes:
+    """An array of as many equal elements as fit, behind `lead`, in MessagePack."""
+    count = (MAX_BYTES - len(lead) - 5) // len(element)
+    return lead + b"\xdd" + count.to_bytes(4, "big") + element * count
+
+
+def _unknown_members() -> bytes:
+    return b"{%b}" % b",".join([b'"m%07d":0' % at for at in range(1_290_000)])
+
+
+def _state(value: bytes) -> bytes:
+    lead = b'{"fingerprint":"%b","feed":"inputs","position":0,"state":' % (b"0" * 32)
+    return _filled(lead + b'{"lstm_1_m1.hidden":[', value, b"]}}")
+
+
+def _items(part: bytes) -> bytes:
+    """A thousand items, each with a list of as many parts as fit."""
+    inputs = b",".join([part] * (16_000 // (len(part) + 1)))
+    item = b'{"stream":"a%04d","inputs":[%b]}'
+    return b'{"chunks":[%b]}' % b",".join([item % (at, inputs) for at in range(1000)])
+
+
+def _messagepack() -> Iterator[HugeBody]:
+    def body(
+        name: str, path: str, lead: bytes, element: bytes, code: str = "invalid_input"
+    ) -> HugeBody:
+        status = 413 if code == "chunk_too_long" else 422
+        return HugeBody(name, path, MSGPACK, lambda: _packed(lead, element), status, code)
+
+    inputs, events = b"\x81\xa6inputs", b"\x81\xa6events"
+    yield body("unknown member of empty maps", CHUNK, b"\x81\xa1x", b"\x80")
+    yield body("inputs of empty arrays", CHUNK, inputs, b"\x90")
+    yield body("events of empty maps", CHUNK, events, b"\x80", "chunk_too_long")
+    yield body("position of nils", CHUNK, b"\x82\xa6inputs\xc4\x00\xa8position", b"\xc0")
+    yield body("chunks of empty maps", CHUNKS, b"\x81\xa6chunks", b"\x80")
+    yield body("chunks of nils", CHUNKS, b"\x81\xa6chunks", b"\xc0")
+    yield body("sequences of empty maps", PREDICT, b"\x81\xa9sequences", b"\x80")
+    one_item = b"\x81\xa6chunks\x91\x82\xa6stream\xa1a\xa6inputs"
+    yield HugeBody(
+        "an item of empty arrays", CHUNKS, MSGPACK, lambda: _packed(one_item, b"\x90"), 200,
+        "invalid_input",
+    )  # fmt: skip
+    member = b"\xa4\x6c\x6f\x61\x64\xc0"
+    pairs = MAX_BYTES // len(member) - 10
+    yield HugeBody(
+        "an event of one member again and again", CHUNK, MSGPACK,
+        lambda: events + b"\x91\xdf" + pairs.to_bytes(4, "big") + member * pairs,
+        422, "invalid_input",
+    )  # fmt: skip
+    yield body("fork of nils", FORK, b"\x81\xa2to", b"\xc0")
+
+
+def _json() -> Iterator[HugeBody]:
+    def body(
+        name: str, make: Callable[[], bytes], status: int = 422, code: str = "invalid_input",
+        path: str = CHUNK, method: str = "POST",
+    ) -> HugeBody:  # fmt: skip
+        return HugeBody(name, path, JSON, make, status, code, method)
+
+    inputs = b'{"inputs":['
+    item = b'{"stream":"a","inputs":[%b]}' % SHORT_ROW
+    yield body("unknown members", _unknown_members)
+    yield body("items one column short", lambda: _filled(b'{"chunks":[', item, b"]}"), path=CHUNKS)
+    yield body("valid rows", lambda: _filled(inputs, ROW, b"]}"), 413, "chunk_too_long")
+    yield body("empty rows", lambda: _filled(inputs, b"[]", b"]}"), 413, "chunk_too_long")
+    yield body("rows of empty lists", lambda: _filled(inputs + b"[", b"[]", b"]]}"))
+    yield body("one row", lambda: _filled(inputs + b"[", b"0", b"]]}"))
+    yield body("one member again and again", lambda: _filled(b"{", b'"position":0', b"}"))
+    yield body("events", lambda: _filled(b'{"events":[', b"{}", b"]}"), 413, "chunk_too_long")
+    yield body(
+        "an event of one member again and again",
+        lambda: _filled(b'{"events":[{', b'"distance":0', b"}]}"),
+    )
+    yield body("an event of lists", lambda: _filled(b'{"events":[{"distance":[', b"[]", b"]}]}"))
+    yield body("open lists", lambda: _filled(inputs, b"[", between=b""), 400, "malformed_body")
+    yield body(
+        "open objects", lambda: _filled(b"", b'{"inputs":', between=b""), 400, "malformed_body"
+    )
+    yield body("one text", lambda: b'{"epoch":"%b","inputs":[%b]}' % (b"a" * 16_000_000, ROW))
+    yield body("escapes", lambda: _filled(b'{"epoch":"', b"\\\\", b'"}', between=b""))
+    yield body("texts for rows", lambda: _filled(inputs, b'"]"', b"]}"), 413, "chunk_too_long")
+    yield body("numbers for items", lambda: _filled(b'{"chunks":[', b"0", b"]}"), path=CHUNKS)
+    yield body("numbers for sequences", lambda: _filled(b'{"sequences":[', b"0", b"]}"),
+               path=PREDICT)  # fmt: skip
+    yield body("a thousand items of empty lists", lambda: _items(b"[]"), 200, path=CHUNKS)
+    yield body("a thousand items of short rows", lambda: _items(SHORT_ROW), 200, path=CHUNKS)
+    yield body(
+        "an item of empty lists",
+        lambda: _filled(b'{"chunks":[{"stream":"a","inputs":[', b"[]", b"]}]}"),
+        200, "chunk_too_long", CHUNKS,
+    )  # fmt: skip
+    yield body(
+        "a sequence of short rows",
+        lambda: _filled(b'{"sequences":[{"inputs":[', SHORT_ROW, b"]}]}"),
+        413, "chunk_too_long", PREDICT,
+    )  # fmt: skip
+    yield body("a state of lists", lambda: _state(b"[]"), path=STATE, method="PUT")
+    yield body("a state of numbers", lambda: _state(b"0"), path=STATE, method="PUT")
+
+
+HUGE = [*_json(), *_messagepack()]
+ATTACK = [
+    body
+    for body in HUGE
+    if (body.media, body.name)
+    in {
+        (MSGPACK, "unknown member of empty maps"),
+        (MSGPACK, "inputs of empty arrays"),
+        (JSON, "unknown members"),
+        (JSON, "items one column short"),
+        (JSON, "valid rows"),
+    }
+]

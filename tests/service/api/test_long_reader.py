@@ -1,0 +1,294 @@
+"""Long bodies are read in turns as short ones are at once; they wait, and are given up, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ormsgpack
+import pytest
+import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.artifact import Artifact, write_artifact
+from service.api import long_reader
+from service.api.json_structure import JsonStructure
+from service.api.limits import ApiLimits
+from service.api.long_reader import LongReader
+from service.api.media import Media
+from service.api.request_reader import RequestReader
+from service.api.turns import LongBodies, Turns
+from service.errors import CarryError, DeadlineExceeded, MalformedBody, Overloaded
+from service.served import ServedModel
+from tests.service.api.harness import (
+    EVENT,
+    JSON,
+    LATER,
+    LIMITS,
+    MSGPACK,
+    Harness,
+    harness,
+    problem,
+    rows,
+)
+from tests.service.api.test_plain import (
+    EDGES,
+    KINDS,
+    json_bodies,
+    packed_bodies,
+    read,
+    shown,
+)
+from tests.support.decoders import decoder_spec, future_of, hourly_events
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.oracle import contracting_weights
+from tests.support.servers import RealServer
+
+SMALL = ApiLimits(max_chunk_steps=4, max_predict_steps=6, max_items=3)
+LONG = replace(
+    LIMITS, max_body_bytes=2**24, max_chunk_steps=10_000, max_predict_steps=20_000, max_items=1_000
+)
+
+
+@pytest.fixture(scope="module")
+def readers(models: Mapping[str, Artifact]) -> Mapping[str, RequestReader]:
+    return {
+        name: RequestReader(ServedModel(artifact, NumpyRuntime(artifact)), SMALL, lambda: b"n" * 16)
+        for name, artifact in models.items()
+    }
+
+
+def read_long(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
+    """As `read`, in turns."""
+    long, turns = LongReader(reader), Turns(math.inf)
+    try:
+        if kind == "chunk":
+            return shown(uvloop.run(long.chunk(body, media, "s", None, turns)))
+        way = long.items if kind == "items" else long.sequences
+        return shown(uvloop.run(way(body, media, turns)))
+    except CarryError as error:
+        return shown(error)
+
+
+def is_error(result: Any) -> bool:
+    return isinstance(result, tuple) and isinstance(result[0], type)
+
+
+def agree(short: Any, long: Any) -> None:
+    """The same values, and an error in the same item, if not always in the same words."""
+    if is_error(short):
+        # What cannot be parsed behind an error in a long item is not looked at.
+        unseen = short[0] is MalformedBody and isinstance(long, list) and any(map(is_error, long))
+        assert is_error(long) or unseen, (short, long)
+    elif isinstance(short, list):
+        assert isinstance(long, list), (short, long)
+        assert len(short) == len(long)
+        for one, other in zip(short, long, strict=True):
+            agree(one, other)
+    else:
+        assert short == long
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["probe", "small"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_long_and_short_reader_agree(
+    readers: Mapping[str, RequestReader], data: st.DataObject, model: str, kind: str
+) -> None:
+    """With blocks so small that any element may be the first of one."""
+    reader = readers[model]
+    features, events = reader.served.input_features, model == "small"
+    media = data.draw(st.sampled_from(list(Media)))
+    bodies = json_bodies if media is Media.JSON else packed_bodies
+    body = data.draw(bodies(kind, features, events))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(long_reader, "BLOCK_BYTES", data.draw(st.integers(1, 120)))
+        patched.setattr(long_reader, "LONG_BYTES", data.draw(st.sampled_from([120, 10_000])))
+        agree(read(reader, kind, media, body), read_long(reader, kind, media, body))
+
+
+@pytest.mark.parametrize("text", EDGES)
+def test_edges(readers: Mapping[str, RequestReader], text: str) -> None:
+    reader, body = readers["probe"], text.encode()
+    item = b'{"stream":"a",' + body[1:]
+    for kind, whole in (
+        ("chunk", body),
+        ("items", b'{"chunks":[' + item + b"]}"),
+        ("sequences", b'{"sequences":[' + body + b"]}"),
+    ):
+        agree(read(reader, kind, Media.JSON, whole), read_long(reader, kind, Media.JSON, whole))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_commas_in_texts_separate_nothing(data: st.DataObject) -> None:
+    texts = st.text(st.sampled_from(['"', "\\", ",", "[", "}", "a", "\n", "é"]), max_size=6)
+    value = data.draw(st.dictionaries(texts, st.lists(texts, max_size=4), max_size=4))
+    text = json.dumps(value, ensure_ascii=data.draw(st.booleans()), indent=1).encode()
+    structure = JsonStructure(text)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("service.api.json_structure.BLOCK_BYTES", data.draw(st.integers(1, 9)))
+        for _ in structure.scan():
+            pass
+    members = structure.cut_members()
+    assert members is not None
+    assert [member.name for member in members] == list(value)
+    for member in members:
+        elements = structure.cut_elements(member)
+        assert elements is not None
+        assert [json.loads(bytes(element)) for element in elements] == value[member.name]
+
+
+@pytest.fixture(scope="module")
+def weather(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    spec = decoder_spec(max_horizon=3000)
+    folder = tmp_path_factory.mktemp("models")
+    return write_artifact(folder / "weather", spec, contracting_weights(spec, 4))
+
+
+@pytest.fixture
+async def api(
+    pipeline_server: RealServer, models: Mapping[str, Artifact], weather: Artifact
+) -> AsyncIterator[Harness]:
+    async with harness(pipeline_server, {**models, "weather": weather}, limits=LONG) as running:
+        yield running
+
+
+def request_of(body: Any, *, packed: bool) -> dict[str, Any]:
+    content = ormsgpack.packb(body) if packed else json.dumps(body).encode()
+    assert len(content) > long_reader.LONG_BYTES
+    return {"content": content, "headers": MSGPACK if packed else JSON}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_long_list_of_events_is_one_chunk(api: Harness, packed: bool) -> None:
+    events = [EVENT, LATER] * 800
+    whole = request_of({"position": 0, "events": events}, packed=packed)
+    address = "/v1/models/small/streams"
+    assert (await api.client.post(f"{address}/whole/chunks", **whole)).status_code == 200
+    for start in (0, 1000):
+        await api.chunk({"events": events[start : start + 1000]}, model="small", stream="cut")
+    found = [(await api.client.get(f"{address}/{name}/state")).json() for name in ("whole", "cut")]
+    assert found[0]["position"] == found[1]["position"] == 1600
+    assert found[0]["state"]["clock.seen"] == found[1]["state"]["clock.seen"]
+    values = [np.float32(each["state"]["lstm_1.hidden"]) for each in found]
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_wrong_event_of_a_long_list_is_named(api: Harness, packed: bool) -> None:
+    events = [EVENT] * 1600
+    events[1234] = {**EVENT, "heavy": "no"}
+    whole = request_of({"position": 0, "events": events}, packed=packed)
+    response = await api.client.post("/v1/models/small/streams/s/chunks", **whole)
+    found = ormsgpack.unpackb(response.content) if packed else response.json()
+    assert (response.status_code, found["at"]) == (422, "events[1234].heavy")
+    assert found["stream"] == "s"
+
+
+async def test_wrong_row_of_a_long_list_is_named(api: Harness) -> None:
+    for wrong, at in (([1, 2, 1e39], "[2]"), ([1, 2], ""), ([1, None, 2], "[1]")):
+        given = rows(4000).tolist()
+        given[3210] = wrong
+        response = await api.chunk({"inputs": given})
+        assert problem(response, 422, "invalid_input")["at"] == f"inputs[3210]{at}"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_long_future_is_read(api: Harness, packed: bool) -> None:
+    await api.chunk({"events": hourly_events(3)}, model="weather")
+    steps = 2000
+    address = "/v1/models/weather/streams/s/forecast"
+    future = future_of(steps)
+    body = {"horizon": steps, "future": future}
+    response = await api.client.post(address, **request_of(body, packed=packed))
+    found = ormsgpack.unpackb(response.content) if packed else response.json()
+    assert response.status_code == 200, found
+    assert len(found["forecast"]["warmth"]["point"]) == steps
+    future[1500] = {**future[1500], "holiday": 3}
+    response = await api.client.post(address, **request_of(body, packed=packed))
+    found = ormsgpack.unpackb(response.content) if packed else response.json()
+    assert (response.status_code, found["at"]) == (422, "future[1500].holiday")
+    body = {"horizon": 3000, "future": future_of(3001)}
+    response = await api.client.post(address, **request_of(body, packed=packed))
+    assert response.status_code == 422
+
+
+async def test_long_body_waits_for_the_one_before(api: Harness) -> None:
+    request = request_of({"inputs": rows(4000).tolist()}, packed=False)
+    bodies = api.app.state.api.long_bodies
+    address = "/v1/models/probe/streams/s/chunks"
+    async with bodies.admitted(b"", math.inf):
+        sent = asyncio.create_task(api.client.post(address, **request))
+        request["headers"] = {**JSON, "carry-timeout": "0.2"}
+        late = await api.client.post("/v1/models/probe/streams/t/chunks", **request)
+        problem(late, 504, "deadline_exceeded")
+        assert not sent.done()
+    assert (await sent).status_code == 200
+    assert (api.position(), api.position("t")) == (4000, None)
+
+
+async def test_too_many_long_bodies_are_overload() -> None:
+    bodies = LongBodies(max_waiting_bytes=10)
+    order: list[int] = []
+
+    async def read_one(at: int) -> None:
+        async with bodies.admitted(b"12345", math.inf):
+            order.append(at)
+
+    async with bodies.admitted(b"123456789", math.inf):
+        waiting = [asyncio.create_task(read_one(at)) for at in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as error:
+            await read_one(2)
+        assert error.value.facts["retry_after_s"] == 1
+    await asyncio.gather(*waiting)
+    assert order == [0, 1]
+    async with bodies.admitted(b"more than may wait", math.inf):
+        pass
+
+
+async def test_deadline_ends_reading(readers: Mapping[str, RequestReader]) -> None:
+    body = json.dumps({"inputs": [[1, 2, 3]]}).encode()
+    turns = Turns(time.monotonic() - 1)
+    with pytest.raises(DeadlineExceeded):
+        await LongReader(readers["probe"]).chunk(body, Media.JSON, "s", None, turns)
+
+
+async def test_waiting_reader_that_is_cancelled_leaves_the_queue() -> None:
+    bodies = LongBodies(max_waiting_bytes=10)
+
+    async def read_one() -> None:
+        async with bodies.admitted(b"12345678", math.inf):
+            pass
+
+    async with bodies.admitted(b"", math.inf):
+        waiting = asyncio.create_task(read_one())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        other = asyncio.create_task(read_one())
+        await asyncio.sleep(0)
+        assert not other.done()
+    await other
+
+
+async def test_overloaded_model_does_not_read_long_bodies(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        api.pipeline, "refusal", lambda model, left_s: Overloaded("full", retry_after_s=1)
+    )
+    for path in ("streams/s/chunks", "chunks"):
+        response = await api.client.post(
+            f"/v1/models/probe/{path}", content=b"[" * 100_000, headers=JSON
+        )
+        problem(response, 429, "overloaded")

@@ -1,0 +1,72 @@
+"""Bodies that are dear to read are rejected in little memory, while everything else is answered.
+
+Bounds are wide, for machines that are shared: alone, the slowest health check takes some 40 ms.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.service.api.corpus.bodies.huge import ATTACK, HUGE, MAX_BYTES, HugeBody
+from tests.support.responsiveness import Health, Memory
+from tests.support.service import Service, running
+
+SLOWEST_S = 1.0
+MOST_MEMORY = 3
+"""Times its size that a rejected body may take."""
+
+
+def send(url: str, body: HugeBody, content: bytes) -> tuple[int, dict[str, Any]]:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    try:
+        headers = {"content-type": body.media, "accept": "application/json"}
+        connection.request(body.method, body.path, content, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def rejected(answer: dict[str, Any]) -> set[str]:
+    """The code of a problem, or those of all items."""
+    results = answer.get("results")
+    return {answer["code"]} if results is None else {item["error"]["code"] for item in results}
+
+
+@pytest.mark.parametrize("body", HUGE, ids=lambda body: f"{body.media[12:]}-{body.name}")
+def test_huge_body_is_rejected_while_others_are_answered(service: Service, body: HugeBody) -> None:
+    content = body.make()
+    assert 0.9 * MAX_BYTES < len(content) <= MAX_BYTES
+    assert service.process is not None
+    memory = Memory(service.process.pid)
+    with Health(service.url).watched() as health:
+        status, answer = send(service.url, body, content)
+    assert (status, rejected(answer)) == (body.status, {body.code})
+    assert not health.failures
+    assert health.slowest_s < SLOWEST_S
+    assert memory.growth <= MOST_MEMORY * len(content)
+
+
+def test_eight_huge_bodies_at_once(tmp_path: Path, model_dir: Path) -> None:
+    bodies = [*ATTACK, *ATTACK][:8]
+    contents = {body.name: body.make() for body in ATTACK}
+    with (
+        running(tmp_path, model_dir, "--workers", "2") as service,
+        Health(service.url).watched() as health,
+        ThreadPoolExecutor(len(bodies)) as pool,
+    ):
+        sent = [pool.submit(send, service.url, body, contents[body.name]) for body in bodies]
+        answers = [each.result() for each in sent]
+    for body, (status, answer) in zip(bodies, answers, strict=True):
+        assert (status, rejected(answer)) == (body.status, {body.code})
+    assert not health.failures
+    assert health.answers > 0
+    assert health.slowest_s < SLOWEST_S
