@@ -211,6 +211,18 @@ async def test_small_bodies_that_do_not_come_to_an_end_count_too(api: Harness) -
         await asyncio.gather(*rest, return_exceptions=True)
 
 
+@pytest.mark.parametrize("first", ["", QUERY], ids=["fast path", "slow path"])
+async def test_a_request_that_is_answered_keeps_nothing(api: Harness, first: str) -> None:
+    sent = request(chunk(None), first=first)
+    async with connected(api) as client:
+        for _ in range(3):
+            client.writer.write(sent[:-1])
+            await becomes(lambda: client.connection.body_bytes > 0, "a part of its body")
+            client.writer.write(sent[-1:])
+            assert await client.statuses(1) == [b"200"]
+            assert client.connection._all._body_bytes == client.connection.body_bytes == 0
+
+
 async def test_connections_over_the_limit_are_refused(api: Harness) -> None:
     connections = limit(api, max_connections=2)
     async with serving(api, ExpressProtocol) as server, several(server) as open_one:
@@ -312,6 +324,17 @@ async def test_a_refused_body_is_read_on_within_a_bound(api: Harness) -> None:
             sent += 65536
         assert MAX_DRAIN_BYTES <= sent < 4 * MAX_DRAIN_BYTES
         await client.is_cut_off()
+
+
+async def test_a_request_that_was_refused_gets_no_second_answer(api: Harness) -> None:
+    """Its body cannot be read any more after that."""
+    head = request(b"", "Transfer-Encoding: chunked", first="POST /v2 HTTP/1.1", length="")
+    async with connected(api) as client:
+        client.writer.write(head)
+        assert await client.statuses(1) == [b"404"]
+        client.writer.write(b"no size\r\n" + request(chunk(), stream="behind"))
+        await client.is_cut_off()
+    assert api.position("behind") is None
 
 
 async def test_a_body_that_waits_to_be_asked_for_may_never_come(api: Harness) -> None:

@@ -26,7 +26,7 @@ from tests.service.api.test_express import PATH, becomes, port_of, request, serv
 from tests.support.servers import RealServer
 
 LIMITS = ApiLimits(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
-STEPS = 9_000
+STEPS = 300
 PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
 
 
@@ -88,11 +88,16 @@ def test_only_long_documents_are_written_in_pieces() -> None:
 async def test_a_long_reply_is_the_same_as_short_ones(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
     media: str,
     address: str,
     version: str,
 ) -> None:
     """Over a real connection, by the fast path's address too."""
+    for name in ("service.api.replies.LONG_VALUES", "service.api.express.LONG_VALUES"):
+        monkeypatch.setattr(name, 200)
+    monkeypatch.setattr(module, "PIECE_VALUES", 50)
+    monkeypatch.setattr("service.api.replies.WRITE_BYTES", 500)
     inputs = rows(STEPS)
     body: dict[str, Any] = {"inputs": inputs.tobytes()}
     if address.endswith("predict"):
@@ -140,7 +145,7 @@ async def test_a_reply_that_is_not_read_is_not_written(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
     """Its values wait, and count as what the connection keeps; a client that leaves ends it."""
-    sequences = [{"inputs": rows(STEPS).tobytes()}] * 2
+    sequences = [{"inputs": rows(STEPS).tobytes()}] * 30
     body = ormsgpack.packb({"sequences": sequences})
     sent = request(body, "Content-Type: application/msgpack", first=PREDICT)
     async with harness(pipeline_server, models, limits=LIMITS) as api, connected(api) as client:
@@ -148,7 +153,7 @@ async def test_a_reply_that_is_not_read_is_not_written(
         client.writer.write(sent)
         await becomes(lambda: connection.flow.write_paused, "a reply that is not read")
         kept_bytes = connection._unsent.kept_bytes
-        assert kept_bytes > 4 * 2 * STEPS
+        assert kept_bytes > 4 * 30 * STEPS
         assert connection.transport.get_write_buffer_size() < 512 * 1024
         assert connection.unsent_bytes > kept_bytes
         client.writer.transport.abort()
