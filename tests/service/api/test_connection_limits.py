@@ -103,6 +103,7 @@ async def test_a_slow_body_is_answered_with_a_timeout(api: Harness, part: bytes)
         assert await problem_of(client) == (b"408", "request_timeout")
         client.writer.write(part[-1:] + request(chunk(), stream="after"))
         await client.writer.drain()
+        assert not client.connection.transport.is_closing(), "unread bytes would reset the answer"
         long_after(client, LINGER_S + 1)
         await client.is_cut_off()
     assert api.position("s") is None
@@ -192,6 +193,24 @@ async def test_the_oldest_unfinished_bodies_are_refused_when_there_are_too_many(
         for reader, writer in clients[1:]:
             writer.write(b" ")
             assert (await answer(reader)).startswith(b"HTTP/1.1 400 ")
+        assert connections._body_bytes == 0
+
+
+async def test_a_whole_body_is_not_refused_for_unfinished_ones(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    """Its request is under way, though it is the oldest."""
+    connections = limit(api, max_pending_body_bytes=30_000)
+    whole = request(chunk() + b" " * 18_000, first=QUERY)
+    part = request(b" " * 18_000, first=PREDICT, length="Content-Length: 19999")
+    async with serving(api, ExpressProtocol) as server, several(server) as open_one:
+        (reader, writer), (late_reader, late_writer) = await open_one(), await open_one()
+        writer.write(whole)
+        await becomes(lambda: any(c._is_busy for c in express_connections(server)), "a request")
+        late_writer.write(part)
+        assert (await answer(late_reader)).startswith(b"HTTP/1.1 429 ")
+        held_back()
+        assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
         assert connections._body_bytes == 0
 
 

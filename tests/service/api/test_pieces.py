@@ -104,13 +104,15 @@ async def test_a_long_reply_is_the_same_as_short_ones(
         body = {"sequences": [body]}
     sent = request(
         ormsgpack.packb(body),
-        *("Content-Type: application/msgpack", f"Accept: {media}", "Connection: close"),
+        "Content-Type: application/msgpack",
+        f"Accept: {media}",
         first=f"POST {address} HTTP/{version}",
     )
     async with harness(pipeline_server, models, limits=LIMITS) as api:
         async with serving(api, ExpressProtocol) as server:
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
             writer.write(sent)
+            writer.write_eof()
             head, _, received = (await reader.read()).partition(b"\r\n\r\n")
             writer.close()
             await writer.wait_closed()
@@ -156,6 +158,14 @@ async def test_a_reply_that_is_not_read_is_not_written(
         assert kept_bytes > 4 * 30 * STEPS
         assert connection.transport.get_write_buffer_size() < 512 * 1024
         assert connection.unsent_bytes > kept_bytes
+
+        now_s = asyncio.get_running_loop().time()
+        connection._all.look(now_s)
+        turn = connection.turn
+        await client.reader.readexactly(100_000)
+        await becomes(lambda: connection.turn > turn and connection.flow.write_paused, "more")
+        connection._all.look(now_s + connection._all.limits.send_timeout_s + 1)
+        assert not connection.transport.is_closing(), "it is read, if slowly"
         client.writer.transport.abort()
         await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")
 
