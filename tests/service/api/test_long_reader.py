@@ -285,7 +285,7 @@ async def test_overloaded_model_does_not_read_long_bodies(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        api.pipeline, "refusal", lambda model, left_s: Overloaded("full", retry_after_s=1)
+        api.pipeline, "refusal", lambda model, key, left_s: Overloaded("full", retry_after_s=1)
     )
     for path in ("streams/s/chunks", "chunks"):
         response = await api.client.post(
