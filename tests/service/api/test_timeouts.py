@@ -156,7 +156,7 @@ async def test_more_than_can_be_done_is_refused_unread(
     """By the express way, once the request is whole; the connection goes on."""
     asked: list[tuple[StreamKey, float]] = []
 
-    def refusal(key: StreamKey, left_s: float) -> Overloaded | None:
+    def refusal(model: str, key: StreamKey, left_s: float) -> Overloaded | None:
         asked.append((key, left_s))
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from service.engine.jobs import Release
 from service.errors import CarryError, StoreUnavailable
 from service.member import ChunkJob
 from service.pipeline import Pipeline
+from service.shards import Shards
 from service.state.keys import KeySpace
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
@@ -125,9 +127,20 @@ async def test_it_holds_no_slots_of_batches_of_other_shards(
 
 
 async def test_few_chunks_wait_for_it(
-    own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
+    own_cluster: Cluster,
+    settings: StoreSettings,
+    artifact: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Half as many as may wait in all; of more it is said at once."""
+    full, go_apart = asyncio.Event(), Shards.go_apart
+
+    def noting(self: Shards, *given: Any) -> None:
+        go_apart(self, *given)
+        if self._waiting == 10:
+            full.set()
+
+    monkeypatch.setattr(Shards, "go_apart", noting)
     rows = rows_of(np.random.default_rng(57), 4)
     late = named(own_cluster, settings.keys, "late", 40, down=True)
     (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
@@ -138,6 +151,7 @@ async def test_few_chunks_wait_for_it(
                 for n in range(10)
             ]
             async with asyncio.timeout(WITHIN_S):
+                await full.wait()
                 await one.process(chunk_of(good, rows, 0), later())
                 for name in late[10:]:
                     with pytest.raises(StoreUnavailable, match="10 chunks wait"):
