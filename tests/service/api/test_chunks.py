@@ -423,3 +423,39 @@ async def test_only_streams_in_blocks_have_an_end(api: Harness) -> None:
     assert (refused["at"], refused["stream"]) == ("final", "s")
     assert api.position() is None
     assert (await api.chunk({**body, "final": False})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "at"),
+    [
+        (
+            "POST",
+            "streams/s/chunks?return_state=1&return_state=0",
+            "?return_state",
+        ),
+        ("POST", "predict?return_state=1&return_state=1", "?return_state"),
+        ("GET", "streams?limit=1&prefix=a&limit=2", "?limit"),
+        ("DELETE", "streams?prefix=s&prefix=", "?prefix"),
+    ],
+)
+async def test_a_query_parameter_is_given_once(
+    api: Harness, method: str, address: str, at: str
+) -> None:
+    """Which of two was meant is not guessed."""
+    await api.chunk({"inputs": rows(1).tolist()})
+    body = {"inputs": rows(1).tolist()}
+    response = await api.client.request(method, f"/v1/models/probe/{address}", json=body)
+    document = problem(response, 400, "duplicate_field")
+    assert (document["at"], document["expected"]) == (at, "once")
+    assert api.position() == 1
+
+
+async def test_a_query_of_very_many_parameters_is_not_looked_into(api: Harness) -> None:
+    address = "/v1/models/probe/streams?" + "&" * 60_000
+    problem(await api.client.get(address), 422, "invalid_input")
+
+
+async def test_several_accept_lines_are_one_list(api: Harness) -> None:
+    lines = [("accept", "text/html"), ("accept", "application/msgpack")]
+    response = await api.client.get("/v1/models", headers=lines)
+    assert response.headers["content-type"] == "application/msgpack"
