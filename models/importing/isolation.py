@@ -156,7 +156,7 @@ def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
         except subprocess.TimeoutExpired as error:
             raise ImportedModelError(f"{path}: {_too_long(limits)}") from error
         finally:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # nobody is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status == -signal.SIGXCPU:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,50 @@ def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
         import_here(path, tmp_path / "out")
 
 
-def test_weights_from_another_file_are_refused(tmp_path: Path) -> None:
-    path = saved(recurrent(), tmp_path / "m.h5")
-    saved(recurrent(), tmp_path / "secret.h5", seed=3)
-    with h5py.File(path, "r+") as file:
-        del file["model_weights"]["cell"]
-        link = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/model_weights/cell")
-        file["model_weights"]["cell"] = link
-    with pytest.raises(ImportedModelError, match="Keras cannot load it"):
+def biases(file: h5py.File) -> list[str]:
+    """The LSTM's bias, 12 numbers."""
+    found: list[str] = []
+    file.visititems(
+        lambda name, item: found.append(name) if getattr(item, "shape", None) == (12,) else None
+    )
+    return found
+
+
+def linked(group: h5py.Group, secret: Path) -> None:
+    """A name that leads to an object in another file."""
+    group["bias"] = h5py.ExternalLink(str(secret), "/bias")
+
+
+def stored_outside(group: h5py.Group, secret: Path) -> None:
+    """A dataset whose bytes are in another file."""
+    place = (str(secret), 0, h5py.h5f.UNLIMITED)
+    group.create_dataset("bias", shape=(12,), dtype="f4", external=[place])
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("name_it", [linked, stored_outside])
+def test_weights_from_another_file_are_refused(
+    tmp_path: Path, suffix: str, name_it: Callable[[h5py.Group, Path], None]
+) -> None:
+    path, secret = saved(recurrent(), tmp_path / f"m{suffix}"), tmp_path / "secret.h5"
+    with h5py.File(secret, "w") as file:
+        file["bias"] = [1.0] * 12
+    tree = path
+    if suffix == ".keras":
+        with zipfile.ZipFile(path) as old:
+            entries = {name: old.read(name) for name in old.namelist()}
+        tree = tmp_path / "model.weights.h5"
+        tree.write_bytes(entries.pop(tree.name))
+    with h5py.File(tree, "r+") as file:
+        (bias,) = biases(file)
+        group, name = file[bias].parent, bias.rpartition("/")[2]
+        del group[name]
+        name_it(group, secret)
+        group.move("bias", name)
+    if suffix == ".keras":
+        with zipfile.ZipFile(path, "w") as new:
+            for name, data in entries.items():
+                new.writestr(name, data)
+            new.write(tree, tree.name)
+    with pytest.raises(ImportedModelError, match=r"[Ee]xternal"):
         import_here(path, tmp_path / "out")

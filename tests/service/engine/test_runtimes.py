@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 from structlog.testing import capture_logs
 
 import models
@@ -111,7 +113,53 @@ def test_a_missing_library_is_named_with_its_extra(
             open_runtime(name, drawn, 1)
 
 
+def endless(found: Artifact, _: Any) -> bytes:
+    """A loop that no run comes to the end of."""
+    number, truth = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["x", "x"], ["y"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", number, []),
+            helper.make_tensor_value_info("go", truth, []),
+            helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, []),
+        ],
+        [
+            helper.make_tensor_value_info("on", truth, []),
+            helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, []),
+        ],
+    )
+    loop = helper.make_node("Loop", ["most", "true", "start"], ["end"], body=body)
+    constants = [
+        helper.make_tensor("most", number, [], [2**62]),
+        helper.make_tensor("true", truth, [], [True]),
+        helper.make_tensor("start", onnx.TensorProto.FLOAT, [], [1.0]),
+    ]
+    return with_this_first(found, [loop], constants)
+
+
+def external(found: Artifact, _: Any) -> bytes:
+    """A constant whose elements are in a file of the working directory."""
+    constant = onnx.TensorProto(name="secret", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    constant.data_location = onnx.TensorProto.EXTERNAL
+    constant.external_data.add(key="location", value="secret.bin")
+    return with_this_first(found, [helper.make_node("Neg", ["secret"], ["end"])], [constant])
+
+
+def with_this_first(found: Artifact, nodes: list[Any], constants: list[Any]) -> bytes:
+    """The graph of the weights, the marks included, and nodes before it whose output is `end`."""
+    model = onnx.load_from_string(write_graph(found.spec, found.weights))
+    kept = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *kept])
+    model.graph.initializer.extend(constants)
+    model.graph.output.append(helper.make_tensor_value_info("end", onnx.TensorProto.FLOAT, None))
+    return bytes(model.SerializeToString())
+
+
 EXCHANGED = {
+    "endless loop": endless,
+    "external data": external,
     "other weights": lambda found, other: write_graph(found.spec, other).replace(
         fingerprint(found.spec, other).hex().encode(), found.fingerprint.hex().encode()
     ),
