@@ -206,6 +206,8 @@ class BatchRun:
             task.cancel()
             self._shards.wait_apart(shard, late, release)
 
+        if self._store.shard(members[0].key) is None:
+            return list(zip(members, await read(members), strict=True))
         found = await self._shards.each(members, lambda member: member.key, read, leave)
         return [pair for group, results in found for pair in zip(group, results, strict=True)]
 
@@ -329,9 +331,11 @@ class BatchRun:
         Where nothing else is to be done meanwhile it goes in a few parts: the store writes one
         while the next is made, and the first are answered while it writes the last.
         """
-        parts = min(MOST_PARTS, len(computed) // LEAST_ROWS)
-        if parts < 2 or not release.is_alone or self._store.shard(computed[0][0].key) is not None:
+        if self._store.shard(computed[0][0].key) is not None:
             return await self._commit_shards(computed, times, release)
+        parts = min(MOST_PARTS, len(computed) // LEAST_ROWS)
+        if parts < 2 or not release.is_alone:
+            return await self._commit_part(computed, times, release)
         rows = math.ceil(len(computed) / parts)
         committing = [
             self._commit_part(computed[at : at + rows], replace(times), release)

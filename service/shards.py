@@ -73,8 +73,6 @@ class Shards:
         Args:
             leave: takes the work of a shard that is late over, still under way.
         """
-        if self._store.shard(key(items[0])) is None:
-            return [(items, await work(items))]
         groups = self._grouped(items, key)
         tasks = {shard: asyncio.create_task(work(group)) for shard, group in groups.items()}
         try:

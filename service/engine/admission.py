@@ -90,26 +90,31 @@ class Admission:
         Args:
             index: how many jobs its request has before it.
         """
-        queue = self._queue
+        queue, rate = self._queue, self._rate.per_s
         room = self._max_queue - len(queue)
-        # Of each request that is ready, one job is begun before its first, two before its second.
-        before = min(queue.ready(), queue.requests * (index + 1))
-        if room <= index or before >= self._room(left_s, self._rate.per_s):
-            self._note_refusing(before)
-            return Refusal(len(queue) if room <= index else before, self._rate.per_s, False)
+        if room <= index:
+            self._note_refusing(len(queue))
+            return Refusal(len(queue), rate, False)
+        if rate is not None:
+            # Before its first job one of each request that is ready is begun, then two, and so on.
+            before = min(queue.ready(), queue.requests * (index + 1))
+            if before >= self._room(left_s, rate):
+                self._note_refusing(before)
+                return Refusal(before, rate, False)
         backlog = queue.backlog(key)
         if backlog is None or not backlog.jobs:
             return None
-        waiting = len(backlog.jobs)
-        if waiting >= max(1, room // STREAM_SHARE) or waiting >= self._room(left_s, backlog.per_s):
-            self._note_refusing_stream(backlog)
-            return Refusal(waiting, backlog.per_s, True)
-        return None
+        waiting, rate = len(backlog.jobs), backlog.per_s
+        too_many = max(1, room // STREAM_SHARE)
+        if waiting < too_many and (rate is None or waiting < self._room(left_s, rate)):
+            return None
+        self._note_refusing_stream(backlog)
+        return Refusal(waiting, rate, True)
 
-    def _room(self, left_s: float, per_s: float | None) -> float:
+    def _room(self, left_s: float, per_s: float) -> float:
         """How many jobs may be begun at that rate before one that can wait so long."""
         wait_s = min(self._max_wait_s, left_s)
-        if per_s is None or wait_s == math.inf:
+        if wait_s == math.inf:
             return math.inf
         # One may always wait: an empty queue takes no time.
         return max(1, int(wait_s * per_s))

@@ -21,8 +21,9 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from functools import partial
 from itertools import chain, count
-from typing import Any, Final, Generic
+from typing import Final, Generic
 
 import structlog
 
@@ -270,7 +271,7 @@ class Batcher(Generic[P, R]):
 
         def is_live(job: Job[P, R]) -> bool:
             nonlocal soonest_s
-            if not self._is_live(job, now_s):
+            if not self._is_live(now_s, job):
                 return False
             soonest_s = min(soonest_s, job.ticket.deadline_s)
             return True
@@ -285,7 +286,7 @@ class Batcher(Generic[P, R]):
                 soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
         self._watch(soonest_s, now_s)
 
-    def _is_live(self, job: Job[P, R], now_s: float) -> bool:
+    def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
         """Whether somebody waits for a job that was not begun; one whose time is up is told."""
         ticket = job.ticket
         if ticket.future.cancelled():
@@ -328,13 +329,20 @@ class Batcher(Generic[P, R]):
         long_ones = self._takes_long
         if not self._queue.ready(long_ones=long_ones):
             return False
-        jobs = self._queue.take(lambda job: self._is_live(job, now_s), long_ones=long_ones)
+        is_live = None
+        if now_s >= self._soonest_s:
+            # Somebody left, or somebody's time is up.
+            is_live = partial(self._is_live, now_s)
+        jobs = self._queue.take(is_live, long_ones=long_ones)
         if not jobs:
             return False
         self._last_rows = len(jobs)
         is_long = jobs[0].steps > self._limits.long_steps
         self._long += is_long
-        task = asyncio.get_running_loop().create_task(self._run_batch(jobs, is_long))
+        held = {job.key for job in jobs if job.key is not None}
+        release = Release(held, self._let_go, self._is_alone, partial(self._go_apart, jobs, held))
+        work = self._finish(jobs, held, self._run(jobs, release), is_long=is_long)
+        task = asyncio.get_running_loop().create_task(work)
         self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
         return bool(self._queue.ready(long_ones=self._takes_long))
@@ -354,34 +362,35 @@ class Batcher(Generic[P, R]):
             backlog.note_turn(time.monotonic())
             self._wake()
 
-    async def _run_batch(self, jobs: list[Job[P, R]], is_long: bool) -> None:
-        held = {job.key for job in jobs if job.key is not None}
+    def _is_alone(self) -> bool:
+        return not self._queue and len(self._batches) == 1
 
-        def apart(leaving: list[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
-            keys = {job.key for job in leaving} & held
-            held.difference_update(keys)
-            gone = set(leaving)
-            jobs[:] = [job for job in jobs if job not in gone]
-            task = asyncio.get_running_loop().create_task(self._finish(leaving, keys, work))
-            self._apart[task] = leaving
-            task.add_done_callback(self._apart_done)
-            return task
-
-        release = Release(
-            held, self._let_go, lambda: not self._queue and len(self._batches) == 1, apart
-        )
-        try:
-            await self._finish(jobs, held, self._run(jobs, release))
-        finally:
-            self._long -= is_long
+    def _go_apart(
+        self, jobs: list[Job[P, R]], held: set[Hashable], leaving: list[Job[P, R]], work: Work
+    ) -> asyncio.Task[None]:
+        """Take jobs out of their batch, and their streams out of those that it holds."""
+        keys = {job.key for job in leaving} & held
+        held -= keys
+        gone = set(leaving)
+        jobs[:] = [job for job in jobs if job not in gone]
+        task = asyncio.get_running_loop().create_task(self._finish(leaving, keys, work))
+        self._apart[task] = leaving
+        task.add_done_callback(self._apart_done)
+        return task
 
     async def _finish(
-        self, jobs: list[Job[P, R]], held: set[Hashable], work: Awaitable[list[Job[P, R]]]
+        self,
+        jobs: list[Job[P, R]],
+        held: set[Hashable],
+        work: Awaitable[list[Job[P, R]]],
+        *,
+        is_long: bool = False,
     ) -> None:
         """Wait for work on jobs; settle them or put them back, and release their streams.
 
         Args:
             held: streams that were not released; the work may release some.
+            is_long: it has the slot of a long job.
         """
         failure: CarryError = InternalError("the batch ended without an answer for this chunk")
         again: list[Job[P, R]] = []
@@ -396,6 +405,7 @@ class Batcher(Generic[P, R]):
             log.exception("batch_failed", jobs=len(jobs))
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
+            self._long -= is_long
             waiting = set(again)
             self._rate.done += len(jobs) - len(waiting)
             for job in jobs:

@@ -13,9 +13,9 @@ starves, however many steps that job needs.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Any, Final, Generic
+from typing import Any, Final, Generic, NamedTuple
 
 from service.engine.drain_rate import DrainRate
 from service.engine.jobs import Job, P, R, Ticket
@@ -62,6 +62,13 @@ class Backlog(Generic[P, R]):
         self.jobs.insert(at, job)
 
 
+class ManyReady(NamedTuple, Generic[P, R]):
+    """The ready streams of a request with more than one job."""
+
+    ticket: Ticket[Any]
+    backlogs: deque[Backlog[P, R]]
+
+
 class Rotation(Generic[P, R]):
     """Streams with a ready job, by the requests of these jobs.
 
@@ -69,9 +76,12 @@ class Rotation(Generic[P, R]):
         ready: how many streams.
     """
 
+    __slots__ = ("_of_many", "_turns", "ready")
+
     def __init__(self) -> None:
         self.ready = 0
-        self._turns: OrderedDict[Ticket[Any], deque[Backlog[P, R]]] = OrderedDict()
+        self._turns: deque[Backlog[P, R] | ManyReady[P, R]] = deque()
+        self._of_many: dict[Ticket[Any], ManyReady[P, R]] = {}
 
     @property
     def requests(self) -> int:
@@ -81,42 +91,53 @@ class Rotation(Generic[P, R]):
     @property
     def front(self) -> Job[P, R] | None:
         """The job whose turn it is."""
-        ready = next(iter(self._turns.values()), None)
-        return None if ready is None else ready[0].jobs[0]
+        if not self._turns:
+            return None
+        turn = self._turns[0]
+        return (turn if isinstance(turn, Backlog) else turn.backlogs[0]).jobs[0]
 
     def add(self, backlog: Backlog[P, R], *, first: bool = False) -> None:
-        """Add a stream behind others of its request, which has its turn after all others; or
-        before them."""
+        """Add a stream behind others of its request, or before them; a request that had none has
+        its turn after all others, or before them."""
         self.ready += 1
         ticket = backlog.jobs[0].ticket
-        ready = self._turns.get(ticket)
-        if ready is None:
-            ready = self._turns[ticket] = deque()
+        turn: Backlog[P, R] | ManyReady[P, R] = backlog
+        if ticket.jobs > 1:
+            many = self._of_many.get(ticket)
+            if many is not None:
+                if first:
+                    many.backlogs.appendleft(backlog)
+                else:
+                    many.backlogs.append(backlog)
+                return
+            turn = self._of_many[ticket] = ManyReady(ticket, deque((backlog,)))
         if first:
-            ready.appendleft(backlog)
-            self._turns.move_to_end(ticket, last=False)
+            self._turns.appendleft(turn)
         else:
-            ready.append(backlog)
+            self._turns.append(turn)
 
     def pop(self) -> Backlog[P, R]:
         """Take the stream whose turn it is; its request's next turn comes after all others'."""
         self.ready -= 1
-        ticket, ready = self._turns.popitem(last=False)
-        backlog = ready.popleft()
-        if ready:
-            self._turns[ticket] = ready
+        turn = self._turns.popleft()
+        if isinstance(turn, Backlog):
+            return turn
+        backlog = turn.backlogs.popleft()
+        if turn.backlogs:
+            self._turns.append(turn)
+        else:
+            del self._of_many[turn.ticket]
         return backlog
 
     def prune(self) -> None:
         """Drop the streams whose jobs are gone."""
+        turns, self._turns = self._turns, deque()
+        self._of_many.clear()
         self.ready = 0
-        for ticket, ready in list(self._turns.items()):
-            kept = deque(backlog for backlog in ready if backlog.jobs)
-            self.ready += len(kept)
-            if kept:
-                self._turns[ticket] = kept
-            else:
-                del self._turns[ticket]
+        for turn in turns:
+            for backlog in (turn,) if isinstance(turn, Backlog) else turn.backlogs:
+                if backlog.jobs:
+                    self.add(backlog)
 
 
 class FairQueue(Generic[P, R]):
@@ -180,37 +201,45 @@ class FairQueue(Generic[P, R]):
         return backlog
 
     def take(
-        self, is_live: Callable[[Job[P, R]], bool], *, long_ones: bool = True
+        self, is_live: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True
     ) -> list[Job[P, R]]:
         """The jobs of the next batch, their streams held from now on; empty where none may run.
 
         Args:
-            is_live: whether a job is still to be done; it is dropped otherwise.
+            is_live: whether a job is still to be done, and is dropped otherwise; None: all are.
             long_ones: whether long jobs may be taken.
         """
-        max_rows, max_padded, _ = self._limits
-        rotation = self._next_rotation() if long_ones else self._short
+        max_rows, max_padded, long_steps = self._limits
+        rotation = self._short
+        if long_ones and self._long.ready and self._is_older(self._long, self._short):
+            rotation = self._long
         jobs: list[Job[P, R]] = []
         passed: list[Backlog[P, R]] = []
-        longest = 0
-        while rotation.ready and len(jobs) < max_rows and len(passed) < MOST_PASSED:
+        longest = rows = 0
+        while rotation.ready and rows < max_rows and len(passed) < MOST_PASSED:
             backlog = rotation.pop()
-            job = self._head(backlog, is_live)
-            if job is None:
+            if is_live is not None and not self._drop_dead(backlog, is_live):
                 continue
-            if (of_job := self._rotation(job)) is not rotation:
-                of_job.add(backlog, first=True)
+            job = backlog.jobs[0]
+            steps = job.steps
+            if (steps > long_steps) != (rotation is self._long):
+                self._rotation(job).add(backlog, first=True)
                 continue
-            widest = max(longest, job.steps)
-            if jobs and (len(jobs) + 1) * widest > max_padded:
+            widest = steps if steps > longest else longest
+            if rows and (rows + 1) * widest > max_padded:
                 passed.append(backlog)
                 continue
-            self._hold(backlog)
+            del backlog.jobs[0]
+            if job.key is None:
+                del self._backlogs[job]
+            else:
+                backlog.is_held = True
             jobs.append(job)
-            longest = widest
-            if (len(jobs) + 1) * longest > max_padded:
+            rows, longest = rows + 1, widest
+            if (rows + 1) * longest > max_padded:
                 # Nothing more fits, not even one step.
                 break
+        self._length -= rows
         for backlog in reversed(passed):
             rotation.add(backlog, first=True)
         return jobs
@@ -244,31 +273,17 @@ class FairQueue(Generic[P, R]):
     def _rotation(self, job: Job[P, R]) -> Rotation[P, R]:
         return self._long if job.steps > self._limits.long_steps else self._short
 
-    def _next_rotation(self) -> Rotation[P, R]:
-        """The one whose front has waited longer."""
-        short, long = self._short.front, self._long.front
-        if long is None or (short is not None and short.number < long.number):
-            return self._short
-        return self._long
+    def _is_older(self, one: Rotation[P, R], other: Rotation[P, R]) -> bool:
+        """Whether the job at the front of one has waited longer."""
+        first, second = one.front, other.front
+        return second is None or (first is not None and first.number < second.number)
 
-    def _head(
-        self, backlog: Backlog[P, R], is_live: Callable[[Job[P, R]], bool]
-    ) -> Job[P, R] | None:
-        """The oldest job that is live; None where there is none, and the stream is idle."""
+    def _drop_dead(self, backlog: Backlog[P, R], is_live: Callable[[Job[P, R]], bool]) -> bool:
+        """Drop a stream's oldest jobs up to one that is live; whether there is one."""
         while backlog.jobs:
-            job = backlog.jobs[0]
-            if is_live(job):
-                return job
-            backlog.jobs.popleft()
+            if is_live(backlog.jobs[0]):
+                return True
+            del backlog.jobs[0]
             self._length -= 1
         del self._backlogs[backlog.key]
-        return None
-
-    def _hold(self, backlog: Backlog[P, R]) -> None:
-        """Take the oldest job of a stream."""
-        job = backlog.jobs.popleft()
-        self._length -= 1
-        if job.key is None:
-            del self._backlogs[backlog.key]
-        else:
-            backlog.is_held = True
+        return False

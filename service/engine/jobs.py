@@ -36,12 +36,14 @@ class Ticket(Generic[R]):
     """One caller, who waits for all of its jobs.
 
     Attributes:
+        jobs: how many.
         deadline_s: until when, of the monotonic clock.
     """
 
-    __slots__ = ("_left", "_results", "deadline_s", "future")
+    __slots__ = ("_left", "_results", "deadline_s", "future", "jobs")
 
     def __init__(self, jobs: int, deadline_s: float):
+        self.jobs = jobs
         self.deadline_s = deadline_s
         self.future: Results[R] = asyncio.get_running_loop().create_future()
         self._results: list[R | CarryError | None] = [None] * jobs

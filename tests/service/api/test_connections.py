@@ -17,6 +17,7 @@ from service.api.connections import ConnectionLimits
 from service.api.express import MAX_BYTES, Begun, Express, Taken
 from service.api.heads import MAX_HEAD_BYTES
 from service.api.protocol import PIECE_BYTES, ExpressProtocol
+from service.domain import StreamKey
 from service.engine.admission import Admission
 from tests.service.api.harness import Harness
 from tests.service.api.test_express import (
@@ -31,6 +32,7 @@ from tests.service.api.test_express import (
     request,
     serving,
 )
+from tests.service.engine.batching import no_room
 
 DEAF = 1500
 """Requests whose answers are more than may wait for one client."""
@@ -95,12 +97,11 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
 @pytest.fixture
 def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
     """The header of requests that are refused as overloaded."""
-    room = Admission._room
 
-    def some(admission: Admission, left_s: float, per_s: float | None) -> float:
-        return 0 if left_s <= 2.5 else room(admission, left_s, per_s)
+    def refusal(admission: Admission, key: StreamKey, left_s: float, index: int = 0) -> Any:
+        return no_room(admission) if left_s <= 2.5 else None
 
-    monkeypatch.setattr(Admission, "_room", some)
+    monkeypatch.setattr(Admission, "refusal", refusal)
     return "Carry-Timeout: 2.5"
 
 
@@ -110,7 +111,7 @@ async def test_a_client_that_does_not_read_has_to_wait(
 ) -> None:
     """What it is owed stays bounded, and none of it is lost, however long it takes."""
     if refused:
-        monkeypatch.setattr(Admission, "_room", lambda *_: 0)
+        monkeypatch.setattr(Admission, "refusal", no_room)
     paused: list[bool] = []
     name = "refuse" if refused else "begin"
     go_on = getattr(Express, name)

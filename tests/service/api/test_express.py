@@ -25,6 +25,7 @@ from service.api.express import EXPRESS, Express, Taken
 from service.api.protocol import ExpressProtocol
 from service.engine.admission import Admission
 from tests.service.api.harness import Harness, rows
+from tests.service.engine.batching import no_room
 from tests.support.pipelines import chunk_of
 from tests.support.servers import until_async
 
@@ -306,7 +307,7 @@ async def test_both_servers_refuse_the_same(
     doors: tuple[Door, Door], monkeypatch: pytest.MonkeyPatch, lines: Sequence[str]
 ) -> None:
     """Several times, since what is said again and again is written once."""
-    monkeypatch.setattr(Admission, "_room", lambda *_: 0)
+    monkeypatch.setattr(Admission, "refusal", no_room)
     ours, theirs = doors
     sent = request(chunk(), *lines)
     expected = await converse(theirs, sent)
@@ -323,7 +324,7 @@ async def test_a_refusal_says_what_holds_now(
 ) -> None:
     ours, _ = doors
     batcher = api.pipeline._chunks["probe"]
-    monkeypatch.setattr(Admission, "_room", lambda *_: 0)
+    monkeypatch.setattr(Admission, "refusal", no_room)
     [first] = await converse(ours, request(chunk()))
     monkeypatch.setattr(batcher._rate, "per_s", 20.0)
     [second] = await converse(ours, request(chunk()))

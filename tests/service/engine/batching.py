@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from service.engine.admission import Admission, Refusal
 from service.engine.batcher import Batcher
 from service.engine.jobs import Job, Release, Request
 from service.engine.policy import BatchLimits
@@ -53,6 +54,11 @@ class Runs:
         """Wait until so many batches began."""
         async with asyncio.timeout(5), self._began:
             await self._began.wait_for(lambda: len(self.batches) >= count)
+
+
+def no_room(admission: Admission, *_: object) -> Refusal:
+    """What stands for `Admission.refusal` where nothing is admitted."""
+    return Refusal(0, admission._rate.per_s, of_stream=False)
 
 
 async def submit(
