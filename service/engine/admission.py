@@ -102,7 +102,7 @@ class Admission:
                 self._note_refusing(before)
                 return Refusal(before, rate, False)
         backlog = queue.backlog(key)
-        if backlog is None or not backlog.jobs:
+        if backlog is None:
             return None
         waiting, rate = len(backlog.jobs), backlog.per_s
         too_many = max(1, room // STREAM_SHARE)

@@ -167,21 +167,31 @@ class FairQueue(Generic[P, R]):
         return self._short.ready + (self._long.ready if long_ones else 0)
 
     def backlog(self, key: Hashable) -> Backlog[P, R] | None:
-        """Of a stream that is not idle."""
-        return self._backlogs.get(key)
+        """Of a stream with waiting jobs."""
+        backlog = self._backlogs.get(key)
+        return backlog if backlog is not None and backlog.jobs else None
 
     def push(self, job: Job[P, R]) -> bool:
         """Add a job behind those of its stream; whether it is ready."""
-        backlog = self._of(job)
-        backlog.jobs.append(job)
-        if backlog.is_held or len(backlog.jobs) > 1:
+        self._length += 1
+        key = job if job.key is None else job.key
+        backlog = self._backlogs.get(key)
+        if backlog is None:
+            backlog = self._backlogs[key] = Backlog(key)
+        elif backlog.is_held or backlog.jobs:
+            backlog.jobs.append(job)
             return False
+        backlog.jobs.append(job)
         self._rotation(job).add(backlog)
         return True
 
     def put_back(self, job: Job[P, R]) -> None:
         """Return a job that was taken to its old place."""
-        backlog = self._of(job)
+        self._length += 1
+        key = job if job.key is None else job.key
+        backlog = self._backlogs.get(key)
+        if backlog is None:
+            backlog = self._backlogs[key] = Backlog(key)
         backlog.insert(job)
         if not backlog.is_held and len(backlog.jobs) == 1:
             self._rotation(job).add(backlog, first=True)
@@ -260,15 +270,6 @@ class FairQueue(Generic[P, R]):
         jobs = [job for backlog in self._backlogs.values() for job in backlog.jobs]
         self.sweep(lambda _: False)
         return jobs
-
-    def _of(self, job: Job[P, R]) -> Backlog[P, R]:
-        """The backlog that a job comes to."""
-        self._length += 1
-        key = job if job.key is None else job.key
-        backlog = self._backlogs.get(key)
-        if backlog is None:
-            backlog = self._backlogs[key] = Backlog(key)
-        return backlog
 
     def _rotation(self, job: Job[P, R]) -> Rotation[P, R]:
         return self._long if job.steps > self._limits.long_steps else self._short
