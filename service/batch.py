@@ -304,7 +304,7 @@ class BatchRun:
                 return False
             if answer is Answer.STORED and state is not None and kept is not None:
                 self._recorder.replay(self._served.name)
-                created = state.last is not None and state.last.start == 0
+                created = state.last is not None and state.last.created
                 first = self._output_position(member.chunk, kept.mark)
                 member.job.settle(
                     Reply(
@@ -478,7 +478,7 @@ class BatchRun:
         return True
 
     def _reply(self, member: Member, new: StreamState, timing: Timing) -> Reply:
-        created = new.mark.position == member.chunk.steps.length
+        created = new.last is not None and new.last.created
         first = self._output_position(member.chunk, new.mark)
         return Reply(member.key, new.mark, member.outputs, new.state, False, created, timing, first)
 

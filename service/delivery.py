@@ -294,7 +294,7 @@ def advance(
         Mark(epoch, next_tag(tag, start, digest), start + steps.length),
         steps.feed,
         fingerprint,
-        LastChunk(start, digest[:DIGEST_BYTES]),
+        LastChunk(start, digest[:DIGEST_BYTES], base is not None and start == 0),
         now_ms,
         state,
     )

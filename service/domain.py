@@ -66,10 +66,18 @@ class LastChunk(NamedTuple):
     Attributes:
         start: position of its first event.
         digest: the first 16 bytes of its digest.
+        stream_existed: it starts at 0 and did not create its stream, which was restored or forked
+            at position 0; False for a chunk that starts later.
     """
 
     start: int
     digest: bytes
+    stream_existed: bool = False
+
+    @property
+    def created(self) -> bool:
+        """Whether the chunk created its stream."""
+        return self.start == 0 and not self.stream_existed
 
 
 class StreamState(NamedTuple):
@@ -207,6 +215,7 @@ class ForecastRequest(NamedTuple):
         seed: of the draws.
         future: what is known of the coming steps, one event each; None where nothing is told.
         position: where the stream is expected to stand; None where it may stand anywhere.
+        precondition: the state that the stream has to be in.
     """
 
     horizon: int
@@ -214,6 +223,7 @@ class ForecastRequest(NamedTuple):
     seed: int = 0
     future: EventColumns | None = None
     position: int | None = None
+    precondition: Precondition | None = None
 
 
 class ForecastReply(NamedTuple):

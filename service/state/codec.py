@@ -6,7 +6,8 @@ A state, all little-endian; M int64 values and N float32 values:
          0     4  magic "CRRY"
          4     1  format, 1
          5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk,
-                  bit 2 the stream was deleted
+                  bit 2 the stream was deleted, bit 3 the last chunk starts at 0 and did not
+                  create the stream
          6     2  M, u16
          8     4  N, u32
         12     4  CRC-32 over every other byte, u32
@@ -91,6 +92,7 @@ _NO_INTS: Final = np.frombuffer(b"", _INT)
 _FEED_IS_INPUTS: Final = 1
 _HAS_LAST: Final = 2
 _DELETED: Final = 4
+_STREAM_EXISTED: Final = 8
 TOMBSTONE_BEGIN: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
 """How the bytes of every tombstone begin, and those of no stream."""
 
@@ -118,8 +120,8 @@ def encode_state(stream: StreamState) -> bytes:
     flags = _FEED_IS_INPUTS if feed is Feed.INPUTS else 0
     start, digest = 0, _NO_DIGEST
     if last is not None:
-        flags |= _HAS_LAST
-        start, digest = last
+        start, digest, stream_existed = last
+        flags |= _HAS_LAST | (_STREAM_EXISTED if stream_existed else 0)
     epoch, tag, position = mark
     # struct would pad or cut a string of another length without a word.
     if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
@@ -173,13 +175,14 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         updated_ms,
     ) = _STATE.unpack_from(value)
     _check_known(magic, STATE_MAGIC, format_)
-    if flags & ~(_FEED_IS_INPUTS | _HAS_LAST):
+    if flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED):
         if flags == _DELETED:
             return _decode_tombstone(value, Mark(epoch, tag, position))
         raise CodecError(f"unknown flags 0x{flags:02x}")
     _check_whole(value, HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_AT, crc)
     has_last = bool(flags & _HAS_LAST)
-    if not has_last and (start or any(digest)):
+    stream_existed = bool(flags & _STREAM_EXISTED)
+    if not has_last and (start or any(digest) or stream_existed):
         raise CodecError("a last chunk is given, and the flags say there is none")
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
     floats = _floats(value, float_size, HEADER_BYTES + 8 * int_size)
@@ -187,7 +190,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         mark=Mark(epoch, tag, position),
         feed=Feed.INPUTS if flags & _FEED_IS_INPUTS else Feed.EVENTS,
         fingerprint=fingerprint,
-        last=LastChunk(start, digest) if has_last else None,
+        last=LastChunk(start, digest, stream_existed) if has_last else None,
         updated_ms=updated_ms,
         state=State(floats, ints),
     )

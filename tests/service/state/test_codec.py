@@ -135,6 +135,16 @@ def test_the_layout_of_a_state_is_the_documented_one() -> None:
     assert value[96:] == struct.pack("<3q2f", -3, 2**62, 7, 1.5, -2.0)
 
 
+def test_flag_of_a_first_chunk_that_did_not_create_its_stream() -> None:
+    stream = Streams().first(floats=4, ints=0)
+    assert stream.last is not None
+    flags = encode_state(stream)[5]
+    existed = stream._replace(last=stream.last._replace(stream_existed=True))
+    value = encode_state(existed)
+    assert value[5] == flags | 4
+    assert decode_state(value).last == existed.last
+
+
 def test_the_layout_of_a_reply_is_the_documented_one() -> None:
     mark = Mark(b"epoch-89", b"tag-0123456789ab", 77)
     value = encode_reply(StoredReply(mark, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
@@ -188,10 +198,11 @@ def test_bytes_changed_anywhere_are_refused(stream: StreamState, data: st.DataOb
     [
         (0, b"CRRX", "magic"),
         (4, b"\x02", "format"),
-        (5, b"\x07", "flags"),
+        (5, b"\x0b", "flags"),
         (5, b"\x83", "flags"),
         (6, b"\x03", "bytes"),
         (5, b"\x00", "last chunk"),
+        (5, b"\x05", "last chunk"),
         (96, struct.pack("<f", float("nan")), "finite"),
         (100, struct.pack("<f", float("-inf")), "finite"),
     ],
