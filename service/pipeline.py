@@ -331,6 +331,7 @@ class Pipeline:
             ForecastUnsupported: the model has no decoder.
             InvalidInput: the horizon is longer than the decoder's, or something is not known.
             StreamNotFound, StateIncompatible, StateDamaged
+            StateChanged: the stream is not in the state that the request's precondition names.
             PositionAhead, PositionBehind: the stream does not stand at the request's position.
             CarryError: refused or failed while it was decoded.
         """
@@ -346,7 +347,7 @@ class Pipeline:
             )
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the time for the forecast was up before it was begun")
-        found = await self.streams.read(key, deadline_s)
+        found = await self.streams.read(key, deadline_s, request.precondition)
         if not served.takes(found):
             raise incompatible(served, key.stream, found)
         check_position(key.stream, request.position, found.mark)

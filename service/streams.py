@@ -61,14 +61,22 @@ class Streams:
         self._cache = cache
         self._now_ms = now_ms
 
-    async def read(self, key: StreamKey, deadline_s: float = math.inf) -> StreamState:
+    async def read(
+        self,
+        key: StreamKey,
+        deadline_s: float = math.inf,
+        precondition: Precondition | None = None,
+    ) -> StreamState:
         """The stream as the store has it.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable
+            StateChanged: it is not in the state the precondition names.
         """
         self._model(key.model)
         found = await self._stored(key, deadline_s)
+        if precondition is not None:
+            _required(key, found, precondition)
         if not isinstance(found, StreamState):
             raise StreamNotFound(
                 f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)

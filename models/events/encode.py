@@ -54,6 +54,10 @@ _EPOCH_MINUTE = 3 * _DAY_MINUTES
 MAX_SEEN = 2**62
 """More events than any stream can have; counting on from it stays within int64."""
 
+MAX_RESTORED_SEEN = 2**61
+"""Most events that a state may have seen which a stream is to begin with: from there on no stream
+can come to `MAX_SEEN`."""
+
 
 class Clock(NamedTuple):
     """What a stream remembers of its timestamps.
@@ -69,10 +73,13 @@ class Clock(NamedTuple):
     out_of_order: int = 0
 
     @classmethod
-    def from_ints(cls, spec: StateSpec, ints: IntArray) -> Clock:
+    def from_ints(cls, spec: StateSpec, ints: IntArray, max_seen: int = MAX_SEEN) -> Clock:
         """Read the clock's parts out of a state's int64 row [M].
 
         A model without a timestamp field has no such parts: the clock is then at zero.
+
+        Args:
+            max_seen: most events that the clock may have seen.
 
         Raises:
             StateError: counters that no stream can reach, or a timestamp out of range.
@@ -83,10 +90,10 @@ class Clock(NamedTuple):
         last_ms = values[slices[CLOCK_LAST_MS].start]
         seen = values[slices[CLOCK_SEEN].start]
         out_of_order = values[slices[CLOCK_OUT_OF_ORDER].start]
-        if not 0 <= seen <= MAX_SEEN or not 0 <= out_of_order <= max(seen - 1, 0):
+        if not 0 <= seen <= max_seen or not 0 <= out_of_order <= max(seen - 1, 0):
             raise StateError(
-                f"parts {CLOCK_SEEN!r} and {CLOCK_OUT_OF_ORDER!r}: expected counts, the second "
-                f"below the first, got {seen} and {out_of_order}"
+                f"parts {CLOCK_SEEN!r} and {CLOCK_OUT_OF_ORDER!r}: expected counts of at most "
+                f"{max_seen}, the second below the first, got {seen} and {out_of_order}"
             )
         if seen == 0:
             return cls()

@@ -245,9 +245,11 @@ PREDICT = _route(
 )
 STREAM = _route(
     {200: _good(schemas.StreamInfo, "The stream.", _ETAG)},
-    [_MODEL, _STREAM],
+    [_MODEL, _STREAM, _IF_MATCH],
     *_NAMED,
+    errors.InvalidPrecondition,
     errors.StreamNotFound,
+    errors.StateChanged,
     errors.StateDamaged,
     *_STORE,
 )
@@ -266,9 +268,11 @@ DELETE_STREAM = _route(
 )
 STATE = _route(
     {200: _good(schemas.StateReply, "The state.", _ETAG)},
-    [_MODEL, _STREAM],
+    [_MODEL, _STREAM, _IF_MATCH],
     *_NAMED,
+    errors.InvalidPrecondition,
     errors.StreamNotFound,
+    errors.StateChanged,
     errors.StateIncompatible,
     errors.StateDamaged,
     *_STORE,
@@ -301,10 +305,12 @@ FORK = _route(
 )
 FORECAST = _route(
     {200: _good(schemas.ForecastReply, "What is seen ahead.", _ETAG)},
-    [_MODEL, _STREAM, _TIMEOUT],
+    [_MODEL, _STREAM, _IF_MATCH, _TIMEOUT],
     *_NAMED,
+    errors.InvalidPrecondition,
     errors.ForecastUnsupported,
     errors.StreamNotFound,
+    errors.StateChanged,
     errors.PositionAhead,
     errors.PositionBehind,
     errors.StateIncompatible,

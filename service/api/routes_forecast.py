@@ -12,6 +12,7 @@ from service.api.long_bodies import LONG_BYTES
 from service.api.reading import (
     body_media,
     deadline,
+    if_match,
     query,
     read_body,
     reply_media,
@@ -34,7 +35,8 @@ async def post_forecast(request: Request) -> Response:
 
     Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
     step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
-    the same state. With a `position` the stream has to stand there.
+    the same state. With a `position` the stream has to stand there, with
+    `If-Match` it has to be in the state that is named.
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
@@ -44,11 +46,13 @@ async def post_forecast(request: Request) -> Response:
     wire.served.require_decoder()
     media = body_media(request)
     answer = reply_media(request, media)
+    precondition = if_match(request)
     body = await read_body(request, api.limits.max_body_bytes)
     if len(body) < LONG_BYTES:
         wanted = wire.reader.forecast_request(body, media, key.stream)
     else:
         async with api.long_bodies.admitted(body, deadline_s) as turns:
             wanted = await wire.long.forecast_request(body, media, key.stream, turns)
+    wanted = wanted._replace(precondition=precondition)
     found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
     return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.mark)])

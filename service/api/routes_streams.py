@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from models.blocks import WAITING
 from models.errors import DataError, StateError
-from models.events.encode import Clock, check_rows
+from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
 from models.state import State
 from service.api import openapi
 from service.api.bodies import validate
@@ -57,7 +57,8 @@ async def get_stream(request: Request) -> Response:
     query(request)
     answer = reply_media(request)
     key = _key(request)
-    found = await api_of(request).pipeline.streams.read(key)
+    precondition = if_match(request)
+    found = await api_of(request).pipeline.streams.read(key, precondition=precondition)
     return reply(answer, _info(request, key, found), headers=[etag(found.mark)])
 
 
@@ -89,7 +90,7 @@ async def get_state(request: Request) -> Response:
     api = api_of(request)
     key = _key(request)
     wire = api.wire(key.model)
-    found = await api.pipeline.streams.read(key)
+    found = await api.pipeline.streams.read(key, precondition=if_match(request))
     if not wire.served.takes(found):
         raise incompatible(wire.served, key.stream, found)
     document = {**_standing(key, found), "state": wire.writer.state(found.state)}
@@ -127,7 +128,7 @@ async def put_state(request: Request) -> Response:
         raise _foreign(served, key.stream, fingerprint)
     try:
         state = served.state.from_names(body.state)
-        Clock.from_ints(served.state, state.ints)
+        Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
         _check_waiting(served, state, body.position)
     except StateError as error:
         raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error

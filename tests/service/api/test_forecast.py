@@ -262,3 +262,17 @@ async def test_a_state_of_another_version_is_refused(
     async with harness(pipeline_server, {"weather": other}) as api:
         api.store.states.update(stored)
         problem(await look(api, ASKED), 409, "state_incompatible")
+
+
+async def test_if_match_names_the_state_to_look_ahead_from(api: Harness) -> None:
+    await send(api, EVENTS[:4])
+    before = (await look(api, ASKED)).headers["etag"]
+    assert (await look(api, ASKED, headers={"if-match": before})).status_code == 200
+    await send(api, EVENTS[4:5])
+    changed = problem(await look(api, ASKED, headers={"if-match": before}), 412, "state_changed")
+    assert (changed["stream"], changed["position"]) == ("s", 5)
+    assert (await look(api, ASKED, headers={"if-match": "*"})).status_code == 200
+    missing = await look(api, ASKED, stream="t", headers={"if-match": "*"})
+    problem(missing, 412, "state_changed")
+    weak = await look(api, ASKED, headers={"if-match": 'W/"a"'})
+    problem(weak, 400, "invalid_precondition")

@@ -371,3 +371,19 @@ async def test_a_damaged_state_is_never_used_and_has_two_ways_out(
                 assert restored.status_code in (200, 201)
                 again = await api.chunk({**body, "position": 3}, stream="spoilt")
                 assert again.json()["position"] == 6
+
+
+async def test_reads_honour_if_match(api: Harness) -> None:
+    before = await api.chunk({"inputs": rows(2).tolist()})
+    after = await api.chunk({"inputs": rows(2).tolist()})
+    for path in (f"{ADDRESS}/s", f"{ADDRESS}/s/state"):
+        for etag, status in ((before.headers["etag"], 412), (after.headers["etag"], 200)):
+            response = await api.client.get(path, headers={"if-match": etag})
+            assert response.status_code == status
+        stale = await api.client.get(path, headers={"if-match": before.headers["etag"]})
+        assert problem(stale, 412, "state_changed")["position"] == 4
+        assert (await api.client.get(path, headers={"if-match": "*"})).status_code == 200
+        weak = await api.client.get(path, headers={"if-match": 'W/"a"'})
+        problem(weak, 400, "invalid_precondition")
+        missing = await api.client.get(path.replace("/s", "/t", 1), headers={"if-match": "*"})
+        assert missing.status_code in (404, 412)

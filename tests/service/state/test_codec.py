@@ -141,7 +141,7 @@ def test_flag_of_a_first_chunk_that_did_not_create_its_stream() -> None:
     flags = encode_state(stream)[5]
     existed = stream._replace(last=stream.last._replace(stream_existed=True))
     value = encode_state(existed)
-    assert value[5] == flags | 4
+    assert value[5] == flags | 8
     assert decode_state(value).last == existed.last
 
 
@@ -198,11 +198,11 @@ def test_bytes_changed_anywhere_are_refused(stream: StreamState, data: st.DataOb
     [
         (0, b"CRRX", "magic"),
         (4, b"\x02", "format"),
-        (5, b"\x0b", "flags"),
+        (5, b"\x13", "flags"),
         (5, b"\x83", "flags"),
         (6, b"\x03", "bytes"),
         (5, b"\x00", "last chunk"),
-        (5, b"\x05", "last chunk"),
+        (5, b"\x09", "last chunk"),
         (96, struct.pack("<f", float("nan")), "finite"),
         (100, struct.pack("<f", float("-inf")), "finite"),
     ],
