@@ -18,7 +18,7 @@ from service.api.media import Media
 from service.api.plain import PlainBodies
 from service.api.request_reader import RequestReader
 from service.domain import Chunk, Steps
-from service.errors import CarryError
+from service.errors import CarryError, InvalidInput
 from service.served import ServedModel
 from tests.service.api.harness import EVENT, EVENT_MS, LATER, rows
 from tests.support.numpy_runtime import NumpyRuntime
@@ -410,3 +410,23 @@ def test_items_of_both_kinds_and_of_different_lengths(
     found = read(fast, "items", Media.JSON, body)
     assert found == read(strict, "items", Media.JSON, body)
     assert [item[-1][1] for item in found] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("sizes", [(20, 16), (16, 20), (12, 13, 23)])
+def test_torn_rows_are_not_made_whole_by_those_of_others(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], sizes: tuple[int, ...]
+) -> None:
+    """Rows of 12 bytes: together the lengths are whole rows, and each is its own chunk's alone."""
+    fast, strict = readers["probe"]
+    given = [rows(2).tobytes()[:size] for size in sizes]
+    parts: list[dict[str, Any]] = [{"inputs": inputs} for inputs in given]
+    items = [{"stream": f"s{at}", **part} for at, part in enumerate(parts)]
+    many = ormsgpack.packb({"chunks": items})
+    found = read(fast, "items", Media.MSGPACK, many)
+    assert found == read(strict, "items", Media.MSGPACK, many)
+    torn = [at for at, size in enumerate(sizes) if size % 12]
+    assert [at for at, item in enumerate(found) if item[0] is InvalidInput] == torn
+    predict = ormsgpack.packb({"sequences": parts})
+    found = read(fast, "sequences", Media.MSGPACK, predict)
+    assert found[0] is InvalidInput
+    assert found[2]["at"] == f"sequences[{torn[0]}].inputs"
