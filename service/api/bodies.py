@@ -244,12 +244,13 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
     many = create_model(
         f"{name}-Many{suffix}",
         __base__=ManyBody,
-        chunks=(list[item], Field(json_schema_extra=most)),  # type: ignore[valid-type]
+        # Where one is wrong, items are validated one by one, and sequences are refused together.
+        chunks=(list[item], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
     )
     predict = create_model(
         f"{name}-Predict{suffix}",
         __base__=PredictBody,
-        sequences=(list[sequence], Field(json_schema_extra=most)),  # type: ignore[valid-type]
+        sequences=(list[sequence], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
     )
     return BodyTypes(
         chunk, item, sequence, many, predict, _forecast(served, limits, f"{name}-", suffix)

@@ -89,15 +89,26 @@ class _PackedChunk(msgspec.Struct):
     events: list[msgspec.Raw] | None = None
 
 
-class _PackedParts(msgspec.Struct):
-    """The chunks or sequences of a body in MessagePack, undecoded."""
+class _Parts(msgspec.Struct):
+    """The chunks or sequences of a body, undecoded."""
 
     chunks: list[msgspec.Raw] = []
     sequences: list[msgspec.Raw] = []
 
 
 _PACKED_CHUNK = msgspec.msgpack.Decoder(_PackedChunk)
-_PACKED_PARTS = msgspec.msgpack.Decoder(_PackedParts)
+_PACKED_PARTS = msgspec.msgpack.Decoder(_Parts)
+_JSON_PARTS = msgspec.json.Decoder(_Parts)
+
+
+def count_parts(media: Media, body: bytes) -> int:
+    """How many chunks or sequences a body has; 0 where it cannot be read so far."""
+    decoder: Any = _JSON_PARTS if media is Media.JSON else _PACKED_PARTS
+    try:
+        found: _Parts = decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return 0
+    return len(found.chunks) + len(found.sequences)
 
 
 class PlainBodies:

@@ -16,7 +16,7 @@ from service.api.invalid import Origin
 from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
 from service.api.media import Encoded, Media, encoded_list, encoded_object, loads
-from service.api.plain import PlainBodies, PlainChunk
+from service.api.plain import PlainBodies, PlainChunk, count_parts
 from service.api.reading import parse_if_match, stream_name
 from service.api.strict_steps import StrictSteps
 from service.delivery import chunk_digest, new_nonce
@@ -142,18 +142,23 @@ class RequestReader:
         if plain is not None and all(item.if_match is None for item, _ in plain):
             return [self.made_chunk(item, steps, item.stream, None) for item, steps in plain]
         types, origin = self.bodies.types[media], Origin(first=first)
+        self._check_count("chunks", count_parts(media, body))
         try:
             many = self.bodies.validate(types.many, media, body, origin, duplicates=True)
             found: list[Any] = list(many.chunks)
         except InvalidInput as error:
             found = self._item_values(body, media, error)
-        if len(found) > self.limits.max_items:
-            raise too_many("chunks", self.limits.max_items, len(found))
+        self._check_count("chunks", len(found))
         items = [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found, first)]
         if any(isinstance(item, Chunk) for item in items):
             for at, duplicate in duplicate_members(media, body, "chunks", origin).items():
                 items[at] = _with_stream(duplicate, items[at])
         return items
+
+    def _check_count(self, name: str, count: int) -> None:
+        """Refuse more items or sequences than a request may have."""
+        if count > self.limits.max_items:
+            raise too_many(name, self.limits.max_items, count)
 
     def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
         """The items as plain values, where it is not the body as a whole that is wrong."""
@@ -195,10 +200,10 @@ class RequestReader:
         plain = self._plain.sequences(media, body)
         if plain is not None:
             return plain
+        self._check_count("sequences", count_parts(media, body))
         kind = self.bodies.types[media].predict
         found = self.bodies.validate(kind, media, body, Origin(first=first)).sequences
-        if len(found) > self.limits.max_items:
-            raise too_many("sequences", self.limits.max_items, len(found))
+        self._check_count("sequences", len(found))
         return self.strict.of_sequences(found, first)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:

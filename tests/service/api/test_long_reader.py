@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import orjson
 import ormsgpack
 import pytest
 import uvloop
@@ -18,14 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.artifact import Artifact, write_artifact
-from service.api import long_reader
+from service.api import long_reader, routes_streams
 from service.api.json_structure import JsonStructure
 from service.api.limits import ApiLimits
 from service.api.long_reader import LongReader
 from service.api.media import Media
 from service.api.request_reader import RequestReader
 from service.api.turns import LongBodies, Turns
-from service.errors import CarryError, DeadlineExceeded, MalformedBody, Overloaded
+from service.domain import StreamKey
+from service.errors import CarryError, DeadlineExceeded, InvalidInput, MalformedBody, Overloaded
 from service.served import ServedModel
 from tests.service.api.harness import (
     EVENT,
@@ -292,3 +294,60 @@ async def test_overloaded_model_does_not_read_long_bodies(
             f"/v1/models/probe/{path}", content=b"[" * 100_000, headers=JSON
         )
         problem(response, 429, "overloaded")
+
+
+@pytest.mark.parametrize("media", list(Media))
+@pytest.mark.parametrize("kind", ["items", "sequences"])
+def test_short_bodies_are_counted_before_they_are_validated(
+    readers: Mapping[str, RequestReader],
+    monkeypatch: pytest.MonkeyPatch,
+    media: Media,
+    kind: str,
+) -> None:
+    """65,000 empty objects of one byte took half a second of the event loop."""
+    reader = readers["probe"]
+    name = "chunks" if kind == "items" else "sequences"
+    dumps = ormsgpack.packb if media is Media.MSGPACK else orjson.dumps
+    body = dumps({name: [{}] * 5000})
+    monkeypatch.setattr(reader.bodies, "validate", None)
+    error, _, facts = read(reader, kind, media, body)
+    assert error is InvalidInput
+    assert (facts["at"], facts["expected"], facts["got"]) == (name, 3, 5000)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_long_state_is_restored(
+    api: Harness, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """The states of these models are short: so they are taken for long ones."""
+    for module in (routes_streams, long_reader):
+        monkeypatch.setattr(module, "LONG_BYTES", 40)
+    await api.chunk({"events": [EVENT, LATER]}, model="small")
+    address = "/v1/models/small/streams"
+    kept = (await api.client.get(f"{address}/s/state")).json()
+    for name in ("fingerprint", "epoch", "tag", "model", "version", "stream", "updated_ms"):
+        kept[name] = kept[name] if name == "fingerprint" else None
+    dumps = ormsgpack.packb if packed else orjson.dumps
+
+    async def put(body: Any) -> tuple[int, dict[str, Any]]:
+        response = await api.client.put(
+            f"{address}/t/state",
+            content=dumps(body),
+            headers={**(MSGPACK if packed else JSON), "accept": "application/json"},
+        )
+        return response.status_code, response.json()
+
+    for part, value in (
+        ("lstm_1.hidden", [0.0] * 9000),
+        ("lstm_1.hidden", [[0.0]] * len(kept["state"]["lstm_1.hidden"])),
+        ("lstm_1.hidden", ["0"] * len(kept["state"]["lstm_1.hidden"])),
+        ("clock.seen", [1]),
+        ("clock.seen", 1.5),
+        ("other", [0.0]),
+    ):
+        status, found = await put({**kept, "state": {**kept["state"], part: value}})
+        assert (status, found["code"]) == (422, "invalid_input"), found
+    assert (await put(kept))[0] == 201
+    found = [api.store.states[StreamKey("small", name)].state for name in "st"]
+    np.testing.assert_array_equal(found[0].floats, found[1].floats)
+    np.testing.assert_array_equal(found[0].ints, found[1].ints)
