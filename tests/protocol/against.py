@@ -3,7 +3,8 @@
 Every script call that an exploration made is made once more, by the service's own `RedisStore`
 with its codec: many calls in one round trip, each on two keys of its own, which hold before it
 what the model says. Afterwards its outcome and the bytes of both keys must be the model's, and
-what the call wrote must have a lifetime.
+what the call wrote must have a lifetime. Of a deletion, which the store tries several times, a call
+is one try.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any, Final
 
 import redis
 
-from service.domain import StreamKey
-from service.state.codec import encode_reply, encode_state
+from service.domain import StreamKey, Tombstone
+from service.state.codec import HEADER_BYTES, encode_reply, encode_state, encode_tombstone
 from service.state.protocol import Commit, Committed, Conflicted
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
@@ -25,6 +26,7 @@ from tests.protocol.world import STREAMS
 AT_ONCE: Final = 400
 IDLE_TTL_MS: Final = 3_600_000
 REPLY_TTL_MS: Final = 600_000
+TOMBSTONE_TTL_MS: Final = 300_000
 
 
 class Different(Exception):
@@ -32,8 +34,13 @@ class Different(Exception):
 
 
 def settings(url: str) -> StoreSettings:
-    """Settings under which both keys expire."""
-    return StoreSettings(url, idle_ttl_ms=IDLE_TTL_MS, reply_ttl_ms=REPLY_TTL_MS)
+    """Settings under which all that is written expires."""
+    return StoreSettings(
+        url,
+        idle_ttl_ms=IDLE_TTL_MS,
+        reply_ttl_ms=REPLY_TTL_MS,
+        tombstone_ttl_ms=TOMBSTONE_TTL_MS,
+    )
 
 
 async def compare(book: Book, calls: Sequence[Call], url: str, client: redis.Redis) -> int:
@@ -81,8 +88,8 @@ async def _compare(
             raise Different(f"{_told(book, call)}: other bytes than the model's")
         if outcomes[at] != _outcome(book, call):
             raise Different(f"{_told(book, call)}: {outcomes[at]}, not {_outcome(book, call)}")
-        if call.kind == "commit" and call.done:
-            limits = (IDLE_TTL_MS, REPLY_TTL_MS)
+        if call.kind != "read" and call.done:
+            limits = (IDLE_TTL_MS if call.kind == "commit" else TOMBSTONE_TTL_MS, REPLY_TTL_MS)
             for value, lives_ms, most_ms in zip(
                 expected, lives[2 * at : 2 * at + 2], limits, strict=True
             ):
@@ -96,35 +103,41 @@ async def _make(
     """The outcome of every call: all commits in one, the others side by side."""
     commits, others = [], []
     for at, (call, stream) in enumerate(zip(calls, streams, strict=True)):
-        expected = book.mark(call.expected)
         if call.kind == "commit":
+            expected = book.expected(call.expected)
             reply = book.replies[call.new_reply]
             commits.append((at, Commit(stream, expected, book.states[call.new], reply)))
-        elif call.kind == "delete":
-            others.append((at, store.delete(stream, expected)))
-        else:
+        elif call.kind == "read":
             others.append((at, store.load_with_reply(stream)))
+        else:
+            condition = book.condition(call.expected, call.kind == "delete by epoch")
+            tombstone = book.states[call.new]
+            others.append((at, store._write_tombstone(stream, condition, tombstone, None)))
     outcomes: list[Any] = [None] * len(calls)
     results = await store.commit([commit for _, commit in commits])
     for (at, _), result in zip(commits, results, strict=True):
         outcomes[at] = result
     for (at, _), found in zip(others, await asyncio.gather(*(o for _, o in others)), strict=True):
         read = calls[at].kind == "read"
-        outcomes[at] = tuple(v and v.mark for v in found) if read else found
+        outcomes[at] = tuple(v and v.mark for v in found) if read else found.value
     return outcomes
 
 
 def _outcome(book: Book, call: Call) -> Any:
     if call.kind == "read":
-        reply = book.replies[call.reply]
+        reply = book.replies[call.reply] if book.stream(call.state) else None
         return book.mark(call.state), reply and reply.mark
+    if call.kind != "commit":
+        found, _ = _bytes(book, call.state, 0)
+        return [1] if call.done else [0, *([found[:HEADER_BYTES]] if found else [])]
     return Committed() if call.done else Conflicted(book.mark(call.state))
 
 
 def _bytes(book: Book, state: int, reply: int) -> tuple[bytes | None, bytes | None]:
     found, kept = book.states[state], book.replies[reply]
+    encode = encode_tombstone if isinstance(found, Tombstone) else encode_state
     return (
-        None if found is None else encode_state(found),
+        None if found is None else encode(found),
         None if kept is None else encode_reply(kept),
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from models.state import State
 from service.delivery import begin_anew, chunk_digest
 from service.domain import (
+    FIRST_TAG,
     Chunk,
     Feed,
     Mark,
@@ -23,8 +24,10 @@ from service.domain import (
     StoredReply,
     StreamKey,
     StreamState,
+    Tombstone,
 )
 from service.errors import CarryError
+from service.state.codec import mark_bytes
 from service.state.protocol import Commit, CommitResult, Conflicted
 from tests.protocol.rules import Answer, Pair, Process, Rules
 from tests.protocol.world import STREAMS, ChunkPlan, Guard, Job, Scenario
@@ -57,7 +60,7 @@ class Book:
         self.scenario = scenario
         self.rules = rules
         self.keys = [StreamKey(MODEL, stream) for stream in STREAMS]
-        self.states: list[StreamState | None] = [None]
+        self.states: list[StreamState | Tombstone | None] = [None]
         self.replies: list[StoredReply | None] = [None]
         self.epochs: dict[bytes, str] = {}
         self.calls: dict[Call, None] = {}
@@ -87,12 +90,22 @@ class Book:
 
     def past(self, state: int) -> tuple[int, ...]:
         """The events that led to a state, as its float spells them."""
-        found = self.states[state]
+        found = self.stream(state)
         digits = "" if found is None else f"{int(found.state.floats[0]):o}"
         return tuple(int(digit) for digit in digits if digit != "0")
 
+    def stream(self, state: int) -> StreamState | None:
+        """The stream in this state; None for a tombstone, too."""
+        found = self.states[state]
+        return found if isinstance(found, StreamState) else None
+
     def mark(self, state: int) -> Mark | None:
-        """The state's mark."""
+        """The mark of the stream in this state; None for a tombstone, too."""
+        found = self.stream(state)
+        return None if found is None else found.mark
+
+    def expected(self, state: int) -> Mark | None:
+        """What a write expects that was decided for this state: a tombstone has a mark, too."""
         found = self.states[state]
         return None if found is None else found.mark
 
@@ -136,12 +149,12 @@ class Book:
     def judge(self, job: Job, state: int) -> Process | Any:
         """`judge`: Process, Replay, or the refusal."""
         key = ("judge", job.client, job.plan, job.number, job.named, state)
-        return self._decide(key, self.rules.judge, self.chunk(job), self.states[state])
+        return self._decide(key, self.rules.judge, self.chunk(job), self.stream(state))
 
     def continues(self, job: Job, state: int) -> bool:
         """`continues` from a copy in memory."""
         key = ("continues", job.client, job.plan, job.number, job.named, state)
-        return self._decide(key, self.rules.continues, self.chunk(job), self.states[state])
+        return self._decide(key, self.rules.continues, self.chunk(job), self.stream(state))
 
     def retry(self, job: Job, first: int, state: int, reply: int, own: int) -> Answer | Any:
         """`answer_retry`: which answer, or the refusal."""
@@ -150,8 +163,8 @@ class Book:
             key,
             self.rules.answer_retry,
             self.chunk(job),
-            self.states[first],
-            self.states[state],
+            self.stream(first),
+            self.stream(state),
             self.replies[reply],
             self.mark(own),
         )
@@ -166,9 +179,10 @@ class Book:
         key = ("settle", stream, expected, new, found)
         return self._decide(key, self.rules.settle, commit, Conflicted(self.mark(found)))
 
-    def settle_deletion(self, stream: int, found: int) -> CommitResult:
+    def settle_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
         """`settle_deletion` of a repeated deletion."""
-        return self.rules.settle_deletion(self.keys[stream], Conflicted(self.mark(found)))
+        result = Conflicted(self.mark(found))
+        return self.rules.settle_deletion(self.keys[stream], self.expected(expected), result)
 
     def advance(self, job: Job, base: int) -> int:
         """The state after a chunk, computed and named."""
@@ -179,7 +193,7 @@ class Book:
         return found
 
     def _advance(self, job: Job, base: int) -> int:
-        before, chunk = self.states[base], self.chunk(job)
+        before, chunk = self.stream(base), self.chunk(job)
         value = float(before.state.floats[0]) if before is not None else 0.0
         outputs = []
         for row in chunk.steps.rows:
@@ -193,7 +207,7 @@ class Book:
 
     def begin(self, job: Job, source: int) -> int:
         """A state restored or forked."""
-        new = begin_anew(self.states[source], fingerprint=FINGERPRINT, now_ms=NOW_MS)
+        new = begin_anew(self.stream(source), fingerprint=FINGERPRINT, now_ms=NOW_MS)
         mark = new.mark._replace(epoch=self._epoch(job))
         return self._kept(new._replace(mark=mark), None)
 
@@ -203,6 +217,17 @@ class Book:
         name = f"{self.plan(job).name}.{job.number + 1}" + (f".{job.attempts}" * (job.attempts > 0))
         self.epochs[epoch] = f"epoch {name}"
         return epoch
+
+    def tombstone(self, job: Job) -> int:
+        """The tombstone that a try of a deletion leaves."""
+        epoch = self.rules.tombstone_epoch(job.client, job.plan, job.number, job.attempts)
+        key = ("tombstone", epoch)
+        if key not in self._ids:
+            self._ids[key] = len(self.states)
+            self.states.append(Tombstone(Mark(epoch, FIRST_TAG, 0)))
+            self.replies.append(None)
+            self._objects[id(self.states[-1])] = self._ids[key]
+        return self._ids[key]
 
     def _kept(self, new: StreamState, outputs: Any) -> int:
         key = (new.mark, new.last, float(new.state.floats[0]))
@@ -216,7 +241,7 @@ class Book:
         return found
 
     def _commit(self, stream: int, expected: int, new: int, reply: int) -> Commit:
-        mark = self.mark(expected)
+        mark = self.expected(expected)
         return Commit(self.keys[stream], mark, self.states[new], self.replies[reply])
 
     def commit(
@@ -235,17 +260,33 @@ class Book:
             self.calls[Call("commit", stream, state, reply, expected, new, kept, *found)] = None
         return found
 
-    def delete(self, stream: int, state: int, reply: int, expected: int) -> tuple[int, int, bool]:
-        """`delete.lua` on a stream's two keys."""
-        key = ("delete", stream, state, reply, expected)
+    def delete(
+        self, stream: int, state: int, reply: int, expected: int, new: int, by_epoch: bool
+    ) -> tuple[int, int, bool]:
+        """`delete.lua` on a stream's two keys.
+
+        Args:
+            new: the tombstone.
+            by_epoch: any state of the expected one's epoch will do.
+        """
+        kind = "delete by epoch" if by_epoch else "delete"
+        key = (kind, stream, state, reply, expected, new)
         found = self._memo.get(key)
         if found is None:
             before = Pair(self.states[state], self.replies[reply])
-            after, done = self.rules.delete_effect(before, self.mark(expected))
+            condition = self.condition(expected, by_epoch)
+            after, done = self.rules.delete_effect(before, condition, self.states[new])
             found = self._number(after.state), self._number(after.reply), done
             self._memo[key] = found
-            self.calls[Call("delete", stream, state, reply, expected, 0, 0, *found)] = None
+            self.calls[Call(kind, stream, state, reply, expected, new, 0, *found)] = None
         return found
+
+    def condition(self, expected: int, by_epoch: bool) -> bytes:
+        """What `delete.lua` is told to expect."""
+        mark = self.expected(expected)
+        if mark is None:
+            return b""
+        return mark.epoch if by_epoch else mark_bytes(mark)
 
     def _number(self, value: object) -> int:
         return 0 if value is None else self._objects[id(value)]

@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from service.delivery import Answer, Replay, answer_retry, judge
-from service.domain import Chunk, Mark, StoredReply, StreamKey, StreamState
+from service.domain import Chunk, Mark, StoredReply, StreamKey, StreamState, Tombstone
 from service.errors import CarryError, StoreUnavailable
 from service.state.protocol import Commit, CommitResult, Conflicted
-from tests.protocol.rules import Effect, Pair, Rules, commit_effect
+from tests.protocol.rules import Effect, Pair, Rules, commit_effect, delete_effect, stored_mark
 from tests.protocol.scenarios import (
     AGAIN,
     ERASED,
     FORGOTTEN,
+    LATE,
+    LATE_BEHIND,
     RACE,
     RESTORED,
     RETRIES,
@@ -112,8 +114,23 @@ def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
     return Rules().settle(commit, result)
 
 
-def _as_deleted(key: StreamKey, result: Conflicted) -> CommitResult:
+def _as_deleted(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
     return result
+
+
+def _anything(before: Pair, expected: bytes, tombstone: Tombstone) -> Effect:
+    if expected and not stored_mark(before):
+        return Effect(before, False)
+    return Effect(Pair(tombstone, None), True)
+
+
+def _nothing_left(before: Pair, expected: bytes, tombstone: Tombstone) -> Effect:
+    after, done = delete_effect(before, expected, tombstone)
+    return Effect(Pair(None, None) if done else after, done)
+
+
+def _one_epoch(client: int, plan: int, number: int, attempt: int) -> bytes:
+    return b"deletion"
 
 
 PLANTED = (
@@ -190,5 +207,31 @@ PLANTED = (
         ERASED,
         Rules(settle_deletion=_as_deleted),
         "and it is applied",
+    ),
+    Planted(
+        "a deletion that deletes whatever there is",
+        LATE,
+        Rules(delete_effect=_anything),
+        "was answered, and is carried out now",
+        Lua("delete", "if mark ~= '' and (", "if false and ("),
+    ),
+    Planted(
+        "a deletion that leaves nothing behind",
+        LATE,
+        Rules(delete_effect=_nothing_left),
+        "was deleted after",
+        Lua("delete", "redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])", ""),
+    ),
+    Planted(
+        "two deletions leave the same tombstone",
+        LATE,
+        Rules(tombstone_epoch=_one_epoch),
+        "was deleted after",
+    ),
+    Planted(
+        "a commit sent again without the abandoned one before it",
+        LATE_BEHIND,
+        Rules(forget_abandoned=True),
+        "was told that nothing was applied",
     ),
 )

@@ -38,16 +38,28 @@ class Broken(Exception):
 
 
 def check_write(book: Book, request: Request, before: Slot, after: Slot) -> None:
-    """A commit was written: into a stream that is there, once, from its whole history."""
+    """A deletion or a commit was written: not too late, and the commit into a stream that is
+    there, once, from its whole history."""
     job = request.job
     stream = STREAMS[book.plan(job).stream]
-    if request.base and not before.state:
-        raise Broken(f"{stream} was gone, and a commit that expected it brought it back")
+    deletes = isinstance(book.plan(job), DeletePlan)
+    if request.stale and not deletes:
+        raise Broken(f"{stream} was deleted after {what(book, job)} was sent, which is written now")
+    if request.stale:
+        lost = ", ".join(book.name(uid) for uid, _ in before.log)
+        raise Broken(
+            f"{what(book, job)} was answered, and is carried out now on {lost}, "
+            "which came after the answer"
+        )
     if request.orphan == 2:
         raise Broken(
             f"{who(book, job)} was told that nothing was applied of {what(book, job)}, "
             "and it is written now"
         )
+    if deletes:
+        return
+    if book.stream(request.base) and not book.stream(before.state):
+        raise Broken(f"{stream} was gone, and a commit that expected it brought it back")
     uids = [uid for uid, _ in after.log]
     if len(set(uids)) != len(uids):
         raise Broken(f"{stream} holds {what(book, job)} twice")
@@ -89,10 +101,23 @@ def check_answer(book: Book, job: Job, state: int, slot: Slot, client: Client) -
         )
 
 
+def check_deletion(book: Book, job: Job, slot: Slot, client: Client) -> None:
+    """A deletion is acknowledged: what its client knew to be applied before is gone."""
+    plans = book.scenario.clients[job.client].plans
+    for uid, _ in slot.log:
+        plan = uid // 16 % 16
+        if uid // 256 == job.client and plan < job.plan and client.known[plan]:
+            raise Broken(
+                f"{what(book, job)} is acknowledged, and {plans[plan].name} is still there"
+            )
+
+
 def _lost(book: Book, job: Job, client: Client, slot: Slot) -> str | None:
     """An earlier chunk that the client relies on and that is in the history no more."""
     uids = {uid for uid, _ in slot.log}
-    for plan in range(job.plan):
+    plans = book.scenario.clients[job.client].plans[: job.plan]
+    deleted = [i for i, plan in enumerate(plans) if isinstance(plan, DeletePlan)]
+    for plan in range(deleted[-1] + 1 if deleted else 0, job.plan):
         uid = book.uid(job._replace(plan=plan, number=0))
         if client.known[plan] and uid not in uids:
             return book.name(uid)

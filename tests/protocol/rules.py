@@ -1,6 +1,6 @@
 """The transition functions the model walks through: the service's own, and the scripts' meaning.
 
-Everything a worker decides is decided by `service.delivery` and `service.state.redis_store.settle`;
+Everything a worker decides is decided by `service.delivery` and `service.state.outcomes`;
 what the two Lua scripts do is said once more here, as functions of names, and is held against
 the scripts on a real server (`against.py`). A planted bug is a `Rules` with one part replaced.
 """
@@ -21,19 +21,27 @@ from service.delivery import (
     continues,
     judge,
 )
-from service.domain import Chunk, Mark, StoredReply, StreamKey, StreamState
+from service.domain import (
+    EPOCH_BYTES,
+    Chunk,
+    Mark,
+    StoredReply,
+    StreamKey,
+    StreamState,
+    Tombstone,
+)
 from service.errors import CarryError, OutcomeUnknown
 from service.state.codec import mark_bytes
+from service.state.outcomes import settle, settle_deletion
 from service.state.protocol import Commit, CommitResult, Conflicted
-from service.state.redis_store import settle, settle_deletion
 
 NONCE_BYTES = 16
 
 
 class Pair(NamedTuple):
-    """A stream's two keys: its state and its kept reply."""
+    """A stream's two keys: its state, or the tombstone of a deletion, and its kept reply."""
 
-    state: StreamState | None
+    state: StreamState | Tombstone | None
     reply: StoredReply | None
 
 
@@ -46,23 +54,28 @@ class Effect(NamedTuple):
 
 def commit_effect(before: Pair, commit: Commit) -> Effect:
     """`commit.lua`: compare epoch and tag, then write reply and state, or nothing."""
-    state, expected = before.state, commit.expected
-    if state is None:
-        if expected is not None:
-            return Effect(before, False)
-    elif expected is None or mark_bytes(state.mark) != mark_bytes(expected):
+    expected = b"" if commit.expected is None else mark_bytes(commit.expected)
+    if stored_mark(before) != expected:
         return Effect(before, False)
     return Effect(Pair(commit.new, commit.reply), True)
 
 
-def delete_effect(before: Pair, expected: Mark | None) -> Effect:
-    """`delete.lua`: compare if asked to, then remove both keys; without a state, the reply."""
-    state = before.state
-    if state is None:
-        return Effect(Pair(None, None), False)
-    if expected is not None and mark_bytes(state.mark) != mark_bytes(expected):
+def delete_effect(before: Pair, expected: bytes, tombstone: Tombstone) -> Effect:
+    """`delete.lua`: compare epoch and tag, or the epoch alone; then leave the tombstone."""
+    mark = stored_mark(before)
+    if bool(mark) != bool(expected) or not mark.startswith(expected):
         return Effect(before, False)
-    return Effect(Pair(None, None), True)
+    return Effect(Pair(tombstone, None), True)
+
+
+def stored_mark(pair: Pair) -> bytes:
+    """The epoch and tag that a script compares; empty where there is no value."""
+    return b"" if pair.state is None else mark_bytes(pair.state.mark)
+
+
+def tombstone_epoch(client: int, plan: int, number: int, attempt: int) -> bytes:
+    """The epoch of a tombstone: another for every try of every deletion."""
+    return bytes((client + 1, plan + 1, number + 1, attempt + 1)).ljust(EPOCH_BYTES, b"\x02")
 
 
 def nonce(client: int, plan: int, number: int) -> bytes:
@@ -92,6 +105,8 @@ class Rules:
 
     Attributes:
         refuse_from_cache: whether a copy in memory may refuse a chunk.
+        forget_abandoned: whether a write that was given up is not sent again on a new connection,
+            even where another was sent behind it.
         answer_early: whether a chunk is answered once it is computed from a state in memory.
     """
 
@@ -101,10 +116,12 @@ class Rules:
     after_conflict: Callable[[Chunk, Mark, Mark | None], Answer] = after_conflict
     answer_retry: Callable[..., Answer] = answer_as_read
     settle: Callable[[Commit, Conflicted], CommitResult] = settle
-    settle_deletion: Callable[[StreamKey, Conflicted], CommitResult] = settle_deletion
+    settle_deletion: Callable[[StreamKey, Mark, Conflicted], CommitResult] = settle_deletion
     nonce: Callable[[int, int, int], bytes] = nonce
     commit_effect: Callable[[Pair, Commit], Effect] = commit_effect
-    delete_effect: Callable[[Pair, Mark | None], Effect] = delete_effect
+    delete_effect: Callable[[Pair, bytes, Tombstone], Effect] = delete_effect
+    tombstone_epoch: Callable[[int, int, int, int], bytes] = tombstone_epoch
     unanswered: Callable[[str], CarryError] = unknown
     refuse_from_cache: bool = False
+    forget_abandoned: bool = False
     answer_early: bool = False

@@ -118,6 +118,46 @@ AGAIN = Scenario(
     replies=False,
     depth=25,
 )
+DELETION = DeletePlan("the deletion of S")
+BEGUN = replace(C1, name="c0", position=0)
+LATE = Scenario(
+    "late: bytes of a connection that was given up arrive after S was deleted and begun again",
+    (
+        ClientPlan(
+            "A", (replace(DELETION, name="the first deletion"), A0, DELETION, BEGUN), resends=1
+        ),
+    ),
+    Faults(replies_lost=1, timeouts=1, streams_expired=1, bytes_held=1),
+    depth=30,
+)
+LATE_BEHIND = Scenario(
+    "late behind: bytes of a chunk arrive late that was sent behind one that was given up",
+    (ClientPlan("A", (A0, A1), window=2, resends=1, alone=True),),
+    Faults(replies_lost=1, timeouts=1, bytes_held=1),
+    depth=30,
+)
+LATE_RIVALS = Scenario(
+    "late rivals: others delete the stream and begin it again",
+    (ClientPlan("A", (A0, A1), resends=1), ClientPlan("D", (DELETION, BEGUN))),
+    Faults(replies_lost=1, timeouts=1, bytes_held=1),
+    depth=11,
+)
+LATE_CRASH = Scenario(
+    "late crash: bytes of a worker that died arrive after another did its work",
+    (ClientPlan("A", (A0, A1), resends=1), ClientPlan("D", (DELETION,), resends=1)),
+    Faults(crashes=1, bytes_held=1),
+    depth=12,
+)
+LATE_BEGINNINGS = Scenario(
+    "late beginnings: restores and forks arrive late, and deletions of what they began",
+    (
+        ClientPlan("A", (A0, DELETION)),
+        ClientPlan("F", (BeginPlan("the fork to T", source=0, stream=1),)),
+        ClientPlan("R", (BeginPlan("the restore of S"), DeletePlan("the deletion of T", stream=1))),
+    ),
+    Faults(replies_lost=1, bytes_held=1),
+    depth=12,
+)
 SCENARIOS = (
     RETRIES,
     RACE,
@@ -130,4 +170,9 @@ SCENARIOS = (
     CRASHES,
     ERASED,
     AGAIN,
+    LATE,
+    LATE_BEHIND,
+    LATE_RIVALS,
+    LATE_CRASH,
+    LATE_BEGINNINGS,
 )

@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass
 
 from tests.protocol.book import Book
+from tests.protocol.breaks import FaultyStep
 from tests.protocol.moves import Move, moves
 from tests.protocol.promises import Broken
 from tests.protocol.rules import Rules
-from tests.protocol.step import Step
 from tests.protocol.world import Scenario, World, first_world
 
 
@@ -56,7 +56,7 @@ def search(scenario: Scenario, rules: Rules | None = None, depth: int | None = N
 
 
 def _explore(book: Book, limit: int) -> Found:
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     scenario = book.scenario
     first = first_world(scenario)
     seen = {_canonical(first)}
@@ -64,7 +64,7 @@ def _explore(book: Book, limit: int) -> Found:
     frontier, level, transitions = [(0, first)], 0, 0
 
     def found(complete: bool, broken: str | None = None, path: tuple[Move, ...] = ()) -> Found:
-        seconds = time.perf_counter() - began_s
+        seconds = time.process_time() - began_s
         return Found(scenario, book, len(seen), transitions, level, complete, seconds, broken, path)
 
     while frontier and level < limit:
@@ -74,7 +74,7 @@ def _explore(book: Book, limit: int) -> Found:
             for move in moves(world, book):
                 transitions += 1
                 try:
-                    after = Step(world, book).make(move)
+                    after = FaultyStep(world, book).make(move)
                 except Broken as error:
                     return found(False, str(error), (*_way(came, index), move))
                 canonical = _canonical(after)

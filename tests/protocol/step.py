@@ -3,8 +3,8 @@
 A worker is modelled as it is built: a chunk that continues a copy in memory is computed and its
 commit sent at once, any other is loaded first; what is sent goes through one ordered connection
 and is carried out from its head; a chunk whose commit is sent lets the stream's next one start.
-Carrying out a request and receiving its answer are one step; where they part, the answer is lost
-and the request is repeated (`lose`), abandoned (`timeout`) or its worker dies (`crash`).
+Carrying out a request and receiving its answer are one step; `breaks` adds what parts them, and
+whatever else goes wrong.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from service.delivery import Answer, Process, Replay
-from service.errors import CarryError, Conflict, StateChanged, StoreUnavailable
+from service.errors import CarryError, Conflict, StateChanged
 from service.state.protocol import Committed, Conflicted
 from tests.protocol.book import Book
 from tests.protocol.moves import Move
 from tests.protocol.promises import (
     NOT_APPLIED,
     check_answer,
+    check_deletion,
     check_failure,
     check_reply,
     check_write,
@@ -37,9 +38,14 @@ from tests.protocol.world import (
     Log,
     Request,
     Slot,
-    Worker,
     World,
 )
+
+BEGIN_TRIES = 2
+DELETE_TRIES = 3
+BY_EPOCH_FROM = 2
+"""A deletion without If-Match expects nothing, then what it found; from this try on its epoch is
+enough. The service tries both more often."""
 
 
 class Step:
@@ -52,6 +58,7 @@ class Step:
         self.workers = list(world.workers)
         self.clients = list(world.clients)
         self.left = world.left
+        self.held = list(world.held)
         self.notes = notes
         self._before = world.store
 
@@ -67,7 +74,8 @@ class Step:
             self.older = ()
         elif store != self._before and store not in self.older:
             self.older = (*self.older, store)
-        return World(store, self.older, tuple(self.workers), tuple(self.clients), self.left)
+        workers, clients = tuple(self.workers), tuple(self.clients)
+        return World(store, self.older, workers, clients, self.left, tuple(sorted(self.held)))
 
     def note(self, text: Callable[[], str]) -> None:
         if self.notes is not None:
@@ -170,7 +178,7 @@ class Step:
         self.workers[index] = worker._replace(lane=worker.lane[1:])
         stream = self.book.plan(request.job).stream
         if request.orphan:
-            self._write(index, request)
+            self._write(request)
             return
         {
             Kind.LOAD: self._loaded,
@@ -218,21 +226,23 @@ class Step:
         source = plan.source if isinstance(plan, BeginPlan) else plan.stream
         slot = self.store[source]
         self.book.read(source, slot.state, slot.reply)
-        if not slot.state:
+        if not self.book.stream(slot.state):
             self.note(lambda: f"{self._who(job)} is told that there is no {STREAMS[source]}")
         elif isinstance(plan, DeletePlan):
             self.note(lambda: f"worker {index + 1} sends the deletion of {self._at(slot.state)}")
             self._ask(index, Request(Kind.DELETE, job, slot.state))
         else:
             new = self.book.begin(job, slot.state)
-            base = slot.state if source == plan.stream else 0
+            base = self.store[plan.stream].state
+            if source != plan.stream and self.book.stream(base):
+                base = 0  # it is told so before its commit; here the store refuses it
             self.note(lambda: f"worker {index + 1} sends the commit of {self._at(new)}")
             self._ask(index, Request(Kind.BEGIN, job, base, new, log=slot.log))
 
     def _committed(self, index: int, request: Request) -> None:
         job = request.job
         stream = self.book.plan(job).stream
-        if self._write(index, request):
+        if self._write(request):
             self._answer(index, job, request.new)
             return
         found = self.store[stream].state
@@ -243,8 +253,7 @@ class Step:
             self._answer(index, job, request.new)
             return
         if request.kind == Kind.BEGIN:
-            if found != request.new:
-                self._tell(index, job, result if isinstance(result, CarryError) else _changed())
+            self._not_begun(index, request, found, result)
             return
         self._drop(index, stream)
         if isinstance(result, CarryError):
@@ -261,27 +270,53 @@ class Step:
             )
             self._ask(index, Request(Kind.RETRY, job, found, request.new))
 
-    def _deleted(self, index: int, request: Request) -> None:
-        job, stream = request.job, self.book.plan(request.job).stream
-        if self._write(index, request):
-            return
-        found = self.store[stream].state
-        result: Any = Conflicted(self.book.mark(found))
-        if request.repeated:
-            result = self.book.settle_deletion(stream, found)
+    def _not_begun(self, index: int, request: Request, found: int, result: Any) -> None:
+        """A restore is bound to what it read; a fork is tried again where no stream was found."""
+        job, plan = request.job, self.book.plan(request.job)
+        again = job._replace(attempts=job.attempts + 1)
         if isinstance(result, CarryError):
             self._tell(index, job, result)
-        elif isinstance(result, Conflicted) and found:
+        elif plan.source == plan.stream or self.book.stream(found) or again.attempts == BEGIN_TRIES:
             self._tell(index, job, _changed())
+        else:
+            new = self.book.begin(again, request.new)
+            self._ask(index, Request(Kind.BEGIN, again, found, new, log=request.log))
 
-    def _write(self, index: int, request: Request) -> bool:
+    def _deleted(self, index: int, request: Request) -> None:
+        job, stream = request.job, self.book.plan(request.job).stream
+        done, found = self._write(request), self.store[stream].state
+        if done:
+            self._answer(index, job, 0)
+        elif self.book.plan(job).guarded:
+            result: Any = Conflicted(self.book.mark(found))
+            if request.repeated:
+                result = self.book.settle_deletion(stream, request.base, found)
+            if isinstance(result, Committed):
+                self._answer(index, job, 0)
+            else:
+                self._tell(index, job, result if isinstance(result, CarryError) else _changed())
+        elif job.attempts + 1 < DELETE_TRIES:
+            again = job._replace(attempts=job.attempts + 1)
+            self._ask(index, Request(Kind.DELETE, again, found, repeated=request.repeated))
+        else:
+            unknown = self.book.rules.unanswered(STREAMS[stream])
+            self._tell(index, job, unknown if request.repeated else _conflict())
+
+    def _write(self, request: Request) -> bool:
         """Let a script run; whether it wrote."""
         job, plan = request.job, self.book.plan(request.job)
         stream = plan.stream
         slot = self.store[stream]
         if request.kind == Kind.DELETE:
-            state, reply, done = self.book.delete(stream, slot.state, slot.reply, request.base)
-            log: Log = slot.log if state else ()
+            state, reply, done = self.book.delete(
+                stream,
+                slot.state,
+                slot.reply,
+                request.base,
+                self.book.tombstone(job),
+                job.attempts >= BY_EPOCH_FROM,
+            )
+            log: Log = () if done else slot.log
         elif request.kind in WRITES:
             state, reply, done = self.book.commit(
                 stream, slot.state, slot.reply, request.base, request.new
@@ -297,91 +332,37 @@ class Step:
         verb = {Kind.COMMIT: "commit", Kind.BEGIN: "new beginning", Kind.DELETE: "deletion"}
         self.note(
             lambda: (
-                f"the store carries out worker {index + 1}'s {verb[Kind(request.kind)]} of "
+                f"the store carries out the {verb[Kind(request.kind)]} of "
                 f"{self._what(job)}, which expects {self._at(request.base)}: "
                 + ("written" if done else f"refused, it finds {self._at(slot.state)}")
             )
         )
-        if done and request.kind != Kind.DELETE:
+        if done:
             check_write(self.book, request, slot, self.store[stream])
+            self._mark(lambda r: self._outdates(request, r), stale=1)
         check_reply(STREAMS[stream], self.store[stream])
         return done
 
-    # What breaks
+    def _mark(self, choose: Callable[[Request], Any], **values: Any) -> None:
+        """Change the chosen ones of all requests that are under way."""
 
-    def _lose(self, index: int, cut: int) -> None:
-        """The connection breaks after `cut` requests were carried out; no answer came, and all
-        that somebody waits for is sent again."""
-        self.left = self.left._replace(replies_lost=self.left.replies_lost - 1)
-        self.note(
-            lambda: (
-                f"the connection of worker {index + 1} breaks"
-                + (f", after {cut} of its requests were carried out" if cut else "")
-            )
-        )
-        self._cut(index, cut)
-        worker = self.workers[index]
-        self.workers[index] = worker._replace(
-            lane=tuple(r._replace(repeated=1) for r in worker.lane if not r.orphan)
-        )
+        def marked(requests: tuple[Request, ...]) -> tuple[Request, ...]:
+            return tuple(r._replace(**values) if choose(r) else r for r in requests)
 
-    def _cut(self, index: int, cut: int) -> None:
-        lane = list(self.workers[index].lane)
-        for place, request in enumerate(lane[:cut]):
-            if request.kind in WRITES and self._write(index, request):
-                lane[place] = request._replace(job=request.job._replace(wrote=request.new or -1))
-        self.workers[index] = self.workers[index]._replace(lane=tuple(lane))
+        self.workers = [w._replace(lane=marked(w.lane)) for w in self.workers]
+        self.held = [marked(requests) for requests in self.held]
 
-    def _crash(self, index: int, cut: int) -> None:
-        self.left = self.left._replace(crashes=self.left.crashes - 1)
-        self.note(
-            lambda: (
-                f"worker {index + 1} is killed"
-                + (f", after {cut} of its requests were carried out" if cut else "")
-            )
-        )
-        self._cut(index, cut)
-        self.workers[index] = Worker((0,) * len(STREAMS))
-
-    def _timeout(self, index: int) -> None:
-        """The oldest request that is waited for is given up; it may yet be carried out."""
-        self.left = self.left._replace(timeouts=self.left.timeouts - 1)
-        worker = self.workers[index]
-        place = next(i for i, request in enumerate(worker.lane) if not request.orphan)
-        request = worker.lane[place]
-        stream = self.book.plan(request.job).stream
-        self.note(lambda: f"worker {index + 1} waited long enough for {self._what(request.job)}")
-        writes = request.kind in WRITES
-        error = self.book.rules.unanswered(STREAMS[stream]) if writes else _unavailable()
-        denied = error.code in NOT_APPLIED
-        left = (request._replace(orphan=2 if denied else 1),) if writes else ()
-        lane = (*worker.lane[:place], *left, *worker.lane[place + 1 :])
-        self.workers[index] = worker._replace(lane=lane)
-        if request.kind == Kind.COMMIT:
-            self._drop(index, stream)
-        self._tell(index, request.job, error)
-        self._start(index, stream)
-
-    def _rollback(self, place: int) -> None:
-        """The store is what it was; connections broke."""
-        self.left = self.left._replace(rollbacks=self.left.rollbacks - 1)
-        self.store = list(self.older[place])
-        self.older = self.older[: place + 1]
-        self.note(lambda: "the store is stopped and started on what it held before")
-        for index, worker in enumerate(self.workers):
-            self.workers[index] = worker._replace(
-                lane=tuple(r._replace(repeated=1) for r in worker.lane if not r.orphan)
-            )
-
-    def _expire(self, stream: int) -> None:
-        self.left = self.left._replace(streams_expired=self.left.streams_expired - 1)
-        self.store[stream] = self.store[stream]._replace(state=0, log=())
-        self.note(lambda: f"{STREAMS[stream]} was idle for too long: its state expires")
-
-    def _expire_reply(self, stream: int) -> None:
-        self.left = self.left._replace(replies_expired=self.left.replies_expired - 1)
-        self.store[stream] = self.store[stream]._replace(reply=0)
-        self.note(lambda: f"the reply of {STREAMS[stream]} expires")
+    def _outdates(self, written: Request, other: Request) -> bool:
+        """Whether a write that was sent must not be carried out after this one."""
+        one, two = self.book.plan(written.job), self.book.plan(other.job)
+        if other.kind not in WRITES or one.stream != two.stream:
+            return False
+        if (written.kind == Kind.DELETE) == (other.kind == Kind.DELETE):
+            return False
+        if written.kind == Kind.DELETE or other.orphan > 1:
+            return True
+        old, new = self.book.expected(other.base), self.book.mark(written.new)
+        return other.orphan == 1 and (old is None or old.epoch != new.epoch)
 
     # What clients are told
 
@@ -390,12 +371,15 @@ class Step:
         plan = self.book.plan(job)
         slot = self.store[plan.stream]
         self.note(lambda: f"worker {index + 1} answers {self._what(job)} with {self._at(state)}")
-        if not isinstance(plan, ChunkPlan):
-            return
+        self._mark(lambda r: r.job[:3] == job[:3], orphan=3)
         client = self.clients[job.client]
-        check_answer(self.book, job, state, slot, client)
+        if isinstance(plan, ChunkPlan):
+            check_answer(self.book, job, state, slot, client)
+            client = client._replace(last=state)
+        elif isinstance(plan, DeletePlan):
+            check_deletion(self.book, job, slot, client)
         known = _with(client.known, job.plan, 1)
-        self.clients[job.client] = client._replace(known=known, last=state)
+        self.clients[job.client] = client._replace(known=known)
 
     def _tell(self, index: int, job: Job, error: CarryError) -> None:
         """A failure: what it says must be so."""
@@ -408,6 +392,8 @@ class Step:
             )
         )
         check_failure(self.book, job, error, slot, self.clients[job.client])
+        denied = error.code in NOT_APPLIED
+        self._mark(lambda r: r.job[:3] == job[:3], orphan=2 if denied else 1)
         if isinstance(plan, ChunkPlan):
             self._learn(job, plan, error)
 
@@ -469,7 +455,3 @@ def _conflict() -> CarryError:
 
 def _changed() -> CarryError:
     return StateChanged("not the state that was named")
-
-
-def _unavailable() -> CarryError:
-    return StoreUnavailable("no answer to a read")

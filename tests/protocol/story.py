@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from tests.protocol.breaks import FaultyStep
 from tests.protocol.promises import Broken
 from tests.protocol.search import Found
-from tests.protocol.step import Step
 from tests.protocol.words import at
 from tests.protocol.world import STREAMS, World, first_world
 
@@ -15,7 +15,7 @@ def story(found: Found) -> str:
     world = first_world(found.scenario)
     for number, move in enumerate(found.path, 1):
         notes: list[str] = []
-        step = Step(world, found.book, notes)
+        step = FaultyStep(world, found.book, notes)
         broken = None
         try:
             world = step.make(move)

@@ -25,6 +25,6 @@ def at(book: Book, state: int) -> str:
     """A state: the events that led to it, position, epoch and the tag's first digits."""
     mark = book.mark(state)
     if mark is None:
-        return "no stream"
+        return "a tombstone" if state else "no stream"
     events = "".join(map(str, book.past(state)))
     return f"[{events} @{mark.position}, {book.epochs[mark.epoch]}, tag {mark.tag.hex()[:4]}]"

@@ -1,7 +1,8 @@
 """The values of the model: what is sent, and everything that is the case at one moment.
 
 A `World` is nested tuples of small numbers, so that it can be hashed, compared and sorted.
-States are numbers of the `Book` that keeps them; 0 is none.
+States, and the tombstones that deletions leave in their place, are numbers of the `Book` that keeps
+them; 0 is none.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Faults(NamedTuple):
     rollbacks: int = 0
     replies_expired: int = 0
     streams_expired: int = 0
+    bytes_held: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,11 @@ class Request(NamedTuple):
         new: the state to write, or that was computed (RETRY), or 0.
         held: the worker takes up no other chunk of the stream meanwhile.
         repeated: an earlier try may have been carried out.
-        orphan: nobody waits any more; 2: its caller was told that nothing was applied.
+        orphan: nobody waits any more, since its caller was told that the outcome is unknown (1),
+            that nothing was applied (2), or that it was (3).
         log: of the state to write, where that begins an epoch.
+        stale: it must not write any more: a commit that was sent before a deletion was carried
+            out, or a deletion that was answered before something else was written.
     """
 
     kind: int
@@ -175,6 +180,7 @@ class Request(NamedTuple):
     repeated: int = 0
     orphan: int = 0
     log: Log = ()
+    stale: int = 0
 
 
 class Worker(NamedTuple):
@@ -209,6 +215,8 @@ class World(NamedTuple):
     Attributes:
         store: by stream.
         older: contents the store had, which a rollback may put back; oldest first.
+        held: by connection that was given up, the writes whose bytes are still on their way to
+            the store, which may carry out any first part of them, in order, at any later step.
         left: faults that may still happen.
     """
 
@@ -217,6 +225,7 @@ class World(NamedTuple):
     workers: tuple[Worker, ...]
     clients: tuple[Client, ...]
     left: Faults
+    held: tuple[tuple[Request, ...], ...] = ()
 
 
 def first_world(scenario: Scenario) -> World:
