@@ -8,15 +8,17 @@ history, with the moments between which it can have.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tests.faults.client import Client
+from tests.faults.client import SHORT_LIVED, Client
 from tests.faults.cluster_store import ClusterStore
-from tests.faults.path import Choice, Direction, Link
+from tests.faults.network import MODEL
+from tests.faults.path import Choice, Direction, Hold, Link
 from tests.faults.path import Path as Way
 from tests.faults.plan import Fault, Kind
 from tests.faults.records import History, Loss
@@ -40,6 +42,7 @@ ALONE_SHARE = 4
 """One fault of so many may meet a worker while the others are down."""
 
 CUTS = 3
+CUT = (Kind.CUT_REQUEST, Kind.CUT_REPLY, Kind.CUT_COMMIT, Kind.CUT_ANSWER, Kind.HOLD_WRITE)
 _POLL_S = 0.001
 _LATE_S = {BEFORE_LOAD: 0.0006, COMPUTING: 0.0012}
 """A kill comes up to so long after the request, or the load's answer, was handed on: the worker
@@ -104,7 +107,7 @@ class Breaker:
             case Kind.OWNER_KILL | Kind.OWNER_TERM if isinstance(self._store, ValkeyStore):
                 kill = fault.kind is Kind.OWNER_KILL
                 await asyncio.to_thread(self._store.restart_owner, kill=kill)
-            case Kind.CUT_REQUEST | Kind.CUT_REPLY | Kind.CUT_COMMIT | Kind.CUT_ANSWER:
+            case kind if kind in CUT:
                 await self._cut(fault)
             case _:
                 raise ValueError(f"{fault.kind} on {self._store.name}")
@@ -200,11 +203,24 @@ class Breaker:
         self._history.seen["streams set back while their client rested"] += set_back
         self.warm_rollbacks += set_back > 0
 
+    async def nothing_held(self) -> None:
+        """Wait until every write that is held now has reached the store."""
+        for way in self._store.ways:
+            await way.drained(lambda link: link.hold is not None)
+
     def _is_commit(self, link: Link, data: bytes) -> bool:
         return b"EVAL" in data and self._store_sight.is_workers(link)
 
+    def _begins_or_deletes(self, link: Link, data: bytes) -> bool:
+        """Whether a short-lived stream is created or deleted."""
+        return (
+            self._is_commit(link, data)
+            and f":s:{MODEL}:{SHORT_LIVED}".encode() in data
+            and _BEGINS_OR_DELETES.search(data) is not None
+        )
+
     async def _cut(self, fault: Fault) -> None:
-        """Cut some connections, at least one."""
+        """Cut some connections, or hold what is written to them; at least one."""
         direction: Direction
         choice: Choice
         ways = self._store.ways
@@ -217,9 +233,18 @@ class Breaker:
                 direction, choice = "reply", _is_applied
             case Kind.CUT_COMMIT:
                 direction, choice = "request", self._is_commit
+            case Kind.HOLD_WRITE:
+                direction, choice = "request", self._is_commit
+                if self._random.random() < 0.7:
+                    choice = self._begins_or_deletes
             case _:
                 direction, choice = "reply", lambda link, _: self._store_sight.owes(link)
-        waiting = {way.cut(direction, choice) for way in ways for _ in range(CUTS)}
+        waiting = set()
+        for way in (*ways,) * CUTS:
+            hold = None
+            if fault.kind is Kind.HOLD_WRITE:
+                hold = Hold(self._random.uniform(0, fault.seconds), silent=fault.pick % 2 == 1)
+            waiting.add(way.cut(direction, choice, hold))
         done, waiting = await asyncio.wait(
             waiting, timeout=LONGEST_WAIT_S, return_when=asyncio.FIRST_COMPLETED
         )
@@ -234,6 +259,10 @@ class Breaker:
         for way in ways:
             way.forget_cuts()
         self._history.seen[f"{fault.kind}, connections"] += count
+
+
+_BEGINS_OR_DELETES = re.compile(rb"CRRY\x01(?:\x04|.{59}\x00{8})", re.DOTALL)
+"""A stored value, by docs/store.md: a tombstone, or a state after a chunk that began at 0."""
 
 
 def _is_chunk(_: Link, data: bytes) -> bool:

@@ -37,6 +37,9 @@ REFUSALS = frozenset(
 )
 _SHORTEST_S = 0.01
 _UNEXPECTED_KEPT = 20
+SHORT_LIVED = "x"
+"""How the names of short-lived streams begin; they are deleted and begun again all the time."""
+
 _LATE_S = 15.0
 """A request that was given up is carried out this much later at most."""
 
@@ -51,7 +54,9 @@ class Habits:
         longest: events in the longest chunk.
         duplicates: share of the chunks that are sent to two workers at once.
         forgets: share of the chunks before which the stream is deleted, or expires.
+        expires: share of those before which it expires.
         pause_s: mean pause between two chunks of a stream.
+        rest_s: mean pause after it was deleted.
         deadlines: share of the tries that say how long they may take, by Carry-Timeout.
         timeout_s: how long a reply is waited for.
     """
@@ -59,7 +64,9 @@ class Habits:
     longest: int = 32
     duplicates: float = 0.12
     forgets: float = 0.003
+    expires: float = 0.5
     pause_s: float = 0.06
+    rest_s: float = 0
     deadlines: float = 0.2
     timeout_s: float = 2.5
 
@@ -190,6 +197,9 @@ class Client:
 
     def _stand(self, epoch: str | None, tag: bytes | None, position: int) -> None:
         self._epoch, self._tag, self._position = epoch, tag, position
+        if position == 0:
+            # another stream; the same events in many cuts would be too many histories
+            self._rows = self._rows[:0]
         self._events(0)
 
     def _notice(self, how: str) -> None:
@@ -308,7 +318,7 @@ class Client:
         if self._position == 0:
             return
         began_s = time.monotonic()
-        if self._random.random() < 0.5:
+        if self._random.random() < self._habits.expires:
             await self._expire(self.log.name)
             self._history.seen["expired"] += 1
             self.log.forgotten.append(Span(began_s, time.monotonic()))
@@ -318,26 +328,31 @@ class Client:
                 return
             self._history.seen["deleted"] += 1
             self.log.forgotten.append(span)
+            await asyncio.sleep(self._random.exponential(self._habits.rest_s))
         self._next_worker = self._worker
 
     async def _delete(self, began_s: float) -> Span | None:
-        """Have another worker delete the stream as it stands; None where it stands elsewhere.
+        """Have another worker delete the stream; None where If-Match finds it elsewhere.
 
-        If-Match keeps a request that was given up, and comes to be carried out after all, from
-        deleting what the stream is by then.
+        A request that was given up may be carried out after all, and without If-Match it then
+        deletes what the stream is by that time.
         """
-        etag, sure = f"{self._epoch}-{self._tag.hex()}", True
+        etag, unanswered, unknown = None, False, False
+        if self._random.random() < 0.5:
+            etag = f"{self._epoch}-{self._tag.hex()}"
         while True:
             answer = await self._ask("DELETE", self._other(self._worker), etag=etag)
             if answer is None:
-                sure = False
+                unanswered = True
             elif answer[0] in (204, 404, 412):
-                now_s = time.monotonic()
-                if answer[0] == 412:
-                    return None if sure else Span(began_s, now_s + _LATE_S, sure=False)
-                return Span(began_s, now_s if sure else now_s + _LATE_S, sure)
+                refused = answer[0] == 412
+                if refused and not (unanswered or unknown):
+                    return None
+                until_s = time.monotonic() + (_LATE_S if unanswered else 0)
+                return Span(began_s, until_s, sure=not (unanswered or refused))
             else:
                 self._failed(*answer)
+                unknown = True
             await asyncio.sleep(0.1)
 
     async def _moved_on(self) -> None:

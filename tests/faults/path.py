@@ -1,7 +1,8 @@
 """A small TCP proxy on the loopback: it watches what passes, and cuts connections on demand.
 
-It changes no byte. What it can do to a connection is to end it in the middle: after the first
-half of a request, or of a reply, has gone on. Use from one event loop.
+It changes no byte. What it can do to a connection is to end it in the middle, after the first
+half of a request, or of a reply, has gone on; and to hold a request, so that it reaches the server
+only some time after its client gave the connection up. Use from one event loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Direction = Literal["request", "reply"]
@@ -32,6 +34,29 @@ class Watcher(Protocol):
 Choice = Callable[["Link", bytes], bool]
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """How requests are held.
+
+    Attributes:
+        late_s: they reach the server so long after the client's end of the connection is gone.
+        silent: the client gives the connection up by itself; else it is cut off at once.
+    """
+
+    late_s: float
+    silent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    direction: Direction
+    choice: Choice
+    hold: Hold | None
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
 class Link:
     """One connection through a path.
 
@@ -39,6 +64,8 @@ class Link:
         number: different for every connection of the run.
         notes: the watcher's own.
         whose: who made it, once somebody found out.
+        hold: set once its requests are held.
+        ended: all that was to pass has passed.
     """
 
     def __init__(self, path: Path, front: asyncio.Transport):
@@ -50,6 +77,8 @@ class Link:
         self.back: asyncio.Transport | None = None
         self.gone = False
         self.ended = asyncio.Event()
+        self.hold: Hold | None = None
+        self._held: list[bytes] = []
         self._early: list[bytes] = []
 
     async def connect(self, target: Target) -> None:
@@ -82,7 +111,14 @@ class Link:
     def _pass(self, direction: Direction, data: bytes) -> None:
         if self.gone:
             return
-        cut = self.path.take_cut(direction, self, data)
+        cut = None if self.hold else self.path.take_cut(direction, self, data)
+        if cut is not None and cut.hold is not None:
+            self.hold = cut.hold
+            if not cut.hold.silent:
+                self.front.abort()
+        if self.hold is not None and direction == "request":
+            self._held.append(data)
+            return
         if cut:
             data = data[: len(data) // 2]
         else:
@@ -100,6 +136,15 @@ class Link:
     def front_gone(self) -> None:
         """The client ended the connection; what it wrote still reaches the server."""
         self.path.watcher.closed(self)
+        if self.hold is None or self.gone:
+            self._end(abort=False)
+        else:
+            self.gone = True
+            asyncio.get_running_loop().call_later(self.hold.late_s, self._deliver)
+
+    def _deliver(self) -> None:
+        if self.back is not None and not self.back.is_closing():
+            self.back.write(b"".join(self._held))
         self._end(abort=False)
 
     def abort(self) -> None:
@@ -159,7 +204,7 @@ class Path:
         self.port = 0
         self._target = target
         self._listener: asyncio.Server | None = None
-        self._cuts: list[tuple[Direction, Choice, asyncio.Future[None]]] = []
+        self._cuts: list[_Cut] = []
         self._connecting: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -193,21 +238,23 @@ class Path:
             task.add_done_callback(self._connecting.discard)
         return link
 
-    def cut(self, direction: Direction, choice: Choice) -> asyncio.Future[None]:
-        """Cut the next bytes in this direction that are chosen; done when it happened."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._cuts.append((direction, choice, done))
-        return done
+    def cut(
+        self, direction: Direction, choice: Choice, hold: Hold | None = None
+    ) -> asyncio.Future[None]:
+        """Cut, or hold, the next bytes in this direction that are chosen; done when it happened."""
+        cut = _Cut(direction, choice, hold)
+        self._cuts.append(cut)
+        return cut.done
 
-    def take_cut(self, direction: Direction, link: Link, data: bytes) -> bool:
-        """Whether these bytes are to be cut, which then happened."""
-        for index, (wanted, choice, done) in enumerate(self._cuts):
-            if wanted == direction and choice(link, data):
-                del self._cuts[index]
-                if not done.done():
-                    done.set_result(None)
-                return True
-        return False
+    def take_cut(self, direction: Direction, link: Link, data: bytes) -> _Cut | None:
+        """The cut that these bytes are chosen for, which then happened."""
+        for cut in self._cuts:
+            if cut.direction == direction and cut.choice(link, data):
+                self._cuts.remove(cut)
+                if not cut.done.done():
+                    cut.done.set_result(None)
+                return cut
+        return None
 
     def forget_cuts(self) -> None:
         """Cut nothing that is still to come."""

@@ -27,6 +27,7 @@ class Kind(StrEnum):
     CUT_REPLY = "replies cut"
     CUT_COMMIT = "commits cut"
     CUT_ANSWER = "commits' answers cut"
+    HOLD_WRITE = "writes held, delivered late"
     OWNER_KILL = "embedded store's service killed"
     OWNER_TERM = "embedded store's service told to end"
     FAILOVER = "failover"
@@ -43,6 +44,7 @@ EVERYWHERE: Final = (
     Kind.CUT_REPLY,
     Kind.CUT_COMMIT,
     Kind.CUT_ANSWER,
+    Kind.HOLD_WRITE,
 )
 KINDS: Final[dict[str, tuple[Kind, ...]]] = {
     "valkey": (*EVERYWHERE, Kind.ROLLBACK, Kind.OWNER_KILL, Kind.OWNER_TERM),
@@ -64,7 +66,8 @@ class Fault:
     """One fault.
 
     Attributes:
-        seconds: how long a pause, or the age of the files that are put back.
+        seconds: how long a pause, the age of the files that are put back, or how late writes
+            that are held come at most.
         stage: where a chunk of the worker that is killed is to be.
         gap_s: pause before it.
         pick: chooses whom it meets.

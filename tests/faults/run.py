@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tests.faults import network
 from tests.faults.appender import Appender
 from tests.faults.breaker import Breaker
 from tests.faults.checker import check
-from tests.faults.client import Client, Habits
+from tests.faults.client import SHORT_LIVED, Client, Habits
 from tests.faults.cluster_store import ClusterStore
 from tests.faults.plan import Fault, make_plan, more_kills
 from tests.faults.records import History
@@ -35,6 +35,7 @@ PLANTS = Path(__file__).parent / "plants"
 ROOT = Path(__file__).parents[2]
 FINISH_S = 60.0
 MORE_KILLS = 20
+SHORT_LIVED_FORGETS, SHORT_LIVED_REST_S = 0.04, 0.2
 _POLL_S = 0.02
 
 
@@ -49,6 +50,7 @@ class Course:
         plant: a bug that is planted in the workers, by its folder in `plants`.
         strict: chunks are acknowledged when the replicas have them.
         forgets: share of chunks before which the stream is deleted or expires.
+        short_lived: one stream of so many is deleted and begun again all the time; 0: none.
         append_pause_s: mean pause between two episodes of an appender.
         longest_s: no pause is longer.
         quiet: compare with an undisturbed service, too.
@@ -65,6 +67,7 @@ class Course:
     plant: str | None = None
     strict: bool = False
     forgets: float = 0.003
+    short_lived: int = 7
     pause_s: float = 0.06
     appenders: int = 2
     append_pause_s: float = 0.3
@@ -184,14 +187,20 @@ async def _drive(
     course: Course, on: Scene, history: History, random: np.random.Generator
 ) -> Outcome:
     habits = Habits(forgets=course.forgets, pause_s=course.pause_s)
+    forgets = max(course.forgets, SHORT_LIVED_FORGETS)
+    short = replace(habits, forgets=forgets, expires=0, rest_s=SHORT_LIVED_REST_S)
 
     async def expire(stream: str) -> None:
+        # a stream lives longer than a network holds bytes
+        await breaker.nothing_held()
         await asyncio.to_thread(on.store.expire, stream)
 
-    clients = [
-        Client(f"s{n:03d}", n, on.ways, history, habits, _child(random), expire)
-        for n in range(course.streams)
-    ]
+    def client(number: int) -> Client:
+        brief = course.short_lived and number % course.short_lived == 0
+        name, how = (f"{SHORT_LIVED}{number:03d}", short) if brief else (f"s{number:03d}", habits)
+        return Client(name, number, on.ways, history, how, _child(random), expire)
+
+    clients = [client(number) for number in range(course.streams)]
     appenders = [
         Appender(f"append{n}", on.ways, history, _child(random), habits.timeout_s)
         for n in range(course.appenders)

@@ -18,6 +18,7 @@ ON_A_CLUSTER = (
     Kind.WORKER_KILL,
     Kind.FAILOVER,
     Kind.CUT_ANSWER,
+    Kind.HOLD_WRITE,
     Kind.STORE_KILL,
 )
 

@@ -33,7 +33,7 @@ def command(*parts: str) -> bytes:
 
 LOAD = command("MGET", STATE)
 COMMIT = command("EVALSHA", "sha", "2", STATE, REPLY, "0", "600000", "", "state", "reply")
-DELETE = command("EVALSHA", "sha", "2", STATE, REPLY, "")
+DELETE = command("EVALSHA", "sha", "2", STATE, REPLY, "", "tombstone", "600000")
 LOADED = b"*1\r\n$-1\r\n"
 WRITTEN, REFUSED = b"*1\r\n*1\r\n:1\r\n", b"*1\r\n*2\r\n:0\r\n$1\r\nx\r\n"
 
