@@ -344,7 +344,8 @@ class ExpressProtocol(HttpToolsProtocol):
             return
         if len(self.headers) == MAX_HEADERS:
             raise HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines")
-        super().on_header(name, value)
+        # the parser leaves the white space that ends a line
+        super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """uvicorn's parser has met the end of a head."""

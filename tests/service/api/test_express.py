@@ -12,8 +12,10 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
+import httptools
 import orjson
 import ormsgpack
 import pytest
@@ -22,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.connections import CONNECTIONS
 from service.api.express import EXPRESS, Express, Taken
+from service.api.heads import check_head
 from service.api.protocol import ExpressProtocol
 from service.engine.admission import Admission
 from tests.service.api.harness import Harness, rows
@@ -402,3 +405,53 @@ async def test_what_a_client_that_left_had_waiting_is_dropped(
         held_back()
         found = await api.pipeline.process(chunk_of("leaver", INPUTS))
     assert found.mark.position < 6 * len(INPUTS)
+
+
+class Framing:
+    """What the server's parser makes of the bytes of one request."""
+
+    def __init__(self) -> None:
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body = b""
+        self.ends = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value.rstrip(b" \t")))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.ends += 1
+
+
+async def test_the_fast_path_and_the_parser_frame_alike(api: Harness) -> None:
+    """What the first takes, whatever was done to a good request, is one request to the other."""
+    express: Express = api.app.state.express
+    random = Random(11)
+    good = [*TAKEN.values(), *LEFT.values(), *REFUSED.values()]
+    bits = [b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"0", b",", b"\x00", b"Content-Length: 3\r\n",
+            b"Transfer-Encoding: chunked\r\n", b"Host: b\r\n", b"Connection: close\r\n",
+            b"Connection: Upgrade\r\nUpgrade: x\r\n", b"Expect: 100-continue\r\n"]  # fmt: skip
+    seen = 0
+    for _ in range(20_000):
+        data = bytearray(random.choice(good))
+        end = data.find(b"\r\n\r\n") + 4
+        for _ in range(random.randrange(3)):
+            at = random.randrange(end)
+            data[at : at + random.randrange(3)] = random.choice(bits)
+        found = express.take(bytes(data))
+        if not isinstance(found, Taken):
+            continue
+        seen += 1
+        framing = Framing()
+        parser = httptools.HttpRequestParser(framing)
+        parser.feed_data(bytes(data[: found.whole_bytes - 1]))
+        assert not framing.ends
+        parser.feed_data(bytes(data[found.whole_bytes - 1 : found.whole_bytes]))
+        assert framing.ends == 1
+        assert data[: found.whole_bytes].endswith(framing.body)
+        check_head(parser.get_method(), b"", parser.get_http_version(), framing.headers)
+        assert parser.should_keep_alive()
+        assert not parser.should_upgrade()
+    assert seen > 1000

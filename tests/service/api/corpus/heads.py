@@ -139,6 +139,15 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     ),
     "coding in a trailer": _refused(post(TE) + chunked(PREDICT, TE + b"\r\n") + INNER),
     "chunk extensions": Exchange(post(TE) + chunked(PREDICT, extension=b';a="b"'), (200,)),
+    # White space around a value is no part of it.
+    "white space": Exchange(
+        post(b"Host:\tcarry \t", b"Carry-Timeout: 2.5 ", b"Expect: 100-continue ", length(PREDICT))
+        .replace(HOST, b"") + PREDICT,
+        (100, 200),
+    ),
+    "white space after a coding": Exchange(
+        post(b"Transfer-Encoding:  chunked ") + chunked(PREDICT), (200,)
+    ),
     # One host, one version, one value of what may come once.
     "no host": _refused(INNER.replace(HOST, b"")),
     "two hosts": _refused(post(HOST[:-2], length(PREDICT)) + PREDICT),
