@@ -80,6 +80,13 @@ async def test_a_job_that_does_not_fit_is_passed_over_and_comes_first_next_time(
     assert waiting.take() == ["b1"]
 
 
+async def test_items_that_are_passed_over_keep_their_order() -> None:
+    waiting, many = Waiting(), Ticket[str](4, math.inf)
+    for key, steps in (("a", 20), ("b", 60), ("c", 60), ("d", 1)):
+        waiting.push(key, steps=steps, ticket=many)
+    assert [waiting.take() for _ in range(3)] == [["a0", "d3"], ["b1"], ["c2"]]
+
+
 async def test_a_job_over_the_budget_goes_alone() -> None:
     waiting = Waiting()
     waiting.push("a", steps=150)
