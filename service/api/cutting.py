@@ -8,8 +8,10 @@ between its elements, because nowhere else do its parts parse.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final, NamedTuple
+from functools import lru_cache
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
@@ -31,6 +33,8 @@ Exceeded = Callable[[str], CarryError]
 MORE: Final = "more"
 """What came, where it was not counted to its end."""
 
+_UNKNOWN: Final = re.compile("unknown field `(.*)`")
+_MEMBER: Final = re.compile(r"length.* at `\$\.(.*)`$")
 _OBJECT: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _LIST: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
@@ -115,6 +119,12 @@ async def _cut_packed(value: memoryview, shape: Shape, inside: str, turns: Turns
         few = counted[0] <= 2 * len(shape.members)
         names = [name for name, _ in packed_pairs(value)] if few else []
         raise _too_many_members(shape, names, inside)
+    try:
+        _bounded(tuple(shape.members), shape.most).decode(value)
+    except msgspec.ValidationError as error:
+        if out_of_bounds := _out_of_bounds(shape, str(error), inside):
+            raise out_of_bounds from error
+    await turns.next()
     members = _OBJECT.decode(value)
     found = Cut({}, {})
     if len(members) < counted[0]:
@@ -132,6 +142,22 @@ async def _cut_packed(value: memoryview, shape: Shape, inside: str, turns: Turns
         else:
             found.members[name] = part
     return found
+
+
+@lru_cache(maxsize=256)
+def _bounded(members: tuple[str, ...], most: int) -> msgspec.msgpack.Decoder[Any]:
+    """Reads an object of these members in MessagePack, up to the first that is unknown or has too
+    many elements: their number is said before they are."""
+    some = msgspec.Meta(max_length=most)
+    names = {f"f{at}": name for at, name in enumerate(members)}
+    container: Any = Annotated[list[msgspec.Raw], some] | Annotated[dict[str, msgspec.Raw], some]
+    number = int | float | bool | None
+    fields: list[Any] = [
+        (attribute, container | number | (memoryview if name == "inputs" else str), None)
+        for attribute, name in names.items()
+    ]
+    kind = msgspec.defstruct("Bounded", fields, rename=names, forbid_unknown_fields=True)
+    return msgspec.msgpack.Decoder(kind)
 
 
 def groups(elements: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
@@ -177,6 +203,15 @@ def _too_many_members(shape: Shape, names: Sequence[str], inside: str) -> Invali
             return duplicated(member_place(inside, name))
     expected = f"at most the members {', '.join(shape.members)}, each once"
     return invalid(inside or "body", expected, MORE)
+
+
+def _out_of_bounds(shape: Shape, reason: str, inside: str) -> CarryError | None:
+    """What msgspec says of an object beyond its bounds; None where that is another error."""
+    if unknown := _UNKNOWN.search(reason):
+        return _unknown(shape, unknown[1], inside)
+    if member := _MEMBER.search(reason):
+        return _too_long(shape, member[1], inside)
+    return None
 
 
 def _too_long(shape: Shape, name: str, inside: str) -> CarryError:

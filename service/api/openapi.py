@@ -193,6 +193,8 @@ _ENGINE = (
     errors.ShuttingDown,
 )
 _OVERWRITING = (
+    errors.DeadlineExceeded,
+    errors.Overloaded,
     errors.InvalidPrecondition,
     errors.StreamExists,
     errors.StateChanged,
