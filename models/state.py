@@ -115,14 +115,14 @@ def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {error}"
         ) from error
-    if _holds_booleans(value):
-        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
     if given.size == 0 and part.size == 0:
         given = given.astype(part.dtype)
     if given.shape != part.shape:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {list(given.shape)}"
         )
+    if _holds_booleans(value):
+        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
     wanted = "iuf" if part.dtype == "float32" else "iu"
     if given.dtype.kind not in wanted:
         raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {given.dtype}")

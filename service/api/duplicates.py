@@ -22,6 +22,8 @@ EXPECTED: Final = "each member of an object once"
 
 _ELEMENTS: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _NAME: Final = msgspec.msgpack.Decoder(str)
+_MAX_DEPTH: Final = 32
+"""What lies deeper in MessagePack is in no body that is accepted."""
 _FIXMAP, _MAP16, _MAP32 = 0x80, 0xDE, 0xDF
 _FIXARRAY, _ARRAY16, _ARRAY32 = 0x90, 0xDC, 0xDD
 
@@ -127,17 +129,19 @@ def _json_tree(body: bytes) -> Any:
     return json.loads(body.decode(), object_pairs_hook=members, parse_int=len, parse_float=len)
 
 
-def _packed_tree(packed: bytes | msgspec.Raw) -> Any:
+def _packed_tree(packed: bytes | msgspec.Raw, depth: int = 0) -> Any:
     value = memoryview(packed)
+    if depth > _MAX_DEPTH:
+        return None
     if is_packed_array(value):
-        return [_packed_tree(element) for element in _ELEMENTS.decode(value)]
+        return [_packed_tree(element, depth + 1) for element in _ELEMENTS.decode(value)]
     if not is_packed_map(value):
         return None
     found: dict[str, Any] = {}
     for name, part in packed_pairs(value):
         if name in found:
             return _Duplicate(name)
-        found[name] = _packed_tree(part)
+        found[name] = _packed_tree(part, depth + 1)
     return found
 
 

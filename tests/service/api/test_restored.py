@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
+import ormsgpack
 import pytest
 
-from tests.service.api.harness import EVENT, LATER, Harness, problem, rows
+from tests.service.api.harness import EVENT, JSON, LATER, MSGPACK, Harness, problem, rows
 
 ADDRESS = "/v1/models/probe/streams"
 
@@ -65,3 +67,18 @@ async def test_last_position_that_is_restored_can_go_on(api: Harness, position: 
         response = await api.chunk({"inputs": rows(2).tolist()}, stream="t")
         assert response.status_code == 200, response.text
     assert (await api.client.get(f"{ADDRESS}/t")).json()["position"] == position + 4
+
+
+@pytest.mark.parametrize("depth", [30, 150, 400, 1000])
+@pytest.mark.parametrize("packed", [False, True])
+async def test_deeply_nested_values_are_no_state(api: Harness, depth: int, packed: bool) -> None:
+    await api.chunk({"inputs": rows(2).tolist()})
+    kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
+    kept["state"]["lstm_1.hidden"] = "deep"
+    if packed:
+        text = ormsgpack.packb(kept).replace(b"\xa4deep", b"\x91" * depth + b"\x01")
+    else:
+        text = orjson.dumps(kept).replace(b'"deep"', b"[" * depth + b"1" + b"]" * depth)
+    headers = {**(MSGPACK if packed else JSON), "accept": "application/json"}
+    response = await api.client.put(f"{ADDRESS}/t/state", content=text, headers=headers)
+    assert response.status_code in (400, 422), response.text
