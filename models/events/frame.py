@@ -3,7 +3,8 @@
 A file is looser than the wire in four ways, each because of how tables are written: a NaN
 is a missing number, integers may stand for categories (by their digits) and for booleans
 (0 and 1), and a date and time without an offset is read in the schema's time zone (of two
-possible moments the earlier). Everything else is refused, naming row and column.
+possible moments the earlier). Everything else is refused, naming row and column; so are integers
+that are seconds in all likelihood (`EPOCH_SECONDS`), which would be read as days of 1970.
 
 Polars is needed here and in `fit`, and nowhere in serving.
 """
@@ -37,6 +38,10 @@ from models.events.schema import (
     TimestampField,
 )
 from models.events.zones import zone_table
+
+EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
+"""Timestamps that all lie here are refused. As seconds they are moments of 1979 to 2103; as
+milliseconds, which they would be read as, of January and February 1970."""
 
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
 
@@ -142,6 +147,7 @@ def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArr
     if dtype.is_integer():
         # What does not fit int64 is out of range, and must not wrap around into it.
         values = column.cast(pl.Int64, strict=False).fill_null(MAX_TIMESTAMP_MS).to_numpy()
+        _check_milliseconds(column.name, values, present)
     elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
         values = _epoch_ms(column)
     elif isinstance(dtype, (pl.Datetime, pl.Date)):
@@ -161,6 +167,21 @@ def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArr
             got=f"{column[row]}",
         )
     return present, np.where(present, values, 0)
+
+
+def _check_milliseconds(name: str, values: NDArray[np.int64], present: BoolArray) -> None:
+    if not present.any():
+        return
+    least, most = int(np.min(values[present])), int(np.max(values[present]))
+    if least in EPOCH_SECONDS and most in EPOCH_SECONDS:
+        row = int(np.argmax(present))
+        moment = np.datetime64(int(values[row]), "s")
+        raise DataError(
+            index=row,
+            field=name,
+            expected="epoch milliseconds",
+            got=f"{values[row]}, which is {moment}Z in epoch seconds: multiply by 1,000",
+        )
 
 
 def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:

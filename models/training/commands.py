@@ -20,8 +20,9 @@ from models.decoder import DECODER
 from models.errors import ArtifactError, SpecError
 from models.spec import ModelSpec
 from models.spec_file import at_its_line, read_spec
-from models.training.data import moment_ms, read_data, schema_of, streams_of, training_of
+from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import evaluate, events_to_score
+from models.training.files import read_data
 from models.training.labels import labels_of
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def evaluate_command(
 
 def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bool:
     streams = streams_of(artifact.spec, frame)
-    labels = labels_of(artifact.spec, streams.frame)
+    labels = labels_of(artifact.spec, streams.frame, rows=streams.table_rows)
     return events_to_score(artifact.spec, streams, labels, moment) > 0
 
 

@@ -1,7 +1,7 @@
-"""From a file to encoded streams: CSV, JSON Lines and Parquet give the same rows.
+"""From a table to encoded streams.
 
-A file is read as a table; `models.events.frame` reads the table's columns as fields, the
-same for training, evaluation and replay. Rows of one stream are put in the order of
+`models.training.files` reads the table from a file, and `models.events.frame` its columns as
+fields, the same for training, evaluation and replay. Rows of one stream are put in the order of
 `order_by` (the timestamp field by default); rows that tie keep the order of the file.
 
 Errors name the file, the column and the row (data rows counted from 1).
@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -26,16 +25,10 @@ from models.events.encode import Clock, encode
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame
 from models.events.schema import (
-    BooleanField,
-    CategoricalField,
     EventSchema,
-    NumericField,
     TimestampField,
 )
 from models.spec import ModelSpec, TrainingSpec
-
-READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
-_TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class Streams:
         names: S names, sorted.
         spans: per stream, its first row and one past its last.
         frame: the rows in this order, as they were read.
+        table_rows: int64 [rows], which row of the table each one is, counted from 0.
         columns: the same rows as event columns.
         moments_ms: int64 [rows], epoch milliseconds of each event, by which data are split;
             an event without a timestamp has its predecessor's.
@@ -54,6 +48,7 @@ class Streams:
     names: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
     frame: pl.DataFrame
+    table_rows: NDArray[np.int64]
     columns: EventColumns
     moments_ms: NDArray[np.int64]
 
@@ -75,32 +70,6 @@ class Streams:
         for start, stop in self.spans:
             rows[start:stop], _ = encode(schema, self.columns[start:stop], Clock())
         return rows
-
-
-def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
-    """Read a table for a spec: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
-
-    Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the spec's fields
-    say; an empty cell is an absent value.
-
-    Raises:
-        DataError: the file cannot be read, or a cell is not what its field says.
-    """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
-    try:
-        if kind == ".parquet":
-            return pl.read_parquet(path)
-        if kind == ".csv":
-            frame = pl.read_csv(path, infer_schema=False)
-        else:
-            return pl.read_ndjson(path, infer_schema_length=None)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
-    return _typed(path, schema_of(spec), frame)
 
 
 def schema_of(spec: ModelSpec) -> EventSchema:
@@ -149,30 +118,41 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
             expected=f"{source}, row {int(nameless.arg_true()[0]) + 1}: a stream's name",
             got="none",
         )
+    keys: list[Any] = [pl.col("_stream")]
     try:
         columns = columns_from_frame(schema, frame)
+        moments = _moments(schema, training, columns, frame)
+        if order is not None:
+            keyed = keyed.with_columns(_order=_order(schema, order, columns, frame))
+            keys.append(pl.col("_order"))
     except DataError as error:
         at = "" if error.index is None else f", row {error.index + 1}"
         raise DataError(
             field=error.field, expected=f"{source}{at}: {error.expected}", got=error.got
         ) from error
-    moments = _moments(schema, training, columns, frame)
-    keys: list[Any] = [pl.col("_stream")]
-    if order is not None:
-        keyed = keyed.with_columns(_order=_order(schema, order, columns, frame))
-        keys.append(pl.col("_order"))
-    rank = keyed.with_row_index("_row").sort(keys, maintain_order=True)["_row"].to_numpy()
+    rows = keyed.with_row_index("_row").sort(keys, maintain_order=True)["_row"]
+    rank = rows.to_numpy().astype(np.int64)
     keyed = keyed[rank]
     runs = keyed["_stream"].rle().struct.unnest()
     ends = np.cumsum(runs["len"].to_numpy().astype(np.int64))
     starts = np.concatenate(([0], ends[:-1]))
     spans = tuple(zip(starts.tolist(), ends.tolist(), strict=True))
+    names = tuple(runs["value"].to_list())
+    present = moments[1][rank]
+    for name, (start, stop) in zip(names, spans, strict=True):
+        if not present[start:stop].any():
+            raise DataError(
+                field=schema.timestamp.name if schema.timestamp else order,
+                expected=f"{source}, row {rank[start] + 1}: a moment in stream {name!r}",
+                got="none in any of its rows",
+            )
     return Streams(
-        tuple(runs["value"].to_list()),
+        names,
         spans,
         frame[rank],
+        rank,
         _taken(columns, rank),
-        _filled(moments[0][rank], moments[1][rank], spans),
+        _filled(moments[0][rank], present, spans),
     )
 
 
@@ -204,34 +184,6 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
     # The rows already stand in the order of their streams and moments.
     schema = fit_schema(schema_of(spec), known, stream=training.stream)
     return spec.model_copy(update={"events": schema})
-
-
-def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
-    for field in schema.fields:
-        if field.name not in frame.columns:
-            continue
-        column = frame[field.name]
-        match field:
-            case NumericField():
-                cast, wanted = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
-            case BooleanField():
-                lower = column.str.strip_chars().str.to_lowercase()
-                cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
-                wanted = "true or false"
-            case TimestampField() if column.drop_nulls().head(1).str.contains(r"^-?\d+$").all():
-                cast, wanted = column.cast(pl.Int64, strict=False), "epoch milliseconds"
-            case TimestampField() | CategoricalField():
-                continue
-        wrong = column.is_not_null() & cast.is_null()
-        if wrong.any():
-            row = int(wrong.arg_true()[0])
-            raise DataError(
-                field=field.name,
-                expected=f"{path}, row {row + 1}: {wanted}",
-                got=repr(column[row]),
-            )
-        frame = frame.with_columns(cast.alias(field.name))
-    return frame
 
 
 def _order(schema: EventSchema, name: str, columns: EventColumns, frame: pl.DataFrame) -> pl.Series:
@@ -280,14 +232,13 @@ def _filled(
     present: NDArray[np.bool_],
     spans: tuple[tuple[int, int], ...],
 ) -> NDArray[np.int64]:
-    """Absent moments take the one before them in their stream; before any, the first known."""
+    """Absent moments take the one before them in their stream; before any, the first known. Every
+    stream has one."""
     if present.all():
         return moments_ms
     filled = moments_ms.copy()
     for start, stop in spans:
         known = np.flatnonzero(present[start:stop])
-        if len(known) == 0:
-            raise DataError(index=start, expected="a stream with at least one moment", got="none")
         last = np.searchsorted(known, np.arange(stop - start), side="right") - 1
         filled[start:stop] = moments_ms[start:stop][known[np.maximum(last, 0)]]
     return filled

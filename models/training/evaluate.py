@@ -28,7 +28,7 @@ from models.layout import output_spec
 from models.spec import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
-from models.training.scores import auc, has_targets, score_outputs
+from models.training.scores import has_targets, score_outputs
 
 if TYPE_CHECKING:
     from models.networks.build import StepNetwork
@@ -236,7 +236,7 @@ def evaluate(
     spec = artifact.spec
     streams = streams_of(spec, frame, source)
     from_ms = None if since is None else moment_ms(schema_of(spec), since, "since")
-    labels = labels_of(spec, streams.frame, source)
+    labels = labels_of(spec, streams.frame, source, streams.table_rows)
     scored = events_to_score(spec, streams, labels, from_ms)
     if scored == 0:
         raise DataError(
@@ -283,7 +283,7 @@ def head_metrics(
     labels: Labels,
     from_ms: int | None,
 ) -> dict[str, dict[str, float]]:
-    """Mean losses, and AUC for two classes, of every head with targets from a moment on."""
+    """What `Scored.means` gives of every head that has a target from a moment on."""
     named = output_spec(spec).by_name(outputs)
     found: dict[str, dict[str, float]] = {}
     for head in spec.heads:
@@ -291,7 +291,6 @@ def head_metrics(
             continue
         at = spoken_rows(head, streams, labels, from_ms)
         scored = score_outputs(spec, head, named[head.name], streams.columns, labels, at)
-        found[head.name] = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
-        if scored.chance is not None and scored.truth is not None:
-            found[head.name]["auc"] = auc(scored.chance, scored.truth)
+        if scored.has_losses:
+            found[head.name] = scored.means()
     return found

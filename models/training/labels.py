@@ -28,22 +28,31 @@ def label_heads(spec: ModelSpec) -> tuple[LabelHead, ...]:
     return tuple(head for head in spec.heads if isinstance(head, LabelHead))
 
 
-def labels_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> Labels:
+def labels_of(
+    spec: ModelSpec,
+    frame: pl.DataFrame,
+    source: str = "data",
+    rows: NDArray[np.int64] | None = None,
+) -> Labels:
     """Read the column of every label head.
 
     Args:
         spec: the model.
         frame: one row per event; the labels stand in its order.
         source: what errors call the table.
+        rows: int64, which row of the table each one is, counted from 0; by default the table
+            is the frame.
 
     Raises:
         DataError: a column is not there, or a cell is neither empty nor a class of its head
             (true, false, 1 or 0 where it has no classes).
     """
-    return {head.name: _column(head, frame, source) for head in label_heads(spec)}
+    return {head.name: _column(head, frame, source, rows) for head in label_heads(spec)}
 
 
-def _column(head: LabelHead, frame: pl.DataFrame, source: str) -> NDArray[np.float32]:
+def _column(
+    head: LabelHead, frame: pl.DataFrame, source: str, rows: NDArray[np.int64] | None
+) -> NDArray[np.float32]:
     if head.source not in frame.columns:
         raise DataError(
             field=head.source,
@@ -59,10 +68,12 @@ def _column(head: LabelHead, frame: pl.DataFrame, source: str) -> NDArray[np.flo
     read = text.replace_strict(known, default=None, return_dtype=pl.Float32)
     wrong = text.is_not_null() & read.is_null()
     if wrong.any():
-        row = int(wrong.arg_true()[0])
+        at = wrong.arg_true().to_numpy()
+        numbers = at if rows is None else rows[at]
+        first = int(np.argmin(numbers))
         raise DataError(
             field=head.source,
-            expected=f"{source}, row {row + 1}: one of {list(known)}, or nothing",
-            got=repr(text[row]),
+            expected=f"{source}, row {numbers[first] + 1}: one of {list(known)}, or nothing",
+            got=repr(text[int(at[first])]),
         )
     return read.fill_null(float("nan")).to_numpy().astype(np.float32)

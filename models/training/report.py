@@ -35,7 +35,7 @@ from models.training.evaluate import (
 from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
 from models.training.plan import trained_network
-from models.training.scores import DayDraws, Scored, auc, has_targets, interval, score_outputs
+from models.training.scores import DayDraws, Scored, has_targets, interval, score_outputs
 from models.training.table import Baseline, Table
 
 DRAWS = 1000
@@ -89,7 +89,7 @@ def make_report(
     streams = streams_of(spec, frame, source)
     validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
     test_ms = moment_ms(schema, training.test_from, "training.test_from")
-    labels = labels_of(spec, streams.frame, source)
+    labels = labels_of(spec, streams.frame, source, streams.table_rows)
     heads = [head for head in spec.heads if has_targets(head)]
     rows = streams.encoded(schema)
     tables = {
@@ -119,9 +119,12 @@ def make_report(
     days = zone_table(schema.timezone).days(moments)
     found = {}
     for head in heads:
-        tell(f"baselines of {head.name}")
         table = tables[head.name]
         scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
+        if not scored.has_losses:
+            tell(f"{head.name} is not scored: none of its targets from {training.test_from} on")
+            continue
+        tell(f"baselines of {head.name}")
         baselines = baselines_of(table, head, trees=trees)
         if further is not None:
             baselines += further(table, head)
@@ -175,10 +178,10 @@ def _decoded(
 
 def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
     drawn = {MODEL: _drawn(scored, days)}
-    exact = {MODEL: _values(scored)}
+    exact = {MODEL: scored.means()}
     for baseline in baselines:
         drawn[baseline.name] = _drawn(baseline.scored, days)
-        exact[baseline.name] = _values(baseline.scored)
+        exact[baseline.name] = baseline.scored.means()
     scores = {
         name: {
             metric: {"value": value, "interval": interval(drawn[name][metric])}
@@ -202,16 +205,9 @@ def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict
     return {"scores": scores, "difference": difference, "settings": settings}
 
 
-def _values(scored: Scored) -> dict[str, float]:
-    found = {name: float(np.nanmean(loss)) for name, loss in scored.losses.items()}
-    if scored.chance is not None and scored.truth is not None:
-        found["auc"] = auc(scored.chance, scored.truth)
-    return found
-
-
 def _drawn(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
     found = {name: days.means(loss) for name, loss in scored.losses.items()}
-    if scored.chance is not None and scored.truth is not None:
+    if scored.chance is not None and scored.truth is not None and scored.has_both_classes:
         found["auc"] = days.aucs(scored.chance, scored.truth)
     return found
 

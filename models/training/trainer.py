@@ -34,6 +34,7 @@ from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.members import check_members, merged
 from models.training.plan import plan_of, trained_network
+from models.training.targets import check_targets
 
 AfterEpoch = Callable[[dict[str, Any]], None]
 KEPT = "kept/"
@@ -96,9 +97,10 @@ def train(
         )
     streams = streams_of(spec, frame, source)
     spec = fitted_spec(spec, streams, validate_ms)
-    labels = labels_of(spec, streams.frame, source)
+    labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
     plan = plan_of(network, streams, labels, validate_ms, test_ms)
+    check_targets(spec, streams, labels, validate_ms, test_ms, source)
     if training.members > 1:
         check_members(spec)
     key = training_key(spec, plan.rows, streams.spans, labels)

@@ -165,7 +165,10 @@ class Trees:
             )
         else:
             self._model = HistGradientBoostingRegressor(loss="squared_error", **shared)
-        self._model.fit(rows[self._train - 1], self._truth[self._train])
+        given = rows[self._train - 1]
+        # what no training event has says nothing, and cannot be binned
+        given[:, np.isnan(given).all(axis=0)] = 0
+        self._model.fit(given, self._truth[self._train])
         return rows
 
     def _attempt(

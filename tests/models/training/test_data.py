@@ -3,7 +3,8 @@ import polars as pl
 import pytest
 
 from models.errors import DataError, SpecError
-from models.training.data import fitted_spec, moment_ms, read_data, streams_of
+from models.training.data import fitted_spec, moment_ms, streams_of
+from models.training.files import read_data
 from models.training.plan import plan_of
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 

@@ -1,0 +1,119 @@
+"""Reads a table from a file: CSV, JSON Lines and Parquet give the same rows.
+
+Errors name the file, the column and the row (data rows counted from 1). What would be read in
+silence as something else is refused: a column that is named twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import simdjson
+
+from models.errors import DataError
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventSchema,
+    NumericField,
+    TimestampField,
+)
+from models.spec import ModelSpec
+from models.training.data import schema_of
+
+READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
+_TRUTH = {"true": True, "false": False, "1": True, "0": False}
+
+
+def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
+    """Read a table for a spec: `.csv`, `.jsonl`, `.ndjson` or `.parquet`.
+
+    Numbers and booleans (`true`, `false`, 1, 0) in a CSV file are read as the spec's fields
+    say; an empty cell is an absent value.
+
+    Raises:
+        DataError: the file cannot be read, names a column twice, or a cell is not what its
+            field says.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
+    try:
+        if kind == ".parquet":
+            return pl.read_parquet(path)
+        if kind == ".csv":
+            _check_header(path)
+            frame = pl.read_csv(path, infer_schema=False)
+        else:
+            _check_members(path)
+            return pl.read_ndjson(path, infer_schema_length=None)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
+    return _typed(path, schema_of(spec), frame)
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a CSV file that names a column twice: polars would give the second another name."""
+    header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False).row(0)
+    for name, count in Counter(name for name in header if name).items():
+        if count > 1:
+            at = ", ".join(str(at) for at, each in enumerate(header, start=1) if each == name)
+            raise DataError(
+                field=name,
+                expected=f"{path}, line 1: columns of different names",
+                got=f"{name!r} as columns {at}",
+            )
+
+
+def _check_members(path: Path) -> None:
+    """Refuse a row of a JSON Lines file that has a member twice: polars would take one of them.
+    What is no JSON object is left to polars."""
+    parser = simdjson.Parser()
+    with path.open("rb") as lines:
+        for line, text in enumerate(lines, start=1):
+            try:
+                row = parser.parse(text)
+            except ValueError:
+                return
+            names = list(row.keys()) if isinstance(row, simdjson.Object) else []
+            # the parser's memory can be used again when nothing holds what it parsed
+            del row
+            if len(set(names)) < len(names):
+                name, count = Counter(names).most_common(1)[0]
+                raise DataError(
+                    field=name,
+                    expected=f"{path}, line {line}: each member once",
+                    got=f"{name!r} {count} times",
+                )
+
+
+def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
+    for field in schema.fields:
+        if field.name not in frame.columns:
+            continue
+        column = frame[field.name]
+        match field:
+            case NumericField():
+                cast, wanted = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
+            case BooleanField():
+                lower = column.str.strip_chars().str.to_lowercase()
+                cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
+                wanted = "true or false"
+            case TimestampField() if column.drop_nulls().head(1).str.contains(r"^-?\d+$").all():
+                cast, wanted = column.cast(pl.Int64, strict=False), "epoch milliseconds"
+            case TimestampField() | CategoricalField():
+                continue
+        wrong = column.is_not_null() & cast.is_null()
+        if wrong.any():
+            row = int(wrong.arg_true()[0])
+            raise DataError(
+                field=field.name,
+                expected=f"{path}, row {row + 1}: {wanted}",
+                got=repr(column[row]),
+            )
+        frame = frame.with_columns(cast.alias(field.name))
+    return frame

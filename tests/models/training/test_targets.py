@@ -1,0 +1,238 @@
+"""A table with nothing to learn, or with cells that would be misread, is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+pytest.importorskip("tensorflow")
+
+from models.errors import DataError
+from models.spec import ModelSpec, parse_spec
+from models.training.commands import train_frame
+from models.training.data import streams_of
+from models.training.evaluate import evaluate
+from models.training.files import read_data
+from models.training.trainer import train
+from tests.support.training import HOUR_MS
+
+DAY_MS = 24 * HOUR_MS
+VALIDATE_MS, TEST_MS = 12 * HOUR_MS, 18 * HOUR_MS
+BASE_MS = 1_700_006_400_000
+"""2023-11-15T00:00:00Z."""
+
+
+def table(streams: int = 8, steps: int = 24) -> pl.DataFrame:
+    """Random events of two days, in a random order, with a label `up`."""
+    random = np.random.default_rng(0)
+    count = streams * steps
+    rows = pl.DataFrame(
+        {
+            "id": [f"s{row // steps}" for row in range(count)],
+            "at": [BASE_MS + row % steps * HOUR_MS + row // steps for row in range(count)],
+            "noise": random.normal(size=count),
+            "extra": random.normal(size=count),
+            "flag": random.integers(2, size=count).astype(bool),
+            "kind": ["ab"[each] for each in random.integers(2, size=count)],
+            "up": random.integers(2, size=count).astype(bool),
+        }
+    )
+    return rows[random.permutation(count)]
+
+
+def spec_of(*heads: dict[str, Any]) -> ModelSpec:
+    return parse_spec(
+        {
+            "name": "t",
+            "events": {
+                "fields": [
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "numeric", "name": "noise"},
+                    {"kind": "numeric", "name": "extra", "optional": True},
+                    {"kind": "boolean", "name": "flag"},
+                    {"kind": "categorical", "name": "kind", "embedding": 2},
+                ]
+            },
+            "layers": [{"kind": "lstm", "units": 2}],
+            "heads": heads,
+            "training": {
+                "stream": "id",
+                "validate_from": "2023-11-15T12:00:00Z",
+                "test_from": "2023-11-15T18:00:00Z",
+                "epochs": 1,
+                "window_steps": 24,
+                "batch_streams": 8,
+            },
+        }
+    )
+
+
+UP: dict[str, Any] = {"kind": "label", "name": "up"}
+NEXT: dict[str, Any] = {"kind": "forecast", "name": "next", "targets": ["extra"]}
+ODD: dict[str, Any] = {"kind": "anomaly", "name": "odd", "targets": ["noise", "extra"]}
+POINT: dict[str, Any] = {"kind": "dense", "name": "point", "units": 1, "targets": ["extra"]}
+
+
+def classes(target: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "classification", "name": "next", "target": target, **more}
+
+
+def before(moment_ms: int) -> pl.Expr:
+    return pl.col("at") < BASE_MS + moment_ms
+
+
+TRAINING = r"before 2023-11-15T12:00:00Z \(validate_from\)"
+VALIDATION = r"from 2023-11-15T12:00:00Z to before 2023-11-15T18:00:00Z \(test_from\)"
+
+
+@pytest.mark.parametrize(
+    ("head", "column", "cells", "got"),
+    [
+        (UP, "up", pl.lit(True), "true alone"),
+        (UP, "up", ~before(VALIDATE_MS), "false alone"),
+        ({**UP, "classes": ["on", "off"]}, "up", pl.lit("off"), "'off' alone"),
+        (classes("flag"), "flag", pl.lit(False), "false alone"),
+        (classes("kind"), "kind", pl.lit("a"), "'a' alone"),
+        (classes("noise", above=9.5), "noise", pl.col("noise"), "numbers at most 9.5 alone"),
+    ],
+    ids=["label", "label before the split", "classes", "boolean", "category", "above"],
+)
+def test_one_class_alone_is_refused(
+    tmp_path: Path, head: dict[str, Any], column: str, cells: pl.Expr, got: str
+) -> None:
+    frame = table().with_columns(cells.alias(column))
+    with pytest.raises(DataError, match=rf"t\.csv: two classes.*{TRAINING}, got {got}$") as caught:
+        train(spec_of(head), frame, tmp_path / "out", quiet=True, source="t.csv")
+    assert caught.value.field == column
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("head", "column"),
+    [(NEXT, "extra"), (ODD, "extra"), (POINT, "extra"), (classes("extra", above=0.0), "extra")],
+    ids=["forecast", "anomaly", "dense", "above"],
+)
+@pytest.mark.parametrize("cells", ["no column", "none", "before", "after"])
+def test_a_target_without_values_is_refused(
+    tmp_path: Path, head: dict[str, Any], column: str, cells: str
+) -> None:
+    """Whether its optional column is away, empty, or empty on one side of the split."""
+    frame, value = table(), pl.col(column)
+    side, got = TRAINING, "none"
+    match cells:
+        case "no column":
+            frame, got = frame.drop(column), "no such column"
+        case "none":
+            frame = frame.with_columns(pl.lit(None, pl.Float64).alias(column))
+        case "before":
+            frame = frame.with_columns(pl.when(~before(VALIDATE_MS)).then(value).alias(column))
+        case _:
+            frame = frame.with_columns(pl.when(before(VALIDATE_MS)).then(value).alias(column))
+            side = VALIDATION
+    with pytest.raises(
+        DataError, match=rf"t\.csv: values for head .* {side}, got {got}$"
+    ) as caught:
+        train(spec_of(head), frame, tmp_path / "out", quiet=True, source="t.csv")
+    assert caught.value.field == column
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_without_values_is_refused(tmp_path: Path) -> None:
+    """Beside a head that has some."""
+    frame = table().with_columns(up=pl.lit(None, pl.Boolean))
+    with pytest.raises(DataError, match=rf"values for head 'up' {TRAINING}, got none$"):
+        train(spec_of(classes("flag"), UP), frame, tmp_path / "out", quiet=True)
+
+
+def test_a_bad_label_is_named_by_its_row_of_the_table(tmp_path: Path) -> None:
+    """Rows are sorted into streams; of several bad ones the first in the table is named."""
+    cells = pl.col("up").cast(pl.String)
+    bad = pl.int_range(pl.len()).is_in([10, 11, 150])
+    frame = table().with_columns(up=pl.when(bad).then(pl.lit("perhaps")).otherwise(cells))
+    with pytest.raises(DataError, match=r"t\.csv, row 11: one of .*, got 'perhaps'"):
+        train(spec_of(UP), frame, tmp_path / "out", quiet=True, source="t.csv")
+
+
+def test_a_stream_without_any_moment_is_named() -> None:
+    spec = spec_of(UP)
+    assert spec.events is not None
+    assert spec.training is not None
+    at = spec.events.fields[0].model_copy(update={"optional": True})
+    spec = spec.model_copy(
+        update={
+            "events": spec.events.model_copy(update={"fields": (at, *spec.events.fields[1:])}),
+            "training": spec.training.model_copy(update={"order_by": "noise"}),
+        }
+    )
+    frame = table().with_columns(at=pl.when(pl.col("id") != "s3").then("at"))
+    first = frame.with_row_index().filter(pl.col("id") == "s3").sort("noise")["index"][0]
+    message = rf"t\.csv, row {first + 1}: a moment in stream 's3', got none"
+    with pytest.raises(DataError, match=message) as caught:
+        streams_of(spec, frame, "t.csv")
+    assert caught.value.field == "at"
+
+
+def test_what_has_no_held_out_targets_is_left_out_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So is the AUC where they are of one class."""
+    frame = table().with_columns(
+        extra=pl.when(before(TEST_MS)).then(pl.col("extra")),
+        up=before(TEST_MS) & pl.col("up"),
+    )
+    spec = spec_of(NEXT, UP)
+    artifact = train_frame(spec, frame, tmp_path / "out", trees=False)
+    assert set(artifact.manifest["metrics"]["held_out"]) == {"up"}
+    assert set(artifact.manifest["metrics"]["held_out"]["up"]) == {"log_loss", "brier"}
+    said = capsys.readouterr().out
+    assert "next is not scored: none of its targets from 2023-11-15T18:00:00Z on" in said
+    assert "nan" not in said
+    scores = evaluate(artifact, frame, since="2023-11-15T18:00:00Z")
+    assert scores["heads"] == {"up": scores["heads"]["up"]}
+    assert set(scores["heads"]["up"]) == {"log_loss", "brier"}
+
+
+@pytest.mark.parametrize("unused", [False, True], ids=["read", "not read"])
+def test_a_csv_file_that_names_a_column_twice_is_refused(tmp_path: Path, unused: bool) -> None:
+    path = tmp_path / "t.csv"
+    name = "other" if unused else "noise"
+    frame = table().with_columns(other=pl.lit(1), again=pl.lit(2))
+    path.write_text(frame.write_csv().replace("again", name, 1))
+    message = rf"t\.csv, line 1: columns of different names, got '{name}' as columns "
+    with pytest.raises(DataError, match=message) as caught:
+        read_data(path, spec_of(UP))
+    assert caught.value.field == name
+
+
+def test_columns_without_a_name_are_none_of_training(tmp_path: Path) -> None:
+    """As a spreadsheet leaves them at the end of every line."""
+    path = tmp_path / "t.csv"
+    path.write_text("".join(f"{line},,\n" for line in table().write_csv().splitlines()))
+    streams_of(spec_of(UP), read_data(path, spec_of(UP)))
+
+
+def test_a_json_row_with_a_member_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    lines = table().write_ndjson().splitlines()
+    lines[6] = lines[6].replace('"extra"', '"noise"')
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"t\.jsonl, line 7: each member once, got 'noise' 2 times"):
+        read_data(path, spec_of(UP))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_epoch_seconds_are_refused(tmp_path: Path, name: str) -> None:
+    frame = table().with_columns(at=pl.col("at") // 1000)
+    path = tmp_path / name
+    {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[
+        name.split(".")[1]
+    ](path)
+    seconds = frame["at"][0]
+    message = rf"{name}, row 1: epoch milliseconds, got {seconds}, which is 2023-11-15T.*Z in epoch"
+    with pytest.raises(DataError, match=message) as caught:
+        streams_of(spec_of(UP), read_data(path, spec_of(UP)), name)
+    assert caught.value.field == "at"

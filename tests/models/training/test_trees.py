@@ -1,0 +1,31 @@
+"""Boosted trees as baselines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+
+from models.training.trees import Grid, Trees
+
+
+def test_a_feature_that_no_training_event_has_is_not_used() -> None:
+    """What lies further back than any training stream is long; later ones may be longer."""
+    random = np.random.default_rng(1)
+    features = random.normal(size=(300, 2)).astype(np.float32)
+    truth = np.append(0.0, features[:-1, 0] > 0).astype(np.float64)
+    train, validate, test = (np.arange(*span) for span in ((1, 200), (200, 250), (250, 300)))
+    grid = Grid((0,), (1,), (7,), (5,), 0.3, 20)
+
+    def chances(second: float) -> np.ndarray:
+        seen = features.copy()
+        seen[:200, 1] = second
+        model = Trees.tuned(
+            "log_loss", lambda *_: (seen, [False, False]), truth, train, validate, grid
+        )
+        return model.chances(test)
+
+    without = chances(np.nan)
+    np.testing.assert_array_equal(without, chances(0.0))
+    assert ((without[:, 1] > 0.5) == (truth[test] == 1)).mean() > 0.9
