@@ -51,7 +51,7 @@ class EventColumns:
         return cls(block.steps, ByName(places, block.presence), ByName(places, block.values), block)
 
     @classmethod
-    def joined(cls, parts: Sequence[EventColumns]) -> EventColumns:
+    def concatenate(cls, parts: Sequence[EventColumns]) -> EventColumns:
         """The events of several parts under one schema, one after the other."""
         if len(parts) == 1:
             return parts[0]

@@ -67,7 +67,7 @@ class LongReader:
             found, steps = await self._steps(memoryview(body), media, kind, "", turns)
         except CarryError as error:
             raise about(stream, error) from error
-        return reader.made_chunk(found, steps, stream, precondition, final=found.final)
+        return reader.build_chunk(found, steps, stream, precondition, final=found.final)
 
     async def items(self, body: bytes, media: Media, turns: Turns) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each."""
@@ -115,8 +115,8 @@ class LongReader:
             shape = Shape(
                 list(kind.model_fields), ["future"], most, lambda at: too_many(at, most, MORE)
             )
-            opened = await self._opened(body, media, shape, "", turns)
-            found = self._rest(kind, media, opened, BODY)
+            opened = await self._cut_object(body, media, shape, "", turns)
+            found = self._validate_rest(kind, media, opened, BODY)
             if "future" in opened.lists:
                 future: list[dict[str, Any]] = []
                 for group in groups(opened.lists["future"], BLOCK_BYTES):
@@ -135,7 +135,7 @@ class LongReader:
         """A state to restore."""
         parts = {part.name: part for part in self._reader.served.state.parts}
         names = list(StateBody.model_fields)
-        opened = await self._opened(
+        opened = await self._cut_object(
             body, media, Shape(names, [], len(parts), _no_list), "", turns, long=("state",)
         )
         state = opened.members.get("state", memoryview(b""))
@@ -145,7 +145,7 @@ class LongReader:
         found = validate(StateBody, media, encoded_object(media, rest))
         most = sum(part.size for part in parts.values())
         shape = Shape(list(parts), [], most, _no_list)
-        given = await self._opened(state, media, shape, "state", turns, long=parts)
+        given = await self._cut_object(state, media, shape, "state", turns, long=parts)
         for name, value in given.members.items():
             await turns.next()
             # The state itself names those that are unknown.
@@ -156,7 +156,7 @@ class LongReader:
     async def fork(self, body: bytes, media: Media, turns: Turns) -> ForkBody:
         """The stream to begin."""
         shape = Shape(list(ForkBody.model_fields), [], 1, _no_list)
-        opened = await self._opened(body, media, shape, "", turns)
+        opened = await self._cut_object(body, media, shape, "", turns)
         return validate(ForkBody, media, encoded_object(media, opened.members))
 
     async def _parts(
@@ -165,8 +165,8 @@ class LongReader:
         """The items or sequences of a request."""
         most = self._reader.limits.max_items
         shape = Shape(list(kind.model_fields), [name], most, lambda at: too_many(at, most, MORE))
-        opened = await self._opened(body, media, shape, "", turns)
-        self._rest(kind, media, opened, BODY)
+        opened = await self._cut_object(body, media, shape, "", turns)
+        self._validate_rest(kind, media, opened, BODY)
         return opened.lists[name]
 
     async def _item(
@@ -177,13 +177,13 @@ class LongReader:
         stream: str | None = None
         try:
             kind = reader.bodies.types[media].item
-            opened = await self._opened(item, media, self._shape(kind, media), inside, turns)
+            opened = await self._cut_object(item, media, self._shape(kind, media), inside, turns)
             stream = _stream_in(opened, media, f"{inside}.stream")
             found, steps = await self._steps_of(opened, media, kind, inside, turns)
             precondition = None
             if found.if_match is not None:
                 precondition = parse_if_match(found.if_match, f"{inside}.if_match", bare=True)
-            return reader.made_chunk(found, steps, found.stream, precondition, final=found.final)
+            return reader.build_chunk(found, steps, found.stream, precondition, final=found.final)
         except (MalformedBody, DeadlineExceeded):
             raise
         except CarryError as error:
@@ -193,7 +193,7 @@ class LongReader:
         self, body: memoryview, media: Media, kind: type[S], inside: str, turns: Turns
     ) -> tuple[S, Steps]:
         """A chunk or sequence: its body without its list, and its steps."""
-        opened = await self._opened(body, media, self._shape(kind, media), inside, turns)
+        opened = await self._cut_object(body, media, self._shape(kind, media), inside, turns)
         return await self._steps_of(opened, media, kind, inside, turns)
 
     def _shape(self, kind: type[StepsBody], media: Media) -> Shape:
@@ -211,7 +211,7 @@ class LongReader:
         packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
         if packed:
             opened.members["inputs"] = memoryview(_NO_BYTES)
-        found = self._rest(kind, media, opened, Origin(inside))
+        found = self._validate_rest(kind, media, opened, Origin(inside))
         if packed and rows is not None:
             found.inputs = msgspec.msgpack.decode(rows, type=bytes)
         given = [name for name, elements in opened.lists.items() if elements]
@@ -234,9 +234,9 @@ class LongReader:
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)
-        return found, _joined(parts)
+        return found, _concatenate(parts)
 
-    async def _opened(
+    async def _cut_object(
         self,
         document: bytes | memoryview,
         media: Media,
@@ -259,7 +259,7 @@ class LongReader:
             raise invalid(member_place(inside, name), expected, f"{len(value)} bytes")
         return opened
 
-    def _rest(self, kind: type[B], media: Media, opened: Cut, origin: Origin) -> B:
+    def _validate_rest(self, kind: type[B], media: Media, opened: Cut, origin: Origin) -> B:
         """An object with its lists left empty."""
         lists = dict.fromkeys(opened.lists, memoryview(_EMPTY[media]))
         document = encoded_object(media, {**opened.members, **lists})
@@ -318,11 +318,11 @@ def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
         raise invalid("state", expected, str(error)) from error
 
 
-def _joined(parts: Sequence[Steps]) -> Steps:
+def _concatenate(parts: Sequence[Steps]) -> Steps:
     """Steps that follow one another, as one."""
     length = sum(part.length for part in parts)
     rows = [part.rows for part in parts if part.rows is not None]
     if rows:
         return Steps(Feed.INPUTS, length, rows=np.concatenate(rows))
     columns = [part.columns for part in parts if part.columns is not None]
-    return Steps(Feed.EVENTS, length, columns=EventColumns.joined(columns))
+    return Steps(Feed.EVENTS, length, columns=EventColumns.concatenate(columns))

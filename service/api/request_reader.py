@@ -82,7 +82,7 @@ class RequestReader:
             steps = self.strict.of_chunk(found, "")
         except CarryError as error:
             raise about(stream, error) from error
-        return self.made_chunk(found, steps, stream, precondition, final=found.final)
+        return self.build_chunk(found, steps, stream, precondition, final=found.final)
 
     def plain_chunk(
         self,
@@ -100,7 +100,7 @@ class RequestReader:
         if self._whole:
             return None
         plain = self._plain.chunk(media, body, more)
-        return None if plain is None else self.made_chunk(*plain, stream, precondition)
+        return None if plain is None else self.build_chunk(*plain, stream, precondition)
 
     def plain_rows(self, part: bytes) -> bytes | None:
         """A list of rows in JSON as float32, if it is plainly good."""
@@ -140,7 +140,7 @@ class RequestReader:
         self.check_takes_chunks()
         plain = self._plain.items(media, body)
         if plain is not None and all(item.if_match is None for item, _ in plain):
-            return [self.made_chunk(item, steps, item.stream, None) for item, steps in plain]
+            return [self.build_chunk(item, steps, item.stream, None) for item, steps in plain]
         types, origin = self.bodies.types[media], Origin(first=first)
         self._check_count("chunks", count_parts(media, body))
         try:
@@ -184,7 +184,7 @@ class RequestReader:
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
             steps = self.strict.of_chunk(value, inside)
-            return self.made_chunk(value, steps, value.stream, precondition, final=value.final)
+            return self.build_chunk(value, steps, value.stream, precondition, final=value.final)
         except CarryError as error:
             return outcome(error, stream)
 
@@ -261,7 +261,7 @@ class RequestReader:
             )
         return columns_from_events(schema, body.future)
 
-    def made_chunk(
+    def build_chunk(
         self,
         body: ChunkBody | PlainChunk | RowsBody,
         steps: Steps,
