@@ -54,7 +54,7 @@ bench: ## measure Carry beside floors and baselines (ARGS="--full --jsonl bench.
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 
-bench-micro: ## measure codec, policy, encode, wire and store by themselves
+bench-micro: ## measure codec, queue, encode, wire and store by themselves
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
 

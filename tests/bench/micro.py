@@ -2,7 +2,7 @@
 
     python -m tests.bench.micro [--only codec,wire] [--seconds 0.2] [--jsonl FILE]
 
-Codec, policy, encoder, wire and store, each on the standard chunk (16 events of 16 features,
+Codec, queue, encoder, wire and store, each on the standard chunk (16 events of 16 features,
 8 outputs, 1,024 bytes of state), in microseconds per chunk of this process's time. The store is
 a real Valkey, a batch of 32 streams a call. Says where a change of one part shows; what a whole
 chunk costs is `make bench`'s to say.
@@ -57,7 +57,7 @@ from tests.bench.sections.events import STREAM, flights_model
 from tests.bench.servers import running_store
 from tests.support.numpy_runtime import NumpyRuntime
 
-GROUPS = ("codec", "policy", "encode", "wire", "store")
+GROUPS = ("codec", "queue", "encode", "wire", "store")
 REPEATS = 5
 BATCH = 32
 CALLS = 20
@@ -157,17 +157,15 @@ def _queue(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
         for index in range(jobs):
             queue.push(Job(None, index % streams, STEPS, index, 0.0, tickets[index], 0))
 
-        def turn() -> None:
-            taken = queue.take(lambda _: True)
+        def turn() -> int:
+            taken = queue.take()
             for job in taken:
                 queue.release(job.key)
             for job in taken:
                 queue.push(job)
+            return len(taken)
 
-        rows = len(queue.take(lambda _: True))
-        for key in range(rows):
-            queue.release(key)
-        return Case(name, rows, turn)
+        return Case(name, turn(), turn)
 
     yield [
         case("queue, 32 waiting chunks", BATCH, BATCH),
