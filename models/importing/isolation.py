@@ -34,6 +34,8 @@ from models.manifest import MAX_ARTIFACT_BYTES
 
 STARTS = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
 """Ends of a file's name, by which Keras chooses its reader, and how such a file begins."""
+WORKER = ("-P", "-m", "models.importing.worker")
+"""Arguments of Python that start the process; by -P nothing comes from its working directory."""
 MAX_RESULT_BYTES = 16 * 2**20
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
@@ -142,8 +144,7 @@ def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
     said = copy.parent / "stderr.txt"
     with said.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603, our own program
-            # -P: nothing is imported from the working directory
-            [sys.executable, "-P", "-m", "models.importing.worker", json.dumps(task)],
+            [sys.executable, *WORKER, json.dumps(task)],
             cwd=copy.parent,
             env={**os.environ, **_ENVIRONMENT, "TMPDIR": str(copy.parent)},
             stdin=subprocess.DEVNULL,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from keras import layers as kl
 
 from models.artifact import load_artifact
 from models.errors import ImportedModelError
+from models.importing import isolation
 from models.importing.isolation import Limits
 from models.importing.keras_model import import_keras_model
 from tests.models.importing.hostile import edited, recurrent, two_models
@@ -66,6 +69,46 @@ def test_limits_end_in_one_line(tmp_path: Path, limits: Limits, words: str) -> N
     said = refused(saved(recurrent(), tmp_path / "m.keras"), limits)
     assert words in said
     assert "\n" not in said
+
+
+ENDINGS = {
+    "sleeps": ("import time; time.sleep(100)", "took longer than 2 s"),
+    "aborts": ("import os; os.abort()", "ended by SIGABRT; it may have needed more than 8192 MiB"),
+    "fails": ("print(1 / 0)", "failed: ZeroDivisionError"),
+    "says nothing": ("", "left no answer in result.json"),
+    "links": ("import os; os.symlink('/dev/zero', 'result.json')", "left no answer"),
+    "waits": ("import os; os.mkfifo('result.json')", "left no answer in result.json"),
+    "lies": (
+        "for name in ('result.json', 'weights.safetensors'): open(name, 'w').write('{}')",
+        "gave a damaged answer",
+    ),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("program", "words"), ENDINGS.values(), ids=ENDINGS.keys())
+def test_whatever_the_process_does_ends_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
+) -> None:
+    monkeypatch.setattr(isolation, "WORKER", ("-c", program))
+    path = tmp_path / "m.keras"
+    path.write_bytes(b"PK")
+    assert words in refused(path, Limits(time_s=2))
+
+
+def test_nothing_of_the_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = tmp_path / "seen"
+    child = ["sh", "-c", f"echo $$ $PWD | tee {seen}; exec sleep 100"]
+    program = (
+        f"import subprocess\nsubprocess.Popen({child!r}, stdout=subprocess.PIPE).stdout.readline()"
+    )
+    monkeypatch.setattr(isolation, "WORKER", ("-c", program))
+    (tmp_path / "m.keras").write_bytes(b"PK")
+    assert "left no answer" in refused(tmp_path / "m.keras")
+    number, folder = seen.read_text().split()
+    assert not Path(folder).exists()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(number)).wait(30)
 
 
 def test_a_file_is_read_as_its_name_says_or_not_at_all(tmp_path: Path) -> None:
