@@ -25,6 +25,10 @@ from service.state.valkey_process import server_binary
 from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
+"""A primary that is silent for so long is replaced: soon, for tests that wait for it."""
+STEADY_TIMEOUT_MS = 60_000
+"""Where no test stops a node. A busy machine keeps a process waiting for a second, and a replica
+that replaced it would lack what was acknowledged just before."""
 SLOTS = 16_384
 PRIMARIES = 3
 
@@ -157,6 +161,8 @@ class Cluster:
     def _is_whole(self, node: ClusterNode) -> bool:
         if b"cluster_state:ok" not in node.ask("CLUSTER", "INFO"):
             return False
+        if node.ask("CLUSTER", "NODES").count(b"slave") < PRIMARIES:
+            return False
         facts = node.facts("replication")
         if facts["role"] == "slave":
             return facts["master_link_status"] == "up"
@@ -199,6 +205,8 @@ def real_cluster(kind: str = "valkey", *options: str) -> Iterator[Cluster]:
 def shared_cluster() -> Iterator[Cluster]:
     """One cluster for the whole run, for tests that leave it as it is; empty it before use."""
     with real_cluster() as running:
+        # not from the start: nodes tell each other the less often the longer it is
+        running.configure("cluster-node-timeout", STEADY_TIMEOUT_MS)
         yield running
 
 

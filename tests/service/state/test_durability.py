@@ -58,21 +58,21 @@ async def test_a_server_that_syncs_later_is_refused(kind: str) -> None:
                 server.configure(name, right)
 
 
-async def test_every_node_of_a_cluster_has_to_sync(own_cluster: Cluster) -> None:
+async def test_every_node_of_a_cluster_has_to_sync(shared_cluster: Cluster) -> None:
     settings = {"durability": Durability.FSYNC, "partitions": PARTITIONS}
-    own_cluster.configure("appendfsync", "always")
+    shared_cluster.configure("appendfsync", "always")
     try:
-        async with opened(own_cluster.url, **settings) as store:
+        async with opened(shared_cluster.url, **settings) as store:
             (check,) = await store.check()
             assert check.ok
-        for node in (own_cluster.primaries[1], own_cluster.replicas[0]):
+        for node in (shared_cluster.primaries[1], shared_cluster.replicas[0]):
             node.ask("CONFIG", "SET", "appendfsync", "everysec")
             with pytest.raises(StoreRefused, match=str(node.port)):
-                async with opened(own_cluster.url, **settings):
+                async with opened(shared_cluster.url, **settings):
                     pass
             node.ask("CONFIG", "SET", "appendfsync", "always")
     finally:
-        own_cluster.configure("appendfsync", "no")
+        shared_cluster.configure("appendfsync", "no")
 
 
 async def test_the_embedded_valkey_syncs_where_asked(tmp_path: Path, streams: Streams) -> None:
