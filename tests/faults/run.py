@@ -35,7 +35,7 @@ PLANTS = Path(__file__).parent / "plants"
 ROOT = Path(__file__).parents[2]
 FINISH_S = 60.0
 MORE_KILLS = 20
-SHORT_LIVED_FORGETS, SHORT_LIVED_REST_S = 0.04, 0.2
+SHORT_LIVED_FORGETS, SHORT_LIVED_REST_S = 0.04, 0.4
 _POLL_S = 0.02
 
 
