@@ -8,7 +8,7 @@ answered before its commit is known, and no refusal or replay is ever taken from
 A chunk whose time is up is answered by the batcher, whatever its batch is doing: nothing was
 applied before its commit began, and it is then left out; from there on its outcome is unknown.
 The store is waited for until the first deadline of those that need it, and again for the others;
-shards that do not answer are waited for apart from the batch (`shards`).
+chunks of shards that do not answer are detached from the batch (`shards`).
 
 What lies in memory is a state that was committed, or whose commit is under way: the stream's next
 chunk may be computed from it at once, because its own commit follows on the same ordered way and
@@ -21,9 +21,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import structlog
 
@@ -74,8 +74,6 @@ from service.state.protocol import (
     StateStore,
 )
 
-X = TypeVar("X")
-
 log = structlog.get_logger(__name__)
 
 MOST_PARTS: Final = 3
@@ -92,7 +90,7 @@ class BatchRun:
     Args:
         now_ms: wall clock in epoch milliseconds.
         attempts: how often a chunk is tried against a stream that others move on.
-        most_apart: chunks that may wait apart from batches for shards that do not answer.
+        max_detached: most chunks that may wait, outside of batches, for unresponsive shards.
         reset: whether a state of another version of the model is begun anew, not refused.
     """
 
@@ -106,12 +104,12 @@ class BatchRun:
         *,
         now_ms: Callable[[], int],
         attempts: int,
-        most_apart: int,
+        max_detached: int,
         reset: bool = False,
     ):
         self._served = served
         self._store = store
-        self._shards = Shards(store, most_apart)
+        self._shards = Shards(store, max_detached)
         self._cache = cache
         self._recorder = recorder
         self._infer = Inference(served, compute, recorder, now_ms)
@@ -124,14 +122,15 @@ class BatchRun:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
         times = Times(time.monotonic())
         members = [Member(job, job.payload, job.payload.key) for job in jobs]
-        members = self._shards.without_late(members, release)
+        members = self._shards.detach_unresponsive(members, release)
         ready, again = await self._judged(members, times, release)
         computed = await self._infer(ready, times)
         if computed:
             again += await self._commit(computed, times, release)
-        return self._tried_again(again)
+        return self._jobs_to_retry(again)
 
-    def _tried_again(self, members: list[Member]) -> list[ChunkJob]:
+    def _jobs_to_retry(self, members: list[Member]) -> list[ChunkJob]:
+        """The jobs of the members that have attempts left; the others fail with Conflict."""
         return [member.job for member in members if not self._gave_up(member)]
 
     def _gave_up(self, member: Member) -> bool:
@@ -165,7 +164,7 @@ class BatchRun:
         self._recorder.cache(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
-        found = await self._of_shards(unsure, self._load, release)
+        found = await self._shards.read(unsure, self._load, release)
         times.load_s = time.monotonic() - times.began_s
         replays: list[Member] = []
         again: list[Member] = []
@@ -190,26 +189,9 @@ class BatchRun:
                 member.expected = stored.mark if stored else None
                 ready.append(member)
         if replays:
-            answered = await self._of_shards(replays, self._replay_all, release)
+            answered = await self._shards.read(replays, self._replay_all, release)
             again += [member for member, done in answered if not done]
         return ready, again
-
-    async def _of_shards(
-        self,
-        members: list[Member],
-        read: Callable[[list[Member]], Coroutine[Any, Any, list[X]]],
-        release: Release,
-    ) -> list[tuple[Member, X]]:
-        """What is read of the members' streams, from the shards that answer."""
-
-        def leave(shard: Hashable, late: list[Member], task: asyncio.Task[list[X]]) -> None:
-            task.cancel()
-            self._shards.wait_apart(shard, late, release)
-
-        if self._store.shard(members[0].key) is None:
-            return list(zip(members, await read(members), strict=True))
-        found = await self._shards.each(members, lambda member: member.key, read, leave)
-        return [pair for group, results in found for pair in zip(group, results, strict=True)]
 
     async def _replay_all(self, members: list[Member]) -> list[bool]:
         return await asyncio.gather(*(self._replay(member) for member in members))
@@ -352,23 +334,25 @@ class BatchRun:
     async def _commit_shards(
         self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
     ) -> list[Member]:
-        """Commit to each shard by itself; returns the members to be done again."""
+        """Commit to all shards concurrently; returns the members to be retried."""
 
-        def leave(
+        def on_timeout(
             shard: Hashable,
-            late: list[tuple[Member, StreamState]],
+            part: list[tuple[Member, StreamState]],
             task: asyncio.Task[list[Member]],
         ) -> None:
-            async def rest() -> list[ChunkJob]:
-                return self._tried_again(await task)
+            async def finish() -> list[ChunkJob]:
+                return self._jobs_to_retry(await task)
 
-            self._shards.go_apart(shard, [member for member, _ in late], release, rest())
+            self._shards.detach(shard, [member for member, _ in part], release, finish())
 
         async def commit(part: list[tuple[Member, StreamState]]) -> list[Member]:
             return await self._commit_part(part, replace(times), release)
 
-        found = await self._shards.each(computed, lambda each: each[0].key, commit, leave)
-        return [member for _, again in found for member in again]
+        results = await self._shards.run_by_shard(
+            computed, lambda each: each[0].key, commit, on_timeout
+        )
+        return [member for _, again in results for member in again]
 
     async def _commit_part(
         self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
@@ -444,7 +428,7 @@ class BatchRun:
                 return StoreUnavailable(
                     f"{error.detail}; the store has not answered for {silent_s:.1f} s"
                 )
-            if self._shards.is_late(job.payload.key):
+            if self._shards.is_unresponsive(job.payload.key):
                 return StoreUnavailable(f"{error.detail}; the stream's shard does not answer")
             return error
         if isinstance(error, DeadlineExceeded | ShuttingDown):

@@ -131,7 +131,7 @@ class Pipeline:
             self._recorder,
             now_ms=self._now_ms,
             attempts=self._limits.conflict_attempts,
-            most_apart=self._limits.max_queue // 2,
+            max_detached=self._limits.max_queue // 2,
             reset=self._reset,
         )
         return self._batcher(served, run, partial(self._recorder.queue, served.name), run.told)

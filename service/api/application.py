@@ -26,9 +26,9 @@ from service.api.error_reference import reference_html
 from service.api.express import Express
 from service.api.health import RenderMetrics
 from service.api.limits import ApiLimits
+from service.api.long_body_admission import LongBodyAdmission
 from service.api.openapi_document import DESCRIPTION, openapi_document
 from service.api.problems import REFERENCE
-from service.api.turns import LongBodies
 from service.ops.request_log import RequestIds, RequestLog
 from service.pipeline import Pipeline
 from service.recorder import Recorder
@@ -70,7 +70,9 @@ def create_api(
         telemetry={"tracing": False, "metrics": False, "logs": False},
         lifespan=lifespan,
     )
-    api = ApiContext(pipeline, limits, recorder, now_ms, LongBodies(limits.max_waiting_bytes))
+    api = ApiContext(
+        pipeline, limits, recorder, now_ms, LongBodyAdmission(limits.max_waiting_bytes)
+    )
     app.state.api = api
     for name in pipeline.models:
         api.wire(name)

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from models.decoder import known_schema
 from models.events.parse import event_type
 from models.events.schema import EventSchema
-from service.api.duplicates import duplicate_member
+from service.api.duplicates import find_duplicate
 from service.api.invalid import BODY, Origin, Place, invalid_body
 from service.api.limits import ApiLimits
 from service.api.media import Media, loads
@@ -146,11 +146,11 @@ class ModelBodies:
         *,
         duplicates: bool = False,
     ) -> B:
-        """A body of that type, or a document within one.
+        """Validate a body, or a part of one, as that type.
 
         Args:
-            origin: where the document lies in the request.
-            duplicates: leave duplicate members to the caller to reject.
+            origin: place of the part in the request.
+            duplicates: whether duplicate members are left for the caller to reject.
 
         Raises:
             MalformedBody, InvalidInput
@@ -199,11 +199,11 @@ def validate(
     *,
     duplicates: bool = False,
 ) -> B:
-    """A body of a type that no model changes.
+    """Validate a body, or a part of one, as a type that does not depend on the model.
 
     Args:
-        origin: where the document lies in the request.
-        duplicates: leave duplicate members to the caller to reject.
+        origin: place of the part in the request.
+        duplicates: whether duplicate members are left for the caller to reject.
 
     Raises:
         MalformedBody, InvalidInput
@@ -216,7 +216,7 @@ def validate(
     except ValidationError as error:
         known = members or _Members(list(kind.model_fields), (), ())
         raise invalid_body(error, media, known, origin) from error
-    if not duplicates and (duplicate := duplicate_member(media, body, origin)) is not None:
+    if not duplicates and (duplicate := find_duplicate(media, body, origin)) is not None:
         raise duplicate
     return found
 
@@ -244,7 +244,7 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
     many = create_model(
         f"{name}-Many{suffix}",
         __base__=ManyBody,
-        # Where one is wrong, items are validated one by one, and sequences are refused together.
+        # After an error items are validated one by one, and sequences are rejected as a whole.
         chunks=(list[item], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
     )
     predict = create_model(

@@ -1,9 +1,8 @@
-"""All connections of a worker: how many there may be, how long they may be silent, what they keep.
+"""All connections of a worker: limits on their number, their idle times and their buffered bytes.
 
-One coarse timer looks at every connection once a second, so that a request costs no timer of its
-own: a connection whose phase (`Phase`) has not changed since an earlier look has waited at least as
-long as from that look to this one. All limits are therefore exceeded by up to a second, and by no
-more.
+One timer checks every connection once a second, so that a request needs no timer of its own. A
+connection whose phase (`Phase`) has not changed since an earlier check has waited at least as long
+as the time between the checks. So every timeout may be exceeded by up to a second.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ import structlog
 log = structlog.get_logger(__name__)
 
 CONNECTIONS: Final = "connections"
-"""Their name in the lifespan's state, where the server's connections find them."""
+"""Key of `Connections` in the lifespan's state, where the server's protocol finds it."""
 
-INTERVAL_S: Final = 1.0
-"""Between two looks at every connection."""
+CHECK_INTERVAL_S: Final = 1.0
+"""Time between two checks of all connections."""
 
 LOG_INTERVAL_S: Final = 10.0
-"""At least, between two lines about connections that were refused or closed."""
+"""Least time between two log lines about connections that were rejected or closed."""
 
 BODY_BYTES_PER_S: Final = 16 * 1024
-"""Rate of a slow upload: every so many bytes of a body extend its time by a second."""
+"""Minimum rate of an upload: this many bytes of a body extend its timeout by a second."""
 
 LINGER_S: Final = 2.0
-"""How long a connection that is closed is still read, so that the last answer is not lost by the
-reset that unread bytes would cause (RFC 9112, section 9.6)."""
+"""How long a closing connection is still read (lingering close), so that the last reply is not lost
+to the reset that unread bytes would cause (RFC 9112, section 9.6)."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -52,53 +51,53 @@ class ConnectionLimits:
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """What a connection is waiting for; the values are part of names in the log."""
 
     IDLE = "idle"
     HEAD = "head"
     BODY = "body"
-    REFUSED_BODY = "refused_body"
+    REJECTED_BODY = "rejected_body"
     SERVICE = "service"
-    READER = "reader"
+    SEND = "send"
     LINGER = "linger"
 
 
 class Connection(Protocol):
-    """What is needed of each.
+    """What `Connections` needs of a connection.
 
     Attributes:
-        turn: counts the requests and replies that came to an end.
-        body_bytes: of requests, kept by it.
-        body_began_s: when the body that it receives began, of the loop's clock.
+        progress: grows whenever a request or reply is complete.
+        body_bytes: bytes of request bodies that it buffers.
+        body_began_s: when the body that it is receiving began, on the loop's clock.
     """
 
-    turn: int
+    progress: int
     body_bytes: int
     body_began_s: float
 
     @property
     def phase(self) -> Phase:
-        """What it waits for now."""
+        """What it is waiting for now."""
 
     @property
     def unsent_bytes(self) -> int:
-        """Of replies, kept by it."""
+        """Bytes of replies that it buffers."""
 
     def expire(self, phase: Phase) -> None:
-        """Its time in this phase is over."""
+        """Handle the timeout of a phase."""
 
     def shed_body(self) -> None:
-        """Refuse the body that it receives."""
+        """Reject the body that it is receiving."""
 
     def abort(self) -> None:
-        """Close it at once, whatever it keeps."""
+        """Close it at once and drop what is buffered."""
 
 
 class Connections:
-    """The connections of a worker.
+    """The connections of a worker, and the enforcement of their limits.
 
     Attributes:
-        limits: their bounds.
+        limits: the limits.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None):
@@ -113,26 +112,28 @@ class Connections:
         return len(self._seen)
 
     def add(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> bool:
-        """Watch a new connection. Whether there is room for it: otherwise it is to be refused."""
-        self._seen[connection] = (connection.phase, connection.turn, loop.time())
+        """Register a new connection; returns False if it must be rejected, as one too many."""
+        self._seen[connection] = (connection.phase, connection.progress, loop.time())
         if self._timer is None:
-            self._timer = loop.call_later(INTERVAL_S, self._look, loop)
+            self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
         has_room = len(self._seen) <= self.limits.max_connections
         if not has_room:
-            self._events["refused"] += 1
+            self._events["rejected"] += 1
         return has_room
 
     def remove(self, connection: Connection) -> None:
-        """It was closed."""
+        """Forget a connection that was closed."""
         self._seen.pop(connection, None)
-        self.keep_body(connection, 0)
+        self.set_body_bytes(connection, 0)
         if not self._seen and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def keep_body(self, connection: Connection, count: int) -> None:
-        """A connection keeps so many bytes of requests now. Beyond the bound on all of them, the
-        bodies that have been on their way for longest are refused."""
+    def set_body_bytes(self, connection: Connection, count: int) -> None:
+        """Set how many bytes of request bodies a connection buffers.
+
+        Beyond the limit on all connections, the oldest incomplete bodies are rejected.
+        """
         self._body_bytes += count - connection.body_bytes
         connection.body_bytes = count
         while self._body_bytes > self.limits.max_pending_body_bytes:
@@ -142,22 +143,22 @@ class Connections:
             self._events["body_shed"] += 1
             min(unfinished, key=lambda each: each.body_began_s).shed_body()
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer = loop.call_later(INTERVAL_S, self._look, loop)
-        self.look(loop.time())
+    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
+        self.check(loop.time())
 
-    def look(self, now_s: float) -> None:
-        """End what has waited for too long, and what keeps too much for readers that do not read.
+    def check(self, now_s: float) -> None:
+        """Expire connections that have waited too long, and shed replies that are not read.
 
         Args:
-            now_s: of the loop's clock.
+            now_s: the time on the loop's clock.
         """
         unsent_bytes = 0
-        for connection, (phase, turn, since_s) in list(self._seen.items()):
+        for connection, (phase, progress, since_s) in list(self._seen.items()):
             unsent_bytes += connection.unsent_bytes
-            if connection.phase is not phase or connection.turn != turn:
-                self._seen[connection] = (connection.phase, connection.turn, now_s)
-            elif now_s - since_s > self._allowed_s(connection, phase):
+            if connection.phase is not phase or connection.progress != progress:
+                self._seen[connection] = (connection.phase, connection.progress, now_s)
+            elif now_s - since_s > self._timeout_s(connection, phase):
                 if phase not in (Phase.IDLE, Phase.LINGER):
                     self._events[f"{phase.value}_timeout"] += 1
                 connection.expire(phase)
@@ -172,25 +173,25 @@ class Connections:
             self._events.clear()
 
     def _shed_replies(self, unsent_bytes: int) -> None:
-        """Abort connections whose readers are behind, the longest first."""
-        behind = [each for each in self._seen.items() if each[0].phase is Phase.READER]
+        """Abort connections whose clients do not read, those that have waited longest first."""
+        behind = [each for each in self._seen.items() if each[0].phase is Phase.SEND]
         for connection, _ in sorted(behind, key=lambda each: each[1][2]):
             if unsent_bytes <= self.limits.max_pending_reply_bytes:
                 break
             unsent_bytes -= connection.unsent_bytes
-            self._events["reader_shed"] += 1
+            self._events["reply_shed"] += 1
             connection.abort()
 
-    def _allowed_s(self, connection: Connection, phase: Phase) -> float:
+    def _timeout_s(self, connection: Connection, phase: Phase) -> float:
         limits = self.limits
         match phase:
-            case Phase.IDLE | Phase.REFUSED_BODY:
+            case Phase.IDLE | Phase.REJECTED_BODY:
                 return limits.keep_alive_s
             case Phase.HEAD:
                 return limits.head_timeout_s
             case Phase.BODY:
                 return limits.body_timeout_s + connection.body_bytes / BODY_BYTES_PER_S
-            case Phase.READER:
+            case Phase.SEND:
                 return limits.send_timeout_s
             case Phase.LINGER:
                 return LINGER_S

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from service.api.limits import ApiLimits
-from service.api.turns import LongBodies
+from service.api.long_body_admission import LongBodyAdmission
 from service.api.wire import ModelWire
 from service.pipeline import Pipeline
 from service.recorder import Recorder
@@ -20,14 +20,14 @@ class ApiContext:
 
     Attributes:
         now_ms: wall clock in epoch milliseconds, for the age of streams.
-        long_bodies: admits long bodies to validation.
+        long_bodies: admission of long bodies.
     """
 
     pipeline: Pipeline
     limits: ApiLimits
     recorder: Recorder
     now_ms: Callable[[], int]
-    long_bodies: LongBodies
+    long_bodies: LongBodyAdmission
     _wires: dict[str, ModelWire] = field(default_factory=dict)
 
     def wire(self, model: str) -> ModelWire:

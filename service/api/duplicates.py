@@ -1,9 +1,9 @@
-"""Duplicate members: an object that has a member twice is rejected.
+"""Rejection of duplicate members: an object that has a member twice.
 
-Decoders keep the last of equal members without a word, so that two readers may see two different
-requests in one body (RFC 8259, section 4). This module looks at the bytes of a body that a decoder
-has accepted. It builds all of the body once more: the fast decoder compares counts first and asks
-here only where they differ; long bodies come in parts.
+Decoders silently keep the last of duplicate members, so that two readers may see two different
+requests in one body (RFC 8259, section 4). This module parses a body again that a decoder has
+accepted, so it costs as much as the decoder: the fast decoder first compares counts and calls it
+only where they differ, and long bodies pass their parts.
 """
 
 from __future__ import annotations
@@ -23,46 +23,48 @@ EXPECTED: Final = "each member of an object once"
 _ELEMENTS: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _NAME: Final = msgspec.msgpack.Decoder(str)
 _MAX_DEPTH: Final = 32
-"""What lies deeper in MessagePack is in no body that is accepted."""
+"""No accepted body is nested deeper in MessagePack."""
 _FIXMAP, _MAP16, _MAP32 = 0x80, 0xDE, 0xDF
 _FIXARRAY, _ARRAY16, _ARRAY32 = 0x90, 0xDC, 0xDD
 
 
 class _Duplicate(NamedTuple):
-    """Stands for an object that has this member more than once."""
+    """Marker in place of an object that has this member more than once."""
 
     name: str
 
 
-def duplicate_member(media: Media, body: bytes, origin: Origin = BODY) -> InvalidInput | None:
-    """The rejection of a body in which an object has a member twice; None where none has.
+def find_duplicate(media: Media, body: bytes, origin: Origin = BODY) -> InvalidInput | None:
+    """The error for a body in which an object has a member twice; None if none has.
 
     Args:
         body: what a decoder has accepted.
-        origin: where the body lies in its request.
+        origin: place of the document in the request.
     """
     tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
     found = _find(tree, ())
-    return None if found is None else duplicated(origin.place(found))
+    return None if found is None else duplicate_error(origin.place(found))
 
 
-def duplicate_members(
+def find_duplicates(
     media: Media, body: bytes, parts: str, origin: Origin = BODY
 ) -> dict[int, InvalidInput]:
-    """As `duplicate_member` for each element of the list that is the body's member `parts`.
+    """As `find_duplicate`, for each element of the body's list `parts`, by index.
 
     Raises:
         InvalidInput: the member is twice in the body itself.
     """
     tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
     if isinstance(tree, _Duplicate):
-        raise duplicated(tree.name)
+        raise duplicate_error(tree.name)
     found = {at: _find(part, (parts, at)) for at, part in enumerate(tree[parts])}
-    return {at: duplicated(origin.place(where)) for at, where in found.items() if where is not None}
+    return {
+        at: duplicate_error(origin.place(where)) for at, where in found.items() if where is not None
+    }
 
 
-def duplicated(at: str) -> InvalidInput:
-    """The rejection of a member that its object has more than once."""
+def duplicate_error(at: str) -> InvalidInput:
+    """The error for a member that its object has more than once."""
     return InvalidInput(
         f"{at}: expected {EXPECTED}, got this one more than once",
         at=at,
@@ -72,14 +74,14 @@ def duplicated(at: str) -> InvalidInput:
 
 
 HEADER_BYTES: Final = 5
-"""Most that the header of a map or an array takes in MessagePack."""
+"""Longest header of a map or an array in MessagePack."""
 
 
-def packed_count(value: bytes | memoryview) -> tuple[int, int] | None:
-    """Members of a map, or elements of an array, in MessagePack, and the size of its header.
+def packed_length(value: bytes | memoryview) -> tuple[int, int] | None:
+    """Length of a map or array in MessagePack, and the size of its header.
 
     Returns:
-        None where the value is neither.
+        None if the value is neither.
     """
     first = value[0]
     if first & 0xF0 in (_FIXMAP, _FIXARRAY):
@@ -102,8 +104,8 @@ def is_packed_array(value: bytes | memoryview) -> bool:
 
 
 def packed_pairs(value: bytes | memoryview) -> list[tuple[str, msgspec.Raw]]:
-    """Names and values of a map in MessagePack, those of duplicate members too."""
-    counted = packed_count(value)
+    """Names and values of a map in MessagePack, including those of duplicate members."""
+    counted = packed_length(value)
     if counted is None:
         raise ValueError("expected a map")
     count, start = counted
@@ -125,7 +127,7 @@ def _json_tree(body: bytes) -> Any:
             seen.add(name)
         return _Duplicate(name)
 
-    # Numbers are of no interest, and Python limits the digits of an integer.
+    # Numbers are not needed, and Python limits the digits of an integer.
     return json.loads(body.decode(), object_pairs_hook=members, parse_int=len, parse_float=len)
 
 
@@ -149,7 +151,7 @@ def _name(packed: msgspec.Raw) -> str:
     try:
         return _NAME.decode(packed)
     except msgspec.ValidationError:
-        # A name that is no text; nothing that is accepted has one.
+        # Not text: no accepted body has such a name.
         return repr(bytes(packed))
 
 

@@ -169,7 +169,7 @@ class Express:
             return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
         chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
         if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
-            # a long reply is written in pieces
+            # long replies are encoded in pieces, on the slow path
             return None
         deadline_s = began_s + waits_s
         return Taken(wire, chunk, headers.answer, request_id, began_s, deadline_s, whole_bytes)
@@ -193,7 +193,7 @@ class Express:
         return sent
 
     def refuse_unread(self, error: CarryError) -> bytes:
-        """The whole answer to what is not read to its end, after which the connection is closed."""
+        """The whole error response for a request that is not read to its end."""
         self._api.recorder.refusal("-", error.code)
         request_id = self._ids.next()
         if not isinstance(error, TooManyConnections):

@@ -1,8 +1,8 @@
-"""What a request's head has to be before anything is made of it, beyond what the parser demands.
+"""Validation of request heads (request line and headers) beyond what the parser checks.
 
-`llhttp` refuses malformed lines, folded lines, bare line ends, lengths that are no number, and a
-length beside a transfer coding. Here it is what it lets pass although two readers could understand
-it differently, a proxy and this service for example.
+`llhttp` rejects malformed lines, folded lines, bare line feeds, invalid lengths, and a length
+beside a transfer coding. This module rejects what it accepts although a proxy and this service
+could frame or interpret it differently (request smuggling).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Final, Protocol
 from service.errors import DuplicateField, ExpectationFailed, HeadTooLarge, MalformedRequest
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Most that may come of a request's head, or of what follows its body, before it is whole."""
+"""Largest head of a request, and largest trailer section."""
 
 MAX_HEADERS: Final = 128
-"""Most lines of a head."""
+"""Most header lines of a request."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -28,12 +28,12 @@ _ONCE: Final = {
     b"content-encoding": "Content-Encoding",
     b"expect": "Expect",
 }
-"""Of which one would win in silence, if there were two."""
+"""Headers that may come once; of two, one would be silently ignored."""
 is_host = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*").fullmatch
 
 
 def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> None:
-    """Refuse what could be framed or understood in two ways, and what is too much.
+    """Reject a head that is ambiguous or too large.
 
     Args:
         headers: names in lower case.
@@ -83,16 +83,18 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
 
 
 class ParsedHead(Protocol):
-    """uvicorn's protocol after its parser has met a head."""
+    """uvicorn's protocol after it has parsed a head."""
 
     parser: Any
     url: bytes
     headers: list[tuple[bytes, bytes]]
 
 
-def head_without_upgrade(head: ParsedHead) -> bytes:
-    """The bytes of a head that was parsed, without its `Upgrade`: no field of it holds a line's
-    end, so that it is parsed as the same again."""
+def serialize_without_upgrade(head: ParsedHead) -> bytes:
+    """Serialize a parsed head without its `Upgrade` header.
+
+    No field contains a line end, so that it is parsed to the same head again.
+    """
     version = head.parser.get_http_version().encode()
     lines = [b"%b %b HTTP/%b" % (head.parser.get_method(), head.url, version)]
     lines += [b"%b: %b" % header for header in head.headers if header[0] != b"upgrade"]

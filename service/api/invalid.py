@@ -38,18 +38,18 @@ def place(loc: Place, inside: str = "") -> str:
 
 
 class Origin(NamedTuple):
-    """Where in its request a document lies that is validated by itself.
+    """The place in a request of a part that is validated on its own.
 
     Attributes:
-        inside: its place, as `chunks[2]`; empty for the body.
-        first: how many elements of its list come before the ones that it has.
+        inside: its place, such as `chunks[2]`; empty for the body.
+        first: index in the request of the first element of its list.
     """
 
     inside: str = ""
     first: int = 0
 
     def place(self, loc: Place) -> str:
-        """The place in the request of a place in the document."""
+        """Translate a place in the part into one in the request."""
         if self.first and len(loc) > 1 and isinstance(loc[1], int):
             loc = (loc[0], loc[1] + self.first, *loc[2:])
         return place(loc, self.inside)
@@ -67,7 +67,7 @@ def invalid_body(
         error: what validation raised.
         media: what the body was written in.
         members: names what may stand where something unknown stands.
-        origin: what the error's own places are relative to.
+        origin: place of the part in the request.
 
     Returns:
         `MalformedBody` where the body is no document at all, otherwise `InvalidInput`.

@@ -1,8 +1,8 @@
-"""The structure of a long JSON text: where the members of its object and their elements end.
+"""Structural index of a long JSON text: where the members of its object and their elements end.
 
 NumPy finds brackets and commas outside of strings, a block at a time, so that the elements of a
-list are counted, and the text is cut between them, before an object is made for any. Nothing is
-validated: what a text without structure is cut into is no JSON either, and its decoder rejects it.
+list are counted, and the text is split between them, before an object is made for any. Nothing is
+validated: if the text is malformed, so are its parts, and their decoder rejects them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPACE: Final = b" \t\r\n"
 _LEADING: Final = re.compile(rb"[ \t\r\n]*+")
 _NAME: Final = re.compile(rb'[ \t\r\n]*+("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:')
 _NAME_BYTES: Final = 4096
-"""Within so many bytes a member's name ends."""
+"""A member's name ends within this many bytes."""
 
 
 class JsonMember(NamedTuple):
@@ -43,11 +43,11 @@ class JsonMember(NamedTuple):
 
 
 class JsonStructure:
-    """Commas of an object and of the containers directly within it.
+    """The commas of an object and of the containers directly within it.
 
     Attributes:
-        members: offsets of the commas between the object's members, as far as it was scanned.
-        elements: how many commas there are between the elements of its members, all together.
+        members: offsets of the commas between members, as far as the text is scanned.
+        elements: number of commas between elements, of all members together.
     """
 
     def __init__(self, text: bytes | memoryview):
@@ -57,7 +57,7 @@ class JsonStructure:
         self._elements: list[NDArray[np.int64]] = []
 
     def scan(self) -> Iterator[None]:
-        """Go on, by one block for each turn."""
+        """Scan the text, one block per iteration."""
         depth = quotes = 0
         escaped = False
         for start in range(0, len(self._text), BLOCK_BYTES):
@@ -69,7 +69,7 @@ class JsonStructure:
                 block = block.replace(b"\\\\", b"__").replace(b'\\"', b"__")
                 escaped = block.endswith(b"\\")
             found = np.frombuffer(block, np.uint8)
-            at = np.flatnonzero(_is_mark(found))
+            at = np.flatnonzero(_is_structural(found))
             marks = found[at]
             is_quote = marks == _QUOTE
             parity = np.cumsum(is_quote) + quotes
@@ -86,31 +86,31 @@ class JsonStructure:
             yield
 
     def member_of_element(self, index: int) -> str:
-        """The name of the member in which the comma of that index between elements is."""
+        """The name of the member that the comma between elements with this index belongs to."""
         at = np.concatenate(self._elements)[index]
         return self.names()[int(np.searchsorted(self.members, at))]
 
     def names(self) -> list[str]:
-        """The names of the members, as far as it was scanned; empty for what is no name."""
-        starts = [_leading(self._text), *self.members]
+        """The names of the members, as far as the text is scanned; "" for a malformed one."""
+        starts = [_skip_whitespace(self._text), *self.members]
         found = [self._name(start) for start in starts]
         return [name[0] if name else "" for name in found]
 
     def _name(self, start: int) -> tuple[str, int] | None:
-        """The name behind a bracket or comma, and where its value begins."""
+        """The member name after a bracket or comma, and the offset of its value."""
         found = _NAME.match(self._text, start + 1, start + _NAME_BYTES)
         try:
             return None if found is None else (str(json.loads(found[1])), found.end())
         except ValueError:
             return None
 
-    def cut_members(self) -> list[JsonMember] | None:
-        """The members, once the text was scanned; None where it is no object."""
-        span = _span(self._text, b"{}")
+    def split_members(self) -> list[JsonMember] | None:
+        """The members of a scanned text; None if it is not an object."""
+        span = _find_brackets(self._text, b"{}")
         if span is None:
             return None
         begin, end = span
-        if _leading(self._text, begin + 1) == end:
+        if _skip_whitespace(self._text, begin + 1) == end:
             return []
         found = []
         for start, stop in zip([begin, *self.members], [*self.members, end], strict=True):
@@ -120,38 +120,38 @@ class JsonStructure:
             found.append(JsonMember(*name, stop))
         return found
 
-    def cut_elements(self, member: JsonMember) -> list[memoryview] | None:
-        """The elements of a member, once the text was scanned; None where it is no list."""
+    def split_elements(self, member: JsonMember) -> list[memoryview] | None:
+        """The elements of a member of a scanned text; None if it is not a list."""
         value = self._text[member.start : member.stop]
-        span = _span(value, b"[]")
+        span = _find_brackets(value, b"[]")
         if span is None:
             return None
         begin, end = span
-        if _leading(value, begin + 1) == end:
+        if _skip_whitespace(value, begin + 1) == end:
             return []
         commas = np.concatenate([np.zeros(0, np.int64), *self._elements]) - member.start
         within = commas[(commas > begin) & (commas < end)].tolist()
-        cuts = zip([begin, *within], [*within, end], strict=True)
-        return [value[start + 1 : stop] for start, stop in cuts]
+        bounds = zip([begin, *within], [*within, end], strict=True)
+        return [value[start + 1 : stop] for start, stop in bounds]
 
 
-def _is_mark(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Where there are quotes, commas and brackets; a look-up in a table takes six times as long."""
+def _is_structural(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Mask of the quotes, commas and brackets; a lookup table would take six times as long."""
     brackets = text | _BRACKET_BIT
     return np.asarray(
         (text == _QUOTE) | (text == _COMMA) | (brackets == _OPENING) | (brackets == _CLOSING)
     )
 
 
-def _leading(text: memoryview, start: int = 0) -> int:
-    """The offset of what follows white space."""
+def _skip_whitespace(text: memoryview, start: int = 0) -> int:
+    """The offset of the first character that is not white space."""
     space = _LEADING.match(text, start)
     return start if space is None else space.end()
 
 
-def _span(text: memoryview, brackets: bytes) -> tuple[int, int] | None:
-    """The offsets of the two brackets that enclose a text, white space aside."""
-    begin, end = _leading(text), len(text)
+def _find_brackets(text: memoryview, brackets: bytes) -> tuple[int, int] | None:
+    """The offsets of the two brackets that enclose a text; None if it is not enclosed."""
+    begin, end = _skip_whitespace(text), len(text)
     while end > begin and text[end - 1] in _SPACE:
         last = bytes(text[max(begin, end - BLOCK_BYTES) : end])
         end -= len(last) - len(last.rstrip(_SPACE))

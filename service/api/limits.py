@@ -30,7 +30,7 @@ class ApiLimits:
 
     @property
     def max_waiting_bytes(self) -> int:
-        """Most bytes of long bodies that wait in a process to be validated."""
+        """Most bytes of long bodies that wait for validation in one worker."""
         return 8 * self.max_body_bytes
 
     def waits_s(self, said_s: float | None) -> float:

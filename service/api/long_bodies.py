@@ -1,10 +1,10 @@
-"""Long chunks in JSON, read a block at a time: others have their turn between.
+"""Long chunks in JSON, read a block at a time, so that the event loop runs in between.
 
 Parsing ten thousand rows keeps the event loop for some twenty milliseconds. Here the rows are cut
 where one ends, into blocks of a few kilobytes; the first of them stays in the body, which is read
 as any other, and each further one is a list of rows of its own. Together they are the body's
 rows, because a JSON list may be cut between its elements and nowhere else do these bytes come
-together so: what does not parse that way is None, and is then read by `LongReader`.
+together so. A body that does not parse that way gives None, and is then read by `LongReader`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
+from service.api.long_body_admission import Checkpoint
 from service.api.media import Media
 from service.api.request_reader import RequestReader
-from service.api.turns import Turns
 from service.domain import Chunk, Precondition
 
 LONG_BYTES: Final = 64 * 1024
@@ -32,9 +32,9 @@ async def read_in_turns(
     media: Media,
     stream: str,
     precondition: Precondition | None,
-    turns: Turns,
+    checkpoint: Checkpoint,
 ) -> Chunk | None:
-    """The one chunk of a long body; None where it has to be read in another way.
+    """The chunk of a long body; None if `LongReader` has to read it.
 
     Raises:
         DeadlineExceeded
@@ -52,7 +52,7 @@ async def read_in_turns(
         if first is None:
             first = block
             continue
-        await turns.next()
+        await checkpoint()
         rows = reader.plain_rows(b"[%b]" % block)
         if rows is None:
             return None
@@ -60,7 +60,7 @@ async def read_in_turns(
         most -= len(rows)
         if most < 0:
             return None
-    await turns.next()
+    await checkpoint()
     if first is None or not packed:
         return None
     whole = b"".join((body[: begin.end()], first, body[last.start() + 1 :]))
@@ -68,7 +68,7 @@ async def read_in_turns(
 
 
 def _blocks(body: bytes, start: int, stop: int) -> Iterator[bytes]:
-    """The rows from one offset to another, some together; not as far where they are no rows."""
+    """Split the rows between two offsets into blocks; ends early where they are not rows."""
     while True:
         end = body.find(b"]", start + BLOCK_BYTES, stop) + 1
         following = _NEXT_ROW.match(body, end, stop) if end else None
@@ -80,5 +80,5 @@ def _blocks(body: bytes, start: int, stop: int) -> Iterator[bytes]:
 
 
 _NEAR_BEGIN = 4096
-"""Within so many bytes the rows begin."""
+"""The rows begin within this many bytes."""
 _LAST_ROW = re.compile(rb"\][ \t\r\n]*\]")

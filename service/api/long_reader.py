@@ -1,9 +1,9 @@
-"""Long bodies: read in turns, one at a time in a process, and never built as a whole.
+"""Reader of long bodies: yields the event loop while it reads, and never holds a parsed whole.
 
-A body of `LONG_BYTES` or more is cut first (`cutting`), so that what has more members, steps or
-items than a request may have is rejected before an object is made of it. The rest is read a few
-elements at a time by the readers of short bodies, with the same results and the same errors;
-everything else has its turn in between, and the first error ends it.
+A body of `LONG_BYTES` or more is split first (`splitting`), so that one with more members, steps or
+items than a request may have is rejected before an object is made of any. The rest is read a few
+elements at a time by the readers of short bodies, with the same results and the same errors. Other
+tasks run in between, and the first error ends the reading.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ import numpy as np
 from models.events.columns import EventColumns
 from models.state import StatePart
 from service.api.bodies import StepsBody, StrictBody, validate
-from service.api.cutting import MORE, Cut, Shape, cut, groups, invalid, member_place
 from service.api.invalid import BODY, Origin
 from service.api.long_bodies import BLOCK_BYTES, LONG_BYTES
+from service.api.long_body_admission import Checkpoint
 from service.api.media import Encoded, Media, encoded_list, encoded_object, loads, malformed
 from service.api.reading import parse_if_match, stream_name
-from service.api.request_reader import RequestReader, about, outcome, too_many
+from service.api.request_reader import RequestReader, item_error, too_many_elements, with_stream
 from service.api.schemas import ForkBody, StateBody
-from service.api.turns import Turns
+from service.api.splitting import (
+    MORE,
+    ObjectLimits,
+    SplitObject,
+    group_by_size,
+    invalid,
+    member_place,
+    split_object,
+)
 from service.domain import Chunk, Feed, ForecastRequest, Precondition, Steps
 from service.errors import (
     CarryError,
@@ -42,11 +50,11 @@ _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
 _MAX_EVENT_BYTES: Final = 2**20
 _MAX_PARTS: Final = 2**16
-"""Commas and brackets of an event that the strict type is given."""
+"""Most commas and brackets of an event that is passed to the strict type."""
 
 
 class LongReader:
-    """Reads the long requests for one model; each method as its namesake of `RequestReader`."""
+    """Reads long requests for one model; the methods correspond to those of `RequestReader`."""
 
     def __init__(self, reader: RequestReader):
         self._reader = reader
@@ -57,129 +65,147 @@ class LongReader:
         media: Media,
         stream: str,
         precondition: Precondition | None,
-        turns: Turns,
+        checkpoint: Checkpoint,
     ) -> Chunk:
         """The one chunk of a body."""
         reader = self._reader
         try:
             reader.check_takes_chunks()
             kind = reader.bodies.types[media].chunk
-            found, steps = await self._steps(memoryview(body), media, kind, "", turns)
+            found, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
         except CarryError as error:
-            raise about(stream, error) from error
+            raise with_stream(stream, error) from error
         return reader.build_chunk(found, steps, stream, precondition, final=found.final)
 
-    async def items(self, body: bytes, media: Media, turns: Turns) -> list[Chunk | CarryError]:
-        """The chunks of a request for many streams, or what is wrong with each."""
+    async def items(
+        self, body: bytes, media: Media, checkpoint: Checkpoint
+    ) -> list[Chunk | CarryError]:
+        """The chunk, or the error, of each item of a request for many streams."""
         self._reader.check_takes_chunks()
         kind = self._reader.bodies.types[media].many
-        items = await self._parts(body, media, kind, "chunks", turns)
+        items = await self._parts(body, media, kind, "chunks", checkpoint)
         found: list[Chunk | CarryError] = []
-        for group in groups(items, BLOCK_BYTES):
-            await turns.next()
+        for group in group_by_size(items, BLOCK_BYTES):
+            await checkpoint()
             if len(group[0]) >= LONG_BYTES:
                 inside = f"chunks[{len(found)}]"
-                found.append(await self._item(group[0], media, inside, turns))
+                found.append(await self._item(group[0], media, inside, checkpoint))
             else:
                 some = encoded_object(media, {"chunks": encoded_list(media, group)})
                 found += self._reader.items(some, media, len(found))
         return found
 
-    async def sequences(self, body: bytes, media: Media, turns: Turns) -> list[Steps]:
+    async def sequences(self, body: bytes, media: Media, checkpoint: Checkpoint) -> list[Steps]:
         """The whole sequences of a predict request."""
         strict, types = self._reader.strict, self._reader.bodies.types[media]
-        parts = await self._parts(body, media, types.predict, "sequences", turns)
+        parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
         found: list[Steps] = []
         steps = 0
-        for group in groups(parts, BLOCK_BYTES):
-            await turns.next()
+        for group in group_by_size(parts, BLOCK_BYTES):
+            await checkpoint()
             first = len(found)
             if len(group[0]) >= LONG_BYTES:
                 inside = f"sequences[{first}]"
-                found.append((await self._steps(group[0], media, types.sequence, inside, turns))[1])
+                found.append(
+                    (await self._steps(group[0], media, types.sequence, inside, checkpoint))[1]
+                )
             else:
                 some = encoded_object(media, {"sequences": encoded_list(media, group)})
                 found += self._reader.sequences(some, media, first)
             steps += sum(sequence.length for sequence in found[first:])
-            strict.check_sum(steps)
+            strict.check_total(steps)
         return found or strict.of_sequences([])
 
     async def forecast_request(
-        self, body: bytes, media: Media, stream: str, turns: Turns
+        self, body: bytes, media: Media, stream: str, checkpoint: Checkpoint
     ) -> ForecastRequest:
-        """How a body asks a decoder to look ahead."""
+        """The forecast that a body asks for."""
         reader = self._reader
         try:
-            kind = reader.forecast_type(media)
+            kind = reader.forecast_body_type(media)
             most = reader.served.require_decoder().max_horizon
-            shape = Shape(
-                list(kind.model_fields), ["future"], most, lambda at: too_many(at, most, MORE)
+            limits = ObjectLimits(
+                list(kind.model_fields),
+                ["future"],
+                most,
+                lambda at: too_many_elements(at, most, MORE),
             )
-            opened = await self._cut_object(body, media, shape, "", turns)
-            found = self._validate_rest(kind, media, opened, BODY)
-            if "future" in opened.lists:
+            split = await self._split_object(body, media, limits, "", checkpoint)
+            found = self._validate_rest(kind, media, split, BODY)
+            if "future" in split.lists:
                 future: list[dict[str, Any]] = []
-                for group in groups(opened.lists["future"], BLOCK_BYTES):
-                    await turns.next()
+                for group in group_by_size(split.lists["future"], BLOCK_BYTES):
+                    await checkpoint()
                     _check_events(media, group, f"future[{len(future)}]")
                     steps = encoded_list(media, group)
                     part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
                     origin = Origin(first=len(future))
                     future += reader.bodies.validate(kind, media, part, origin).future or []
                 found.future = future
-            return reader.forecast_of(found)
+            return reader.build_forecast_request(found)
         except CarryError as error:
-            raise about(stream, error) from error
+            raise with_stream(stream, error) from error
 
-    async def state(self, body: bytes, media: Media, turns: Turns) -> StateBody:
+    async def state(self, body: bytes, media: Media, checkpoint: Checkpoint) -> StateBody:
         """A state to restore."""
         parts = {part.name: part for part in self._reader.served.state.parts}
         names = list(StateBody.model_fields)
-        opened = await self._cut_object(
-            body, media, Shape(names, [], len(parts), _no_list), "", turns, long=("state",)
+        split = await self._split_object(
+            body,
+            media,
+            ObjectLimits(names, [], len(parts), _no_list),
+            "",
+            checkpoint,
+            long=("state",),
         )
-        state = opened.members.get("state", memoryview(b""))
+        state = split.members.get("state", memoryview(b""))
         if len(state) < LONG_BYTES:
-            return validate(StateBody, media, encoded_object(media, opened.members))
-        rest: dict[str, Encoded] = {**opened.members, "state": _EMPTY_OBJECT[media]}
+            return validate(StateBody, media, encoded_object(media, split.members))
+        rest: dict[str, Encoded] = {**split.members, "state": _EMPTY_OBJECT[media]}
         found = validate(StateBody, media, encoded_object(media, rest))
         most = sum(part.size for part in parts.values())
-        shape = Shape(list(parts), [], most, _no_list)
-        given = await self._cut_object(state, media, shape, "state", turns, long=parts)
-        for name, value in given.members.items():
-            await turns.next()
-            # The state itself names those that are unknown.
+        limits = ObjectLimits(list(parts), [], most, _no_list)
+        state_parts = await self._split_object(
+            state, media, limits, "state", checkpoint, long=parts
+        )
+        for name, value in state_parts.members.items():
+            await checkpoint()
+            # Unknown parts are reported later, by the state layout.
             part = parts.get(name)
             found.state[name] = None if part is None else _part_values(media, part, value)
         return found
 
-    async def fork(self, body: bytes, media: Media, turns: Turns) -> ForkBody:
-        """The stream to begin."""
-        shape = Shape(list(ForkBody.model_fields), [], 1, _no_list)
-        opened = await self._cut_object(body, media, shape, "", turns)
-        return validate(ForkBody, media, encoded_object(media, opened.members))
+    async def fork(self, body: bytes, media: Media, checkpoint: Checkpoint) -> ForkBody:
+        """The name of the new stream."""
+        limits = ObjectLimits(list(ForkBody.model_fields), [], 1, _no_list)
+        split = await self._split_object(body, media, limits, "", checkpoint)
+        return validate(ForkBody, media, encoded_object(media, split.members))
 
     async def _parts(
-        self, body: bytes, media: Media, kind: type[StrictBody], name: str, turns: Turns
+        self, body: bytes, media: Media, kind: type[StrictBody], name: str, checkpoint: Checkpoint
     ) -> list[memoryview]:
         """The items or sequences of a request."""
         most = self._reader.limits.max_items
-        shape = Shape(list(kind.model_fields), [name], most, lambda at: too_many(at, most, MORE))
-        opened = await self._cut_object(body, media, shape, "", turns)
-        self._validate_rest(kind, media, opened, BODY)
-        return opened.lists[name]
+        limits = ObjectLimits(
+            list(kind.model_fields), [name], most, lambda at: too_many_elements(at, most, MORE)
+        )
+        split = await self._split_object(body, media, limits, "", checkpoint)
+        self._validate_rest(kind, media, split, BODY)
+        return split.lists[name]
 
     async def _item(
-        self, item: memoryview, media: Media, inside: str, turns: Turns
+        self, item: memoryview, media: Media, inside: str, checkpoint: Checkpoint
     ) -> Chunk | CarryError:
-        """The chunk of a long item, or what is wrong with it."""
+        """The chunk of a long item, or its error."""
         reader = self._reader
         stream: str | None = None
         try:
             kind = reader.bodies.types[media].item
-            opened = await self._cut_object(item, media, self._shape(kind, media), inside, turns)
-            stream = _stream_in(opened, media, f"{inside}.stream")
-            found, steps = await self._steps_of(opened, media, kind, inside, turns)
+            split = await self._split_object(
+                item, media, self._limits(kind, media), inside, checkpoint
+            )
+            stream = _stream_of(split, media, f"{inside}.stream")
+            found, steps = await self._steps_of(split, media, kind, inside, checkpoint)
             precondition = None
             if found.if_match is not None:
                 precondition = parse_if_match(found.if_match, f"{inside}.if_match", bare=True)
@@ -187,42 +213,42 @@ class LongReader:
         except (MalformedBody, DeadlineExceeded):
             raise
         except CarryError as error:
-            return outcome(error, stream)
+            return item_error(error, stream)
 
     async def _steps(
-        self, body: memoryview, media: Media, kind: type[S], inside: str, turns: Turns
+        self, body: memoryview, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
     ) -> tuple[S, Steps]:
-        """A chunk or sequence: its body without its list, and its steps."""
-        opened = await self._cut_object(body, media, self._shape(kind, media), inside, turns)
-        return await self._steps_of(opened, media, kind, inside, turns)
+        """The body of a chunk or sequence without its list, and its steps."""
+        split = await self._split_object(body, media, self._limits(kind, media), inside, checkpoint)
+        return await self._steps_of(split, media, kind, inside, checkpoint)
 
-    def _shape(self, kind: type[StepsBody], media: Media) -> Shape:
-        limit = self._reader.strict.most(kind)
+    def _limits(self, kind: type[StepsBody], media: Media) -> ObjectLimits:
+        limit = self._reader.strict.limit_of(kind)
         feeds = ["events"] if media is Media.MSGPACK else ["events", "inputs"]
-        return Shape(
+        return ObjectLimits(
             list(kind.model_fields), feeds, limit.steps, lambda at: limit.exceeded(at, MORE)
         )
 
     async def _steps_of(
-        self, opened: Cut, media: Media, kind: type[S], inside: str, turns: Turns
+        self, split: SplitObject, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
     ) -> tuple[S, Steps]:
         strict = self._reader.strict
-        rows = opened.members.get("inputs")
+        rows = split.members.get("inputs")
         packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
         if packed:
-            opened.members["inputs"] = memoryview(_NO_BYTES)
-        found = self._validate_rest(kind, media, opened, Origin(inside))
+            split.members["inputs"] = memoryview(_NO_BYTES)
+        found = self._validate_rest(kind, media, split, Origin(inside))
         if packed and rows is not None:
             found.inputs = msgspec.msgpack.decode(rows, type=bytes)
-        given = [name for name, elements in opened.lists.items() if elements]
+        given = [name for name, elements in split.lists.items() if elements]
         if (found.events is None) == (found.inputs is None) or not given:
             return found, strict.of_body(found, inside)
         [name] = given
         strict.check_final(found, inside)
         parts: list[Steps] = []
         done = 0
-        for group in groups(opened.lists[name], BLOCK_BYTES):
-            await turns.next()
+        for group in group_by_size(split.lists[name], BLOCK_BYTES):
+            await checkpoint()
             at = f"{member_place(inside, name)}[{done}]"
             if name == "events":
                 _check_events(media, group, at)
@@ -236,37 +262,41 @@ class LongReader:
             done += len(group)
         return found, _concatenate(parts)
 
-    async def _cut_object(
+    async def _split_object(
         self,
         document: bytes | memoryview,
         media: Media,
-        shape: Shape,
+        limits: ObjectLimits,
         inside: str,
-        turns: Turns,
+        checkpoint: Checkpoint,
         long: Collection[str] = (),
-    ) -> Cut:
-        """An object, cut; of its members only those named and rows in MessagePack may be long."""
-        opened = await cut(document, media, shape, inside, turns)
-        for name, value in opened.members.items():
+    ) -> SplitObject:
+        """Split an object, and reject long members.
+
+        Args:
+            long: members that may be long, besides rows in MessagePack.
+        """
+        split = await split_object(document, media, limits, inside, checkpoint)
+        for name, value in split.members.items():
             packed = name == "inputs" and media is Media.MSGPACK and value[0] in _IS_BYTES
             if len(value) < LONG_BYTES or name in long or packed:
                 continue
             expected = f"a value of less than {LONG_BYTES} bytes"
-            if name not in shape.members:
-                expected = f"one of the members {', '.join(shape.members)}"
-            elif name in shape.lists:
+            if name not in limits.members:
+                expected = f"one of the members {', '.join(limits.members)}"
+            elif name in limits.lists:
                 expected = "a list"
             raise invalid(member_place(inside, name), expected, f"{len(value)} bytes")
-        return opened
+        return split
 
-    def _validate_rest(self, kind: type[B], media: Media, opened: Cut, origin: Origin) -> B:
-        """An object with its lists left empty."""
-        lists = dict.fromkeys(opened.lists, memoryview(_EMPTY[media]))
-        document = encoded_object(media, {**opened.members, **lists})
+    def _validate_rest(self, kind: type[B], media: Media, split: SplitObject, origin: Origin) -> B:
+        """Validate an object with empty lists in place of those that were split."""
+        lists = dict.fromkeys(split.lists, memoryview(_EMPTY[media]))
+        document = encoded_object(media, {**split.members, **lists})
         return self._reader.bodies.validate(kind, media, document, origin)
 
     def _check_row(self, group: Sequence[memoryview], at: str) -> None:
-        """Refuse a long row of another width, or of anything but numbers, by its commas."""
+        """Reject a long row of the wrong width, or with values that are not numbers."""
         if len(group[0]) < LONG_BYTES:
             return
         text = bytes(group[0]).lstrip(b" \t\r\n")
@@ -278,7 +308,7 @@ class LongReader:
 
 
 def _check_events(media: Media, group: Sequence[memoryview], at: str) -> None:
-    """Refuse an event of more bytes, or of more parts, than any event has."""
+    """Reject an event of more bytes or parts than any valid event has."""
     size = len(group[0])
     if size < LONG_BYTES:
         return
@@ -290,9 +320,9 @@ def _check_events(media: Media, group: Sequence[memoryview], at: str) -> None:
         raise invalid(at, f"an event of at most {_MAX_PARTS} values", MORE)
 
 
-def _stream_in(opened: Cut, media: Media, at: str) -> str | None:
-    """The stream that an item names; None where it does not."""
-    value = opened.members.get("stream")
+def _stream_of(split: SplitObject, media: Media, at: str) -> str | None:
+    """The stream that an item names; None if it names none."""
+    value = split.members.get("stream")
     name = None if value is None else loads(media, bytes(value))
     return stream_name(name, at) if isinstance(name, str) else None
 
@@ -319,7 +349,7 @@ def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
 
 
 def _concatenate(parts: Sequence[Steps]) -> Steps:
-    """Steps that follow one another, as one."""
+    """Concatenate consecutive steps."""
     length = sum(part.length for part in parts)
     rows = [part.rows for part in parts if part.rows is not None]
     if rows:

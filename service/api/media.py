@@ -28,7 +28,7 @@ class Media(Enum):
 
 
 Encoded = bytes | memoryview
-"""A value as it lies in a body."""
+"""An encoded value."""
 
 SERVED: tuple[str, ...] = tuple(media.value for media in Media)
 
@@ -46,8 +46,8 @@ _ACCEPTS: Mapping[str, tuple[Media, ...]] = {
 }
 
 MAX_FIELD: Final = 1024
-"""Longest `Accept` and `Content-Type`, in characters. Longer ones would hold the event loop up, and
-the memory of what was read last."""
+"""Longest `Accept` and `Content-Type`, in characters: longer ones would block the event loop while
+they are parsed, and fill the cache."""
 
 # An array of the body and this: whatever else follows the body stands in its place.
 _END = secrets.token_bytes(16)
@@ -80,14 +80,14 @@ def loads(media: Media, body: bytes) -> Any:
 
 
 def encoded_list(media: Media, elements: Sequence[Encoded]) -> bytes:
-    """A list of elements that are encoded already."""
+    """Encode a list from encoded elements."""
     if media is Media.JSON:
         return b"[%b]" % b",".join(elements)
     return b"".join((b"\xdd", len(elements).to_bytes(4, "big"), *elements))
 
 
 def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
-    """An object of members whose values are encoded already."""
+    """Encode an object from encoded values."""
     parts: list[Encoded] = []
     for name, value in members.items():
         if media is Media.JSON:

@@ -1,6 +1,6 @@
-"""Long documents, written in pieces: the event loop runs between, and the reader sets the pace.
+"""Incremental encoding of long documents: the event loop runs between the pieces.
 
-Joined, the pieces are the bytes that `media.dumps` writes at once, in JSON and in MessagePack.
+Joined, the pieces are the bytes that `media.dumps` gives at once, in JSON and in MessagePack.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from service.api.media import Media, dumps
 
 PIECE_VALUES: Final = 4096
-"""Values that are written at once: some tens of kilobytes, in a fraction of a millisecond."""
+"""Values in one piece: some tens of kilobytes, encoded in a fraction of a millisecond."""
 
 LONG_VALUES: Final = 2 * PIECE_VALUES
-"""Documents of more values are written in pieces."""
+"""Documents of more values are encoded in pieces."""
 
 Elements = Sequence[Any] | NDArray[Any]
 
 
 def count_values(value: Any) -> int:
-    """How many numbers, texts and other scalars a document holds."""
+    """Count the numbers, texts and other scalars of a document."""
     if isinstance(value, np.ndarray):
         return value.size
     if isinstance(value, dict):
@@ -40,23 +40,23 @@ def count_values(value: Any) -> int:
     return count
 
 
-def pieces(media: Media, document: Any) -> Iterator[bytes]:
-    """The bytes of a document made of plain data and NumPy arrays (C order, not 0-d)."""
+def encode_pieces(media: Media, document: Any) -> Iterator[bytes]:
+    """Encode a document of plain data and NumPy arrays (C order, not 0-d), piece by piece."""
     if count_values(document) <= PIECE_VALUES:
         yield dumps(media, document)
     elif isinstance(document, dict):
-        yield _map_head(media, len(document))
+        yield _map_header(media, len(document))
         for at, (name, value) in enumerate(document.items()):
             yield _key(media, name, at)
-            yield from pieces(media, value)
+            yield from encode_pieces(media, value)
         yield _end(media, b"}")
     elif isinstance(document, list | tuple | np.ndarray):
-        yield _array_head(media, len(document))
+        yield _array_header(media, len(document))
         for at, (first, last) in enumerate(_groups(document)):
             if at and media is Media.JSON:
                 yield b","
             if last == first + 1:
-                yield from pieces(media, document[first])
+                yield from encode_pieces(media, document[first])
             else:
                 yield _elements(media, document[first:last])
         yield _end(media, b"]")
@@ -65,7 +65,7 @@ def pieces(media: Media, document: Any) -> Iterator[bytes]:
 
 
 def _groups(elements: Elements) -> Iterator[tuple[int, int]]:
-    """Where the elements are cut, so that each group but of one element is of a piece's size."""
+    """Bounds of groups of elements; a group is at most one piece, or a single longer element."""
     if isinstance(elements, np.ndarray):
         count = max(1, PIECE_VALUES * len(elements) // elements.size)
         for first in range(0, len(elements), count):
@@ -82,11 +82,11 @@ def _groups(elements: Elements) -> Iterator[tuple[int, int]]:
 
 
 def _elements(media: Media, elements: Elements) -> bytes:
-    """Elements of an array without what stands around them."""
+    """Encode elements of an array without its brackets or header."""
     written = dumps(media, elements)
     if media is Media.JSON:
         return written[1:-1]
-    return written[len(_array_head(media, len(elements))) :]
+    return written[len(_array_header(media, len(elements))) :]
 
 
 def _key(media: Media, name: str, at: int) -> bytes:
@@ -99,16 +99,16 @@ def _end(media: Media, bracket: bytes) -> bytes:
     return bracket if media is Media.JSON else b""
 
 
-def _map_head(media: Media, count: int) -> bytes:
-    return b"{" if media is Media.JSON else _head(count, 0x80, b"\xde", b"\xdf")
+def _map_header(media: Media, count: int) -> bytes:
+    return b"{" if media is Media.JSON else _header(count, 0x80, b"\xde", b"\xdf")
 
 
-def _array_head(media: Media, count: int) -> bytes:
-    return b"[" if media is Media.JSON else _head(count, 0x90, b"\xdc", b"\xdd")
+def _array_header(media: Media, count: int) -> bytes:
+    return b"[" if media is Media.JSON else _header(count, 0x90, b"\xdc", b"\xdd")
 
 
-def _head(count: int, small: int, of_16_bits: bytes, of_32_bits: bytes) -> bytes:
-    """The head of a MessagePack map or array: within one byte, or with a count behind it."""
+def _header(count: int, small: int, of_16_bits: bytes, of_32_bits: bytes) -> bytes:
+    """The header of a MessagePack map or array of this length."""
     if count < 16:
         return bytes([small | count])
     if count < 2**16:

@@ -6,10 +6,10 @@ a body then become one float32 buffer. What is read here is read by the strict t
 as the same values; what is wrong is never said here. Where the answer is None, the strict types
 are to be asked: they make the error, or find the body good after all.
 
-A decoder keeps the last of duplicate members. So the members that it found, and in JSON the texts,
-are counted and compared with the body: in JSON each is a pair of quotation marks, in MessagePack
-the header of a map says how many it has. A duplicate, a null and a quotation mark within a text can
-only add to what the body has; only where it has more is it looked through.
+A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
+and in JSON the texts, are counted and compared with the body: in JSON each is a pair of quotation
+marks, in MessagePack the header of a map gives its length. A duplicate, a null or a quotation mark
+within a text can only increase the count of the body; only where it is larger is the body searched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.reader import EventReader
 from service.api.bodies import MAX_POSITION
-from service.api.duplicates import HEADER_BYTES, duplicate_member, packed_count
+from service.api.duplicates import HEADER_BYTES, find_duplicate, packed_length
 from service.api.json_rows import JsonRows, RowsBody
 from service.api.limits import ApiLimits
 from service.api.media import Media
@@ -76,7 +76,7 @@ class _Decoders(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """The steps of a chunk or sequence, and how many members and texts it has, events included."""
+    """The steps of a chunk or sequence, and its number of members and texts, events included."""
 
     steps: Steps
     members: int
@@ -102,7 +102,7 @@ _JSON_PARTS = msgspec.json.Decoder(_Parts)
 
 
 def count_parts(media: Media, body: bytes) -> int:
-    """How many chunks or sequences a body has; 0 where it cannot be read so far."""
+    """Count the chunks or sequences of a body; 0 if it cannot be parsed."""
     decoder: Any = _JSON_PARTS if media is Media.JSON else _PACKED_PARTS
     try:
         found: _Parts = decoder.decode(body)
@@ -141,7 +141,7 @@ class PlainBodies:
             read = self._one(found, more)
             members = read.members + (found.position is not None) + (found.epoch is not None)
             texts = read.texts + (found.epoch is not None)
-            _check_once(media, body, members, texts, [(body, found.events is not None)])
+            _check_no_duplicates(media, body, members, texts, [(body, found.events is not None)])
             return found, read.steps
         except _NOT_PLAIN:
             return None
@@ -191,7 +191,7 @@ class PlainBodies:
             raws = [*undecoded.chunks, *undecoded.sequences]
             packed = [(body, False)]
             packed += zip(raws, [part.events is not None for part in found], strict=True)
-        _check_once(media, body, members, texts, packed)
+        _check_no_duplicates(media, body, members, texts, packed)
         return [of_part.steps for of_part in read]
 
     def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> _Read:
@@ -286,42 +286,42 @@ class PlainBodies:
         )
 
 
-def _check_once(
+def _check_no_duplicates(
     media: Media,
     body: bytes,
     members: int,
     texts: int,
     packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
 ) -> None:
-    """Leave a body in which a member comes twice to the strict types.
+    """Leave a body with duplicate members to the strict types.
 
     Args:
-        members: how many the decoder found that are not null, and `texts` how many of them are
-            text.
-        packed: the maps of a body in MessagePack, apart from its events, and whether each has any.
+        members: number of members that the decoder found and that are not null.
+        texts: how many of them are text.
+        packed: the maps of a MessagePack body, without its events, and whether each has events.
     """
     if media is Media.MSGPACK:
-        is_once = sum([_packed_members(*part) for part in packed]) == members
+        has_no_duplicates = sum([_count_packed_members(*part) for part in packed]) == members
     else:
         # NumPy counts five times as fast as bytes do.
         quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
-        is_once = quotes == 2 * (members + texts)
-    if not is_once and duplicate_member(media, body) is not None:
+        has_no_duplicates = quotes == 2 * (members + texts)
+    if not has_no_duplicates and find_duplicate(media, body) is not None:
         raise _NotPlainError
 
 
-def _packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
-    """How many members a map in MessagePack has, those of its events included."""
-    members = _head_count(bytes(value)[:HEADER_BYTES])
+def _count_packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
+    """Count the members of a MessagePack map, including those of its events."""
+    members = _map_length(bytes(value)[:HEADER_BYTES])
     if has_events:
         events = _PACKED_CHUNK.decode(value).events or ()
-        members += sum([_head_count(bytes(event)[:HEADER_BYTES]) for event in events])
+        members += sum([_map_length(bytes(event)[:HEADER_BYTES]) for event in events])
     return members
 
 
 @lru_cache(maxsize=4096)
-def _head_count(header: bytes) -> int:
-    counted = packed_count(header)
+def _map_length(header: bytes) -> int:
+    counted = packed_length(header)
     if counted is None:
         raise _NotPlainError
     return counted[0]

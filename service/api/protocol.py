@@ -6,9 +6,9 @@ has a request under way, or answers wait for the client to read them, further re
 and beyond a bound not even read. So a connection's answers keep their order, and what it makes the
 process keep is bounded: held requests, one piece with uvicorn, answers that wait, and one head.
 
-What two readers of the same bytes could frame differently is refused, and the connection closed:
-no byte after it is taken for a request. An `Upgrade` is ignored, as RFC 9110 (7.8) allows: its
-request is framed as one without it. `Connections` bounds all connections together, and their time.
+A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
+no byte after it is parsed as a request. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its
+request is framed as one without it. `Connections` limits all connections together, and their times.
 
 The application offers its `Express` and its `Connections` through the lifespan's state.
 """
@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.api.connections import CONNECTIONS, Connections, Phase
 from service.api.express import EXPRESS, MAX_BYTES, Begun, Express, More, Refused, Taken
-from service.api.heads import MAX_HEAD_BYTES, MAX_HEADERS, check_head, head_without_upgrade
+from service.api.heads import MAX_HEAD_BYTES, MAX_HEADERS, check_head, serialize_without_upgrade
 from service.api.replies import UNSENT, UnsentReply
 from service.errors import (
     CarryError,
@@ -39,13 +39,13 @@ PIECE_BYTES: Final = 8 * 1024
 """What uvicorn is given at once: it makes something of every request therein."""
 
 MAX_DRAIN_BYTES: Final = 1024 * 1024
-"""Most that is read on of a body whose request was answered before it came."""
+"""Most bytes that are discarded of a body whose request was answered early."""
 
 MAX_REFUSED: Final = 64
-"""Connections over the limit that are read on for a moment; further ones are closed at once."""
+"""Connections over the limit that get an error; further ones are closed at once."""
 
 PROBE_S: Final = 0.5
-"""Between two interim answers to a client that closed its side of the connection."""
+"""Time between two interim responses to a client that closed its sending side."""
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -69,27 +69,27 @@ class ExpressProtocol(HttpToolsProtocol):
     """One connection.
 
     Attributes:
-        turn, body_bytes, body_began_s: for `Connections`.
+        progress, body_bytes, body_began_s: see `connections.Connection`.
     """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self._express: Express = self.app_state[EXPRESS]
-        self._all: Connections = self.app_state[CONNECTIONS]
+        self._connections: Connections = self.app_state[CONNECTIONS]
         self._ours: tuple[Taken, Begun] | None = None
-        self._running: Any = None
+        self._running_cycle: Any = None
         self._held = b""
         self._message_whole = True
-        self._head_whole = False
+        self._head_complete = False
         self._upgrades = False
         self._kept_bytes = 0
         self._drained_bytes = 0
         self._unsent = UnsentReply()
         self._leaving = False
-        self._lingers = False
+        self._is_lingering = False
         self._half_closed = False
         self._failure: CarryError | None = None
-        self.turn = 0
+        self.progress = 0
         self.body_bytes = 0
         self.body_began_s = 0.0
 
@@ -97,27 +97,27 @@ class ExpressProtocol(HttpToolsProtocol):
         """A client is there."""
         super().connection_made(transport)
         self._flow = self.flow = HoldingFlow(transport)
-        if self._all.add(self, self.loop):
+        if self._connections.add(self, self.loop):
             return
-        limit = self._all.limits.max_connections
-        if len(self._all) > limit + MAX_REFUSED:
+        limit = self._connections.limits.max_connections
+        if len(self._connections) > limit + MAX_REFUSED:
             self.abort()
         else:
             self._refuse(TooManyConnections(f"expected at most {limit} connections of a worker"))
 
     def data_received(self, data: bytes) -> None:
-        """Take in what came."""
+        """Process received bytes, after those that were held back."""
         if self._held:
             data = self._held + data
             self._held = b""
-        self._take_in(data)
+        self._process_all(data)
 
-    def _take_in(self, data: bytes) -> None:
-        while data and not (self._lingers or self._failure or self.transport.is_closing()):
-            data = self._taken(data)
+    def _process_all(self, data: bytes) -> None:
+        while data and not (self._is_lingering or self._failure or self.transport.is_closing()):
+            data = self._process(data)
 
-    def _taken(self, data: bytes) -> bytes:
-        """Do with the bytes what can be done now; what is left of them is the next request."""
+    def _process(self, data: bytes) -> bytes:
+        """Process received bytes as far as possible now; returns the bytes of the next request."""
         if self._has_to_wait:
             self._hold(data)
             return b""
@@ -129,7 +129,7 @@ class ExpressProtocol(HttpToolsProtocol):
             return b""
         if isinstance(found, Refused):
             self.transport.write(self._express.refuse(found))
-            self._end_turn()
+            self._complete_request()
         else:
             self._begin(found)
         return data[found.whole_bytes :]
@@ -147,35 +147,35 @@ class ExpressProtocol(HttpToolsProtocol):
 
     @property
     def _is_busy(self) -> bool:
-        """Whether the service has a whole request to answer."""
+        """Whether a complete request is being answered."""
         if self._theirs:
             return bool(self.pipeline) or not self.cycle.more_body
         return self._ours is not None
 
     @property
-    def _owes(self) -> bool:
-        """Whether answers to whole requests are still to come."""
+    def _has_pending_replies(self) -> bool:
+        """Whether replies to complete requests are still to be sent."""
         return self._is_busy or bool(self._held and self.flow.write_paused)
 
     @property
     def phase(self) -> Phase:
-        """What the connection waits for."""
-        ends = self._lingers or self.transport.is_closing()
+        """What the connection is waiting for."""
+        ends = self._is_lingering or self.transport.is_closing()
         if self.flow.write_paused or (ends and self.transport.get_write_buffer_size()):
-            return Phase.READER
+            return Phase.SEND
         if ends:
             return Phase.LINGER
         if self._is_busy:
             return Phase.SERVICE
-        if not self._message_whole and self._head_whole:
-            return Phase.BODY if self._theirs else Phase.REFUSED_BODY
+        if not self._message_whole and self._head_complete:
+            return Phase.BODY if self._theirs else Phase.REJECTED_BODY
         if self._held:
             return Phase.BODY
         return Phase.IDLE if self._message_whole else Phase.HEAD
 
     @property
     def unsent_bytes(self) -> int:
-        """Of replies, kept until the client reads them."""
+        """Bytes of replies that wait for the client to read."""
         return self._unsent.kept_bytes + self.transport.get_write_buffer_size()
 
     def _parse(self, data: bytes) -> bytes:
@@ -189,7 +189,7 @@ class ExpressProtocol(HttpToolsProtocol):
             self._feed(piece)
             if self._kept_bytes > MAX_HEAD_BYTES:
                 self._fail(HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes"))
-            if self._lingers or self._failure or self.transport.is_closing():
+            if self._is_lingering or self._failure or self.transport.is_closing():
                 break
             if self._message_whole or self._has_to_wait:
                 return data[start + PIECE_BYTES :]
@@ -202,10 +202,10 @@ class ExpressProtocol(HttpToolsProtocol):
                     self.parser.feed_data(data)
                     return
                 except httptools.HttpParserUpgrade as upgrade:
-                    # the parser takes an upgrade's body for another protocol: another one is
-                    # given the same head without it
+                    # the parser treats the body of an upgrade as another protocol: restart with
+                    # a new parser and the same head without `Upgrade`
                     [head_bytes] = upgrade.args
-                    data = head_without_upgrade(self) + data[head_bytes:]
+                    data = serialize_without_upgrade(self) + data[head_bytes:]
                     self._upgrades = False
                     self.parser = httptools.HttpRequestParser(self)
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -219,7 +219,7 @@ class ExpressProtocol(HttpToolsProtocol):
         if not self._is_busy and not self.body_bytes:
             self.body_began_s = self.loop.time()
         self._held = data
-        self._all.keep_body(self, max(len(data), self.body_bytes))
+        self._connections.set_body_bytes(self, max(len(data), self.body_bytes))
         if len(data) > MAX_BYTES:
             # a client that sends on before it has its answers; it has to wait
             self._flow.holds = True
@@ -238,63 +238,66 @@ class ExpressProtocol(HttpToolsProtocol):
             if self._leaving:
                 self.transport.close()
                 return
-            self._end_turn()
-            self._go_on()
+            self._complete_request()
+            self._process_held()
 
         begun.add_done_callback(answer)
 
-    def _end_turn(self) -> None:
-        """A request is answered, and none is under way."""
-        self.turn += 1
+    def _complete_request(self) -> None:
+        """Record that a request of the fast path was answered."""
+        self.progress += 1
         self.server_state.total_requests += 1
         if self.body_bytes:
-            self._all.keep_body(self, 0)
+            self._connections.set_body_bytes(self, 0)
 
-    def _go_on(self) -> None:
-        """Take in what came while that could not be done."""
+    def _process_held(self) -> None:
+        """Process the bytes that were held back."""
         held, self._held = self._held, b""
         if self._flow.holds:
             self._flow.holds = False
             self._flow.resume_reading()
-        self._take_in(held)
-        if self._half_closed and not self._owes:
+        self._process_all(held)
+        if self._half_closed and not self._has_pending_replies:
             self.transport.close()
 
     def _fail(self, error: CarryError) -> None:
-        """Where the request that is being read ends is not known, or it is not waited for any
-        longer: what came before it is answered, then this; nothing after it is read."""
-        if self._lingers or self._failure:
+        """Answer the request that is being read with an error, and close the connection.
+
+        Requests before it are answered first; nothing after it is read, because its end is not
+        known.
+        """
+        if self._is_lingering or self._failure:
             return
         self._held = b""
-        if self._message_whole or not self._head_whole:
+        if self._message_whole or not self._head_complete:
             if self._theirs or self._ours is not None:
                 self._failure = error
             else:
                 self._refuse(error)
         elif self.pipeline:
             self.pipeline.popleft()
-            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running_cycle
             self._failure = error
         elif self._theirs and not self.cycle.response_started:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             self._refuse(error)
         else:
-            # its answer is there, or on its way: there is none to give besides
+            # it has been answered, or is being answered: there is no second answer
             self._linger()
 
     def _refuse(self, error: CarryError) -> None:
-        """Answer what is not read on, and close the connection."""
+        """Send an error and close the connection."""
         self.transport.write(self._express.refuse_unread(error))
         self._linger()
 
     def _linger(self) -> None:
-        """Send what is written, then the end; read on for a moment, and throw it away."""
-        if self._lingers or self.transport.is_closing():
+        """Lingering close: flush, send FIN, and discard further input for a moment."""
+        if self._is_lingering or self.transport.is_closing():
             return
-        self._lingers = True
+        self._is_lingering = True
         self._held = b""
-        self._all.keep_body(self, 0)
+        self._connections.set_body_bytes(self, 0)
         self._flow.holds = False
         self._flow.resume_reading()
         if self._half_closed or not self.transport.can_write_eof():
@@ -303,48 +306,48 @@ class ExpressProtocol(HttpToolsProtocol):
             self.transport.write_eof()
 
     def expire(self, phase: Phase) -> None:
-        """Its time in this phase is over."""
+        """Handle the timeout of a phase."""
         if phase is Phase.HEAD or phase is Phase.BODY:
             part = "head" if phase is Phase.HEAD else "body"
             self._fail(RequestTimeout(f"the {part} of the request did not come in time"))
-        elif phase is Phase.READER or self.transport.is_closing():
+        elif phase is Phase.SEND or self.transport.is_closing():
             self.abort()
         else:
             self.transport.close()
 
     def shed_body(self) -> None:
-        """Refuse the body that is being received, since there are too many of them."""
-        limit = self._all.limits.max_pending_body_bytes
+        """Reject the body that is being received, because all bodies together exceed the limit."""
+        limit = self._connections.limits.max_pending_body_bytes
         self._fail(Overloaded(f"bodies of more than {limit} bytes together are on their way"))
 
     def abort(self) -> None:
-        """Close the connection, whatever is still to be sent."""
+        """Close the connection at once and drop what is not sent."""
         self.transport.abort()
 
     def resume_writing(self) -> None:
         """The client reads its answers again."""
         super().resume_writing()
-        self.turn += 1
+        self.progress += 1
         if not self._has_to_wait:
-            self._go_on()
+            self._process_held()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self._running = cycle
+        self._running_cycle = cycle
         super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         """uvicorn's parser has met the beginning of a request."""
-        self._message_whole = self._head_whole = False
+        self._message_whole = self._head_complete = False
         self._drained_bytes = 0
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """uvicorn's parser has met a header, or a trailer, which is none and is left out."""
-        if self._head_whole:
+        """uvicorn's parser has met a header, or a trailer, which is dropped."""
+        if self._head_complete:
             return
         if len(self.headers) == MAX_HEADERS:
             raise HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines")
-        # the parser leaves the white space that ends a line
+        # the parser does not strip trailing white space
         super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
@@ -355,13 +358,13 @@ class ExpressProtocol(HttpToolsProtocol):
         if self._upgrades:
             return
         self._kept_bytes = 0
-        self._head_whole = True
+        self._head_complete = True
         if version == "1.0":
             self.expect_100_continue = False
         self.scope["state"][UNSENT] = self._unsent
         super().on_headers_complete()
         if self.expect_100_continue:
-            # until its body has come: it never may, and then nobody knows what comes next
+            # the body may never come, and the next bytes would then be ambiguous
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
@@ -375,8 +378,8 @@ class ExpressProtocol(HttpToolsProtocol):
         if not self.body_bytes:
             self.body_began_s = self.loop.time()
         super().on_body(body)
-        self._all.keep_body(self, self.body_bytes + len(body))
-        if self._lingers:
+        self._connections.set_body_bytes(self, self.body_bytes + len(body))
+        if self._is_lingering:
             raise Overloaded("this body was refused")
 
     def on_message_complete(self) -> None:
@@ -393,17 +396,17 @@ class ExpressProtocol(HttpToolsProtocol):
         """uvicorn has answered a request, and begun the next one that it has."""
         super().on_response_complete()
         self._unset_keepalive_if_required()
-        self.turn += 1
+        self.progress += 1
         if not self._theirs:
-            self._all.keep_body(self, len(self._held))
+            self._connections.set_body_bytes(self, len(self._held))
         if self._failure is not None and not self._theirs:
             self._refuse(self._failure)
         elif not self._has_to_wait:
-            self._go_on()
+            self._process_held()
 
     def shutdown(self) -> None:
         """The server stops: finish the request that is under way, then close."""
-        if self._lingers:
+        if self._is_lingering:
             self.transport.close()
         elif self._ours is None:
             super().shutdown()
@@ -411,16 +414,16 @@ class ExpressProtocol(HttpToolsProtocol):
             self._leaving = True
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """The client sends no more. It may be gone, or wait for the answers that it is owed."""
+        """The client closed its sending side: it may be gone, or wait for its replies."""
         self._half_closed = True
-        if self._lingers or not self._owes:
+        if self._is_lingering or not self._has_pending_replies:
             return None
         self.loop.call_later(PROBE_S, self._probe)
         return True
 
     def _probe(self) -> None:
-        """Write an interim answer, by which the network notices a client that is gone: the first
-        one is answered by a reset, and the next one fails, which ends the connection."""
+        """Write an interim response to detect a client that is gone: it resets the connection upon
+        the first one, so that the next write fails."""
         if self.transport.is_closing() or not self._is_busy:
             return
         if self._ours is not None or not (
@@ -433,7 +436,7 @@ class ExpressProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone, or the connection was closed."""
-        self._all.remove(self)
+        self._connections.remove(self)
         if self._ours is not None:
             self._express.leave(*self._ours)
         super().connection_lost(exc)

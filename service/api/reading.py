@@ -27,8 +27,8 @@ from service.errors import (
 )
 
 STREAM_NAME = r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
-"""All but `.` and `..`, which clients remove from an address (RFC 3986, 5.2.4): a request for such
-a stream would reach another. Written for engines that cannot look ahead."""
+"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
+would reach another stream. Written without lookahead, which some regex engines lack."""
 is_stream_name = re.compile(STREAM_NAME[:-1] + r"\Z").match
 _STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
 _NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .."
@@ -39,7 +39,7 @@ _TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
 _SECONDS = re.compile(SECONDS, re.ASCII)
 MAX_PARAMETERS = 16
-"""Most parameters of a query that are looked at."""
+"""Most parameters of a query."""
 MAX_PRECONDITION = 8 * 1024
 """Longest list of ETags, in characters."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -62,7 +62,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit_bytes:
         raise _too_large(limit_bytes, int(length))
-    # Grows in place and gives its bytes away: a list of parts and their sum would both be kept.
+    # A BytesIO grows in place; joining a list of parts would hold the body twice.
     body = io.BytesIO()
     more = True
     while more:
@@ -71,14 +71,14 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
             raise ClientDisconnect
         part, more = message.get("body", b""), message.get("more_body", False)
         if not more and not body.tell():
-            return _within(part, limit_bytes)
+            return _checked_size(part, limit_bytes)
         body.write(part)
         if body.tell() > limit_bytes:
             raise _too_large(limit_bytes, body.tell())
     return body.getvalue()
 
 
-def _within(body: bytes, limit_bytes: int) -> bytes:
+def _checked_size(body: bytes, limit_bytes: int) -> bytes:
     if len(body) > limit_bytes:
         raise _too_large(limit_bytes, len(body))
     return body

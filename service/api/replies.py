@@ -14,13 +14,13 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.leaving import unless_left
 from service.api.media import Media, dumps
-from service.api.pieces import LONG_VALUES, count_values, pieces
+from service.api.pieces import LONG_VALUES, count_values, encode_pieces
 from service.domain import Mark, Timing
 
 Header = tuple[bytes, bytes]
 
 WRITE_BYTES: Final = 32 * 1024
-"""Least that is written at once of a long response."""
+"""Least number of bytes that a long response writes at once."""
 
 _CONTENT_TYPE = {media: (b"content-type", media.value.encode()) for media in Media}
 
@@ -56,23 +56,23 @@ class Answer(Response):
 
 
 UNSENT: Final = "unsent_reply"
-"""The name of `UnsentReply` in a request's state, where the server's connection has put it."""
+"""Key of `UnsentReply` in a request's state, where the server's protocol puts it."""
 
 VALUE_BYTES: Final = 4
-"""Of a value of a reply, before it is written."""
+"""Memory of one value of a reply before it is encoded."""
 
 
 @dataclass(slots=True)
 class UnsentReply:
-    """What a connection keeps of replies beside its transport's buffer."""
+    """Memory that a connection holds for replies, besides its transport's buffer."""
 
     kept_bytes: int = 0
 
 
 class LongAnswer(Response):
-    """A response that is written in pieces, each once the client has taken in those before it.
+    """A response that is encoded in pieces as the client reads them.
 
-    Its values are kept until then, not its bytes, which take several times as much.
+    Unsent data is held as values, not as bytes, which take several times the memory.
     """
 
     def __init__(self, media: Media, document: Any, status: int, headers: Iterable[Header]):
@@ -83,7 +83,7 @@ class LongAnswer(Response):
         self._document = document
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it, as long as the client is there."""
+        """Send the response until the client disconnects."""
         unsent = scope.get("state", {}).get(UNSENT) or UnsentReply()
         kept_bytes = VALUE_BYTES * count_values(self._document)
         unsent.kept_bytes += kept_bytes
@@ -95,16 +95,16 @@ class LongAnswer(Response):
 
     async def _send(self, scope: Scope, send: Send) -> None:
         if scope["http_version"] == "1.0":
-            # which has no bodies without a length
+            # HTTP/1.0 has no chunked transfer coding: the length must be known first
             written: list[bytes] = []
-            for piece in pieces(self._media, self._document):
+            for piece in encode_pieces(self._media, self._document):
                 written.append(piece)
                 await asyncio.sleep(0)
             body = b"".join(written)
             self.raw_headers.append((b"content-length", b"%d" % len(body)))
             parts = iter([body[at : at + WRITE_BYTES] for at in range(0, len(body), WRITE_BYTES)])
         else:
-            parts = pieces(self._media, self._document)
+            parts = encode_pieces(self._media, self._document)
         start = {"status": self.status_code, "headers": self.raw_headers}
         await send({"type": "http.response.start", **start})
         gathered: list[bytes] = []
@@ -123,7 +123,7 @@ class LongAnswer(Response):
 def reply(
     media: Media, document: Any, status: int = 200, headers: Iterable[Header] = ()
 ) -> Response:
-    """A document in the media type that was negotiated; a long one is sent in pieces."""
+    """A response with a document in the negotiated media type; a long one is sent in pieces."""
     if count_values(document) > LONG_VALUES:
         return LongAnswer(media, document, status, headers)
     return Answer(dumps(media, document), _CONTENT_TYPE[media], status, headers)

@@ -11,7 +11,7 @@ from typing import Any
 
 from models.events.columns import EventColumns, columns_from_events
 from service.api.bodies import ChunkBody, ForecastBody, ItemBody, ModelBodies, coming_schema
-from service.api.duplicates import duplicate_members
+from service.api.duplicates import find_duplicates
 from service.api.invalid import Origin
 from service.api.json_rows import RowsBody
 from service.api.limits import ApiLimits
@@ -33,8 +33,8 @@ class RequestReader:
 
     Attributes:
         bodies: the strict types of its bodies.
-        strict: the steps of what these accepted.
-        limits: those of the model.
+        strict: reads the steps of bodies that these accept.
+        limits: limits of the API.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RequestReader:
             found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
             steps = self.strict.of_chunk(found, "")
         except CarryError as error:
-            raise about(stream, error) from error
+            raise with_stream(stream, error) from error
         return self.build_chunk(found, steps, stream, precondition, final=found.final)
 
     def plain_chunk(
@@ -109,11 +109,11 @@ class RequestReader:
     def part_of_steps(
         self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
     ) -> Steps:
-        """Some consecutive elements of a list of events or rows.
+        """Read consecutive elements of a list of events or rows.
 
         Args:
             name: `events` or `inputs`.
-            origin: where the chunk or sequence lies, and how many elements come before these.
+            origin: place of the chunk or sequence, and index of the first element.
 
         Raises:
             MalformedBody, InvalidInput
@@ -129,7 +129,7 @@ class RequestReader:
         """The chunks of a request for many streams, or what is wrong with each.
 
         Args:
-            first: how many items of the request come before those of the body.
+            first: index in the request of the body's first item.
 
         An item's error has the fact `stream` where the item names one.
 
@@ -151,14 +151,14 @@ class RequestReader:
         self._check_count("chunks", len(found))
         items = [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found, first)]
         if any(isinstance(item, Chunk) for item in items):
-            for at, duplicate in duplicate_members(media, body, "chunks", origin).items():
-                items[at] = _with_stream(duplicate, items[at])
+            for at, duplicate in find_duplicates(media, body, "chunks", origin).items():
+                items[at] = _with_item_stream(duplicate, items[at])
         return items
 
     def _check_count(self, name: str, count: int) -> None:
-        """Refuse more items or sequences than a request may have."""
+        """Reject more items or sequences than a request may have."""
         if count > self.limits.max_items:
-            raise too_many(name, self.limits.max_items, count)
+            raise too_many_elements(name, self.limits.max_items, count)
 
     def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
         """The items as plain values, where it is not the body as a whole that is wrong."""
@@ -186,13 +186,13 @@ class RequestReader:
             steps = self.strict.of_chunk(value, inside)
             return self.build_chunk(value, steps, value.stream, precondition, final=value.final)
         except CarryError as error:
-            return outcome(error, stream)
+            return item_error(error, stream)
 
     def sequences(self, body: bytes, media: Media, first: int = 0) -> list[Steps]:
         """The whole sequences of a predict request.
 
         Args:
-            first: how many sequences of the request come before those of the body.
+            first: index in the request of the body's first sequence.
 
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
@@ -213,12 +213,14 @@ class RequestReader:
             ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
         """
         try:
-            return self.forecast_of(self.bodies.validate(self.forecast_type(media), media, body))
+            return self.build_forecast_request(
+                self.bodies.validate(self.forecast_body_type(media), media, body)
+            )
         except CarryError as error:
-            raise about(stream, error) from error
+            raise with_stream(stream, error) from error
 
-    def forecast_type(self, media: Media) -> type[ForecastBody]:
-        """The type of the body of a forecast.
+    def forecast_body_type(self, media: Media) -> type[ForecastBody]:
+        """The type that validates the body of a forecast.
 
         Raises:
             ForecastUnsupported
@@ -229,8 +231,8 @@ class RequestReader:
             raise TypeError("expected a body type of a model with a decoder")
         return kind
 
-    def forecast_of(self, found: ForecastBody) -> ForecastRequest:
-        """What a validated body asks for.
+    def build_forecast_request(self, found: ForecastBody) -> ForecastRequest:
+        """Build the forecast request of a validated body.
 
         Raises:
             InvalidInput
@@ -270,7 +272,7 @@ class RequestReader:
         *,
         final: bool = False,
     ) -> Chunk:
-        """The chunk of a body that was read."""
+        """Build the chunk of a body and its steps."""
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
             StreamKey(self._name, stream),
@@ -283,24 +285,24 @@ class RequestReader:
         )
 
 
-def too_many(at: str, most: int, got: int | str) -> InvalidInput:
-    """The refusal of more elements of a list than a request may have."""
+def too_many_elements(at: str, most: int, got: int | str) -> InvalidInput:
+    """The error for a list with too many elements."""
     return InvalidInput(
         f"{at}: expected at most {most} items, got {got}", at=at, expected=most, got=got
     )
 
 
-def outcome(error: CarryError, stream: str | None) -> CarryError:
-    """The error of an item, without what it was raised from: a thousand of them are kept, and each
-    would keep the item's values."""
+def item_error(error: CarryError, stream: str | None) -> CarryError:
+    """The error as the outcome of an item, without its traceback and causes: a thousand may be held
+    at a time, and each would keep the item's values in memory."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error if stream is None else about(stream, error)
+    return error if stream is None else with_stream(stream, error)
 
 
-def _with_stream(error: CarryError, item: Chunk | CarryError) -> CarryError:
-    """The error, in place of an item."""
+def _with_item_stream(error: CarryError, item: Chunk | CarryError) -> CarryError:
+    """Add the stream of an item to its error."""
     stream = item.key.stream if isinstance(item, Chunk) else item.facts.get("stream")
-    return error if stream is None else about(stream, error)
+    return error if stream is None else with_stream(stream, error)
 
 
 def _name_in(value: Any) -> str | None:
@@ -308,7 +310,7 @@ def _name_in(value: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def about(stream: str, error: CarryError) -> CarryError:
-    """The error, with the stream that it is about."""
+def with_stream(stream: str, error: CarryError) -> CarryError:
+    """Add the stream to the facts of an error."""
     error.facts = {**error.facts, "stream": stream}
     return error

@@ -63,7 +63,7 @@ async def post_chunk(request: Request) -> Response:
     if len(body) < LONG_BYTES:
         chunk = wire.reader.chunk(body, media, stream, precondition)
     else:
-        _check_room(api, wire, StreamKey(wire.served.name, stream), deadline_s)
+        _check_capacity(api, wire, StreamKey(wire.served.name, stream), deadline_s)
         reading = _long_chunk(api, wire, body, media, stream, precondition, deadline_s)
         chunk = await unless_left(request, reading)
     result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
@@ -101,7 +101,7 @@ async def post_chunks(request: Request) -> Response:
     if len(body) < LONG_BYTES:
         items = wire.reader.items(body, media)
     else:
-        _check_room(api, wire, None, deadline_s)
+        _check_capacity(api, wire, None, deadline_s)
         items = await unless_left(request, _long_items(api, wire, body, media, deadline_s))
     results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
@@ -147,27 +147,29 @@ async def _long_chunk(
     precondition: Precondition | None,
     deadline_s: float,
 ) -> Chunk:
-    async with api.long_bodies.admitted(body, deadline_s) as turns:
-        chunk = await read_in_turns(wire.reader, body, media, stream, precondition, turns)
-        return chunk or await wire.long.chunk(body, media, stream, precondition, turns)
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        chunk = await read_in_turns(wire.reader, body, media, stream, precondition, checkpoint)
+        return chunk or await wire.long.chunk(body, media, stream, precondition, checkpoint)
 
 
 async def _long_items(
     api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
 ) -> list[Chunk | CarryError]:
-    async with api.long_bodies.admitted(body, deadline_s) as turns:
-        return await wire.long.items(body, media, turns)
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        return await wire.long.items(body, media, checkpoint)
 
 
 async def _long_sequences(
     api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
 ) -> list[Steps]:
-    async with api.long_bodies.admitted(body, deadline_s) as turns:
-        return await wire.long.sequences(body, media, turns)
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        return await wire.long.sequences(body, media, checkpoint)
 
 
-def _check_room(api: ApiContext, wire: ModelWire, key: StreamKey | None, deadline_s: float) -> None:
-    """Reject before its body is parsed what would be rejected afterwards.
+def _check_capacity(
+    api: ApiContext, wire: ModelWire, key: StreamKey | None, deadline_s: float
+) -> None:
+    """Reject a request before its long body is parsed, if the queue would reject it afterwards.
 
     Raises:
         Overloaded

@@ -35,8 +35,8 @@ async def post_forecast(request: Request) -> Response:
 
     Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
     step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
-    the same state. With a `position` the stream has to stand there, with
-    `If-Match` it has to be in the state that is named.
+    the same state. With a `position` the stream has to be at that position, with
+    `If-Match` in the state that it names.
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
@@ -51,8 +51,8 @@ async def post_forecast(request: Request) -> Response:
     if len(body) < LONG_BYTES:
         wanted = wire.reader.forecast_request(body, media, key.stream)
     else:
-        async with api.long_bodies.admitted(body, deadline_s) as turns:
-            wanted = await wire.long.forecast_request(body, media, key.stream, turns)
+        async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+            wanted = await wire.long.forecast_request(body, media, key.stream, checkpoint)
     wanted = wanted._replace(precondition=precondition)
     found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
     return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.mark)])

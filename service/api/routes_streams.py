@@ -121,8 +121,8 @@ async def put_state(request: Request) -> Response:
     if len(content) < LONG_BYTES:
         body = validate(StateBody, media, content)
     else:
-        async with api.long_bodies.admitted(content, _deadline(api)) as turns:
-            body = await wire.long.state(content, media, turns)
+        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
+            body = await wire.long.state(content, media, checkpoint)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
         raise _foreign(served, key.stream, fingerprint)
@@ -173,8 +173,8 @@ async def post_fork(request: Request) -> Response:
     if len(content) < LONG_BYTES:
         body = validate(ForkBody, media, content)
     else:
-        async with api.long_bodies.admitted(content, _deadline(api)) as turns:
-            body = await api.wire(key.model).long.fork(content, media, turns)
+        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
+            body = await api.wire(key.model).long.fork(content, media, checkpoint)
     to = StreamKey(key.model, stream_name(body.to, "to"))
     found = await api.pipeline.streams.fork(key, to.stream, precondition)
     return _begun(request, answer, to, found, precondition)
@@ -229,7 +229,7 @@ def _key(request: Request) -> StreamKey:
 
 
 def _deadline(api: ApiContext) -> float:
-    """Until when the client of a request without `Carry-Timeout` waits."""
+    """The deadline of a request without `Carry-Timeout`, on the monotonic clock."""
     return time.monotonic() + api.limits.waits_s(None)
 
 

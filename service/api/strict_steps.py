@@ -31,7 +31,7 @@ class Limit(NamedTuple):
     name: str
 
     def exceeded(self, at: str, got: int | str) -> ChunkTooLong:
-        """The refusal of more steps."""
+        """The error for more steps than the limit."""
         return ChunkTooLong(
             f"{at}: expected at most {self.steps} steps ({self.name}), got {got}",
             at=at,
@@ -80,7 +80,7 @@ class StrictSteps:
         """The steps of whole sequences.
 
         Args:
-            first: how many sequences of the body come before these.
+            first: index in the request of the first sequence.
 
         Raises:
             InvalidInput, ChunkTooLong
@@ -89,37 +89,37 @@ class StrictSteps:
             self.of_sequence(sequence, f"sequences[{at}]")
             for at, sequence in enumerate(bodies, first)
         ]
-        self.check_sum(sum(sequence.length for sequence in steps))
+        self.check_total(sum(sequence.length for sequence in steps))
         return steps
 
     def of_body(self, body: StepsBody, inside: str) -> Steps:
-        """The steps of a chunk or of a sequence, as its type says."""
+        """The steps of a chunk or of a sequence, depending on the type of the body."""
         if isinstance(body, ChunkBody):
             return self.of_chunk(body, inside)
         return self.of_sequence(body, inside)
 
     def of_part(self, body: StepsBody, origin: Origin) -> Steps:
-        """Some consecutive steps of a chunk or sequence.
+        """Consecutive steps of a chunk or sequence.
 
         Raises:
             InvalidInput
         """
         return self._read(body, origin, self._most_predict)
 
-    def check_sum(self, steps: int) -> None:
-        """Refuse more steps than all sequences of a request may have together.
+    def check_total(self, steps: int) -> None:
+        """Reject more steps than all sequences of a request may have together.
 
         Raises:
             ChunkTooLong
         """
         _counted(steps, "sequences", self._most_predict)
 
-    def most(self, kind: type[StepsBody]) -> Limit:
-        """How many steps a body of that type may have."""
+    def limit_of(self, kind: type[StepsBody]) -> Limit:
+        """The limit on the steps of a body of that type."""
         return self._most_chunk if issubclass(kind, ChunkBody) else self._most_sequence
 
     def check_final(self, body: StepsBody, inside: str) -> None:
-        """Refuse the end of a stream that has none.
+        """Reject `final` if the model does not support it.
 
         Raises:
             FinalUnsupported
@@ -192,7 +192,7 @@ class StrictSteps:
         )
 
     def wrong_width(self, at: str, got: str) -> InvalidInput:
-        """The refusal of a row of another width."""
+        """The error for a row of the wrong width."""
         names = [column.name for column in self._columns]
         more = ", ..." if len(names) > NAMED_COLUMNS else ""
         listed = ", ".join(names[:NAMED_COLUMNS]) + more

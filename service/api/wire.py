@@ -14,7 +14,7 @@ class ModelWire:
 
     Attributes:
         reader: makes values of its requests.
-        long: makes them of long ones, in turns.
+        long: makes values of long requests, yielding the event loop.
         writer: makes replies of values.
     """
 

@@ -1,11 +1,12 @@
-"""Admission control: which jobs a batcher takes, and what those are told that it does not.
+"""Admission control: which jobs a batcher accepts, and what it answers for the others.
 
-The queue is bounded in jobs and, while more comes than is done, in time: at the rate at which it
-drains, a new job must be begun before its deadline and within `max_wait_s`. Otherwise it is refused
-at once, and told how long the queue will take. What counts is what is begun before the new job: one
-job of each request that is ready, and the backlog of its own stream, at the rate of that stream. Of
-the room that is left in the queue, one stream's backlog gets a share only (a dynamic threshold),
-and one request no more than it leaves to others. So a stream's backlog is met by its own callers.
+The queue is bounded by a number of jobs and by waiting time: at the rate at which the queue drains,
+a new job must start before its deadline and within `max_wait_s`. Otherwise it is rejected at once,
+with the time that the queue needs to drain as `Retry-After`. What counts is the number of jobs that
+start before the new one: one job of each request that is ready, and the backlog of its own stream,
+at that stream's own rate. A stream's backlog is limited to a share of the room that is left in the
+queue (a dynamic threshold), and a request to what it leaves to others. So a backlog affects its own
+callers only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from service.errors import Overloaded, StreamOverloaded
 MAX_RETRY_AFTER_S: Final = 60.0
 
 STREAM_SHARE: Final = 4
-"""A stream's backlog may be this part of the room that is left in the queue."""
+"""A stream's backlog may take one in so many of the places that are left in the queue."""
 
 log = structlog.get_logger(__name__)
 
@@ -33,9 +34,9 @@ class Refusal(NamedTuple):
     """Why a job is not admitted.
 
     Attributes:
-        waiting: jobs that are begun before it.
-        per_s: how many are begun in a second, where that is known.
-        of_stream: they are the backlog of its own stream.
+        waiting: number of jobs that start before it.
+        per_s: how many start per second, where that is known.
+        of_stream: whether those are the backlog of its own stream.
     """
 
     waiting: int
@@ -43,7 +44,7 @@ class Refusal(NamedTuple):
     of_stream: bool
 
     def error(self) -> Overloaded:
-        """What the caller is answered."""
+        """The error to answer the caller with."""
         kind = StreamOverloaded if self.of_stream else Overloaded
         what = "chunks of this stream" if self.of_stream else "chunks"
         if self.per_s is None:
@@ -56,15 +57,15 @@ class Refusal(NamedTuple):
 
 
 shared_error = lru_cache(maxsize=64)(Refusal.error)
-"""The same object for as long as it says the same."""
+"""`Refusal.error`, with one shared object for equal refusals."""
 
 
 class Admission:
-    """Of one batcher.
+    """Admission control of one batcher.
 
     Args:
-        queue: of its waiting jobs.
-        rate: at which they drain.
+        queue: the waiting jobs.
+        rate: how fast the queue drains.
         max_queue, max_wait_s, on_refusing: as the batcher's.
     """
 
@@ -82,61 +83,62 @@ class Admission:
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
         self._on_refusing = on_refusing
-        self._refusing = False
+        self._is_shedding = False
 
     def refusal(self, key: Hashable | None, left_s: float, index: int = 0) -> Refusal | None:
-        """Why a job that can wait so long is not admitted, where it is not.
+        """Why a job is not admitted; None if it is.
 
         Args:
-            index: how many jobs its request has before it.
+            left_s: time until the job's deadline.
+            index: number of jobs of the same request in front of it.
         """
         queue, rate = self._queue, self._rate.per_s
         room = self._max_queue - len(queue)
         if room <= index:
-            self._note_refusing(len(queue))
+            self._report_shedding(len(queue))
             return Refusal(len(queue), rate, False)
         if rate is not None:
-            # Before its first job one of each request that is ready is begun, then two, and so on.
+            # Round robin: before a request's n-th job, every other request starts up to n jobs.
             before = min(queue.ready(), queue.requests * (index + 1))
-            if before >= self._room(left_s, rate):
-                self._note_refusing(before)
+            if before >= self._max_before(left_s, rate):
+                self._report_shedding(before)
                 return Refusal(before, rate, False)
         backlog = queue.backlog(key)
         if backlog is None:
             return None
         waiting, rate = len(backlog.jobs), backlog.per_s
         too_many = max(1, room // STREAM_SHARE)
-        if waiting < too_many and (rate is None or waiting < self._room(left_s, rate)):
+        if waiting < too_many and (rate is None or waiting < self._max_before(left_s, rate)):
             return None
-        self._note_refusing_stream(backlog)
+        self._report_stream_shedding(backlog)
         return Refusal(waiting, rate, True)
 
-    def _room(self, left_s: float, per_s: float) -> float:
-        """How many jobs may be begun at that rate before one that can wait so long."""
+    def _max_before(self, left_s: float, per_s: float) -> float:
+        """How many jobs can start at that rate before a job with so much time left."""
         wait_s = min(self._max_wait_s, left_s)
         if wait_s == math.inf:
             return math.inf
-        # One may always wait: an empty queue takes no time.
+        # At least one: a job in an empty queue does not wait.
         return max(1, int(wait_s * per_s))
 
-    def cease(self) -> None:
-        """Nothing is ready any more, or nothing is taken any more."""
-        if self._refusing:
-            self._refusing = False
+    def stop_shedding(self) -> None:
+        """Report the end of load shedding: the queue is drained, or the batcher stops."""
+        if self._is_shedding:
+            self._is_shedding = False
             self._on_refusing(False)
 
-    def _note_refusing(self, waiting: int) -> None:
-        """Once until nothing was ready again: every refusal is counted by its code."""
-        if not self._refusing:
-            self._refusing = True
+    def _report_shedding(self, waiting: int) -> None:
+        """Report load shedding, once until the queue is drained."""
+        if not self._is_shedding:
+            self._is_shedding = True
             self._on_refusing(True)
             rate = self._rate.per_s
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
 
-    def _note_refusing_stream(self, backlog: Backlog[Any, Any]) -> None:
-        """Once until the stream was idle again."""
-        if not backlog.is_refusing:
-            backlog.is_refusing = True
+    def _report_stream_shedding(self, backlog: Backlog[Any, Any]) -> None:
+        """Log that a stream is overloaded once, until its backlog is empty."""
+        if not backlog.is_shedding:
+            backlog.is_shedding = True
             rate = backlog.per_s
             log.warning(
                 "stream_overloaded",

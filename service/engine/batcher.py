@@ -1,16 +1,16 @@
 """Continuous batching across streams: one queue and one owner per model.
 
-Jobs wait in a fair queue (`fair_queue`): in order within a stream, in rotation between requests.
+Jobs wait in a fair queue (`fair_queue`): in order within a stream, round robin between requests.
 Whenever fewer batches are under way than allowed, the next one is formed from whatever is ready:
-small batches at low load, full ones at high load. One that would be smaller than the last is put
-off for a moment. It runs as a task of its own, so that loading, computing and committing of
-neighbouring batches overlap. A stream has at most one job in the hands of a batch, until the batch
-releases it; a job that has to be done again takes its old place in the queue. Jobs whose caller
-left, or whose deadline passed, are dropped while forming; a batch that fails fails its own jobs
-only. Each job is settled once.
+small batches at low load, full ones at high load. One that would be smaller than the last is
+delayed for a moment. It runs as a task of its own, so that loading, computing and committing of
+neighbouring batches overlap. A stream has at most one job in a batch, until the batch releases it;
+a job that has to be retried returns to its old place in the queue. Jobs whose caller disconnected,
+or whose deadline passed, are dropped while forming; a batch that fails fails its own jobs only.
+Each job is settled once.
 
-What would have to wait for too long is refused at once (`admission`). One timer watches over all
-deadlines; it is set to the earliest.
+Jobs that would have to wait for too long are rejected at once (`admission`). A single timer, set to
+the earliest deadline, enforces all of them.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
 """
@@ -50,8 +50,9 @@ TICK_S: Final = 0.01
 PATIENCE_TICK_S: Final = 0.001
 """What the loop's timers count in."""
 
-ITEMS_AT_ONCE: Final = 128
-"""Of a request with more items, two parts of so many wait at a time: a batch and the next one."""
+ITEMS_PER_PART: Final = 128
+"""A request with more items is queued in parts of this size, two at a time: one for the batch that
+is running and one for the next."""
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +91,7 @@ class Batcher(Generic[P, R]):
         self._numbers = count()
         self._long = 0
         self._batches: dict[asyncio.Task[None], list[Job[P, R]]] = {}
-        self._apart: dict[asyncio.Task[None], list[Job[P, R]]] = {}
+        self._detached: dict[asyncio.Task[None], list[Job[P, R]]] = {}
         self._rate = DrainRate()
         self._admission = Admission(
             self._queue,
@@ -140,9 +141,13 @@ class Batcher(Generic[P, R]):
         return ticket.future
 
     def refusal(self, key: Hashable | None, left_s: float) -> Overloaded | None:
-        """What a request of a stream would be answered now that can wait so long, where that is
-        Overloaded; it saves to look into the request. The same object for as long as it says the
-        same, so not one to raise."""
+        """The error that admission control would answer a request with now; None if it would be
+        admitted. Lets a caller reject a request without parsing it. The object is shared between
+        calls, so it must not be raised.
+
+        Args:
+            left_s: time until the request's deadline.
+        """
         refusal = self._admission.refusal(key, left_s)
         return None if refusal is None else shared_error(refusal)
 
@@ -158,15 +163,18 @@ class Batcher(Generic[P, R]):
     ) -> list[R | CarryError]:
         """Queue jobs and wait for all their results; see `enqueue`.
 
-        Of many jobs a part waits in the queue at a time, so that few callers do not fill it.
+        More than `ITEMS_PER_PART` jobs are queued in parts, so that one caller cannot fill the
+        queue.
         """
-        if len(requests) <= ITEMS_AT_ONCE:
+        if len(requests) <= ITEMS_PER_PART:
             return await self._submit(requests, deadline_s)
-        parts = [requests[at : at + ITEMS_AT_ONCE] for at in range(0, len(requests), ITEMS_AT_ONCE)]
-        turn = asyncio.Semaphore(2)
+        parts = [
+            requests[at : at + ITEMS_PER_PART] for at in range(0, len(requests), ITEMS_PER_PART)
+        ]
+        two_parts = asyncio.Semaphore(2)
 
         async def submit(part: Sequence[Request[P]]) -> list[R | CarryError]:
-            async with turn:
+            async with two_parts:
                 return await self._submit(part, deadline_s)
 
         return list(chain.from_iterable(await asyncio.gather(*map(submit, parts))))
@@ -195,19 +203,19 @@ class Batcher(Generic[P, R]):
                     await self._drained.wait()
             except TimeoutError:
                 await self._abandon()
-        self._admission.cease()
+        self._admission.stop_shedding()
         for timer in (self._timer, self._patience):
             if timer is not None:
                 timer.cancel()
 
     @property
     def _is_idle(self) -> bool:
-        return not (self._queue or self._batches or self._apart)
+        return not (self._queue or self._batches or self._detached)
 
     async def _abandon(self) -> None:
         for job in self._queue.clear():
             job.settle(ShuttingDown("the service stopped before the chunk was processed"))
-        tasks = [*self._batches, *self._apart]
+        tasks = [*self._batches, *self._detached]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -256,7 +264,7 @@ class Batcher(Generic[P, R]):
             ready = self._queue.ready()
             self._rate.note(now_s, ready)
             if not ready:
-                self._admission.cease()
+                self._admission.stop_shedding()
             self._on_depth(len(self._queue))
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
@@ -276,8 +284,8 @@ class Batcher(Generic[P, R]):
             soonest_s = min(soonest_s, job.ticket.deadline_s)
             return True
 
-        self._queue.sweep(is_live)
-        for job in self._under_way():
+        self._queue.remove_dead(is_live)
+        for job in self._running_jobs():
             if job.settled:
                 continue
             if job.ticket.deadline_s + GRACE_S <= now_s:
@@ -287,7 +295,7 @@ class Batcher(Generic[P, R]):
         self._watch(soonest_s, now_s)
 
     def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
-        """Whether somebody waits for a job that was not begun; one whose time is up is told."""
+        """Whether a queued job is still wanted. A job whose deadline passed is failed here."""
         ticket = job.ticket
         if ticket.future.cancelled():
             return False
@@ -320,18 +328,18 @@ class Batcher(Generic[P, R]):
     def _note_overtaking(self, again: Job[P, R]) -> None:
         """Tell those that were begun behind a job that it is done again."""
         again.overtakes = False
-        for job in self._under_way():
+        for job in self._running_jobs():
             if job.key == again.key and job.number > again.number:
                 job.overtakes = True
 
     def _start_batch(self, now_s: float) -> bool:
-        """Start a batch of what may run; whether anything more may."""
+        """Start a batch of ready jobs; returns whether more jobs are ready."""
         long_ones = self._takes_long
         if not self._queue.ready(long_ones=long_ones):
             return False
         is_live = None
         if now_s >= self._soonest_s:
-            # Somebody left, or somebody's time is up.
+            # A caller disconnected or a deadline passed.
             is_live = partial(self._is_live, now_s)
         jobs = self._queue.take(is_live, long_ones=long_ones)
         if not jobs:
@@ -340,7 +348,9 @@ class Batcher(Generic[P, R]):
         is_long = jobs[0].steps > self._limits.long_steps
         self._long += is_long
         held = {job.key for job in jobs if job.key is not None}
-        release = Release(held, self._let_go, self._is_alone, partial(self._go_apart, jobs, held))
+        release = Release(
+            held, self._release_stream, self._is_alone, partial(self._detach, jobs, held)
+        )
         work = self._finish(jobs, held, self._run(jobs, release), is_long=is_long)
         task = asyncio.get_running_loop().create_task(work)
         self._batches[task] = jobs
@@ -356,26 +366,26 @@ class Batcher(Generic[P, R]):
         del self._batches[task]
         self._wake()
 
-    def _let_go(self, key: Hashable, *, first: bool = False) -> None:
+    def _release_stream(self, key: Hashable, *, first: bool = False) -> None:
         backlog = self._queue.release(key, first=first)
         if backlog is not None:
-            backlog.note_turn(time.monotonic())
+            backlog.note_release(time.monotonic())
             self._wake()
 
     def _is_alone(self) -> bool:
         return not self._queue and len(self._batches) == 1
 
-    def _go_apart(
-        self, jobs: list[Job[P, R]], held: set[Hashable], leaving: list[Job[P, R]], work: Work
+    def _detach(
+        self, jobs: list[Job[P, R]], held: set[Hashable], detached: list[Job[P, R]], work: Work
     ) -> asyncio.Task[None]:
-        """Take jobs out of their batch, and their streams out of those that it holds."""
-        keys = {job.key for job in leaving} & held
+        """Remove jobs from their batch, and their streams from those that it holds."""
+        keys = {job.key for job in detached} & held
         held -= keys
-        gone = set(leaving)
-        jobs[:] = [job for job in jobs if job not in gone]
-        task = asyncio.get_running_loop().create_task(self._finish(leaving, keys, work))
-        self._apart[task] = leaving
-        task.add_done_callback(self._apart_done)
+        removed = set(detached)
+        jobs[:] = [job for job in jobs if job not in removed]
+        task = asyncio.get_running_loop().create_task(self._finish(detached, keys, work))
+        self._detached[task] = detached
+        task.add_done_callback(self._detached_done)
         return task
 
     async def _finish(
@@ -386,11 +396,11 @@ class Batcher(Generic[P, R]):
         *,
         is_long: bool = False,
     ) -> None:
-        """Wait for work on jobs; settle them or put them back, and release their streams.
+        """Await the work on some jobs, then settle or requeue them and release their streams.
 
         Args:
-            held: streams that were not released; the work may release some.
-            is_long: it has the slot of a long job.
+            held: streams that are not released yet; the work may release some.
+            is_long: whether the work occupies the slot of a long job.
         """
         failure: CarryError = InternalError("the batch ended without an answer for this chunk")
         again: list[Job[P, R]] = []
@@ -419,12 +429,12 @@ class Batcher(Generic[P, R]):
                     job.settle(self._told(job, failure))
             returned = {job.key for job in again}
             for key in held:
-                self._let_go(key, first=key in returned)
+                self._release_stream(key, first=key in returned)
 
-    def _apart_done(self, task: asyncio.Task[None]) -> None:
-        del self._apart[task]
+    def _detached_done(self, task: asyncio.Task[None]) -> None:
+        del self._detached[task]
         self._wake()
 
-    def _under_way(self) -> Iterator[Job[P, R]]:
-        """Jobs of batches, and those that left them."""
-        return chain.from_iterable(chain(self._batches.values(), self._apart.values()))
+    def _running_jobs(self) -> Iterator[Job[P, R]]:
+        """The jobs of all batches, and the detached ones."""
+        return chain.from_iterable(chain(self._batches.values(), self._detached.values()))

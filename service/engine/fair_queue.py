@@ -1,14 +1,14 @@
-"""The waiting jobs of one model: in order within a stream, in rotation between requests.
+"""The waiting jobs of one model: in order within a stream, round robin between requests.
 
-A stream has at most one ready job, its oldest, and none while a batch holds it. A batch takes ready
-jobs in rotation, one of each request in its turn (round robin, as a router serves its flows). So a
+At most one job of a stream is ready, its oldest, and none while a batch holds the stream. A batch
+takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
 stream with a long backlog, or a request of many items, gets no more of a batch than any other
-request while others wait. Taking a job and releasing a stream cost the same however long the
-backlogs are; only `sweep` and `clear` look at all jobs.
+request while others wait. Taking a job and releasing a stream take the same time however long the
+backlogs are; only `remove_dead` and `clear` visit all jobs.
 
-Invariants: at most one job of a stream is ready or held; jobs of one stream keep their order, also
-one that is put back; the request at the front gives the first job of the next batch, so nobody
-starves, however many steps that job needs.
+Invariants: at most one job of a stream is ready or held; the jobs of a stream keep their order,
+even if one is put back; the request at the front gives the first job of the next batch, so no
+request starves, however many steps its job has.
 """
 
 from __future__ import annotations
@@ -21,121 +21,124 @@ from service.engine.drain_rate import DrainRate
 from service.engine.jobs import Job, P, R, Ticket
 from service.engine.policy import BatchLimits
 
-MOST_PASSED: Final = 64
-"""How many jobs that do not fit into a batch are passed over for smaller ones."""
+MAX_SKIPPED: Final = 64
+"""How many jobs that do not fit into a batch may be skipped in favour of smaller ones."""
 
 
 class Backlog(Generic[P, R]):
     """The waiting jobs of one stream, oldest first.
 
     Attributes:
-        key: the stream; of a job that continues no stream, the job.
+        key: the stream; for a job without a stream, the job itself.
         is_held: whether a batch holds the stream.
-        per_s: how many of the stream's jobs are begun in a second; None where that is not known.
-        is_refusing: whether a job was refused since the stream was idle.
+        is_shedding: whether a job of the stream was rejected since the backlog was last empty.
     """
 
-    __slots__ = ("_rate", "is_held", "is_refusing", "jobs", "key")
+    __slots__ = ("_rate", "is_held", "is_shedding", "jobs", "key")
 
     def __init__(self, key: Hashable):
         self.key = key
         self.jobs: deque[Job[P, R]] = deque()
-        self.is_held = self.is_refusing = False
+        self.is_held = self.is_shedding = False
         self._rate: DrainRate | None = None
 
     @property
     def per_s(self) -> float | None:
+        """How many of the stream's jobs start per second; None where that is not known."""
         return None if self._rate is None else self._rate.per_s
 
-    def note_turn(self, now_s: float) -> None:
-        """Another job may begin."""
+    def note_release(self, now_s: float) -> None:
+        """Count a job whose stream was released towards the drain rate."""
         if self._rate is None:
             self._rate = DrainRate()
         self._rate.done += 1
         self._rate.note(now_s, len(self.jobs))
 
     def insert(self, job: Job[P, R]) -> None:
-        """Add a job where its number says, which is near the front."""
+        """Insert a job by its number; linear in the number of older jobs, which are few."""
         at = 0
         while at < len(self.jobs) and self.jobs[at].number < job.number:
             at += 1
         self.jobs.insert(at, job)
 
 
-class ManyReady(NamedTuple, Generic[P, R]):
-    """The ready streams of a request with more than one job."""
+class ReadyRequest(NamedTuple, Generic[P, R]):
+    """A request of more than one job, with its ready streams."""
 
     ticket: Ticket[Any]
     backlogs: deque[Backlog[P, R]]
 
 
-class Rotation(Generic[P, R]):
-    """Streams with a ready job, by the requests of these jobs.
+class RoundRobin(Generic[P, R]):
+    """Streams with a ready job, served round robin by request.
 
     Attributes:
-        ready: how many streams.
+        ready: number of streams.
     """
 
-    __slots__ = ("_of_many", "_turns", "ready")
+    __slots__ = ("_by_ticket", "_requests", "ready")
 
     def __init__(self) -> None:
         self.ready = 0
-        self._turns: deque[Backlog[P, R] | ManyReady[P, R]] = deque()
-        self._of_many: dict[Ticket[Any], ManyReady[P, R]] = {}
+        self._requests: deque[Backlog[P, R] | ReadyRequest[P, R]] = deque()
+        self._by_ticket: dict[Ticket[Any], ReadyRequest[P, R]] = {}
 
     @property
     def requests(self) -> int:
-        """How many requests."""
-        return len(self._turns)
+        """Number of requests with a ready stream."""
+        return len(self._requests)
 
     @property
     def front(self) -> Job[P, R] | None:
-        """The job whose turn it is."""
-        if not self._turns:
+        """The job that is taken next."""
+        if not self._requests:
             return None
-        turn = self._turns[0]
-        return (turn if isinstance(turn, Backlog) else turn.backlogs[0]).jobs[0]
+        request = self._requests[0]
+        return (request if isinstance(request, Backlog) else request.backlogs[0]).jobs[0]
 
     def add(self, backlog: Backlog[P, R], *, first: bool = False) -> None:
-        """Add a stream behind others of its request, or before them; a request that had none has
-        its turn after all others, or before them."""
+        """Add a ready stream behind the others of its request, and a new request behind all others.
+
+        Args:
+            first: add them in front instead.
+        """
         self.ready += 1
         ticket = backlog.jobs[0].ticket
-        turn: Backlog[P, R] | ManyReady[P, R] = backlog
+        request: Backlog[P, R] | ReadyRequest[P, R] = backlog
         if ticket.jobs > 1:
-            many = self._of_many.get(ticket)
-            if many is not None:
+            existing = self._by_ticket.get(ticket)
+            if existing is not None:
                 if first:
-                    many.backlogs.appendleft(backlog)
+                    existing.backlogs.appendleft(backlog)
                 else:
-                    many.backlogs.append(backlog)
+                    existing.backlogs.append(backlog)
                 return
-            turn = self._of_many[ticket] = ManyReady(ticket, deque((backlog,)))
+            request = self._by_ticket[ticket] = ReadyRequest(ticket, deque((backlog,)))
         if first:
-            self._turns.appendleft(turn)
+            self._requests.appendleft(request)
         else:
-            self._turns.append(turn)
+            self._requests.append(request)
 
     def pop(self) -> Backlog[P, R]:
-        """Take the stream whose turn it is; its request's next turn comes after all others'."""
+        """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
-        turn = self._turns.popleft()
-        if isinstance(turn, Backlog):
-            return turn
-        backlog = turn.backlogs.popleft()
-        if turn.backlogs:
-            self._turns.append(turn)
+        request = self._requests.popleft()
+        if isinstance(request, Backlog):
+            return request
+        backlog = request.backlogs.popleft()
+        if request.backlogs:
+            self._requests.append(request)
         else:
-            del self._of_many[turn.ticket]
+            del self._by_ticket[request.ticket]
         return backlog
 
     def prune(self) -> None:
-        """Drop the streams whose jobs are gone."""
-        turns, self._turns = self._turns, deque()
-        self._of_many.clear()
+        """Drop the streams that have no job left."""
+        requests, self._requests = self._requests, deque()
+        self._by_ticket.clear()
         self.ready = 0
-        for turn in turns:
-            for backlog in (turn,) if isinstance(turn, Backlog) else turn.backlogs:
+        for request in requests:
+            for backlog in (request,) if isinstance(request, Backlog) else request.backlogs:
                 if backlog.jobs:
                     self.add(backlog)
 
@@ -143,36 +146,36 @@ class Rotation(Generic[P, R]):
 class FairQueue(Generic[P, R]):
     """The queue of one batcher; its length is the number of waiting jobs.
 
-    Jobs of more steps than `long_steps` are long. They have a rotation of their own, since they may
-    not always run, and share no batch with others.
+    Jobs of more steps than `long_steps` are long. They are queued separately, since they may not
+    always run, and never share a batch with short ones.
     """
 
     def __init__(self, limits: BatchLimits):
         self._limits = limits
         self._length = 0
         self._backlogs: dict[Hashable, Backlog[P, R]] = {}
-        self._short: Rotation[P, R] = Rotation()
-        self._long: Rotation[P, R] = Rotation()
+        self._short: RoundRobin[P, R] = RoundRobin()
+        self._long: RoundRobin[P, R] = RoundRobin()
 
     def __len__(self) -> int:
         return self._length
 
     @property
     def requests(self) -> int:
-        """Requests with ready jobs."""
+        """Number of requests with ready jobs."""
         return self._short.requests + self._long.requests
 
     def ready(self, *, long_ones: bool = True) -> int:
-        """Jobs that may be taken now."""
+        """Number of jobs that may be taken now."""
         return self._short.ready + (self._long.ready if long_ones else 0)
 
     def backlog(self, key: Hashable) -> Backlog[P, R] | None:
-        """Of a stream with waiting jobs."""
+        """The waiting jobs of a stream; None if there are none."""
         backlog = self._backlogs.get(key)
         return backlog if backlog is not None and backlog.jobs else None
 
     def push(self, job: Job[P, R]) -> bool:
-        """Add a job behind those of its stream; whether it is ready."""
+        """Add a job behind the others of its stream; returns whether it is ready."""
         self._length += 1
         key = job if job.key is None else job.key
         backlog = self._backlogs.get(key)
@@ -182,11 +185,11 @@ class FairQueue(Generic[P, R]):
             backlog.jobs.append(job)
             return False
         backlog.jobs.append(job)
-        self._rotation(job).add(backlog)
+        self._queue_of(job).add(backlog)
         return True
 
     def put_back(self, job: Job[P, R]) -> None:
-        """Return a job that was taken to its old place."""
+        """Put a job that was taken back into its old place."""
         self._length += 1
         key = job if job.key is None else job.key
         backlog = self._backlogs.get(key)
@@ -194,50 +197,50 @@ class FairQueue(Generic[P, R]):
             backlog = self._backlogs[key] = Backlog(key)
         backlog.insert(job)
         if not backlog.is_held and len(backlog.jobs) == 1:
-            self._rotation(job).add(backlog, first=True)
+            self._queue_of(job).add(backlog, first=True)
 
     def release(self, key: Hashable, *, first: bool = False) -> Backlog[P, R] | None:
-        """Let the next job of a held stream be taken; the backlog, if there is one.
+        """Make the next job of a held stream ready; returns its backlog, None if it is empty.
 
         Args:
-            first: before all others.
+            first: whether that job is taken before all others.
         """
         backlog = self._backlogs[key]
         backlog.is_held = False
         if not backlog.jobs:
             del self._backlogs[key]
             return None
-        self._rotation(backlog.jobs[0]).add(backlog, first=first)
+        self._queue_of(backlog.jobs[0]).add(backlog, first=first)
         return backlog
 
     def take(
         self, is_live: Callable[[Job[P, R]], bool] | None = None, *, long_ones: bool = True
     ) -> list[Job[P, R]]:
-        """The jobs of the next batch, their streams held from now on; empty where none may run.
+        """Take the jobs of the next batch and hold their streams; empty if none may run.
 
         Args:
-            is_live: whether a job is still to be done, and is dropped otherwise; None: all are.
+            is_live: whether a job is still wanted; others are dropped. None: all are.
             long_ones: whether long jobs may be taken.
         """
         max_rows, max_padded, long_steps = self._limits
-        rotation = self._short
+        queue = self._short
         if long_ones and self._long.ready and self._is_older(self._long, self._short):
-            rotation = self._long
+            queue = self._long
         jobs: list[Job[P, R]] = []
-        passed: list[Backlog[P, R]] = []
+        skipped: list[Backlog[P, R]] = []
         longest = rows = 0
-        while rotation.ready and rows < max_rows and len(passed) < MOST_PASSED:
-            backlog = rotation.pop()
+        while queue.ready and rows < max_rows and len(skipped) < MAX_SKIPPED:
+            backlog = queue.pop()
             if is_live is not None and not self._drop_dead(backlog, is_live):
                 continue
             job = backlog.jobs[0]
             steps = job.steps
-            if (steps > long_steps) != (rotation is self._long):
-                self._rotation(job).add(backlog, first=True)
+            if (steps > long_steps) != (queue is self._long):
+                self._queue_of(job).add(backlog, first=True)
                 continue
             widest = steps if steps > longest else longest
             if rows and (rows + 1) * widest > max_padded:
-                passed.append(backlog)
+                skipped.append(backlog)
                 continue
             del backlog.jobs[0]
             if job.key is None:
@@ -250,12 +253,12 @@ class FairQueue(Generic[P, R]):
                 # Nothing more fits, not even one step.
                 break
         self._length -= rows
-        for backlog in reversed(passed):
-            rotation.add(backlog, first=True)
+        for backlog in reversed(skipped):
+            queue.add(backlog, first=True)
         return jobs
 
-    def sweep(self, is_live: Callable[[Job[P, R]], bool]) -> None:
-        """Drop every job that need not be done any more."""
+    def remove_dead(self, is_live: Callable[[Job[P, R]], bool]) -> None:
+        """Drop every job that is not wanted any more."""
         for backlog in list(self._backlogs.values()):
             live = deque(job for job in backlog.jobs if is_live(job))
             self._length -= len(backlog.jobs) - len(live)
@@ -266,21 +269,21 @@ class FairQueue(Generic[P, R]):
         self._long.prune()
 
     def clear(self) -> list[Job[P, R]]:
-        """Drop all jobs; returns them."""
+        """Drop all jobs and return them."""
         jobs = [job for backlog in self._backlogs.values() for job in backlog.jobs]
-        self.sweep(lambda _: False)
+        self.remove_dead(lambda _: False)
         return jobs
 
-    def _rotation(self, job: Job[P, R]) -> Rotation[P, R]:
+    def _queue_of(self, job: Job[P, R]) -> RoundRobin[P, R]:
         return self._long if job.steps > self._limits.long_steps else self._short
 
-    def _is_older(self, one: Rotation[P, R], other: Rotation[P, R]) -> bool:
-        """Whether the job at the front of one has waited longer."""
+    def _is_older(self, one: RoundRobin[P, R], other: RoundRobin[P, R]) -> bool:
+        """Whether the front job of one queue is older than that of the other."""
         first, second = one.front, other.front
         return second is None or (first is not None and first.number < second.number)
 
     def _drop_dead(self, backlog: Backlog[P, R], is_live: Callable[[Job[P, R]], bool]) -> bool:
-        """Drop a stream's oldest jobs up to one that is live; whether there is one."""
+        """Drop a stream's oldest jobs up to the first live one; returns whether there is one."""
         while backlog.jobs:
             if is_live(backlog.jobs[0]):
                 return True

@@ -36,8 +36,8 @@ class Ticket(Generic[R]):
     """One caller, who waits for all of its jobs.
 
     Attributes:
-        jobs: how many.
-        deadline_s: until when, of the monotonic clock.
+        jobs: how many jobs the caller waits for.
+        deadline_s: how long the caller waits, on the monotonic clock.
     """
 
     __slots__ = ("_left", "_results", "deadline_s", "future", "jobs")
@@ -97,42 +97,42 @@ Work = Coroutine[Any, Any, list[Job[Any, Any]]]
 
 
 class Release:
-    """Lets a batch's streams, or some of its jobs, go on before it ends.
+    """Lets a batch release its streams, or detach some of its jobs, before it ends.
 
     Attributes:
         is_alone: whether no other batch is under way now and nothing waits for one.
     """
 
-    __slots__ = ("_apart", "_gone", "_held", "_is_alone")
+    __slots__ = ("_detach", "_gone", "_held", "_is_alone")
 
     def __init__(
         self,
         held: set[Hashable],
         gone: Callable[[Hashable], None],
         is_alone: Callable[[], bool],
-        apart: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
+        detach: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
     ):
         self._held = held
         self._gone = gone
         self._is_alone = is_alone
-        self._apart = apart
+        self._detach = detach
 
     def __call__(self, key: Hashable) -> None:
-        """Let the next job of a stream that the batch holds run from here on."""
+        """Let the next job of a stream run, although this batch has not ended."""
         if key in self._held:
             self._held.discard(key)
             self._gone(key)
 
-    def apart(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
-        """Take jobs out of the batch: the work settles them, and no slot is held for it.
+    def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
+        """Remove jobs from the batch and run work on them as a task of its own, without a slot.
 
         Args:
-            work: returns the jobs to be done again.
+            work: settles the jobs; returns those to be retried.
 
         Returns:
-            What does the work, to be told of its end.
+            The task of the work.
         """
-        return self._apart(jobs, work)
+        return self._detach(jobs, work)
 
     @property
     def is_alone(self) -> bool:

@@ -80,7 +80,7 @@ async def test_a_slow_head_is_answered_with_a_timeout(
         client.writer.write(head)
         await becomes(lambda: client.connection._kept_bytes > 0, "its beginning")
         long_after(client, LIMITS.head_timeout_s)
-        assert not client.connection._lingers
+        assert not client.connection._is_lingering
         client.writer.write(more)
         await becomes(lambda: client.connection._kept_bytes > len(head), "a little more")
         long_after(client, LIMITS.head_timeout_s + 1)
@@ -98,7 +98,7 @@ async def test_a_slow_body_is_answered_with_a_timeout(api: Harness, part: bytes)
         client.writer.write(part)
         await becomes(lambda: client.connection.body_bytes > 0, "a part of its body")
         long_after(client, LIMITS.body_timeout_s)
-        assert not client.connection._lingers
+        assert not client.connection._is_lingering
         long_after(client, LIMITS.body_timeout_s + 2)
         assert await problem_of(client) == (b"408", "request_timeout")
         client.writer.write(part[-1:] + request(chunk(), stream="after"))
@@ -118,7 +118,7 @@ async def test_a_body_that_comes_has_more_time(api: Harness) -> None:
         client.writer.write(head + b"x" * 16 * 1024)
         await becomes(lambda: client.connection.body_bytes == 16 * 1024, "most of its body")
         long_after(client, 2)
-        assert not client.connection._lingers
+        assert not client.connection._is_lingering
         long_after(client, 3)
         assert await problem_of(client) == (b"408", "request_timeout")
 
@@ -143,7 +143,7 @@ async def test_a_client_that_does_not_read_is_cut_off(api: Harness) -> None:
         assert not client.connection.transport.is_closing()
         long_after(client, LIMITS.send_timeout_s + 1)
         await becomes(lambda: not client.server.server_state.connections, "no connection")
-        assert len(client.connection._all) == 0
+        assert len(client.connection._connections) == 0
 
 
 async def test_a_closed_connection_whose_reply_is_not_read_is_cut_off(api: Harness) -> None:
@@ -239,7 +239,7 @@ async def test_a_request_that_is_answered_keeps_nothing(api: Harness, first: str
             await becomes(lambda: client.connection.body_bytes > 0, "a part of its body")
             client.writer.write(sent[-1:])
             assert await client.statuses(1) == [b"200"]
-            assert client.connection._all._body_bytes == client.connection.body_bytes == 0
+            assert client.connection._connections._body_bytes == client.connection.body_bytes == 0
 
 
 async def test_connections_over_the_limit_are_refused(api: Harness) -> None:
@@ -257,9 +257,9 @@ async def test_connections_over_the_limit_are_refused(api: Harness) -> None:
         assert await clients[-1][0].read() == b""
         now_s = asyncio.get_running_loop().time()
         with capture_logs() as logs:
-            connections.look(now_s)
-            connections.look(now_s + 1)
-        assert [(line["event"], line["refused"]) for line in logs] == [
+            connections.check(now_s)
+            connections.check(now_s + 1)
+        assert [(line["event"], line["rejected"]) for line in logs] == [
             ("connections_closed", MAX_REFUSED + 3)
         ]
 
@@ -273,10 +273,10 @@ async def test_replies_that_are_not_read_are_dropped_when_there_are_too_many(
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         now_s = asyncio.get_running_loop().time()
-        connections.look(now_s)
+        connections.check(now_s)
         assert not client.connection.transport.is_closing()
         limit(api, max_pending_reply_bytes=1000)
-        connections.look(now_s)
+        connections.check(now_s)
         await becomes(lambda: not client.server.server_state.connections, "no connection")
 
 
@@ -336,7 +336,7 @@ async def test_a_refused_body_is_read_on_within_a_bound(api: Harness) -> None:
         client.writer.write(head)
         assert await client.statuses(1) == [b"413"]
         sent = 0
-        while not client.connection._lingers and sent < 4 * MAX_DRAIN_BYTES:
+        while not client.connection._is_lingering and sent < 4 * MAX_DRAIN_BYTES:
             client.writer.write(b"x" * 65536)
             await client.writer.drain()
             await asyncio.sleep(0)

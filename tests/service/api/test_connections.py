@@ -88,10 +88,10 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
 
 def long_after(client: Client, wait_s: float = 3600.0) -> None:
     """The connections are looked at now and then."""
-    connections = client.connection._all
+    connections = client.connection._connections
     now_s = asyncio.get_running_loop().time()
-    connections.look(now_s)
-    connections.look(now_s + wait_s)
+    connections.check(now_s)
+    connections.check(now_s + wait_s)
 
 
 @pytest.fixture

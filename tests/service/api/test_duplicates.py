@@ -11,7 +11,7 @@ import ormsgpack
 import pytest
 
 from models.artifact import Artifact, write_artifact
-from service.api.duplicates import duplicate_member
+from service.api.duplicates import find_duplicate
 from service.api.media import Media
 from tests.service.api.harness import (
     EVENT,
@@ -231,14 +231,14 @@ async def test_duplicate_members_in_other_writing(api: Harness, text: str) -> No
     ],
 )
 def test_place_of_duplicate_member(text: str, at: str | None) -> None:
-    found = duplicate_member(Media.JSON, text.encode())
+    found = find_duplicate(Media.JSON, text.encode())
     assert (None if found is None else found.facts["at"]) == at
 
 
 def test_member_name_is_the_same_in_every_encoding() -> None:
     """`a` as a short and as a long string in MessagePack is one name."""
     body = b"\x82\xa1a\x01\xd9\x01a\x02"
-    found = duplicate_member(Media.MSGPACK, body)
+    found = find_duplicate(Media.MSGPACK, body)
     assert found is not None
     assert found.facts["at"] == "a"
 

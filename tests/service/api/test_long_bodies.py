@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from models.artifact import Artifact
 from service.api import long_bodies
 from service.api.limits import ApiLimits
+from service.api.long_body_admission import Checkpoint
 from service.api.media import Media
 from service.api.request_reader import RequestReader
-from service.api.turns import Turns
 from service.errors import CarryError
 from service.served import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
@@ -40,7 +40,7 @@ def reader(models: Mapping[str, Artifact]) -> RequestReader:
 
 def in_turns(reader: RequestReader, body: bytes) -> Any:
     return uvloop.run(
-        long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Turns(math.inf))
+        long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
     )
 
 
@@ -79,7 +79,7 @@ def test_others_have_their_turn_between(reader: RequestReader) -> None:
     async def both() -> int:
         turns = 0
         reading = asyncio.create_task(
-            long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Turns(math.inf))
+            long_bodies.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
         )
         while not reading.done():
             await asyncio.sleep(0)

@@ -22,10 +22,10 @@ from models.artifact import Artifact, write_artifact
 from service.api import long_reader, routes_streams
 from service.api.json_structure import JsonStructure
 from service.api.limits import ApiLimits
+from service.api.long_body_admission import Checkpoint, LongBodyAdmission
 from service.api.long_reader import LongReader
 from service.api.media import Media
 from service.api.request_reader import RequestReader
-from service.api.turns import LongBodies, Turns
 from service.domain import StreamKey
 from service.errors import CarryError, DeadlineExceeded, InvalidInput, MalformedBody, Overloaded
 from service.served import ServedModel
@@ -69,12 +69,12 @@ def readers(models: Mapping[str, Artifact]) -> Mapping[str, RequestReader]:
 
 def read_long(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
     """As `read`, in turns."""
-    long, turns = LongReader(reader), Turns(math.inf)
+    long, checkpoint = LongReader(reader), Checkpoint(math.inf)
     try:
         if kind == "chunk":
-            return shown(uvloop.run(long.chunk(body, media, "s", None, turns)))
+            return shown(uvloop.run(long.chunk(body, media, "s", None, checkpoint)))
         way = long.items if kind == "items" else long.sequences
-        return shown(uvloop.run(way(body, media, turns)))
+        return shown(uvloop.run(way(body, media, checkpoint)))
     except CarryError as error:
         return shown(error)
 
@@ -228,7 +228,7 @@ async def test_long_body_waits_for_the_one_before(api: Harness) -> None:
     request = request_of({"inputs": rows(4000).tolist()}, packed=False)
     bodies = api.app.state.api.long_bodies
     address = "/v1/models/probe/streams/s/chunks"
-    async with bodies.admitted(b"", math.inf):
+    async with bodies.admit(b"", math.inf):
         sent = asyncio.create_task(api.client.post(address, **request))
         request["headers"] = {**JSON, "carry-timeout": "0.2"}
         late = await api.client.post("/v1/models/probe/streams/t/chunks", **request)
@@ -239,14 +239,14 @@ async def test_long_body_waits_for_the_one_before(api: Harness) -> None:
 
 
 async def test_too_many_long_bodies_are_overload() -> None:
-    bodies = LongBodies(max_waiting_bytes=10)
+    bodies = LongBodyAdmission(max_waiting_bytes=10)
     order: list[int] = []
 
     async def read_one(at: int) -> None:
-        async with bodies.admitted(b"12345", math.inf):
+        async with bodies.admit(b"12345", math.inf):
             order.append(at)
 
-    async with bodies.admitted(b"123456789", math.inf):
+    async with bodies.admit(b"123456789", math.inf):
         waiting = [asyncio.create_task(read_one(at)) for at in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as error:
@@ -254,25 +254,25 @@ async def test_too_many_long_bodies_are_overload() -> None:
         assert error.value.facts["retry_after_s"] == 1
     await asyncio.gather(*waiting)
     assert order == [0, 1]
-    async with bodies.admitted(b"more than may wait", math.inf):
+    async with bodies.admit(b"more than may wait", math.inf):
         pass
 
 
 async def test_deadline_ends_reading(readers: Mapping[str, RequestReader]) -> None:
     body = json.dumps({"inputs": [[1, 2, 3]]}).encode()
-    turns = Turns(time.monotonic() - 1)
+    checkpoint = Checkpoint(time.monotonic() - 1)
     with pytest.raises(DeadlineExceeded):
-        await LongReader(readers["probe"]).chunk(body, Media.JSON, "s", None, turns)
+        await LongReader(readers["probe"]).chunk(body, Media.JSON, "s", None, checkpoint)
 
 
 async def test_waiting_reader_that_is_cancelled_leaves_the_queue() -> None:
-    bodies = LongBodies(max_waiting_bytes=10)
+    bodies = LongBodyAdmission(max_waiting_bytes=10)
 
     async def read_one() -> None:
-        async with bodies.admitted(b"12345678", math.inf):
+        async with bodies.admit(b"12345678", math.inf):
             pass
 
-    async with bodies.admitted(b"", math.inf):
+    async with bodies.admit(b"", math.inf):
         waiting = asyncio.create_task(read_one())
         await asyncio.sleep(0)
         waiting.cancel()

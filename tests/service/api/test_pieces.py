@@ -17,7 +17,7 @@ from models.artifact import Artifact
 from service.api import pieces as module
 from service.api.application import ApiLimits
 from service.api.media import Media, dumps
-from service.api.pieces import LONG_VALUES, PIECE_VALUES, count_values, pieces
+from service.api.pieces import LONG_VALUES, PIECE_VALUES, count_values, encode_pieces
 from service.api.protocol import ExpressProtocol
 from service.api.replies import LongAnswer, reply
 from tests.service.api.harness import harness, rows
@@ -52,7 +52,7 @@ DOCUMENTS: dict[str, Any] = {
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_pieces_are_the_whole(media: Media, name: str) -> None:
     document = DOCUMENTS[name]
-    written = list(pieces(media, document))
+    written = list(encode_pieces(media, document))
     assert b"".join(written) == dumps(media, document)
     longest = 25 * PIECE_VALUES
     assert max(map(len, written)) <= longest
@@ -72,7 +72,7 @@ documents = st.recursive(
 def test_any_document_in_pieces_of_any_size(document: Any, size: int, media: Media) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "PIECE_VALUES", size)
-        assert b"".join(pieces(media, document)) == dumps(media, document)
+        assert b"".join(encode_pieces(media, document)) == dumps(media, document)
 
 
 def test_only_long_documents_are_written_in_pieces() -> None:
@@ -160,11 +160,13 @@ async def test_a_reply_that_is_not_read_is_not_written(
         assert connection.unsent_bytes > kept_bytes
 
         now_s = asyncio.get_running_loop().time()
-        connection._all.look(now_s)
-        turn = connection.turn
+        connection._connections.check(now_s)
+        progress = connection.progress
         await client.reader.readexactly(100_000)
-        await becomes(lambda: connection.turn > turn and connection.flow.write_paused, "more")
-        connection._all.look(now_s + connection._all.limits.send_timeout_s + 1)
+        await becomes(
+            lambda: connection.progress > progress and connection.flow.write_paused, "more"
+        )
+        connection._connections.check(now_s + connection._connections.limits.send_timeout_s + 1)
         assert not connection.transport.is_closing(), "it is read, if slowly"
         client.writer.transport.abort()
         await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")

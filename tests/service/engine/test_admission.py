@@ -1,4 +1,4 @@
-"""Admission: a stream's backlog, and a request of many items, are met by their own callers."""
+"""Admission control: backlogs and requests of many items affect their own callers only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import structlog
 
 from service.engine.admission import STREAM_SHARE
-from service.engine.batcher import ITEMS_AT_ONCE, Batcher
+from service.engine.batcher import ITEMS_PER_PART, Batcher
 from service.engine.jobs import Request, Results
 from service.engine.policy import BatchLimits
 from service.errors import Overloaded, StreamOverloaded
@@ -121,20 +121,20 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
 async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
     """Their results are in order, however many parts it takes; none is refused for the others."""
     runs = Runs()
-    names = [f"s{n}" for n in range(5 * ITEMS_AT_ONCE + 3)]
-    async with batching(runs, queue=3 * ITEMS_AT_ONCE) as batcher:
+    names = [f"s{n}" for n in range(5 * ITEMS_PER_PART + 3)]
+    async with batching(runs, queue=3 * ITEMS_PER_PART) as batcher:
         many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
         await runs.began(1)
         await turns()
-        assert len(batcher._queue) == 2 * ITEMS_AT_ONCE - UP_TO_8.max_rows
-        assert refused(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_AT_ONCE)])) == []
+        assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
+        assert refused(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
         runs.gate.set()
         assert await many == [name.upper() for name in names]
 
 
 async def test_a_request_whose_caller_leaves_is_queued_no_further() -> None:
     runs = Runs()
-    names = [f"s{n}" for n in range(5 * ITEMS_AT_ONCE)]
+    names = [f"s{n}" for n in range(5 * ITEMS_PER_PART)]
     async with batching(runs) as batcher, asyncio.timeout(5):
         many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
         await runs.began(1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.engine.fair_queue import MOST_PASSED, FairQueue
+from service.engine.fair_queue import MAX_SKIPPED, FairQueue
 from service.engine.jobs import Job, Ticket
 from service.engine.policy import BatchLimits
 
@@ -98,10 +98,10 @@ async def test_a_job_over_the_budget_goes_alone() -> None:
 async def test_few_jobs_are_passed_over() -> None:
     waiting = Waiting(BatchLimits(max_rows=200, max_padded_steps=64))
     waiting.push("first", steps=20)
-    waiting.push(*(f"large{n}:" for n in range(MOST_PASSED)), steps=60)
+    waiting.push(*(f"large{n}:" for n in range(MAX_SKIPPED)), steps=60)
     waiting.push("small")
     assert waiting.take() == ["first0"]
-    assert waiting.queue.ready() == MOST_PASSED + 1
+    assert waiting.queue.ready() == MAX_SKIPPED + 1
     assert waiting.take() == ["large0:1"]
 
 
@@ -178,9 +178,9 @@ async def test_jobs_that_are_gone_are_dropped_and_free_their_streams() -> None:
     assert [job.payload for job in held] == ["a0", "c3"]
     assert waiting.queue.backlog("b") is None
     waiting.push("b")
-    waiting.queue.sweep(lambda job: job.payload != "a1")
+    waiting.queue.remove_dead(lambda job: job.payload != "a1")
     assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (2, 1, 1)
-    waiting.queue.sweep(lambda job: job.payload != "b5")
+    waiting.queue.remove_dead(lambda job: job.payload != "b5")
     assert (len(waiting.queue), waiting.queue.ready(), waiting.queue.requests) == (1, 0, 0)
     assert waiting.queue.backlog("b") is None
     waiting.queue.release("a")

@@ -1,4 +1,4 @@
-"""A shard of a cluster that does not answer holds up its own streams alone."""
+"""An unresponsive shard of a cluster blocks its own streams only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, wor
 PARTITIONS = 16
 DOWN = 2
 WITHIN_S = 20
-"""Far less than the chunks' deadlines, and far more than anything takes that is not held up."""
+"""Far less than the chunks' deadlines, and far more than a chunk of a healthy shard takes."""
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ async def pipeline(settings: StoreSettings, artifact: Artifact) -> AsyncIterator
 
 @contextmanager
 def one_shard_down(cluster: Cluster) -> Iterator[None]:
-    """A primary and its replica do not answer, and nobody takes their place."""
+    """Pause a primary and its replica, so that there is no failover."""
     nodes = (cluster.replicas[DOWN], cluster.primaries[DOWN])
     cluster.configure("cluster-require-full-coverage", "no")
     for node in nodes:
@@ -64,7 +64,7 @@ def one_shard_down(cluster: Cluster) -> Iterator[None]:
 
 
 def named(cluster: Cluster, keys: KeySpace, prefix: str, count: int, *, down: bool) -> list[str]:
-    """Streams of the shard that will not answer, or of the others."""
+    """Names of streams on the shard that is paused (`down`), or on the others."""
     found: list[str] = []
     number = 0
     while len(found) < count:
@@ -80,7 +80,7 @@ def later() -> float:
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["load", "commit"])
-async def test_it_holds_no_slots_of_batches_of_other_shards(
+async def test_an_unresponsive_shard_holds_no_batch_slots(
     own_cluster: Cluster,
     settings: StoreSettings,
     artifact: Artifact,
@@ -89,8 +89,7 @@ async def test_it_holds_no_slots_of_batches_of_other_shards(
     *,
     is_known: bool,
 ) -> None:
-    """Neither while its streams are loaded nor while they are committed; and what waits is not
-    counted as tried."""
+    """Neither during a load nor during a commit; waiting is not counted as an attempt."""
     attempts, run = set(), BatchRun.__call__
 
     async def noting(self: BatchRun, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
@@ -126,21 +125,21 @@ async def test_it_holds_no_slots_of_batches_of_other_shards(
     assert attempts == {0}
 
 
-async def test_few_chunks_wait_for_it(
+async def test_chunks_waiting_for_an_unresponsive_shard_are_bounded(
     own_cluster: Cluster,
     settings: StoreSettings,
     artifact: Artifact,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Half as many as may wait in all; of more it is said at once."""
-    full, go_apart = asyncio.Event(), Shards.go_apart
+    """At half of the queue's limit; more of them fail at once."""
+    full, detach = asyncio.Event(), Shards.detach
 
     def noting(self: Shards, *given: Any) -> None:
-        go_apart(self, *given)
-        if self._waiting == 10:
+        detach(self, *given)
+        if self._detached == 10:
             full.set()
 
-    monkeypatch.setattr(Shards, "go_apart", noting)
+    monkeypatch.setattr(Shards, "detach", noting)
     rows = rows_of(np.random.default_rng(57), 4)
     late = named(own_cluster, settings.keys, "late", 40, down=True)
     (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
@@ -161,7 +160,7 @@ async def test_few_chunks_wait_for_it(
             assert not isinstance(outcome, CarryError)
 
 
-async def test_a_service_that_stops_waits_for_it_no_longer_than_it_may(
+async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
     own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(58), 4)

@@ -1,7 +1,7 @@
-"""Who reads a long body, and when: one at a time, in turns with everything else on the loop.
+"""Admission of long bodies: one at a time is validated, the others wait in order of arrival.
 
-Validation is work of the event loop's thread, whoever waits for it. Two bodies at once would both
-take twice as long and keep twice as much; so they are admitted one by one.
+Validation runs on the event loop's thread. Two bodies at once would both take twice as long and
+together take twice the memory, so they are admit one by one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from contextlib import asynccontextmanager
 from service.errors import DeadlineExceeded, Overloaded
 
 
-class Turns:
-    """The turns that reading a long body takes, until its deadline.
+class Checkpoint:
+    """Yields the event loop during long work, until its deadline.
 
     Args:
-        deadline_s: until when the client waits, of the monotonic clock.
+        deadline_s: how long the client waits, on the monotonic clock.
     """
 
     def __init__(self, deadline_s: float):
         self._deadline_s = deadline_s
 
-    async def next(self) -> None:
-        """Let everything else have its turn.
+    async def __call__(self) -> None:
+        """Let other tasks run.
 
         Raises:
             DeadlineExceeded
@@ -35,11 +35,11 @@ class Turns:
             raise DeadlineExceeded("the time for the request was up while its body was validated")
 
 
-class LongBodies:
-    """Admission of long bodies: one is read at a time, the others wait, first come, first served.
+class LongBodyAdmission:
+    """Admits long bodies one at a time, first come, first served.
 
     Args:
-        max_waiting_bytes: of the bodies that wait; one that would exceed it is rejected.
+        max_waiting_bytes: most bytes of all bodies that wait; one that exceeds it is rejected.
     """
 
     def __init__(self, max_waiting_bytes: int):
@@ -48,11 +48,11 @@ class LongBodies:
         self._lock = asyncio.Lock()
 
     @asynccontextmanager
-    async def admitted(self, body: bytes, deadline_s: float) -> AsyncIterator[Turns]:
-        """The turn to read a body.
+    async def admit(self, body: bytes, deadline_s: float) -> AsyncIterator[Checkpoint]:
+        """Wait until this body may be validated, and hold off the others during the context.
 
         Args:
-            deadline_s: until when its client waits, of the monotonic clock.
+            deadline_s: how long its client waits, on the monotonic clock.
 
         Raises:
             Overloaded, DeadlineExceeded
@@ -74,6 +74,6 @@ class LongBodies:
         finally:
             self._waiting_bytes -= len(body)
         try:
-            yield Turns(deadline_s)
+            yield Checkpoint(deadline_s)
         finally:
             self._lock.release()

@@ -1,4 +1,4 @@
-"""Jobs that leave their batch, to be waited for apart: they hold their streams and no slot."""
+"""Detached jobs: they hold their streams, but no slot of a batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
 
 
-class Leaving(Runs):
-    """Jobs named `late...` leave their batch at the first try, until the gate opens.
+class Detaching(Runs):
+    """Detaches jobs named `late...` at their first attempt, until the gate opens.
 
     Attributes:
-        fails: what they end with.
+        fails: the exception that their work ends with.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Leaving(Runs):
         self.batches.append([job.payload for job in jobs])
         late = [job for job in jobs if job.payload.startswith("late") and not job.attempts]
         if late:
-            release.apart(late, self._wait(late))
+            release.detach(late, self._wait(late))
         for job in jobs:
             if job not in late:
                 job.settle(job.payload.upper())
@@ -41,8 +41,8 @@ class Leaving(Runs):
         return late
 
 
-async def test_they_hold_no_slot_and_come_back_in_order() -> None:
-    runs = Leaving()
+async def test_detached_jobs_hold_no_slot_and_keep_their_order() -> None:
+    runs = Detaching()
     async with batching(runs) as batcher, asyncio.timeout(5):
         late = [asyncio.create_task(submit(batcher, f"late{n}", "s", 1)) for n in range(2)]
         assert await submit(batcher, "a", "a", 1) == "A"
@@ -54,16 +54,16 @@ async def test_they_hold_no_slot_and_come_back_in_order() -> None:
     assert runs.batches[2][0] == "late0"
 
 
-async def test_they_end_at_their_deadlines() -> None:
-    runs = Leaving()
+async def test_detached_jobs_fail_at_their_deadlines() -> None:
+    runs = Detaching()
     async with batching(runs) as batcher, asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded, match="before it was done"):
             await submit(batcher, "late", "late", 1, soon())
         assert await submit(batcher, "a", "a", 1) == "A"
 
 
-async def test_they_fail_alone() -> None:
-    runs = Leaving()
+async def test_detached_jobs_fail_independently() -> None:
+    runs = Detaching()
     runs.fails = RuntimeError("unforeseen")
     runs.gate.set()
     async with batching(runs) as batcher, asyncio.timeout(5):
@@ -74,8 +74,8 @@ async def test_they_fail_alone() -> None:
         assert await submit(batcher, "b", "s", 1) == "B"
 
 
-async def test_drain_waits_for_them_and_is_bounded() -> None:
-    runs = Leaving()
+async def test_drain_waits_for_detached_jobs_within_its_timeout() -> None:
+    runs = Detaching()
     async with batching(runs) as batcher:
         late = asyncio.create_task(submit(batcher, "late", "s", 1))
         await turns()
@@ -85,7 +85,7 @@ async def test_drain_waits_for_them_and_is_bounded() -> None:
         runs.gate.set()
         await draining
         assert await late == "LATE"
-    runs = Leaving()
+    runs = Detaching()
     async with batching(runs) as batcher:
         late = asyncio.create_task(submit(batcher, "late", "s", 1))
         await turns()
@@ -94,9 +94,9 @@ async def test_drain_waits_for_them_and_is_bounded() -> None:
             await late
 
 
-async def test_a_job_behind_one_that_left_is_told_that_it_is_done_again() -> None:
-    """Its stream was released before it left, as where its commit is waited for."""
-    runs, seen = Leaving(), {}
+async def test_a_job_behind_a_detached_one_is_marked_as_overtaking_when_that_is_retried() -> None:
+    """Its stream was released before it was detached, as it is while its commit is awaited."""
+    runs, seen = Detaching(), {}
     hold = asyncio.Event()
 
     async def run(jobs: Jobs, release: Release) -> Jobs:
