@@ -122,6 +122,7 @@ class Seen:
         latencies_s: of the accepted chunks.
         offered: chunks that were due; unsent those for which no connection was free.
         rss_bytes: the service's memory, every half second.
+        cpu_s: the service's CPU time.
     """
 
     seconds: float
@@ -130,11 +131,17 @@ class Seen:
     offered: int = 0
     unsent: int = 0
     rss_bytes: list[int] = field(default_factory=list)
+    cpu_s: float = 0.0
 
     @property
     def goodput(self) -> float:
         """Chunks accepted in a second."""
         return self.statuses[200] / self.seconds
+
+    @property
+    def per_cpu_s(self) -> float:
+        """Chunks accepted in a second of the service's CPU time."""
+        return self.statuses[200] / self.cpu_s
 
     def percentile_s(self, percent: float) -> float:
         """A percentile of the latencies."""
@@ -212,6 +219,7 @@ class Load:
         """Send what is due and read what comes, until nothing is either."""
         ends_s = began_s + seen.seconds
         sampled_s = began_s
+        cpu_s = self._cpu_s()
         while (now_s := time.perf_counter()) < ends_s + ANSWERS_WITHIN_S:
             following_s = begin(now_s)
             if now_s >= sampled_s and now_s < ends_s:
@@ -220,6 +228,7 @@ class Load:
             pause_s = 0.05 if following_s is None else max(0.0, following_s - now_s)
             ready = self._epoll.poll(min(pause_s, 0.05))
             if not ready and now_s > ends_s and self._is_quiet():
+                seen.cpu_s = self._cpu_s() - cpu_s
                 return seen
             for fd, _ in ready:
                 line = self._by_fd[fd]
@@ -247,6 +256,10 @@ class Load:
         self._epoll.register(line.sock.fileno(), select.EPOLLIN)
         if line.due_s:
             line.send(line.due_s)
+
+    def _cpu_s(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
 
     def _is_quiet(self) -> bool:
         return all(line.due_s == 0.0 for line in self._lines)
@@ -285,10 +298,17 @@ def _move(process: psutil.Process, cores: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Both stretches, and the higher of the peaks before and after."""
+    """The overload, beside the peaks before and after.
+
+    Attributes:
+        peak: the higher goodput of both.
+        efficiency: chunks accepted in a second of CPU time, as a share of the peaks' mean. Other
+            processes on the cores do not change it.
+    """
 
     peak: float
     over: Seen
+    efficiency: float = 1.0
 
     @property
     def goodput(self) -> float:
@@ -319,9 +339,11 @@ def overload(
     load = Load(service, CONNECTIONS, steps)
     try:
         load.closed(min(WARM_S, peak_s), PEAK_CONNECTIONS)
-        peak = load.closed(peak_s, PEAK_CONNECTIONS).goodput
-        over = load.open(seconds, times * peak, seed=1)
-        return Result(max(peak, load.closed(peak_s, PEAK_CONNECTIONS).goodput), over)
+        before = load.closed(peak_s, PEAK_CONNECTIONS)
+        over = load.open(seconds, times * before.goodput, seed=1)
+        after = load.closed(peak_s, PEAK_CONNECTIONS)
+        efficiency = 2 * over.per_cpu_s / (before.per_cpu_s + after.per_cpu_s)
+        return Result(max(before.goodput, after.goodput), over, efficiency)
     finally:
         load.close()
 

@@ -14,7 +14,7 @@ def test_goodput_stays_and_the_rest_is_refused_at_once(tmp_path: Path) -> None:
     over = result.over
     assert set(over.statuses) == {200, 429}
     assert over.statuses[429] > over.offered * 0.1
-    assert result.goodput > 0.2
+    assert result.efficiency > 0.5
     assert over.percentile_s(99) < 5
 
 
