@@ -7,9 +7,9 @@ code.
 
 `graph.onnx` is the same network as spec and weights, written out when the model is packaged, and
 `decoder.onnx` one step of its decoder, where it has one. They are for other programs: loading
-checks them as it does every file, and then writes the graphs that run anew from spec and weights,
-so that no file can change a number without changing the fingerprint. A model that no graph can
-hold has none, and its manifest says why; `add_graph` writes the files anew.
+verifies them like every file, but the service runs graphs that it derives from spec and weights, so
+that no file can change an output without changing the fingerprint. A model that no graph can
+represent has none, and its manifest says why; `add_graph` rewrites the files.
 
 Loading refuses whatever is damaged, of another format or does not fit itself, and says
 which file and why. Writing is atomic: a directory under the final name is complete.
@@ -100,14 +100,14 @@ class Artifact:
 
     @cached_property
     def graphs(self) -> Graphs:
-        """The model's ONNX graphs, written from spec and weights, or why none can hold it."""
+        """The model's ONNX graphs, derived from spec and weights, or why there are none."""
         return write_graphs(self.spec, self.weights)
 
     @property
     def differing_graphs(self) -> list[str]:
-        """The files that hold another graph than spec and weights give.
+        """The graph files that differ from the graphs of spec and weights.
 
-        Another version of Carry wrote them, or they were exchanged. Nothing runs them.
+        Another version of Carry wrote them, or somebody replaced them. They are never run.
         """
         listed = self.manifest["files"]
         return [

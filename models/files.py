@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, names that stay inside their folder, safe opening."""
+"""Atomic file replacement, names that stay inside their folder, safe opening."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ def sync_directory(path: Path) -> None:
 def inside(name: str) -> bool:
     """Whether a relative name, with `/` between folders, leads nowhere else.
 
-    A name with control characters, NUL among them, or lone surrogates is none.
+    False for names with control characters, including NUL, or lone surrogates.
     """
     parts = PurePosixPath(name).parts
     plain = bool(parts) and not name.startswith("/") and ".." not in parts
-    odd = "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
-    return plain and not odd and str(PurePosixPath(name)) == name and name != "."
+    is_unsafe = "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
+    return plain and not is_unsafe and str(PurePosixPath(name)) == name and name != "."
 
 
 def open_regular(file: Path, folder: Path | None = None) -> BinaryIO:
-    """Open a regular file for reading, once and without waiting.
+    """Open a regular file for reading, without blocking.
 
-    What was checked is what is read: look at it through its descriptor (`os.fstat`), never again
-    by its path. A FIFO, a device or a directory is refused before a byte is read.
+    To avoid a race between check and use, inspect it through its descriptor (`os.fstat`), never
+    again by its path. A FIFO, a device or a directory is rejected before a byte is read.
 
     Args:
-        file: the file; links are followed.
-        folder: the artifact that the file has to be in, once links are followed; None for any.
+        file: the file; symbolic links are followed.
+        folder: the folder that the resolved file must be in; None for any.
 
     Raises:
-        OSError: it cannot be opened, is no regular file, or leads out of the folder.
+        OSError: it cannot be opened, is not a regular file, or is outside the folder.
     """
     real = os.path.realpath(file)
     if folder is not None and not Path(real).is_relative_to(os.path.realpath(folder)):

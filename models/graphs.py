@@ -1,7 +1,7 @@
 """The ONNX graphs of a model: which files they are, and what its manifest says of them.
 
-`models.onnx` writes them, from spec and weights alone and in milliseconds: when a model is
-packaged, for other programs, and for ONNX Runtime each time that a model is loaded.
+`models.onnx` derives them from spec and weights, in milliseconds: for other programs when a model
+is packaged, and for ONNX Runtime each time that a model is loaded.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Graphs:
 
 
 def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
-    """Write a model's graphs, or say why none can hold it."""
+    """Derive a model's graphs, or say why there can be none."""
     try:
         network = spec.decoder_network
         decoder = None if network is None else write_graph(network, decoder_weights(weights))

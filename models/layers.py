@@ -23,7 +23,7 @@ NOTHING = -1e300
 LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Units = Annotated[int, Field(ge=1, le=16384)]
 MAX_WIDTH = 16 * 16384
-"""Most values per step of a layer: concatenations have no weights, and each can double the last."""
+"""Most values per step of a layer: a concatenation has no weights, and can double the width."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
 ActivationName = Literal[
     "linear",
@@ -264,8 +264,8 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
         widths: those of what it reads, by name.
 
     Raises:
-        ValueError: it joins, element by element, what is not equally wide, or gives more than
-            `MAX_WIDTH` values.
+        ValueError: it combines inputs of different widths element by element, or is wider than
+            `MAX_WIDTH`.
     """
     read = [widths[name] for name in layer.inputs]
     match layer:

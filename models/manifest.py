@@ -4,9 +4,9 @@ The manifest is JSON. It lists every file with size and SHA-256, and its own `ch
 SHA-256 of the rest of it in canonical form. What the manifest means is for `models.artifact`.
 
 Reading refuses a manifest of another format, or one that does not have its checksum, and a listed
-file that is missing, changed, outside the directory or no regular file, or more bytes than the
-limits below. Each file is opened once: what was checked is what is returned. Files that are not
-listed are not opened. Links are followed inside the directory, which may be one itself.
+file that is missing, changed, outside the directory or not a regular file, or more bytes than the
+limits below. Each file is opened once, so that the bytes that were verified are the ones returned.
+Unlisted files are not opened. Links are followed inside the directory, which may be one itself.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
-    """Check every file that a directory's manifest lists.
+    """Verify every file that a directory's manifest lists.
 
     Args:
-        wanted: the name of one of them, as the manifest gives it.
+        wanted: the name of the file to return; must be listed.
 
     Returns:
-        The content of the wanted one.
+        The content of that file.
 
     Raises:
         ArtifactError: naming the file and the reason.
@@ -138,7 +138,7 @@ def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
 
 
 def _read_listed(path: Path, name: str, size: int, sha256: Any, *, keep: bool) -> bytes:
-    """Read and check one file; its content, or nothing of it."""
+    """Read and verify one file; returns its content if `keep`, else b""."""
     file = path / name
     digest, kept = hashlib.sha256(), []
     try:

@@ -159,10 +159,11 @@ def import_command(
     name: Annotated[str | None, typer.Option(help="The model's name; by the file's name.")] = None,
     overwrite: Overwrite = False,
     memory_mib: Annotated[
-        int, typer.Option(min=1, help="Most MiB that reading and verifying it may take.")
+        int, typer.Option(min=1, help="Memory limit for reading and verifying the model, in MiB.")
     ] = 8192,
     time_s: Annotated[
-        float, typer.Option(min=1, help="Most seconds that reading and verifying it may take.")
+        float,
+        typer.Option(min=1, help="Time limit for reading and verifying the model, in seconds."),
     ] = 600.0,
 ) -> None:
     """Package a Keras model, verified against the original on random sequences."""
@@ -187,7 +188,7 @@ def graph_command(
         list[Path], typer.Argument(metavar="ARTIFACT...", help="The models' directories.")
     ],
 ) -> None:
-    """Write the ONNX graph of artifacts anew, for other programs; the service reads none."""
+    """Rewrite the ONNX graphs of artifacts, for other programs; the service does not read them."""
     with _one_line_errors():
         from models.artifact import add_graph
 

@@ -66,8 +66,8 @@ class LastChunk(NamedTuple):
     Attributes:
         start: position of its first event.
         digest: the first 16 bytes of its digest.
-        stream_existed: it starts at 0 and did not create its stream, which was restored or forked
-            at position 0; False for a chunk that starts later.
+        stream_existed: whether it starts at 0 in a stream that existed, restored or forked at
+            position 0; False for a chunk that starts later.
     """
 
     start: int
@@ -98,10 +98,10 @@ class StreamState(NamedTuple):
 
 
 class Tombstone(NamedTuple):
-    """What is kept for a while of a stream that was deleted; to clients there is no stream.
+    """The marker that a deleted stream leaves for a while; to clients the stream does not exist.
 
     Attributes:
-        mark: names this deletion: a random epoch, at position 0. A commit that begins the
+        mark: identifies this deletion: a random epoch, at position 0. A commit that creates the
             stream again expects it, so that one sent before the deletion conflicts.
     """
 
@@ -215,7 +215,7 @@ class ForecastRequest(NamedTuple):
         seed: of the draws.
         future: what is known of the coming steps, one event each; None where nothing is told.
         position: where the stream is expected to stand; None where it may stand anywhere.
-        precondition: the state that the stream has to be in.
+        precondition: the state that the stream must be in; None for any.
     """
 
     horizon: int

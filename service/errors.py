@@ -314,11 +314,11 @@ class Failed(CarryError):
 
 
 class StateDamaged(Failed):
-    """The stored bytes of a stream are no state.
+    """The stored bytes of a stream are not a valid state.
 
     Attributes:
-        mark: what the bytes have where a state has its mark; a deletion that expects it deletes
-            just these.
+        mark: the bytes in the place of a state's mark; a deletion that expects them deletes this
+            value only.
     """
 
     code = "state_damaged"

@@ -222,11 +222,12 @@ class Pipeline:
         return found
 
     def refusal(self, model: str, key: StreamKey | None, left_s: float) -> Overloaded | None:
-        """What a chunk for a served model would be answered now that can wait so long, where that
-        is Overloaded; for a transport that need not read what is refused anyway.
+        """The error that admission control would answer a chunk with now; None if it would be
+        admitted. Lets a transport reject a request without parsing it.
 
         Args:
-            key: its stream; None for chunks of many streams.
+            key: the chunk's stream; None for chunks of many streams.
+            left_s: time until the deadline.
         """
         return self._chunks[model].refusal(key, left_s)
 

@@ -1,8 +1,8 @@
 """`carry serve`: the parent process, which owns the port, the embedded store and the workers.
 
 With one worker the service runs in this process; with several, a pool keeps that many child
-processes on the one listening socket (see `workers`). The embedded store belongs to the
-parent, so that all workers share it and none takes it along.
+processes on the one listening socket (see `workers`). The embedded store belongs to the parent, so
+that all workers share it and it survives each of them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def serve(settings: Settings) -> None:
     Raises:
         CannotServeError: the port is taken, the store is not usable, or no worker starts.
     """
-    # Until the workers or uvicorn take them over. Leaving by an exception stops the embedded store
-    # on the way out.
-    for number in _stops():
+    # Until the workers or uvicorn install their own handlers. SystemExit unwinds the stack, which
+    # stops the embedded store.
+    for number in _stop_signals():
         signal.signal(number, _leave)
     if links := service_links(os.environ):
         log.info("service_links_ignored", variables=links)
@@ -72,17 +72,17 @@ def serve(settings: Settings) -> None:
         os.environ.update(_environment(settings))
         asyncio.run(_check_store(settings))
 
-        def leave() -> NoReturn:
-            """End the process; a thread that still compiles a network cannot be ended by itself."""
-            _ignore_stops()
+        def exit_process() -> NoReturn:
+            """Exit the process without waiting for threads that are still compiling a network."""
+            _ignore_stop_signals()
             stack.close()
             flush_logs()
             os._exit(0)
 
-        _run(settings, listener, leave)
+        _run(settings, listener, exit_process)
 
 
-def _run(settings: Settings, listener: socket.socket, leave: Callable[[], NoReturn]) -> None:
+def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[], NoReturn]) -> None:
     config = uvicorn.Config(
         "service.app:create_app",
         factory=True,
@@ -107,28 +107,28 @@ def _run(settings: Settings, listener: socket.socket, leave: Callable[[], NoRetu
         except WorkersFailedError as error:
             raise CannotServeError(f"no worker could be started: {error}") from error
         return
-    server = Server(config, leave)
-    if SIGHUP in _stops():
-        # uvicorn leaves this one alone, whose default is to kill
+    server = Server(config, exit_process)
+    if SIGHUP in _stop_signals():
+        # uvicorn does not handle SIGHUP, whose default is to kill the process
         signal.signal(SIGHUP, server.handle_exit)
     server.run(sockets=[listener])
 
 
-def _stops() -> list[signal.Signals]:
-    """What ends the service; not SIGHUP where whoever started it (`nohup`) has it ignored."""
+def _stop_signals() -> list[signal.Signals]:
+    """The signals that stop the service; without SIGHUP if it is ignored, as under `nohup`."""
     if SIGHUP is None or signal.getsignal(SIGHUP) is signal.SIG_IGN:
         return [*STOPS]
     return [*STOPS, SIGHUP]
 
 
 def _leave(number: int, frame: object) -> None:
-    """Their handler: leave in good order, which another of them does not break off."""
-    _ignore_stops()
+    """Exit in order; further signals are ignored."""
+    _ignore_stop_signals()
     raise SystemExit(0)
 
 
-def _ignore_stops() -> None:
-    for number in _stops():
+def _ignore_stop_signals() -> None:
+    for number in _stop_signals():
         signal.signal(number, signal.SIG_IGN)
 
 

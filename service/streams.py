@@ -30,11 +30,11 @@ from service.errors import CarryError, Conflict, StateDamaged, StreamNotFound
 from service.served import ServedModel
 from service.state.protocol import Commit, Committed, StateStore
 
-DELETES_AT_ONCE: Final = 32
-"""Deletions of a prefix that are under way together; few enough that chunks hardly wait behind."""
+CONCURRENT_DELETES: Final = 32
+"""Concurrent deletions of a prefix; few enough that chunks hardly wait behind them."""
 
-BEGIN_TRIES: Final = 4
-"""How often a restore or a fork is tried against others who replace the stream."""
+BEGIN_ATTEMPTS: Final = 4
+"""Attempts of a restore or fork, each of which may conflict with another writer."""
 
 
 class Streams:
@@ -71,12 +71,12 @@ class Streams:
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable
-            StateChanged: it is not in the state the precondition names.
+            StateChanged: it is not in the state that the precondition names.
         """
         self._model(key.model)
         found = await self._stored(key, deadline_s)
         if precondition is not None:
-            _required(key, found, precondition)
+            _check_precondition(key, found, precondition)
         if not isinstance(found, StreamState):
             raise StreamNotFound(
                 f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
@@ -92,12 +92,12 @@ class Streams:
 
         Raises:
             StreamNotFound: there is none.
-            StateChanged: it is not in the state the precondition names.
+            StateChanged: it is not in the state that the precondition names.
         """
         self._model(key.model)
         expected: Mark | None = None
         if precondition is not None:
-            expected = _required(key, await self._stored(key), precondition)
+            expected = _check_precondition(key, await self._stored(key), precondition)
         self._cache.drop(key)
         result = await self._store.delete(key, expected)
         if isinstance(result, CarryError):
@@ -121,8 +121,8 @@ class Streams:
         deleted, cursor = 0, None
         while True:
             page = await self.page(model, prefix, cursor, 500)
-            for first in range(0, len(page.streams), DELETES_AT_ONCE):
-                some = page.streams[first : first + DELETES_AT_ONCE]
+            for first in range(0, len(page.streams), CONCURRENT_DELETES):
+                some = page.streams[first : first + CONCURRENT_DELETES]
                 keys = [StreamKey(model, stream) for stream in some]
                 for key in keys:
                     self._cache.drop(key)
@@ -150,7 +150,7 @@ class Streams:
         Raises:
             StateIncompatible: the state is of another version of the model.
             StreamExists: there is a stream and no precondition.
-            StateChanged: it is not in the state the precondition names.
+            StateChanged: it is not in the state that the precondition names.
         """
         served = self._model(key.model)
         source = StreamState(
@@ -175,9 +175,9 @@ class Streams:
     async def _begin(
         self, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
-        for _ in range(BEGIN_TRIES):
+        for _ in range(BEGIN_ATTEMPTS):
             new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
-            expected = await self._replaceable(key, precondition)
+            expected = await self._replaceable_mark(key, precondition)
             self._cache.drop(key)
             (result,) = await self._store.commit([Commit(key, expected, new, None)])
             if isinstance(result, CarryError):
@@ -185,17 +185,20 @@ class Streams:
             if isinstance(result, Committed):
                 return new
         raise Conflict(
-            f"stream {key.stream!r} was replaced by others {BEGIN_TRIES} times in a row",
+            f"stream {key.stream!r} was replaced by others {BEGIN_ATTEMPTS} times in a row",
             stream=key.stream,
         )
 
-    async def _replaceable(self, key: StreamKey, precondition: Precondition | None) -> Mark | None:
-        """What a commit expects that replaces what is stored. A damaged state is deleted first, if
-        it is still the one that was read: a restore is one of its two ways out.
+    async def _replaceable_mark(
+        self, key: StreamKey, precondition: Precondition | None
+    ) -> Mark | None:
+        """The mark that a restore or fork has to expect in order to replace what is stored.
+
+        A damaged state is deleted first, if it is still the one that was read.
 
         Raises:
-            StreamExists, StateChanged: it is not to be replaced.
-            StateDamaged: whether it is the state that the precondition names cannot be told.
+            StreamExists, StateChanged: the stream must not be replaced.
+            StateDamaged: it is unknown whether the precondition names this state.
         """
         was_damaged = False
         try:
@@ -211,7 +214,7 @@ class Streams:
         if isinstance(found, StreamState) and precondition is None:
             raise stream_exists(key.stream, found.mark)
         if precondition is not None and not was_damaged:
-            return _required(key, found, precondition)
+            return _check_precondition(key, found, precondition)
         return found.mark if found else None
 
     async def _stored(
@@ -224,7 +227,7 @@ class Streams:
         return found
 
 
-def _required(
+def _check_precondition(
     key: StreamKey, found: StreamState | Tombstone | None, precondition: Precondition
 ) -> Mark:
     mark = found.mark if isinstance(found, StreamState) else None

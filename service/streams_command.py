@@ -88,8 +88,8 @@ def _ask(
 
 def _path(model: str, stream: str | None = None) -> str:
     if stream in (".", ".."):
-        # which the client would remove from the address
-        typer.echo(f"carry: {stream!r} is no name of a stream", err=True)
+        # the HTTP client would remove it from the URL
+        typer.echo(f"carry: {stream!r} is not a valid stream name", err=True)
         raise typer.Exit(1)
     path = f"/v1/models/{quote(model, safe='')}/streams"
     return path if stream is None else f"{path}/{quote(stream, safe='')}"

@@ -1,13 +1,13 @@
-"""Worker processes on one listening socket: started, watched, replaced and drained.
+"""Worker processes on one listening socket: started, monitored, restarted and drained.
 
-The parent learns of a worker by a pipe on which it reports twice a second, and of its end by the
-process itself, so that a death is noticed at once, also during a start. A worker that ends is
-started again, with growing pauses while it fails. The pool ends when it is told to, and when
-not one worker was ever ready: then it would fail in the same way for good, and whoever started it
+Every worker sends a heartbeat twice a second through a pipe, and the parent also waits on the
+process itself, so that an exit is noticed at once, even during start-up. A worker that exits is
+restarted, with exponential backoff while it keeps failing. The pool ends on a signal, or when no
+worker was ever ready: then every start would fail in the same way, and whoever started the service
 should know.
 
-    SIGTERM, SIGINT    every worker finishes what it accepted, within its time; then the pool ends
-    SIGHUP             one worker after another is replaced by a new one, once that is ready
+    SIGTERM, SIGINT    every worker drains, within its time; then the pool ends
+    SIGHUP             rolling restart: each worker is replaced once its successor is ready
 
 One pool per process, from the main thread.
 """
@@ -37,20 +37,20 @@ from service.errors import CarryError
 from service.ops.logs import flush_logs
 from service.settings import SettingsError
 
-REPORT_S: Final = 0.5
-"""How often a worker reports."""
+HEARTBEAT_S: Final = 0.5
+"""Interval of a worker's heartbeats."""
 
-WORKER_SILENT_S: Final = 30.0
-"""A worker that does not report for this long hangs, and is killed: long enough for compiling a
-large network, which holds the interpreter."""
+HUNG_AFTER_S: Final = 30.0
+"""A worker without a heartbeat for this long counts as hung and is killed. Long enough to compile a
+large network, which holds the interpreter lock."""
 
 FIRST_PAUSE_S: Final = 1.0
 MAX_PAUSE_S: Final = 30.0
 STEADY_S: Final = 60.0
-"""A worker that was ready for this long before it ended is started again without a pause."""
+"""A worker that was ready for this long before it exited is restarted without a pause."""
 
 KILL_MARGIN_S: Final = 5.0
-"""How much longer than its time to drain a worker may take to close its store and end."""
+"""How long a worker may take, after its drain time, to close its store and exit."""
 
 SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
 """None on Windows."""
@@ -60,46 +60,46 @@ _spawn = multiprocessing.get_context("spawn")
 
 
 class WorkersFailedError(Exception):
-    """Not one worker was ever ready; the message is the reason of the last."""
+    """No worker was ever ready; the message is the failure of the last one."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves when all is drained, or at once where nothing is served yet.
+    """uvicorn's server, whose process exits once it is drained, or at once during start-up.
 
-    uvicorn itself starts to the end before it stops, and its process then waits for threads that
-    still compile a network.
+    uvicorn itself would finish its start-up before it stops, and the process would wait for threads
+    that are still compiling a network.
 
     Args:
-        leave: ends the process; called in the main thread, also by a signal's handler.
+        exit_process: called in the main thread, also from a signal handler.
     """
 
-    def __init__(self, config: uvicorn.Config, leave: Callable[[], NoReturn]):
+    def __init__(self, config: uvicorn.Config, exit_process: Callable[[], NoReturn]):
         super().__init__(config)
-        self._leave = leave
+        self._exit_process = exit_process
         # uvicorn replaces these while it runs, and raises the signals again when all is drained
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: leave())
+            signal.signal(number, lambda number, frame: exit_process())
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal, then leave."""
+        """Serve until a signal, then exit the process."""
         await super().serve(sockets)
-        self._leave()
+        self._exit_process()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The handler of the signals while it runs."""
+        """Handle SIGTERM and SIGINT while uvicorn runs."""
         if not self.started:
-            self._leave()
+            self._exit_process()
         super().handle_exit(sig, frame)
 
 
 class WorkerPool:
-    """A number of workers of one application.
+    """A pool of worker processes of one application.
 
     Args:
-        config: what each worker runs.
-        listener: the socket that all of them accept from.
-        size: how many.
-        drain_s: how long a worker that is to end may go on with what it accepted, in seconds.
+        config: uvicorn's configuration of a worker.
+        listener: the socket that all workers accept from.
+        size: number of workers.
+        drain_s: how long a worker may take to finish accepted requests, in seconds.
     """
 
     def __init__(
@@ -119,18 +119,18 @@ class WorkerPool:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
-            WorkersFailedError: no worker was ever ready, and the last one failed to start.
+            WorkersFailedError: no worker was ever ready.
         """
         signal.signal(signal.SIGTERM, self._on_stop)
         signal.signal(signal.SIGINT, self._on_stop)
         if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
-            signal.signal(SIGHUP, self._on_replace)
+            signal.signal(SIGHUP, self._on_hangup)
         try:
             for slot in self._slots:
                 slot.worker = self._start()
             while not self._stop:
                 self._wait()
-                self._step()
+                self._check_workers()
             self._drain_all()
         finally:
             for worker in self._workers():
@@ -139,7 +139,7 @@ class WorkerPool:
     def _on_stop(self, number: int, frame: object) -> None:
         self._stop = True
 
-    def _on_replace(self, number: int, frame: object) -> None:
+    def _on_hangup(self, number: int, frame: object) -> None:
         self._replace_all = True
 
     def _workers(self) -> Iterator[_Worker]:
@@ -153,33 +153,34 @@ class WorkerPool:
         return worker
 
     def _wait(self) -> None:
-        """Wait until a worker reports or ends, or a moment: signals do not end the wait."""
+        """Wait for a heartbeat or an exit, or for a moment, since signals do not end the wait."""
         objects: list[Any] = []
         for worker in self._workers():
-            if not worker.has_ended():
+            if not worker.has_exited():
                 objects.append(worker.process.sentinel)
                 if not worker.reports.closed:
                     objects.append(worker.reports)
-        wait(objects, REPORT_S / 2)
+        wait(objects, HEARTBEAT_S / 2)
 
-    def _step(self) -> None:
+    def _check_workers(self) -> None:
+        """Read heartbeats, kill hung workers, and restart those that exited."""
         for worker in self._workers():
-            if worker.read_reports():
+            if worker.read_heartbeats():
                 self._was_ready = True
                 log.info("worker_ready", pid=worker.pid, after_s=worker.age_s())
-            if worker.is_silent():
-                log.error("worker_hangs", pid=worker.pid, silent_s=WORKER_SILENT_S)
+            if worker.is_hung():
+                log.error("worker_hangs", pid=worker.pid, silent_s=HUNG_AFTER_S)
                 worker.kill()
         self._replace_next()
         for slot in self._slots:
-            if slot.worker is not None and slot.worker.has_ended():
-                self._note_end(slot, slot.worker)
+            if slot.worker is not None and slot.worker.has_exited():
+                self._schedule_restart(slot, slot.worker)
             elif slot.worker is None and self._was_ready and time.monotonic() >= slot.start_at_s:
                 slot.worker = self._start()
-        self._draining = [worker for worker in self._draining if not worker.is_gone()]
+        self._draining = [worker for worker in self._draining if not worker.has_drained()]
 
-    def _note_end(self, slot: _Slot, worker: _Worker) -> None:
-        """Decide when a worker is started again."""
+    def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
+        """Schedule the restart of a worker that exited."""
         slot.worker = None
         slot.failures = 0 if worker.was_steady() else slot.failures + 1
         pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
@@ -195,7 +196,7 @@ class WorkerPool:
             raise WorkersFailedError(worker.reason())
 
     def _replace_next(self) -> None:
-        """After SIGHUP: one worker at a time, each by one that is ready."""
+        """Continue a rolling restart: one worker at a time, each once its replacement is ready."""
         if self._replace_all and not self._to_replace:
             self._replace_all = False
             self._to_replace = deque(self._slots)
@@ -211,7 +212,7 @@ class WorkerPool:
                 self._draining.append(slot.worker)
             slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
             self._to_replace.popleft()
-        elif slot.replacement.has_ended():
+        elif slot.replacement.has_exited():
             log.error("replacement_failed", reason=slot.replacement.reason(), kept=len(self._slots))
             slot.replacement = None
             self._to_replace.clear()
@@ -220,19 +221,19 @@ class WorkerPool:
         log.info("workers_stopping", workers=len(list(self._workers())))
         for worker in self._workers():
             worker.terminate(self._kill_after_s)
-        while not all(worker.is_gone() for worker in self._workers()):
+        while not all(worker.has_drained() for worker in self._workers()):
             self._wait()
 
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """The place of one worker.
+    """One place in the pool.
 
     Attributes:
-        worker: None while a failed one is not started again.
-        replacement: the worker that is to take its place, until it is ready.
-        failures: how often in a row it ended before it was steady.
-        start_at_s: when it is started again.
+        worker: None until a failed worker is restarted.
+        replacement: the worker that takes over once it is ready.
+        failures: consecutive exits before `STEADY_S`.
+        start_at_s: when the worker is restarted.
     """
 
     worker: _Worker | None = None
@@ -246,13 +247,13 @@ class _Worker:
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket):
         self.reports, theirs = _spawn.Pipe(duplex=False)
-        self.process = _spawn.Process(target=_work, args=(config, listener, theirs))
+        self.process = _spawn.Process(target=_run_worker, args=(config, listener, theirs))
         self.process.start()
-        # so that its end ends the pipe
+        # otherwise the pipe would stay open after the worker exits
         theirs.close()
         self.is_ready = False
         self._reason = ""
-        self._started_s = self._heard_s = self._ready_s = time.monotonic()
+        self._started_s = self._heartbeat_s = self._ready_s = time.monotonic()
         self._kill_at_s: float | None = None
 
     @property
@@ -262,13 +263,13 @@ class _Worker:
     def age_s(self) -> float:
         return round(time.monotonic() - self._started_s, 3)
 
-    def read_reports(self) -> bool:
-        """Take in what it reported; whether it is ready since."""
+    def read_heartbeats(self) -> bool:
+        """Read its heartbeats; returns whether it has become ready."""
         was_ready = self.is_ready
         try:
             while not self.reports.closed and self.reports.poll():
                 report = self.reports.recv()
-                self._heard_s = time.monotonic()
+                self._heartbeat_s = time.monotonic()
                 if isinstance(report, str):
                     self._reason = report
                 else:
@@ -280,24 +281,26 @@ class _Worker:
         self._ready_s = time.monotonic()
         return True
 
-    def is_silent(self) -> bool:
-        return not self.has_ended() and time.monotonic() - self._heard_s > WORKER_SILENT_S
+    def is_hung(self) -> bool:
+        """Whether it runs without heartbeats."""
+        return not self.has_exited() and time.monotonic() - self._heartbeat_s > HUNG_AFTER_S
 
     def was_steady(self) -> bool:
+        """Whether it was ready for long enough to restart it without a pause."""
         return self.is_ready and time.monotonic() - self._ready_s >= STEADY_S
 
-    def has_ended(self) -> bool:
+    def has_exited(self) -> bool:
         return self.process.exitcode is not None
 
     def reason(self) -> str:
-        """Why it ended."""
-        self.read_reports()
+        """Why it exited."""
+        self.read_heartbeats()
         code = self.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
         return self._reason or f"the worker ended with {how}"
 
     def terminate(self, kill_after_s: float) -> None:
-        """Let it finish what it accepted and end."""
+        """Ask it to finish accepted requests and exit."""
         self._kill_at_s = time.monotonic() + kill_after_s
         self.process.terminate()
 
@@ -305,9 +308,9 @@ class _Worker:
         self.process.kill()
         self.process.join()
 
-    def is_gone(self) -> bool:
-        """Whether it ended after `terminate`, which it is made to when its time is up."""
-        if self.has_ended():
+    def has_drained(self) -> bool:
+        """Whether it has exited after `terminate`; kills it once its time is up."""
+        if self.has_exited():
             return True
         if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
             log.error("worker_killed", pid=self.pid)
@@ -316,14 +319,16 @@ class _Worker:
         return False
 
 
-def _work(config: uvicorn.Config, listener: socket.socket, reports: Connection[Any, Any]) -> None:
-    """What a worker process runs."""
+def _run_worker(
+    config: uvicorn.Config, listener: socket.socket, reports: Connection[Any, Any]
+) -> None:
+    """Main function of a worker process."""
     if SIGHUP is not None:
-        # a terminal that closes tells the whole group; the parent says what comes of it
+        # a closing terminal signals the whole process group; the parent decides what to do
         signal.signal(SIGHUP, signal.SIG_IGN)
-    server = Server(config, _leave)
+    server = Server(config, _exit_process)
     threading.Thread(
-        target=_report, args=(server, reports), name="carry-report", daemon=True
+        target=_send_heartbeats, args=(server, reports), name="carry-report", daemon=True
     ).start()
     try:
         server.run(sockets=[listener])
@@ -332,17 +337,18 @@ def _work(config: uvicorn.Config, listener: socket.socket, reports: Connection[A
         sys.exit(1)
 
 
-def _leave() -> NoReturn:
+def _exit_process() -> NoReturn:
+    """Exit without waiting for threads that are still compiling."""
     flush_logs()
     os._exit(0)
 
 
-def _report(server: Server, reports: Connection[Any, Any]) -> None:
-    """Tell the parent twice a second that this process runs, and whether it serves."""
+def _send_heartbeats(server: Server, reports: Connection[Any, Any]) -> None:
+    """Send heartbeats to the parent: whether this process is ready."""
     pause = threading.Event()
     try:
         while True:
             reports.send(server.started)
-            pause.wait(REPORT_S)
+            pause.wait(HEARTBEAT_S)
     except OSError:
         return

@@ -52,7 +52,7 @@ class EventColumns:
 
     @classmethod
     def concatenate(cls, parts: Sequence[EventColumns]) -> EventColumns:
-        """The events of several parts under one schema, one after the other."""
+        """Concatenate events of one schema."""
         if len(parts) == 1:
             return parts[0]
         names = list(parts[0].values)

@@ -55,8 +55,7 @@ MAX_SEEN = 2**62
 """More events than any stream can have; counting on from it stays within int64."""
 
 MAX_RESTORED_SEEN = 2**61
-"""Most events that a state may have seen which a stream is to begin with: from there on no stream
-can come to `MAX_SEEN`."""
+"""Most events that a restored state may have seen; no stream can reach `MAX_SEEN` from there."""
 
 
 class Clock(NamedTuple):
@@ -79,7 +78,7 @@ class Clock(NamedTuple):
         A model without a timestamp field has no such parts: the clock is then at zero.
 
         Args:
-            max_seen: most events that the clock may have seen.
+            max_seen: largest accepted count of events.
 
         Raises:
             StateError: counters that no stream can reach, or a timestamp out of range.

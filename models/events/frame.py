@@ -4,7 +4,7 @@ A file is looser than the wire in four ways, each because of how tables are writ
 is a missing number, integers may stand for categories (by their digits) and for booleans
 (0 and 1), and a date and time without an offset is read in the schema's time zone (of two
 possible moments the earlier). Everything else is refused, naming row and column; so are integers
-that are seconds in all likelihood (`EPOCH_SECONDS`), which would be read as days of 1970.
+that are probably epoch seconds (`EPOCH_SECONDS`), which would be read as days of 1970.
 
 Polars is needed here and in `fit`, and nowhere in serving.
 """
@@ -40,8 +40,8 @@ from models.events.schema import (
 from models.events.zones import zone_table
 
 EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
-"""Timestamps that all lie here are refused. As seconds they are moments of 1979 to 2103; as
-milliseconds, which they would be read as, of January and February 1970."""
+"""Columns of integers that are all in this range are refused as epoch seconds. As seconds these are
+times of 1979 to 2103; as milliseconds, of January and February 1970."""
 
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
 

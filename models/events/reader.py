@@ -50,11 +50,11 @@ _EPOCH_MS = Annotated[int, msgspec.Meta(ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS
 
 
 class ReadEvents(NamedTuple):
-    """Events, and how much of their text they account for.
+    """Decoded events, with counts for the detection of duplicate members.
 
     Attributes:
-        members: how many members of the events have a value other than null.
-        texts: how many of those values are text.
+        members: number of members with a value other than null.
+        texts: number of those values that are text.
     """
 
     columns: EventColumns
@@ -122,7 +122,7 @@ class EventReader:
         return None if read is None else read.columns
 
     def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents | None:
-        """As `columns`, and how many members and texts the events have."""
+        """As `columns`, with the numbers of members and texts."""
         if not events:
             return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
         steps, layout = len(events), self._layout
@@ -158,11 +158,11 @@ class EventReader:
         columns = EventColumns.of_block(
             Block(layout, steps, numbers, tuple(texts), times_ms, absent)
         )
-        members, strings = self._accounted(given, steps)
+        members, strings = self._count_values(given, steps)
         return ReadEvents(columns, members, strings)
 
-    def _accounted(self, given: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
-        """How many values there are, and how many of them are text."""
+    def _count_values(self, given: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
+        """Count the values, and those of them that are text."""
         members, texts = steps * len(given), steps * len(self._texts)
         for at in self._optional:
             absent = given[at].count(None)

@@ -1,4 +1,4 @@
-"""A Keras model's file in our terms, proven equal to the original, in this process."""
+"""Conversion of a Keras model file, verified against the original, in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, ND
     """Read a `.keras` or `.h5` file, translate its model and prove the translation.
 
     Args:
-        path: the file; nobody else may write to it.
+        path: the file; no other process may write to it.
         name: the packaged model's name, a lower-case slug.
         where: the file's name, for errors.
 
@@ -27,9 +27,9 @@ def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, ND
         The conversion, and the weights by name.
 
     Raises:
-        ImportedModelError: the file cannot be read, holds what cannot be carried, or gives other
-            numbers than the translation.
-        MemoryError: the model needs more than this process may take.
+        ImportedModelError: the file cannot be read, has unsupported layers, or its outputs differ
+            from the translation's.
+        MemoryError: the process reached its memory limit.
     """
     model = read_keras_model(path, where)
     try:

@@ -1,11 +1,11 @@
-"""Reading a foreign Keras model in a process of its own, with limits.
+"""Conversion of an untrusted Keras model in a separate process with resource limits.
 
-The file is opened once and copied into a private folder, where it keeps the end of its name, by
+The file is opened once and copied into a private folder; the copy keeps the file extension, by
 which Keras chooses a reader. The process (`models.importing.worker`) works in that folder, and its
-answer there is plain data, checked like any other input. At the end nothing of it is left, neither
-processes nor files.
+output there is plain data, validated like any other input. All its processes and files are removed
+at the end.
 
-Limits hold on Linux; elsewhere the system may not apply the one on memory.
+The limits hold on Linux; other systems may not enforce the one on memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from models.importing.result import (
 )
 from models.manifest import MAX_ARTIFACT_BYTES
 
-STARTS = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
-"""Ends of a file's name, by which Keras chooses its reader, and how such a file begins."""
-WORKER = ("-P", "-m", "models.importing.worker")
-"""Arguments of Python that start the process; by -P nothing comes from its working directory."""
+MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
+"""File extensions, by which Keras chooses a reader, and the first bytes of such a file."""
+WORKER_ARGUMENTS = ("-P", "-m", "models.importing.worker")
+"""Arguments of Python for the process; -P keeps its working directory off the import path."""
 MAX_RESULT_BYTES = 16 * 2**20
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
@@ -45,18 +45,18 @@ _ENVIRONMENT = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
 }
-"""So that address space is taken for the model, not for each core or a GPU."""
+"""Keeps address space for the model: no memory for each core, or for a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What reading and verifying a model may take.
+    """Resource limits for reading and verifying a model.
 
     Attributes:
         memory_bytes: address space, of which Keras and TensorFlow need 2 GiB.
-        time_s: seconds of wall clock, and of processor time.
-        file_bytes: size of the model's file, and of each file written.
-        open_files: files open at a time.
+        time_s: limit on wall-clock time and on CPU time, in seconds.
+        file_bytes: largest model file, and largest file that may be written.
+        open_files: files that may be open at a time.
     """
 
     memory_bytes: int = 8 * 2**30
@@ -66,14 +66,14 @@ class Limits:
 
 
 def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion, bytes]:
-    """As `models.importing.conversion.convert`, in another process.
+    """Run `models.importing.conversion.convert` in another process.
 
     Returns:
-        The conversion, and the weights as safetensors; neither of them trusted.
+        The conversion, and the weights as safetensors; both are untrusted.
 
     Raises:
-        ImportedModelError: as `convert`; the file cannot be read, is too large or begins
-            otherwise than its name says; a limit was reached; the process died.
+        ImportedModelError: as `convert`; the file cannot be read, is too large or does not match
+            its extension; a limit was reached; the process died.
     """
     with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
         inside = Path(folder)
@@ -81,22 +81,22 @@ def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion,
         _copy(path, copy, limits)
         _run(path, copy, name, limits)
         if (inside / ERROR_NAME).exists():
-            message = _answer(inside / ERROR_NAME, MAX_RESULT_BYTES, path).decode(
+            message = _read_output(inside / ERROR_NAME, MAX_RESULT_BYTES, path).decode(
                 "utf-8", "replace"
             )
             if message == OUT_OF_MEMORY:
-                message = f"{path}: reading it needs more than {_memory(limits)}"
+                message = f"{path}: reading it needs more than {_memory_limit(limits)}"
             raise ImportedModelError(message)
-        result = _answer(inside / RESULT_NAME, MAX_RESULT_BYTES, path)
-        weights = _answer(inside / WEIGHTS_NAME, limits.file_bytes, path)
+        result = _read_output(inside / RESULT_NAME, MAX_RESULT_BYTES, path)
+        weights = _read_output(inside / WEIGHTS_NAME, limits.file_bytes, path)
     try:
         return Conversion.model_validate_json(result), weights
     except ValueError as error:
-        raise ImportedModelError(f"{path}: the import gave a damaged answer: {error}") from error
+        raise ImportedModelError(f"{path}: the import gave an invalid result: {error}") from error
 
 
 def _suffix(path: Path) -> str:
-    for suffix in STARTS:
+    for suffix in MAGIC_BYTES:
         if path.name.endswith(suffix):
             return suffix
     raise ImportedModelError(
@@ -105,7 +105,7 @@ def _suffix(path: Path) -> str:
 
 
 def _copy(path: Path, copy: Path, limits: Limits) -> None:
-    begins = STARTS[copy.suffix]
+    begins = MAGIC_BYTES[copy.suffix]
     try:
         with open_regular(path) as source, copy.open("xb") as target:
             size = os.fstat(source.fileno()).st_size
@@ -116,7 +116,7 @@ def _copy(path: Path, copy: Path, limits: Limits) -> None:
             if source.read(len(begins)) != begins:
                 raise ImportedModelError(
                     f"{path}: expected {'a ZIP archive' if begins == b'PK' else 'HDF5'}, "
-                    f"as the name says, and it begins otherwise"
+                    f"by its extension, got other first bytes"
                 )
             source.seek(0)
             shutil.copyfileobj(source, target)
@@ -127,7 +127,7 @@ def _copy(path: Path, copy: Path, limits: Limits) -> None:
 
 
 def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
-    """Run the process to its end; an error unless it ended by itself, in time."""
+    """Run the process; raises unless it exits normally and in time."""
     seconds = max(1, int(limits.time_s))
     task = {
         "file": copy.name,
@@ -141,10 +141,10 @@ def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
             "RLIMIT_CORE": 0,
         },
     }
-    said = copy.parent / "stderr.txt"
-    with said.open("wb") as stderr:
+    stderr_path = copy.parent / "stderr.txt"
+    with stderr_path.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603, our own program
-            [sys.executable, *WORKER, json.dumps(task)],
+            [sys.executable, *WORKER_ARGUMENTS, json.dumps(task)],
             cwd=copy.parent,
             env={**os.environ, **_ENVIRONMENT, "TMPDIR": str(copy.parent)},
             stdin=subprocess.DEVNULL,
@@ -155,39 +155,39 @@ def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
         try:
             status = process.wait(limits.time_s)
         except subprocess.TimeoutExpired as error:
-            raise ImportedModelError(f"{path}: {_too_long(limits)}") from error
+            raise ImportedModelError(f"{path}: {_timeout_message(limits)}") from error
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # nobody is left
+            with suppress(ProcessLookupError, PermissionError):  # no process is left
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status == -signal.SIGXCPU:
-        raise ImportedModelError(f"{path}: {_too_long(limits)}")
+        raise ImportedModelError(f"{path}: {_timeout_message(limits)}")
     if status < 0:
         raise ImportedModelError(
             f"{path}: the process that read it was ended by {signal.Signals(-status).name}; "
-            f"it may have needed more than {_memory(limits)}"
+            f"it may have needed more than {_memory_limit(limits)}"
         )
     if status > 0:
-        with said.open("rb") as stderr:
-            stderr.seek(-min(2000, said.stat().st_size), os.SEEK_END)
+        with stderr_path.open("rb") as stderr:
+            stderr.seek(-min(2000, stderr_path.stat().st_size), os.SEEK_END)
             lines = stderr.read().decode("utf-8", "replace").strip().splitlines() or [""]
         raise ImportedModelError(f"{path}: the process that read it failed: {lines[-1]}")
 
 
-def _answer(file: Path, most: int, path: Path) -> bytes:
-    """What the process left in a file."""
+def _read_output(file: Path, most: int, path: Path) -> bytes:
+    """Read a file of the process's output."""
     try:
         with open_regular(file, file.parent) as stream:
             if os.fstat(stream.fileno()).st_size <= most:
                 return stream.read(most)
     except OSError:
         pass
-    raise ImportedModelError(f"{path}: the process that read it left no answer in {file.name}")
+    raise ImportedModelError(f"{path}: the process that read it left no result in {file.name}")
 
 
-def _too_long(limits: Limits) -> str:
+def _timeout_message(limits: Limits) -> str:
     return f"reading it took longer than {limits.time_s:g} s"
 
 
-def _memory(limits: Limits) -> str:
+def _memory_limit(limits: Limits) -> str:
     return f"{limits.memory_bytes // 2**20} MiB of memory"

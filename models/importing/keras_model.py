@@ -1,9 +1,9 @@
 """`carry import`: package a Keras model as an artifact, proven equal to the original.
 
-In a process of its own, with limits (`models.importing.isolation`), the model is read without
-running code of its own, translated layer by layer, and run beside the original on random sequences
-(`models.importing.proof`). This process takes specification and weights from there as untrusted
-data, and packages them. Nothing is written unless every output agrees.
+A separate process with resource limits (`models.importing.isolation`) reads the model without
+running its code, translates it layer by layer, and compares it with the original on random
+sequences (`models.importing.proof`). This process takes specification and weights from there as
+untrusted data, and packages them. Nothing is written unless every output agrees.
 
 It refuses what cannot be carried, naming each layer by class and name with the reason,
 and a packaged model whose outputs differ from the original's by more than
@@ -60,7 +60,7 @@ def import_keras_model(
         out: the directory to make.
         name: the packaged model's name, a lower-case slug; the file's by default.
         overwrite: whether an artifact that is already there is replaced.
-        limits: what reading and verifying the model may take.
+        limits: resource limits for reading and verifying the model.
 
     Raises:
         ImportedModelError: the file cannot be read, holds layers that cannot be carried, gives
@@ -78,9 +78,9 @@ def package(
     """Write the artifact of a converted model.
 
     Args:
-        path: the file that it was converted from.
-        conversion: what it became; checked here.
-        weights: as safetensors; checked here.
+        path: the original file.
+        conversion: the converted model; validated here.
+        weights: safetensors; validated here.
         out: the directory to make.
         overwrite: whether an artifact that is already there is replaced.
 
@@ -118,5 +118,5 @@ def package(
 
 
 def slug(stem: str) -> str:
-    """A file's name as a model's name."""
+    """Turn a file name into a model name."""
     return re.sub(r"[^a-z0-9]+", "-", stem.lower()).strip("-")[:63] or "imported"

@@ -1,12 +1,12 @@
-"""Reading a Keras model's file without running what it may hold.
+"""Reading a Keras model file without running code that it contains.
 
-One reader, chosen as Keras chooses it: by the end of the file's name. The configuration is checked
-before Keras builds anything. Every object in it has to be a class of Keras that is known to compute
-and nothing else; code (Lambda layers, functions), classes from elsewhere and layers that read files
-are refused by name, together with every other layer that cannot be carried. Only then does Keras
-load the model from the same file, in its safe mode and without compiling.
+The reader is chosen as Keras chooses it, by the file extension. The configuration is checked before
+Keras builds anything. Every object in it must be a class of Keras that only computes; code (Lambda
+layers, functions), other classes and layers that read files are rejected by name, together with
+every other unsupported layer. Only then does Keras load the model from the same file, in safe mode
+and without compiling.
 
-What a hostile file can do to the process that reads it is bounded by `models.importing.isolation`.
+`models.importing.isolation` limits what a hostile file can do to the process that reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 _MODELS = ("Sequential", "Functional", "Model")
 _TENSORS = ("__keras_tensor__", "__tensor__", "__numpy__")
-"""What stands for a tensor among a layer's arguments: a name, or numbers."""
+"""Classes that represent a tensor among a layer's arguments: a name, or numbers."""
 _LAYERS = tuple(
     f"keras.src.layers.{package}."
     for package in (
@@ -43,7 +43,7 @@ _LAYERS = tuple(
         "rnn",
     )
 )
-"""Where Keras keeps the layers that compute and nothing else; not so Lambda, among the core."""
+"""Packages of layers that only compute; except Lambda, which is in `core`."""
 _PARTS = (
     keras.constraints,
     keras.dtype_policies,
@@ -54,19 +54,19 @@ _PARTS = (
     keras.optimizers.schedules,
     keras.regularizers,
 )
-"""Namespaces of what a layer or a compiled model is configured with."""
+"""Namespaces of objects that configure a layer or a compiled model."""
 
 
 def read_keras_model(path: Path, where: str) -> Any:
     """Load a `.keras` or `.h5` file.
 
     Args:
-        path: the file; nobody else may write to it.
-        where: its name, for errors.
+        path: the file; no other process may write to it.
+        where: the file's name, for errors.
 
     Raises:
-        ImportedModelError: it is neither, it holds code, or Keras cannot load it.
-        MemoryError: it needs more than this process may take.
+        ImportedModelError: it is not a Keras model, it contains code, or Keras cannot load it.
+        MemoryError: the process reached its memory limit.
     """
     try:
         config = _read_config(path)
@@ -100,7 +100,7 @@ def read_keras_model(path: Path, where: str) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The configuration, by the reader that Keras takes for the file's name."""
+    """Read the configuration, with the reader that Keras chooses for the extension."""
     if path.suffix == ".keras":
         with zipfile.ZipFile(path) as archive:
             size = archive.getinfo("config.json").file_size
@@ -116,7 +116,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _foreign(config: Any, name: str = "") -> Iterator[str]:
-    """Each object of the configuration that is not known to be harmless when it is built."""
+    """Describe each object of the configuration that is not known to be harmless to build."""
     if isinstance(config, list):
         for item in config:
             yield from _foreign(item, name)
@@ -136,7 +136,7 @@ def _foreign(config: Any, name: str = "") -> Iterator[str]:
 
 
 def _why_foreign(kind: str, module: Any, registered: Any) -> str:
-    """Why an object is not built; "" where it is."""
+    """Why an object must not be built; "" if it may."""
     if module is not None and str(module).partition(".")[0] != "keras":
         return f"it comes from {str(module)!r}, which is not loaded"
     if ">" in str(registered) or ">" in kind:

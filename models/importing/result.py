@@ -1,4 +1,4 @@
-"""What the process that read a Keras model hands to the one that packages it."""
+"""The result that the importing process returns to the one that packages the model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict
 RESULT_NAME = "result.json"
 WEIGHTS_NAME = "weights.safetensors"
 ERROR_NAME = "error.txt"
-"""The files of an answer: a `Conversion` and its weights, or why there is none."""
+"""Output files of the process: a `Conversion` and its weights, or an error."""
 OUT_OF_MEMORY = "out of memory"
 """The error of a process that reached its memory limit."""
 
 
 class Conversion(BaseModel):
-    """A converted model without its weights, as plain data; not yet known to be right.
+    """A converted model without its weights, as plain, untrusted data.
 
     Attributes:
         spec: the specification.

@@ -1,7 +1,7 @@
 """The process that reads a foreign Keras model: `python -m models.importing.worker TASK`.
 
-It sets its limits first, before any library that reads the file is loaded, and leaves its answer in
-its working directory, as `models.importing.result` says. Whatever else happens ends it without one.
+It sets its resource limits before it loads any library that reads the file, and writes its result
+into its working directory, as `models.importing.result` defines. Anything else ends it without one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def main() -> None:
     """Convert one file, as the JSON object in the first argument says."""
     task = json.loads(sys.argv[1])
     for name, most in task["limits"].items():
-        _limit(getattr(resource, name), most)
+        _set_limit(getattr(resource, name), most)
     try:
         _convert(task)
     except MemoryError:
-        _refuse(OUT_OF_MEMORY)
+        _write_error(OUT_OF_MEMORY)
 
 
 def _convert(task: dict[str, Any]) -> None:
@@ -36,21 +36,21 @@ def _convert(task: dict[str, Any]) -> None:
         Path(WEIGHTS_NAME).write_bytes(weights_bytes(weights))
         Path(RESULT_NAME).write_text(conversion.model_dump_json(), "utf-8")
     except ModelsError as error:
-        _refuse(str(error))
+        _write_error(str(error))
     except OSError as error:
-        _refuse(f"{task['where']}: {error}")
+        _write_error(f"{task['where']}: {error}")
 
 
-def _refuse(message: str) -> None:
+def _write_error(message: str) -> None:
     Path(ERROR_NAME).write_text(message, "utf-8", "backslashreplace")
 
 
-def _limit(which: int, most: int) -> None:
-    """Never above what the process may have anyway."""
+def _set_limit(which: int, most: int) -> None:
+    """Set a limit, never above the hard limit of this process."""
     _, hard = resource.getrlimit(which)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard - (which == resource.RLIMIT_CPU))
-    # at the soft limit on processor time comes SIGXCPU, at the hard one SIGKILL, which says less
+    # the soft limit on CPU time sends SIGXCPU, which can be told from the hard one's SIGKILL
     resource.setrlimit(which, (most, most + (which == resource.RLIMIT_CPU)))
 
 

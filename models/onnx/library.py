@@ -1,8 +1,8 @@
 """ONNX Runtime with its telemetry off; the one place where it is imported.
 
-Its official builds send events about the machine and the models to their maker, and write an
-identifier of the machine into the user's cache directory, unless this variable is set before the
-library is loaded. Whoever wants that sets ORT_DISABLE_TELEMETRY=0.
+Its official builds send events about the machine and the models to Microsoft, and write a machine
+identifier into the user's cache directory, unless this variable is set before the library is
+loaded. Set ORT_DISABLE_TELEMETRY=0 to allow it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The protobuf messages of an ONNX graph, written as bytes.
+"""Encoder of the protobuf messages of an ONNX graph.
 
-The few messages and fields that a graph of ours has, after onnx.proto of ONNX 1.18 and the
-protobuf encoding: fields in the order of their numbers, each repeated value with its own tag.
-The library `onnx` would write the same bytes (the tests compare them). It is not used, because
-the service writes the graph of every model that it loads, also where only ONNX Runtime is
-installed, and because the bytes must not depend on the version of a library.
+It covers the messages and fields that Carry's graphs use, by onnx.proto of ONNX 1.18 and the
+protobuf encoding: fields in the order of their numbers, each repeated value with its own tag. The
+library `onnx` would write the same bytes (the tests compare them). It is not used, because the
+service derives the graph of every model that it loads, even where only ONNX Runtime is installed,
+and because the bytes must not depend on the version of a library.
 
-Nothing is read here: there is no decoder.
+There is no decoder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VARINT, _BYTES, _FLOAT32 = 0, 2, 5
 
 
 class DataType(IntEnum):
-    """Types of elements, TensorProto.DataType."""
+    """Element types, TensorProto.DataType."""
 
     FLOAT = 1
     INT32 = 6
@@ -64,9 +64,9 @@ class Tensor:
     """A constant, TensorProto.
 
     Attributes:
-        name: its value's name.
-        dtype: of its elements, by NumPy's name for them.
-        shape: its dimensions.
+        name: name of the value.
+        dtype: NumPy's name of the element type.
+        shape: dimensions.
         raw: the elements, little-endian, in row-major order.
     """
 
@@ -76,7 +76,7 @@ class Tensor:
     raw: bytes
 
     def pieces(self) -> list[bytes]:
-        """The message in pieces: its elements are not copied."""
+        """Encode the message, in pieces so that its elements are not copied."""
         head = b"".join(_integer(1, size) for size in self.shape)
         head += _integer(2, _DATA_TYPES[self.dtype])
         head += _text(8, self.name)
@@ -86,7 +86,7 @@ class Tensor:
 def node(
     operator: str, inputs: Iterable[str], outputs: Iterable[str], attributes: Mapping[str, Any]
 ) -> bytes:
-    """NodeProto of an operator of the default domain; attributes in the order of their names."""
+    """Encode a NodeProto of the default domain, with attributes sorted by name."""
     return b"".join(
         (
             *(_text(1, name) for name in inputs),
@@ -98,7 +98,7 @@ def node(
 
 
 def tensor_value(name: str, dtype: DataType, shape: Iterable[str | int]) -> bytes:
-    """ValueInfoProto of a tensor; a free dimension is given by a name."""
+    """Encode a ValueInfoProto of a tensor; a dynamic dimension is given by name."""
     dimensions = b"".join(
         _bytes(1, _text(2, size) if isinstance(size, str) else _integer(1, size)) for size in shape
     )
@@ -113,7 +113,7 @@ def graph(
     outputs: Iterable[bytes],
     constants: Sequence[Tensor] = (),
 ) -> list[bytes]:
-    """GraphProto, in pieces."""
+    """Encode a GraphProto, in pieces."""
     pieces = [*(_bytes(1, each) for each in nodes), _text(2, name)]
     for constant in constants:
         parts = constant.pieces()
@@ -131,7 +131,7 @@ def model(
     opset: int,
     metadata: Mapping[str, str],
 ) -> bytes:
-    """The bytes of a ModelProto, which is an ONNX file."""
+    """Encode a ModelProto, which is an ONNX file."""
     return b"".join(
         (
             _integer(1, ir_version) + _text(2, producer),
@@ -188,7 +188,7 @@ def _tag(field: int, wire_type: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that another byte follows."""
+    """Base-128 varint: seven bits a byte, lowest first; the top bit marks a continuation."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

@@ -39,7 +39,7 @@ class Streams:
         names: S names, sorted.
         spans: per stream, its first row and one past its last.
         frame: the rows in this order, as they were read.
-        table_rows: int64 [rows], which row of the table each one is, counted from 0.
+        table_rows: int64 [rows], index of each row in the table.
         columns: the same rows as event columns.
         moments_ms: int64 [rows], epoch milliseconds of each event, by which data are split;
             an event without a timestamp has its predecessor's.
@@ -232,8 +232,8 @@ def _filled(
     present: NDArray[np.bool_],
     spans: tuple[tuple[int, int], ...],
 ) -> NDArray[np.int64]:
-    """Absent moments take the one before them in their stream; before any, the first known. Every
-    stream has one."""
+    """Fill absent moments with the one before them in their stream, and leading ones with the first
+    known one. Every stream has at least one."""
     if present.all():
         return moments_ms
     filled = moments_ms.copy()

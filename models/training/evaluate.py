@@ -283,7 +283,7 @@ def head_metrics(
     labels: Labels,
     from_ms: int | None,
 ) -> dict[str, dict[str, float]]:
-    """What `Scored.means` gives of every head that has a target from a moment on."""
+    """`Scored.means` of every head that has a target from a moment on."""
     named = output_spec(spec).by_name(outputs)
     found: dict[str, dict[str, float]] = {}
     for head in spec.heads:

@@ -1,7 +1,7 @@
 """Reads a table from a file: CSV, JSON Lines and Parquet give the same rows.
 
-Errors name the file, the column and the row (data rows counted from 1). What would be read in
-silence as something else is refused: a column that is named twice.
+Errors name the file, the column and the row (data rows counted from 1). A column that is named
+twice is rejected, because the libraries would silently rename or drop one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
 
 
 def _check_header(path: Path) -> None:
-    """Refuse a CSV file that names a column twice: polars would give the second another name."""
+    """Reject a CSV file with a duplicate column: polars would rename the second one."""
     header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False).row(0)
     for name, count in Counter(name for name in header if name).items():
         if count > 1:
@@ -70,8 +70,10 @@ def _check_header(path: Path) -> None:
 
 
 def _check_members(path: Path) -> None:
-    """Refuse a row of a JSON Lines file that has a member twice: polars would take one of them.
-    What is no JSON object is left to polars."""
+    """Reject a JSON Lines row with a duplicate member: polars would keep one of them.
+
+    Lines that are not JSON objects are left to polars.
+    """
     parser = simdjson.Parser()
     with path.open("rb") as lines:
         for line, text in enumerate(lines, start=1):
@@ -80,7 +82,7 @@ def _check_members(path: Path) -> None:
             except ValueError:
                 return
             names = list(row.keys()) if isinstance(row, simdjson.Object) else []
-            # the parser's memory can be used again when nothing holds what it parsed
+            # the parser can be reused only once no reference to its document is left
             del row
             if len(set(names)) < len(names):
                 name, count = Counter(names).most_common(1)[0]

@@ -40,8 +40,8 @@ def labels_of(
         spec: the model.
         frame: one row per event; the labels stand in its order.
         source: what errors call the table.
-        rows: int64, which row of the table each one is, counted from 0; by default the table
-            is the frame.
+        rows: int64, index of each row in the table, for errors; by default the frame is the
+            table.
 
     Raises:
         DataError: a column is not there, or a cell is neither empty nor a class of its head

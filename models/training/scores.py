@@ -62,19 +62,18 @@ class Scored:
 
     @property
     def has_losses(self) -> bool:
-        """Whether any of the events has the target."""
+        """Whether any event has a target."""
         return any(np.isfinite(loss).any() for loss in self.losses.values())
 
     @property
     def has_both_classes(self) -> bool:
-        """Whether there are two classes, and events of each."""
+        """Whether the head is binary and both classes occur."""
         if self.chance is None or self.truth is None:
             return False
         return len(np.unique(self.truth[~np.isnan(self.truth)])) == 2
 
     def means(self) -> dict[str, float]:
-        """Mean losses of the events that have the target, and `auc` where both of two classes
-        are there."""
+        """Mean losses over the events that have a target, and `auc` if both classes occur."""
         found = {name: float(np.nanmean(loss)) for name, loss in self.losses.items()}
         if self.chance is not None and self.truth is not None and self.has_both_classes:
             found["auc"] = auc(self.chance, self.truth)

@@ -1,8 +1,8 @@
-"""What heads are trained and scored against: checked before anything is trained.
+"""Checks of training targets before anything is trained.
 
-A head learns from the values of its column before `validate_from`, and its epoch is chosen by
-those from there to `test_from`. A table that has none on one of these sides, or one class alone
-to learn from, gives losses that say nothing and baselines that cannot be fitted.
+A head is trained on the values of its column before `validate_from`, and its best epoch is chosen
+on those from there to `test_from`. If a table has no values in one of these ranges, or a single
+class to train on, losses are meaningless and baselines cannot be fitted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_targets(
     test_ms: int,
     source: str = "data",
 ) -> None:
-    """Refuse a table that has nothing for one of the heads, or for the decoder, to learn.
+    """Reject a table without usable targets for one of the heads, or for the decoder.
 
     Args:
         spec: with a fitted schema.
@@ -39,44 +39,44 @@ def check_targets(
         source: what errors call the table.
 
     Raises:
-        DataError: a target has no value on one side, or one class alone to learn from; `field`
-            is its column.
+        DataError: a target has no value in one range, or a single class to train on; `field` is
+            its column.
     """
     training = training_of(spec)
-    train = f"before {training.validate_from} (validate_from)"
-    validate = f"from {training.validate_from} to before {training.test_from} (test_from)"
+    train_range = f"before {training.validate_from} (validate_from)"
+    validation_range = f"from {training.validate_from} to before {training.test_from} (test_from)"
     for head in (*(head for head in spec.heads if has_targets(head)), spec.decoder):
         if head is None:
             continue
-        learnt, judged = (
+        train_rows, validation_rows = (
             scored_rows(streams, *span)
             if isinstance(head, DecoderSpec)
             else spoken_rows(head, streams, labels, *span)
             for span in ((None, validate_ms), (validate_ms, test_ms))
         )
         name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"
-        for column, known in _known(head, streams, labels):
-            for rows, side in ((learnt, train), (judged, validate)):
+        for column, known in _target_masks(head, streams, labels):
+            for rows, range_ in ((train_rows, train_range), (validation_rows, validation_range)):
                 if not known[rows].any():
                     raise DataError(
                         field=column,
-                        expected=f"{source}: values for {name} {side}",
+                        expected=f"{source}: values for {name} {range_}",
                         got="none" if column in streams.frame.columns else "no such column",
                     )
             if isinstance(head, ClassificationHead | LabelHead):
-                classes = _classes(spec, head, streams, labels, learnt[known[learnt]])
+                classes = _classes(spec, head, streams, labels, train_rows[known[train_rows]])
                 if len(classes) < 2:
                     raise DataError(
                         field=column,
-                        expected=f"{source}: two classes or more for {name} {train}",
+                        expected=f"{source}: two classes or more for {name} {train_range}",
                         got=f"{_class_name(spec, head, int(classes[0]))} alone",
                     )
 
 
-def _known(
+def _target_masks(
     head: Head | DecoderSpec, streams: Streams, labels: Labels
 ) -> list[tuple[str, NDArray[np.bool_]]]:
-    """The columns of a head's targets, and the rows that have a value of each, bool [rows]."""
+    """The target columns of a head, each with a mask of the rows that have a value, bool [rows]."""
     if isinstance(head, LabelHead):
         return [(head.source, ~np.isnan(labels[head.name]))]
     names = (head.target,) if isinstance(head, ClassificationHead) else getattr(head, "targets", ())
@@ -90,7 +90,7 @@ def _classes(
     labels: Labels,
     rows: NDArray[np.int64],
 ) -> Floats:
-    """The classes that the rows hold, each once."""
+    """The distinct classes of the rows."""
     if isinstance(head, LabelHead):
         return np.unique(labels[head.name][rows].astype(np.float64))
     return np.unique(truth_of(spec, head, streams.columns, rows))

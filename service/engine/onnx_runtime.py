@@ -6,8 +6,8 @@ of spinning. Memory is taken per call and given back: an arena would keep the la
 ever saw and is no faster (docs/decisions/runtimes.md). The session is made in the thread that
 loads, and `step` called from one other; it keeps nothing between calls.
 
-ONNX Runtime sees no bytes but those that `models.onnx` writes from spec and weights: a file could
-hold other weights under the model's fingerprint, read files by their names or never come to an end.
+ONNX Runtime loads only graphs that `models.onnx` writes from spec and weights. A graph file could
+hold other weights under the model's fingerprint, read other files, or loop forever.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OnnxRuntime:
         threads: threads inside one operator.
 
     Raises:
-        ArtifactError: no graph can hold the model, or ONNX Runtime does not take it.
+        ArtifactError: no graph can represent the model, or ONNX Runtime rejects it.
     """
 
     name = "onnxruntime"
@@ -52,7 +52,7 @@ class OnnxRuntime:
         where = str(artifact.path)
         graph = artifact.graphs.data
         if graph is None:
-            raise ArtifactError(f"{where}: no graph can hold it: {artifact.graphs.refused}")
+            raise ArtifactError(f"{where}: no graph can represent it: {artifact.graphs.refused}")
         onnxruntime.set_default_logger_severity(ERRORS_ONLY)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY

@@ -46,7 +46,7 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
 
     Raises:
         RuntimeMissingError: the library is not installed.
-        RuntimeUnsupportedError: no graph can hold a model, and ONNX Runtime is asked for.
+        RuntimeUnsupportedError: no graph can represent a model, and ONNX Runtime is asked for.
         ArtifactError: the runtime refuses a model's graph.
         ValueError: there is no such runtime.
     """
@@ -130,4 +130,4 @@ def _lacks_graph(artifact: Artifact) -> str | None:
     """Why ONNX Runtime cannot run the model; None where it can."""
     if artifact.graphs.refused is None:
         return None
-    return f"{artifact.path}: no graph can hold the model: {artifact.graphs.refused}"
+    return f"{artifact.path}: no graph can represent the model: {artifact.graphs.refused}"

@@ -1,8 +1,7 @@
-"""The limit on open files, of which every connection is one.
+"""The limit on open files, of which every connection takes one.
 
-A process that is at its limit accepts no connection and logs nothing: clients wait in the kernel's
-queue. So the limit is raised as far as it goes, and connections are bounded to what it leaves room
-for.
+A process at its limit accepts no connection and logs nothing, while clients wait in the kernel's
+queue. So the limit is raised as far as possible, and connections are limited to what it allows.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 RESERVED: Final = 256
-"""Files that are no connections of clients: models, logs, the store's connections. At most a
-quarter of all."""
+"""Files kept for models, logs and the store's connections; at most a quarter of all."""
 
 
 def raise_open_files_limit() -> None:
@@ -31,13 +29,12 @@ def raise_open_files_limit() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:
-        # a system may allow less than it says
+        # some systems allow less than the hard limit
         log.warning("open_files_limit_not_raised", limit=soft, hard_limit=hard, reason=str(error))
 
 
 def connections_within_open_files(wanted: int) -> int:
-    """How many of so many connections the limit on open files leaves room for; logged where that
-    is fewer."""
+    """Reduce a number of connections to what the limit on open files allows, with a warning."""
     if sys.platform == "win32":
         return wanted
     import resource

@@ -1,8 +1,8 @@
-"""The address of a store as the settings give it: what makes it unusable, and how it is shown.
+"""The address of a store: validation, and hiding of its password.
 
-A character of the password that is not percent-encoded moves the borders of the address: part
-of the password would be taken for a host, and shown as one. Such an address is refused before
-anything is done with it, and no message repeats any part of it.
+A special character of the password that is not percent-encoded changes how the address is parsed:
+part of the password would be taken for a host, and shown as one. Such an address is rejected before
+it is used, and no message repeats any part of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from service.state.settings import CLUSTER_SCHEMES, REDIS_SCHEMES
 
 OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
-"""What the query of an address may give, beside the client library's options for TLS."""
+"""Options that the query of an address may have, besides `ssl_*`."""
 
 _IS_SHOWN = re.compile(r"host|port|db|username|path|ssl_(?!password).*").fullmatch
 _TCP_PLACE = re.compile(r"[^/]*(/\d*)?").fullmatch
@@ -26,10 +26,10 @@ _ENCODE: Final = (
 
 
 def check_address(url: str) -> None:
-    """Refuse an address that cannot be read, or that has options which are not taken.
+    """Reject an address that cannot be parsed or has unknown options.
 
     Raises:
-        ValueError: with a message that repeats nothing of the address.
+        ValueError: with a message that repeats no part of the address.
     """
     scheme, separator, rest = url.partition("://")
     if scheme not in REDIS_SCHEMES or not separator:
@@ -53,8 +53,8 @@ def check_address(url: str) -> None:
 def hide_password(url: str) -> str:
     """The address with `***` for its password, in the authority or in the query.
 
-    Every option of the query that is not known to be harmless is hidden too; of an address
-    that cannot be read nothing but the scheme is shown.
+    Options that are not known to be harmless are hidden too; of an address that cannot be parsed,
+    only the scheme is shown.
     """
     scheme, separator, rest = url.partition("://")
     authority, mark, query = rest.partition("?")

@@ -102,7 +102,7 @@ class ClusterLink(Link):
         return key_slot(key.encode())
 
     def owner(self, slot: int) -> Address | str:
-        """The node, or what stands for all slots without one."""
+        """The address of a slot's node; `NO_NODE` if it has none."""
         return (self._owners[slot] if self._owners else None) or NO_NODE
 
     async def layout(self) -> Layout:

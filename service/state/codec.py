@@ -20,8 +20,8 @@ A state, all little-endian; M int64 values and N float32 values:
         88     8  time of the commit, epoch milliseconds, i64
         96    8M  int64 values, then 4N bytes of float32 values
 
-A tombstone is a header whose bit 2 alone is set: a random epoch, and zeros from M and N on
-everywhere else but in the checksum.
+A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum; all other
+fields are zero.
 
 A reply, T steps of O outputs:
 
@@ -94,7 +94,7 @@ _HAS_LAST: Final = 2
 _DELETED: Final = 4
 _STREAM_EXISTED: Final = 8
 TOMBSTONE_BEGIN: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
-"""How the bytes of every tombstone begin, and those of no stream."""
+"""First bytes of every tombstone, and of no state."""
 
 
 class CodecError(Exception):
@@ -141,7 +141,7 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
     """The bytes of a tombstone.
 
     Raises:
-        CodecError: its mark is not one of a tombstone.
+        CodecError: the mark is not that of a tombstone.
     """
     epoch, tag, position = tombstone.mark
     if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or position != 0:
@@ -152,7 +152,7 @@ def encode_tombstone(tombstone: Tombstone) -> bytes:
 
 
 def decode_state(value: bytes) -> StreamState | Tombstone:
-    """The stream, or the tombstone of one, whose bytes these are.
+    """Decode a stream, or the tombstone of one.
 
     Raises:
         CodecError: the bytes are not a whole, undamaged stream or tombstone of a known format.
@@ -204,8 +204,9 @@ def _decode_tombstone(value: bytes, mark: Mark) -> Tombstone:
 
 
 def decode_mark(header: bytes) -> Mark | None:
-    """The mark of a stream, None of a tombstone, from the first 96 bytes alone (the checksum is
-    not checked).
+    """Decode the mark of a stream from its first 96 bytes; None for a tombstone.
+
+    The checksum is not verified.
 
     Raises:
         CodecError: these are not the first bytes of a stream.
@@ -225,8 +226,10 @@ def mark_bytes(mark: Mark) -> bytes:
 
 
 def raw_mark(value: bytes) -> Mark:
-    """What a value has where a state has its mark, zeros where it is too short: names the value of
-    a damaged state well enough to delete that and no other."""
+    """The bytes in the place of a state's mark, padded with zeros.
+
+    They identify a damaged value well enough to delete it and no other.
+    """
     raw = value[_MARK_AT : _MARK_AT + EPOCH_BYTES + TAG_BYTES].ljust(EPOCH_BYTES + TAG_BYTES, b"\0")
     return Mark(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
 

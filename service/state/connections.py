@@ -57,8 +57,8 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
 """The first words of replies, which the client library takes off; they are what to search for."""
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds of rest before the first probe, seconds between probes, and how many; where the platform
-has them."""
+"""Idle seconds before the first probe, seconds between probes, and number of probes; each where the
+platform supports it."""
 
 
 class Backend:
@@ -111,23 +111,22 @@ class Backend:
 
 
 def writer_of(connection: AbstractConnection) -> asyncio.StreamWriter | None:
-    """What a connection writes to, None where it is not open; the client library has no public
-    name for it."""
+    """The stream writer of a connection, None if it is not open; private in the client library."""
     writer: asyncio.StreamWriter | None = connection._writer
     return writer
 
 
 def drop_unsent_on_close(connection: AbstractConnection) -> None:
-    """Have the kernel drop what it has not sent when an open TCP connection ends in any way (a
-    crash of the process too), where it would go on sending it."""
+    """Make the kernel discard unsent bytes when a TCP connection ends, even by a crash of the
+    process (SO_LINGER 0); by default it would continue to send them."""
     writer = writer_of(connection)
-    given = None if writer is None else writer.get_extra_info("socket")
-    if given is not None and given.family in (socket.AF_INET, socket.AF_INET6):
-        given.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock = None if writer is None else writer.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 async def abort(connection: AbstractConnection) -> None:
-    """End a connection at once; what is not sent yet is never sent."""
+    """Close a connection at once and discard its unsent bytes."""
     writer = writer_of(connection)
     if writer is not None:
         writer.transport.abort()
@@ -168,16 +167,16 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
     try:
         address: Mapping[str, Any] = parse_url(settings.url)
     except ValueError as error:
-        # says at most which option has no such value: `check_address` came before
+        # after `check_address` the message contains at most the name of an option
         raise StoreRefused(f"the store's address cannot be used: {error}") from None
     if scheme == "unix" and not address.get("path"):
         raise StoreRefused("expected unix:///path/of/socket as the store's address")
-    patience: dict[str, Any] = {}
+    tcp_options: dict[str, Any] = {}
     if "path" not in address:
         # Unacknowledged bytes are dropped long before the tombstone of a deletion expires.
         unacknowledged_ms = min(round(settings.wait_s * 1000), settings.tombstone_ttl_ms)
         options = {**_KEEPALIVE, "TCP_USER_TIMEOUT": max(1, unacknowledged_ms)}
-        patience = {
+        tcp_options = {
             "socket_keepalive": True,
             "socket_keepalive_options": {
                 getattr(socket, name): value
@@ -187,7 +186,7 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
         }
     return {
         **address,
-        **patience,
+        **tcp_options,
         "protocol": 2,
         "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),

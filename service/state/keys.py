@@ -2,7 +2,7 @@
 
     {namespace}{pNNNN}:s:{model}:{stream}     the state
     {namespace}{pNNNN}:r:{model}:{stream}     the last reply
-    {namespace}{pNNNN}:probe:{name}           a trial commit of readiness; lives a millisecond
+    {namespace}{pNNNN}:probe:{name}           a trial commit of readiness, for a millisecond
     {namespace}:meta                          how the store was set up
 
 The braces around `pNNNN` are literal: Redis Cluster hashes what is between them, so that all
@@ -71,7 +71,7 @@ class KeySpace:
         return f"{self.namespace}{{p{partition:04d}}}"
 
     def probe(self, partition: int, name: str) -> str:
-        """A key that is no stream's, in the slot of a partition; for a trial commit."""
+        """A key for a trial commit in the slot of a partition; never that of a stream."""
         return f"{self.begin(partition)}:probe:{name}"
 
     def pattern(self, model: str, prefix: str) -> str:

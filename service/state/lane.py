@@ -8,10 +8,10 @@ A connection that breaks, or that is silent for too long while something is aske
 made anew, with growing and jittered pauses, and all that was not answered is sent again in its
 order, for as long as somebody waits for it. So is what a server refuses that is loading, or
 busy with a script. A request that may have been carried out at an earlier try says so by its
-answer (`repeated`). What a connection that is given up has not sent yet is never sent; what it
-has sent may be carried out after its repetition, and finds another mark than it expects. What the
-server refuses for good is never tried again; what a node of a cluster sends elsewhere or puts
-off is the router's.
+answer (`repeated`). When a connection is given up, its unsent bytes are discarded; what it has sent
+may be carried out after its repetition, but then finds another mark than it expects. What the
+server refuses permanently is never retried; what a node of a cluster redirects or defers is left to
+the router.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -157,14 +157,14 @@ class Lane:
         return owed
 
     def _write(self) -> None:
-        """Write what was put; that the connection broke is noticed where it is read.
+        """Write what was put; a broken connection is noticed by the reader.
 
-        It waits for nobody: a caller that gives up must not end a connection it shares. What the
-        server does not take is bounded by what callers wait for, and by the watch.
+        It does not wait for the server: a caller that is cancelled must not end a shared
+        connection. Unsent bytes are bounded by what callers wait for, and by the watch.
         """
         writer = writer_of(self._connection)
-        # Not to a transport that closes: in some versions of CPython it would register its socket
-        # again, whose number the next connection's may have (python/cpython#136234).
+        # Never to a closing transport: some versions of CPython would register its socket again,
+        # whose file descriptor the next connection may reuse (python/cpython#136234).
         if writer is None or writer.is_closing() or not self._unwritten:
             return
         packed: list[bytes] = []
@@ -257,7 +257,7 @@ class Lane:
             yield
 
     def _settle_refusal(self, error: RedisError) -> None:
-        """What becomes of the request whose answer is an error.
+        """Resolve, repeat or redirect the request whose answer is an error.
 
         Raises:
             RedisError: the server is away or held up, and all is to be sent again.
@@ -293,18 +293,18 @@ class Lane:
             self._refuse(request, error)
 
     def _forget_abandoned(self) -> None:
-        """Drop the requests whose callers' time was up, while no answer to them can come.
+        """Drop the requests whose callers gave up, while there is no connection.
 
-        A script that was sent stays while somebody waits for one behind it on the same keys. The
-        bytes of the connection before may still arrive; the server would then carry out both,
-        after it had refused the second, which was decided for what the first writes.
+        A script that was sent is kept while a caller waits for a later one on the same keys, which
+        expects what the first one writes. Sent alone, the later one would conflict; if the bytes of
+        the old connection then arrived, the server would apply both after all.
         """
-        awaited: set[str | bytes | int] = set()
+        awaited_keys: set[str | bytes | int] = set()
         pending: deque[Request] = deque()
         for request in reversed(self._pending):
-            follows = request.sent and not awaited.isdisjoint(request.keys)
+            follows = request.sent and not awaited_keys.isdisjoint(request.keys)
             if not request.future.done() or follows:
-                awaited.update(request.keys)
+                awaited_keys.update(request.keys)
                 pending.appendleft(request)
         self._pending = pending
         self._unwritten = [r for r in self._unwritten if not r.future.done()]

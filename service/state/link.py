@@ -78,7 +78,7 @@ class Link(ABC):
 
     @abstractmethod
     def owner(self, slot: int) -> Hashable:
-        """Which server has a slot, as far as is known now; None where there is one only."""
+        """The server of a slot in the current map of the cluster; None for a single server."""
 
     @abstractmethod
     async def layout(self) -> Layout:
@@ -90,7 +90,7 @@ class Link(ABC):
 
     @abstractmethod
     def server_of(self, slot: int) -> Server | None:
-        """The server that has a slot, as far as is known."""
+        """The connections to the server of a slot; None if no server is known to have it."""
 
     @abstractmethod
     def others(self) -> list[Server]:
@@ -227,7 +227,7 @@ class ServerLink(Link):
         return 0
 
     def owner(self, slot: int) -> None:
-        """There is one server."""
+        """Always None: there is one server."""
 
     async def layout(self) -> Layout:
         return Layout("", [self._server])

@@ -1,4 +1,4 @@
-"""What the outcome of a write says where it was repeated, lost or refused; pure but for the log."""
+"""Results of writes that were repeated, lost or refused; pure except for logging."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from service.state.request import ReplyLost
 log = structlog.get_logger(__name__)
 
 
-def settle(commit: Commit, result: Conflicted) -> CommitResult:
-    """What the conflict of a repeated commit says about its earlier tries.
+def resolve_repeated_commit(commit: Commit, result: Conflicted) -> CommitResult:
+    """Resolve the conflict of a repeated commit: an earlier attempt may have caused it.
 
-    The stream at the commit's own mark, or anywhere in an epoch that the commit itself
-    began: it was written. Further on in the epoch it had, or in an epoch that somebody began
-    since, perhaps from a state that the commit wrote (a restore): not known. Otherwise the
-    commit is in no history of the stream as it is now, which is a conflict like any other.
+    If the stream is at the commit's own mark, or in an epoch that the commit began, it was
+    written. If it is further on in its old epoch, or in an epoch that began since, perhaps from a
+    state that the commit wrote (a restore), the outcome is unknown. Otherwise the commit is not in
+    the stream's history, and the conflict is an ordinary one.
     """
     found, new, before = result.found, commit.new.mark, commit.expected
     if found is None:
@@ -35,12 +35,12 @@ def settle(commit: Commit, result: Conflicted) -> CommitResult:
     return result
 
 
-def settle_deletion(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
-    """What the conflict of a repeated deletion says about its earlier tries.
+def resolve_repeated_deletion(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
+    """Resolve the conflict of a repeated deletion: an earlier attempt may have caused it.
 
-    No stream (its own tombstone, another's, or none): it is gone, whoever deleted it. Still in
-    the epoch that was to be deleted, further on: nothing was deleted. In another epoch: not known,
-    since the stream may have been deleted and begun again.
+    If there is no stream (any tombstone, or nothing), it is deleted, by whomever. If the stream is
+    still in the expected epoch, nothing was deleted. If it is in another epoch, the outcome is
+    unknown, since the stream may have been deleted and created again.
     """
     found = result.found
     if found is None:
@@ -51,7 +51,7 @@ def settle_deletion(key: StreamKey, expected: Mark, result: Conflicted) -> Commi
 
 
 def outcome_unknown(key: StreamKey, mark: Mark | None, reason: ReplyLost | str) -> OutcomeUnknown:
-    """The answer to a write of which nobody can tell whether it was carried out."""
+    """The error for a write that may or may not have been carried out."""
     return OutcomeUnknown(
         f"whether the store wrote stream {key.stream!r} is not known: {reason}",
         retry_after_s=RETRY_AFTER_S,
@@ -60,7 +60,7 @@ def outcome_unknown(key: StreamKey, mark: Mark | None, reason: ReplyLost | str) 
 
 
 def damaged(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
-    """The refusal of a stored value that is no stream's."""
+    """The error for stored bytes that are not a valid state."""
     log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))
     refusal = StateDamaged(
         f"the stored state of stream {key.stream!r} is refused: {error}", stream=key.stream
@@ -70,7 +70,7 @@ def damaged(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
 
 
 def not_encodable(key: StreamKey, error: CodecError) -> InternalError:
-    """The failure of a commit whose state has no bytes."""
+    """The error for a state that cannot be encoded."""
     log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
     return InternalError(
         f"the new state of stream {key.stream!r} cannot be stored: {error}", stream=key.stream

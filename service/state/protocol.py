@@ -31,8 +31,8 @@ class Commit(NamedTuple):
     """One compare-and-set.
 
     Attributes:
-        expected: the mark the stream must have, or the tombstone of a deleted one; None where
-            there must be neither.
+        expected: the mark of the stream, or of the tombstone, that must be stored; None if there
+            must be neither.
         new: what is written.
         reply: kept for retries of the last chunk; None drops the one that is kept.
     """
@@ -53,7 +53,7 @@ COMMITTED = Committed()
 
 
 class Conflicted(NamedTuple):
-    """Not written: the stream was found at another mark (None: it does not exist, or no more)."""
+    """Not written: the stream is at another mark; None if it does not exist."""
 
     found: Mark | None
 
@@ -61,7 +61,7 @@ class Conflicted(NamedTuple):
 CommitResult = Committed | Conflicted | CarryError
 
 Loaded = StreamState | Tombstone | CarryError | None
-"""A stream, the tombstone of a deleted one, why it cannot be read, or None where there is none."""
+"""The result of a load: a stream, a tombstone, an error, or None if nothing is stored."""
 
 
 class StateStore(Protocol):
@@ -77,7 +77,7 @@ class StateStore(Protocol):
         """Readiness: whether the store answers and is set up as needed. Never raises."""
 
     def shard(self, key: StreamKey) -> Hashable:
-        """The server that holds a stream, as far as is known now; None where one holds all."""
+        """The node of a cluster that stores a stream, as far as known; None for a single server."""
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
@@ -107,7 +107,7 @@ class StateStore(Protocol):
         """Delete a stream and its reply; with `expected`, only if the stream is at that mark.
 
         Nothing that was sent to the store before the answer is applied after it: a tombstone is
-        left for a while, also where there was no stream (but not where `expected` differs).
+        kept for a while, even if there was no stream (but not if `expected` differs).
 
         Returns:
             Committed if it was there and is gone, otherwise Conflicted with what was found.

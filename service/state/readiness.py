@@ -1,13 +1,13 @@
-"""Whether the servers take commits now: asked by readiness, and twice a minute besides.
+"""Readiness of the store: whether its servers accept commits, checked on request and periodically.
 
-Each primary is asked what it is and makes a commit, by the script of all commits, of a key that
-lives for a millisecond: a server whose memory is full, whose disk fails or whose user may not run
-scripts answers PING and takes no chunk.
+Each primary is asked for its configuration and runs a trial commit, with the script of all commits,
+on a key that lives for a millisecond: a server whose memory is full, whose disk fails or whose user
+may not run scripts answers PING and yet refuses every chunk.
 
-    away      it does not answer, refuses commits, or lacks replicas: its streams wait or fail, and
-              those of the others are served. Ready, while there is one that is not away.
-    unsafe    it is not what the settings want (it may evict, it syncs later): streams could be
-              lost in silence. Not ready, as it would be refused at the start.
+    unavailable   it does not answer, refuses commits, or lacks replicas: its streams wait or
+                  fail, others are served. Ready while one primary is available.
+    unsafe        it is not configured as the settings require (it may evict, or syncs later):
+                  streams could be lost silently. Not ready, as it would be refused at start.
 
 Use from one event loop.
 """
@@ -39,16 +39,16 @@ PROBE_S: Final = 1.0
 """How long a server may take to answer."""
 
 RECHECK_S: Final = 30.0
-"""How often the servers are checked where nobody asks for readiness."""
+"""Interval of checks when no client asks for readiness."""
 
 log = structlog.get_logger(__name__)
 
 
-class Trouble(NamedTuple):
-    """Why a server does not serve as the settings want.
+class ServerFault(NamedTuple):
+    """Why a server does not meet the settings.
 
     Attributes:
-        is_unsafe: acknowledged chunks could be lost in silence.
+        is_unsafe: whether acknowledged chunks could be lost silently.
     """
 
     detail: str
@@ -56,7 +56,7 @@ class Trouble(NamedTuple):
 
 
 class Readiness:
-    """Readiness of a store; at most one check at a time, however many ask for it.
+    """Readiness of a store; concurrent callers share one check.
 
     Args:
         commit: the script that writes streams.
@@ -68,21 +68,21 @@ class Readiness:
         self._commit = commit
         self._checking: asyncio.Task[Check] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._known: tuple[Trouble, ...] = ()
+        self._known: tuple[ServerFault, ...] = ()
 
     def start(self) -> None:
-        """Check from now on by itself; once, inside the event loop."""
+        """Start periodic checks; once, inside the event loop."""
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        """End the checks; before the connections are closed."""
+        """Stop the checks; before the connections are closed."""
         tasks = [task for task in (self._watching, self._checking) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def check(self) -> Check:
-        """What is found now. Never raises."""
+        """Check the servers now. Never raises."""
         if self._checking is None or self._checking.done():
             self._checking = asyncio.get_running_loop().create_task(self._check())
         return await asyncio.shield(self._checking)
@@ -96,23 +96,23 @@ class Readiness:
         try:
             layout = await self._link.layout()
         except CarryError as error:
-            self._note([Trouble(error.detail)])
+            self._log_changes([ServerFault(error.detail)])
             return Check("store", False, error.detail)
         probes = self._probes(layout.servers)
         found = await asyncio.gather(
-            *(self._trouble_of(server, probes.get(server)) for server in layout.servers)
+            *(self._check_server(server, probes.get(server)) for server in layout.servers)
         )
-        troubles = [each for each in found if each is not None]
-        is_serving = len(troubles) < len(layout.servers)
-        is_safe = not any(each.is_unsafe for each in troubles)
+        faults = [each for each in found if each is not None]
+        is_serving = len(faults) < len(layout.servers)
+        is_safe = not any(each.is_unsafe for each in faults)
         if layout.gap:
-            troubles.insert(0, Trouble(layout.gap))
-        self._note(troubles)
-        detail = "; ".join(each.detail for each in troubles)
+            faults.insert(0, ServerFault(layout.gap))
+        self._log_changes(faults)
+        detail = "; ".join(each.detail for each in faults)
         return Check("store", is_serving and is_safe, detail or f"{self._link.where} takes commits")
 
     def _probes(self, servers: Collection[Server]) -> dict[Server, Command]:
-        """For each server a commit of a key that lies on it; none where it has no partition."""
+        """A trial commit for each server that has a partition, on a key that it stores."""
         probes: dict[Server, Command] = {}
         name = secrets.token_hex(4)
         for partition in range(self._settings.partitions):
@@ -121,13 +121,13 @@ class Readiness:
             key = self._settings.keys.probe(partition, name)
             server = self._link.server_of(self._link.slot(key))
             if server is not None and server not in probes:
-                # no stream is expected; state and reply live for 1 ms. With a reply, because a full
-                # server lets a script go on that has deleted something
+                # expects no stream; state and reply live for 1 ms. It writes a reply, because a
+                # full server lets a script continue that has deleted something
                 what = (self._commit.text, 2, key, f"{key}:reply", 1, 1, "", "state", "reply")
                 probes[server] = ("EVAL", *what)
         return probes
 
-    async def _trouble_of(self, server: Server, probe: Command | None) -> Trouble | None:
+    async def _check_server(self, server: Server, probe: Command | None) -> ServerFault | None:
         try:
             facts = read_info(await server.try_once(PROBE_S, "INFO"))
             try:
@@ -136,24 +136,26 @@ class Readiness:
                 if self._settings.durability is Durability.FSYNC:
                     check_fsync(server, await fsync_options(server))
             except StoreRefused as error:
-                return Trouble(error.detail, is_unsafe=True)
+                return ServerFault(error.detail, is_unsafe=True)
             if self._settings.durability is Durability.REPLICATED:
                 replicas = online_replicas(facts)
                 if replicas < self._settings.replicas:
                     expected = self._settings.replicas
-                    return Trouble(f"{server.where} has {replicas} replicas, expected {expected}")
+                    return ServerFault(
+                        f"{server.where} has {replicas} replicas, expected {expected}"
+                    )
             if probe is not None:
                 [result] = await server.try_once(PROBE_S, *probe)
                 if result[0] != 1:
                     said = b" ".join(result[1:]).decode("utf-8", "replace")
-                    return Trouble(f"{server.where} refuses commits: {said}")
+                    return ServerFault(f"{server.where} refuses commits: {said}")
         except CarryError as error:
-            return Trouble(error.detail)
+            return ServerFault(error.detail)
         return None
 
-    def _note(self, troubles: Iterable[Trouble]) -> None:
-        """Log what has changed since the last check."""
-        now = tuple(troubles)
+    def _log_changes(self, faults: Iterable[ServerFault]) -> None:
+        """Log faults that differ from those of the last check."""
+        now = tuple(faults)
         if now == self._known:
             return
         self._known = now

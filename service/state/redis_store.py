@@ -12,8 +12,8 @@ it finds the stream further on in the same epoch, or in an epoch begun since, no
 whether it was written before others went on, and the answer is OutcomeUnknown. A commit that
 was written and is not as durable as the settings want is NotDurable.
 
-A deletion is a compare-and-set as well, and leaves a tombstone, so that neither it nor a commit
-from before it changes anything when it comes late.
+A deletion is a compare-and-set as well and leaves a tombstone, so that neither it nor an earlier
+commit changes anything when it is delivered late.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ from service.state.outcomes import (
     damaged,
     not_encodable,
     outcome_unknown,
-    settle,
-    settle_deletion,
+    resolve_repeated_commit,
+    resolve_repeated_deletion,
 )
 from service.state.protocol import COMMITTED, Commit, CommitResult, Conflicted, Loaded
 from service.state.readiness import Readiness
@@ -74,7 +74,7 @@ from service.state.server import Server
 from service.state.server_checks import check_servers
 from service.state.settings import Durability, StoreSettings
 
-DELETE_TRIES: Final = 6
+DELETE_ATTEMPTS: Final = 6
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
@@ -118,11 +118,11 @@ class RedisStore:
         await self._link.close()
 
     async def check(self) -> list[Check]:
-        """Readiness: whether servers take commits now, as durable as asked. Never raises."""
+        """Readiness: whether the servers accept commits and are as durable as required."""
         return [await self._readiness.check()]
 
     def shard(self, key: StreamKey) -> Hashable:
-        """The node of a cluster that holds a stream, as far as is known now; else None."""
+        """The node of a cluster that stores a stream, as far as known; None for a single server."""
         return None if self._slots is None else self._link.owner(self._slot(key))
 
     async def load(
@@ -242,9 +242,8 @@ class RedisStore:
     ) -> CommitResult:
         """Replace a stream by a tombstone, in a bounded number of compare-and-sets.
 
-        Without `expected` what is found at one try is expected at the next: epoch and tag, and
-        where others keep moving the stream on, the epoch alone. A try that was held back and
-        comes late finds none of it.
+        Without `expected`, each attempt expects what the one before found: epoch and tag, and after
+        repeated conflicts only the epoch. An attempt that is delivered late finds neither.
 
         Returns:
             Committed if there was a stream and is none, otherwise Conflicted with what was found.
@@ -256,7 +255,7 @@ class RedisStore:
             deadline_s = time.monotonic() + self._settings.wait_s
         condition = b"" if expected is None else mark_bytes(expected)
         is_stream, is_unsure = expected is not None, False
-        for tries_left in reversed(range(DELETE_TRIES)):
+        for attempts_left in reversed(range(DELETE_ATTEMPTS)):
             tombstone = Tombstone(Mark(new_epoch(), FIRST_TAG, 0))
             outcome = await self._write_tombstone(key, condition, tombstone, deadline_s)
             if isinstance(outcome, ReplyLost):
@@ -272,18 +271,18 @@ class RedisStore:
             if expected is not None:
                 result = self._result(key, outcome.value)
                 if outcome.repeated and isinstance(result, Conflicted):
-                    result = settle_deletion(key, expected, result)
+                    result = resolve_repeated_deletion(key, expected, result)
                     if result is COMMITTED:
                         result = await self._confirm(key, deadline_s)
                 return result
-            # An earlier try may have deleted a stream; its tombstone is replaced like any other.
+            # An earlier attempt may have deleted a stream; its tombstone is replaced as any other.
             is_unsure = is_unsure or outcome.repeated
             header = outcome.value[1] if len(outcome.value) > 1 else None
             condition = b"" if header is None else mark_bytes(raw_mark(header))
-            if tries_left <= DELETE_TRIES // 2:
+            if attempts_left <= DELETE_ATTEMPTS // 2:
                 condition = condition[:EPOCH_BYTES]
             is_stream = header is not None and not header.startswith(TOMBSTONE_BEGIN)
-        reason = f"others moved it on {DELETE_TRIES} times in a row"
+        reason = f"others moved it on {DELETE_ATTEMPTS} times in a row"
         if is_unsure:
             return outcome_unknown(key, expected, reason)
         return Conflict(f"stream {key.stream!r} is not deleted: {reason}", stream=key.stream)
@@ -291,7 +290,7 @@ class RedisStore:
     async def _write_tombstone(
         self, key: StreamKey, condition: bytes, tombstone: Tombstone, deadline_s: float
     ) -> Outcome:
-        """One try to replace what begins with `condition` in its mark's place by a tombstone."""
+        """One attempt to write a tombstone over a value whose mark begins with `condition`."""
         names, slot = list(self._keys.pair(key)), self._slot(key)
         lifetime = self._settings.tombstone_ttl_ms
         arguments: list[str | bytes | int] = [condition, encode_tombstone(tombstone), lifetime]
@@ -335,13 +334,13 @@ class RedisStore:
         return StreamPage(tuple(names), None if following is None else str(following))
 
     async def _existing(self, server: Server, model: str, names: list[str]) -> list[str]:
-        """The names that are not of tombstones, nor of keys that are gone since."""
+        """The names without those of tombstones and of keys that no longer exist."""
         if not names:
             return names
         last = len(TOMBSTONE_BEGIN) - 1
         keys = (self._keys.state(StreamKey(model, name)) for name in names)
         begins = await server.read_each([("GETRANGE", key, 0, last) for key in keys])
-        # A slot that moves just now answers with an error: its streams are listed.
+        # A slot that is migrating answers with an error: its streams are listed.
         return [
             name
             for name, begin in zip(names, begins, strict=True)
@@ -375,14 +374,14 @@ class RedisStore:
                 continue
             result = self._result(commit.key, reply)
             if outcome.repeated and isinstance(result, Conflicted):
-                result = settle(commit, result)
+                result = resolve_repeated_commit(commit, result)
                 if result is COMMITTED:
                     result = await self._confirm(commit.key, deadline_s)
             results.append(result)
         return results
 
     async def _confirm(self, key: StreamKey, deadline_s: float | None) -> CommitResult:
-        """The result of a write that an earlier try made, and that nothing waited for."""
+        """The result of a write that an earlier attempt made, once it is durable."""
         if self._is_durable:
             try:
                 await self._confirmed(key, deadline_s)

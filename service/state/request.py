@@ -113,7 +113,7 @@ class Request:
 
     @property
     def keys(self) -> Command:
-        """Those of a script; none of any other command."""
+        """The keys of a script; empty for other commands."""
         if self.command[0] not in ("EVALSHA", "EVAL"):
             return ()
         return self.command[3 : 3 + int(self.command[2])]

@@ -70,7 +70,7 @@ class Server:
             raise self._backend.refused(error) from error
 
     async def read(self, *command: str | bytes | int) -> Any:
-        """The reply to a command that changes nothing.
+        """The reply to a read-only command.
 
         Raises:
             StoreUnavailable: no answer in time.
@@ -82,8 +82,7 @@ class Server:
         return reply
 
     async def read_each(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies to commands that change nothing, in one round trip; the server's error
-        where it refuses one of them.
+        """The replies to read-only commands, in one round trip; an error in place of a refused one.
 
         Raises:
             StoreUnavailable: no answer in time.

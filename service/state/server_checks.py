@@ -35,8 +35,8 @@ async def check_servers(link: Link, settings: StoreSettings) -> str:
         The servers in words, for logs: name, version and eviction policy.
 
     Raises:
-        StoreUnavailable: none answers, or not the one that knows how the store was set up.
-        StoreRefused: one must not be used.
+        StoreUnavailable: no server answers, or not the one that stores `meta`.
+        StoreRefused: a server is not set up as required.
     """
     layout = await link.layout()
     checks = [_check_server(server, settings) for server in layout.servers]
@@ -52,7 +52,7 @@ async def check_servers(link: Link, settings: StoreSettings) -> str:
     if not words:
         raise away[0]
     for error in away:
-        # readiness checks it when it is back
+        # readiness checks it once it is back
         log.warning("primary_away", store=link.where, reason=error.detail)
     for server in link.others():
         try:
@@ -100,7 +100,7 @@ def check_policy(server: Server, policy: str, settings: StoreSettings) -> None:
     """Refuse a server that may evict streams.
 
     Raises:
-        StoreRefused: by its `maxmemory-policy` it may, and the settings do not allow it.
+        StoreRefused: its `maxmemory-policy` evicts, and the settings do not allow it.
     """
     if policy != "noeviction" and not settings.allow_eviction:
         raise StoreRefused(
@@ -119,7 +119,7 @@ async def _eviction_policy(server: Server, facts: dict[str, str]) -> str:
 
 
 async def fsync_options(server: Server) -> dict[str, str]:
-    """What the server is set to of all that `check_fsync` looks at.
+    """Read the server's options that `check_fsync` checks.
 
     Raises:
         StoreUnavailable: it does not answer.
@@ -138,10 +138,10 @@ async def fsync_options(server: Server) -> dict[str, str]:
 
 
 def check_fsync(server: Server, found: dict[str, str]) -> None:
-    """Refuse a server whose disk has a write later than it is acknowledged.
+    """Refuse a server that acknowledges writes before they are synced to disk.
 
     Raises:
-        StoreRefused: naming what is set otherwise.
+        StoreRefused: naming the options that are wrong.
     """
     wrong = {name: value for name, value in found.items() if value != _FSYNC[name]}
     if wrong:
@@ -179,13 +179,13 @@ async def _check_partitions(link: Link, settings: StoreSettings) -> None:
 
 
 def online_replicas(facts: dict[str, str]) -> int:
-    """How many replicas are connected and in step."""
+    """Count the replicas that are connected and in sync."""
     return sum(
         name.startswith("slave") and "state=online" in value for name, value in facts.items()
     )
 
 
 def read_info(reply: bytes) -> dict[str, str]:
-    """The reply to INFO, by name."""
+    """Parse the reply to INFO."""
     lines = reply.decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))

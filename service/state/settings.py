@@ -32,8 +32,7 @@ class StoreSettings:
         idle_ttl_ms: a stream is forgotten this long after its last commit; 0 never.
         reply_ttl_ms: how long the last reply is kept for retries; 0 keeps none.
         reply_max_bytes: larger replies are not kept.
-        tombstone_ttl_ms: how long a deletion is remembered; longer than the network may hold back
-            what was sent.
+        tombstone_ttl_ms: how long a tombstone is kept; longer than the network may delay bytes.
         allow_eviction: accept a server that may evict keys when its memory is full.
         wait_s: how long a call waits for a server that is away.
         max_connections: connections for everything but commits, which have their own.

@@ -104,7 +104,7 @@ def seeds(url: str) -> list[Address]:
                 raise ValueError("no host")
             found.append(Address(parsed.hostname, parsed.port or DEFAULT_PORT))
         except ValueError:
-            # not named: it may be part of a password with an @ or ? that is not encoded
+            # not shown: it may be part of a password with an @ or ? that is not encoded
             raise StoreRefused(
                 "expected host:port[,host:port...] as a cluster's address, and node "
                 f"{number} of it is none"

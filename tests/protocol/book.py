@@ -173,16 +173,22 @@ class Book:
         """`after_conflict` of the state that was found."""
         return self.rules.after_conflict(self.chunk(job), self.mark(new), self.mark(found))
 
-    def settle(self, stream: int, expected: int, new: int, found: int) -> CommitResult:
-        """`settle` of a repeated commit."""
+    def resolve_repeated_commit(
+        self, stream: int, expected: int, new: int, found: int
+    ) -> CommitResult:
+        """The result of a repeated commit that conflicts."""
         commit = self._commit(stream, expected, new, 0)
-        key = ("settle", stream, expected, new, found)
-        return self._decide(key, self.rules.settle, commit, Conflicted(self.mark(found)))
+        key = ("resolve_repeated_commit", stream, expected, new, found)
+        return self._decide(
+            key, self.rules.resolve_repeated_commit, commit, Conflicted(self.mark(found))
+        )
 
-    def settle_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
-        """`settle_deletion` of a repeated deletion."""
+    def resolve_repeated_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
+        """`resolve_repeated_deletion` of a repeated deletion."""
         result = Conflicted(self.mark(found))
-        return self.rules.settle_deletion(self.keys[stream], self.expected(expected), result)
+        return self.rules.resolve_repeated_deletion(
+            self.keys[stream], self.expected(expected), result
+        )
 
     def advance(self, job: Job, base: int) -> int:
         """The state after a chunk, computed and named."""

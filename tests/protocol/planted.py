@@ -111,7 +111,7 @@ def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
     found = result.found
     if found is not None and commit.expected is None and found.epoch != commit.new.mark.epoch:
         return result
-    return Rules().settle(commit, result)
+    return Rules().resolve_repeated_commit(commit, result)
 
 
 def _as_deleted(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
@@ -195,17 +195,22 @@ PLANTED = (
         Rules(answer_early=True),
         "is not in the history",
     ),
-    Planted("a lost answer taken for a conflict", RACE, Rules(settle=_as_found), "twice"),
+    Planted(
+        "a lost answer taken for a conflict",
+        RACE,
+        Rules(resolve_repeated_commit=_as_found),
+        "twice",
+    ),
     Planted(
         "another epoch taken for proof that nothing was written",
         replace(RESTORED, faults=Faults(replies_lost=1)),
-        Rules(settle=_other_epoch),
+        Rules(resolve_repeated_commit=_other_epoch),
         "twice",
     ),
     Planted(
         "a deletion whose answer was lost told as refused",
         ERASED,
-        Rules(settle_deletion=_as_deleted),
+        Rules(resolve_repeated_deletion=_as_deleted),
         "and it is applied",
     ),
     Planted(

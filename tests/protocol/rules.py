@@ -32,7 +32,7 @@ from service.domain import (
 )
 from service.errors import CarryError, OutcomeUnknown
 from service.state.codec import mark_bytes
-from service.state.outcomes import settle, settle_deletion
+from service.state.outcomes import resolve_repeated_commit, resolve_repeated_deletion
 from service.state.protocol import Commit, CommitResult, Conflicted
 
 NONCE_BYTES = 16
@@ -115,8 +115,10 @@ class Rules:
     advance: Callable[..., StreamState] = advance
     after_conflict: Callable[[Chunk, Mark, Mark | None], Answer] = after_conflict
     answer_retry: Callable[..., Answer] = answer_as_read
-    settle: Callable[[Commit, Conflicted], CommitResult] = settle
-    settle_deletion: Callable[[StreamKey, Mark, Conflicted], CommitResult] = settle_deletion
+    resolve_repeated_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_repeated_commit
+    resolve_repeated_deletion: Callable[[StreamKey, Mark, Conflicted], CommitResult] = (
+        resolve_repeated_deletion
+    )
     nonce: Callable[[int, int, int], bytes] = nonce
     commit_effect: Callable[[Pair, Commit], Effect] = commit_effect
     delete_effect: Callable[[Pair, bytes, Tombstone], Effect] = delete_effect

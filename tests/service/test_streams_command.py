@@ -166,5 +166,5 @@ async def test_names_that_an_address_cannot_have_are_refused(carry: Commands, na
     for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
         found = await carry(*words)
         assert found.exit_code == 1
-        assert f"{name!r} is no name of a stream" in found.output
+        assert f"{name!r} is not a valid stream name" in found.output
     assert carry.streams() == ["a"]

@@ -53,7 +53,7 @@ OnnxRuntime.warm = fail_once
 
 IMPATIENT = """
 import service.workers
-service.workers.WORKER_SILENT_S = 20
+service.workers.HUNG_AFTER_S = 20
 """
 """One that makes the parent give up on a silent worker a little earlier."""
 

@@ -75,12 +75,12 @@ ENDINGS = {
     "sleeps": ("import time; time.sleep(100)", "took longer than 2 s"),
     "aborts": ("import os; os.abort()", "ended by SIGABRT; it may have needed more than 8192 MiB"),
     "fails": ("print(1 / 0)", "failed: ZeroDivisionError"),
-    "says nothing": ("", "left no answer in result.json"),
-    "links": ("import os; os.symlink('/dev/zero', 'result.json')", "left no answer"),
-    "waits": ("import os; os.mkfifo('result.json')", "left no answer in result.json"),
+    "says nothing": ("", "left no result in result.json"),
+    "links": ("import os; os.symlink('/dev/zero', 'result.json')", "left no result"),
+    "waits": ("import os; os.mkfifo('result.json')", "left no result in result.json"),
     "lies": (
         "for name in ('result.json', 'weights.safetensors'): open(name, 'w').write('{}')",
-        "gave a damaged answer",
+        "gave an invalid result",
     ),
 }
 
@@ -90,7 +90,7 @@ ENDINGS = {
 def test_whatever_the_process_does_ends_in_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
 ) -> None:
-    monkeypatch.setattr(isolation, "WORKER", ("-c", program))
+    monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     path = tmp_path / "m.keras"
     path.write_bytes(b"PK")
     assert words in refused(path, Limits(time_s=2))
@@ -102,9 +102,9 @@ def test_nothing_of_the_process_is_left(tmp_path: Path, monkeypatch: pytest.Monk
     program = (
         f"import subprocess\nsubprocess.Popen({child!r}, stdout=subprocess.PIPE).stdout.readline()"
     )
-    monkeypatch.setattr(isolation, "WORKER", ("-c", program))
+    monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     (tmp_path / "m.keras").write_bytes(b"PK")
-    assert "left no answer" in refused(tmp_path / "m.keras")
+    assert "left no result" in refused(tmp_path / "m.keras")
     number, folder = seen.read_text().split()
     assert not Path(folder).exists()
     with suppress(psutil.NoSuchProcess):

@@ -140,11 +140,11 @@ def test_commas_in_texts_separate_nothing(data: st.DataObject) -> None:
         patched.setattr("service.api.json_structure.BLOCK_BYTES", data.draw(st.integers(1, 9)))
         for _ in structure.scan():
             pass
-    members = structure.cut_members()
+    members = structure.split_members()
     assert members is not None
     assert [member.name for member in members] == list(value)
     for member in members:
-        elements = structure.cut_elements(member)
+        elements = structure.split_elements(member)
         assert elements is not None
         assert [json.loads(bytes(element)) for element in elements] == value[member.name]
 

@@ -9,7 +9,7 @@ import pytest
 from service.domain import Mark, StreamState, Tombstone
 from service.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.state.codec import HEADER_BYTES
-from service.state.outcomes import settle_deletion
+from service.state.outcomes import resolve_repeated_deletion
 from service.state.protocol import Committed, Conflicted, StateStore
 from service.state.redis_store import RedisStore
 from service.state.request import Outcome
@@ -256,4 +256,4 @@ def test_what_a_repeated_deletion_finds_says_what_became_of_it(
     found: Mark | None, outcome: type
 ) -> None:
     expected = Mark(b"epoch-89", b"tag-0123456789ab", 4)
-    assert isinstance(settle_deletion(key("a"), expected, Conflicted(found)), outcome)
+    assert isinstance(resolve_repeated_deletion(key("a"), expected, Conflicted(found)), outcome)

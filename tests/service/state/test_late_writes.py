@@ -12,7 +12,7 @@ import pytest
 from service.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.state.codec import encode_state
 from service.state.protocol import Commit, Committed, Conflicted, StateStore
-from service.state.redis_store import DELETE_TRIES, RedisStore
+from service.state.redis_store import DELETE_ATTEMPTS, RedisStore
 from service.state.request import Answer, Outcome
 from service.state.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
@@ -85,7 +85,7 @@ async def test_a_deletion_that_may_have_deleted_is_not_refused(
 ) -> None:
     """Every try finds that the stream was begun again, after one whose answer was lost or not."""
     store = RedisStore(StoreSettings("unix:///none"))
-    tries = [repeated] + [False] * (DELETE_TRIES - 1)
+    tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
     async def begun_again(*_: object) -> Answer:
         return Answer([0, encode_state(streams.first())], tries.pop())
