@@ -107,14 +107,14 @@ class BadRequest(CarryError):
 
 class MalformedRequest(BadRequest):
     code = "malformed_request"
-    title = "The head or the framing of the request cannot be read"
-    remedy = "Send HTTP/1.1 with one Host; the connection is closed, what followed was not read."
+    title = "The head or the framing of the request is malformed or ambiguous"
+    remedy = "Send HTTP/1.1 with one Host. The connection is closed; nothing after it was read."
 
 
 class DuplicateField(BadRequest):
     code = "duplicate_field"
     title = "A header or a query parameter is given more than once"
-    remedy = "Send what is named once; which of them was meant is not guessed."
+    remedy = "Send it once; the service does not guess which value was meant."
 
 
 class HeadTooLarge(BadRequest):
@@ -125,15 +125,15 @@ class HeadTooLarge(BadRequest):
 
 class ExpectationFailed(BadRequest):
     code = "expectation_failed"
-    title = "The expectation is not one that is met"
+    title = "The Expect header is not supported"
     remedy = "Send `Expect: 100-continue`, or none."
 
 
 class RequestTimeout(BadRequest):
     code = "request_timeout"
-    title = "The request did not come in time"
+    title = "The request did not arrive in time"
     retryable = True
-    remedy = "Send the whole request without pauses; CARRY_BODY_TIMEOUT_S is how long it may take."
+    remedy = "Send it without pauses; the limits are CARRY_HEAD_TIMEOUT_S and CARRY_BODY_TIMEOUT_S."
 
 
 class MalformedBody(BadRequest):
@@ -178,9 +178,7 @@ class NotAcceptable(BadRequest):
 class InvalidName(BadRequest):
     code = "invalid_name"
     title = "The name is not allowed"
-    remedy = (
-        "A stream's name is 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, but no . or .. alone."
-    )
+    remedy = "A stream's name is 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, except . and .."
 
 
 class InvalidPrecondition(BadRequest):
@@ -387,7 +385,7 @@ class Overloaded(Failed):
 
 class StreamOverloaded(Overloaded):
     code = "stream_overloaded"
-    title = "More of the stream's chunks are waiting than can be done in time"
+    title = "More chunks of the stream are waiting than can be processed in time"
     remedy = (
         "Send it again after Retry-After. A stream's chunks are applied one after another: send "
         "fewer at a time, each with more events, or use more streams."
@@ -396,7 +394,7 @@ class StreamOverloaded(Overloaded):
 
 class TooManyConnections(Failed):
     code = "too_many_connections"
-    title = "The worker has as many connections as it may"
+    title = "The worker has reached its limit of connections"
     retryable = True
     remedy = "Send it again later; keep fewer connections open, or raise CARRY_MAX_CONNECTIONS."
 

@@ -128,9 +128,9 @@ class Settings(BaseSettings):
     than clients go on retrying."""
 
     tombstone_ttl_s: Annotated[int, Field(ge=1)] = 600
-    """How long a deletion is remembered, in seconds, so that nothing that was sent before it can
-    be applied after it. Longer than a proxy or the network may hold back bytes of a connection
-    that was given up."""
+    """How long a deleted stream leaves a tombstone, in seconds, so that writes from before the
+    deletion are not applied after it. Longer than a proxy or the network may delay bytes of a
+    connection that was given up."""
 
     reply_max_bytes: Annotated[int, Field(ge=0)] = 64 * KIB
     """A larger reply is not kept, and a retry of its chunk gets `already_applied`; 0 keeps
@@ -140,36 +140,35 @@ class Settings(BaseSettings):
     """Largest body of a request, in bytes."""
 
     max_connections: Annotated[int, Field(ge=1)] = 10_000
-    """Most connections of one worker at once; beyond it the answer is `too_many_connections` and
-    the connection is closed. Lowered at the start to what the limit on open files (`ulimit -n`)
-    leaves room for, with a line in the log. More than the clients keep open, all together."""
+    """Most concurrent connections of one worker; further ones are answered `too_many_connections`
+    and closed. Lowered at start, with a warning, to what the limit on open files (`ulimit -n`)
+    allows. More than all clients together keep open."""
 
     keep_alive_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
-    """How long a connection stays open without a request, in seconds. Longer than a proxy in front
-    keeps it, so that the proxy never sends on one that is being closed."""
+    """How long an idle connection stays open, in seconds. Longer than the idle timeout of a proxy
+    in front, so that the proxy never sends on a connection that is being closed."""
 
     head_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Longest from the first byte of a request to the end of its head, in seconds; then
-    `request_timeout`. It bounds what slow or silent clients hold."""
+    """Longest time from the first byte of a request to the end of its head (request line and
+    headers), in seconds; then `request_timeout`. Limits the connections of slow clients."""
 
     body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Longest from the head of a request to the end of its body, in seconds, and a second more for
-    every 16 KiB that came; then `request_timeout`. The longest pause that a client's network may
-    make."""
+    """Longest time from the head of a request to the end of its body, in seconds, plus a second for
+    every 16 KiB received; then `request_timeout`. As long as the longest pause of a client's
+    network."""
 
     send_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Longest that a client may take to read the next 64 KiB of its replies, in seconds; then the
-    connection is closed. Longer than a client's pauses between reading."""
+    """Longest time that a client may take to read the next 64 KiB of its replies, in seconds; then
+    the connection is closed. Longer than a client pauses between reads."""
 
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
-    """Most bytes of request bodies that a worker holds at once. Beyond it the bodies that have been
-    on their way for longest are answered `overloaded`. Several times `max_body_bytes`, and well
-    below the memory of the worker, of which a body takes up to three times its size."""
+    """Most bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
+    are answered `overloaded`. Several times `CARRY_MAX_BODY_BYTES`, and well below the memory of
+    the worker: a body takes up to three times its size."""
 
     max_pending_reply_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
-    """Most bytes of replies that a worker holds for clients that do not read them. Beyond it the
-    connections that have waited for their reader for longest are closed. Well below the memory of
-    the worker."""
+    """Most bytes of replies that a worker buffers for clients that do not read them. Beyond it the
+    connections that have waited longest are closed. Well below the memory of the worker."""
 
     max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
     """Most events in one chunk. A long chunk is computed in slices between other streams, so
@@ -202,9 +201,8 @@ class Settings(BaseSettings):
 
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
-    once. A stream's chunks may take a fourth of the room that is left (`stream_overloaded`), the
-    items of one request half of it, 256 of them at a time. It bounds the memory that waiting
-    takes."""
+    once. The chunks of one stream may take a quarter of the free places (`stream_overloaded`), the
+    items of one request half of them, 256 at a time. It bounds the memory of waiting chunks."""
 
     max_queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """Longest that a chunk may be expected to wait in the queue, by the rate at which the queue
@@ -251,7 +249,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What the constructor is given, then the environment without its service links."""
+        """Constructor arguments, then the environment without Kubernetes service links."""
         if isinstance(env_settings, EnvSettingsSource):
             env_settings.env_vars = {
                 name: value
@@ -311,9 +309,9 @@ _SERVICE_LINK = re.compile(
 
 
 def service_links(environ: Mapping[str, str]) -> list[str]:
-    """The variables by which Kubernetes tells pods of a Service named `carry` or `carry-...`.
+    """The variables that Kubernetes sets in pods for a Service named `carry` or `carry-...`.
 
-    They are no settings, although their names begin like ours, and `CARRY_PORT` is one's name.
+    They are not settings, although they have the prefix, and `CARRY_PORT` the name of a setting.
     """
     return sorted(name for name, value in environ.items() if _is_service_link(name, value))
 
@@ -357,7 +355,7 @@ def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:
         name = str(problem["loc"][0]) if problem["loc"] else ""
         shown = f"--{name.replace('_', '-')}" if name in flags else PREFIX + name.upper()
         message = problem["msg"].removeprefix("Value error, ")
-        # of an address that cannot be read nobody can say where its password is
+        # the password of a malformed address cannot be found, so none of it is shown
         got = "" if name == "redis_url" else f", got {str(problem['input'])!r}"
         sentences.append(f"{shown}: {message[0].lower()}{message[1:]}{got}.")
     return " ".join(sentences)

@@ -309,7 +309,7 @@ class ExpressProtocol(HttpToolsProtocol):
         """Handle the timeout of a phase."""
         if phase is Phase.HEAD or phase is Phase.BODY:
             part = "head" if phase is Phase.HEAD else "body"
-            self._fail(RequestTimeout(f"the {part} of the request did not come in time"))
+            self._fail(RequestTimeout(f"the {part} of the request did not arrive in time"))
         elif phase is Phase.SEND or self.transport.is_closing():
             self.abort()
         else:
