@@ -94,7 +94,7 @@ def test_every_moment_of_a_new_graph_is_a_whole_artifact(
     assert seen == ["graph.onnx", None, None, None, None, "graph.onnx"]
 
 
-def test_graphs_come_from_the_weights_whatever_the_file_holds(made: Path) -> None:
+def test_graphs_are_derived_from_weights_and_not_read_from_files(made: Path) -> None:
     other = random_weights(SPEC, seed=9)
     marks = [fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
     (made / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))

@@ -187,7 +187,7 @@ def sparse(path: Path) -> None:
     ],
     ids=["fifo", "folder", "device", "loop", "sparse"],
 )
-def test_what_is_no_file_of_its_size_is_refused_unread(
+def test_irregular_files_are_rejected_before_they_are_read(
     made: Path, name: str, make: Callable[[Path], None], word: str
 ) -> None:
     (made / name).unlink()
@@ -196,7 +196,7 @@ def test_what_is_no_file_of_its_size_is_refused_unread(
     refusal(made, name, word)
 
 
-def test_a_manifest_that_is_too_large_is_refused_unread(made: Path) -> None:
+def test_an_oversized_manifest_is_rejected_before_it_is_read(made: Path) -> None:
     (made / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
 
     refusal(made, "manifest.json", "at most 16777216 bytes, got 16777217")

@@ -35,7 +35,7 @@ class OvertakenStore(RedisStore):
 
 
 @pytest.mark.parametrize("reply_max_bytes", [16, 65_536])
-async def test_the_answer_is_the_reply_that_is_kept_or_that_was_computed_here(
+async def test_a_duplicate_gets_the_stored_or_the_own_reply(
     store_url: str, artifact: Artifact, reply_max_bytes: int
 ) -> None:
     """Where no reply is kept, only a worker that computed the very chunk has one."""

@@ -29,7 +29,7 @@ class Padding(NumpyRuntime):
 
 @pytest.mark.parametrize("at", range(3))
 @pytest.mark.parametrize("padding", [NumpyRuntime.padding, math.inf, math.nan])
-async def test_a_batch_refuses_the_stream_that_overflows_alone(
+async def test_overflow_fails_its_own_stream_only(
     store_url: str, artifact: Artifact, padding: float, at: int
 ) -> None:
     """Wherever it stands in the batch, and whatever lies in the padding."""

@@ -177,7 +177,7 @@ def test_kubernetes_service_links_are_ignored(monkeypatch: pytest.MonkeyPatch) -
         ("CARRY_SERVICE_HOSTS", "10.96.12.7"),
     ],
 )
-def test_what_only_resembles_a_service_link_is_refused(
+def test_variables_that_resemble_service_links_are_rejected(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)

@@ -161,7 +161,7 @@ async def test_a_service_that_is_not_there(carry: Commands) -> None:
 
 
 @pytest.mark.parametrize("name", [".", ".."])
-async def test_names_that_an_address_cannot_have_are_refused(carry: Commands, name: str) -> None:
+async def test_stream_names_that_urls_cannot_have_are_rejected(carry: Commands, name: str) -> None:
     await carry.fill("a")
     for words in (("show", "probe", name), ("delete", "probe", name, "--yes")):
         found = await carry(*words)

@@ -42,7 +42,9 @@ def rejected(answer: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("body", HUGE, ids=lambda body: f"{body.media[12:]}-{body.name}")
-def test_huge_body_is_rejected_while_others_are_answered(service: Service, body: HugeBody) -> None:
+def test_a_huge_body_is_rejected_while_others_are_answered(
+    service: Service, body: HugeBody
+) -> None:
     content = body.make()
     assert 0.9 * MAX_BYTES < len(content) <= MAX_BYTES
     assert service.process is not None
@@ -55,7 +57,7 @@ def test_huge_body_is_rejected_while_others_are_answered(service: Service, body:
     assert memory.growth <= MOST_MEMORY * len(content)
 
 
-def test_eight_huge_bodies_at_once(tmp_path: Path, model_dir: Path) -> None:
+def test_eight_concurrent_huge_bodies_are_rejected(tmp_path: Path, model_dir: Path) -> None:
     bodies = [*ATTACK, *ATTACK][:8]
     contents = {body.name: body.make() for body in ATTACK}
     with (

@@ -61,7 +61,7 @@ def test_a_directory_without_models(tmp_path: Path) -> None:
     assert "carry init" in last_line(done)
 
 
-def test_workers_that_cannot_start_end_the_service_with_the_reason(tmp_path: Path) -> None:
+def test_the_service_exits_with_the_reason_if_no_worker_starts(tmp_path: Path) -> None:
     done = serve(
         *("--port", "0", "--workers", "2"),
         *("--data-dir", str(tmp_path / "data"), "--models", str(tmp_path)),

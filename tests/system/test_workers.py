@@ -100,7 +100,7 @@ def is_live(service: Service) -> bool:
         return httpx.get(url).status_code == 200
 
 
-def test_worker_that_fails_to_start_is_retried_while_others_serve(
+def test_a_worker_that_fails_to_start_is_restarted_while_others_serve(
     two_workers: Service, store: RealServer
 ) -> None:
     store.configure("maxmemory-policy", "allkeys-lru")
@@ -116,7 +116,7 @@ def test_worker_that_fails_to_start_is_retried_while_others_serve(
     assert pauses[:2] == [1, 2]
 
 
-def test_first_worker_that_fails_does_not_end_the_others(
+def test_a_failing_first_worker_does_not_stop_the_others(
     tmp_path: Path, probe: Artifact, store: RealServer
 ) -> None:
     customise(tmp_path, FIRST_FAILS.format(folder=str(tmp_path)))
@@ -127,7 +127,7 @@ def test_first_worker_that_fails_does_not_end_the_others(
         assert failed["was_ready"] is False
 
 
-def test_worker_that_does_not_stop_is_killed(
+def test_a_worker_that_does_not_drain_in_time_is_killed(
     tmp_path: Path, probe: Artifact, store: RealServer
 ) -> None:
     command = (tmp_path, probe.path, "--workers", "2")
@@ -138,7 +138,9 @@ def test_worker_that_does_not_stop_is_killed(
         assert not Path(f"/proc/{hung}").exists()
 
 
-def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Artifact) -> None:
+def test_a_worker_that_dies_during_start_is_restarted_at_once(
+    tmp_path: Path, probe: Artifact
+) -> None:
     customise(tmp_path, SLOW.format(method="warm"))
     with real_server("valkey") as store:
         service = Service(tmp_path, probe.path, "--workers", "2", redis_url=store.url)
@@ -153,7 +155,7 @@ def test_death_of_a_starting_worker_is_noticed_at_once(tmp_path: Path, probe: Ar
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_sigterm_during_the_warm_up_ends_the_service(
+def test_sigterm_during_warm_up_stops_the_service(
     tmp_path: Path, probe: Artifact, workers: str
 ) -> None:
     customise(tmp_path, SLOW.format(method="warm"))
@@ -167,9 +169,7 @@ def test_sigterm_during_the_warm_up_ends_the_service(
         assert not Path(f"/proc/{line['pid']}").exists()
 
 
-def test_sigterm_does_not_wait_for_what_compiles_beside_requests(
-    tmp_path: Path, probe: Artifact
-) -> None:
+def test_sigterm_does_not_wait_for_background_compilation(tmp_path: Path, probe: Artifact) -> None:
     customise(tmp_path, SLOW.format(method="warm_next"))
     with running(tmp_path, probe.path, PYTHONPATH=str(tmp_path)) as service:
         until(lambda: "compiling" in service.log(), "the compilation")
@@ -178,7 +178,7 @@ def test_sigterm_does_not_wait_for_what_compiles_beside_requests(
         assert not Path(f"/proc/{valkey}").exists()
 
 
-def test_worker_that_hangs_is_replaced(tmp_path: Path, probe: Artifact, store: RealServer) -> None:
+def test_a_hung_worker_is_replaced(tmp_path: Path, probe: Artifact, store: RealServer) -> None:
     customise(tmp_path, IMPATIENT)
     command = (tmp_path, probe.path, "--workers", "2")
     with running(*command, redis_url=store.url, PYTHONPATH=str(tmp_path)) as service:
@@ -215,7 +215,7 @@ def test_sighup_drains_a_single_worker(tmp_path: Path, probe: Artifact) -> None:
         assert not Path(f"/proc/{valkey}").exists()
 
 
-def test_sighup_replaces_every_worker_and_the_service_goes_on(two_workers: Service) -> None:
+def test_sighup_replaces_every_worker_without_downtime(two_workers: Service) -> None:
     before = pids(two_workers)
     two_workers.process.send_signal(signal.SIGHUP)
 

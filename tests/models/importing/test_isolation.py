@@ -35,7 +35,7 @@ def refused(path: Path, limits: Limits | None = None) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["keras", "hdf5"])
-def test_a_model_is_imported(tmp_path: Path, suffix: str) -> None:
+def test_import_packages_the_model(tmp_path: Path, suffix: str) -> None:
     report = import_keras_model(saved(recurrent(), tmp_path / f"m.{suffix}"), tmp_path / "out")
     assert (report.artifact.spec.name, report.lengths_steps) == ("m", (1, 2, 7, 33))
     assert 0 < report.largest_difference < 1e-5
@@ -44,12 +44,12 @@ def test_a_model_is_imported(tmp_path: Path, suffix: str) -> None:
     assert imported["verified"]["largest_difference"] == report.largest_difference
 
 
-def test_what_is_refused_says_so_by_the_file_that_was_given(tmp_path: Path) -> None:
+def test_errors_name_the_original_file(tmp_path: Path) -> None:
     path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
     assert refused(path).startswith(f"{path}: the model holds what cannot be carried:")
 
 
-def test_a_model_that_is_too_large_reaches_the_memory_limit(tmp_path: Path) -> None:
+def test_import_fails_at_the_memory_limit(tmp_path: Path) -> None:
     path = edited(tmp_path / "m.keras", lambda layer: layer["config"].update(units=40_000))
     said = refused(path, Limits(memory_bytes=4 * 2**30))
     assert re.search("more than 4096 MiB of memory|OOM|allocat", said), said
@@ -65,7 +65,7 @@ def test_a_model_that_is_too_large_reaches_the_memory_limit(tmp_path: Path) -> N
     ],
     ids=["time", "memory", "files", "size"],
 )
-def test_limits_end_in_one_line(tmp_path: Path, limits: Limits, words: str) -> None:
+def test_every_limit_is_a_one_line_error(tmp_path: Path, limits: Limits, words: str) -> None:
     said = refused(saved(recurrent(), tmp_path / "m.keras"), limits)
     assert words in said
     assert "\n" not in said
@@ -87,7 +87,7 @@ ENDINGS = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("program", "words"), ENDINGS.values(), ids=ENDINGS.keys())
-def test_whatever_the_process_does_ends_in_an_error(
+def test_a_misbehaving_worker_process_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, words: str
 ) -> None:
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
@@ -96,7 +96,7 @@ def test_whatever_the_process_does_ends_in_an_error(
     assert words in refused(path, Limits(time_s=2))
 
 
-def test_nothing_of_the_process_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_and_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = tmp_path / "seen"
     child = ["sh", "-c", f"echo $$ $PWD | tee {seen}; exec sleep 100"]
     program = (
@@ -111,7 +111,7 @@ def test_nothing_of_the_process_is_left(tmp_path: Path, monkeypatch: pytest.Monk
         psutil.Process(int(number)).wait(30)
 
 
-def test_a_file_is_read_as_its_name_says_or_not_at_all(tmp_path: Path) -> None:
+def test_content_must_match_the_file_extension(tmp_path: Path) -> None:
     archive, tree = (saved(recurrent(), tmp_path / name) for name in ("a.keras", "b.h5"))
     for given, name, words in (
         (archive, "m.h5", "expected HDF5"),
@@ -124,7 +124,7 @@ def test_a_file_is_read_as_its_name_says_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
     assert "there is none" in refused(tmp_path / "none.keras")
     (tmp_path / "folder.keras").mkdir()
     os.mkfifo(tmp_path / "fifo.keras")

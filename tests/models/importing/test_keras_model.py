@@ -173,7 +173,7 @@ PLAIN_ONLY: list[tuple[kl.Layer, str]] = [
 
 
 @pytest.mark.parametrize(("layer", "words"), PLAIN_ONLY, ids=[words for _, words in PLAIN_ONLY])
-def test_options_that_change_a_number_are_refused(
+def test_options_that_change_outputs_are_rejected(
     tmp_path: Path, layer: kl.Layer, words: str
 ) -> None:
     """Also those that the random sequences of the proof would not reach."""
@@ -181,7 +181,7 @@ def test_options_that_change_a_number_are_refused(
     assert words in refusal(model, tmp_path)
 
 
-def test_activations_with_plain_options_are_carried(tmp_path: Path) -> None:
+def test_activations_with_default_options_are_imported(tmp_path: Path) -> None:
     layers = [kl.ReLU(), kl.LSTM(3, return_sequences=True), kl.ELU(), kl.ReLU(negative_slope=0.2)]
     report = imported(keras.Sequential([kl.Input((None, 3)), *layers]), tmp_path)
     kinds = [getattr(layer, "activation", "") for layer in report.artifact.spec.layers]
@@ -311,7 +311,7 @@ def test_packaged_numbers_that_differ_are_refused(
 
 
 @pytest.mark.parametrize("chunking", ["invisible", "per_chunk"])
-def test_a_state_that_is_not_carried_between_chunks_is_seen(
+def test_verification_detects_state_that_is_reset_between_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunking: str
 ) -> None:
     """Each sequence by itself is right: only its cuts show that every chunk begins from zero."""

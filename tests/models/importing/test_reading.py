@@ -53,7 +53,7 @@ OBJECTS: dict[str, tuple[Edit, str]] = {
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize(("edit", "words"), OBJECTS.values(), ids=OBJECTS.keys())
-def test_objects_that_are_not_known_to_be_harmless_are_not_built(
+def test_objects_that_are_not_on_the_allowlist_are_not_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, edit: Edit, words: str
 ) -> None:
     monkeypatch.setattr(keras.saving, "load_model", None)  # calling it would be a TypeError
@@ -77,7 +77,7 @@ def own_loss(wanted: Any, given: Any) -> Any:
     return keras.ops.mean(keras.ops.abs(wanted - given))
 
 
-def test_a_compiled_model_is_read(tmp_path: Path) -> None:
+def test_a_compiled_model_is_imported(tmp_path: Path) -> None:
     """With what is known of the models in it, and with anything of its own, which is not loaded."""
     model = recurrent()
     model.compile(
@@ -97,9 +97,7 @@ CONFIGURATIONS += [b'{"class_name": "Functional", "config": {"layers": 3}}', b"\
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("content", CONFIGURATIONS, ids=lambda content: content[:20])
-def test_a_configuration_that_is_none_is_refused(
-    tmp_path: Path, suffix: str, content: bytes
-) -> None:
+def test_a_malformed_configuration_is_rejected(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"m{suffix}"
     if suffix == ".keras":
         with zipfile.ZipFile(path, "w") as archive:
@@ -111,7 +109,7 @@ def test_a_configuration_that_is_none_is_refused(
         import_here(path, tmp_path / "out")
 
 
-def test_a_configuration_that_inflates_is_refused(tmp_path: Path) -> None:
+def test_an_oversized_configuration_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.json", b" " * (16 * 2**20 + 1))
@@ -119,7 +117,7 @@ def test_a_configuration_that_inflates_is_refused(tmp_path: Path) -> None:
         import_here(path, tmp_path / "out")
 
 
-def test_a_configuration_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m.h5"
     with h5py.File(path, "w") as file:
         file.attrs["model_config"] = [1.0, 2.0]
@@ -149,7 +147,7 @@ def stored_outside(group: h5py.Group, secret: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("name_it", [linked, stored_outside])
-def test_weights_from_another_file_are_refused(
+def test_weights_linked_from_another_file_are_rejected(
     tmp_path: Path, suffix: str, name_it: Callable[[h5py.Group, Path], None]
 ) -> None:
     path, secret = saved(recurrent(), tmp_path / f"m{suffix}"), tmp_path / "secret.h5"

@@ -66,7 +66,7 @@ def adamw(loop: Loop, schedule: str, average_decay: float) -> list[Arrays]:
     return used
 
 
-def test_steps_are_those_of_adamw_on_clipped_gradients() -> None:
+def test_optimiser_is_adamw_with_clipped_gradients() -> None:
     shared = {"weight_decay": 0.5, "learning_rate": 0.1}
     loop = loop_of(clip_norm=0.01, schedule="cosine", average_decay=0.99, **shared)
     clipped = adamw(loop, "cosine", 0.99)
@@ -80,7 +80,7 @@ def test_steps_are_those_of_adamw_on_clipped_gradients() -> None:
         np.testing.assert_allclose(clipped[0][name], share * gradient, rtol=1e-3, atol=1e-8)
 
 
-def test_validation_is_of_the_averaged_weights_and_leaves_the_raw_ones() -> None:
+def test_validation_uses_averaged_weights_and_keeps_the_raw_ones() -> None:
     loop = loop_of(average_decay=0.9, learning_rate=0.05)
     for _ in loop.train_epoch(0):
         pass
@@ -112,7 +112,7 @@ def epoch_of(loop: Loop, epoch: int) -> dict[tuple[int, ...], float]:
     return dict(zip(ran, losses, strict=True))
 
 
-def test_every_epoch_and_seed_has_an_order_and_dropout_of_its_own() -> None:
+def test_order_and_dropout_differ_between_epochs_and_seeds() -> None:
     """The weights do not move, and every stream is one segment: the same windows each time."""
     still = {"learning_rate": 1e-30, "weight_decay": 0.0, "segment_windows": 50}
     loops = [loop_of(dropout=0.5, batch_streams=4, seed=seed, **still) for seed in (1, 2)]

@@ -101,7 +101,7 @@ VALIDATION = r"from 2023-11-15T12:00:00Z to before 2023-11-15T18:00:00Z \(test_f
     ],
     ids=["label", "label before the split", "classes", "boolean", "category", "above"],
 )
-def test_one_class_alone_is_refused(
+def test_a_single_class_is_rejected(
     tmp_path: Path, head: dict[str, Any], column: str, cells: pl.Expr, got: str
 ) -> None:
     frame = table().with_columns(cells.alias(column))
@@ -148,7 +148,7 @@ def test_a_label_without_values_is_refused(tmp_path: Path) -> None:
         train(spec_of(classes("flag"), UP), frame, tmp_path / "out", quiet=True)
 
 
-def test_a_bad_label_is_named_by_its_row_of_the_table(tmp_path: Path) -> None:
+def test_an_invalid_label_is_reported_with_its_row(tmp_path: Path) -> None:
     """Rows are sorted into streams; of several bad ones the first in the table is named."""
     cells = pl.col("up").cast(pl.String)
     bad = pl.int_range(pl.len()).is_in([10, 11, 150])
@@ -157,7 +157,7 @@ def test_a_bad_label_is_named_by_its_row_of_the_table(tmp_path: Path) -> None:
         train(spec_of(UP), frame, tmp_path / "out", quiet=True, source="t.csv")
 
 
-def test_a_stream_without_any_moment_is_named() -> None:
+def test_a_stream_without_timestamps_is_reported() -> None:
     spec = spec_of(UP)
     assert spec.events is not None
     assert spec.training is not None
@@ -176,7 +176,7 @@ def test_a_stream_without_any_moment_is_named() -> None:
     assert caught.value.field == "at"
 
 
-def test_what_has_no_held_out_targets_is_left_out_of_the_report(
+def test_heads_without_held_out_targets_are_not_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So is the AUC where they are of one class."""
@@ -208,7 +208,7 @@ def test_a_csv_file_that_names_a_column_twice_is_refused(tmp_path: Path, unused:
     assert caught.value.field == name
 
 
-def test_columns_without_a_name_are_none_of_training(tmp_path: Path) -> None:
+def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:
     """As a spreadsheet leaves them at the end of every line."""
     path = tmp_path / "t.csv"
     path.write_text("".join(f"{line},,\n" for line in table().write_csv().splitlines()))

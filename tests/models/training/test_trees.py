@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 from models.training.trees import Grid, Trees
 
 
-def test_a_feature_that_no_training_event_has_is_not_used() -> None:
+def test_features_absent_from_training_are_ignored() -> None:
     """What lies further back than any training stream is long; later ones may be longer."""
     random = np.random.default_rng(1)
     features = random.normal(size=(300, 2)).astype(np.float32)

@@ -438,7 +438,7 @@ async def test_only_streams_in_blocks_have_an_end(api: Harness) -> None:
         ("DELETE", "streams?prefix=s&prefix=", "?prefix"),
     ],
 )
-async def test_a_query_parameter_is_given_once(
+async def test_a_duplicate_query_parameter_is_rejected(
     api: Harness, method: str, address: str, at: str
 ) -> None:
     """Which of two was meant is not guessed."""
@@ -450,12 +450,12 @@ async def test_a_query_parameter_is_given_once(
     assert api.position() == 1
 
 
-async def test_a_query_of_very_many_parameters_is_not_looked_into(api: Harness) -> None:
+async def test_a_query_with_too_many_parameters_is_rejected_unparsed(api: Harness) -> None:
     address = "/v1/models/probe/streams?" + "&" * 60_000
     problem(await api.client.get(address), 422, "invalid_input")
 
 
-async def test_several_accept_lines_are_one_list(api: Harness) -> None:
+async def test_several_accept_headers_are_combined(api: Harness) -> None:
     lines = [("accept", "text/html"), ("accept", "application/msgpack")]
     response = await api.client.get("/v1/models", headers=lines)
     assert response.headers["content-type"] == "application/msgpack"

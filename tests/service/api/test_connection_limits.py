@@ -58,7 +58,7 @@ async def problem_of(client: Client) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n" * 9], ids=["nothing", "empty lines"])
-async def test_a_connection_without_a_request_is_closed(api: Harness, sent: bytes) -> None:
+async def test_an_idle_connection_is_closed(api: Harness, sent: bytes) -> None:
     async with connected(api) as client:
         client.writer.write(sent)
         await becomes(lambda: client.connection._kept_bytes == len(sent), "what was sent")
@@ -110,7 +110,7 @@ async def test_a_slow_body_is_answered_with_a_timeout(api: Harness, part: bytes)
     assert api.position("after") is None
 
 
-async def test_a_body_that_comes_has_more_time(api: Harness) -> None:
+async def test_received_bytes_extend_the_body_timeout(api: Harness) -> None:
     """A second for every 16 KiB."""
     limit(api, body_timeout_s=1)
     head = request(b"", first=QUERY, length="Content-Length: 19999")
@@ -123,7 +123,7 @@ async def test_a_body_that_comes_has_more_time(api: Harness) -> None:
         assert await problem_of(client) == (b"408", "request_timeout")
 
 
-async def test_a_request_under_way_has_no_timeout_of_its_connection(
+async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
     async with connected(api) as client:
@@ -134,7 +134,7 @@ async def test_a_request_under_way_has_no_timeout_of_its_connection(
         assert await client.statuses(1) == [b"200"]
 
 
-async def test_a_client_that_does_not_read_is_cut_off(api: Harness) -> None:
+async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None:
     """Once it has read nothing for the whole of its time, whatever waits for it."""
     async with connected(api) as client:
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
@@ -146,7 +146,7 @@ async def test_a_client_that_does_not_read_is_cut_off(api: Harness) -> None:
         assert len(client.connection._connections) == 0
 
 
-async def test_a_closed_connection_whose_reply_is_not_read_is_cut_off(api: Harness) -> None:
+async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harness) -> None:
     """Its transport would wait for the reader for ever."""
     async with connected(api) as client:
         client.connection.transport.set_write_buffer_limits(10 * MAX_BYTES)
@@ -176,7 +176,7 @@ async def several(server: uvicorn.Server) -> AsyncIterator[Callable[[], Awaitabl
         await asyncio.gather(*closing, return_exceptions=True)
 
 
-async def test_the_oldest_unfinished_bodies_are_refused_when_there_are_too_many(
+async def test_the_oldest_incomplete_bodies_are_rejected_over_the_limit(
     api: Harness,
 ) -> None:
     connections = limit(api, max_pending_body_bytes=70_000)
@@ -196,7 +196,7 @@ async def test_the_oldest_unfinished_bodies_are_refused_when_there_are_too_many(
         assert connections._body_bytes == 0
 
 
-async def test_a_whole_body_is_not_refused_for_unfinished_ones(
+async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
     """Its request is under way, though it is the oldest."""
@@ -214,7 +214,7 @@ async def test_a_whole_body_is_not_refused_for_unfinished_ones(
         assert connections._body_bytes == 0
 
 
-async def test_small_bodies_that_do_not_come_to_an_end_count_too(api: Harness) -> None:
+async def test_small_incomplete_bodies_count_towards_the_limit(api: Harness) -> None:
     connections = limit(api, max_pending_body_bytes=10_000)
     part = request(chunk())[:-1]
     async with serving(api, ExpressProtocol) as server, several(server) as open_one:
@@ -231,7 +231,7 @@ async def test_small_bodies_that_do_not_come_to_an_end_count_too(api: Harness) -
 
 
 @pytest.mark.parametrize("first", ["", QUERY], ids=["fast path", "slow path"])
-async def test_a_request_that_is_answered_keeps_nothing(api: Harness, first: str) -> None:
+async def test_an_answered_request_buffers_nothing(api: Harness, first: str) -> None:
     sent = request(chunk(None), first=first)
     async with connected(api) as client:
         for _ in range(3):
@@ -242,7 +242,7 @@ async def test_a_request_that_is_answered_keeps_nothing(api: Harness, first: str
             assert client.connection._connections._body_bytes == client.connection.body_bytes == 0
 
 
-async def test_connections_over_the_limit_are_refused(api: Harness) -> None:
+async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
     connections = limit(api, max_connections=2)
     async with serving(api, ExpressProtocol) as server, several(server) as open_one:
         clients = [await open_one() for _ in range(2)]
@@ -264,7 +264,7 @@ async def test_connections_over_the_limit_are_refused(api: Harness) -> None:
         ]
 
 
-async def test_replies_that_are_not_read_are_dropped_when_there_are_too_many(
+async def test_unread_replies_are_shed_over_the_limit(
     api: Harness,
 ) -> None:
     """The connection that has waited for its reader for longest goes first."""
@@ -281,7 +281,7 @@ async def test_replies_that_are_not_read_are_dropped_when_there_are_too_many(
 
 
 @pytest.mark.parametrize("first", ["", QUERY], ids=["fast path", "slow path"])
-async def test_a_client_that_closed_its_side_is_answered(
+async def test_a_half_closed_connection_gets_its_reply(
     api: Harness, held_back: Callable[[], None], first: str
 ) -> None:
     """At once, and after having had to wait."""
@@ -295,7 +295,7 @@ async def test_a_client_that_closed_its_side_is_answered(
     assert api.position("s") == 8
 
 
-async def test_half_a_request_at_the_end_is_no_request(api: Harness) -> None:
+async def test_an_incomplete_request_before_eof_is_not_processed(api: Harness) -> None:
     async with connected(api) as client:
         client.writer.write(request(chunk()) + request(chunk(4))[:-1])
         client.writer.write_eof()
@@ -304,7 +304,7 @@ async def test_half_a_request_at_the_end_is_no_request(api: Harness) -> None:
     assert api.position("s") == 4
 
 
-async def test_a_client_that_is_gone_is_told_from_one_that_closed_its_side(
+async def test_a_disconnected_client_is_distinguished_from_a_half_closed_one(
     api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By interim answers: one that waits reads past them, one that is gone resets them."""
@@ -330,7 +330,7 @@ async def test_a_client_that_is_gone_is_told_from_one_that_closed_its_side(
         await becomes(lambda: not server.server_state.connections, "no connection")
 
 
-async def test_a_refused_body_is_read_on_within_a_bound(api: Harness) -> None:
+async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
     head = request(b"", first=PREDICT, length="Content-Length: 100000000")
     async with connected(api) as client:
         client.writer.write(head)
@@ -345,7 +345,7 @@ async def test_a_refused_body_is_read_on_within_a_bound(api: Harness) -> None:
         await client.is_cut_off()
 
 
-async def test_a_request_that_was_refused_gets_no_second_answer(api: Harness) -> None:
+async def test_a_rejected_request_gets_one_reply(api: Harness) -> None:
     """Its body cannot be read any more after that."""
     head = request(b"", "Transfer-Encoding: chunked", first="POST /v2 HTTP/1.1", length="")
     async with connected(api) as client:
@@ -356,7 +356,7 @@ async def test_a_request_that_was_refused_gets_no_second_answer(api: Harness) ->
     assert api.position("behind") is None
 
 
-async def test_a_body_that_waits_to_be_asked_for_may_never_come(api: Harness) -> None:
+async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Harness) -> None:
     """Its request is refused before: what follows is then either its body or another request."""
     expects = "Expect: 100-continue"
     async with connected(api) as client:
@@ -371,7 +371,7 @@ async def test_a_body_that_waits_to_be_asked_for_may_never_come(api: Harness) ->
     assert api.position("behind") is None
 
 
-def test_connections_leave_room_for_other_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_limited_by_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, expected in ((1024, 768), (100, 75), (resource.RLIM_INFINITY, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         with capture_logs() as logs:

@@ -31,7 +31,7 @@ async def created(api: Harness, position: int, stream: str = "s") -> tuple[bool,
     return first.get("created", False), again.get("created", False)
 
 
-async def test_chunk_that_creates_its_stream(api: Harness) -> None:
+async def test_created_is_true_for_the_chunk_that_creates_its_stream(api: Harness) -> None:
     assert await created(api, 0) == (True, True)
     assert await created(api, 2) == (False, False)
 
@@ -44,13 +44,13 @@ async def at_zero(api: Harness, stream: str) -> None:
     assert response.status_code == 201
 
 
-async def test_chunk_after_a_restore_at_position_0(api: Harness) -> None:
+async def test_created_is_false_after_a_restore_at_position_0(api: Harness) -> None:
     await at_zero(api, "s")
     assert await created(api, 0) == (False, False)
     assert await created(api, 2) == (False, False)
 
 
-async def test_chunk_after_a_fork_at_position_0(api: Harness) -> None:
+async def test_created_is_false_after_a_fork_at_position_0(api: Harness) -> None:
     await at_zero(api, "origin")
     forked = await api.client.post(f"{ADDRESS}/origin/fork", json={"to": "s"})
     assert forked.json()["position"] == 0
@@ -58,7 +58,7 @@ async def test_chunk_after_a_fork_at_position_0(api: Harness) -> None:
     assert await created(api, 0, "origin") == (False, False)
 
 
-async def test_item_after_a_restore_at_position_0(api: Harness) -> None:
+async def test_created_is_false_for_an_item_after_a_restore_at_position_0(api: Harness) -> None:
     await at_zero(api, "s")
     items = [{"stream": name, **body(0)} for name in ("s", "new")]
     for _ in range(2):
@@ -67,7 +67,7 @@ async def test_item_after_a_restore_at_position_0(api: Harness) -> None:
         assert [reply.get("created") for reply in replies] == [None, True]
 
 
-async def test_stream_that_is_deleted_is_created_again(api: Harness) -> None:
+async def test_created_is_true_after_a_deletion(api: Harness) -> None:
     await at_zero(api, "s")
     await api.client.delete(f"{ADDRESS}/s")
     assert await created(api, 0) == (True, True)

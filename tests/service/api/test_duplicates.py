@@ -82,7 +82,7 @@ def inputs(media: Media, count: int) -> Any:
 @MEDIA
 @pytest.mark.parametrize("count", [1, 3000, 9000], ids=["short", "long", "longer"])
 @pytest.mark.parametrize("twice", ["inputs", "position", "epoch"])
-async def test_chunk_with_duplicate_member(
+async def test_chunk_with_duplicate_member_is_rejected(
     api: Harness, media: Media, count: int, twice: str
 ) -> None:
     body = members({"position": 0, "inputs": inputs(media, count), "epoch": None})
@@ -100,7 +100,9 @@ async def test_chunk_with_duplicate_member(
 
 @MEDIA
 @pytest.mark.parametrize("count", [2, 1500], ids=["short", "long"])
-async def test_event_with_duplicate_member(api: Harness, media: Media, count: int) -> None:
+async def test_event_with_duplicate_member_is_rejected(
+    api: Harness, media: Media, count: int
+) -> None:
     for again, event in (("load", EVENT), ("carrier", EVENT), ("gate", LATER), ("late", LATER)):
         body = members({"position": 0, "events": [EVENT, LATER] * (count // 2)})
         body[1][1][-1] = members(event).with_duplicate(again, event.get(again))
@@ -134,7 +136,9 @@ async def test_item_with_duplicate_member_fails_alone(
 
 @MEDIA
 @pytest.mark.parametrize("count", [1, 400], ids=["short", "long"])
-async def test_event_of_item_with_duplicate_member(api: Harness, media: Media, count: int) -> None:
+async def test_event_of_item_with_duplicate_member_is_rejected(
+    api: Harness, media: Media, count: int
+) -> None:
     good = members({"stream": "a", "events": [EVENT] * count})
     wrong = members({"stream": "b", "events": [EVENT] * count})
     wrong[1][1][-1] = members(EVENT).with_duplicate("heavy", False)
@@ -146,7 +150,9 @@ async def test_event_of_item_with_duplicate_member(api: Harness, media: Media, c
 
 @MEDIA
 @pytest.mark.parametrize("count", [1, 3000], ids=["short", "long"])
-async def test_lists_of_chunks_or_sequences_twice(api: Harness, media: Media, count: int) -> None:
+async def test_duplicate_lists_of_chunks_or_sequences_are_rejected(
+    api: Harness, media: Media, count: int
+) -> None:
     item = members({"stream": "a", "inputs": inputs(media, count)})
     for path, name, part in (
         ("probe/chunks", "chunks", item),
@@ -160,7 +166,9 @@ async def test_lists_of_chunks_or_sequences_twice(api: Harness, media: Media, co
 
 @MEDIA
 @pytest.mark.parametrize("count", [1, 3000], ids=["short", "long"])
-async def test_sequence_with_duplicate_member(api: Harness, media: Media, count: int) -> None:
+async def test_sequence_with_duplicate_member_is_rejected(
+    api: Harness, media: Media, count: int
+) -> None:
     given = inputs(media, count)
     body = Members([("sequences", [Members([("inputs", given), ("inputs", given)])])])
     response = await send(api, "probe/predict", media, body)
@@ -172,7 +180,7 @@ async def test_sequence_with_duplicate_member(api: Harness, media: Media, count:
 
 
 @MEDIA
-async def test_forecast_with_duplicate_member(api: Harness, media: Media) -> None:
+async def test_forecast_with_duplicate_member_is_rejected(api: Harness, media: Media) -> None:
     await api.chunk({"events": hourly_events(3)}, model="weather")
     body = members({"horizon": 2, "future": future_of(2)})
     address = "weather/streams/s/forecast"
@@ -186,7 +194,7 @@ async def test_forecast_with_duplicate_member(api: Harness, media: Media) -> Non
 
 
 @MEDIA
-async def test_state_or_fork_with_duplicate_member(api: Harness, media: Media) -> None:
+async def test_state_or_fork_with_duplicate_member_is_rejected(api: Harness, media: Media) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get("/v1/models/probe/streams/s/state")).json()
     state = members(kept["state"])
@@ -215,7 +223,7 @@ async def test_state_or_fork_with_duplicate_member(api: Harness, media: Media) -
         '{"inputs":[[4,5,6]],"epoch":null,"epoch":null}',
     ],
 )
-async def test_duplicate_members_in_other_writing(api: Harness, text: str) -> None:
+async def test_escaped_duplicate_members_are_rejected(api: Harness, text: str) -> None:
     document = problem(await api.chunk(text), 422, "invalid_input")
     assert "more than once" in document["detail"]
     assert api.position() is None
@@ -230,7 +238,7 @@ async def test_duplicate_members_in_other_writing(api: Harness, text: str) -> No
         (f'{{"a":{"9" * 5000},"a":1}}', "a"),
     ],
 )
-def test_place_of_duplicate_member(text: str, at: str | None) -> None:
+def test_error_names_the_place_of_the_duplicate_member(text: str, at: str | None) -> None:
     found = find_duplicate(Media.JSON, text.encode())
     assert (None if found is None else found.facts["at"]) == at
 
@@ -244,7 +252,7 @@ def test_member_name_is_the_same_in_every_encoding() -> None:
 
 
 @pytest.mark.parametrize("absent", ["null", "left out"])
-async def test_absent_values_are_no_duplicates(api: Harness, absent: str) -> None:
+async def test_absent_values_are_not_duplicates(api: Harness, absent: str) -> None:
     """They are not told from members that came twice by their count alone."""
     gone: dict[str, Any] = {"delay": None, "gate": None} if absent == "null" else {}
     events = [{**EVENT, **gone}, {**LATER, "carrier": 'a "quoted": \\ one'}]
@@ -256,7 +264,7 @@ async def test_absent_values_are_no_duplicates(api: Harness, absent: str) -> Non
         assert response.status_code == 200, response.text
 
 
-async def test_maps_under_numbers_are_no_state(api: Harness) -> None:
+async def test_a_state_with_numeric_keys_is_rejected(api: Harness) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get("/v1/models/probe/streams/s/state")).json()
     kept["state"]["lstm_1.hidden"] = [{1: 2, 3: 4}]

@@ -228,7 +228,7 @@ async def test_both_servers_answer_the_same(doors: tuple[Door, Door], name: str)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_a_head_in_doubt_is_refused_and_the_connection_closed(
+async def test_an_ambiguous_head_is_rejected_and_the_connection_closed(
     doors: tuple[Door, Door], name: str
 ) -> None:
     ours, _ = doors
@@ -425,7 +425,7 @@ class Framing:
         self.ends += 1
 
 
-async def test_the_fast_path_and_the_parser_frame_alike(api: Harness) -> None:
+async def test_fast_path_and_parser_frame_requests_alike(api: Harness) -> None:
     """What the first takes, whatever was done to a good request, is one request to the other."""
     express: Express = api.app.state.express
     random = Random(11)

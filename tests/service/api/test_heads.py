@@ -70,7 +70,7 @@ def expected(exchange: Exchange) -> list[int]:
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_every_request_is_answered_once_however_it_is_cut(
+def test_every_request_is_answered_once_however_it_is_segmented(
     service: Service, client: httpx.Client, name: str
 ) -> None:
     exchange = EXCHANGES[name]
@@ -87,9 +87,7 @@ def test_every_request_is_answered_once_however_it_is_cut(
         assert client.get(STREAMS, params={"prefix": stream}).json()["streams"] == []
 
 
-def test_a_client_that_closes_its_side_gets_its_answers(
-    service: Service, client: httpx.Client
-) -> None:
+def test_a_half_closed_connection_gets_all_replies(service: Service, client: httpx.Client) -> None:
     """Sent by one write, and read by the service together with the end of the connection."""
     client.delete(STREAMS, params={"prefix": HIDDEN}).raise_for_status()
     slow = CHUNK.replace(b"0,", b"1,")

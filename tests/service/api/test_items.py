@@ -93,7 +93,7 @@ async def test_an_item_that_cannot_be_read_fails_alone(api: Harness) -> None:
     assert api.counts.seen["previous_failed"] == 1
 
 
-async def test_an_item_has_a_name_that_an_address_could_have(api: Harness) -> None:
+async def test_item_stream_names_must_be_valid_in_urls(api: Harness) -> None:
     inputs = rows(1).tolist()
     items = [{"stream": name, "inputs": inputs} for name in (".", "..", "...")]
     assert codes(await send(api, items)) == ["invalid_name", "invalid_name", 1]

@@ -118,7 +118,9 @@ def test_long_and_short_reader_agree(
 
 
 @pytest.mark.parametrize("text", EDGES)
-def test_edges(readers: Mapping[str, RequestReader], text: str) -> None:
+def test_long_and_short_reader_agree_on_edge_cases(
+    readers: Mapping[str, RequestReader], text: str
+) -> None:
     reader, body = readers["probe"], text.encode()
     item = b'{"stream":"a",' + body[1:]
     for kind, whole in (
@@ -131,7 +133,7 @@ def test_edges(readers: Mapping[str, RequestReader], text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_commas_in_texts_separate_nothing(data: st.DataObject) -> None:
+def test_commas_in_strings_are_not_separators(data: st.DataObject) -> None:
     texts = st.text(st.sampled_from(['"', "\\", ",", "[", "}", "a", "\n", "é"]), max_size=6)
     value = data.draw(st.dictionaries(texts, st.lists(texts, max_size=4), max_size=4))
     text = json.dumps(value, ensure_ascii=data.draw(st.booleans()), indent=1).encode()
@@ -171,7 +173,7 @@ def request_of(body: Any, *, packed: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-async def test_long_list_of_events_is_one_chunk(api: Harness, packed: bool) -> None:
+async def test_a_long_list_of_events_is_one_chunk(api: Harness, packed: bool) -> None:
     events = [EVENT, LATER] * 800
     whole = request_of({"position": 0, "events": events}, packed=packed)
     address = "/v1/models/small/streams"
@@ -186,7 +188,9 @@ async def test_long_list_of_events_is_one_chunk(api: Harness, packed: bool) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True])
-async def test_wrong_event_of_a_long_list_is_named(api: Harness, packed: bool) -> None:
+async def test_an_invalid_event_of_a_long_list_is_reported_with_its_index(
+    api: Harness, packed: bool
+) -> None:
     events = [EVENT] * 1600
     events[1234] = {**EVENT, "heavy": "no"}
     whole = request_of({"position": 0, "events": events}, packed=packed)
@@ -196,7 +200,7 @@ async def test_wrong_event_of_a_long_list_is_named(api: Harness, packed: bool) -
     assert found["stream"] == "s"
 
 
-async def test_wrong_row_of_a_long_list_is_named(api: Harness) -> None:
+async def test_an_invalid_row_of_a_long_list_is_reported_with_its_index(api: Harness) -> None:
     for wrong, at in (([1, 2, 1e39], "[2]"), ([1, 2], ""), ([1, None, 2], "[1]")):
         given = rows(4000).tolist()
         given[3210] = wrong
@@ -224,7 +228,7 @@ async def test_long_future_is_read(api: Harness, packed: bool) -> None:
     assert response.status_code == 422
 
 
-async def test_long_body_waits_for_the_one_before(api: Harness) -> None:
+async def test_long_bodies_are_validated_one_at_a_time(api: Harness) -> None:
     request = request_of({"inputs": rows(4000).tolist()}, packed=False)
     bodies = api.app.state.api.long_bodies
     address = "/v1/models/probe/streams/s/chunks"
@@ -238,7 +242,7 @@ async def test_long_body_waits_for_the_one_before(api: Harness) -> None:
     assert (api.position(), api.position("t")) == (4000, None)
 
 
-async def test_too_many_long_bodies_are_overload() -> None:
+async def test_too_many_waiting_long_bodies_are_rejected() -> None:
     bodies = LongBodyAdmission(max_waiting_bytes=10)
     order: list[int] = []
 
@@ -265,7 +269,7 @@ async def test_deadline_ends_reading(readers: Mapping[str, RequestReader]) -> No
         await LongReader(readers["probe"]).chunk(body, Media.JSON, "s", None, checkpoint)
 
 
-async def test_waiting_reader_that_is_cancelled_leaves_the_queue() -> None:
+async def test_a_cancelled_long_body_stops_waiting() -> None:
     bodies = LongBodyAdmission(max_waiting_bytes=10)
 
     async def read_one() -> None:
@@ -283,7 +287,7 @@ async def test_waiting_reader_that_is_cancelled_leaves_the_queue() -> None:
     await other
 
 
-async def test_overloaded_model_does_not_read_long_bodies(
+async def test_long_bodies_are_rejected_unparsed_when_the_queue_is_full(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

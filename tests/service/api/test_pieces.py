@@ -50,7 +50,7 @@ DOCUMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("media", Media)
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_pieces_are_the_whole(media: Media, name: str) -> None:
+def test_encoded_pieces_join_to_the_whole_document(media: Media, name: str) -> None:
     document = DOCUMENTS[name]
     written = list(encode_pieces(media, document))
     assert b"".join(written) == dumps(media, document)
@@ -69,13 +69,15 @@ documents = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(documents, st.integers(1, 20), st.sampled_from(Media))
-def test_any_document_in_pieces_of_any_size(document: Any, size: int, media: Media) -> None:
+def test_any_document_is_encoded_in_pieces_of_any_size(
+    document: Any, size: int, media: Media
+) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "PIECE_VALUES", size)
         assert b"".join(encode_pieces(media, document)) == dumps(media, document)
 
 
-def test_only_long_documents_are_written_in_pieces() -> None:
+def test_only_long_documents_are_encoded_in_pieces() -> None:
     assert count_values({"a": values(10, 3), "b": [1, {"c": "x"}]}) == 30 + 1 + 1 + 1 + 1 + 1
     short, long = values(LONG_VALUES - 1), values(LONG_VALUES)
     assert not isinstance(reply(Media.JSON, {"a": short}), LongAnswer)
@@ -85,7 +87,7 @@ def test_only_long_documents_are_written_in_pieces() -> None:
 @pytest.mark.parametrize("media", ["application/json", "application/msgpack"])
 @pytest.mark.parametrize("address", [f"{PATH.format('s')}", "/v1/models/probe/predict"])
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-async def test_a_long_reply_is_the_same_as_short_ones(
+async def test_a_long_reply_equals_the_short_replies(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +145,7 @@ def _unchunked(body: bytes) -> bytes:
     return b"".join(parts)
 
 
-async def test_a_reply_that_is_not_read_is_not_written(
+async def test_a_reply_is_encoded_only_as_the_client_reads(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
     """Its values wait, and count as what the connection keeps; a client that leaves ends it."""
@@ -172,7 +174,7 @@ async def test_a_reply_that_is_not_read_is_not_written(
         await becomes(lambda: not connection._unsent.kept_bytes, "nothing kept")
 
 
-async def test_others_have_their_turn_while_a_reply_is_written() -> None:
+async def test_encoding_a_long_reply_yields_the_event_loop() -> None:
     answer = reply(Media.JSON, {"a": values(100 * PIECE_VALUES)})
     turns = written = 0
 

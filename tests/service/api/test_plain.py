@@ -321,7 +321,9 @@ EDGES = [
 
 
 @pytest.mark.parametrize("text", EDGES)
-def test_edges(readers: Mapping[str, tuple[RequestReader, RequestReader]], text: str) -> None:
+def test_long_and_short_reader_agree_on_edge_cases(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]], text: str
+) -> None:
     fast, strict = readers["probe"]
     body = text.encode()
     assert read(fast, "chunk", Media.JSON, body) == read(strict, "chunk", Media.JSON, body)
@@ -413,7 +415,7 @@ def test_items_of_both_kinds_and_of_different_lengths(
 
 
 @pytest.mark.parametrize("sizes", [(20, 16), (16, 20), (12, 13, 23)])
-def test_torn_rows_are_not_made_whole_by_those_of_others(
+def test_incomplete_rows_are_not_completed_by_other_chunks(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], sizes: tuple[int, ...]
 ) -> None:
     """Rows of 12 bytes: together the lengths are whole rows, and each is its own chunk's alone."""

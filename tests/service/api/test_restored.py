@@ -14,9 +14,7 @@ ADDRESS = "/v1/models/probe/streams"
 
 
 @pytest.mark.parametrize("seen", [2**61 + 1, 2**62, 2**63 - 1, -1])
-async def test_counts_that_no_stream_can_go_on_from_are_not_restored(
-    api: Harness, seen: int
-) -> None:
+async def test_restore_rejects_counts_that_cannot_be_continued(api: Harness, seen: int) -> None:
     await api.chunk({"events": [EVENT]}, model="small")
     address = "/v1/models/small/streams"
     kept = (await api.client.get(f"{address}/s/state")).json()
@@ -35,7 +33,7 @@ async def test_counts_that_no_stream_can_go_on_from_are_not_restored(
         {"clock.last_ms": 7_258_118_399_999},
     ],
 )
-async def test_every_state_that_is_restored_can_go_on(
+async def test_every_restored_state_can_be_continued(
     api: Harness, feed: str, clock: dict[str, int]
 ) -> None:
     await api.chunk({"events": [EVENT, LATER]}, model="small")
@@ -57,7 +55,7 @@ async def test_every_state_that_is_restored_can_go_on(
 
 
 @pytest.mark.parametrize("position", [2**62, 2**62 - 1])
-async def test_last_position_that_is_restored_can_go_on(api: Harness, position: int) -> None:
+async def test_the_last_restorable_position_can_be_continued(api: Harness, position: int) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
     kept["position"] = position
@@ -71,7 +69,7 @@ async def test_last_position_that_is_restored_can_go_on(api: Harness, position: 
 
 @pytest.mark.parametrize("depth", [30, 150, 400, 1000])
 @pytest.mark.parametrize("packed", [False, True])
-async def test_deeply_nested_values_are_no_state(api: Harness, depth: int, packed: bool) -> None:
+async def test_deeply_nested_states_are_rejected(api: Harness, depth: int, packed: bool) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
     kept["state"]["lstm_1.hidden"] = "deep"

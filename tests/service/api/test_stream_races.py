@@ -46,7 +46,7 @@ def etag(state: Any) -> dict[str, str]:
     return {"if-match": f'"{state["epoch"]}-{state["tag"]}"'}
 
 
-async def test_a_conditional_deletion_spares_a_stream_that_moved_on(api: Harness) -> None:
+async def test_a_conditional_deletion_keeps_a_stream_that_changed(api: Harness) -> None:
     state = await saved(api)
     api.store.on_delete = once(lambda: moved(api))
     refused = await api.client.delete(f"{ADDRESS}/s", headers=etag(state))
@@ -54,14 +54,14 @@ async def test_a_conditional_deletion_spares_a_stream_that_moved_on(api: Harness
     assert api.store.states[KEY].mark.epoch == b"others01"
 
 
-async def test_a_conditional_deletion_of_what_is_gone_meanwhile_is_refused(api: Harness) -> None:
+async def test_a_conditional_deletion_of_a_deleted_stream_is_rejected(api: Harness) -> None:
     state = await saved(api)
     api.store.on_delete = once(lambda: api.store.states.pop(KEY))
     refused = await api.client.delete(f"{ADDRESS}/s", headers=etag(state))
     assert problem(refused, 412, "state_changed")["epoch"] is None
 
 
-async def test_an_unconditional_deletion_deletes_what_others_made_of_the_stream(
+async def test_an_unconditional_deletion_deletes_a_stream_that_changed(
     api: Harness,
 ) -> None:
     await saved(api)
@@ -70,7 +70,7 @@ async def test_an_unconditional_deletion_deletes_what_others_made_of_the_stream(
     assert not api.store.states
 
 
-async def test_a_deletion_whose_outcome_is_unknown_says_so(api: Harness) -> None:
+async def test_a_deletion_reports_an_unknown_outcome(api: Harness) -> None:
     await saved(api)
     api.store.on_delete = lambda key: OutcomeUnknown("the reply was lost", stream=key.stream)
     problem(await api.client.delete(f"{ADDRESS}/s"), 503, "outcome_unknown")
@@ -84,7 +84,7 @@ def fork(api: Harness, state: Any, headers: dict[str, str]) -> Any:
     return api.client.post(f"{ADDRESS}/s/fork", json={"to": "t"}, headers=headers)
 
 
-async def test_a_restore_spares_a_stream_that_moved_on(api: Harness) -> None:
+async def test_a_conditional_restore_keeps_a_stream_that_changed(api: Harness) -> None:
     state = await saved(api)
     api.store.on_commit = once(lambda: moved(api))
     refused = await restore(api, state, etag(state))
@@ -92,21 +92,21 @@ async def test_a_restore_spares_a_stream_that_moved_on(api: Harness) -> None:
     assert api.store.states[KEY].mark.epoch == b"others01"
 
 
-async def test_a_restore_over_any_state_replaces_one_that_moved_on(api: Harness) -> None:
+async def test_a_restore_with_if_match_any_replaces_a_stream_that_changed(api: Harness) -> None:
     state = await saved(api)
     api.store.on_commit = once(lambda: moved(api))
     assert (await restore(api, state, {"if-match": "*"})).status_code == 200
     assert api.store.states[KEY].mark.epoch not in (b"others01", bytes.fromhex(state["epoch"]))
 
 
-async def test_a_restore_of_what_is_gone_meanwhile_is_refused(api: Harness) -> None:
+async def test_a_conditional_restore_of_a_deleted_stream_is_rejected(api: Harness) -> None:
     state = await saved(api)
     api.store.on_commit = once(lambda: api.store.states.pop(KEY))
     assert problem(await restore(api, state, etag(state)), 412, "state_changed")["epoch"] is None
     assert not api.store.states
 
 
-async def test_a_fork_does_not_replace_a_stream_that_began_meanwhile(api: Harness) -> None:
+async def test_a_fork_does_not_replace_a_stream_created_meanwhile(api: Harness) -> None:
     state = await saved(api)
     to = StreamKey("probe", "t")
     api.store.on_commit = once(lambda: moved(api, to))
@@ -116,7 +116,7 @@ async def test_a_fork_does_not_replace_a_stream_that_began_meanwhile(api: Harnes
 
 
 @pytest.mark.parametrize("write", [restore, fork])
-async def test_a_deletion_meanwhile_does_not_refuse_a_beginning(
+async def test_restore_and_fork_succeed_after_a_concurrent_deletion(
     api: Harness, write: Callable[..., Any]
 ) -> None:
     """It leaves a tombstone where the write expected nothing."""
@@ -137,7 +137,7 @@ async def test_a_deletion_meanwhile_does_not_refuse_a_beginning(
     assert api.position(name) == 2
 
 
-async def test_a_beginning_whose_outcome_is_unknown_says_so(api: Harness) -> None:
+async def test_restore_and_fork_report_an_unknown_outcome(api: Harness) -> None:
     state = await saved(api)
     api.store.on_commit = lambda commit: OutcomeUnknown("lost", stream=commit.key.stream)
     problem(await fork(api, state, {}), 503, "outcome_unknown")
@@ -147,7 +147,7 @@ async def test_a_beginning_whose_outcome_is_unknown_says_so(api: Harness) -> Non
 # Damaged states
 
 
-async def test_a_restore_that_names_a_state_leaves_a_damaged_one(
+async def test_a_conditional_restore_keeps_a_damaged_state(
     api: Harness, damage: Callable[[str], None]
 ) -> None:
     state = await saved(api)
@@ -161,7 +161,7 @@ async def test_a_restore_that_names_a_state_leaves_a_damaged_one(
 @pytest.mark.parametrize(
     ("headers", "status"), [({}, 409), ({"if-match": "*"}, 200)], ids=["plain", "any state"]
 )
-async def test_a_restore_does_not_delete_what_others_put_in_a_damaged_ones_place(
+async def test_a_restore_does_not_delete_a_stream_that_replaced_a_damaged_state(
     api: Harness, damage: Callable[[str], None], headers: dict[str, str], status: int
 ) -> None:
     state = await saved(api)

@@ -70,7 +70,9 @@ async def test_decimal_seconds_are_taken(api: Harness, value: str) -> None:
     assert response.status_code == 200
 
 
-async def test_what_was_not_begun_in_time_changes_nothing(api: Harness, clock: ManualClock) -> None:
+async def test_a_chunk_that_did_not_start_in_time_changes_nothing(
+    api: Harness, clock: ManualClock
+) -> None:
     response = await expire_while_held(api, clock, api.chunk(BODY, headers=SHORT))
     document = problem(response, 504, "deadline_exceeded")
     assert document["retryable"] is True
@@ -79,7 +81,7 @@ async def test_what_was_not_begun_in_time_changes_nothing(api: Harness, clock: M
 
 
 @pytest.mark.parametrize("position", [0, None])
-async def test_a_commit_under_way_is_unknown(
+async def test_the_outcome_of_a_commit_under_way_is_unknown(
     api: Harness, clock: ManualClock, position: int | None
 ) -> None:
     """The same request again is right with a position only, and that is what it is told."""
@@ -96,7 +98,7 @@ async def test_a_commit_under_way_is_unknown(
         assert (await api.chunk(body)).json()["replayed"] is True
 
 
-async def test_items_fare_each_on_their_own(api: Harness, clock: ManualClock) -> None:
+async def test_items_time_out_independently(api: Harness, clock: ManualClock) -> None:
     """The first is about to be written; the one behind it, of its stream, is held back."""
     await api.chunk(BODY, stream="known")
     body = {

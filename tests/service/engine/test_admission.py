@@ -32,7 +32,7 @@ def refused(results: Sequence[Results[str]]) -> list[type]:
     return [type(found.result()[0]) for found in results if found.done()]
 
 
-async def test_a_stream_with_many_callers_refuses_these_alone() -> None:
+async def test_an_overloaded_stream_rejects_its_own_callers_only() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
         with structlog.testing.capture_logs() as logged:
@@ -60,7 +60,7 @@ async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
         runs.gate.set()
 
 
-async def test_a_full_queue_refuses_every_stream() -> None:
+async def test_a_full_queue_rejects_every_stream() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
         results = enqueue(batcher, [f"s{n}" for n in range(QUEUE + 2)])
@@ -68,7 +68,7 @@ async def test_a_full_queue_refuses_every_stream() -> None:
         runs.gate.set()
 
 
-async def test_a_stream_is_refused_by_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of its chunks is begun in 0.4 s, whatever becomes of others."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
@@ -132,7 +132,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
         assert await many == [name.upper() for name in names]
 
 
-async def test_a_request_whose_caller_leaves_is_queued_no_further() -> None:
+async def test_a_cancelled_request_queues_no_more_parts() -> None:
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART)]
     async with batching(runs) as batcher, asyncio.timeout(5):

@@ -138,7 +138,7 @@ async def test_a_released_stream_goes_on_before_its_batch_ends() -> None:
         assert await asyncio.gather(*tasks) == ["A1", "A2"]
 
 
-async def test_a_batch_that_ends_does_not_free_a_stream_that_it_released() -> None:
+async def test_a_batch_does_not_release_a_stream_twice() -> None:
     """Another batch holds the stream by then."""
     runs = Runs()
     gates = {name: asyncio.Event() for name in ("a1", "a2")}

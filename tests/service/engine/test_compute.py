@@ -124,7 +124,7 @@ class Overflowing(Summing):
 
 
 @pytest.mark.parametrize("call", [1, 2, SLICES])
-async def test_a_number_that_is_not_finite_is_noticed_in_every_slice(call: int) -> None:
+async def test_non_finite_outputs_are_detected_in_every_slice(call: int) -> None:
     compute = Compute()
     outputs, states, finite = await infer(compute, Overflowing(call), 4 * SLICES)
     compute.close()

@@ -54,7 +54,7 @@ async def test_jobs_without_a_stream_share_a_batch() -> None:
     assert (len(waiting.queue), waiting.queue.ready()) == (0, 0)
 
 
-async def test_a_stream_with_a_backlog_takes_its_turn_behind_others() -> None:
+async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
     waiting = Waiting(BatchLimits(max_rows=2, max_padded_steps=64))
     waiting.push("hot", "hot", "hot", "a", "b")
     assert waiting.take() == ["hot0", "a3"]
@@ -71,7 +71,7 @@ async def test_requests_share_a_batch_evenly() -> None:
     assert waiting.take() == ["c2", "d3", "e4", "f5"]
 
 
-async def test_a_job_that_does_not_fit_is_passed_over_and_comes_first_next_time() -> None:
+async def test_a_job_that_does_not_fit_is_skipped_and_comes_first_next_time() -> None:
     waiting = Waiting()
     waiting.push("a", steps=20)
     waiting.push("b", steps=60)
@@ -80,7 +80,7 @@ async def test_a_job_that_does_not_fit_is_passed_over_and_comes_first_next_time(
     assert waiting.take() == ["b1"]
 
 
-async def test_items_that_are_passed_over_keep_their_order() -> None:
+async def test_skipped_items_keep_their_order() -> None:
     waiting, many = Waiting(), Ticket[str](4, math.inf)
     for key, steps in (("a", 20), ("b", 60), ("c", 60), ("d", 1)):
         waiting.push(key, steps=steps, ticket=many)
@@ -95,7 +95,7 @@ async def test_a_job_over_the_budget_goes_alone() -> None:
     assert waiting.take() == ["b1"]
 
 
-async def test_few_jobs_are_passed_over() -> None:
+async def test_the_number_of_skipped_jobs_is_bounded() -> None:
     waiting = Waiting(BatchLimits(max_rows=200, max_padded_steps=64))
     waiting.push("first", steps=20)
     waiting.push(*(f"large{n}:" for n in range(MAX_SKIPPED)), steps=60)
@@ -114,7 +114,7 @@ async def test_long_jobs_wait_where_only_short_ones_may_start() -> None:
     assert waiting.take() == ["a0"]
 
 
-async def test_long_and_short_jobs_have_turns_by_age_and_share_no_batch() -> None:
+async def test_long_and_short_jobs_are_batched_separately_oldest_first() -> None:
     waiting = Waiting(LONG_BEYOND_16)
     waiting.push("a", steps=20)
     waiting.push("b")
@@ -144,7 +144,7 @@ async def test_a_job_of_a_released_stream_is_put_back_before_the_streams_later_j
     assert waiting.take() == ["a1"]
 
 
-async def test_a_job_behind_which_another_is_held_waits_for_that() -> None:
+async def test_a_job_put_back_waits_while_its_stream_is_held() -> None:
     waiting = Waiting()
     waiting.push("a", "a")
     (first,) = waiting.queue.take(lambda _: True)
@@ -171,7 +171,7 @@ async def test_a_short_job_that_a_long_one_is_put_back_before_does_not_overtake_
     assert waiting.take() == ["a0"]
 
 
-async def test_jobs_that_are_gone_are_dropped_and_free_their_streams() -> None:
+async def test_cancelled_jobs_are_dropped_and_free_their_streams() -> None:
     waiting = Waiting()
     waiting.push("a", "a", "b", "c", "c")
     held = waiting.queue.take(lambda job: job.payload != "b2")

@@ -79,7 +79,7 @@ def test_auto_takes_onnxruntime_where_every_model_has_a_graph(
     assert "'selu'" in reason
 
 
-def test_auto_takes_what_is_installed(drawn: Artifact, installed: Any) -> None:
+def test_auto_selects_an_installed_runtime(drawn: Artifact, installed: Any) -> None:
     installed("tensorflow")
     assert chosen(drawn) == ("tensorflow", "onnxruntime is not installed")
     installed("onnxruntime")
@@ -89,14 +89,14 @@ def test_auto_takes_what_is_installed(drawn: Artifact, installed: Any) -> None:
         open_runtimes("auto", [drawn], 1)
 
 
-def test_what_is_asked_for_is_taken(drawn: Artifact, installed: Any) -> None:
+def test_the_requested_runtime_is_used(drawn: Artifact, installed: Any) -> None:
     installed("onnxruntime", "tensorflow")
     assert chosen(drawn, wanted="tensorflow") == ("tensorflow", "as asked for")
     with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
         open_runtimes("torch", [drawn], 1)
 
 
-def test_a_model_that_no_graph_can_hold_is_unsupported(odd: Artifact) -> None:
+def test_a_model_without_a_graph_is_unsupported(odd: Artifact) -> None:
     with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*'selu'"):
         open_runtimes("onnxruntime", [odd], 1)
 
@@ -168,7 +168,7 @@ EXCHANGED = {
 
 
 @pytest.mark.parametrize("exchanged", EXCHANGED.values(), ids=EXCHANGED.keys())
-def test_an_exchanged_graph_is_not_run(drawn: Artifact, exchanged: Any) -> None:
+def test_a_replaced_graph_file_is_not_run(drawn: Artifact, exchanged: Any) -> None:
     """It has the model's fingerprint in it, and the manifest its checksum."""
     other = contracting_weights(drawn.spec, 2)
     (drawn.path / "graph.onnx").write_bytes(exchanged(drawn, other))

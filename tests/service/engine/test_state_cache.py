@@ -25,7 +25,7 @@ def kept(cache: StateCache, names: str) -> str:
     return "".join(name for name in names if cache.get(key(name)) is not None)
 
 
-def test_the_stream_used_longest_ago_leaves_first() -> None:
+def test_the_least_recently_used_stream_is_evicted_first() -> None:
     cache = StateCache(3 * SIZE_BYTES)
     for name in "abc":
         cache.put(key(name), state())
@@ -37,7 +37,7 @@ def test_the_stream_used_longest_ago_leaves_first() -> None:
     assert sum(cache.get(key(f"more{number}")) is not None for number in range(100)) == 3
 
 
-def test_a_state_that_is_replaced_or_dropped_frees_its_bytes() -> None:
+def test_replacing_or_dropping_a_state_frees_its_bytes() -> None:
     cache = StateCache(3 * SIZE_BYTES)
     for _ in range(10):
         cache.put(key("a"), state())
@@ -51,7 +51,7 @@ def test_a_state_that_is_replaced_or_dropped_frees_its_bytes() -> None:
     assert kept(cache, "abcd") == "bcd"
 
 
-def test_a_state_larger_than_the_cache_is_not_kept() -> None:
+def test_a_state_larger_than_the_cache_is_not_cached() -> None:
     cache = StateCache(SIZE_BYTES)
     cache.put(key("large"), state(FLOATS + 1))
     assert cache.get(key("large")) is None

@@ -27,7 +27,7 @@ from service.state.settings import StoreSettings
         "redis://:p@ss:w@cache.test/1",
     ],
 )
-async def test_addresses_of_every_kind_are_settings(url: str) -> None:
+async def test_valid_addresses_are_accepted(url: str) -> None:
     assert Settings.load({"redis_url": url}).redis_url == url
     await open_store(StoreSettings(url)).close()
 
@@ -53,7 +53,7 @@ SECRET_PARTS = ("s3c", "r3t")
         "http://:s3cr3t@cache.test",
     ],
 )
-def test_an_address_that_cannot_be_read_is_refused_without_a_part_of_it(url: str) -> None:
+def test_a_malformed_address_is_rejected_without_showing_it(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"redis_url": url})
     with pytest.raises(StoreRefused) as refused:
@@ -63,7 +63,7 @@ def test_an_address_that_cannot_be_read_is_refused_without_a_part_of_it(url: str
         assert not any(part in chain for part in SECRET_PARTS)
 
 
-def test_settings_of_a_store_do_not_show_their_address() -> None:
+def test_store_settings_do_not_show_the_address() -> None:
     assert "s3cr3t" not in repr(StoreSettings("redis://:s3cr3t@cache.test"))
 
 

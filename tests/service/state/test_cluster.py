@@ -289,7 +289,7 @@ async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
         own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
 
 
-async def test_what_a_lost_node_owes_goes_to_its_heir(
+async def test_pending_requests_of_a_lost_node_move_to_its_replacement(
     own_cluster: Cluster, streams: Streams
 ) -> None:
     """Without the node coming back: what it was sent, and what was asked since."""

@@ -79,7 +79,7 @@ def test_the_mark_is_read_from_the_header_alone(stream: StreamState) -> None:
 
 
 @given(st.binary(min_size=8, max_size=8))
-def test_a_tombstone_comes_back_and_its_header_is_of_no_stream(epoch: bytes) -> None:
+def test_a_tombstone_round_trips_and_its_header_has_no_mark(epoch: bytes) -> None:
     tombstone = Tombstone(Mark(epoch, bytes(16), 0))
     value = encode_tombstone(tombstone)
     assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_BEGIN, epoch)
@@ -92,7 +92,7 @@ def test_a_tombstone_comes_back_and_its_header_is_of_no_stream(epoch: bytes) -> 
     ("at", "patch"),
     [(5, b"\x05"), (5, b"\x06"), (6, b"\1"), (16, b"\1"), (40, b"\1"), (56, b"\1"), (88, b"\1")],
 )
-def test_a_tombstone_with_anything_in_it_is_refused(at: int, patch: bytes) -> None:
+def test_a_tombstone_with_nonzero_fields_is_rejected(at: int, patch: bytes) -> None:
     value = encode_tombstone(Tombstone(Mark(b"epoch-89", bytes(16), 0)))
     with pytest.raises(CodecError):
         decode_state(resealed(value, at, 12, patch))
@@ -108,7 +108,7 @@ def test_a_tombstone_with_anything_in_it_is_refused(at: int, patch: bytes) -> No
         Mark(bytes(8), bytes(16), 1),
     ],
 )
-def test_no_other_mark_is_one_of_a_tombstone(mark: Mark) -> None:
+def test_a_tombstone_with_another_mark_is_not_encoded(mark: Mark) -> None:
     with pytest.raises(CodecError):
         encode_tombstone(Tombstone(mark))
 
@@ -135,7 +135,7 @@ def test_the_layout_of_a_state_is_the_documented_one() -> None:
     assert value[96:] == struct.pack("<3q2f", -3, 2**62, 7, 1.5, -2.0)
 
 
-def test_flag_of_a_first_chunk_that_did_not_create_its_stream() -> None:
+def test_the_stream_existed_flag_round_trips() -> None:
     stream = Streams().first(floats=4, ints=0)
     assert stream.last is not None
     flags = encode_state(stream)[5]

@@ -71,7 +71,7 @@ async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
 # Tombstones
 
 
-async def test_a_deletion_is_remembered_for_a_while(
+async def test_a_tombstone_expires_after_its_lifetime(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     store = await open_on(tombstone_ttl_ms=600_000)
@@ -89,7 +89,7 @@ async def test_a_deletion_is_remembered_for_a_while(
     await until_async(forgotten, "the tombstone's end")
 
 
-async def test_a_stream_begins_again_from_its_tombstone_alone(
+async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     store = await open_on(idle_ttl_ms=0)
@@ -108,7 +108,7 @@ async def test_a_stream_begins_again_from_its_tombstone_alone(
         assert client.pttl(names(server)[0]) == -1
 
 
-async def test_deleting_what_does_not_exist_leaves_a_tombstone_too(
+async def test_deleting_a_missing_stream_leaves_a_tombstone(
     store: StateStore, streams: Streams
 ) -> None:
     """What was sent before the answer, when there was no stream, is not applied after it."""
@@ -123,13 +123,15 @@ async def test_deleting_what_does_not_exist_leaves_a_tombstone_too(
     assert await store.commit([late]) == [Conflicted(None)]
 
 
-async def test_a_refused_deletion_leaves_no_tombstone(store: StateStore, streams: Streams) -> None:
+async def test_a_conflicting_deletion_leaves_no_tombstone(
+    store: StateStore, streams: Streams
+) -> None:
     other = streams.begin().mark
     assert await store.delete(key("a"), other) == Conflicted(None)
     assert await store.load([key("a")]) == [None]
 
 
-async def test_confirming_a_tombstone_changes_none_of_it(
+async def test_confirming_a_tombstone_does_not_change_it(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     """The script behind `load_with_reply` where replicas are waited for; it may come late, too."""
@@ -151,7 +153,7 @@ async def test_confirming_a_tombstone_changes_none_of_it(
 
 
 @pytest.mark.parametrize("value", [b"", b"C", b"C" * 40, b"XXXX" + bytes(200)])
-async def test_a_damaged_state_is_deleted_if_it_is_still_the_one_that_was_read(
+async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
     store: StateStore, streams: Streams, server: RealServer, value: bytes
 ) -> None:
     with server.client() as client:
@@ -174,7 +176,7 @@ async def test_a_key_of_another_type_is_deleted(store: StateStore, server: RealS
     assert isinstance((await store.load([key("a")]))[0], Tombstone)
 
 
-async def test_streams_are_deleted_from_a_full_memory(
+async def test_streams_are_deleted_when_memory_is_full(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     await committed(store, streams.creation(key("a")))
@@ -204,7 +206,7 @@ class Interrupted(RedisStore):
         return await super()._write_tombstone(key, condition, *rest)
 
 
-async def test_a_stream_that_never_rests_is_deleted(
+async def test_a_stream_under_constant_writes_is_deleted(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     """By its epoch, once it has been moved on too often between two tries."""
@@ -226,7 +228,7 @@ async def test_a_stream_that_never_rests_is_deleted(
     assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
 
 
-async def test_a_stream_that_is_begun_again_and_again_is_a_conflict(
+async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     async def begin_again() -> None:
@@ -252,7 +254,7 @@ async def test_a_stream_that_is_begun_again_and_again_is_a_conflict(
     ],
     ids=["nothing", "the same epoch", "another epoch"],
 )
-def test_what_a_repeated_deletion_finds_says_what_became_of_it(
+def test_repeated_deletions_are_resolved_by_what_they_find(
     found: Mark | None, outcome: type
 ) -> None:
     expected = Mark(b"epoch-89", b"tag-0123456789ab", 4)

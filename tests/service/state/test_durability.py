@@ -196,7 +196,7 @@ async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it
     await asyncio.to_thread(own_cluster.settle)
 
 
-async def test_replicas_that_are_gone_are_named_and_without_any_it_is_not_ready(
+async def test_missing_replicas_are_named_and_fail_readiness(
     own_cluster: Cluster,
 ) -> None:
     async with replicated(own_cluster, wait_s=5) as store:

@@ -37,7 +37,7 @@ async def lane_to(server: RealServer) -> AsyncIterator[Lane]:
         await lane.close()
 
 
-async def test_an_abandoned_request_that_is_sent_again_takes_nobodys_answer(
+async def test_a_resent_abandoned_request_does_not_shift_answers(
     server: RealServer,
 ) -> None:
     """The server did not know the script, and its caller had left when it said so."""
@@ -61,7 +61,7 @@ async def test_an_abandoned_request_that_is_sent_again_takes_nobodys_answer(
         assert lane.is_idle
 
 
-async def test_what_is_handed_over_knows_its_earlier_tries(own_server: RealServer) -> None:
+async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) -> None:
     """Requests that were sent may have been carried out; a WAIT means nothing elsewhere."""
     async with lane_to(own_server) as lane:
         known = Request.of("PING")
@@ -135,7 +135,7 @@ def test_writes_on_a_lost_connection_do_not_break_the_next_one(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("over_tcp", "floats"), [(False, 1_000_000), (True, 100_000)])
-async def test_what_was_not_sent_when_a_connection_is_given_up_is_never_sent(
+async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     kind: str, over_tcp: bool, floats: int, streams: Streams
 ) -> None:
     """More than a stopped server's buffers take, in ours (over a unix socket) or the kernel's."""
@@ -161,7 +161,7 @@ async def test_what_was_not_sent_when_a_connection_is_given_up_is_never_sent(
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
-async def test_unacknowledged_bytes_do_not_outlive_a_tombstone() -> None:
+async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
     port = free_port()
     with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port)):
         for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):

@@ -34,7 +34,7 @@ async def begun(store: StateStore, streams: Streams) -> Commit:
     return commit
 
 
-async def test_a_late_deletion_leaves_a_stream_that_was_begun_since(
+async def test_a_late_deletion_does_not_delete_a_stream_created_since(
     server: RealServer, streams: Streams
 ) -> None:
     async with holding(server) as (path, store):
@@ -61,7 +61,7 @@ async def test_a_late_creation_does_not_bring_a_deleted_stream_back(
         assert await store.delete(key("a")) == Conflicted(None)
 
 
-async def test_a_commit_behind_an_abandoned_one_is_not_refused_and_then_applied(
+async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied(
     server: RealServer, streams: Streams
 ) -> None:
     """The second was computed from what the first writes; late, they would both be written."""
@@ -80,7 +80,7 @@ async def test_a_commit_behind_an_abandoned_one_is_not_refused_and_then_applied(
 
 
 @pytest.mark.parametrize(("repeated", "outcome"), [(False, Conflict), (True, OutcomeUnknown)])
-async def test_a_deletion_that_may_have_deleted_is_not_refused(
+async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every try finds that the stream was begun again, after one whose answer was lost or not."""
@@ -126,7 +126,7 @@ async def watched(
             await store.close()
 
 
-async def test_a_deletion_that_finds_its_own_tombstone_happened(
+async def test_a_repeated_deletion_that_finds_its_tombstone_succeeds(
     server: RealServer, streams: Streams
 ) -> None:
     def lose_the_second(number: int, path: LossyPath) -> None:
@@ -139,7 +139,7 @@ async def test_a_deletion_that_finds_its_own_tombstone_happened(
         assert await store.load_with_reply(key("a")) == (None, None)
 
 
-async def test_a_deletion_that_is_broken_off_may_have_happened(
+async def test_an_interrupted_deletion_has_an_unknown_outcome(
     server: RealServer, streams: Streams
 ) -> None:
     def lose_the_second_and_break_off(number: int, path: LossyPath) -> Outcome | None:
@@ -155,7 +155,7 @@ async def test_a_deletion_that_is_broken_off_may_have_happened(
 
 
 @pytest.mark.parametrize("held", [1, 2])
-async def test_no_late_try_of_a_deletion_deletes_what_came_after_it(
+async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
     server: RealServer, streams: Streams, held: int
 ) -> None:
     def hold_one(number: int, path: LossyPath) -> None:
@@ -173,7 +173,7 @@ async def test_no_late_try_of_a_deletion_deletes_what_came_after_it(
         assert same_stream(found, again.new)
 
 
-async def test_a_late_deletion_that_was_given_up_spares_a_stream_that_moved_on(
+async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
     server: RealServer, streams: Streams
 ) -> None:
     holding_path: asyncio.Future[LossyPath] = asyncio.get_running_loop().create_future()

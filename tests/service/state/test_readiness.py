@@ -37,9 +37,7 @@ async def test_full_store_is_not_ready(store: StateStore, server: RealServer) ->
 
 
 @pytest.mark.parametrize("command", ["eval", "set"])
-async def test_store_whose_user_may_not_commit_is_not_ready(
-    server: RealServer, command: str
-) -> None:
+async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, command: str) -> None:
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "carry", "on", ">pass", "~*", "+@all")
         try:
@@ -55,7 +53,7 @@ async def test_store_whose_user_may_not_commit_is_not_ready(
             client.acl_deluser("carry")
 
 
-async def test_readiness_leaves_nothing_behind(
+async def test_trial_commits_expire(
     store: StateStore, server: RealServer, streams: Streams
 ) -> None:
     await committed(store, streams.creation(key("a")))
@@ -66,7 +64,7 @@ async def test_readiness_leaves_nothing_behind(
         await asyncio.to_thread(until, lambda: client.dbsize() == keys, "the probe's end")
 
 
-async def test_eviction_that_is_switched_on_later_is_not_ready(
+async def test_enabling_eviction_after_start_fails_readiness(
     open_on: OpenStore, server: RealServer
 ) -> None:
     strict, lenient = await open_on(), await open_on(allow_eviction=True)
@@ -87,7 +85,7 @@ async def test_eviction_that_is_switched_on_later_is_not_ready(
     ]
 
 
-async def test_store_is_checked_again_without_being_asked(
+async def test_the_store_is_checked_periodically(
     server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readiness, "RECHECK_S", 0.01)
@@ -104,7 +102,9 @@ async def test_store_is_checked_again_without_being_asked(
                 server.configure("maxmemory-policy", "noeviction")
 
 
-async def test_concurrent_checks_ask_the_server_once(store: StateStore, server: RealServer) -> None:
+async def test_concurrent_readiness_requests_share_one_check(
+    store: StateStore, server: RealServer
+) -> None:
     with server.client() as client:
         before = client.info("commandstats")["cmdstat_eval"]["calls"] if await found(store) else 0
         checks = await asyncio.gather(*(found(store) for _ in range(20)))
@@ -120,7 +120,7 @@ def lasting_cluster(own_cluster: Cluster) -> Iterator[Cluster]:
     own_cluster.configure("cluster-node-timeout", NODE_TIMEOUT_MS)
 
 
-async def test_shard_that_is_away_leaves_the_service_ready(lasting_cluster: Cluster) -> None:
+async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Cluster) -> None:
     async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
         victim = lasting_cluster.primaries[0]
         with capture_logs() as lines:
@@ -135,7 +135,7 @@ async def test_shard_that_is_away_leaves_the_service_ready(lasting_cluster: Clus
         assert str(victim.port) in lines[0]["reason"]
 
 
-async def test_store_starts_while_a_shard_is_away(lasting_cluster: Cluster) -> None:
+async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Cluster) -> None:
     async with opened(lasting_cluster.url, partitions=PARTITIONS):
         pass
     victim = lasting_cluster.primaries[(lasting_cluster.owner("carry:meta") + 1) % 3]
@@ -150,7 +150,7 @@ async def test_store_starts_while_a_shard_is_away(lasting_cluster: Cluster) -> N
     assert str(victim.port) in away
 
 
-async def test_shard_that_may_evict_is_not_ready(own_cluster: Cluster) -> None:
+async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> None:
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         try:
@@ -162,7 +162,7 @@ async def test_shard_that_may_evict_is_not_ready(own_cluster: Cluster) -> None:
         assert (await found(store)).ok
 
 
-async def test_every_shard_is_asked_for_a_commit(own_cluster: Cluster) -> None:
+async def test_readiness_runs_a_trial_commit_on_every_shard(own_cluster: Cluster) -> None:
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         for node in own_cluster.primaries:
             node.ask("CONFIG", "SET", "maxmemory", "1")

@@ -119,7 +119,7 @@ async def test_a_certificate_of_nobody_we_know_is_not_trusted(certificates: Cert
 
 
 @pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
-async def test_start_logs_a_wrong_certificate_at_the_first_try(
+async def test_start_logs_a_wrong_certificate_at_once(
     certificates: Certificates, scheme: str
 ) -> None:
     with behind_tls(certificates) as (_, at), capture_logs() as lines:

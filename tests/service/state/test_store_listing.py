@@ -107,7 +107,7 @@ async def test_deleted_streams_are_not_listed(
     assert set(await listed(store, "flights", "", 7)) == set(names[:6])
 
 
-async def test_a_stream_that_goes_while_its_page_is_made_is_not_listed(
+async def test_a_stream_deleted_during_listing_is_not_listed(
     server: RealServer | Cluster,
 ) -> None:
     async with opened(server.url) as store:
