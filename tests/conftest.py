@@ -1,4 +1,4 @@
-"""The event loop of async tests, and one running service for the tests that leave it running."""
+"""The event loop of async tests, and one running service shared by tests that do not stop it."""
 
 from __future__ import annotations
 

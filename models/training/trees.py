@@ -166,7 +166,7 @@ class Trees:
         else:
             self._model = HistGradientBoostingRegressor(loss="squared_error", **shared)
         given = rows[self._train - 1]
-        # what no training event has says nothing, and cannot be binned
+        # features absent from every training event cannot be binned
         given[:, np.isnan(given).all(axis=0)] = 0
         self._model.fit(given, self._truth[self._train])
         return rows

@@ -1,4 +1,4 @@
-"""How large a batch may grow, and when the next one waits for company: a pure function."""
+"""Limits of a batch, and when to delay the next one: pure functions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
     are about to answer. Who is alone waits for nobody.
 
     Args:
-        waiting: jobs that are ready.
+        waiting: number of ready jobs.
         last: rows of the last batch.
         in_flight: batches that are under way, without those of long jobs.
         turns: of the loop, for which it was put off already.

@@ -1,4 +1,4 @@
-"""The store behind an address; one server or a cluster, as the scheme says."""
+"""Opens the store of an address: a single server or a cluster, by its scheme."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def _queue(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     tickets = uvloop.run(_tickets(1_000))
 
     def case(name: str, jobs: int, streams: int) -> Case:
-        """A batch is taken, its streams released, and as many jobs come as were taken."""
+        """Take a batch, release its streams, and push as many jobs again."""
         queue: FairQueue[None, None] = FairQueue(limits)
         for index in range(jobs):
             queue.push(Job(None, index % streams, STEPS, index, 0.0, tickets[index], 0))

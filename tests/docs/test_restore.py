@@ -116,7 +116,7 @@ async def test_restored_server_has_the_streams_of_the_backup(
     if appendonly:
         server.run(write_aof)
         until(server.pid, "the server")
-        # what it has is in its own file now: another start finds it too
+        # it has written its own file by now: it must survive another start
         server.run("redis-cli SHUTDOWN")
         server.start()
     async with opened(url) as store:

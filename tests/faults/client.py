@@ -38,7 +38,7 @@ REFUSALS = frozenset(
 _SHORTEST_S = 0.01
 _UNEXPECTED_KEPT = 20
 SHORT_LIVED = "x"
-"""How the names of short-lived streams begin; they are deleted and begun again all the time."""
+"""Prefix of the names of short-lived streams, which are deleted and created all the time."""
 
 _LATE_S = 15.0
 """A request that was given up is carried out this much later at most."""
@@ -198,7 +198,7 @@ class Client:
     def _stand(self, epoch: str | None, tag: bytes | None, position: int) -> None:
         self._epoch, self._tag, self._position = epoch, tag, position
         if position == 0:
-            # another stream; the same events in many cuts would be too many histories
+            # a new stream, because many chunkings of the same events would be too many histories
             self._rows = self._rows[:0]
         self._events(0)
 

@@ -191,7 +191,7 @@ async def _drive(
     short = replace(habits, forgets=forgets, expires=0, rest_s=SHORT_LIVED_REST_S)
 
     async def expire(stream: str) -> None:
-        # a stream lives longer than a network holds bytes
+        # streams live longer than a network holds bytes
         await breaker.nothing_held()
         await asyncio.to_thread(on.store.expire, stream)
 

@@ -1,4 +1,4 @@
-"""Tests run on the event loop that production runs on."""
+"""Tests run on the event loop that production uses."""
 
 from __future__ import annotations
 

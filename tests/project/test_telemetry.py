@@ -14,7 +14,7 @@ import models
 REPOSITORY = Path(__file__).resolve().parents[2]
 GATE = REPOSITORY / "models" / "onnx" / "library.py"
 SWITCHES = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "XDG_CACHE_HOME")
-"""What turns it off beside us, and what moves its files."""
+"""Variables that turn telemetry off by themselves, or move its files."""
 
 LOAD = """
 import sys

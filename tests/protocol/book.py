@@ -225,7 +225,7 @@ class Book:
         return epoch
 
     def tombstone(self, job: Job) -> int:
-        """The tombstone that a try of a deletion leaves."""
+        """The tombstone of one attempt of a deletion."""
         epoch = self.rules.tombstone_epoch(job.client, job.plan, job.number, job.attempts)
         key = ("tombstone", epoch)
         if key not in self._ids:
@@ -288,7 +288,7 @@ class Book:
         return found
 
     def condition(self, expected: int, by_epoch: bool) -> bytes:
-        """What `delete.lua` is told to expect."""
+        """The mark that `delete.lua` is given to expect."""
         mark = self.expected(expected)
         if mark is None:
             return b""

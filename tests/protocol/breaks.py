@@ -1,8 +1,8 @@
-"""One step of the model, where something may go wrong.
+"""Fault steps of the model.
 
-Where carrying out a request and receiving its answer part, the answer is lost and the request is
-repeated (`lose`), abandoned (`timeout`) or its worker dies (`crash`). What was on its way on a
-connection that broke is gone with it, or arrives at any later step (`deliver`).
+If a request is carried out but its answer is lost, the request is repeated (`lose`), abandoned
+(`timeout`) or its worker dies (`crash`). Bytes in transit on a broken connection are lost with it,
+or arrive at any later step (`deliver`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class FaultyStep(Step):
     """A move of the workers or the clients, or a fault."""
 
     def _lose(self, index: int, cut: int, held: int) -> None:
-        """The connection breaks after `cut` requests were carried out; no answer came, and all
-        that somebody waits for is sent again. `held`: the bytes are still on their way."""
+        """Break the connection after `cut` requests were carried out, without an answer, and
+        repeat all pending requests. `held`: the bytes are still in transit."""
         self.left = self.left._replace(replies_lost=self.left.replies_lost - 1)
         self.note(
             lambda: (
@@ -31,8 +31,8 @@ class FaultyStep(Step):
         self.workers[index] = worker._replace(lane=self._repeated(worker.lane))
 
     def _repeated(self, lane: tuple[Request, ...]) -> tuple[Request, ...]:
-        """What is sent again on a new connection: what somebody waits for, and the writes that
-        such a write was sent behind. Those may come late, and it would then be carried out too."""
+        """The requests that are repeated on a new connection: pending ones, and earlier writes to
+        the same streams, which could otherwise arrive late and make a pending one succeed."""
         forget, awaited = self.book.rules.forget_abandoned, set[int]()
         repeated: list[Request] = []
         for request in reversed(lane):
@@ -50,13 +50,13 @@ class FaultyStep(Step):
             self.held.append(tuple(r for r in self.workers[index].lane if r.kind in WRITES))
 
     def _write_unseen(self, request: Request) -> None:
-        """Let a script run whose answer does not come; the request may be repeated."""
+        """Run a script whose answer is lost; the request may be repeated."""
         if self._write(request):
             job = request.job._replace(wrote=request.new or -1)
             self._mark(lambda r: r.job[:3] == job[:3], job=job)
 
     def _deliver(self, place: int) -> None:
-        """What is first on its way on a connection that was given up arrives."""
+        """Deliver the first request that is in transit on a given-up connection."""
         request, *rest = self.held.pop(place)
         if rest:
             self.held.append(tuple(rest))
@@ -76,7 +76,7 @@ class FaultyStep(Step):
         self.workers[index] = Worker((0,) * len(STREAMS))
 
     def _timeout(self, index: int) -> None:
-        """The oldest request that is waited for is given up; it may yet be carried out."""
+        """Cancel the oldest pending request; it may still be carried out."""
         self.left = self.left._replace(timeouts=self.left.timeouts - 1)
         worker = self.workers[index]
         place = next(i for i, request in enumerate(worker.lane) if not request.orphan)
@@ -94,7 +94,7 @@ class FaultyStep(Step):
         self._start(index, stream)
 
     def _rollback(self, place: int) -> None:
-        """The store is what it was; connections broke."""
+        """Roll the store back to an earlier state; all connections break."""
         self.left = self.left._replace(rollbacks=self.left.rollbacks - 1)
         self.store = list(self.older[place])
         self.older = self.older[: place + 1]

@@ -344,7 +344,7 @@ class Step:
         return done
 
     def _mark(self, choose: Callable[[Request], Any], **values: Any) -> None:
-        """Change the chosen ones of all requests that are under way."""
+        """Change the selected requests among all in flight."""
 
         def marked(requests: tuple[Request, ...]) -> tuple[Request, ...]:
             return tuple(r._replace(**values) if choose(r) else r for r in requests)
@@ -353,7 +353,7 @@ class Step:
         self.held = [marked(requests) for requests in self.held]
 
     def _outdates(self, written: Request, other: Request) -> bool:
-        """Whether a write that was sent must not be carried out after this one."""
+        """Whether a sent write must not be applied after this one."""
         one, two = self.book.plan(written.job), self.book.plan(other.job)
         if other.kind not in WRITES or one.stream != two.stream:
             return False

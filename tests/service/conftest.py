@@ -1,4 +1,4 @@
-"""A Valkey of their own for tests of what stands on the store, and a clock that they move."""
+"""A Valkey for tests of the layers above the store, and a manual clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store_url(pipeline_server: RealServer) -> str:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
-    """The clock of deadlines; it stands still until a test moves it."""
+    """A manual clock for deadlines."""
     clock = ManualClock()
     for module in (batch, batcher, express, reading):
         monkeypatch.setattr(module, "time", clock)

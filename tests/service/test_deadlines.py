@@ -37,7 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 class HeldStore(RedisStore):
-    """A store that answers loads or commits only once it is let go; for the fault alone.
+    """A store that holds loads or commits back, for fault injection only.
 
     Attributes:
         loading, committing: how often each stream was asked for, and written.
@@ -133,7 +133,7 @@ async def test_what_was_loading_at_the_deadline_is_never_applied(
 
 
 class LateRuntime(NumpyRuntime):
-    """A network whose next call lasts beyond what was to be done soon."""
+    """A network whose next call passes the `soon` deadlines of the clock."""
 
     clock: ManualClock | None = None
 
@@ -321,7 +321,7 @@ async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
 async def test_time_that_was_merely_short_is_not_the_stores_fault(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
-    """Whenever it is up: at the first reading of the clock, the second, and so on."""
+    """With the deadline passing at each reading of the clock in turn."""
     rows = rows_of(np.random.default_rng(47), 4)
     clock.tick_s = 1e-3
     async with worker(store_url, artifact) as one:

@@ -20,7 +20,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 class Padding(NumpyRuntime):
-    """Leaves chosen numbers beyond a row's length."""
+    """A runtime that writes given numbers into the padding."""
 
     def __init__(self, artifact: Artifact, padding: float):
         super().__init__(artifact)
@@ -32,7 +32,7 @@ class Padding(NumpyRuntime):
 async def test_overflow_fails_its_own_stream_only(
     store_url: str, artifact: Artifact, padding: float, at: int
 ) -> None:
-    """Wherever it stands in the batch, and whatever lies in the padding."""
+    """At any index of the batch, with any values in the padding."""
     random = np.random.default_rng(50)
     rows = [rows_of(random, steps) for steps in (2, 5, 3)]
     rows[at][-1] = 1e30 * np.sign(artifact.weights["heads.steep.kernel"][:, 0])

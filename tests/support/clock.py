@@ -13,7 +13,7 @@ has not answered is at fault."""
 
 
 class ManualClock:
-    """Stands in for the module `time` where deadlines are set and compared.
+    """Replaces the module `time` where deadlines are set and compared.
 
     It runs an hour ahead of the real clock: what a store is given as a deadline is never over.
     Timers run in real time, find that no time has passed, and look again.
@@ -41,5 +41,5 @@ class ManualClock:
         return self.now_s + 60
 
     def expire(self) -> None:
-        """What was to be done soon is late."""
+        """Pass all `soon` deadlines."""
         self.now_s += PAST_S

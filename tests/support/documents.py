@@ -1,4 +1,4 @@
-"""Documents that no encoder writes: objects with duplicate members, in JSON and in MessagePack."""
+"""Encodes objects with duplicate members, in JSON and in MessagePack."""
 
 from __future__ import annotations
 

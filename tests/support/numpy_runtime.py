@@ -51,7 +51,7 @@ class NumpyRuntime:
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
     ) -> tuple[FloatBatch, FloatRows]:
-        """Row by row; what lies beyond a length is `padding`, to be seen if it is used."""
+        """Compute row by row; outputs beyond a length are `padding`, so that use is detected."""
         assert lengths.min() >= 1
         assert lengths.max() <= rows.shape[1]
         self.shapes.append((rows.shape[0], rows.shape[1]))

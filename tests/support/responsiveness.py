@@ -1,4 +1,4 @@
-"""How a service fares while it reads a request: its slowest health check and its memory."""
+"""Responsiveness under load: slowest health check and memory growth of a service."""
 
 from __future__ import annotations
 

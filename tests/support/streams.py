@@ -92,7 +92,7 @@ def key(stream: str, model: str = "flights") -> StreamKey:
 
 
 async def absence(store: StateStore, key: StreamKey) -> Mark | None:
-    """What a commit expects that begins a stream: the tombstone of one that was deleted."""
+    """The mark that a creation has to expect: that of a tombstone, or None."""
     (found,) = await store.load([key])
     assert found is None or isinstance(found, Tombstone)
     return found and found.mark

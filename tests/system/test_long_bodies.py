@@ -1,4 +1,4 @@
-"""Bodies that are dear to read are rejected in little memory, while everything else is answered.
+"""Expensive bodies are rejected in little memory, while other requests are answered.
 
 Bounds are wide, for machines that are shared: alone, the slowest health check takes some 40 ms.
 """

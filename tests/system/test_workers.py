@@ -1,4 +1,4 @@
-"""Worker processes that fail to start, die, hang in their warm-up, or are told by signals."""
+"""Worker processes that fail to start, die, hang during warm-up, or get signals."""
 
 from __future__ import annotations
 

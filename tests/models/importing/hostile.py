@@ -1,4 +1,4 @@
-"""Keras model files that are not what Keras writes."""
+"""Hostile Keras model files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def recurrent() -> keras.Model:
-    """A model that can be carried; its layers are `cell` and `out`."""
+    """An importable model with the layers `cell` and `out`."""
     return keras.Sequential(
         [kl.Input((None, 3)), kl.LSTM(3, return_sequences=True, name="cell"), kl.Dense(2)]
     )

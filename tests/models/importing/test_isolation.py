@@ -1,4 +1,4 @@
-"""A foreign model is read in a process of its own, whose limits end in one line."""
+"""Import runs in a separate process with limits, and every failure is a one-line error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def refused(path: Path, limits: Limits | None = None) -> str:
-    """Why the file is not imported; nothing may have been written."""
+    """The error of a failed import; checks that nothing was written."""
     out = path.parent / "out"
     with pytest.raises(ImportedModelError) as caught:
         import_keras_model(path, out, limits=limits)

@@ -176,7 +176,7 @@ PLAIN_ONLY: list[tuple[kl.Layer, str]] = [
 def test_options_that_change_outputs_are_rejected(
     tmp_path: Path, layer: kl.Layer, words: str
 ) -> None:
-    """Also those that the random sequences of the proof would not reach."""
+    """Including options whose effect the random sequences of the proof would miss."""
     model = keras.Sequential([kl.Input((4, 3)), kl.LSTM(3, return_sequences=True), layer])
     assert words in refusal(model, tmp_path)
 
@@ -314,7 +314,7 @@ def test_packaged_numbers_that_differ_are_refused(
 def test_verification_detects_state_that_is_reset_between_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunking: str
 ) -> None:
-    """Each sequence by itself is right: only its cuts show that every chunk begins from zero."""
+    """Whole sequences agree: only chunked ones show that every chunk starts from zero."""
     step = StepNetwork.step
     monkeypatch.setattr(
         StepNetwork,

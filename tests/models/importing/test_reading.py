@@ -1,4 +1,4 @@
-"""What a Keras model's file may hold is decided before any of it is built."""
+"""The configuration of a Keras model is checked before anything is built."""
 
 from __future__ import annotations
 

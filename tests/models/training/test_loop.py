@@ -1,4 +1,4 @@
-"""One network's training: its optimiser, what an epoch draws, what validation leaves alone."""
+"""The training loop: optimiser, random order and dropout, validation."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_validation_uses_averaged_weights_and_keeps_the_raw_ones() -> None:
     loop = loop_of(average_decay=0.9, learning_rate=0.05)
     for _ in loop.train_epoch(0):
         pass
-    # copies: the loop's own are the memory of its variables
+    # copies, because the loop updates its own arrays in place
     before = {name: value.copy() for name, value in loop.arrays().items()}
     raw, averaged = part(before, "weights"), part(before, "average")
     assert norm({name: value - averaged[name] for name, value in raw.items()}) > 0.01

@@ -1,4 +1,4 @@
-"""A table with nothing to learn, or with cells that would be misread, is refused by name."""
+"""Tables without usable targets, or with cells that would be misread, are rejected."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_label_without_values_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_invalid_label_is_reported_with_its_row(tmp_path: Path) -> None:
-    """Rows are sorted into streams; of several bad ones the first in the table is named."""
+    """Rows are sorted by stream, but the first invalid one in the table is reported."""
     cells = pl.col("up").cast(pl.String)
     bad = pl.int_range(pl.len()).is_in([10, 11, 150])
     frame = table().with_columns(up=pl.when(bad).then(pl.lit("perhaps")).otherwise(cells))

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_run_is_refused(frame, tmp_path):
 def test_training_stops_after_patience_epochs_without_a_better_loss(
     frame, tmp_path, monkeypatch, patience, epochs, best
 ):
-    """A loss that is only as good is not better; the weights of the best epoch are kept."""
+    """An equal loss is not an improvement; the weights of the best epoch are kept."""
     losses = [3.0, 2.0, 2.5, 2.0, 1.0, 1.5]
     averaged = Loop.averaged
     validated = []

@@ -11,7 +11,7 @@ from models.training.trees import Grid, Trees
 
 
 def test_features_absent_from_training_are_ignored() -> None:
-    """What lies further back than any training stream is long; later ones may be longer."""
+    """A lag longer than any training stream; later streams may be longer."""
     random = np.random.default_rng(1)
     features = random.normal(size=(300, 2)).astype(np.float32)
     truth = np.append(0.0, features[:-1, 0] > 0).astype(np.float64)

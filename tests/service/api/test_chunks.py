@@ -441,7 +441,7 @@ async def test_only_streams_in_blocks_have_an_end(api: Harness) -> None:
 async def test_a_duplicate_query_parameter_is_rejected(
     api: Harness, method: str, address: str, at: str
 ) -> None:
-    """Which of two was meant is not guessed."""
+    """The service does not guess which of two values was meant."""
     await api.chunk({"inputs": rows(1).tolist()})
     body = {"inputs": rows(1).tolist()}
     response = await api.client.request(method, f"/v1/models/probe/{address}", json=body)

@@ -1,4 +1,4 @@
-"""How long a connection may be silent, how many there may be, and what all of them may keep.
+"""Limits on connections: idle and slow clients, their number, and buffered bytes.
 
 The clock is played by looking at the connections with a later time; what happens is real.
 """
@@ -135,7 +135,7 @@ async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
 
 
 async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None:
-    """Once it has read nothing for the whole of its time, whatever waits for it."""
+    """After the timeout without any read, whatever it is waiting for."""
     async with connected(api) as client:
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
@@ -199,7 +199,7 @@ async def test_the_oldest_incomplete_bodies_are_rejected_over_the_limit(
 async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
-    """Its request is under way, though it is the oldest."""
+    """The complete one is the oldest, and its request is being processed."""
     connections = limit(api, max_pending_body_bytes=30_000)
     whole = request(chunk() + b" " * 18_000, first=QUERY)
     part = request(b" " * 18_000, first=PREDICT, length="Content-Length: 19999")
@@ -307,7 +307,7 @@ async def test_an_incomplete_request_before_eof_is_not_processed(api: Harness) -
 async def test_a_disconnected_client_is_distinguished_from_a_half_closed_one(
     api: Harness, held_back: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By interim answers: one that waits reads past them, one that is gone resets them."""
+    """By interim responses: a waiting client skips them, a disconnected one sends a reset."""
     monkeypatch.setattr(protocol, "PROBE_S", 0.01)
     async with connected(api) as client:
         client.writer.write(request(chunk()))
@@ -346,7 +346,7 @@ async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
 
 
 async def test_a_rejected_request_gets_one_reply(api: Harness) -> None:
-    """Its body cannot be read any more after that."""
+    """Its body cannot be read any more."""
     head = request(b"", "Transfer-Encoding: chunked", first="POST /v2 HTTP/1.1", length="")
     async with connected(api) as client:
         client.writer.write(head)

@@ -87,7 +87,7 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
 
 
 def long_after(client: Client, wait_s: float = 3600.0) -> None:
-    """The connections are looked at now and then."""
+    """Connections are checked periodically meanwhile."""
     connections = client.connection._connections
     now_s = asyncio.get_running_loop().time()
     connections.check(now_s)

@@ -16,7 +16,7 @@ def body(position: int, count: int = 2) -> dict[str, Any]:
 
 
 async def created(api: Harness, position: int, stream: str = "s") -> tuple[bool, bool]:
-    """Of a chunk and of its replay; they say the same in all media."""
+    """`created` of a chunk's reply and of its replay."""
     first = (await api.chunk(body(position), stream=stream)).json()
     again = (await api.chunk(body(position), stream=stream)).json()
     packed = await api.client.post(

@@ -1,4 +1,4 @@
-"""An object that has a member twice is rejected, by whichever way its body is read."""
+"""Duplicate members are rejected by every reader of bodies."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_member_name_is_the_same_in_every_encoding() -> None:
 
 @pytest.mark.parametrize("absent", ["null", "left out"])
 async def test_absent_values_are_not_duplicates(api: Harness, absent: str) -> None:
-    """They are not told from members that came twice by their count alone."""
+    """Counts alone cannot distinguish them from duplicates."""
     gone: dict[str, Any] = {"delay": None, "gate": None} if absent == "null" else {}
     events = [{**EVENT, **gone}, {**LATER, "carrier": 'a "quoted": \\ one'}]
     for packed in (False, True):

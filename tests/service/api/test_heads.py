@@ -19,7 +19,7 @@ from tests.service.api.corpus.heads import CHUNK, EXCHANGES, HIDDEN, LAST, Excha
 from tests.support.service import Service
 
 PAUSE_S = 0.03
-"""Between two segments, so that the server reads them apart. The answers are the same without."""
+"""Pause between two segments, so that the server reads them separately."""
 
 STREAMS = "/v1/models/post-lstm/streams"
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")

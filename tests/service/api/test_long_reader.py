@@ -1,4 +1,4 @@
-"""Long bodies are read in turns as short ones are at once; they wait, and are given up, in time."""
+"""Long bodies give the same results as short ones, are queued, and respect deadlines."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def readers(models: Mapping[str, Artifact]) -> Mapping[str, RequestReader]:
 
 
 def read_long(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
-    """As `read`, in turns."""
+    """As `read`, with the reader of long bodies."""
     long, checkpoint = LongReader(reader), Checkpoint(math.inf)
     try:
         if kind == "chunk":
@@ -86,7 +86,7 @@ def is_error(result: Any) -> bool:
 def agree(short: Any, long: Any) -> None:
     """The same values, and an error in the same item, if not always in the same words."""
     if is_error(short):
-        # What cannot be parsed behind an error in a long item is not looked at.
+        # Nothing behind an error in a long item is parsed.
         unseen = short[0] is MalformedBody and isinstance(long, list) and any(map(is_error, long))
         assert is_error(long) or unseen, (short, long)
     elif isinstance(short, list):
@@ -323,7 +323,7 @@ def test_short_bodies_are_counted_before_they_are_validated(
 async def test_long_state_is_restored(
     api: Harness, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
-    """The states of these models are short: so they are taken for long ones."""
+    """The states of these models are short, so the limit is lowered to treat them as long."""
     for module in (routes_streams, long_reader):
         monkeypatch.setattr(module, "LONG_BYTES", 40)
     await api.chunk({"events": [EVENT, LATER]}, model="small")

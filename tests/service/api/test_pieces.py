@@ -148,7 +148,7 @@ def _unchunked(body: bytes) -> bytes:
 async def test_a_reply_is_encoded_only_as_the_client_reads(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
-    """Its values wait, and count as what the connection keeps; a client that leaves ends it."""
+    """Unsent values count as buffered by the connection; a disconnect ends the reply."""
     sequences = [{"inputs": rows(STEPS).tobytes()}] * 30
     body = ormsgpack.packb({"sequences": sequences})
     sent = request(body, "Content-Type: application/msgpack", first=PREDICT)

@@ -119,7 +119,7 @@ async def test_a_fork_does_not_replace_a_stream_created_meanwhile(api: Harness) 
 async def test_restore_and_fork_succeed_after_a_concurrent_deletion(
     api: Harness, write: Callable[..., Any]
 ) -> None:
-    """It leaves a tombstone where the write expected nothing."""
+    """The deletion leaves a tombstone where the write expected nothing."""
     state = await saved(api)
     name = "s" if write is restore else "t"
     if write is restore:

@@ -57,7 +57,7 @@ class Runs:
 
 
 def no_room(admission: Admission, *_: object) -> Refusal:
-    """What stands for `Admission.refusal` where nothing is admitted."""
+    """Replacement of `Admission.refusal` that admits nothing."""
     return Refusal(0, admission._rate.per_s, of_stream=False)
 
 

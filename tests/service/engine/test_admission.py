@@ -19,16 +19,16 @@ from tests.service.engine.test_batcher_deadlines import Paced
 
 QUEUE = 90
 MOST_OF_ONE = QUEUE // (STREAM_SHARE + 1)
-"""Where a backlog is as long as its share of the room that it leaves."""
+"""Length at which a backlog equals its share of the free places."""
 
 
 def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results[str]]:
-    """A request for each."""
+    """Enqueue a request for each key."""
     return [batcher.enqueue([Request(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
 
 
 def refused(results: Sequence[Results[str]]) -> list[type]:
-    """What was refused at once."""
+    """Types of the errors of rejected requests."""
     return [type(found.result()[0]) for found in results if found.done()]
 
 
@@ -69,7 +69,7 @@ async def test_a_full_queue_rejects_every_stream() -> None:
 
 
 async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of its chunks is begun in 0.4 s, whatever becomes of others."""
+    """One of its chunks starts every 0.4 s, regardless of other streams."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000, max_wait_s=4.0) as batcher:
@@ -101,7 +101,7 @@ async def test_a_request_with_many_items_leaves_room_for_others() -> None:
 async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At 20 in a second, 28 items take 1.4 s, and a lone chunk is in the next batch."""
+    """At 20 a second 28 items take 1.4 s, but a lone chunk is in the next batch."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
@@ -119,7 +119,7 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
 
 
 async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
-    """Their results are in order, however many parts it takes; none is refused for the others."""
+    """Results stay in order over all parts, and no item is rejected because of the others."""
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART + 3)]
     async with batching(runs, queue=3 * ITEMS_PER_PART) as batcher:

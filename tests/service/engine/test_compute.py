@@ -110,7 +110,7 @@ async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> 
 
 
 class Overflowing(Summing):
-    """Its outputs of one call are not finite; the states always are."""
+    """A runtime with non-finite outputs in one call, and finite states."""
 
     def __init__(self, call: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Forming batches: who is taken, who waits, in which order, and at what cost."""
+"""The fair queue: order, fairness and cost of forming batches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
 
 
 async def test_requests_share_a_batch_evenly() -> None:
-    """Of one with many items a batch has as many as of others, and all that nobody else needs."""
+    """A request of many items gets as many places as others, and those that nobody else needs."""
     waiting, many = Waiting(), Ticket(9, math.inf)
     waiting.push("a", "b", "c", "d", "e", "f", ticket=many)
     waiting.push("lone", "other")
@@ -213,7 +213,7 @@ async def test_a_batch_costs_the_same_however_long_a_streams_backlog_is() -> Non
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_invariants(seed: int) -> None:
-    """Over any jobs, batches, releases and jobs that are put back."""
+    """Under random pushes, batches, releases and put-backs."""
     random = Random(seed)
     waiting = Waiting(BatchLimits(max_rows=4, max_padded_steps=64, long_steps=100))
     tickets = [Ticket[str](99, math.inf) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""The cache of states stays within its bytes, and the stream used longest ago leaves first."""
+"""The cache of states: its size limit and LRU eviction."""
 
 from __future__ import annotations
 

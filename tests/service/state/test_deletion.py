@@ -149,7 +149,7 @@ async def test_confirming_a_tombstone_does_not_change_it(
         assert client.exists(pair[0]) == 0
 
 
-# Values that are no streams
+# Values that are not streams
 
 
 @pytest.mark.parametrize("value", [b"", b"C", b"C" * 40, b"XXXX" + bytes(200)])
@@ -189,7 +189,7 @@ async def test_streams_are_deleted_when_memory_is_full(
     assert isinstance((await store.load([key("a")]))[0], Tombstone)
 
 
-# Others who write
+# Concurrent writers
 
 
 class Interrupted(RedisStore):

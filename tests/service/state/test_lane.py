@@ -1,4 +1,4 @@
-"""One ordered connection: whose answer is whose, and what becomes of a connection given up."""
+"""A pipelined connection: matching of answers, and connections that are given up."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_a_resent_abandoned_request_does_not_shift_answers(
             for other in others:
                 lane.put([other])
                 lane.flush()
-                # The first is behind the refusal, the last behind what became of it.
+                # The first is behind the error, the last behind its fallback.
                 await asyncio.wait({other.future}, timeout=10)
             for number, other in enumerate(others):
                 assert other.future.result() == Answer(f"{round_}.{number}".encode(), False)
@@ -83,7 +83,7 @@ async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) 
         assert lane.is_idle
         assert not lane.is_answering
         own_server.signal(signal.SIGCONT)
-        # Its connection is not used again: late answers belong to nobody.
+        # Its connection is not used again: late answers are ignored.
         later = Request.of("ECHO", "later")
         lane.put([later])
         lane.flush()
@@ -138,7 +138,7 @@ def test_writes_on_a_lost_connection_do_not_break_the_next_one(
 async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     kind: str, over_tcp: bool, floats: int, streams: Streams
 ) -> None:
-    """More than a stopped server's buffers take, in ours (over a unix socket) or the kernel's."""
+    """More bytes than a stopped server accepts; the rest is buffered by the process or kernel."""
     port = free_port()
     with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
@@ -154,7 +154,7 @@ async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
             with server.client() as client:
                 return len(client.client_list()) == 1
 
-        # What was still to be sent would be sent by this loop, or by the kernel.
+        # Otherwise this loop, or the kernel, would now send the rest.
         await asyncio.to_thread(until, left_alone, "the end of the store's connections")
         with server.client() as client:
             assert client.keys("*:s:*:a") == []

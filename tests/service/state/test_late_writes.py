@@ -1,4 +1,4 @@
-"""Writes that were given up and reach the store after their retry change nothing."""
+"""Abandoned writes that reach the store after their retry change nothing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
 async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every try finds that the stream was begun again, after one whose answer was lost or not."""
+    """Every attempt finds a recreated stream, after one whose answer was lost or not."""
     store = RedisStore(StoreSettings("unix:///none"))
     tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
@@ -95,7 +95,7 @@ async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     assert not tries
 
 
-# Deletions that are tried again
+# Repeated deletions
 
 
 class Watched(RedisStore):
@@ -190,7 +190,7 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
         path = await holding_path
         await path.holding.wait()
         deletion.cancel()
-        # By the next connection, on which nothing waits behind the deletion.
+        # On the next connection, where no request waits behind the deletion.
         assert await store.load([key("b")]) == [None]
         second = streams.next(first)
         await committed(store, second)

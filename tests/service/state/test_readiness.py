@@ -1,4 +1,4 @@
-"""Readiness: whether a store takes commits now, on real servers."""
+"""Readiness of the store, on real servers."""
 
 from __future__ import annotations
 

@@ -113,5 +113,5 @@ async def test_a_stream_deleted_during_listing_is_not_listed(
     async with opened(server.url) as store:
         layout = await store._link.layout()
         found = [await store._existing(each, "flights", ["gone"]) for each in layout.servers]
-        # The other nodes of a cluster do not know.
+        # Other nodes of a cluster do not notice.
         assert [] in found

@@ -55,7 +55,7 @@ class Exchange(NamedTuple):
 
 INNER: Final = chunk()
 LONG: Final = INNER + b" " * (3 * 8192)
-"""Further than what the server's parser is given at once."""
+"""More bytes than the server's parser gets at once."""
 TE: Final = b"Transfer-Encoding: chunked"
 
 
@@ -98,7 +98,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
         b"CONNECT carry:80 HTTP/1.1\r\n" + HOST + length(INNER) + b"\r\n\r\n" + INNER
     ),
     "HTTP/2 preface": _refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + INNER),
-    # Bodies whose framing is in doubt end the connection.
+    # Bodies with ambiguous framing end the connection.
     "length and chunked": _refused(post(length(INNER), TE) + chunked(b"") + INNER),
     "chunked and length": _refused(post(TE, length(INNER)) + chunked(b"") + INNER),
     "gzip, chunked": _refused(post(b"Transfer-Encoding: gzip, chunked") + chunked(PREDICT)),
@@ -127,7 +127,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "chunk without its end": _refused(post(TE) + b"1\r\nx0\r\n\r\n" + INNER),
     "line feed after a chunk size": _refused(post(TE) + b"1\nx\r\n0\r\n\r\n" + INNER),
     "line feed in an extension": _refused(post(TE) + b"1;a\nx\r\n0\r\n\r\n" + INNER),
-    # A trailer is no header.
+    # Trailers are not headers.
     "trailers": Exchange(
         post(TE) + chunked(PREDICT, b"Carry-Timeout: x\r\nContent-Encoding: gzip\r\n"), (200,)
     ),
@@ -139,7 +139,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     ),
     "coding in a trailer": _refused(post(TE) + chunked(PREDICT, TE + b"\r\n") + INNER),
     "chunk extensions": Exchange(post(TE) + chunked(PREDICT, extension=b';a="b"'), (200,)),
-    # White space around a value is no part of it.
+    # White space around a value is not part of it.
     "white space": Exchange(
         post(b"Host:\tcarry \t", b"Carry-Timeout: 2.5 ", b"Expect: 100-continue ", length(PREDICT))
         .replace(HOST, b"") + PREDICT,
@@ -148,7 +148,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "white space after a coding": Exchange(
         post(b"Transfer-Encoding:  chunked ") + chunked(PREDICT), (200,)
     ),
-    # One host, one version, one value of what may come once.
+    # One host, one version, one value of headers that may come once.
     "no host": _refused(INNER.replace(HOST, b"")),
     "two hosts": _refused(post(HOST[:-2], length(PREDICT)) + PREDICT),
     "bad host": _refused(post(length(PREDICT)).replace(HOST, b"Host: a b/c\r\n") + PREDICT),
@@ -181,14 +181,14 @@ EXCHANGES: Final[dict[str, Exchange]] = {
         post(b"Expect: 100-continue", length(PREDICT), version=b"1.0") + PREDICT, (200,), True
     ),
     "expects something else": _refused(post(b"Expect: tea", length(INNER)) + INNER, 417),
-    # Bounds of a head.
+    # Limits of a head.
     "a head of 70 KB": _refused(post(b"X: " + b"v" * 70_000, length(PREDICT)) + INNER, 431),
     "a body after a long head": _refused(
         post(b"X: " + b"v" * 70_000, length(INNER), path=b"/x") + INNER, 431
     ),
     "many lines": _refused(post(*[b"X: 1"] * 300, length(PREDICT)) + PREDICT + INNER, 431),
     "an address of 70 KB": _refused(post(path=b"/" + b"a" * 70_000) + INNER, 431),
-    # Errors that are answered before the body has come; the body is read to its end.
+    # Errors that are answered before the body arrives; the body is drained.
     "no such model": Exchange(
         post(length(LONG), path=b"/v1/models/none/predict") + LONG, (404,)
     ),
@@ -202,14 +202,14 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "compressed": Exchange(
         post(b"Content-Encoding: gzip", length(INNER)) + INNER, (415,)
     ),
-    # A request after a good one that cannot be read is answered after it.
+    # A malformed request behind a valid one is answered after it.
     "garbage after a request": Exchange(
         post(length(PREDICT)) + PREDICT + b"\x00garbage\r\n\r\n" + INNER, (200, 400), True
     ),
     "bad chunk size after a request": Exchange(
         post(length(PREDICT)) + PREDICT + post(TE) + b"x\r\n" + INNER, (200, 400), True
     ),
-    # Names that clients remove from an address.
+    # Names that clients remove from a URL.
     "dot": Exchange(chunk(stream="."), (400,)),
     "two dots": Exchange(chunk(stream=".."), (400,)),
     "escaped dots": Exchange(chunk(stream="%2e%2E"), (400,)),

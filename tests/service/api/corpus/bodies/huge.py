@@ -1,4 +1,4 @@
-"""Bodies of nearly 16 MiB that cost a service seconds and gigabytes: cheap to send, dear to read.
+"""Bodies of nearly 16 MiB that are cheap to send and expensive to parse.
 
 Each is made when it is asked for. They are for the model `flights` (17 columns, 10 event fields)
 under the default limits. The first five are an attack's; the others are of the same kind.
