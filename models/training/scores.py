@@ -74,10 +74,10 @@ class Scored:
 
     def means(self) -> dict[str, float]:
         """Mean losses over the events that have a target, and `auc` if both classes occur."""
-        found = {name: float(np.nanmean(loss)) for name, loss in self.losses.items()}
+        means = {name: float(np.nanmean(loss)) for name, loss in self.losses.items()}
         if self.chance is not None and self.truth is not None and self.has_both_classes:
-            found["auc"] = auc(self.chance, self.truth)
-        return found
+            means["auc"] = auc(self.chance, self.truth)
+        return means
 
 
 def is_binary(spec: ModelSpec, head: Head) -> bool:

@@ -33,9 +33,6 @@ LINGER_S: Final = 2.0
 """How long a closing connection is still read (lingering close), so that the last reply is not lost
 to the reset that unread bytes would cause (RFC 9112, section 9.6)."""
 
-KIB = 1024
-MIB = 1024 * KIB
-
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -46,8 +43,8 @@ class ConnectionLimits:
     head_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
-    max_pending_body_bytes: int = 256 * MIB
-    max_pending_reply_bytes: int = 256 * MIB
+    max_pending_body_bytes: int = 256 * 2**20
+    max_pending_reply_bytes: int = 256 * 2**20
 
 
 class Phase(Enum):

@@ -42,8 +42,8 @@ def find_duplicate(media: Media, body: bytes, origin: Origin = BODY) -> InvalidI
         origin: place of the document in the request.
     """
     tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
-    found = _find(tree, ())
-    return None if found is None else duplicate_error(origin.place(found))
+    place = _find(tree, ())
+    return None if place is None else duplicate_error(origin.place(place))
 
 
 def find_duplicates(
@@ -57,9 +57,11 @@ def find_duplicates(
     tree = _packed_tree(body) if media is Media.MSGPACK else _json_tree(body)
     if isinstance(tree, _Duplicate):
         raise duplicate_error(tree.name)
-    found = {at: _find(part, (parts, at)) for at, part in enumerate(tree[parts])}
+    places = {at: _find(part, (parts, at)) for at, part in enumerate(tree[parts])}
     return {
-        at: duplicate_error(origin.place(where)) for at, where in found.items() if where is not None
+        at: duplicate_error(origin.place(place))
+        for at, place in places.items()
+        if place is not None
     }
 
 
@@ -116,10 +118,10 @@ def packed_pairs(value: bytes | memoryview) -> list[tuple[str, msgspec.Raw]]:
 
 
 def _json_tree(body: bytes) -> Any:
-    def members(pairs: list[tuple[str, Any]]) -> Any:
-        found = dict(pairs)
-        if len(found) == len(pairs):
-            return found
+    def build(pairs: list[tuple[str, Any]]) -> Any:
+        members = dict(pairs)
+        if len(members) == len(pairs):
+            return members
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
@@ -128,7 +130,7 @@ def _json_tree(body: bytes) -> Any:
         return _Duplicate(name)
 
     # Numbers are not needed, and Python limits the digits of an integer.
-    return json.loads(body.decode(), object_pairs_hook=members, parse_int=len, parse_float=len)
+    return json.loads(body.decode(), object_pairs_hook=build, parse_int=len, parse_float=len)
 
 
 def _packed_tree(packed: bytes | msgspec.Raw, depth: int = 0) -> Any:
@@ -139,12 +141,12 @@ def _packed_tree(packed: bytes | msgspec.Raw, depth: int = 0) -> Any:
         return [_packed_tree(element, depth + 1) for element in _ELEMENTS.decode(value)]
     if not is_packed_map(value):
         return None
-    found: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for name, part in packed_pairs(value):
-        if name in found:
+        if name in members:
             return _Duplicate(name)
-        found[name] = _packed_tree(part, depth + 1)
-    return found
+        members[name] = _packed_tree(part, depth + 1)
+    return members
 
 
 def _name(packed: msgspec.Raw) -> str:
@@ -165,7 +167,7 @@ def _find(tree: Any, at: Place) -> Place | None:
         parts = enumerate(tree)
     for step, part in parts:
         if isinstance(part, list | dict | _Duplicate):
-            found = _find(part, (*at, step))
-            if found is not None:
-                return found
+            place = _find(part, (*at, step))
+            if place is not None:
+                return place
     return None

@@ -47,16 +47,16 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
         raise MalformedRequest(f"expected HTTP/1.1, got {version}", expected="1.1", got=version)
     if method == b"CONNECT":
         raise MalformedRequest("expected a method other than CONNECT: this is no proxy")
-    found: dict[bytes, bytes] = {}
+    fields: dict[bytes, bytes] = {}
     codings: list[bytes] = []
     for name, value in headers:
         if name == b"transfer-encoding":
             codings.append(value)
         elif name in _ONCE:
-            if name in found:
+            if name in fields:
                 at = _ONCE[name]
                 raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
-            found[name] = value
+            fields[name] = value
     if codings and (version == "1.0" or len(codings) > 1 or codings[0].lower() != b"chunked"):
         got = b", ".join(codings)[:300].decode("latin-1")
         expected = "chunked" if version == "1.1" else "none in HTTP/1.0"
@@ -66,12 +66,12 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
             expected=expected,
             got=got,
         )
-    host = found.get(b"host")
+    host = fields.get(b"host")
     if host is None and version == "1.1":
         raise MalformedRequest("Host: expected one, got none", at="Host", expected="one")
     if host is not None and not is_host(host):
         raise MalformedRequest("Host: expected a host and a port", at="Host", expected="host:port")
-    expectation = found.get(b"expect", b"100-continue").lower()
+    expectation = fields.get(b"expect", b"100-continue").lower()
     if expectation != b"100-continue":
         got = expectation[:300].decode("latin-1")
         raise ExpectationFailed(

@@ -68,9 +68,9 @@ class JsonStructure:
             if b"\\" in block:
                 block = block.replace(b"\\\\", b"__").replace(b'\\"', b"__")
                 escaped = block.endswith(b"\\")
-            found = np.frombuffer(block, np.uint8)
-            at = np.flatnonzero(_is_structural(found))
-            marks = found[at]
+            characters = np.frombuffer(block, np.uint8)
+            at = np.flatnonzero(_is_structural(characters))
+            marks = characters[at]
             is_quote = marks == _QUOTE
             parity = np.cumsum(is_quote) + quotes
             quotes = int(parity[-1]) & 1 if len(parity) else quotes
@@ -93,14 +93,14 @@ class JsonStructure:
     def names(self) -> list[str]:
         """The names of the members, as far as the text is scanned; "" for a malformed one."""
         starts = [_skip_whitespace(self._text), *self.members]
-        found = [self._name(start) for start in starts]
-        return [name[0] if name else "" for name in found]
+        names = [self._name(start) for start in starts]
+        return [name[0] if name else "" for name in names]
 
     def _name(self, start: int) -> tuple[str, int] | None:
         """The member name after a bracket or comma, and the offset of its value."""
-        found = _NAME.match(self._text, start + 1, start + _NAME_BYTES)
+        match = _NAME.match(self._text, start + 1, start + _NAME_BYTES)
         try:
-            return None if found is None else (str(json.loads(found[1])), found.end())
+            return None if match is None else (str(json.loads(match[1])), match.end())
         except ValueError:
             return None
 
@@ -112,13 +112,13 @@ class JsonStructure:
         begin, end = span
         if _skip_whitespace(self._text, begin + 1) == end:
             return []
-        found = []
+        members = []
         for start, stop in zip([begin, *self.members], [*self.members, end], strict=True):
             name = self._name(start)
             if name is None or name[1] > stop:
                 return None
-            found.append(JsonMember(*name, stop))
-        return found
+            members.append(JsonMember(*name, stop))
+        return members
 
     def split_elements(self, member: JsonMember) -> list[memoryview] | None:
         """The elements of a member of a scanned text; None if it is not a list."""

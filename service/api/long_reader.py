@@ -72,10 +72,10 @@ class LongReader:
         try:
             reader.check_takes_chunks()
             kind = reader.bodies.types[media].chunk
-            found, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
+            chunk, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
         except CarryError as error:
             raise with_stream(stream, error) from error
-        return reader.build_chunk(found, steps, stream, precondition, final=found.final)
+        return reader.build_chunk(chunk, steps, stream, precondition, final=chunk.final)
 
     async def items(
         self, body: bytes, media: Media, checkpoint: Checkpoint
@@ -84,37 +84,37 @@ class LongReader:
         self._reader.check_takes_chunks()
         kind = self._reader.bodies.types[media].many
         items = await self._parts(body, media, kind, "chunks", checkpoint)
-        found: list[Chunk | CarryError] = []
+        chunks: list[Chunk | CarryError] = []
         for group in group_by_size(items, BLOCK_BYTES):
             await checkpoint()
             if len(group[0]) >= LONG_BYTES:
-                inside = f"chunks[{len(found)}]"
-                found.append(await self._item(group[0], media, inside, checkpoint))
+                inside = f"chunks[{len(chunks)}]"
+                chunks.append(await self._item(group[0], media, inside, checkpoint))
             else:
                 some = encoded_object(media, {"chunks": encoded_list(media, group)})
-                found += self._reader.items(some, media, len(found))
-        return found
+                chunks += self._reader.items(some, media, len(chunks))
+        return chunks
 
     async def sequences(self, body: bytes, media: Media, checkpoint: Checkpoint) -> list[Steps]:
         """The whole sequences of a predict request."""
         strict, types = self._reader.strict, self._reader.bodies.types[media]
         parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
-        found: list[Steps] = []
+        sequences: list[Steps] = []
         steps = 0
         for group in group_by_size(parts, BLOCK_BYTES):
             await checkpoint()
-            first = len(found)
+            first = len(sequences)
             if len(group[0]) >= LONG_BYTES:
                 inside = f"sequences[{first}]"
-                found.append(
+                sequences.append(
                     (await self._steps(group[0], media, types.sequence, inside, checkpoint))[1]
                 )
             else:
                 some = encoded_object(media, {"sequences": encoded_list(media, group)})
-                found += self._reader.sequences(some, media, first)
-            steps += sum(sequence.length for sequence in found[first:])
+                sequences += self._reader.sequences(some, media, first)
+            steps += sum(sequence.length for sequence in sequences[first:])
             strict.check_total(steps)
-        return found or strict.of_sequences([])
+        return sequences or strict.of_sequences([])
 
     async def forecast_request(
         self, body: bytes, media: Media, stream: str, checkpoint: Checkpoint
@@ -131,7 +131,7 @@ class LongReader:
                 lambda at: too_many_elements(at, most, MORE),
             )
             split = await self._split_object(body, media, limits, "", checkpoint)
-            found = self._validate_rest(kind, media, split, BODY)
+            forecast = self._validate_rest(kind, media, split, BODY)
             if "future" in split.lists:
                 future: list[dict[str, Any]] = []
                 for group in group_by_size(split.lists["future"], BLOCK_BYTES):
@@ -141,8 +141,8 @@ class LongReader:
                     part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
                     origin = Origin(first=len(future))
                     future += reader.bodies.validate(kind, media, part, origin).future or []
-                found.future = future
-            return reader.build_forecast_request(found)
+                forecast.future = future
+            return reader.build_forecast_request(forecast)
         except CarryError as error:
             raise with_stream(stream, error) from error
 
@@ -162,7 +162,7 @@ class LongReader:
         if len(state) < LONG_BYTES:
             return validate(StateBody, media, encoded_object(media, split.members))
         rest: dict[str, Encoded] = {**split.members, "state": _EMPTY_OBJECT[media]}
-        found = validate(StateBody, media, encoded_object(media, rest))
+        restored = validate(StateBody, media, encoded_object(media, rest))
         most = sum(part.size for part in parts.values())
         limits = ObjectLimits(list(parts), [], most, _no_list)
         state_parts = await self._split_object(
@@ -172,8 +172,8 @@ class LongReader:
             await checkpoint()
             # Unknown parts are reported later, by the state layout.
             part = parts.get(name)
-            found.state[name] = None if part is None else _part_values(media, part, value)
-        return found
+            restored.state[name] = None if part is None else _part_values(media, part, value)
+        return restored
 
     async def fork(self, body: bytes, media: Media, checkpoint: Checkpoint) -> ForkBody:
         """The name of the new stream."""
@@ -205,11 +205,13 @@ class LongReader:
                 item, media, self._limits(kind, media), inside, checkpoint
             )
             stream = _stream_of(split, media, f"{inside}.stream")
-            found, steps = await self._steps_of(split, media, kind, inside, checkpoint)
+            validated, steps = await self._steps_of(split, media, kind, inside, checkpoint)
             precondition = None
-            if found.if_match is not None:
-                precondition = parse_if_match(found.if_match, f"{inside}.if_match", bare=True)
-            return reader.build_chunk(found, steps, found.stream, precondition, final=found.final)
+            if validated.if_match is not None:
+                precondition = parse_if_match(validated.if_match, f"{inside}.if_match", bare=True)
+            return reader.build_chunk(
+                validated, steps, validated.stream, precondition, final=validated.final
+            )
         except (MalformedBody, DeadlineExceeded):
             raise
         except CarryError as error:
@@ -237,14 +239,14 @@ class LongReader:
         packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
         if packed:
             split.members["inputs"] = memoryview(_NO_BYTES)
-        found = self._validate_rest(kind, media, split, Origin(inside))
+        validated = self._validate_rest(kind, media, split, Origin(inside))
         if packed and rows is not None:
-            found.inputs = msgspec.msgpack.decode(rows, type=bytes)
-        given = [name for name, elements in split.lists.items() if elements]
-        if (found.events is None) == (found.inputs is None) or not given:
-            return found, strict.of_body(found, inside)
-        [name] = given
-        strict.check_final(found, inside)
+            validated.inputs = msgspec.msgpack.decode(rows, type=bytes)
+        filled = [name for name, elements in split.lists.items() if elements]
+        if (validated.events is None) == (validated.inputs is None) or not filled:
+            return validated, strict.of_body(validated, inside)
+        [name] = filled
+        strict.check_final(validated, inside)
         parts: list[Steps] = []
         done = 0
         for group in group_by_size(split.lists[name], BLOCK_BYTES):
@@ -260,7 +262,7 @@ class LongReader:
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)
-        return found, _concatenate(parts)
+        return validated, _concatenate(parts)
 
     async def _split_object(
         self,

@@ -42,7 +42,7 @@ def connections_within_open_files(wanted: int) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return wanted
-    most = limit - min(RESERVED, limit // 4)
-    if most < wanted:
-        log.warning("connections_limited_by_open_files", limit=limit, max_connections=most)
-    return min(wanted, most)
+    allowed = limit - min(RESERVED, limit // 4)
+    if allowed < wanted:
+        log.warning("connections_limited_by_open_files", limit=limit, max_connections=allowed)
+    return min(wanted, allowed)

@@ -99,10 +99,10 @@ class Readiness:
             self._log_changes([ServerFault(error.detail)])
             return Check("store", False, error.detail)
         probes = self._probes(layout.servers)
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(self._check_server(server, probes.get(server)) for server in layout.servers)
         )
-        faults = [each for each in found if each is not None]
+        faults = [each for each in results if each is not None]
         is_serving = len(faults) < len(layout.servers)
         is_safe = not any(each.is_unsafe for each in faults)
         if layout.gap:
@@ -147,8 +147,8 @@ class Readiness:
             if probe is not None:
                 [result] = await server.try_once(PROBE_S, *probe)
                 if result[0] != 1:
-                    said = b" ".join(result[1:]).decode("utf-8", "replace")
-                    return ServerFault(f"{server.where} refuses commits: {said}")
+                    message = b" ".join(result[1:]).decode("utf-8", "replace")
+                    return ServerFault(f"{server.where} refuses commits: {message}")
         except CarryError as error:
             return ServerFault(error.detail)
         return None

@@ -194,9 +194,9 @@ def test_sighup_that_is_ignored_stays_ignored() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in serve._stops()
+        assert signal.SIGHUP not in serve._stop_signals()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in serve._stops()
+        assert signal.SIGHUP in serve._stop_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
 
