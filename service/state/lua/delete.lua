@@ -1,20 +1,19 @@
--- Replaces one stream by a tombstone and deletes its reply, if it is what is expected.
+-- Replaces one stream by a tombstone and deletes its reply, if the stored value is the expected one.
 --
 -- KEYS[1]  state key
 -- KEYS[2]  reply key
--- ARGV[1]  expected: how the 24 bytes at offset 32 of the value must begin, where a state has
---          epoch and tag; zeros stand for bytes that the value does not have. "": there must
---          be no value
+-- ARGV[1]  expected: prefix of bytes 32 to 55 of the stored value, epoch and tag of a state; a
+--          shorter value is padded with zeros. "": no value must be stored
 -- ARGV[2]  the tombstone
--- ARGV[3]  how long it is kept, milliseconds, more than 0
+-- ARGV[3]  its lifetime in milliseconds, more than 0
 --
 -- Returns
 --   {1}          written
---   {0}          not written, there is no value
---   {0, header}  not written, at most the first 96 bytes of the value that was found; where it
---                is of another type than a string, 32 zeros and the server's words for that
+--   {0}          not written, no value is stored
+--   {0, header}  not written, with at most the first 96 bytes of the stored value; for a value
+--                that is not a string, 32 zeros and the server's error message
 --
--- The deletion comes first: a server whose memory is full lets a script that has written go on.
+-- UNLINK comes first: a server whose memory is full lets a script continue that has freed memory.
 
 local header = redis.pcall('GETRANGE', KEYS[1], 0, 95)
 if type(header) == 'table' then

@@ -1,7 +1,6 @@
-"""Planted: a deletion leaves nothing behind.
+"""Planted: a deletion leaves no tombstone.
 
-A creation whose connection was given up, and that arrives after the stream was deleted, brings it
-back.
+A creation from a given-up connection that arrives after the deletion brings the stream back.
 """
 
 from tests.faults.planting import replace_in_script

@@ -1,6 +1,6 @@
-"""Planted: a deletion deletes whatever there is.
+"""Planted: a deletion does not compare.
 
-One whose connection was given up, and that arrives after its retry, deletes what was begun since.
+One from a given-up connection that arrives after its retry deletes a stream created since.
 """
 
 from tests.faults.planting import replace_in_script
