@@ -203,16 +203,16 @@ class Breaker:
         self._history.seen["streams set back while their client rested"] += set_back
         self.warm_rollbacks += set_back > 0
 
-    async def nothing_held(self) -> None:
-        """Wait until every write that is held now has reached the store."""
+    async def wait_for_held_writes(self) -> None:
+        """Wait until all writes that are held back have reached the store."""
         for way in self._store.ways:
             await way.drained(lambda link: link.hold is not None)
 
     def _is_commit(self, link: Link, data: bytes) -> bool:
         return b"EVAL" in data and self._store_sight.is_workers(link)
 
-    def _begins_or_deletes(self, link: Link, data: bytes) -> bool:
-        """Whether a short-lived stream is created or deleted."""
+    def _creates_or_deletes(self, link: Link, data: bytes) -> bool:
+        """Whether these bytes create or delete a short-lived stream."""
         return (
             self._is_commit(link, data)
             and f":s:{MODEL}:{SHORT_LIVED}".encode() in data
@@ -220,7 +220,7 @@ class Breaker:
         )
 
     async def _cut(self, fault: Fault) -> None:
-        """Cut some connections, or hold what is written to them; at least one."""
+        """Cut some connections, or hold their writes back; at least one."""
         direction: Direction
         choice: Choice
         ways = self._store.ways
@@ -236,7 +236,7 @@ class Breaker:
             case Kind.HOLD_WRITE:
                 direction, choice = "request", self._is_commit
                 if self._random.random() < 0.7:
-                    choice = self._begins_or_deletes
+                    choice = self._creates_or_deletes
             case _:
                 direction, choice = "reply", lambda link, _: self._store_sight.owes(link)
         waiting = set()

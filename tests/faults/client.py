@@ -332,10 +332,10 @@ class Client:
         self._next_worker = self._worker
 
     async def _delete(self, began_s: float) -> Span | None:
-        """Have another worker delete the stream; None where If-Match finds it elsewhere.
+        """Have another worker delete the stream; None if its If-Match fails.
 
-        A request that was given up may be carried out after all, and without If-Match it then
-        deletes what the stream is by that time.
+        An abandoned request may still be carried out, and without If-Match it then deletes the
+        stream in whatever state it is by that time.
         """
         etag, unanswered, unknown = None, False, False
         if self._random.random() < 0.5:

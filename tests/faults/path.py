@@ -1,8 +1,8 @@
 """A small TCP proxy on the loopback: it watches what passes, and cuts connections on demand.
 
 It changes no byte. What it can do to a connection is to end it in the middle, after the first
-half of a request, or of a reply, has gone on; and to hold a request, so that it reaches the server
-only some time after its client gave the connection up. Use from one event loop.
+half of a request, or of a reply, was forwarded; and to hold a request back, so that it reaches the
+server only after its client has given the connection up. Use from one event loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Choice = Callable[["Link", bytes], bool]
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """How requests are held.
+    """How a connection's requests are held back.
 
     Attributes:
         late_s: they reach the server so long after the client's end of the connection is gone.
@@ -64,8 +64,8 @@ class Link:
         number: different for every connection of the run.
         notes: the watcher's own.
         whose: who made it, once somebody found out.
-        hold: set once its requests are held.
-        ended: all that was to pass has passed.
+        hold: set once its requests are held back.
+        ended: whether all bytes have passed.
     """
 
     def __init__(self, path: Path, front: asyncio.Transport):
@@ -111,7 +111,7 @@ class Link:
     def _pass(self, direction: Direction, data: bytes) -> None:
         if self.gone:
             return
-        cut = None if self.hold else self.path.take_cut(direction, self, data)
+        cut = None if self.hold else self.path.pop_cut(direction, self, data)
         if cut is not None and cut.hold is not None:
             self.hold = cut.hold
             if not cut.hold.silent:
@@ -241,13 +241,13 @@ class Path:
     def cut(
         self, direction: Direction, choice: Choice, hold: Hold | None = None
     ) -> asyncio.Future[None]:
-        """Cut, or hold, the next bytes in this direction that are chosen; done when it happened."""
+        """Cut, or hold back, the next bytes in this direction that `choice` selects."""
         cut = _Cut(direction, choice, hold)
         self._cuts.append(cut)
         return cut.done
 
-    def take_cut(self, direction: Direction, link: Link, data: bytes) -> _Cut | None:
-        """The cut that these bytes are chosen for, which then happened."""
+    def pop_cut(self, direction: Direction, link: Link, data: bytes) -> _Cut | None:
+        """Remove and return the cut that selects these bytes, if any."""
         for cut in self._cuts:
             if cut.direction == direction and cut.choice(link, data):
                 self._cuts.remove(cut)

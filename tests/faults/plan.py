@@ -66,8 +66,7 @@ class Fault:
     """One fault.
 
     Attributes:
-        seconds: how long a pause, the age of the files that are put back, or how late writes
-            that are held come at most.
+        seconds: length of a pause, age of the restored files, or longest delay of held writes.
         stage: where a chunk of the worker that is killed is to be.
         gap_s: pause before it.
         pick: chooses whom it meets.

@@ -50,7 +50,7 @@ class Course:
         plant: a bug that is planted in the workers, by its folder in `plants`.
         strict: chunks are acknowledged when the replicas have them.
         forgets: share of chunks before which the stream is deleted or expires.
-        short_lived: one stream of so many is deleted and begun again all the time; 0: none.
+        short_lived: one in so many streams is deleted and created all the time; 0: none.
         append_pause_s: mean pause between two episodes of an appender.
         longest_s: no pause is longer.
         quiet: compare with an undisturbed service, too.
@@ -192,7 +192,7 @@ async def _drive(
 
     async def expire(stream: str) -> None:
         # streams live longer than a network holds bytes
-        await breaker.nothing_held()
+        await breaker.wait_for_held_writes()
         await asyncio.to_thread(on.store.expire, stream)
 
     def client(number: int) -> Client:

@@ -179,7 +179,7 @@ def _asked(command: Any) -> Asked | None:
     name = command[0].upper()
     if name in (b"EVALSHA", b"EVAL"):
         keys = command[3 : 3 + int(command[2])]
-        # a commit has two keys and three arguments for each stream, behind two for all
+        # a commit has two common arguments, then two keys and three arguments for each stream
         commit = 2 * (len(command) - 3 - len(keys) - 2) == 3 * len(keys)
         return Asked(True, _streams(keys)) if commit else None
     if name in (b"MGET", b"GET"):

@@ -25,10 +25,10 @@ from service.state.valkey_process import server_binary
 from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
-"""A primary that is silent for so long is replaced: soon, for tests that wait for it."""
+"""Node timeout before a failover; short, for tests that wait for one."""
 STEADY_TIMEOUT_MS = 60_000
-"""Where no test stops a node. A busy machine keeps a process waiting for a second, and a replica
-that replaced it would lack what was acknowledged just before."""
+"""Node timeout where no test stops a node. A busy machine may suspend a process for a second, and a
+replica that took over would lack the last acknowledged writes."""
 SLOTS = 16_384
 PRIMARIES = 3
 
@@ -205,7 +205,7 @@ def real_cluster(kind: str = "valkey", *options: str) -> Iterator[Cluster]:
 def shared_cluster() -> Iterator[Cluster]:
     """One cluster for the whole run, for tests that leave it as it is; empty it before use."""
     with real_cluster() as running:
-        # not from the start: nodes tell each other the less often the longer it is
+        # set once the cluster is up: a longer timeout makes nodes gossip less often
         running.configure("cluster-node-timeout", STEADY_TIMEOUT_MS)
         yield running
 
