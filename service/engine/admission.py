@@ -25,7 +25,7 @@ from service.errors import Overloaded, StreamOverloaded
 MAX_RETRY_AFTER_S: Final = 60.0
 
 STREAM_SHARE: Final = 4
-"""A stream's backlog may take one in so many of the places that are left in the queue."""
+"""A stream's backlog may take 1 / `STREAM_SHARE` of the free places in the queue."""
 
 log = structlog.get_logger(__name__)
 

@@ -17,9 +17,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("mode
 
 
 def tables(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and rows of each run of lines that begins with a bar, outside of code.
+    """Line number and rows of each table outside of code blocks.
 
-    The run ends at an empty line: Markdown takes any other line below a table for a row.
+    A table ends at an empty line: Markdown treats any other line below it as a row.
     """
     rows: list[str] = []
     in_code = False

@@ -39,8 +39,8 @@ class Hold:
     """How a connection's requests are held back.
 
     Attributes:
-        late_s: they reach the server so long after the client's end of the connection is gone.
-        silent: the client gives the connection up by itself; else it is cut off at once.
+        late_s: time from the loss of the client's connection to the delivery to the server.
+        silent: whether the client gives up by itself; otherwise its connection is cut at once.
     """
 
     late_s: float

@@ -298,7 +298,7 @@ def _move(process: psutil.Process, cores: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The overload, beside the peaks before and after.
+    """An overload run, compared with the peaks before and after it.
 
     Attributes:
         peak: the higher goodput of both.

@@ -1,4 +1,4 @@
-"""Graphs in an artifact: written beside the weights, never read back, and refused with a reason."""
+"""Graphs in an artifact: derived from the weights, never read back, or absent with a reason."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def check_answer(book: Book, job: Job, state: int, slot: Slot, client: Client) -
 
 
 def check_deletion(book: Book, job: Job, slot: Slot, client: Client) -> None:
-    """A deletion is acknowledged: what its client knew to be applied before is gone."""
+    """Check an acknowledged deletion: chunks that its client knew to be applied are deleted."""
     plans = book.scenario.clients[job.client].plans
     for uid, _ in slot.log:
         plan = uid // 16 % 16

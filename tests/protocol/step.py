@@ -3,8 +3,8 @@
 A worker is modelled as it is built: a chunk that continues a copy in memory is computed and its
 commit sent at once, any other is loaded first; what is sent goes through one ordered connection
 and is carried out from its head; a chunk whose commit is sent lets the stream's next one start.
-Carrying out a request and receiving its answer are one step; `breaks` adds what parts them, and
-whatever else goes wrong.
+Carrying out a request and receiving its answer are one step; `breaks` separates them, and adds the
+other faults.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class LossyPath:
         self._clients: set[asyncio.Task[None]] = set()
 
     async def deliver(self) -> None:
-        """Hand the server all that was held, each as the last bytes of a connection of its own,
-        and wait until it has carried them out."""
+        """Deliver everything that was held back, each part on a separate connection, and wait until
+        the server has carried it out."""
         for data in self.held:
             answers, server = await asyncio.open_unix_connection(self._target)
             server.write(data)

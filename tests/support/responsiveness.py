@@ -14,11 +14,11 @@ EVERY_S = 0.005
 
 
 class Health:
-    """Asks `/health/live` again and again on a connection of its own.
+    """Polls `/health/live` on a separate connection.
 
     Attributes:
-        slowest_s: of all its answers.
-        answers: how many there were.
+        slowest_s: slowest reply, in seconds.
+        answers: number of replies.
     """
 
     def __init__(self, url: str):

@@ -78,7 +78,7 @@ def own_loss(wanted: Any, given: Any) -> Any:
 
 
 def test_a_compiled_model_is_imported(tmp_path: Path) -> None:
-    """With what is known of the models in it, and with anything of its own, which is not loaded."""
+    """With known losses, and with a custom one, which is not loaded."""
     model = recurrent()
     model.compile(
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 5)), keras.losses.Huber()

@@ -142,7 +142,7 @@ def test_a_target_without_values_is_refused(
 
 
 def test_a_label_without_values_is_refused(tmp_path: Path) -> None:
-    """Beside a head that has some."""
+    """Next to a head that has targets."""
     frame = table().with_columns(up=pl.lit(None, pl.Boolean))
     with pytest.raises(DataError, match=rf"values for head 'up' {TRAINING}, got none$"):
         train(spec_of(classes("flag"), UP), frame, tmp_path / "out", quiet=True)
@@ -209,7 +209,7 @@ def test_a_csv_file_that_names_a_column_twice_is_refused(tmp_path: Path, unused:
 
 
 def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:
-    """As a spreadsheet leaves them at the end of every line."""
+    """As some spreadsheets add at the end of every line."""
     path = tmp_path / "t.csv"
     path.write_text("".join(f"{line},,\n" for line in table().write_csv().splitlines()))
     streams_of(spec_of(UP), read_data(path, spec_of(UP)))

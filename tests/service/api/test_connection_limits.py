@@ -135,7 +135,7 @@ async def test_connection_timeouts_do_not_apply_while_a_request_is_processed(
 
 
 async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None:
-    """After the timeout without any read, whatever it is waiting for."""
+    """After the timeout without any read, in every phase."""
     async with connected(api) as client:
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
@@ -284,7 +284,7 @@ async def test_unread_replies_are_shed_over_the_limit(
 async def test_a_half_closed_connection_gets_its_reply(
     api: Harness, held_back: Callable[[], None], first: str
 ) -> None:
-    """At once, and after having had to wait."""
+    """For a reply that is ready at once, and for one that takes time."""
     async with connected(api) as client:
         client.writer.write(request(chunk(), first=first) + request(chunk(4), first=first))
         client.writer.write_eof()

@@ -426,7 +426,7 @@ class Framing:
 
 
 async def test_fast_path_and_parser_frame_requests_alike(api: Harness) -> None:
-    """What the first takes, whatever was done to a good request, is one request to the other."""
+    """Any mutation of a valid request that the fast path accepts is one request to the parser."""
     express: Express = api.app.state.express
     random = Random(11)
     good = [*TAKEN.values(), *LEFT.values(), *REFUSED.values()]

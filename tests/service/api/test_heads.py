@@ -1,6 +1,6 @@
-"""Heads that two readers could frame in different ways, against a real service.
+"""Requests with ambiguous framing, sent to a real service.
 
-Whatever comes, in however many segments: so many answers as there are requests, and no stream.
+However a request is segmented, each gets one reply, and no hidden request creates a stream.
 """
 
 from __future__ import annotations

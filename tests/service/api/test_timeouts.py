@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 async def expire_while_held(api: Harness, clock: ManualClock, answer: Coroutine[Any, Any, T]) -> T:
-    """The answer to a request whose time is up while the store holds its stream."""
+    """The reply to a request whose deadline passes while the store holds its stream back."""
     api.store.held = held = asyncio.Event()
     before = api.store.holds
     waiting = asyncio.create_task(answer)

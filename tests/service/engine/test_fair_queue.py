@@ -19,7 +19,7 @@ LONG_BEYOND_16 = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=16)
 
 
 class Waiting:
-    """A queue, and jobs named by their stream and number, each of a request of its own."""
+    """A queue whose jobs are named by stream and number, each of a separate request."""
 
     def __init__(self, limits: BatchLimits = LIMITS):
         self.queue: FairQueue[str, str] = FairQueue(limits)

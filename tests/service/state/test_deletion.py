@@ -209,7 +209,7 @@ class Interrupted(RedisStore):
 async def test_a_stream_under_constant_writes_is_deleted(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
-    """By its epoch, once it has been moved on too often between two tries."""
+    """By its epoch, after too many conflicts."""
     last = streams.creation(key("a"))
     await committed(store, last)
 

@@ -100,7 +100,7 @@ async def _connected(server: RealServer) -> None:
 
 
 def on_stock_asyncio(work: Callable[[list[dict[str, Any]]], Coroutine[Any, Any, None]]) -> None:
-    """Run work on the standard library's loop, and see no callback of it fail."""
+    """Run work on the standard library's event loop and check that no callback fails."""
     failures: list[dict[str, Any]] = []
 
     async def watched() -> None:

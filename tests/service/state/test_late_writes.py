@@ -28,7 +28,7 @@ async def holding(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateSto
 
 
 async def begun(store: StateStore, streams: Streams) -> Commit:
-    """Begin the stream as a worker does: from what it loads."""
+    """A creation as a worker commits it: it expects what it has loaded."""
     commit = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, commit)
     return commit

@@ -35,7 +35,7 @@ def replicated() -> Iterator[Servers]:
 
 
 def primary_has_acknowledged(primary: RealServer, replicas: int) -> bool:
-    """Whether so many replicas have what the primary writes now."""
+    """Whether a write of the primary reaches this many replicas."""
     with primary.client() as client:
         client.set("probe", "written")
         return client.wait(replicas, 1000) >= replicas
