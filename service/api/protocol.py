@@ -89,6 +89,7 @@ class ExpressProtocol(HttpToolsProtocol):
         self._is_lingering = False
         self._half_closed = False
         self._failure: CarryError | None = None
+        self._rejection: CarryError | None = None
         self.progress = 0
         self.body_bytes = 0
         self.body_began_s = 0.0
@@ -210,10 +211,15 @@ class ExpressProtocol(HttpToolsProtocol):
                     self.parser = httptools.HttpRequestParser(self)
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         except httptools.HttpParserError as error:
-            cause = error.__context__
-            if not isinstance(cause, CarryError):
-                cause = MalformedRequest(f"expected a request of HTTP/1.1: {error}")
-            self._fail(cause)
+            # not its `__context__`, which is what the application is handling, if it is
+            self._fail(
+                self._rejection or MalformedRequest(f"expected a request of HTTP/1.1: {error}")
+            )
+
+    def _reject(self, error: CarryError) -> None:
+        """Make the parser stop, whose own error does not say why."""
+        self._rejection = error
+        raise error
 
     def _hold(self, data: bytes) -> None:
         if not self._is_busy and not self.body_bytes:
@@ -346,14 +352,17 @@ class ExpressProtocol(HttpToolsProtocol):
         if self._head_complete:
             return
         if len(self.headers) == MAX_HEADERS:
-            raise HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines")
+            self._reject(HeadTooLarge(f"head: expected at most {MAX_HEADERS} lines"))
         # the parser does not strip trailing white space
         super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """uvicorn's parser has met the end of a head."""
         version = self.parser.get_http_version()
-        check_head(self.parser.get_method(), self.url, version, self.headers)
+        try:
+            check_head(self.parser.get_method(), self.url, version, self.headers)
+        except CarryError as error:
+            self._reject(error)
         self._upgrades = self.parser.should_upgrade()
         if self._upgrades:
             return
@@ -373,7 +382,7 @@ class ExpressProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             self._drained_bytes += len(body)
             if self._drained_bytes > MAX_DRAIN_BYTES:
-                raise MalformedRequest("the body of a request that was answered goes on")
+                self._reject(MalformedRequest("the body of a request that was answered goes on"))
             return
         if not self.body_bytes:
             self.body_began_s = self.loop.time()

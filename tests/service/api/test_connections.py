@@ -282,6 +282,23 @@ async def test_a_connection_is_not_idle_while_a_request_is_under_way(
         assert await client.statuses(1) == [b"200"]
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [(b"Host: x\r\nExpect: 1", b"417"), (b"X: 1", b"400"), (b"Host: x\r\nX : 1", b"400")],
+    ids=["expectation", "no host", "syntax"],
+)
+async def test_a_rejected_head_is_not_answered_with_the_error_of_the_request_before_it(
+    api: Harness, head: bytes, status: bytes
+) -> None:
+    """It is parsed while that is being answered."""
+    missing = request(b"", first="DELETE /v1/models/probe/streams/missing HTTP/1.1", length="X: 1")
+    missing = missing[:-2] + b"X: %b\r\n\r\n" % (b"1" * (PIECE_BYTES - len(missing) - 5))
+    async with connected(api) as client:
+        client.writer.write(missing + b"GET /health/live HTTP/1.1\r\n%b\r\n\r\n" % head)
+        assert await client.statuses(2) == [b"404", status]
+        await client.is_cut_off()
+
+
 async def test_a_body_that_does_not_come_keeps_no_connection_open(api: Harness) -> None:
     """It was refused by its length."""
     async with connected(api) as client:
