@@ -16,7 +16,8 @@ The application offers its `Express` and its `Connections` through the lifespan'
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -63,6 +64,14 @@ class HoldingFlow(FlowControl):
         """Read on, if there is room."""
         if not self.holds:
             super().resume_reading()
+
+
+class CycleTransport(NamedTuple):
+    """What a request of uvicorn has of the transport, whose end is the protocol's."""
+
+    write: Callable[[bytes], None]
+    is_closing: Callable[[], bool]
+    close: Callable[[], None]
 
 
 class ExpressProtocol(HttpToolsProtocol):
@@ -297,12 +306,20 @@ class ExpressProtocol(HttpToolsProtocol):
         self.transport.write(self._express.refuse_unread(error))
         self._linger()
 
+    def _end(self) -> None:
+        """Close the connection after the last answer, which a reset would take from the client."""
+        if self._message_whole and not self._held:
+            self.transport.close()
+        else:
+            self._linger()
+
     def _linger(self) -> None:
         """Lingering close: flush, send FIN, and discard further input for a moment."""
         if self._is_lingering or self.transport.is_closing():
             return
         self._is_lingering = True
         self._held = b""
+        self.pipeline.clear()
         self._connections.set_body_bytes(self, 0)
         self._flow.holds = False
         self._flow.resume_reading()
@@ -339,6 +356,8 @@ class ExpressProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running_cycle = cycle
+        transport = self.transport
+        cycle.transport = CycleTransport(transport.write, transport.is_closing, self._end)
         super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
@@ -403,6 +422,8 @@ class ExpressProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """uvicorn has answered a request, and begun the next one that it has."""
+        # no cycle of references is left behind
+        self._running_cycle.transport = self.transport
         super().on_response_complete()
         self._unset_keepalive_if_required()
         self.progress += 1
@@ -448,4 +469,6 @@ class ExpressProtocol(HttpToolsProtocol):
         self._connections.remove(self)
         if self._ours is not None:
             self._express.leave(*self._ours)
+        if self._running_cycle is not None:
+            self._running_cycle.transport = self.transport
         super().connection_lost(exc)

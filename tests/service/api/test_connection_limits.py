@@ -371,6 +371,25 @@ async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Ha
     assert api.position("behind") is None
 
 
+@pytest.mark.parametrize(
+    ("version", "field"),
+    [("1.1", "Connection: close"), ("1.0", "X-Test: 1"), ("1.1", "Expect: 100-continue")],
+)
+async def test_a_connection_is_not_reset_while_a_refused_body_comes(
+    api: Harness, version: str, field: str
+) -> None:
+    """It would lose the answer."""
+    first = f"POST /v2 HTTP/{version}"
+    async with connected(api) as client:
+        client.writer.write(request(b"", field, first=first, length="Content-Length: 100000"))
+        assert await client.statuses(1) == [b"404"]
+        assert client.connection._is_lingering
+        assert not client.connection.transport.is_closing()
+        client.writer.write(b"x" * 100_000)
+        await client.writer.drain()
+        await client.is_cut_off()
+
+
 def test_connections_are_limited_by_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, expected in ((1024, 768), (100, 75), (resource.RLIM_INFINITY, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
