@@ -13,9 +13,9 @@ request starves, however many steps its job has.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from typing import Any, Final, Generic, NamedTuple
+from typing import Any, Final, Generic
 
 from service.engine.drain_rate import DrainRate
 from service.engine.jobs import Job, P, R, Ticket
@@ -62,11 +62,9 @@ class Backlog(Generic[P, R]):
         self.jobs.insert(at, job)
 
 
-class ReadyRequest(NamedTuple, Generic[P, R]):
-    """A request of more than one job, with its ready streams."""
-
-    ticket: Ticket[Any]
-    backlogs: deque[Backlog[P, R]]
+ReadyRequests = OrderedDict[Ticket[Any] | Backlog[P, R], Backlog[P, R] | deque[Backlog[P, R]]]
+"""The ready streams by request, in the order of service: the stream of a request of one job under
+itself, those of any other request under its ticket."""
 
 
 class RoundRobin(Generic[P, R]):
@@ -76,12 +74,11 @@ class RoundRobin(Generic[P, R]):
         ready: number of streams.
     """
 
-    __slots__ = ("_by_ticket", "_requests", "ready")
+    __slots__ = ("_requests", "ready")
 
     def __init__(self) -> None:
         self.ready = 0
-        self._requests: deque[Backlog[P, R] | ReadyRequest[P, R]] = deque()
-        self._by_ticket: dict[Ticket[Any], ReadyRequest[P, R]] = {}
+        self._requests: ReadyRequests[P, R] = OrderedDict()
 
     @property
     def requests(self) -> int:
@@ -91,54 +88,46 @@ class RoundRobin(Generic[P, R]):
     @property
     def front(self) -> Job[P, R] | None:
         """The job that is taken next."""
-        if not self._requests:
-            return None
-        request = self._requests[0]
-        return (request if isinstance(request, Backlog) else request.backlogs[0]).jobs[0]
+        for request in self._requests.values():
+            return (request if isinstance(request, Backlog) else request[0]).jobs[0]
+        return None
 
     def add(self, backlog: Backlog[P, R], *, first: bool = False) -> None:
         """Add a ready stream behind the others of its request, and a new request behind all others.
 
         Args:
-            first: add them in front instead.
+            first: add the stream in front, and move its request in front of all others.
         """
         self.ready += 1
         ticket = backlog.jobs[0].ticket
-        request: Backlog[P, R] | ReadyRequest[P, R] = backlog
-        if ticket.jobs > 1:
-            existing = self._by_ticket.get(ticket)
-            if existing is not None:
-                if first:
-                    existing.backlogs.appendleft(backlog)
-                else:
-                    existing.backlogs.append(backlog)
-                return
-            request = self._by_ticket[ticket] = ReadyRequest(ticket, deque((backlog,)))
-        if first:
-            self._requests.appendleft(request)
+        key: Ticket[Any] | Backlog[P, R] = backlog
+        if ticket.jobs == 1:
+            self._requests[key] = backlog
         else:
-            self._requests.append(request)
+            key = ticket
+            backlogs = self._requests.setdefault(key, deque())
+            if not isinstance(backlogs, Backlog):
+                backlogs.insert(0 if first else len(backlogs), backlog)
+        if first:
+            self._requests.move_to_end(key, last=False)
 
     def pop(self) -> Backlog[P, R]:
         """Take the next stream; its request then moves behind all others."""
         self.ready -= 1
-        request = self._requests.popleft()
+        key, request = self._requests.popitem(last=False)
         if isinstance(request, Backlog):
             return request
-        backlog = request.backlogs.popleft()
-        if request.backlogs:
-            self._requests.append(request)
-        else:
-            del self._by_ticket[request.ticket]
+        backlog = request.popleft()
+        if request:
+            self._requests[key] = request
         return backlog
 
     def prune(self) -> None:
         """Drop the streams that have no job left."""
-        requests, self._requests = self._requests, deque()
-        self._by_ticket.clear()
+        requests, self._requests = self._requests, OrderedDict()
         self.ready = 0
-        for request in requests:
-            for backlog in (request,) if isinstance(request, Backlog) else request.backlogs:
+        for request in requests.values():
+            for backlog in (request,) if isinstance(request, Backlog) else request:
                 if backlog.jobs:
                     self.add(backlog)
 

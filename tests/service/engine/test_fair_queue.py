@@ -47,6 +47,18 @@ async def test_a_batch_takes_one_job_of_each_stream() -> None:
     assert waiting.take() == ["a1"]
 
 
+@pytest.mark.parametrize("items", [1, 2])
+async def test_a_job_that_does_not_fit_is_not_passed_over_twice(items: int) -> None:
+    """However many smaller ones wait, and however many jobs its request has."""
+    waiting = Waiting()
+    waiting.push(*"abcde")
+    waiting.push(*"YZ"[:items], steps=40, ticket=Ticket(items, math.inf))
+    waiting.push(*"fghijklm")
+    assert waiting.take() == ["a0", "b1", "c2", "d3"]
+    assert waiting.take()[0] == "e4"
+    assert waiting.take() == ["Y5"]
+
+
 async def test_jobs_without_a_stream_share_a_batch() -> None:
     waiting = Waiting()
     waiting.push(None, None)
