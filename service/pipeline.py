@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -272,31 +273,30 @@ class Pipeline:
         """
         results: dict[int, Reply | CarryError] = {}
         blocking: dict[str, CarryError] = {}
-        left = list(enumerate(items))
-        while left:
-            # The first that is left of each stream, all of them together.
-            streams: set[str] = set()
+        waiting: dict[str, deque[tuple[int, Chunk | CarryError]]] = {}
+        for index, item in enumerate(items):
+            # An item without a readable stream belongs to none, so it blocks none.
+            waiting.setdefault(_stream_of(item) or f"item {index}", deque()).append((index, item))
+        while waiting:
+            # The first of each stream that is not held back, all of them together.
             taken: list[tuple[int, Chunk]] = []
-            later: list[tuple[int, Chunk | CarryError]] = []
-            for index, item in left:
-                # An item without a readable stream belongs to none, so it blocks none.
-                stream = _stream_of(item) or f"item {index}"
-                if stream in streams:
-                    later.append((index, item))
-                    continue
-                streams.add(stream)
-                if not isinstance(item, Chunk):
+            for stream, queue in list(waiting.items()):
+                while queue:
+                    index, item = queue.popleft()
+                    if isinstance(item, Chunk):
+                        held = _held_back(item, blocking.get(stream))
+                        if held is None:
+                            taken.append((index, item))
+                            break
+                        item = held
                     results[index] = blocking[stream] = item
-                elif (held := _held_back(item, blocking.get(stream))) is not None:
-                    results[index] = blocking[stream] = held
-                else:
-                    taken.append((index, item))
+                if not queue:
+                    del waiting[stream]
             applied = await self._apply([chunk for _, chunk in taken], deadline_s)
             for (index, item), result in zip(taken, applied, strict=True):
                 results[index] = result
                 if isinstance(result, CarryError):
                     blocking[item.key.stream] = result
-            left = later
         return [results[index] for index in range(len(items))]
 
     async def _apply(self, chunks: list[Chunk], deadline_s: float) -> list[Reply | CarryError]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.artifact import Artifact
 from models.state import State
+from service import pipeline
 from service.delivery import next_tag
 from service.domain import Chunk, Feed, Precondition, Reply, Steps, StreamKey
 from service.errors import (
@@ -399,6 +400,23 @@ async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
         ]
         assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
         assert (await one.streams.read(StreamKey("probe", "held"))).mark.position == 2
+
+
+async def test_each_of_many_items_of_one_stream_is_looked_at_once(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand that fail would otherwise hold up the event loop."""
+    looked_at: list[Chunk | CarryError] = []
+
+    def stream_of(item: Chunk | CarryError) -> str:
+        looked_at.append(item)
+        return "s"
+
+    monkeypatch.setattr(pipeline, "_stream_of", stream_of)
+    items = [InvalidInput("wrong", stream="s")] * 100
+    async with worker(store_url, artifact) as one:
+        assert await one.process_many(items) == items
+    assert len(looked_at) == len(items)
 
 
 async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Artifact) -> None:
