@@ -7,12 +7,12 @@ validated: if the text is malformed, so are its parts, and their decoder rejects
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
+import pydantic_core
 from numpy.typing import NDArray
 
 BLOCK_BYTES: Final = 64 * 1024
@@ -25,9 +25,9 @@ _STEPS[list(b"[{")] = 1
 _STEPS[list(b"]}")] = -1
 _SPACE: Final = b" \t\r\n"
 _LEADING: Final = re.compile(rb"[ \t\r\n]*+")
-_NAME: Final = re.compile(rb'[ \t\r\n]*+("[^"\\]*+(?:\\.[^"\\]*+)*+")[ \t\r\n]*+:')
+_NAME: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _NAME_BYTES: Final = 4096
-"""A member's name ends within this many bytes."""
+"""The longest member name that is read."""
 
 
 class JsonMember(NamedTuple):
@@ -98,11 +98,17 @@ class JsonStructure:
 
     def _name(self, start: int) -> tuple[str, int] | None:
         """The member name after a bracket or comma, and the offset of its value."""
-        match = _NAME.match(self._text, start + 1, start + _NAME_BYTES)
+        begin = _skip_whitespace(self._text, start + 1)
+        match = _NAME.match(self._text, begin, begin + _NAME_BYTES)
+        if match is None:
+            return None
+        end = _skip_whitespace(self._text, match.end())
         try:
-            return None if match is None else (str(json.loads(match[1])), match.end())
+            # rejects what the decoders of bodies reject
+            name = pydantic_core.from_json(match[0])
         except ValueError:
             return None
+        return (name, end + 1) if bytes(self._text[end : end + 1]) == b":" else None
 
     def split_members(self) -> list[JsonMember] | None:
         """The members of a scanned text; None if it is not an object."""
@@ -141,6 +147,11 @@ def _is_structural(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.asarray(
         (text == _QUOTE) | (text == _COMMA) | (brackets == _OPENING) | (brackets == _CLOSING)
     )
+
+
+def is_blank(text: memoryview) -> bool:
+    """Whether a text is white space alone."""
+    return _skip_whitespace(text) == len(text)
 
 
 def _skip_whitespace(text: memoryview, start: int = 0) -> int:

@@ -22,7 +22,7 @@ from service.api.duplicates import (
     packed_length,
     packed_pairs,
 )
-from service.api.json_structure import JsonStructure
+from service.api.json_structure import JsonStructure, is_blank
 from service.api.long_body_admission import Checkpoint
 from service.api.media import Media, malformed
 from service.errors import CarryError, InvalidInput
@@ -112,6 +112,9 @@ async def _split_json(
         elements = structure.split_elements(member) if member.name in limits.lists else None
         if elements is None:
             split.members[member.name] = text[member.start : member.stop]
+        elif any(map(is_blank, elements)):
+            at = member_place(inside, member.name)
+            raise malformed(Media.JSON, f"it cannot be parsed at {at}, which lacks an element")
         else:
             split.lists[member.name] = elements
     return split

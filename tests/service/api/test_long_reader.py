@@ -131,6 +131,33 @@ def test_long_and_short_reader_agree_on_edge_cases(
         agree(read(reader, kind, Media.JSON, whole), read_long(reader, kind, Media.JSON, whole))
 
 
+ROW = "[0.5," + " " * long_reader.BLOCK_BYTES + "-1.25,3]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{{"inputs":[{ROW},]}}',
+        f'{{"inputs":[ ,{ROW}]}}',
+        f'{{"inputs":[{ROW},,{ROW}]}}',
+        f'{{"inputs":[{ROW}],"\\ud800":1}}',
+        f'{{"inputs":[{ROW}],{" " * 5000}"position"{" " * 5000}:0}}',
+    ],
+    ids=["element last", "element first", "element between", "surrogate", "space"],
+)
+def test_long_elements_hide_no_error(readers: Mapping[str, RequestReader], text: str) -> None:
+    test_long_and_short_reader_agree_on_edge_cases(readers, text)
+
+
+@pytest.mark.parametrize("chunks", ["{0},", ",{0}", "{0}, ,{0}"])
+def test_list_without_an_element_between_commas_is_malformed(
+    readers: Mapping[str, RequestReader], chunks: str
+) -> None:
+    item = f'{{"stream":"a","inputs":[{ROW}]}}'
+    body = f'{{"chunks":[{chunks.format(item)}]}}'.encode()
+    agree(*[way(readers["probe"], "items", Media.JSON, body) for way in (read, read_long)])
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_commas_in_strings_are_not_separators(data: st.DataObject) -> None:
