@@ -326,6 +326,8 @@ def _run_worker(
     if SIGHUP is not None:
         # a closing terminal signals the whole process group; the parent decides what to do
         signal.signal(SIGHUP, signal.SIG_IGN)
+    # the constructor has set up uvicorn's loggers in the parent alone
+    config.configure_logging()
     server = Server(config, _exit_process)
     threading.Thread(
         target=_send_heartbeats, args=(server, reports), name="carry-report", daemon=True

@@ -215,6 +215,12 @@ def test_sighup_drains_a_single_worker(tmp_path: Path, probe: Artifact) -> None:
         assert not Path(f"/proc/{valkey}").exists()
 
 
+def test_worker_logs_each_request_once(two_workers: Service) -> None:
+    httpx.get(f"{two_workers.url}/v1/models", headers={"X-Request-ID": "only-one"})
+    until(lambda: "only-one" in str(lines(two_workers, "request")), "the line of the request")
+    assert two_workers.log().count("only-one") == 1
+
+
 def test_sighup_replaces_every_worker_without_downtime(two_workers: Service) -> None:
     before = pids(two_workers)
     two_workers.process.send_signal(signal.SIGHUP)
