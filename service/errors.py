@@ -147,6 +147,13 @@ class InvalidInput(BadRequest):
     title = "The body does not fit the schema"
     remedy = "Correct the named field; GET the model for its event schema and input_features."
 
+    def within(self, element: str) -> Self:
+        """The same error of a body in which `element` (`chunks[3]`) holds the place."""
+        if "at" not in self.facts:
+            return self
+        facts = {**self.facts, "at": f"{element}.{self.facts['at']}"}
+        return type(self)(f"{element}.{self.detail}", **facts)
+
 
 class ChunkTooLong(BadRequest):
     code = "chunk_too_long"

@@ -20,7 +20,7 @@ from service.blocks import Advanced, Known, advance_blocks
 from service.delivery import advance, standing
 from service.domain import StreamState
 from service.engine.compute import Compute
-from service.errors import CarryError, InternalError, NotFinite
+from service.errors import CarryError, InternalError, InvalidInput, NotFinite
 from service.member import Member, Times
 from service.recorder import Recorder
 from service.served import ServedModel
@@ -63,13 +63,15 @@ class Inference:
         items = [(m.chunk.steps, state) for m, state in zip(members, states, strict=True)]
         for member, found in zip(members, self._served.encode_many(items), strict=True):
             if isinstance(found, Exception):
-                member.job.settle(self._encoding_failed(found))
+                member.job.settle(self._encoding_failed(member, found))
             else:
                 member.rows, member.ints = found
                 encoded.append(member)
         return encoded
 
-    def _encoding_failed(self, error: Exception) -> CarryError:
+    def _encoding_failed(self, member: Member, error: Exception) -> CarryError:
+        if isinstance(error, InvalidInput):
+            return InvalidInput(error.detail, **error.facts, stream=member.chunk.key.stream)
         if isinstance(error, CarryError):
             return error
         log.error("encoding_failed", model=self._served.name, exc_info=error)

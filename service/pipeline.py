@@ -294,6 +294,8 @@ class Pipeline:
                     del waiting[stream]
             applied = await self._apply([chunk for _, chunk in taken], deadline_s)
             for (index, item), result in zip(taken, applied, strict=True):
+                if isinstance(result, InvalidInput):
+                    result = result.within(f"chunks[{index}]")
                 results[index] = result
                 if isinstance(result, CarryError):
                     blocking[item.key.stream] = result
@@ -317,7 +319,9 @@ class Pipeline:
         batcher = self._sequences[self.model(model).name]
         predictions: list[Prediction] = []
         requests = [Request(s, None, s.length) for s in sequences]
-        for result in await batcher.submit(requests, deadline_s):
+        for index, result in enumerate(await batcher.submit(requests, deadline_s)):
+            if isinstance(result, InvalidInput):
+                raise result.within(f"sequences[{index}]")
             if isinstance(result, CarryError):
                 raise result
             predictions.append(result)

@@ -229,6 +229,7 @@ async def test_wrong_events_are_refused_and_named(
     document = problem(await api.chunk(body, model="small"), 422, "invalid_input")
     assert document["at"] == at
     assert words in document["detail"]
+    assert document["stream"] == "s"
     assert api.position(model="small") is None
 
 

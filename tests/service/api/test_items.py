@@ -134,6 +134,9 @@ async def test_events_of_many_streams(api: Harness) -> None:
     ]
     results = await send(api, [*chunks, {"stream": "a", "events": [LATER]}], model="small")
     assert codes(results) == [1, "invalid_input", 2]
+    error = results[1]["error"]
+    assert (error["at"], error["stream"]) == ("chunks[1].events[0].load", "b")
+    assert error["detail"].startswith("chunks[1].events[0].load: expected ")
     broken = [{"stream": "c", "events": [{"load": 1}]}, *chunks]
     results = await send(api, broken, model="small")
     assert results[0]["error"]["errors"][0]["at"] == "chunks[0].events[0].at"
@@ -266,6 +269,15 @@ async def test_predictions_of_events_equal_a_stream(api: Harness) -> None:
     response = await predict(api, {"sequences": [{"events": [EVENT, LATER]}]}, model="small")
     alone = await api.chunk({"events": [EVENT, LATER]}, model="small")
     assert response.json()["predictions"][0]["outputs"] == alone.json()["outputs"]
+
+
+async def test_predict_names_the_sequence_whose_event_cannot_be_encoded(api: Harness) -> None:
+    overflow = {**LATER, "load": 1e39}
+    sequences = [{"events": [EVENT]}, {"events": [EVENT, overflow]}]
+    response = await predict(api, {"sequences": sequences}, model="small")
+    document = problem(response, 422, "invalid_input")
+    assert document["at"] == "sequences[1].events[1].load"
+    assert document["detail"].startswith("sequences[1].events[1].load: expected ")
 
 
 async def test_wrong_sequences_are_refused_as_a_whole(api: Harness) -> None:
