@@ -8,6 +8,7 @@ that all workers share it and it survives each of them.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -143,12 +144,20 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
         except OSError as error:
             raise CannotServeError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another port, for "
-                f"example `carry serve --port {port + 1}` or `make run PORT={port + 1}`"
+                f"cannot listen on {host}:{port} ({error.strerror}); {_remedy(error, port)}"
             ) from error
         listener.set_inheritable(True)
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
         yield listener
+
+
+def _remedy(error: OSError, port: int) -> str:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
+    return (
+        f"choose another port, for example `carry serve --port {port + 1}` or "
+        f"`make run PORT={port + 1}`"
+    )
 
 
 def _url(listener: socket.socket) -> str:

@@ -45,6 +45,15 @@ def test_a_taken_port(tmp_path: Path) -> None:
     assert f"make run PORT={port + 1}" in last_line(done)
 
 
+@pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
+def test_host_that_is_not_of_this_machine(host: str, tmp_path: Path) -> None:
+    done = serve("--host", host, "--port", "0", "--data-dir", str(tmp_path))
+    assert f"carry: cannot listen on {host}:0" in last_line(done)
+    assert last_line(done).endswith(
+        "; set CARRY_HOST to an address of this machine, for example 127.0.0.1"
+    )
+
+
 def test_a_data_directory_in_use(service: Service) -> None:
     done = serve("--port", "0", "--data-dir", str(service.data_dir))
     assert str(service.process.pid) in last_line(done)
