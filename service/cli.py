@@ -83,8 +83,10 @@ def serve_command(
     try:
         settings = Settings.load(flags)
         configure_logs(settings.log_level, settings.log_format)
-        for setting in settings.effective():
-            typer.echo(f"{setting.name:20} {setting.value:40} {setting.origin}", err=True)
+        shown = settings.effective()
+        widest = max(len(setting.name) for setting in shown)
+        for setting in shown:
+            typer.echo(f"{setting.name:{widest}} {setting.value:40} {setting.origin}", err=True)
         serve(settings)
     except (
         CannotServeError,
