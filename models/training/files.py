@@ -42,18 +42,31 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
     if kind not in READERS:
         raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
     try:
+        check_names(path)
         if kind == ".parquet":
             return pl.read_parquet(path)
         if kind == ".csv":
-            _check_header(path)
             frame = pl.read_csv(path, infer_schema=False)
         else:
-            _check_members(path)
             return pl.read_ndjson(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
     return _typed(path, schema_of(spec), frame)
+
+
+def check_names(path: Path) -> None:
+    """Refuse a CSV file that names a column twice, or JSON Lines with a member twice in a row.
+
+    Raises:
+        DataError: the file names one twice.
+        OSError, PolarsError: the file cannot be read.
+    """
+    match path.suffix.lower():
+        case ".csv":
+            _check_header(path)
+        case ".jsonl" | ".ndjson":
+            _check_members(path)
 
 
 def _check_header(path: Path) -> None:

@@ -4,8 +4,8 @@ Events are read under the model's own schema (`models.events.frame`), so that wh
 exactly the schema's fields and what is verified afterwards are the same values. A stream's
 events go by the timestamp field, ties and schemas without one by the order of the rows.
 
-Refused: a file that cannot be read, a missing column, values that the schema refuses, and
-stream names that the service would not take.
+Refused: a file that cannot be read, a missing column, one that is named twice, values that the
+schema refuses, and stream names that the service would not take.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.examples.flights.data import flight_events
+from models.training.files import check_names
 from service.replay.options import ReplayError, ReplayOptions
 
 STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")
@@ -141,6 +142,7 @@ def _read_frame(options: ReplayOptions) -> pl.DataFrame:
             raise ReplayError(str(error)) from error
     path = Path(options.data)
     try:
+        check_names(path)
         match path.suffix.lower():
             case ".csv":
                 return pl.read_csv(path, infer_schema_length=None)
@@ -150,5 +152,7 @@ def _read_frame(options: ReplayOptions) -> pl.DataFrame:
                 return pl.read_parquet(path)
             case other:
                 raise ReplayError(f"{path}: expected .csv, .jsonl or .parquet, got {other!r}")
+    except DataError as error:
+        raise ReplayError(str(error)) from error
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ReplayError(f"{path}: {error}") from error

@@ -159,6 +159,23 @@ def test_files_that_cannot_be_replayed(tmp_path: Path) -> None:
         load_streams(SPEC.events, ReplayOptions(data=path))
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("data.csv", "stream,load,load\na,1,2\n", "line 1: columns of different names"),
+        ("data.jsonl", '{"stream": "a", "load": 1, "load": 2}\n', "line 1: each member once"),
+    ],
+)
+def test_column_that_is_named_twice_is_rejected(
+    tmp_path: Path, name: str, text: str, place: str
+) -> None:
+    assert SPEC.events is not None
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ReplayError, match=f"field 'load': expected {path}, {place}, got 'load'"):
+        load_streams(SPEC.events, ReplayOptions(data=path))
+
+
 def test_a_description_gives_fields_and_outputs_back() -> None:
     document = {
         "name": "full",
