@@ -108,7 +108,7 @@ def test_a_store_that_evicts(evicting: RealServer, model_dir: Path) -> None:
     ],
 )
 def test_a_password_is_not_shown(url: str, last: str) -> None:
-    done = serve("--redis-url", url, CARRY_STORE_WAIT_S="0.1")
+    done = serve("--port", "0", "--redis-url", url, CARRY_STORE_WAIT_S="0.1")
     for part in ("hush", "hu#", "#sh", "'hu'"):
         assert part not in done.stderr + done.stdout
     assert last in last_line(done)

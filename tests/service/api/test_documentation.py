@@ -135,7 +135,7 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
     kept = ""
     seen = 0
     async with harness(pipeline_server, {"flights": artifact}) as api:
-        api.store.checks = [Check("store", True, "unix:/run/carry/valkey.sock takes commits")]
+        api.store.checks = [Check("store", True, "unix:///run/carry/valkey.sock takes commits")]
         for request, abridged, reply in exchanges():
             first, headers, body = parts(request)
             method, address = first.split(" ")
