@@ -161,6 +161,6 @@ class Readiness:
         self._known = now
         if not now:
             log.info("store_recovered", store=self._link.where)
-        for trouble in now:
-            level = log.error if trouble.is_unsafe else log.warning
-            level("store_degraded", store=self._link.where, reason=trouble.detail)
+        for fault in now:
+            level = log.error if fault.is_unsafe else log.warning
+            level("store_degraded", store=self._link.where, reason=fault.detail)
