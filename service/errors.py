@@ -148,7 +148,7 @@ class InvalidInput(BadRequest):
     remedy = "Correct the named field; GET the model for its event schema and input_features."
 
     def within(self, element: str) -> Self:
-        """The same error of a body in which `element` (`chunks[3]`) holds the place."""
+        """The error with its place moved into `element` of the body, such as `chunks[3]`."""
         if "at" not in self.facts:
             return self
         facts = {**self.facts, "at": f"{element}.{self.facts['at']}"}

@@ -42,7 +42,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
     if kind not in READERS:
         raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
     try:
-        check_names(path)
+        check_duplicate_names(path)
         if kind == ".parquet":
             return pl.read_parquet(path)
         if kind == ".csv":
@@ -55,7 +55,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
     return _typed(path, schema_of(spec), frame)
 
 
-def check_names(path: Path) -> None:
+def check_duplicate_names(path: Path) -> None:
     """Refuse a CSV file that names a column twice, or JSON Lines with a member twice in a row.
 
     Raises:

@@ -27,7 +27,7 @@ _SPACE: Final = b" \t\r\n"
 _LEADING: Final = re.compile(rb"[ \t\r\n]*+")
 _NAME: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _NAME_BYTES: Final = 4096
-"""The longest member name that is read."""
+"""Longest member name that is read."""
 
 
 class JsonMember(NamedTuple):
@@ -150,7 +150,7 @@ def _is_structural(text: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def is_blank(text: memoryview) -> bool:
-    """Whether a text is white space alone."""
+    """Whether a text is only white space."""
     return _skip_whitespace(text) == len(text)
 
 

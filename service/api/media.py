@@ -129,7 +129,7 @@ def _media_of(content_type: str) -> Media:
     media = _READS.get(name.strip().lower())
     charset = _parameters(parameters).get("charset", "utf-8").strip('"').lower()
     if media is None or charset not in ("utf-8", "utf8"):
-        # The type alone would be told to whoever sent just that, with another charset.
+        # Without the charset the message could name the very type that was sent.
         suffix = "" if media is None else "; charset=utf-8"
         expected = [f"{served}{suffix}" for served in SERVED]
         raise UnsupportedMediaType(

@@ -67,7 +67,7 @@ class HoldingFlow(FlowControl):
 
 
 class CycleTransport(NamedTuple):
-    """What a request of uvicorn has of the transport, whose end is the protocol's."""
+    """The transport as uvicorn's request cycle sees it; the protocol decides how it is closed."""
 
     write: Callable[[bytes], None]
     is_closing: Callable[[], bool]
@@ -226,7 +226,7 @@ class ExpressProtocol(HttpToolsProtocol):
             )
 
     def _reject(self, error: CarryError) -> None:
-        """Make the parser stop, whose own error does not say why."""
+        """Stop the parser and remember why, since its own error does not say."""
         self._rejection = error
         raise error
 
@@ -307,7 +307,7 @@ class ExpressProtocol(HttpToolsProtocol):
         self._linger()
 
     def _end(self) -> None:
-        """Close the connection after the last answer, which a reset would take from the client."""
+        """Close the connection after the last reply, without a reset that could destroy it."""
         if self._message_whole and not self._held:
             self.transport.close()
         else:

@@ -63,8 +63,8 @@ class Backlog(Generic[P, R]):
 
 
 ReadyRequests = OrderedDict[Ticket[Any] | Backlog[P, R], Backlog[P, R] | deque[Backlog[P, R]]]
-"""The ready streams by request, in the order of service: the stream of a request of one job under
-itself, those of any other request under its ticket."""
+"""Ready streams by request, in service order. The key is the stream for a request of one job, and
+the ticket for any other."""
 
 
 class RoundRobin(Generic[P, R]):

@@ -25,7 +25,7 @@ from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.examples.flights.data import flight_events
-from models.training.files import check_names
+from models.training.files import check_duplicate_names
 from service.replay.options import ReplayError, ReplayOptions
 
 STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")
@@ -142,7 +142,7 @@ def _read_frame(options: ReplayOptions) -> pl.DataFrame:
             raise ReplayError(str(error)) from error
     path = Path(options.data)
     try:
-        check_names(path)
+        check_duplicate_names(path)
         match path.suffix.lower():
             case ".csv":
                 return pl.read_csv(path, infer_schema_length=None)

@@ -402,10 +402,10 @@ async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
         assert (await one.streams.read(StreamKey("probe", "held"))).mark.position == 2
 
 
-async def test_each_of_many_items_of_one_stream_is_looked_at_once(
+async def test_each_item_of_a_request_is_visited_once(
     store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand that fail would otherwise hold up the event loop."""
+    """A thousand failing items would otherwise block the event loop."""
     looked_at: list[Chunk | CarryError] = []
 
     def stream_of(item: Chunk | CarryError) -> str:

@@ -375,7 +375,7 @@ async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Ha
     ("version", "field"),
     [("1.1", "Connection: close"), ("1.0", "X-Test: 1"), ("1.1", "Expect: 100-continue")],
 )
-async def test_a_connection_is_not_reset_while_a_refused_body_comes(
+async def test_a_rejected_upload_is_not_reset_before_its_reply(
     api: Harness, version: str, field: str
 ) -> None:
     """It would lose the answer."""

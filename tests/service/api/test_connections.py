@@ -290,7 +290,7 @@ async def test_a_connection_is_not_idle_while_a_request_is_under_way(
 async def test_a_rejected_head_is_not_answered_with_the_error_of_the_request_before_it(
     api: Harness, head: bytes, status: bytes
 ) -> None:
-    """It is parsed while that is being answered."""
+    """The second head is parsed while the first request is being answered."""
     missing = request(b"", first="DELETE /v1/models/probe/streams/missing HTTP/1.1", length="X: 1")
     missing = missing[:-2] + b"X: %b\r\n\r\n" % (b"1" * (PIECE_BYTES - len(missing) - 5))
     async with connected(api) as client:

@@ -48,8 +48,8 @@ async def test_a_batch_takes_one_job_of_each_stream() -> None:
 
 
 @pytest.mark.parametrize("items", [1, 2])
-async def test_a_job_that_does_not_fit_is_not_passed_over_twice(items: int) -> None:
-    """However many smaller ones wait, and however many jobs its request has."""
+async def test_a_job_that_does_not_fit_is_not_skipped_twice(items: int) -> None:
+    """For any number of smaller jobs, and of jobs of its request."""
     waiting = Waiting()
     waiting.push(*"abcde")
     waiting.push(*"YZ"[:items], steps=40, ticket=Ticket(items, math.inf))
