@@ -116,7 +116,8 @@ class Shards:
 
         Those beyond `max_detached` fail with StoreUnavailable.
         """
-        room = self._max_detached - self._detached
+        # detached commits count, but are never rejected: there may be more than the bound
+        room = max(0, self._max_detached - self._detached)
         for member in members[room:]:
             member.job.settle(
                 StoreUnavailable(
@@ -124,7 +125,7 @@ class Shards:
                     retry_after_s=RETRY_AFTER_S,
                 )
             )
-        if room > 0:
+        if room:
             self.detach(shard, members[:room], release, self._wait_for_answer(members[:room]))
 
     def detach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ import pytest
 from models.artifact import Artifact
 from service.batch import BatchRun
 from service.domain import Reply
-from service.engine.jobs import Release
+from service.engine.jobs import Job, Release, Ticket, Work
 from service.errors import CarryError, StoreUnavailable
-from service.member import ChunkJob
+from service.member import ChunkJob, Member
 from service.pipeline import Pipeline
 from service.shards import Shards
 from service.state.keys import KeySpace
@@ -158,6 +159,41 @@ async def test_chunks_waiting_for_an_unresponsive_shard_are_bounded(
             assert not any(task.done() for task in sent)
         for outcome in await asyncio.gather(*sent, return_exceptions=True):
             assert not isinstance(outcome, CarryError)
+
+
+async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() -> None:
+    """Detached commits are never rejected, and so exceed the bound."""
+    tasks: list[asyncio.Task[None]] = []
+    gate = asyncio.Event()
+
+    def detach(_: list[ChunkJob], work: Work) -> asyncio.Task[None]:
+        tasks.append(asyncio.create_task(settled(work)))
+        return tasks[-1]
+
+    async def settled(work: Work) -> None:
+        await work
+
+    async def commit() -> list[ChunkJob]:
+        await gate.wait()
+        return []
+
+    def members(count: int) -> list[Member]:
+        chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
+        tickets = [Ticket[Reply](1, math.inf) for _ in chunks]
+        return [
+            Member(Job(chunk, chunk.key, 1, 0, 0.0, ticket, 0), chunk, chunk.key)
+            for chunk, ticket in zip(chunks, tickets, strict=True)
+        ]
+
+    shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
+    release = Release(set(), lambda _: None, lambda: False, detach)
+    shards.detach("shard", members(3), release, commit())
+    late = members(4)
+    shards.detach_until_answer("shard", late, release)
+    assert all(member.job.settled for member in late)
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert not shards._detached
 
 
 async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
