@@ -386,11 +386,11 @@ class ExpressProtocol(HttpToolsProtocol):
         if self._upgrades:
             return
         self._kept_bytes = 0
-        self._head_complete = True
         if version == "1.0":
             self.expect_100_continue = False
         self.scope["state"][UNSENT] = self._unsent
         super().on_headers_complete()
+        self._head_complete = True
         if self.expect_100_continue:
             # the body may never come, and the next bytes would then be ambiguous
             self.cycle.keep_alive = False

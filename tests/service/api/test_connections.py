@@ -299,6 +299,16 @@ async def test_a_rejected_head_is_not_answered_with_the_error_of_the_request_bef
         await client.is_cut_off()
 
 
+@pytest.mark.parametrize("before", [b"", GET], ids=["first", "second"])
+async def test_an_address_without_a_path_is_answered(api: Harness, before: bytes) -> None:
+    """uvicorn fails on it."""
+    async with connected(api) as client:
+        client.writer.write(before + b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n")
+        expected = [b"200", b"400"] if before else [b"400"]
+        assert await client.statuses(len(expected)) == expected
+        await client.is_cut_off()
+
+
 async def test_a_body_that_does_not_come_keeps_no_connection_open(api: Harness) -> None:
     """It was refused by its length."""
     async with connected(api) as client:
