@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     cannot be changed later. Some tens per node of the largest cluster to come are enough."""
 
     allow_eviction: bool = False
-    """Take a store whose maxmemory-policy may evict states. Streams then begin anew in
-    silence: only for caches whose loss is no harm."""
+    """Take a store whose maxmemory-policy may evict states. Streams then silently start
+    over: only for caches whose loss is no harm."""
 
     durability: Literal["memory", "fsync", "replicated"] = "memory"
     """When a chunk is acknowledged: the store's server has it (`memory`), its disk has it

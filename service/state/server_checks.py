@@ -1,7 +1,7 @@
 """What servers must be before streams are entrusted to them; read at start.
 
-Refused: a server that may evict keys when its memory is full (a stream would begin anew in
-silence), a node of a cluster under the address of a single server and the other way round, a
+Refused: a server that may evict keys when its memory is full (a stream would silently
+start over), a node of a cluster under the address of a single server and the other way round, a
 store that was made with another number of partitions (its streams would not be found), and with
 `fsync` a server whose disk has a write later than it is acknowledged.
 """
@@ -105,7 +105,7 @@ def check_policy(server: Server, policy: str, settings: StoreSettings) -> None:
     if policy != "noeviction" and not settings.allow_eviction:
         raise StoreRefused(
             f"the store at {server.where} has maxmemory-policy {policy}, expected noeviction: "
-            "under another policy streams vanish and begin anew in silence. Set it to "
+            "under another policy streams are lost and silently start over. Set it to "
             "noeviction, or CARRY_ALLOW_EVICTION=true to take the risk"
         )
 

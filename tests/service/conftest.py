@@ -1,4 +1,4 @@
-"""A Valkey for tests of the layers above the store, and a manual clock."""
+"""A Valkey and a model for tests of the layers above the store, and a manual clock."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from models.artifact import Artifact
 from service import batch
 from service.api import express, reading
 from service.engine import batcher
 from tests.support.clock import ManualClock
+from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server
 
 
@@ -18,6 +20,12 @@ def pipeline_server() -> Iterator[RealServer]:
     """One server for all of them."""
     with real_server("valkey") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The probe model."""
+    return make_artifact(tmp_path_factory.mktemp("probe"))
 
 
 @pytest.fixture

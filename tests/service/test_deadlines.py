@@ -27,13 +27,8 @@ from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
 from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+from tests.support.pipelines import chunk_of, rows_of, whole, worker
 from tests.support.servers import RealServer, real_server, until_async
-
-
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_artifact(tmp_path_factory.mktemp("deadlines"))
 
 
 class HeldStore(RedisStore):

@@ -12,12 +12,7 @@ from service.errors import AlreadyApplied
 from service.state.protocol import Commit, CommitResult
 from service.state.redis_store import RedisStore
 from service.state.settings import StoreSettings
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
-
-
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_artifact(tmp_path_factory.mktemp("duplicates"))
+from tests.support.pipelines import chunk_of, rows_of, whole, worker
 
 
 class OvertakenStore(RedisStore):

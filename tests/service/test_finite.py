@@ -11,12 +11,7 @@ from models.artifact import Artifact
 from service.domain import Feed, Reply, Steps
 from service.errors import NotFinite
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
-
-
-@pytest.fixture(scope="session")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return make_artifact(tmp_path_factory.mktemp("finite"))
+from tests.support.pipelines import chunk_of, rows_of, whole, worker
 
 
 class Padding(NumpyRuntime):

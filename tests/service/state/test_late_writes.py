@@ -27,7 +27,7 @@ async def holding(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateSto
         yield path, store
 
 
-async def begun(store: StateStore, streams: Streams) -> Commit:
+async def create_again(store: StateStore, streams: Streams) -> Commit:
     """A creation as a worker commits it: it expects what it has loaded."""
     commit = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
     await committed(store, commit)
@@ -41,7 +41,7 @@ async def test_a_late_deletion_does_not_delete_a_stream_created_since(
         await committed(store, streams.creation(key("a")))
         path.holds = 1
         assert await store.delete(key("a")) == Committed()
-        again = await begun(store, streams)
+        again = await create_again(store, streams)
         assert path.held
         await path.deliver()
         (found,) = await store.load([key("a")])
@@ -166,7 +166,7 @@ async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
     async with watched(server, hold_one) as store:
         await committed(store, streams.creation(key("a")))
         assert await store.delete(key("a")) == Committed()
-        again = await begun(store, streams)
+        again = await create_again(store, streams)
         assert paths[0].held
         await paths[0].deliver()
         (found,) = await store.load([key("a")])
