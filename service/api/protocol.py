@@ -457,9 +457,8 @@ class ExpressProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or not self._is_busy:
             return
         if self._ours is not None or not (
-            self.pipeline
-            or self.cycle.response_started
-            or self.cycle.scope["http_version"] == "1.0"
+            self._running_cycle.response_started
+            or self._running_cycle.scope["http_version"] == "1.0"
         ):
             self.transport.write(CONTINUE)
         self.loop.call_later(PROBE_S, self._probe)
@@ -471,4 +470,7 @@ class ExpressProtocol(HttpToolsProtocol):
             self._express.leave(*self._ours)
         if self._running_cycle is not None:
             self._running_cycle.transport = self.transport
+            # uvicorn notifies only the last request that it has parsed
+            self._running_cycle.disconnected |= not self._running_cycle.response_complete
+            self._running_cycle.message_event.set()
         super().connection_lost(exc)

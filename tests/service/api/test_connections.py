@@ -171,6 +171,26 @@ async def test_a_request_that_waits_in_uvicorn_is_answered_in_its_turn(
         assert await client.statuses(2) == [b"200", b"429"]
 
 
+async def test_lost_connection_cancels_a_request_with_another_queued_behind_it(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = asyncio.Event()
+
+    async def process(*_: object) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(api.pipeline, "process", process)
+    async with connected(api) as client:
+        client.writer.write(2 * request(chunk(), first=QUERY))
+        await becomes(lambda: bool(client.connection.pipeline), "a request that waits")
+        client.writer.transport.abort()
+        async with asyncio.timeout(10):
+            await given_up.wait()
+
+
 async def test_the_body_of_a_request_that_waits_may_come_later(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
