@@ -34,6 +34,8 @@ LEAD_S = 0.05
 
 PR_SET_TIMERSLACK = 29
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+_CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding: *chunked")
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass(slots=True)
@@ -81,7 +83,16 @@ def arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64
 class Connection:
     """One connection with at most one request in flight."""
 
-    __slots__ = ("_body_at", "_missing_bytes", "_pieces", "sent_s", "sock", "ticket")
+    __slots__ = (
+        "_body_at",
+        "_is_chunked",
+        "_missing_bytes",
+        "_pieces",
+        "_tail",
+        "sent_s",
+        "sock",
+        "ticket",
+    )
 
     def __init__(self, port: int):
         self.sock = socket.create_connection((HOST, port), GRACE_S)
@@ -91,6 +102,8 @@ class Connection:
         self._pieces: list[bytes] = []
         self._missing_bytes = 0
         self._body_at = 0
+        self._is_chunked = False
+        self._tail = b""
 
     def receive(self) -> tuple[bytes, int] | None:
         """A whole reply and where its body begins, or None while some of it is missing.
@@ -99,6 +112,8 @@ class Connection:
             WrongReplyError: another status than 200, no length, or the connection was closed.
         """
         data = self.sock.recv(READ_BYTES)
+        if self._is_chunked:
+            return self._receive_chunks(data)
         if self._missing_bytes:
             self._pieces.append(data)
             self._missing_bytes -= len(data)
@@ -110,6 +125,10 @@ class Connection:
             while (end := data.find(b"\r\n\r\n")) < 0 and (more := self.sock.recv(READ_BYTES)):
                 data += more
             length = _LENGTH.search(data, 0, end)
+            if data.startswith(b"HTTP/1.1 200 ") and _CHUNKED.search(data, 0, end):
+                self._body_at = end + 4
+                self._is_chunked = True
+                return self._receive_chunks(data)
             if not data.startswith(b"HTTP/1.1 200 ") or length is None:
                 raise WrongReplyError(f"expected status 200 and a length, got {data[:800]!r}")
             self._body_at = end + 4
@@ -121,6 +140,35 @@ class Connection:
         if self._missing_bytes:
             raise WrongReplyError(f"expected one whole reply, got {reply[:300]!r}")
         return reply, self._body_at
+
+    def _receive_chunks(self, data: bytes) -> tuple[bytes, int] | None:
+        """A whole reply in the chunked transfer coding, its body decoded."""
+        self._pieces.append(data)
+        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :]
+        if data and self._tail != _LAST_CHUNK:
+            return None
+        reply = b"".join(self._pieces)
+        body = _decode_chunks(reply, self._body_at)
+        if body is None:
+            if data:
+                return None
+            raise WrongReplyError(f"expected one whole reply, got {reply[:300]!r}")
+        self._pieces.clear()
+        self._is_chunked = False
+        self._tail = b""
+        return reply[: self._body_at] + body, self._body_at
+
+
+def _decode_chunks(reply: bytes, at: int) -> bytes | None:
+    """The body whose chunks begin at an offset of the reply; None while some is missing."""
+    chunks: list[bytes] = []
+    while (end := reply.find(b"\r\n", at)) >= 0:
+        size, at = int(reply[at:end], 16), end + 2
+        chunks.append(reply[at : at + size])
+        at += size + 2
+        if size == 0:
+            return b"".join(chunks) if at == len(reply) else None
+    return None
 
 
 class _Poller:

@@ -238,6 +238,22 @@ def test_a_reply_that_is_no_whole_ok_ends_the_run(reply: bytes) -> None:
         generator(BODIES.traffic("a", 1)).closed("t", port, 1, 5)
 
 
+def test_chunked_reply_is_decoded() -> None:
+    filling = b"0\r\n\r\n" * 50_000
+
+    def answer(path: str, body: bytes) -> bytes:
+        end = json.loads(body)["position"] + 3
+        pieces = [b'{"x":"', filling, b'","position":%d}' % end, b""]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+
+    spec = BODIES.traffic("a", 1, sampled=1)
+    with stub(answer) as port:
+        load = generator(spec).closed("t", port, 1, 0.1)
+    assert load.chunks > 1
+    assert len(load.kept[0].reply) == len(b'{"x":"","position":3}') + len(filling)
+
+
 def test_a_reply_in_many_pieces_is_put_together() -> None:
     filling = b"x" * 3_000_000
 
