@@ -21,7 +21,7 @@ from service.state.keys import KeySpace
 from service.state.protocol import Committed, StateStore
 from service.state.settings import Durability
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.servers import KINDS, opened, real_server, until
+from tests.support.servers import KINDS, emptied, opened, real_server, until
 from tests.support.streams import Streams, committed, key, same_reply, same_stream
 
 ALWAYS = ("--appendfsync", "always")
@@ -60,6 +60,7 @@ async def test_a_server_that_syncs_later_is_refused(kind: str) -> None:
 
 async def test_every_node_of_a_cluster_has_to_sync(shared_cluster: Cluster) -> None:
     settings = {"durability": Durability.FSYNC, "partitions": PARTITIONS}
+    emptied(shared_cluster)
     shared_cluster.configure("appendfsync", "always")
     try:
         async with opened(shared_cluster.url, **settings) as store:
