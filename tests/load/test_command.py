@@ -19,7 +19,7 @@ from tests.support.servers import free_port
 WARNINGS = ("-W", "error", "-W", "ignore::ResourceWarning")
 """Locust's connection pool leaves its sockets to the garbage collector."""
 REPOSITORY = Path(__file__).resolve().parents[2]
-LENIENT = ("max_p95_ms=20000", "max_p99_ms=20000", "min_compared_events=1")
+LENIENT = ("max_p95_ms=20000", "max_p99_ms=20000", "min_compared_events=20")
 PATIENT = tuple(
     option
     for scenario, throughput in {
@@ -70,7 +70,7 @@ def summary(path: Path) -> dict[str, Any]:
 def test_every_scenario_holds_against_an_honest_service(live: Live, tmp_path: Path) -> None:
     target = tmp_path / "made" / "summary.json"
     done = load(
-        *("--url", live.url, "--model", "small", "--users", "8", "--duration-s", "1"),
+        *("--url", live.url, "--model", "small", "--users", "8", "--duration-s", "2"),
         *("--summary", str(target), *PATIENT),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +87,7 @@ def test_every_scenario_holds_against_an_honest_service(live: Live, tmp_path: Pa
     for each in found["scenarios"]:
         assert each["errors"] == each["retries"] == 0
         assert each["wrong_answers"] == {}
-        assert each["compared"]["events"] >= 1
+        assert each["compared"]["events"] >= 20
         assert each["chunks"] == each["service"]["infer"]["count"]
         parts = sum(each["service"][part]["mean_ms"] for part in each["service"])
         latencies = [kind for kind in each["latency"].values() if kind]

@@ -121,7 +121,7 @@ AGAIN = Scenario(
 DELETION = DeletePlan("the deletion of S")
 BEGUN = replace(C1, name="c0", position=0)
 LATE = Scenario(
-    "late: bytes of a connection that was given up arrive after S was deleted and begun again",
+    "late: bytes of a connection that was given up arrive after S was deleted and created again",
     (
         ClientPlan(
             "A", (replace(DELETION, name="the first deletion"), A0, DELETION, BEGUN), resends=1
