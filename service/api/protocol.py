@@ -147,6 +147,8 @@ class ExpressProtocol(HttpToolsProtocol):
     @property
     def _has_to_wait(self) -> bool:
         """Whether what comes next is not part of the request that is under way."""
+        if self._ours is None and self.cycle is None:
+            return self.flow.write_paused and self._message_whole
         unread = self.flow.write_paused and self._message_whole and not self._theirs
         return self._is_busy or unread
 
@@ -254,7 +256,8 @@ class ExpressProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             self._complete_request()
-            self._process_held()
+            if self._held or self._half_closed or self._flow.holds:
+                self._process_held()
 
         begun.add_done_callback(answer)
 

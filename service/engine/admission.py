@@ -93,14 +93,15 @@ class Admission:
             index: number of jobs of the same request in front of it.
         """
         queue, rate = self._queue, self._rate.per_s
-        room = self._max_queue - len(queue)
+        waiting = len(queue)
+        room = self._max_queue - waiting
         if room <= index:
-            self._report_shedding(len(queue))
-            return Refusal(len(queue), rate, False)
-        if rate is not None:
+            self._report_shedding(waiting)
+            return Refusal(waiting, rate, False)
+        if rate is not None and waiting >= (most := self._max_before(left_s, rate)):
             # Round robin: before a request's n-th job, every other request starts up to n jobs.
             before = min(queue.ready(), queue.requests * (index + 1))
-            if before >= self._max_before(left_s, rate):
+            if before >= most:
                 self._report_shedding(before)
                 return Refusal(before, rate, False)
         backlog = queue.backlog(key)
