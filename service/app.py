@@ -21,21 +21,21 @@ from pathlib import Path
 import structlog
 from fastapi import FastAPI
 
-from models.artifact import Artifact, load_artifact
+from models.artifact.artifact import Artifact, load_artifact
+from models.artifact.manifest import MANIFEST_NAME
 from models.errors import ArtifactError
-from models.manifest import MANIFEST_NAME
-from service.api.application import ApiLimits, ConnectionLimits, create_api
-from service.api.connections import CONNECTIONS
-from service.api.express import EXPRESS
-from service.engine.runtimes import open_decoders, open_runtimes
+from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import connections_within_open_files
-from service.pipeline import Pipeline, PipelineLimits
-from service.served import ServedModel
+from service.pipeline.pipeline import Pipeline, PipelineLimits
+from service.pipeline.served_model import ServedModel
 from service.settings import Settings
-from service.state.open import open_store
-from service.state.settings import Durability, StoreSettings
+from service.store.open import open_store
+from service.store.settings import Durability, StoreSettings
+from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
+from service.transports.http.connection.connections import CONNECTIONS
+from service.transports.http.connection.fast_path import EXPRESS
 
 LATE_S = 2.0
 """How long the pipeline goes on after the server has waited CARRY_DRAIN_S for its requests: their

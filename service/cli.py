@@ -17,8 +17,8 @@ from typing import Annotated
 import typer
 
 from models.errors import ModelsError
+from service.ops.streams_command import streams_app
 from service.replay.command import replay
-from service.streams_command import streams_app
 
 app = typer.Typer(
     name="carry",
@@ -66,10 +66,10 @@ def serve_command(
     ] = None,
 ) -> None:
     """Serve models over HTTP. Every setting is also a CARRY_ variable; a flag wins."""
-    from service.engine.runtimes import RuntimeUnavailableError
-    from service.errors import CarryError
+    from service.core.errors import CarryError
+    from service.engine.runtimes.loading import RuntimeUnavailableError
     from service.ops.logs import configure_logs
-    from service.serve import CannotServeError, serve
+    from service.server import CannotServeError, serve
     from service.settings import Settings, SettingsError
 
     flags = {
@@ -108,8 +108,8 @@ def init_command(
 ) -> None:
     """Write an artifact with fresh, seeded weights, for trials and benchmarks."""
     with _one_line_errors():
-        from models.init import initialise_artifact
-        from models.spec_file import read_spec
+        from models.networks.initial_artifact import initialise_artifact
+        from models.spec.spec_file import read_spec
 
         artifact = initialise_artifact(read_spec(spec), out, seed, overwrite=overwrite)
         typer.echo(f"{out}: model {artifact.spec.name}, version {artifact.version}")
@@ -192,7 +192,7 @@ def graph_command(
 ) -> None:
     """Rewrite the ONNX graphs of artifacts, for other programs; the service does not read them."""
     with _one_line_errors():
-        from models.artifact import add_graph
+        from models.artifact.artifact import add_graph
 
         for path in artifacts:
             artifact = add_graph(path)

@@ -25,7 +25,7 @@ from pydantic_settings import (
 )
 
 import models
-from service.state.address import check_address, hide_password
+from service.store.redis.address import check_address, hide_password
 
 PREFIX = "CARRY_"
 KIB = 1024

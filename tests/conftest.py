@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 import models
-from models.artifact import write_artifact
+from models.artifact.artifact import write_artifact
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 

@@ -38,8 +38,8 @@ from models.events.schema import (
     NumericField,
 )
 from models.events.zones import zone_table
-from models.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
-from models.state import StateSpec
+from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
+from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
 

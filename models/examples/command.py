@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import orjson
 import polars as pl
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
+from models.artifact.files import replace_file
 from models.errors import ModelsError
-from models.files import replace_file
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from models.training.commands import REPORT, train_frame
 
 if TYPE_CHECKING:

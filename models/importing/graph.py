@@ -17,7 +17,6 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from models.chunking import DEFAULT_CHUNK_STEPS
 from models.errors import ImportedModelError, SpecError
 from models.importing.layers import CannotCarryError, Carried, carry_layer
 from models.importing.states import (
@@ -28,8 +27,9 @@ from models.importing.states import (
     starts_from,
     state_parts,
 )
-from models.layers import FEATURES, RECURRENT
-from models.spec import ModelSpec, parse_spec
+from models.spec.chunking import DEFAULT_CHUNK_STEPS
+from models.spec.layers import FEATURES, RECURRENT
+from models.spec.model import ModelSpec, parse_spec
 
 _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
 """`x + y` and `x * y` of a functional model: Keras operations that are no layers."""
@@ -58,7 +58,7 @@ class Translation:
 
     Attributes:
         spec: the model.
-        weights: name -> float32, as `models.layout.weight_shapes` wants them.
+        weights: name -> float32, as `models.spec.layout.weight_shapes` wants them.
         outputs: the Keras model's outputs, in their order.
         layers: Keras name, Keras class and our layer's name ("" where it was left out).
         notes: what the user should know.

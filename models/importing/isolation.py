@@ -21,8 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.artifact.files import open_regular
+from models.artifact.manifest import MAX_ARTIFACT_BYTES
 from models.errors import ImportedModelError
-from models.files import open_regular
 from models.importing.result import (
     ERROR_NAME,
     OUT_OF_MEMORY,
@@ -30,7 +31,6 @@ from models.importing.result import (
     WEIGHTS_NAME,
     Conversion,
 )
-from models.manifest import MAX_ARTIFACT_BYTES
 
 MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
 """File extensions, by which Keras chooses a reader, and the first bytes of such a file."""

@@ -16,12 +16,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.weights import read_weights
 from models.errors import ArtifactError, ImportedModelError, SpecError
 from models.importing.isolation import Limits, convert_isolated
 from models.importing.result import Conversion
-from models.spec import parse_spec
-from models.weights import read_weights
+from models.spec.model import parse_spec
 
 
 @dataclass(frozen=True, slots=True)

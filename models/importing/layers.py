@@ -17,7 +17,7 @@ import numpy as np
 from keras import layers as kl
 from numpy.typing import NDArray
 
-from models.layers import ActivationName
+from models.spec.layers import ActivationName
 
 LEAKY_RELU_SLOPE = 0.2
 """The slope of `leaky_relu`, which is the default of `keras.activations.leaky_relu`."""

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
 from models.importing.graph import Translation, functional_of
-from models.layout import output_spec, state_spec
 from models.networks.build import StepNetwork
-from models.state import State
+from models.spec.layout import output_spec, state_spec
+from models.spec.state import State
 
 ABSOLUTE_TOLERANCE = 1e-5
 RELATIVE_TOLERANCE = 1e-5

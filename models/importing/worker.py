@@ -27,9 +27,9 @@ def main() -> None:
 
 
 def _convert(task: dict[str, Any]) -> None:
+    from models.artifact.weights import weights_bytes
     from models.errors import ModelsError
     from models.importing.conversion import convert
-    from models.weights import weights_bytes
 
     try:
         conversion, weights = convert(Path(task["file"]), task["name"], task["where"])

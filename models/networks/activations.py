@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from models.layers import ActivationName
+from models.spec.layers import ActivationName
 
 Activation: TypeAlias = str | Callable[[Any], Any]
 

@@ -30,8 +30,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from models.layers import MASKED, NOTHING, AttentionLayer
 from models.networks.activations import activation_of
+from models.spec.layers import MASKED, NOTHING, AttentionLayer
 
 Tensor = Any
 

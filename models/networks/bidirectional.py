@@ -5,8 +5,8 @@ has read steps 1..t, the backward cell steps T..t, T the last valid step of the 
 both. Where Keras' wrapper returns five tensors (the sequence, h and c forward, h and c backward),
 this gives the sequence and these states in that order.
 
-In blocks (`models.blocks`) the steps are those of a window. A forward cell runs over the block and
-on over the lookahead, and its state after the block is what it returns; a backward cell begins
+In blocks (`models.spec.blocks`) the steps are those of a window. A forward cell runs over the block
+and on over the lookahead, and its state after the block is what it returns; a backward cell begins
 from zero at the window's end, and what it returns is no part of any state.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from models.blocks import BlockSpec
-from models.layers import BidirectionalLayer
 from models.networks.heads import Tensor
+from models.spec.blocks import BlockSpec
+from models.spec.layers import BidirectionalLayer
 
 _MERGES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concat": lambda forward, backward: tf.concat([forward, backward], axis=-1),

@@ -9,7 +9,7 @@ back through `return_state`; one with `starts_from` gets what another returned i
 same results, in any order of calls. Steps at or beyond a row's length are masked: its state
 stands still whatever the padding holds, and a row of length 0 keeps its state.
 
-Shapes and names follow `models.layout`; the step runs eagerly and under
+Shapes and names follow `models.spec.layout`; the step runs eagerly and under
 `tf.function(jit_compile=True)`. It refuses a schema that is not fitted and weights that do
 not fit. It does not look for values that are not finite: its callers do.
 """
@@ -25,10 +25,23 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from models.decoder import LAST, as_decoder_weights
 from models.errors import ArtifactError, SpecError
-from models.heads import AnomalyHead
-from models.layers import (
+from models.networks.activations import activation_of
+from models.networks.attention import Attention, StreamState
+from models.networks.bidirectional import run_bidirectional, run_forward
+from models.networks.cells import recurrent_layer
+from models.networks.decoder_network import last_observed
+from models.networks.fresh import fresh_weights
+from models.networks.heads import (
+    Tensor,
+    anomaly_forecast,
+    build_head,
+    head_output,
+    mean_losses,
+)
+from models.spec.decoder import LAST, as_decoder_weights
+from models.spec.heads import AnomalyHead
+from models.spec.layers import (
     FEATURES,
     ActivationLayer,
     AttentionLayer,
@@ -44,27 +57,14 @@ from models.layers import (
     Recurrent,
     returned_state,
 )
-from models.layout import (
+from models.spec.layout import (
     head_units,
     layer_widths,
     network_state,
     output_spec,
     weight_shapes,
 )
-from models.networks.activations import activation_of
-from models.networks.attention import Attention, StreamState
-from models.networks.bidirectional import run_bidirectional, run_forward
-from models.networks.cells import recurrent_layer
-from models.networks.decoder import last_observed
-from models.networks.fresh import fresh_weights
-from models.networks.heads import (
-    Tensor,
-    anomaly_forecast,
-    build_head,
-    head_output,
-    mean_losses,
-)
-from models.spec import ModelSpec
+from models.spec.model import ModelSpec
 
 Variable = Any
 """A Keras variable; TensorFlow ships no types."""
@@ -165,11 +165,11 @@ class StepNetwork:
         Args:
             rows: float32 [B, T, F], T >= 1; encoded columns, a categorical as its code.
             lengths: int32 [B], valid steps of each row, 0..T.
-            state: float32 [B, N], packed as `models.layout.network_state` says.
+            state: float32 [B, N], packed as `models.spec.layout.network_state` says.
             training: whether dropout is active.
 
-        In blocks (`models.blocks`) the T = C+R steps are a window. The outputs are those of its
-        block, [B, C, O], and the state is that after the block.
+        In blocks (`models.spec.blocks`) the T = C+R steps are a window. The outputs are those of
+        its block, [B, C, O], and the state is that after the block.
 
         Returns:
             Outputs float32 [B, T, O], of which steps beyond a row's length mean nothing, and
@@ -280,11 +280,11 @@ class StepNetwork:
 
     @property
     def trainable_variables(self) -> list[Variable]:
-        """What training changes, in the order of `models.layout.weight_shapes`."""
+        """What training changes, in the order of `models.spec.layout.weight_shapes`."""
         return [variable for variable in self._variables.values() if variable.trainable]
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
-        """Copies of all weights by name, in the order of `models.layout.weight_shapes`."""
+        """Copies of all weights by name, in the order of `models.spec.layout.weight_shapes`."""
         return {
             name: np.array(variable.value.numpy()) for name, variable in self._variables.items()
         }

@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from models.layers import NORMALISATION_EPSILON, GruLayer, LstmLayer
 from models.networks.activations import activation_of
+from models.spec.layers import NORMALISATION_EPSILON, GruLayer, LstmLayer
 
 Tensor = Any
 

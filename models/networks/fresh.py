@@ -16,10 +16,10 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from models.decoder import DECODER, as_decoder_weights
-from models.layers import BidirectionalLayer, LstmLayer
-from models.layout import weight_shapes
-from models.spec import ModelSpec
+from models.spec.decoder import DECODER, as_decoder_weights
+from models.spec.layers import BidirectionalLayer, LstmLayer
+from models.spec.layout import weight_shapes
+from models.spec.model import ModelSpec
 
 EMBEDDING_RANGE = 0.05
 FORGET_GATE = 1
@@ -34,7 +34,7 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
         seed: any integer >= 0; the same seed gives the same weights.
 
     Returns:
-        name -> float32 array, the names and shapes of `models.layout.weight_shapes`.
+        name -> float32 array, the names and shapes of `models.spec.layout.weight_shapes`.
     """
     weights = _drawn(spec, seed, "")
     if spec.decoder_network is not None:

@@ -3,7 +3,7 @@
 A head's raw values [B, T, U] are what its weights give at every step: predictions of the
 event after it. From them come two things, both TensorFlow ops without a loop:
 
-- `head_output`: the output of the step, packed [B, T, size] as `models.layout.output_spec`
+- `head_output`: the output of the step, packed [B, T, size] as `models.spec.layout.output_spec`
   says. An anomaly head looks one step back: event t is judged by the raw values of t - 1,
   and the first event of a chunk by the state part `<head>.forecast`.
 - `head_loss`: the training loss per step against the next event (a label head's against the
@@ -44,7 +44,8 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
-from models.heads import (
+from models.networks.activations import activation_of
+from models.spec.heads import (
     DEVIATION_LIMIT,
     EXPONENT_LIMIT,
     LOG_DEVIATION_LIMIT,
@@ -56,9 +57,8 @@ from models.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.layout import anomaly_width, event_field
-from models.networks.activations import activation_of
-from models.spec import ModelSpec
+from models.spec.layout import anomaly_width, event_field
+from models.spec.model import ModelSpec
 
 Tensor: TypeAlias = Any
 """A float32 tf.Tensor; TensorFlow ships no types."""

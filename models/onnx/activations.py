@@ -11,8 +11,8 @@ from math import sqrt
 from typing import Any
 
 from models.errors import GraphUnsupportedError
-from models.layers import ActivationName
 from models.onnx.nodes import Nodes, Value
+from models.spec.layers import ActivationName
 
 _HARD_SIGMOID = {"alpha": 1 / 6, "beta": 0.5}
 _LEAKY_SLOPE = 0.2

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import GraphUnsupportedError
-from models.layers import MASKED, NOTHING, AttentionLayer
 from models.onnx.heads import dense
 from models.onnx.messages import DataType
 from models.onnx.nodes import Nodes, Value
+from models.spec.layers import MASKED, NOTHING, AttentionLayer
 
 Weights = Mapping[str, NDArray[np.float32]]
 

@@ -4,8 +4,8 @@ The operators reverse by each row's length, as Keras does under a mask. Two oper
 one with direction `bidirectional`: each direction keeps its own state value, and the two
 sequences are merged as Keras merges them.
 
-In blocks (`models.blocks`) the steps are those of a window: a forward operator runs over the block
-and another goes on over the lookahead, and the state between them is the one that is carried.
+In blocks (`models.spec.blocks`) the steps are those of a window: a forward operator runs over the
+block and another goes on over the lookahead, and the state between them is the one that is carried.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.blocks import BlockSpec
-from models.layers import BidirectionalLayer, GruLayer, LstmLayer
 from models.onnx.cells import gru, lstm
 from models.onnx.nodes import Nodes, Value
+from models.spec.blocks import BlockSpec
+from models.spec.layers import BidirectionalLayer, GruLayer, LstmLayer
 
 Weights = Mapping[str, NDArray[np.float32]]
 

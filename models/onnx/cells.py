@@ -21,10 +21,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from models.layers import ActivationName, GruLayer, LstmLayer
 from models.onnx.activations import CellFunction, cell_function
 from models.onnx.nodes import Nodes, Value
 from models.onnx.recurrence import lstm_loop
+from models.spec.layers import ActivationName, GruLayer, LstmLayer
 
 Floats = NDArray[np.float32]
 

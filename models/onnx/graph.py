@@ -6,7 +6,7 @@ In blocks T is C+R, the steps of a window, and the outputs are those of its bloc
 
 The same step as `models.networks.build`, with the ONNX operators LSTM and GRU, which take
 initial states and the length of each row. B and T are free: one graph serves every batch. Names
-and dtypes are in `models.onnx.names`, the packing in `models.layout`.
+and dtypes are in `models.onnx.names`, the packing in `models.spec.layout`.
 
 Written from the specification alone, with neither TensorFlow nor ONNX Runtime; the same model
 gives the same bytes. What a graph cannot hold is refused: an activation that the recurrent
@@ -21,11 +21,28 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from models.decoder import LAST
+from models.artifact.fingerprint import fingerprint
 from models.errors import GraphUnsupportedError
-from models.fingerprint import fingerprint
-from models.heads import AnomalyHead
-from models.layers import (
+from models.onnx.activations import activation
+from models.onnx.attention import check_steps, over_chunk, over_stream
+from models.onnx.bidirectional import WindowSteps, bidirectional, forward
+from models.onnx.decoder_graph import last_observed
+from models.onnx.heads import dense, head_output
+from models.onnx.messages import DataType, graph, model, tensor_value
+from models.onnx.names import (
+    GRAPH_FORMAT,
+    LENGTHS,
+    MARK_FINGERPRINT,
+    MARK_FORMAT,
+    OUTPUTS,
+    ROWS,
+    STATES,
+    STATES_AFTER,
+)
+from models.onnx.nodes import Nodes, Value
+from models.spec.decoder import LAST
+from models.spec.heads import AnomalyHead
+from models.spec.layers import (
     FEATURES,
     ActivationLayer,
     AttentionLayer,
@@ -41,25 +58,8 @@ from models.layers import (
     Recurrent,
     returned_state,
 )
-from models.layout import layer_widths, network_state, output_spec
-from models.onnx.activations import activation
-from models.onnx.attention import check_steps, over_chunk, over_stream
-from models.onnx.bidirectional import WindowSteps, bidirectional, forward
-from models.onnx.decoder import last_observed
-from models.onnx.heads import dense, head_output
-from models.onnx.messages import DataType, graph, model, tensor_value
-from models.onnx.names import (
-    GRAPH_FORMAT,
-    LENGTHS,
-    MARK_FINGERPRINT,
-    MARK_FORMAT,
-    OUTPUTS,
-    ROWS,
-    STATES,
-    STATES_AFTER,
-)
-from models.onnx.nodes import Nodes, Value
-from models.spec import ModelSpec
+from models.spec.layout import layer_widths, network_state, output_spec
+from models.spec.model import ModelSpec
 
 OPSET = 20
 IR_VERSION = 9
@@ -74,7 +74,7 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
 
     Args:
         spec: a fitted spec.
-        weights: every weight of `models.layout.weight_shapes(spec)`, float32.
+        weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32.
 
     Raises:
         GraphUnsupportedError: the model has what a graph cannot hold; the message names it.

@@ -21,7 +21,10 @@ from models.events.schema import (
     EventSchema,
     NumericField,
 )
-from models.heads import (
+from models.onnx.activations import activation
+from models.onnx.messages import DataType
+from models.onnx.nodes import Nodes, Value
+from models.spec.heads import (
     DEVIATION_LIMIT,
     EXPONENT_LIMIT,
     LOG_DEVIATION_LIMIT,
@@ -33,11 +36,8 @@ from models.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.layout import anomaly_width, event_field
-from models.onnx.activations import activation
-from models.onnx.messages import DataType
-from models.onnx.nodes import Nodes, Value
-from models.spec import ModelSpec
+from models.spec.layout import anomaly_width, event_field
+from models.spec.model import ModelSpec
 
 
 def head_output(

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from models.layers import NORMALISATION_EPSILON, LstmLayer
 from models.onnx.activations import activation
 from models.onnx.messages import DataType, Graph, graph, tensor_value
 from models.onnx.nodes import Nodes, Value
+from models.spec.layers import NORMALISATION_EPSILON, LstmLayer
 
 
 def lstm_loop(

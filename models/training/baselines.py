@@ -23,9 +23,16 @@ from sklearn.isotonic import IsotonicRegression
 
 from models.errors import SpecError
 from models.events.schema import BooleanField, CategoricalField, NumericField
-from models.heads import AnomalyHead, ClassificationHead, DenseHead, ForecastHead, Head, LabelHead
-from models.layout import event_field
-from models.spec import ModelSpec
+from models.spec.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    LabelHead,
+)
+from models.spec.layout import event_field
+from models.spec.model import ModelSpec
 from models.training.label_baselines import label_baselines
 from models.training.scores import (
     Floats,

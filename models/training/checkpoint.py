@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from models.artifact.fingerprint import canonical_json
 from models.errors import ArtifactError
-from models.fingerprint import canonical_json
-from models.spec import ModelSpec
+from models.spec.model import ModelSpec
 from models.training.labels import Labels
 
 FORMAT = "1"

@@ -15,11 +15,11 @@ import polars as pl
 from rich.console import Console
 from rich.progress import Progress
 
-from models.artifact import Artifact, load_artifact, write_artifact
-from models.decoder import DECODER
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, SpecError
-from models.spec import ModelSpec
-from models.spec_file import at_its_line, read_spec
+from models.spec.decoder import DECODER
+from models.spec.model import ModelSpec
+from models.spec.spec_file import at_its_line, read_spec
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.files import read_data

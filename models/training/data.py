@@ -28,7 +28,7 @@ from models.events.schema import (
     EventSchema,
     TimestampField,
 )
-from models.spec import ModelSpec, TrainingSpec
+from models.spec.model import ModelSpec, TrainingSpec
 
 
 @dataclass(frozen=True)

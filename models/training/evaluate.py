@@ -19,13 +19,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.artifact import Artifact
-from models.blocks import BlockSpec, cut
+from models.artifact.artifact import Artifact
 from models.errors import DataError
 from models.events.encode import Clock, encode
-from models.heads import Head, LabelHead
-from models.layout import output_spec
-from models.spec import ModelSpec
+from models.spec.blocks import BlockSpec, cut
+from models.spec.heads import Head, LabelHead
+from models.spec.layout import output_spec
+from models.spec.model import ModelSpec
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.labels import Labels, labels_of
 from models.training.scores import has_targets, score_outputs
@@ -60,7 +60,7 @@ def run_chunks(
         advance: called with the number of events done, after every batch.
 
     Returns:
-        Packed outputs, float32 [rows, O], as `models.layout.output_spec` says.
+        Packed outputs, float32 [rows, O], as `models.spec.layout.output_spec` says.
 
     Raises:
         DataError: a stream is longer than a sequence that the network takes as a whole.

@@ -20,7 +20,7 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.spec import ModelSpec
+from models.spec.model import ModelSpec
 from models.training.data import schema_of
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")

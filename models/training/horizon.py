@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Artifact
-from models.decoder import known_columns
-from models.decoding import Distribution, decoder_of, start
+from models.artifact.artifact import Artifact
+from models.decoding.forecasts import Distribution, decoder_of, start
 from models.events.zones import DAY_MS
-from models.spec import ModelSpec
+from models.spec.decoder import known_columns
+from models.spec.model import ModelSpec
 from models.training.data import Streams
-from models.training.decoder import steps_ahead
+from models.training.decoder_training import steps_ahead
 from models.training.scores import Floats, pinball
 
 STRIDE = 7

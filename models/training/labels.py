@@ -1,8 +1,8 @@
 """The labels of a table: what label heads are trained on, column by column.
 
-A label is a value of the event itself that the event does not carry (`models.heads.LabelHead`).
-Here each becomes a number: the place of its class, or 1 and 0 where there are no classes; NaN
-where the cell is empty.
+A label is a value of the event itself that the event does not carry
+(`models.spec.heads.LabelHead`). Here each becomes a number: the index of its class, or 1 and 0
+where there are no classes; NaN where the cell is empty.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from models.errors import DataError
-from models.heads import LabelHead
-from models.spec import ModelSpec
+from models.spec.heads import LabelHead
+from models.spec.model import ModelSpec
 
 Labels = Mapping[str, NDArray[np.float32]]
 """Head name -> float32 [rows]."""

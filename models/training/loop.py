@@ -23,13 +23,13 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from models.decoder import DECODER
 from models.events.schema import UNKNOWN_CODE
-from models.layout import weight_shapes
 from models.networks.build import Forward, StepNetwork
-from models.spec import ModelSpec
+from models.spec.decoder import DECODER
+from models.spec.layout import weight_shapes
+from models.spec.model import ModelSpec
 from models.training.data import training_of
-from models.training.decoder import Anchors, DecoderTrainer, mean_loss
+from models.training.decoder_training import Anchors, DecoderTrainer, mean_loss
 from models.training.labels import Labels
 from models.training.plan import Plan
 from models.training.windows import Window, groups_of, windows_of

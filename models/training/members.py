@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from models.errors import SpecError
 from models.events.schema import CategoricalField
-from models.heads import SequenceHead
-from models.layers import (
+from models.spec.heads import SequenceHead
+from models.spec.layers import (
     FEATURES,
     BidirectionalLayer,
     DenseLayer,
@@ -32,8 +32,8 @@ from models.layers import (
     LstmLayer,
     MergeLayer,
 )
-from models.layout import layer_widths
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import layer_widths
+from models.spec.model import ModelSpec, parse_spec
 from models.training.data import schema_of
 
 Weights = Mapping[str, NDArray[np.float32]]

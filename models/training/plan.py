@@ -14,10 +14,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from models.chunking import looking_ahead
 from models.errors import DataError, SpecError
-from models.heads import LabelHead
-from models.spec import ModelSpec
+from models.spec.chunking import looking_ahead
+from models.spec.heads import LabelHead
+from models.spec.model import ModelSpec
 from models.training.data import Streams, schema_of, training_of
 from models.training.labels import Labels
 from models.training.scores import has_targets

@@ -18,11 +18,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from models.errors import DataError
 from models.events.zones import zone_table
-from models.heads import ForecastHead, Head
-from models.layout import output_spec
+from models.spec.heads import ForecastHead, Head
+from models.spec.layout import output_spec
 from models.training.baselines import baselines_of
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import (

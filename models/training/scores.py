@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from models.events.columns import EventColumns
 from models.events.encode import categorical_codes, standardise
 from models.events.schema import CategoricalField, NumericField
-from models.heads import (
+from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
     DenseHead,
@@ -36,8 +36,8 @@ from models.heads import (
     Head,
     LabelHead,
 )
-from models.layout import event_field
-from models.spec import ModelSpec
+from models.spec.layout import event_field
+from models.spec.model import ModelSpec
 from models.training.labels import Labels
 
 Floats = NDArray[np.float64]

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from models.spec import ModelSpec
+from models.spec.model import ModelSpec
 from models.training.data import Streams
 from models.training.labels import Labels
 from models.training.scores import Floats, Scored

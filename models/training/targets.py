@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from models.decoder import DecoderSpec
 from models.errors import DataError
 from models.events.schema import BooleanField, CategoricalField
-from models.heads import ClassificationHead, Head, LabelHead
-from models.layout import event_field
-from models.spec import ModelSpec
+from models.spec.decoder import DecoderSpec
+from models.spec.heads import ClassificationHead, Head, LabelHead
+from models.spec.layout import event_field
+from models.spec.model import ModelSpec
 from models.training.data import Streams, training_of
 from models.training.evaluate import scored_rows, spoken_rows
 from models.training.labels import Labels

@@ -19,9 +19,9 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from models.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
 from models.errors import SpecError
-from models.spec import ModelSpec
+from models.spec.model import ModelSpec
 from models.training.checkpoint import (
     Checkpoint,
     checkpoint_path,

@@ -18,8 +18,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
 
 from models.events.schema import CategoricalField, NumericField, TimestampField
-from models.layout import event_field
-from models.spec import ModelSpec
+from models.spec.layout import event_field
+from models.spec.model import ModelSpec
 
 Features = Callable[[int, bool], tuple[NDArray[np.float32], list[bool]]]
 

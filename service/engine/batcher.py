@@ -27,18 +27,18 @@ from typing import Final, Generic
 
 import structlog
 
-from service.engine.admission import Admission, shared_error
-from service.engine.drain_rate import DrainRate
-from service.engine.fair_queue import FairQueue
-from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket, Work
-from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, put_off
-from service.errors import (
+from service.core.errors import (
     CarryError,
     DeadlineExceeded,
     InternalError,
     Overloaded,
     ShuttingDown,
 )
+from service.engine.admission import Admission, shared_error
+from service.engine.drain_rate import DrainRate
+from service.engine.fair_queue import FairQueue
+from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket, Work
+from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, put_off
 
 GRACE_S: Final = 0.05
 """How much later than its deadline a job in a batch is given up: what its batch waits for ends at
@@ -127,9 +127,9 @@ class Batcher(Generic[P, R]):
         left_s = deadline_s - now_s
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
-                ticket.settle(index, ShuttingDown("the service is stopping, no work is taken"))
+                ticket.resolve(index, ShuttingDown("the service is stopping, no work is taken"))
             elif (refusal := self._admission.refusal(key, left_s, index)) is not None:
-                ticket.settle(index, refusal.error())
+                ticket.resolve(index, refusal.error())
             else:
                 job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
                 is_ready = self._queue.push(job)
@@ -214,7 +214,7 @@ class Batcher(Generic[P, R]):
 
     async def _abandon(self) -> None:
         for job in self._queue.clear():
-            job.settle(ShuttingDown("the service stopped before the chunk was processed"))
+            job.resolve(ShuttingDown("the service stopped before the chunk was processed"))
         tasks = [*self._batches, *self._detached]
         for task in tasks:
             task.cancel()
@@ -269,7 +269,7 @@ class Batcher(Generic[P, R]):
         except Exception as error:
             log.exception("forming_failed", jobs=len(self._queue))
             for job in self._queue.clear():
-                job.settle(InternalError(f"no batch could be formed: {type(error).__name__}"))
+                job.resolve(InternalError(f"no batch could be formed: {type(error).__name__}"))
         if self._stopping and self._is_idle:
             self._drained.set()
 
@@ -286,7 +286,7 @@ class Batcher(Generic[P, R]):
 
         self._queue.remove_dead(is_live)
         for job in self._running_jobs():
-            if job.settled:
+            if job.is_resolved:
                 continue
             if job.ticket.deadline_s + GRACE_S <= now_s:
                 self._give_up(job, "before it was done", now_s)
@@ -307,7 +307,7 @@ class Batcher(Generic[P, R]):
     def _give_up(self, job: Job[P, R], when: str, now_s: float) -> None:
         waited_s = now_s - job.submitted_s
         error = DeadlineExceeded(f"the time for the chunk was up {when}, after {waited_s:.3f} s")
-        job.settle(self._told(job, error))
+        job.resolve(self._told(job, error))
 
     def _watch(self, soonest_s: float, now_s: float) -> None:
         """Look at the deadlines again at the earliest of them."""
@@ -425,8 +425,8 @@ class Batcher(Generic[P, R]):
                     self._queue.put_back(job)
                     if job.deadline_s < self._soonest_s:
                         self._watch(job.deadline_s, time.monotonic())
-                elif not job.settled:
-                    job.settle(self._told(job, failure))
+                elif not job.is_resolved:
+                    job.resolve(self._told(job, failure))
             returned = {job.key for job in again}
             for key in held:
                 self._release_stream(key, first=key in returned)

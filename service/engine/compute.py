@@ -20,8 +20,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
-from service.domain import FloatRows
-from service.engine.protocol import FloatBatch, Lengths, Runtime
+from service.core.values import FloatRows
+from service.engine.runtimes.base import FloatBatch, Lengths, Runtime
 
 T = TypeVar("T")
 OnCall = Callable[[int, int, int, float], None]

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from service.errors import CarryError
+from service.core.errors import CarryError
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -49,7 +49,7 @@ class Ticket(Generic[R]):
         self._results: list[R | CarryError | None] = [None] * jobs
         self._left = jobs
 
-    def settle(self, index: int, result: R | CarryError) -> None:
+    def resolve(self, index: int, result: R | CarryError) -> None:
         """Give the caller one result, unless it left; the last one wakes it."""
         self._results[index] = result
         self._left -= 1
@@ -77,7 +77,7 @@ class Job(Generic[P, R]):
     ticket: Ticket[R]
     index: int
     attempts: int = 0
-    settled: bool = False
+    is_resolved: bool = False
     committing: bool = False
     overtakes: bool = False
 
@@ -86,11 +86,11 @@ class Job(Generic[P, R]):
         """Until when its caller waits, of the monotonic clock."""
         return self.ticket.deadline_s
 
-    def settle(self, result: R | CarryError) -> None:
+    def resolve(self, result: R | CarryError) -> None:
         """Give the caller its result or its error, once."""
-        if not self.settled:
-            self.settled = True
-            self.ticket.settle(self.index, result)
+        if not self.is_resolved:
+            self.is_resolved = True
+            self.ticket.resolve(self.index, result)
 
 
 Work = Coroutine[Any, Any, list[Job[Any, Any]]]

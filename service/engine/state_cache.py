@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from service.domain import StreamKey, StreamState
+from service.core.values import StreamKey, StreamState
 
 OVERHEAD_BYTES = 1024
 """What one entry costs beside its arrays: objects, keys, the dictionary (944 by tracemalloc)."""

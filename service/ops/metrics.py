@@ -32,7 +32,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from service.domain import Timing
+from service.core.values import Timing
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN_MODEL = "-"
@@ -62,7 +62,7 @@ class _Series(NamedTuple):
 
 
 class PrometheusRecorder:
-    """Implements `service.recorder.Recorder`; one per process.
+    """Implements `service.pipeline.recorder.Recorder`; one per process.
 
     Cheap enough for every chunk: some microseconds. Called from the event loop only.
     """

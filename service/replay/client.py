@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from models.layout import OutputSpec
+from models.spec.layout import OutputSpec
 from service.replay.options import Format, ReplayError
 from service.replay.schedule import Cursor
 from service.replay.wire import (

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from models.events.schema import EventSchema
-from models.layout import Output, OutputSpec
+from models.spec.layout import Output, OutputSpec
 from service.replay.options import ReplayError
 
 _KINDS = {"number": "numeric", "string": "categorical", "boolean": "boolean"}

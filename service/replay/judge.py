@@ -59,7 +59,7 @@ def judge_reply(answer: Answer, stream: str, start: int, steps: int) -> str | No
 def judge_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str | None:
     """What is wrong with the answers to one chunk that was sent twice at once.
 
-    Both must tell the same outputs and the same mark, and exactly one must have processed the
+    Both must tell the same outputs and the same head, and exactly one must have processed the
     chunk. Where an attempt failed on the way, the one that processed it may be the one whose
     answer was lost, or the store may have lost the commit and the chunk been processed again:
     then only outputs and position have to agree.

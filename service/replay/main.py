@@ -9,7 +9,7 @@ import orjson
 import uvloop
 from rich.console import Console
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from service.replay.client import connect
 from service.replay.description import Description
 from service.replay.metrics import Counted, MetricsWatch

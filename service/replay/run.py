@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from models.layout import OutputSpec
+from models.spec.layout import OutputSpec
 from service.replay.client import Patience, Service
 from service.replay.description import Description, read_description
 from service.replay.judge import Sent, agree, judge_duplicates, judge_reply, standing
@@ -210,7 +210,7 @@ class Replay:
         schedule = Schedule(cursors, options.speed, self._clock)
         start_s = self._heard_s = self._clock()
 
-        async def settle(taken: list[Cursor]) -> None:
+        async def resolve(taken: list[Cursor]) -> None:
             try:
                 await self._settle(taken)
                 for cursor in taken:
@@ -225,7 +225,7 @@ class Replay:
                     taken = await schedule.take(most)
                     if not taken:
                         break
-                    tasks.create_task(settle(taken))
+                    tasks.create_task(resolve(taken))
         finally:
             self.tally.wall_s = self._clock() - start_s
 

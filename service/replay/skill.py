@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from models.events.columns import EventColumns
 from models.events.encode import categorical_codes, standardise
 from models.events.schema import CategoricalField, EventField, NumericField
-from models.heads import ClassificationHead, ForecastHead, Head
-from models.layout import event_field, output_spec
-from models.spec import ModelSpec
+from models.spec.heads import ClassificationHead, ForecastHead, Head
+from models.spec.layout import event_field, output_spec
+from models.spec.model import ModelSpec
 from service.replay.wire import FloatRows
 
 Floats = NDArray[np.float64]

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 import models
-from models.artifact import Artifact, load_artifact
+from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
 from models.events.columns import EventColumns
 from models.events.encode import Clock, encode
-from models.layout import output_spec
-from models.spec import ModelSpec
+from models.spec.layout import output_spec
+from models.spec.model import ModelSpec
 from service.replay.judge import ABSOLUTE, excess
 from service.replay.options import ReplayError
 from service.replay.wire import FloatRows

@@ -16,7 +16,7 @@ import orjson
 import ormsgpack
 from numpy.typing import NDArray
 
-from models.layout import OutputSpec
+from models.spec.layout import OutputSpec
 from service.replay.options import Format, ReplayError
 
 FloatRows = NDArray[np.float32]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.artifact import load_artifact
-from service.engine.runtimes import open_runtime
+from models.artifact.artifact import load_artifact
+from service.engine.runtimes.loading import open_runtime
 
 BATCHES = (1, 8, 32, 64, 128)
 

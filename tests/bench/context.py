@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from tests.bench.generator import Load
 from tests.bench.machine import Cores
 from tests.bench.networks import Bodies, check_answers, standard_model

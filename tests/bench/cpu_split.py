@@ -26,7 +26,7 @@ ATTACH_S = 30.0
 
 RULES: tuple[tuple[str, str], ...] = (
     # stage, and a pattern over `function (path/file.py:line)`
-    ("codec", r"\(service/api/(wire|bodies|plain|media|invalid)\b"),
+    ("codec", r"\(service/transports/http/(wire|bodies|plain|media|invalid)\b"),
     ("codec", r"\(models/events/"),
     ("codec", r"\b\w*(digest|encode|encoded)\w* \(service/(delivery|served|infer)"),
     ("load", r"\b_?(load|loaded|judged?|decode)\w* \(service/"),
@@ -36,9 +36,9 @@ RULES: tuple[tuple[str, str], ...] = (
     ("infer", r"\((onnxruntime|tensorflow|keras|concurrent/futures)/"),
     ("HTTP", r"\((service/ops/(logs|request_log)|structlog/)"),
     ("queue", r"\(service/(engine|pipeline|batch|infer|member|ops|recorder|delivery|domain)"),
-    ("commit", r"\b_?(run|write\w*) \(service/state/"),
-    ("load", r"\b_?(read)\w* \(service/state/"),
-    ("commit", r"\(service/state/"),
+    ("commit", r"\b_?(run|write\w*) \(service/store/"),
+    ("load", r"\b_?(read)\w* \(service/store/"),
+    ("commit", r"\(service/store/"),
     ("HTTP", r"\((service/(api|serve)|uvicorn|starlette|fastapi|httptools)"),
     ("HTTP", r"\b(run|serve|run_forever|run_until_complete) \((uvicorn|asyncio|uvloop)"),
 )

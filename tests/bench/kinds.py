@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from models.artifact import Artifact, write_artifact
-from models.spec import parse_spec
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
 from tests.bench.networks import (
     FEATURES,
     HEADS,

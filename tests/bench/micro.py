@@ -24,22 +24,18 @@ import numpy as np
 import orjson
 import uvloop
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
-from models.state import State
-from service.api.limits import ApiLimits
-from service.api.media import Media, dumps
-from service.api.reply_writer import EVERY_STEP
-from service.api.wire import ModelWire
-from service.delivery import chunk_digest
-from service.domain import (
+from models.spec.state import State
+from service.core.delivery import chunk_digest
+from service.core.values import (
     Feed,
     LastChunk,
-    Mark,
     Reply,
     Steps,
     StoredReply,
+    StreamHead,
     StreamKey,
     StreamState,
 )
@@ -47,11 +43,15 @@ from service.engine.fair_queue import FairQueue
 from service.engine.jobs import Job, Ticket
 from service.engine.policy import BatchLimits
 from service.ops.logs import configure_logs
-from service.served import ServedModel
-from service.state.codec import decode_reply, decode_state, encode_reply, encode_state
-from service.state.open import open_store
-from service.state.protocol import Commit, Committed, StateStore
-from service.state.settings import StoreSettings
+from service.pipeline.served_model import ServedModel
+from service.store.base import Commit, Committed, StateStore
+from service.store.codec import decode_reply, decode_state, encode_reply, encode_state
+from service.store.open import open_store
+from service.store.settings import StoreSettings
+from service.transports.http.limits import ApiLimits
+from service.transports.http.media import Media, dumps
+from service.transports.http.replies.reply_writer import EVERY_STEP
+from service.transports.http.wire import ModelWire
 from tests.bench.networks import STEPS, Bodies, standard_model
 from tests.bench.sections.events import STREAM, flights_model
 from tests.bench.servers import running_store
@@ -117,7 +117,7 @@ def _stream(artifact: Artifact, seed: int) -> StreamState:
     random = np.random.default_rng(seed)
     floats = random.uniform(-1, 1, artifact.state.float_size).astype(np.float32)
     return StreamState(
-        mark=Mark(random.bytes(8), random.bytes(16), STEPS),
+        head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
         feed=Feed.INPUTS,
         fingerprint=artifact.fingerprint,
         last=LastChunk(0, random.bytes(16)),
@@ -126,15 +126,15 @@ def _stream(artifact: Artifact, seed: int) -> StreamState:
     )
 
 
-def _reply(artifact: Artifact, mark: Mark) -> StoredReply:
+def _reply(artifact: Artifact, head: StreamHead) -> StoredReply:
     random = np.random.default_rng(3)
-    return StoredReply(mark, random.normal(size=(STEPS, artifact.outputs.size)).astype(np.float32))
+    return StoredReply(head, random.normal(size=(STEPS, artifact.outputs.size)).astype(np.float32))
 
 
 @contextmanager
 def _codec(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     stream = _stream(artifact, 1)
-    reply = _reply(artifact, stream.mark)
+    reply = _reply(artifact, stream.head)
     state_bytes, reply_bytes = encode_state(stream), encode_reply(reply)
     steps = Steps(Feed.INPUTS, STEPS, rows=Bodies.random(STEPS).rows[0])
     yield [
@@ -197,8 +197,8 @@ def _wire(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     served = ServedModel(artifact, NumpyRuntime(artifact))
     wire = ModelWire(served, ApiLimits())
     stream = _stream(artifact, 1)
-    outputs = _reply(artifact, stream.mark).outputs
-    reply = Reply(StreamKey("bench", "stream-0000001"), stream.mark, outputs, stream.state)
+    outputs = _reply(artifact, stream.head).outputs
+    reply = Reply(StreamKey("bench", "stream-0000001"), stream.head, outputs, stream.state)
     rows = Bodies.random(STEPS)
     cases = []
     for media, name in ((Media.JSON, "json"), (Media.MSGPACK, "msgpack")):
@@ -231,15 +231,15 @@ def _wire(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
 def _store(folder: Path, artifact: Artifact) -> Iterator[list[Case]]:
     keys = [StreamKey("bench", f"stream-{index:07d}") for index in range(BATCH)]
     pair = [[_stream(artifact, side * BATCH + index) for index in range(BATCH)] for side in (0, 1)]
-    kept = _reply(artifact, pair[0][0].mark)
+    kept = _reply(artifact, pair[0][0].head)
 
     def commits(before: list[StreamState] | None, after: list[StreamState]) -> list[Commit]:
         return [
             Commit(
                 key,
-                before[at].mark if before else None,
+                before[at].head if before else None,
                 after[at],
-                StoredReply(after[at].mark, kept.outputs),
+                StoredReply(after[at].head, kept.outputs),
             )
             for at, key in enumerate(keys)
         ]

@@ -26,7 +26,7 @@ import orjson
 from pydantic import TypeAdapter
 
 import models
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.events.columns import canonical_bytes, columns_from_events
 from models.events.encode import Clock, encode, encode_many
 from models.events.parse import event_type

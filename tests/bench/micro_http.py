@@ -26,15 +26,15 @@ import orjson
 import ormsgpack
 import uvloop
 
-from models.artifact import write_artifact
-from models.spec import parse_spec
-from service.api.application import ApiLimits, create_api
-from service.domain import Chunk, Mark, Reply, Timing
-from service.errors import CarryError
+from models.artifact.artifact import write_artifact
+from models.spec.model import parse_spec
+from service.core.errors import CarryError
+from service.core.values import Chunk, Reply, StreamHead, Timing
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
-from service.pipeline import Pipeline
-from service.served import ServedModel
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+from service.transports.http.application import ApiLimits, create_api
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights
 
@@ -81,8 +81,8 @@ class ConstantPipeline:
         return [item if isinstance(item, CarryError) else self._reply(item) for item in items]
 
     def _reply(self, chunk: Chunk) -> Reply:
-        mark = Mark(b"epoch678", chunk.digest[:16], 64)
-        return Reply(chunk.key, mark, self._outputs, self._state, timing=self._timing)
+        head = StreamHead(b"epoch678", chunk.digest[:16], 64)
+        return Reply(chunk.key, head, self._outputs, self._state, timing=self._timing)
 
 
 @dataclass(frozen=True, slots=True)

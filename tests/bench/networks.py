@@ -17,8 +17,8 @@ import orjson
 import ormsgpack
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, write_artifact
-from models.spec import parse_spec
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
 from tests.bench.traffic import Kept, Media, TrafficSpec, packed_binary
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
 

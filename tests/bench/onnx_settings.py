@@ -2,7 +2,7 @@
 
 python -m tests.bench.onnx_settings
 
-The first way is the service's own (`service/engine/onnx_runtime.py`). The ways take turns, and
+The first way is the service's own (`service/engine/runtimes/onnx.py`). The ways take turns, and
 of the turns' times the smallest counts. The network is that of `tests.bench.runtimes`.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from models.init import initialise_artifact
+from models.networks.initial_artifact import initialise_artifact
 from models.onnx.library import onnxruntime
-from models.spec import parse_spec
-from service.engine.onnx_runtime import RESULTS, OnnxRuntime
+from models.spec.model import parse_spec
+from service.engine.runtimes.onnx import RESULTS, OnnxRuntime
 from tests.bench.runtimes import SPEC
 
 SHAPES = ((1, 1), (1, 16), (8, 16), (32, 16))

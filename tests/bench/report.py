@@ -182,9 +182,9 @@ def _plot_latency(results: Results) -> Plot | None:
         return None
     plot = Plot(figsize=(7, 2.8), layout="constrained")
     for axes, kind in zip(plot.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for of, mark in (("p50_ms", "o"), ("p99_ms", "s"), ("p999_ms", "^")):
+        for of, head in (("p50_ms", "o"), ("p99_ms", "s"), ("p999_ms", "^")):
             values = [results.rows[f"latency/{load}/{kind}"].median(of) for load in loads]
-            axes.plot(loads, values, mark, label=of.removesuffix("_ms"))
+            axes.plot(loads, values, head, label=of.removesuffix("_ms"))
         axes.set(yscale="log", ylabel="ms", title=kind)
         axes.tick_params(axis="x", rotation=20)
         axes.legend()

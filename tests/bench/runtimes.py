@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from models.artifact import load_artifact
-from models.init import initialise_artifact
-from models.spec import parse_spec
-from service.engine.runtimes import RUNTIMES, open_runtime
+from models.artifact.artifact import load_artifact
+from models.networks.initial_artifact import initialise_artifact
+from models.spec.model import parse_spec
+from service.engine.runtimes.loading import RUNTIMES, open_runtime
 
 SHAPES = ((1, 1), (1, 16), (8, 16), (16, 16), (32, 16), (64, 16), (128, 16), (32, 64))
 ROUNDS = 6

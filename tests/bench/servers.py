@@ -25,8 +25,8 @@ from pathlib import Path
 
 import redis
 
-from models.artifact import Artifact
-from service.state.valkey_process import server_arguments, server_binary
+from models.artifact.artifact import Artifact
+from service.store.embedded.valkey_process import server_arguments, server_binary
 from tests.bench.generator import HOST
 from tests.bench.machine import REPOSITORY, Usage, pinned, usage, wait_until
 from tests.support.servers import free_port

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from tests.bench.kinds import HORIZON, KINDS, TARGET, judge, traffic_of, write_kinds
 from tests.bench.networks import Bodies, FloatRows, WrongOutputsError
 from tests.bench.traffic import Kept, Traffic, WrongReplyError

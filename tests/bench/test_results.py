@@ -10,8 +10,8 @@ import numpy as np
 import orjson
 import pytest
 
-from models.artifact import write_artifact
-from models.spec import parse_spec
+from models.artifact.artifact import write_artifact
+from models.spec.model import parse_spec
 from tests.bench.cpu_split import STAGES, read_stacks, shares, stage_of
 from tests.bench.generator import Load
 from tests.bench.networks import Bodies, WrongOutputsError, check_answers
@@ -146,14 +146,17 @@ def test_the_page_has_every_figure_and_its_plots(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inner", "stage"),
     [
-        ("validate (service/api/bodies.py:10);loads (orjson.py:1)", "codec"),
-        ("load (service/state/redis_store.py:90);read_response (redis/connection.py:5)", "load"),
-        ("commit (service/state/redis_store.py:130);encode_state (service/state/codec.py:9)",
+        ("validate (service/transports/http/bodies/body_types.py:10);loads (orjson.py:1)", "codec"),
+        (
+            "load (service/store/redis/redis_store.py:90);read_response (redis/connection.py:5)",
+            "load",
+        ),
+        ("commit (service/store/redis/redis_store.py:130);encode_state (service/store/codec.py:9)",
          "commit"),
-        ("_call (service/engine/compute.py:70);step (service/engine/onnx_runtime.py:50);"
+        ("_call (service/engine/compute.py:70);step (service/engine/runtimes/onnx.py:50);"
          "run (onnxruntime/capi/session.py:9)", "infer"),
         ("_form (service/engine/batcher.py:120)", "queue"),
-        ("post_chunk (service/api/routes_chunks.py:40)", "HTTP"),
+        ("post_chunk (service/transports/http/routes/chunks.py:40)", "HTTP"),
         ("run (uvicorn/server.py:60)", "HTTP"),
         ("wait (threading.py:5)", "other"),
     ],

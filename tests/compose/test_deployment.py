@@ -25,7 +25,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from service.replay.options import ReplayOptions
 from service.replay.source import StreamEvents, load_streams
 

@@ -15,7 +15,7 @@ from models.events.columns import canonical_bytes, columns_from_events
 from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
 from models.examples.flights.data import flight_events
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import Standin
 

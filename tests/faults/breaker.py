@@ -113,7 +113,7 @@ class Breaker:
                 raise ValueError(f"{fault.kind} on {self._store.name}")
         self.done[fault.kind] += 1
 
-    async def settle(self) -> None:
+    async def resolve(self) -> None:
         """Let everything serve again."""
         for way in self._all_ways():
             way.forget_cuts()

@@ -178,7 +178,7 @@ class ClusterStore(Store):
 
     def _is_whole(self) -> bool:
         try:
-            self._cluster.settle()
+            self._cluster.resolve()
         except (AssertionError, *ERRORS):
             return False
         return True

@@ -23,8 +23,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import write_artifact
-from models.spec import ModelSpec, parse_spec
+from models.artifact.artifact import write_artifact
+from models.spec.model import ModelSpec, parse_spec
 
 MODEL: Final = "keeps-all"
 OUTPUT: Final = "state"

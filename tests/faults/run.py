@@ -236,7 +236,7 @@ async def _drive(
             for fault in more_kills(missing, random):
                 await fire(fault)
         await _until_events(events, course.events, tasks)
-        await breaker.settle()
+        await breaker.resolve()
         stop.set()
         stuck = await _ended(tasks)
         finishing = {asyncio.create_task(client.finish()): client for client in clients}
@@ -252,7 +252,7 @@ async def _drive(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await breaker.settle()
+        await breaker.resolve()
         for each in (*clients, *appenders):
             each.close()
     return Outcome(

@@ -24,8 +24,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.domain import StreamKey
-from service.state.keys import KeySpace
+from service.core.values import StreamKey
+from service.store.redis.keys import KeySpace
 from tests.faults.network import MODEL
 from tests.faults.path import Link, Target, Watcher
 from tests.faults.path import Path as Way

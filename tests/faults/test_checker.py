@@ -40,17 +40,17 @@ class Stream:
         self.random = np.random.default_rng(seed)
         self.log = StreamLog("s")
         self.now_s = 0.0
-        self.marks = [(FIRST_TAG, 0, Reference().zero())]
+        self.heads = [(FIRST_TAG, 0, Reference().zero())]
 
     def chunk(self, rows: Rows | None = None, epoch: str = EPOCH) -> Ack:
         """One more chunk, applied and acknowledged."""
-        tag, position, state = self.marks[-1]
+        tag, position, state = self.heads[-1]
         rows = random_events(self.random, 5) if rows is None else rows
         self.now_s += 1
         sent = Sent(position, rows, digest(rows), self.now_s, acked=True)
         outputs = Reference().outputs(state, rows)
         after = next_tag(tag, position, sent.digest)
-        self.marks.append((after, position + len(rows), outputs[-1]))
+        self.heads.append((after, position + len(rows), outputs[-1]))
         ack = Ack(
             sent,
             "a",
@@ -69,11 +69,11 @@ class Stream:
 
     def back(self, chunks: int) -> None:
         """The store forgets the last chunks."""
-        del self.marks[-chunks:]
+        del self.heads[-chunks:]
 
     def told(self, code: str = "position_ahead", worker: str = "a", epoch: str = EPOCH) -> None:
         """A refusal that says the truth."""
-        tag, position, _ = self.marks[-1]
+        tag, position, _ = self.heads[-1]
         self.now_s += 1
         self.log.tolds.append(
             Told(code, worker, epoch, tag, position, self.now_s, self.now_s + 0.5)
@@ -200,21 +200,21 @@ def test_a_rollback_explains_nothing_from_before_it() -> None:
 def test_a_stale_history_that_goes_on_is_found() -> None:
     """Others moved the stream on after a rollback; a worker goes on from what it remembers."""
     stream, loss = rolled_back()
-    stale = list(stream.marks), [*served().marks]
+    stale = list(stream.heads), [*served().heads]
     stream.told()
     stream.chunk()
     stream.chunk()
-    stream.marks = stale[1]
+    stream.heads = stale[1]
     stream.chunk()
     assert kinds(stream, loss) == {LOST}
 
 
 def test_a_refusal_that_denies_what_was_acknowledged_is_found() -> None:
     stream = served()
-    marks = list(stream.marks)
+    heads = list(stream.heads)
     stream.back(3)
     stream.told(worker="b")
-    stream.marks = marks
+    stream.heads = heads
     stream.chunk()
     assert kinds(stream) == {LOST}
 
@@ -223,12 +223,12 @@ def test_a_forgotten_stream_begins_anew_and_does_not_come_back() -> None:
     stream = served()
     stream.now_s += 1
     stream.log.forgotten.append(Span(stream.now_s, stream.now_s + 0.5))
-    marks = list(stream.marks)
-    stream.marks = stream.marks[:1]
+    heads = list(stream.heads)
+    stream.heads = stream.heads[:1]
     stream.log.noticed_s.append(stream.now_s + 1)
     stream.chunk(epoch=OTHER)
     assert kinds(stream) == set()
-    stream.marks = marks
+    stream.heads = heads
     stream.chunk(epoch=EPOCH)
     assert MIXED in kinds(stream)
 
@@ -242,7 +242,7 @@ def test_a_chunk_lost_before_its_stream_was_forgotten_is_found() -> None:
     stream.now_s += 1
     stream.log.forgotten.append(Span(stream.now_s, stream.now_s + 0.5))
     stream.log.noticed_s.append(stream.now_s + 1)
-    stream.marks = stream.marks[:1]
+    stream.heads = stream.heads[:1]
     stream.chunk(epoch=OTHER)
     assert kinds(stream) == {LOST}
 

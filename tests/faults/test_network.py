@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.artifact import Artifact, load_artifact
-from service.engine.onnx_runtime import OnnxRuntime
+from models.artifact.artifact import Artifact, load_artifact
+from service.engine.runtimes.onnx import OnnxRuntime
 from tests.faults import network
 from tests.faults.network import MODEL, PERIOD, Reference, random_events
 from tests.support.stepping import in_cuts, step

@@ -65,7 +65,7 @@ def by_the_oracle(folder: Path, model: Description) -> tuple[str, Recompute]:
         LoadError: no artifact there, or that of another version than the one served.
     """
     try:
-        from models.artifact import load_artifact
+        from models.artifact.artifact import load_artifact
         from models.errors import ModelsError
         from models.events.columns import columns_from_events
         from models.events.encode import Clock, encode

@@ -15,12 +15,12 @@ import pytest
 import uvicorn
 import uvloop
 
-from models.artifact import Artifact, write_artifact
-from service.api.application import ApiLimits, create_api
-from service.pipeline import Pipeline, PipelineLimits
-from service.served import ServedModel
-from service.state.redis_store import RedisStore
-from service.state.settings import StoreSettings
+from models.artifact.artifact import Artifact, write_artifact
+from service.pipeline.pipeline import Pipeline, PipelineLimits
+from service.pipeline.served_model import ServedModel
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from service.transports.http.application import ApiLimits, create_api
 from tests.load.liar import Liar
 from tests.support.models import small_spec
 from tests.support.numpy_runtime import NumpyRuntime

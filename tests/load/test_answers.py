@@ -66,7 +66,7 @@ class Load:
         found = self._client.post(path, content=body)
         return Answer(found.status_code, found.content, found.headers.get("server-timing"))
 
-    def settle(self, way: Any = None) -> Compared:
+    def resolve(self, way: Any = None) -> Compared:
         self._client.close()
         way = way or by_the_service(self.service.post, self.model)
         return settle(self.population, self.model, way, 10_000, self.measures)
@@ -82,7 +82,7 @@ def model(request: pytest.FixtureRequest) -> str:
 def test_an_honest_service_is_found_to_be_one(live: Live, model: str, delivery: str) -> None:
     load = Load(live, model, replace(RAGGED, delivery=delivery), stream_events=150)
     load.send(40)
-    compared = load.settle()
+    compared = load.resolve()
     assert load.measures.faults == load.measures.problems == {}
     assert load.measures.answered == load.measures.chunks == 40
     assert load.population.begun > 3
@@ -100,7 +100,7 @@ def test_an_honest_service_is_found_to_be_one(live: Live, model: str, delivery: 
 def test_the_float64_network_agrees(live: Live, feed: str) -> None:
     load = Load(live, "small", RAGGED, feed=feed)
     load.send(30)
-    compared = load.settle(by_the_oracle(live.models["small"].path, load.model))
+    compared = load.resolve(by_the_oracle(live.models["small"].path, load.model))
     assert load.measures.faults == {}
     assert compared.how == "oracle"
     assert compared.events == load.measures.events
@@ -115,7 +115,7 @@ def test_a_model_that_depends_on_its_cuts_gets_the_same_cuts_again(live: Live) -
         asked.append(path)
         return load.service.post(path, body)
 
-    compared = load.settle(by_the_service(ask, replace(load.model, invisible=False)))
+    compared = load.resolve(by_the_service(ask, replace(load.model, invisible=False)))
     assert load.measures.faults == {}
     assert compared.events == load.measures.events
     assert len(asked) == 20
@@ -129,7 +129,7 @@ def test_a_lie_is_found(live: Live, name: str) -> None:
     load = Load(live, "small", EVEN)
     load.send(20)
     live.liar.choose(None)
-    load.settle()
+    load.resolve()
     assert set(load.measures.faults) == {code}
     assert load.measures.examples[code]
 
@@ -139,7 +139,7 @@ def test_a_lost_update_is_found(live: Live) -> None:
     load = Load(live, "small", replace(EVEN, delivery="appends"))
     load.send(21)
     live.liar.choose(None)
-    load.settle()
+    load.resolve()
     assert set(load.measures.faults) == {"doubled_chunk"}
 
 
@@ -147,7 +147,7 @@ def test_an_unknown_outcome_is_settled_by_the_position(live: Live) -> None:
     live.liar.choose(mute)
     load = Load(live, "small", EVEN)
     load.send(21)
-    compared = load.settle()
+    compared = load.resolve()
     assert load.measures.faults == {}
     assert load.measures.answered == 21
     assert load.measures.retries == load.measures.problems["outcome_unknown"] >= 7
@@ -158,7 +158,7 @@ def test_an_append_of_unknown_outcome_is_not_sent_again(live: Live) -> None:
     live.liar.choose(mute)
     load = Load(live, "small", replace(EVEN, delivery="appends"))
     load.send(21)
-    load.settle()
+    load.resolve()
     assert load.measures.faults == {}
     assert load.measures.retries == 0
     assert load.measures.errors == 7
@@ -169,7 +169,7 @@ def test_a_busy_service_is_asked_again(live: Live, delivery: str) -> None:
     live.liar.choose(busy)
     load = Load(live, "probe", replace(EVEN, delivery=delivery))
     load.send(21)
-    compared = load.settle()
+    compared = load.resolve()
     assert load.measures.faults == {}
     assert load.measures.errors == 0
     assert load.measures.problems == {"overloaded": load.measures.retries}

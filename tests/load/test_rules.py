@@ -204,21 +204,21 @@ def test_a_refusal_that_cannot_be_is_a_wrong_answer(code: str) -> None:
 
 
 def test_a_stream_that_fell_back_goes_on_from_there() -> None:
-    marks: list[tuple[int, bytes]] = []
+    heads: list[tuple[int, bytes]] = []
 
     def remember(body: Any) -> Answer:
-        marks.append((service.position, service.tag))
+        heads.append((service.position, service.tag))
         return service.apply(body)
 
     def fall_back(body: Any) -> Answer:
-        service.position, service.tag = marks[1]
+        service.position, service.tag = heads[1]
         return problem(409, "position_ahead", position=service.position, tag=service.tag.hex())
 
     service = Scripted(remember, remember, remember, fall_back)
     population = service.run(5)
     assert service.measures.faults == {"position_ahead": 1}
     (stream,) = population.kept
-    assert [each.start for each in stream.applied] == [0, marks[1][0]]
+    assert [each.start for each in stream.applied] == [0, heads[1][0]]
     assert not stream.left
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models.artifact import write_artifact
-from tests.models.artifacts import METRICS, SPEC, WEIGHTS
+from models.artifact.artifact import write_artifact
+from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS
 
 
 @pytest.fixture

@@ -26,40 +26,40 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     (
         NETWORKS | TABLES | WEB | STORES,
         [
-            "models.artifact",
+            "models.artifact.artifact",
             "models.events.columns",
             "models.events.encode",
             "models.events.parse",
             "models.events.reader",
             "models.events.schema",
-            "models.fingerprint",
-            "models.graphs",
-            "models.layout",
-            "models.manifest",
+            "models.artifact.fingerprint",
+            "models.artifact.graphs",
+            "models.spec.layout",
+            "models.artifact.manifest",
             "models.onnx.names",
-            "models.spec",
-            "models.state",
-            "models.weights",
+            "models.spec.model",
+            "models.spec.state",
+            "models.artifact.weights",
             "service.cli",
-            "service.delivery",
-            "service.domain",
+            "service.core.delivery",
+            "service.core.values",
             "service.engine.batcher",
             "service.engine.policy",
-            "service.engine.runtimes",
-            "service.errors",
+            "service.engine.runtimes.loading",
+            "service.core.errors",
             "service.ops.logs",
             "service.ops.metrics",
-            "service.pipeline",
+            "service.pipeline.pipeline",
             "service.settings",
-            "service.state.codec",
-            "service.state.protocol",
-            "service.streams",
+            "service.store.codec",
+            "service.store.base",
+            "service.pipeline.streams",
         ],
     ),
     (NETWORKS | WEB | STORES, ["models.events.frame", "models.events.fit"]),
-    (NETWORKS | TABLES | WEB, ["service.state.*"]),
-    (NETWORKS | TABLES | STORES, ["service.api.*"]),
-    (NETWORKS | TABLES, ["service.app", "service.serve"]),
+    (NETWORKS | TABLES | WEB, ["service.store.*"]),
+    (NETWORKS | TABLES | STORES, ["service.transports.http.*"]),
+    (NETWORKS | TABLES, ["service.app", "service.server"]),
 ]
 
 BROUGHT = """
@@ -109,5 +109,5 @@ def test_light_modules_stay_light(heavy: set[str], modules: list[str]) -> None:
 
 
 def test_what_is_heavy_is_seen() -> None:
-    brought = brought_by("models.spec", "models.events.frame", "models.spec")
+    brought = brought_by("models.spec.model", "models.events.frame", "models.spec.model")
     assert "polars" in brought["models.events.frame"]

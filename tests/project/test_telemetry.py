@@ -19,8 +19,8 @@ SWITCHES = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "XDG_CACHE_
 LOAD = """
 import sys
 from pathlib import Path
-from models.artifact import load_artifact
-from service.engine.onnx_runtime import OnnxRuntime
+from models.artifact.artifact import load_artifact
+from service.engine.runtimes.onnx import OnnxRuntime
 OnnxRuntime(load_artifact(Path(sys.argv[1]))).warm()
 """
 

@@ -15,11 +15,11 @@ from typing import Any, Final
 
 import redis
 
-from service.domain import StreamKey, Tombstone
-from service.state.codec import HEADER_BYTES, encode_reply, encode_state, encode_tombstone
-from service.state.protocol import Commit, Committed, Conflicted
-from service.state.redis_store import RedisStore
-from service.state.settings import StoreSettings
+from service.core.values import StreamKey, Tombstone
+from service.store.base import Commit, Committed, Conflicted
+from service.store.codec import HEADER_BYTES, encode_reply, encode_state, encode_tombstone
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
 from tests.protocol.book import MODEL, Book, Call
 from tests.protocol.world import STREAMS
 
@@ -119,18 +119,18 @@ async def _make(
         outcomes[at] = result
     for (at, _), found in zip(others, await asyncio.gather(*(o for _, o in others)), strict=True):
         read = calls[at].kind == "read"
-        outcomes[at] = tuple(v and v.mark for v in found) if read else found.value
+        outcomes[at] = tuple(v and v.head for v in found) if read else found.value
     return outcomes
 
 
 def _outcome(book: Book, call: Call) -> Any:
     if call.kind == "read":
         reply = book.replies[call.reply] if book.stream(call.state) else None
-        return book.mark(call.state), reply and reply.mark
+        return book.head(call.state), reply and reply.head
     if call.kind != "commit":
         found, _ = _bytes(book, call.state, 0)
         return [1] if call.done else [0, *([found[:HEADER_BYTES]] if found else [])]
-    return Committed() if call.done else Conflicted(book.mark(call.state))
+    return Committed() if call.done else Conflicted(book.head(call.state))
 
 
 def _bytes(book: Book, state: int, reply: int) -> tuple[bytes | None, bytes | None]:

@@ -12,23 +12,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.state import State
-from service.delivery import begin_anew, chunk_digest
-from service.domain import (
+from models.spec.state import State
+from service.core.delivery import begin_anew, chunk_digest
+from service.core.errors import CarryError
+from service.core.values import (
     FIRST_TAG,
     Chunk,
     Feed,
-    Mark,
     Precondition,
     Steps,
     StoredReply,
+    StreamHead,
     StreamKey,
     StreamState,
     Tombstone,
 )
-from service.errors import CarryError
-from service.state.codec import mark_bytes
-from service.state.protocol import Commit, CommitResult, Conflicted
+from service.store.base import Commit, CommitResult, Conflicted
+from service.store.codec import head_bytes
 from tests.protocol.rules import Answer, Pair, Process, Rules
 from tests.protocol.world import STREAMS, ChunkPlan, Guard, Job, Scenario
 
@@ -99,15 +99,15 @@ class Book:
         found = self.states[state]
         return found if isinstance(found, StreamState) else None
 
-    def mark(self, state: int) -> Mark | None:
-        """The mark of the stream in this state; None for a tombstone, too."""
+    def head(self, state: int) -> StreamHead | None:
+        """The head of the stream in this state; None for a tombstone, too."""
         found = self.stream(state)
-        return None if found is None else found.mark
+        return None if found is None else found.head
 
-    def expected(self, state: int) -> Mark | None:
-        """What a write expects that was decided for this state: a tombstone has a mark, too."""
+    def expected(self, state: int) -> StreamHead | None:
+        """What a write expects that was decided for this state: a tombstone has a head, too."""
         found = self.states[state]
-        return None if found is None else found.mark
+        return None if found is None else found.head
 
     def chunk(self, job: Job) -> Chunk:
         """The chunk as a transport would make it."""
@@ -124,15 +124,15 @@ class Book:
         drawn = b""
         if plan.position is None:
             drawn = self.rules.nonce(job.client, job.plan, job.number)
-        mark = self.mark(job.named)
-        guard = plan.guard if mark is not None else Guard.NONE
+        head = self.head(job.named)
+        guard = plan.guard if head is not None else Guard.NONE
         return Chunk(
             self.keys[plan.stream],
             steps,
             chunk_digest(None, steps, drawn),
             plan.position,
-            mark.epoch if guard is Guard.EPOCH else None,
-            Precondition((mark.etag,)) if guard is Guard.IF_MATCH else None,
+            head.epoch if guard is Guard.EPOCH else None,
+            Precondition((head.etag,)) if guard is Guard.IF_MATCH else None,
         )
 
     def _decide(self, key: tuple[object, ...], decide: Any, *arguments: Any) -> Any:
@@ -166,12 +166,12 @@ class Book:
             self.stream(first),
             self.stream(state),
             self.replies[reply],
-            self.mark(own),
+            self.head(own),
         )
 
     def after_conflict(self, job: Job, new: int, found: int) -> Answer:
         """`after_conflict` of the state that was found."""
-        return self.rules.after_conflict(self.chunk(job), self.mark(new), self.mark(found))
+        return self.rules.after_conflict(self.chunk(job), self.head(new), self.head(found))
 
     def resolve_repeated_commit(
         self, stream: int, expected: int, new: int, found: int
@@ -180,12 +180,12 @@ class Book:
         commit = self._commit(stream, expected, new, 0)
         key = ("resolve_repeated_commit", stream, expected, new, found)
         return self._decide(
-            key, self.rules.resolve_repeated_commit, commit, Conflicted(self.mark(found))
+            key, self.rules.resolve_repeated_commit, commit, Conflicted(self.head(found))
         )
 
     def resolve_repeated_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
         """`resolve_repeated_deletion` of a repeated deletion."""
-        result = Conflicted(self.mark(found))
+        result = Conflicted(self.head(found))
         return self.rules.resolve_repeated_deletion(
             self.keys[stream], self.expected(expected), result
         )
@@ -208,14 +208,14 @@ class Book:
         state = State(np.array([value], np.float32), _NO_INTS)
         new = self.rules.advance(chunk, before, state, fingerprint=FINGERPRINT, now_ms=NOW_MS)
         if before is None:
-            new = new._replace(mark=new.mark._replace(epoch=self._epoch(job)))
+            new = new._replace(head=new.head._replace(epoch=self._epoch(job)))
         return self._kept(new, np.array(outputs, np.float32))
 
     def begin(self, job: Job, source: int) -> int:
         """A state restored or forked."""
         new = begin_anew(self.stream(source), fingerprint=FINGERPRINT, now_ms=NOW_MS)
-        mark = new.mark._replace(epoch=self._epoch(job))
-        return self._kept(new._replace(mark=mark), None)
+        head = new.head._replace(epoch=self._epoch(job))
+        return self._kept(new._replace(head=head), None)
 
     def _epoch(self, job: Job) -> bytes:
         # Named by who drew it: the order in which epochs were drawn makes no other world.
@@ -230,25 +230,25 @@ class Book:
         key = ("tombstone", epoch)
         if key not in self._ids:
             self._ids[key] = len(self.states)
-            self.states.append(Tombstone(Mark(epoch, FIRST_TAG, 0)))
+            self.states.append(Tombstone(StreamHead(epoch, FIRST_TAG, 0)))
             self.replies.append(None)
             self._objects[id(self.states[-1])] = self._ids[key]
         return self._ids[key]
 
     def _kept(self, new: StreamState, outputs: Any) -> int:
-        key = (new.mark, new.last, float(new.state.floats[0]))
+        key = (new.head, new.last, float(new.state.floats[0]))
         found = self._ids.get(key)
         if found is None:
             found = self._ids[key] = len(self.states)
-            reply = None if outputs is None else StoredReply(new.mark, outputs)
+            reply = None if outputs is None else StoredReply(new.head, outputs)
             self.states.append(new)
             self.replies.append(reply)
             self._objects[id(new)] = self._objects[id(reply)] = found
         return found
 
     def _commit(self, stream: int, expected: int, new: int, reply: int) -> Commit:
-        mark = self.expected(expected)
-        return Commit(self.keys[stream], mark, self.states[new], self.replies[reply])
+        head = self.expected(expected)
+        return Commit(self.keys[stream], head, self.states[new], self.replies[reply])
 
     def commit(
         self, stream: int, state: int, reply: int, expected: int, new: int
@@ -288,11 +288,11 @@ class Book:
         return found
 
     def condition(self, expected: int, by_epoch: bool) -> bytes:
-        """The mark that `delete.lua` is given to expect."""
-        mark = self.expected(expected)
-        if mark is None:
+        """The head that `delete.lua` is given to expect."""
+        head = self.expected(expected)
+        if head is None:
             return b""
-        return mark.epoch if by_epoch else mark_bytes(mark)
+        return head.epoch if by_epoch else head_bytes(head)
 
     def _number(self, value: object) -> int:
         return 0 if value is None else self._objects[id(value)]

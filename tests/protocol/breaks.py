@@ -7,7 +7,7 @@ or arrive at any later step (`deliver`).
 
 from __future__ import annotations
 
-from service.errors import CarryError, StoreUnavailable
+from service.core.errors import CarryError, StoreUnavailable
 from tests.protocol.step import Step
 from tests.protocol.world import STREAMS, WRITES, Kind, Request, Worker
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from service.delivery import Answer, Replay, answer_retry, judge
-from service.domain import Chunk, Mark, StoredReply, StreamKey, StreamState, Tombstone
-from service.errors import CarryError, StoreUnavailable
-from service.state.protocol import Commit, CommitResult, Conflicted
-from tests.protocol.rules import Effect, Pair, Rules, commit_effect, delete_effect, stored_mark
+from service.core.delivery import Answer, Replay, answer_retry, judge
+from service.core.errors import CarryError, StoreUnavailable
+from service.core.values import Chunk, StoredReply, StreamHead, StreamKey, StreamState, Tombstone
+from service.store.base import Commit, CommitResult, Conflicted
+from tests.protocol.rules import Effect, Pair, Rules, commit_effect, delete_effect, stored_head
 from tests.protocol.scenarios import (
     AGAIN,
     ERASED,
@@ -55,7 +55,7 @@ def _by_position(before: Pair, commit: Commit) -> Effect:
     state, expected = before.state, commit.expected
     if (state is None) != (expected is None):
         return Effect(before, False)
-    if state is not None and expected and state.mark.position != expected.position:
+    if state is not None and expected and state.head.position != expected.position:
         return Effect(before, False)
     return Effect(Pair(commit.new, commit.reply), True)
 
@@ -80,7 +80,7 @@ def _any_reply(
     first: StreamState | None,
     found: StreamState | None,
     kept: StoredReply | None,
-    own: Mark | None,
+    own: StreamHead | None,
 ) -> Answer:
     if kept is not None and isinstance(judge(chunk, first), Replay):
         return Answer.STORED
@@ -92,7 +92,7 @@ def _own_anyway(
     first: StreamState | None,
     found: StreamState | None,
     kept: StoredReply | None,
-    own: Mark | None,
+    own: StreamHead | None,
 ) -> Answer:
     if kept is None and own is not None and isinstance(judge(chunk, found), Replay):
         return Answer.OWN
@@ -109,17 +109,17 @@ def _as_found(commit: Commit, result: Conflicted) -> CommitResult:
 
 def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
     found = result.found
-    if found is not None and commit.expected is None and found.epoch != commit.new.mark.epoch:
+    if found is not None and commit.expected is None and found.epoch != commit.new.head.epoch:
         return result
     return Rules().resolve_repeated_commit(commit, result)
 
 
-def _as_deleted(key: StreamKey, expected: Mark, result: Conflicted) -> CommitResult:
+def _as_deleted(key: StreamKey, expected: StreamHead, result: Conflicted) -> CommitResult:
     return result
 
 
 def _anything(before: Pair, expected: bytes, tombstone: Tombstone) -> Effect:
-    if expected and not stored_mark(before):
+    if expected and not stored_head(before):
         return Effect(before, False)
     return Effect(Pair(tombstone, None), True)
 
@@ -172,7 +172,7 @@ PLANTED = (
         ),
     ),
     Planted(
-        "a replay answered from a reply whose mark is another",
+        "a replay answered from a reply whose head is another",
         RETRIES,
         Rules(answer_retry=_any_reply),
         "with the reply of another commit",
@@ -218,7 +218,7 @@ PLANTED = (
         LATE,
         Rules(delete_effect=_anything),
         "was answered, and is carried out now",
-        Lua("delete", "if mark ~= '' and (", "if false and ("),
+        Lua("delete", "if head ~= '' and (", "if false and ("),
     ),
     Planted(
         "a deletion that leaves nothing behind",

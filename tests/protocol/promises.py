@@ -6,7 +6,7 @@ twice and grows by what is written alone; so it is enough to look at what a step
 
 from __future__ import annotations
 
-from service.errors import CarryError
+from service.core.errors import CarryError
 from tests.protocol.book import Book
 from tests.protocol.words import at, what, who
 from tests.protocol.world import (
@@ -126,10 +126,10 @@ def _lost(book: Book, job: Job, client: Client, slot: Slot) -> str | None:
 
 def check_failure(book: Book, job: Job, error: CarryError, slot: Slot, client: Client) -> None:
     """What a failure says is so: where the stream stands, and what was not applied."""
-    plan, facts, mark = book.plan(job), error.facts, book.mark(slot.state)
+    plan, facts, head = book.plan(job), error.facts, book.head(slot.state)
     stream = STREAMS[plan.stream]
     if "position" in facts:
-        stands = (mark.epoch.hex(), mark.position, mark.tag.hex()) if mark else (None, 0, None)
+        stands = (head.epoch.hex(), head.position, head.tag.hex()) if head else (None, 0, None)
         if (facts["epoch"], facts["position"], facts["tag"]) != stands:
             raise Broken(
                 f"{error.code} says that {stream} stands at {facts['position']}, "
@@ -167,5 +167,5 @@ def _is_there(book: Book, job: Job, slot: Slot) -> bool:
         return True
     if isinstance(plan, ChunkPlan):
         return (book.uid(job), job.wrote) in slot.log
-    mark, wrote = book.mark(slot.state), book.mark(job.wrote)
-    return mark is not None and wrote is not None and mark.epoch == wrote.epoch
+    head, wrote = book.head(slot.state), book.head(job.wrote)
+    return head is not None and wrote is not None and head.epoch == wrote.epoch

@@ -1,8 +1,9 @@
 """The transition functions the model walks through: the service's own, and the scripts' meaning.
 
-Everything a worker decides is decided by `service.delivery` and `service.state.outcomes`;
-what the two Lua scripts do is said once more here, as functions of names, and is held against
-the scripts on a real server (`against.py`). A planted bug is a `Rules` with one part replaced.
+Everything a worker decides is decided by `service.core.delivery` and
+`service.store.redis.outcomes`; what the two Lua scripts do is written again here, as functions of
+names, and is compared with the scripts on a real server (`against.py`). A planted bug is a `Rules`
+with one part replaced.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from service.delivery import (
+from service.core.delivery import (
     Answer,
     Process,
     Replay,
@@ -21,19 +22,19 @@ from service.delivery import (
     continues,
     judge,
 )
-from service.domain import (
+from service.core.errors import CarryError, OutcomeUnknown
+from service.core.values import (
     EPOCH_BYTES,
     Chunk,
-    Mark,
     StoredReply,
+    StreamHead,
     StreamKey,
     StreamState,
     Tombstone,
 )
-from service.errors import CarryError, OutcomeUnknown
-from service.state.codec import mark_bytes
-from service.state.outcomes import resolve_repeated_commit, resolve_repeated_deletion
-from service.state.protocol import Commit, CommitResult, Conflicted
+from service.store.base import Commit, CommitResult, Conflicted
+from service.store.codec import head_bytes
+from service.store.redis.outcomes import resolve_repeated_commit, resolve_repeated_deletion
 
 NONCE_BYTES = 16
 
@@ -54,23 +55,23 @@ class Effect(NamedTuple):
 
 def commit_effect(before: Pair, commit: Commit) -> Effect:
     """`commit.lua`: compare epoch and tag, then write reply and state, or nothing."""
-    expected = b"" if commit.expected is None else mark_bytes(commit.expected)
-    if stored_mark(before) != expected:
+    expected = b"" if commit.expected is None else head_bytes(commit.expected)
+    if stored_head(before) != expected:
         return Effect(before, False)
     return Effect(Pair(commit.new, commit.reply), True)
 
 
 def delete_effect(before: Pair, expected: bytes, tombstone: Tombstone) -> Effect:
     """`delete.lua`: compare epoch and tag, or the epoch alone; then leave the tombstone."""
-    mark = stored_mark(before)
-    if bool(mark) != bool(expected) or not mark.startswith(expected):
+    head = stored_head(before)
+    if bool(head) != bool(expected) or not head.startswith(expected):
         return Effect(before, False)
     return Effect(Pair(tombstone, None), True)
 
 
-def stored_mark(pair: Pair) -> bytes:
+def stored_head(pair: Pair) -> bytes:
     """The epoch and tag that a script compares; empty where there is no value."""
-    return b"" if pair.state is None else mark_bytes(pair.state.mark)
+    return b"" if pair.state is None else head_bytes(pair.state.head)
 
 
 def tombstone_epoch(client: int, plan: int, number: int, attempt: int) -> bytes:
@@ -88,7 +89,7 @@ def answer_as_read(
     first: StreamState | None,
     found: StreamState | None,
     kept: StoredReply | None,
-    own: Mark | None,
+    own: StreamHead | None,
 ) -> Answer:
     """The service's `answer_retry`; what was loaded `first` is not looked at again."""
     return answer_retry(chunk, found, kept, own)
@@ -113,10 +114,10 @@ class Rules:
     judge: Callable[[Chunk, StreamState | None], Process | Replay] = judge
     continues: Callable[[Chunk, StreamState], bool] = continues
     advance: Callable[..., StreamState] = advance
-    after_conflict: Callable[[Chunk, Mark, Mark | None], Answer] = after_conflict
+    after_conflict: Callable[[Chunk, StreamHead, StreamHead | None], Answer] = after_conflict
     answer_retry: Callable[..., Answer] = answer_as_read
     resolve_repeated_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_repeated_commit
-    resolve_repeated_deletion: Callable[[StreamKey, Mark, Conflicted], CommitResult] = (
+    resolve_repeated_deletion: Callable[[StreamKey, StreamHead, Conflicted], CommitResult] = (
         resolve_repeated_deletion
     )
     nonce: Callable[[int, int, int], bytes] = nonce

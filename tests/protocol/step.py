@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.delivery import Answer, Process, Replay
-from service.errors import CarryError, Conflict, StateChanged
-from service.state.protocol import Committed, Conflicted
+from service.core.delivery import Answer, Process, Replay
+from service.core.errors import CarryError, Conflict, StateChanged
+from service.store.base import Committed, Conflicted
 from tests.protocol.book import Book
 from tests.protocol.moves import Move
 from tests.protocol.promises import (
@@ -246,7 +246,7 @@ class Step:
             self._answer(index, job, request.new)
             return
         found = self.store[stream].state
-        result: Any = Conflicted(self.book.mark(found))
+        result: Any = Conflicted(self.book.head(found))
         if request.repeated:
             result = self.book.resolve_repeated_commit(stream, request.base, request.new, found)
         if isinstance(result, Committed):
@@ -266,7 +266,7 @@ class Step:
             self._answer(index, job, request.new)
         else:
             self.note(
-                lambda: f"it is the mark of its own commit: worker {index + 1} asks for the reply"
+                lambda: f"it is the head of its own commit: worker {index + 1} asks for the reply"
             )
             self._ask(index, Request(Kind.RETRY, job, found, request.new))
 
@@ -288,7 +288,7 @@ class Step:
         if done:
             self._answer(index, job, 0)
         elif self.book.plan(job).guarded:
-            result: Any = Conflicted(self.book.mark(found))
+            result: Any = Conflicted(self.book.head(found))
             if request.repeated:
                 result = self.book.resolve_repeated_deletion(stream, request.base, found)
             if isinstance(result, Committed):
@@ -361,7 +361,7 @@ class Step:
             return False
         if written.kind == Kind.DELETE or other.orphan > 1:
             return True
-        old, new = self.book.expected(other.base), self.book.mark(written.new)
+        old, new = self.book.expected(other.base), self.book.head(written.new)
         return other.orphan == 1 and (old is None or old.epoch != new.epoch)
 
     # What clients are told

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import pytest
 
-from service.state.redis_store import Script
+from service.store.redis.redis_store import Script
 from tests.protocol.against import Different, compare
 from tests.protocol.planted import PLANTED, Lua, Planted
 from tests.protocol.search import search
@@ -51,7 +51,7 @@ def plant(lua: Lua):
     """A `Script.load` that gives the script with the bug."""
 
     def load(cls: type[Script], name: str) -> Script:
-        text = files("service.state").joinpath("lua", f"{name}.lua").read_text()
+        text = files("service.store").joinpath("lua", f"{name}.lua").read_text()
         if name == lua.script:
             assert text.count(lua.old) == 1
             text = text.replace(lua.old, lua.new)

@@ -23,8 +23,8 @@ def what(book: Book, job: Job) -> str:
 
 def at(book: Book, state: int) -> str:
     """A state: the events that led to it, position, epoch and the tag's first digits."""
-    mark = book.mark(state)
-    if mark is None:
+    head = book.head(state)
+    if head is None:
         return "a tombstone" if state else "no stream"
     events = "".join(map(str, book.past(state)))
-    return f"[{events} @{mark.position}, {book.epochs[mark.epoch]}, tag {mark.tag.hex()[:4]}]"
+    return f"[{events} @{head.position}, {book.epochs[head.epoch]}, tag {head.tag.hex()[:4]}]"

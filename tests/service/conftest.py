@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from models.artifact import Artifact
-from service import batch
-from service.api import express, reading
+from models.artifact.artifact import Artifact
 from service.engine import batcher
+from service.pipeline import chunk_batch
+from service.transports.http import request_fields
+from service.transports.http.connection import fast_path
 from tests.support.clock import ManualClock
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server
@@ -40,7 +41,7 @@ def store_url(pipeline_server: RealServer) -> str:
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """A manual clock for deadlines."""
     clock = ManualClock()
-    for module in (batch, batcher, express, reading):
+    for module in (chunk_batch, batcher, fast_path, request_fields):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from service.state.valkey_process import server_binary
+from service.store.embedded.valkey_process import server_binary
 from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
@@ -148,9 +148,9 @@ class Cluster:
         until(lambda: all(self._knows_all(node) for node in self.nodes), "all nodes met")
         for primary, replica in zip(self.primaries, self.replicas, strict=True):
             replica.ask("CLUSTER", "REPLICATE", primary.name)
-        self.settle()
+        self.resolve()
 
-    def settle(self) -> None:
+    def resolve(self) -> None:
         """Wait until every node sees a whole cluster and every replica is in step."""
         until(lambda: all(self._is_whole(node) for node in self.nodes), "a whole cluster")
 

@@ -9,9 +9,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from models.layout import state_spec
-from models.spec import ModelSpec
-from models.state import State
+from models.spec.layout import state_spec
+from models.spec.model import ModelSpec
+from models.spec.state import State
 from tests.support.oracle import Floats, features_of, layer_step, softplus
 
 
@@ -22,7 +22,7 @@ def oracle_decode(
     known: NDArray[np.float32],
     draws: NDArray[np.float64] | None = None,
 ) -> tuple[Floats, Floats]:
-    """Look ahead from a stream's state along one path, by the definition in `models.decoder`.
+    """Look ahead from a stream's state along one path, by the definition in `models.spec.decoder`.
 
     Args:
         spec: a model with a decoder.

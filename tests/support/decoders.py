@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.events.encode import Clock
-from models.layout import state_spec
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import state_spec
+from models.spec.model import ModelSpec, parse_spec
 
 HOUR_MS = 3_600_000
 START_MS = 1_700_000_000_000

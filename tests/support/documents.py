@@ -7,7 +7,7 @@ from typing import Any
 
 import ormsgpack
 
-from service.api.media import Media
+from service.transports.http.media import Media
 
 
 class Members(list[tuple[str, Any]]):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.layout import weight_shapes
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import weight_shapes
+from models.spec.model import ModelSpec, parse_spec
 from tests.support.events import FULL_SCHEMA
 
 SMALL: dict[str, Any] = {

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.artifact import Artifact
-from service.domain import FloatRows
-from service.engine.protocol import FloatBatch, Lengths
-from service.served import ServedModel
+from models.artifact.artifact import Artifact
+from service.core.values import FloatRows
+from service.engine.runtimes.base import FloatBatch, Lengths
+from service.pipeline.served_model import ServedModel
 from tests.support.oracle import oracle_step
 
 

@@ -1,7 +1,7 @@
 """The whole step in float64 NumPy, one stream at a time, layer after layer and event by event.
 
 Written from the published equations and not from the Keras code, so that a mistake in one is
-not repeated in the other. It shares only names and their order (`models.layout`) with what it
+not repeated in the other. It shares only names and their order (`models.spec.layout`) with what it
 judges. Slow on purpose: every loop is spelt out.
 
 LSTM (Hochreiter & Schmidhuber 1997, forget gate by Gers et al. 2000), gates i, f, c, o:
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.heads import (
+from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
     DenseHead,
@@ -44,9 +44,9 @@ from models.heads import (
     LabelHead,
     SequenceHead,
 )
-from models.layers import AttentionLayer, BidirectionalLayer, GruLayer, Layer, LstmLayer
-from models.layout import network_state, weight_shapes
-from models.spec import ModelSpec
+from models.spec.layers import AttentionLayer, BidirectionalLayer, GruLayer, Layer, LstmLayer
+from models.spec.layout import network_state, weight_shapes
+from models.spec.model import ModelSpec
 
 Floats = NDArray[np.float64]
 FloatRows = NDArray[np.float32]

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, write_artifact
-from models.spec import parse_spec
-from models.state import State
-from service.delivery import chunk_digest, new_nonce
-from service.domain import Chunk, Feed, Steps, StreamKey, Timing
-from service.pipeline import OnModelChange, Pipeline, PipelineLimits
-from service.served import ServedModel
-from service.state.redis_store import RedisStore
-from service.state.settings import StoreSettings
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
+from models.spec.state import State
+from service.core.delivery import chunk_digest, new_nonce
+from service.core.values import Chunk, Feed, Steps, StreamKey, Timing
+from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
+from service.pipeline.served_model import ServedModel
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_step
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from models.examples.post.weights import known_weights
-from models.spec import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec
 
 INPUT = (0.1, 0.2, 0.3, 0.4, 0.5)
 PRINTED = 2e-8

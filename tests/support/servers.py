@@ -26,10 +26,10 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.state.open import open_store
-from service.state.protocol import StateStore
-from service.state.settings import StoreSettings
-from service.state.valkey_process import server_arguments, server_binary
+from service.store.base import StateStore
+from service.store.embedded.valkey_process import server_arguments, server_binary
+from service.store.open import open_store
+from service.store.settings import StoreSettings
 
 KINDS = ("valkey", "redis")
 DEADLINE_S = 20.0

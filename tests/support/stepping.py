@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.protocol import Runtime
+from service.engine.runtimes.base import Runtime
 
 Floats = NDArray[np.float32]
 

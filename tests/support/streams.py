@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from models.state import State
-from service.delivery import next_tag
-from service.domain import (
+from models.spec.state import State
+from service.core.delivery import next_tag
+from service.core.values import (
     FIRST_TAG,
     Feed,
     LastChunk,
-    Mark,
     StoredReply,
+    StreamHead,
     StreamKey,
     StreamState,
     Tombstone,
 )
-from service.state.protocol import Commit, Committed, StateStore
+from service.store.base import Commit, Committed, StateStore
 
 
 class Streams:
@@ -36,7 +36,7 @@ class Streams:
     def begin(self, *, floats: int = 24, ints: int = 3, position: int = 0) -> StreamState:
         """A stream at the beginning of a new epoch, its state not zero."""
         return StreamState(
-            mark=Mark(self.bytes(8), FIRST_TAG, position),
+            head=StreamHead(self.bytes(8), FIRST_TAG, position),
             feed=Feed.EVENTS if self._random.integers(2) else Feed.INPUTS,
             fingerprint=self.bytes(16),
             last=None,
@@ -47,10 +47,10 @@ class Streams:
     def after(self, before: StreamState, steps: int = 4) -> StreamState:
         """The stream after one more chunk."""
         digest = self.bytes(32)
-        position = before.mark.position
+        position = before.head.position
         return StreamState(
-            mark=Mark(
-                before.mark.epoch, next_tag(before.mark.tag, position, digest), position + steps
+            head=StreamHead(
+                before.head.epoch, next_tag(before.head.tag, position, digest), position + steps
             ),
             feed=before.feed,
             fingerprint=before.fingerprint,
@@ -73,7 +73,7 @@ class Streams:
     def reply(self, stream: StreamState, steps: int = 4, outputs: int = 3) -> StoredReply:
         """The reply of the stream's last chunk."""
         values = self._random.normal(size=(steps, outputs)).astype(np.float32)
-        return StoredReply(stream.mark, values)
+        return StoredReply(stream.head, values)
 
     def creation(self, key: StreamKey, **sizes: int) -> Commit:
         """The commit of a stream's first chunk, with its reply."""
@@ -83,7 +83,7 @@ class Streams:
     def next(self, commit: Commit) -> Commit:
         """The commit that follows a commit."""
         new = self.after(commit.new)
-        return Commit(commit.key, commit.new.mark, new, self.reply(new))
+        return Commit(commit.key, commit.new.head, new, self.reply(new))
 
 
 def key(stream: str, model: str = "flights") -> StreamKey:
@@ -91,20 +91,20 @@ def key(stream: str, model: str = "flights") -> StreamKey:
     return StreamKey(model, stream)
 
 
-async def absence(store: StateStore, key: StreamKey) -> Mark | None:
-    """The mark that a creation has to expect: that of a tombstone, or None."""
+async def absence(store: StateStore, key: StreamKey) -> StreamHead | None:
+    """The head that a creation has to expect: that of a tombstone, or None."""
     (found,) = await store.load([key])
     assert found is None or isinstance(found, Tombstone)
-    return found and found.mark
+    return found and found.head
 
 
 def same_stream(found: Any, expected: StreamState) -> bool:
     """Whether two streams are equal in every field and every bit."""
     return (
         isinstance(found, StreamState)
-        and (found.mark, found.feed, found.fingerprint, found.last, found.updated_ms)
+        and (found.head, found.feed, found.fingerprint, found.last, found.updated_ms)
         == (
-            expected.mark,
+            expected.head,
             expected.feed,
             expected.fingerprint,
             expected.last,
@@ -121,7 +121,7 @@ def same_reply(found: Any, expected: StoredReply) -> bool:
     """Whether two replies are equal in every bit."""
     return (
         isinstance(found, StoredReply)
-        and found.mark == expected.mark
+        and found.head == expected.head
         and found.outputs.shape == expected.outputs.shape
         and found.outputs.tobytes() == expected.outputs.tobytes()
     )

@@ -11,9 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
-from models.artifact import write_artifact
-from models.spec import parse_spec
-from service.engine.runtimes import RUNTIMES
+from models.artifact.artifact import write_artifact
+from models.spec.model import parse_spec
+from service.engine.runtimes.loading import RUNTIMES
 from tests.support.oracle import contracting_weights, oracle_in_blocks
 from tests.support.service import running
 

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.training.data import streams_of
 from models.training.evaluate import run_chunks
 from tests.support.oracle import oracle_in_blocks

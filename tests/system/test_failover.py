@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, ClusterNode, breakable_cluster, own_cluster
 from tests.support.pipelines import make_artifact, whole
 from tests.support.sender import Sender, send_all

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from models.artifact import write_artifact
-from service.engine.runtimes import RUNTIMES
+from models.artifact.artifact import write_artifact
+from service.engine.runtimes.loading import RUNTIMES
 from tests.support.decoders import decoder_spec, future_of, hourly_events
 from tests.support.oracle import contracting_weights
 from tests.support.service import running

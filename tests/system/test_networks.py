@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, write_artifact
-from models.graphs import ONNXRUNTIME
-from models.spec import parse_spec
-from service.engine.runtimes import RUNTIMES
+from models.artifact.artifact import Artifact, write_artifact
+from models.artifact.graphs import ONNXRUNTIME
+from models.spec.model import parse_spec
+from service.engine.runtimes.loading import RUNTIMES
 from tests.support.oracle import contracting_weights, joined, oracle_step
 from tests.support.service import running
 

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.artifact import write_artifact
+from models.artifact.artifact import write_artifact
 from tests.support.post_tables import (
     GRU_HIDDEN,
     GRU_OUTPUTS,

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from tests.support.pipelines import make_artifact, rows_of, whole
 from tests.support.sender import LONG_S, Sender, send_all
 from tests.support.servers import real_server, until

@@ -13,15 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from models.artifact import Artifact
-from service import serve
+from models.artifact.artifact import Artifact
+from service import server
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer, real_server, until
 from tests.support.service import READY_S, Service, running
 
 SLOW = """
 import sys, time
-from service.engine.onnx_runtime import OnnxRuntime
+from service.engine.runtimes.onnx import OnnxRuntime
 
 def slow(runtime):
     print("compiling", file=sys.stderr, flush=True)
@@ -33,7 +33,7 @@ OnnxRuntime.{method} = slow
 
 FIRST_FAILS = """
 import os, pathlib, time
-from service.engine.onnx_runtime import OnnxRuntime
+from service.engine.runtimes.onnx import OnnxRuntime
 
 warm = OnnxRuntime.warm
 
@@ -52,8 +52,8 @@ OnnxRuntime.warm = fail_once
 """One that makes the first warm-up fail, and every other wait for the end of that process."""
 
 IMPATIENT = """
-import service.workers
-service.workers.HUNG_AFTER_S = 20
+import service.ops.worker_pool
+service.ops.worker_pool.HUNG_AFTER_S = 20
 """
 """One that makes the parent give up on a silent worker a little earlier."""
 
@@ -194,9 +194,9 @@ def test_sighup_that_is_ignored_stays_ignored() -> None:
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert signal.SIGHUP not in serve._stop_signals()
+        assert signal.SIGHUP not in server._stop_signals()
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        assert signal.SIGHUP in serve._stop_signals()
+        assert signal.SIGHUP in server._stop_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
 

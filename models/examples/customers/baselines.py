@@ -33,7 +33,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from models.events.zones import DAY_MS
 from models.examples.customers.data import WITHIN_DAYS
-from models.heads import Head
+from models.spec.heads import Head
 from models.training.data import moment_ms, schema_of, training_of
 from models.training.scores import Floats, score_chance
 from models.training.table import Baseline, Table

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 import models
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.events.zones import zone_table
 from models.examples.flights.data import WEATHER, flight_events
-from models.layout import output_spec
+from models.spec.layout import output_spec
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from models.examples.command import BUILT, run_example
 from models.examples.forecast.horizon import MODEL, Comparison, compare, comparison_lines
 from models.examples.weather.data import weather_events

@@ -22,8 +22,8 @@ import polars as pl
 from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
-from models.artifact import Artifact
-from models.decoding import decoder_of
+from models.artifact.artifact import Artifact
+from models.decoding.forecasts import decoder_of
 from models.events.zones import zone_table
 from models.examples.weather.baselines import DAYS, HOURS, PENALTIES, hours_ago, same_hour_mean
 from models.training.data import moment_ms, schema_of, streams_of, training_of

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.heads import Head, LabelHead
-from models.layout import output_spec
-from models.spec_file import read_spec
+from models.spec.heads import Head, LabelHead
+from models.spec.layout import output_spec
+from models.spec.spec_file import read_spec
 from models.training.evaluate import run_chunks
 from models.training.scores import score_label
 from models.training.table import Baseline, Table

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from models.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
 from models.examples.post.weights import known_weights
-from models.init import initialise_artifact
-from models.spec_file import read_spec
+from models.networks.initial_artifact import initialise_artifact
+from models.spec.spec_file import read_spec
 
 HERE = Path(__file__).parent
 SEED = 1

@@ -14,7 +14,7 @@ import orjson
 import polars as pl
 
 import models
-from models.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import flight_events

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import urllib.request
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from tests.bench.context import CONNECTIONS, Bench
 from tests.bench.generator import HOST, Connection
 from tests.bench.kinds import PLAIN, judge, traffic_of, write_kinds

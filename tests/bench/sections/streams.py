@@ -6,11 +6,11 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from models.state import State
-from service.domain import Feed, LastChunk, Mark, StreamKey, StreamState
-from service.state.codec import encode_state
-from service.state.keys import KeySpace
-from service.state.settings import StoreSettings
+from models.spec.state import State
+from service.core.values import Feed, LastChunk, StreamHead, StreamKey, StreamState
+from service.store.codec import encode_state
+from service.store.redis.keys import KeySpace
+from service.store.settings import StoreSettings
 from tests.bench.context import CONNECTIONS, WARM_S, Bench
 from tests.bench.machine import wait_until
 from tests.bench.networks import STEPS
@@ -86,7 +86,7 @@ def fill(store: Store, spec: TrafficSpec, fingerprint: bytes, zero: State) -> No
 
 def _stream(state: State, fingerprint: bytes, random: np.random.Generator) -> StreamState:
     return StreamState(
-        mark=Mark(random.bytes(8), random.bytes(16), STEPS),
+        head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
         feed=Feed.INPUTS,
         fingerprint=fingerprint,
         last=LastChunk(0, random.bytes(16)),

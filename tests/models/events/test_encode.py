@@ -30,9 +30,9 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.layout import state_spec
-from models.spec import parse_spec
-from models.state import StateSpec
+from models.spec.layout import state_spec
+from models.spec.model import parse_spec
+from models.spec.state import StateSpec
 from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
 
 SECOND = 1000

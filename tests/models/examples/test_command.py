@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.errors import ModelsError
 from models.examples.command import run_example
 from models.examples.packages import package_folder

@@ -10,7 +10,7 @@ from models.examples.customers import data
 from models.examples.customers.__main__ import SPEC
 from models.examples.customers.baselines import BgNbd
 from models.examples.customers.data import END, TEST_FROM, VALIDATE_FROM, purchase_events
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from models.training.data import fitted_spec, moment_ms, streams_of
 
 BORDERS = (VALIDATE_FROM, TEST_FROM, END)

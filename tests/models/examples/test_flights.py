@@ -10,7 +10,7 @@ from models.events.frame import columns_from_frame
 from models.examples.flights import data
 from models.examples.flights.__main__ import SPEC
 from models.examples.flights.data import EVENT_COLUMNS, flight_events, with_weather
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from models.examples.forecast.__main__ import SPEC
 from models.examples.forecast.horizon import _ahead, _baselines
 from models.examples.weather.baselines import HOUR_MS
 from models.examples.weather.data import weather_events
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from models.training.data import fitted_spec, moment_ms, streams_of
 from models.training.evaluate import scored_rows
 from models.training.table import Table

@@ -7,7 +7,7 @@ from models.examples.labelling.__main__ import SPEC
 from models.examples.labelling.baselines import SPEC as ONE_WAY
 from models.examples.labelling.data import labelled_days
 from models.examples.weather.data import weather_events
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from models.training.data import moment_ms
 
 

@@ -7,7 +7,7 @@ import pytest
 from models.examples.weather.__main__ import SPEC
 from models.examples.weather.baselines import hours_ago, local_hours, same_hour_mean
 from models.examples.weather.data import WEATHER_COLUMNS, weather_events
-from models.spec_file import read_spec
+from models.spec.spec_file import read_spec
 from models.training.data import fitted_spec, moment_ms, streams_of
 from models.training.table import Table
 

@@ -8,10 +8,10 @@ import keras
 import numpy as np
 import pytest
 
+from models.artifact.weights import weights_bytes
 from models.errors import ImportedModelError
 from models.importing.conversion import convert
 from models.importing.keras_model import ImportReport, package, slug
-from models.weights import weights_bytes
 
 
 def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:

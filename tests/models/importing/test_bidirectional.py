@@ -11,11 +11,11 @@ import pytest
 from keras import layers as kl
 from numpy.typing import NDArray
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.importing import proof
 from models.importing.graph import translate
-from models.layout import output_spec
 from models.networks.build import StepNetwork
+from models.spec.layout import output_spec
 from tests.models.importing.saving import import_here, imported, refusal, saved
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.

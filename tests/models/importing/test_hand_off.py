@@ -12,7 +12,7 @@ import pytest
 from keras import layers as kl
 from numpy.typing import NDArray
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.importing import proof
 from models.networks.build import StepNetwork
 from tests.models.importing.saving import imported, refusal

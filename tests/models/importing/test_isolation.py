@@ -11,7 +11,7 @@ import psutil
 import pytest
 from keras import layers as kl
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
 from models.importing import isolation
 from models.importing.isolation import Limits

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from keras import layers as kl
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
 from models.networks.build import StepNetwork
 from tests.models.importing.saving import import_here, imported, refusal, saved

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.blocks import BlockSpec, cut
-from models.layout import network_state
 from models.networks.fresh import fresh_weights
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
-from models.spec import ModelSpec, parse_spec
+from models.spec.blocks import BlockSpec, cut
+from models.spec.layout import network_state
+from models.spec.model import ModelSpec, parse_spec
 
 STEPS, FEATURES, UNITS = 1024, 8, 32
 SIZES = (4, 16, 64)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, write_artifact
-from models.spec import parse_spec
-from service.engine.protocol import Runtime
-from service.engine.runtimes import RUNTIMES, open_runtime
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
+from service.engine.runtimes.base import Runtime
+from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from tests.support.oracle import contracting_weights
 from tests.support.stepping import step
 

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.layout import layer_widths
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import layer_widths
+from models.spec.model import ModelSpec, parse_spec
 
 Arrays = list[NDArray[np.float32]]
 

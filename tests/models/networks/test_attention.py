@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from models.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
 from models.networks.attention import BLOCK_STEPS
 from models.networks.build import StepNetwork
-from models.spec import parse_spec
-from service.engine.protocol import Runtime
-from service.engine.runtimes import RUNTIMES, open_runtime
+from models.spec.model import parse_spec
+from service.engine.runtimes.base import Runtime
+from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from tests.models.networks.long_attention import (
     SPEC,
     made,

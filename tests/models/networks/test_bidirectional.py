@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import SpecError
-from models.layout import layer_widths, state_spec
 from models.networks.build import StepNetwork
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import layer_widths, state_spec
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import Floats, step
 from tests.models.onnx.test_graph import run, session_of
 from tests.support.oracle import contracting_weights, oracle_step

@@ -1,7 +1,7 @@
 """Networks in blocks, window by window, against the definition: both networks, any end.
 
 Cuts are taken by the same pure function as in the service, whose own tests are in
-`tests/models/test_blocks.py`.
+`tests/models/spec/test_blocks.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models.blocks import cut
 from models.errors import SpecError
-from models.layout import network_state, state_spec
 from models.networks.build import StepNetwork
-from models.spec import ModelSpec, parse_spec
+from models.spec.blocks import cut
+from models.spec.layout import network_state, state_spec
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import Floats, step
 from tests.models.onnx.test_graph import run, session_of
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step

@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 from models.errors import SpecError
-from models.layout import output_spec, state_spec, weight_shapes
 from models.networks.build import StepNetwork
 from models.networks.fresh import fresh_weights
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import output_spec, state_spec, weight_shapes
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
 from tests.models.networks.specs import COMBINATIONS, OPTIONS, sequences
 from tests.support.oracle import contracting_weights, oracle_step

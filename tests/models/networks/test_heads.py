@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.events.encode import standardise
-from models.layout import output_spec, state_spec
 from models.networks.build import StepNetwork
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import output_spec, state_spec
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
 from tests.support.oracle import (
     contracting_weights,

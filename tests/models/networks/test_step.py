@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from models.errors import ArtifactError, SpecError
-from models.layout import weight_shapes
 from models.networks.build import StepNetwork
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import weight_shapes
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
 from tests.models.networks.specs import sequences, stacks
 from tests.support.events import FULL_SCHEMA

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from models.artifact.fingerprint import fingerprint
 from models.errors import GraphUnsupportedError
-from models.fingerprint import fingerprint
-from models.layout import state_spec
 from models.networks.build import StepNetwork
 from models.onnx import graph as graph_module
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
 from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import state_spec
+from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.specs import COMBINATIONS, sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.models import random_weights, small_spec

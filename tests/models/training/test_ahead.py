@@ -13,8 +13,8 @@ pytest.importorskip("tensorflow")
 
 from models.errors import SpecError
 from models.events.zones import DAY_MS
-from models.layout import output_spec
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import output_spec
+from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import train_frame
 from models.training.data import fitted_spec, streams_of

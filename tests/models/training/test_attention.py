@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.spec import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import evaluate
 from models.training.loop import Loop

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 pytest.importorskip("tensorflow")
 
-from models.artifact import Artifact, load_artifact, write_artifact
-from models.blocks import BlockSpec
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import DataError, SpecError
-from models.layout import network_state
 from models.networks.fresh import fresh_weights
+from models.spec.blocks import BlockSpec
+from models.spec.layout import network_state
 from models.training.commands import evaluate_command, train_command
 from models.training.data import Streams, streams_of
 from models.training.evaluate import run_chunks

@@ -9,13 +9,19 @@ import numpy as np
 import polars as pl
 import pytest
 
-from models.artifact import load_artifact
-from models.decoder import DecoderTraining
+from models.artifact.artifact import load_artifact
 from models.networks.build import StepNetwork
-from models.spec import ModelSpec, parse_spec
+from models.spec.decoder import DecoderTraining
+from models.spec.model import ModelSpec, parse_spec
 from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of
-from models.training.decoder import Anchors, DecoderTrainer, mean_loss, steps_ahead, truth_share
+from models.training.decoder_training import (
+    Anchors,
+    DecoderTrainer,
+    mean_loss,
+    steps_ahead,
+    truth_share,
+)
 from models.training.plan import Plan, plan_of
 from models.training.windows import Window, windows_of
 from tests.support.oracle import contracting_weights

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError, DataError, SpecError
-from models.spec import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, streams_of

@@ -6,7 +6,7 @@ pytest.importorskip("tensorflow")
 from models.errors import SpecError
 from models.networks.build import StepNetwork
 from models.networks.fresh import fresh_weights
-from models.spec import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec
 from models.training.data import fitted_spec, streams_of
 from models.training.members import merged
 from tests.support.training import HOUR_MS, latch_frame, latch_spec

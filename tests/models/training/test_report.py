@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
-from models.artifact import load_artifact
+from models.artifact.artifact import load_artifact
 from models.errors import ArtifactError
 from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.errors import DataError
-from models.spec import ModelSpec, parse_spec
+from models.spec.model import ModelSpec, parse_spec
 from models.training.commands import train_frame
 from models.training.data import streams_of
 from models.training.evaluate import evaluate

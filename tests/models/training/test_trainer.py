@@ -3,7 +3,7 @@ import pytest
 
 tf = pytest.importorskip("tensorflow")
 
-from models.artifact import load_artifact  # noqa: E402
+from models.artifact.artifact import load_artifact  # noqa: E402
 from models.errors import ArtifactError, SpecError  # noqa: E402
 from models.training.checkpoint import checkpoint_path  # noqa: E402
 from models.training.data import fitted_spec, streams_of  # noqa: E402

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from service.core.errors import CarryError
 from service.engine.admission import Admission, Refusal
 from service.engine.batcher import Batcher
 from service.engine.jobs import Job, Release, Request
 from service.engine.policy import BatchLimits
-from service.errors import CarryError
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)
@@ -47,7 +47,7 @@ class Runs:
             if job.payload.startswith("poison"):
                 raise RuntimeError("poisoned")
             if job not in again:
-                job.settle(job.payload.upper())
+                job.resolve(job.payload.upper())
         return again
 
     async def began(self, count: int) -> None:

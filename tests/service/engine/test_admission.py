@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import pytest
 import structlog
 
+from service.core.errors import Overloaded, StreamOverloaded
 from service.engine.admission import STREAM_SHARE
 from service.engine.batcher import ITEMS_PER_PART, Batcher
 from service.engine.jobs import Request, Results
 from service.engine.policy import BatchLimits
-from service.errors import Overloaded, StreamOverloaded
 from tests.service.engine.batching import UP_TO_8, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced

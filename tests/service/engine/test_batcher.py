@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from service.core.errors import InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
 from service.engine.fair_queue import FairQueue
 from service.engine.jobs import Release, Request
 from service.engine.policy import MOST_TURNS, BatchLimits
-from service.errors import InternalError, Overloaded, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
@@ -356,7 +356,7 @@ async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: lis
             again = [job for job in jobs if job.attempts < 1]
             for job in jobs:
                 if job not in again:
-                    job.settle("done")
+                    job.resolve("done")
             return again
 
     runs = LongOnesWait()

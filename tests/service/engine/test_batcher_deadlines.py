@@ -8,9 +8,9 @@ import time
 import pytest
 import structlog
 
+from service.core.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from service.engine.batcher import GRACE_S, Batcher
 from service.engine.jobs import Job, Release
-from service.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.support.servers import until_async
 
@@ -136,7 +136,7 @@ class Paced(Runs):
             self._free -= 1
             self.batches.append([job.payload for job in jobs])
             for job in jobs:
-                job.settle(job.payload.upper())
+                job.resolve(job.payload.upper())
             return []
         return await super().__call__(jobs, release)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.artifact import Artifact, write_artifact
-from models.spec import parse_spec
-from models.state import State
-from service.blocks import Known, advance_blocks
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.model import parse_spec
+from models.spec.state import State
 from service.engine.compute import Compute
-from service.engine.protocol import Runtime
-from service.engine.runtimes import RUNTIMES, open_runtime
-from service.served import ServedModel
+from service.engine.runtimes.base import Runtime
+from service.engine.runtimes.loading import RUNTIMES, open_runtime
+from service.pipeline.blocks import Known, advance_blocks
+from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_blocks
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, add_graph, load_artifact, write_artifact
-from models.decoder import known_schema
-from models.decoding import Decoding, Distribution, Forecast, coming
+from models.artifact.artifact import Artifact, add_graph, load_artifact, write_artifact
+from models.decoding.forecasts import Decoding, Distribution, Forecast, coming
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
-from models.layout import state_spec
-from models.state import State
-from service.engine.protocol import Runtime
-from service.engine.runtimes import RUNTIMES, open_decoders, open_runtime
+from models.spec.decoder import known_schema
+from models.spec.layout import state_spec
+from models.spec.state import State
+from service.engine.runtimes.base import Runtime
+from service.engine.runtimes.loading import RUNTIMES, open_decoders, open_runtime
 from tests.support.decoder_oracle import oracle_decode
 from tests.support.decoders import clock, decoder_spec, future_of, hourly_events, random_state
 from tests.support.oracle import contracting_weights, oracle_step

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
+from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
 from service.engine.jobs import Release
-from service.errors import DeadlineExceeded, InternalError, ShuttingDown
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
@@ -31,7 +31,7 @@ class Detaching(Runs):
             release.detach(late, self._wait(late))
         for job in jobs:
             if job not in late:
-                job.settle(job.payload.upper())
+                job.resolve(job.payload.upper())
         return []
 
     async def _wait(self, late: Jobs) -> Jobs:

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.artifact import Artifact, write_artifact
-from models.layout import weight_shapes
-from models.spec import ModelSpec, parse_spec
+from models.artifact.artifact import Artifact, write_artifact
+from models.spec.layout import weight_shapes
+from models.spec.model import ModelSpec, parse_spec
 from service.engine.compute import Compute
-from service.engine.protocol import Runtime
-from service.engine.runtimes import RUNTIMES, open_runtime
+from service.engine.runtimes.base import Runtime
+from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import contracting_weights, joined, oracle_in_cuts, random_states
 from tests.support.stepping import in_cuts, step

@@ -13,18 +13,18 @@ from onnx import helper
 from structlog.testing import capture_logs
 
 import models
-from models.artifact import Artifact, load_artifact, write_artifact
-from models.fingerprint import fingerprint
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.fingerprint import fingerprint
 from models.onnx.graph import write_graph
-from models.spec import parse_spec
-from service.engine import runtimes
-from service.engine.runtimes import (
+from models.spec.model import parse_spec
+from service.engine.runtimes import loading
+from service.engine.runtimes.loading import (
     RuntimeMissingError,
     RuntimeUnsupportedError,
     open_runtime,
     open_runtimes,
 )
-from tests.models.artifacts import manifest_of, seal
+from tests.models.artifact.artifacts import manifest_of, seal
 from tests.support.oracle import contracting_weights, oracle_step
 from tests.support.stepping import step
 
@@ -53,8 +53,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says which libraries are there; what is opened is only noted."""
 
     def only(*names: str) -> None:
-        monkeypatch.setattr(runtimes, "find_spec", lambda name: name in names or None)
-        monkeypatch.setattr(runtimes, "open_runtime", lambda name, *_: name)
+        monkeypatch.setattr(loading, "find_spec", lambda name: name in names or None)
+        monkeypatch.setattr(loading, "open_runtime", lambda name, *_: name)
 
     return only
 
@@ -147,7 +147,7 @@ def external(found: Artifact, _: Any) -> bytes:
 
 
 def with_this_first(found: Artifact, nodes: list[Any], constants: list[Any]) -> bytes:
-    """The graph of the weights, the marks included, and nodes before it whose output is `end`."""
+    """The graph of the weights, the heads included, and nodes before it whose output is `end`."""
     model = onnx.load_from_string(write_graph(found.spec, found.weights))
     kept = list(model.graph.node)
     del model.graph.node[:]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.state import State
-from service.domain import FIRST_TAG, Feed, Mark, StreamKey, StreamState
+from models.spec.state import State
+from service.core.values import FIRST_TAG, Feed, StreamHead, StreamKey, StreamState
 from service.engine.state_cache import OVERHEAD_BYTES, StateCache
 
 FLOATS = 64
@@ -18,7 +18,7 @@ def key(name: str) -> StreamKey:
 
 def state(floats: int = FLOATS) -> StreamState:
     values = State(np.zeros(floats, np.float32), np.zeros(0, np.int64))
-    return StreamState(Mark(b"e", FIRST_TAG, 1), Feed.INPUTS, b"f", None, 0, values)
+    return StreamState(StreamHead(b"e", FIRST_TAG, 1), Feed.INPUTS, b"f", None, 0, values)
 
 
 def kept(cache: StateCache, names: str) -> str:

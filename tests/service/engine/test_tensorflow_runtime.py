@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.artifact import Artifact
+from models.artifact.artifact import Artifact
 from service.engine.compute import Compute
-from service.engine.tensorflow_runtime import TensorflowRuntime, rungs_up_to
+from service.engine.runtimes.tensorflow import TensorflowRuntime, rungs_up_to
 from tests.support.oracle import oracle_step
 from tests.support.pipelines import make_artifact, rows_of
 

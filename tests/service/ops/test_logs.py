@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
-from service.ops.request_log import RequestLog
+from service.transports.http.request_log import RequestLog
 
 
 @pytest.fixture(autouse=True)

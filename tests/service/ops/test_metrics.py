@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.domain import Timing
+from service.core.values import Timing
 from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
-from service.recorder import Recorder
+from service.pipeline.recorder import Recorder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -130,7 +130,7 @@ def test_the_build_is_named(recorder: PrometheusRecorder) -> None:
 
 WORKER = """
 import os
-from service.domain import Timing
+from service.core.values import Timing
 from service.ops.metrics import PrometheusRecorder
 
 recorder = PrometheusRecorder()

@@ -21,8 +21,8 @@ from aiohttp import web
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.events.parse import event_json_schema
-from models.layout import output_spec, state_spec
-from models.spec import ModelSpec, parse_spec
+from models.spec.layout import output_spec, state_spec
+from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle import oracle_step
 
 SPEC = parse_spec(

@@ -13,7 +13,7 @@ import pytest
 
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from models.layout import Output, OutputSpec
+from models.spec.layout import Output, OutputSpec
 from service.replay.description import read_description
 from service.replay.judge import Sent, agree, judge_duplicates, standing
 from service.replay.metrics import Growth, counted

@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 import pytest
 
-from models.artifact import write_artifact
+from models.artifact.artifact import write_artifact
 from service.replay.main import run_replay
 from service.replay.options import ReplayOptions
 from tests.service.replay.standin import SPEC

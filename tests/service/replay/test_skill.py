@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import brier_score_loss, log_loss, mean_pinball_loss, roc_auc_score
 
 from models.events.columns import EventColumns
-from models.spec import parse_spec
+from models.spec.model import parse_spec
 from service.replay.skill import many_scores, skill_of, two_scores
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import SPEC

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from models.artifact import Artifact, write_artifact
+from models.artifact.artifact import Artifact, write_artifact
 from service.replay import verify as verify_module
 from service.replay.main import EXIT_UNFINISHED, run_replay
 from service.replay.options import ReplayError, ReplayOptions

@@ -3,7 +3,7 @@
 Another worker may have moved the stream on; the refusal then denies what was acknowledged.
 """
 
-from service.batch import BatchRun
+from service.pipeline.chunk_batch import BatchRun
 
 load = BatchRun._load
 

@@ -7,6 +7,6 @@ from tests.faults.planting import replace_in_script
 
 replace_in_script(
     "delete",
-    "if mark ~= '' and (expected == '' or string.sub(mark, 1, #expected) ~= expected) then",
+    "if head ~= '' and (expected == '' or string.sub(head, 1, #expected) ~= expected) then",
     "if false then",
 )

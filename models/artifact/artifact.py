@@ -1,0 +1,346 @@
+"""A model on disk: a directory with `manifest.json`, weights, graph and its reports.
+
+The manifest holds the spec, what follows from it (state layout, outputs, fingerprint), which
+runtimes can run it, how the model was trained and a SHA-256 of every file; its own `checksum`
+covers the rest of the manifest and through it the whole directory. Nothing in an artifact is
+code.
+
+`graph.onnx` is the same network as spec and weights, written out when the model is packaged, and
+`decoder.onnx` one step of its decoder, where it has one. They are for other programs: loading
+verifies them like every file, but the service runs graphs that it derives from spec and weights, so
+that no file can change an output without changing the fingerprint. A model that no graph can
+represent has none, and its manifest says why; `add_graph` rewrites the files.
+
+Loading refuses whatever is damaged, of another format or does not fit itself, and says
+which file and why. Writing is atomic: a directory under the final name is complete.
+Files that the manifest does not list are left alone and not read. The modules `manifest`, `weights`
+and `graphs` know the parts; this one writes, reads and validates the directory as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from models.artifact.files import inside, replace_file, sync_directory, write_new
+from models.artifact.fingerprint import fingerprint
+from models.artifact.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, Graphs, write_graphs
+from models.artifact.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    file_entry,
+    manifest_bytes,
+    read_files,
+    read_manifest,
+    sealed,
+)
+from models.artifact.weights import check_weights, read_weights, weights_bytes
+from models.errors import ArtifactError, GraphUnsupportedError, SpecError
+from models.spec.decoder import decoder_weights
+from models.spec.layout import OutputSpec, network_state, output_spec, state_spec
+from models.spec.model import ModelSpec, parse_spec
+from models.spec.state import FloatArray, StateSpec
+
+WEIGHTS_NAME = "weights.safetensors"
+
+_OWN_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME, DECODER_GRAPH_NAME)
+_VERSION_DIGITS = 12
+_UNSAID = {"chunking": "invisible"}
+"""What a manifest means that was written before its key was."""
+_LIBRARIES = (
+    "carry",
+    "keras",
+    "numpy",
+    "polars",
+    "pydantic",
+    "safetensors",
+    "tensorflow",
+    "tensorflow-cpu",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """One loaded model.
+
+    Attributes:
+        path: its directory.
+        spec: the fitted spec.
+        weights: float32 arrays by name, read-only.
+        fingerprint: 16 bytes; see `models.artifact.fingerprint`.
+        version: the fingerprint's first 12 hexadecimal digits.
+        manifest: the whole manifest as plain data.
+    """
+
+    path: Path
+    spec: ModelSpec
+    weights: Mapping[str, FloatArray]
+    fingerprint: bytes
+    version: str
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def decoder(self) -> Artifact | None:
+        """The network of a decoder's step, for runtimes, as if packaged by itself."""
+        spec = self.spec.decoder_network
+        if spec is None:
+            return None
+        weights = MappingProxyType(decoder_weights(self.weights))
+        mark = fingerprint(spec, weights)
+        return Artifact(self.path, spec, weights, mark, _version(mark), self.manifest)
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The model's ONNX graphs, derived from spec and weights, or why there are none."""
+        return write_graphs(self.spec, self.weights)
+
+    @property
+    def differing_graphs(self) -> list[str]:
+        """The graph files that differ from the graphs of spec and weights.
+
+        Another version of Carry wrote them, or somebody replaced them. They are never run.
+        """
+        listed = self.manifest["files"]
+        return [
+            name
+            for name, data in self.graphs.files.items()
+            if name in listed and listed[name] != file_entry(data)
+        ]
+
+    @cached_property
+    def state(self) -> StateSpec:
+        """The layout of a stream's state."""
+        return state_spec(self.spec)
+
+    @cached_property
+    def network_state(self) -> StateSpec:
+        """The parts of it that a runtime takes and gives; they come first among its floats."""
+        return network_state(self.spec)
+
+    @cached_property
+    def outputs(self) -> OutputSpec:
+        """The layout of the outputs of one step."""
+        return output_spec(self.spec)
+
+
+def write_artifact(
+    path: Path,
+    spec: ModelSpec,
+    weights: Mapping[str, FloatArray],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes | Path] = MappingProxyType({}),
+    overwrite: bool = False,
+) -> Artifact:
+    """Write a model and return it as `load_artifact` reads it.
+
+    Args:
+        path: the directory to make; its parents are made too.
+        spec: a fitted spec.
+        weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32 and finite.
+        metrics: what was measured, plain JSON data.
+        training: how it was trained, plain JSON data.
+        files: more files by name (such as `report.json`, `plots/skill.png`): their bytes, or
+            the path of a file to copy.
+        overwrite: whether an artifact that is already there is replaced.
+
+    Raises:
+        ArtifactError: spec or weights that do not fit, data that is not JSON, a file name
+            that is taken or leads out of the directory, or a path that is occupied.
+    """
+    path = Path(path)
+    _check_fitted(spec, str(path))
+    check_weights(spec, weights, str(path))
+    graphs = write_graphs(spec, weights)
+    contents: dict[str, bytes] = {WEIGHTS_NAME: weights_bytes(weights), **graphs.files}
+    for name, content in dict(files).items():
+        if name in _OWN_NAMES or not inside(name):
+            raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
+        contents[name] = content.read_bytes() if isinstance(content, Path) else content
+    manifest = sealed(
+        {
+            "format": FORMAT,
+            **_derived(spec, fingerprint(spec, weights)),
+            "weights": WEIGHTS_NAME,
+            **graphs.facts,
+            "metrics": dict(metrics or {}),
+            "training": dict(training or {}),
+            "libraries": _library_versions(),
+            "files": {name: file_entry(data) for name, data in sorted(contents.items())},
+            "spec": spec.model_dump(mode="json"),
+        },
+        str(path),
+    )
+    _check_target(path, overwrite)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        made.mkdir()
+        for name, data in contents.items():
+            write_new(made / name, data)
+        write_new(made / MANIFEST_NAME, manifest_bytes(manifest))
+        for folder in {made, *(made.joinpath(name).parent for name in contents)}:
+            sync_directory(folder)
+        artifact = load_artifact(made)
+        _move_into_place(made, path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return replace(artifact, path=path)
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and check a model.
+
+    Raises:
+        ArtifactError: naming the file and the reason: no directory or no manifest there, a
+            manifest that is not JSON, is of another format or fails its checksum, a file that
+            is missing, changed, too large, outside the directory or no regular file, a spec that
+            is wrong or not fitted, weights that do not fit it, or a state layout, outputs or
+            fingerprint that do not follow from it.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    where = f"{path / MANIFEST_NAME}"
+    name = manifest.get("weights")
+    data = read_files(path, manifest, name)
+    try:
+        spec = parse_spec(manifest.get("spec"), f"{where}: spec")
+    except SpecError as error:
+        raise ArtifactError(str(error)) from error
+    _check_fitted(spec, where)
+    weights = read_weights(spec, data, f"{path / str(name)}")
+    mark = fingerprint(spec, weights)
+    for key, expected in _derived(spec, mark).items():
+        given = manifest.get(key, _UNSAID.get(key))
+        if given != expected:
+            raise ArtifactError(
+                f"{where}: `{key}` does not follow from spec and weights: "
+                f"expected {_short(expected)}, got {_short(given)}"
+            )
+    for key in ("graph", "decoder_graph"):
+        given = manifest.get(key)
+        if given is not None and not (isinstance(given, str) and given in manifest["files"]):
+            raise ArtifactError(f"{where}: expected `{key}` to name one of its files: {given!r}")
+    for key in ("metrics", "training"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise ArtifactError(f"{where}: expected `{key}` to be an object")
+    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
+
+
+def add_graph(path: Path) -> Artifact:
+    """Write the graph of an artifact anew, in place; everything else stays as it is.
+
+    At every moment the directory is a whole artifact, before with the old graph or with none.
+
+    Raises:
+        ArtifactError: the artifact is refused.
+        GraphUnsupportedError: no graph can hold the model; the manifest says so from now on.
+    """
+    path = Path(path)
+    artifact = load_artifact(path)
+    graphs = artifact.graphs
+    manifest = dict(artifact.manifest)
+    old = [manifest.pop(key, None) for key in ("graph", "decoder_graph")]
+    manifest.pop("graph_refused", None)
+    manifest["files"] = {
+        name: entry
+        for name, entry in manifest["files"].items()
+        if name not in (GRAPH_NAME, DECODER_GRAPH_NAME)
+    }
+    if old != [None, None]:
+        without = {**manifest, "runtimes": [TENSORFLOW]}
+        replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(without, str(path))))
+    for name, data in graphs.files.items():
+        replace_file(path / name, data)
+        manifest["files"][name] = file_entry(data)
+    manifest.update(graphs.facts)
+    replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(manifest, str(path))))
+    if graphs.refused is not None:
+        raise GraphUnsupportedError(f"{path}: {graphs.refused}")
+    return load_artifact(path)
+
+
+def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "input_features": spec.input_features,
+        "chunking": spec.chunking,
+        "max_chunk_steps": spec.chunk_limit,
+        "state": {
+            part.name: {"shape": list(part.shape), "dtype": part.dtype}
+            for part in state_spec(spec).parts
+        },
+        "outputs": {
+            output.name: {
+                "shape": list(output.shape),
+                "labels": list(output.labels),
+                "per": output.per,
+            }
+            for output in output_spec(spec).outputs
+        },
+        "fingerprint": mark.hex(),
+        "version": _version(mark),
+    }
+
+
+def _check_fitted(spec: ModelSpec, where: str) -> None:
+    if spec.events is not None and not spec.events.fitted:
+        open_fields = [field.name for field in spec.events.fields if not field.fitted]
+        raise ArtifactError(
+            f"{where}: expected a fitted event schema, but these fields lack their numbers: "
+            f"{open_fields}"
+        )
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / MANIFEST_NAME).is_file():
+        raise ArtifactError(f"{path}: is there and is no artifact; expected a free path")
+    if not overwrite:
+        raise ArtifactError(f"{path}: holds an artifact already; expected a free path")
+
+
+def _move_into_place(made: Path, path: Path) -> None:
+    if not path.exists() or not any(path.iterdir()):
+        made.rename(path)
+        sync_directory(path.parent)
+        return
+    old = path.parent / f".{path.name}.{secrets.token_hex(6)}.old"
+    path.rename(old)
+    try:
+        made.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    sync_directory(path.parent)
+    shutil.rmtree(old)
+
+
+def _library_versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _version(mark: bytes) -> str:
+    return mark.hex()[:_VERSION_DIGITS]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,67 @@
+"""An artifact with fresh, seeded weights, for trials and benchmarks.
+
+It needs no data and no runtime, but a schema whose numbers are known: without them events
+could not be encoded. The same spec and seed give the same fingerprint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from models.artifact.artifact import Artifact, write_artifact
+from models.errors import SpecError
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventField,
+    NumericField,
+    TimestampField,
+)
+from models.networks.fresh import fresh_weights
+from models.spec.model import ModelSpec
+
+
+def initialise_artifact(spec: ModelSpec, out: Path, seed: int, overwrite: bool = False) -> Artifact:
+    """Write the model with fresh weights to the directory `out`.
+
+    Args:
+        spec: the model; its event schema, if it has one, must be fitted.
+        out: the directory to make.
+        seed: any integer >= 0.
+        overwrite: whether an artifact that is already there is replaced.
+
+    Raises:
+        SpecError: the schema lacks numbers; the message names each field and what it lacks.
+        ArtifactError: `out` is occupied.
+    """
+    if spec.events is not None:
+        open_fields = [
+            f"{field.name} ({', '.join(lacks)})"
+            for field in spec.events.fields
+            if (lacks := _lacking(field))
+        ]
+        if open_fields:
+            raise SpecError(
+                f"model {spec.name!r}: fresh weights need a fitted schema, and without data "
+                f"these are not known: {', '.join(open_fields)}; state them in the spec, or train"
+            )
+    return write_artifact(
+        out,
+        spec,
+        fresh_weights(spec, seed),
+        training={"initialised": {"seed": seed}},
+        overwrite=overwrite,
+    )
+
+
+def _lacking(field: EventField) -> list[str]:
+    match field:
+        case NumericField():
+            wanted = {"mean": field.mean, "std": field.std}
+        case CategoricalField():
+            return [] if field.vocabulary is not None else ["vocabulary"]
+        case TimestampField():
+            wanted = {"gap_mean": field.gap_mean, "gap_std": field.gap_std}
+        case BooleanField():
+            wanted = {}
+    return [name for name, value in wanted.items() if value is None]

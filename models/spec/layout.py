@@ -1,0 +1,355 @@
+"""What follows from a specification alone: state parts, output slices, weight shapes.
+
+Pure arithmetic over the spec, without any runtime: the artifact checks its weights against
+it, the store packs states by it, the service splits outputs by it, and every runtime is
+built to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.events.schema import (
+    BooleanField,
+    CategoricalField,
+    EventField,
+    NumericField,
+)
+from models.spec.blocks import block_parts
+from models.spec.chunking import steady
+from models.spec.decoder import LAST, as_decoder_weights
+from models.spec.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    LabelHead,
+    SequenceHead,
+)
+from models.spec.layers import (
+    FEATURES,
+    ActivationLayer,
+    AttentionLayer,
+    BatchNormalizationLayer,
+    BidirectionalLayer,
+    DenseLayer,
+    DropoutLayer,
+    GruLayer,
+    Layer,
+    LayerNormalizationLayer,
+    LstmLayer,
+    MergeLayer,
+    layer_width,
+    returned_state,
+)
+from models.spec.model import ModelSpec
+from models.spec.state import StatePart, StateSpec
+
+CLOCK_LAST_MS = "clock.last_ms"
+CLOCK_SEEN = "clock.seen"
+CLOCK_OUT_OF_ORDER = "clock.out_of_order"
+"""int64 parts of a model with a timestamp field: the latest timestamp in epoch milliseconds
+(meaningful once `clock.seen`, the number of events that carried one, is not 0), and how many
+events came with a timestamp before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One named output.
+
+    Attributes:
+        name: the head's name.
+        shape: shape of one step, for example () for a probability, (8,) for 8 units.
+        labels: names along the last axis, where it has any (classes, quantiles).
+        per: `step` (one per event) or `chunk` (one for the whole chunk; a packed row holds it at
+            every step).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    labels: tuple[str, ...] = ()
+    per: str = "step"
+
+    @property
+    def size(self) -> int:
+        """Values per step."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """The model's outputs, packed side by side in one float32 row of O values per step.
+
+    Attributes:
+        outputs: one per head.
+        attention: layers that attend over the chunk; the weight that each gives to the step
+            follows the outputs.
+    """
+
+    outputs: tuple[Output, ...]
+    attention: tuple[str, ...] = ()
+
+    @cached_property
+    def size(self) -> int:
+        """O, the length of the packed row of one step."""
+        return sum(output.size for output in self.outputs) + len(self.attention)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each output lies in the packed row."""
+        found: dict[str, slice] = {}
+        start = 0
+        for output in self.outputs:
+            found[output.name] = slice(start, start + output.size)
+            start += output.size
+        return found
+
+    def by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
+        """Split packed rows [..., O] into named arrays [..., *shape] (views where possible)."""
+        lead = rows.shape[:-1]
+        return {
+            output.name: rows[..., self.slices[output.name]].reshape((*lead, *output.shape))
+            for output in self.outputs
+        }
+
+    def attention_by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
+        """By layer, the weight of each step [...] out of packed rows [..., O]."""
+        first = self.size - len(self.attention)
+        return {name: rows[..., first + index] for index, name in enumerate(self.attention)}
+
+
+def state_spec(spec: ModelSpec) -> StateSpec:
+    """All parts of the state: the network's, then the clock's and those of the blocks."""
+    parts = list(network_state(spec).parts)
+    if spec.events is not None and spec.events.timestamp is not None:
+        clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
+        parts.extend(StatePart(name, (), "int64") for name in clock)
+    if spec.blocks is not None:
+        parts.extend(block_parts(spec.blocks, spec.input_features))
+    return StateSpec(tuple(parts))
+
+
+def network_state(spec: ModelSpec) -> StateSpec:
+    """The parts that the step takes and gives: each carried layer's, each head's, the decoder's."""
+    widths = layer_widths(spec)
+    parts = [
+        StatePart(f"{layer.name}.{part}", shape, "float32")
+        for layer in spec.layers
+        for part, shape in _carried(layer, widths, in_blocks=spec.blocks is not None).items()
+    ]
+    parts.extend(
+        StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
+        for head in spec.heads
+        if isinstance(head, AnomalyHead)
+    )
+    if spec.decoder is not None:
+        parts.append(StatePart(LAST, (len(spec.decoder.targets),), "float32"))
+    return StateSpec(tuple(parts))
+
+
+def _carried(
+    layer: Layer, widths: Mapping[str, int], *, in_blocks: bool
+) -> dict[str, tuple[int, ...]]:
+    """The parts that a layer carries from chunk to chunk, with their shapes.
+
+    In blocks a backward cell carries nothing: it begins from zero at the end of each window.
+    """
+    match layer:
+        case LstmLayer() | GruLayer() | BidirectionalLayer() if layer.starts_from is None:
+            returned = returned_state(layer).items()
+            return {
+                part: (size,)
+                for part, size in returned
+                if not (in_blocks and part.startswith("backward."))
+            }
+        case AttentionLayer(over="stream"):
+            # each sum as what float32 holds of it, and the rest
+            return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
+        case _:
+            return {}
+
+
+def output_spec(spec: ModelSpec) -> OutputSpec:
+    """The outputs, one per head, in the order of the heads."""
+    widths = layer_widths(spec)
+    same = steady(spec.layers)
+    outputs = [_output(spec, head, widths) for head in spec.heads]
+    per_chunk = [head.input in same and not isinstance(head, AnomalyHead) for head in spec.heads]
+    return OutputSpec(
+        tuple(
+            replace(output, per="chunk") if once else output
+            for output, once in zip(outputs, per_chunk, strict=True)
+        ),
+        tuple(
+            layer.name
+            for layer in spec.layers
+            if isinstance(layer, AttentionLayer) and layer.over == "chunk"
+        ),
+    )
+
+
+def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
+    match head:
+        case SequenceHead():
+            return Output(head.name, (widths[head.input],))
+        case DenseHead():
+            return Output(head.name, (head.units,), head.targets)
+        case ForecastHead() if head.quantiles:
+            labels = tuple(str(quantile) for quantile in head.quantiles)
+            return Output(head.name, (len(head.targets), len(head.quantiles)), labels)
+        case ForecastHead():
+            return Output(head.name, (len(head.targets),), head.targets)
+        case ClassificationHead():
+            field = event_field(spec, head.target)
+            if isinstance(field, CategoricalField):
+                return Output(head.name, (field.codes,), field.labels)
+            return Output(head.name, ())
+        case LabelHead() if head.classes:
+            return Output(head.name, (len(head.classes),), head.classes)
+        case LabelHead() | AnomalyHead():
+            return Output(head.name, ())
+
+
+def event_field(spec: ModelSpec, name: str) -> EventField:
+    """The event field of that name; the spec's own checks make sure there is one."""
+    if spec.events is None:
+        raise KeyError(name)
+    return spec.events.field(name)
+
+
+def anomaly_size(spec: ModelSpec, head: AnomalyHead) -> int:
+    """P, how many numbers describe the forecast of one event."""
+    return sum(anomaly_width(event_field(spec, name)) for name in head.targets)
+
+
+def anomaly_width(field: EventField) -> int:
+    """Parameters per target: mean and log deviation, or one logit per code, or one logit."""
+    match field:
+        case NumericField():
+            return 2
+        case CategoricalField():
+            return field.codes
+        case BooleanField():
+            return 1
+        case _:
+            raise KeyError(field.name)
+
+
+def head_units(spec: ModelSpec, head: Head) -> int:
+    """Columns of the head's kernel; 0 for a head without weights."""
+    match head:
+        case SequenceHead():
+            return 0
+        case DenseHead():
+            return head.units
+        case ForecastHead():
+            return len(head.targets) * max(1, len(head.quantiles))
+        case ClassificationHead():
+            field = event_field(spec, head.target)
+            return field.codes if isinstance(field, CategoricalField) else 1
+        case LabelHead():
+            return len(head.classes) or 1
+        case AnomalyHead():
+            return anomaly_size(spec, head)
+
+
+def layer_widths(spec: ModelSpec) -> dict[str, int]:
+    """Width of what each layer gives per step, `features` included."""
+    widths = {FEATURES: sum(column.width for column in spec.columns)}
+    for layer in spec.layers:
+        widths[layer.name] = layer_width(layer, widths)
+    return widths
+
+
+def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight, in Keras' layouts, all float32.
+
+    `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
+    `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
+    `<layer>.context` of an attention layer, and what an LSTM's options add:
+    `<layer>.peepholes` (gates i, f, o side by side),
+    `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`;
+    a bidirectional layer has those of two cells, `<layer>.forward` and `<layer>.backward`;
+    those of a decoder's step network with `decoder.` before their names.
+    """
+    widths = layer_widths(spec)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for column in spec.columns:
+        if column.codes is not None and column.embedding is not None:
+            shapes[f"embedding.{column.name}"] = (column.codes, column.embedding)
+    for layer in spec.layers:
+        read, name = widths[layer.inputs[0]], layer.name
+        match layer:
+            case LstmLayer() | GruLayer():
+                shapes.update(_cell_shapes(layer, read))
+            case BidirectionalLayer():
+                for cell in layer.directions:
+                    shapes.update(_cell_shapes(cell, read))
+            case DenseLayer():
+                shapes[f"{name}.kernel"] = (read, layer.units)
+                if layer.use_bias:
+                    shapes[f"{name}.bias"] = (layer.units,)
+            case LayerNormalizationLayer() | BatchNormalizationLayer():
+                if layer.scale:
+                    shapes[f"{name}.gamma"] = (read,)
+                if layer.center:
+                    shapes[f"{name}.beta"] = (read,)
+                if isinstance(layer, BatchNormalizationLayer):
+                    shapes[f"{name}.moving_mean"] = (read,)
+                    shapes[f"{name}.moving_variance"] = (read,)
+            case AttentionLayer():
+                shapes[f"{name}.kernel"] = (read, layer.units)
+                shapes[f"{name}.bias"] = (layer.units,)
+                shapes[f"{name}.context"] = (layer.units,)
+            case ActivationLayer() | DropoutLayer() | MergeLayer():
+                pass
+    for head in spec.heads:
+        units = head_units(spec, head)
+        if units:
+            shapes[f"heads.{head.name}.kernel"] = (widths[head.input], units)
+            if not isinstance(head, DenseHead) or head.use_bias:
+                shapes[f"heads.{head.name}.bias"] = (units,)
+    if spec.decoder_network is not None:
+        shapes.update(as_decoder_weights(weight_shapes(spec.decoder_network)))
+    return shapes
+
+
+def _cell_shapes(cell: LstmLayer | GruLayer, read: int) -> dict[str, tuple[int, ...]]:
+    """The weights of one cell that reads rows of that width."""
+    if isinstance(cell, LstmLayer):
+        return _lstm_shapes(cell, read)
+    gates = 3 * cell.units
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{cell.name}.kernel": (read, gates),
+        f"{cell.name}.recurrent_kernel": (cell.units, gates),
+    }
+    if cell.use_bias:
+        shapes[f"{cell.name}.bias"] = (2, gates) if cell.reset_after else (gates,)
+    return shapes
+
+
+def _lstm_shapes(layer: LstmLayer, read: int) -> dict[str, tuple[int, ...]]:
+    name, gates = layer.name, 4 * layer.units
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.kernel": (read, gates),
+        f"{name}.recurrent_kernel": (layer.width, gates),
+    }
+    if layer.use_bias:
+        shapes[f"{name}.bias"] = (gates,)
+    if layer.peepholes:
+        shapes[f"{name}.peepholes"] = (3 * layer.units,)
+    if layer.layer_normalization:
+        shapes[f"{name}.kernel_gamma"] = (gates,)
+        shapes[f"{name}.recurrent_gamma"] = (gates,)
+        shapes[f"{name}.carry_gamma"] = (layer.units,)
+        shapes[f"{name}.carry_beta"] = (layer.units,)
+    if layer.projection is not None:
+        shapes[f"{name}.projection"] = (layer.units, layer.projection)
+    return shapes

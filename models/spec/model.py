@@ -1,0 +1,355 @@
+"""The specification of a model: its events, its network, its heads, its training.
+
+`SPEC.yaml` is this, written by hand; the artifact's manifest holds the same with every
+name resolved and every fitted number filled in. Nothing here imports a runtime: the Keras
+builder, the ONNX writer and the state layout all read this one description.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from models.errors import SpecError
+from models.events.schema import Column, EventSchema, Frozen
+from models.spec.blocks import BlockSpec
+from models.spec.chunking import (
+    DEFAULT_CHUNK_STEPS,
+    Chunking,
+    check_hand_off,
+    chunking_of,
+    looking_ahead,
+)
+from models.spec.decoder import (
+    DECODER,
+    DecoderSpec,
+    DecoderTraining,
+    check_decoder,
+    hand_over_starts,
+    network_data,
+)
+from models.spec.heads import (
+    AnomalyHead,
+    ClassificationHead,
+    DenseHead,
+    ForecastHead,
+    Head,
+    LabelHead,
+)
+from models.spec.layers import (
+    FEATURES,
+    RECURRENT,
+    AttentionLayer,
+    BidirectionalLayer,
+    Layer,
+    MergeLayer,
+    Rate,
+    layer_width,
+)
+
+ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class TrainingSpec(Frozen):
+    """How `carry train` fits the model.
+
+    Attributes:
+        stream: column of the data that names the stream.
+        order_by: column that orders a stream's events; the timestamp field by default.
+        validate_from: RFC 3339 moment (in the schema's zone if it has none); events from it on
+            choose the epoch.
+        test_from: RFC 3339 moment; events from it on are held out and scored once.
+        epochs: most epochs.
+        patience: epochs without a better validation loss after which training stops.
+        window_steps: events per window of truncated back-propagation.
+        segment_windows: windows that follow one another from a stream's own state before the
+            next segment of another stream takes their place.
+        batch_streams: segments trained side by side.
+        learning_rate: AdamW's, reached after a short warm-up.
+        schedule: `cosine` lets it fall to zero over `epochs`, `constant` keeps it.
+        weight_decay: AdamW's, on matrices (not on biases and other vectors).
+        clip_norm: bound of the gradient's global norm.
+        average_decay: decay per window of the running average of the weights, which is what is
+            validated and kept; 0 keeps the weights themselves.
+        unknown_rate: share of the categories that training shows to the network as unknown, so
+            that it learns what to do with those it never saw, and does not learn by heart.
+        weigh: what weighs the same in an epoch: `steps`, or `windows` however many steps they
+            hold.
+        loss_weights: by head, its share in the loss; 1 where not named.
+        seed: of weights, order and dropout.
+        members: networks trained one after the other, from seeds that follow one another, and
+            merged into one that averages them.
+        decoder: how a decoder is trained, in a model that has one.
+    """
+
+    stream: str
+    order_by: str | None = None
+    validate_from: str
+    test_from: str
+    epochs: Annotated[int, Field(ge=1)] = 20
+    patience: Annotated[int, Field(ge=1)] = 3
+    window_steps: Annotated[int, Field(ge=1, le=4096)] = 64
+    segment_windows: Annotated[int, Field(ge=1, le=4096)] = 16
+    batch_streams: Annotated[int, Field(ge=1, le=4096)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    unknown_rate: Rate = 0.0
+    weigh: Literal["steps", "windows"] = "steps"
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0)] = 1
+    members: Annotated[int, Field(ge=1, le=16)] = 1
+    decoder: DecoderTraining = DecoderTraining()
+
+
+class ModelSpec(Frozen):
+    """One model. Either `events` (an event schema) or `features` (raw rows of F floats).
+
+    Every name in `layers` and `heads` is resolved after validation: a spec read back from a
+    manifest equals the one that was written.
+
+    Attributes:
+        blocks: how a bidirectional network follows streams; without it, it takes whole sequences.
+        max_chunk_steps: most steps of one chunk, for a network that sees a chunk as a whole;
+            `chunk_limit` says what holds.
+    """
+
+    name: ModelName
+    description: str = ""
+    events: EventSchema | None = None
+    features: Annotated[int, Field(ge=1, le=16384)] | None = None
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
+    heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
+    blocks: BlockSpec | None = None
+    max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
+    decoder: DecoderSpec | None = None
+    training: TrainingSpec | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), (list, tuple)):
+            return data
+        layers, previous = _named(data["layers"])
+        decoder = data.get("decoder")
+        if isinstance(decoder, dict) and isinstance(decoder.get("layers"), (list, tuple)):
+            own, _ = _named(decoder["layers"])
+            data = {**data, "decoder": hand_over_starts({**decoder, "layers": own})}
+        heads = data.get("heads")
+        if isinstance(heads, (list, tuple)):
+            heads = [
+                {**head, "input": head.get("input") or previous} if isinstance(head, dict) else head
+                for head in heads
+            ]
+        return {**data, "layers": layers, "heads": heads}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if (self.events is None) == (self.features is None):
+            raise ValueError("expected either `events` or `features`, not both and not neither")
+        widths = {FEATURES: sum(column.width for column in self.columns)}
+        before: dict[str, Layer] = {}
+        for layer in self.layers:
+            if layer.name in widths:
+                raise ValueError(f"layer {layer.name!r}: expected a name of its own")
+            for name in layer.inputs:
+                if name not in widths:
+                    raise ValueError(
+                        f"layer {layer.name!r} reads {name!r}, "
+                        f"expected one before it: {sorted(widths)}"
+                    )
+            many = isinstance(layer, MergeLayer)
+            if many == (len(layer.inputs) < 2):
+                wanted = "two inputs or more" if many else "one input"
+                raise ValueError(
+                    f"layer {layer.name!r}: expected {wanted}, got {list(layer.inputs)}"
+                )
+            if isinstance(layer, RECURRENT):
+                check_hand_off(layer, before)
+            widths[layer.name] = layer_width(layer, widths)
+            before[layer.name] = layer
+        if not any(isinstance(layer, RECURRENT) for layer in self.layers):
+            raise ValueError("expected at least one recurrent layer (lstm, gru, bidirectional)")
+        names: set[str] = set()
+        for head in self.heads:
+            if head.name in names:
+                raise ValueError(f"head {head.name!r}: expected a name of its own")
+            names.add(head.name)
+            if head.input not in widths:
+                raise ValueError(
+                    f"head {head.name!r} reads {head.input!r}, expected one of {sorted(widths)}"
+                )
+            self._check_targets(head)
+            if isinstance(head, AnomalyHead) and head.input in looking_ahead(self.layers):
+                raise ValueError(
+                    f"head {head.name!r} judges events by forecasts made before them, and "
+                    f"{head.input!r} knows the chunk's later events; expected a layer that does not"
+                )
+        self._check_blocks()
+        self._check_chunk_limit()
+        if self.decoder is not None:
+            check_decoder(self, self.decoder)
+            try:
+                _ = self.decoder_network
+            except ValidationError as error:
+                found = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"decoder: {found}") from error
+            names.add(DECODER)
+        weighed = self.training.loss_weights if self.training is not None else {}
+        for name in weighed:
+            if name not in names:
+                raise ValueError(
+                    f"training.loss_weights: expected heads among {sorted(names)}, got {name!r}"
+                )
+        return self
+
+    def _check_blocks(self) -> None:
+        backward = any(isinstance(layer, BidirectionalLayer) for layer in self.layers)
+        if backward and self.decoder is not None:
+            raise ValueError(
+                "decoder: expected layers that carry their states through a stream, and a "
+                "bidirectional one does not"
+            )
+        if self.blocks is None:
+            return
+        if not backward:
+            raise ValueError("blocks: expected a bidirectional layer, since no other needs them")
+        for layer in self.layers:
+            if isinstance(layer, AttentionLayer):
+                raise ValueError(
+                    f"layer {layer.name!r}: expected no attention in a network with `blocks`, "
+                    "whose windows overlap"
+                )
+            if isinstance(layer, RECURRENT) and layer.starts_from is not None:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected no `starts_from` in a network with `blocks`, "
+                    "whose layers carry their own states from block to block"
+                )
+        for head in self.heads:
+            if isinstance(head, AnomalyHead):
+                raise ValueError(
+                    f"head {head.name!r}: an anomaly head judges an event by a forecast from "
+                    "before it, and a network with `blocks` has seen what follows"
+                )
+
+    def _check_chunk_limit(self) -> None:
+        most = self.chunk_limit
+        if most is None:
+            if self.max_chunk_steps is not None:
+                raise ValueError(
+                    "max_chunk_steps: expected none, since the network goes through chunks of any "
+                    f"length step by step; got {self.max_chunk_steps}"
+                )
+        elif self.training is not None and self.training.window_steps > most:
+            raise ValueError(
+                "training.window_steps: a window is a chunk of this network; expected at most "
+                f"max_chunk_steps ({most}), got {self.training.window_steps}"
+            )
+
+    def _check_targets(self, head: Head) -> None:
+        wanted: dict[str, tuple[str, ...]] = {}
+        kinds: tuple[str, ...]
+        match head:
+            case DenseHead() if head.targets:
+                wanted = dict.fromkeys(head.targets, ("numeric",))
+                if len(head.targets) != head.units:
+                    raise ValueError(
+                        f"head {head.name!r}: expected one target per unit ({head.units})"
+                    )
+            case ForecastHead():
+                wanted = dict.fromkeys(head.targets, ("numeric",))
+            case ClassificationHead():
+                kinds = ("categorical", "boolean") if head.above is None else ("numeric",)
+                wanted = {head.target: kinds}
+            case AnomalyHead():
+                wanted = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
+            case LabelHead() if self.events is not None:
+                if head.source in {field.name for field in self.events.fields}:
+                    raise ValueError(
+                        f"head {head.name!r}: expected a label that the events do not carry, "
+                        f"{head.source!r} is one of their fields"
+                    )
+            case _:
+                pass
+        for name, kinds in wanted.items():
+            if self.events is None:
+                raise ValueError(
+                    f"head {head.name!r}: targets are event fields, and the model has no `events`"
+                )
+            try:
+                field = self.events.field(name)
+            except KeyError:
+                fields = [f.name for f in self.events.fields]
+                raise ValueError(
+                    f"head {head.name!r}: expected a target among {fields}, got {name!r}"
+                ) from None
+            if field.kind not in kinds:
+                raise ValueError(
+                    f"head {head.name!r}: expected a {' or '.join(kinds)} target, "
+                    f"{name!r} is {field.kind}"
+                )
+
+    @property
+    def chunking(self) -> Chunking:
+        """What the cuts of a stream mean to the network; see `models.spec.chunking`."""
+        return chunking_of(self.layers, blocks=self.blocks is not None)
+
+    @property
+    def chunk_limit(self) -> int | None:
+        """Most steps of one chunk; None where a chunk may be cut anywhere."""
+        if self.chunking == "invisible":
+            return None
+        return self.max_chunk_steps or DEFAULT_CHUNK_STEPS
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of a row of `inputs`, F of them."""
+        if self.events is not None:
+            return self.events.columns
+        return tuple(Column(f"feature_{index}") for index in range(self.features or 0))
+
+    @property
+    def input_features(self) -> int:
+        """F, the number of values in a row of `inputs`."""
+        return len(self.columns)
+
+    @cached_property
+    def decoder_network(self) -> ModelSpec | None:
+        """The network of one decoder step (see `models.spec.decoder`); None without a decoder."""
+        if self.decoder is None:
+            return None
+        return ModelSpec.model_validate(network_data(self, self.decoder))
+
+
+def _named(layers: Sequence[Any]) -> tuple[list[Any], str]:
+    """Plain data of layers with every name and input filled in, and the name of the last."""
+    named = [dict(layer) if isinstance(layer, dict) else layer for layer in layers]
+    counts: Counter[str] = Counter()
+    previous = FEATURES
+    for layer in named:
+        if not isinstance(layer, dict):
+            continue
+        kind = str(layer.get("kind"))
+        counts[kind] += 1
+        layer["name"] = layer.get("name") or f"{kind}_{counts[kind]}"
+        layer["inputs"] = layer.get("inputs") or (previous,)
+        previous = layer["name"]
+    return named, previous
+
+
+def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
+    """Validate plain data as a `ModelSpec`; SpecError names each place that is wrong."""
+    try:
+        return ModelSpec.model_validate(data)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(step) for step in item['loc']) or 'spec'}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise SpecError("\n".join([f"{source}: not a model specification", *lines])) from error

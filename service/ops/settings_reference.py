@@ -1,0 +1,31 @@
+"""The table of settings in `docs/operations.md`, from the settings themselves.
+
+python -m service.ops.settings_reference        prints it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from service.settings import PREFIX, Settings
+
+
+def settings_table() -> str:
+    """A Markdown table: variable, default, what it means and how to choose it."""
+    rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        rows.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, Path) and value.is_absolute():
+        return "the pretrained models"
+    return f"`{value}`"
+
+
+if __name__ == "__main__":
+    print(settings_table())

@@ -1,0 +1,356 @@
+"""Worker processes on one listening socket: started, monitored, restarted and drained.
+
+Every worker sends a heartbeat twice a second through a pipe, and the parent also waits on the
+process itself, so that an exit is noticed at once, even during start-up. A worker that exits is
+restarted, with exponential backoff while it keeps failing. The pool ends on a signal, or when no
+worker was ever ready: then every start would fail in the same way, and whoever started the service
+should know.
+
+    SIGTERM, SIGINT    every worker drains, within its time; then the pool ends
+    SIGHUP             rolling restart: each worker is replaced once its successor is ready
+
+One pool per process, from the main thread.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import structlog
+import uvicorn
+
+from models.errors import ModelsError
+from service.core.errors import CarryError
+from service.engine.runtimes.loading import RuntimeUnavailableError
+from service.ops.logs import flush_logs
+from service.settings import SettingsError
+
+HEARTBEAT_S: Final = 0.5
+"""Interval of a worker's heartbeats."""
+
+HUNG_AFTER_S: Final = 30.0
+"""A worker without a heartbeat for this long counts as hung and is killed. Long enough to compile a
+large network, which holds the interpreter lock."""
+
+FIRST_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 30.0
+STEADY_S: Final = 60.0
+"""A worker that was ready for this long before it exited is restarted without a pause."""
+
+KILL_MARGIN_S: Final = 5.0
+"""How long a worker may take, after its drain time, to close its store and exit."""
+
+SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
+"""None on Windows."""
+
+log = structlog.get_logger(__name__)
+_spawn = multiprocessing.get_context("spawn")
+
+
+class WorkersFailedError(Exception):
+    """No worker was ever ready; the message is the failure of the last one."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, whose process exits once it is drained, or at once during start-up.
+
+    uvicorn itself would finish its start-up before it stops, and the process would wait for threads
+    that are still compiling a network.
+
+    Args:
+        exit_process: called in the main thread, also from a signal handler.
+    """
+
+    def __init__(self, config: uvicorn.Config, exit_process: Callable[[], NoReturn]):
+        super().__init__(config)
+        self._exit_process = exit_process
+        # uvicorn replaces these while it runs, and raises the signals again when all is drained
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: exit_process())
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal, then exit the process."""
+        await super().serve(sockets)
+        self._exit_process()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM and SIGINT while uvicorn runs."""
+        if not self.started:
+            self._exit_process()
+        super().handle_exit(sig, frame)
+
+
+class WorkerPool:
+    """A pool of worker processes of one application.
+
+    Args:
+        config: uvicorn's configuration of a worker.
+        listener: the socket that all workers accept from.
+        size: number of workers.
+        drain_s: how long a worker may take to finish accepted requests, in seconds.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, *, size: int, drain_s: float
+    ):
+        self._config = config
+        self._listener = listener
+        self._kill_after_s = drain_s + KILL_MARGIN_S
+        self._slots = [_Slot() for _ in range(size)]
+        self._draining: list[_Worker] = []
+        self._to_replace: deque[_Slot] = deque()
+        self._was_ready = False
+        self._stop = False
+        self._replace_all = False
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            WorkersFailedError: no worker was ever ready.
+        """
+        signal.signal(signal.SIGTERM, self._on_stop)
+        signal.signal(signal.SIGINT, self._on_stop)
+        if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN:
+            signal.signal(SIGHUP, self._on_hangup)
+        try:
+            for slot in self._slots:
+                slot.worker = self._start()
+            while not self._stop:
+                self._wait()
+                self._check_workers()
+            self._drain_all()
+        finally:
+            for worker in self._workers():
+                worker.kill()
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._stop = True
+
+    def _on_hangup(self, number: int, frame: object) -> None:
+        self._replace_all = True
+
+    def _workers(self) -> Iterator[_Worker]:
+        for slot in self._slots:
+            yield from (each for each in (slot.worker, slot.replacement) if each is not None)
+        yield from self._draining
+
+    def _start(self) -> _Worker:
+        worker = _Worker(self._config, self._listener)
+        log.info("worker_started", pid=worker.pid)
+        return worker
+
+    def _wait(self) -> None:
+        """Wait for a heartbeat or an exit, or for a moment, since signals do not end the wait."""
+        objects: list[Any] = []
+        for worker in self._workers():
+            if not worker.has_exited():
+                objects.append(worker.process.sentinel)
+                if not worker.reports.closed:
+                    objects.append(worker.reports)
+        wait(objects, HEARTBEAT_S / 2)
+
+    def _check_workers(self) -> None:
+        """Read heartbeats, kill hung workers, and restart those that exited."""
+        for worker in self._workers():
+            if worker.read_heartbeats():
+                self._was_ready = True
+                log.info("worker_ready", pid=worker.pid, after_s=worker.age_s())
+            if worker.is_hung():
+                log.error("worker_hangs", pid=worker.pid, silent_s=HUNG_AFTER_S)
+                worker.kill()
+        self._replace_next()
+        for slot in self._slots:
+            if slot.worker is not None and slot.worker.has_exited():
+                self._schedule_restart(slot, slot.worker)
+            elif slot.worker is None and self._was_ready and time.monotonic() >= slot.start_at_s:
+                slot.worker = self._start()
+        self._draining = [worker for worker in self._draining if not worker.has_drained()]
+
+    def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
+        """Schedule the restart of a worker that exited."""
+        slot.worker = None
+        slot.failures = 0 if worker.was_steady() else slot.failures + 1
+        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
+        slot.start_at_s = time.monotonic() + pause_s
+        log.error(
+            "worker_ended",
+            pid=worker.pid,
+            was_ready=worker.is_ready,
+            reason=worker.reason(),
+            pause_s=pause_s,
+        )
+        if not self._was_ready and not any(self._workers()):
+            raise WorkersFailedError(worker.reason())
+
+    def _replace_next(self) -> None:
+        """Continue a rolling restart: one worker at a time, each once its replacement is ready."""
+        if self._replace_all and not self._to_replace:
+            self._replace_all = False
+            self._to_replace = deque(self._slots)
+            log.info("workers_replacing", workers=len(self._slots))
+        if not self._to_replace:
+            return
+        slot = self._to_replace[0]
+        if slot.replacement is None:
+            slot.replacement = self._start()
+        elif slot.replacement.is_ready:
+            if slot.worker is not None:
+                slot.worker.terminate(self._kill_after_s)
+                self._draining.append(slot.worker)
+            slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
+            self._to_replace.popleft()
+        elif slot.replacement.has_exited():
+            log.error("replacement_failed", reason=slot.replacement.reason(), kept=len(self._slots))
+            slot.replacement = None
+            self._to_replace.clear()
+
+    def _drain_all(self) -> None:
+        log.info("workers_stopping", workers=len(list(self._workers())))
+        for worker in self._workers():
+            worker.terminate(self._kill_after_s)
+        while not all(worker.has_drained() for worker in self._workers()):
+            self._wait()
+
+
+@dataclass(eq=False, slots=True)
+class _Slot:
+    """One place in the pool.
+
+    Attributes:
+        worker: None until a failed worker is restarted.
+        replacement: the worker that takes over once it is ready.
+        failures: consecutive exits before `STEADY_S`.
+        start_at_s: when the worker is restarted.
+    """
+
+    worker: _Worker | None = None
+    replacement: _Worker | None = None
+    failures: int = 0
+    start_at_s: float = 0.0
+
+
+class _Worker:
+    """One worker process, as the parent sees it."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket):
+        self.reports, theirs = _spawn.Pipe(duplex=False)
+        self.process = _spawn.Process(target=_run_worker, args=(config, listener, theirs))
+        self.process.start()
+        # otherwise the pipe would stay open after the worker exits
+        theirs.close()
+        self.is_ready = False
+        self._reason = ""
+        self._started_s = self._heartbeat_s = self._ready_s = time.monotonic()
+        self._kill_at_s: float | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
+    def age_s(self) -> float:
+        return round(time.monotonic() - self._started_s, 3)
+
+    def read_heartbeats(self) -> bool:
+        """Read its heartbeats; returns whether it has become ready."""
+        was_ready = self.is_ready
+        try:
+            while not self.reports.closed and self.reports.poll():
+                report = self.reports.recv()
+                self._heartbeat_s = time.monotonic()
+                if isinstance(report, str):
+                    self._reason = report
+                else:
+                    self.is_ready = report
+        except (EOFError, OSError):
+            self.reports.close()
+        if was_ready or not self.is_ready:
+            return False
+        self._ready_s = time.monotonic()
+        return True
+
+    def is_hung(self) -> bool:
+        """Whether it runs without heartbeats."""
+        return not self.has_exited() and time.monotonic() - self._heartbeat_s > HUNG_AFTER_S
+
+    def was_steady(self) -> bool:
+        """Whether it was ready for long enough to restart it without a pause."""
+        return self.is_ready and time.monotonic() - self._ready_s >= STEADY_S
+
+    def has_exited(self) -> bool:
+        return self.process.exitcode is not None
+
+    def reason(self) -> str:
+        """Why it exited."""
+        self.read_heartbeats()
+        code = self.process.exitcode
+        how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
+        return self._reason or f"the worker ended with {how}"
+
+    def terminate(self, kill_after_s: float) -> None:
+        """Ask it to finish accepted requests and exit."""
+        self._kill_at_s = time.monotonic() + kill_after_s
+        self.process.terminate()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def has_drained(self) -> bool:
+        """Whether it has exited after `terminate`; kills it once its time is up."""
+        if self.has_exited():
+            return True
+        if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:
+            log.error("worker_killed", pid=self.pid)
+            self.kill()
+            return True
+        return False
+
+
+def _run_worker(
+    config: uvicorn.Config, listener: socket.socket, reports: Connection[Any, Any]
+) -> None:
+    """Main function of a worker process."""
+    if SIGHUP is not None:
+        # a closing terminal signals the whole process group; the parent decides what to do
+        signal.signal(SIGHUP, signal.SIG_IGN)
+    # the constructor has set up uvicorn's loggers in the parent alone
+    config.configure_logging()
+    server = Server(config, _exit_process)
+    threading.Thread(
+        target=_send_heartbeats, args=(server, reports), name="carry-report", daemon=True
+    ).start()
+    try:
+        server.run(sockets=[listener])
+    except (ModelsError, CarryError, RuntimeUnavailableError, SettingsError) as error:
+        reports.send(str(error))
+        sys.exit(1)
+
+
+def _exit_process() -> NoReturn:
+    """Exit without waiting for threads that are still compiling."""
+    flush_logs()
+    os._exit(0)
+
+
+def _send_heartbeats(server: Server, reports: Connection[Any, Any]) -> None:
+    """Send heartbeats to the parent: whether this process is ready."""
+    pause = threading.Event()
+    try:
+        while True:
+            reports.send(server.started)
+            pause.wait(HEARTBEAT_S)
+    except OSError:
+        return

@@ -1,0 +1,86 @@
+"""Whole sequences from the zero state: nothing is loaded, nothing is stored.
+
+Sequences share runtime calls with each other; one that fails does so alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import structlog
+
+from models.spec.state import State
+from service.core.errors import CarryError, InternalError, NotFinite
+from service.core.values import Prediction, Steps
+from service.engine.compute import Compute
+from service.engine.jobs import Job, Release
+from service.pipeline.blocks import Advanced, Known, advance_blocks
+from service.pipeline.recorder import Recorder
+from service.pipeline.served_model import Encoded, ServedModel
+
+log = structlog.get_logger(__name__)
+
+SequenceJob = Job[Steps, Prediction]
+
+
+class PredictRun:
+    """Runs batches of sequences of one model; `__call__` is what their batcher is given."""
+
+    def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
+        self._served = served
+        self._compute = compute
+        self._on_call = partial(recorder.batch, served.name)
+        self._zero = served.state.zero()
+
+    async def __call__(self, jobs: list[SequenceJob], release: Release) -> list[SequenceJob]:
+        """Settle every job."""
+        encoded = [(job, found) for job in jobs if (found := self._encoded(job)) is not None]
+        if not encoded:
+            return []
+        outputs, states, finite = await self._advanced([found for _, found in encoded])
+        for (job, _), output, state in zip(encoded, outputs, states, strict=True):
+            if finite or (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+                job.resolve(Prediction(output, state))
+            else:
+                job.resolve(
+                    NotFinite(
+                        "expected finite outputs and states of a predicted sequence, got NaN or "
+                        "infinity"
+                    )
+                )
+        return []
+
+    async def _advanced(self, encoded: Sequence[Encoded]) -> Advanced:
+        """Every sequence from the zero state to its end."""
+        served = self._served
+        if served.blocks is not None:
+            known = [Known(self._zero, rows, ints, final=True) for rows, ints in encoded]
+            return await advance_blocks(
+                self._compute,
+                served.runtime,
+                served.blocks,
+                known,
+                served.outputs.size,
+                self._on_call,
+            )
+        outputs, after, finite = await self._compute.infer(
+            served.runtime,
+            [rows for rows, _ in encoded],
+            np.tile(self._zero.floats, (len(encoded), 1)),
+            self._on_call,
+        )
+        states = [State(row.copy(), ints) for row, (_, ints) in zip(after, encoded, strict=True)]
+        return Advanced(outputs, states, finite)
+
+    def _encoded(self, job: SequenceJob) -> Encoded | None:
+        """Its rows and the clock after them; a refusal fails it alone."""
+        try:
+            return self._served.encode(job.payload, self._zero)
+        except CarryError as error:
+            job.resolve(error)
+        except Exception as error:
+            log.exception("encoding_failed", model=self._served.name)
+            job.resolve(InternalError(f"encoding failed: {type(error).__name__}"))
+        return None

@@ -1,0 +1,175 @@
+"""Isolation of unresponsive shards: a node of a cluster that hangs blocks its own streams only.
+
+A batch has chunks of many shards, the nodes of a cluster, and waits `SHARD_TIMEOUT_S` for all of
+them. The jobs of a shard that has not answered by then are detached: their work continues in a task
+of its own, and the batch ends and frees its slot. While detached work is waiting for a shard, the
+shard counts as unresponsive, and its chunks are detached before they are loaded; they are queued
+again once it answers. A chunk waits until its deadline, as for a single server that hangs.
+
+A store on a single server has no shards, and its batches keep their slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Coroutine, Hashable, Iterable
+from typing import Any, Final, TypeVar
+
+from service.core.errors import CarryError, StoreUnavailable
+from service.core.values import StreamKey
+from service.engine.jobs import Release
+from service.pipeline.member import ChunkJob, Member
+from service.store.base import StateStore
+
+T = TypeVar("T")
+X = TypeVar("X")
+
+SHARD_TIMEOUT_S: Final = 0.2
+"""How long a batch waits for its slowest shard; far longer than a healthy shard takes."""
+
+RETRY_AFTER_S: Final = 1.0
+
+
+class Shards:
+    """Tracks which shards of a store are unresponsive, for the batches of one model.
+
+    Args:
+        max_detached: most chunks that may wait for unresponsive shards.
+    """
+
+    def __init__(self, store: StateStore, max_detached: int):
+        self._store = store
+        self._max_detached = max_detached
+        self._detached = 0
+        self._unresponsive: Counter[Hashable] = Counter()
+
+    def is_unresponsive(self, key: StreamKey) -> bool:
+        """Whether detached work is waiting for the shard of a stream."""
+        return bool(self._unresponsive) and self._store.shard(key) in self._unresponsive
+
+    def detach_unresponsive(self, members: list[Member], release: Release) -> list[Member]:
+        """Detach the members whose shards are unresponsive; returns the others."""
+        if not self._unresponsive:
+            return members
+        responsive: list[Member] = []
+        for shard, group in self._group_by_shard(members, lambda member: member.key).items():
+            if shard in self._unresponsive:
+                self.detach_until_answer(shard, group, release)
+            else:
+                responsive += group
+        return responsive
+
+    async def read(
+        self,
+        members: list[Member],
+        read: Callable[[list[Member]], Coroutine[Any, Any, list[X]]],
+        release: Release,
+    ) -> list[tuple[Member, X]]:
+        """Read something of every member's stream; members of shards that time out are detached.
+
+        Args:
+            read: gives one result for each member that it is called with.
+        """
+
+        def on_timeout(shard: Hashable, group: list[Member], task: asyncio.Task[list[X]]) -> None:
+            task.cancel()
+            self.detach_until_answer(shard, group, release)
+
+        if self._store.shard(members[0].key) is None:
+            return list(zip(members, await read(members), strict=True))
+        results = await self.run_by_shard(members, lambda member: member.key, read, on_timeout)
+        return [pair for group, values in results for pair in zip(group, values, strict=True)]
+
+    async def run_by_shard(
+        self,
+        items: list[T],
+        key: Callable[[T], StreamKey],
+        work: Callable[[list[T]], Coroutine[Any, Any, X]],
+        on_timeout: Callable[[Hashable, list[T], asyncio.Task[X]], None],
+    ) -> list[tuple[list[T], X]]:
+        """Run work on the items of each shard concurrently; returns what is done in time.
+
+        Args:
+            on_timeout: takes over the task of a shard that has not finished in time.
+
+        Returns:
+            The items of each shard that finished, and the result of their work.
+        """
+        groups = self._group_by_shard(items, key)
+        tasks = {shard: asyncio.create_task(work(group)) for shard, group in groups.items()}
+        try:
+            await asyncio.wait(tasks.values(), timeout=SHARD_TIMEOUT_S)
+        except asyncio.CancelledError:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.wait(tasks.values())
+            raise
+        for shard, task in tasks.items():
+            if not task.done():
+                on_timeout(shard, groups[shard], task)
+        return [(groups[shard], task.result()) for shard, task in tasks.items() if task.done()]
+
+    def detach_until_answer(self, shard: Hashable, members: list[Member], release: Release) -> None:
+        """Detach members that are queued again once their shard answers.
+
+        Those beyond `max_detached` fail with StoreUnavailable.
+        """
+        # detached commits count, but are never rejected: there may be more than the bound
+        room = max(0, self._max_detached - self._detached)
+        for member in members[room:]:
+            member.job.resolve(
+                StoreUnavailable(
+                    f"{self._detached} chunks wait for shards of the store that do not answer",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            )
+        if room:
+            self.detach(shard, members[:room], release, self._wait_for_answer(members[:room]))
+
+    def detach(
+        self,
+        shard: Hashable,
+        members: list[Member],
+        release: Release,
+        work: Coroutine[Any, Any, list[ChunkJob]],
+    ) -> None:
+        """Continue work on an unresponsive shard outside of its batch.
+
+        Args:
+            work: returns the jobs to be retried.
+        """
+        self._unresponsive[shard] += 1
+        self._detached += len(members)
+
+        def done(_: object) -> None:
+            self._detached -= len(members)
+            self._unresponsive[shard] -= 1
+            if not self._unresponsive[shard]:
+                del self._unresponsive[shard]
+
+        release.detach([member.job for member in members], work).add_done_callback(done)
+
+    async def _wait_for_answer(self, members: list[Member]) -> list[ChunkJob]:
+        """Wait until the members' shard answers; returns the jobs to be retried."""
+        deadline_s = max(member.job.deadline_s for member in members)
+        try:
+            await self._store.load([members[0].key], None if deadline_s == math.inf else deadline_s)
+        except StoreUnavailable as error:
+            for member in members:
+                member.job.resolve(error)
+        except CarryError:
+            pass  # an error is an answer too
+        jobs = [member.job for member in members if not member.job.is_resolved]
+        for job in jobs:
+            job.attempts -= 1  # waiting is no attempt
+        return jobs
+
+    def _group_by_shard(
+        self, items: Iterable[T], key: Callable[[T], StreamKey]
+    ) -> dict[Hashable, list[T]]:
+        groups: dict[Hashable, list[T]] = {}
+        for item in items:
+            groups.setdefault(self._store.shard(key(item)), []).append(item)
+        return groups

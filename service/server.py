@@ -1,0 +1,181 @@
+"""`carry serve`: the parent process, which owns the port, the embedded store and the workers.
+
+With one worker the service runs in this process; with several, a pool keeps that many child
+processes on the one listening socket (see `workers`). The embedded store belongs to the parent, so
+that all workers share it and it survives each of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NoReturn
+
+import structlog
+import uvicorn
+
+from service.app import LATE_S, store_settings
+from service.ops.logs import flush_logs
+from service.ops.open_files import raise_open_files_limit
+from service.ops.worker_pool import SIGHUP, Server, WorkerPool, WorkersFailedError
+from service.settings import PREFIX, Settings, service_links
+from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.open import open_store
+from service.transports.http.connection.http_protocol import ExpressProtocol
+
+log = structlog.get_logger(__name__)
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+"""What ends the service in good order."""
+
+
+class CannotServeError(Exception):
+    """The service cannot start; the message is one line for the person who started it."""
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; with one worker also until SIGHUP, where that is not ignored.
+
+    The effective settings are handed to the workers through the environment.
+
+    Raises:
+        CannotServeError: the port is taken, the store is not usable, or no worker starts.
+    """
+    # Until the workers or uvicorn install their own handlers. SystemExit unwinds the stack, which
+    # stops the embedded store.
+    for number in _stop_signals():
+        signal.signal(number, _leave)
+    if links := service_links(os.environ):
+        log.info("service_links_ignored", variables=links)
+    raise_open_files_limit()
+    with ExitStack() as stack:
+        listener = stack.enter_context(_listening(settings.host, settings.port))
+        if settings.redis_url is None:
+            if settings.durability == "replicated":
+                raise CannotServeError(
+                    "CARRY_DURABILITY=replicated needs a store that has replicas: set "
+                    "CARRY_REDIS_URL, or CARRY_DURABILITY=fsync for the service's own Valkey"
+                )
+            valkey = EmbeddedValkey(settings.data_dir, fsync=settings.durability == "fsync")
+            stack.callback(valkey.stop)
+            valkey.start()
+            settings = settings.model_copy(update={"redis_url": valkey.url})
+        if settings.workers > 1:
+            metrics_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="carry-metrics-"))
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_dir
+        os.environ.update(_environment(settings))
+        asyncio.run(_check_store(settings))
+
+        def exit_process() -> NoReturn:
+            """Exit the process without waiting for threads that are still compiling a network."""
+            _ignore_stop_signals()
+            stack.close()
+            flush_logs()
+            os._exit(0)
+
+        _run(settings, listener, exit_process)
+
+
+def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[], NoReturn]) -> None:
+    config = uvicorn.Config(
+        "service.app:create_app",
+        factory=True,
+        workers=settings.workers,
+        log_config=None,
+        http=ExpressProtocol,
+        # named, so that a missing one is an error and not a service at half the speed
+        loop="auto" if sys.platform == "win32" else "uvloop",
+        ws="none",
+        # nothing is told or decided by a client's address
+        proxy_headers=False,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+    if settings.workers > 1:
+        drain_s = settings.drain_s + LATE_S
+        try:
+            WorkerPool(config, listener, size=settings.workers, drain_s=drain_s).run()
+        except WorkersFailedError as error:
+            raise CannotServeError(f"no worker could be started: {error}") from error
+        return
+    server = Server(config, exit_process)
+    if SIGHUP in _stop_signals():
+        # uvicorn does not handle SIGHUP, whose default is to kill the process
+        signal.signal(SIGHUP, server.handle_exit)
+    server.run(sockets=[listener])
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """The signals that stop the service; without SIGHUP if it is ignored, as under `nohup`."""
+    if SIGHUP is None or signal.getsignal(SIGHUP) is signal.SIG_IGN:
+        return [*STOPS]
+    return [*STOPS, SIGHUP]
+
+
+def _leave(number: int, frame: object) -> None:
+    """Exit in order; further signals are ignored."""
+    _ignore_stop_signals()
+    raise SystemExit(0)
+
+
+def _ignore_stop_signals() -> None:
+    for number in _stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """The listening socket, bound before anything slow begins."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise CannotServeError(
+                f"cannot listen on {host}:{port} ({error.strerror}); {_remedy(error, port)}"
+            ) from error
+        listener.set_inheritable(True)
+        log.info("port_bound", url=_url(listener), answers="when the models are ready")
+        yield listener
+
+
+def _remedy(error: OSError, port: int) -> str:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
+    return (
+        f"choose another port, for example `carry serve --port {port + 1}` or "
+        f"`make run PORT={port + 1}`"
+    )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _check_store(settings: Settings) -> None:
+    """Refuse to start on a store that the workers would refuse, in one line."""
+    store = open_store(store_settings(settings))
+    try:
+        await store.start()
+    finally:
+        await store.close()
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """The settings as the workers read them: what was set by a flag or here, by variable."""
+    return {
+        PREFIX + name.upper(): str(getattr(settings, name)) for name in settings.model_fields_set
+    }

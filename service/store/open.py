@@ -1,0 +1,22 @@
+"""Opens the store of an address: a single server or a cluster, by its scheme."""
+
+from __future__ import annotations
+
+from service.core.errors import StoreRefused
+from service.store.base import StateStore
+from service.store.redis.address import check_address
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+
+
+def open_store(settings: StoreSettings) -> StateStore:
+    """A store that is not yet started.
+
+    Raises:
+        StoreRefused: the address has another scheme or cannot be used.
+    """
+    try:
+        check_address(settings.url)
+    except ValueError as error:
+        raise StoreRefused(f"the store's address cannot be used: {error}") from None
+    return RedisStore(settings)

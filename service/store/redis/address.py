@@ -1,0 +1,77 @@
+"""The address of a store: validation, and hiding of its password.
+
+A special character of the password that is not percent-encoded changes how the address is parsed:
+part of the password would be taken for a host, and shown as one. Such an address is rejected before
+it is used, and no message repeats any part of it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from urllib.parse import urlsplit
+
+from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES
+
+OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
+"""Options that the query of an address may have, besides `ssl_*`."""
+
+_IS_SHOWN = re.compile(r"host|port|db|username|path|ssl_(?!password).*").fullmatch
+_TCP_PLACE = re.compile(r"[^/]*(/\d*)?").fullmatch
+_UNIX_PLACE = re.compile(r"([^/]*@)?(/.*)?").fullmatch
+_ENCODE: Final = (
+    "expected scheme://user:password@host:port/db, or unix://user:password@/path/of/socket, with "
+    "the special characters of the password percent-encoded (# as %23, / as %2F, ? as %3F)"
+)
+
+
+def check_address(url: str) -> None:
+    """Reject an address that cannot be parsed or has unknown options.
+
+    Raises:
+        ValueError: with a message that repeats no part of the address.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme not in REDIS_SCHEMES or not separator:
+        expected = ", ".join(f"{known}://" for known in REDIS_SCHEMES)
+        raise ValueError(f"expected a URL that begins with one of {expected}")
+    authority, _, query = rest.partition("?")
+    has_place = _UNIX_PLACE if scheme == "unix" else _TCP_PLACE
+    if "#" in url or not has_place(authority) or not all("=" in each for each in _options(query)):
+        raise ValueError(_ENCODE)
+    if not all(_is_option(each.partition("=")[0]) for each in _options(query)):
+        raise ValueError(
+            f"expected only the options {', '.join(sorted(OPTIONS))} and ssl_* in the address"
+        )
+    if scheme not in CLUSTER_SCHEMES:
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise ValueError(_ENCODE) from None
+
+
+def hide_password(url: str) -> str:
+    """The address with `***` for its password, in the authority or in the query.
+
+    Options that are not known to be harmless are hidden too; of an address that cannot be parsed,
+    only the scheme is shown.
+    """
+    scheme, separator, rest = url.partition("://")
+    authority, mark, query = rest.partition("?")
+    credentials, at, place = authority.rpartition("@")
+    if not separator or "#" in url or ("@" in query and not at):
+        return f"{scheme if separator else ''}://***"
+    user, colon, _ = credentials.partition(":")
+    shown = f"{scheme}://{user}{colon and ':***'}{at}{place}{mark}"
+    return shown + "&".join(
+        each if _IS_SHOWN(each.partition("=")[0]) else f"{each.partition('=')[0]}=***"
+        for each in _options(query)
+    )
+
+
+def _options(query: str) -> list[str]:
+    return query.split("&") if query else []
+
+
+def _is_option(name: str) -> bool:
+    return name in OPTIONS or name.startswith("ssl_")

@@ -1,0 +1,107 @@
+"""The HTTP application over a pipeline: routes, errors, documentation.
+
+A thin transport: bytes become chunks, chunks go to the pipeline, replies become bytes. It
+decides nothing about streams and keeps nothing between requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
+from starlette.responses import HTMLResponse
+
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.recorder import Recorder
+from service.transports.http.boundary import LastResort, add_handlers
+from service.transports.http.connection.connections import ConnectionLimits, Connections
+from service.transports.http.connection.fast_path import Express
+from service.transports.http.context import ApiContext
+from service.transports.http.limits import ApiLimits
+from service.transports.http.long_bodies.admission import LongBodyAdmission
+from service.transports.http.openapi.document import DESCRIPTION, openapi_document
+from service.transports.http.openapi.error_reference import reference_html
+from service.transports.http.problems import REFERENCE
+from service.transports.http.request_log import RequestIds, RequestLog
+from service.transports.http.routes import chunks, forecast, health, models, streams
+from service.transports.http.routes.direct import DirectRoutes
+from service.transports.http.routes.health import RenderMetrics
+
+__all__ = ["ApiLimits", "ConnectionLimits", "create_api"]
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any] | None]]
+
+
+def create_api(
+    pipeline: Pipeline,
+    limits: ApiLimits,
+    recorder: Recorder,
+    *,
+    lifespan: Lifespan | None = None,
+    metrics: RenderMetrics | None = None,
+    connections: ConnectionLimits | None = None,
+    now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+) -> FastAPI:
+    """The application. Nothing is started here: the lifespan starts what it needs.
+
+    Args:
+        pipeline: answers every request; started before the first of them.
+        lifespan: entered before the first request and left after the last.
+        metrics: gives the body and the content type of `/metrics`; without it there is none.
+        connections: bounds on the connections of this worker.
+        now_ms: wall clock in epoch milliseconds.
+    """
+    app = FastAPIOffline(
+        title="Carry",
+        version=version("carry"),
+        summary="Stateful recurrent networks over event streams.",
+        description=DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        redoc_url=None,
+        static_url="/docs/assets",
+        redirect_slashes=False,
+        # it asks the environment for each request whether anything is to be traced
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        lifespan=lifespan,
+    )
+    api = ApiContext(
+        pipeline, limits, recorder, now_ms, LongBodyAdmission(limits.max_waiting_bytes)
+    )
+    app.state.api = api
+    for name in pipeline.models:
+        api.wire(name)
+    routers = [module.router for module in (chunks, streams, forecast, models, health)]
+    if metrics is not None:
+        routers.append(health.metrics_router(metrics))
+    for router in routers:
+        # Not `include_router`, which wraps every route once more for prefixes and dependencies
+        # that there are none of.
+        app.router.routes.extend(router.routes)
+    app.add_api_route(
+        REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
+    )
+    add_handlers(app)
+    app.add_middleware(LastResort)
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi_document(app, api)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+    direct = [route for route in chunks.router.routes if isinstance(route, APIRoute)]
+    ids = RequestIds()
+    app.state.express = Express(api, ids)
+    app.state.connections = Connections(connections)
+    app.middleware_stack = RequestLog(DirectRoutes(app.build_middleware_stack(), direct), ids)
+    return app
+
+
+def _error_reference() -> HTMLResponse:
+    return HTMLResponse(reference_html())

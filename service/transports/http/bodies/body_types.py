@@ -1,0 +1,340 @@
+"""The types of a model's request bodies, validated straight from the body's bytes.
+
+Each served model has its own types, because its events have their own schema and its rows
+their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
+list of rows there, and one binary string of float32 here. Unknown and duplicate members are
+refused, and nothing is converted: no number out of text, no integer out of 48.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from models.events.parse import event_type
+from models.events.schema import EventSchema
+from models.spec.decoder import known_schema
+from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.duplicates import find_duplicate
+from service.transports.http.bodies.validation_errors import BODY, Origin, Place, invalid_body
+from service.transports.http.limits import ApiLimits
+from service.transports.http.media import Media, loads
+from service.transports.http.request_fields import STREAM_NAME
+
+MAX_POSITION = 2**63 - 1
+"""And so the largest whole number of any kind: a problem can name what was refused."""
+
+EXAMPLE_STREAM = "EWR-UA"
+EXAMPLE_EPOCH = "5f0c1e7ab2d34896"
+EXAMPLE_TAG = "c2a94d0b71e65f3889d1046be7a2f35c"
+
+
+class StrictBody(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StepsBody(StrictBody):
+    """Events or rows: exactly one of the two."""
+
+    events: list[dict[str, Any]] | None = None
+    inputs: Any = None
+
+
+class ChunkBody(StepsBody):
+    """One chunk of the stream that the address names."""
+
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None,
+        description="Index of the chunk's first event, for delivery exactly once. Without it "
+        "the chunk is appended where the stream stands, and a retry appends it again.",
+        examples=[0],
+    )
+    epoch: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+        None,
+        description="The epoch of the stream that the client believes in.",
+        examples=[EXAMPLE_EPOCH],
+    )
+    final: bool = Field(
+        False,
+        description="For a model with `blocks`: no event follows; what waits is computed, and the "
+        "stream is closed. A final chunk may be empty.",
+    )
+
+
+class ItemBody(ChunkBody):
+    """One chunk in a request for many streams."""
+
+    stream: str = Field(
+        description="The stream's name: 1 to 256 characters of `A-Z a-z 0-9 . _ : @ -`.",
+        examples=[EXAMPLE_STREAM],
+        json_schema_extra={"pattern": STREAM_NAME},
+    )
+    if_match: str | None = Field(
+        None,
+        description="What the header If-Match would say; one ETag may stand without quotes.",
+        examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
+    )
+
+
+class ManyBody(StrictBody):
+    """Chunks of many streams."""
+
+    chunks: list[ItemBody]
+
+
+class PredictBody(StrictBody):
+    """Whole sequences."""
+
+    sequences: list[StepsBody]
+
+
+class ForecastBody(StrictBody):
+    """How far to look ahead, and what is known of the coming steps."""
+
+    horizon: Annotated[int, Field(ge=1, le=MAX_POSITION)] = Field(
+        description="Steps ahead.", examples=[24]
+    )
+    samples: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Paths to draw.", examples=[100]
+    )
+    seed: Annotated[int, Field(ge=0, le=MAX_POSITION)] = Field(
+        0, description="Of the draws: the same seed gives the same paths of the same state."
+    )
+    position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
+        None, description="Where the stream is expected to stand.", examples=[48]
+    )
+    future: list[dict[str, Any]] | None = None
+
+
+B = TypeVar("B", bound=StrictBody)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyTypes:
+    """The bodies that one model takes in one media type."""
+
+    chunk: type[ChunkBody]
+    item: type[ItemBody]
+    sequence: type[StepsBody]
+    many: type[ManyBody]
+    predict: type[PredictBody]
+    forecast: type[ForecastBody] | None
+
+
+class ModelBodies:
+    """Reads the bodies of one model."""
+
+    def __init__(self, served: ServedModel, limits: ApiLimits):
+        self.types = {media: _types(served, limits, media) for media in Media}
+        self._fields = [field.name for field in served.events.fields] if served.events else []
+        told = coming_schema(served)
+        self._coming = [] if told is None else [field.name for field in told.fields]
+
+    def validate(
+        self,
+        kind: type[B],
+        media: Media,
+        body: bytes,
+        origin: Origin = BODY,
+        *,
+        duplicates: bool = False,
+    ) -> B:
+        """Validate a body, or a part of one, as that type.
+
+        Args:
+            origin: place of the part in the request.
+            duplicates: whether duplicate members are left for the caller to reject.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return validate(kind, media, body, self._members(kind), origin, duplicates=duplicates)
+
+    def validate_part(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
+        """A part of a body that is parsed already; places in errors begin with `inside`."""
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            raise invalid_body(error, media, self._members(kind), Origin(inside)) from error
+
+    def _members(self, kind: type[StrictBody]) -> _Members:
+        fields = self._coming if issubclass(kind, ForecastBody) else self._fields
+        inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
+        return _Members(list(kind.model_fields), list(inner.model_fields), fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """What the object at a place may hold, in a body of one type.
+
+    Attributes:
+        body: the body itself.
+        inner: a chunk or sequence within it.
+        event: an event, or what is known of a coming step.
+    """
+
+    body: Sequence[str]
+    inner: Sequence[str]
+    event: Sequence[str]
+
+    def __call__(self, at: Place) -> Sequence[str]:
+        if "events" in at or "future" in at:
+            return self.event
+        return self.inner if at else self.body
+
+
+def validate(
+    kind: type[B],
+    media: Media,
+    body: bytes,
+    members: _Members | None = None,
+    origin: Origin = BODY,
+    *,
+    duplicates: bool = False,
+) -> B:
+    """Validate a body, or a part of one, as a type that does not depend on the model.
+
+    Args:
+        origin: place of the part in the request.
+        duplicates: whether duplicate members are left for the caller to reject.
+
+    Raises:
+        MalformedBody, InvalidInput
+    """
+    try:
+        if media is Media.JSON:
+            found = kind.model_validate_json(body)
+        else:
+            found = kind.model_validate(loads(media, body))
+    except ValidationError as error:
+        known = members or _Members(list(kind.model_fields), (), ())
+        raise invalid_body(error, media, known, origin) from error
+    if not duplicates and (duplicate := find_duplicate(media, body, origin)) is not None:
+        raise duplicate
+    return found
+
+
+def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+    steps: dict[str, Any] = {
+        "events": (_events(served, limits), _steps_field(served, "events", limits)),
+        "inputs": (_inputs(served, limits, media), _steps_field(served, "inputs", limits)),
+    }
+    name, suffix = served.name, "" if media is Media.JSON else "-Packed"
+    feeds = ["inputs"] if served.events is None else ["events", "inputs"]
+    one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
+
+    def made(kind: type[B], title: str) -> type[B]:
+        return create_model(
+            f"{name}-{title}{suffix}",
+            __base__=kind,
+            __cls_kwargs__={"json_schema_extra": one_of},
+            **steps,
+        )
+
+    item, sequence = made(ItemBody, "Item"), made(StepsBody, "Sequence")
+    chunk = made(ChunkBody, "Chunk")
+    most: dict[str, Any] = {"maxItems": limits.max_items}
+    many = create_model(
+        f"{name}-Many{suffix}",
+        __base__=ManyBody,
+        # After an error items are validated one by one, and sequences are rejected as a whole.
+        chunks=(list[item], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    predict = create_model(
+        f"{name}-Predict{suffix}",
+        __base__=PredictBody,
+        sequences=(list[sequence], Field(fail_fast=True, json_schema_extra=most)),  # type: ignore[valid-type]
+    )
+    return BodyTypes(
+        chunk, item, sequence, many, predict, _forecast(served, limits, f"{name}-", suffix)
+    )
+
+
+def coming_schema(served: ServedModel) -> EventSchema | None:
+    """What a forecast may be told of a coming step; None where there is nothing to tell."""
+    decoder = served.artifact.spec.decoder
+    if decoder is None or served.events is None:
+        return None
+    return known_schema(served.events, decoder, timed=False)
+
+
+def _forecast(
+    served: ServedModel, limits: ApiLimits, lead: str, suffix: str
+) -> type[ForecastBody] | None:
+    decoder = served.artifact.spec.decoder
+    if decoder is None:
+        return None
+    told = coming_schema(served)
+    future: Any = None
+    if told is not None:
+        event: Any = event_type(told, f"{lead}Coming")
+        most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
+        future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
+    about = "What is known of each of the coming steps, as many as `horizon`."
+    ranges = {
+        "horizon": {"maximum": decoder.max_horizon},
+        "samples": {"maximum": limits.max_forecast_samples},
+    }
+
+    def bounded(schema: dict[str, Any]) -> None:
+        for name, range_ in ranges.items():
+            schema["properties"][name].update(range_)
+
+    return create_model(
+        f"{lead}Forecast{suffix}",
+        __base__=ForecastBody,
+        __cls_kwargs__={"json_schema_extra": bounded},
+        future=(future, Field(None, description=about)),
+    )
+
+
+def _events(served: ServedModel, limits: ApiLimits) -> Any:
+    if served.events is None:
+        hidden: Any = SkipJsonSchema
+        return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
+    event: Any = event_type(served.events, f"{served.name}-Event")
+    return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _inputs(served: ServedModel, limits: ApiLimits, media: Media) -> Any:
+    if media is Media.MSGPACK:
+        return bytes | None
+    width = {"minItems": served.input_features, "maxItems": served.input_features}
+    # Lists stop at their first wrong value: a body of many wrong ones costs no more.
+    row = Annotated[list[float], Field(fail_fast=True, json_schema_extra=width)]
+    return Annotated[list[row], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
+
+
+def _lengths(limits: ApiLimits) -> dict[str, Any]:
+    return {"minItems": 1, "maxItems": limits.max_chunk_steps}
+
+
+def _steps_field(served: ServedModel, name: str, limits: ApiLimits) -> Any:
+    if name == "events":
+        return Field(None, description="Events under the model's schema.")
+    columns = ", ".join(column.name for column in served.artifact.spec.columns[:64])
+    return Field(
+        None,
+        description=f"Rows of {served.input_features} values, in place of events: {columns}. In "
+        "MessagePack one binary string of float32, little-endian, row by row.",
+    )
+
+
+def _no_events(model: str) -> Any:
+    def refuse(value: Any) -> Any:
+        if value is not None:
+            raise PydanticCustomError(
+                "no_event_schema",
+                "Input should be nothing, since model {model} has no event schema (send inputs)",
+                {"model": model},
+            )
+        return value
+
+    return refuse

@@ -1,0 +1,372 @@
+"""Reader of long bodies: yields the event loop while it reads, and never holds a parsed whole.
+
+A body of `LONG_BYTES` or more is split first (`splitting`), so that one with more members, steps or
+items than a request may have is rejected before an object is made of any. The rest is read a few
+elements at a time by the readers of short bodies, with the same results and the same errors. Other
+tasks run in between, and the first error ends the reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+import numpy as np
+
+from models.events.columns import EventColumns
+from models.spec.state import StatePart
+from service.core.errors import (
+    CarryError,
+    DeadlineExceeded,
+    MalformedBody,
+)
+from service.core.values import Chunk, Feed, ForecastRequest, Precondition, Steps
+from service.transports.http.bodies.body_types import StepsBody, StrictBody, validate
+from service.transports.http.bodies.request_reader import (
+    RequestReader,
+    item_error,
+    too_many_elements,
+    with_stream,
+)
+from service.transports.http.bodies.validation_errors import BODY, Origin
+from service.transports.http.long_bodies.admission import Checkpoint
+from service.transports.http.long_bodies.row_blocks import BLOCK_BYTES, LONG_BYTES
+from service.transports.http.long_bodies.splitting import (
+    MORE,
+    ObjectLimits,
+    SplitObject,
+    group_by_size,
+    invalid,
+    member_place,
+    split_object,
+)
+from service.transports.http.media import (
+    Encoded,
+    Media,
+    encoded_list,
+    encoded_object,
+    loads,
+    malformed,
+)
+from service.transports.http.replies.schemas import ForkBody, StateBody
+from service.transports.http.request_fields import parse_if_match, stream_name
+
+B = TypeVar("B", bound=StrictBody)
+S = TypeVar("S", bound=StepsBody)
+
+_EMPTY: Final = {Media.JSON: b"[]", Media.MSGPACK: b"\x90"}
+_EMPTY_OBJECT: Final = {Media.JSON: b"{}", Media.MSGPACK: b"\x80"}
+_ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
+_NO_BYTES: Final = b"\xc4\x00"
+_IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
+_MAX_EVENT_BYTES: Final = 2**20
+_MAX_PARTS: Final = 2**16
+"""Most commas and brackets of an event that is passed to the strict type."""
+
+
+class LongReader:
+    """Reads long requests for one model; the methods correspond to those of `RequestReader`."""
+
+    def __init__(self, reader: RequestReader):
+        self._reader = reader
+
+    async def chunk(
+        self,
+        body: bytes,
+        media: Media,
+        stream: str,
+        precondition: Precondition | None,
+        checkpoint: Checkpoint,
+    ) -> Chunk:
+        """The one chunk of a body."""
+        reader = self._reader
+        try:
+            reader.check_takes_chunks()
+            kind = reader.bodies.types[media].chunk
+            chunk, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
+        except CarryError as error:
+            raise with_stream(stream, error) from error
+        return reader.build_chunk(chunk, steps, stream, precondition, final=chunk.final)
+
+    async def items(
+        self, body: bytes, media: Media, checkpoint: Checkpoint
+    ) -> list[Chunk | CarryError]:
+        """The chunk, or the error, of each item of a request for many streams."""
+        self._reader.check_takes_chunks()
+        kind = self._reader.bodies.types[media].many
+        items = await self._parts(body, media, kind, "chunks", checkpoint)
+        chunks: list[Chunk | CarryError] = []
+        for group in group_by_size(items, BLOCK_BYTES):
+            await checkpoint()
+            if len(group[0]) >= LONG_BYTES:
+                inside = f"chunks[{len(chunks)}]"
+                chunks.append(await self._item(group[0], media, inside, checkpoint))
+            else:
+                some = encoded_object(media, {"chunks": encoded_list(media, group)})
+                chunks += self._reader.items(some, media, len(chunks))
+        return chunks
+
+    async def sequences(self, body: bytes, media: Media, checkpoint: Checkpoint) -> list[Steps]:
+        """The whole sequences of a predict request."""
+        strict, types = self._reader.strict, self._reader.bodies.types[media]
+        parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
+        sequences: list[Steps] = []
+        steps = 0
+        for group in group_by_size(parts, BLOCK_BYTES):
+            await checkpoint()
+            first = len(sequences)
+            if len(group[0]) >= LONG_BYTES:
+                inside = f"sequences[{first}]"
+                sequences.append(
+                    (await self._steps(group[0], media, types.sequence, inside, checkpoint))[1]
+                )
+            else:
+                some = encoded_object(media, {"sequences": encoded_list(media, group)})
+                sequences += self._reader.sequences(some, media, first)
+            steps += sum(sequence.length for sequence in sequences[first:])
+            strict.check_total(steps)
+        return sequences or strict.of_sequences([])
+
+    async def forecast_request(
+        self, body: bytes, media: Media, stream: str, checkpoint: Checkpoint
+    ) -> ForecastRequest:
+        """The forecast that a body asks for."""
+        reader = self._reader
+        try:
+            kind = reader.forecast_body_type(media)
+            most = reader.served.require_decoder().max_horizon
+            limits = ObjectLimits(
+                list(kind.model_fields),
+                ["future"],
+                most,
+                lambda at: too_many_elements(at, most, MORE),
+            )
+            split = await self._split_object(body, media, limits, "", checkpoint)
+            forecast = self._validate_rest(kind, media, split, BODY)
+            if "future" in split.lists:
+                future: list[dict[str, Any]] = []
+                for group in group_by_size(split.lists["future"], BLOCK_BYTES):
+                    await checkpoint()
+                    _check_events(media, group, f"future[{len(future)}]")
+                    steps = encoded_list(media, group)
+                    part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
+                    origin = Origin(first=len(future))
+                    future += reader.bodies.validate(kind, media, part, origin).future or []
+                forecast.future = future
+            return reader.build_forecast_request(forecast)
+        except CarryError as error:
+            raise with_stream(stream, error) from error
+
+    async def state(self, body: bytes, media: Media, checkpoint: Checkpoint) -> StateBody:
+        """A state to restore."""
+        parts = {part.name: part for part in self._reader.served.state.parts}
+        names = list(StateBody.model_fields)
+        split = await self._split_object(
+            body,
+            media,
+            ObjectLimits(names, [], len(parts), _no_list),
+            "",
+            checkpoint,
+            long=("state",),
+        )
+        state = split.members.get("state", memoryview(b""))
+        if len(state) < LONG_BYTES:
+            return validate(StateBody, media, encoded_object(media, split.members))
+        rest: dict[str, Encoded] = {**split.members, "state": _EMPTY_OBJECT[media]}
+        restored = validate(StateBody, media, encoded_object(media, rest))
+        most = sum(part.size for part in parts.values())
+        limits = ObjectLimits(list(parts), [], most, _no_list)
+        state_parts = await self._split_object(
+            state, media, limits, "state", checkpoint, long=parts
+        )
+        for name, value in state_parts.members.items():
+            await checkpoint()
+            # Unknown parts are reported later, by the state layout.
+            part = parts.get(name)
+            restored.state[name] = None if part is None else _part_values(media, part, value)
+        return restored
+
+    async def fork(self, body: bytes, media: Media, checkpoint: Checkpoint) -> ForkBody:
+        """The name of the new stream."""
+        limits = ObjectLimits(list(ForkBody.model_fields), [], 1, _no_list)
+        split = await self._split_object(body, media, limits, "", checkpoint)
+        return validate(ForkBody, media, encoded_object(media, split.members))
+
+    async def _parts(
+        self, body: bytes, media: Media, kind: type[StrictBody], name: str, checkpoint: Checkpoint
+    ) -> list[memoryview]:
+        """The items or sequences of a request."""
+        most = self._reader.limits.max_items
+        limits = ObjectLimits(
+            list(kind.model_fields), [name], most, lambda at: too_many_elements(at, most, MORE)
+        )
+        split = await self._split_object(body, media, limits, "", checkpoint)
+        self._validate_rest(kind, media, split, BODY)
+        return split.lists[name]
+
+    async def _item(
+        self, item: memoryview, media: Media, inside: str, checkpoint: Checkpoint
+    ) -> Chunk | CarryError:
+        """The chunk of a long item, or its error."""
+        reader = self._reader
+        stream: str | None = None
+        try:
+            kind = reader.bodies.types[media].item
+            split = await self._split_object(
+                item, media, self._limits(kind, media), inside, checkpoint
+            )
+            stream = _stream_of(split, media, f"{inside}.stream")
+            validated, steps = await self._steps_of(split, media, kind, inside, checkpoint)
+            precondition = None
+            if validated.if_match is not None:
+                precondition = parse_if_match(validated.if_match, f"{inside}.if_match", bare=True)
+            return reader.build_chunk(
+                validated, steps, validated.stream, precondition, final=validated.final
+            )
+        except (MalformedBody, DeadlineExceeded):
+            raise
+        except CarryError as error:
+            return item_error(error, stream)
+
+    async def _steps(
+        self, body: memoryview, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
+    ) -> tuple[S, Steps]:
+        """The body of a chunk or sequence without its list, and its steps."""
+        split = await self._split_object(body, media, self._limits(kind, media), inside, checkpoint)
+        return await self._steps_of(split, media, kind, inside, checkpoint)
+
+    def _limits(self, kind: type[StepsBody], media: Media) -> ObjectLimits:
+        limit = self._reader.strict.limit_of(kind)
+        feeds = ["events"] if media is Media.MSGPACK else ["events", "inputs"]
+        return ObjectLimits(
+            list(kind.model_fields), feeds, limit.steps, lambda at: limit.exceeded(at, MORE)
+        )
+
+    async def _steps_of(
+        self, split: SplitObject, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
+    ) -> tuple[S, Steps]:
+        strict = self._reader.strict
+        rows = split.members.get("inputs")
+        packed = rows is not None and media is Media.MSGPACK and rows[0] in _IS_BYTES
+        if packed:
+            split.members["inputs"] = memoryview(_NO_BYTES)
+        validated = self._validate_rest(kind, media, split, Origin(inside))
+        if packed and rows is not None:
+            validated.inputs = msgspec.msgpack.decode(rows, type=bytes)
+        filled = [name for name, elements in split.lists.items() if elements]
+        if (validated.events is None) == (validated.inputs is None) or not filled:
+            return validated, strict.of_body(validated, inside)
+        [name] = filled
+        strict.check_final(validated, inside)
+        parts: list[Steps] = []
+        done = 0
+        for group in group_by_size(split.lists[name], BLOCK_BYTES):
+            await checkpoint()
+            at = f"{member_place(inside, name)}[{done}]"
+            if name == "events":
+                _check_events(media, group, at)
+            else:
+                self._check_row(group, at)
+            try:
+                origin = Origin(inside, done)
+                parts.append(self._reader.part_of_steps(media, name, group, origin))
+            except MalformedBody as error:
+                raise malformed(media, f"it cannot be parsed at {at}") from error
+            done += len(group)
+        return validated, _concatenate(parts)
+
+    async def _split_object(
+        self,
+        document: bytes | memoryview,
+        media: Media,
+        limits: ObjectLimits,
+        inside: str,
+        checkpoint: Checkpoint,
+        long: Collection[str] = (),
+    ) -> SplitObject:
+        """Split an object, and reject long members.
+
+        Args:
+            long: members that may be long, besides rows in MessagePack.
+        """
+        split = await split_object(document, media, limits, inside, checkpoint)
+        for name, value in split.members.items():
+            packed = name == "inputs" and media is Media.MSGPACK and value[0] in _IS_BYTES
+            if len(value) < LONG_BYTES or name in long or packed:
+                continue
+            expected = f"a value of less than {LONG_BYTES} bytes"
+            if name not in limits.members:
+                expected = f"one of the members {', '.join(limits.members)}"
+            elif name in limits.lists:
+                expected = "a list"
+            raise invalid(member_place(inside, name), expected, f"{len(value)} bytes")
+        return split
+
+    def _validate_rest(self, kind: type[B], media: Media, split: SplitObject, origin: Origin) -> B:
+        """Validate an object with empty lists in place of those that were split."""
+        lists = dict.fromkeys(split.lists, memoryview(_EMPTY[media]))
+        document = encoded_object(media, {**split.members, **lists})
+        return self._reader.bodies.validate(kind, media, document, origin)
+
+    def _check_row(self, group: Sequence[memoryview], at: str) -> None:
+        """Reject a long row of the wrong width, or with values that are not numbers."""
+        if len(group[0]) < LONG_BYTES:
+            return
+        text = bytes(group[0]).lstrip(b" \t\r\n")
+        values = text.count(b",") + 1
+        if text[:1] == b"[" and values != self._reader.served.input_features:
+            raise self._reader.strict.wrong_width(at, str(values))
+        if text[:1] == b"{" or text.count(b"[") > 1:
+            raise invalid(at, "a list of numbers", "objects or lists")
+
+
+def _check_events(media: Media, group: Sequence[memoryview], at: str) -> None:
+    """Reject an event of more bytes or parts than any valid event has."""
+    size = len(group[0])
+    if size < LONG_BYTES:
+        return
+    if size > _MAX_EVENT_BYTES:
+        raise invalid(at, f"an event of at most {_MAX_EVENT_BYTES} bytes", f"{size} bytes")
+    event = bytes(group[0])
+    parts = size if media is Media.MSGPACK else sum(map(event.count, (b",", b"[", b"{")))
+    if parts > _MAX_PARTS:
+        raise invalid(at, f"an event of at most {_MAX_PARTS} values", MORE)
+
+
+def _stream_of(split: SplitObject, media: Media, at: str) -> str | None:
+    """The stream that an item names; None if it names none."""
+    value = split.members.get("stream")
+    name = None if value is None else loads(media, bytes(value))
+    return stream_name(name, at) if isinstance(name, str) else None
+
+
+def _no_list(at: str) -> CarryError:
+    return invalid(at, "fewer values", MORE)
+
+
+def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
+    """The nested lists of a part of the state, which have its shape."""
+    kind: Any = float | int
+    for size in reversed(part.shape):
+        kind = Annotated[list[kind], msgspec.Meta(min_length=size, max_length=size)]
+    text = bytes(value)
+    fits = media is Media.MSGPACK or text.count(b",") == max(0, part.size - 1)
+    try:
+        if not fits:
+            raise msgspec.ValidationError("another number of values")
+        decode = msgspec.msgpack.decode if media is Media.MSGPACK else msgspec.json.decode
+        return decode(text, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        expected = f"numbers in the shape {list(part.shape)} for part {part.name!r}"
+        raise invalid("state", expected, str(error)) from error
+
+
+def _concatenate(parts: Sequence[Steps]) -> Steps:
+    """Concatenate consecutive steps."""
+    length = sum(part.length for part in parts)
+    rows = [part.rows for part in parts if part.rows is not None]
+    if rows:
+        return Steps(Feed.INPUTS, length, rows=np.concatenate(rows))
+    columns = [part.columns for part in parts if part.columns is not None]
+    return Steps(Feed.EVENTS, length, columns=EventColumns.concatenate(columns))

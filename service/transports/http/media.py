@@ -1,0 +1,205 @@
+"""JSON and MessagePack: which one a request speaks, and the bytes of plain values.
+
+Both carry the same schema. JSON writes float32 values with the fewest digits that read back
+as the same float32; MessagePack writes them as float32. Nothing but one whole document of
+UTF-8 JSON or MessagePack is read: no trailing bytes, no extension types, no compression.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Final
+
+import orjson
+import ormsgpack
+import pydantic_core
+
+from service.core.errors import MalformedBody, NotAcceptable, UnsupportedMediaType
+
+
+class Media(Enum):
+    """What a body is written in; the value is the content type."""
+
+    JSON = "application/json"
+    MSGPACK = "application/msgpack"
+
+
+Encoded = bytes | memoryview
+"""An encoded value."""
+
+SERVED: tuple[str, ...] = tuple(media.value for media in Media)
+
+_READS: Mapping[str, Media] = {
+    "application/json": Media.JSON,
+    "application/msgpack": Media.MSGPACK,
+    "application/x-msgpack": Media.MSGPACK,
+    "application/vnd.msgpack": Media.MSGPACK,
+}
+_ACCEPTS: Mapping[str, tuple[Media, ...]] = {
+    **{name: (media,) for name, media in _READS.items()},
+    "application/problem+json": (Media.JSON,),
+    "application/*": (Media.JSON, Media.MSGPACK),
+    "*/*": (Media.JSON, Media.MSGPACK),
+}
+
+MAX_FIELD: Final = 1024
+"""Longest `Accept` and `Content-Type`, in characters: longer ones would block the event loop while
+they are parsed, and fill the cache."""
+
+# An array of the body and this: whatever else follows the body stands in its place.
+_END = secrets.token_bytes(16)
+_PAIR = b"\x92"
+_END_PACKED = ormsgpack.packb(_END)
+
+
+def dumps(media: Media, value: Any) -> bytes:
+    """The bytes of a value made of plain data, NumPy arrays (C order, not 0-d) and scalars."""
+    if media is Media.JSON:
+        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return ormsgpack.packb(value, option=ormsgpack.OPT_SERIALIZE_NUMPY)
+
+
+def loads(media: Media, body: bytes) -> Any:
+    """The value of a whole body.
+
+    Raises:
+        MalformedBody: it is not one document of that type.
+    """
+    try:
+        if media is Media.JSON:
+            return pydantic_core.from_json(body)
+        value, end = _unpack_pair(body)
+    except ValueError as error:
+        raise malformed(media, str(error)) from error
+    if end != _END:
+        raise malformed(media, "bytes follow the document")
+    return value
+
+
+def encoded_list(media: Media, elements: Sequence[Encoded]) -> bytes:
+    """Encode a list from encoded elements."""
+    if media is Media.JSON:
+        return b"[%b]" % b",".join(elements)
+    return b"".join((b"\xdd", len(elements).to_bytes(4, "big"), *elements))
+
+
+def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
+    """Encode an object from encoded values."""
+    parts: list[Encoded] = []
+    for name, value in members.items():
+        if media is Media.JSON:
+            parts += (b"," if parts else b"", orjson.dumps(name), b":", value)
+        else:
+            parts += (ormsgpack.packb(name), value)
+    if media is Media.JSON:
+        return b"".join((b"{", *parts, b"}"))
+    return b"".join((b"\xdf", len(members).to_bytes(4, "big"), *parts))
+
+
+def malformed(media: Media, reason: str) -> MalformedBody:
+    """The refusal of a body that cannot be parsed."""
+    expected = f"one {'JSON' if media is Media.JSON else 'MessagePack'} document"
+    return MalformedBody(
+        f"body: expected {expected}: {reason}", at="body", expected=expected, got=reason
+    )
+
+
+def media_of(content_type: str | None) -> Media:
+    """What a body of this Content-Type is written in; JSON where there is none.
+
+    Raises:
+        UnsupportedMediaType
+    """
+    if not content_type:
+        return Media.JSON
+    if len(content_type) > MAX_FIELD:
+        raise UnsupportedMediaType(
+            f"Content-Type: expected at most {MAX_FIELD} characters, got {len(content_type)}",
+            expected=list(SERVED),
+        )
+    return _media_of(content_type)
+
+
+@lru_cache(maxsize=256)
+def _media_of(content_type: str) -> Media:
+    name, _, parameters = content_type.partition(";")
+    media = _READS.get(name.strip().lower())
+    charset = _parameters(parameters).get("charset", "utf-8").strip('"').lower()
+    if media is None or charset not in ("utf-8", "utf8"):
+        # Without the charset the message could name the very type that was sent.
+        suffix = "" if media is None else "; charset=utf-8"
+        expected = [f"{served}{suffix}" for served in SERVED]
+        raise UnsupportedMediaType(
+            f"Content-Type: expected one of {', '.join(expected)}, got {content_type!r}",
+            expected=expected,
+            got=content_type,
+        )
+    return media
+
+
+def accepted(accept: str | None, otherwise: Media) -> Media:
+    """What a reply is written in.
+
+    Args:
+        accept: the Accept header.
+        otherwise: taken where the header leaves it open, that is where both weigh the same.
+
+    Raises:
+        NotAcceptable: neither is accepted.
+    """
+    if not accept:
+        return otherwise
+    if len(accept) > MAX_FIELD:
+        raise NotAcceptable(
+            f"Accept: expected at most {MAX_FIELD} characters, got {len(accept)}",
+            expected=list(SERVED),
+        )
+    return _accepted(accept, otherwise)
+
+
+@lru_cache(maxsize=256)
+def _accepted(accept: str, otherwise: Media) -> Media:
+    weights = {media: _weight(accept, media) for media in Media}
+    best = max(weights.values())
+    if best <= 0:
+        raise NotAcceptable(
+            f"Accept: expected one of {', '.join(SERVED)}, got {accept!r}",
+            expected=list(SERVED),
+            got=accept,
+        )
+    if weights[otherwise] == best:
+        return otherwise
+    return next(media for media, weight in weights.items() if weight == best)
+
+
+def _weight(accept: str, media: Media) -> float:
+    """The q of the most specific range that takes in `media`; 0 where none does."""
+    found: tuple[int, float] = (-len("*/*"), 0.0)
+    for item in accept.split(","):
+        name, _, parameters = item.partition(";")
+        name = name.strip().lower()
+        if media not in _ACCEPTS.get(name, ()):
+            continue
+        try:
+            weight = float(_parameters(parameters).get("q", "1"))
+        except ValueError:
+            weight = 0.0
+        if not 0 <= weight <= 1:
+            weight = 0.0
+        found = max(found, (-name.count("*"), weight))
+    return found[1]
+
+
+def _parameters(text: str) -> dict[str, str]:
+    pairs = (item.partition("=") for item in text.split(";"))
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _unpack_pair(body: bytes) -> tuple[Any, Any]:
+    # The library ignores bytes after the document. The body is read as the first of two
+    # values, the second being a mark that no client knows.
+    value, end = ormsgpack.unpackb(_PAIR + body + _END_PACKED)
+    return value, end

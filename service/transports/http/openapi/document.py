@@ -1,0 +1,147 @@
+"""The OpenAPI document of the models that are served: `/openapi.json`.
+
+The routes are the same for every model, the bodies are not. So the components hold each
+model's event, chunk, items and sequences under its name (`flights-Event`), and the bodies of
+the routes (`Chunk`, `Many`, `Predict`) are any of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from models.events.parse import example_event
+from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.body_types import EXAMPLE_STREAM, BodyTypes
+from service.transports.http.context import ApiContext
+from service.transports.http.media import Media
+from service.transports.http.replies import schemas
+
+REF_TEMPLATE = "#/components/schemas/{model}"
+
+TAGS = [
+    {"name": "chunks", "description": "Send events, get outputs."},
+    {"name": "streams", "description": "Look at, forget, restore and fork streams."},
+    {"name": "models", "description": "What is served."},
+    {"name": "health", "description": "For whoever routes traffic and watches."},
+]
+DESCRIPTION = """\
+Serves recurrent networks over event streams. Every stream has its own state; events arrive in
+chunks of any length, each chunk continues from the state the last one left, and every event
+gets its output.
+
+Bodies are JSON or MessagePack (`application/msgpack`), the same members in both, but for
+`inputs`: in MessagePack it is one binary string of float32, little-endian, row by row.
+Failures are [problem documents](/docs/errors) with a stable `code`.
+"""
+
+_DOCUMENTS: tuple[type[BaseModel], ...] = (
+    schemas.Problem,
+    schemas.ChunkReply,
+    schemas.ManyReply,
+    schemas.PredictReply,
+    schemas.ForecastReply,
+    schemas.StreamInfo,
+    schemas.StateReply,
+    schemas.StateBody,
+    schemas.ForkBody,
+    schemas.StreamList,
+    schemas.Deleted,
+    schemas.ModelList,
+    schemas.ModelDetail,
+    schemas.Live,
+    schemas.Ready,
+)
+
+
+def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
+    """The whole document, for the models that are served now."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=app.description,
+        tags=TAGS,
+        license_info=app.license_info,
+        routes=app.routes,
+    )
+    models = sorted(api.pipeline.models)
+    types = {name: api.wire(name).reader.bodies.types[Media.JSON] for name in models}
+    components = {
+        **_schemas(list(_DOCUMENTS)),
+        **_schemas([kind for found in types.values() for kind in _kinds(found)]),
+    }
+    for body in ("Chunk", "Many", "Predict"):
+        references = [_reference(f"{name}-{body}") for name in types]
+        components[body] = {"title": body, "anyOf": references}
+    forecasts = [name for name, found in types.items() if found.forecast is not None]
+    components["Forecast"] = (
+        {"title": "Forecast", "anyOf": [_reference(f"{name}-Forecast") for name in forecasts]}
+        if forecasts
+        else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
+    )
+    document.setdefault("components", {})["schemas"] = dict(sorted(components.items()))
+    for path, examples in _examples(api).items():
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        content[Media.JSON.value]["examples"] = examples
+    return document
+
+
+def _schemas(kinds: list[type[BaseModel]]) -> dict[str, Any]:
+    if not kinds:
+        return {}
+    _, found = models_json_schema(
+        [(kind, "validation") for kind in kinds], ref_template=REF_TEMPLATE
+    )
+    by_name: dict[str, Any] = found["$defs"]
+    for schema in by_name.values():
+        for member in schema.get("properties", {}).values():
+            _leave_out_null(member)
+    return by_name
+
+
+def _leave_out_null(member: dict[str, Any]) -> None:
+    """An optional member is better left out than null, and reads better without it."""
+    kinds = [kind for kind in member.get("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) == 1 and member.get("default", ...) is None:
+        del member["anyOf"], member["default"]
+        member.update(kinds[0])
+
+
+def _reference(model: str) -> dict[str, str]:
+    return {"$ref": REF_TEMPLATE.format(model=model)}
+
+
+def _kinds(types: BodyTypes) -> list[type[BaseModel]]:
+    found: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
+    return found if types.forecast is None else [*found, types.forecast]
+
+
+def _examples(api: ApiContext) -> dict[str, dict[str, Any]]:
+    chunks: dict[str, Any] = {}
+    many: dict[str, Any] = {}
+    predict: dict[str, Any] = {}
+    for name, served in sorted(api.pipeline.models.items()):
+        for feed, steps in _steps(served).items():
+            title = f"{name}: {feed}"
+            chunks[title] = {"value": {"position": 0, feed: steps}}
+            item = {"stream": EXAMPLE_STREAM, "position": 0, feed: steps}
+            many[title] = {"value": {"chunks": [item]}}
+            predict[title] = {"value": {"sequences": [{feed: steps}]}}
+    return {
+        "/v1/models/{model}/streams/{stream}/chunks": chunks,
+        "/v1/models/{model}/chunks": many,
+        "/v1/models/{model}/predict": predict,
+    }
+
+
+def _steps(served: ServedModel) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    if served.events is not None:
+        found["events"] = [example_event(served.events)]
+    found["inputs"] = [[0.0] * served.input_features]
+    return found

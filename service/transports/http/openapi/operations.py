@@ -1,0 +1,370 @@
+"""What the OpenAPI document says of each route, beside its docstring.
+
+Each constant is the keyword arguments of a route's decorator. Bodies and problems are
+references into the components, which `openapi_document` fills in for the served models.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from service.core import errors
+from service.core.errors import CarryError
+from service.transports.http.bodies.body_types import EXAMPLE_EPOCH, EXAMPLE_STREAM, EXAMPLE_TAG
+from service.transports.http.media import SERVED
+from service.transports.http.problems import LATER, PROBLEM_JSON, REFERENCE
+from service.transports.http.replies import schemas
+from service.transports.http.request_fields import SECONDS, STREAM_NAME
+from service.transports.http.statuses import STATUS
+
+Arguments = dict[str, Any]
+
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+_ETAG = {
+    "ETag": {
+        "description": "Names the state the stream is in: its epoch and tag.",
+        "schema": {"type": "string", "examples": [f'"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"']},
+    }
+}
+_TIMING = {
+    "Server-Timing": {
+        "description": "Milliseconds in queue, load, infer and commit.",
+        "schema": {"type": "string"},
+    }
+}
+_RETRY_AFTER = {
+    "Retry-After": {
+        "description": "Seconds to wait before the same request is sent again, where it may be.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+
+
+def _parameter(
+    place: str, name: str, description: str, schema: Mapping[str, Any], *, required: bool = False
+) -> dict[str, Any]:
+    return {
+        "in": place,
+        "name": name,
+        "description": description,
+        "required": required or place == "path",
+        "schema": dict(schema),
+    }
+
+
+_TEXT = {"type": "string"}
+_MODEL = _parameter("path", "model", "The model's slug.", {**_TEXT, "examples": ["flights"]})
+_STREAM = _parameter(
+    "path",
+    "stream",
+    "The stream's name.",
+    {**_TEXT, "pattern": STREAM_NAME, "examples": [EXAMPLE_STREAM]},
+)
+_IF_MATCH = _parameter(
+    "header",
+    "If-Match",
+    "Apply only where the stream is in one of the states these strong ETags name; `*` for any.",
+    _TEXT,
+)
+_TIMEOUT = _parameter(
+    "header",
+    "Carry-Timeout",
+    "How long the client waits, in decimal seconds; what was not begun by then is not begun any "
+    "more. The service has a default and a cap.",
+    {**_TEXT, "pattern": SECONDS, "examples": ["2.5"]},
+)
+_REQUEST_ID = _parameter(
+    "header", "X-Request-ID", "An id for logs and problems; made where there is none.", _TEXT
+)
+_OPTIONS = [
+    _parameter(
+        "query",
+        "return_sequences",
+        "As in Keras: false keeps the last step alone and drops the axis of time.",
+        {"type": "boolean", "default": True},
+    ),
+    _parameter(
+        "query",
+        "return_state",
+        "As in Keras: true adds the state after the last step, by name.",
+        {"type": "boolean", "default": False},
+    ),
+    _parameter(
+        "query",
+        "return_attention",
+        "True adds the weight of each step, by layer that attends over the chunk; refused where "
+        "the model has none.",
+        {"type": "boolean", "default": False},
+    ),
+]
+_PREFIX = "Only streams whose names begin with this."
+
+
+def _problems(*kinds: type[CarryError]) -> dict[int | str, Any]:
+    """The problem responses of a route, one per status, with an example per code."""
+    by_status: defaultdict[int, list[type[CarryError]]] = defaultdict(list)
+    for kind in kinds:
+        by_status[STATUS[kind]].append(kind)
+    return {
+        status: {
+            "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in found),
+            **({"headers": _RETRY_AFTER} if status in LATER else {}),
+            "content": {
+                PROBLEM_JSON: {
+                    "schema": _PROBLEM,
+                    "examples": {kind.code: _problem_example(kind) for kind in found},
+                }
+            },
+        }
+        for status, found in sorted(by_status.items())
+    }
+
+
+def _problem_example(kind: type[CarryError]) -> dict[str, Any]:
+    return {
+        "summary": kind.title,
+        "value": {
+            "type": f"{REFERENCE}#{kind.code}",
+            "title": kind.title,
+            "status": STATUS[kind],
+            "detail": f"{kind.title}.",
+            "code": kind.code,
+            "retryable": kind.retryable,
+            "request_id": "6f1d0c2e9a7b4853",
+        },
+    }
+
+
+def _good(
+    document: type[BaseModel], description: str, headers: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    return {
+        "description": description,
+        "content": {media: {"schema": schema} for media in SERVED},
+        **({"headers": dict(headers)} if headers else {}),
+    }
+
+
+def _body(component: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{component}"}
+    return {"required": True, "content": {media: {"schema": schema} for media in SERVED}}
+
+
+def _route(
+    good: Mapping[int, Any],
+    parameters: list[dict[str, Any]],
+    *problems: type[CarryError],
+    body: str | None = None,
+) -> Arguments:
+    extra: dict[str, Any] = {"parameters": [*parameters, _REQUEST_ID]}
+    if body is not None:
+        extra["requestBody"] = _body(body)
+        problems = (*_BODY, *problems)
+    refused = _problems(*_CONNECTION, *problems, errors.InternalError)
+    return {"responses": {**good, **refused, **good}, "openapi_extra": extra}
+
+
+_CONNECTION = (
+    errors.MalformedRequest,
+    errors.DuplicateField,
+    errors.HeadTooLarge,
+    errors.ExpectationFailed,
+    errors.RequestTimeout,
+    errors.TooManyConnections,
+)
+_BODY = (
+    errors.MalformedBody,
+    errors.InvalidInput,
+    errors.BodyTooLarge,
+    errors.UnsupportedMediaType,
+)
+_NAMED = (errors.InvalidName, errors.ModelNotFound, errors.NotAcceptable)
+_STORE = (errors.StoreUnavailable, errors.StoreRefused)
+_WRITTEN = (errors.OutcomeUnknown, errors.NotDurable)
+_ENGINE = (
+    errors.NotFinite,
+    errors.Overloaded,
+    errors.DeadlineExceeded,
+    errors.ShuttingDown,
+)
+_OVERWRITING = (
+    errors.DeadlineExceeded,
+    errors.Overloaded,
+    errors.InvalidPrecondition,
+    errors.StreamExists,
+    errors.StateChanged,
+    errors.StateIncompatible,
+    errors.Conflict,
+    errors.StateDamaged,
+)
+
+CHUNK = _route(
+    {200: _good(schemas.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
+    [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH, _TIMEOUT],
+    errors.ChunkTooLong,
+    errors.ChunksUnsupported,
+    errors.FinalUnsupported,
+    *_NAMED,
+    errors.InvalidPrecondition,
+    errors.EpochMismatch,
+    errors.PositionAhead,
+    errors.PositionBehind,
+    errors.AlreadyApplied,
+    errors.InputKindMismatch,
+    errors.StreamFinal,
+    errors.StateChanged,
+    errors.StateIncompatible,
+    errors.Conflict,
+    errors.StateDamaged,
+    *_STORE,
+    *_WRITTEN,
+    *_ENGINE,
+    errors.StreamOverloaded,
+    body="Chunk",
+)
+MANY = _route(
+    {200: _good(schemas.ManyReply, "One outcome per item.")},
+    [_MODEL, *_OPTIONS, _TIMEOUT],
+    errors.ChunksUnsupported,
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+    errors.InvalidPrecondition,
+    body="Many",
+)
+PREDICT = _route(
+    {200: _good(schemas.PredictReply, "One prediction per sequence.")},
+    [_MODEL, *_OPTIONS, _TIMEOUT],
+    errors.ChunkTooLong,
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+    *_ENGINE,
+    body="Predict",
+)
+STREAM = _route(
+    {200: _good(schemas.StreamInfo, "The stream.", _ETAG)},
+    [_MODEL, _STREAM, _IF_MATCH],
+    *_NAMED,
+    errors.InvalidPrecondition,
+    errors.StreamNotFound,
+    errors.StateChanged,
+    errors.StateDamaged,
+    *_STORE,
+)
+DELETE_STREAM = _route(
+    {204: {"description": "Forgotten."}},
+    [_MODEL, _STREAM, _IF_MATCH],
+    errors.InvalidName,
+    errors.ModelNotFound,
+    errors.InvalidPrecondition,
+    errors.StreamNotFound,
+    errors.StateChanged,
+    errors.Conflict,
+    errors.StateDamaged,
+    *_STORE,
+    *_WRITTEN,
+)
+STATE = _route(
+    {200: _good(schemas.StateReply, "The state.", _ETAG)},
+    [_MODEL, _STREAM, _IF_MATCH],
+    *_NAMED,
+    errors.InvalidPrecondition,
+    errors.StreamNotFound,
+    errors.StateChanged,
+    errors.StateIncompatible,
+    errors.StateDamaged,
+    *_STORE,
+)
+RESTORE = _route(
+    {
+        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
+        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+    },
+    [_MODEL, _STREAM, _IF_MATCH],
+    errors.ChunksUnsupported,
+    *_NAMED,
+    *_OVERWRITING,
+    *_STORE,
+    *_WRITTEN,
+    body="StateBody",
+)
+FORK = _route(
+    {
+        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
+        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+    },
+    [_MODEL, _STREAM, {**_IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."}],
+    *_NAMED,
+    errors.StreamNotFound,
+    *_OVERWRITING,
+    *_STORE,
+    *_WRITTEN,
+    body="ForkBody",
+)
+FORECAST = _route(
+    {200: _good(schemas.ForecastReply, "What is seen ahead.", _ETAG)},
+    [_MODEL, _STREAM, _IF_MATCH, _TIMEOUT],
+    *_NAMED,
+    errors.InvalidPrecondition,
+    errors.ForecastUnsupported,
+    errors.StreamNotFound,
+    errors.StateChanged,
+    errors.PositionAhead,
+    errors.PositionBehind,
+    errors.StateIncompatible,
+    errors.StateDamaged,
+    *_STORE,
+    *_ENGINE,
+    body="Forecast",
+)
+STREAMS = _route(
+    {200: _good(schemas.StreamList, "One page.")},
+    [
+        _MODEL,
+        _parameter("query", "prefix", _PREFIX, _TEXT),
+        _parameter("query", "cursor", "The `cursor` of the page before.", _TEXT),
+        _parameter("query", "limit", "About how many names.", {"type": "integer", "minimum": 1}),
+    ],
+    *_NAMED,
+    errors.InvalidInput,
+    *_STORE,
+)
+DELETE_STREAMS = _route(
+    {200: _good(schemas.Deleted, "Forgotten.")},
+    [_MODEL, _parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
+    *_NAMED,
+    errors.InvalidInput,
+    errors.Conflict,
+    *_STORE,
+    *_WRITTEN,
+)
+MODELS = _route({200: _good(schemas.ModelList, "The models.")}, [], errors.NotAcceptable)
+MODEL = _route(
+    {200: _good(schemas.ModelDetail, "The model.")},
+    [_MODEL],
+    errors.ModelNotFound,
+    errors.NotAcceptable,
+)
+
+
+def _plain(document: type[BaseModel], description: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+LIVE: Arguments = {"responses": {200: _plain(schemas.Live, "It answers.")}}
+READY: Arguments = {
+    "responses": {
+        200: _plain(schemas.Ready, "Every check holds."),
+        503: _plain(schemas.Ready, "Some check fails."),
+    }
+}
+METRICS: Arguments = {
+    "responses": {
+        200: {"description": "The metrics.", "content": {"text/plain": {"schema": _TEXT}}}
+    }
+}

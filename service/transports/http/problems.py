@@ -1,0 +1,93 @@
+"""Errors as RFC 9457 problem documents.
+
+A document has `type` (an address that explains the code), `title`, `status`, `detail`,
+`code`, `retryable` and `request_id`, and beside them the facts of the error: `at`, `expected`,
+`got`, `stream`, `epoch`, `position`, `tag` and others. It never holds a traceback or anything
+of the service's inside. It is `application/problem+json`, or MessagePack where that is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.requests import Request
+
+from service.core.errors import CarryError, NotAcceptable, UnsupportedMediaType
+from service.ops.logs import current_request_id
+from service.transports.http.media import Media, dumps
+from service.transports.http.replies.replies import Answer, Header
+from service.transports.http.request_fields import body_media, reply_media
+from service.transports.http.statuses import STATUS
+
+PROBLEM_JSON = "application/problem+json"
+REFERENCE = "/docs/errors"
+"""Where the codes are explained; `type` is this, `#` and the code."""
+
+DEFAULT_RETRY_S = 1
+LATER = (429, 503, 504)
+"""Statuses of what may go well a little later."""
+
+
+def status_of(error: CarryError) -> int:
+    """The HTTP status of an error."""
+    return STATUS[type(error)]
+
+
+def problem(error: CarryError) -> dict[str, Any]:
+    """The problem document of an error, as plain data."""
+    status = status_of(error)
+    document: dict[str, Any] = {
+        "type": f"{REFERENCE}#{error.code}",
+        "title": error.title,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        "retryable": error.retryable,
+        "request_id": current_request_id(),
+    }
+    for name, fact in error.facts.items():
+        document.setdefault(name, fact)
+    if status in LATER and error.retryable:
+        document.setdefault("retry_after_s", DEFAULT_RETRY_S)
+    return document
+
+
+def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
+    """The answer to a request that failed as a whole.
+
+    A problem that names a state has its ETag, one that may pass a `Retry-After`.
+
+    Args:
+        media: what it is written in.
+        headers: further ones, their names in lower case.
+    """
+    document = problem(error)
+    sent = [*headers]
+    if "retry_after_s" in document:
+        seconds = max(1, math.ceil(document["retry_after_s"]))
+        sent.append((b"retry-after", b"%d" % seconds))
+    epoch, tag = document.get("epoch"), document.get("tag")
+    if epoch and tag:
+        sent.append((b"etag", f'"{epoch}-{tag}"'.encode()))
+    content_type = PROBLEM_JSON if media is Media.JSON else media.value
+    return Answer(
+        dumps(media, document),
+        (b"content-type", content_type.encode()),
+        document["status"],
+        sent,
+    )
+
+
+def problem_response(error: CarryError, request: Request, headers: Iterable[Header] = ()) -> Answer:
+    """The same, in what the request asked for."""
+    return problem_answer(error, _media(request), headers)
+
+
+def _media(request: Request) -> Media:
+    """As the reply would have been: as Accept says, else as the body was sent, else JSON."""
+    try:
+        return reply_media(request, body_media(request))
+    except (NotAcceptable, UnsupportedMediaType):
+        return Media.JSON

@@ -1,0 +1,179 @@
+"""From the values of the pipeline to what is sent, for one model.
+
+A reply becomes plain data of NumPy arrays, which `media.dumps` writes, or, where that is plain, its
+bytes at once. Nothing is looked up in a store here and nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.spec.state import State
+from service.core.errors import InvalidInput
+from service.core.values import FloatRows, ForecastReply, ForecastRequest, Prediction, Reply
+from service.pipeline.served_model import ServedModel
+from service.transports.http.media import Media, dumps
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """What a reply holds, under Keras' names.
+
+    Attributes:
+        return_sequences: the outputs of every step; otherwise of the last one alone, without
+            the axis of time.
+        return_state: the state after the chunk as well.
+        return_attention: the weights of attention over the chunk as well.
+    """
+
+    return_sequences: bool = True
+    return_state: bool = False
+    return_attention: bool = False
+
+
+EVERY_STEP = ReplyOptions()
+_ENDS = {
+    (False, False): b'"replayed":false}',
+    (True, False): b'"replayed":true}',
+    (False, True): b'"replayed":false,"created":true}',
+    (True, True): b'"replayed":true,"created":true}',
+}
+
+
+class ReplyWriter:
+    """Writes the replies of one model."""
+
+    def __init__(self, served: ServedModel):
+        self._served = served
+        self._name = served.name
+        self._version = served.version
+        outputs = served.outputs.outputs
+        one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
+        plain = one_axis and outputs[0].per == "step" and not served.outputs.attention
+        self._only = outputs[0].name if plain else None
+        self._once = frozenset(output.name for output in outputs if output.per == "chunk")
+        self._begin = dumps(Media.JSON, {"model": self._name, "version": self._version})[:-1]
+
+    def reply(self, reply: Reply, options: ReplyOptions) -> dict[str, Any]:
+        """The members of a chunk's reply."""
+        head = reply.head
+        document: dict[str, Any] = {
+            "model": self._name,
+            "version": self._version,
+            "stream": reply.key.stream,
+            "epoch": head.epoch.hex(),
+            "position": head.position,
+            "tag": head.tag.hex(),
+            "outputs": self.outputs(reply.outputs, options),
+            "replayed": reply.replayed,
+        }
+        if reply.created:
+            document["created"] = True
+        if reply.output_position is not None:
+            document["output_position"] = reply.output_position
+        if options.return_state:
+            document["state"] = self.state(reply.state)
+        if options.return_attention:
+            document["attention"] = self.attention(reply.outputs)
+        return document
+
+    def reply_bytes(self, reply: Reply, media: Media) -> bytes:
+        """The bytes of `reply`, of every step and without the state."""
+        if media is not Media.JSON or self._only is None or reply.output_position is not None:
+            return dumps(media, self.reply(reply, EVERY_STEP))
+        epoch, tag, position = reply.head
+        # A stream's name needs no escapes.
+        return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
+            self._begin,
+            reply.key.stream.encode(),
+            epoch.hex().encode(),
+            position,
+            tag.hex().encode(),
+            dumps(media, {self._only: np.ascontiguousarray(reply.outputs)}),
+            _ENDS[reply.replayed, reply.created],
+        )
+
+    def prediction(self, prediction: Prediction, options: ReplyOptions) -> dict[str, Any]:
+        """The members of one sequence's prediction."""
+        document: dict[str, Any] = {"outputs": self.outputs(prediction.outputs, options)}
+        if options.return_state:
+            document["state"] = self.state(prediction.state)
+        if options.return_attention:
+            document["attention"] = self.attention(prediction.outputs)
+        return document
+
+    def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
+        """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone (None
+        where there is no step); [...] of an output that holds once for the whole chunk."""
+        if not len(rows) and not options.return_sequences:
+            # in blocks a chunk may bring no output, and so no last one
+            return dict.fromkeys(self._served.outputs.slices)
+        shown_rows = rows if options.return_sequences else rows[-1]
+        if self._only is not None:
+            # the packed rows are its values as they are
+            return {self._only: np.ascontiguousarray(shown_rows)}
+        named = self._served.outputs.by_name(shown_rows)
+        if self._once and options.return_sequences:
+            named = {n: values[-1] if n in self._once else values for n, values in named.items()}
+        return _writable(named)
+
+    def attention(self, rows: FloatRows) -> dict[str, Any]:
+        """By layer that attends over the chunk, the weight of each step [T]."""
+        return _writable(self._served.outputs.attention_by_name(rows))
+
+    def check_options(self, options: ReplyOptions) -> None:
+        """Refuse what the model cannot return.
+
+        Raises:
+            InvalidInput
+        """
+        if options.return_attention and not self._served.outputs.attention:
+            expected = "a model with attention over the chunk"
+            raise InvalidInput(
+                f"?return_attention: expected {expected}, model {self._name!r} has none",
+                at="?return_attention",
+                expected=expected,
+                got="true",
+            )
+
+    def state(self, state: State) -> dict[str, Any]:
+        """A state by name."""
+        return _writable(self._served.state.by_name(state))
+
+    def forecast(self, found: ForecastReply, request: ForecastRequest) -> dict[str, Any]:
+        """The members of a forecast's reply."""
+        decoder, head, seen = self._served.require_decoder(), found.head, found.forecast
+        document: dict[str, Any] = {
+            "model": self._name,
+            "version": self._version,
+            "stream": found.key.stream,
+            "epoch": head.epoch.hex(),
+            "position": head.position,
+            "tag": head.tag.hex(),
+        }
+        if found.times_ms is not None:
+            document["times_ms"] = list(found.times_ms)
+        document["levels"] = list(decoder.head.quantiles)
+        targets: dict[str, Any] = {}
+        for at, name in enumerate(decoder.targets):
+            targets[name] = {
+                "point": np.ascontiguousarray(seen.point[:, at]),
+                "quantiles": np.ascontiguousarray(seen.quantiles[:, at]),
+            }
+            if request.samples:
+                targets[name]["paths"] = np.ascontiguousarray(seen.paths[..., at])
+        document["forecast"] = targets
+        return document
+
+
+def _writable(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    # The writers take arrays in C order and scalars, but no array without axes.
+    return {
+        name: np.ascontiguousarray(array) if array.ndim else array[()]
+        for name, array in arrays.items()
+    }

@@ -1,0 +1,263 @@
+"""What a request says outside its body, and the body's bytes under their cap.
+
+Names, preconditions and query parameters are checked here, before anything is looked up. A
+query parameter that the address does not know is refused, so that a misspelt one is noticed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Collection
+from urllib.parse import parse_qsl
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.core.errors import (
+    BodyTooLarge,
+    DuplicateField,
+    InvalidInput,
+    InvalidName,
+    InvalidPrecondition,
+    UnsupportedMediaType,
+)
+from service.core.values import Precondition
+from service.transports.http.limits import ApiLimits
+from service.transports.http.media import Media, accepted, media_of
+
+STREAM_NAME = r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
+"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
+would reach another stream. Written without lookahead, which some regex engines lack."""
+is_stream_name = re.compile(STREAM_NAME[:-1] + r"\Z").match
+_STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
+_NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .."
+_ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
+_BARE_ETAG = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}")
+TIMEOUT_HEADER = "carry-timeout"
+_TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
+SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
+_SECONDS = re.compile(SECONDS, re.ASCII)
+MAX_PARAMETERS = 16
+"""Most parameters of a query."""
+MAX_PRECONDITION = 8 * 1024
+"""Longest list of ETags, in characters."""
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: by its Content-Length, or as soon as more than the limit has come.
+        UnsupportedMediaType: it is compressed.
+        ClientDisconnect: the client left while sending.
+    """
+    headers = request.headers
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding: expected none, got {encoding!r}", expected="none", got=encoding
+        )
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limit_bytes:
+        raise _too_large(limit_bytes, int(length))
+    # A BytesIO grows in place; joining a list of parts would hold the body twice.
+    body = io.BytesIO()
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        if not more and not body.tell():
+            return _checked_size(part, limit_bytes)
+        body.write(part)
+        if body.tell() > limit_bytes:
+            raise _too_large(limit_bytes, body.tell())
+    return body.getvalue()
+
+
+def _checked_size(body: bytes, limit_bytes: int) -> bytes:
+    if len(body) > limit_bytes:
+        raise _too_large(limit_bytes, len(body))
+    return body
+
+
+def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"body: expected at most {limit_bytes} bytes, got {got_bytes} or more",
+        expected=limit_bytes,
+        got=got_bytes,
+    )
+
+
+def body_media(request: Request) -> Media:
+    """What the body is written in."""
+    return media_of(request.headers.get("content-type"))
+
+
+def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
+    """What the reply is to be written in; `otherwise` where Accept leaves it open."""
+    return accepted(", ".join(request.headers.getlist("accept")), otherwise)
+
+
+def stream_name(name: str, at: str = "stream") -> str:
+    """The name, if it is one.
+
+    Raises:
+        InvalidName
+    """
+    if not is_stream_name(name):
+        raise _invalid_name(at, _NAME_EXPECTED, name)
+    return name
+
+
+def stream_prefix(prefix: str) -> str:
+    """The beginning of a stream's name; may be empty."""
+    if not _STREAM_PREFIX.fullmatch(prefix):
+        raise _invalid_name("prefix", "at most 256 characters of A-Z a-z 0-9 . _ : @ -", prefix)
+    return prefix
+
+
+def _invalid_name(at: str, expected: str, name: str) -> InvalidName:
+    got = name if len(name) <= 300 else f"{len(name)} characters"
+    return InvalidName(f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got)
+
+
+def if_match(request: Request) -> Precondition | None:
+    """The If-Match header, if there is one.
+
+    Raises:
+        InvalidPrecondition
+    """
+    lines = request.headers.getlist("if-match")
+    return parse_if_match(",".join(lines), "If-Match") if lines else None
+
+
+def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
+    """A list of strong ETags, or `*`.
+
+    Args:
+        text: the header's value.
+        at: what it is called in errors.
+        bare: whether one ETag may stand without its quotes.
+
+    Raises:
+        InvalidPrecondition: weak ETags too, since a state is either the one that is meant or not.
+    """
+    text = text.strip(" \t")
+    if text == "*":
+        return Precondition(any_state=True)
+    if bare and _BARE_ETAG.fullmatch(text):
+        return Precondition((text,))
+    if len(text) > MAX_PRECONDITION:
+        raise InvalidPrecondition(
+            f"{at}: expected at most {MAX_PRECONDITION} characters, got {len(text)}",
+            at=at,
+            expected=MAX_PRECONDITION,
+            got=len(text),
+        )
+    etags: list[str] = []
+    end = 0
+    while found := _ETAG.match(text, end):
+        etags.append(found[1])
+        end = found.end()
+    if not etags or end != len(text) or text.endswith(","):
+        expected = 'strong ETags such as "epoch-tag", separated by commas, or *'
+        raise InvalidPrecondition(
+            f"{at}: expected {expected}, got {text[:300]!r}",
+            at=at,
+            expected=expected,
+            got=text[:300],
+        )
+    return Precondition(tuple(etags))
+
+
+def deadline(request: Request, limits: ApiLimits) -> float:
+    """Until when the client waits, of the monotonic clock: by its Carry-Timeout header, counted
+    from now, else by the setting.
+
+    Raises:
+        InvalidInput
+    """
+    lines = request.headers.getlist(TIMEOUT_HEADER)
+    said_s = None
+    if lines:
+        text = ", ".join(lines)
+        said_s = parse_timeout(text)
+        if said_s is None:
+            at, got = "Carry-Timeout", text[:300]
+            raise InvalidInput(
+                f"{at}: expected {_TIMEOUT_EXPECTED}, got {got!r}",
+                at=at,
+                expected=_TIMEOUT_EXPECTED,
+                got=got,
+            )
+    return time.monotonic() + limits.waits_s(said_s)
+
+
+def parse_timeout(text: str) -> float | None:
+    """The seconds of a Carry-Timeout header; None where it is not one."""
+    seconds = float(text) if _SECONDS.fullmatch(text) else 0.0
+    return seconds if seconds > 0 else None
+
+
+def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
+    """The query parameters by name.
+
+    Raises:
+        InvalidInput: one that the address does not know.
+        DuplicateField: one that comes twice.
+    """
+    raw: bytes = request.scope["query_string"]
+    if not raw:
+        return {}
+    found: dict[str, str] = {}
+    parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
+    for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
+        if name not in known:
+            expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
+            raise _invalid_query(name[:300], expected, name)
+        if name in found:
+            at = f"?{name}"
+            raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
+        found[name] = value
+    if len(parts) > MAX_PARAMETERS:
+        raise _invalid_query("", f"at most {MAX_PARAMETERS} parameters", "more")
+    return found
+
+
+def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
+    """A parameter that is `true` or `false`."""
+    text = parameters.get(name)
+    if text is None:
+        return default
+    if text not in _FLAGS:
+        raise _invalid_query(name, "true or false", text)
+    return _FLAGS[text]
+
+
+def count(parameters: dict[str, str], name: str, *, default: int, most: int) -> int:
+    """A parameter that is a whole number from 1 to `most`."""
+    text = parameters.get(name)
+    if text is None:
+        return min(default, most)
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise _invalid_query(name, f"a whole number from 1 to {most}", text)
+    return int(text)
+
+
+def required(parameters: dict[str, str], name: str, why: str) -> str:
+    """A parameter that has to be there, if need be empty."""
+    text = parameters.get(name)
+    if text is None:
+        raise _invalid_query(name, f"the parameter, {why}", "nothing")
+    return text
+
+
+def _invalid_query(name: str, expected: str, got: str) -> InvalidInput:
+    at, got = f"?{name}", got[:300]
+    return InvalidInput(
+        f"{at}: expected {expected}, got {got!r}", at=at, expected=expected, got=got
+    )

@@ -1,0 +1,213 @@
+"""Chunks of one stream, chunks of many streams, and whole sequences.
+
+Each unpacks its request, calls the pipeline and repacks what comes back. Whatever is wrong with
+a request is found before anything is asked of the pipeline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.core.errors import CarryError, InvalidPrecondition
+from service.core.values import Chunk, Precondition, Reply, Steps, StreamKey
+from service.transports.http.context import ApiContext, api_of
+from service.transports.http.disconnects import unless_left
+from service.transports.http.long_bodies.row_blocks import LONG_BYTES, read_in_turns
+from service.transports.http.media import Media
+from service.transports.http.openapi import operations
+from service.transports.http.problems import problem
+from service.transports.http.replies.replies import etag, reply, server_timing
+from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions
+from service.transports.http.request_fields import (
+    body_media,
+    deadline,
+    flag,
+    if_match,
+    query,
+    read_body,
+    reply_media,
+    stream_name,
+)
+from service.transports.http.routes.routing import plain_router
+from service.transports.http.wire import ModelWire
+
+router = plain_router("chunks")
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/chunks",
+    summary="Send one chunk of a stream and get its outputs",
+    **operations.CHUNK,
+)
+async def post_chunk(request: Request) -> Response:
+    """Continue the stream from the state its last chunk left; every event gets its output.
+
+    The first chunk creates the stream. With a `position`, the index of the chunk's first event,
+    the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
+    and a chunk that would skip or repeat events is refused with the position that was expected.
+    """
+    api = api_of(request)
+    deadline_s = deadline(request, api.limits)
+    wire = api.wire(request.path_params["model"])
+    stream = stream_name(request.path_params["stream"])
+    options = _options(request, wire)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        chunk = wire.reader.chunk(body, media, stream, precondition)
+    else:
+        _check_capacity(api, wire, StreamKey(wire.served.name, stream), deadline_s)
+        reading = _long_chunk(api, wire, body, media, stream, precondition, deadline_s)
+        chunk = await unless_left(request, reading)
+    result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
+    timing = (b"server-timing", server_timing(result.timing).encode())
+    return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
+
+
+@router.post(
+    "/v1/models/{model}/chunks",
+    summary="Send chunks of many streams in one request",
+    **operations.MANY,
+)
+async def post_chunks(request: Request) -> Response:
+    """Each item is one chunk and has its own outcome, in the order of the request.
+
+    Items of one stream are applied in their order. After an item that failed, later items of
+    its stream are not applied (`previous_failed`); `already_applied` and `position_behind` let
+    later items through if they carry a position, so that a whole request can be sent again.
+    The status is 200 however the items fare.
+    """
+    api = api_of(request)
+    deadline_s = deadline(request, api.limits)
+    wire = api.wire(request.path_params["model"])
+    options = _options(request, wire)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    if "if-match" in request.headers:
+        raise InvalidPrecondition(
+            "If-Match: expected none, since it would name one stream of many; send `if_match` in "
+            "an item",
+            at="If-Match",
+            expected="none",
+        )
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        items = wire.reader.items(body, media)
+    else:
+        _check_capacity(api, wire, None, deadline_s)
+        items = await unless_left(request, _long_items(api, wire, body, media, deadline_s))
+    results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
+    return reply(answer, _outcomes(api, wire, results, options))
+
+
+@router.post(
+    "/v1/models/{model}/predict",
+    summary="Run whole sequences, storing nothing",
+    **operations.PREDICT,
+)
+async def post_predict(request: Request) -> Response:
+    """Each sequence starts from the zero state. No stream is read or changed."""
+    api = api_of(request)
+    deadline_s = deadline(request, api.limits)
+    wire = api.wire(request.path_params["model"])
+    options = _options(request, wire)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        sequences = wire.reader.sequences(body, media)
+    else:
+        reading = _long_sequences(api, wire, body, media, deadline_s)
+        sequences = await unless_left(request, reading)
+    predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
+    predictions = await unless_left(request, predicting)
+    return reply(
+        answer,
+        {
+            "model": wire.served.name,
+            "version": wire.served.version,
+            "predictions": [wire.writer.prediction(found, options) for found in predictions],
+        },
+    )
+
+
+async def _long_chunk(
+    api: ApiContext,
+    wire: ModelWire,
+    body: bytes,
+    media: Media,
+    stream: str,
+    precondition: Precondition | None,
+    deadline_s: float,
+) -> Chunk:
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        chunk = await read_in_turns(wire.reader, body, media, stream, precondition, checkpoint)
+        return chunk or await wire.long.chunk(body, media, stream, precondition, checkpoint)
+
+
+async def _long_items(
+    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
+) -> list[Chunk | CarryError]:
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        return await wire.long.items(body, media, checkpoint)
+
+
+async def _long_sequences(
+    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
+) -> list[Steps]:
+    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+        return await wire.long.sequences(body, media, checkpoint)
+
+
+def _check_capacity(
+    api: ApiContext, wire: ModelWire, key: StreamKey | None, deadline_s: float
+) -> None:
+    """Reject a request before its long body is parsed, if the queue would reject it afterwards.
+
+    Raises:
+        Overloaded
+    """
+    refusal = api.pipeline.refusal(wire.served.name, key, deadline_s - time.monotonic())
+    if refusal is not None:
+        raise type(refusal)(refusal.detail, **refusal.facts)
+
+
+def _options(request: Request, wire: ModelWire) -> ReplyOptions:
+    parameters = query(request, ("return_sequences", "return_state", "return_attention"))
+    if not parameters:
+        return EVERY_STEP
+    options = ReplyOptions(
+        return_sequences=flag(parameters, "return_sequences", default=True),
+        return_state=flag(parameters, "return_state", default=False),
+        return_attention=flag(parameters, "return_attention", default=False),
+    )
+    wire.writer.check_options(options)
+    return options
+
+
+def _outcomes(
+    api: ApiContext,
+    wire: ModelWire,
+    results: Sequence[Reply | CarryError],
+    options: ReplyOptions,
+) -> dict[str, Any]:
+    outcomes: list[dict[str, Any]] = []
+    for result in results:
+        if isinstance(result, CarryError):
+            api.recorder.refusal(wire.served.name, result.code)
+            error = problem(result)
+            outcomes.append({"status": error["status"], "error": error})
+        else:
+            outcomes.append({"status": 200, "reply": wire.writer.reply(result, options)})
+    return {
+        "model": wire.served.name,
+        "version": wire.served.version,
+        "results": outcomes,
+    }

@@ -1,0 +1,58 @@
+"""Forecasts: looking ahead from a stream's state, which stays as it is."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.core.values import StreamKey
+from service.transports.http.context import api_of
+from service.transports.http.disconnects import unless_left
+from service.transports.http.long_bodies.row_blocks import LONG_BYTES
+from service.transports.http.openapi import operations
+from service.transports.http.replies.replies import etag, reply
+from service.transports.http.request_fields import (
+    body_media,
+    deadline,
+    if_match,
+    query,
+    read_body,
+    reply_media,
+    stream_name,
+)
+from service.transports.http.routes.routing import plain_router
+
+router = plain_router("streams")
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/forecast",
+    summary="Look ahead from where a stream stands",
+    **operations.FORECAST,
+)
+async def post_forecast(request: Request) -> Response:
+    """The model's decoder starts from the stream's stored state and goes `horizon` steps ahead.
+
+    Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
+    step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
+    the same state. With a `position` the stream has to be at that position, with
+    `If-Match` in the state that it names.
+    """
+    api = api_of(request)
+    deadline_s = deadline(request, api.limits)
+    query(request)
+    wire = api.wire(request.path_params["model"])
+    key = StreamKey(wire.served.name, stream_name(request.path_params["stream"]))
+    wire.served.require_decoder()
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    body = await read_body(request, api.limits.max_body_bytes)
+    if len(body) < LONG_BYTES:
+        wanted = wire.reader.forecast_request(body, media, key.stream)
+    else:
+        async with api.long_bodies.admit(body, deadline_s) as checkpoint:
+            wanted = await wire.long.forecast_request(body, media, key.stream, checkpoint)
+    wanted = wanted._replace(precondition=precondition)
+    found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
+    return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.head)])

@@ -1,0 +1,59 @@
+"""Health for whoever routes traffic here, and the metrics.
+
+Liveness says that the process answers, and looks at nothing else: a store that is away is no
+reason to restart it. Readiness names every check and each one that fails. Both speak JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.transports.http.context import api_of
+from service.transports.http.media import Media
+from service.transports.http.openapi import operations
+from service.transports.http.replies.replies import reply
+from service.transports.http.routes.routing import plain_router
+
+RenderMetrics = Callable[[], tuple[bytes, str]]
+"""Gives the body of /metrics and its content type; called in a thread."""
+
+router = plain_router("health")
+
+
+@router.get("/health/live", summary="Whether the process answers", **operations.LIVE)
+async def get_live(_: Request) -> Response:
+    """Always 200."""
+    return reply(Media.JSON, {"status": "live"})
+
+
+@router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
+async def get_ready(request: Request) -> Response:
+    """200 where every check holds, otherwise 503; `failing` names those that do not."""
+    checks = await api_of(request).pipeline.readiness()
+    failing = [check.name for check in checks if not check.ok]
+    document = {
+        "status": "not_ready" if failing else "ready",
+        "failing": failing,
+        "checks": [
+            {"name": check.name, "ok": check.ok, "detail": check.detail} for check in checks
+        ],
+    }
+    return reply(Media.JSON, document, 503 if failing else 200)
+
+
+def metrics_router(render: RenderMetrics) -> APIRouter:
+    """The route /metrics over a renderer."""
+    metrics = plain_router("health")
+
+    # Not a coroutine: it reads files where several workers share their numbers.
+    @metrics.get("/metrics", summary="Metrics for Prometheus", **operations.METRICS)
+    def get_metrics(_: Request) -> Response:
+        """Prometheus' text format, of all workers together."""
+        body, content_type = render()
+        return Response(body, headers={"Content-Type": content_type})
+
+    return metrics

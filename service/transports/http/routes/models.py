@@ -1,0 +1,119 @@
+"""The served models: what each takes, gives and remembers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.events.parse import event_json_schema
+from models.events.schema import CategoricalField, Column
+from models.spec.decoder import DecoderSpec
+from service.pipeline.served_model import ServedModel
+from service.transports.http.context import api_of
+from service.transports.http.limits import ApiLimits
+from service.transports.http.openapi import operations
+from service.transports.http.replies.replies import reply
+from service.transports.http.request_fields import query, reply_media
+from service.transports.http.routes.routing import plain_router
+
+router = plain_router("models")
+
+
+@router.get("/v1/models", summary="List the models", **operations.MODELS)
+async def get_models(request: Request) -> Response:
+    """Every served model with the least that tells it from the others."""
+    query(request)
+    answer = reply_media(request)
+    served = api_of(request).pipeline.models
+    return reply(answer, {"models": [_summary(served[name]) for name in sorted(served)]})
+
+
+@router.get(
+    "/v1/models/{model}", summary="What a model takes, gives and remembers", **operations.MODEL
+)
+async def get_model(request: Request) -> Response:
+    """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
+    query(request)
+    answer = reply_media(request)
+    api = api_of(request)
+    return reply(answer, detail(api.pipeline.model(request.path_params["model"]), api.limits))
+
+
+def _summary(served: ServedModel) -> dict[str, Any]:
+    return {
+        "name": served.name,
+        "version": served.version,
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "events": served.events is not None,
+        "outputs": [output.name for output in served.outputs.outputs],
+    }
+
+
+def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
+    """All that a client needs to know of a model, as plain data."""
+    schema, limits = served.events, limits.of_model(served.chunk_limit)
+    return {
+        "name": served.name,
+        "version": served.version,
+        "fingerprint": served.fingerprint.hex(),
+        "description": served.artifact.spec.description,
+        "input_features": served.input_features,
+        "columns": [_column(served, column) for column in served.artifact.spec.columns],
+        "events": None if schema is None else event_json_schema(schema),
+        "outputs": {
+            output.name: {
+                "shape": list(output.shape),
+                "per": output.per,
+                "labels": list(output.labels),
+            }
+            for output in served.outputs.outputs
+        },
+        "state": {
+            part.name: {"shape": list(part.shape), "dtype": part.dtype}
+            for part in served.state.parts
+        },
+        "attention": list(served.outputs.attention),
+        "chunking": served.artifact.spec.chunking,
+        "blocks": _blocks(served),
+        "max_chunk_steps": served.chunk_limit,
+        "runtimes": [served.runtime.name],
+        "forecast": _forecast(served.artifact.spec.decoder),
+        "limits": {
+            "max_body_bytes": limits.max_body_bytes,
+            "max_chunk_steps": limits.max_chunk_steps,
+            "max_predict_steps": limits.max_predict_steps,
+            "max_items": limits.max_items,
+            "max_forecast_samples": limits.max_forecast_samples,
+        },
+        "metrics": dict(served.artifact.manifest.get("metrics") or {}),
+    }
+
+
+def _blocks(served: ServedModel) -> dict[str, int] | None:
+    blocks = served.artifact.spec.blocks
+    return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
+
+
+def _forecast(decoder: DecoderSpec | None) -> dict[str, Any] | None:
+    if decoder is None:
+        return None
+    return {
+        "targets": list(decoder.targets),
+        "known": list(decoder.known),
+        "step_s": decoder.step_s,
+        "levels": list(decoder.head.quantiles),
+        "max_horizon": decoder.max_horizon,
+    }
+
+
+def _column(served: ServedModel, column: Column) -> dict[str, Any]:
+    document: dict[str, Any] = {"name": column.name, "field": column.field}
+    if column.codes is not None and column.field is not None and served.events is not None:
+        field = served.events.field(column.field)
+        document["codes"] = column.codes
+        if isinstance(field, CategoricalField):
+            document["labels"] = list(field.labels)
+    return document

@@ -1,0 +1,298 @@
+"""Streams: where they stand, their states, listing, forgetting, restoring and forking.
+
+Everything here is answered from the store. What overwrites a stream needs an If-Match header
+with that stream's ETag.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from models.errors import DataError, StateError
+from models.events.encode import MAX_RESTORED_SEEN, Clock, check_rows
+from models.spec.blocks import WAITING
+from models.spec.state import State
+from service.core.errors import InvalidInput, StateIncompatible
+from service.core.values import Feed, Precondition, StreamKey, StreamState
+from service.pipeline.chunk_batch import incompatible
+from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.body_types import validate
+from service.transports.http.context import ApiContext, api_of
+from service.transports.http.long_bodies.row_blocks import LONG_BYTES
+from service.transports.http.media import Media
+from service.transports.http.openapi import operations
+from service.transports.http.replies.replies import etag, reply
+from service.transports.http.replies.schemas import ForkBody, StateBody
+from service.transports.http.request_fields import (
+    body_media,
+    count,
+    if_match,
+    query,
+    read_body,
+    reply_media,
+    required,
+    stream_name,
+    stream_prefix,
+)
+from service.transports.http.routes.routing import plain_router
+
+PAGE_STREAMS = 100
+VERSION_DIGITS = 12
+
+router = plain_router("streams")
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Where a stream stands",
+    **operations.STREAM,
+)
+async def get_stream(request: Request) -> Response:
+    """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
+    query(request)
+    answer = reply_media(request)
+    key = _key(request)
+    precondition = if_match(request)
+    found = await api_of(request).pipeline.streams.read(key, precondition=precondition)
+    return reply(answer, _info(request, key, found), headers=[etag(found.head)])
+
+
+@router.delete(
+    "/v1/models/{model}/streams/{stream}",
+    summary="Forget a stream",
+    status_code=204,
+    **operations.DELETE_STREAM,
+)
+async def delete_stream(request: Request) -> Response:
+    """Its state and its stored reply are gone; its next chunk begins it anew, at position 0."""
+    query(request)
+    await api_of(request).pipeline.streams.delete(_key(request), if_match(request))
+    return Response(status_code=204)
+
+
+@router.get(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="The state of a stream, by name",
+    **operations.STATE,
+)
+async def get_state(request: Request) -> Response:
+    """The whole state with all that is needed to restore it.
+
+    Refused (`state_incompatible`) where another version of the model wrote it.
+    """
+    query(request)
+    answer = reply_media(request)
+    api = api_of(request)
+    key = _key(request)
+    wire = api.wire(key.model)
+    found = await api.pipeline.streams.read(key, precondition=if_match(request))
+    if not wire.served.takes(found):
+        raise incompatible(wire.served, key.stream, found)
+    document = {**_standing(key, found), "state": wire.writer.state(found.state)}
+    return reply(answer, document, headers=[etag(found.head)])
+
+
+@router.put(
+    "/v1/models/{model}/streams/{stream}/state",
+    summary="Restore a stream from a state",
+    **operations.RESTORE,
+)
+async def put_state(request: Request) -> Response:
+    """Takes what `GET` gave, of this stream or another. The stream gets a new epoch.
+
+    A stream that exists is overwritten only under `If-Match` with its ETag. 201 where the
+    stream was created, 200 where it was overwritten.
+    """
+    query(request)
+    api = api_of(request)
+    key = _key(request)
+    wire = api.wire(key.model)
+    wire.reader.check_takes_chunks()
+    served = wire.served
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    content = await read_body(request, api.limits.max_body_bytes)
+    if len(content) < LONG_BYTES:
+        body = validate(StateBody, media, content)
+    else:
+        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
+            body = await wire.long.state(content, media, checkpoint)
+    fingerprint = bytes.fromhex(body.fingerprint)
+    if fingerprint != served.fingerprint:
+        raise _foreign(served, key.stream, fingerprint)
+    try:
+        state = served.state.from_names(body.state)
+        Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
+        _check_waiting(served, state, body.position)
+    except StateError as error:
+        raise InvalidInput(f"state: {error}", at="state", stream=key.stream) from error
+    feed = Feed(body.feed)
+    if feed is Feed.EVENTS and served.events is None:
+        raise InvalidInput(
+            f"feed: expected inputs, since model {served.name!r} has no event schema, got events",
+            at="feed",
+            expected="inputs",
+            got="events",
+            stream=key.stream,
+        )
+    found = await api.pipeline.streams.restore(
+        key,
+        feed=feed,
+        position=body.position,
+        fingerprint=fingerprint,
+        state=state,
+        precondition=precondition,
+    )
+    return _begun(request, answer, key, found, precondition)
+
+
+@router.post(
+    "/v1/models/{model}/streams/{stream}/fork",
+    summary="Begin a second stream from here",
+    **operations.FORK,
+)
+async def post_fork(request: Request) -> Response:
+    """The new stream has this one's state, position and kind of feed, and an epoch of its own.
+
+    An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
+    of the stream `to`. 201 where it was created, 200 where it was overwritten.
+    """
+    query(request)
+    api = api_of(request)
+    key = _key(request)
+    media = body_media(request)
+    answer = reply_media(request, media)
+    precondition = if_match(request)
+    content = await read_body(request, api.limits.max_body_bytes)
+    if len(content) < LONG_BYTES:
+        body = validate(ForkBody, media, content)
+    else:
+        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
+            body = await api.wire(key.model).long.fork(content, media, checkpoint)
+    to = StreamKey(key.model, stream_name(body.to, "to"))
+    found = await api.pipeline.streams.fork(key, to.stream, precondition)
+    return _begun(request, answer, to, found, precondition)
+
+
+@router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
+async def get_streams(request: Request) -> Response:
+    """One page of names, in no order; go on with its `cursor` until that is null.
+
+    A stream that exists throughout a listing comes at least once; a name may come twice, and a
+    page may be empty before the last.
+    """
+    parameters = query(request, ("prefix", "cursor", "limit"))
+    answer = reply_media(request)
+    api = api_of(request)
+    model = api.pipeline.model(request.path_params["model"]).name
+    limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
+    prefix = stream_prefix(parameters.get("prefix", ""))
+    page = await api.pipeline.streams.page(model, prefix, parameters.get("cursor") or None, limit)
+    return reply(answer, {"model": model, "streams": list(page.streams), "cursor": page.cursor})
+
+
+@router.delete(
+    "/v1/models/{model}/streams",
+    summary="Forget every stream whose name begins with a prefix",
+    **operations.DELETE_STREAMS,
+)
+async def delete_streams(request: Request) -> Response:
+    """The parameter `prefix` has to be there; `?prefix=` alone forgets all of the model's.
+
+    Streams that begin while this runs may stay.
+    """
+    parameters = query(request, ("prefix",))
+    answer = reply_media(request)
+    api = api_of(request)
+    model = api.pipeline.model(request.path_params["model"]).name
+    prefix = stream_prefix(
+        required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
+    )
+    deleted = await api.pipeline.streams.delete_prefix(model, prefix)
+    return reply(answer, {"model": model, "deleted": deleted})
+
+
+def _key(request: Request) -> StreamKey:
+    """The stream that the address names; the model is looked up first.
+
+    Raises:
+        ModelNotFound, InvalidName
+    """
+    model = api_of(request).pipeline.model(request.path_params["model"]).name
+    return StreamKey(model, stream_name(request.path_params["stream"]))
+
+
+def _deadline(api: ApiContext) -> float:
+    """The deadline of a request without `Carry-Timeout`, on the monotonic clock."""
+    return time.monotonic() + api.limits.waits_s(None)
+
+
+def _standing(key: StreamKey, found: StreamState) -> dict[str, Any]:
+    fingerprint = found.fingerprint.hex()
+    return {
+        "model": key.model,
+        "version": fingerprint[:VERSION_DIGITS],
+        "fingerprint": fingerprint,
+        "stream": key.stream,
+        "feed": str(found.feed),
+        "epoch": found.head.epoch.hex(),
+        "position": found.head.position,
+        "tag": found.head.tag.hex(),
+        "updated_ms": found.updated_ms,
+    }
+
+
+def _info(request: Request, key: StreamKey, found: StreamState) -> dict[str, Any]:
+    age_ms = max(0, api_of(request).now_ms() - found.updated_ms)
+    return {
+        **_standing(key, found),
+        "age_s": age_ms / 1000,
+        "state_bytes": found.state.floats.nbytes + found.state.ints.nbytes,
+    }
+
+
+def _begun(
+    request: Request,
+    answer: Media,
+    key: StreamKey,
+    found: StreamState,
+    precondition: Precondition | None,
+) -> Response:
+    """The answer to a restore or a fork: without a precondition it can only have created."""
+    status = 201 if precondition is None else 200
+    headers = [etag(found.head)]
+    if status == 201:
+        location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
+        headers.append((b"location", location.encode()))
+    return reply(answer, _info(request, key, found), status, headers)
+
+
+def _check_waiting(served: ServedModel, state: State, position: int) -> None:
+    """Refuse waiting rows that no stream at that position has; StateError says why."""
+    if served.blocks is None:
+        return
+    served.blocks.check_at(state, position)
+    try:
+        check_rows(served.artifact.spec.columns, served.blocks.waiting(state))
+    except DataError as error:
+        raise StateError(
+            f"part {WAITING!r}: row {error.index}, {error.field}: expected {error.expected}, got "
+            f"{error.got}"
+        ) from error
+
+
+def _foreign(served: ServedModel, stream: str, fingerprint: bytes) -> StateIncompatible:
+    expected, got = served.fingerprint.hex(), fingerprint.hex()
+    return StateIncompatible(
+        f"fingerprint: expected {expected} of the served version {served.version}, got {got}",
+        at="fingerprint",
+        expected=expected,
+        got=got,
+        stream=stream,
+    )

@@ -1,0 +1,116 @@
+"""Graphs in an artifact: derived from the weights, never read back, or absent with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.artifact.artifact import add_graph, load_artifact, write_artifact
+from models.artifact.fingerprint import fingerprint
+from models.errors import GraphUnsupportedError
+from models.onnx.graph import write_graph
+from models.spec.model import parse_spec
+from tests.models.artifact.artifacts import SPEC, WEIGHTS, manifest_of, seal
+from tests.support.models import random_weights
+
+ODD = parse_spec(
+    {
+        "name": "odd",
+        "features": 1,
+        "layers": [{"kind": "lstm", "units": 2, "activation": "gelu"}],
+        "heads": [{"kind": "sequence", "name": "h"}],
+    }
+)
+"""A model that no graph can hold."""
+
+
+def graphless(path: Path) -> dict[str, Any]:
+    """Make the artifact one from before there were graphs; its manifest."""
+    manifest = manifest_of(path)
+    for key in ("graph", "graph_refused", "runtimes"):
+        manifest.pop(key, None)
+    manifest["files"].pop("graph.onnx", None)
+    (path / "graph.onnx").unlink(missing_ok=True)
+    seal(path, manifest)
+    return manifest_of(path)
+
+
+def test_a_model_that_no_graph_can_hold_says_why(tmp_path: Path) -> None:
+    artifact = write_artifact(tmp_path / "odd", ODD, random_weights(ODD))
+
+    assert artifact.graphs.data is None
+    assert "'gelu'" in str(artifact.graphs.refused)
+    assert artifact.manifest["graph_refused"] == artifact.graphs.refused
+    assert artifact.manifest["runtimes"] == ["tensorflow"]
+    assert set(artifact.manifest["files"]) == {"weights.safetensors"}
+
+
+def test_an_old_artifact_gets_its_graph_and_keeps_the_rest(made: Path) -> None:
+    written = load_artifact(made)
+    (made / "notes.txt").write_text("mine")
+    before = graphless(made)
+    assert load_artifact(made).graphs == written.graphs
+
+    artifact = add_graph(made)
+
+    assert (made / "graph.onnx").read_bytes() == artifact.graphs.data
+    assert artifact.version == written.version
+    assert artifact.manifest == written.manifest
+    kept = {key: value for key, value in before.items() if key not in ("checksum", "files")}
+    assert kept.items() <= artifact.manifest.items()
+    assert (made / "notes.txt").read_text() == "mine"
+    assert not [entry.name for entry in made.iterdir() if entry.name.startswith(".")]
+    assert add_graph(made).manifest == written.manifest
+
+
+def test_an_old_artifact_that_no_graph_can_hold_learns_why(tmp_path: Path) -> None:
+    path = tmp_path / "odd"
+    written = write_artifact(path, ODD, random_weights(ODD))
+    graphless(path)
+
+    with pytest.raises(GraphUnsupportedError, match="'gelu'"):
+        add_graph(path)
+
+    assert load_artifact(path).manifest == written.manifest
+
+
+def test_every_moment_of_a_new_graph_is_a_whole_artifact(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    replace = Path.replace
+
+    def watched(source: Path, target: Path) -> Path:
+        seen.append(load_artifact(made).manifest.get("graph"))
+        done = replace(source, target)
+        seen.append(load_artifact(made).manifest.get("graph"))
+        return done
+
+    monkeypatch.setattr(Path, "replace", watched)
+    add_graph(made)
+
+    assert seen == ["graph.onnx", None, None, None, None, "graph.onnx"]
+
+
+def test_graphs_are_derived_from_weights_and_not_read_from_files(made: Path) -> None:
+    other = random_weights(SPEC, seed=9)
+    marks = [fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
+    (made / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))
+    seal(made, manifest_of(made))
+
+    artifact = load_artifact(made)
+
+    assert artifact.fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert artifact.graphs.data == write_graph(SPEC, WEIGHTS)
+    assert artifact.differing_graphs == ["graph.onnx"]
+    assert add_graph(made).differing_graphs == []
+
+
+def test_adding_a_graph_removes_no_other_file(made: Path) -> None:
+    manifest = manifest_of(made)
+    manifest["graph"] = "report.json"
+    seal(made, manifest)
+
+    assert "report.json" in add_graph(made).manifest["files"]

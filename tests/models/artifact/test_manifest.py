@@ -1,0 +1,224 @@
+"""Manifests and files that are damaged, or do not fit each other, are refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.artifact.artifact import load_artifact, write_artifact
+from models.artifact.fingerprint import canonical_json
+from models.errors import ArtifactError
+from models.spec.model import parse_spec
+from tests.models.artifact.artifacts import WEIGHTS, manifest_of, refusal, seal
+from tests.support.models import SMALL
+
+
+def test_a_spec_that_is_not_fitted_is_neither_written_nor_loaded(
+    made: Path, tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(SMALL))
+    data["events"]["fields"][0]["std"] = None
+    spec = parse_spec(data)
+    with pytest.raises(ArtifactError, match=r"fitted event schema.*\['load'\]"):
+        write_artifact(tmp_path / "b", spec, WEIGHTS)
+
+    manifest = manifest_of(made)
+    manifest["spec"] = spec.model_dump(mode="json")
+    seal(made, manifest)
+    refusal(made, "manifest.json", "fitted", "['load']")
+
+
+def test_paths_that_are_no_artifact(made: Path, tmp_path: Path) -> None:
+    refusal(tmp_path / "none", "none", "expected a directory")
+    refusal(made / "report.json", "expected a directory")
+    refusal(tmp_path, "manifest.json", "No such file")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["expected JSON"]),
+        (b"{", ["expected JSON"]),
+        (b"\xff\xfe", ["expected JSON"]),
+        (b"[" * 100_000, ["expected JSON"]),
+        (b"[]", ["expected a JSON object, got list"]),
+        (b"{}", ["expected artifact format 1, got None"]),
+        (b'{"format": 2}', ["expected artifact format 1, got 2"]),
+        (b'{"format": "1"}', ["expected artifact format 1, got '1'"]),
+        (b'{"format": true}', ["expected artifact format 1, got True"]),
+        (b'{"format": 1}', ["checksum"]),
+        (b'{"format": 1, "x": NaN}', ["finite"]),
+    ],
+)
+def test_manifests_that_are_none(made: Path, content: bytes, words: list[str]) -> None:
+    (made / "manifest.json").write_bytes(content)
+
+    refusal(made, "manifest.json", *words)
+
+
+def test_a_changed_manifest_fails_its_checksum(made: Path) -> None:
+    manifest = manifest_of(made)
+    manifest["metrics"]["auc"] = 0.99
+    (made / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+    refusal(made, "manifest.json", "changed since it was written", manifest["checksum"])
+
+
+FILES = ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_listed_file_is_guarded(made: Path, name: str) -> None:
+    file = made / name
+    content = file.read_bytes()
+
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refusal(made, name, "SHA-256")
+    file.write_bytes(content + b"x")
+    refusal(made, name, f"expected {len(content)} bytes, got {len(content) + 1}")
+    file.unlink()
+    refusal(made, name, "No such file")
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+EDITS: dict[str, tuple[Edit, list[str]]] = {
+    "no spec": (lambda m: m.pop("spec"), ["spec"]),
+    "wrong spec": (lambda m: m["spec"].update(layers=[]), ["layers"]),
+    "no files": (lambda m: m.pop("files"), ["`files`"]),
+    "bad entry": (lambda m: m["files"].update({"report.json": 1}), ["files.report.json"]),
+    "no weights": (lambda m: m.pop("weights"), ["`weights`", "None"]),
+    "unlisted graph": (lambda m: m.update(graph="g"), ["`graph`", "'g'"]),
+    "graph no name": (lambda m: m.update(graph=["graph.onnx"]), ["`graph`", "['graph.onnx']"]),
+    "weights no name": (lambda m: m.update(weights=["w"]), ["`weights`", "['w']"]),
+    "metrics": (lambda m: m.update(metrics=[1]), ["`metrics`", "an object"]),
+    "training": (lambda m: m.update(training="x"), ["`training`", "an object"]),
+    "no size": (lambda m: m["files"].update(x={"sha256": ""}), ["files.x", "size_bytes"]),
+    "large": (
+        lambda m: m["files"].update(x={"sha256": "", "size_bytes": 2**32}),
+        ["at most 4294967296 bytes in all"],
+    ),
+    "NUL in a name": (
+        lambda m: m["files"].update({"a\0b": {"sha256": "", "size_bytes": 0}}),
+        ["inside the artifact"],
+    ),
+    "unlisted weights": (lambda m: m.update(weights="w"), ["`weights`", "'w'"]),
+    "name": (lambda m: m.update(name="other"), ["`name`", "small", "other"]),
+    "state": (lambda m: m["state"].pop("gru_1.hidden"), ["`state`"]),
+    "state shape": (lambda m: m["state"]["lstm_1.carry"].update(shape=[4]), ["`state`"]),
+    "outputs": (lambda m: m["outputs"]["next"].update(shape=[2]), ["`outputs`"]),
+    "features": (lambda m: m.update(input_features=14), ["`input_features`", "13", "14"]),
+    "fingerprint": (lambda m: m.update(fingerprint="00" * 16), ["`fingerprint`", "00" * 16]),
+    "version": (lambda m: m.update(version="1.0"), ["`version`", "1.0"]),
+    "changed number": (
+        lambda m: m["spec"]["events"]["fields"][0].update(mean=3.8),
+        ["`fingerprint`"],
+    ),
+    "out by dots": (
+        lambda m: m["files"].update({"../x": {"sha256": "", "size_bytes": 0}}),
+        ["inside the artifact", "'../x'"],
+    ),
+    "out by root": (
+        lambda m: m["files"].update({"/etc/hostname": {"sha256": "", "size_bytes": 0}}),
+        ["inside the artifact"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "words"), EDITS.values(), ids=EDITS.keys())
+def test_a_manifest_that_does_not_fit_itself(made: Path, edit: Edit, words: list[str]) -> None:
+    manifest = manifest_of(made)
+    edit(manifest)
+    seal(made, manifest)
+
+    refusal(made, "manifest.json", *words)
+
+
+def test_a_link_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.json"
+    outside.write_bytes((made / "report.json").read_bytes())
+    (made / "report.json").unlink()
+    (made / "report.json").symlink_to(outside)
+
+    refusal(made, "inside the artifact", "report.json")
+
+
+def test_a_linked_directory_and_links_inside_it_are_followed(made: Path, tmp_path: Path) -> None:
+    (made / "report.json").rename(made / "kept.json")
+    (made / "report.json").symlink_to("kept.json")
+    (tmp_path / "link").symlink_to(made)
+
+    assert load_artifact(tmp_path / "link").path == tmp_path / "link"
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "report.json"])
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (fifo, "regular file"),
+        (Path.mkdir, "regular file"),
+        (device, "inside the artifact"),
+        (loop, "symbolic links"),
+        (sparse, str(2**40)),
+    ],
+    ids=["fifo", "folder", "device", "loop", "sparse"],
+)
+def test_irregular_files_are_rejected_before_they_are_read(
+    made: Path, name: str, make: Callable[[Path], None], word: str
+) -> None:
+    (made / name).unlink()
+    make(made / name)
+
+    refusal(made, name, word)
+
+
+def test_an_oversized_manifest_is_rejected_before_it_is_read(made: Path) -> None:
+    (made / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
+
+    refusal(made, "manifest.json", "at most 16777216 bytes, got 16777217")
+
+
+def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked and loaded are the same bytes: nothing is looked at by its path twice."""
+    opened: list[str] = []
+    real = os.open
+
+    def counted(path: str, *rest: int, **more: int) -> int:
+        opened.append(Path(path).name)
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", counted)
+    load_artifact(made)
+
+    assert sorted(opened) == sorted(["manifest.json", *(Path(n).name for n in FILES)])
+
+
+def test_the_checksum_is_that_of_the_canonical_manifest(made: Path) -> None:
+    manifest = manifest_of(made)
+    checksum = manifest.pop("checksum")
+
+    assert checksum == hashlib.sha256(canonical_json(manifest)).hexdigest()

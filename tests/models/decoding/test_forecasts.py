@@ -1,0 +1,136 @@
+"""What a forecast starts from, is told and feeds back, without a runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.decoding.forecasts import Decoding, Distribution, coming, start
+from models.errors import DataError
+from models.events.columns import EventColumns, columns_from_events
+from models.events.encode import Clock, encode
+from models.spec.decoder import known_schema
+from models.spec.layout import state_spec
+from models.spec.model import ModelSpec
+from tests.support.decoders import (
+    HOUR_MS,
+    START_MS,
+    clock,
+    decoder_spec,
+    future_of,
+    hourly_events,
+    random_state,
+)
+
+
+def told(spec: ModelSpec, events: list[dict[str, object]]) -> EventColumns:
+    assert spec.events is not None
+    assert spec.decoder is not None
+    schema = known_schema(spec.events, spec.decoder, timed=False)
+    assert schema is not None
+    return columns_from_events(schema, events)
+
+
+def test_starts_from_the_layers_that_it_names_and_from_zero_elsewhere() -> None:
+    spec = decoder_spec(
+        layers=[
+            {"kind": "gru", "units": 2},
+            {"kind": "lstm", "units": 4, "starts_from": "lstm_1"},
+        ]
+    )
+    floats = np.arange(1, state_spec(spec).float_size + 1, dtype=np.float32)
+    state, previous = start(spec, floats)
+    assert state.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert previous.tolist() == [12, 13]
+
+
+def test_known_columns_are_those_that_the_events_themselves_will_have() -> None:
+    spec = decoder_spec()
+    assert spec.events is not None
+    events = hourly_events(5 + 6)
+    rows, _ = encode(spec.events, columns_from_events(spec.events, events), Clock())
+    future = [{k: e[k] for k in ("holiday", "tariff", "wind") if k in e} for e in events[5:]]
+    found = coming(spec, clock(5), 6, told(spec, future))
+    wanted = ["at.hour_sin", "at.hour_cos", "at.weekday_sin", "at.weekday_cos"]
+    wanted += ["holiday", "tariff", "wind", "wind.missing"]
+    index = spec.events.column_index
+    np.testing.assert_array_equal(found.rows, rows[5:, [index[name] for name in wanted]])
+    assert found.times_ms == tuple(START_MS + HOUR_MS * k for k in range(5, 11))
+
+
+def test_a_timestamp_may_be_given_and_is_held_to_the_step() -> None:
+    spec = decoder_spec()
+    future = future_of(2)
+    future[0]["at"] = START_MS + 5 * HOUR_MS
+    assert coming(spec, clock(5), 2, told(spec, future)).times_ms is not None
+    future[1]["at"] = START_MS + 7 * HOUR_MS
+    with pytest.raises(DataError, match=r"3600\.0 s after the one before") as caught:
+        coming(spec, clock(5), 2, told(spec, future))
+    assert (caught.value.index, caught.value.field) == (1, "at")
+
+
+@pytest.mark.parametrize("regular", [True, False])
+def test_timestamps_that_cannot_be_derived_have_to_be_given(regular: bool) -> None:
+    spec = decoder_spec(step_s=3600 if regular else None)
+    seen = Clock() if regular else clock(5)
+    future = future_of(3)
+    for number in (0, 2):
+        future[number]["at"] = START_MS + number * HOUR_MS
+    with pytest.raises(DataError, match="the timestamp of the step") as caught:
+        coming(spec, seen, 3, told(spec, future))
+    assert (caught.value.index, caught.value.field) == (1, "at")
+    future[1]["at"] = START_MS + HOUR_MS
+    assert coming(spec, seen, 3, told(spec, future)).rows.shape == (3, 8)
+
+
+def test_what_has_to_be_known_is_named() -> None:
+    with pytest.raises(DataError) as caught:
+        coming(decoder_spec(), clock(), 3, None)
+    assert (caught.value.index, caught.value.field) == (0, "holiday")
+    assert coming(decoder_spec(known=None), clock(), 3, None).rows.shape == (3, 4)
+
+
+@pytest.mark.parametrize("head", ["quantiles", "gaussian"])
+def test_drawn_values_have_the_quantiles_that_are_told(head: str) -> None:
+    spec = decoder_spec(head={"kind": head, "quantiles": [0.1, 0.5, 0.8, 0.95]})
+    distribution = Distribution(spec)
+    size = 8 if head == "quantiles" else 4
+    one = np.random.default_rng(5).normal(size=size).astype(np.float32)
+    if head == "quantiles":
+        one = np.sort(one.reshape(2, 4), axis=1).ravel()
+    quantiles = distribution.quantiles(one)
+    noise = distribution.noise(1, 1, 40_000)[0]
+    drawn = distribution.drawn(np.tile(one, (40_000, 1)), noise)
+    for level, value in zip(distribution.levels, quantiles.T, strict=True):
+        share = (drawn <= value).mean(axis=0)
+        np.testing.assert_allclose(share, level, atol=0.01)
+    assert (drawn < quantiles[:, 0]).any()
+    assert (drawn > quantiles[:, -1]).any()
+
+
+def test_a_shorter_horizon_is_the_beginning_of_a_longer_one() -> None:
+    distribution = Distribution(decoder_spec())
+    np.testing.assert_array_equal(distribution.noise(9, 3, 5), distribution.noise(9, 7, 5)[:3])
+    assert not np.array_equal(distribution.noise(9, 3, 5), distribution.noise(10, 3, 5))
+
+
+def test_units_and_transforms_come_back() -> None:
+    spec = decoder_spec()
+    distribution = Distribution(spec)
+    values = distribution.in_units(np.array([[0.5, (np.log1p(2.5) - 0.4) / 0.7]]))
+    np.testing.assert_allclose(values, [[16.0, 2.5]], rtol=1e-6)
+    assert np.isfinite(distribution.in_units(np.array([[0.0, 1e9]]))).all()
+
+
+def test_a_decoding_is_done_after_its_horizon() -> None:
+    spec = decoder_spec()
+    known = coming(spec, clock(), 2, told(spec, future_of(2))).rows
+    decoding = Decoding(spec, random_state(spec), known, samples=0, seed=0)
+    assert decoding.rows.shape == (1, 10)
+    for _ in range(2):
+        assert not decoding.done
+        decoding.take(np.zeros((1, 8), np.float32), decoding.states)
+    assert decoding.done
+    forecast = decoding.forecast()
+    assert (forecast.point.shape, forecast.quantiles.shape) == ((2, 2), (2, 2, 4))
+    assert forecast.paths.shape == (0, 2, 2)

@@ -1,0 +1,96 @@
+"""`initialise_artifact`: the same seed, the same model; unfitted schemas are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import load_artifact
+from models.errors import ArtifactError, SpecError
+from models.networks.initial_artifact import initialise_artifact
+from models.spec.model import ModelSpec, parse_spec
+
+
+def raw_model(units: int = 4) -> ModelSpec:
+    return parse_spec(
+        {
+            "name": "m",
+            "features": 3,
+            "layers": [{"kind": "lstm", "units": units}, {"kind": "gru", "units": 2}],
+            "heads": [{"kind": "dense", "name": "y", "units": 2}],
+        }
+    )
+
+
+def test_same_seed_gives_the_same_fingerprint(tmp_path: Path) -> None:
+    first = initialise_artifact(raw_model(), tmp_path / "a", 3)
+    again = initialise_artifact(raw_model(), tmp_path / "b", 3)
+    other = initialise_artifact(raw_model(), tmp_path / "c", 4)
+    assert first.fingerprint == again.fingerprint == load_artifact(tmp_path / "a").fingerprint
+    assert other.fingerprint != first.fingerprint
+    assert first.manifest["training"] == {"initialised": {"seed": 3}}
+
+
+def test_options_of_a_cell_are_drawn_and_packaged_too(tmp_path: Path) -> None:
+    spec = raw_model()
+    first, *rest = spec.model_dump()["layers"]
+    options = {"peepholes": True, "layer_normalization": True, "projection": 3}
+    changed = {**spec.model_dump(), "layers": [{**first, **options}, *rest]}
+    made = initialise_artifact(parse_spec(changed), tmp_path / "a", 3)
+    plain = initialise_artifact(spec, tmp_path / "b", 3)
+    assert made.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
+    assert {part.name: part.shape for part in made.state.parts} == {
+        "lstm_1.hidden": (3,),
+        "lstm_1.carry": (4,),
+        "gru_1.hidden": (2,),
+    }
+    np.testing.assert_array_equal(made.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
+
+
+def test_another_layer_changes_no_other_weights(tmp_path: Path) -> None:
+    spec = raw_model()
+    more = spec.model_dump() | {
+        "layers": [
+            *spec.model_dump()["layers"],
+            {"kind": "dense", "units": 2, "name": "top", "inputs": ["gru_1"]},
+        ]
+    }
+    one = initialise_artifact(spec, tmp_path / "a", 3).weights
+    two = initialise_artifact(parse_spec(more), tmp_path / "b", 3).weights
+    for name, value in one.items():
+        np.testing.assert_array_equal(two[name], value)
+
+
+def test_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> None:
+    first = initialise_artifact(raw_model(), tmp_path / "a", 3)
+    with pytest.raises(ArtifactError):
+        initialise_artifact(raw_model(), tmp_path / "a", 4)
+    assert load_artifact(tmp_path / "a").fingerprint == first.fingerprint
+    replaced = initialise_artifact(raw_model(), tmp_path / "a", 4, overwrite=True)
+    assert load_artifact(tmp_path / "a").fingerprint == replaced.fingerprint != first.fingerprint
+
+
+def test_every_number_that_is_not_known_is_named(tmp_path: Path) -> None:
+    spec = parse_spec(
+        {
+            "name": "m",
+            "events": {
+                "fields": [
+                    {"kind": "numeric", "name": "delay", "mean": 1.0},
+                    {"kind": "numeric", "name": "distance", "mean": 1.0, "std": 2.0},
+                    {"kind": "categorical", "name": "carrier"},
+                    {"kind": "timestamp", "name": "at"},
+                    {"kind": "boolean", "name": "late"},
+                ]
+            },
+            "layers": [{"kind": "lstm", "units": 2}],
+            "heads": [{"kind": "sequence", "name": "y"}],
+        }
+    )
+    with pytest.raises(SpecError) as caught:
+        initialise_artifact(spec, tmp_path / "a", 1)
+    said = str(caught.value)
+    assert "delay (std), carrier (vocabulary), at (gap_mean, gap_std);" in said
+    assert not (tmp_path / "a").exists()

@@ -1,0 +1,96 @@
+"""The block grid and the rows that wait: pure arithmetic, held to its definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.errors import StateError
+from models.spec.blocks import CLOSED, COUNT, WAITING, BlockSpec, BlockState, block_parts, cut
+from models.spec.state import State, StatePart, StateSpec
+
+BLOCKS = BlockSpec(size=3, lookahead=2)
+LAYOUT = StateSpec(
+    (
+        StatePart("layer.forward.hidden", (2,), "float32"),
+        StatePart("clock.seen", (), "int64"),
+        *block_parts(BLOCKS, 2),
+    )
+)
+HELD = BlockState(BLOCKS, LAYOUT)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(0, 7), max_size=8))
+def test_windows_and_waiting_rows_do_not_depend_on_the_cuts(
+    size: int, lookahead: int, cuts: list[int]
+) -> None:
+    """Every window is [kC, kC + C + R) of the stream, whatever the chunks; each comes once."""
+    blocks = BlockSpec(size=size, lookahead=lookahead)
+    total = sum(cuts)
+    rows = np.arange(total, dtype=np.float32)[:, np.newaxis]
+    waiting, position, windows = rows[:0], 0, []
+    for count in cuts:
+        known = np.concatenate([waiting, rows[position : position + count]])
+        found = cut(blocks, known, final=False)
+        windows += found.windows
+        waiting, position = found.waiting, position + count
+        assert len(waiting) < blocks.window
+        assert len(windows) * size == blocks.given_at(position) == position - len(waiting)
+    windows += cut(blocks, waiting, final=True).windows
+    assert len(windows) == -(-total // size)
+    for k, window in enumerate(windows):
+        expected = np.arange(k * size, min(k * size + blocks.window, total))
+        np.testing.assert_array_equal(window[:, 0], expected)
+
+
+def test_the_end_leaves_nothing_waiting() -> None:
+    rows = np.ones((7, 2), np.float32)
+    found = cut(BLOCKS, rows, final=True)
+    assert ([len(window) for window in found.windows], len(found.waiting)) == ([5, 4, 1], 0)
+    assert cut(BLOCKS, rows[:0], final=True) == ([], pytest.approx(rows[:0]))
+
+
+def test_a_state_holds_what_waits() -> None:
+    rows = np.array([[1, 2], [3, 4]], np.float32)
+    ints = np.array([9, 0, 0], np.int64)
+    state = HELD.packed(np.array([5, 6], np.float32), ints, rows, closed=False)
+    named = LAYOUT.by_name(state)
+    assert (named[COUNT], named[CLOSED], named["clock.seen"]) == (2, 0, 9)
+    np.testing.assert_array_equal(named[WAITING], [[1, 2], [3, 4], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(HELD.waiting(state), rows)
+    np.testing.assert_array_equal(HELD.network(state), [5, 6])
+    assert not HELD.closed(state)
+    np.testing.assert_array_equal(ints, [9, 0, 0], "what is given is not written to")
+
+
+def changed(**parts: object) -> State:
+    """The state of a stream at position 7, where 4 rows wait, with some parts changed."""
+    good = {"layer.forward.hidden": [0, 0], "clock.seen": 7, COUNT: 4, CLOSED: 0}
+    return LAYOUT.from_names({**good, WAITING: [[1, 1]] * 4, **parts})
+
+
+def test_a_state_that_fits_its_position_is_taken() -> None:
+    HELD.check_at(changed(), 7)
+    HELD.check_at(changed(**{WAITING: [[1, 1]] * 2 + [[0, 0]] * 2, COUNT: 2}), 8)
+    HELD.check_at(changed(**{WAITING: [[0, 0]] * 4, COUNT: 0, CLOSED: 1}), 8)
+
+
+@pytest.mark.parametrize(
+    ("parts", "position", "said"),
+    [
+        ({COUNT: 5}, 7, "expected 0 to 4 rows"),
+        ({COUNT: -1}, 7, "expected 0 to 4 rows"),
+        ({CLOSED: 2}, 7, "expected 0 or 1"),
+        ({CLOSED: 1}, 7, "expected 0 to 0 rows"),
+        ({}, 8, "expected 2 rows that wait at position 8, got 4"),
+        ({COUNT: 3}, 7, "expected 4 rows"),
+        ({COUNT: 2}, 8, "zeros beyond"),
+    ],
+)
+def test_what_no_stream_holds_is_refused(
+    parts: dict[str, object], position: int, said: str
+) -> None:
+    with pytest.raises(StateError, match=said):
+        HELD.check_at(changed(**parts), position)

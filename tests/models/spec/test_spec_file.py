@@ -1,0 +1,199 @@
+"""Reading a `SPEC.yaml`: every wrong place is said with its line, and what came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from models.errors import SpecError
+from models.spec.spec_file import at_its_line, read_spec
+from tests.support.models import SMALL, small_spec
+
+GOOD = """\
+# A model of pumps.
+name: pumps
+events:
+  fields:
+    - {kind: numeric, name: pressure, mean: 1, std: 2}
+    - kind: categorical
+      name: mode
+layers:
+  - {kind: lstm, units: 8}
+  - kind: lstm
+    units: 4
+    name: second
+  - {kind: concatenate, inputs: [lstm_1, second]}
+heads:
+  - {kind: sequence, name: last}
+  - kind: forecast
+    name: next
+    targets: [pressure]
+    quantiles: [0.1, 0.9]
+training:
+  stream: pump
+  validate_from: "2025-10-01"
+  test_from: "2025-11-01"
+  loss_weights: {next: 2.0}
+"""
+
+
+def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
+    """The lines of what is said, the file's own path cut off."""
+    path = tmp_path / "SPEC.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError) as caught:
+        read_spec(path)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(str(path)) for line in lines)
+    return [line.removeprefix(str(path)) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("units: 4", "units: 0", ":11: layers.1.units: expected greater than or equal to 1, got 0"),
+        ("units: 8", "unit: 8", ":9: layers.0.units: expected a value, got none"),
+        ("units: 8", "units: 8, unit: 8", ":9: layers.0.unit: expected no member of this name"),
+        ("kind: lstm\n", "kind: rnn\n", ":10: layers.1.kind: expected one of 'lstm', "),
+        ("- kind: lstm\n    ", "- ", ":10: layers.1.kind: expected a value, got none"),
+        ("units: 4", "units: 4\n    projection: 5", ":12: layers.1.projection: expected at most"),
+        ("[lstm_1, second]", "[lstm_2]", ":13: layers.2: layer 'concatenate_1' reads 'lstm_2', "),
+        ("concatenate", "add", ":13: layers.2: layer 'add_1': expected inputs of one width to add"),
+        ("name: second", "name: lstm_1", ":9: layers.0: layer 'lstm_1': expected a name of its"),
+        ("[pressure]", "[mode]", ":16: heads.1: head 'next': expected a numeric target, 'mode'"),
+        ("[0.1, 0.9]", "[0.9, 0.1]", ":16: heads.1: expected rising quantiles, got [0.9, 0.1]"),
+        ("[0.1, 0.9]", "\n      - 0.1\n      - 2", ":21: heads.1.quantiles.1: expected less than"),
+        ("mean: 1", "mean: [a]", ":5: events.fields.0.mean: expected a valid number, got ['a']"),
+        ("stream: pump\n", "epochs: 0\n", ":21: training.epochs: expected greater than or equal"),
+        (
+            "{kind: concatenate, inputs: [lstm_1, second]}",
+            "{kind: bidirectional, units: 2}\nmax_chunk_steps: 32",
+            ":21: training.window_steps: a window is a chunk of this network",
+        ),
+        ("{next: 2.0}", "{nex: 2.0}", ":24: training.loss_weights: expected heads among ["),
+        ("name: pumps", "name: Pumps", ":2: name: String should match pattern '"),
+        ("events:\n", "features: 3\nevents:\n", ":2: spec: expected either `events` or `fea"),
+        ("units: 4", "units: 4\n    units: 5", ":12: units: expected it once, it stands at line"),
+        ("units: 8", "units: 8, units: 8", ":9: units: expected it once, it stands at line 9"),
+        ("units: 8}", "units: 8", ":10: expected YAML, got while parsing a flow mapping"),
+        ("name: pumps", "name: !!python/name:os.system x", ":2: expected YAML, got could not"),
+    ],
+)
+def test_a_wrong_place_is_said_with_its_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert GOOD.count(old) == 1, old
+    assert any(line.startswith(said) for line in refusal(tmp_path, GOOD.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("starts_from: lstm_1}", "starts_from: second}", ":29: decoder.layers.1: layer 'lstm_1'"),
+        ("units: 8, starts", "units: 9, starts", ":29: decoder.layers.1: layer 'lstm_1' starts"),
+        (", starts_from: lstm_1", "", ":27: decoder.layers: expected at least one layer with"),
+        ("kind: dense", "kind: bidirectional", ":28: decoder.layers.0: layer 'bidirectional_1'"),
+        ("[pressure]\n", "[mode]\n", ":26: decoder.targets: expected a numeric target, 'mode'"),
+        ("[mode]", "[pressure]", ":31: decoder.known: 'pressure' is decoded; expected it not to"),
+        ("[mode]", "[mood]", ":31: decoder.known: expected known among the event fields ['pre"),
+    ],
+)
+def test_a_wrong_place_of_a_decoder_is_said_with_its_line(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    decoder = """\
+decoder:
+  targets: [pressure]
+  layers:
+    - {kind: dense, units: 3}
+    - {kind: lstm, units: 8, starts_from: lstm_1}
+  max_horizon: 4
+  known: [mode]
+"""
+    assert decoder.count(old) == 1, old
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(GOOD + decoder)
+    assert read_spec(path).decoder is not None
+    (line,) = refusal(tmp_path, GOOD + decoder.replace(old, new))
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("[{kind: gru, units: 0}]", ":3: layers.0.units: expected greater than or equal to 1, g"),
+        ("[]", ":3: layers: expected 1 or more, got 0"),
+    ],
+)
+def test_a_list_is_too_short_only_where_it_is(tmp_path: Path, layers: str, said: str) -> None:
+    """And not because everything in it is wrong."""
+    heads = "heads: [{kind: sequence, name: last}]"
+    (line,) = refusal(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
+    assert line.startswith(said)
+
+
+def test_all_wrong_places_are_said_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = GOOD.replace("test_from", "tested_from").replace("units: 8", "units: many")
+    assert refusal(tmp_path, text) == [
+        ":9: layers.0.units: expected a valid integer, unable to parse string as an integer, "
+        "got 'many'",
+        ":20: training.test_from: expected a value, got none",
+        ":23: training.tested_from: expected no member of this name",
+    ]
+
+
+def test_a_long_value_is_cut(tmp_path: Path) -> None:
+    (line,) = refusal(tmp_path, GOOD.replace("units: 8", f"units: {'m' * 500}"))
+    assert line.endswith("m...")
+    assert len(line) < 200
+
+
+def test_a_merge_may_override_and_its_line_is_the_overriding_one(tmp_path: Path) -> None:
+    text = GOOD.replace("{kind: lstm, units: 8}", "&first {kind: lstm, units: 8}")
+    old = "- kind: lstm\n    units: 4"
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(text.replace(old, "- <<: *first\n    units: 8"))
+    assert [layer.units for layer in read_spec(path).layers[:2]] == [8, 8]
+    found = refusal(tmp_path, text.replace(old, "- <<: *first\n    units: -1"))
+    assert found == [":11: layers.1.units: expected greater than or equal to 1, got -1"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("training.test_from: expected a day", ":23: training.test_from: expected a day"),
+        ("training.window_steps: too few", ":20: training.window_steps: too few"),
+        ("head 'next' is wrong", ":16: heads.1: head 'next' is wrong"),
+        ("model 'pumps' is wrong", ": model 'pumps' is wrong"),
+    ],
+)
+def test_what_is_found_later_is_said_with_its_line_too(
+    tmp_path: Path, found: str, said: str
+) -> None:
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(GOOD)
+    assert str(at_its_line(path, SpecError(found))) == f"{path}{said}"
+    path.write_text("name: [")
+    assert str(at_its_line(path, SpecError(found))) == f"{path}: {found}"
+
+
+@pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    (line,) = refusal(tmp_path, content)
+    assert line.startswith(":1: spec: expected a valid dictionary")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"name: \x00"])
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    assert refusal(tmp_path, content)[0].startswith(": ")
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"none\.yaml"):
+        read_spec(tmp_path / "none.yaml")
+
+
+def test_a_good_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "SPEC.yaml"
+    path.write_text(yaml.safe_dump(SMALL, allow_unicode=True), encoding="utf-8")
+    assert read_spec(path) == small_spec()

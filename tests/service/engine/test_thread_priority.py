@@ -1,0 +1,59 @@
+"""The loop's thread gives way while any queue refuses, and at no other time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.engine.thread_priority import GivingWay
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
+
+
+def in_a_thread(check: Callable[[], None]) -> None:
+    """The policy is a thread's: that of the tests stays as it is, and is not taken over."""
+
+    def checked() -> None:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        check()
+
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(checked).result()
+
+
+def test_it_gives_way_until_the_last_queue_is_empty() -> None:
+    def check() -> None:
+        giving_way = GivingWay()
+        seen = [os.sched_getscheduler(0)]
+        for refusing in (True, True, False, False, True):
+            giving_way.tell(refusing=refusing)
+            seen.append(os.sched_getscheduler(0))
+        other, batch = os.SCHED_OTHER, os.SCHED_BATCH
+        assert seen == [other, batch, batch, batch, other, batch]
+
+    in_a_thread(check)
+
+
+def test_what_an_operator_chose_is_left() -> None:
+    def check() -> None:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        giving_way = GivingWay()
+        for refusing in (True, False):
+            giving_way.tell(refusing=refusing)
+            assert os.sched_getscheduler(0) == os.SCHED_IDLE
+
+    in_a_thread(check)
+
+
+def test_a_kernel_that_forbids_it_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    giving_way = GivingWay()
+    giving_way.tell(refusing=True)
+    giving_way.tell(refusing=False)

@@ -1,0 +1,56 @@
+"""A batch that is alone is committed in parts, and each is settled by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.core.errors import InternalError, StoreRefused
+from service.core.values import Reply
+from service.store.base import Commit, CommitResult
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+
+
+class PartsStore(RedisStore):
+    """Fails the second of its commits as a whole, before the others are answered."""
+
+    def __init__(self, settings: StoreSettings, error: Exception):
+        super().__init__(settings)
+        self.sizes: list[int] = []
+        self.error = error
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        self.sizes.append(len(commits))
+        if len(self.sizes) == 2:
+            raise self.error
+        await super().load([commits[0].key])
+        return await super().commit(commits, deadline_s)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(StoreRefused("no room"), StoreRefused), (ZeroDivisionError("unforeseen"), InternalError)],
+)
+async def test_a_part_fails_alone(
+    store_url: str, tmp_path: Path, error: Exception, told: type[Exception]
+) -> None:
+    """And a retry of the whole request applies what was not applied, and nothing twice."""
+    artifact, rows = make_artifact(tmp_path), rows_of(np.random.default_rng(51), 4)
+    store = PartsStore(StoreSettings(store_url, wait_s=5), error)
+    chunks = [chunk_of(f"p{index}", rows, 0) for index in range(8)]
+    async with worker(store_url, artifact, store=store) as one:
+        found = await one.process_many(chunks)
+        assert store.sizes == [4, 4]
+        again = await one.process_many(chunks)
+    assert [type(each) for each in found] == [Reply] * 4 + [told] * 4
+    replies = [reply for reply in again if isinstance(reply, Reply)]
+    assert [reply.replayed for reply in replies] == [True] * 4 + [False] * 4
+    for reply in replies:
+        np.testing.assert_allclose(reply.outputs, whole(artifact, rows), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,370 @@
+"""Deadlines through the whole pipeline: what a caller is told is what happened to its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import (
+    DeadlineExceeded,
+    NotDurable,
+    OutcomeUnknown,
+    PositionAhead,
+    ShuttingDown,
+    StoreUnavailable,
+    StreamNotFound,
+)
+from service.core.values import Reply, StreamKey
+from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from tests.support.clock import ManualClock
+from tests.support.numpy_runtime import NumpyRuntime
+from tests.support.pipelines import chunk_of, rows_of, whole, worker
+from tests.support.servers import RealServer, real_server, until_async
+
+
+class HeldStore(RedisStore):
+    """A store that holds loads or commits back, for fault injection only.
+
+    Attributes:
+        loading, committing: how often each stream was asked for, and written.
+    """
+
+    def __init__(self, url: str, wait_s: float = 5):
+        super().__init__(StoreSettings(url, wait_s=wait_s))
+        self.loads, self.commits = asyncio.Event(), asyncio.Event()
+        self.loads.set()
+        self.commits.set()
+        self.loading: Counter[str] = Counter()
+        self.committing: Counter[str] = Counter()
+
+    async def load(self, keys: Sequence[StreamKey], deadline_s: float | None = None) -> list:
+        self.loading.update(key.stream for key in keys)
+        await self.loads.wait()
+        return await super().load(keys, deadline_s)
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        results = await super().commit(commits, deadline_s)
+        self.committing.update(commit.key.stream for commit in commits)
+        await self.commits.wait()
+        return results
+
+
+async def counted(counter: Counter[str], stream: str, times: int = 1) -> None:
+    """Wait until a stream was counted so often."""
+
+    async def reached() -> bool:
+        return counter[stream] >= times
+
+    await until_async(reached, f"{times} of {stream!r}")
+
+
+def later() -> float:
+    """A deadline of the real clock that does not pass."""
+    return time.monotonic() + 60
+
+
+@pytest.mark.parametrize("position", [0, None])
+async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
+    store_url: str, artifact: Artifact, clock: ManualClock, position: int | None
+) -> None:
+    """It was written. With a position a retry finds it; without one nobody is told to try."""
+    rows = rows_of(np.random.default_rng(40), 6)
+    store = HeldStore(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        store.commits.clear()
+        chunk = chunk_of("open", rows, position)
+        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
+        late = asyncio.create_task(one.process(chunk, clock.soon()))
+        await counted(store.committing, "open")
+        clock.expire()
+        with pytest.raises(OutcomeUnknown) as caught:
+            await late
+        assert caught.value.retryable == (position == 0)
+        assert caught.value.facts["stream"] == "open"
+        assert not waiting.done()
+        store.commits.set()
+        close((await waiting).outputs, whole(artifact, rows))
+        assert (await one.streams.read(chunk.key)).head.position == 6
+        if position == 0:
+            again = await one.process(chunk, clock.later())
+            assert again.replayed
+            close(again.outputs, whole(artifact, rows))
+
+
+def close(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+async def test_what_was_loading_at_the_deadline_is_never_applied(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    rows = rows_of(np.random.default_rng(41), 6)
+    store = HeldStore(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        store.loads.clear()
+        waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
+        late = asyncio.create_task(one.process(chunk_of("late", rows, 0), clock.soon()))
+        await counted(store.loading, "late")
+        clock.expire()
+        with pytest.raises(DeadlineExceeded) as caught:
+            await late
+        assert caught.value.retryable
+        store.loads.set()
+        close((await waiting).outputs, whole(artifact, rows))
+        with pytest.raises(StreamNotFound):
+            await one.streams.read(StreamKey("probe", "late"))
+        assert not (await one.process(chunk_of("late", rows, 0), clock.later())).replayed
+
+
+class LateRuntime(NumpyRuntime):
+    """A network whose next call passes the `soon` deadlines of the clock."""
+
+    clock: ManualClock | None = None
+
+    def step(self, *arguments: object) -> object:
+        if self.clock is not None:
+            self.clock.expire()
+        return super().step(*arguments)
+
+
+async def test_what_was_computed_too_late_is_not_committed(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    rows = rows_of(np.random.default_rng(42), 6)
+    runtime = LateRuntime(artifact)
+    async with worker(store_url, artifact, runtime=runtime) as one:
+        await one.process(chunk_of("known", rows, 0))
+        runtime.clock = clock
+        late, mate = await asyncio.gather(
+            one.process(chunk_of("late", rows, 0), clock.soon()),
+            one.process(chunk_of("mate", rows, 0), clock.later()),
+            return_exceptions=True,
+        )
+        assert isinstance(late, DeadlineExceeded)
+        close(mate.outputs, whole(artifact, rows))
+        with pytest.raises(StreamNotFound):
+            await one.streams.read(StreamKey("probe", "late"))
+
+
+async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    """The chunks behind it were computed from what it left, and are applied where it was."""
+    rows = rows_of(np.random.default_rng(43), 16)
+    store = HeldStore(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        first = await one.process(chunk_of("chain", rows[:4], 0))
+        store.commits.clear()
+        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), clock.soon()))
+        rest = [
+            asyncio.create_task(
+                one.process(chunk_of("chain", rows[at : at + 4], at), clock.later())
+            )
+            for at in (8, 12)
+        ]
+        await counted(store.committing, "chain", 2)
+        clock.expire()
+        with pytest.raises(OutcomeUnknown):
+            await second
+        store.commits.set()
+        replies = await asyncio.gather(*rest)
+        kept = [first.outputs, *(reply.outputs for reply in replies)]
+        expected = whole(artifact, rows)
+        close(np.concatenate(kept), np.concatenate([expected[:4], expected[8:]]))
+
+
+async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    rows = rows_of(np.random.default_rng(44), 12)
+
+    class Losing(HeldStore):
+        """Loses the commit of one position, unanswered until it is let go."""
+
+        async def commit(
+            self, commits: Sequence[Commit], deadline_s: float | None = None
+        ) -> list[CommitResult]:
+            if commits[0].new.head.position != 8:
+                return await super().commit(commits, deadline_s)
+            self.committing["chain"] += 1
+            await self.commits.wait()
+            return [OutcomeUnknown("no answer", stream="chain")]
+
+    store = Losing(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        await one.process(chunk_of("chain", rows[:4], 0))
+        store.commits.clear()
+        second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), clock.soon()))
+        third = asyncio.create_task(one.process(chunk_of("chain", rows[8:], 8), clock.later()))
+        await counted(store.committing, "chain", 2)
+        clock.expire()
+        with pytest.raises(OutcomeUnknown):
+            await second
+        store.commits.set()
+        with pytest.raises(PositionAhead) as caught:
+            await third
+        assert caught.value.facts["expected"] == 4
+
+
+async def test_a_commit_that_was_refused_counts_as_not_begun(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    """An append that lost a race, and had no time for a second try, may be sent again."""
+    rows = rows_of(np.random.default_rng(53), 4)
+
+    class Racing(HeldStore):
+        """Lets the first commit of all lose, and holds up what is loaded for the next try."""
+
+        async def commit(
+            self, commits: Sequence[Commit], deadline_s: float | None = None
+        ) -> list[CommitResult]:
+            if self.committing:
+                return await super().commit(commits, deadline_s)
+            self.committing["raced"] += 1
+            self.loads.clear()
+            return [Conflicted(None)] * len(commits)
+
+    store = Racing(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        late = asyncio.create_task(one.process(chunk_of("raced", rows), clock.soon()))
+        await counted(store.loading, "raced", 2)
+        clock.expire()
+        with pytest.raises(DeadlineExceeded) as caught:
+            await late
+        assert caught.value.retryable
+        store.loads.set()
+        again = await one.process(chunk_of("raced", rows), clock.later())
+        assert again.head.position == len(rows)
+
+
+class ShortStore(RedisStore):
+    """Writes, and says that it is not as durable as asked."""
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        assert await super().commit(commits, deadline_s) == [COMMITTED] * len(commits)
+        return [NotDurable("not yet", stream=c.key.stream, retry_after_s=1) for c in commits]
+
+
+async def test_what_is_not_durable_is_retryable_with_a_position_only(
+    store_url: str, artifact: Artifact
+) -> None:
+    rows = rows_of(np.random.default_rng(45), 4)
+    store = ShortStore(StoreSettings(store_url, wait_s=5))
+    async with worker(store_url, artifact, store=store) as one:
+        with pytest.raises(NotDurable) as caught:
+            await one.process(chunk_of("placed", rows, 0))
+        assert caught.value.retryable
+        assert caught.value.facts["retry_after_s"] == 1
+        with pytest.raises(NotDurable, match="applied twice") as caught:
+            await one.process(chunk_of("placed", rows))
+        assert not caught.value.retryable
+        assert "retry_after_s" not in caught.value.facts
+        assert caught.value.facts["stream"] == "placed"
+
+
+@pytest.fixture
+def own_server() -> RealServer:
+    with real_server("valkey") as server:
+        yield server
+
+
+async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
+    own_server: RealServer, artifact: Artifact
+) -> None:
+    """Those whose time is up are told so, also behind batches that are held up; the others go on
+    when it is back."""
+    random = np.random.default_rng(46)
+    rows = {name: rows_of(random, 5) for name in ("patient", "b", "c", "d", "e", "f")}
+    store = HeldStore(own_server.url, wait_s=1)
+    async with worker("", artifact, store=store, in_flight=2) as one:
+        await one.process(chunk_of("known", rows["b"], 0))
+        own_server.kill()
+        patient = asyncio.create_task(one.process(chunk_of("patient", rows["patient"], 0), later()))
+        await counted(store.loading, "patient")
+        hasty = []
+        for name in "bcdef":
+            deadline_s = time.monotonic() + 1.2
+            task = asyncio.create_task(one.process(chunk_of(name, rows[name], 0), deadline_s))
+            hasty.append(task)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            for outcome in await asyncio.gather(*hasty, return_exceptions=True):
+                assert isinstance(outcome, StoreUnavailable), outcome
+                assert outcome.retryable
+                assert "the store" in outcome.detail
+        assert time.monotonic() < deadline_s + 5
+        assert not patient.done()
+        own_server.start()
+        close((await patient).outputs, whole(artifact, rows["patient"]))
+        again = [await one.process(chunk_of(name, rows[name], 0), later()) for name in "bcdef"]
+        assert not any(reply.replayed for reply in again)
+
+
+async def test_time_that_was_merely_short_is_not_the_stores_fault(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    """With the deadline passing at each reading of the clock in turn."""
+    rows = rows_of(np.random.default_rng(47), 4)
+    clock.tick_s = 1e-3
+    async with worker(store_url, artifact) as one:
+        for readings in range(12):
+            chunk = chunk_of(f"short-{readings}", rows, 0)
+            [result] = await one.process_many([chunk], clock.now_s + readings * clock.tick_s)
+            assert isinstance(result, DeadlineExceeded | OutcomeUnknown | Reply), result
+            assert readings or isinstance(result, DeadlineExceeded)
+
+
+async def test_a_hung_store_leaves_the_outcome_open_when_the_service_stops(
+    store_url: str, artifact: Artifact, tmp_path: Path
+) -> None:
+    rows = rows_of(np.random.default_rng(48), 4)
+    store = HeldStore(store_url)
+    async with worker(store_url, artifact, store=store, drain_s=0.05) as one:
+        store.commits.clear()
+        begun = asyncio.create_task(one.process(chunk_of("begun", rows, 0)))
+        await counted(store.committing, "begun")
+        store.loads.clear()
+        loading = asyncio.create_task(one.process(chunk_of("loading", rows, 0)))
+        await asyncio.sleep(0)
+        await one.stop()
+        outcomes = await asyncio.gather(begun, loading, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown, ShuttingDown]
+        store.loads.set()
+
+
+async def test_many_chunks_share_one_deadline(
+    store_url: str, artifact: Artifact, clock: ManualClock
+) -> None:
+    """Chunks of one stream that follow one another in one request."""
+    rows = rows_of(np.random.default_rng(49), 8)
+    store = HeldStore(store_url)
+    async with worker(store_url, artifact, store=store) as one:
+        store.commits.clear()
+        chunks = [chunk_of("s", rows[:4], 0), chunk_of("s", rows[4:], 4), chunk_of("t", rows, 0)]
+        late = asyncio.create_task(one.process_many(chunks, clock.soon()))
+        for stream in "st":
+            await counted(store.committing, stream)
+        clock.expire()
+        results = await late
+        assert [type(result).__name__ for result in results] == [
+            "OutcomeUnknown",
+            "PreviousFailed",
+            "OutcomeUnknown",
+        ]
+        store.commits.set()
+        again = await one.process_many(chunks, clock.later())
+        assert all(isinstance(result, Reply) for result in again)
+        assert [result.replayed for result in again] == [True, False, True]

@@ -1,0 +1,59 @@
+"""A chunk that another worker applies between this worker's computation and its commit."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import AlreadyApplied
+from service.store.base import Commit, CommitResult
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from tests.support.pipelines import chunk_of, rows_of, whole, worker
+
+
+class OvertakenStore(RedisStore):
+    """Something else happens before its next commit; for the race alone."""
+
+    first: Callable[[], Awaitable[object]] | None = None
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        first, self.first = self.first, None
+        if first is not None:
+            await first()
+        return await super().commit(commits, deadline_s)
+
+
+@pytest.mark.parametrize("reply_max_bytes", [16, 65_536])
+async def test_a_duplicate_gets_the_stored_or_the_own_reply(
+    store_url: str, artifact: Artifact, reply_max_bytes: int
+) -> None:
+    """Where no reply is kept, only a worker that computed the very chunk has one."""
+    rows = rows_of(np.random.default_rng(55), 12)
+    settings = StoreSettings(store_url, reply_max_bytes=reply_max_bytes, wait_s=5)
+    store = OvertakenStore(settings)
+    async with (
+        worker(store_url, artifact, store=store) as one,
+        worker(store_url, artifact, reply_max_bytes=reply_max_bytes) as two,
+    ):
+        await one.process(chunk_of("s", rows[:8], 0))
+        chunk = chunk_of("s", rows[8:], 8)
+        others = []
+
+        async def overtake() -> None:
+            others.append(await two.process(chunk))
+
+        store.first = overtake
+        reply = await one.process(chunk)
+        assert reply.head == others[0].head
+        assert reply.replayed == (reply_max_bytes > 16)
+        np.testing.assert_array_equal(reply.outputs, others[0].outputs)
+        np.testing.assert_allclose(reply.outputs, whole(artifact, rows)[8:], rtol=1e-5, atol=1e-5)
+        if reply_max_bytes == 16:
+            with pytest.raises(AlreadyApplied):
+                await one.process(chunk)

@@ -1,0 +1,89 @@
+"""Requests with chunks of many streams: items fail independently, a stream keeps its order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import (
+    CarryError,
+    InvalidInput,
+    PositionAhead,
+    PositionBehind,
+    PreviousFailed,
+)
+from service.core.values import Chunk, Reply, StreamKey
+from service.pipeline import pipeline
+from tests.support.pipelines import chunk_of, rows_of, worker
+
+
+async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) -> None:
+    rows = rows_of(np.random.default_rng(13), 12)
+    unreadable = InvalidInput("events[0]: wrong", stream="b")
+    async with worker(store_url, artifact) as one:
+        items: list[Chunk | CarryError] = [
+            chunk_of("a", rows[:4], 0),
+            chunk_of("b", rows[:4], 0),
+            chunk_of("a", rows[4:8], 4),
+            unreadable,
+            chunk_of("b", rows[8:], 8),
+            chunk_of("c", rows, 7),
+            chunk_of("c", rows, 0),
+        ]
+        results = await one.process_many(items)
+        kinds = [type(result) for result in results]
+        assert kinds == [
+            Reply,
+            Reply,
+            Reply,
+            InvalidInput,
+            PreviousFailed,
+            PositionAhead,
+            PreviousFailed,
+        ]
+        retried = await one.process_many([chunk_of("a", rows[:4], 0), chunk_of("a", rows[4:8], 4)])
+        assert isinstance(retried[0], PositionBehind)
+        assert isinstance(retried[1], Reply)
+        assert retried[1].replayed
+        blocked = await one.process_many([chunk_of("a", rows[:4], 0), chunk_of("a", rows[8:])])
+        assert isinstance(blocked[1], PreviousFailed)
+
+
+async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
+    store_url: str, artifact: Artifact
+) -> None:
+    rows = rows_of(np.random.default_rng(21), 12)
+    async with worker(store_url, artifact) as one:
+        await one.process(chunk_of("held", rows[:2], 0))
+        results = await one.process_many(
+            [
+                chunk_of("held", rows[4:6], 0),
+                chunk_of("held", rows[6:8]),
+                chunk_of("held", rows[2:4], 2),
+            ]
+        )
+        assert [type(result) for result in results] == [
+            PositionBehind,
+            PreviousFailed,
+            PreviousFailed,
+        ]
+        assert [r.facts.get("previous") for r in results[1:]] == ["position_behind"] * 2
+        assert (await one.streams.read(StreamKey("probe", "held"))).head.position == 2
+
+
+async def test_each_item_of_a_request_is_visited_once(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand failing items would otherwise block the event loop."""
+    looked_at: list[Chunk | CarryError] = []
+
+    def stream_of(item: Chunk | CarryError) -> str:
+        looked_at.append(item)
+        return "s"
+
+    monkeypatch.setattr(pipeline, "_stream_of", stream_of)
+    items = [InvalidInput("wrong", stream="s")] * 100
+    async with worker(store_url, artifact) as one:
+        assert await one.process_many(items) == items
+    assert len(looked_at) == len(items)

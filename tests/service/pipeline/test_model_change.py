@@ -1,0 +1,130 @@
+"""Streams whose state another version of their model wrote: refused, or begun anew."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.artifact.artifact import Artifact
+from service.core.errors import (
+    EpochMismatch,
+    PositionAhead,
+    StateChanged,
+    StateIncompatible,
+    StreamNotFound,
+)
+from service.core.values import Precondition, StreamKey
+from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+
+KEY = StreamKey("probe", "s")
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    folder: Path = tmp_path_factory.mktemp("versions")
+    return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
+
+
+async def test_it_is_refused_and_stays_as_it_is(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(15), 8)
+    async with worker(store_url, old) as before, worker(store_url, new) as after:
+        await before.process(chunk_of("s", rows[:4], 0))
+        with pytest.raises(StateIncompatible) as caught:
+            await after.process(chunk_of("s", rows[4:], 4))
+        assert caught.value.facts["position"] == 4
+        await before.process(chunk_of("s", rows[4:], 4))
+
+
+async def test_a_stream_begins_anew_at_position_0_only(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(50), 12)
+    async with (
+        worker(store_url, old) as before,
+        worker(store_url, new, on_model_change="reset") as after,
+    ):
+        first = await before.process(chunk_of("s", rows[:4], 0))
+        with pytest.raises(PositionAhead) as caught:
+            await after.process(chunk_of("s", rows[4:8], 4))
+        assert caught.value.facts["expected"] == 0
+        with pytest.raises(EpochMismatch):
+            await after.process(chunk_of("s", rows[:4], 0, epoch=first.head.epoch))
+        chunk = chunk_of("s", rows[:4], 0)._replace(precondition=Precondition((first.head.etag,)))
+        with pytest.raises(StateChanged):
+            await after.process(chunk)
+        # The very chunk that was the old version's last one is no replay.
+        assert (await before.streams.read(KEY)).head == first.head
+        anew = await after.process(chunk_of("s", rows[:4], 0))
+        assert (anew.replayed, anew.created) == (False, True)
+        assert anew.head.epoch != first.head.epoch
+        rest = await after.process(chunk_of("s", rows[4:], 4))
+        np.testing.assert_allclose(
+            np.concatenate([anew.outputs, rest.outputs]), whole(new, rows), rtol=1e-5, atol=1e-5
+        )
+        again = await after.process(chunk_of("s", rows[4:], 4))
+        assert again.replayed
+        # The other way it is refused: that service does not reset.
+        with pytest.raises(StateIncompatible):
+            await before.process(chunk_of("s", rows[:4], 0))
+
+
+async def test_many_that_begin_it_anew_at_once_begin_it_once(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    """Sixteen appends at two workers: all in one epoch, and each applied."""
+    old, new = versions
+    random = np.random.default_rng(51)
+    async with worker(store_url, old) as before:
+        await before.process(chunk_of("s", rows_of(random, 3), 0))
+    async with (
+        worker(store_url, new, on_model_change="reset") as one,
+        worker(store_url, new, on_model_change="reset") as two,
+    ):
+        replies = await asyncio.gather(
+            *(each.process(chunk_of("s", rows_of(random, 2))) for each in (one, two) * 8)
+        )
+        assert sorted(reply.head.position for reply in replies) == list(range(2, 34, 2))
+        assert len({reply.head.epoch for reply in replies}) == 1
+        assert [reply.created for reply in replies].count(True) == 1
+
+
+async def test_a_stream_that_moved_on_meanwhile_is_not_taken_for_the_old_one(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    """Begun anew by compare-and-set on the old state: whoever was first is kept."""
+    old, new = versions
+    rows = rows_of(np.random.default_rng(52), 8)
+    async with (
+        worker(store_url, old) as before,
+        worker(store_url, new, on_model_change="reset") as one,
+        worker(store_url, new, on_model_change="reset") as two,
+    ):
+        await before.process(chunk_of("s", rows[:4], 0))
+        first, second = await asyncio.gather(
+            one.process(chunk_of("s", rows, 0)), two.process(chunk_of("s", rows, 0))
+        )
+        assert first.head == second.head
+        assert first.replayed != second.replayed
+
+
+async def test_a_stream_of_another_version_is_not_forked(
+    store_url: str, versions: tuple[Artifact, Artifact]
+) -> None:
+    old, new = versions
+    rows = rows_of(np.random.default_rng(54), 4)
+    copy = StreamKey("probe", "copy")
+    async with worker(store_url, old) as before, worker(store_url, new) as after:
+        await before.process(chunk_of("s", rows, 0))
+        with pytest.raises(StateIncompatible) as caught:
+            await after.streams.fork(KEY, "copy", None)
+        assert caught.value.facts["stream"] == "s"
+        with pytest.raises(StreamNotFound):
+            await after.streams.read(copy)
+        assert (await before.streams.fork(KEY, "copy", None)).head.position == 4

@@ -1,0 +1,431 @@
+"""The pipeline over a real store: exact under any cuts and company, and each chunk once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from models.spec.state import State
+from service.core.delivery import next_tag
+from service.core.errors import (
+    AlreadyApplied,
+    CarryError,
+    InternalError,
+    NotFinite,
+    PositionAhead,
+    PositionBehind,
+    StateChanged,
+    StateDamaged,
+    StateIncompatible,
+    StoreRefused,
+    StreamExists,
+    StreamNotFound,
+)
+from service.core.values import Feed, Precondition, Reply, Steps, StreamKey
+from service.pipeline.pipeline import Pipeline
+from service.pipeline.served_model import ServedModel
+from service.store.base import Commit, CommitResult, Conflicted
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from tests.support.pipelines import Counts, chunk_of, rows_of, whole, worker
+
+
+def cut(
+    random: np.random.Generator, rows: NDArray[np.float32], longest: int
+) -> list[NDArray[np.float32]]:
+    pieces = []
+    while len(rows):
+        size = int(random.integers(1, longest + 1))
+        pieces.append(rows[:size])
+        rows = rows[size:]
+    return pieces
+
+
+async def feed(
+    pipelines: list[Pipeline], stream: str, pieces: list[NDArray[np.float32]]
+) -> list[Reply]:
+    """Send a stream's pieces one after another, two at a time through each worker."""
+    replies, position = [], 0
+    for index, piece in enumerate(pieces):
+        pipeline = pipelines[index // 2 % len(pipelines)]
+        replies.append(await pipeline.process(chunk_of(stream, piece, position)))
+        position += len(piece)
+    return replies
+
+
+def close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+async def test_chunking_batching_and_workers_are_invisible(
+    store_url: str, artifact: Artifact, cache_bytes: int
+) -> None:
+    random = np.random.default_rng(3)
+    counts = Counts()
+    streams = {f"s{i}": rows_of(random, int(random.integers(20, 60))) for i in range(12)}
+    async with (
+        worker(store_url, artifact, counts, cache_bytes=cache_bytes) as one,
+        worker(store_url, artifact, counts, cache_bytes=cache_bytes) as two,
+    ):
+        replies = await asyncio.gather(
+            *(feed([one, two], name, cut(random, rows, 24)) for name, rows in streams.items())
+        )
+    assert counts.largest_batch > 1
+    assert (counts.seen["hits"] > 0) == (cache_bytes > 0)
+    for (name, rows), parts in zip(streams.items(), replies, strict=True):
+        close(np.concatenate([part.outputs for part in parts]), whole(artifact, rows))
+        assert parts[-1].head.position == len(rows), name
+
+
+async def test_the_tag_chain_is_that_of_the_protocol(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(4)
+    pieces = cut(random, rows_of(random, 40), 9)
+    async with worker(store_url, artifact) as one:
+        replies = await feed([one], "chain", pieces)
+    tag, position = bytes(16), 0
+    for piece, reply in zip(pieces, replies, strict=True):
+        tag = next_tag(tag, position, chunk_of("chain", piece, position).digest)
+        position += len(piece)
+        assert (reply.head.tag, reply.head.position) == (tag, position)
+    assert len({reply.head.epoch for reply in replies}) == 1
+
+
+async def test_the_last_chunk_again_gets_the_stored_reply(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(5)
+    first, second = rows_of(random, 5), rows_of(random, 7)
+    async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
+        await one.process(chunk_of("retry", first, 0))
+        sent = await one.process(chunk_of("retry", second, 5))
+        for pipeline in (one, two):
+            again = await pipeline.process(chunk_of("retry", second, 5))
+            assert again.replayed
+            assert again.head == sent.head
+            np.testing.assert_array_equal(again.outputs, sent.outputs)
+            np.testing.assert_array_equal(again.state.floats, sent.state.floats)
+        with pytest.raises(PositionBehind):
+            await two.process(chunk_of("retry", first, 0))
+        with pytest.raises(PositionAhead) as caught:
+            await two.process(chunk_of("retry", second, 13))
+        assert caught.value.facts["expected"] == 12
+
+
+async def test_a_reply_that_is_too_large_is_not_kept(store_url: str, artifact: Artifact) -> None:
+    rows = rows_of(np.random.default_rng(6), 5)
+    async with worker(store_url, artifact, reply_max_bytes=16) as one:
+        await one.process(chunk_of("large", rows, 0))
+        with pytest.raises(AlreadyApplied) as caught:
+            await one.process(chunk_of("large", rows, 0))
+        assert caught.value.facts["position"] == 5
+
+
+async def test_duplicates_at_two_workers_are_applied_once(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(7)
+    counts = Counts()
+    names = [f"twice{i}" for i in range(10)]
+    async with (
+        worker(store_url, artifact, counts) as one,
+        worker(store_url, artifact, counts) as two,
+    ):
+        position = 0
+        for _ in range(5):
+            piece = rows_of(random, 4)
+            answers = await asyncio.gather(
+                *(
+                    pipeline.process(chunk_of(name, piece, position))
+                    for name in names
+                    for pipeline in (one, two, one)
+                )
+            )
+            position += 4
+            for index in range(0, len(answers), 3):
+                three = answers[index : index + 3]
+                assert sorted(reply.replayed for reply in three) == [False, True, True]
+                assert len({reply.head for reply in three}) == 1
+                for reply in three:
+                    np.testing.assert_array_equal(reply.outputs, three[0].outputs)
+    assert counts.seen["chunks"] == 50
+    assert counts.seen["replays"] == 100
+
+
+async def test_sixteen_appends_at_once_are_all_applied(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(8)
+    same, counts = rows_of(random, 3), Counts()
+    async with (
+        worker(store_url, artifact, counts) as one,
+        worker(store_url, artifact, counts) as two,
+    ):
+        replies = await asyncio.gather(
+            *(pipeline.process(chunk_of("race", same)) for pipeline in [one, two] * 8)
+        )
+    replies.sort(key=lambda reply: reply.head.position)
+    assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
+    assert len({reply.head.tag for reply in replies}) == 16
+    assert counts.seen["conflicts"] > 0
+    close(np.concatenate([r.outputs for r in replies]), whole(artifact, np.tile(same, (16, 1))))
+
+
+async def test_a_streams_queue_goes_on_from_memory(store_url: str, artifact: Artifact) -> None:
+    """Its chunks neither load the stream again nor wait for each other's commits."""
+    random = np.random.default_rng(31)
+    rows, counts = rows_of(random, 48), Counts()
+    async with worker(store_url, artifact, counts) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of("hot", rows[at : at + 3], at)) for at in range(0, 48, 3))
+        )
+    assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
+    assert (counts.seen["misses"], counts.seen["conflicts"]) == (1, 0)
+    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
+
+
+class FailingStore(RedisStore):
+    """Fails, or loses, the first commit of a stream at a position; for the fault alone."""
+
+    def __init__(self, settings: StoreSettings, position: int, error: CarryError | None):
+        super().__init__(settings)
+        self.position = position
+        self.error = error
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        fails = [commit.new.head.position == self.position for commit in commits]
+        if any(fails):
+            self.position = -1
+            # in its turn, as a real answer
+            await super().load([commits[0].key])
+        going = [commit for commit, failed in zip(commits, fails, strict=True) if not failed]
+        done = iter(await super().commit(going, deadline_s))
+        return [
+            (self.error or Conflicted(commit.expected)) if failed else next(done)
+            for commit, failed in zip(commits, fails, strict=True)
+        ]
+
+
+async def test_what_follows_a_failed_commit_is_judged_anew(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(32)
+    rows, counts = rows_of(random, 12), Counts()
+    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, StoreRefused("no room"))
+    async with worker(store_url, artifact, counts, store=store) as one:
+        outcomes = await asyncio.gather(
+            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (0, 4, 8)),
+            return_exceptions=True,
+        )
+        assert isinstance(outcomes[0], Reply)
+        assert isinstance(outcomes[1], StoreRefused)
+        assert isinstance(outcomes[2], PositionAhead)
+        assert outcomes[2].facts["expected"] == 4
+        rest = [await one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)]
+    outputs = [reply.outputs for reply in (outcomes[0], *rest)]
+    close(np.concatenate(outputs), whole(artifact, rows))
+
+
+async def test_a_conflict_in_a_chain_loses_none_of_it(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(33)
+    rows, counts = rows_of(random, 20), Counts()
+    store = FailingStore(StoreSettings(store_url, wait_s=5), 8, None)
+    async with worker(store_url, artifact, counts, store=store) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of("chain", rows[at : at + 4], at)) for at in range(0, 20, 4))
+        )
+    assert counts.seen["conflicts"] >= 2
+    assert [reply.head.position for reply in replies] == [4, 8, 12, 16, 20]
+    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
+
+
+async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(9)
+    good = rows_of(random, 4)
+    bad = np.sign(artifact.weights["heads.steep.kernel"]).T * np.full((4, 3), 1e30, np.float32)
+    async with worker(store_url, artifact) as one:
+        outcomes = await asyncio.gather(
+            one.process(chunk_of("good", good, 0)),
+            one.process(chunk_of("bad", bad, 0)),
+            return_exceptions=True,
+        )
+        assert isinstance(outcomes[0], Reply)
+        assert isinstance(outcomes[1], NotFinite)
+        with pytest.raises(StreamNotFound):
+            await one.streams.read(StreamKey("probe", "bad"))
+
+
+async def test_a_chunk_that_cannot_be_encoded_fails_alone(
+    store_url: str, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, encode_many = np.random.default_rng(23), ServedModel.encode_many
+
+    def encode_or_fail(served: ServedModel, items: Sequence[tuple[Steps, State]]) -> object:
+        found = encode_many(served, items)
+        return [
+            ZeroDivisionError("an unforeseen failure") if steps.length == 3 else each
+            for (steps, _), each in zip(items, found, strict=True)
+        ]
+
+    monkeypatch.setattr(ServedModel, "encode_many", encode_or_fail)
+    counts = Counts()
+    async with worker(store_url, artifact, counts) as one:
+        outcomes = await asyncio.gather(
+            *(one.process(chunk_of(f"n{i}", rows_of(random, 2 + i), 0)) for i in range(4)),
+            return_exceptions=True,
+        )
+    assert [type(outcome) for outcome in outcomes] == [Reply, InternalError, Reply, Reply]
+    assert counts.largest_batch == 3
+
+
+async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(
+    store_url: str, artifact: Artifact, damage: Callable[[str], None]
+) -> None:
+    random = np.random.default_rng(10)
+    async with worker(store_url, artifact, cache_bytes=0) as one:
+        for name in ("fine", "broken"):
+            await one.process(chunk_of(name, rows_of(random, 4), 0))
+        kept = await one.streams.read(StreamKey("probe", "broken"))
+        damage("broken")
+        outcomes = await asyncio.gather(
+            *(one.process(chunk_of(name, rows_of(random, 4), 4)) for name in ("fine", "broken")),
+            return_exceptions=True,
+        )
+        assert isinstance(outcomes[0], Reply)
+        assert isinstance(outcomes[1], StateDamaged)
+        with pytest.raises(StateDamaged):
+            await one.streams.read(StreamKey("probe", "broken"))
+        restored = await one.streams.restore(
+            StreamKey("probe", "broken"),
+            feed=kept.feed,
+            position=4,
+            fingerprint=kept.fingerprint,
+            state=kept.state,
+            precondition=None,
+        )
+        assert restored.head.position == 4
+        await one.process(chunk_of("broken", rows_of(random, 4), 4))
+
+
+async def test_a_stale_copy_in_the_cache_is_never_used(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(11)
+    rows, counts = rows_of(random, 30), Counts()
+    async with worker(store_url, artifact, counts) as one, worker(store_url, artifact) as two:
+        parts = [await one.process(chunk_of("stale", rows[:10]))]
+        parts.append(await two.process(chunk_of("stale", rows[10:20])))
+        parts.append(await one.process(chunk_of("stale", rows[20:])))
+    assert counts.seen["conflicts"] == 1
+    close(np.concatenate([part.outputs for part in parts]), whole(artifact, rows))
+
+
+async def test_a_deleted_stream_is_not_revived_from_a_cache(
+    store_url: str, artifact: Artifact
+) -> None:
+    rows = rows_of(np.random.default_rng(12), 8)
+    key = StreamKey("probe", "gone")
+    async with worker(store_url, artifact) as one, worker(store_url, artifact) as two:
+        await one.process(chunk_of("gone", rows[:4], 0))
+        await two.streams.delete(key)
+        with pytest.raises(PositionAhead) as caught:
+            await one.process(chunk_of("gone", rows[4:], 4))
+        assert caught.value.facts["expected"] == 0
+        again = await one.process(chunk_of("gone", rows[4:]))
+        assert again.created
+        with pytest.raises(StreamNotFound):
+            await two.streams.delete(StreamKey("probe", "never"))
+
+
+async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(22)
+    async with worker(store_url, artifact) as one:
+        replies = await asyncio.gather(
+            *(one.process(chunk_of(f"own{index}", rows_of(random, 2), 0)) for index in range(6))
+        )
+    assert all(reply.state.floats.base is None for reply in replies)
+
+
+async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifact) -> None:
+    rows = rows_of(np.random.default_rng(14), 20)
+    key = StreamKey("probe", "source")
+    async with worker(store_url, artifact) as one:
+        first = await one.process(chunk_of("source", rows[:8], 0))
+        forked = await one.streams.fork(key, "copy", None)
+        assert forked.head.position == 8
+        assert forked.head.epoch != first.head.epoch
+        rest = await one.process(chunk_of("copy", rows[8:], 8))
+        close(np.concatenate([first.outputs, rest.outputs]), whole(artifact, rows))
+        with pytest.raises(StreamExists):
+            await one.streams.fork(key, "copy", None)
+        with pytest.raises(StateChanged):
+            await one.streams.fork(key, "copy", Precondition((forked.head.etag,)))
+        again = await one.streams.fork(key, "copy", Precondition((rest.head.etag,)))
+        assert (await one.streams.read(StreamKey("probe", "copy"))).head == again.head
+        kept = await one.streams.read(key)
+        with pytest.raises(StateIncompatible):
+            await one.streams.restore(
+                key,
+                feed=kept.feed,
+                position=8,
+                fingerprint=b"x" * 16,
+                state=kept.state,
+                precondition=Precondition(any_state=True),
+            )
+        with pytest.raises(StreamExists):
+            await one.streams.restore(
+                key,
+                feed=kept.feed,
+                position=8,
+                fingerprint=kept.fingerprint,
+                state=kept.state,
+                precondition=None,
+            )
+
+
+async def test_predict_runs_whole_sequences_and_stores_nothing(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(16)
+    sequences = [rows_of(random, count) for count in (1, 40, 7)]
+    async with worker(store_url, artifact) as one:
+        predictions = await one.predict(
+            "probe", [Steps(Feed.INPUTS, len(rows), rows=rows) for rows in sequences]
+        )
+        for rows, prediction in zip(sequences, predictions, strict=True):
+            close(prediction.outputs, whole(artifact, rows))
+        assert (await one.streams.page("probe", "", None, 10)).streams == ()
+
+
+async def test_a_caller_that_leaves_changes_nothing_for_its_neighbours(
+    store_url: str, artifact: Artifact
+) -> None:
+    random = np.random.default_rng(17)
+    rows = {name: rows_of(random, 12) for name in ("stays", "leaves")}
+    async with worker(store_url, artifact) as one:
+        stays = asyncio.create_task(one.process(chunk_of("stays", rows["stays"], 0)))
+        leaves = asyncio.create_task(one.process(chunk_of("leaves", rows["leaves"], 0)))
+        await asyncio.sleep(0)
+        leaves.cancel()
+        close((await stays).outputs, whole(artifact, rows["stays"]))
+        # Applied or not, the same chunk again is applied once in all.
+        again = await one.process(chunk_of("leaves", rows["leaves"], 0))
+        assert again.head.position == 12
+        close(again.outputs, whole(artifact, rows["leaves"]))
+
+
+async def test_stop_finishes_what_was_accepted(store_url: str, artifact: Artifact) -> None:
+    random = np.random.default_rng(18)
+    sent = {f"stop{i}": rows_of(random, 10) for i in range(20)}
+    async with worker(store_url, artifact) as one:
+        tasks = [
+            asyncio.create_task(one.process(chunk_of(name, rows, 0))) for name, rows in sent.items()
+        ]
+        await asyncio.sleep(0)
+        await one.stop()
+        for task, rows in zip(tasks, sent.values(), strict=True):
+            close((await task).outputs, whole(artifact, rows))
+        tasks.clear()

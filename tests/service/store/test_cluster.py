@@ -1,0 +1,477 @@
+"""A cluster whose nodes send requests elsewhere, die, are replaced, or hand slots over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import redis
+from redis.crc import key_slot
+
+from service.core.errors import (
+    CarryError,
+    NotDurable,
+    OutcomeUnknown,
+    StoreRefused,
+    StoreUnavailable,
+)
+from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.open import open_store
+from service.store.settings import Durability, StoreSettings
+from tests.support.cluster import Cluster, ClusterNode
+from tests.support.servers import emptied, free_port, opened, real_server, until, until_async
+from tests.support.streams import Streams, committed, key, same_reply, same_stream
+
+PARTITIONS = 16
+
+
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    """The shared one, empty. Tests put back what they change."""
+    return emptied(shared_cluster)
+
+
+@pytest.fixture
+async def store(cluster: Cluster) -> AsyncIterator[StateStore]:
+    async with opened(cluster.url, partitions=PARTITIONS, wait_s=20) as running:
+        yield running
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+def names(url: str, stream: str) -> tuple[str, str]:
+    """A stream's keys."""
+    return StoreSettings(url, partitions=PARTITIONS).keys.pair(key(stream))
+
+
+class Move:
+    """One slot on its way from its node to the next, step by step."""
+
+    def __init__(self, cluster: Cluster, name: str):
+        self.cluster = cluster
+        self.slot = key_slot(name.encode())
+        at = cluster.owner(name)
+        self.source, self.target = cluster.primaries[at], cluster.primaries[at - 1]
+
+    def begin(self) -> None:
+        self.target.ask("CLUSTER", "SETSLOT", self.slot, "IMPORTING", self.source.name)
+        self.source.ask("CLUSTER", "SETSLOT", self.slot, "MIGRATING", self.target.name)
+
+    def carry(self, *found: str | bytes) -> None:
+        """Move some keys."""
+        if found:
+            to = ("127.0.0.1", self.target.port, "", 0, 5000, "KEYS", *found)
+            self.source.ask("MIGRATE", *to)
+
+    def carry_all(self) -> None:
+        while found := self.source.ask("CLUSTER", "GETKEYSINSLOT", self.slot, 10):
+            self.carry(*found)
+
+    def end(self) -> None:
+        """Give the slot to its new node, and tell everybody."""
+        for node in (self.target, self.source, *self.cluster.nodes):
+            try:
+                node.ask("CLUSTER", "SETSLOT", self.slot, "NODE", self.target.name)
+            except redis.ResponseError:
+                # Replicas are told by their primaries.
+                assert node in self.cluster.replicas
+
+    def back(self) -> Move:
+        """The way back, not begun."""
+        other = Move(self.cluster, "any")
+        other.slot, other.source, other.target = self.slot, self.target, self.source
+        return other
+
+    def whole(self) -> None:
+        """All of it at once."""
+        self.begin()
+        self.carry_all()
+        self.end()
+
+
+# Slots that move
+
+
+async def test_a_slot_that_moved_is_found_again(
+    store: StateStore, streams: Streams, cluster: Cluster
+) -> None:
+    """MOVED, for a commit and for a load, before the map was read again."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    move = Move(cluster, names(cluster.url, "a")[0])
+    move.whole()
+    try:
+        second = streams.next(first)
+        await committed(store, second)
+        state, reply = await store.load_with_reply(key("a"))
+        assert same_stream(state, second.new)
+        assert same_reply(reply, second.reply)
+    finally:
+        move.back().whole()
+    async with opened(cluster.url, partitions=PARTITIONS) as other:
+        assert await other.load([key("none")]) == [None]
+    (found,) = await store.load([key("a")])
+    assert same_stream(found, second.new)
+
+
+async def test_keys_ahead_of_their_slot_are_asked_for_where_they_are(
+    store: StateStore, streams: Streams, cluster: Cluster
+) -> None:
+    """ASK: both keys of the stream are at the new node, the slot is still the old one's."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    move = Move(cluster, names(cluster.url, "a")[0])
+    move.begin()
+    move.carry_all()
+    try:
+        # The new node does not know the script: asked again by its text, and told ASKING again.
+        move.target.ask("SCRIPT", "FLUSH")
+        second = streams.next(first)
+        await committed(store, second)
+        state, reply = await store.load_with_reply(key("a"))
+        assert same_stream(state, second.new)
+        assert same_reply(reply, second.reply)
+        assert move.source.ask("CLUSTER", "COUNTKEYSINSLOT", move.slot) == 0
+    finally:
+        move.end()
+        move.back().whole()
+
+
+async def test_a_stream_torn_between_two_nodes_is_waited_for(
+    store: StateStore, streams: Streams, cluster: Cluster
+) -> None:
+    """TRYAGAIN: the state is at the new node, its reply still at the old one."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    state_key, reply_key = names(cluster.url, "a")
+    move = Move(cluster, state_key)
+    move.begin()
+    move.carry(state_key)
+    second = streams.next(first)
+    commit = asyncio.create_task(store.commit([second]))
+    load = asyncio.create_task(store.load_with_reply(key("a")))
+    try:
+        done, _ = await asyncio.wait({commit, load}, timeout=0.1)
+        assert not done
+        with pytest.raises(redis.exceptions.TryAgainError):
+            move.source.ask("MGET", state_key, reply_key)
+    finally:
+        move.carry(reply_key)
+        move.end()
+    assert await commit == [Committed()]
+    state, reply = await load
+    assert any(same_stream(state, each.new) for each in (first, second))
+    assert any(same_reply(reply, each.reply) for each in (first, second))
+    move.back().whole()
+
+
+async def test_a_stream_torn_for_too_long_is_away_and_nothing_was_applied(
+    streams: Streams, cluster: Cluster
+) -> None:
+    async with opened(cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
+        first = streams.creation(key("a"))
+        elsewhere = streams.creation(key("b"))
+        assert cluster.owner(names("", "b")[0]) != cluster.owner(names("", "a")[0])
+        await committed(store, first)
+        state_key, reply_key = names(cluster.url, "a")
+        move = Move(cluster, state_key)
+        move.begin()
+        move.carry(state_key)
+        try:
+            refused, written = await store.commit([streams.next(first), elsewhere])
+            assert isinstance(refused, StoreUnavailable)
+            assert "TRYAGAIN" in refused.detail
+            assert written == Committed()
+        finally:
+            move.carry(reply_key)
+            move.end()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, first.new)
+        move.back().whole()
+
+
+async def test_slots_that_move_under_load_lose_and_double_nothing(
+    store: StateStore, streams: Streams, cluster: Cluster
+) -> None:
+    async with writing(store, streams, 24) as done:
+        for _ in range(2):
+            for partition in range(0, PARTITIONS, 5):
+                move = Move(cluster, f"{{p{partition:04d}}}")
+                move.begin()
+                await asyncio.sleep(0)
+                await asyncio.to_thread(move.carry_all)
+                await asyncio.to_thread(move.end)
+                await done.more(60)
+                await asyncio.to_thread(move.back().whole)
+                await done.more(60)
+    await done.check(store)
+
+
+# Nodes that go
+
+
+class Writers:
+    """What was acknowledged to some streams' writers."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Commit] = {}
+        self.count = 0
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def more(self, commits: int) -> None:
+        """Wait for so many more commits."""
+        goal = self.count + commits
+        while self.count < goal:
+            await asyncio.sleep(0.001)
+            for task in self.tasks:
+                if task.done():
+                    task.result()
+
+    async def check(self, store: StateStore) -> None:
+        """Every stream is where it was last acknowledged, bit by bit."""
+        found = await store.load([commit.key for commit in self.last.values()])
+        for stream, commit in zip(found, self.last.values(), strict=True):
+            assert same_stream(stream, commit.new)
+
+
+@asynccontextmanager
+async def writing(store: StateStore, streams: Streams, count: int) -> AsyncIterator[Writers]:
+    """Writers, each with a stream of its own, that go on until the end of the block."""
+    writers, stop = Writers(), asyncio.Event()
+
+    async def write(name: str) -> None:
+        commit = streams.creation(key(name))
+        while not stop.is_set():
+            (result,) = await store.commit([commit])
+            while result != Committed():
+                # As a client that retries: judged anew, and answered by the stored reply.
+                assert isinstance(result, NotDurable | OutcomeUnknown | Conflicted), result
+                try:
+                    state, _ = await store.load_with_reply(commit.key)
+                except NotDurable:
+                    continue
+                if state is not None and state.head == commit.new.head:
+                    break
+                assert (None if state is None else state.head) == commit.expected
+                (result,) = await store.commit([commit])
+            writers.last[name] = commit
+            writers.count += 1
+            commit = streams.next(commit)
+
+    async with asyncio.TaskGroup() as group:
+        writers.tasks = [group.create_task(write(f"w{i}")) for i in range(count)]
+        yield writers
+        stop.set()
+
+
+async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """`replicated`, with all replicas: whatever was acknowledged is at the new primary."""
+    durably = {"durability": Durability.REPLICATED, "replicas": 1}
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20, **durably) as store:
+        victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
+        async with writing(store, streams, 16) as done:
+            await done.more(300)
+            victim.kill()
+            await until_async(lambda: _is_primary(heir), "the replica's promotion")
+            victim.start()
+            await done.more(300)
+        await done.check(store)
+        await asyncio.to_thread(own_cluster.settle)
+        (check,) = await store.check()
+        assert check.ok, check.detail
+        own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
+
+
+async def test_pending_requests_of_a_lost_node_move_to_its_replacement(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """Without the node coming back: what it was sent, and what was asked since."""
+    victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+        commits = [streams.creation(key(f"s{i}")) for i in range(12)]
+        await committed(store, *commits)
+        assert victim.ask("WAIT", 1, 5000) == 1
+        ours = [c for c in commits if own_cluster.owner(names("", c.key.stream)[0]) == 0]
+        assert len(ours) > 1
+        sent, *unsent = (streams.next(commit) for commit in ours)
+        victim.pause()
+        owed = [asyncio.create_task(store.commit([sent]))]
+        await asyncio.sleep(0)
+        victim.kill()
+        owed += [asyncio.create_task(store.commit([commit])) for commit in unsent]
+        loading = asyncio.create_task(store.load([commit.key for commit in commits]))
+        try:
+            assert await asyncio.gather(*owed) == [[Committed()]] * len(ours)
+            assert not any(isinstance(found, CarryError) for found in await loading)
+        finally:
+            victim.start()
+            own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
+            await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_a_planned_change_of_the_primary_loses_nothing(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+        old, heir = own_cluster.primaries[1], own_cluster.replicas[1]
+        async with writing(store, streams, 16) as done:
+            await done.more(200)
+            heir.ask("CLUSTER", "FAILOVER")
+            await until_async(lambda: _is_primary(heir), "the replica's promotion")
+            await done.more(200)
+        await done.check(store)
+        own_cluster.primaries[1], own_cluster.replicas[1] = heir, old
+        await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_without_a_majority_requests_wait_and_recover(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """CLUSTERDOWN, from the node that is left; then everything comes back by itself."""
+    down = [own_cluster.primaries[i] for i in (1, 2)] + own_cluster.replicas
+    left = own_cluster.primaries[0]
+    async with (
+        opened(own_cluster.url, partitions=PARTITIONS, wait_s=0.5) as hasty,
+        opened(own_cluster.url, partitions=PARTITIONS, wait_s=30) as patient,
+    ):
+        first = streams.creation(key("on-the-node-that-is-left"))
+        while own_cluster.owner(names("", first.key.stream)[0]) != 0:
+            first = streams.creation(key(first.key.stream + "-"))
+        await committed(hasty, first)
+        for node in down:
+            node.pause()
+        try:
+            await asyncio.to_thread(until, lambda: _refuses(left, "CLUSTERDOWN"), "CLUSTERDOWN")
+            second = streams.next(first)
+            with pytest.raises(StoreUnavailable, match="CLUSTERDOWN") as caught:
+                await hasty.commit([second])
+            assert caught.value.retryable
+            assert caught.value.facts["retry_after_s"] > 0
+            (check,) = await hasty.check()
+            assert not check.ok
+            waiting = asyncio.create_task(patient.commit([second]))
+            await asyncio.wait({waiting}, timeout=0.05)
+        finally:
+            for node in down:
+                node.resume()
+        assert await waiting == [Committed()]
+        assert await hasty.commit([second]) in (
+            [Committed()],
+            [Conflicted(second.new.head)],
+        )
+        await asyncio.to_thread(own_cluster.settle)
+
+
+async def _is_primary(node: ClusterNode) -> bool:
+    return node.facts("replication")["role"] == "master"
+
+
+def _refuses(node: ClusterNode, word: str) -> bool:
+    try:
+        node.ask("GET", "{p0000}")
+    except redis.RedisError as error:
+        return word.lower() in f"{type(error).__name__} {error}".lower()
+    return False
+
+
+# Nodes and addresses
+
+
+async def test_one_node_that_is_away_fails_its_own_streams_alone(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
+        commits = [streams.creation(key(f"alone-{i}")) for i in range(12)]
+        await committed(store, *commits)
+        own_cluster.primaries[2].pause()
+        try:
+            found = await store.load([commit.key for commit in commits])
+        finally:
+            own_cluster.primaries[2].resume()
+        for stream, commit in zip(found, commits, strict=True):
+            if own_cluster.owner(names("", commit.key.stream)[0]) == 2:
+                assert isinstance(stream, StoreUnavailable)
+            else:
+                assert same_stream(stream, commit.new)
+        assert any(isinstance(stream, StoreUnavailable) for stream in found)
+    await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_a_listing_begins_anew_when_a_slot_moved_meanwhile(
+    store: StateStore, streams: Streams, cluster: Cluster
+) -> None:
+    await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(40)))
+    cursor, names_, moved = None, set[str](), False
+    while True:
+        page = await store.streams("flights", "", cursor, 5)
+        names_ |= set(page.streams)
+        if page.cursor is None:
+            break
+        if not moved and page.cursor.split(".")[1] == "2":
+            # From a node that is still to be walked to one that was.
+            order = sorted(cluster.primaries, key=lambda node: node.name)
+            slot = next(
+                slot
+                for partition in range(PARTITIONS)
+                if cluster.primaries[cluster.owner(f"{{p{partition:04d}}}")] is order[2]
+                and (slot := key_slot(b"{p%04d}" % partition))
+            )
+            move = Move(cluster, "any")
+            move.slot, move.source, move.target = slot, order[2], order[0]
+            move.whole()
+            moved = True
+        cursor = page.cursor
+    move.back().whole()
+    assert moved
+    assert names_ == {f"s{i}" for i in range(40)}
+
+
+async def test_any_node_that_answers_is_enough_to_begin(cluster: Cluster, streams: Streams) -> None:
+    url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.replicas[1].port}"
+    async with opened(url, partitions=PARTITIONS) as store:
+        await committed(store, streams.creation(key("a")))
+    store = open_store(StoreSettings("redis+cluster://127.0.0.1:1", wait_s=0.2))
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
+        await store.start()
+    await store.close()
+
+
+async def test_a_node_that_may_evict_is_refused(cluster: Cluster) -> None:
+    for node in (cluster.primaries[1], cluster.replicas[2]):
+        node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(StoreRefused, match=rf"{node.port}.*allkeys-lru"):
+                async with opened(cluster.url, partitions=PARTITIONS):
+                    pass
+        finally:
+            node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+async def test_a_single_server_is_not_a_cluster() -> None:
+    with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port := free_port())):
+        store = open_store(StoreSettings(f"redis+cluster://127.0.0.1:{port}", wait_s=5))
+        with pytest.raises(StoreRefused, match="cluster"):
+            await store.start()
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+cluster://",
+        "redis+cluster://localhost:port",
+        "redis+cluster://localhost,,other",
+        "redis+cluster://localhost/1",
+        "redis+cluster://localhost?decode_responses=true",
+    ],
+)
+def test_an_address_that_names_no_cluster_is_refused(url: str) -> None:
+    with pytest.raises(StoreRefused):
+        open_store(StoreSettings(url))

@@ -1,0 +1,282 @@
+"""The bytes of streams and replies: round trips, the documented layout, and every refusal."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from models.spec.state import State
+from service.core.values import Feed, LastChunk, StoredReply, StreamHead, StreamState, Tombstone
+from service.store.codec import (
+    HEADER_BYTES,
+    TOMBSTONE_BEGIN,
+    CodecError,
+    decode_head,
+    decode_reply,
+    decode_state,
+    encode_reply,
+    encode_state,
+    encode_tombstone,
+    head_bytes,
+    raw_head,
+)
+from tests.support.streams import Streams, same_reply, same_stream
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
+MARKS = st.builds(
+    StreamHead,
+    st.binary(min_size=8, max_size=8),
+    st.binary(min_size=16, max_size=16),
+    st.integers(0, 2**64 - 1),
+)
+STATES = st.builds(
+    StreamState,
+    head=MARKS,
+    feed=st.sampled_from(Feed),
+    fingerprint=st.binary(min_size=16, max_size=16),
+    last=st.none()
+    | st.builds(LastChunk, st.integers(0, 2**64 - 1), st.binary(min_size=16, max_size=16)),
+    updated_ms=st.integers(-(2**63), 2**63 - 1),
+    state=st.builds(
+        State,
+        hnp.arrays(np.float32, st.integers(0, 40), elements=FINITE),
+        hnp.arrays(np.int64, st.integers(0, 5), elements=st.integers(-(2**63), 2**63 - 1)),
+    ),
+)
+REPLIES = st.builds(
+    StoredReply,
+    MARKS,
+    hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=FINITE),
+)
+
+
+def resealed(value: bytes, at: int, crc_at: int, patch: bytes) -> bytes:
+    """The bytes with a patch and a checksum that fits again."""
+    patched = value[:at] + patch + value[at + len(patch) :]
+    crc = zlib.crc32(patched[:crc_at] + patched[crc_at + 4 :])
+    return patched[:crc_at] + struct.pack("<I", crc) + patched[crc_at + 4 :]
+
+
+@given(STATES)
+def test_a_state_comes_back_bit_by_bit(stream: StreamState) -> None:
+    assert same_stream(decode_state(encode_state(stream)), stream)
+
+
+@given(REPLIES)
+def test_a_reply_comes_back_bit_by_bit(reply: StoredReply) -> None:
+    assert same_reply(decode_reply(encode_reply(reply)), reply)
+
+
+@given(STATES)
+def test_the_mark_is_read_from_the_header_alone(stream: StreamState) -> None:
+    assert decode_head(encode_state(stream)[:HEADER_BYTES]) == stream.head
+
+
+@given(st.binary(min_size=8, max_size=8))
+def test_a_tombstone_round_trips_and_its_header_has_no_mark(epoch: bytes) -> None:
+    tombstone = Tombstone(StreamHead(epoch, bytes(16), 0))
+    value = encode_tombstone(tombstone)
+    assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_BEGIN, epoch)
+    assert decode_state(value) == tombstone
+    assert decode_head(value) is None
+    assert raw_head(value) == tombstone.head
+
+
+@pytest.mark.parametrize(
+    ("at", "patch"),
+    [(5, b"\x05"), (5, b"\x06"), (6, b"\1"), (16, b"\1"), (40, b"\1"), (56, b"\1"), (88, b"\1")],
+)
+def test_a_tombstone_with_nonzero_fields_is_rejected(at: int, patch: bytes) -> None:
+    value = encode_tombstone(Tombstone(StreamHead(b"epoch-89", bytes(16), 0)))
+    with pytest.raises(CodecError):
+        decode_state(resealed(value, at, 12, patch))
+    with pytest.raises(CodecError):
+        decode_state(value + b"\0")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        StreamHead(b"short", bytes(16), 0),
+        StreamHead(bytes(8), b"t" * 16, 0),
+        StreamHead(bytes(8), bytes(16), 1),
+    ],
+)
+def test_a_tombstone_with_another_mark_is_not_encoded(head: StreamHead) -> None:
+    with pytest.raises(CodecError):
+        encode_tombstone(Tombstone(head))
+
+
+def test_the_layout_of_a_state_is_the_documented_one() -> None:
+    head = StreamHead(b"epoch-89", b"tag-0123456789ab", 0x0102030405060708)
+    state = State(np.array([1.5, -2.0], np.float32), np.array([-3, 2**62, 7], np.int64))
+    last = LastChunk(0x1112131415161718, b"digest-789abcdef")
+    value = encode_state(StreamState(head, Feed.INPUTS, b"fingerprint-cdef", last, -5, state))
+    assert value[0:4] == b"CRRY"
+    assert value[4] == 1
+    assert value[5] == 0b11
+    assert value[6:8] == bytes([3, 0])
+    assert value[8:12] == bytes([2, 0, 0, 0])
+    assert value[12:16] == struct.pack("<I", zlib.crc32(value[:12] + value[16:]))
+    assert value[16:32] == b"fingerprint-cdef"
+    assert value[32:40] == b"epoch-89"
+    assert value[40:56] == b"tag-0123456789ab"
+    assert value[32:56] == head_bytes(head)
+    assert value[56:64] == bytes([8, 7, 6, 5, 4, 3, 2, 1])
+    assert value[64:72] == bytes([0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11])
+    assert value[72:88] == b"digest-789abcdef"
+    assert value[88:96] == struct.pack("<q", -5)
+    assert value[96:] == struct.pack("<3q2f", -3, 2**62, 7, 1.5, -2.0)
+
+
+def test_the_stream_existed_flag_round_trips() -> None:
+    stream = Streams().first(floats=4, ints=0)
+    assert stream.last is not None
+    flags = encode_state(stream)[5]
+    existed = stream._replace(last=stream.last._replace(stream_existed=True))
+    value = encode_state(existed)
+    assert value[5] == flags | 8
+    assert decode_state(value).last == existed.last
+
+
+def test_the_layout_of_a_reply_is_the_documented_one() -> None:
+    head = StreamHead(b"epoch-89", b"tag-0123456789ab", 77)
+    value = encode_reply(StoredReply(head, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
+    assert value[0:8] == b"CRRP\x01\x00\x00\x00"
+    assert value[8:16] == struct.pack("<2I", 2, 3)
+    assert value[16:20] == struct.pack("<I", zlib.crc32(value[:16] + value[20:]))
+    assert value[20:52] == b"epoch-89" + b"tag-0123456789ab" + struct.pack("<Q", 77)
+    assert value[52:] == struct.pack("<6f", 1, 2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("kind", ["state", "reply"])
+def test_every_single_flipped_bit_is_refused(kind: str) -> None:
+    streams = Streams()
+    stream = streams.first(floats=5, ints=2)
+    value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
+    decode = decode_state if kind == "state" else decode_reply
+    for bit in range(8 * len(value)):
+        damaged = bytearray(value)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CodecError):
+            decode(bytes(damaged))
+
+
+@pytest.mark.parametrize("kind", ["state", "reply"])
+def test_every_other_length_is_refused(kind: str) -> None:
+    streams = Streams()
+    stream = streams.first(floats=5, ints=2)
+    value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
+    decode = decode_state if kind == "state" else decode_reply
+    for length in range(len(value)):
+        with pytest.raises(CodecError):
+            decode(value[:length])
+    for more in (b"\0", b"\0" * 4, value):
+        with pytest.raises(CodecError):
+            decode(value + more)
+
+
+@given(STATES, st.data())
+def test_bytes_changed_anywhere_are_refused(stream: StreamState, data: st.DataObject) -> None:
+    value = encode_state(stream)
+    at = data.draw(st.integers(0, len(value) - 1))
+    patch = data.draw(st.binary(min_size=1, max_size=4))[: len(value) - at]
+    damaged = value[:at] + patch + value[at + len(patch) :]
+    if damaged != value:
+        with pytest.raises(CodecError):
+            decode_state(damaged)
+
+
+@pytest.mark.parametrize(
+    ("at", "patch", "reason"),
+    [
+        (0, b"CRRX", "magic"),
+        (4, b"\x02", "format"),
+        (5, b"\x13", "flags"),
+        (5, b"\x83", "flags"),
+        (6, b"\x03", "bytes"),
+        (5, b"\x00", "last chunk"),
+        (5, b"\x09", "last chunk"),
+        (96, struct.pack("<f", float("nan")), "finite"),
+        (100, struct.pack("<f", float("-inf")), "finite"),
+    ],
+)
+def test_a_right_checksum_does_not_make_up_for_unknown_bytes(
+    at: int, patch: bytes, reason: str
+) -> None:
+    value = encode_state(Streams().first(floats=4, ints=0))
+    with pytest.raises(CodecError, match=reason):
+        decode_state(resealed(value, at, 12, patch))
+
+
+@pytest.mark.parametrize(
+    ("at", "patch", "reason"),
+    [
+        (0, b"CRRY", "magic"),
+        (4, b"\x02", "format"),
+        (5, b"\x01", "zero"),
+        (8, b"\x05", "bytes"),
+        (52, struct.pack("<f", float("inf")), "finite"),
+    ],
+)
+def test_a_reply_is_refused_in_the_same_way(at: int, patch: bytes, reason: str) -> None:
+    streams = Streams()
+    value = encode_reply(streams.reply(streams.first()))
+    with pytest.raises(CodecError, match=reason):
+        decode_reply(resealed(value, at, 16, patch))
+
+
+def test_a_header_that_is_none_gives_no_mark() -> None:
+    value = encode_state(Streams().first())
+    for header in (value[: HEADER_BYTES - 1], b"XXXX" + value[4:], value[:4] + b"\2" + value[5:]):
+        with pytest.raises(CodecError):
+            decode_head(header)
+
+
+def test_what_has_no_bytes_is_not_encoded() -> None:
+    streams = Streams()
+    good = streams.first(floats=3, ints=1)
+    ints = good.state.ints
+    for state in (
+        State(good.state.floats.astype(np.float64), ints),
+        State(good.state.floats.reshape(1, 3), ints),
+        State(good.state.floats, ints.astype(np.int32)),
+        State(good.state.floats, np.zeros(70_000, np.int64)),
+    ):
+        with pytest.raises(CodecError):
+            encode_state(StreamState(good.head, good.feed, good.fingerprint, good.last, 0, state))
+    for head in (
+        StreamHead(b"short", good.head.tag, 1),
+        StreamHead(good.head.epoch, good.head.tag, 2**64),
+    ):
+        with pytest.raises(CodecError):
+            encode_state(StreamState(head, good.feed, good.fingerprint, good.last, 0, good.state))
+    with pytest.raises(CodecError):
+        encode_reply(StoredReply(good.head, np.zeros((2, 2))))
+    with pytest.raises(CodecError):
+        encode_reply(StoredReply(good.head, np.zeros(4, np.float32)))
+
+
+def test_decoded_arrays_cannot_be_written() -> None:
+    streams = Streams()
+    stream = streams.first()
+    found = decode_state(encode_state(stream))
+    reply = decode_reply(encode_reply(streams.reply(stream)))
+    for array in (found.state.floats, found.state.ints, reply.outputs):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+def test_arrays_that_are_not_contiguous_are_stored_by_value() -> None:
+    good = Streams().first(floats=8, ints=4)
+    state = State(good.state.floats[::2], good.state.ints[::-1])
+    stream = StreamState(good.head, good.feed, good.fingerprint, good.last, 0, state)
+    found = decode_state(encode_state(stream)).state
+    assert np.array_equal(found.floats, good.state.floats[::2])
+    assert np.array_equal(found.ints, good.state.ints[::-1])

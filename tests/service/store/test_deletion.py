@@ -1,0 +1,261 @@
+"""Deletions and their tombstones on every store: the embedded Valkey, Redis, and a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
+from service.core.values import StreamHead, StreamState, Tombstone
+from service.store.base import Committed, Conflicted, StateStore
+from service.store.codec import HEADER_BYTES
+from service.store.redis.outcomes import resolve_repeated_deletion
+from service.store.redis.redis_store import RedisStore
+from service.store.redis.store_request import Outcome
+from service.store.settings import StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, until_async
+from tests.support.streams import OpenStore, Streams, absence, committed, key, same_stream
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+def names(server: RealServer | Cluster) -> tuple[str, str]:
+    """The keys of stream `a`: its state and its reply."""
+    return StoreSettings(server.url).keys.pair(key("a"))
+
+
+async def test_a_stream_is_deleted_with_its_reply(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first, other = streams.creation(key("a")), streams.creation(key("b"))
+    await committed(store, first, other)
+    assert await store.delete(key("a")) == Committed()
+    assert await store.load_with_reply(key("a")) == (None, None)
+    assert await store.delete(key("a")) == Conflicted(None)
+    (found,) = await store.load([key("b")])
+    assert same_stream(found, other.new)
+    with server.client() as client:
+        assert client.exists(StoreSettings(server.url).keys.reply(key("a"))) == 0
+
+
+async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    second = streams.next(first)
+    await committed(store, second)
+    assert await store.delete(key("a"), first.new.head) == Conflicted(second.new.head)
+    (found,) = await store.load([key("a")])
+    assert same_stream(found, second.new)
+    assert await store.delete(key("a"), second.new.head) == Committed()
+    assert await store.delete(key("a"), second.new.head) == Conflicted(None)
+
+
+async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    await store.delete(key("a"))
+    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
+    again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
+    await committed(store, again)
+    assert await store.commit([streams.next(first)]) == [Conflicted(again.new.head)]
+
+
+# Tombstones
+
+
+async def test_a_tombstone_expires_after_its_lifetime(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    store = await open_on(tombstone_ttl_ms=600_000)
+    short = await open_on(tombstone_ttl_ms=50)
+    await committed(store, streams.creation(key("a")))
+    assert await store.delete(key("a")) == Committed()
+    with server.client() as client:
+        assert 500_000 < client.pttl(names(server)[0]) <= 600_000
+        assert client.strlen(names(server)[0]) == HEADER_BYTES
+    assert await short.delete(key("a")) == Conflicted(None)
+
+    async def forgotten() -> bool:
+        return await store.load([key("a")]) == [None]
+
+    await until_async(forgotten, "the tombstone's end")
+
+
+async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    store = await open_on(idle_ttl_ms=0)
+    await committed(store, streams.creation(key("a")))
+    assert await store.delete(key("a")) == Committed()
+    tombstone = await absence(store, key("a"))
+    for expected in (None, StreamHead(b"other ep", bytes(16), 0)):
+        late = streams.creation(key("a"))._replace(expected=expected)
+        assert await store.commit([late]) == [Conflicted(None)]
+    again = streams.creation(key("a"))._replace(expected=tombstone)
+    await committed(store, again)
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, again.new)
+    assert reply is not None
+    with server.client() as client:
+        assert client.pttl(names(server)[0]) == -1
+
+
+async def test_deleting_a_missing_stream_leaves_a_tombstone(
+    store: StateStore, streams: Streams
+) -> None:
+    """What was sent before the answer, when there was no stream, is not applied after it."""
+    assert await store.delete(key("a")) == Conflicted(None)
+    first = await absence(store, key("a"))
+    assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
+    assert await store.delete(key("a")) == Conflicted(None)
+    second = await absence(store, key("a"))
+    assert None not in (first, second)
+    assert first != second
+    late = streams.creation(key("a"))._replace(expected=first)
+    assert await store.commit([late]) == [Conflicted(None)]
+
+
+async def test_a_conflicting_deletion_leaves_no_tombstone(
+    store: StateStore, streams: Streams
+) -> None:
+    other = streams.begin().head
+    assert await store.delete(key("a"), other) == Conflicted(None)
+    assert await store.load([key("a")]) == [None]
+
+
+async def test_confirming_a_tombstone_does_not_change_it(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    """The script behind `load_with_reply` where replicas are waited for; it may come late, too."""
+    script = (RedisStore(StoreSettings(server.url))._confirming).text
+    await committed(store, streams.creation(key("a")))
+    assert await store.delete(key("a")) == Committed()
+    pair = names(server)
+    with server.client() as client:
+        before = client.get(pair[0])
+        assert client.eval(script, 2, *pair, 999_000_000) == [before, None]
+        assert client.get(pair[0]) == before
+        assert 0 < client.pttl(pair[0]) <= 600_000
+        client.delete(*pair)
+        assert client.eval(script, 2, *pair, 999_000_000) == [None, None]
+        assert client.exists(pair[0]) == 0
+
+
+# Values that are not streams
+
+
+@pytest.mark.parametrize("value", [b"", b"C", b"C" * 40, b"XXXX" + bytes(200)])
+async def test_a_damaged_state_is_deleted_only_if_it_is_unchanged(
+    store: StateStore, streams: Streams, server: RealServer, value: bytes
+) -> None:
+    with server.client() as client:
+        client.set(names(server)[0], value)
+        (damaged,) = await store.load([key("a")])
+        assert isinstance(damaged, StateDamaged)
+        sound = streams.creation(key("a"))
+        client.delete(names(server)[0])
+        await committed(store, sound)
+        assert await store.delete(key("a"), damaged.head) == Conflicted(sound.new.head)
+        client.set(names(server)[0], value)
+    assert await store.delete(key("a"), damaged.head) == Committed()
+    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+
+
+async def test_a_key_of_another_type_is_deleted(store: StateStore, server: RealServer) -> None:
+    with server.client() as client:
+        client.rpush(names(server)[0], "not a stream")
+    assert await store.delete(key("a")) == Committed()
+    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+
+
+async def test_streams_are_deleted_when_memory_is_full(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    await committed(store, streams.creation(key("a")))
+    server.configure("maxmemory", 1)
+    try:
+        assert await store.delete(key("a")) == Committed()
+        assert await store.delete(key("a")) == Conflicted(None)
+    finally:
+        server.configure("maxmemory", 0)
+    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+
+
+# Concurrent writers
+
+
+class Interrupted(RedisStore):
+    """A store whose tries to write a tombstone are each preceded by what others do."""
+
+    def __init__(self, settings: StoreSettings, others: Any):
+        super().__init__(settings)
+        self._others = others
+        self.conditions: list[bytes] = []
+
+    async def _write_tombstone(self, key: Any, condition: bytes, *rest: Any) -> Outcome:
+        await self._others()
+        self.conditions.append(condition)
+        return await super()._write_tombstone(key, condition, *rest)
+
+
+async def test_a_stream_under_constant_writes_is_deleted(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    """By its epoch, after too many conflicts."""
+    last = streams.creation(key("a"))
+    await committed(store, last)
+
+    async def move_on() -> None:
+        nonlocal last
+        last = streams.next(last)
+        await committed(store, last)
+
+    busy = Interrupted(StoreSettings(server.url), move_on)
+    await busy.start()
+    try:
+        assert await busy.delete(key("a")) == Committed()
+    finally:
+        await busy.close()
+    assert isinstance((await store.load([key("a")]))[0], Tombstone)
+    assert [len(condition) for condition in busy.conditions] == [0, 24, 24, 8]
+
+
+async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    async def begin_again() -> None:
+        await store.delete(key("a"))
+        again = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
+        await committed(store, again)
+
+    busy = Interrupted(StoreSettings(server.url), begin_again)
+    await busy.start()
+    try:
+        assert isinstance(await busy.delete(key("a")), Conflict)
+    finally:
+        await busy.close()
+    assert isinstance((await store.load([key("a")]))[0], StreamState)
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome"),
+    [
+        (None, Committed),
+        (StreamHead(b"epoch-89", b"another tag 0123", 9), Conflicted),
+        (StreamHead(b"epoch-90", b"another tag 0123", 9), OutcomeUnknown),
+    ],
+    ids=["nothing", "the same epoch", "another epoch"],
+)
+def test_repeated_deletions_are_resolved_by_what_they_find(
+    found: StreamHead | None, outcome: type
+) -> None:
+    expected = StreamHead(b"epoch-89", b"tag-0123456789ab", 4)
+    assert isinstance(resolve_repeated_deletion(key("a"), expected, Conflicted(found)), outcome)

@@ -1,0 +1,286 @@
+"""What a commit survives, by CARRY_DURABILITY: the table in docs/operations.md, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.core.delivery import chunk_digest, judge
+from service.core.errors import NotDurable, PositionAhead, StoreRefused
+from service.core.values import Chunk, Steps
+from service.store.base import Committed, StateStore
+from service.store.embedded.embedded_valkey import EmbeddedValkey
+from service.store.redis.keys import KeySpace
+from service.store.settings import Durability
+from tests.support.cluster import Cluster, ClusterNode
+from tests.support.servers import KINDS, emptied, opened, real_server, until
+from tests.support.streams import Streams, committed, key, same_reply, same_stream
+
+ALWAYS = ("--appendfsync", "always")
+PARTITIONS = 16
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+# The disk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_server_that_syncs_later_is_refused(kind: str) -> None:
+    with real_server(kind, *ALWAYS) as server:
+        for name, wrong, right in (
+            ("appendfsync", "everysec", "always"),
+            ("no-appendfsync-on-rewrite", "yes", "no"),
+            ("appendonly", "no", "yes"),
+        ):
+            async with opened(server.url, durability=Durability.FSYNC) as store:
+                (check,) = await store.check()
+                assert check.ok
+                server.configure(name, wrong)
+                expected = rf"{name} {wrong}; CARRY_DURABILITY=fsync expects {name} {right}"
+                with pytest.raises(StoreRefused, match=expected):
+                    async with opened(server.url, durability=Durability.FSYNC):
+                        pass
+                (check,) = await store.check()
+                assert not check.ok
+                assert name in check.detail
+                server.configure(name, right)
+
+
+async def test_every_node_of_a_cluster_has_to_sync(shared_cluster: Cluster) -> None:
+    settings = {"durability": Durability.FSYNC, "partitions": PARTITIONS}
+    emptied(shared_cluster)
+    shared_cluster.configure("appendfsync", "always")
+    try:
+        async with opened(shared_cluster.url, **settings) as store:
+            (check,) = await store.check()
+            assert check.ok
+        for node in (shared_cluster.primaries[1], shared_cluster.replicas[0]):
+            node.ask("CONFIG", "SET", "appendfsync", "everysec")
+            with pytest.raises(StoreRefused, match=str(node.port)):
+                async with opened(shared_cluster.url, **settings):
+                    pass
+            node.ask("CONFIG", "SET", "appendfsync", "always")
+    finally:
+        shared_cluster.configure("appendfsync", "no")
+
+
+async def test_the_embedded_valkey_syncs_where_asked(tmp_path: Path, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    for fsync in (False, True):
+        valkey = EmbeddedValkey(tmp_path, fsync=fsync)
+        valkey.start()
+        try:
+            if not fsync:
+                with pytest.raises(StoreRefused, match="appendfsync everysec"):
+                    async with opened(valkey.url, durability=Durability.FSYNC):
+                        pass
+                async with opened(valkey.url) as store:
+                    await committed(store, first)
+            else:
+                async with opened(valkey.url, durability=Durability.FSYNC) as store:
+                    (found,) = await store.load([key("a")])
+                    assert same_stream(found, first.new)
+        finally:
+            valkey.stop()
+
+
+@pytest.fixture(scope="session")
+def noting_syncs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that notes what a server's disk has."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    library = tmp_path_factory.mktemp("preload") / "last_fsync.so"
+    source = Path(__file__).parents[2] / "support" / "last_fsync.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_the_disk_had_is_enough_after_a_loss_of_the_machine(
+    kind: str, noting_syncs: Path, tmp_path: Path, streams: Streams
+) -> None:
+    """The files are cut to what each had at its last sync before the last answer."""
+    notes = tmp_path / "notes"
+    preload = {"LD_PRELOAD": str(noting_syncs), "LAST_FSYNC_LOG": str(notes)}
+    with real_server(kind, *ALWAYS, environment=preload) as server:
+        async with opened(server.url, durability=Durability.FSYNC) as store:
+            last = [streams.creation(key(f"s{i}")) for i in range(10)]
+            for _ in range(30):
+                await committed(store, *last)
+                last = [streams.next(commit) for commit in last]
+            acknowledged = notes.read_text()
+        server.kill()
+        on_disk = _as_synced(acknowledged)
+        files = sorted((server.folder / "appendonlydir").glob("*.aof"))
+        assert any(file.stat().st_size > 0 for file in files)
+        for file in files:
+            with file.open("r+b") as cut:
+                cut.truncate(on_disk[str(file)])
+        server.start()
+        async with opened(server.url) as store:
+            found = await store.load([commit.key for commit in last])
+            for stream, commit in zip(found, last, strict=True):
+                assert stream.head == commit.expected
+
+
+def _as_synced(notes: str) -> dict[str, int]:
+    """How much of each file the disk had."""
+    lines = (line.split(" ", 1) for line in notes.splitlines())
+    return {path: int(size) for size, path in lines}
+
+
+# Replicas
+
+
+@asynccontextmanager
+async def replicated(cluster: Cluster, **settings: Any) -> AsyncIterator[StateStore]:
+    async with opened(
+        cluster.url, durability=Durability.REPLICATED, partitions=PARTITIONS, **settings
+    ) as store:
+        yield store
+
+
+@contextmanager
+def paused(*nodes: ClusterNode) -> Iterator[None]:
+    for node in nodes:
+        node.pause()
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.resume()
+
+
+async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    async with replicated(own_cluster, wait_s=1.2) as store:
+        commits = [streams.creation(key(f"s{i}")) for i in range(8)]
+        await committed(store, *commits)
+        commits = [streams.next(commit) for commit in commits]
+        with paused(*own_cluster.replicas):
+            for result in await store.commit(commits):
+                assert isinstance(result, NotDurable)
+                assert result.retryable
+                assert result.facts["retry_after_s"] > 0
+            # A replay is not acknowledged any sooner, whether its reply is kept or not.
+            with pytest.raises(NotDurable):
+                await store.load_with_reply(key("s0"))
+            with own_cluster.client() as client:
+                client.delete(*client.keys("*:r:*:s1"))
+            with pytest.raises(NotDurable):
+                await store.load_with_reply(key("s1"))
+            # It was applied all the same, which reads may say.
+            (found,) = await store.load([key("s0")])
+            assert same_stream(found, commits[0].new)
+        for commit in commits[2:]:
+            state, reply = await store.load_with_reply(commit.key)
+            assert same_stream(state, commit.new)
+            assert same_reply(reply, commit.reply)
+        await committed(store, *(streams.next(commit) for commit in commits))
+        assert await store.delete(key("s0")) == Committed()
+        with paused(*own_cluster.replicas):
+            assert isinstance(await store.delete(key("s1")), NotDurable)
+    await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_missing_replicas_are_named_and_fail_readiness(
+    own_cluster: Cluster,
+) -> None:
+    async with replicated(own_cluster, wait_s=5) as store:
+        (check,) = await store.check()
+        assert check.ok
+        assert "replicas" not in check.detail
+        try:
+            own_cluster.replicas[1].kill()
+            (check,) = await store.check()
+            assert check.ok, "the streams of the other shards are served"
+            assert check.detail.count("0 replicas, expected 1") == 1
+            own_cluster.replicas[0].kill()
+            own_cluster.replicas[2].kill()
+            (check,) = await store.check()
+            assert not check.ok
+            assert check.detail.count("0 replicas, expected 1") == 3
+        finally:
+            for replica in own_cluster.replicas:
+                if not replica.answers():
+                    replica.start()
+    await asyncio.to_thread(own_cluster.settle)
+
+
+async def test_a_wait_that_is_broken_off_confirms_nothing(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """UNBLOCKED, as a primary says that becomes a replica; and a connection that is cut then, whose
+    successor has written nothing that a WAIT would wait for."""
+    async with replicated(own_cluster, wait_s=30) as store:
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        node = own_cluster.primaries[own_cluster.owner(_tag("a"))]
+        with paused(*own_cluster.replicas):
+            for broken_off in (("UNBLOCK", "{id}", "ERROR"), ("KILL", "ID", "{id}")):
+                second = streams.next(first)
+                commit = asyncio.create_task(store.commit([second]))
+                waiting = await asyncio.to_thread(until, lambda: _waiting(node), "a WAIT")
+                node.ask("CLIENT", *(word.format(id=waiting) for word in broken_off))
+                (result,) = await commit
+                assert isinstance(result, NotDurable)
+                first = second
+    await asyncio.to_thread(own_cluster.settle)
+
+
+def _waiting(node: ClusterNode) -> str | None:
+    """The id of a client that is blocked in WAIT."""
+    with node.client() as client:
+        blocked = [each["id"] for each in client.client_list() if "b" in each["flags"]]
+    return blocked[0] if blocked else None
+
+
+def _tag(stream: str) -> str:
+    return KeySpace("carry", PARTITIONS).state(key(stream))
+
+
+# Memory
+
+
+async def test_a_lossy_failover_is_seen_as_ahead(own_cluster: Cluster, streams: Streams) -> None:
+    """A replica that is behind takes over; its stream is at an older position of its history."""
+    async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        at = own_cluster.owner(_tag("a"))
+        primary, replica = own_cluster.primaries[at], own_cluster.replicas[at]
+        assert primary.ask("WAIT", 1, 5000) == 1
+        replica.kill()
+        second = streams.next(first)
+        await committed(store, second)
+        primary.kill()
+        replica.start()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, first.new)
+        steps = Steps(second.new.feed, 2, rows=np.ones((2, 3), np.float32))
+        chunk = Chunk(key("a"), steps, chunk_digest(None, steps), second.new.head.position)
+        with pytest.raises(PositionAhead) as caught:
+            judge(chunk, found)
+        assert caught.value.facts["expected"] == first.new.head.position
+        # Moved on differently; what the old primary still has is gone for good.
+        other = streams.next(first)
+        await committed(store, other)
+        primary.start()
+        own_cluster.primaries[at], own_cluster.replicas[at] = replica, primary
+        await asyncio.to_thread(own_cluster.settle)
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, other.new)

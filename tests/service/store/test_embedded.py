@@ -1,0 +1,469 @@
+"""The service's own Valkey: one per directory, adopted or replaced, never doubled, kept running.
+
+Services that are killed are real child processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.base import Committed
+from service.store.embedded.embedded_valkey import EmbeddedStatus, EmbeddedValkey
+from service.store.embedded.valkey_process import (
+    MAX_SOCKET_PATH_BYTES,
+    end_at_once,
+    new_socket_path,
+    remove_socket,
+    server_pids,
+)
+from tests.support.servers import opened, until, written
+from tests.support.streams import Streams, key, same_stream
+
+OWNER = """
+import signal, sys
+from pathlib import Path
+from service.store.embedded.embedded_valkey import EmbeddedValkey
+# A test run in a shell's background has it ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+valkey = EmbeddedValkey(Path(sys.argv[1]), maxmemory_bytes=int(sys.argv[2]))
+valkey.start()
+print(valkey.status().pid, valkey.url, flush=True)
+sys.stdin.read()
+valkey.stop()
+"""
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Iterator[Path]:
+    """A data directory with a space in its name; whatever lives on it is killed at the end."""
+    folder = tmp_path / "data dir"
+    yield folder
+    end_at_once(folder.resolve())
+
+
+@contextmanager
+def running(data_dir: Path, **options: int) -> Iterator[EmbeddedValkey]:
+    valkey = EmbeddedValkey(data_dir, **options)
+    valkey.start()
+    try:
+        yield valkey
+    finally:
+        valkey.stop()
+
+
+class Owner:
+    """A service in a process of its own that holds an embedded Valkey."""
+
+    def __init__(self, data_dir: Path, maxmemory_bytes: int = 0):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(data_dir), str(maxmemory_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        line = ""
+        while "unix://" not in line:
+            line = self.process.stdout.readline()
+            assert line, "the owner ended early"
+        pid, self.url = line.split()
+        self.valkey_pid = int(pid)
+
+    def signal(self, number: int) -> None:
+        """Signal the whole process group, as a terminal does, and wait for the owner's end."""
+        os.killpg(self.process.pid, number)
+        self._finish()
+
+    def leave(self) -> None:
+        """End as a service does."""
+        self.process.stdin.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        self.process.wait(30)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@contextmanager
+def owned(data_dir: Path, maxmemory_bytes: int = 0) -> Iterator[Owner]:
+    owner = Owner(data_dir, maxmemory_bytes)
+    try:
+        yield owner
+    finally:
+        if owner.process.poll() is None:
+            owner.signal(signal.SIGKILL)
+
+
+def put(url: str, name: str) -> None:
+    with redis.Redis.from_url(url) as client:
+        client.set(name, name)
+        written(client)
+
+
+def has(url: str, name: str) -> bool:
+    with redis.Redis.from_url(url) as client:
+        return client.get(name) == name.encode()
+
+
+def record(data_dir: Path) -> dict[str, object]:
+    return json.loads((data_dir / "valkey.json").read_text())
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except FileNotFoundError:
+        return False
+
+
+# Start and stop
+
+
+async def test_streams_outlive_a_restart_of_the_service(data_dir: Path) -> None:
+    commit = Streams().creation(key("a"))
+    with running(data_dir) as valkey:
+        async with opened(valkey.url) as store:
+            assert await store.commit([commit]) == [Committed()]
+    with running(data_dir) as valkey:
+        async with opened(valkey.url) as store:
+            (found,) = await store.load([commit.key])
+            assert same_stream(found, commit.new)
+
+
+def test_a_stopped_server_leaves_no_process_and_no_socket(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        pid, socket = valkey.status().pid, Path(valkey.url.removeprefix("unix://"))
+        assert alive(pid)
+        assert socket.is_socket()
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        assert len(os.fsencode(socket)) <= MAX_SOCKET_PATH_BYTES
+    assert not alive(pid)
+    assert not socket.parent.exists()
+    assert server_pids(data_dir.resolve()) == []
+    assert valkey.status() == EmbeddedStatus(False, None, False, 0)
+    with pytest.raises(StoreUnavailable):
+        _ = valkey.url
+    valkey.stop()
+
+
+def test_it_listens_on_no_port_and_never_evicts(data_dir: Path) -> None:
+    with running(data_dir) as valkey, redis.Redis.from_url(valkey.url) as client:
+        options = client.config_get("*")
+        assert options["port"] == "0"
+        assert options["maxmemory-policy"] == "noeviction"
+        assert options["appendonly"] == "yes"
+        assert options["appendfsync"] == "everysec"
+        assert Path(options["dir"]) == data_dir.resolve()
+
+
+def test_the_services_descriptors_are_not_passed_on(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        held = {os.readlink(fd) for fd in Path(f"/proc/{valkey.status().pid}/fd").iterdir()}
+        assert str(data_dir.resolve() / "valkey.lock") in held
+        assert str(data_dir.resolve() / "lock") not in held
+
+
+def test_the_record_names_the_server(data_dir: Path) -> None:
+    with running(data_dir) as valkey, redis.Redis.from_url(valkey.url) as client:
+        written = record(data_dir)
+        assert written["pid"] == valkey.status().pid
+        assert written["run_id"] == client.info("server")["run_id"]
+        assert valkey.url == f"unix://{written['socket']}"
+
+
+def test_a_server_that_cannot_start_is_explained_by_its_log(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        put(valkey.url, "a")
+    (manifest,) = data_dir.glob("appendonlydir/*.manifest")
+    manifest.write_text("not a manifest\n")
+    valkey = EmbeddedValkey(data_dir)
+    with pytest.raises(StoreUnavailable, match=r"its log ends:[\s\S]*manifest"):
+        valkey.start()
+    # The directory is free again, and its next problem is the same one.
+    with pytest.raises(StoreUnavailable, match="manifest"):
+        EmbeddedValkey(data_dir).start()
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreRefused, match="file"):
+        EmbeddedValkey(tmp_path / "file").start()
+
+
+def test_a_socket_path_that_would_be_too_long_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    with pytest.raises(StoreRefused, match="shorter"):
+        EmbeddedValkey(data_dir, runtime_dir=long).start()
+
+
+def test_a_temporary_directory_with_a_long_path_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    socket = new_socket_path()
+    assert len(os.fsencode(socket)) <= MAX_SOCKET_PATH_BYTES
+    remove_socket(socket)
+    assert not Path(socket).parent.exists()
+
+
+# One per directory
+
+
+def test_a_second_service_is_refused_naming_the_first(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        with pytest.raises(StoreRefused, match=rf"pid {owner.process.pid}\b"):
+            EmbeddedValkey(data_dir).start()
+        put(owner.url, "still served")
+        assert len(server_pids(data_dir.resolve())) == 1
+        owner.leave()
+    assert not alive(owner.valkey_pid)
+    with running(data_dir) as valkey:
+        assert has(valkey.url, "still served")
+
+
+def test_a_second_service_in_the_same_process_is_refused(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        other = EmbeddedValkey(data_dir)
+        with pytest.raises(StoreRefused, match=rf"pid {os.getpid()}\b"):
+            other.start()
+        other.stop()
+        put(valkey.url, "still served")
+        with pytest.raises(StoreRefused):
+            EmbeddedValkey(data_dir).start()
+
+
+def test_two_directories_have_two_servers(tmp_path: Path) -> None:
+    with running(tmp_path / "a") as one, running(tmp_path / "b") as other:
+        put(one.url, "x")
+        assert not has(other.url, "x")
+
+
+# Left behind
+
+
+def test_a_server_left_behind_is_adopted(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        assert alive(owner.valkey_pid)
+        with running(data_dir) as valkey:
+            assert valkey.status() == EmbeddedStatus(True, owner.valkey_pid, True, 0)
+            assert valkey.url == owner.url
+            assert server_pids(data_dir.resolve()) == [owner.valkey_pid]
+            assert has(valkey.url, "kept")
+        assert not alive(owner.valkey_pid)
+    with running(data_dir) as valkey:
+        assert not valkey.status().adopted
+        assert has(valkey.url, "kept")
+
+
+def test_ctrl_c_does_not_reach_the_server(data_dir: Path) -> None:
+    """Only the service's orderly stop ends it, after the last commit."""
+    with owned(data_dir) as owner:
+        owner.signal(signal.SIGINT)
+        assert alive(owner.valkey_pid)
+        put(owner.url, "after the signal")
+        with running(data_dir) as valkey:
+            assert has(valkey.url, "after the signal")
+
+
+def test_other_settings_get_a_new_server_on_the_same_files(data_dir: Path) -> None:
+    with owned(data_dir, maxmemory_bytes=200_000_000) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        with running(data_dir, maxmemory_bytes=300_000_000) as valkey:
+            assert not valkey.status().adopted
+            assert not alive(owner.valkey_pid)
+            assert server_pids(data_dir.resolve()) == [valkey.status().pid]
+            assert has(valkey.url, "kept")
+            with redis.Redis.from_url(valkey.url) as client:
+                assert client.config_get("maxmemory") == {"maxmemory": "300000000"}
+
+
+def test_another_run_id_is_not_adopted(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        changed = record(data_dir) | {"run_id": "0" * 40}
+        (data_dir / "valkey.json").write_text(json.dumps(changed))
+        with running(data_dir) as valkey:
+            assert not valkey.status().adopted
+            assert not alive(owner.valkey_pid)
+            assert has(valkey.url, "kept")
+
+
+@pytest.mark.parametrize("written", [None, "{", '{"socket": "/x", "more": 1}'])
+def test_a_server_without_a_record_is_ended_and_replaced(
+    data_dir: Path, written: str | None
+) -> None:
+    """Its lock says that it lives, and the process table which one it is."""
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        if written is None:
+            (data_dir / "valkey.json").unlink()
+        else:
+            (data_dir / "valkey.json").write_text(written)
+        with running(data_dir, stop_timeout_s=0.2) as valkey:
+            assert not alive(owner.valkey_pid)
+            assert server_pids(data_dir.resolve()) == [valkey.status().pid]
+            assert has(valkey.url, "kept")
+
+
+def test_a_service_killed_while_it_started_its_server_is_followed_by_adoption(
+    data_dir: Path,
+) -> None:
+    """The record then has no pid and no run id, but already the socket."""
+    with owned(data_dir) as owner:
+        owner.signal(signal.SIGKILL)
+        early = record(data_dir) | {"pid": None, "run_id": None}
+        (data_dir / "valkey.json").write_text(json.dumps(early))
+        with running(data_dir) as valkey:
+            assert valkey.status().adopted
+            assert record(data_dir)["pid"] == owner.valkey_pid
+
+
+def test_a_server_that_hangs_is_replaced(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        os.kill(owner.valkey_pid, signal.SIGSTOP)
+        with running(data_dir, start_timeout_s=1.5, stop_timeout_s=0.2) as valkey:
+            assert not alive(owner.valkey_pid)
+            assert has(valkey.url, "kept")
+
+
+def test_a_stale_record_is_forgotten(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        os.kill(owner.valkey_pid, signal.SIGKILL)
+        until(lambda: not alive(owner.valkey_pid), "the server's end")
+        socket = Path(owner.url.removeprefix("unix://"))
+        assert socket.exists()
+        with running(data_dir) as valkey:
+            assert not valkey.status().adopted
+            assert valkey.url != owner.url
+            assert not socket.parent.exists()
+            assert has(valkey.url, "kept")
+
+
+def test_a_record_of_a_live_process_that_is_no_server_harms_nobody(data_dir: Path) -> None:
+    """A pid may have been given to another process meanwhile."""
+    with subprocess.Popen(["sleep", "600"]) as bystander:
+        try:
+            data_dir.mkdir()
+            stale = {"socket": "/tmp/carry-none/valkey.sock", "settings": "x", "run_id": "0"}
+            (data_dir / "valkey.json").write_text(json.dumps(stale | {"pid": bystander.pid}))
+            with running(data_dir):
+                pass
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+
+
+def test_a_server_of_a_folder_that_was_deleted_is_not_taken_for_one_of_its_successor(
+    data_dir: Path,
+) -> None:
+    with owned(data_dir) as owner:
+        owner.signal(signal.SIGKILL)
+        try:
+            shutil.rmtree(data_dir)
+            with running(data_dir) as valkey:
+                assert not valkey.status().adopted
+                assert server_pids(data_dir.resolve()) == [valkey.status().pid]
+            assert alive(owner.valkey_pid)
+        finally:
+            os.kill(owner.valkey_pid, signal.SIGKILL)
+
+
+# Supervision
+
+
+def test_a_server_that_dies_is_started_again_on_the_same_socket(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        put(valkey.url, "kept")
+        for death in (1, 2):
+            before = valkey.status().pid
+            os.kill(before, signal.SIGKILL)
+            until(lambda n=death: valkey.status().restarts == n and valkey.status().running)
+            after = valkey.status()
+            assert after.pid != before
+            assert server_pids(data_dir.resolve()) == [after.pid]
+            assert record(data_dir)["pid"] == after.pid
+            assert has(valkey.url, "kept")
+
+
+async def test_commits_wait_while_it_is_started_again(data_dir: Path) -> None:
+    streams = Streams()
+    commit = streams.creation(key("a"))
+    with running(data_dir) as valkey:
+        async with opened(valkey.url, wait_s=30) as store:
+            assert await store.commit([commit]) == [Committed()]
+            for _ in range(3):
+                with redis.Redis.from_url(valkey.url) as client:
+                    written(client)
+                os.kill(until(lambda: valkey.status().pid), signal.SIGKILL)
+                commit = streams.next(commit)
+                assert await store.commit([commit]) == [Committed()]
+                (found,) = await store.load([commit.key])
+                assert same_stream(found, commit.new)
+
+
+def test_an_adopted_server_that_dies_is_started_again(data_dir: Path) -> None:
+    with owned(data_dir) as owner:
+        put(owner.url, "kept")
+        owner.signal(signal.SIGKILL)
+        with running(data_dir) as valkey:
+            os.kill(owner.valkey_pid, signal.SIGKILL)
+            until(lambda: valkey.status().restarts == 1 and valkey.status().running)
+            assert not valkey.status().adopted
+            assert valkey.url == owner.url
+            assert has(valkey.url, "kept")
+
+
+def test_a_server_that_cannot_be_started_again_is_tried_and_reported(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        put(valkey.url, "kept")
+        (manifest,) = data_dir.glob("appendonlydir/*.manifest")
+        good = manifest.read_text()
+        manifest.write_text("not a manifest\n")
+        os.kill(valkey.status().pid, signal.SIGKILL)
+        until(lambda: "manifest" in valkey.status().trouble, "the trouble's report")
+        assert not valkey.status().running
+        until(lambda: valkey.status().restarts >= 2, "a second try")
+        manifest.write_text(good)
+        until(lambda: valkey.status().running, "a server again")
+        assert has(valkey.url, "kept")
+
+
+def test_a_socket_folder_that_was_cleaned_away_is_made_again(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        remove_socket(valkey.url.removeprefix("unix://"))
+        os.kill(valkey.status().pid, signal.SIGKILL)
+        until(lambda: valkey.status().restarts == 1 and valkey.status().running)
+        put(valkey.url, "served")
+
+
+def test_stopping_ends_a_server_that_is_being_started_again(data_dir: Path) -> None:
+    with running(data_dir) as valkey:
+        os.kill(valkey.status().pid, signal.SIGKILL)
+        until(lambda: valkey.status().restarts == 1)
+    assert server_pids(data_dir.resolve()) == []

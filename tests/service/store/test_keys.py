@@ -1,0 +1,85 @@
+"""The names of keys: literal, stable, read back without doubt."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.core.values import StreamKey
+from service.store.redis.keys import KeySpace
+
+SPACE = KeySpace("carry", 1024)
+MODELS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)
+NAMES = st.from_regex(r"[A-Za-z0-9._:@-]{1,60}", fullmatch=True)
+KEYS = st.builds(StreamKey, MODELS, NAMES)
+
+
+def test_the_documented_names() -> None:
+    # CRC-32 of "flights/JFK-AA" is 0x64e583aa; stable across versions and machines.
+    stream = StreamKey("flights", "JFK-AA")
+    assert SPACE.partition(stream) == 0x64E583AA % 1024
+    assert SPACE.state(stream) == "carry{p0938}:s:flights:JFK-AA"
+    assert SPACE.reply(stream) == "carry{p0938}:r:flights:JFK-AA"
+    assert SPACE.meta == "carry:meta"
+
+
+@given(KEYS, st.integers(1, 65_536))
+def test_a_key_is_read_back(stream: StreamKey, partitions: int) -> None:
+    space = KeySpace("a-b_c", partitions)
+    assert space.parse(space.state(stream)) == stream
+    assert space.pair(stream) == (space.state(stream), space.reply(stream))
+    assert space.parse(space.reply(stream)) is None
+    assert 0 <= space.partition(stream) < partitions
+    (number,) = re.findall(r"\{p(\d{4,})\}", space.state(stream))
+    assert int(number) == space.partition(stream)
+
+
+@given(KEYS, KEYS)
+def test_two_streams_never_share_a_key(one: StreamKey, other: StreamKey) -> None:
+    assert (SPACE.state(one) == SPACE.state(other)) == (one == other)
+
+
+@given(KEYS)
+def test_foreign_keys_are_nobodys(stream: StreamKey) -> None:
+    key = SPACE.state(stream)
+    other = f"{{p{(SPACE.partition(stream) + 1) % 1024:04d}}}"
+    for foreign in (
+        "x" + key,
+        key.replace("carry", "other", 1),
+        re.sub(r"\{p\d+\}", other, key, count=1),
+        SPACE.meta,
+        "",
+    ):
+        assert SPACE.parse(foreign) is None
+
+
+@given(MODELS, NAMES, NAMES)
+def test_a_pattern_matches_the_prefix_and_nothing_else(model: str, name: str, prefix: str) -> None:
+    # No name holds a glob character, so Python's globs are the server's here.
+    key = SPACE.state(StreamKey(model, name))
+    matched = fnmatch.fnmatchcase(key, SPACE.pattern(model, prefix))
+    assert matched == name.startswith(prefix)
+
+
+def test_partitions_are_spread_evenly() -> None:
+    counts = [0] * 16
+    for number in range(16_000):
+        counts[KeySpace("carry", 16).partition(StreamKey("m", f"stream-{number}"))] += 1
+    assert min(counts) > 850
+    assert max(counts) < 1150
+
+
+@pytest.mark.parametrize("namespace", ["", "Carry", "a b", "a{b}", "a:b", "a*", "x" * 33])
+def test_a_namespace_that_would_blur_keys_is_refused(namespace: str) -> None:
+    with pytest.raises(ValueError, match="namespace"):
+        KeySpace(namespace, 1024)
+
+
+@pytest.mark.parametrize("partitions", [0, -1, 65_537])
+def test_a_number_of_partitions_out_of_range_is_refused(partitions: int) -> None:
+    with pytest.raises(ValueError, match="partitions"):
+        KeySpace("carry", partitions)

@@ -1,0 +1,175 @@
+"""A pipelined connection: matching of answers, and connections that are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.core.errors import OutcomeUnknown
+from service.store.redis.connections import Backend, writer_of
+from service.store.redis.pipelined_connection import Lane
+from service.store.redis.store_request import Answer, ReplyLost, Request, Script
+from service.store.settings import StoreSettings
+from tests.support.servers import (
+    KINDS,
+    RealServer,
+    free_port,
+    opened,
+    real_server,
+    until,
+)
+from tests.support.streams import Streams, key
+
+
+@asynccontextmanager
+async def lane_to(server: RealServer) -> AsyncIterator[Lane]:
+    lane = Lane(Backend(StoreSettings(server.url)))
+    try:
+        yield lane
+    finally:
+        await lane.close()
+
+
+async def test_a_resent_abandoned_request_does_not_shift_answers(
+    server: RealServer,
+) -> None:
+    """The server did not know the script, and its caller had left when it said so."""
+    script = Script(b"return ARGV[1]", "0" * 40)
+    async with lane_to(server) as lane:
+        for round_ in range(20):
+            abandoned = Request.run(script, [], [f"abandoned {round_}"])
+            lane.put([abandoned])
+            lane.flush()
+            if round_ == 0:
+                await _connected(server)
+            abandoned.future.cancel()
+            others = [Request.of("ECHO", f"{round_}.{number}") for number in range(5)]
+            for other in others:
+                lane.put([other])
+                lane.flush()
+                # The first is behind the error, the last behind its fallback.
+                await asyncio.wait({other.future}, timeout=10)
+            for number, other in enumerate(others):
+                assert other.future.result() == Answer(f"{round_}.{number}".encode(), False)
+        assert lane.is_idle
+
+
+async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) -> None:
+    """Requests that were sent may have been carried out; a WAIT means nothing elsewhere."""
+    async with lane_to(own_server) as lane:
+        known = Request.of("PING")
+        lane.put([known])
+        lane.flush()
+        await known.future
+        own_server.signal(signal.SIGSTOP)
+        sent, bound, asking, abandoned = (Request.of("ECHO", word) for word in "abcd")
+        bound.bound = asking.asking = True
+        lane.put([sent, bound, asking, abandoned])
+        lane.flush()
+        unsent = Request.of("ECHO", "e")
+        lane.put([unsent])
+        abandoned.future.cancel()
+        assert lane.is_answering
+        assert lane.hand_over() == [sent, asking, unsent]
+        assert [request.repeated for request in (sent, asking, unsent)] == [True, True, False]
+        assert isinstance(bound.future.result(), ReplyLost)
+        assert lane.is_idle
+        assert not lane.is_answering
+        own_server.signal(signal.SIGCONT)
+        # Its connection is not used again: late answers are ignored.
+        later = Request.of("ECHO", "later")
+        lane.put([later])
+        lane.flush()
+        assert await later.future == Answer(b"later", False)
+        assert not any(request.future.done() for request in (sent, asking, unsent))
+
+
+async def _connected(server: RealServer) -> None:
+    def script_asked() -> bool:
+        with server.client() as client:
+            return "cmdstat_evalsha" in client.info("commandstats")
+
+    await asyncio.to_thread(until, script_asked, "the script's request")
+
+
+def on_stock_asyncio(work: Callable[[list[dict[str, Any]]], Coroutine[Any, Any, None]]) -> None:
+    """Run work on the standard library's event loop and check that no callback fails."""
+    failures: list[dict[str, Any]] = []
+
+    async def watched() -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failures.append(context)
+        )
+        await work(failures)
+
+    loop = asyncio.SelectorEventLoop
+    with asyncio.Runner(loop_factory=loop) as runner:  # noqa: TID251 - the loop under test
+        runner.run(watched())
+    assert failures == []
+
+
+def test_writes_on_a_lost_connection_do_not_break_the_next_one(
+    server: RealServer, streams: Streams
+) -> None:
+    """On stock asyncio the second write registered the socket that the first had found closed."""
+
+    async def cut_before_two_requests(failures: list[dict[str, Any]]) -> None:
+        async with opened(server.url, wait_s=60) as store:
+            assert await store.load([key("a")]) == [None]
+            with server.client() as client:
+                client.client_kill_filter(_type="normal", skipme=True)
+            reads = asyncio.gather(*(store.load([key(name)]) for name in "abc"))
+            done, _ = await asyncio.wait({reads}, timeout=10)
+            assert done, failures
+            assert await reads == [[None]] * 3
+
+    on_stock_asyncio(cut_before_two_requests)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("over_tcp", "floats"), [(False, 1_000_000), (True, 100_000)])
+async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
+    kind: str, over_tcp: bool, floats: int, streams: Streams
+) -> None:
+    """More bytes than a stopped server accepts; the rest is buffered by the process or kernel."""
+    port = free_port()
+    with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
+        url = f"redis://127.0.0.1:{port}" if over_tcp else server.url
+        async with opened(url, wait_s=0.3) as store:
+            known = streams.creation(key("known"))
+            await store.commit([known])
+            server.signal(signal.SIGSTOP)
+            (result,) = await store.commit([streams.creation(key("a"), floats=floats)])
+            assert isinstance(result, OutcomeUnknown)
+            server.signal(signal.SIGCONT)
+
+        def left_alone() -> bool:
+            with server.client() as client:
+                return len(client.client_list()) == 1
+
+        # Otherwise this loop, or the kernel, would now send the rest.
+        await asyncio.to_thread(until, left_alone, "the end of the store's connections")
+        with server.client() as client:
+            assert client.keys("*:s:*:a") == []
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux has it")
+async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
+    port = free_port()
+    with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port)):
+        for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):
+            url = f"redis://127.0.0.1:{port}"
+            async with opened(url, wait_s=wait_s, tombstone_ttl_ms=tombstone_ttl_ms) as store:
+                given = writer_of(store._link._server.lane._connection).get_extra_info("socket")
+                assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                linger = given.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+                assert linger == struct.pack("ii", 1, 0)
+                limit_ms = given.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+                assert limit_ms == expected_ms

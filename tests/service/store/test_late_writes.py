@@ -1,0 +1,199 @@
+"""Abandoned writes that reach the store after their retry change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
+from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.codec import encode_state
+from service.store.redis.redis_store import DELETE_ATTEMPTS, RedisStore
+from service.store.redis.store_request import Answer, Outcome
+from service.store.settings import StoreSettings
+from tests.support.lossy_path import LossyPath
+from tests.support.servers import RealServer, opened
+from tests.support.streams import Streams, absence, committed, key, same_stream
+
+
+@asynccontextmanager
+async def holding(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+    """A store behind a path that can hold its requests."""
+    async with LossyPath.to(server.socket, server.folder) as path, opened(path.url) as store:
+        yield path, store
+
+
+async def create_again(store: StateStore, streams: Streams) -> Commit:
+    """A creation as a worker commits it: it expects what it has loaded."""
+    commit = streams.creation(key("a"))._replace(expected=await absence(store, key("a")))
+    await committed(store, commit)
+    return commit
+
+
+async def test_a_late_deletion_does_not_delete_a_stream_created_since(
+    server: RealServer, streams: Streams
+) -> None:
+    async with holding(server) as (path, store):
+        await committed(store, streams.creation(key("a")))
+        path.holds = 1
+        assert await store.delete(key("a")) == Committed()
+        again = await create_again(store, streams)
+        assert path.held
+        await path.deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, again.new)
+
+
+async def test_a_late_creation_does_not_bring_a_deleted_stream_back(
+    server: RealServer, streams: Streams
+) -> None:
+    async with holding(server) as (path, store):
+        path.holds = 1
+        await committed(store, streams.creation(key("a")))
+        assert await store.delete(key("a")) == Committed()
+        assert path.held
+        await path.deliver()
+        assert await store.load_with_reply(key("a")) == (None, None)
+        assert await store.delete(key("a")) == Conflicted(None)
+
+
+async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied(
+    server: RealServer, streams: Streams
+) -> None:
+    """The second was computed from what the first writes; late, they would both be written."""
+    first = streams.creation(key("a"))
+    second = streams.next(first)
+    async with holding(server) as (path, store):
+        path.holds = 1
+        abandoned = asyncio.create_task(store.commit([first]))
+        awaited = asyncio.create_task(store.commit([second]))
+        await path.holding.wait()
+        abandoned.cancel()
+        assert await awaited == [Committed()]
+        await path.deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
+
+
+@pytest.mark.parametrize(("repeated", "outcome"), [(False, Conflict), (True, OutcomeUnknown)])
+async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
+    repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every attempt finds a recreated stream, after one whose answer was lost or not."""
+    store = RedisStore(StoreSettings("unix:///none"))
+    tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
+
+    async def begun_again(*_: object) -> Answer:
+        return Answer([0, encode_state(streams.first())], tries.pop())
+
+    monkeypatch.setattr(store, "_write_tombstone", begun_again)
+    assert isinstance(await store.delete(key("a")), outcome)
+    assert not tries
+
+
+# Repeated deletions
+
+
+class Watched(RedisStore):
+    """A store that does something before each try to write a tombstone."""
+
+    def __init__(self, settings: StoreSettings, before: Callable[[int], Outcome | None]):
+        super().__init__(settings)
+        self._before = before
+        self.tries = 0
+
+    async def _write_tombstone(self, *arguments: Any) -> Outcome:
+        self.tries += 1
+        outcome = self._before(self.tries)
+        return await super()._write_tombstone(*arguments) if outcome is None else outcome
+
+
+@asynccontextmanager
+async def watched(
+    server: RealServer, before: Callable[[int, LossyPath], Outcome | None]
+) -> AsyncIterator[Watched]:
+    """A store on a lossy path, and what is done before each of its tries to delete."""
+    async with LossyPath.to(server.socket, server.folder) as path:
+        store = Watched(StoreSettings(path.url), lambda number: before(number, path))
+        await store.start()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+async def test_a_repeated_deletion_that_finds_its_tombstone_succeeds(
+    server: RealServer, streams: Streams
+) -> None:
+    def lose_the_second(number: int, path: LossyPath) -> None:
+        path.losses = number == 2
+
+    async with watched(server, lose_the_second) as store:
+        await committed(store, streams.creation(key("a")))
+        assert await store.delete(key("a")) == Committed()
+        assert store.tries == 3
+        assert await store.load_with_reply(key("a")) == (None, None)
+
+
+async def test_an_interrupted_deletion_has_an_unknown_outcome(
+    server: RealServer, streams: Streams
+) -> None:
+    def lose_the_second_and_break_off(number: int, path: LossyPath) -> Outcome | None:
+        path.losses = number == 2
+        return StoreUnavailable("no answer") if number == 3 else None
+
+    async with watched(server, lose_the_second_and_break_off) as store:
+        await committed(store, streams.creation(key("a")))
+        assert isinstance(await store.delete(key("a")), OutcomeUnknown)
+        store.tries = 2
+        with pytest.raises(StoreUnavailable):
+            await store.delete(key("a"))
+
+
+@pytest.mark.parametrize("held", [1, 2])
+async def test_no_late_attempt_of_a_deletion_deletes_a_later_stream(
+    server: RealServer, streams: Streams, held: int
+) -> None:
+    def hold_one(number: int, path: LossyPath) -> None:
+        path.holds = number == held
+        paths.append(path)
+
+    paths: list[LossyPath] = []
+    async with watched(server, hold_one) as store:
+        await committed(store, streams.creation(key("a")))
+        assert await store.delete(key("a")) == Committed()
+        again = await create_again(store, streams)
+        assert paths[0].held
+        await paths[0].deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, again.new)
+
+
+async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
+    server: RealServer, streams: Streams
+) -> None:
+    holding_path: asyncio.Future[LossyPath] = asyncio.get_running_loop().create_future()
+
+    def hold_the_second(number: int, path: LossyPath) -> None:
+        if number == 2:
+            path.holds = 1
+            holding_path.set_result(path)
+
+    async with watched(server, hold_the_second) as store:
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        deletion = asyncio.create_task(store.delete(key("a")))
+        path = await holding_path
+        await path.holding.wait()
+        deletion.cancel()
+        # On the next connection, where no request waits behind the deletion.
+        assert await store.load([key("b")]) == [None]
+        second = streams.next(first)
+        await committed(store, second)
+        await path.deliver()
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)

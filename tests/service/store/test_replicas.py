@@ -1,0 +1,112 @@
+"""One server with two replicas: how many must have a write, and what a repeated one says."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import pytest
+
+from service.core.errors import NotDurable
+from service.store.base import Committed, Conflicted, StateStore
+from service.store.settings import Durability
+from tests.support.lossy_path import LossyPath
+from tests.support.servers import RealServer, free_port, opened, real_server, until
+from tests.support.streams import Streams, committed, key, same_stream
+
+Servers = tuple[RealServer, RealServer, RealServer]
+
+
+@pytest.fixture(scope="module")
+def replicated() -> Iterator[Servers]:
+    """A primary and its replicas, all in step."""
+    port = str(free_port())
+    of_primary = ("--replicaof", f"127.0.0.1 {port}", "--repl-diskless-sync-delay", "0")
+    with (
+        real_server(
+            "valkey", "--bind", "127.0.0.1", "--port", port, "--repl-diskless-sync-delay", "0"
+        ) as primary,
+        real_server("valkey", *of_primary) as one,
+        real_server("valkey", *of_primary) as other,
+    ):
+        until(lambda: primary_has_acknowledged(primary, 2), "both replicas in step")
+        yield primary, one, other
+
+
+def primary_has_acknowledged(primary: RealServer, replicas: int) -> bool:
+    """Whether a write of the primary reaches this many replicas."""
+    with primary.client() as client:
+        client.set("probe", "written")
+        return client.wait(replicas, 1000) >= replicas
+
+
+@contextmanager
+def paused(*servers: RealServer) -> Iterator[None]:
+    for server in servers:
+        server.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+    """An empty store behind a path that can lose replies; the server knows its scripts."""
+    primary = servers[0]
+    with primary.client() as client:
+        client.flushall()
+    assert until(lambda: primary_has_acknowledged(primary, 2), "both replicas in step")
+    settings = {"durability": Durability.REPLICATED, "replicas": replicas, "wait_s": 4}
+    async with (
+        LossyPath.to(primary.socket, primary.folder) as path,
+        opened(path.url, **settings) as store,
+    ):
+        known = Streams(1).creation(key("known"))
+        await committed(store, known)
+        assert await store.delete(known.key) == Committed()
+        yield path, store
+
+
+@pytest.mark.parametrize(("replicas", "is_durable"), [(1, True), (2, False)])
+async def test_a_write_is_durable_once_so_many_replicas_have_it(
+    replicated: Servers, streams: Streams, replicas: int, is_durable: bool
+) -> None:
+    async with losing(replicated, replicas) as (_, store):
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        with paused(replicated[2]):
+            (result,) = await store.commit([streams.next(first)])
+            deleted = await store.delete(key("known"))
+        assert isinstance(result, Committed if is_durable else NotDurable)
+        assert isinstance(deleted, Conflicted if is_durable else NotDurable)
+
+
+async def test_a_repeated_write_is_acknowledged_once_its_first_try_is_durable(
+    replicated: Servers, streams: Streams
+) -> None:
+    """The second try wrote nothing, and nothing waits for the first on its connection."""
+    async with losing(replicated, 2) as (path, store):
+        first = streams.creation(key("a"))
+        await committed(store, first)
+        second = streams.next(first)
+        with paused(replicated[2]):
+            path.losses = 1
+            (result,) = await store.commit([second])
+            assert isinstance(result, NotDurable)
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
+        path.losses = 1
+        third = streams.next(second)
+        await committed(store, third)
+        with paused(replicated[1]):
+            path.losses = 1
+            assert isinstance(await store.delete(key("a"), third.new.head), NotDurable)
+        assert await store.load_with_reply(key("a")) == (None, None)
+        assert path.losses == 0
+        fourth = streams.creation(key("b"))
+        await committed(store, fourth)
+        path.losses = 1
+        assert await store.delete(key("b"), fourth.new.head) == Committed()

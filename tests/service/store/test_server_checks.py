@@ -1,0 +1,129 @@
+"""Start checks and size of a store on a single server: the embedded Valkey, and Redis."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.core.errors import StoreRefused
+from service.core.values import StoredReply, StreamKey
+from service.store.base import Commit, Committed, StateStore
+from service.store.open import open_store
+from service.store.settings import StoreSettings
+from tests.support.servers import RealServer
+from tests.support.streams import OpenStore, Streams, committed, key
+
+
+async def test_a_server_that_may_evict_is_refused(open_on: OpenStore, server: RealServer) -> None:
+    with server.client() as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(StoreRefused, match=r"allkeys-lru.*CARRY_ALLOW_EVICTION"):
+                await open_on()
+            await open_on(allow_eviction=True)
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_store_with_other_partitions_is_refused(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store = await open_on(partitions=64)
+    await committed(store, streams.creation(key("a")))
+    with pytest.raises(StoreRefused, match=r"64.*CARRY_PARTITIONS"):
+        await open_on(partitions=128)
+    again = await open_on(partitions=64)
+    assert await again.load([key("a")]) != [None]
+
+
+async def test_a_meta_key_that_is_foreign_is_refused(
+    open_on: OpenStore, server: RealServer
+) -> None:
+    with server.client() as client:
+        for foreign in (b"x", b"[]", b'{"format": 2, "partitions": 1024}', b'{"format": 1}'):
+            client.set("carry:meta", foreign)
+            with pytest.raises(StoreRefused):
+                await open_on()
+            assert client.get("carry:meta") == foreign
+
+
+async def test_scripts_that_the_server_forgot_are_sent_again(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commit = streams.creation(key("a"))
+    await committed(store, commit)
+    with server.client() as client:
+        client.script_flush()
+        commit = streams.next(commit)
+        await committed(store, commit)
+        client.script_flush()
+        assert await store.delete(key("a"), commit.new.head) == Committed()
+
+
+async def test_a_server_that_forbids_scripts_refuses_in_its_own_words(
+    open_on: OpenStore, server: RealServer, streams: Streams
+) -> None:
+    with server.client() as client:
+        client.acl_setuser(
+            "reader",
+            enabled=True,
+            passwords=["+secret"],
+            keys=["*"],
+            categories=["+@all"],
+            commands=["-eval", "-evalsha"],
+        )
+        try:
+            url = server.url.replace("unix://", "unix://reader:secret@")
+            store = open_store(StoreSettings(url))
+            await store.start()
+            with pytest.raises(StoreRefused, match="permissions") as caught:
+                await store.commit([streams.creation(key("a"))])
+            assert "secret" not in caught.value.detail
+            await store.close()
+        finally:
+            client.acl_deluser("reader")
+
+
+async def test_a_wrong_password_is_refused_at_once(server: RealServer) -> None:
+    url = server.url.replace("unix://", "unix://nobody:wrong-secret@")
+    store = open_store(StoreSettings(url, wait_s=60))
+    async with asyncio.timeout(30):
+        with pytest.raises(StoreRefused) as caught:
+            await store.start()
+    assert "wrong-secret" not in caught.value.detail
+    (check,) = await store.check()
+    assert not check.ok
+    assert "wrong-secret" not in check.detail
+    await store.close()
+
+
+async def test_a_server_that_answers_is_ready(store: StateStore, server: RealServer) -> None:
+    (check,) = await store.check()
+    assert check.ok
+    assert server.socket in check.detail
+
+
+@pytest.mark.parametrize(
+    ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
+)
+async def test_a_stream_takes_little_more_than_its_state(
+    store: StateStore, streams: Streams, server: RealServer, raw_bytes: int, kind: str
+) -> None:
+    ints = 4 if kind == "mixed" else 0
+    name = StreamKey("flights", "JFK-AA:N12345")
+    new = streams.first(floats=(raw_bytes - 8 * ints) // 4, ints=ints)
+    await committed(store, Commit(name, None, new, None))
+    with server.client() as client:
+        used = client.memory_usage(StoreSettings(server.url).keys.state(name))
+    print(f"{server.kind}: {raw_bytes} bytes of state take {used}")
+    assert used <= 1.25 * raw_bytes + 200
+
+
+async def test_a_reply_of_another_mark_can_be_told(store: StateStore, streams: Streams) -> None:
+    """A reply is written before its state, so a reader must see whose it is."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    state, reply = await store.load_with_reply(key("a"))
+    assert isinstance(reply, StoredReply)
+    assert reply.head == state.head == first.new.head

@@ -1,0 +1,180 @@
+"""Stores behind TLS and a user of their own, single and in a cluster, with self-made certificates.
+
+Redis alone: the embedded Valkey is built without TLS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.open import open_store
+from service.store.settings import Durability, StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.servers import (
+    RealServer,
+    emptied,
+    free_port,
+    opened,
+    real_server,
+    until,
+    until_async,
+)
+from tests.support.streams import Streams, committed, key, same_stream
+
+PASSWORD = "s3cr3t/@:,?"
+RULES = (
+    *("+info", "+get", "+set", "+mget", "+scan", "+ping", "+eval", "+evalsha"),
+    *("+getrange", "+setrange", "+exists", "+del", "+unlink", "+pexpire"),
+    *("+wait", "+config|get", "+cluster|slots", "+asking"),
+)
+"""What docs/store.md says that the user needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """An authority, and a certificate of 127.0.0.1 that it signed."""
+
+    authority: Path
+    certificate: Path
+    key: Path
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What a server is started with."""
+        return (
+            *("--tls-ca-cert-file", str(self.authority)),
+            *("--tls-cert-file", str(self.certificate), "--tls-key-file", str(self.key)),
+            *("--tls-auth-clients", "no"),
+        )
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    """Made anew, valid for a day."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not on the PATH")
+    folder = tmp_path_factory.mktemp("tls")
+    made = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
+    fresh = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
+    ours = ("-keyout", folder / "ca.key", "-out", made.authority, "-subj", "/CN=authority")
+    theirs = ("-keyout", made.key, "-out", made.certificate, "-subj", "/CN=server")
+    signed = ("-CA", made.authority, "-CAkey", folder / "ca.key")
+    signing = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    name = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
+    for arguments in ((*fresh, *ours, *signing), (*fresh, *theirs, *signed, *name)):
+        subprocess.run([openssl, *arguments], check=True, capture_output=True)
+    return made
+
+
+@contextmanager
+def behind_tls(certificates: Certificates, *options: str) -> Iterator[tuple[RealServer, str]]:
+    """A server with a TLS port, and `host:port?options` of its address."""
+    port = free_port()
+    tls = ("--bind", "127.0.0.1", "--tls-port", str(port), *certificates.options)
+    with real_server("redis", *tls, *options) as server:
+        yield server, f"127.0.0.1:{port}?ssl_ca_certs={certificates.authority}"
+
+
+def add_user(server: RealServer, name: str) -> str:
+    """A user who may do what the service needs; returns how it is named in an address."""
+    with server.client() as client:
+        client.execute_command(
+            *("ACL", "SETUSER", name, "on", f">{PASSWORD}", "~carry*", "-@all", *RULES)
+        )
+    return f"{name}:{quote(PASSWORD, safe='')}@"
+
+
+async def test_a_server_behind_tls(certificates: Certificates) -> None:
+    streams = Streams()
+    with behind_tls(certificates) as (server, at):
+        user = add_user(server, "carry")
+        async with opened(f"rediss://{user}{at}") as store:
+            first = streams.creation(key("a"))
+            await committed(store, first)
+            (found,) = await store.load([key("a")])
+            assert same_stream(found, first.new)
+            assert (await store.streams("flights", "", None, 10)).streams == ("a",)
+            assert (await store.check())[0].ok
+
+
+async def test_a_certificate_of_nobody_we_know_is_not_trusted(certificates: Certificates) -> None:
+    with behind_tls(certificates) as (_, at):
+        url = f"rediss://{at.partition('?')[0]}"
+        store = open_store(StoreSettings(url, wait_s=0.5))
+        with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+            await store.start()
+        await store.close()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
+async def test_start_logs_a_wrong_certificate_at_once(
+    certificates: Certificates, scheme: str
+) -> None:
+    with behind_tls(certificates) as (_, at), capture_logs() as lines:
+        store = open_store(StoreSettings(f"{scheme}://{at.partition('?')[0]}", wait_s=60))
+        starting = asyncio.create_task(store.start())
+
+        async def is_logged() -> bool:
+            return any("certificate verify failed" in line.get("reason", "") for line in lines)
+
+        await until_async(is_logged, "the log line with the cause")
+        assert not starting.done()
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        await store.close()
+        assert [line["event"] for line in lines] == ["store_away"]
+
+
+async def test_a_cluster_behind_tls(certificates: Certificates) -> None:
+    """One node that has all slots, and names its own TLS port."""
+    streams = Streams()
+    cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with behind_tls(certificates, *cluster) as (server, at):
+        with server.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+            until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"), "it")
+        user = add_user(server, "carry")
+        async with opened(f"rediss+cluster://{user}{at}") as store:
+            commits = [streams.creation(key(f"s{i}")) for i in range(20)]
+            await committed(store, *commits)
+            found = await store.load([commit.key for commit in commits])
+            for stream, commit in zip(found, commits, strict=True):
+                assert same_stream(stream, commit.new)
+            assert (await store.check())[0].ok
+
+
+async def test_a_cluster_with_a_user(shared_cluster: Cluster) -> None:
+    streams = Streams()
+    emptied(shared_cluster)
+    for node in shared_cluster.nodes:
+        node.ask("ACL", "SETUSER", "carry", "on", f">{PASSWORD}", "~carry*", "-@all", *RULES)
+    try:
+        hosts = shared_cluster.url.partition("://")[2]
+        url = f"redis+cluster://carry:{quote(PASSWORD, safe='')}@{hosts}"
+        settings = {"durability": Durability.REPLICATED, "partitions": 16}
+        async with opened(url, **settings) as store:
+            commits = [streams.creation(key(f"s{i}")) for i in range(20)]
+            await committed(store, *commits)
+            state, _ = await store.load_with_reply(key("s3"))
+            assert same_stream(state, commits[3].new)
+            assert len((await store.streams("flights", "", None, 100)).streams) <= 20
+        wrong = open_store(StoreSettings(f"redis+cluster://carry:wrong-secret@{hosts}", wait_s=60))
+        with pytest.raises(StoreRefused) as caught:
+            await wrong.start()
+        assert "wrong-secret" not in caught.value.detail
+        await wrong.close()
+    finally:
+        for node in shared_cluster.nodes:
+            node.ask("ACL", "DELUSER", "carry")

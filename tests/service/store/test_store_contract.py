@@ -1,0 +1,372 @@
+"""What every store must do, on real servers: the embedded Valkey, Redis, and a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from models.spec.state import State
+from service.core.errors import InternalError, StateDamaged, StoreRefused
+from service.core.values import StreamHead, Tombstone
+from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.codec import HEADER_BYTES
+from service.store.settings import StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, until_async
+from tests.support.streams import (
+    OpenStore,
+    Streams,
+    committed,
+    key,
+    same_reply,
+    same_stream,
+)
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+# Compare-and-set
+
+
+async def test_a_stream_is_created_continued_and_read_back(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    assert await store.load([first.key]) == [None]
+    await committed(store, first)
+    second = streams.next(first)
+    await committed(store, second)
+    third = streams.next(second)
+    await committed(store, third)
+    (found,) = await store.load([first.key])
+    assert same_stream(found, third.new)
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, third.new)
+    assert same_reply(reply, third.reply)
+
+
+async def test_many_streams_keep_their_places(store: StateStore, streams: Streams) -> None:
+    commits = [streams.creation(key(f"s{i}"), floats=i, ints=i % 4) for i in range(50)]
+    await committed(store, *commits)
+    missing = key("missing")
+    asked = [c.key for c in commits[::-1]]
+    found = await store.load([*asked[:20], missing, *asked[20:]])
+    assert found.pop(20) is None
+    for stream, commit in zip(found, commits[::-1], strict=True):
+        assert same_stream(stream, commit.new)
+        assert same_reply((await store.load_with_reply(commit.key))[1], commit.reply)
+
+
+async def test_nothing_is_asked_for_nothing(store: StateStore) -> None:
+    assert await store.load([]) == []
+    assert await store.commit([]) == []
+
+
+async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams) -> None:
+    first, second = streams.creation(key("a")), streams.creation(key("a"))
+    await committed(store, first)
+    assert await store.commit([second]) == [Conflicted(first.new.head)]
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, first.new)
+    assert same_reply(reply, first.reply)
+
+
+async def test_a_stale_commit_is_told_where_the_stream_is(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    second, late = streams.next(first), streams.next(first)
+    await committed(store, first)
+    await committed(store, second)
+    assert await store.commit([late]) == [Conflicted(second.new.head)]
+    state, reply = await store.load_with_reply(first.key)
+    assert same_stream(state, second.new)
+    assert same_reply(reply, second.reply)
+
+
+async def test_an_expected_stream_is_never_created(store: StateStore, streams: Streams) -> None:
+    gone = streams.next(streams.creation(key("a")))
+    assert await store.commit([gone]) == [Conflicted(None)]
+    assert await store.load_with_reply(gone.key) == (None, None)
+
+
+async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Streams) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    head, new = first.new.head, streams.after(first.new)
+    for wrong in (
+        StreamHead(streams.bytes(8), head.tag, head.position),
+        StreamHead(head.epoch, streams.bytes(16), head.position),
+        StreamHead(head.epoch, head.tag[:15] + bytes([head.tag[15] ^ 1]), head.position),
+        StreamHead(bytes([head.epoch[0] ^ 0x80]) + head.epoch[1:], head.tag, head.position),
+    ):
+        assert await store.commit([Commit(first.key, wrong, new, None)]) == [Conflicted(head)]
+    await committed(store, Commit(first.key, head, new, None))
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0D, 0x25, 0x80, 0xFF])
+async def test_marks_of_any_bytes_are_compared_as_bytes(
+    store: StateStore, streams: Streams, byte: int
+) -> None:
+    begun = streams.begin()
+    odd = StreamHead(bytes([byte]) * 8, bytes([byte]) * 16, 3)
+    new = type(begun)(odd, begun.feed, begun.fingerprint, None, 1, begun.state)
+    await committed(store, Commit(key("a"), None, new, None))
+    await committed(store, Commit(key("a"), odd, streams.after(new), None))
+
+
+async def test_exactly_one_of_many_creations_wins(open_on: OpenStore, streams: Streams) -> None:
+    stores = [await open_on() for _ in range(4)]
+    commits = [streams.creation(key("hot")) for _ in range(32)]
+    results = await asyncio.gather(
+        *(stores[i % 4].commit([commit]) for i, commit in enumerate(commits))
+    )
+    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
+    assert len(winners) == 1
+    assert all(r in ([Committed()], [Conflicted(winners[0].new.head)]) for r in results)
+    (found,) = await stores[0].load([key("hot")])
+    assert same_stream(found, winners[0].new)
+
+
+async def test_exactly_one_of_many_continuations_wins(open_on: OpenStore, streams: Streams) -> None:
+    stores = [await open_on() for _ in range(4)]
+    first = streams.creation(key("hot"))
+    await committed(stores[0], first)
+    commits = [streams.next(first) for _ in range(32)]
+    results = await asyncio.gather(
+        *(stores[i % 4].commit([commit]) for i, commit in enumerate(commits))
+    )
+    winners = [c for c, [result] in zip(commits, results, strict=True) if result == Committed()]
+    assert len(winners) == 1
+    state, reply = await stores[0].load_with_reply(first.key)
+    assert same_stream(state, winners[0].new)
+    assert same_reply(reply, winners[0].reply)
+
+
+async def test_a_duplicate_of_the_same_chunk_is_a_conflict_at_its_own_mark(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    """So that the loser answers with the stored reply, not with its own."""
+    one, other = await open_on(), await open_on()
+    first = streams.creation(key("a"))
+    await committed(one, first)
+    second = streams.next(first)
+    await committed(one, second)
+    assert await other.commit([second]) == [Conflicted(second.new.head)]
+
+
+async def test_commits_reach_the_server_in_the_order_they_were_made(
+    store: StateStore, streams: Streams
+) -> None:
+    chain = [streams.creation(key("a"))]
+    for _ in range(40):
+        chain.append(streams.next(chain[-1]))
+    results = await asyncio.gather(*(store.commit([commit]) for commit in chain))
+    assert results == [[Committed()]] * len(chain)
+
+
+async def test_a_cancelled_commit_leaves_the_next_ones_their_own_answers(
+    store: StateStore, streams: Streams
+) -> None:
+    for round_ in range(20):
+        first = streams.creation(key(f"gone-{round_}"))
+        task = asyncio.create_task(store.commit([first] * 1))
+        for _ in range(round_ % 5):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        other = streams.creation(key(f"stays-{round_}"))
+        await committed(store, other)
+        (found,) = await store.load([other.key])
+        assert same_stream(found, other.new)
+
+
+# Failures of one stream
+
+
+async def test_a_foreign_value_fails_its_own_stream(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    spoilt = StoreSettings(server.url).keys.state(key("b"))
+    with server.client() as client:
+        client.rpush(spoilt, "not a stream")
+        results = await store.commit(commits)
+        assert client.lrange(spoilt, 0, -1) == [b"not a stream"]
+    assert (results[0], results[2]) == (Committed(), Committed())
+    assert isinstance(results[1], StoreRefused)
+    assert "WRONGTYPE" in results[1].detail
+    assert results[1].facts["stream"] == "b"
+
+
+async def test_damaged_bytes_fail_their_own_stream(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
+    await committed(store, *commits)
+    with server.client() as client:
+        client.setrange(StoreSettings(server.url).keys.state(key("b")), HEADER_BYTES + 3, b"\xff")
+    found = await store.load([commit.key for commit in commits])
+    assert same_stream(found[0], commits[0].new)
+    assert same_stream(found[2], commits[2].new)
+    assert isinstance(found[1], StateDamaged)
+    assert found[1].facts["stream"] == "b"
+    with pytest.raises(StateDamaged):
+        await store.load_with_reply(key("b"))
+
+
+@pytest.mark.parametrize("value", [b"", b"C", b"XXXX" + bytes(200)])
+async def test_foreign_bytes_are_neither_read_nor_overwritten(
+    store: StateStore, streams: Streams, server: RealServer, value: bytes
+) -> None:
+    name = StoreSettings(server.url).keys.state(key("b"))
+    with server.client() as client:
+        client.set(name, value)
+        commits = [streams.creation(key(n)) for n in ("a", "b")]
+        stale = streams.next(commits[1])
+        (found,) = await store.load([key("b")])
+        assert isinstance(found, StateDamaged)
+        assert (await store.commit(commits))[0] == Committed()
+        for commit in (commits[1], stale):
+            (result,) = await store.commit([commit])
+            assert isinstance(result, StateDamaged)
+        assert client.get(name) == value
+        assert await store.delete(key("b")) == Committed()
+        assert isinstance((await store.load([key("b")]))[0], Tombstone)
+
+
+async def test_a_full_memory_refuses_commits_and_keeps_streams(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first, other = streams.creation(key("a")), streams.creation(key("b"))
+    await committed(store, first, other)
+    server.configure("maxmemory", 1)
+    try:
+        late = streams.next(first)
+        new = streams.creation(key("c"))
+        results = await store.commit([streams.creation(key("a")), streams.next(other), new])
+    finally:
+        server.configure("maxmemory", 0)
+    assert results[0] == Conflicted(first.new.head)
+    for result in results[1:]:
+        assert isinstance(result, StoreRefused)
+        assert "OOM" in result.detail
+    found = await store.load([key("a"), key("b"), key("c")])
+    assert same_stream(found[0], first.new)
+    assert same_stream(found[1], other.new)
+    assert found[2] is None
+    await committed(store, late, new)
+
+
+async def test_what_cannot_be_stored_fails_its_own_stream(
+    store: StateStore, streams: Streams
+) -> None:
+    good, bad = streams.creation(key("a")), streams.creation(key("b"))
+    wrong = State(bad.new.state.floats.astype(np.float64), bad.new.state.ints)
+    bad = bad._replace(new=bad.new._replace(state=wrong))
+    with capture_logs() as logged:
+        results = await store.commit([bad, good])
+    assert [(each["event"], each["stream"]) for each in logged] == [("state_not_encodable", "b")]
+    assert isinstance(results[0], InternalError)
+    assert results[1] == Committed()
+    assert await store.load([key("b")]) == [None]
+
+
+# Replies and lifetimes
+
+
+async def test_a_reply_is_kept_for_its_own_time(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on(reply_ttl_ms=50)
+    first = streams.creation(key("a"))
+    await committed(store, first)
+
+    async def reply_gone() -> bool:
+        return (await store.load_with_reply(first.key))[1] is None
+
+    await until_async(reply_gone, "the reply's end")
+    (found,) = await store.load([first.key])
+    assert same_stream(found, first.new)
+
+
+async def test_a_reply_over_the_cap_is_not_kept(open_on: OpenStore, streams: Streams) -> None:
+    new = streams.first()
+    fits = streams.reply(new, steps=10, outputs=10)
+    store = await open_on(reply_max_bytes=52 + 4 * 100)
+    await committed(store, Commit(key("a"), None, new, fits))
+    assert same_reply((await store.load_with_reply(key("a")))[1], fits)
+    after = streams.after(new)
+    too_large = streams.reply(after, steps=101, outputs=1)
+    await committed(store, Commit(key("a"), new.head, after, too_large))
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, after)
+    assert reply is None
+
+
+async def test_a_commit_without_a_reply_drops_the_kept_one(
+    store: StateStore, streams: Streams
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    await committed(store, Commit(first.key, first.new.head, streams.after(first.new), None))
+    assert (await store.load_with_reply(first.key))[1] is None
+
+
+async def test_no_replies_are_kept_where_their_time_is_none(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store = await open_on(reply_ttl_ms=0)
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    assert (await store.load_with_reply(first.key))[1] is None
+
+
+async def test_a_damaged_reply_counts_as_not_kept(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    with server.client() as client:
+        client.setrange(StoreSettings(server.url).keys.reply(key("a")), 60, b"\xff\xff")
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, first.new)
+    assert reply is None
+
+
+async def test_an_idle_stream_is_forgotten_and_a_commit_renews_it(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    long_, short = await open_on(idle_ttl_ms=600_000), await open_on(idle_ttl_ms=50)
+    first = streams.creation(key("a"))
+    await committed(long_, first)
+    name = StoreSettings(server.url).keys.state(key("a"))
+    with server.client() as client:
+        assert 500_000 < client.pttl(name) <= 600_000
+        client.pexpire(name, 400_000)
+        second = streams.next(first)
+        await committed(long_, second)
+        assert client.pttl(name) > 500_000
+    await committed(short, streams.next(second))
+
+    async def gone() -> bool:
+        return (await short.load([key("a")])) == [None]
+
+    await until_async(gone, "the stream's end")
+
+
+async def test_a_stream_lives_for_ever_by_default(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    first = streams.creation(key("a"))
+    await committed(await open_on(idle_ttl_ms=1000_000), first)
+    await committed(await open_on(), streams.next(first))
+    keys = StoreSettings(server.url).keys
+    with server.client() as client:
+        assert client.pttl(keys.state(key("a"))) == -1
+        assert 500_000 < client.pttl(keys.reply(key("a"))) <= 600_000

@@ -1,0 +1,189 @@
+"""What a server says when it cannot, provoked on real servers: which error a caller gets, and that
+nothing is lost or doubled. Each is retryable, and the same commits go through afterwards.
+
+NOSCRIPT is in `test_server_checks`, LOADING in `test_store_faults`, OOM and WRONGTYPE in the
+contract, MOVED, ASK, TRYAGAIN and CLUSTERDOWN in `test_cluster`, UNBLOCKED in `test_durability`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import redis
+
+from service.core.errors import StoreRefused, StoreUnavailable
+from service.store.base import Commit, Committed, StateStore
+from tests.support.lossy_path import LossyPath
+from tests.support.servers import RealServer, opened, until, until_async
+from tests.support.streams import OpenStore, Streams, committed, key, same_reply, same_stream
+
+
+@contextmanager
+def configured(server: RealServer, **options: str | int) -> Iterator[None]:
+    """Options set, and put back."""
+    with server.client() as client:
+        names = {name.replace("_", "-"): value for name, value in options.items()}
+        before = {name: client.config_get(name)[name] for name in names}
+        for name, value in names.items():
+            client.config_set(name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                client.config_set(name, value)
+
+
+async def refused_until_it_passes(
+    store: StateStore, streams: Streams, trouble: AbstractContextManager[None], word: str
+) -> None:
+    """While there is trouble every stream gets the server's words, and reads go on."""
+    first = streams.creation(key("a"))
+    await committed(store, first)
+    second, new = streams.next(first), streams.creation(key("b"))
+    with trouble:
+        for result in await store.commit([second, new]):
+            assert isinstance(result, StoreRefused), result
+            assert word in result.detail
+            assert result.retryable
+            assert result.facts["retry_after_s"] > 0
+        state, reply = await store.load_with_reply(key("a"))
+        assert same_stream(state, first.new)
+        assert same_reply(reply, first.reply)
+        assert await store.load([key("b")]) == [None]
+    await committed(store, second, new)
+    found = await store.load([key("a"), key("b")])
+    assert same_stream(found[0], second.new)
+    assert same_stream(found[1], new.new)
+
+
+async def test_readonly(store: StateStore, streams: Streams, server: RealServer) -> None:
+    @contextmanager
+    def demoted() -> Iterator[None]:
+        with server.client() as client:
+            client.replicaof("127.0.0.1", 1)
+            try:
+                yield
+            finally:
+                client.replicaof("NO", "ONE")
+
+    await refused_until_it_passes(store, streams, demoted(), "READONLY")
+
+
+async def test_misconf(store: StateStore, streams: Streams, server: RealServer) -> None:
+    """A snapshot that failed, because its place is taken by a folder."""
+
+    @contextmanager
+    def unsaved() -> Iterator[None]:
+        (server.folder / "dump.rdb").mkdir()
+        with server.client() as client, configured(server, save="3600 1"):
+            client.bgsave()
+            until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
+            try:
+                yield
+            finally:
+                (server.folder / "dump.rdb").rmdir()
+                client.bgsave()
+                until(lambda: not client.info("persistence")["rdb_bgsave_in_progress"], "its end")
+
+    await refused_until_it_passes(store, streams, unsaved(), "MISCONF")
+
+
+async def test_noreplicas(store: StateStore, streams: Streams, server: RealServer) -> None:
+    trouble = configured(server, min_replicas_to_write=1)
+    await refused_until_it_passes(store, streams, trouble, "NOREPLICAS")
+
+
+async def test_busy(open_on: OpenStore, streams: Streams, server: RealServer) -> None:
+    """A script of somebody else that does not end: waited for, and named in time."""
+    patient, hasty = await open_on(wait_s=30), await open_on(wait_s=0.3)
+    first = streams.creation(key("a"))
+    await committed(patient, first)
+    await committed(hasty, streams.creation(key("known")))
+    second, third = streams.next(first), streams.creation(key("b"))
+
+    def spin() -> None:
+        with server.client() as client, pytest.raises(redis.RedisError):
+            client.eval("while true do end", 0)
+
+    with configured(server, lua_time_limit=1):
+        spinning = asyncio.create_task(asyncio.to_thread(spin))
+        await asyncio.to_thread(until, lambda: server.refuses("BUSY"), "a busy server")
+        try:
+            with pytest.raises(StoreUnavailable, match="BUSY"):
+                await hasty.commit([third])
+            (check,) = await hasty.check()
+            assert not check.ok
+            waiting = asyncio.create_task(patient.commit([second]))
+            _, still = await asyncio.wait({waiting}, timeout=0.05)
+            assert still
+        finally:
+            with server.client() as client:
+                client.script_kill()
+        await spinning
+        assert await waiting == [Committed()]
+    assert await hasty.load([key("b")]) == [None]
+    await committed(hasty, third)
+
+
+async def test_cut_connections(store: StateStore, streams: Streams, server: RealServer) -> None:
+    chains = [[streams.creation(key(f"s{i}"))] for i in range(8)]
+
+    async def write(chain: list[Commit]) -> None:
+        for _ in range(60):
+            assert await store.commit([chain[-1]]) == [Committed()]
+            chain.append(streams.next(chain[-1]))
+
+    writers = [asyncio.create_task(write(chain)) for chain in chains]
+    with server.client() as client:
+        for _ in range(5):
+            goal = min(map(len, chains)) + 8
+
+            async def reached(goal: int = goal) -> bool:
+                return min(map(len, chains)) >= goal
+
+            await until_async(reached, "progress")
+            assert client.client_kill_filter(_type="normal", skipme=True) > 0
+    await asyncio.gather(*writers)
+    found = await store.load([chain[0].key for chain in chains])
+    for stream, chain in zip(found, chains, strict=True):
+        assert same_stream(stream, chain[-2].new)
+
+
+async def test_half_a_reply(own_server: RealServer, streams: Streams) -> None:
+    async with (
+        LossyPath.to(own_server.socket, own_server.folder) as path,
+        opened(path.url, wait_s=20) as store,
+    ):
+        commits = [streams.creation(key(f"s{i}")) for i in range(20)]
+        await committed(store, *commits)
+        path.halves = True
+        for _ in range(3):
+            commits = [streams.next(commit) for commit in commits]
+            path.losses = 1
+            await committed(store, *commits)
+            assert path.losses == 0
+        found = await store.load([commit.key for commit in commits])
+        for stream, commit in zip(found, commits, strict=True):
+            assert same_stream(stream, commit.new)
+
+
+async def test_a_server_that_is_gone_is_not_stormed(
+    own_server: RealServer, streams: Streams
+) -> None:
+    """However many wait, it is tried at growing, jittered pauses, by one connection."""
+    async with (
+        LossyPath.to(own_server.socket, own_server.folder) as path,
+        opened(path.url, wait_s=1.5) as store,
+    ):
+        await committed(store, streams.creation(key("known")))
+        path.dead, path.losses, path.accepted = True, 1, 0
+        began_s = time.monotonic()
+        calls = (store.commit([streams.creation(key(f"s{i}"))]) for i in range(200))
+        await asyncio.gather(*calls, return_exceptions=True)
+        waited_s = time.monotonic() - began_s
+        # Pauses of 5 to 10 ms that double to 250 to 500 ms.
+        assert 3 <= path.accepted <= 8 + waited_s / 0.25

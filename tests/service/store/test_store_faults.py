@@ -1,0 +1,422 @@
+"""A server that dies, hangs, loads or answers into nowhere, and what the store then says."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvloop
+
+from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
+from service.store.base import Commit, Committed, Conflicted, StateStore
+from service.store.open import open_store
+from service.store.settings import StoreSettings
+from tests.support.lossy_path import LossyPath
+from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
+from tests.support.streams import Streams, absence, key, same_reply, same_stream
+
+
+@asynccontextmanager
+async def losing(
+    server: RealServer, **settings: Any
+) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+    """A store on a lossy path to a server that knows the scripts already."""
+    async with (
+        LossyPath.to(server.socket, server.folder) as path,
+        opened(path.url, **settings) as store,
+    ):
+        known = Streams(1).creation(key("known"))
+        assert await store.commit([known]) == [Committed()]
+        assert await store.delete(known.key) == Committed()
+        yield path, store
+
+
+@pytest.fixture
+def streams() -> Streams:
+    return Streams()
+
+
+def test_a_connection_that_the_loop_has_closed_is_made_anew(
+    server: RealServer, streams: Streams
+) -> None:
+    """uvloop refuses writes to a closed transport before its reader is told of the end."""
+
+    async def ended_before_each_commit() -> None:
+        async with opened(server.url) as store:
+            commit = streams.creation(key("s"))
+            assert await store.commit([commit]) == [Committed()]
+            for _ in range(5):
+                store._link._server.lane._connection._writer.transport.abort()
+                await asyncio.sleep(0)
+                commit = streams.next(commit)
+                assert await store.commit([commit]) == [Committed()]
+
+    uvloop.run(ended_before_each_commit())
+
+
+# Restarts
+
+
+async def test_acknowledged_commits_survive_kills_under_load(
+    own_server: RealServer, streams: Streams
+) -> None:
+    acknowledged: dict[int, Commit] = {}
+    stop = asyncio.Event()
+
+    async def writer(store: StateStore, number: int) -> None:
+        commit = streams.creation(key(f"s{number}"))
+        while not stop.is_set():
+            assert await store.commit([commit]) == [Committed()]
+            acknowledged[number] = commit
+            commit = streams.next(commit)
+
+    async def progress(steps: int) -> None:
+        goal = sum(c.new.head.position for c in acknowledged.values()) + steps
+        while sum(c.new.head.position for c in acknowledged.values()) < goal:
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in writers), "a writer ended early"
+
+    async with opened(own_server.url, wait_s=30) as store, opened(own_server.url) as reader:
+        writers = [asyncio.create_task(writer(store, number)) for number in range(12)]
+        try:
+            for _ in range(3):
+                await progress(600)
+                own_server.kill()
+                own_server.launch()
+            await progress(600)
+        finally:
+            stop.set()
+            await asyncio.gather(*writers)
+        found = await reader.load([acknowledged[i].key for i in range(12)])
+        for number, stream in enumerate(found):
+            assert same_stream(stream, acknowledged[number].new)
+
+
+async def test_calls_wait_for_a_server_that_starts_again(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with opened(own_server.url, wait_s=30) as store:
+        first, other = streams.creation(key("a")), streams.creation(key("b"))
+        assert await store.commit([first, other]) == [Committed()] * 2
+        own_server.kill()
+        second = streams.next(first)
+        calls = [
+            asyncio.create_task(call)
+            for call in (
+                store.load([key("b")]),
+                store.commit([second]),
+                store.load_with_reply(key("b")),
+                store.streams("flights", "", None, 10),
+                store.delete(key("none")),
+            )
+        ]
+        _, waiting = await asyncio.wait(calls, timeout=0.05)
+        assert len(waiting) == len(calls)
+        own_server.start()
+        loaded, results, (state, reply), page, deleted = await asyncio.gather(*calls)
+        assert same_stream(loaded[0], other.new)
+        assert results == [Committed()]
+        assert same_stream(state, other.new)
+        assert same_reply(reply, other.reply)
+        assert set(page.streams) == {"a", "b"}
+        # It may have gone out before the server's end was noticed: then nobody knows who deleted.
+        assert deleted in (Conflicted(None), Committed())
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
+
+
+async def test_a_server_that_is_loading_is_waited_for(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with opened(own_server.url, wait_s=60) as store:
+        first = streams.creation(key("a"))
+        assert await store.commit([first]) == [Committed()]
+        with own_server.client() as client:
+            for number in range(20):
+                client.mset({f"{number}-{i}": bytes(20_000) for i in range(20)})
+            client.bgrewriteaof()
+            until(lambda: not client.info("persistence")["aof_rewrite_in_progress"], "rewriting")
+        own_server.kill()
+        # A millisecond per key of the rewritten file, so that it can be met while it loads.
+        slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
+        own_server.launch(*slow)
+        until(lambda: own_server.refuses("LOADING"), "a server that is loading")
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, first.new)
+        assert await store.commit([streams.next(first)]) == [Committed()]
+
+
+async def test_a_server_that_is_away_is_named_in_time(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with opened(own_server.url, wait_s=0.3) as store:
+        own_server.kill()
+        await asyncio.sleep(0)
+        for call in (
+            store.load([key("a")]),
+            store.load_with_reply(key("a")),
+            store.commit([streams.creation(key("a"))]),
+            store.streams("flights", "", None, 10),
+        ):
+            async with asyncio.timeout(5):
+                with pytest.raises(StoreUnavailable) as caught:
+                    await call
+            assert caught.value.facts["retry_after_s"] > 0
+            assert own_server.socket in caught.value.detail
+        (check,) = await store.check()
+        assert not check.ok
+        assert own_server.socket in check.detail
+
+
+async def test_a_store_that_was_never_there_is_named_in_time(
+    own_server: RealServer,
+) -> None:
+    store = open_store(StoreSettings(own_server.url + "-elsewhere", wait_s=0.2))
+    with pytest.raises(StoreUnavailable, match="elsewhere"):
+        await store.start()
+    await store.close()
+
+
+async def test_a_server_that_hangs_leaves_the_outcome_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with opened(own_server.url, wait_s=0.3) as store:
+        first, second = streams.creation(key("a")), streams.creation(key("b"))
+        assert await store.commit([streams.creation(key("before"))]) == [Committed()]
+        own_server.signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(10):
+                results = await store.commit([first, second])
+                with pytest.raises(StoreUnavailable):
+                    await store.load([key("a")])
+                (check,) = await store.check()
+        finally:
+            own_server.signal(signal.SIGCONT)
+        assert [type(result) for result in results] == [OutcomeUnknown] * 2
+        assert [result.facts["stream"] for result in results] == ["a", "b"]
+        assert not check.ok
+
+
+async def test_a_hung_server_is_waited_for(own_server: RealServer, streams: Streams) -> None:
+    async with opened(own_server.url, wait_s=60) as store:
+        own_server.signal(signal.SIGSTOP)
+        first = streams.creation(key("a"))
+        chain = [first, streams.next(first)]
+        tasks = [asyncio.create_task(store.commit([commit])) for commit in chain]
+        await asyncio.wait(tasks, timeout=0.05)
+        own_server.signal(signal.SIGCONT)
+        assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
+
+
+async def test_everything_sent_to_a_hung_server_is_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    """Requests do not wait for each other: what was sent may be carried out later."""
+    async with opened(own_server.url, wait_s=0.3) as store:
+        assert await store.commit([streams.creation(key("before"))]) == [Committed()]
+        commits = [streams.creation(key(f"s{i}")) for i in range(5)]
+        own_server.signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(10):
+                outcomes = await asyncio.gather(*(store.commit([commit]) for commit in commits))
+        finally:
+            own_server.signal(signal.SIGCONT)
+        assert all(isinstance(outcome, OutcomeUnknown) for [outcome] in outcomes)
+    async with opened(own_server.url) as store:
+        for commit in commits:
+            assert await store.commit([commit]) in ([Committed()], [Conflicted(commit.new.head)])
+
+
+# Lost replies
+
+
+async def test_a_commit_whose_reply_was_lost_is_settled_by_its_mark(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+    ):
+        first, other = streams.creation(key("a")), streams.creation(key("b"))
+        path.losses = 1
+        assert await store.commit([first, other]) == [Committed(), Committed()]
+        assert path.losses == 0
+        # The other stream is not as far as what is expected of it.
+        second, stale = streams.next(first), streams.next(streams.next(other))
+        path.losses = 2
+        results = await store.commit([second, stale])
+        assert results == [Committed(), Conflicted(other.new.head)]
+        state, reply = await store.load_with_reply(key("a"))
+        assert same_stream(state, second.new)
+        assert same_reply(reply, second.reply)
+
+
+async def test_a_creation_that_others_continued_was_written(
+    own_server: RealServer, streams: Streams
+) -> None:
+    """Nobody else could have begun its epoch."""
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first = streams.creation(key("a"))
+        path.losses, path.after_loss = 1, lambda: others.commit([streams.next(first)])
+        assert await store.commit([first]) == [Committed()]
+
+
+async def test_a_continuation_that_others_continued_is_unknown(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first = streams.creation(key("a"))
+        assert await store.commit([first]) == [Committed()]
+        second = streams.next(first)
+        third = streams.next(second)
+        path.losses, path.after_loss = 1, lambda: others.commit([third])
+        (result,) = await store.commit([second])
+        assert isinstance(result, OutcomeUnknown)
+        assert result.facts["position"] == third.new.head.position
+        assert result.facts["epoch"] == third.new.head.epoch.hex()
+
+
+async def test_an_epoch_that_began_meanwhile_leaves_the_outcome_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    """It may have begun from the very state that was written: a restore."""
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first, *anew = (streams.creation(key("a")) for _ in range(3))
+
+        async def begin_anew() -> None:
+            await others.delete(key("a"))
+            expected = await absence(others, key("a"))
+            await others.commit([anew.pop()._replace(expected=expected)])
+
+        assert await store.commit([first]) == [Committed()]
+        path.losses, path.after_loss = 1, begin_anew
+        (result,) = await store.commit([streams.next(first)])
+        assert isinstance(result, OutcomeUnknown)
+        (found,) = await store.load([key("a")])
+        path.losses, path.after_loss = 1, begin_anew
+        assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
+
+
+async def test_a_stream_that_rolled_back_meanwhile_is_written_or_a_conflict(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first = streams.creation(key("a"))
+        second = streams.next(first)
+        third = streams.next(second)
+
+        async def roll_back() -> None:
+            await others.delete(key("a"))
+            expected = await absence(others, key("a"))
+            await others.commit([Commit(key("a"), expected, first.new, None)])
+
+        assert await store.commit([first]) == [Committed()]
+        path.losses, path.after_loss = 1, roll_back
+        assert await store.commit([third]) == [Conflicted(first.new.head)]
+        path.losses, path.after_loss = 1, roll_back
+        # Back at what it expects: the repeat itself is written.
+        assert await store.commit([second]) == [Committed()]
+        (found,) = await store.load([key("a")])
+        assert same_stream(found, second.new)
+
+
+async def test_a_reply_lost_for_good_leaves_the_outcome_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with (
+        losing(own_server, wait_s=0.4) as (path, store),
+        opened(own_server.url) as others,
+    ):
+        first = streams.creation(key("a"))
+        path.losses, path.dead_after_loss = 1, True
+        (result,) = await store.commit([first])
+        assert isinstance(result, OutcomeUnknown)
+        assert result.retryable
+        (found,) = await others.load([key("a")])
+        assert same_stream(found, first.new)
+
+
+async def test_a_refusal_after_a_lost_reply_leaves_the_outcome_open(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async def forbid() -> None:
+        with own_server.client() as client:
+            client.acl_setuser("default", commands=["-evalsha", "-eval"])
+
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+    ):
+        path.losses, path.after_loss = 1, forbid
+        (result,) = await store.commit([streams.creation(key("a"))])
+        assert isinstance(result, OutcomeUnknown)
+        with pytest.raises(StoreRefused):
+            await store.commit([streams.creation(key("b"))])
+
+
+async def test_a_deletion_whose_reply_was_lost_happened(
+    own_server: RealServer, streams: Streams
+) -> None:
+    async with (
+        losing(own_server, wait_s=20) as (path, store),
+    ):
+        first = streams.creation(key("a"))
+        assert await store.commit([first]) == [Committed()]
+        path.losses = 1
+        assert await store.delete(key("a"), first.new.head) == Committed()
+        assert await store.load_with_reply(key("a")) == (None, None)
+        assert await store.delete(key("a")) == Conflicted(None)
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://localhost",
+        "http://localhost",
+        "localhost:6379",
+        "",
+        "memory://",
+        "unix://",
+    ],
+)
+def test_an_address_of_another_kind_is_refused_naming_what_is_taken(url: str) -> None:
+    with pytest.raises(StoreRefused) as caught:
+        open_store(StoreSettings(url))
+    if url != "unix://":
+        for scheme in ("redis://", "rediss://", "unix://"):
+            assert scheme in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://localhost:port/0", "redis://localhost?decode_responses=true"]
+)
+def test_an_address_that_cannot_be_used_is_refused(url: str) -> None:
+    with pytest.raises(StoreRefused):
+        open_store(StoreSettings(url))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_node_of_a_cluster_is_refused(kind: str) -> None:
+    bus = ("--bind", "127.0.0.1", "--cluster-port", str(free_port()))
+    with real_server(kind, "--cluster-enabled", "yes", *bus) as node:
+        store = open_store(StoreSettings(node.url))
+        with pytest.raises(StoreRefused, match="cluster"):
+            await store.start()
+        await store.close()

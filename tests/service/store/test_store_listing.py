@@ -1,0 +1,117 @@
+"""Listing on every store, on real servers: the embedded Valkey, Redis, and a cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.core.errors import InvalidInput
+from service.store.base import StateStore
+from service.store.settings import StoreSettings
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, opened
+from tests.support.streams import OpenStore, Streams, absence, committed, key
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+async def listed(store: StateStore, model: str, prefix: str, limit: int) -> list[str]:
+    names: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = await store.streams(model, prefix, cursor, limit)
+        assert len(set(page.streams)) == len(page.streams)
+        names += page.streams
+        cursor = page.cursor
+        if cursor is None:
+            return names
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50, 1000])
+async def test_every_stream_is_listed_across_pages(
+    open_on: OpenStore, streams: Streams, limit: int
+) -> None:
+    store = await open_on(scan_count=40)
+    names = {f"N{i}:{tail}" for i in range(60) for tail in ("x.y", "@-")}
+    await committed(store, *(streams.creation(key(name), floats=2) for name in names))
+    await committed(store, *(streams.creation(key(n, "other"), floats=2) for n in ("N1:", "M")))
+    found = await listed(store, "flights", "", limit)
+    assert set(found) == names
+    assert set(await listed(store, "other", "", limit)) == {"N1:", "M"}
+    assert set(await listed(store, "none", "", limit)) == set()
+
+
+async def test_a_prefix_is_a_prefix_and_not_a_pattern(store: StateStore, streams: Streams) -> None:
+    names = ["JFK-AA", "JFK-B6", "JFKX", "jfk-AA", "LGA:JFK-AA"]
+    await committed(store, *(streams.creation(key(name)) for name in names))
+    assert set(await listed(store, "flights", "JFK-", 10)) == {"JFK-AA", "JFK-B6"}
+    assert set(await listed(store, "flights", "JFK", 10)) == {"JFK-AA", "JFK-B6", "JFKX"}
+    for pattern in ("*", "?", "[J]", "JFK*", "\\"):
+        assert await listed(store, "flights", pattern, 10) == []
+
+
+async def test_a_page_is_never_longer_than_asked(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on(scan_count=200)
+    await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(200)))
+    cursor: str | None = None
+    while True:
+        page = await store.streams("flights", "", cursor, 20)
+        assert len(page.streams) <= 20
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+async def test_other_keys_are_not_listed(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    await committed(store, streams.creation(key("a")))
+    with server.client() as client:
+        client.set("carry{p0000}:s:flights:elsewhere", b"in the wrong partition")
+        client.set("carry{x}:s:flights:a", b"foreign")
+        client.set("other{p0001}:s:flights:a", b"another service")
+    assert await listed(store, "flights", "", 10) == ["a"]
+
+
+async def test_namespaces_do_not_see_each_other(open_on: OpenStore, streams: Streams) -> None:
+    one, other = await open_on(namespace="one"), await open_on(namespace="other")
+    await committed(one, streams.creation(key("a")))
+    assert await other.load([key("a")]) == [None]
+    assert await listed(other, "flights", "", 10) == []
+
+
+@pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
+async def test_a_cursor_that_is_none_is_refused(store: StateStore, cursor: str) -> None:
+    with pytest.raises(InvalidInput, match="cursor"):
+        await store.streams("flights", "", cursor, 10)
+
+
+async def test_deleted_streams_are_not_listed(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    names = [f"s{i}" for i in range(20)]
+    await committed(store, *(streams.creation(key(name)) for name in names))
+    with server.client() as client:
+        keys = StoreSettings(server.url).keys
+        client.set(keys.state(key("s0")), b"CRRY\x01\x05 damaged")
+        client.delete(keys.state(key("s1")))
+        client.rpush(keys.state(key("s1")), "of another type")
+    for name in names[5:]:
+        await store.delete(key(name))
+    assert set(await listed(store, "flights", "", 7)) == set(names[:5])
+    again = streams.creation(key("s5"))._replace(expected=await absence(store, key("s5")))
+    await committed(store, again)
+    assert set(await listed(store, "flights", "", 7)) == set(names[:6])
+
+
+async def test_a_stream_deleted_during_listing_is_not_listed(
+    server: RealServer | Cluster,
+) -> None:
+    async with opened(server.url) as store:
+        layout = await store._link.layout()
+        found = [await store._existing(each, "flights", ["gone"]) for each in layout.servers]
+        # Other nodes of a cluster do not notice.
+        assert [] in found

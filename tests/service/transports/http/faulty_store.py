@@ -1,0 +1,132 @@
+"""The real store with failures on demand, and a look at what it holds behind its back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Iterator, MutableMapping, Sequence
+
+import redis
+
+from service.core.errors import CarryError
+from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
+from service.store.base import Commit, CommitResult, Loaded, StateStore
+from service.store.codec import TOMBSTONE_BEGIN, decode_state, encode_state
+from service.store.redis.keys import KeySpace
+
+
+class StoredStates(MutableMapping[StreamKey, StreamState]):
+    """The streams a server holds, read and written without the store."""
+
+    def __init__(self, client: redis.Redis, keys: KeySpace):
+        self._client = client
+        self._keys = keys
+
+    def __getitem__(self, key: StreamKey) -> StreamState:
+        value = self._client.get(self._keys.state(key))
+        found = None if value is None else decode_state(value)
+        if not isinstance(found, StreamState):
+            raise KeyError(key)
+        return found
+
+    def __setitem__(self, key: StreamKey, state: StreamState) -> None:
+        self._client.set(self._keys.state(key), encode_state(state))
+
+    def __delitem__(self, key: StreamKey) -> None:
+        self._client.delete(*self._keys.pair(key))
+
+    def __iter__(self) -> Iterator[StreamKey]:
+        names = self._client.keys("*:s:*")
+        values = self._client.mget(names) if names else []
+        held = zip(names, values, strict=True)
+        found = (
+            self._keys.parse(name.decode())
+            for name, value in held
+            if not value.startswith(TOMBSTONE_BEGIN)
+        )
+        return iter([key for key in found if key is not None])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def forget_replies(self) -> None:
+        """Drop every kept reply, as their short life would."""
+        for key in self:
+            self._client.delete(self._keys.reply(key))
+
+
+class FaultyStore:
+    """A `StateStore` that passes everything on, except what a test has it fail."""
+
+    def __init__(self, store: StateStore, states: StoredStates):
+        self.states = states
+        self.away: Exception | None = None
+        """Raised by every call while it is set."""
+        self.damaged: dict[StreamKey, CarryError] = {}
+        """Answers of `load` for some streams."""
+        self.on_commit: Callable[[Commit], CommitResult | None] = lambda _: None
+        """May answer a commit in the store's place."""
+        self.on_delete: Callable[[StreamKey], CommitResult | None] = lambda _: None
+        """May answer a deletion in the store's place."""
+        self.checks: list[Check] | None = None
+        """Answers `check` in the store's place."""
+        self.held: asyncio.Event | None = None
+        """While it is there and not set, loads are not begun and commits not answered."""
+        self.holds = 0
+        """How many calls were held so far."""
+        self._store = store
+
+    async def start(self) -> None:
+        await self._store.start()
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    async def check(self) -> list[Check]:
+        return await self._store.check() if self.checks is None else self.checks
+
+    def shard(self, key: StreamKey) -> Hashable:
+        return self._store.shard(key)
+
+    async def load(
+        self, keys: Sequence[StreamKey], deadline_s: float | None = None
+    ) -> list[Loaded]:
+        self._fail()
+        await self._held()
+        found = await self._store.load(keys, deadline_s)
+        return [self.damaged.get(key, state) for key, state in zip(keys, found, strict=True)]
+
+    async def load_with_reply(
+        self, key: StreamKey, deadline_s: float | None = None
+    ) -> tuple[StreamState | None, StoredReply | None]:
+        self._fail()
+        return await self._store.load_with_reply(key, deadline_s)
+
+    async def commit(
+        self, commits: Sequence[Commit], deadline_s: float | None = None
+    ) -> list[CommitResult]:
+        self._fail()
+        answers = [self.on_commit(commit) for commit in commits]
+        passed = [c for c, answer in zip(commits, answers, strict=True) if answer is None]
+        results = iter(await self._store.commit(passed, deadline_s) if passed else [])
+        await self._held()
+        return [next(results) if answer is None else answer for answer in answers]
+
+    async def delete(
+        self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
+    ) -> CommitResult:
+        self._fail()
+        answer = self.on_delete(key)
+        return await self._store.delete(key, expected, deadline_s) if answer is None else answer
+
+    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+        self._fail()
+        return await self._store.streams(model, prefix, cursor, limit)
+
+    async def _held(self) -> None:
+        if self.held is not None:
+            self.holds += 1
+            await self.held.wait()
+
+    def _fail(self) -> None:
+        if self.away is not None:
+            raise self.away

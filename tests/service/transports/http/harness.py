@@ -1,0 +1,140 @@
+"""The real application over the real pipeline, with the oracle as runtime, on loopback calls."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import ormsgpack
+from fastapi import FastAPI
+from numpy.typing import NDArray
+
+from models.artifact.artifact import Artifact
+from service.core.values import StreamKey
+from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
+from service.store.redis.redis_store import RedisStore
+from service.store.settings import StoreSettings
+from service.transports.http.application import ApiLimits, create_api
+from tests.service.transports.http.faulty_store import FaultyStore, StoredStates
+from tests.support.numpy_runtime import numpy_served
+from tests.support.pipelines import Counts
+from tests.support.servers import RealServer
+
+JSON = {"content-type": "application/json"}
+MSGPACK = {"content-type": "application/msgpack"}
+NOW_MS = 1_700_000_000_000
+LIMITS = ApiLimits(max_body_bytes=20_000, max_chunk_steps=20, max_predict_steps=30, max_items=5)
+
+EVENT_MS = 1_357_035_420_000
+EVENT = {"load": 12.5, "at": "2013-01-01T05:17:00-05:00", "carrier": "UA", "heavy": True}
+LATER = {
+    "load": 7,
+    "delay": -3.25,
+    "at": EVENT_MS - 60_000,
+    "carrier": "nobody knows",
+    "gate": None,
+    "heavy": False,
+    "late": True,
+}
+
+
+@dataclass
+class Harness:
+    """One application and what lies behind it."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    pipeline: Pipeline
+    store: FaultyStore
+    counts: Counts
+    models: Mapping[str, Artifact]
+    clock: list[int]
+
+    async def chunk(
+        self, body: Any, *, stream: str = "s", model: str = "probe", **request: Any
+    ) -> httpx.Response:
+        """Post one chunk: bytes as they are, anything else as JSON."""
+        content = {"content": body, "headers": JSON} if isinstance(body, bytes | str) else {}
+        return await self.client.post(
+            f"/v1/models/{model}/streams/{stream}/chunks",
+            **{**(content or {"json": body}), **request},
+        )
+
+    async def packed(self, body: Any, *, stream: str = "s", model: str = "probe") -> Any:
+        """Post one chunk as MessagePack and read the answer."""
+        response = await self.client.post(
+            f"/v1/models/{model}/streams/{stream}/chunks",
+            content=ormsgpack.packb(body),
+            headers=MSGPACK,
+        )
+        assert response.headers["content-type"] == "application/msgpack"
+        return ormsgpack.unpackb(response.content)
+
+    def position(self, stream: str = "s", model: str = "probe") -> int | None:
+        """Where the store has the stream."""
+        found = self.store.states.get(StreamKey(model, stream))
+        return found.head.position if found else None
+
+
+@asynccontextmanager
+async def harness(
+    server: RealServer,
+    models: Mapping[str, Artifact],
+    *,
+    limits: ApiLimits = LIMITS,
+    on_model_change: OnModelChange = "refuse",
+    **pipeline: Any,
+) -> AsyncIterator[Harness]:
+    """An application of its own, on a server that is emptied first."""
+    settings = StoreSettings(server.url, wait_s=5)
+    peek = server.client()
+    peek.flushall()
+    store = FaultyStore(RedisStore(settings), StoredStates(peek, settings.keys))
+    counts, clock = Counts(), [NOW_MS]
+    await store.start()
+    built = Pipeline(
+        [numpy_served(artifact) for artifact in models.values()],
+        store,
+        counts,
+        limits=PipelineLimits(**pipeline),
+        now_ms=lambda: clock[0],
+        on_model_change=on_model_change,
+    )
+    await built.start()
+    app = create_api(
+        built,
+        limits,
+        counts,
+        metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
+        now_ms=lambda: clock[0],
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+        try:
+            yield Harness(app, client, built, store, counts, models, clock)
+        finally:
+            await built.stop()
+            await store.close()
+            peek.close()
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The problem document of a response, checked to be one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert document["code"] == code
+    assert document["status"] == status
+    assert document["type"] == f"/docs/errors#{code}"
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert document["detail"]
+    return document
+
+
+def rows(count: int, seed: int = 3, features: int = 3) -> NDArray[np.float32]:
+    """Random rows of the probe model."""
+    return np.random.default_rng(seed).normal(size=(count, features)).astype(np.float32)

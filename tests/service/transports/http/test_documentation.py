@@ -1,0 +1,182 @@
+"""The pages that tell clients what to send: recomputed and replayed as they stand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from models.artifact.artifact import write_artifact
+from models.events.columns import canonical_bytes, columns_from_events
+from models.events.parse import event_adapter
+from models.events.schema import EventSchema
+from models.spec.model import ModelSpec, parse_spec
+from service.core.delivery import chunk_digest, next_tag
+from service.core.values import FIRST_TAG, Check, Feed, Steps
+from service.transports.http.replies import schemas
+from tests.service.transports.http.harness import harness
+from tests.support.oracle import contracting_weights
+from tests.support.servers import RealServer
+
+ROOT = Path(__file__).parents[4]
+FITTED: dict[str, dict[str, Any]] = {
+    "numeric": {"mean": 1.5, "std": 4.0},
+    "timestamp": {"gap_mean": 6.0, "gap_std": 1.5},
+    "categorical": {"vocabulary": ["UA", "EWR", "IAH"]},
+    "boolean": {},
+}
+
+
+def fences(page: str, info: str) -> list[str]:
+    """The code blocks of a page whose fence says exactly `info`."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def listed_bytes(listing: str) -> bytes:
+    """The bytes of a listing: each line's leading pairs of hex digits."""
+    pairs = re.compile(r"[0-9a-f]{2}(?: {1,2}[0-9a-f]{2})*(?= {2}|$)")
+    found = [pairs.match(line) for line in listing.splitlines()]
+    assert all(found), listing
+    return b"".join(bytes.fromhex(match[0]) for match in found if match)
+
+
+def test_worked_example_of_the_protocol() -> None:
+    schema = EventSchema.model_validate_json(fences("protocol.md", "json schema")[0])
+    chunks = [json.loads(text) for text in fences("protocol.md", "json chunk")]
+    listings = [listed_bytes(text) for text in fences("protocol.md", "text bytes")]
+    digests = [text.strip() for text in fences("protocol.md", "text digest")]
+    tags = [text.strip() for text in fences("protocol.md", "text tag")]
+    assert len(chunks) == len(listings) == len(digests) == len(tags) == 4
+    tag = FIRST_TAG
+    for chunk, listing, digest, expected in zip(chunks, listings, digests, tags, strict=True):
+        if "events" in chunk:
+            adapter = event_adapter(schema)
+            events = [adapter.validate_json(json.dumps(event)) for event in chunk["events"]]
+            columns = columns_from_events(schema, events)
+            steps = Steps(Feed.EVENTS, len(events), columns=columns)
+            assert listing[9:] == canonical_bytes(schema, columns)
+        else:
+            rows = np.array(chunk["inputs"], np.float32)
+            steps = Steps(Feed.INPUTS, len(rows), rows=rows)
+            assert listing[9:] == rows.tobytes()
+        assert hashlib.sha256(listing).hexdigest() == digest
+        final = chunk.get("final", False)
+        assert chunk_digest(schema, steps, final=final).hex() == digest
+        start = chunk["position"]
+        tag = next_tag(FIRST_TAG if start == 0 else tag, start, bytes.fromhex(digest))
+        assert tag.hex() == expected
+
+
+def flights_spec() -> ModelSpec:
+    """The example's spec with made-up numbers where training would fit them."""
+    data = yaml.safe_load((ROOT / "models/examples/flights/spec.yaml").read_text("utf-8"))
+    for field in data["events"]["fields"]:
+        field.update(FITTED[field["kind"]])
+    return parse_spec(data)
+
+
+def exchanges() -> Iterator[tuple[str, bool, str]]:
+    """Each request of api.md, whether it is abridged, and its reply ("" where there is none)."""
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    blocks = re.findall(
+        r"^```http (request abridged|request|reply)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    for at, (kind, block) in enumerate(blocks):
+        if kind != "reply":
+            after = blocks[at + 1] if at + 1 < len(blocks) else ("", "")
+            yield block, kind == "request abridged", after[1] if after[0] == "reply" else ""
+
+
+def parts(block: str) -> tuple[str, dict[str, str], str]:
+    """First line, headers and body of a request or reply."""
+    head, _, body = block.partition("\n\n")
+    first, *lines = head.strip().splitlines()
+    return first, dict(line.split(": ", 1) for line in lines), body.strip()
+
+
+def compare(shown: Any, got: Any, learned: dict[str, str], at: str = "reply") -> None:
+    """Members and kinds agree; texts that differ (epochs, tags) are learned for later requests."""
+    if isinstance(shown, dict):
+        assert isinstance(got, dict), at
+        # a state is cut short on the page
+        assert (
+            shown.keys() <= got.keys() if at.endswith(".state") else shown.keys() == got.keys()
+        ), at
+        for name, value in shown.items():
+            compare(value, got[name], learned, f"{at}.{name}")
+    elif isinstance(shown, list):
+        assert isinstance(got, list), at
+        for index, value in enumerate(shown):
+            compare(value, got[index], learned, f"{at}[{index}]")
+    elif isinstance(shown, str):
+        assert isinstance(got, str), at
+        if len(shown) >= 12 and re.fullmatch(r"[0-9a-f]+", shown):
+            learned[shown] = got
+        elif not shown.endswith("..."):
+            assert got == shown, at
+    elif isinstance(shown, bool | int) and not at.endswith(("_ms", "_bytes", ".last_ms")):
+        assert got == shown, at
+    else:
+        assert isinstance(got, type(shown) | int), at
+
+
+async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_path: Path) -> None:
+    spec = flights_spec()
+    artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
+    learned: dict[str, str] = {}
+    kept = ""
+    seen = 0
+    async with harness(pipeline_server, {"flights": artifact}) as api:
+        api.store.checks = [Check("store", True, "unix:///run/carry/valkey.sock takes commits")]
+        for request, abridged, reply in exchanges():
+            first, headers, body = parts(request)
+            method, address = first.split(" ")
+            if abridged and method == "PUT":
+                body = kept
+            for shown, real in learned.items():
+                headers = {name: text.replace(shown, real) for name, text in headers.items()}
+            response = await api.client.request(
+                method, address, headers=headers, content=body or None
+            )
+            if not reply:
+                schemas.ModelDetail.model_validate_json(response.content)
+                assert json.loads(fences("api.md", "json")[0]).keys() == response.json().keys()
+                continue
+            status, shown_headers, shown_body = parts(reply)
+            assert response.status_code == int(status), (first, response.text)
+            assert bool(shown_body) == bool(response.content), first
+            if shown_body:
+                compare(json.loads(shown_body), response.json(), learned, first)
+            for name, text in shown_headers.items():
+                assert name in response.headers, (first, name)
+                if name in ("Location", "Content-Type"):
+                    assert response.headers[name] == text
+            if address.endswith("/state"):
+                kept = response.text
+            seen += 1
+    assert seen == 15
+
+
+@pytest.mark.parametrize("page", ["api.md", "errors.md", "protocol.md"])
+def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+async def test_every_address_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
+    spec = flights_spec()
+    artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
+    async with harness(pipeline_server, {"flights": artifact}) as api:
+        paths = (await api.client.get("/openapi.json")).json()["paths"]
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))
+    assert documented == {(method.upper(), path) for path, item in paths.items() for method in item}

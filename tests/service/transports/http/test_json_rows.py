@@ -1,0 +1,60 @@
+"""Rows by simdjson: what is taken, and what is left to others. `test_plain` compares the values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.transports.http.bodies.json_rows import MAX_BYTES, JsonRows
+
+
+@pytest.fixture
+def reader() -> JsonRows:
+    return JsonRows(3, 4)
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n\t "])
+def test_usual_bodies_are_taken(reader: JsonRows, space: str) -> None:
+    text = (
+        f'{{"position":{space}7,"epoch":"0123456789abcdef","inputs":[[1,-2.5,0],[{space}3,4,5]]}}'
+    )
+    found = reader.chunk(text.encode())
+    assert found is not None
+    assert found.rows.dtype == np.float32
+    assert found.rows.tolist() == [[1, -2.5, 0], [3, 4, 5]]
+    assert (found.position, found.epoch) == (7, "0123456789abcdef")
+
+
+def test_a_parser_is_free_again_after_each_text(reader: JsonRows) -> None:
+    for text in (b'{"inputs":[[1,2]]}', b'{"inputs":[[1,2,"3"]]}', b'{"inputs":[[', b"[]"):
+        assert reader.chunk(text) is None
+        assert reader.rows(text) is None
+        assert reader.chunk(b'{"inputs":[[1,2,3]]}') is not None
+        assert reader.rows(b"[[1,2,3]]") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'[[1,2,3],[4,5,[6,7],"8"]]',
+        b"[[1,2,[3,4]],[5,6,[]]]",
+        b'["abc"]',
+        b"[[1,2,true]]",
+        b"[[1,2,null]]",
+        b'[{"a":1,"b":2,"c":3}]',
+        b"[1,2,3]",
+        b"[]",
+        b"[[]]",
+        b"[[1,2,3],[4,5,6],[1,2,3],[4,5,6],[7,8,9]]",
+        b"[[1,2,1e39]]",
+    ],
+)
+def test_other_shapes_are_left(reader: JsonRows, text: bytes) -> None:
+    assert reader.rows(text) is None
+    assert reader.chunk(b'{"inputs":' + text + b"}") is None
+
+
+def test_long_texts_are_left(reader: JsonRows) -> None:
+    row = b"[[1,2," + b" " * MAX_BYTES + b"3]]"
+    assert reader.rows(row) is None
+    assert reader.chunk(b'{"inputs":' + row + b"}") is None

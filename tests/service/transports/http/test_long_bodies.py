@@ -1,0 +1,137 @@
+"""Long bodies read block by block are read as the same chunk, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.artifact.artifact import Artifact
+from service.core.errors import CarryError
+from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.request_reader import RequestReader
+from service.transports.http.limits import ApiLimits
+from service.transports.http.long_bodies import row_blocks
+from service.transports.http.long_bodies.admission import Checkpoint
+from service.transports.http.media import Media
+from tests.support.numpy_runtime import NumpyRuntime
+
+LIMITS = ApiLimits(
+    max_chunk_steps=10_000, max_predict_steps=10_000, max_body_bytes=2**24, max_items=10
+)
+
+
+@pytest.fixture(scope="module")
+def reader(models: Mapping[str, Artifact]) -> RequestReader:
+    artifact = models["probe"]
+    return RequestReader(
+        ServedModel(artifact, NumpyRuntime(artifact)), LIMITS, nonce=lambda: b"n" * 16
+    )
+
+
+def in_turns(reader: RequestReader, body: bytes) -> Any:
+    return uvloop.run(
+        row_blocks.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
+    )
+
+
+def as_a_whole(reader: RequestReader, body: bytes) -> Any:
+    try:
+        return reader.chunk(body, Media.JSON, "s", None)
+    except CarryError as error:
+        return error
+
+
+def rows(count: int) -> list[list[float]]:
+    found: list[list[float]] = np.random.default_rng(count).normal(size=(count, 3)).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        orjson.dumps({"position": 7, "inputs": rows(9000)}),
+        orjson.dumps({"inputs": rows(5000), "epoch": "0123456789abcdef", "position": 2}),
+        json.dumps({"inputs": rows(4000)}, indent=1).encode(),
+        json.dumps({"inputs": rows(4000)}, separators=(" , ", " : ")).encode(),
+    ],
+    ids=["compact", "members after", "indented", "spaced"],
+)
+def test_a_long_body_is_the_same_chunk(reader: RequestReader, body: bytes) -> None:
+    found, expected = in_turns(reader, body), as_a_whole(reader, body)
+    assert found[:1] + found[2:] == expected[:1] + expected[2:]
+    assert found.steps.length == expected.steps.length
+    np.testing.assert_array_equal(found.steps.rows, expected.steps.rows)
+
+
+def test_others_have_their_turn_between(reader: RequestReader) -> None:
+    body = orjson.dumps({"inputs": rows(9000)})
+
+    async def both() -> int:
+        turns = 0
+        reading = asyncio.create_task(
+            row_blocks.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
+        )
+        while not reading.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert await reading is not None
+        return turns
+
+    assert uvloop.run(both()) >= len(body) // row_blocks.BLOCK_BYTES - 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        orjson.dumps({"position": 0, "inputs": rows(10_001)}),
+        orjson.dumps({"position": 0, "inputs": [*rows(5000), [1, 2]]}),
+        orjson.dumps({"position": 0, "inputs": [*rows(5000), [1, 2, "3"], *rows(100)]}),
+        orjson.dumps({"position": 0, "inputs": [*rows(2500), [1, 2, True], *rows(2500)]}),
+        orjson.dumps({"position": 0, "inputs": [*rows(2500), [[1], 2, 3], *rows(2500)]}),
+        orjson.dumps({"position": 0, "inputs": [*rows(2500), [1e39, 2, 3], *rows(2500)]}),
+        orjson.dumps({"position": 0, "inputs": rows(5000), "more": 1}),
+        orjson.dumps({"position": 0, "inputs": rows(5000)})[:-1],
+        orjson.dumps({"position": 0, "inputs": rows(5000)}) + b"]",
+        orjson.dumps({"position": 0, "inputs": [rows(5000)]}),
+        orjson.dumps({"position": 0, "inputs": rows(5000)}).replace(b"],[", b"],,[", 900),
+        orjson.dumps({"events": rows(5000)}),
+        b'{"inputs":[' + b" " * 70_000 + b"]}",
+        b"[" * 70_000,
+    ],
+)
+def test_what_is_wrong_is_left_to_the_strict_way(reader: RequestReader, body: bytes) -> None:
+    assert in_turns(reader, body) is None
+    assert isinstance(as_a_whole(reader, body), CarryError)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(reader: RequestReader, data: Any) -> None:
+    """With blocks so small that any place may be where one is cut."""
+    body = bytearray(orjson.dumps({"position": 1, "inputs": rows(40)}))
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(body) - 1))
+        byte = data.draw(st.sampled_from(b'[],0-1.e"{}: t'))
+        if data.draw(st.booleans()):
+            body[at] = byte
+        else:
+            body.insert(at, byte)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(row_blocks, "LONG_BYTES", 1)
+        patched.setattr(row_blocks, "BLOCK_BYTES", data.draw(st.integers(1, 300)))
+        found = in_turns(reader, bytes(body))
+    if found is not None:
+        expected = as_a_whole(reader, bytes(body))
+        assert not isinstance(expected, CarryError)
+        assert found.digest == expected.digest
+        assert found[3:] == expected[3:]

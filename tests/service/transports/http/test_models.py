@@ -1,0 +1,205 @@
+"""The served models, the OpenAPI document, health, metrics and documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+
+from service.core.errors import leaf_errors
+from service.core.values import Check
+from service.transports.http.replies import schemas
+from tests.service.transports.http.harness import EVENT, Harness, problem, rows
+
+
+async def test_list_of_models(api: Harness) -> None:
+    response = await api.client.get("/v1/models")
+    schemas.ModelList.model_validate_json(response.content)
+    found = response.json()["models"]
+    assert [(model["name"], model["events"]) for model in found] == [
+        ("probe", False),
+        ("small", True),
+    ]
+    assert found[1]["description"] == "A small model."
+
+
+async def test_detail_of_a_model_with_events(api: Harness) -> None:
+    response = await api.client.get("/v1/models/small")
+    schemas.ModelDetail.model_validate_json(response.content)
+    model, artifact = response.json(), api.models["small"]
+    assert model["input_features"] == len(model["columns"]) == 13
+    assert model["version"] == artifact.version
+    assert model["fingerprint"] == artifact.fingerprint.hex()
+    assert model["columns"][8] == {
+        "name": "carrier",
+        "field": "carrier",
+        "codes": 5,
+        "labels": ["<unknown>", "UA", "B6", "Österreich", "航空"],
+    }
+    assert model["outputs"]["range"] == {
+        "shape": [2, 3],
+        "per": "step",
+        "labels": ["0.1", "0.5", "0.9"],
+    }
+    assert model["outputs"]["surprise"]["shape"] == []
+    assert model["state"]["lstm_1.carry"] == {"shape": [3], "dtype": "float32"}
+    assert model["state"]["clock.last_ms"] == {"shape": [], "dtype": "int64"}
+    assert (model["chunking"], model["runtimes"]) == ("invisible", ["numpy"])
+    assert model["metrics"] == {"held_out": {"auc": 0.75}}
+    assert model["limits"]["max_chunk_steps"] == 20
+    jsonschema.validate(EVENT, model["events"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**EVENT, "other": 1}, model["events"])
+
+
+async def test_detail_of_a_model_of_rows(api: Harness) -> None:
+    response = await api.client.get("/v1/models/probe")
+    schemas.ModelDetail.model_validate_json(response.content)
+    assert response.json()["events"] is None
+    assert response.json()["columns"][0] == {"name": "feature_0", "field": None}
+    document = problem(await api.client.get("/v1/models/other"), 404, "model_not_found")
+    assert document["expected"] == ["probe", "small"]
+
+
+def references(value: Any) -> Iterator[str]:
+    """Every `$ref` in a document."""
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+async def test_openapi_document_describes_each_model(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    components = document["components"]["schemas"]
+    for reference in references(document):
+        assert reference.removeprefix("#/components/schemas/") in components
+    assert "small-Event" in components
+    events = components["small-Chunk"]["properties"]["events"]
+    assert events["items"] == {"$ref": "#/components/schemas/small-Event"}
+    assert "events" not in components["probe-Chunk"]["properties"]
+    assert components["Chunk"]["anyOf"] == [
+        {"$ref": "#/components/schemas/probe-Chunk"},
+        {"$ref": "#/components/schemas/small-Chunk"},
+    ]
+    for component in components.values():
+        jsonschema.Draft202012Validator.check_schema(component)
+
+
+async def test_examples_of_the_document_are_accepted(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    sent = 0
+    for path in ("streams/{stream}/chunks", "chunks", "predict"):
+        operation = document["paths"][f"/v1/models/{{model}}/{path}"]["post"]
+        content = operation["requestBody"]["content"]
+        assert set(content) == {"application/json", "application/msgpack"}
+        for title, example in content["application/json"]["examples"].items():
+            model, feed = title.split(": ")
+            component = {
+                **content["application/json"]["schema"],
+                "components": document["components"],
+            }
+            jsonschema.validate(example["value"], component)
+            api.store.states.clear()
+            address = f"/v1/models/{model}/{path}".replace("{stream}", feed)
+            response = await api.client.post(address, json=example["value"])
+            assert response.status_code == 200, response.text
+            assert "error" not in response.text
+            sent += 1
+    assert sent == 9
+
+
+async def test_every_operation_is_documented(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    seen: set[str] = set()
+    operations = [
+        (path, method, operation)
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    ]
+    assert len(operations) == 16
+    for path, method, operation in operations:
+        assert operation["summary"], (path, method)
+        assert operation["description"], (path, method)
+        names = {
+            parameter["name"]
+            for parameter in operation.get("parameters", [])
+            if parameter["in"] == "path"
+        }
+        assert names == {part[1:-1] for part in path.split("/") if part.startswith("{")}
+        for response in operation["responses"].values():
+            content = response.get("content", {}).get("application/problem+json", {})
+            seen.update(content.get("examples", {}))
+    codes = {kind.code for kind in leaf_errors()}
+    # those of addresses that do not exist, and of an item among many
+    assert codes - seen == {"not_found", "method_not_allowed", "previous_failed"}
+
+
+async def test_schema_and_service_agree_on_bodies(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    schema = {
+        "$ref": "#/components/schemas/small-Chunk",
+        "components": document["components"],
+    }
+    for body, good in (
+        ({"position": 0, "events": [EVENT]}, True),
+        ({"inputs": [[0.0] * 13]}, True),
+        ({"inputs": [[0.0] * 12]}, False),
+        ({"events": []}, False),
+        ({"events": [EVENT], "inputs": [[0.0] * 13]}, False),
+        ({"position": -1, "events": [EVENT]}, False),
+        ({"position": 0}, False),
+        ({"events": [{**EVENT, "load": "x"}]}, False),
+        ({"events": [EVENT], "more": 1}, False),
+    ):
+        assert jsonschema.Draft202012Validator(schema).is_valid(body) == good, body
+        response = await api.chunk(body, model="small", stream=f"s{len(str(body))}")
+        assert (response.status_code == 200) == good, response.text
+
+
+async def test_documentation_works_without_a_network(api: Harness) -> None:
+    page = await api.client.get("/docs")
+    assert page.status_code == 200
+    assert "//" not in page.text.replace("<!--", "").replace("// ", "")
+    for asset in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"):
+        assert f"/docs/assets/{asset}" in page.text
+        assert (await api.client.get(f"/docs/assets/{asset}")).status_code == 200
+
+
+async def test_live_whatever_the_store_does(api: Harness) -> None:
+    api.store.away = RuntimeError("gone")
+    response = await api.client.get("/health/live")
+    assert (response.status_code, response.json()) == (200, {"status": "live"})
+
+
+async def test_ready_names_each_failing_check(api: Harness) -> None:
+    response = await api.client.get("/health/ready")
+    assert response.status_code == 200
+    schemas.Ready.model_validate_json(response.content)
+    assert response.json()["status"] == "ready"
+    assert {check["name"] for check in response.json()["checks"]} >= {"store", "runtime"}
+    api.store.checks = [Check("store", False, "no answer"), Check("eviction", False, "allkeys-lru")]
+    response = await api.client.get("/health/ready")
+    assert response.status_code == 503
+    assert response.json()["failing"] == ["store", "eviction"]
+    assert {"name": "store", "ok": False, "detail": "no answer"} in response.json()["checks"]
+    await api.pipeline.stop()
+    assert "accepting" in (await api.client.get("/health/ready")).json()["failing"]
+
+
+async def test_metrics_are_those_of_the_renderer(api: Harness) -> None:
+    response = await api.client.get("/metrics")
+    assert response.text == "carry_chunks_total 0\n"
+    assert response.headers["content-type"] == "text/plain; version=1.0.0"
+
+
+async def test_query_parameters_that_no_address_knows(api: Harness) -> None:
+    for address in ("/v1/models?x=1", "/v1/models/probe?x=1", "/v1/models/probe/streams/s?x=1"):
+        assert problem(await api.client.get(address), 422, "invalid_input")["at"] == "?x"
+    assert (await api.chunk({"inputs": rows(1).tolist()})).status_code == 200
