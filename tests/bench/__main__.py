@@ -17,11 +17,9 @@ import argparse
 import signal
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 
-from tests.bench import machine
 from tests.bench.context import Bench, Options
 from tests.bench.networks import WrongOutputsError
 from tests.bench.remote import HelperFailedError
@@ -30,6 +28,7 @@ from tests.bench.results import Results, read_results, table
 from tests.bench.servers import RUNTIMES, CannotStartError
 from tests.bench.targets import MANY, verdict_table
 from tests.bench.traffic import WrongReplyError
+from tests.support import machine
 
 SECTIONS = (
     "peak",
@@ -93,13 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     failed: list[str] = []
     if only:
-        results = Results(
-            {
-                "commit": machine.commit(),
-                "machine": machine.describe(),
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
+        results = Results(machine.describe_run())
         try:
             failed = measure(only, options, results)
         finally:
@@ -120,7 +113,7 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
     """
     signal.signal(signal.SIGTERM, _leave)
     failed = []
-    cores = machine.Cores.chosen()
+    cores = machine.Cores.first_and_last()
     with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
         bench = Bench(options, cores, Path(folder), results)
         bench.say(f"{results.about['machine']}, commit {results.about['commit']}")
@@ -128,11 +121,11 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
             f"{cores.describe()}; {options.store} with AOF everysec on a unix socket; "
             f"{options.rounds} rounds of {options.seconds:g} s"
         )
-        if (busy := machine.busy_cores(BUSY_S)) > BUSY_CORES:
+        if (busy := machine.measure_busy_cores(BUSY_S)) > BUSY_CORES:
             bench.note(
                 f"the machine was busy before the run: {busy:.1f} cores; trust the ratios by CPU"
             )
-        machine.pin(cores.others)
+        machine.pin_process(cores.others)
         try:
             for name in sections:
                 bench.say(f"== {name}")
@@ -142,7 +135,7 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
                     bench.note(f"{name} FAILED: {error}")
                     failed.append(name)
         finally:
-            machine.pin(cores.everything)
+            machine.pin_process(cores.everything)
     return failed
 
 

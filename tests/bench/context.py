@@ -12,7 +12,6 @@ from typing import Any
 
 from models.artifact.artifact import Artifact
 from tests.bench.generator import Load
-from tests.bench.machine import Cores
 from tests.bench.networks import Bodies, check_answers, standard_model
 from tests.bench.remote import Driver
 from tests.bench.results import Results, Sample
@@ -25,6 +24,7 @@ from tests.bench.servers import (
     running_store,
 )
 from tests.bench.traffic import TrafficSpec
+from tests.support.machine import Cores
 
 CONNECTIONS = 32
 WARM_S = 0.5

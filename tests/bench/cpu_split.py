@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.bench.machine import pinned
+from tests.support.machine import pin_child
 
 STAGES = ("HTTP", "codec", "queue", "load", "infer", "commit", "other")
 RATE_HZ = 400
@@ -86,7 +86,7 @@ class Profile:
                 text=True,
                 check=False,
                 timeout=self._seconds + ATTACH_S,
-                preexec_fn=pinned(self._cores),
+                preexec_fn=pin_child(self._cores),
             )
             if not out.exists():
                 last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.bench.generator import Load
-from tests.bench.machine import REPOSITORY, pinned
 from tests.bench.traffic import TrafficSpec
+from tests.support.machine import REPOSITORY, pin_child
 
 
 class HelperFailedError(Exception):
@@ -39,7 +39,7 @@ class Remote:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=REPOSITORY,
-            preexec_fn=pinned(self._cores),
+            preexec_fn=pin_child(self._cores),
         )
         return self
 

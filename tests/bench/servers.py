@@ -28,7 +28,7 @@ import redis
 from models.artifact.artifact import Artifact
 from service.store.embedded.valkey_process import server_arguments, server_binary
 from tests.bench.generator import HOST
-from tests.bench.machine import REPOSITORY, Usage, pinned, usage, wait_until
+from tests.support.machine import REPOSITORY, Usage, pin_child, read_usage, wait_until
 from tests.support.servers import free_port
 
 STARTS_WITHIN_S = 180.0
@@ -66,7 +66,7 @@ class Server:
 
     def usage(self) -> Usage:
         """What it used so far, with all its processes."""
-        return usage(self.pid)
+        return read_usage(self.pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Store:
 
     def usage(self) -> Usage:
         """What it used so far."""
-        return usage(self.pid)
+        return read_usage(self.pid)
 
 
 def missing(kind: str, artifact: Artifact) -> str | None:
@@ -209,7 +209,7 @@ def _process(
             stdout=output,
             stderr=output,
             env={**inherited, **more},
-            preexec_fn=pinned(cores),
+            preexec_fn=pin_child(cores),
             start_new_session=True,
         )
     try:
@@ -291,7 +291,9 @@ def cold_start(
         seconds = time.perf_counter() - began_s
         if not reply.startswith(b"HTTP/1.1 200 "):
             raise CannotStartError(f"expected status 200, got {reply[:300]!r}\n{_tail(log)}")
-        return ColdStart(seconds, reply.partition(b"\r\n\r\n")[2], usage(process.pid).rss_bytes)
+        return ColdStart(
+            seconds, reply.partition(b"\r\n\r\n")[2], read_usage(process.pid).rss_bytes
+        )
 
 
 def _connected(port: int) -> socket.socket | None:

@@ -16,10 +16,10 @@ import pytest
 from tests.bench import context, micro
 from tests.bench.__main__ import BESIDE, SECTIONS, main
 from tests.bench.context import Bench, Options
-from tests.bench.machine import REPOSITORY, Cores
 from tests.bench.results import Results
 from tests.bench.sections import beside, many, widths, workers
 from tests.bench.servers import missing
+from tests.support.machine import REPOSITORY, Cores
 
 ABOUT = {"commit": "none", "machine": "none", "date": "now"}
 FIGURES = {
@@ -115,7 +115,7 @@ def test_a_section_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_cores_are_the_first_and_the_last() -> None:
-    cores = Cores.chosen()
+    cores = Cores.first_and_last()
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
         assert cores.everything == ()

@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.bench.machine import Cores, commit, describe, pin
 from tests.bench.networks import FEATURES, standard_model
+from tests.support.machine import Cores, describe_machine, pin_process, read_commit
 from tests.support.service import Service, running
 
 HOST = "127.0.0.1"
@@ -277,16 +277,16 @@ def overloadable(folder: Path, units: int) -> Iterator[Service]:
         "CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S),
     }
     models = standard_model(folder / "models", units).path.parent
-    cores = Cores.chosen()
+    cores = Cores.first_and_last()
     with running(folder, models, **settings) as service:
         server = psutil.Process(service.process.pid)
         for process in (server, *server.children(recursive=True)):
             _move(process, cores.servers if process == server else cores.others)
-        pin(cores.others)
+        pin_process(cores.others)
         try:
             yield service
         finally:
-            pin(cores.everything)
+            pin_process(cores.everything)
 
 
 def _move(process: psutil.Process, cores: Sequence[int]) -> None:
@@ -364,7 +364,7 @@ def main() -> int:
             service, steps=given.steps, times=given.times, seconds=given.seconds, peak_s=PEAK_S
         )
     over, failures = result.over, result.failures()
-    print(f"{describe()}, commit {commit()}; {Cores.chosen().describe()}")
+    print(f"{describe_machine()}, commit {read_commit()}; {Cores.first_and_last().describe()}")
     print(f"two LSTM({given.units}), chunks of {given.steps} events")
     print(f"{given.times:g} times the peak for {given.seconds:g} s")
     print(f"peak             {result.peak:,.0f} chunks/s")

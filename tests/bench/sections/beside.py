@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from statistics import mean, stdev
 
 from tests.bench.context import Bench
-from tests.bench.machine import REPOSITORY
+from tests.support.machine import REPOSITORY
 
 CONNECTIONS = (1, 8, 16, 32, 64)
 FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}

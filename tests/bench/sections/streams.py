@@ -12,11 +12,11 @@ from service.store.codec import encode_state
 from service.store.redis.keys import KeySpace
 from service.store.settings import StoreSettings
 from tests.bench.context import CONNECTIONS, WARM_S, Bench
-from tests.bench.machine import wait_until
 from tests.bench.networks import STEPS
 from tests.bench.servers import Store
 from tests.bench.targets import FEW
 from tests.bench.traffic import TrafficSpec
+from tests.support.machine import wait_until
 
 CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 """The two servers on each store; each has half of its streams, named by its own prefix."""

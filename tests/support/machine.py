@@ -1,0 +1,145 @@
+"""The machine of a measurement: its description, its commit, its cores, and what processes use.
+
+`describe_run` is what every benchmark and load test records about itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PR_SET_PDEATHSIG = 1
+STORE_PREFIX = "valkey"
+
+
+def describe_run() -> dict[str, str]:
+    """Commit, machine and date of this run."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"commit": read_commit(), "machine": describe_machine(), "date": date}
+
+
+@lru_cache
+def describe_machine() -> str:
+    """Processor, cores, memory, system and Python."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return (
+        f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+    )
+
+
+@lru_cache
+def read_commit() -> str:
+    """The checked-out commit, marked `-dirty` where files differ; without git `CARRY_COMMIT`."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("CARRY_COMMIT") or "unknown"
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """Cores of the servers, and of everything else; empty where they cannot be chosen."""
+
+    servers: tuple[int, ...]
+    others: tuple[int, ...]
+
+    @classmethod
+    def first_and_last(cls) -> Cores:
+        """The first core of this process for the servers, the last for store and generator."""
+        if not hasattr(os, "sched_getaffinity"):
+            return cls((), ())
+        cores = sorted(os.sched_getaffinity(0))
+        return cls((), ()) if len(cores) < 2 else cls((cores[0],), (cores[-1],))
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """Both sides together."""
+        return tuple(sorted({*self.servers, *self.others}))
+
+    def describe(self) -> str:
+        """One line for the head of a report."""
+        if not self.servers:
+            return "not pinned (one core, or no affinity here): servers and generator share cores"
+        return f"servers on core {self.servers[0]}, store and generator on core {self.others[0]}"
+
+
+def pin_process(cores: Sequence[int]) -> None:
+    """Move this process to these cores, where they can be chosen."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+
+
+def pin_child(cores: Sequence[int]) -> Callable[[], None]:
+    """A `preexec_fn`: moves a child to these cores and ends it with its parent."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        pin_process(cores)
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    return prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Processor time and memory of a process with its children."""
+
+    cpu_s: float
+    rss_bytes: int
+
+
+def read_usage(pid: int) -> Usage:
+    """User and system time and memory of a process tree, without an embedded store."""
+    cpu_s, rss_bytes = 0.0, 0
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        try:
+            if process.pid != pid and process.name().startswith(STORE_PREFIX):
+                continue
+            times = process.cpu_times()
+            cpu_s += times.user + times.system
+            rss_bytes += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return Usage(cpu_s, rss_bytes)
+
+
+def measure_busy_cores(seconds: float) -> float:
+    """Cores in use by the whole machine, averaged over some seconds."""
+    return float(sum(psutil.cpu_percent(seconds, percpu=True)) / 100)
+
+
+def wait_until(condition: Callable[[], Any], what: str, within_s: float) -> Any:
+    """Poll a condition and return its first true value.
+
+    Raises:
+        TimeoutError: it did not come true in time.
+    """
+    ends_s = time.monotonic() + within_s
+    while not (value := condition()):
+        if time.monotonic() > ends_s:
+            raise TimeoutError(f"{what} did not come within {within_s} s")
+        time.sleep(0.01)
+    return value
