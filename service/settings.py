@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     durability: Literal["memory", "fsync", "replicated"] = "memory"
     """When a chunk is acknowledged: the store's server has it (`memory`), its disk has it
     (`fsync`, needs `appendfsync always` on every server), or so many replicas have it
-    (`replicated`). docs/operations.md says what each survives."""
+    (`replicated`). docs/reference/durability.md says what each survives."""
 
     replicas: Annotated[int, Field(ge=1, le=16)] = 1
     """How many replicas of its server must have a chunk with `durability=replicated`; all of

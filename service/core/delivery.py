@@ -6,8 +6,8 @@ says what a processed chunk makes of the stream; `after_conflict` and `answer_re
 becomes of a chunk whose stream was moved on meanwhile, and of one that was applied before. A
 model of the protocol explores these same functions (`tests/protocol`).
 
-Digest and tag are defined here and nowhere else; `docs/protocol.md` repeats their bytes for
-clients:
+Digest and tag are defined here and nowhere else; `docs/reference/protocol.md` repeats their bytes
+for clients:
 
     digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
     tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes

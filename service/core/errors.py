@@ -53,8 +53,8 @@ Each class has a stable `code`, says whether the same request may be sent again
 (`retryable`) and what a caller does about it (`remedy`). Where a chunk may have been applied
 (`needs_position`), that holds for a chunk with a position only: one without would be applied
 twice, and its error is made by `without_position`. HTTP status lives in one table in `api/`.
-`docs/errors.md` is generated from this tree. A refusal of a stream carries where the stream
-stands, so that a client can go on without another request.
+`docs/reference/errors.md` is generated from this tree. A refusal of a stream carries where the
+stream stands, so that a client can go on without another request.
 """
 
 from __future__ import annotations

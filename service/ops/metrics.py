@@ -4,7 +4,7 @@
 lie in memory; with several each worker keeps its own in files under
 `PROMETHEUS_MULTIPROC_DIR`, which the parent sets before it starts them, and any worker that is
 asked renders the sum. Labels are bounded: a model that is not served counts under `-`, so
-that no client can make series. What each metric means is in `docs/metrics.md`.
+that no client can make series. What each metric means is in `docs/reference/metrics.md`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of settings in `docs/operations.md`, from the settings themselves.
+"""The table of settings in `docs/reference/settings.md`, from the settings themselves.
 
 python -m service.ops.settings_reference        prints it
 """

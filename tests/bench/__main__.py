@@ -7,7 +7,8 @@ The servers share the first core, the store and the load generator the last; eve
 on the loopback, every section is bounded in time, every reply's position is checked and some
 outputs are held against the tests' float64 oracle. Prints a table of medians, the ratios with
 their spread, and the targets with `reached` or `not reached`. `--report` writes
-docs/performance.md from the file of `--jsonl`; alone with `--only none` it measures nothing.
+docs/reference/performance.md from the file of `--jsonl`; alone with `--only none` it measures
+nothing.
 `--beside` holds this checkout against another one, in turns.
 """
 
@@ -53,7 +54,7 @@ BUSY_S, BUSY_CORES = 1.0, 0.2
 FAILURES = (CannotStartError, HelperFailedError, WrongOutputsError, WrongReplyError)
 """What ends a section and not the run."""
 
-DOCS = machine.REPOSITORY / "docs"
+DOCS = machine.REPOSITORY / "docs" / "reference"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="of Carry")
     parser.add_argument("--store", choices=("valkey", "redis"), default="valkey")
     parser.add_argument("--jsonl", type=Path, help="append every line to this file")
-    parser.add_argument("--report", action="store_true", help="write docs/performance.md")
+    parser.add_argument("--report", action="store_true", help="write docs/reference/performance.md")
     given = parser.parse_args(arguments)
     if given.only is None:
         only = [BESIDE] if given.beside else list(SECTIONS)

@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots, out of a run's JSON lines; nothing is measured here.
+"""docs/reference/performance.md and its plots, out of a run's JSON lines; nothing is measured here.
 
 The page is `performance.template.md` with every figure filled in, so that no figure in it was
 ever typed by hand. Plots are SVG, drawn without a display, the same bytes for the same lines.
@@ -28,7 +28,7 @@ OTHERS = "tab:gray"
 
 
 def write_report(results: Results, docs: Path) -> None:
-    """Write `docs/performance.md` and the plots that its sections have data for."""
+    """Write `docs/reference/performance.md` and the plots that its sections have data for."""
     folder = docs / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):

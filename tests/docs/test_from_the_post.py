@@ -17,7 +17,7 @@ from tests.support.needs import needs_tools
 from tests.support.pages import ROOT, agrees, blocks, run
 from tests.support.service import Service, running
 
-PAGE = "docs/from-the-post.md"
+PAGE = "docs/tutorials/from-the-post.md"
 PRINTED_WITHIN = 6e-8
 """Eight decimals, and what ONNX Runtime's sigmoid and tanh are off by."""
 

@@ -24,14 +24,14 @@ from tests.support.streams import Streams, committed, key, same_stream
 
 pytestmark = needs_tools("redis-cli")
 
-_SECTION = re.compile(r"^### (.+?)\n(.*?)(?=^##)", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## )", re.MULTILINE | re.DOTALL)
 _COMMANDS = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands(title: str) -> list[str]:
-    """The blocks of commands of one section of "Backup and restore"."""
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    sections = dict(_SECTION.findall(page.partition("## Backup and restore\n")[2]))
+    """The blocks of commands of one section of the page."""
+    page = (ROOT / "docs" / "how-to" / "back-up-and-restore.md").read_text(encoding="utf-8")
+    sections = dict(_SECTION.findall(page))
     return _COMMANDS.findall(sections[title])
 
 

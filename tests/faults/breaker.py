@@ -262,7 +262,7 @@ class Breaker:
 
 
 _BEGINS_OR_DELETES = re.compile(rb"CRRY\x01(?:\x04|.{59}\x00{8})", re.DOTALL)
-"""A stored value, by docs/store.md: a tombstone, or a state after a chunk that began at 0."""
+"""A tombstone, or the state after a chunk that starts at 0, by docs/reference/store.md."""
 
 
 def _is_chunk(_: Link, data: bytes) -> bool:

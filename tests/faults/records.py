@@ -13,13 +13,13 @@ FIRST_TAG: Final = bytes(16)
 
 
 def digest(rows: Rows) -> bytes:
-    """The digest of a chunk of inputs with a position, by docs/protocol.md."""
+    """The digest of a chunk of inputs with a position, by docs/reference/protocol.md."""
     count = len(rows).to_bytes(8, "little")
     return hashlib.sha256(b"I" + count + rows.astype("<f4").tobytes()).digest()
 
 
 def next_tag(tag: bytes, start: int, chunk: bytes) -> bytes:
-    """The tag after a chunk, by docs/protocol.md."""
+    """The tag after a chunk, by docs/reference/protocol.md."""
     return hashlib.sha256(tag + start.to_bytes(8, "little") + chunk).digest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""One chunk from the moment it is cut until it is settled, by the rules of docs/protocol.md.
+"""Sends one chunk until its outcome is known, by the rules of docs/reference/protocol.md.
 
 With a position a chunk is sent again after any failure that may pass (429, 503, a broken
 connection), with the same position, until it is answered or patience is at an end. Without

@@ -1,7 +1,7 @@
 """Events made beforehand, out of which every chunk of a load is cut.
 
 A tape is a long run of random events, each written as JSON once, so that the body of a chunk is
-a join of ready pieces. The same events in the canonical form of docs/protocol.md give the
+a join of ready pieces. The same events in the canonical form of docs/reference/protocol.md give the
 digest of a chunk, by which a client can tell the tag that its stream must have next.
 
 Timestamps cannot be made beforehand, since a stream's events move on in time while its chunks
@@ -208,7 +208,7 @@ def _values(field: Field, length: int, random: np.random.Generator) -> list[Any]
 
 
 def next_tag(tag: bytes, start: int, tape: Tape, chunk: Chunk) -> bytes:
-    """The tag of a stream after a chunk with a position, 16 bytes; see docs/protocol.md.
+    """The tag of a stream after a chunk with a position, 16 bytes; see docs/reference/protocol.md.
 
     Args:
         tag: before it, 16 bytes; zero at the beginning of an epoch.

@@ -1,4 +1,4 @@
-"""`python -m models.examples.post OUT`: package every model of docs/from-the-post.md.
+"""`python -m models.examples.post OUT`: package every model of docs/tutorials/from-the-post.md.
 
 Each `*.yaml` beside this file becomes an artifact under OUT. The one-unit layers get the weights
 of `models.examples.post.weights`, the others fresh ones from a seed.

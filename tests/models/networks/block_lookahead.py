@@ -4,7 +4,7 @@ Two bidirectional LSTM layers with fresh weights read one sequence of random eve
 once as a stream in blocks of C with a lookahead of R. Prints the root mean square of the difference
 of their outputs, relative to that of the whole network's; with `--plot FILE` it is drawn too.
 
-python -m tests.models.networks.block_lookahead --plot docs/block-lookahead.svg
+python -m tests.models.networks.block_lookahead --plot docs/reference/networks/block-lookahead.svg
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention over a stream of a million steps, in both runtimes, against float64.
 
-    python -m tests.models.networks.long_attention --plot docs/long-attention.svg
+    python -m tests.models.networks.long_attention --plot docs/reference/networks/long-attention.svg
 
 runs one stream in chunks of 1 to 64 steps, its state a float32 row between calls as the store
 keeps it, and prints the largest error of a value so far after 10, 100, ... steps: beside what is

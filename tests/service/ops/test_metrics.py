@@ -187,7 +187,7 @@ def test_any_worker_answers_for_all_of_them_and_for_those_that_died(tmp_path: Pa
 def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     recorder.refusal("flights", "conflict")
-    page = (REPOSITORY / "docs" / "metrics.md").read_text()
+    page = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
     rendered = {suffix.sub("", name) for name, _ in read(recorder.render())}

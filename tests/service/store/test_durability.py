@@ -1,4 +1,4 @@
-"""What a commit survives, by CARRY_DURABILITY: the table in docs/operations.md, on real servers."""
+"""What a commit survives, by CARRY_DURABILITY: docs/reference/durability.md on real servers."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ RULES = (
     *("+getrange", "+setrange", "+exists", "+del", "+unlink", "+pexpire"),
     *("+wait", "+config|get", "+cluster|slots", "+asking"),
 )
-"""What docs/store.md says that the user needs."""
+"""What docs/reference/store.md says that the user needs."""
 
 
 @dataclass(frozen=True, slots=True)

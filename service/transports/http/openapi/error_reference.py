@@ -1,4 +1,6 @@
-"""Writes `docs/errors.md`, and the page that problem documents link to, from the error tree.
+"""Writes `docs/reference/errors.md` and the page that problem documents refer to.
+
+Both come from the error tree.
 
 python -m service.transports.http.openapi.error_reference            prints the Markdown
 python -m service.transports.http.openapi.error_reference FILE       writes it
@@ -53,7 +55,7 @@ def groups() -> Iterator[tuple[str, str, list[type[CarryError]]]]:
 
 
 def reference_markdown() -> str:
-    """The whole of `docs/errors.md`."""
+    """The whole of `docs/reference/errors.md`."""
     parts = [INTRODUCTION]
     for heading, explanation, kinds in groups():
         parts += [f"\n## {heading}\n", f"\n{explanation}\n", "\n"]

@@ -36,7 +36,7 @@ FITTED: dict[str, dict[str, Any]] = {
 
 def fences(page: str, info: str) -> list[str]:
     """The code blocks of a page whose fence says exactly `info`."""
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -85,7 +85,7 @@ def flights_spec() -> ModelSpec:
 
 def exchanges() -> Iterator[tuple[str, bool, str]]:
     """Each request of api.md, whether it is abridged, and its reply ("" where there is none)."""
-    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     blocks = re.findall(
         r"^```http (request abridged|request|reply)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
     )
@@ -148,7 +148,7 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
             )
             if not reply:
                 schemas.ModelDetail.model_validate_json(response.content)
-                assert json.loads(fences("api.md", "json")[0]).keys() == response.json().keys()
+                assert json.loads(fences("http-api.md", "json")[0]).keys() == response.json().keys()
                 continue
             status, shown_headers, shown_body = parts(reply)
             assert response.status_code == int(status), (first, response.text)
@@ -165,11 +165,11 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
     assert seen == 15
 
 
-@pytest.mark.parametrize("page", ["api.md", "errors.md", "protocol.md"])
+@pytest.mark.parametrize("page", ["http-api.md", "errors.md", "protocol.md"])
 def test_links_of_the_pages_lead_somewhere(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+        assert (ROOT / "docs" / "reference" / target).exists(), target
 
 
 async def test_every_address_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
@@ -177,6 +177,6 @@ async def test_every_address_has_its_section(pipeline_server: RealServer, tmp_pa
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     async with harness(pipeline_server, {"flights": artifact}) as api:
         paths = (await api.client.get("/openapi.json")).json()["paths"]
-    text = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))
     assert documented == {(method.upper(), path) for path, item in paths.items() for method in item}

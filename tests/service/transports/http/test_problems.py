@@ -38,8 +38,8 @@ def test_every_error_has_a_status_and_no_more() -> None:
 
 
 def test_the_reference_is_current() -> None:
-    # `python -m service.transports.http.openapi.error_reference docs/errors.md` writes it anew
-    assert (ROOT / "docs/errors.md").read_text(encoding="utf-8") == reference_markdown()
+    # python -m service.transports.http.openapi.error_reference docs/reference/errors.md
+    assert (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8") == reference_markdown()
     for kind in leaf_errors():
         assert f'id="{kind.code}"' in reference_html()
 
