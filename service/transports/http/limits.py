@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final
+
+LONG_BYTES: Final = 64 * 1024
+"""Bodies of this length or more are read in blocks, so that other requests run in between."""
 
 
 @dataclass(frozen=True, slots=True)

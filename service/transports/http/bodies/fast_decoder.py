@@ -120,36 +120,24 @@ class PlainBodies:
         self._row_bytes = _F4.itemsize * self._wide
         self._coded = any(column.codes is not None for column in self._columns)
         self._reader = None if served.events is None else EventReader(served.events)
-        self._max_chunk_steps = limits.max_chunk_steps
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         self._json_rows = JsonRows(self._wide, limits.max_chunk_steps)
         self._decoders = {media: self._made(media, limits) for media in Media}
 
-    def chunk(
-        self, media: Media, body: bytes, more: Sequence[bytes] = ()
-    ) -> tuple[PlainChunk | RowsBody, Steps] | None:
-        """The one chunk of a body, or None.
-
-        Args:
-            more: rows that follow those of the body, each part as `rows` gives it.
-        """
+    def chunk(self, media: Media, body: bytes) -> tuple[PlainChunk | RowsBody, Steps] | None:
+        """The one chunk of a body, or None."""
         try:
             if media is Media.JSON and (rows := self._json_rows.chunk(body)) is not None:
-                return rows, self._given(rows.rows, more)
+                return rows, self._given(rows.rows)
             found: PlainChunk = self._decoders[media].chunk.decode(body)
-            read = self._one(found, more)
+            read = self._one(found)
             members = read.members + (found.position is not None) + (found.epoch is not None)
             texts = read.texts + (found.epoch is not None)
             _check_no_duplicates(media, body, members, texts, [(body, found.events is not None)])
             return found, read.steps
         except _NOT_PLAIN:
             return None
-
-    def rows(self, part: bytes) -> bytes | None:
-        """A list of rows in JSON as float32, little-endian, row by row, or None."""
-        found = self._json_rows.rows(part)
-        return None if found is None else found.tobytes()
 
     def items(self, media: Media, body: bytes) -> list[tuple[PlainItem, Steps]] | None:
         """The chunks of a body for many streams, all of them good, or None."""
@@ -194,26 +182,16 @@ class PlainBodies:
         _check_no_duplicates(media, body, members, texts, packed)
         return [of_part.steps for of_part in read]
 
-    def _one(self, body: PlainSteps, more: Sequence[bytes] = ()) -> _Read:
+    def _one(self, body: PlainSteps) -> _Read:
         if body.inputs is None:
-            if more:
-                raise _NotPlainError
             return self._events(body)
-        packed = _packed(body)
-        steps = self._steps(self._rows(b"".join((packed, *more)) if more else packed))
-        return _Read(steps, 1, 0)
+        rows = self._rows(_packed(body))
+        return _Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0)
 
-    def _given(self, rows: FloatRows, more: Sequence[bytes]) -> Steps:
+    def _given(self, rows: FloatRows) -> Steps:
         """As `_one`, of rows that were read already."""
-        if more:
-            return self._steps(self._rows(b"".join((rows.tobytes(), *more))))
         if self._coded:
             check_rows(self._columns, rows)
-        return self._steps(rows)
-
-    def _steps(self, rows: FloatRows) -> Steps:
-        if len(rows) > self._max_chunk_steps:
-            raise _NotPlainError
         return Steps(Feed.INPUTS, len(rows), None, rows)
 
     def _all(self, bodies: Sequence[PlainSteps]) -> list[_Read]:

@@ -69,15 +69,6 @@ class JsonRows:
         self._most = most
         self._parser = simdjson.Parser()
 
-    def rows(self, text: bytes) -> FloatRows | None:
-        """A list of rows, float32 [T, F]."""
-        if len(text) > MAX_BYTES:
-            return None
-        try:
-            return self._array(self._parser.parse(text), text)
-        except _REFUSALS:
-            return None
-
     def chunk(self, body: bytes) -> RowsBody | None:
         """The body of a chunk: `inputs`, with `position` and `epoch` or without."""
         # What does not begin so may begin with a mark that simdjson passes over.

@@ -20,6 +20,7 @@ from service.transports.http.bodies.body_types import (
     ItemBody,
     ModelBodies,
     coming_schema,
+    validate,
 )
 from service.transports.http.bodies.duplicates import find_duplicates
 from service.transports.http.bodies.fast_decoder import PlainBodies, PlainChunk, count_parts
@@ -28,6 +29,7 @@ from service.transports.http.bodies.strict_validator import StrictSteps
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Encoded, Media, encoded_list, encoded_object, loads
+from service.transports.http.replies.schemas import ForkBody, StateBody
 from service.transports.http.request_fields import parse_if_match, stream_name
 
 
@@ -96,21 +98,12 @@ class RequestReader:
         media: Media,
         stream: str,
         precondition: Precondition | None = None,
-        more: Sequence[bytes] = (),
     ) -> Chunk | None:
-        """The one chunk of a body that is plainly good; None where `chunk` has to say.
-
-        Args:
-            more: rows that follow those of the body, each part as `plain_rows` gives it.
-        """
+        """The one chunk of a body that is plainly good; None where `chunk` has to say."""
         if self._whole:
             return None
-        plain = self._plain.chunk(media, body, more)
+        plain = self._plain.chunk(media, body)
         return None if plain is None else self.build_chunk(*plain, stream, precondition)
-
-    def plain_rows(self, part: bytes) -> bytes | None:
-        """A list of rows in JSON as float32, if it is plainly good."""
-        return self._plain.rows(part)
 
     def part_of_steps(
         self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
@@ -224,6 +217,22 @@ class RequestReader:
             )
         except CarryError as error:
             raise with_stream(stream, error) from error
+
+    def state(self, body: bytes, media: Media) -> StateBody:
+        """A state to restore.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return validate(StateBody, media, body)
+
+    def fork(self, body: bytes, media: Media) -> ForkBody:
+        """The name of the new stream of a fork.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        return validate(ForkBody, media, body)
 
     def forecast_body_type(self, media: Media) -> type[ForecastBody]:
         """The type that validates the body of a forecast.

@@ -29,7 +29,7 @@ from service.transports.http.boundary import client_left, note_failure
 from service.transports.http.connection.heads import is_host
 from service.transports.http.connection.rejections import Refusals
 from service.transports.http.context import ApiContext
-from service.transports.http.long_bodies.row_blocks import LONG_BYTES
+from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import problem_answer, status_of
 from service.transports.http.replies.pieces import LONG_VALUES

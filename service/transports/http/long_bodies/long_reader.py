@@ -30,8 +30,8 @@ from service.transports.http.bodies.request_reader import (
     with_stream,
 )
 from service.transports.http.bodies.validation_errors import BODY, Origin
+from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
-from service.transports.http.long_bodies.row_blocks import BLOCK_BYTES, LONG_BYTES
 from service.transports.http.long_bodies.splitting import (
     MORE,
     ObjectLimits,
@@ -51,6 +51,9 @@ from service.transports.http.media import (
 )
 from service.transports.http.replies.schemas import ForkBody, StateBody
 from service.transports.http.request_fields import parse_if_match, stream_name
+
+BLOCK_BYTES: Final = 16 * 1024
+"""Elements are decoded in blocks of about this size."""
 
 B = TypeVar("B", bound=StrictBody)
 S = TypeVar("S", bound=StepsBody)
@@ -75,9 +78,9 @@ class LongReader:
         self,
         body: bytes,
         media: Media,
+        checkpoint: Checkpoint,
         stream: str,
         precondition: Precondition | None,
-        checkpoint: Checkpoint,
     ) -> Chunk:
         """The one chunk of a body."""
         reader = self._reader
@@ -129,7 +132,7 @@ class LongReader:
         return sequences or strict.of_sequences([])
 
     async def forecast_request(
-        self, body: bytes, media: Media, stream: str, checkpoint: Checkpoint
+        self, body: bytes, media: Media, checkpoint: Checkpoint, stream: str
     ) -> ForecastRequest:
         """The forecast that a body asks for."""
         reader = self._reader

@@ -14,11 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.errors import CarryError, InvalidPrecondition
-from service.core.values import Chunk, Precondition, Reply, Steps, StreamKey
+from service.core.values import Reply, StreamKey
+from service.transports.http.bodies.request_body import RequestBody, receive_body
 from service.transports.http.context import ApiContext, api_of
 from service.transports.http.disconnects import unless_left
-from service.transports.http.long_bodies.row_blocks import LONG_BYTES, read_in_turns
-from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
 from service.transports.http.replies.replies import etag, reply, server_timing
@@ -29,7 +28,6 @@ from service.transports.http.request_fields import (
     flag,
     if_match,
     query,
-    read_body,
     reply_media,
     stream_name,
 )
@@ -59,13 +57,9 @@ async def post_chunk(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    body = await read_body(request, api.limits.max_body_bytes)
-    if len(body) < LONG_BYTES:
-        chunk = wire.reader.chunk(body, media, stream, precondition)
-    else:
-        _check_capacity(api, wire, StreamKey(wire.served.name, stream), deadline_s)
-        reading = _long_chunk(api, wire, body, media, stream, precondition, deadline_s)
-        chunk = await unless_left(request, reading)
+    body = await receive_body(request, media, deadline_s)
+    _check_capacity(api, wire, StreamKey(wire.served.name, stream), body)
+    chunk = await body.read(wire.reader.chunk, wire.long.chunk, stream, precondition)
     result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
@@ -97,12 +91,9 @@ async def post_chunks(request: Request) -> Response:
             at="If-Match",
             expected="none",
         )
-    body = await read_body(request, api.limits.max_body_bytes)
-    if len(body) < LONG_BYTES:
-        items = wire.reader.items(body, media)
-    else:
-        _check_capacity(api, wire, None, deadline_s)
-        items = await unless_left(request, _long_items(api, wire, body, media, deadline_s))
+    body = await receive_body(request, media, deadline_s)
+    _check_capacity(api, wire, None, body)
+    items = await body.read(wire.reader.items, wire.long.items)
     results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
@@ -120,12 +111,8 @@ async def post_predict(request: Request) -> Response:
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
-    body = await read_body(request, api.limits.max_body_bytes)
-    if len(body) < LONG_BYTES:
-        sequences = wire.reader.sequences(body, media)
-    else:
-        reading = _long_sequences(api, wire, body, media, deadline_s)
-        sequences = await unless_left(request, reading)
+    body = await receive_body(request, media, deadline_s)
+    sequences = await body.read(wire.reader.sequences, wire.long.sequences)
     predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
     predictions = await unless_left(request, predicting)
     return reply(
@@ -138,43 +125,18 @@ async def post_predict(request: Request) -> Response:
     )
 
 
-async def _long_chunk(
-    api: ApiContext,
-    wire: ModelWire,
-    body: bytes,
-    media: Media,
-    stream: str,
-    precondition: Precondition | None,
-    deadline_s: float,
-) -> Chunk:
-    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
-        chunk = await read_in_turns(wire.reader, body, media, stream, precondition, checkpoint)
-        return chunk or await wire.long.chunk(body, media, stream, precondition, checkpoint)
-
-
-async def _long_items(
-    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
-) -> list[Chunk | CarryError]:
-    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
-        return await wire.long.items(body, media, checkpoint)
-
-
-async def _long_sequences(
-    api: ApiContext, wire: ModelWire, body: bytes, media: Media, deadline_s: float
-) -> list[Steps]:
-    async with api.long_bodies.admit(body, deadline_s) as checkpoint:
-        return await wire.long.sequences(body, media, checkpoint)
-
-
 def _check_capacity(
-    api: ApiContext, wire: ModelWire, key: StreamKey | None, deadline_s: float
+    api: ApiContext, wire: ModelWire, key: StreamKey | None, body: RequestBody
 ) -> None:
-    """Reject a request before its long body is parsed, if the queue would reject it afterwards.
+    """Reject a long body before it is parsed, if the queue would reject its chunks afterwards.
 
     Raises:
         Overloaded
     """
-    refusal = api.pipeline.refusal(wire.served.name, key, deadline_s - time.monotonic())
+    if not body.is_long:
+        return
+    left_s = body.deadline_s - time.monotonic()
+    refusal = api.pipeline.refusal(wire.served.name, key, left_s)
     if refusal is not None:
         raise type(refusal)(refusal.detail, **refusal.facts)
 

@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.values import StreamKey
+from service.transports.http.bodies.request_body import receive_body
 from service.transports.http.context import api_of
 from service.transports.http.disconnects import unless_left
-from service.transports.http.long_bodies.row_blocks import LONG_BYTES
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
 from service.transports.http.request_fields import (
@@ -16,7 +16,6 @@ from service.transports.http.request_fields import (
     deadline,
     if_match,
     query,
-    read_body,
     reply_media,
     stream_name,
 )
@@ -47,12 +46,8 @@ async def post_forecast(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    body = await read_body(request, api.limits.max_body_bytes)
-    if len(body) < LONG_BYTES:
-        wanted = wire.reader.forecast_request(body, media, key.stream)
-    else:
-        async with api.long_bodies.admit(body, deadline_s) as checkpoint:
-            wanted = await wire.long.forecast_request(body, media, key.stream, checkpoint)
+    body = await receive_body(request, media, deadline_s)
+    wanted = await body.read(wire.reader.forecast_request, wire.long.forecast_request, key.stream)
     wanted = wanted._replace(precondition=precondition)
     found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
     return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.head)])

@@ -21,19 +21,16 @@ from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
 from service.pipeline.chunk_batch import incompatible
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.body_types import validate
+from service.transports.http.bodies.request_body import receive_body
 from service.transports.http.context import ApiContext, api_of
-from service.transports.http.long_bodies.row_blocks import LONG_BYTES
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
-from service.transports.http.replies.schemas import ForkBody, StateBody
 from service.transports.http.request_fields import (
     body_media,
     count,
     if_match,
     query,
-    read_body,
     reply_media,
     required,
     stream_name,
@@ -117,12 +114,8 @@ async def put_state(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    content = await read_body(request, api.limits.max_body_bytes)
-    if len(content) < LONG_BYTES:
-        body = validate(StateBody, media, content)
-    else:
-        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
-            body = await wire.long.state(content, media, checkpoint)
+    content = await receive_body(request, media, _deadline(api))
+    body = await content.read(wire.reader.state, wire.long.state)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
         raise _foreign(served, key.stream, fingerprint)
@@ -169,12 +162,9 @@ async def post_fork(request: Request) -> Response:
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
-    content = await read_body(request, api.limits.max_body_bytes)
-    if len(content) < LONG_BYTES:
-        body = validate(ForkBody, media, content)
-    else:
-        async with api.long_bodies.admit(content, _deadline(api)) as checkpoint:
-            body = await api.wire(key.model).long.fork(content, media, checkpoint)
+    content = await receive_body(request, media, _deadline(api))
+    wire = api.wire(key.model)
+    body = await content.read(wire.reader.fork, wire.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
     found = await api.pipeline.streams.fork(key, to.stream, precondition)
     return _begun(request, answer, to, found, precondition)

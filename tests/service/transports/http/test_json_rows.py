@@ -28,9 +28,7 @@ def test_usual_bodies_are_taken(reader: JsonRows, space: str) -> None:
 def test_a_parser_is_free_again_after_each_text(reader: JsonRows) -> None:
     for text in (b'{"inputs":[[1,2]]}', b'{"inputs":[[1,2,"3"]]}', b'{"inputs":[[', b"[]"):
         assert reader.chunk(text) is None
-        assert reader.rows(text) is None
         assert reader.chunk(b'{"inputs":[[1,2,3]]}') is not None
-        assert reader.rows(b"[[1,2,3]]") is not None
 
 
 @pytest.mark.parametrize(
@@ -50,11 +48,9 @@ def test_a_parser_is_free_again_after_each_text(reader: JsonRows) -> None:
     ],
 )
 def test_other_shapes_are_left(reader: JsonRows, text: bytes) -> None:
-    assert reader.rows(text) is None
     assert reader.chunk(b'{"inputs":' + text + b"}") is None
 
 
 def test_long_texts_are_left(reader: JsonRows) -> None:
     row = b"[[1,2," + b" " * MAX_BYTES + b"3]]"
-    assert reader.rows(row) is None
     assert reader.chunk(b'{"inputs":' + row + b"}") is None

@@ -1,4 +1,4 @@
-"""Long bodies read block by block are read as the same chunk, or not at all."""
+"""A long chunk that is read in blocks is the same chunk, or the same rejection."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError
+from service.core.values import Chunk
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
-from service.transports.http.long_bodies import row_blocks
+from service.transports.http.long_bodies import long_reader
 from service.transports.http.long_bodies.admission import Checkpoint
+from service.transports.http.long_bodies.long_reader import LongReader
 from service.transports.http.media import Media
 from tests.support.numpy_runtime import NumpyRuntime
 
@@ -38,13 +40,19 @@ def reader(models: Mapping[str, Artifact]) -> RequestReader:
     )
 
 
-def in_turns(reader: RequestReader, body: bytes) -> Any:
-    return uvloop.run(
-        row_blocks.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
-    )
+async def read_long(reader: RequestReader, body: bytes) -> Any:
+    try:
+        checkpoint = Checkpoint(math.inf)
+        return await LongReader(reader).chunk(body, Media.JSON, checkpoint, "s", None)
+    except CarryError as error:
+        return error
 
 
-def as_a_whole(reader: RequestReader, body: bytes) -> Any:
+def read_in_blocks(reader: RequestReader, body: bytes) -> Any:
+    return uvloop.run(read_long(reader, body))
+
+
+def read_at_once(reader: RequestReader, body: bytes) -> Any:
     try:
         return reader.chunk(body, Media.JSON, "s", None)
     except CarryError as error:
@@ -67,27 +75,25 @@ def rows(count: int) -> list[list[float]]:
     ids=["compact", "members after", "indented", "spaced"],
 )
 def test_a_long_body_is_the_same_chunk(reader: RequestReader, body: bytes) -> None:
-    found, expected = in_turns(reader, body), as_a_whole(reader, body)
+    found, expected = read_in_blocks(reader, body), read_at_once(reader, body)
     assert found[:1] + found[2:] == expected[:1] + expected[2:]
     assert found.steps.length == expected.steps.length
     np.testing.assert_array_equal(found.steps.rows, expected.steps.rows)
 
 
-def test_others_have_their_turn_between(reader: RequestReader) -> None:
+def test_other_tasks_run_between_the_blocks(reader: RequestReader) -> None:
     body = orjson.dumps({"inputs": rows(9000)})
 
     async def both() -> int:
         turns = 0
-        reading = asyncio.create_task(
-            row_blocks.read_in_turns(reader, body, Media.JSON, "s", None, Checkpoint(math.inf))
-        )
+        reading = asyncio.create_task(read_long(reader, body))
         while not reading.done():
             await asyncio.sleep(0)
             turns += 1
-        assert await reading is not None
+        assert isinstance(await reading, Chunk)
         return turns
 
-    assert uvloop.run(both()) >= len(body) // row_blocks.BLOCK_BYTES - 1
+    assert uvloop.run(both()) >= len(body) // long_reader.BLOCK_BYTES - 1
 
 
 @pytest.mark.parametrize(
@@ -109,14 +115,14 @@ def test_others_have_their_turn_between(reader: RequestReader) -> None:
         b"[" * 70_000,
     ],
 )
-def test_what_is_wrong_is_left_to_the_strict_way(reader: RequestReader, body: bytes) -> None:
-    assert in_turns(reader, body) is None
-    assert isinstance(as_a_whole(reader, body), CarryError)
+def test_an_invalid_long_body_is_rejected(reader: RequestReader, body: bytes) -> None:
+    assert isinstance(read_in_blocks(reader, body), CarryError)
+    assert isinstance(read_at_once(reader, body), CarryError)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(reader: RequestReader, data: Any) -> None:
+def test_a_damaged_long_body_is_read_as_at_once(reader: RequestReader, data: Any) -> None:
     """With blocks so small that any place may be where one is cut."""
     body = bytearray(orjson.dumps({"position": 1, "inputs": rows(40)}))
     for _ in range(data.draw(st.integers(0, 2))):
@@ -127,11 +133,11 @@ def test_a_damaged_body_is_read_as_it_would_be_as_a_whole(reader: RequestReader,
         else:
             body.insert(at, byte)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(row_blocks, "LONG_BYTES", 1)
-        patched.setattr(row_blocks, "BLOCK_BYTES", data.draw(st.integers(1, 300)))
-        found = in_turns(reader, bytes(body))
-    if found is not None:
-        expected = as_a_whole(reader, bytes(body))
-        assert not isinstance(expected, CarryError)
+        patched.setattr(long_reader, "BLOCK_BYTES", data.draw(st.integers(1, 300)))
+        found = read_in_blocks(reader, bytes(body))
+    expected = read_at_once(reader, bytes(body))
+    if isinstance(expected, CarryError):
+        assert isinstance(found, CarryError)
+    else:
         assert found.digest == expected.digest
         assert found[3:] == expected[3:]

@@ -28,6 +28,7 @@ from service.core.errors import (
 )
 from service.core.values import StreamKey
 from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies import request_body
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies import long_reader
@@ -35,7 +36,6 @@ from service.transports.http.long_bodies.admission import Checkpoint, LongBodyAd
 from service.transports.http.long_bodies.json_structure import JsonStructure
 from service.transports.http.long_bodies.long_reader import LongReader
 from service.transports.http.media import Media
-from service.transports.http.routes import streams
 from tests.service.transports.http.harness import (
     EVENT,
     JSON,
@@ -79,7 +79,7 @@ def read_long(reader: RequestReader, kind: str, media: Media, body: bytes) -> An
     long, checkpoint = LongReader(reader), Checkpoint(math.inf)
     try:
         if kind == "chunk":
-            return shown(uvloop.run(long.chunk(body, media, "s", None, checkpoint)))
+            return shown(uvloop.run(long.chunk(body, media, checkpoint, "s", None)))
         way = long.items if kind == "items" else long.sequences
         return shown(uvloop.run(way(body, media, checkpoint)))
     except CarryError as error:
@@ -303,7 +303,7 @@ async def test_deadline_ends_reading(readers: Mapping[str, RequestReader]) -> No
     body = json.dumps({"inputs": [[1, 2, 3]]}).encode()
     checkpoint = Checkpoint(time.monotonic() - 1)
     with pytest.raises(DeadlineExceeded):
-        await LongReader(readers["probe"]).chunk(body, Media.JSON, "s", None, checkpoint)
+        await LongReader(readers["probe"]).chunk(body, Media.JSON, checkpoint, "s", None)
 
 
 async def test_a_cancelled_long_body_stops_waiting() -> None:
@@ -361,7 +361,7 @@ async def test_long_state_is_restored(
     api: Harness, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     """The states of these models are short, so the limit is lowered to treat them as long."""
-    for module in (streams, long_reader):
+    for module in (request_body, long_reader):
         monkeypatch.setattr(module, "LONG_BYTES", 40)
     await api.chunk({"events": [EVENT, LATER]}, model="small")
     address = "/v1/models/small/streams"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ KINDS = ("chunk", "items", "sequences")
 class Never(PlainBodies):
     """Finds nothing plainly good."""
 
-    def chunk(self, media: Media, body: bytes, more: Sequence[bytes] = ()) -> None:
+    def chunk(self, media: Media, body: bytes) -> None:
         return None
 
     def items(self, media: Media, body: bytes) -> None:
