@@ -1,13 +1,16 @@
-"""The rules of exactly-once delivery, as pure functions.
+"""Exactly-once delivery by optimistic concurrency: the idempotency rules, as pure functions.
 
-`judge` is the idempotency table: given a chunk and the stream as the store has it, either
-the chunk is to be processed, or the stored reply is its answer, or it is refused. `advance`
-says what a processed chunk makes of the stream; `after_conflict` and `answer_retry` say what
-becomes of a chunk whose stream was moved on meanwhile, and of one that was applied before. A
-model of the protocol explores these same functions (`tests/protocol`).
+Every chunk is evaluated against the stream as the store has it, computed, and committed by a
+compare-and-set on the stream head (epoch and tag). In the order in which a chunk meets them:
 
-Digest and tag are defined here and nowhere else; `docs/reference/protocol.md` repeats their bytes
-for clients:
+    evaluate_chunk      process it, replay the stored reply, or reject it
+    apply_chunk         the stream after a processed chunk
+    resolve_conflict    its commit was refused: another commit changed the stream first
+    resolve_duplicate   the chunk is a retry of one that was applied
+
+The model checker in `tests/protocol` explores these same functions.
+
+Digest and tag are defined here only; `docs/reference/protocol.md` documents their bytes:
 
     digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
     tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes
@@ -59,10 +62,10 @@ _F4 = np.dtype("<f4")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """The chunk is to be processed.
+    """The chunk has to be processed.
 
     Attributes:
-        base: the stream it continues, or None where it begins one.
+        base: the stream it continues; None if it creates one.
     """
 
     base: StreamState | None
@@ -70,33 +73,33 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The chunk is the stream's last one; its stored reply, if it is kept, is the answer."""
+    """The chunk is a retry of the stream's last one; the answer is the stored reply, if kept."""
 
-    found: StreamState
+    stored: StreamState
 
 
-class Answer(Enum):
-    """Which answer a chunk gets that was not simply written."""
+class Resolution(Enum):
+    """How to answer a chunk that met a version conflict, or that was applied before."""
 
-    STORED = "the stored reply"
-    OWN = "what this worker computed for it"
-    ANEW = "none yet: it is judged anew"
+    STORED_REPLY = "with the reply in the store"
+    OWN_REPLY = "with the reply that this worker computed"
+    RE_EVALUATE = "not yet: evaluate it again, against the current stream"
 
 
 def new_epoch() -> bytes:
-    """A random epoch."""
+    """A random epoch for a new stream."""
     return secrets.token_bytes(EPOCH_BYTES)
 
 
 def new_nonce() -> bytes:
-    """The nonce of an append."""
+    """A random nonce for a chunk without a position."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def chunk_digest(
     schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
 ) -> bytes:
-    """SHA-256 over the canonical form of decoded events or rows, 32 bytes."""
+    """SHA-256 over the canonical form of a chunk's events or rows, 32 bytes."""
     if steps.columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, steps.columns)
     elif steps.rows is not None:
@@ -110,12 +113,12 @@ def chunk_digest(
 
 
 def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
-    """The tag after a chunk that began at `start`."""
+    """The tag of the stream after a chunk that starts at position `start`."""
     return hashlib.sha256(tag + start.to_bytes(8, "little") + digest).digest()[:TAG_BYTES]
 
 
-def standing(stream: str, head: StreamHead | None) -> dict[str, object]:
-    """The facts every refusal carries: where the stream stands."""
+def stream_facts(stream: str, head: StreamHead | None) -> dict[str, object]:
+    """The current epoch, position and tag of a stream, which every rejection reports."""
     if head is None:
         return {"stream": stream, "epoch": None, "position": 0, "tag": None}
     return {
@@ -126,46 +129,48 @@ def standing(stream: str, head: StreamHead | None) -> dict[str, object]:
     }
 
 
-def judge(chunk: Chunk, found: StreamState | None, *, closed: bool = False) -> Process | Replay:
-    """The idempotency table, row by row.
+def evaluate_chunk(
+    chunk: Chunk, stored: StreamState | None, *, closed: bool = False
+) -> Process | Replay:
+    """Process, replay or reject a chunk: the idempotency table of the protocol, row by row.
 
     Args:
-        chunk: what was sent.
-        found: the stream as the store has it (or a copy that the commit will check).
-        closed: a final chunk ended it.
+        stored: the stream as the store has it, or a cached copy that the commit will verify.
+        closed: whether a final chunk ended the stream.
 
     Raises:
         EpochMismatch, StateChanged, StreamFinal, InputKindMismatch, PositionAhead,
-            PositionBehind: the chunk is refused; the stream is unchanged.
+            PositionBehind: the chunk is rejected; the stream is unchanged.
     """
-    stream, head = chunk.key.stream, found.head if found else None
-    facts = standing(stream, head)
+    stream, head = chunk.key.stream, stored.head if stored else None
+    facts = stream_facts(stream, head)
     if chunk.epoch is not None and (head is None or chunk.epoch != head.epoch):
-        stands = "has no epoch, it does not exist" if head is None else f"is in {head.epoch.hex()}"
+        current = "it does not exist" if head is None else f"it is in epoch {head.epoch.hex()}"
         raise EpochMismatch(
-            f"expected stream {stream!r} in epoch {chunk.epoch.hex()}; it {stands}", **facts
+            f"expected stream {stream!r} in epoch {chunk.epoch.hex()}; {current}", **facts
         )
-    if found is not None and _is_last(chunk, found):
-        return Replay(found)
+    if stored is not None and _is_last(chunk, stored):
+        return Replay(stored)
     check_precondition(chunk, head)
     if closed:
         raise StreamFinal(f"stream {stream!r} was ended by a final chunk", **facts)
-    if found is not None and found.feed is not chunk.steps.feed:
+    if stored is not None and stored.feed is not chunk.steps.feed:
         raise InputKindMismatch(
-            f"stream {stream!r} is fed by `{found.feed}`, got `{chunk.steps.feed}`",
-            expected=str(found.feed),
+            f"expected `{stored.feed}`, as in the first chunk of stream {stream!r}, "
+            f"got `{chunk.steps.feed}`",
+            expected=str(stored.feed),
             got=str(chunk.steps.feed),
             **facts,
         )
     check_position(stream, chunk.position, head)
-    return Process(found)
+    return Process(stored)
 
 
 def check_position(stream: str, given: int | None, head: StreamHead | None) -> None:
-    """Refuse a position at which the stream does not stand; None stands anywhere.
+    """Reject a position that is not the stream's current one; None matches any.
 
     Args:
-        head: the stream, or None where there is none, which stands at 0.
+        head: the head of the stream; None if there is no stream, whose position is 0.
 
     Raises:
         PositionAhead, PositionBehind
@@ -178,13 +183,15 @@ def check_position(stream: str, given: int | None, head: StreamHead | None) -> N
         f"expected position {position} of stream {stream!r}, got {given}",
         expected=position,
         got=given,
-        **standing(stream, head),
+        **stream_facts(stream, head),
     )
 
 
-def continues(chunk: Chunk, copy: StreamState) -> bool:
-    """Whether the chunk would simply be processed from this copy of its stream: what `judge`
-    says in the usual case, at a fraction of its cost. False says nothing."""
+def is_continuation(chunk: Chunk, copy: StreamState) -> bool:
+    """Whether the chunk certainly continues this copy of its stream, so that it can be processed.
+
+    The fast path of `evaluate_chunk`. False means that the chunk has to be evaluated.
+    """
     head = copy.head
     return (
         (chunk.position is None or chunk.position == head.position)
@@ -194,99 +201,102 @@ def continues(chunk: Chunk, copy: StreamState) -> bool:
     )
 
 
-def after_conflict(chunk: Chunk, new: StreamHead, found: StreamHead | None) -> Answer:
-    """What becomes of a chunk whose commit of `new` found its stream at another head than
-    expected, `found` (None: no stream).
+def resolve_conflict(chunk: Chunk, new: StreamHead, current: StreamHead | None) -> Resolution:
+    """Resolve a version conflict: the commit of `new` found the stream at `current` instead.
 
-    Found at the very head the commit writes: by a nonce only this commit can have written it
-    (its answer was lost); without one, a duplicate of the chunk may have.
+    If `current` is `new`, this very chunk was applied. A chunk without a position has a nonce, so
+    that only this commit can have written it (its response was lost); a chunk with a position may
+    have been applied by a duplicate.
+
+    Args:
+        current: None if there is no stream.
     """
-    if found != new:
-        return Answer.ANEW
-    return Answer.OWN if chunk.position is None else Answer.STORED
+    if current != new:
+        return Resolution.RE_EVALUATE
+    return Resolution.OWN_REPLY if chunk.position is None else Resolution.STORED_REPLY
 
 
-def answer_retry(
+def resolve_duplicate(
     chunk: Chunk,
-    found: StreamState | None,
+    stored: StreamState | None,
     kept: StoredReply | None,
     own: StreamHead | None,
     *,
     closed: bool = False,
-) -> Answer:
-    """The answer to a chunk that was found to be its stream's last one.
+) -> Resolution:
+    """Resolve a retry of a stream's last chunk.
 
     Args:
-        found: the stream, and `kept` its reply, read together.
-        own: the head after the chunk where this worker computed it too; else None.
-        closed: as for `judge`.
+        stored, kept: the stream and the reply of its last chunk, read together.
+        own: the head after the chunk if this worker computed it too; else None.
+        closed: as for `evaluate_chunk`.
 
     Raises:
-        AlreadyApplied: it was applied, and its reply is not kept.
-        EpochMismatch, ...: as `judge`; the stream changed meanwhile.
+        AlreadyApplied: the chunk was applied, and its reply is not kept.
+        EpochMismatch, ...: as `evaluate_chunk`; the stream changed in the meantime.
     """
-    verdict = judge(chunk, found, closed=closed)
-    if isinstance(verdict, Process):
-        return Answer.ANEW
-    head = verdict.found.head
+    evaluation = evaluate_chunk(chunk, stored, closed=closed)
+    if isinstance(evaluation, Process):
+        return Resolution.RE_EVALUATE
+    head = evaluation.stored.head
     if kept is not None and kept.head == head:
-        return Answer.STORED
+        return Resolution.STORED_REPLY
     if own == head:
-        return Answer.OWN
+        return Resolution.OWN_REPLY
     raise already_applied(chunk.key.stream, head)
 
 
-def _is_last(chunk: Chunk, found: StreamState) -> bool:
+def _is_last(chunk: Chunk, stored: StreamState) -> bool:
     return (
         chunk.position is not None
-        and found.last is not None
-        and chunk.position == found.last.start
-        and chunk.digest[:DIGEST_BYTES] == found.last.digest
+        and stored.last is not None
+        and chunk.position == stored.last.start
+        and chunk.digest[:DIGEST_BYTES] == stored.last.digest
     )
 
 
 def check_precondition(chunk: Chunk, head: StreamHead | None) -> None:
-    """Raise StateChanged where the chunk's If-Match does not hold."""
+    """Raise StateChanged if the chunk's If-Match does not match the stream."""
     if chunk.precondition is not None and not chunk.precondition.holds(head):
         raise state_changed(chunk.key.stream, head)
 
 
 def state_changed(stream: str, head: StreamHead | None) -> StateChanged:
-    """The refusal of an If-Match that names another state."""
-    stands = "does not exist" if head is None else f'is at "{head.etag}"'
+    """The error for an If-Match that names another state."""
+    current = "which does not exist" if head is None else f'whose ETag is "{head.etag}"'
     return StateChanged(
-        f"If-Match does not name the state of stream {stream!r}, which {stands}",
-        **standing(stream, head),
+        f"If-Match does not match stream {stream!r}, {current}",
+        **stream_facts(stream, head),
     )
 
 
 def stream_exists(stream: str, head: StreamHead) -> StreamExists:
-    """The refusal to overwrite a stream without If-Match."""
+    """The error for overwriting a stream without If-Match."""
     return StreamExists(
         f'stream {stream!r} exists at position {head.position}; send If-Match: "{head.etag}" '
         "to overwrite it",
-        **standing(stream, head),
+        **stream_facts(stream, head),
     )
 
 
 def already_applied(stream: str, head: StreamHead) -> AlreadyApplied:
-    """The answer to a retry whose reply is no longer kept."""
+    """The error for a retry whose reply is no longer kept."""
     return AlreadyApplied(
-        f"the chunk was applied to stream {stream!r}, which stands at {head.position}; "
+        f"the chunk was applied to stream {stream!r}, whose position is {head.position}; "
         "its reply is not kept (too large, or expired)",
         expected=head.position,
-        **standing(stream, head),
+        **stream_facts(stream, head),
     )
 
 
-def advance(
+def apply_chunk(
     chunk: Chunk, base: StreamState | None, state: State, *, fingerprint: bytes, now_ms: int
 ) -> StreamState:
     """The stream after a processed chunk.
 
     Args:
-        base: the stream before, or None where the chunk begins it, in a new epoch.
-        state: the network's and the encoder's state after the chunk.
+        base: the stream before; None if the chunk creates it, in a new epoch.
+        state: the state of network and encoder after the chunk.
     """
     epoch, tag, start = base.head if base else (new_epoch(), FIRST_TAG, 0)
     steps, digest = chunk.steps, chunk.digest
@@ -300,10 +310,10 @@ def advance(
     )
 
 
-def begin_anew(
+def start_epoch(
     source: StreamState, *, fingerprint: bytes, now_ms: int, position: int | None = None
 ) -> StreamState:
-    """A restored or forked stream: a new epoch, no last chunk, the same state and feed."""
+    """A restored or forked stream: the state and input kind of `source` in a new epoch."""
     return StreamState(
         head=StreamHead(
             new_epoch(), FIRST_TAG, source.head.position if position is None else position

@@ -1,4 +1,4 @@
-"""The way of one batch: load -> judge -> encode -> infer -> commit -> reply.
+"""The way of one batch: load -> evaluate_chunk -> encode -> infer -> commit -> reply.
 
 A batch holds chunks of different streams of one model. Each member succeeds or fails on its own: a
 refused, poisoned or conflicting chunk never touches its neighbours. A chunk whose commit finds its
@@ -29,13 +29,13 @@ import structlog
 
 from models.errors import StateError
 from service.core.delivery import (
-    Answer,
     Replay,
-    after_conflict,
-    answer_retry,
-    continues,
-    judge,
-    standing,
+    Resolution,
+    evaluate_chunk,
+    is_continuation,
+    resolve_conflict,
+    resolve_duplicate,
+    stream_facts,
 )
 from service.core.errors import (
     CarryError,
@@ -143,7 +143,7 @@ class BatchRun:
         member.job.resolve(
             Conflict(
                 f"stream {stream!r} was moved on by others {self._attempts} times in a row",
-                **standing(stream, member.expected),
+                **stream_facts(stream, member.expected),
             )
         )
         return True
@@ -178,14 +178,14 @@ class BatchRun:
                 if isinstance(stored, CarryError):
                     raise stored
                 ours = self._ours(member.chunk, stored)
-                verdict = judge(member.chunk, ours, closed=self._closed(ours))
+                evaluation = evaluate_chunk(member.chunk, ours, closed=self._closed(ours))
             except CarryError as error:
                 member.job.resolve(error)
                 continue
-            if isinstance(verdict, Replay):
+            if isinstance(evaluation, Replay):
                 replays.append(member)
             else:
-                member.base = verdict.base
+                member.base = evaluation.base
                 member.expected = stored.head if stored else None
                 ready.append(member)
         if replays:
@@ -233,7 +233,7 @@ class BatchRun:
             return None
         if self._blocks is not None and self._closed(copy):
             return None
-        return copy if continues(member.chunk, copy) else None
+        return copy if is_continuation(member.chunk, copy) else None
 
     def _ours(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
         """The stream as the chunk sees it: none, where it has to begin anew.
@@ -279,12 +279,12 @@ class BatchRun:
         key = member.key
         try:
             state, kept = await self._store.load_with_reply(key, _until(min, [member]))
-            answer = answer_retry(
+            answer = resolve_duplicate(
                 member.chunk, state, kept, own.head if own else None, closed=self._closed(state)
             )
-            if answer is Answer.ANEW:
+            if answer is Resolution.RE_EVALUATE:
                 return False
-            if answer is Answer.STORED and state is not None and kept is not None:
+            if answer is Resolution.STORED_REPLY and state is not None and kept is not None:
                 self._recorder.replay(self._served.name)
                 created = state.last is not None and state.last.created
                 first = self._output_position(member.chunk, kept.head)
@@ -449,13 +449,13 @@ class BatchRun:
             return True
         reply = self._reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
-            answer = after_conflict(member.chunk, new.head, result.found)
-            if answer is Answer.ANEW:
+            answer = resolve_conflict(member.chunk, new.head, result.found)
+            if answer is Resolution.RE_EVALUATE:
                 self._recorder.conflict(self._served.name)
                 member.job.committing = False
                 member.expected = result.found
                 return False
-            if answer is Answer.STORED:
+            if answer is Resolution.STORED_REPLY:
                 return await self._replay(member, own=reply)
         self._recorder.chunks(self._served.name, member.chunk.steps.length, [reply.timing])
         member.job.resolve(reply)
@@ -486,5 +486,5 @@ def incompatible(served: ServedModel, stream: str, stored: StreamState) -> State
         f"{served.fingerprint.hex()} of the served version {served.version}",
         expected=served.fingerprint.hex(),
         got=stored.fingerprint.hex(),
-        **standing(stream, stored.head),
+        **stream_facts(stream, stored.head),
     )

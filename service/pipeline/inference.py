@@ -16,7 +16,7 @@ import structlog
 
 from models.spec.blocks import BlockState
 from models.spec.state import State
-from service.core.delivery import advance, standing
+from service.core.delivery import apply_chunk, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
 from service.core.values import StreamState
 from service.engine.compute import Compute
@@ -92,7 +92,9 @@ class Inference:
                 member.job.resolve(_not_finite(member))
                 continue
             member.outputs = output
-            new = advance(member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms)
+            new = apply_chunk(
+                member.chunk, member.base, state, fingerprint=fingerprint, now_ms=now_ms
+            )
             computed.append((member, new))
         return computed
 
@@ -125,5 +127,5 @@ def _not_finite(member: Member) -> NotFinite:
     head = member.base.head if member.base else None
     return NotFinite(
         f"expected finite outputs and states of stream {member.key.stream!r}, got NaN or infinity",
-        **standing(member.key.stream, head),
+        **stream_facts(member.key.stream, head),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from models.spec.state import State
-from service.core.delivery import begin_anew, standing, state_changed, stream_exists
+from service.core.delivery import start_epoch, state_changed, stream_exists, stream_facts
 from service.core.errors import CarryError, Conflict, StateDamaged, StreamNotFound
 from service.core.values import (
     FIRST_TAG,
@@ -79,7 +79,8 @@ class Streams:
             _check_precondition(key, found, precondition)
         if not isinstance(found, StreamState):
             raise StreamNotFound(
-                f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+                f"model {key.model!r} has no stream {key.stream!r}",
+                **stream_facts(key.stream, None),
             )
         return found
 
@@ -107,7 +108,7 @@ class Streams:
         if precondition is not None:
             raise state_changed(key.stream, result.found)
         raise StreamNotFound(
-            f"model {key.model!r} has no stream {key.stream!r}", **standing(key.stream, None)
+            f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
         )
 
     async def delete_prefix(self, model: str, prefix: str) -> int:
@@ -176,7 +177,7 @@ class Streams:
         self, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
         for _ in range(BEGIN_ATTEMPTS):
-            new = begin_anew(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
+            new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             expected = await self._replaceable_head(key, precondition)
             self._cache.drop(key)
             (result,) = await self._store.commit([Commit(key, expected, new, None)])

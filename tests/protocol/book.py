@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.spec.state import State
-from service.core.delivery import begin_anew, chunk_digest
+from service.core.delivery import chunk_digest, start_epoch
 from service.core.errors import CarryError
 from service.core.values import (
     FIRST_TAG,
@@ -29,7 +29,7 @@ from service.core.values import (
 )
 from service.store.base import Commit, CommitResult, Conflicted
 from service.store.codec import head_bytes
-from tests.protocol.rules import Answer, Pair, Process, Rules
+from tests.protocol.rules import Pair, Process, Resolution, Rules
 from tests.protocol.world import STREAMS, ChunkPlan, Guard, Job, Scenario
 
 MODEL = "probe"
@@ -146,22 +146,22 @@ class Book:
         self._memo[key] = found
         return found
 
-    def judge(self, job: Job, state: int) -> Process | Any:
-        """`judge`: Process, Replay, or the refusal."""
-        key = ("judge", job.client, job.plan, job.number, job.named, state)
-        return self._decide(key, self.rules.judge, self.chunk(job), self.stream(state))
+    def evaluate_chunk(self, job: Job, state: int) -> Process | Any:
+        """`evaluate_chunk`: Process, Replay, or the refusal."""
+        key = ("evaluate_chunk", job.client, job.plan, job.number, job.named, state)
+        return self._decide(key, self.rules.evaluate_chunk, self.chunk(job), self.stream(state))
 
-    def continues(self, job: Job, state: int) -> bool:
-        """`continues` from a copy in memory."""
-        key = ("continues", job.client, job.plan, job.number, job.named, state)
-        return self._decide(key, self.rules.continues, self.chunk(job), self.stream(state))
+    def is_continuation(self, job: Job, state: int) -> bool:
+        """`is_continuation` from a copy in memory."""
+        key = ("is_continuation", job.client, job.plan, job.number, job.named, state)
+        return self._decide(key, self.rules.is_continuation, self.chunk(job), self.stream(state))
 
-    def retry(self, job: Job, first: int, state: int, reply: int, own: int) -> Answer | Any:
-        """`answer_retry`: which answer, or the refusal."""
+    def retry(self, job: Job, first: int, state: int, reply: int, own: int) -> Resolution | Any:
+        """`resolve_duplicate`: which answer, or the refusal."""
         key = ("retry", job.client, job.plan, job.number, job.named, first, state, reply, own)
         return self._decide(
             key,
-            self.rules.answer_retry,
+            self.rules.resolve_duplicate,
             self.chunk(job),
             self.stream(first),
             self.stream(state),
@@ -169,9 +169,9 @@ class Book:
             self.head(own),
         )
 
-    def after_conflict(self, job: Job, new: int, found: int) -> Answer:
-        """`after_conflict` of the state that was found."""
-        return self.rules.after_conflict(self.chunk(job), self.head(new), self.head(found))
+    def resolve_conflict(self, job: Job, new: int, found: int) -> Resolution:
+        """`resolve_conflict` of the state that was found."""
+        return self.rules.resolve_conflict(self.chunk(job), self.head(new), self.head(found))
 
     def resolve_repeated_commit(
         self, stream: int, expected: int, new: int, found: int
@@ -190,9 +190,9 @@ class Book:
             self.keys[stream], self.expected(expected), result
         )
 
-    def advance(self, job: Job, base: int) -> int:
+    def apply_chunk(self, job: Job, base: int) -> int:
         """The state after a chunk, computed and named."""
-        key = ("advance", job.client, job.plan, job.number, job.named, job.attempts, base)
+        key = ("apply_chunk", job.client, job.plan, job.number, job.named, job.attempts, base)
         found = self._memo.get(key)
         if found is None:
             found = self._memo[key] = self._advance(job, base)
@@ -206,14 +206,14 @@ class Book:
             value = value * 8 + float(row[0])
             outputs.append([value])
         state = State(np.array([value], np.float32), _NO_INTS)
-        new = self.rules.advance(chunk, before, state, fingerprint=FINGERPRINT, now_ms=NOW_MS)
+        new = self.rules.apply_chunk(chunk, before, state, fingerprint=FINGERPRINT, now_ms=NOW_MS)
         if before is None:
             new = new._replace(head=new.head._replace(epoch=self._epoch(job)))
         return self._kept(new, np.array(outputs, np.float32))
 
     def begin(self, job: Job, source: int) -> int:
         """A state restored or forked."""
-        new = begin_anew(self.stream(source), fingerprint=FINGERPRINT, now_ms=NOW_MS)
+        new = start_epoch(self.stream(source), fingerprint=FINGERPRINT, now_ms=NOW_MS)
         head = new.head._replace(epoch=self._epoch(job))
         return self._kept(new._replace(head=head), None)
 

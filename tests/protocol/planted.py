@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from service.core.delivery import Answer, Replay, answer_retry, judge
+from service.core.delivery import Replay, Resolution, evaluate_chunk, resolve_duplicate
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Chunk, StoredReply, StreamHead, StreamKey, StreamState, Tombstone
 from service.store.base import Commit, CommitResult, Conflicted
@@ -81,10 +81,10 @@ def _any_reply(
     found: StreamState | None,
     kept: StoredReply | None,
     own: StreamHead | None,
-) -> Answer:
-    if kept is not None and isinstance(judge(chunk, first), Replay):
-        return Answer.STORED
-    return answer_retry(chunk, found, kept, own)
+) -> Resolution:
+    if kept is not None and isinstance(evaluate_chunk(chunk, first), Replay):
+        return Resolution.STORED_REPLY
+    return resolve_duplicate(chunk, found, kept, own)
 
 
 def _own_anyway(
@@ -93,10 +93,10 @@ def _own_anyway(
     found: StreamState | None,
     kept: StoredReply | None,
     own: StreamHead | None,
-) -> Answer:
-    if kept is None and own is not None and isinstance(judge(chunk, found), Replay):
-        return Answer.OWN
-    return answer_retry(chunk, found, kept, own)
+) -> Resolution:
+    if kept is None and own is not None and isinstance(evaluate_chunk(chunk, found), Replay):
+        return Resolution.OWN_REPLY
+    return resolve_duplicate(chunk, found, kept, own)
 
 
 def _not_sent(stream: str) -> CarryError:
@@ -174,13 +174,13 @@ PLANTED = (
     Planted(
         "a replay answered from a reply whose head is another",
         RETRIES,
-        Rules(answer_retry=_any_reply),
+        Rules(resolve_duplicate=_any_reply),
         "with the reply of another commit",
     ),
     Planted(
         "a worker's own answer given for the same chunk of another epoch",
         AGAIN,
-        Rules(answer_retry=_own_anyway),
+        Rules(resolve_duplicate=_own_anyway),
         "with the reply of another commit",
     ),
     Planted(

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.core.delivery import (
-    Answer,
     Process,
     Replay,
-    advance,
-    after_conflict,
-    answer_retry,
-    continues,
-    judge,
+    Resolution,
+    apply_chunk,
+    evaluate_chunk,
+    is_continuation,
+    resolve_conflict,
+    resolve_duplicate,
 )
 from service.core.errors import CarryError, OutcomeUnknown
 from service.core.values import (
@@ -90,9 +90,9 @@ def answer_as_read(
     found: StreamState | None,
     kept: StoredReply | None,
     own: StreamHead | None,
-) -> Answer:
-    """The service's `answer_retry`; what was loaded `first` is not looked at again."""
-    return answer_retry(chunk, found, kept, own)
+) -> Resolution:
+    """The service's `resolve_duplicate`; what was loaded `first` is not looked at again."""
+    return resolve_duplicate(chunk, found, kept, own)
 
 
 def unknown(stream: str) -> CarryError:
@@ -111,11 +111,13 @@ class Rules:
         answer_early: whether a chunk is answered once it is computed from a state in memory.
     """
 
-    judge: Callable[[Chunk, StreamState | None], Process | Replay] = judge
-    continues: Callable[[Chunk, StreamState], bool] = continues
-    advance: Callable[..., StreamState] = advance
-    after_conflict: Callable[[Chunk, StreamHead, StreamHead | None], Answer] = after_conflict
-    answer_retry: Callable[..., Answer] = answer_as_read
+    evaluate_chunk: Callable[[Chunk, StreamState | None], Process | Replay] = evaluate_chunk
+    is_continuation: Callable[[Chunk, StreamState], bool] = is_continuation
+    apply_chunk: Callable[..., StreamState] = apply_chunk
+    resolve_conflict: Callable[[Chunk, StreamHead, StreamHead | None], Resolution] = (
+        resolve_conflict
+    )
+    resolve_duplicate: Callable[..., Resolution] = answer_as_read
     resolve_repeated_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_repeated_commit
     resolve_repeated_deletion: Callable[[StreamKey, StreamHead, Conflicted], CommitResult] = (
         resolve_repeated_deletion

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from service.core.delivery import Answer, Process, Replay
+from service.core.delivery import Process, Replay, Resolution
 from service.core.errors import CarryError, Conflict, StateChanged
 from service.store.base import Committed, Conflicted
 from tests.protocol.book import Book
@@ -116,7 +116,7 @@ class Step:
             waiting = tuple(j for j in worker.waiting if j is not job)
             self.workers[index] = worker._replace(waiting=waiting)
             copy = worker.cache[stream]
-            if copy and self.book.continues(job, copy):
+            if copy and self.book.is_continuation(job, copy):
                 self._compute(index, job, copy, "its copy")
                 continue
             if copy and self.book.rules.refuse_from_cache and self._refused(index, job, copy):
@@ -126,17 +126,17 @@ class Step:
             return
 
     def _refused(self, index: int, job: Job, copy: int) -> bool:
-        verdict = self.book.judge(job, copy)
-        if not isinstance(verdict, CarryError):
+        evaluation = self.book.evaluate_chunk(job, copy)
+        if not isinstance(evaluation, CarryError):
             return False
         self.note(lambda: f"worker {index + 1} judges it by its copy, {self._at(copy)}")
-        self._tell(index, job, verdict)
+        self._tell(index, job, evaluation)
         return True
 
     def _compute(self, index: int, job: Job, base: int, whence: str) -> None:
         """Compute a chunk and send its commit."""
         stream = self.book.plan(job).stream
-        new = self.book.advance(job, base)
+        new = self.book.apply_chunk(job, base)
         worker = self.workers[index]
         self.note(
             lambda: (
@@ -193,10 +193,10 @@ class Step:
     def _loaded(self, index: int, request: Request) -> None:
         job, slot = request.job, self._read(request)
         self.note(lambda: f"the store gives worker {index + 1} {self._stands(request)}")
-        verdict = self.book.judge(job, slot.state)
-        if isinstance(verdict, Process):
+        evaluation = self.book.evaluate_chunk(job, slot.state)
+        if isinstance(evaluation, Process):
             self._compute(index, job, slot.state, "it")
-        elif isinstance(verdict, Replay):
+        elif isinstance(evaluation, Replay):
             self.note(
                 lambda: (
                     f"it is {self._stream(request)}'s last chunk: worker {index + 1} asks again, "
@@ -205,17 +205,17 @@ class Step:
             )
             self._ask(index, Request(Kind.RETRY, job, slot.state, held=1))
         else:
-            self._tell(index, job, verdict)
+            self._tell(index, job, evaluation)
 
     def _retried(self, index: int, request: Request) -> None:
         job, slot = request.job, self._read(request)
         self.note(lambda: f"the store gives worker {index + 1} {self._stands(request)}")
         answer = self.book.retry(job, request.base, slot.state, slot.reply, request.new)
-        if answer is Answer.STORED:
+        if answer is Resolution.STORED_REPLY:
             self._answer(index, job, slot.reply)
-        elif answer is Answer.OWN:
+        elif answer is Resolution.OWN_REPLY:
             self._answer(index, job, request.new)
-        elif answer is Answer.ANEW:
+        elif answer is Resolution.RE_EVALUATE:
             self._again(index, job)
         else:
             self._tell(index, job, answer)
@@ -259,10 +259,10 @@ class Step:
         if isinstance(result, CarryError):
             self._tell(index, job, result)
             return
-        answer = self.book.after_conflict(job, request.new, found)
-        if answer is Answer.ANEW:
+        answer = self.book.resolve_conflict(job, request.new, found)
+        if answer is Resolution.RE_EVALUATE:
             self._again(index, job)
-        elif answer is Answer.OWN:
+        elif answer is Resolution.OWN_REPLY:
             self._answer(index, job, request.new)
         else:
             self.note(

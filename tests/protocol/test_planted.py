@@ -51,7 +51,7 @@ def plant(lua: Lua):
     """A `Script.load` that gives the script with the bug."""
 
     def load(cls: type[Script], name: str) -> Script:
-        text = files("service.store").joinpath("lua", f"{name}.lua").read_text()
+        text = files("service.store.redis").joinpath("lua", f"{name}.lua").read_text()
         if name == lua.script:
             assert text.count(lua.old) == 1
             text = text.replace(lua.old, lua.new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from service.core.delivery import standing
+from service.core.delivery import stream_facts
 from service.core.errors import InternalError, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamKey
 from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
@@ -59,7 +59,7 @@ def outcome_unknown(
     return OutcomeUnknown(
         f"whether the store wrote stream {key.stream!r} is not known: {reason}",
         retry_after_s=RETRY_AFTER_S,
-        **(standing(key.stream, head) if isinstance(reason, str) else {"stream": key.stream}),
+        **(stream_facts(key.stream, head) if isinstance(reason, str) else {"stream": key.stream}),
     )
 
 

@@ -15,11 +15,11 @@ from models.spec.state import State
 from service.core.delivery import (
     Process,
     Replay,
-    advance,
-    begin_anew,
+    apply_chunk,
     chunk_digest,
-    judge,
+    evaluate_chunk,
     next_tag,
+    start_epoch,
 )
 from service.core.errors import (
     EpochMismatch,
@@ -56,7 +56,7 @@ def chunk(position: int | None = None, count: int = 4, seed: int = 0, **more: An
 
 def after(last: Chunk, base: StreamState | None = None) -> StreamState:
     state = State(np.ones(5, np.float32), np.zeros(0, np.int64))
-    new = advance(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
+    new = apply_chunk(last, base, state, fingerprint=FINGERPRINT, now_ms=7)
     return new if base else new._replace(head=new.head._replace(epoch=EPOCH))
 
 
@@ -65,69 +65,69 @@ STREAM = after(FIRST)
 
 
 def test_a_stream_begins_without_a_position_or_at_0() -> None:
-    assert judge(chunk(None), None) == Process(None)
-    assert judge(chunk(0), None) == Process(None)
+    assert evaluate_chunk(chunk(None), None) == Process(None)
+    assert evaluate_chunk(chunk(0), None) == Process(None)
 
 
 def test_a_stream_that_is_not_there_expects_position_0() -> None:
     with pytest.raises(PositionAhead) as caught:
-        judge(chunk(9), None)
+        evaluate_chunk(chunk(9), None)
     assert caught.value.facts["expected"] == 0
     assert caught.value.facts["got"] == 9
 
 
 def test_the_next_chunk_and_an_append_continue_the_stream() -> None:
-    assert judge(chunk(4, seed=1), STREAM) == Process(STREAM)
-    assert judge(chunk(None), STREAM) == Process(STREAM)
+    assert evaluate_chunk(chunk(4, seed=1), STREAM) == Process(STREAM)
+    assert evaluate_chunk(chunk(None), STREAM) == Process(STREAM)
 
 
 def test_the_last_chunk_again_is_a_replay() -> None:
-    assert judge(FIRST, STREAM) == Replay(STREAM)
+    assert evaluate_chunk(FIRST, STREAM) == Replay(STREAM)
 
 
 def test_an_equal_append_is_never_a_replay() -> None:
     steps = rows(4)
     append = Chunk(KEY, steps, chunk_digest(None, steps, b"n" * 16))
     stream = after(append)
-    assert judge(append, stream) == Process(stream)
+    assert evaluate_chunk(append, stream) == Process(stream)
 
 
 def test_the_same_start_with_other_events_repeats_events() -> None:
     with pytest.raises(PositionBehind) as caught:
-        judge(chunk(0, seed=1), STREAM)
+        evaluate_chunk(chunk(0, seed=1), STREAM)
     assert caught.value.facts["expected"] == 4
 
 
 def test_a_chunk_before_the_last_repeats_events() -> None:
     second = after(chunk(4, seed=1), STREAM)
     with pytest.raises(PositionBehind) as caught:
-        judge(FIRST, second)
+        evaluate_chunk(FIRST, second)
     assert caught.value.facts["expected"] == 8
     assert caught.value.facts["tag"] == second.head.tag.hex()
 
 
 def test_a_gap_is_refused() -> None:
     with pytest.raises(PositionAhead) as caught:
-        judge(chunk(5), STREAM)
+        evaluate_chunk(chunk(5), STREAM)
     assert caught.value.facts["expected"] == 4
 
 
 @pytest.mark.parametrize("found", [None, STREAM])
 def test_another_epoch_is_refused_before_anything_else(found: StreamState | None) -> None:
     with pytest.raises(EpochMismatch):
-        judge(chunk(0, epoch=OTHER_EPOCH), found)
-    assert judge(chunk(4, epoch=EPOCH), STREAM) == Process(STREAM)
+        evaluate_chunk(chunk(0, epoch=OTHER_EPOCH), found)
+    assert evaluate_chunk(chunk(4, epoch=EPOCH), STREAM) == Process(STREAM)
 
 
 def test_if_match_is_judged_after_the_replay_rows() -> None:
     stale = Precondition((StreamHead(EPOCH, b"\x09" * 16, 0).etag,))
-    assert judge(chunk(0, precondition=stale), STREAM) == Replay(STREAM)
+    assert evaluate_chunk(chunk(0, precondition=stale), STREAM) == Replay(STREAM)
     with pytest.raises(StateChanged):
-        judge(chunk(4, seed=1, precondition=stale), STREAM)
+        evaluate_chunk(chunk(4, seed=1, precondition=stale), STREAM)
     with pytest.raises(StateChanged):
-        judge(chunk(None, precondition=Precondition(any_state=True)), None)
+        evaluate_chunk(chunk(None, precondition=Precondition(any_state=True)), None)
     current = Precondition((STREAM.head.etag,))
-    assert judge(chunk(4, seed=1, precondition=current), STREAM) == Process(STREAM)
+    assert evaluate_chunk(chunk(4, seed=1, precondition=current), STREAM) == Process(STREAM)
 
 
 def test_a_stream_keeps_its_kind_of_feed() -> None:
@@ -135,7 +135,7 @@ def test_a_stream_keeps_its_kind_of_feed() -> None:
     columns = columns_from_events(schema, [{"late": True}])
     steps = Steps(Feed.EVENTS, 1, columns=columns)
     with pytest.raises(InputKindMismatch):
-        judge(Chunk(KEY, steps, chunk_digest(schema, steps), position=4), STREAM)
+        evaluate_chunk(Chunk(KEY, steps, chunk_digest(schema, steps), position=4), STREAM)
 
 
 def test_digest_and_tag_are_those_of_the_definition() -> None:
@@ -157,10 +157,10 @@ def test_advance_moves_position_tag_and_last_chunk_together() -> None:
 
 
 def test_a_restored_stream_begins_an_epoch_without_a_last_chunk() -> None:
-    begun = begin_anew(STREAM, fingerprint=FINGERPRINT, now_ms=9)
+    begun = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9)
     assert begun.head.position == 4
     assert begun.head.epoch != EPOCH
     assert begun.head.tag == bytes(16)
     assert begun.last is None
     with pytest.raises(PositionBehind):
-        judge(FIRST, begun)
+        evaluate_chunk(FIRST, begun)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.core.delivery import chunk_digest, judge
+from service.core.delivery import chunk_digest, evaluate_chunk
 from service.core.errors import NotDurable, PositionAhead, StoreRefused
 from service.core.values import Chunk, Steps
 from service.store.base import Committed, StateStore
@@ -274,7 +274,7 @@ async def test_a_lossy_failover_is_seen_as_ahead(own_cluster: Cluster, streams: 
         steps = Steps(second.new.feed, 2, rows=np.ones((2, 3), np.float32))
         chunk = Chunk(key("a"), steps, chunk_digest(None, steps), second.new.head.position)
         with pytest.raises(PositionAhead) as caught:
-            judge(chunk, found)
+            evaluate_chunk(chunk, found)
         assert caught.value.facts["expected"] == first.new.head.position
         # Moved on differently; what the old primary still has is gone for good.
         other = streams.next(first)
