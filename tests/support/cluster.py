@@ -148,9 +148,9 @@ class Cluster:
         until(lambda: all(self._knows_all(node) for node in self.nodes), "all nodes met")
         for primary, replica in zip(self.primaries, self.replicas, strict=True):
             replica.ask("CLUSTER", "REPLICATE", primary.name)
-        self.resolve()
+        self.wait_until_synced()
 
-    def resolve(self) -> None:
+    def wait_until_synced(self) -> None:
         """Wait until every node sees a whole cluster and every replica is in step."""
         until(lambda: all(self._is_whole(node) for node in self.nodes), "a whole cluster")
 

@@ -283,7 +283,7 @@ async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
             victim.start()
             await done.more(300)
         await done.check(store)
-        await asyncio.to_thread(own_cluster.settle)
+        await asyncio.to_thread(own_cluster.wait_until_synced)
         (check,) = await store.check()
         assert check.ok, check.detail
         own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
@@ -313,7 +313,7 @@ async def test_pending_requests_of_a_lost_node_move_to_its_replacement(
         finally:
             victim.start()
             own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
-            await asyncio.to_thread(own_cluster.settle)
+            await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_a_planned_change_of_the_primary_loses_nothing(
@@ -328,7 +328,7 @@ async def test_a_planned_change_of_the_primary_loses_nothing(
             await done.more(200)
         await done.check(store)
         own_cluster.primaries[1], own_cluster.replicas[1] = heir, old
-        await asyncio.to_thread(own_cluster.settle)
+        await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_without_a_majority_requests_wait_and_recover(
@@ -366,7 +366,7 @@ async def test_without_a_majority_requests_wait_and_recover(
             [Committed()],
             [Conflicted(second.new.head)],
         )
-        await asyncio.to_thread(own_cluster.settle)
+        await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def _is_primary(node: ClusterNode) -> bool:
@@ -401,7 +401,7 @@ async def test_one_node_that_is_away_fails_its_own_streams_alone(
             else:
                 assert same_stream(stream, commit.new)
         assert any(isinstance(stream, StoreUnavailable) for stream in found)
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_a_listing_begins_anew_when_a_slot_moved_meanwhile(

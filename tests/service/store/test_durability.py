@@ -194,7 +194,7 @@ async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it
         assert await store.delete(key("s0")) == Committed()
         with paused(*own_cluster.replicas):
             assert isinstance(await store.delete(key("s1")), NotDurable)
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_missing_replicas_are_named_and_fail_readiness(
@@ -218,7 +218,7 @@ async def test_missing_replicas_are_named_and_fail_readiness(
             for replica in own_cluster.replicas:
                 if not replica.answers():
                     replica.start()
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_a_wait_that_is_broken_off_confirms_nothing(
@@ -239,7 +239,7 @@ async def test_a_wait_that_is_broken_off_confirms_nothing(
                 (result,) = await commit
                 assert isinstance(result, NotDurable)
                 first = second
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 def _waiting(node: ClusterNode) -> str | None:
@@ -281,6 +281,6 @@ async def test_a_lossy_failover_is_seen_as_ahead(own_cluster: Cluster, streams: 
         await committed(store, other)
         primary.start()
         own_cluster.primaries[at], own_cluster.replicas[at] = replica, primary
-        await asyncio.to_thread(own_cluster.settle)
+        await asyncio.to_thread(own_cluster.wait_until_synced)
         (found,) = await store.load([key("a")])
         assert same_stream(found, other.new)
