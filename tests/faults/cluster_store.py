@@ -178,7 +178,7 @@ class ClusterStore(Store):
 
     def _is_whole(self) -> bool:
         try:
-            self._cluster.resolve()
+            self._cluster.wait_until_synced()
         except (AssertionError, *ERRORS):
             return False
         return True

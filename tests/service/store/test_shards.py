@@ -61,7 +61,7 @@ def one_shard_down(cluster: Cluster) -> Iterator[None]:
         for node in nodes:
             node.resume()
         cluster.configure("cluster-require-full-coverage", "yes")
-        cluster.resolve()
+        cluster.wait_until_synced()
 
 
 def named(cluster: Cluster, keys: KeySpace, prefix: str, count: int, *, down: bool) -> list[str]:
