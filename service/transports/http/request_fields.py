@@ -23,17 +23,16 @@ from service.core.errors import (
     UnsupportedMediaType,
 )
 from service.core.values import Precondition
+from service.transports.http.field_rules import (
+    STREAM_NAME_RULE,
+    is_bare_etag,
+    is_stream_name,
+    is_stream_prefix,
+)
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, accepted, media_of
 
-STREAM_NAME = r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
-"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
-would reach another stream. Written without lookahead, which some regex engines lack."""
-is_stream_name = re.compile(STREAM_NAME[:-1] + r"\Z").match
-_STREAM_PREFIX = re.compile(r"[A-Za-z0-9._:@-]{0,256}")
-_NAME_EXPECTED = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .."
 _ETAG = re.compile(r'[ \t]*"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?:,|\Z)')
-_BARE_ETAG = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}")
 TIMEOUT_HEADER = "carry-timeout"
 _TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
@@ -109,13 +108,14 @@ def stream_name(name: str, at: str = "stream") -> str:
         InvalidName
     """
     if not is_stream_name(name):
-        raise _invalid_name(at, _NAME_EXPECTED, name)
+        expected = f"{STREAM_NAME_RULE}, and neither . nor .."
+        raise _invalid_name(at, expected, name)
     return name
 
 
 def stream_prefix(prefix: str) -> str:
     """The beginning of a stream's name; may be empty."""
-    if not _STREAM_PREFIX.fullmatch(prefix):
+    if not is_stream_prefix(prefix):
         raise _invalid_name("prefix", "at most 256 characters of A-Z a-z 0-9 . _ : @ -", prefix)
     return prefix
 
@@ -149,7 +149,7 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
     text = text.strip(" \t")
     if text == "*":
         return Precondition(any_state=True)
-    if bare and _BARE_ETAG.fullmatch(text):
+    if bare and is_bare_etag(text):
         return Precondition((text,))
     if len(text) > MAX_PRECONDITION:
         raise InvalidPrecondition(

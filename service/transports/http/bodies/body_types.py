@@ -8,11 +8,10 @@ refused, and nothing is converted: no number out of text, no integer out of 48.0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
@@ -20,18 +19,20 @@ from models.events.parse import event_type
 from models.events.schema import EventSchema
 from models.spec.decoder import known_schema
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.duplicates import find_duplicate
-from service.transports.http.bodies.validation_errors import BODY, Origin, Place, invalid_body
+from service.transports.http.field_rules import (
+    EPOCH,
+    EXAMPLE_EPOCH,
+    EXAMPLE_STREAM,
+    EXAMPLE_TAG,
+    MAX_POSITION,
+    STREAM_NAME,
+    FeedName,
+    Fingerprint,
+    PositionNumber,
+    StateValues,
+)
 from service.transports.http.limits import ApiLimits
-from service.transports.http.media import Media, loads
-from service.transports.http.request_fields import STREAM_NAME
-
-MAX_POSITION = 2**63 - 1
-"""And so the largest whole number of any kind: a problem can name what was refused."""
-
-EXAMPLE_STREAM = "EWR-UA"
-EXAMPLE_EPOCH = "5f0c1e7ab2d34896"
-EXAMPLE_TAG = "c2a94d0b71e65f3889d1046be7a2f35c"
+from service.transports.http.media import Media
 
 
 class StrictBody(BaseModel):
@@ -56,7 +57,7 @@ class ChunkBody(StepsBody):
         "the chunk is appended where the stream stands, and a retry appends it again.",
         examples=[0],
     )
-    epoch: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = Field(
+    epoch: Annotated[str, Field(pattern=f"^{EPOCH}$")] | None = Field(
         None,
         description="The epoch of the stream that the client believes in.",
         examples=[EXAMPLE_EPOCH],
@@ -113,12 +114,37 @@ class ForecastBody(StrictBody):
     future: list[dict[str, Any]] | None = None
 
 
+class StateBody(StrictBody):
+    """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
+
+    fingerprint: Fingerprint
+    feed: FeedName
+    position: PositionNumber
+    state: StateValues
+    model: str | None = None
+    version: str | None = None
+    stream: str | None = None
+    epoch: str | None = None
+    tag: str | None = None
+    updated_ms: int | None = None
+
+
+class ForkBody(StrictBody):
+    """The stream to begin."""
+
+    to: str = Field(
+        description="Name of the new stream.",
+        examples=[f"{EXAMPLE_STREAM}:what-if"],
+        json_schema_extra={"pattern": STREAM_NAME},
+    )
+
+
 B = TypeVar("B", bound=StrictBody)
 
 
 @dataclass(frozen=True, slots=True)
 class BodyTypes:
-    """The bodies that one model takes in one media type."""
+    """The types of the bodies for one model in one media type."""
 
     chunk: type[ChunkBody]
     item: type[ItemBody]
@@ -128,100 +154,8 @@ class BodyTypes:
     forecast: type[ForecastBody] | None
 
 
-class ModelBodies:
-    """Reads the bodies of one model."""
-
-    def __init__(self, served: ServedModel, limits: ApiLimits):
-        self.types = {media: _types(served, limits, media) for media in Media}
-        self._fields = [field.name for field in served.events.fields] if served.events else []
-        told = coming_schema(served)
-        self._coming = [] if told is None else [field.name for field in told.fields]
-
-    def validate(
-        self,
-        kind: type[B],
-        media: Media,
-        body: bytes,
-        origin: Origin = BODY,
-        *,
-        duplicates: bool = False,
-    ) -> B:
-        """Validate a body, or a part of one, as that type.
-
-        Args:
-            origin: place of the part in the request.
-            duplicates: whether duplicate members are left for the caller to reject.
-
-        Raises:
-            MalformedBody, InvalidInput
-        """
-        return validate(kind, media, body, self._members(kind), origin, duplicates=duplicates)
-
-    def validate_part(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
-        """A part of a body that is parsed already; places in errors begin with `inside`."""
-        try:
-            return kind.model_validate(value)
-        except ValidationError as error:
-            raise invalid_body(error, media, self._members(kind), Origin(inside)) from error
-
-    def _members(self, kind: type[StrictBody]) -> _Members:
-        fields = self._coming if issubclass(kind, ForecastBody) else self._fields
-        inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
-        return _Members(list(kind.model_fields), list(inner.model_fields), fields)
-
-
-@dataclass(frozen=True, slots=True)
-class _Members:
-    """What the object at a place may hold, in a body of one type.
-
-    Attributes:
-        body: the body itself.
-        inner: a chunk or sequence within it.
-        event: an event, or what is known of a coming step.
-    """
-
-    body: Sequence[str]
-    inner: Sequence[str]
-    event: Sequence[str]
-
-    def __call__(self, at: Place) -> Sequence[str]:
-        if "events" in at or "future" in at:
-            return self.event
-        return self.inner if at else self.body
-
-
-def validate(
-    kind: type[B],
-    media: Media,
-    body: bytes,
-    members: _Members | None = None,
-    origin: Origin = BODY,
-    *,
-    duplicates: bool = False,
-) -> B:
-    """Validate a body, or a part of one, as a type that does not depend on the model.
-
-    Args:
-        origin: place of the part in the request.
-        duplicates: whether duplicate members are left for the caller to reject.
-
-    Raises:
-        MalformedBody, InvalidInput
-    """
-    try:
-        if media is Media.JSON:
-            found = kind.model_validate_json(body)
-        else:
-            found = kind.model_validate(loads(media, body))
-    except ValidationError as error:
-        known = members or _Members(list(kind.model_fields), (), ())
-        raise invalid_body(error, media, known, origin) from error
-    if not duplicates and (duplicate := find_duplicate(media, body, origin)) is not None:
-        raise duplicate
-    return found
-
-
-def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+def build_body_types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+    """Build the types of one model's bodies."""
     steps: dict[str, Any] = {
         "events": (_events(served, limits), _steps_field(served, "events", limits)),
         "inputs": (_inputs(served, limits, media), _steps_field(served, "inputs", limits)),
@@ -230,7 +164,7 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
     feeds = ["inputs"] if served.events is None else ["events", "inputs"]
     one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
 
-    def made(kind: type[B], title: str) -> type[B]:
+    def build(kind: type[B], title: str) -> type[B]:
         return create_model(
             f"{name}-{title}{suffix}",
             __base__=kind,
@@ -238,8 +172,8 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
             **steps,
         )
 
-    item, sequence = made(ItemBody, "Item"), made(StepsBody, "Sequence")
-    chunk = made(ChunkBody, "Chunk")
+    item, sequence = build(ItemBody, "Item"), build(StepsBody, "Sequence")
+    chunk = build(ChunkBody, "Chunk")
     most: dict[str, Any] = {"maxItems": limits.max_items}
     many = create_model(
         f"{name}-Many{suffix}",
@@ -257,8 +191,8 @@ def _types(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
     )
 
 
-def coming_schema(served: ServedModel) -> EventSchema | None:
-    """What a forecast may be told of a coming step; None where there is nothing to tell."""
+def known_future_schema(served: ServedModel) -> EventSchema | None:
+    """The schema of the known future covariates of a step; None if the model has none."""
     decoder = served.artifact.spec.decoder
     if decoder is None or served.events is None:
         return None
@@ -271,10 +205,10 @@ def _forecast(
     decoder = served.artifact.spec.decoder
     if decoder is None:
         return None
-    told = coming_schema(served)
+    schema = known_future_schema(served)
     future: Any = None
-    if told is not None:
-        event: Any = event_type(told, f"{lead}Coming")
+    if schema is not None:
+        event: Any = event_type(schema, f"{lead}Coming")
         most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
         future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
     about = "What is known of each of the coming steps, as many as `horizon`."
@@ -283,14 +217,14 @@ def _forecast(
         "samples": {"maximum": limits.max_forecast_samples},
     }
 
-    def bounded(schema: dict[str, Any]) -> None:
+    def add_ranges(schema: dict[str, Any]) -> None:
         for name, range_ in ranges.items():
             schema["properties"][name].update(range_)
 
     return create_model(
         f"{lead}Forecast{suffix}",
         __base__=ForecastBody,
-        __cls_kwargs__={"json_schema_extra": bounded},
+        __cls_kwargs__={"json_schema_extra": add_ranges},
         future=(future, Field(None, description=about)),
     )
 
@@ -328,7 +262,7 @@ def _steps_field(served: ServedModel, name: str, limits: ApiLimits) -> Any:
 
 
 def _no_events(model: str) -> Any:
-    def refuse(value: Any) -> Any:
+    def reject(value: Any) -> Any:
         if value is not None:
             raise PydanticCustomError(
                 "no_event_schema",
@@ -337,4 +271,4 @@ def _no_events(model: str) -> Any:
             )
         return value
 
-    return refuse
+    return reject

@@ -1,10 +1,9 @@
-"""Plainly good bodies, from bytes to steps in one pass: the fast way in, beside the strict one.
+"""Fast decoder: from the bytes of a valid body to steps in one pass, or None.
 
-The usual chunk in JSON is read by `json_rows`. For all else each model has its types for msgspec,
-whose decoders check while they parse, in C: members, numbers, widths, lengths. All the rows of
-a body then become one float32 buffer. What is read here is read by the strict types of `bodies.py`
-as the same values; what is wrong is never said here. Where the answer is None, the strict types
-are to be asked: they make the error, or find the body good after all.
+The usual chunk in JSON is decoded by `json_rows`. For all else each model has msgspec types, whose
+decoders check members, numbers, widths and lengths while they parse, in C. All the rows of a body
+then become one float32 buffer. The decoder accepts only what the strict validator accepts, with
+the same values, and never makes an error: where it returns None, the strict validator decides.
 
 A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
 and in JSON the texts, are counted and compared with the body: in JSON each is a pair of quotation
@@ -29,48 +28,46 @@ from models.events.encode import check_rows
 from models.events.reader import EventReader
 from service.core.values import Feed, FloatRows, Steps
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.body_types import MAX_POSITION
 from service.transports.http.bodies.duplicates import HEADER_BYTES, find_duplicate, packed_length
-from service.transports.http.bodies.json_rows import JsonRows, RowsBody
+from service.transports.http.bodies.json_rows import JsonRowsDecoder, RowsChunk
+from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
-from service.transports.http.request_fields import is_stream_name
 
 _F4 = np.dtype("<f4")
 _QUOTE = np.uint8(ord('"'))
 
 
-class PlainSteps(msgspec.Struct):
-    """Events or rows; what is absent is None."""
+class DecodedSteps(msgspec.Struct):
+    """Events or rows; an absent member is None."""
 
     inputs: Any
     events: Any
 
 
-class PlainChunk(PlainSteps):
+class DecodedChunk(DecodedSteps):
     """A chunk's body."""
 
     position: int | None
     epoch: str | None
 
 
-class PlainItem(PlainChunk):
+class DecodedItem(DecodedChunk):
     """A chunk in a body for many streams."""
 
     stream: str
     if_match: str | None
 
 
-class _NotPlainError(Exception):
-    """The strict types are to be asked."""
+class _UndecidedError(Exception):
+    """The strict validator has to decide."""
 
 
-_NOT_PLAIN = (_NotPlainError, msgspec.MsgspecError, DataError, OverflowError, ValueError)
+_UNDECIDED = (_UndecidedError, msgspec.MsgspecError, DataError, OverflowError, ValueError)
 
 
 class _Decoders(NamedTuple):
     chunk: Any
-    item: Any
     many: Any
     predict: Any
 
@@ -105,69 +102,77 @@ def count_parts(media: Media, body: bytes) -> int:
     """Count the chunks or sequences of a body; 0 if it cannot be parsed."""
     decoder: Any = _JSON_PARTS if media is Media.JSON else _PACKED_PARTS
     try:
-        found: _Parts = decoder.decode(body)
+        decoded: _Parts = decoder.decode(body)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return 0
-    return len(found.chunks) + len(found.sequences)
+    return len(decoded.chunks) + len(decoded.sequences)
 
 
-class PlainBodies:
-    """Reads the bodies of one model, as far as they are plainly good."""
+class FastDecoder:
+    """Decodes valid bodies of one model.
+
+    Args:
+        limits: those of the model.
+    """
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
         self._columns = served.artifact.spec.columns
-        self._wide = len(self._columns)
-        self._row_bytes = _F4.itemsize * self._wide
+        self._features = len(self._columns)
+        self._row_bytes = _F4.itemsize * self._features
         self._coded = any(column.codes is not None for column in self._columns)
         self._reader = None if served.events is None else EventReader(served.events)
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
-        self._json_rows = JsonRows(self._wide, limits.max_chunk_steps)
-        self._decoders = {media: self._made(media, limits) for media in Media}
+        self._json_rows = JsonRowsDecoder(self._features, limits.max_chunk_steps)
+        self._decoders = {media: self._build_decoders(media, limits) for media in Media}
 
-    def chunk(self, media: Media, body: bytes) -> tuple[PlainChunk | RowsBody, Steps] | None:
+    def decode_chunk(
+        self, media: Media, body: bytes
+    ) -> tuple[DecodedChunk | RowsChunk, Steps] | None:
         """The one chunk of a body, or None."""
         try:
-            if media is Media.JSON and (rows := self._json_rows.chunk(body)) is not None:
-                return rows, self._given(rows.rows)
-            found: PlainChunk = self._decoders[media].chunk.decode(body)
-            read = self._one(found)
-            members = read.members + (found.position is not None) + (found.epoch is not None)
-            texts = read.texts + (found.epoch is not None)
-            _check_no_duplicates(media, body, members, texts, [(body, found.events is not None)])
-            return found, read.steps
-        except _NOT_PLAIN:
+            if media is Media.JSON and (chunk := self._json_rows.decode_chunk(body)) is not None:
+                return chunk, self._check_decoded(chunk.rows)
+            decoded: DecodedChunk = self._decoders[media].chunk.decode(body)
+            read = self._read_one(decoded)
+            members = read.members + (decoded.position is not None) + (decoded.epoch is not None)
+            texts = read.texts + (decoded.epoch is not None)
+            _check_no_duplicates(media, body, members, texts, [(body, decoded.events is not None)])
+            return decoded, read.steps
+        except _UNDECIDED:
             return None
 
-    def items(self, media: Media, body: bytes) -> list[tuple[PlainItem, Steps]] | None:
-        """The chunks of a body for many streams, all of them good, or None."""
+    def decode_items(self, media: Media, body: bytes) -> list[tuple[DecodedItem, Steps]] | None:
+        """The chunks of a body for many streams, if all are valid, or None."""
         try:
-            found: list[PlainItem] = self._decoders[media].many.decode(body).chunks
-            if None in [is_stream_name(item.stream) for item in found]:
+            decoded: list[DecodedItem] = self._decoders[media].many.decode(body).chunks
+            if None in [is_stream_name(item.stream) for item in decoded]:
                 return None
-            return list(zip(found, self._parts(media, body, found), strict=True))
-        except _NOT_PLAIN:
+            return list(zip(decoded, self._read_parts(media, body, decoded), strict=True))
+        except _UNDECIDED:
             return None
 
-    def sequences(self, media: Media, body: bytes) -> list[Steps] | None:
+    def decode_sequences(self, media: Media, body: bytes) -> list[Steps] | None:
         """The whole sequences of a body, or None."""
         try:
-            found: list[PlainSteps] = self._decoders[media].predict.decode(body).sequences
-            steps = self._parts(media, body, found)
-        except _NOT_PLAIN:
+            decoded: list[DecodedSteps] = self._decoders[media].predict.decode(body).sequences
+            steps = self._read_parts(media, body, decoded)
+        except _UNDECIDED:
             return None
         lengths = [sequence.length for sequence in steps]
         too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
         return None if too_long else steps
 
-    def _parts(self, media: Media, body: bytes, found: Sequence[PlainSteps]) -> list[Steps]:
+    def _read_parts(
+        self, media: Media, body: bytes, decoded: Sequence[DecodedSteps]
+    ) -> list[Steps]:
         """The steps of each chunk or sequence of a body."""
-        read = self._all(found)
+        read = self._read_all(decoded)
         members, texts = 1, 0
-        for part, of_part in zip(found, read, strict=True):
+        for part, of_part in zip(decoded, read, strict=True):
             members += of_part.members
             texts += of_part.texts
-            if isinstance(part, PlainItem):
+            if isinstance(part, DecodedItem):
                 members += 1 + (part.position is not None)
                 texts += 1
                 for text in (part.epoch, part.if_match):
@@ -178,62 +183,62 @@ class PlainBodies:
             undecoded = _PACKED_PARTS.decode(body)
             raws = [*undecoded.chunks, *undecoded.sequences]
             packed = [(body, False)]
-            packed += zip(raws, [part.events is not None for part in found], strict=True)
+            packed += zip(raws, [part.events is not None for part in decoded], strict=True)
         _check_no_duplicates(media, body, members, texts, packed)
         return [of_part.steps for of_part in read]
 
-    def _one(self, body: PlainSteps) -> _Read:
+    def _read_one(self, body: DecodedSteps) -> _Read:
         if body.inputs is None:
-            return self._events(body)
-        rows = self._rows(_packed(body))
+            return self._read_events(body)
+        rows = self._check_rows(_packed(body))
         return _Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0)
 
-    def _given(self, rows: FloatRows) -> Steps:
-        """As `_one`, of rows that were read already."""
+    def _check_decoded(self, rows: FloatRows) -> Steps:
+        """The steps of finite rows."""
         if self._coded:
             check_rows(self._columns, rows)
         return Steps(Feed.INPUTS, len(rows), None, rows)
 
-    def _all(self, bodies: Sequence[PlainSteps]) -> list[_Read]:
+    def _read_all(self, bodies: Sequence[DecodedSteps]) -> list[_Read]:
         """The steps of each body. All their rows are views of one buffer, checked at once."""
         packed = [_packed(body) for body in bodies if body.inputs is not None]
-        rows = self._rows(b"".join(packed))
-        lengths = iter([divmod(len(given), self._row_bytes) for given in packed])
+        rows = self._check_rows(b"".join(packed))
+        lengths = iter([divmod(len(inputs), self._row_bytes) for inputs in packed])
         end = 0
-        found: list[_Read] = []
+        decoded: list[_Read] = []
         for body in bodies:
             if body.inputs is None:
-                found.append(self._events(body))
+                decoded.append(self._read_events(body))
                 continue
             length, rest = next(lengths)
             if rest:
-                raise _NotPlainError
+                raise _UndecidedError
             start, end = end, end + length
-            found.append(_Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0))
-        return found
+            decoded.append(_Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0))
+        return decoded
 
-    def _rows(self, packed: bytes) -> FloatRows:
-        rows = np.frombuffer(packed, _F4).reshape(-1, self._wide)
+    def _check_rows(self, packed: bytes) -> FloatRows:
+        rows = np.frombuffer(packed, _F4).reshape(-1, self._features)
         # half the time of `all()`
         if np.count_nonzero(np.isfinite(rows)) != rows.size:
-            raise _NotPlainError
+            raise _UndecidedError
         if self._coded:
             check_rows(self._columns, rows)
         return rows
 
-    def _events(self, body: PlainSteps) -> _Read:
+    def _read_events(self, body: DecodedSteps) -> _Read:
         if self._reader is None or body.events is None:
-            raise _NotPlainError
+            raise _UndecidedError
         read = self._reader.read(body.events)
         if read is None:
-            raise _NotPlainError
+            raise _UndecidedError
         steps = Steps(Feed.EVENTS, read.columns.steps, read.columns)
         return _Read(steps, 1 + read.members, read.texts)
 
-    def _made(self, media: Media, limits: ApiLimits) -> _Decoders:
-        wide, most = self._wide, limits.max_chunk_steps
+    def _build_decoders(self, media: Media, limits: ApiLimits) -> _Decoders:
+        features, most = self._features, limits.max_chunk_steps
         if media is Media.JSON:
-            row: Any = Annotated[list[float], Meta(min_length=wide, max_length=wide)]
+            row: Any = Annotated[list[float], Meta(min_length=features, max_length=features)]
             inputs: Any = Annotated[list[row], Meta(min_length=1, max_length=most)]
         else:
             row_bytes = self._row_bytes
@@ -246,19 +251,18 @@ class PlainBodies:
         chunk = [
             *steps,
             ("position", Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None, None),
-            ("epoch", Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")] | None, None),
+            ("epoch", Annotated[str, Meta(pattern=rf"^{EPOCH}\Z")] | None, None),
         ]
-        item = _struct(PlainItem, [*chunk, ("stream", str), ("if_match", str | None, None)])
+        item = _struct(DecodedItem, [*chunk, ("stream", str), ("if_match", str | None, None)])
         items = Annotated[list[item], Meta(max_length=limits.max_items)]  # type: ignore[valid-type]
-        sequence = _struct(PlainSteps, steps)
+        sequence = _struct(DecodedSteps, steps)
         sequences = Annotated[
             list[sequence],  # type: ignore[valid-type]
             Meta(min_length=1, max_length=limits.max_items),
         ]
         decoder: Any = msgspec.json.Decoder if media is Media.JSON else msgspec.msgpack.Decoder
         return _Decoders(
-            decoder(_struct(PlainChunk, chunk)),
-            decoder(item),
+            decoder(_struct(DecodedChunk, chunk)),
             decoder(_struct(msgspec.Struct, [("chunks", items)])),
             decoder(_struct(msgspec.Struct, [("sequences", sequences)])),
         )
@@ -271,7 +275,7 @@ def _check_no_duplicates(
     texts: int,
     packed: Iterable[tuple[bytes | msgspec.Raw, bool]],
 ) -> None:
-    """Leave a body with duplicate members to the strict types.
+    """Leave a body with duplicate members to the strict validator.
 
     Args:
         members: number of members that the decoder found and that are not null.
@@ -285,7 +289,7 @@ def _check_no_duplicates(
         quotes = np.count_nonzero(np.frombuffer(body, np.uint8) == _QUOTE)
         has_no_duplicates = quotes == 2 * (members + texts)
     if not has_no_duplicates and find_duplicate(media, body) is not None:
-        raise _NotPlainError
+        raise _UndecidedError
 
 
 def _count_packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
@@ -301,18 +305,18 @@ def _count_packed_members(value: bytes | msgspec.Raw, has_events: bool) -> int:
 def _map_length(header: bytes) -> int:
     counted = packed_length(header)
     if counted is None:
-        raise _NotPlainError
+        raise _UndecidedError
     return counted[0]
 
 
 def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Struct]:
     # Nothing in a body refers back to it, so that there are no cycles to collect.
     return msgspec.defstruct(
-        "Plain", members, bases=(base,), forbid_unknown_fields=True, kw_only=True, gc=False
+        "Decoded", members, bases=(base,), forbid_unknown_fields=True, kw_only=True, gc=False
     )
 
 
-def _packed(body: PlainSteps) -> bytes:
+def _packed(body: DecodedSteps) -> bytes:
     """The inputs as float32, little-endian, row by row.
 
     Raises:
@@ -320,7 +324,7 @@ def _packed(body: PlainSteps) -> bytes:
     """
     inputs: bytes | list[list[float]] = body.inputs
     if body.events is not None:
-        raise _NotPlainError
+        raise _UndecidedError
     if isinstance(inputs, bytes):
         return inputs
     return _float32(inputs)

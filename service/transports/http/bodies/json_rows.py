@@ -1,25 +1,22 @@
 """Rows of numbers in JSON, parsed by simdjson straight into one array: no object for each number.
 
-Reads two things, each only where it is plainly good: a list of rows, and the body of one chunk with
-`inputs` and nothing unusual. What is not is None, without a reason, and is then read by others.
-simdjson takes any list apart, so the shape is checked here: as many lists as rows, each as wide as
+The part of the fast decoder for the usual chunk: `inputs`, with `position` and `epoch` or without.
+simdjson flattens any list, so the shape is checked here: as many lists as rows, each as wide as
 the model's rows, and no list within a row.
 
-A parser keeps its memory, so longer texts are not for here. Use from one thread.
+A parser keeps its memory, so longer texts are left to others. Use from one thread.
 """
 
 from __future__ import annotations
 
-import re
 from itertools import chain, permutations
 from typing import Final, NamedTuple
 
 import numpy as np
 import simdjson
-from typing_extensions import TypeIs
 
 from service.core.values import FloatRows
-from service.transports.http.bodies.body_types import MAX_POSITION
+from service.transports.http.field_rules import is_optional_epoch, is_optional_position
 
 MAX_BYTES: Final = 256 * 1024
 
@@ -27,25 +24,24 @@ _F4: Final = np.dtype("<f4")
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
 _NEAR_BEGIN: Final = 96
-"""Within so many bytes `inputs` is looked for, which tells rows from events."""
+"""`inputs` is searched in this many bytes, which tells rows from events."""
 
 _MEMBERS: Final = frozenset(
-    found
-    for found in chain.from_iterable(
+    names
+    for names in chain.from_iterable(
         permutations(("inputs", "position", "epoch"), count) for count in (1, 2, 3)
     )
-    if "inputs" in found
+    if "inputs" in names
 )
-_EPOCH: Final = re.compile(r"[0-9a-f]{16}")
 _LARGEST_SQUARES: Final = 1e76
 """A sum of squares below this has no member that overflows float32."""
 
-_REFUSALS: Final = (ValueError, TypeError, KeyError, RuntimeError)
+_PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError)
 """What simdjson raises, about the text and about what it is asked for."""
 
 
-class RowsBody(NamedTuple):
-    """The body of a chunk.
+class RowsChunk(NamedTuple):
+    """A chunk of rows.
 
     Attributes:
         rows: float32 [T, F], finite.
@@ -56,22 +52,22 @@ class RowsBody(NamedTuple):
     epoch: str | None
 
 
-class JsonRows:
-    """Reads the rows of one model.
+class JsonRowsDecoder:
+    """Decodes the chunks of rows of one model.
 
     Args:
-        wide: F, numbers in a row.
-        most: rows in one text.
+        features: F, numbers in a row.
+        max_rows: most rows in one text.
     """
 
-    def __init__(self, wide: int, most: int):
-        self._wide = wide
-        self._most = most
+    def __init__(self, features: int, max_rows: int):
+        self._features = features
+        self._max_rows = max_rows
         self._parser = simdjson.Parser()
 
-    def chunk(self, body: bytes) -> RowsBody | None:
-        """The body of a chunk: `inputs`, with `position` and `epoch` or without."""
-        # What does not begin so may begin with a mark that simdjson passes over.
+    def decode_chunk(self, body: bytes) -> RowsChunk | None:
+        """The chunk of a body; None if it is not a valid chunk of rows in the usual form."""
+        # simdjson would skip a byte order mark
         is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
         if not is_usual or len(body) > MAX_BYTES:
             return None
@@ -79,42 +75,32 @@ class JsonRows:
             members = self._parser.parse(body)
             if not isinstance(members, simdjson.Object):
                 return None
-            # A member given twice is in none of these.
+            # no duplicate member is in any of these
             names = tuple(members)
             if names not in _MEMBERS:
                 return None
             position = members["position"] if "position" in names else None
             epoch = members["epoch"] if "epoch" in names else None
-            if not _is_position(position) or not _is_epoch(epoch):
+            if not is_optional_position(position) or not is_optional_epoch(epoch):
                 return None
             rows = self._array(members["inputs"], body)
-        except _REFUSALS:
+        except _PARSER_ERRORS:
             return None
-        return None if rows is None else RowsBody(rows, position, epoch)
+        return None if rows is None else RowsChunk(rows, position, epoch)
 
-    def _array(self, found: object, text: bytes) -> FloatRows | None:
-        if not isinstance(found, simdjson.Array):
+    def _array(self, value: object, text: bytes) -> FloatRows | None:
+        if not isinstance(value, simdjson.Array):
             return None
-        count = len(found)
-        # Nothing else in the text has such a bracket: it is a list of rows, or a body whose other
-        # members were checked.
-        if not 0 < count <= self._most or text.count(b"[") != count + 1:
+        count = len(value)
+        # the other members were checked and hold no such bracket
+        if not 0 < count <= self._max_rows or text.count(b"[") != count + 1:
             return None
-        if set(map(len, found)) != {self._wide}:  # type: ignore[arg-type]
+        if set(map(len, value)) != {self._features}:  # type: ignore[arg-type]
             return None
-        numbers = np.frombuffer(found.as_buffer(of_type="d"), _F8)
-        if numbers.size != count * self._wide:
+        numbers = np.frombuffer(value.as_buffer(of_type="d"), _F8)
+        if numbers.size != count * self._features:
             return None
         with np.errstate(over="ignore"):
             if not numbers.dot(numbers) < _LARGEST_SQUARES:
                 return None
-        return numbers.astype(_F4).reshape(count, self._wide)
-
-
-def _is_position(value: object) -> TypeIs[int | None]:
-    # not a bool, which is an int too
-    return value is None or (type(value) is int and 0 <= value <= MAX_POSITION)
-
-
-def _is_epoch(value: object) -> TypeIs[str | None]:
-    return value is None or (type(value) is str and _EPOCH.fullmatch(value) is not None)
+        return numbers.astype(_F4).reshape(count, self._features)

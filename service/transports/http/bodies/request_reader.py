@@ -1,7 +1,7 @@
-"""From bytes to the values of the pipeline, for one model.
+"""Reader of request bodies: from bytes to the values of the pipeline, for one model.
 
-A body becomes chunks, sequences or what a forecast is asked for, checked as far as it can be
-without a stream. Nothing is looked up in a store here and nothing changes.
+The fast decoder reads what is certainly valid, the strict validator the rest. Checked is all that
+does not depend on a stream. This module does not access the store.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.body_types import (
     ChunkBody,
     ForecastBody,
+    ForkBody,
     ItemBody,
-    ModelBodies,
-    coming_schema,
-    validate,
+    StateBody,
+    known_future_schema,
 )
 from service.transports.http.bodies.duplicates import find_duplicates
-from service.transports.http.bodies.fast_decoder import PlainBodies, PlainChunk, count_parts
-from service.transports.http.bodies.json_rows import RowsBody
-from service.transports.http.bodies.strict_validator import StrictSteps
+from service.transports.http.bodies.fast_decoder import DecodedChunk, FastDecoder, count_parts
+from service.transports.http.bodies.json_rows import RowsChunk
+from service.transports.http.bodies.strict_validator import StrictValidator, validate_body
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Encoded, Media, encoded_list, encoded_object, loads
-from service.transports.http.replies.schemas import ForkBody, StateBody
 from service.transports.http.request_fields import parse_if_match, stream_name
 
 
@@ -40,27 +39,26 @@ class RequestReader:
         nonce: gives the random bytes of an append.
 
     Attributes:
-        bodies: the strict types of its bodies.
-        strict: reads the steps of bodies that these accept.
-        limits: limits of the API.
+        fast: decodes valid bodies.
+        strict: validates all other bodies.
+        limits: limits of the API for this model.
     """
 
     def __init__(
         self, served: ServedModel, limits: ApiLimits, nonce: Callable[[], bytes] = new_nonce
     ):
         limits = limits.of_model(served.chunk_limit)
-        self.bodies = ModelBodies(served, limits)
         self.served = served
-        self._plain = PlainBodies(served, limits)
-        self.strict = StrictSteps(served, limits)
+        self.fast = FastDecoder(served, limits)
+        self.strict = StrictValidator(served, limits)
         self.limits = limits
         self._nonce = nonce
         self._name = served.name
         self._schema = served.events
         self._whole = served.artifact.spec.chunking == "whole"
 
-    def check_takes_chunks(self) -> None:
-        """Refuse what a model without streams has no use for.
+    def check_accepts_chunks(self) -> None:
+        """Reject chunks for a model that needs whole sequences.
 
         Raises:
             ChunksUnsupported
@@ -81,29 +79,29 @@ class RequestReader:
             ChunksUnsupported, FinalUnsupported, MalformedBody, InvalidInput, ChunkTooLong: with
                 the fact `stream`.
         """
-        plain = self.plain_chunk(body, media, stream, precondition)
-        if plain is not None:
-            return plain
+        decoded = self.decode_chunk(body, media, stream, precondition)
+        if decoded is not None:
+            return decoded
         try:
-            self.check_takes_chunks()
-            found = self.bodies.validate(self.bodies.types[media].chunk, media, body)
-            steps = self.strict.of_chunk(found, "")
+            self.check_accepts_chunks()
+            validated = self.strict.validate(self.strict.types[media].chunk, media, body)
+            steps = self.strict.chunk_steps(validated, "")
         except CarryError as error:
             raise with_stream(stream, error) from error
-        return self.build_chunk(found, steps, stream, precondition, final=found.final)
+        return self.build_chunk(validated, steps, stream, precondition, final=validated.final)
 
-    def plain_chunk(
+    def decode_chunk(
         self,
         body: bytes,
         media: Media,
         stream: str,
         precondition: Precondition | None = None,
     ) -> Chunk | None:
-        """The one chunk of a body that is plainly good; None where `chunk` has to say."""
+        """The one chunk of a body, if the fast decoder reads it; otherwise None."""
         if self._whole:
             return None
-        plain = self._plain.chunk(media, body)
-        return None if plain is None else self.build_chunk(*plain, stream, precondition)
+        decoded = self.fast.decode_chunk(media, body)
+        return None if decoded is None else self.build_chunk(*decoded, stream, precondition)
 
     def part_of_steps(
         self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
@@ -118,11 +116,11 @@ class RequestReader:
             MalformedBody, InvalidInput
         """
         body = encoded_object(media, {name: encoded_list(media, elements)})
-        plain = self._plain.chunk(media, body)
-        if plain is not None:
-            return plain[1]
-        found = self.bodies.validate(self.bodies.types[media].sequence, media, body, origin)
-        return self.strict.of_part(found, origin)
+        decoded = self.fast.decode_chunk(media, body)
+        if decoded is not None:
+            return decoded[1]
+        kind = self.strict.types[media].sequence
+        return self.strict.part_steps(self.strict.validate(kind, media, body, origin), origin)
 
     def items(self, body: bytes, media: Media, first: int = 0) -> list[Chunk | CarryError]:
         """The chunks of a request for many streams, or what is wrong with each.
@@ -136,19 +134,21 @@ class RequestReader:
             MalformedBody, InvalidInput: the body as a whole is not a request.
             ChunksUnsupported
         """
-        self.check_takes_chunks()
-        plain = self._plain.items(media, body)
-        if plain is not None and all(item.if_match is None for item, _ in plain):
-            return [self.build_chunk(item, steps, item.stream, None) for item, steps in plain]
-        types, origin = self.bodies.types[media], Origin(first=first)
+        self.check_accepts_chunks()
+        decoded = self.fast.decode_items(media, body)
+        if decoded is not None and all(item.if_match is None for item, _ in decoded):
+            return [self.build_chunk(item, steps, item.stream, None) for item, steps in decoded]
+        kind, origin = self.strict.types[media].many, Origin(first=first)
         self._check_count("chunks", count_parts(media, body))
         try:
-            many = self.bodies.validate(types.many, media, body, origin, duplicates=True)
-            found: list[Any] = list(many.chunks)
+            many = self.strict.validate(kind, media, body, origin, allow_duplicates=True)
+            values: list[Any] = list(many.chunks)
         except InvalidInput as error:
-            found = self._item_values(body, media, error)
-        self._check_count("chunks", len(found))
-        items = [self._item(value, media, f"chunks[{at}]") for at, value in enumerate(found, first)]
+            values = self._item_values(body, media, error)
+        self._check_count("chunks", len(values))
+        items = [
+            self._item(value, media, f"chunks[{at}]") for at, value in enumerate(values, first)
+        ]
         if any(isinstance(item, Chunk) for item in items):
             for at, duplicate in find_duplicates(media, body, "chunks", origin).items():
                 items[at] = _with_item_stream(duplicate, items[at])
@@ -160,7 +160,7 @@ class RequestReader:
             raise too_many_elements(name, self.limits.max_items, count)
 
     def _item_values(self, body: bytes, media: Media, error: InvalidInput) -> list[Any]:
-        """The items as plain values, where it is not the body as a whole that is wrong."""
+        """The parsed items, if the error is in an item and not in the body as a whole."""
         values = loads(media, body)
         if not isinstance(values, dict) or not isinstance(values.get("chunks"), list):
             raise error
@@ -176,13 +176,12 @@ class RequestReader:
             if name is not None:
                 stream = stream_name(name, f"{inside}.stream")
             if not isinstance(value, ItemBody):
-                value = self.bodies.validate_part(
-                    self.bodies.types[media].item, media, value, inside
-                )
+                kind = self.strict.types[media].item
+                value = self.strict.validate_value(kind, media, value, inside)
             precondition = None
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
-            steps = self.strict.of_chunk(value, inside)
+            steps = self.strict.chunk_steps(value, inside)
             return self.build_chunk(value, steps, value.stream, precondition, final=value.final)
         except CarryError as error:
             return item_error(error, stream)
@@ -196,24 +195,24 @@ class RequestReader:
         Raises:
             MalformedBody, InvalidInput, ChunkTooLong
         """
-        plain = self._plain.sequences(media, body)
-        if plain is not None:
-            return plain
+        decoded = self.fast.decode_sequences(media, body)
+        if decoded is not None:
+            return decoded
         self._check_count("sequences", count_parts(media, body))
-        kind = self.bodies.types[media].predict
-        found = self.bodies.validate(kind, media, body, Origin(first=first)).sequences
-        self._check_count("sequences", len(found))
-        return self.strict.of_sequences(found, first)
+        kind = self.strict.types[media].predict
+        sequences = self.strict.validate(kind, media, body, Origin(first=first)).sequences
+        self._check_count("sequences", len(sequences))
+        return self.strict.all_steps(sequences, first)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
-        """How a body asks a decoder to look ahead.
+        """The forecast that a body asks for.
 
         Raises:
             ForecastUnsupported, MalformedBody, InvalidInput: with the fact `stream`.
         """
         try:
             return self.build_forecast_request(
-                self.bodies.validate(self.forecast_body_type(media), media, body)
+                self.strict.validate(self.forecast_body_type(media), media, body)
             )
         except CarryError as error:
             raise with_stream(stream, error) from error
@@ -224,7 +223,7 @@ class RequestReader:
         Raises:
             MalformedBody, InvalidInput
         """
-        return validate(StateBody, media, body)
+        return validate_body(StateBody, media, body)
 
     def fork(self, body: bytes, media: Media) -> ForkBody:
         """The name of the new stream of a fork.
@@ -232,7 +231,7 @@ class RequestReader:
         Raises:
             MalformedBody, InvalidInput
         """
-        return validate(ForkBody, media, body)
+        return validate_body(ForkBody, media, body)
 
     def forecast_body_type(self, media: Media) -> type[ForecastBody]:
         """The type that validates the body of a forecast.
@@ -241,31 +240,31 @@ class RequestReader:
             ForecastUnsupported
         """
         self.served.require_decoder()
-        kind = self.bodies.types[media].forecast
+        kind = self.strict.types[media].forecast
         if kind is None:
             raise TypeError("expected a body type of a model with a decoder")
         return kind
 
-    def build_forecast_request(self, found: ForecastBody) -> ForecastRequest:
+    def build_forecast_request(self, body: ForecastBody) -> ForecastRequest:
         """Build the forecast request of a validated body.
 
         Raises:
             InvalidInput
         """
         most = self.limits.max_forecast_samples
-        if found.samples > most:
+        if body.samples > most:
             raise InvalidInput(
-                f"samples: expected at most {most}, got {found.samples}",
+                f"samples: expected at most {most}, got {body.samples}",
                 at="samples",
                 expected=most,
-                got=found.samples,
+                got=body.samples,
             )
         return ForecastRequest(
-            found.horizon, found.samples, found.seed, self._future(found), found.position
+            body.horizon, body.samples, body.seed, self._future(body), body.position
         )
 
     def _future(self, body: ForecastBody) -> EventColumns | None:
-        schema = coming_schema(self.served)
+        schema = known_future_schema(self.served)
         if body.future is None or schema is None:
             return None
         if len(body.future) != body.horizon:
@@ -280,7 +279,7 @@ class RequestReader:
 
     def build_chunk(
         self,
-        body: ChunkBody | PlainChunk | RowsBody,
+        body: ChunkBody | DecodedChunk | RowsChunk,
         steps: Steps,
         stream: str,
         precondition: Precondition | None,
@@ -308,8 +307,8 @@ def too_many_elements(at: str, most: int, got: int | str) -> InvalidInput:
 
 
 def item_error(error: CarryError, stream: str | None) -> CarryError:
-    """The error as the outcome of an item, without its traceback and causes: a thousand may be held
-    at a time, and each would keep the item's values in memory."""
+    """The error as the outcome of an item, without its traceback and causes: a thousand may be in
+    memory at a time, and each would keep the item's values."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error if stream is None else with_stream(stream, error)
 

@@ -1,14 +1,18 @@
-"""From checked bodies to steps, value by value, saying what is wrong and where.
+"""Strict validator: from the bytes of a body to values, or the error that says what is wrong where.
 
-The strict way behind the fast one of `plain.py`: it reads what that left, and makes the errors.
+It accepts every valid body, and it alone makes the errors: the fast decoder before it only decides
+what is certainly valid. Errors name the place in the request, also for a part of a long body that
+is validated on its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from models.errors import DataError
 from models.events.columns import columns_from_events
@@ -16,12 +20,31 @@ from models.events.encode import check_rows
 from service.core.errors import ChunkTooLong, FinalUnsupported, InvalidInput
 from service.core.values import Feed, FloatRows, Steps
 from service.pipeline.served_model import ServedModel, invalid_data
-from service.transports.http.bodies.body_types import ChunkBody, StepsBody
-from service.transports.http.bodies.validation_errors import Origin, shown
+from service.transports.http.bodies.body_types import (
+    ChunkBody,
+    ForecastBody,
+    ItemBody,
+    ManyBody,
+    StepsBody,
+    StrictBody,
+    build_body_types,
+    known_future_schema,
+)
+from service.transports.http.bodies.duplicates import find_duplicate
+from service.transports.http.bodies.validation_errors import (
+    BODY,
+    Origin,
+    Place,
+    invalid_body,
+    shown,
+)
 from service.transports.http.limits import ApiLimits
+from service.transports.http.media import Media, loads
 
 NAMED_COLUMNS = 8
 """How many columns an error names before it says `...`."""
+
+B = TypeVar("B", bound=StrictBody)
 
 
 class Limit(NamedTuple):
@@ -40,22 +63,119 @@ class Limit(NamedTuple):
         )
 
 
-class StrictSteps:
-    """Reads the steps of one model's bodies.
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """The members that errors name, by place, in a body of one type.
+
+    Attributes:
+        body: those of the body itself.
+        inner: those of a chunk or sequence within it.
+        event: those of an event, or of the known future covariates of a step.
+    """
+
+    body: Sequence[str]
+    inner: Sequence[str] = ()
+    event: Sequence[str] = ()
+
+    def __call__(self, at: Place) -> Sequence[str]:
+        if "events" in at or "future" in at:
+            return self.event
+        return self.inner if at else self.body
+
+
+def validate_body(
+    kind: type[B],
+    media: Media,
+    body: bytes,
+    origin: Origin = BODY,
+    *,
+    members: _Members | None = None,
+    allow_duplicates: bool = False,
+) -> B:
+    """Validate a body, or a part of one.
+
+    Args:
+        origin: place of the part in the request.
+        members: those that errors name; by default those of the type.
+        allow_duplicates: leaves it to the caller to reject duplicate members.
+
+    Raises:
+        MalformedBody, InvalidInput
+    """
+    try:
+        if media is Media.JSON:
+            validated = kind.model_validate_json(body)
+        else:
+            validated = kind.model_validate(loads(media, body))
+    except ValidationError as error:
+        known = members or _Members(list(kind.model_fields))
+        raise invalid_body(error, media, known, origin) from error
+    if not allow_duplicates and (duplicate := find_duplicate(media, body, origin)) is not None:
+        raise duplicate
+    return validated
+
+
+class StrictValidator:
+    """Validates the bodies of one model and reads their steps.
 
     Args:
         limits: those of the model.
+
+    Attributes:
+        types: the types of its bodies.
     """
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
+        self.types = {media: build_body_types(served, limits, media) for media in Media}
         self._served = served
         self._columns = served.artifact.spec.columns
         self._most_chunk = Limit(limits.max_chunk_steps, "max_chunk_steps")
         self._most_predict = most = Limit(limits.max_predict_steps, "max_predict_steps")
         limit = served.chunk_limit
         self._most_sequence = most if limit is None else min(most, Limit(limit, "max_chunk_steps"))
+        future = known_future_schema(served)
+        self._event_fields = [field.name for field in served.events.fields] if served.events else []
+        self._future_fields = [field.name for field in future.fields] if future else []
 
-    def of_chunk(self, body: ChunkBody, inside: str) -> Steps:
+    def validate(
+        self,
+        kind: type[B],
+        media: Media,
+        body: bytes,
+        origin: Origin = BODY,
+        *,
+        allow_duplicates: bool = False,
+    ) -> B:
+        """Validate a body of this model; see `validate_body`.
+
+        Raises:
+            MalformedBody, InvalidInput
+        """
+        members = self._members(kind)
+        return validate_body(
+            kind, media, body, origin, members=members, allow_duplicates=allow_duplicates
+        )
+
+    def validate_value(self, kind: type[B], media: Media, value: Any, inside: str) -> B:
+        """Validate a part of a body that is parsed already.
+
+        Args:
+            inside: place of the part, with which the places in errors begin.
+
+        Raises:
+            InvalidInput
+        """
+        try:
+            return kind.model_validate(value)
+        except ValidationError as error:
+            raise invalid_body(error, media, self._members(kind), Origin(inside)) from error
+
+    def _members(self, kind: type[StrictBody]) -> _Members:
+        fields = self._future_fields if issubclass(kind, ForecastBody) else self._event_fields
+        inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
+        return _Members(list(kind.model_fields), list(inner.model_fields), fields)
+
+    def chunk_steps(self, body: ChunkBody, inside: str) -> Steps:
         """The steps of a chunk; a final one may have none.
 
         Args:
@@ -68,7 +188,7 @@ class StrictSteps:
         least = 0 if body.final else 1
         return self._read(body, Origin(inside), self._most_chunk, least)
 
-    def of_sequence(self, body: StepsBody, inside: str) -> Steps:
+    def sequence_steps(self, body: StepsBody, inside: str) -> Steps:
         """The steps of one sequence.
 
         Raises:
@@ -76,7 +196,7 @@ class StrictSteps:
         """
         return self._read(body, Origin(inside), self._most_sequence)
 
-    def of_sequences(self, bodies: Sequence[StepsBody], first: int = 0) -> list[Steps]:
+    def all_steps(self, bodies: Sequence[StepsBody], first: int = 0) -> list[Steps]:
         """The steps of whole sequences.
 
         Args:
@@ -86,19 +206,19 @@ class StrictSteps:
             InvalidInput, ChunkTooLong
         """
         steps = [
-            self.of_sequence(sequence, f"sequences[{at}]")
+            self.sequence_steps(sequence, f"sequences[{at}]")
             for at, sequence in enumerate(bodies, first)
         ]
         self.check_total(sum(sequence.length for sequence in steps))
         return steps
 
-    def of_body(self, body: StepsBody, inside: str) -> Steps:
+    def body_steps(self, body: StepsBody, inside: str) -> Steps:
         """The steps of a chunk or of a sequence, depending on the type of the body."""
         if isinstance(body, ChunkBody):
-            return self.of_chunk(body, inside)
-        return self.of_sequence(body, inside)
+            return self.chunk_steps(body, inside)
+        return self.sequence_steps(body, inside)
 
-    def of_part(self, body: StepsBody, origin: Origin) -> Steps:
+    def part_steps(self, body: StepsBody, origin: Origin) -> Steps:
         """Consecutive steps of a chunk or sequence.
 
         Raises:
@@ -112,7 +232,7 @@ class StrictSteps:
         Raises:
             ChunkTooLong
         """
-        _counted(steps, "sequences", self._most_predict)
+        _check_count(steps, "sequences", self._most_predict)
 
     def limit_of(self, kind: type[StepsBody]) -> Limit:
         """The limit on the steps of a body of that type."""
@@ -137,10 +257,13 @@ class StrictSteps:
         inside, first = origin
         lead = f"{inside}." if inside else ""
         if (body.events is None) == (body.inputs is None):
-            raise self._not_one(inside or "body", "both" if body.events is not None else "none")
+            raise self._not_exactly_one(
+                inside or "body", "both" if body.events is not None else "none"
+            )
         schema = self._served.events
         if body.events is not None and schema is not None:
-            count = _counted(len(body.events), f"{lead}events", most, least)
+            count = len(body.events)
+            _check_count(count, f"{lead}events", most, least)
             columns = columns_from_events(schema, body.events)
             return Steps(Feed.EVENTS, count, columns=columns)
         at = f"{lead}inputs"
@@ -149,7 +272,7 @@ class StrictSteps:
             if isinstance(body.inputs, bytes)
             else self._rows_of_lists(body.inputs, at, most, first)
         )
-        _counted(len(rows), at, most, least)
+        _check_count(len(rows), at, most, least)
         try:
             check_rows(self._columns, rows)
         except DataError as error:
@@ -157,32 +280,32 @@ class StrictSteps:
         return Steps(Feed.INPUTS, len(rows), rows=rows)
 
     def _rows_of_lists(
-        self, given: list[list[float]], at: str, most: Limit, first: int
+        self, values: list[list[float]], at: str, most: Limit, first: int
     ) -> FloatRows:
-        _counted(len(given), at, most, least=0)
+        _check_count(len(values), at, most, least=0)
         wide = len(self._columns)
-        for index, row in enumerate(given):
+        for index, row in enumerate(values):
             if len(row) != wide:
                 raise self.wrong_width(f"{at}[{index + first}]", str(len(row)))
         with np.errstate(over="ignore"):
-            return np.array(given, np.float64).astype(np.float32).reshape(-1, wide)
+            return np.array(values, np.float64).astype(np.float32).reshape(-1, wide)
 
-    def _rows_of_bytes(self, given: bytes, at: str) -> FloatRows:
+    def _rows_of_bytes(self, values: bytes, at: str) -> FloatRows:
         wide = 4 * len(self._columns)
-        if len(given) % wide:
-            raise self.wrong_width(at, f"{len(given)} bytes, which {wide} does not divide")
-        return np.frombuffer(given, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
+        if len(values) % wide:
+            raise self.wrong_width(at, f"{len(values)} bytes, which {wide} does not divide")
+        return np.frombuffer(values, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
     def _invalid_rows(
-        self, at: str, error: DataError, given: bytes | list[list[float]], first: int
+        self, at: str, error: DataError, values: bytes | list[list[float]], first: int
     ) -> InvalidInput:
-        """The refusal of one value of a row, as `inputs[3][0]`, with the name of its column."""
+        """The error for one value of a row, such as `inputs[3][0]`, with the name of its column."""
         if error.index is None or error.field is None:
             return invalid_data(at, error)
         column = [column.name for column in self._columns].index(error.field)
         place = f"{at}[{error.index + first}][{column}]"
         # As it was sent: after the cast, what overflowed is infinite.
-        got = error.got if isinstance(given, bytes) else shown(given[error.index][column])
+        got = error.got if isinstance(values, bytes) else shown(values[error.index][column])
         return InvalidInput(
             f"{place} ({error.field}): expected {error.expected}, got {got}",
             at=place,
@@ -201,16 +324,15 @@ class StrictSteps:
             f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got
         )
 
-    def _not_one(self, at: str, got: str) -> InvalidInput:
+    def _not_exactly_one(self, at: str, got: str) -> InvalidInput:
         both = "exactly one of `events` and `inputs`"
         feeds = "`inputs`" if self._served.events is None else both
         return InvalidInput(f"{at}: expected {feeds}, got {got}", at=at, expected=feeds, got=got)
 
 
-def _counted(count: int, at: str, most: Limit, least: int = 1) -> int:
+def _check_count(count: int, at: str, most: Limit, least: int = 1) -> None:
     if count < least:
         expected = "at least one step"
         raise InvalidInput(f"{at}: expected {expected}, got none", at=at, expected=expected, got=0)
     if count > most.steps:
         raise most.exceeded(at, count)
-    return count

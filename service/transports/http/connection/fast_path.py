@@ -2,7 +2,7 @@
 
 `Express.take` reads a request for one chunk, whole, from the bytes that came. It takes what it
 is certain of: the one route, no query, a few known headers said in the usual way, and a body
-that `PlainBodies` reads. Anything else, wrong or only unusual, is None, and the server and the
+that `FastDecoder` decodes. Anything else, wrong or only unusual, is None, and the server and the
 framework read it as they always do and make the errors. What is taken is answered here as the
 route answers it, byte for byte (a test holds both ways to it). It never waits.
 
@@ -29,12 +29,13 @@ from service.transports.http.boundary import client_left, note_failure
 from service.transports.http.connection.heads import is_host
 from service.transports.http.connection.rejections import Refusals
 from service.transports.http.context import ApiContext
+from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import problem_answer, status_of
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.http.replies.replies import server_timing
-from service.transports.http.request_fields import STREAM_NAME, TIMEOUT_HEADER, parse_timeout
+from service.transports.http.request_fields import TIMEOUT_HEADER, parse_timeout
 from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
 from service.transports.http.statuses import STATUS
 from service.transports.http.wire import ModelWire
@@ -167,7 +168,7 @@ class Express:
         request_id = headers.request_id or self._ids.next()
         if (error := pipeline.refusal(model, StreamKey(model, stream), waits_s)) is not None:
             return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
-        chunk = wire.reader.plain_chunk(data[end + 4 : whole_bytes], headers.media, stream)
+        chunk = wire.reader.decode_chunk(data[end + 4 : whole_bytes], headers.media, stream)
         if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
             # long replies are encoded in pieces, on the slow path
             return None

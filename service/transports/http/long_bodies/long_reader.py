@@ -22,13 +22,14 @@ from service.core.errors import (
     MalformedBody,
 )
 from service.core.values import Chunk, Feed, ForecastRequest, Precondition, Steps
-from service.transports.http.bodies.body_types import StepsBody, StrictBody, validate
+from service.transports.http.bodies.body_types import ForkBody, StateBody, StepsBody, StrictBody
 from service.transports.http.bodies.request_reader import (
     RequestReader,
     item_error,
     too_many_elements,
     with_stream,
 )
+from service.transports.http.bodies.strict_validator import validate_body
 from service.transports.http.bodies.validation_errors import BODY, Origin
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
@@ -49,7 +50,6 @@ from service.transports.http.media import (
     loads,
     malformed,
 )
-from service.transports.http.replies.schemas import ForkBody, StateBody
 from service.transports.http.request_fields import parse_if_match, stream_name
 
 BLOCK_BYTES: Final = 16 * 1024
@@ -85,8 +85,8 @@ class LongReader:
         """The one chunk of a body."""
         reader = self._reader
         try:
-            reader.check_takes_chunks()
-            kind = reader.bodies.types[media].chunk
+            reader.check_accepts_chunks()
+            kind = reader.strict.types[media].chunk
             chunk, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
         except CarryError as error:
             raise with_stream(stream, error) from error
@@ -96,8 +96,8 @@ class LongReader:
         self, body: bytes, media: Media, checkpoint: Checkpoint
     ) -> list[Chunk | CarryError]:
         """The chunk, or the error, of each item of a request for many streams."""
-        self._reader.check_takes_chunks()
-        kind = self._reader.bodies.types[media].many
+        self._reader.check_accepts_chunks()
+        kind = self._reader.strict.types[media].many
         items = await self._parts(body, media, kind, "chunks", checkpoint)
         chunks: list[Chunk | CarryError] = []
         for group in group_by_size(items, BLOCK_BYTES):
@@ -112,7 +112,8 @@ class LongReader:
 
     async def sequences(self, body: bytes, media: Media, checkpoint: Checkpoint) -> list[Steps]:
         """The whole sequences of a predict request."""
-        strict, types = self._reader.strict, self._reader.bodies.types[media]
+        strict = self._reader.strict
+        types = strict.types[media]
         parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
         sequences: list[Steps] = []
         steps = 0
@@ -129,7 +130,7 @@ class LongReader:
                 sequences += self._reader.sequences(some, media, first)
             steps += sum(sequence.length for sequence in sequences[first:])
             strict.check_total(steps)
-        return sequences or strict.of_sequences([])
+        return sequences or strict.all_steps([])
 
     async def forecast_request(
         self, body: bytes, media: Media, checkpoint: Checkpoint, stream: str
@@ -155,7 +156,7 @@ class LongReader:
                     steps = encoded_list(media, group)
                     part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
                     origin = Origin(first=len(future))
-                    future += reader.bodies.validate(kind, media, part, origin).future or []
+                    future += reader.strict.validate(kind, media, part, origin).future or []
                 forecast.future = future
             return reader.build_forecast_request(forecast)
         except CarryError as error:
@@ -175,9 +176,9 @@ class LongReader:
         )
         state = split.members.get("state", memoryview(b""))
         if len(state) < LONG_BYTES:
-            return validate(StateBody, media, encoded_object(media, split.members))
+            return validate_body(StateBody, media, encoded_object(media, split.members))
         rest: dict[str, Encoded] = {**split.members, "state": _EMPTY_OBJECT[media]}
-        restored = validate(StateBody, media, encoded_object(media, rest))
+        restored = validate_body(StateBody, media, encoded_object(media, rest))
         most = sum(part.size for part in parts.values())
         limits = ObjectLimits(list(parts), [], most, _no_list)
         state_parts = await self._split_object(
@@ -194,7 +195,7 @@ class LongReader:
         """The name of the new stream."""
         limits = ObjectLimits(list(ForkBody.model_fields), [], 1, _no_list)
         split = await self._split_object(body, media, limits, "", checkpoint)
-        return validate(ForkBody, media, encoded_object(media, split.members))
+        return validate_body(ForkBody, media, encoded_object(media, split.members))
 
     async def _parts(
         self, body: bytes, media: Media, kind: type[StrictBody], name: str, checkpoint: Checkpoint
@@ -215,7 +216,7 @@ class LongReader:
         reader = self._reader
         stream: str | None = None
         try:
-            kind = reader.bodies.types[media].item
+            kind = reader.strict.types[media].item
             split = await self._split_object(
                 item, media, self._limits(kind, media), inside, checkpoint
             )
@@ -259,7 +260,7 @@ class LongReader:
             validated.inputs = msgspec.msgpack.decode(rows, type=bytes)
         filled = [name for name, elements in split.lists.items() if elements]
         if (validated.events is None) == (validated.inputs is None) or not filled:
-            return validated, strict.of_body(validated, inside)
+            return validated, strict.body_steps(validated, inside)
         [name] = filled
         strict.check_final(validated, inside)
         parts: list[Steps] = []
@@ -310,7 +311,7 @@ class LongReader:
         """Validate an object with empty lists in place of those that were split."""
         lists = dict.fromkeys(split.lists, memoryview(_EMPTY[media]))
         document = encoded_object(media, {**split.members, **lists})
-        return self._reader.bodies.validate(kind, media, document, origin)
+        return self._reader.strict.validate(kind, media, document, origin)
 
     def _check_row(self, group: Sequence[memoryview], at: str) -> None:
         """Reject a long row of the wrong width, or with values that are not numbers."""

@@ -16,8 +16,9 @@ from pydantic.json_schema import models_json_schema
 
 from models.events.parse import example_event
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.body_types import EXAMPLE_STREAM, BodyTypes
+from service.transports.http.bodies.body_types import BodyTypes, ForkBody, StateBody
 from service.transports.http.context import ApiContext
+from service.transports.http.field_rules import EXAMPLE_STREAM
 from service.transports.http.media import Media
 from service.transports.http.replies import schemas
 
@@ -47,8 +48,8 @@ _DOCUMENTS: tuple[type[BaseModel], ...] = (
     schemas.ForecastReply,
     schemas.StreamInfo,
     schemas.StateReply,
-    schemas.StateBody,
-    schemas.ForkBody,
+    StateBody,
+    ForkBody,
     schemas.StreamList,
     schemas.Deleted,
     schemas.ModelList,
@@ -70,7 +71,7 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         routes=app.routes,
     )
     models = sorted(api.pipeline.models)
-    types = {name: api.wire(name).reader.bodies.types[Media.JSON] for name in models}
+    types = {name: api.wire(name).reader.strict.types[Media.JSON] for name in models}
     components = {
         **_schemas(list(_DOCUMENTS)),
         **_schemas([kind for found in types.values() for kind in _kinds(found)]),

@@ -14,11 +14,16 @@ from pydantic import BaseModel
 
 from service.core import errors
 from service.core.errors import CarryError
-from service.transports.http.bodies.body_types import EXAMPLE_EPOCH, EXAMPLE_STREAM, EXAMPLE_TAG
+from service.transports.http.field_rules import (
+    EXAMPLE_EPOCH,
+    EXAMPLE_STREAM,
+    EXAMPLE_TAG,
+    STREAM_NAME,
+)
 from service.transports.http.media import SERVED
 from service.transports.http.problems import LATER, PROBLEM_JSON, REFERENCE
 from service.transports.http.replies import schemas
-from service.transports.http.request_fields import SECONDS, STREAM_NAME
+from service.transports.http.request_fields import SECONDS
 from service.transports.http.statuses import STATUS
 
 Arguments = dict[str, Any]

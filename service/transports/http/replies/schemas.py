@@ -1,7 +1,7 @@
 """The documents that the API answers with, as the OpenAPI document describes them.
 
 Replies are written from plain data on the way out, without these types; tests hold them to
-the types, members and all. `StateBody` and `ForkBody` are request bodies and are validated.
+the types, members and all.
 """
 
 from __future__ import annotations
@@ -10,60 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.transports.http.bodies.body_types import (
-    EXAMPLE_EPOCH,
-    EXAMPLE_STREAM,
-    EXAMPLE_TAG,
-    StrictBody,
+from service.transports.http.field_rules import (
+    EpochText,
+    FeedName,
+    Fingerprint,
+    ModelName,
+    PositionNumber,
+    StateValues,
+    StreamName,
+    TagText,
+    Version,
 )
-from service.transports.http.request_fields import STREAM_NAME
 
-EXAMPLE_VERSION = "9c04e2d1b8a7"
-EXAMPLE_FINGERPRINT = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
-
-StreamName = Annotated[str, Field(pattern=STREAM_NAME, examples=[EXAMPLE_STREAM])]
-ModelName = Annotated[str, Field(description="The model's slug.", examples=["flights"])]
-Version = Annotated[
-    str,
-    Field(description="First 12 digits of the model's fingerprint.", examples=[EXAMPLE_VERSION]),
-]
-Fingerprint = Annotated[
-    str,
-    Field(
-        pattern="^[0-9a-f]{32}$",
-        description="Hash of what determines the model's numbers.",
-        examples=[EXAMPLE_FINGERPRINT],
-    ),
-]
-EpochText = Annotated[
-    str,
-    Field(
-        pattern="^[0-9a-f]{16}$",
-        description="Random; new whenever the stream begins: created, restored or forked.",
-        examples=[EXAMPLE_EPOCH],
-    ),
-]
-TagText = Annotated[
-    str,
-    Field(
-        pattern="^[0-9a-f]{32}$",
-        description="Hash chain over the commits of the epoch.",
-        examples=[EXAMPLE_TAG],
-    ),
-]
-PositionNumber = Annotated[
-    int, Field(ge=0, le=2**62, description="Events consumed.", examples=[48])
-]
-FeedName = Annotated[
-    Literal["events", "inputs"], Field(description="How the stream is fed, since its first chunk.")
-]
-StateValues = Annotated[
-    dict[str, Any],
-    Field(
-        description="Each part of the state by its name, as nested lists of the part's shape.",
-        examples=[{"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}],
-    ),
-]
 Outputs = Annotated[
     dict[str, Any],
     Field(
@@ -225,31 +183,6 @@ class StateReply(Document):
     tag: TagText
     updated_ms: int
     state: StateValues
-
-
-class StateBody(StrictBody):
-    """What `GET .../state` gave. Only fingerprint, feed, position and state are read."""
-
-    fingerprint: Fingerprint
-    feed: FeedName
-    position: PositionNumber
-    state: StateValues
-    model: str | None = None
-    version: str | None = None
-    stream: str | None = None
-    epoch: str | None = None
-    tag: str | None = None
-    updated_ms: int | None = None
-
-
-class ForkBody(StrictBody):
-    """The stream to begin."""
-
-    to: str = Field(
-        description="Name of the new stream.",
-        examples=[f"{EXAMPLE_STREAM}:what-if"],
-        json_schema_extra={"pattern": STREAM_NAME},
-    )
 
 
 class StreamList(Document):

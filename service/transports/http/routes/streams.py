@@ -109,7 +109,7 @@ async def put_state(request: Request) -> Response:
     api = api_of(request)
     key = _key(request)
     wire = api.wire(key.model)
-    wire.reader.check_takes_chunks()
+    wire.reader.check_accepts_chunks()
     served = wire.served
     media = body_media(request)
     answer = reply_media(request, media)

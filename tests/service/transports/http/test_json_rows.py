@@ -1,34 +1,34 @@
-"""Rows by simdjson: what is taken, and what is left to others. `test_plain` compares the values."""
+"""Chunks of rows by simdjson: accepted forms; `test_fast_decoder` compares the values."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from service.transports.http.bodies.json_rows import MAX_BYTES, JsonRows
+from service.transports.http.bodies.json_rows import MAX_BYTES, JsonRowsDecoder
 
 
 @pytest.fixture
-def reader() -> JsonRows:
-    return JsonRows(3, 4)
+def decoder() -> JsonRowsDecoder:
+    return JsonRowsDecoder(3, 4)
 
 
 @pytest.mark.parametrize("space", ["", " ", "\n\t "])
-def test_usual_bodies_are_taken(reader: JsonRows, space: str) -> None:
+def test_usual_bodies_are_decoded(decoder: JsonRowsDecoder, space: str) -> None:
     text = (
         f'{{"position":{space}7,"epoch":"0123456789abcdef","inputs":[[1,-2.5,0],[{space}3,4,5]]}}'
     )
-    found = reader.chunk(text.encode())
+    found = decoder.decode_chunk(text.encode())
     assert found is not None
     assert found.rows.dtype == np.float32
     assert found.rows.tolist() == [[1, -2.5, 0], [3, 4, 5]]
     assert (found.position, found.epoch) == (7, "0123456789abcdef")
 
 
-def test_a_parser_is_free_again_after_each_text(reader: JsonRows) -> None:
+def test_the_parser_is_reusable_after_invalid_text(decoder: JsonRowsDecoder) -> None:
     for text in (b'{"inputs":[[1,2]]}', b'{"inputs":[[1,2,"3"]]}', b'{"inputs":[[', b"[]"):
-        assert reader.chunk(text) is None
-        assert reader.chunk(b'{"inputs":[[1,2,3]]}') is not None
+        assert decoder.decode_chunk(text) is None
+        assert decoder.decode_chunk(b'{"inputs":[[1,2,3]]}') is not None
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_a_parser_is_free_again_after_each_text(reader: JsonRows) -> None:
         b"[[1,2,1e39]]",
     ],
 )
-def test_other_shapes_are_left(reader: JsonRows, text: bytes) -> None:
-    assert reader.chunk(b'{"inputs":' + text + b"}") is None
+def test_other_shapes_are_not_decoded(decoder: JsonRowsDecoder, text: bytes) -> None:
+    assert decoder.decode_chunk(b'{"inputs":' + text + b"}") is None
 
 
-def test_long_texts_are_left(reader: JsonRows) -> None:
+def test_long_texts_are_not_decoded(decoder: JsonRowsDecoder) -> None:
     row = b"[[1,2," + b" " * MAX_BYTES + b"3]]"
-    assert reader.chunk(b'{"inputs":' + row + b"}") is None
+    assert decoder.decode_chunk(b'{"inputs":' + row + b"}") is None

@@ -47,7 +47,7 @@ from tests.service.transports.http.harness import (
     problem,
     rows,
 )
-from tests.service.transports.http.test_plain import (
+from tests.service.transports.http.test_fast_decoder import (
     EDGES,
     KINDS,
     json_bodies,
@@ -350,7 +350,7 @@ def test_short_bodies_are_counted_before_they_are_validated(
     name = "chunks" if kind == "items" else "sequences"
     dumps = ormsgpack.packb if media is Media.MSGPACK else orjson.dumps
     body = dumps({name: [{}] * 5000})
-    monkeypatch.setattr(reader.bodies, "validate", None)
+    monkeypatch.setattr(reader.strict, "validate", None)
     error, _, facts = read(reader, kind, media, body)
     assert error is InvalidInput
     assert (facts["at"], facts["expected"], facts["got"]) == (name, 3, 5000)

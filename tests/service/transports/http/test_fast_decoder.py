@@ -1,4 +1,4 @@
-"""The fast way in reads what the strict one reads, or leaves it to say what is wrong."""
+"""The fast decoder returns what the strict validator returns, or None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, InvalidInput
 from service.core.values import Chunk, Steps
 from service.pipeline.served_model import ServedModel
-from service.transports.http.bodies.fast_decoder import PlainBodies
+from service.transports.http.bodies.fast_decoder import FastDecoder
 from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
@@ -27,27 +27,27 @@ LIMITS = ApiLimits(max_chunk_steps=4, max_predict_steps=6, max_items=3)
 KINDS = ("chunk", "items", "sequences")
 
 
-class Never(PlainBodies):
-    """Finds nothing plainly good."""
+class UndecidedDecoder(FastDecoder):
+    """Leaves every body to the strict validator."""
 
-    def chunk(self, media: Media, body: bytes) -> None:
+    def decode_chunk(self, media: Media, body: bytes) -> None:
         return None
 
-    def items(self, media: Media, body: bytes) -> None:
+    def decode_items(self, media: Media, body: bytes) -> None:
         return None
 
-    def sequences(self, media: Media, body: bytes) -> None:
+    def decode_sequences(self, media: Media, body: bytes) -> None:
         return None
 
 
 @pytest.fixture(scope="module")
 def readers(models: Mapping[str, Artifact]) -> Mapping[str, tuple[RequestReader, RequestReader]]:
-    """Per model, a reader with the fast way and one without."""
+    """Per model, a reader with the fast decoder and one without."""
     found = {}
     for name, artifact in models.items():
         served = ServedModel(artifact, NumpyRuntime(artifact))
         fast, strict = (RequestReader(served, LIMITS, lambda: b"n" * 16) for _ in "ab")
-        strict._plain = Never(served, LIMITS)
+        strict.fast = UndecidedDecoder(served, LIMITS)
         found[name] = fast, strict
     return found
 
@@ -88,8 +88,8 @@ def read(reader: RequestReader, kind: str, media: Media, body: bytes) -> Any:
         return shown(error)
 
 
-def is_plain(reader: RequestReader, kind: str, media: Media, body: bytes) -> bool:
-    return getattr(reader._plain, kind)(media, body) is not None
+def is_decoded(reader: RequestReader, kind: str, media: Media, body: bytes) -> bool:
+    return getattr(reader.fast, f"decode_{kind}")(media, body) is not None
 
 
 NUMBERS = st.one_of(
@@ -250,7 +250,7 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
 @pytest.mark.parametrize("model", ["probe", "small"])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_json_is_read_as_by_the_strict_types(
+def test_json_is_decoded_as_validated(
     readers: Mapping[str, tuple[RequestReader, RequestReader]],
     data: st.DataObject,
     model: str,
@@ -265,7 +265,7 @@ def test_json_is_read_as_by_the_strict_types(
 @pytest.mark.parametrize("model", ["probe", "small"])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_messagepack_is_read_as_by_the_strict_types(
+def test_messagepack_is_decoded_as_validated(
     readers: Mapping[str, tuple[RequestReader, RequestReader]],
     data: st.DataObject,
     model: str,
@@ -321,7 +321,7 @@ EDGES = [
 
 
 @pytest.mark.parametrize("text", EDGES)
-def test_long_and_short_reader_agree_on_edge_cases(
+def test_edge_cases_are_decoded_as_validated(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], text: str
 ) -> None:
     fast, strict = readers["probe"]
@@ -336,7 +336,7 @@ def test_long_and_short_reader_agree_on_edge_cases(
 
 
 @pytest.mark.parametrize("position", [2**63 - 1, 2**63, 2**64 - 1, -1, 1.0, True, None, b"1"])
-def test_packed_positions(
+def test_packed_positions_are_decoded_as_validated(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], position: object
 ) -> None:
     fast, strict = readers["probe"]
@@ -344,13 +344,13 @@ def test_packed_positions(
     assert read(fast, "chunk", Media.MSGPACK, body) == read(strict, "chunk", Media.MSGPACK, body)
 
 
-def test_events_and_inputs_together(
+def test_events_and_inputs_together_are_rejected(
     readers: Mapping[str, tuple[RequestReader, RequestReader]],
 ) -> None:
     fast, strict = readers["small"]
     both = {"events": [EVENT], "inputs": [[0.0] * fast.served.input_features]}
     body = body_of(Media.JSON, both)
-    assert not is_plain(fast, "chunk", Media.JSON, body)
+    assert not is_decoded(fast, "chunk", Media.JSON, body)
     assert read(fast, "chunk", Media.JSON, body) == read(strict, "chunk", Media.JSON, body)
 
 
@@ -358,7 +358,7 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnor
 
 
 @given(values=st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=1, max_size=4))
-def test_good_rows_are_plain(
+def test_valid_rows_are_decoded(
     readers: Mapping[str, tuple[RequestReader, RequestReader]], values: list[list[float]]
 ) -> None:
     fast, _ = readers["probe"]
@@ -374,7 +374,7 @@ def test_good_rows_are_plain(
         ):
             text: Any = dumps(value)
             body = text.encode() if isinstance(text, str) else text
-            assert is_plain(fast, kind, media, body)
+            assert is_decoded(fast, kind, media, body)
         found = fast.chunk(body_of(media, {"position": 3, **steps}), media, "s", None)
         assert found.steps.rows is not None
         np.testing.assert_array_equal(found.steps.rows.view(np.int32), expected.view(np.int32))
@@ -384,7 +384,9 @@ def body_of(media: Media, value: Any) -> bytes:
     return json.dumps(value).encode() if media is Media.JSON else ormsgpack.packb(value)
 
 
-def test_good_events_are_plain(readers: Mapping[str, tuple[RequestReader, RequestReader]]) -> None:
+def test_valid_events_are_decoded(
+    readers: Mapping[str, tuple[RequestReader, RequestReader]],
+) -> None:
     fast, strict = readers["small"]
     for media in Media:
         for kind, value in (
@@ -393,7 +395,7 @@ def test_good_events_are_plain(readers: Mapping[str, tuple[RequestReader, Reques
             ("sequences", {"sequences": [{"events": [LATER]}, {"events": [EVENT]}]}),
         ):
             body = body_of(media, value)
-            assert is_plain(fast, kind, media, body)
+            assert is_decoded(fast, kind, media, body)
             assert read(fast, kind, media, body) == read(strict, kind, media, body)
 
 
@@ -408,7 +410,7 @@ def test_items_of_both_kinds_and_of_different_lengths(
         {"stream": "a", "inputs": [[0.5, *zeros[0][1:]]]},
     ]
     body = body_of(Media.JSON, {"chunks": items})
-    assert is_plain(fast, "items", Media.JSON, body)
+    assert is_decoded(fast, "items", Media.JSON, body)
     found = read(fast, "items", Media.JSON, body)
     assert found == read(strict, "items", Media.JSON, body)
     assert [item[-1][1] for item in found] == [2, 1, 1]

@@ -1,0 +1,90 @@
+"""Rules of the values that identify a stream and its state, written once for all who check them.
+
+The fast decoder, the strict validator, the URL, the headers and the OpenAPI document use them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+from typing_extensions import TypeIs
+
+STREAM_NAME: Final = (
+    r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
+)
+"""`.` and `..` are excluded: clients remove them from a URL (RFC 3986, 5.2.4), and the request
+would reach another stream. Written without lookahead, which some regex engines lack."""
+STREAM_NAME_RULE: Final = "1 to 256 characters of A-Z a-z 0-9 . _ : @ -"
+EPOCH: Final = "[0-9a-f]{16}"
+TAG: Final = "[0-9a-f]{32}"
+MAX_POSITION: Final = 2**63 - 1
+"""Also the largest integer of any other member, so that an error can name a rejected one."""
+
+EXAMPLE_STREAM: Final = "EWR-UA"
+EXAMPLE_EPOCH: Final = "5f0c1e7ab2d34896"
+EXAMPLE_TAG: Final = "c2a94d0b71e65f3889d1046be7a2f35c"
+EXAMPLE_VERSION: Final = "9c04e2d1b8a7"
+EXAMPLE_FINGERPRINT: Final = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
+
+is_stream_name = re.compile(STREAM_NAME[1:-1]).fullmatch
+is_stream_prefix = re.compile(r"[A-Za-z0-9._:@-]{0,256}").fullmatch
+is_bare_etag = re.compile(f"{EPOCH}-{TAG}").fullmatch
+_is_epoch = re.compile(EPOCH).fullmatch
+
+
+def is_optional_position(value: object) -> TypeIs[int | None]:
+    """Whether a parsed value is a position, or none."""
+    # not a bool, which is an int too
+    return value is None or (type(value) is int and 0 <= value <= MAX_POSITION)
+
+
+def is_optional_epoch(value: object) -> TypeIs[str | None]:
+    """Whether a parsed value is an epoch, or none."""
+    return value is None or (type(value) is str and _is_epoch(value) is not None)
+
+
+StreamName = Annotated[str, Field(pattern=STREAM_NAME, examples=[EXAMPLE_STREAM])]
+ModelName = Annotated[str, Field(description="The model's slug.", examples=["flights"])]
+Version = Annotated[
+    str,
+    Field(description="First 12 digits of the model's fingerprint.", examples=[EXAMPLE_VERSION]),
+]
+Fingerprint = Annotated[
+    str,
+    Field(
+        pattern="^[0-9a-f]{32}$",
+        description="Hash of what determines the model's numbers.",
+        examples=[EXAMPLE_FINGERPRINT],
+    ),
+]
+EpochText = Annotated[
+    str,
+    Field(
+        pattern=f"^{EPOCH}$",
+        description="Random; new whenever the stream begins: created, restored or forked.",
+        examples=[EXAMPLE_EPOCH],
+    ),
+]
+TagText = Annotated[
+    str,
+    Field(
+        pattern=f"^{TAG}$",
+        description="Hash chain over the commits of the epoch.",
+        examples=[EXAMPLE_TAG],
+    ),
+]
+PositionNumber = Annotated[
+    int, Field(ge=0, le=2**62, description="Events consumed.", examples=[48])
+]
+FeedName = Annotated[
+    Literal["events", "inputs"], Field(description="How the stream is fed, since its first chunk.")
+]
+StateValues = Annotated[
+    dict[str, Any],
+    Field(
+        description="Each part of the state by its name, as nested lists of the part's shape.",
+        examples=[{"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}],
+    ),
+]
