@@ -93,7 +93,7 @@ _FEED_IS_INPUTS: Final = 1
 _HAS_LAST: Final = 2
 _DELETED: Final = 4
 _STREAM_EXISTED: Final = 8
-TOMBSTONE_BEGIN: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
+TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
 """First bytes of every tombstone, and of no state."""
 
 

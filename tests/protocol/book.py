@@ -173,20 +173,20 @@ class Book:
         """`resolve_conflict` of the state that was found."""
         return self.rules.resolve_conflict(self.chunk(job), self.head(new), self.head(found))
 
-    def resolve_repeated_commit(
+    def resolve_retried_commit(
         self, stream: int, expected: int, new: int, found: int
     ) -> CommitResult:
         """The result of a repeated commit that conflicts."""
         commit = self._commit(stream, expected, new, 0)
-        key = ("resolve_repeated_commit", stream, expected, new, found)
+        key = ("resolve_retried_commit", stream, expected, new, found)
         return self._decide(
-            key, self.rules.resolve_repeated_commit, commit, Conflicted(self.head(found))
+            key, self.rules.resolve_retried_commit, commit, Conflicted(self.head(found))
         )
 
-    def resolve_repeated_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
-        """`resolve_repeated_deletion` of a repeated deletion."""
+    def resolve_retried_deletion(self, stream: int, expected: int, found: int) -> CommitResult:
+        """`resolve_retried_deletion` of a repeated deletion."""
         result = Conflicted(self.head(found))
-        return self.rules.resolve_repeated_deletion(
+        return self.rules.resolve_retried_deletion(
             self.keys[stream], self.expected(expected), result
         )
 

@@ -111,7 +111,7 @@ def _other_epoch(commit: Commit, result: Conflicted) -> CommitResult:
     found = result.found
     if found is not None and commit.expected is None and found.epoch != commit.new.head.epoch:
         return result
-    return Rules().resolve_repeated_commit(commit, result)
+    return Rules().resolve_retried_commit(commit, result)
 
 
 def _as_deleted(key: StreamKey, expected: StreamHead, result: Conflicted) -> CommitResult:
@@ -198,19 +198,19 @@ PLANTED = (
     Planted(
         "a lost answer taken for a conflict",
         RACE,
-        Rules(resolve_repeated_commit=_as_found),
+        Rules(resolve_retried_commit=_as_found),
         "twice",
     ),
     Planted(
         "another epoch taken for proof that nothing was written",
         replace(RESTORED, faults=Faults(replies_lost=1)),
-        Rules(resolve_repeated_commit=_other_epoch),
+        Rules(resolve_retried_commit=_other_epoch),
         "twice",
     ),
     Planted(
         "a deletion whose answer was lost told as refused",
         ERASED,
-        Rules(resolve_repeated_deletion=_as_deleted),
+        Rules(resolve_retried_deletion=_as_deleted),
         "and it is applied",
     ),
     Planted(

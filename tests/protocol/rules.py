@@ -34,7 +34,7 @@ from service.core.values import (
 )
 from service.store.base import Commit, CommitResult, Conflicted
 from service.store.codec import head_bytes
-from service.store.redis.outcomes import resolve_repeated_commit, resolve_repeated_deletion
+from service.store.redis.outcomes import resolve_retried_commit, resolve_retried_deletion
 
 NONCE_BYTES = 16
 
@@ -118,9 +118,9 @@ class Rules:
         resolve_conflict
     )
     resolve_duplicate: Callable[..., Resolution] = answer_as_read
-    resolve_repeated_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_repeated_commit
-    resolve_repeated_deletion: Callable[[StreamKey, StreamHead, Conflicted], CommitResult] = (
-        resolve_repeated_deletion
+    resolve_retried_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_retried_commit
+    resolve_retried_deletion: Callable[[StreamKey, StreamHead, Conflicted], CommitResult] = (
+        resolve_retried_deletion
     )
     nonce: Callable[[int, int, int], bytes] = nonce
     commit_effect: Callable[[Pair, Commit], Effect] = commit_effect

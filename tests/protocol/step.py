@@ -248,7 +248,7 @@ class Step:
         found = self.store[stream].state
         result: Any = Conflicted(self.book.head(found))
         if request.repeated:
-            result = self.book.resolve_repeated_commit(stream, request.base, request.new, found)
+            result = self.book.resolve_retried_commit(stream, request.base, request.new, found)
         if isinstance(result, Committed):
             self._answer(index, job, request.new)
             return
@@ -290,7 +290,7 @@ class Step:
         elif self.book.plan(job).guarded:
             result: Any = Conflicted(self.book.head(found))
             if request.repeated:
-                result = self.book.resolve_repeated_deletion(stream, request.base, found)
+                result = self.book.resolve_retried_deletion(stream, request.base, found)
             if isinstance(result, Committed):
                 self._answer(index, job, 0)
             else:

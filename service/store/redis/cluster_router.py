@@ -1,22 +1,22 @@
-"""The way to a Redis Cluster: each request to the node that has its slot.
+"""Router of a Redis Cluster: sends each request to the primary of its slot.
 
-One lane for each primary. Requests of one slot go to one lane, so that what was asked first is
-carried out first, as on a single server. The map of slots is read at the start, and again when
-a node sends a request elsewhere, puts it off or does not answer: by one task at a time, after
-a jittered pause, from whichever node answers.
+Each primary has one pipelined connection, so requests of one slot are executed in the order of the
+calls, as on a single server. The topology is read at the start, and again after a redirect, a
+deferral or a lost connection: by one task at a time, after a jittered delay, from any node that
+answers.
 
-    MOVED        the slot has another node: it is noted, and the request goes there
-    ASK          the slot is being moved, these keys already were: asked there, this once
-    TRYAGAIN     the slot is being moved, some of the keys were: asked again after a pause
-    CLUSTERDOWN  no majority, or nobody has the slot: asked again after a pause
-    node gone    as soon as the map names another, what the lost node owes goes there, as
-                 requests that may have been carried out already
+    MOVED              the slot has another primary: the map is updated, the request goes there
+    ASK                the slot is migrating and these keys have moved: sent there once, with ASKING
+    TRYAGAIN           the slot is migrating and some of the keys have moved: retried with backoff
+    CLUSTERDOWN        no majority, or a slot without a primary: retried with backoff
+    node unavailable   as soon as the topology names another primary, pending requests of the lost
+                       node go there, marked as retries
 
-While the map changes, requests of one stream may overtake each other: one waits in a pause, the
-next finds its node at once. That is enough, because no request relies on its order. A commit
-expects the head that the one before it writes; it comes too early, and is a conflict, and its
-chunk is judged anew. One that is repeated on another node finds its own head, or what it
-expected, or neither, and is settled as on a single server. Order only saves these detours.
+While the topology changes, requests of one stream may overtake each other: one is backing off
+while the next finds its node at once. That is safe, because correctness does not depend on their
+order. A commit that overtakes the one before it fails its compare-and-set, and its chunk is
+evaluated again. A commit that is retried on another node finds its own head, the expected head or
+neither, and is resolved as on a single server. Order only avoids these retries.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -35,27 +35,37 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterDownError, MovedError, RedisError, TryAgainError
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
-from service.store.redis.connections import RETRY_AFTER_S, TRIES
-from service.store.redis.pipelined_connection import MAX_PAUSE_S, PAUSE_S, Lane
-from service.store.redis.redis_server import Server
-from service.store.redis.router import Layout, Link
-from service.store.redis.store_request import Request
-from service.store.redis.topology import Address, Topology, node_url, read_topology, seeds
+from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S
+from service.store.redis.pipelined_connection import (
+    BACKOFF_BASE_S,
+    BACKOFF_CAP_S,
+    PipelinedConnection,
+)
+from service.store.redis.redis_server import RedisServer
+from service.store.redis.router import Layout, Router
+from service.store.redis.store_request import StoreRequest
+from service.store.redis.topology import (
+    Address,
+    Topology,
+    node_url,
+    parse_startup_nodes,
+    parse_topology,
+)
 from service.store.settings import StoreSettings
 
-REFRESH_S: Final = 0.1
-"""Least time between two looks at the map, half of it jitter."""
+REFRESH_INTERVAL_S: Final = 0.1
+"""Least time between two reads of the topology; half of it is jitter."""
 
-ASKED_S: Final = 1.0
-"""How long one node may take to give the map before another is asked."""
+TOPOLOGY_TIMEOUT_S: Final = 1.0
+"""How long one node may take to return the topology before another is asked."""
 
 NO_NODE: Final = "none"
 
 log = structlog.get_logger(__name__)
 
 
-class ClusterLink(Link):
-    """The way to the nodes of a cluster.
+class ClusterRouter(Router):
+    """Router of a cluster; its startup nodes are the nodes of the address.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -64,31 +74,33 @@ class ClusterLink(Link):
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
         self._settings = settings
-        self._seeds = seeds(settings.url)
-        self._asked_s = min(ASKED_S, settings.wait_s / TRIES)
+        self._startup_nodes = parse_startup_nodes(settings.url)
+        self._topology_timeout_s = min(TOPOLOGY_TIMEOUT_S, settings.wait_s / ATTEMPTS_PER_CALL)
         scheme = settings.url.partition("://")[0]
-        self.where = f"{scheme}://{','.join(map(str, self._seeds))}"
-        self._servers = {seed: self._open(seed) for seed in self._seeds}
-        self._map: Topology | None = None
+        self.redacted_url = f"{scheme}://{','.join(map(str, self._startup_nodes))}"
+        self._servers = {node: self._connect_to(node) for node in self._startup_nodes}
+        self._topology: Topology | None = None
         self._owners: list[Address | None] = []
         self._refreshing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last: CarryError | None = None
-        self._backoff = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S)
+        self._topology_error: CarryError | None = None
+        self._backoff = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S)
 
     async def start(self) -> None:
         failures = 0
         try:
             async with asyncio.timeout(self._wait_s):
-                while (error := await self._look()) is not None:
+                while (error := await self._read_topology()) is not None:
                     if isinstance(error, StoreRefused):
                         raise error
                     if failures == 0:
-                        log.warning("store_away", store=self.where, reason=error.detail)
+                        log.warning(
+                            "store_unavailable", store=self.redacted_url, reason=error.detail
+                        )
                     await asyncio.sleep(self._backoff.compute(failures))
                     failures += 1
         except TimeoutError:
-            raise self._unavailable() from self._last
+            raise self._unavailable_error() from self._topology_error
 
     async def close(self) -> None:
         for task in (*self._tasks, *([self._refreshing] if self._refreshing else [])):
@@ -98,168 +110,175 @@ class ClusterLink(Link):
             await server.close()
 
     def slot(self, key: str) -> int:
-        """The cluster's hash slot."""
         return key_slot(key.encode())
 
-    def owner(self, slot: int) -> Address | str:
-        """The address of a slot's node; `NO_NODE` if it has none."""
+    def node_of(self, slot: int) -> Address | str:
+        """The address of a slot's primary; `NO_NODE` if it has none."""
         return (self._owners[slot] if self._owners else None) or NO_NODE
 
     async def layout(self) -> Layout:
-        error = await self._look()
-        if error is not None or self._map is None:
-            raise self._unavailable() from error
-        servers = [self._server(address) for address in self._map.primaries]
-        gap = f"{self._map.uncovered} slots have no node" if self._map.uncovered else ""
-        return Layout(self._map.layout, servers, gap)
+        error = await self._read_topology()
+        if error is not None or self._topology is None:
+            raise self._unavailable_error() from error
+        servers = [self._server(address) for address in self._topology.primaries]
+        uncovered = self._topology.uncovered_slots
+        coverage_error = f"{uncovered} slots have no node" if uncovered else ""
+        return Layout(self._topology.version, servers, coverage_error)
 
-    def server_of(self, slot: int) -> Server | None:
+    def server_of(self, slot: int) -> RedisServer | None:
         owner = self._owners[slot] if self._owners else None
         return None if owner is None else self._server(owner)
 
-    def others(self) -> list[Server]:
-        return [self._server(address) for address in self._map.replicas] if self._map else []
+    def replicas(self) -> list[RedisServer]:
+        if self._topology is None:
+            return []
+        return [self._server(address) for address in self._topology.replicas]
 
-    def reconnect(self) -> None:
-        self._refresh_soon()
+    def refresh(self) -> None:
+        """Read the topology again, unless a task does already."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
 
-    # What lanes tell
+    # Redirects (`RedirectHandler`)
 
-    def redirected(self, request: Request, error: RedisError) -> bool:
-        """Send a request elsewhere, or again later; nothing of it was carried out."""
+    def handle_redirect(self, request: StoreRequest, error: RedisError) -> bool:
+        """Send a request to another node, or again later; the node did not execute it."""
         if not isinstance(error, (AskError, TryAgainError, ClusterDownError)):
             return False
-        request.put_off = error
-        request.asking = False
-        first = request.hops == 0
-        request.hops += 1
+        request.redirect_error = error
+        request.needs_asking = False
+        is_first = request.redirect_count == 0
+        request.redirect_count += 1
         if isinstance(error, AskError):
-            lane = request.lane
-            asked = self._address_of(lane)
-            target = Address(error.host or (asked.host if asked else ""), error.port)
+            sender = self._address_of(request.connection)
+            target = Address(error.host or (sender.host if sender else ""), error.port)
             if isinstance(error, MovedError):
                 self._owners[error.slot_id] = target
-                self._refresh_soon()
-                if not first:
-                    # Two nodes may send it to and fro until they agree.
-                    self._spawn(self._again(request, self._backoff.compute(request.hops)))
+                self.refresh()
+                if not is_first:
+                    # Two nodes may redirect it to each other until they agree.
+                    self._retry_with_backoff(request)
                     return True
             else:
-                request.asking = True
-            self._spawn(self._to(self._server(target).lane, request))
+                request.needs_asking = True
+            self._spawn(self._send(self._server(target).connection, request))
             return True
         if isinstance(error, ClusterDownError):
-            self._refresh_soon()
-        self._spawn(self._again(request, self._backoff.compute(request.hops)))
+            self.refresh()
+        self._retry_with_backoff(request)
         return True
 
-    def away(self) -> None:
-        """A node does not answer: another may have taken its place."""
-        self._refresh_soon()
+    def handle_disconnect(self) -> None:
+        """Read the topology: another node may have been promoted."""
+        self.refresh()
 
     # Requests
 
-    def _place(self, requests: Sequence[Request]) -> Sequence[Lane]:
-        lanes: dict[Lane, list[Request]] = {}
+    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
+        connections: dict[PipelinedConnection, list[StoreRequest]] = {}
         for request in requests:
             owner = self._owners[request.slot]
             if owner is None:
-                request.hops += 1
-                self._refresh_soon()
-                self._spawn(self._again(request, self._backoff.compute(request.hops)))
+                request.redirect_count += 1
+                self.refresh()
+                self._retry_with_backoff(request)
             else:
-                lanes.setdefault(self._server(owner).lane, []).append(request)
-        for lane, group in lanes.items():
-            lane.put(group)
-        return list(lanes)
+                connections.setdefault(self._server(owner).connection, []).append(request)
+        for connection, group in connections.items():
+            connection.enqueue(group)
+        return list(connections)
 
-    def _trouble(self) -> BaseException | None:
-        return self._last
+    def _last_error(self) -> BaseException | None:
+        return self._topology_error
 
-    async def _again(self, request: Request, pause_s: float) -> None:
-        await asyncio.sleep(pause_s)
+    def _retry_with_backoff(self, request: StoreRequest) -> None:
+        self._spawn(self._retry(request, self._backoff.compute(request.redirect_count)))
+
+    async def _retry(self, request: StoreRequest, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
         if not request.future.done():
-            for lane in self._place((request,)):
-                lane.flush()
+            for connection in self._enqueue((request,)):
+                connection.flush()
 
-    async def _to(self, lane: Lane, request: Request) -> None:
+    async def _send(self, connection: PipelinedConnection, request: StoreRequest) -> None:
         if not request.future.done():
-            lane.put((request,))
-            lane.flush()
+            connection.enqueue((request,))
+            connection.flush()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # The map
-
-    def _refresh_soon(self) -> None:
-        """Look at the map, unless somebody does already."""
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
+    # Topology
 
     async def _refresh(self) -> None:
-        # Jitter: all workers lose a node at once, and need not ask for the map at once.
-        await asyncio.sleep(random.uniform(0, REFRESH_S / 2))  # noqa: S311
-        await self._look()
-        await asyncio.sleep(random.uniform(REFRESH_S / 2, REFRESH_S))  # noqa: S311
+        # Jitter: all workers lose a node at once, and need not ask for the topology at once.
+        await asyncio.sleep(random.uniform(0, REFRESH_INTERVAL_S / 2))  # noqa: S311
+        await self._read_topology()
+        await asyncio.sleep(random.uniform(REFRESH_INTERVAL_S / 2, REFRESH_INTERVAL_S))  # noqa: S311
 
-    async def _look(self) -> CarryError | None:
-        """Read the map from the first node that gives it; why none did."""
-        known = list({*self._servers, *self._seeds})
-        random.shuffle(known)
+    async def _read_topology(self) -> CarryError | None:
+        """Read the topology from the first node that returns it; returns the error if none does."""
+        nodes = list({*self._servers, *self._startup_nodes})
+        random.shuffle(nodes)
         errors: list[CarryError] = []
-        for address in known:
+        for address in nodes:
             try:
-                reply = await self._server(address).try_once(self._asked_s, "CLUSTER", "SLOTS")
-                found = read_topology(reply, address)
+                reply = await self._server(address).execute_once(
+                    self._topology_timeout_s, "CLUSTER", "SLOTS"
+                )
+                topology = parse_topology(reply, address)
             except CarryError as error:
                 errors.append(error)
                 continue
-            if found.primaries:
-                self._adopt(found)
+            if topology.primaries:
+                self._apply(topology)
                 return None
             errors.append(StoreUnavailable(f"{address} knows of no node that has slots"))
-        # A node that is away may still give it; where all refuse, they will go on to.
-        self._last = next((e for e in errors if isinstance(e, StoreUnavailable)), errors[0])
-        return self._last
+        # An unavailable node may return it later; nodes that all reject will go on to reject.
+        self._topology_error = next(
+            (error for error in errors if isinstance(error, StoreUnavailable)), errors[0]
+        )
+        return self._topology_error
 
-    def _adopt(self, found: Topology) -> None:
-        """Take a map over, and what the nodes owe that have no slots any more."""
-        if self._map is None or found.layout != self._map.layout:
+    def _apply(self, topology: Topology) -> None:
+        """Use a topology, and move pending requests away from nodes without slots."""
+        if self._topology is None or topology.version != self._topology.version:
             log.info(
                 "cluster_layout",
-                store=self.where,
-                primaries=[str(address) for address in found.primaries],
-                uncovered_slots=found.uncovered,
+                store=self.redacted_url,
+                primaries=[str(address) for address in topology.primaries],
+                uncovered_slots=topology.uncovered_slots,
             )
-        self._map, self._owners = found, list(found.owners)
-        for address in self._servers.keys() - {*found.primaries}:
-            lane = self._servers[address].lane
-            if not lane.is_answering:
-                for request in lane.hand_over():
-                    request.asking = False
-                    self._spawn(self._again(request, 0))
-            if lane.is_idle and address not in {*found.replicas, *self._seeds}:
+        self._topology, self._owners = topology, list(topology.owners)
+        for address in self._servers.keys() - {*topology.primaries}:
+            connection = self._servers[address].connection
+            if not connection.is_responsive:
+                for request in connection.take_pending():
+                    request.needs_asking = False
+                    self._spawn(self._retry(request, 0))
+            if connection.is_idle and address not in {*topology.replicas, *self._startup_nodes}:
                 self._spawn(self._servers.pop(address).close())
 
-    def _server(self, address: Address) -> Server:
+    def _server(self, address: Address) -> RedisServer:
         server = self._servers.get(address)
         if server is None:
-            server = self._servers[address] = self._open(address)
+            server = self._servers[address] = self._connect_to(address)
         return server
 
-    def _open(self, address: Address) -> Server:
+    def _connect_to(self, address: Address) -> RedisServer:
         url = node_url(self._settings.url, address)
-        return Server(replace(self._settings, url=url), router=self)
+        return RedisServer(replace(self._settings, url=url), redirect_handler=self)
 
-    def _address_of(self, lane: Lane | None) -> Address | None:
-        return next((at for at, each in self._servers.items() if each.lane is lane), None)
+    def _address_of(self, connection: PipelinedConnection | None) -> Address | None:
+        return next(
+            (at for at, each in self._servers.items() if each.connection is connection), None
+        )
 
-    def _unavailable(self) -> StoreUnavailable:
+    def _unavailable_error(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"no node of the store at {self.where} gave its slots within {self._wait_s:g} s: "
-            f"{self._last}",
+            f"no node of the store at {self.redacted_url} returned the cluster's topology within "
+            f"{self._wait_s:g} s: {self._topology_error}",
             retry_after_s=RETRY_AFTER_S,
         )

@@ -1,8 +1,8 @@
-"""Where a store's server is, and connections to it that are not open yet.
+"""Connection options of one server, and classification of the client library's errors.
 
-The address comes from the settings; what it may not change (a reply decoded to text, say, would
-not be a state) is fixed here. So is what the client library's errors mean: whether the server
-may answer the same request later, and the service's own error where it will not.
+The address comes from the settings. Options that it must not change are fixed here: a reply that
+is decoded to text, for example, would not be a state. Errors are either transient (the server may
+accept the same request later) or become the service's own error.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.settings import StoreSettings
 
 RETRY_AFTER_S: Final = 1
-TRIES: Final = 3
-"""A connection that is silent for a third of a call's time is given up and made anew: longer
-than a server hesitates, and early enough to reach the server that took its place."""
+ATTEMPTS_PER_CALL: Final = 3
+"""A connection that is unresponsive for a third of a call's timeout is closed and opened again:
+longer than a healthy server pauses, and early enough to reach its replacement after a failover."""
 
-_CODES: Final[Mapping[type[RedisError], str]] = {
+_ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
     MasterDownError: "MASTERDOWN",
     ClusterDownError: "CLUSTERDOWN",
     TryAgainError: "TRYAGAIN",
@@ -54,20 +54,21 @@ _CODES: Final[Mapping[type[RedisError], str]] = {
     OutOfMemoryError: "OOM",
     ReadOnlyError: "READONLY",
 }
-"""The first words of replies, which the client library takes off; they are what to search for."""
+"""Error codes that begin error replies. The client library removes them, and operators search
+for them."""
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Idle seconds before the first probe, seconds between probes, and number of probes; each where the
 platform supports it."""
 
 
-class Backend:
-    """The server of some settings.
+class ConnectionFactory:
+    """Makes connections to one server, and errors that name it.
 
     Attributes:
-        where: its address without secrets.
-        wait_s: how long a call waits for it.
-        silence_s: how long one connection may be silent.
+        redacted_url: its address without secrets.
+        wait_s: timeout of a call.
+        response_timeout_s: a connection that owes a reply for this long is unresponsive.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -76,42 +77,44 @@ class Backend:
     def __init__(self, settings: StoreSettings):
         self._options = _connection_options(settings)
         self._max_connections = settings.max_connections
-        self.where = _where(self._options)
+        self.redacted_url = _redacted_url(self._options)
         self.wait_s = settings.wait_s
-        self.silence_s = settings.wait_s / TRIES
+        self.response_timeout_s = settings.wait_s / ATTEMPTS_PER_CALL
 
-    def pool(self) -> BlockingConnectionPool:
-        """Connections for requests that need no order; their reads time out by themselves."""
+    def create_pool(self) -> BlockingConnectionPool:
+        """Make a bounded pool for requests that need no order; its reads have a timeout."""
         return BlockingConnectionPool(
             max_connections=self._max_connections,
             timeout=self.wait_s,
-            socket_timeout=self.silence_s,
+            socket_timeout=self.response_timeout_s,
             **self._options,
         )
 
-    def connection(self) -> AbstractConnection:
-        """One connection of its own, whose user watches over its silence."""
-        # Without a timeout of its own it writes at once, in the order of the calls.
+    def create_connection(self) -> AbstractConnection:
+        """Make a dedicated connection; its user has to detect an unresponsive server."""
+        # Without a socket timeout it writes at once, in the order of the calls.
         pool = BlockingConnectionPool(max_connections=1, socket_timeout=None, **self._options)
         connection: AbstractConnection = pool.make_connection()
         return connection
 
-    def refused(self, error: BaseException) -> StoreRefused:
-        """The server said no, and will say so again."""
+    def refused_error(self, error: BaseException) -> StoreRefused:
+        """The error for a request that the server rejects permanently."""
         return StoreRefused(
-            f"the store at {self.where} refused: {text(error)}", retry_after_s=RETRY_AFTER_S
+            f"the store at {self.redacted_url} refused: {describe_error(error)}",
+            retry_after_s=RETRY_AFTER_S,
         )
 
-    def unavailable(self, error: BaseException) -> StoreUnavailable:
-        """The server did not answer in time, and nothing was carried out."""
+    def unavailable_error(self, error: BaseException) -> StoreUnavailable:
+        """The error for a request that timed out and was not executed."""
         return StoreUnavailable(
-            f"the store at {self.where} did not answer within {self.wait_s:g} s: {text(error)}",
+            f"the store at {self.redacted_url} did not answer within {self.wait_s:g} s: "
+            f"{describe_error(error)}",
             retry_after_s=RETRY_AFTER_S,
         )
 
 
 def writer_of(connection: AbstractConnection) -> asyncio.StreamWriter | None:
-    """The stream writer of a connection, None if it is not open; private in the client library."""
+    """The stream writer of a connection, None if it is closed; private in the client library."""
     writer: asyncio.StreamWriter | None = connection._writer
     return writer
 
@@ -133,36 +136,35 @@ async def abort(connection: AbstractConnection) -> None:
     await connection.disconnect(nowait=True)
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether the server may answer the same request later: it is away, loading, or held up."""
-    # On unix sockets the client library wraps what the server said to AUTH.
+def is_transient(error: BaseException) -> bool:
+    """Whether the server may accept the same request later: unavailable, loading, or busy."""
+    # On unix sockets the client library wraps the error reply to AUTH.
     if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
         error = error.__cause__
     if isinstance(error, (AuthenticationError, AuthorizationError)):
         return False
     if isinstance(error, ResponseError):
-        # MASTERDOWN is one of the latter. The client library has no class of its own for BUSY.
+        # MasterDownError derives from ClusterDownError. The client library has no class for BUSY.
         return isinstance(error, ClusterDownError) or str(error).startswith("BUSY ")
     return isinstance(error, (RedisConnectionError, RedisTimeoutError, OSError))
 
 
-def is_reply(error: BaseException) -> bool:
-    """Whether the server answered with this error, and so did not carry the request out."""
+def is_error_reply(error: BaseException) -> bool:
+    """Whether the error is the server's reply, so that the request was not executed."""
     return isinstance(error, (ResponseError, BusyLoadingError))
 
 
-def text(error: BaseException) -> str:
-    """What an error says, or its type where it says nothing."""
-    said = str(error) or type(error).__name__
-    for kind, code in _CODES.items():
-        if isinstance(error, kind) and not said.startswith(code):
-            return f"{code} {said}"
-    return said
+def describe_error(error: BaseException) -> str:
+    """The message of an error with its error code, or the name of its type if it has none."""
+    message = str(error) or type(error).__name__
+    for kind, code in _ERROR_CODES.items():
+        if isinstance(error, kind) and not message.startswith(code):
+            return f"{code} {message}"
+    return message
 
 
 def _connection_options(settings: StoreSettings) -> dict[str, Any]:
-    """What the client library is given: the address, and settings that the address may not
-    change (a reply decoded to text, say, would not be a state)."""
+    """The client library's connection options: the address, and options it must not change."""
     scheme = settings.url.partition("://")[0]
     try:
         address: Mapping[str, Any] = parse_url(settings.url)
@@ -173,7 +175,7 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
         raise StoreRefused("expected unix:///path/of/socket as the store's address")
     tcp_options: dict[str, Any] = {}
     if "path" not in address:
-        # Unacknowledged bytes are dropped long before the tombstone of a deletion expires.
+        # The kernel drops unacknowledged bytes before the tombstone of a deletion expires.
         unacknowledged_ms = min(round(settings.wait_s * 1000), settings.tombstone_ttl_ms)
         options = {**_KEEPALIVE, "TCP_USER_TIMEOUT": max(1, unacknowledged_ms)}
         tcp_options = {
@@ -190,12 +192,12 @@ def _connection_options(settings: StoreSettings) -> dict[str, Any]:
         "protocol": 2,
         "decode_responses": False,
         "retry": Retry(NoBackoff(), 0),
-        "socket_connect_timeout": settings.wait_s / TRIES,
+        "socket_connect_timeout": settings.wait_s / ATTEMPTS_PER_CALL,
     }
 
 
-def _where(options: Mapping[str, Any]) -> str:
-    """The address without its secrets."""
+def _redacted_url(options: Mapping[str, Any]) -> str:
+    """The address without user, password and options."""
     if "path" in options:
         return f"unix://{options['path']}"
     scheme = "rediss" if options.get("connection_class") else "redis"

@@ -63,16 +63,16 @@ class KeySpace:
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
         model, stream = key
-        begin = self.begin(self.partition(key))
+        begin = self.partition_prefix(self.partition(key))
         return f"{begin}:s:{model}:{stream}", f"{begin}:r:{model}:{stream}"
 
-    def begin(self, partition: int) -> str:
+    def partition_prefix(self, partition: int) -> str:
         """How every key of a partition begins, and what it is hashed by."""
         return f"{self.namespace}{{p{partition:04d}}}"
 
     def probe(self, partition: int, name: str) -> str:
         """A key for a trial commit in the slot of a partition; never that of a stream."""
-        return f"{self.begin(partition)}:probe:{name}"
+        return f"{self.partition_prefix(partition)}:probe:{name}"
 
     def pattern(self, model: str, prefix: str) -> str:
         """The glob that matches the states of a model's streams whose names begin so."""

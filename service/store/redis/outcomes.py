@@ -1,6 +1,8 @@
-"""Results of writes that were repeated, lost or refused; pure except for logging."""
+"""Resolves retried writes, and makes the errors of lost and rejected ones; pure except for logs."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import structlog
 
@@ -12,68 +14,70 @@ from service.store.codec import CodecError, raw_head
 from service.store.redis.connections import RETRY_AFTER_S
 from service.store.redis.store_request import ReplyLost
 
+_CONCURRENT_WRITES: Final = "other writes changed the stream meanwhile"
+
 log = structlog.get_logger(__name__)
 
 
-def resolve_repeated_commit(commit: Commit, result: Conflicted) -> CommitResult:
-    """Resolve the conflict of a repeated commit: an earlier attempt may have caused it.
+def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:
+    """Resolve the conflict of a retried commit: an earlier attempt may have caused it.
 
-    If the stream is at the commit's own head, or in an epoch that the commit began, it was
-    written. If it is further on in its old epoch, or in an epoch that began since, perhaps from a
+    If the stream is at the commit's own head, or in an epoch that the commit created, it was
+    written. If it is at a later position of its old epoch, or in a newer epoch, perhaps from a
     state that the commit wrote (a restore), the outcome is unknown. Otherwise the commit is not in
     the stream's history, and the conflict is an ordinary one.
     """
-    found, new, before = result.found, commit.new.head, commit.expected
-    if found is None:
+    stored, new, expected = result.found, commit.new.head, commit.expected
+    if stored is None:
         return result
-    if (found.epoch, found.tag) == (new.epoch, new.tag):
+    if (stored.epoch, stored.tag) == (new.epoch, new.tag):
         return COMMITTED
-    if found.epoch == new.epoch and (before is None or before.epoch != new.epoch):
+    if stored.epoch == new.epoch and (expected is None or expected.epoch != new.epoch):
         return COMMITTED
-    if before is None or found.epoch != before.epoch or found.position > before.position:
-        return outcome_unknown(commit.key, found, "others moved the stream on meanwhile")
+    if expected is None or stored.epoch != expected.epoch or stored.position > expected.position:
+        return outcome_unknown_error(commit.key, stored, _CONCURRENT_WRITES)
     return result
 
 
-def resolve_repeated_deletion(
+def resolve_retried_deletion(
     key: StreamKey, expected: StreamHead, result: Conflicted
 ) -> CommitResult:
-    """Resolve the conflict of a repeated deletion: an earlier attempt may have caused it.
+    """Resolve the conflict of a retried deletion: an earlier attempt may have caused it.
 
-    If there is no stream (any tombstone, or nothing), it is deleted, by whomever. If the stream is
-    still in the expected epoch, nothing was deleted. If it is in another epoch, the outcome is
-    unknown, since the stream may have been deleted and created again.
+    If there is no stream (any tombstone, or nothing), it is deleted, no matter by which request. If
+    the stream is still in the expected epoch, nothing was deleted. If it is in another epoch, the
+    outcome is unknown, since the stream may have been deleted and created again.
     """
-    found = result.found
-    if found is None:
+    stored = result.found
+    if stored is None:
         return COMMITTED
-    if found.epoch == expected.epoch:
+    if stored.epoch == expected.epoch:
         return result
-    return outcome_unknown(key, found, "others moved the stream on meanwhile")
+    return outcome_unknown_error(key, stored, _CONCURRENT_WRITES)
 
 
-def outcome_unknown(
+def outcome_unknown_error(
     key: StreamKey, head: StreamHead | None, reason: ReplyLost | str
 ) -> OutcomeUnknown:
-    """The error for a write that may or may not have been carried out."""
+    """The error for a write that may or may not have been executed."""
     return OutcomeUnknown(
-        f"whether the store wrote stream {key.stream!r} is not known: {reason}",
+        f"it is unknown whether the store wrote stream {key.stream!r}: {reason}",
         retry_after_s=RETRY_AFTER_S,
         **(stream_facts(key.stream, head) if isinstance(reason, str) else {"stream": key.stream}),
     )
 
 
-def damaged(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
+def state_damaged_error(key: StreamKey, error: CodecError, value: bytes) -> StateDamaged:
     """The error for stored bytes that are not a valid state."""
     log.error("state_damaged", model=key.model, stream=key.stream, reason=str(error))
-    refusal = StateDamaged(
-        f"the stored state of stream {key.stream!r} is refused: {error}", stream=key.stream
+    damaged = StateDamaged(
+        f"the stored state of stream {key.stream!r} is invalid: {error}", stream=key.stream
     )
-    refusal.head = raw_head(value)
-    return refusal
+    damaged.head = raw_head(value)
+    return damaged
 
 
-def not_encodable(key: StreamKey, error: CodecError) -> InternalError:
+def encoding_error(key: StreamKey, error: CodecError) -> InternalError:
     """The error for a state that cannot be encoded."""
     log.error("state_not_encodable", model=key.model, stream=key.stream, reason=str(error))
     return InternalError(

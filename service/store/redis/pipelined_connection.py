@@ -1,17 +1,16 @@
-"""Requests on one connection, sent at once and answered in order.
+"""A pipelined connection: requests are written at once and replies are matched in order.
 
-A request does not wait for the answer of the one before it: what was asked first is carried
-out first, and many are under way at a time. So a commit sees every commit that was made before
-it, and a load behind a commit sees what that commit wrote.
+A request does not wait for the reply to the one before it. The server executes requests in the
+order in which they were enqueued, so a commit sees every earlier commit, and a load behind a commit
+sees what that commit wrote.
 
-A connection that breaks, or that is silent for too long while something is asked of it, is
-made anew, with growing and jittered pauses, and all that was not answered is sent again in its
-order, for as long as somebody waits for it. So is what a server refuses that is loading, or
-busy with a script. A request that may have been carried out at an earlier try says so by its
-answer (`repeated`). When a connection is given up, its unsent bytes are discarded; what it has sent
-may be carried out after its repetition, but then finds another head than it expects. What the
-server refuses permanently is never retried; what a node of a cluster redirects or defers is left to
-the router.
+If the connection breaks, or owes a reply for longer than the response timeout, it is opened again
+with exponential backoff and jitter, and every unanswered request that a caller still waits for is
+resent in order. The same happens if the server replies that it is loading or busy with a script.
+The reply to a request that may have been executed at an earlier attempt says so (`is_retry`).
+Closing a connection discards its unsent bytes; bytes already sent may be executed after the retry,
+but then find another head than they expect. A request that the server rejects permanently is never
+retried. Redirects of a cluster are passed to the redirect handler.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -34,133 +33,133 @@ from redis.exceptions import NoScriptError, RedisError
 
 from service.core.errors import StoreRefused
 from service.store.redis.connections import (
-    Backend,
+    ConnectionFactory,
     abort,
+    describe_error,
     drop_unsent_on_close,
-    is_passing,
-    is_reply,
-    text,
+    is_error_reply,
+    is_transient,
     writer_of,
 )
-from service.store.redis.store_request import Answer, ReplyLost, Request
+from service.store.redis.store_request import Reply, ReplyLost, StoreRequest
 
-PAUSE_S: Final = 0.01
-MAX_PAUSE_S: Final = 0.5
+BACKOFF_BASE_S: Final = 0.01
+BACKOFF_CAP_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
 
-class Router(Protocol):
-    """What a lane tells whoever knows of other lanes."""
+class RedirectHandler(Protocol):
+    """Takes over requests that a node redirects; a connection to one of several nodes has one."""
 
-    def redirected(self, request: Request, error: RedisError) -> bool:
-        """The node did not carry the request out; whether it is taken over from here."""
+    def handle_redirect(self, request: StoreRequest, error: RedisError) -> bool:
+        """Take over a request that the node did not execute; False if the error is no redirect."""
 
-    def away(self) -> None:
-        """The node does not answer now; told at every try."""
+    def handle_disconnect(self) -> None:
+        """The node is unavailable; called after every failed attempt to connect."""
 
 
-class Lane:
-    """One ordered connection to a server; nothing is opened before the first request.
+class PipelinedConnection:
+    """One ordered connection to a server; it is opened by the first request.
 
-    The invariant that answers find their requests: `_pending` holds the requests in the order
-    in which they were put and are written; whoever writes, writes all that was put before.
+    Invariant, by which replies find their requests: `_pending` holds the requests in the order in
+    which they were enqueued and are written, and a write sends all that was enqueued before.
 
     Attributes:
-        since: the number of the first request on the present connection; requests are numbered
-            as they are written, again at each try.
-        last: the trouble of last, for those whose time is up.
+        generation: the sequence number of the first request on the present connection. Requests
+            are numbered as they are written, again at each attempt.
+        last_error: the last error, for callers whose time is up.
     """
 
-    def __init__(self, backend: Backend, router: Router | None = None):
-        self._backend = backend
-        self._router = router
-        self._connection: AbstractConnection = backend.connection()
-        self._open = False
-        self._answered = False
-        self._pending: deque[Request] = deque()
-        self._unwritten: list[Request] = []
-        self._work = asyncio.Event()
+    def __init__(self, factory: ConnectionFactory, redirect_handler: RedirectHandler | None = None):
+        self._factory = factory
+        self._redirect_handler = redirect_handler
+        self._connection: AbstractConnection = factory.create_connection()
+        self._is_open = False
+        self._has_replied = False
+        self._pending: deque[StoreRequest] = deque()
+        self._unwritten: list[StoreRequest] = []
+        self._has_work = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
-        self._reading = asyncio.timeout(None)
-        self._owed_since_s: float | None = None
-        self._watch: asyncio.TimerHandle | None = None
-        self._away_since_s: float | None = None
-        self._number = 0
-        self.since = 1
-        self.last: BaseException | None = None
+        self._read_timeout = asyncio.timeout(None)
+        self._reply_due_since_s: float | None = None
+        self._response_timer: asyncio.TimerHandle | None = None
+        self._unavailable_since_s: float | None = None
+        self._sequence = 0
+        self.generation = 1
+        self.last_error: BaseException | None = None
 
     @property
-    def where(self) -> str:
+    def redacted_url(self) -> str:
         """The server's address without secrets."""
-        return self._backend.where
+        return self._factory.redacted_url
 
-    def put(self, requests: Sequence[Request]) -> None:
-        """Set the place of requests behind all that were put before; `flush` sends them."""
+    def enqueue(self, requests: Sequence[StoreRequest]) -> None:
+        """Append requests behind all that were enqueued before; `flush` sends them."""
         for request in requests:
-            request.lane = self
-            if request.asking:
-                # It shares the future: dropped when its request is, and counted as an answer.
-                aside = Request(("ASKING",), request.future, aside=True)
-                self._pending.append(aside)
-                self._unwritten.append(aside)
+            request.connection = self
+            if request.needs_asking:
+                # It shares the future: dropped together with its request; its reply is counted.
+                asking = StoreRequest(("ASKING",), request.future, is_asking=True)
+                self._pending.append(asking)
+                self._unwritten.append(asking)
             self._pending.append(request)
             self._unwritten.append(request)
 
     def flush(self) -> None:
-        """Send all that was put, at once where there is a connection; else see that one is made."""
-        if self._open:
+        """Send what was enqueued; opens the connection if it is closed."""
+        if self._is_open:
             self._write()
         elif self._pending:
-            self._work.set()
+            self._has_work.set()
             if self._runner is None:
                 self._runner = asyncio.get_running_loop().create_task(self._run())
 
     def reconnect(self) -> None:
-        """Make the connection anew, and send again what it owes: the server's role has changed."""
-        if self._open:
-            self.last = ConnectionError("the server's role has changed")
-            self._reading.reschedule(asyncio.get_running_loop().time())
+        """Open the connection again and resend what is pending: the server's role has changed."""
+        if self._is_open:
+            self.last_error = ConnectionError("the server's role has changed")
+            self._stop_reading()
 
     async def close(self) -> None:
-        """Close the connection; once, after the last request was answered."""
+        """Close the connection; once, after the last request was resolved."""
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.wait({self._runner})
 
     @property
-    def is_answering(self) -> bool:
-        """Whether the present connection has answered; what it owes is then best left to it."""
-        return self._open and self._answered
+    def is_responsive(self) -> bool:
+        """Whether the present connection has replied, so that it may keep its pending requests."""
+        return self._is_open and self._has_replied
 
     @property
     def is_idle(self) -> bool:
-        """Whether it owes nothing."""
+        """Whether no request is pending."""
         return not self._pending
 
-    def hand_over(self) -> list[Request]:
-        """What it owes, in order, for another lane to do; its connection is given up."""
-        owed: list[Request] = []
+    def take_pending(self) -> list[StoreRequest]:
+        """Remove the pending requests, in order, for another connection, and close this one."""
+        taken: list[StoreRequest] = []
         for request in self._pending:
-            request.repeated = request.repeated or request.sent
-            if request.bound:
-                request.resolve(ReplyLost(f"{self.where}: the node has no slots any more"))
-            elif not request.future.done() and not request.aside:
-                owed.append(request)
+            request.is_retry = request.is_retry or request.is_sent
+            if request.is_connection_bound:
+                request.resolve(ReplyLost(f"{self.redacted_url}: the node has no slots any more"))
+            elif not request.future.done() and not request.is_asking:
+                taken.append(request)
         self._pending.clear()
         self._unwritten.clear()
-        if self._open:
-            # From now on its answers belong to nobody.
-            self._open = False
-            self.last = ConnectionError("the node has no slots any more")
-            self._reading.reschedule(asyncio.get_running_loop().time())
-        return owed
+        if self._is_open:
+            # Replies that still arrive on it belong to no request.
+            self._is_open = False
+            self.last_error = ConnectionError("the node has no slots any more")
+            self._stop_reading()
+        return taken
 
     def _write(self) -> None:
-        """Write what was put; a broken connection is noticed by the reader.
+        """Write what was enqueued; the reader detects a broken connection.
 
-        It does not wait for the server: a caller that is cancelled must not end a shared
-        connection. Unsent bytes are bounded by what callers wait for, and by the watch.
+        It does not wait for the server: a cancelled caller must not close a shared connection.
+        Unsent bytes are bounded by what callers wait for and by the response timeout.
         """
         writer = writer_of(self._connection)
         # Never to a closing transport: some versions of CPython would register its socket again,
@@ -168,131 +167,133 @@ class Lane:
         if writer is None or writer.is_closing() or not self._unwritten:
             return
         packed: list[bytes] = []
-        dropped: list[Request] = []
-        number, since = self._number, self.since
+        dropped: list[StoreRequest] = []
+        sequence, generation = self._sequence, self.generation
         for request in self._unwritten:
-            if request.future.done() and not request.sent:
+            if request.future.done() and not request.is_sent:
                 dropped.append(request)
                 continue
             # The client library packs in Python, at four times the cost.
             packed.append(hiredis.pack_command(request.command))  # type: ignore[arg-type]
-            number += 1
-            request.sent, request.since, request.number = True, since, number
-        self._number = number
+            sequence += 1
+            request.is_sent, request.generation, request.sequence = True, generation, sequence
+        self._sequence = sequence
         if dropped:
-            # What was never sent is never sent; what was, still gets its answer.
+            # Only unsent requests may be dropped: the others still get their reply.
             self._pending = deque(r for r in self._pending if r not in dropped)
         self._unwritten.clear()
-        self._owe()
+        self._expect_reply()
         try:
             writer.writelines(packed)
         except (OSError, RuntimeError) as error:
-            # The last is uvloop's, for a transport that it closed and whose reader is yet to hear.
-            self.last = error
+            # uvloop raises RuntimeError for a transport it closed before the reader was notified.
+            self.last_error = error
 
     async def _run(self) -> None:
-        """Keep the connection while there is work, and read its answers; one task."""
-        backoff, failures = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S), 0
+        """Keep the connection open while there is work, and read its replies; one task."""
+        backoff, failures = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), 0
         while True:
-            await self._work.wait()
+            await self._has_work.wait()
             try:
-                async with asyncio.timeout(self._backend.silence_s):
+                async with asyncio.timeout(self._factory.response_timeout_s):
                     await self._connection.connect()
                 drop_unsent_on_close(self._connection)
-                async with asyncio.timeout(None) as self._reading:
+                async with asyncio.timeout(None) as self._read_timeout:
                     self._resend()
-                    async for _ in self._answers():
+                    async for _ in self._read_replies():
                         failures = 0
             except (RedisError, OSError) as error:
-                if is_passing(error):
-                    self._note_away(error)
+                if is_transient(error):
+                    self._record_unavailable(error)
                 else:
-                    self._refuse_all(error)
+                    self._reject_all(error)
             except Exception as error:
-                log.exception("lane_failed", store=self.where)
-                self._refuse_all(error)
+                log.exception("store_connection_failed", store=self.redacted_url)
+                self._reject_all(error)
             finally:
-                self._open = False
-                self._owed_since_s = None
+                self._is_open = False
+                self._reply_due_since_s = None
                 await abort(self._connection)
-            self._forget_abandoned()
+            self._drop_abandoned()
             if not self._pending:
-                self._work.clear()
+                self._has_work.clear()
                 continue
             await asyncio.sleep(backoff.compute(failures))
             failures += 1
 
     def _resend(self) -> None:
-        """Send what was not answered yet; what is put from now on is sent at once, behind it."""
+        """Resend what is pending; what is enqueued from now on is sent at once, behind it."""
         for request in self._pending:
-            if request.bound and request.sent:
-                request.resolve(ReplyLost(f"{self.where}: the connection broke"))
-        self._forget_abandoned()
+            if request.is_connection_bound and request.is_sent:
+                request.resolve(ReplyLost(f"{self.redacted_url}: the connection broke"))
+        self._drop_abandoned()
         for request in self._pending:
-            request.repeated = request.repeated or request.sent
+            request.is_retry = request.is_retry or request.is_sent
         self._unwritten = list(self._pending)
-        self.since = self._number + 1
-        self._open, self._answered = True, False
+        self.generation = self._sequence + 1
+        self._is_open, self._has_replied = True, False
         self._write()
 
-    async def _answers(self) -> AsyncIterator[None]:
-        """Give every answer to the request that is next in order, until the connection ends."""
+    async def _read_replies(self) -> AsyncIterator[None]:
+        """Resolve the first pending request with each reply, until the connection ends."""
         connection = self._connection
         while True:
             try:
                 value = await connection.read_response(timeout=math.inf, disconnect_on_error=False)
             except RedisError as error:
-                if not self._open or not self._pending:
+                if not self._is_open or not self._pending:
                     raise
-                self._settle_refusal(error)
+                self._handle_error_reply(error)
             else:
-                if not self._open:
-                    raise RedisConnectionError("handed over")
-                self._note_back()
+                if not self._is_open:
+                    raise RedisConnectionError("its requests were taken over")
+                self._record_available()
                 request = self._pending.popleft()
-                if not request.future.done() and not request.aside:
-                    request.future.set_result(Answer(value, request.repeated))
-            self._answered = True
-            self._owed_since_s = time.monotonic() if self._pending else None
+                if not request.future.done() and not request.is_asking:
+                    request.future.set_result(Reply(value, request.is_retry))
+            self._has_replied = True
+            self._reply_due_since_s = time.monotonic() if self._pending else None
             yield
 
-    def _settle_refusal(self, error: RedisError) -> None:
-        """Resolve, repeat or redirect the request whose answer is an error.
+    def _handle_error_reply(self, error: RedisError) -> None:
+        """Reject, resend or redirect the request whose reply is an error.
 
         Raises:
-            RedisError: the server is away or held up, and all is to be sent again.
+            RedisError: a transient error, after which everything pending is resent.
         """
         request = self._pending[0]
-        if is_reply(error):
-            request.not_carried_out()
+        if is_error_reply(error):
+            request.mark_not_executed()
         if isinstance(error, NoScriptError) and request.fallback is not None:
             self._pending.popleft()
             request.command, request.fallback = request.fallback, None
-            self.put([request])
+            self.enqueue([request])
             self._write()
-        elif self._router is not None and self._router.redirected(request, error):
+        elif self._redirect_handler is not None and self._redirect_handler.handle_redirect(
+            request, error
+        ):
             self._pending.popleft()
-        elif is_passing(error):
+        elif is_transient(error):
             raise error
         else:
             self._pending.popleft()
-            self._refuse(request, error)
+            self._reject(request, error)
 
-    def _refuse(self, request: Request, error: BaseException) -> None:
-        refusal: ReplyLost | StoreRefused = self._backend.refused(error)
-        if request.repeated:
-            # An earlier try may have been carried out.
-            refusal = ReplyLost(f"{self.where}: {text(error)}")
-        refusal.__cause__ = error
-        request.resolve(refusal)
+    def _reject(self, request: StoreRequest, error: BaseException) -> None:
+        rejection: ReplyLost | StoreRefused = self._factory.refused_error(error)
+        if request.is_retry:
+            # An earlier attempt may have been executed.
+            rejection = ReplyLost(f"{self.redacted_url}: {describe_error(error)}")
+        rejection.__cause__ = error
+        request.resolve(rejection)
 
-    def _refuse_all(self, error: BaseException) -> None:
+    def _reject_all(self, error: BaseException) -> None:
         while self._pending:
             request = self._pending.popleft()
-            request.repeated = request.repeated or request.sent
-            self._refuse(request, error)
+            request.is_retry = request.is_retry or request.is_sent
+            self._reject(request, error)
 
-    def _forget_abandoned(self) -> None:
+    def _drop_abandoned(self) -> None:
         """Drop the requests whose callers gave up, while there is no connection.
 
         A script that was sent is kept while a caller waits for a later one on the same keys, which
@@ -300,48 +301,54 @@ class Lane:
         the old connection then arrived, the server would apply both after all.
         """
         awaited_keys: set[str | bytes | int] = set()
-        pending: deque[Request] = deque()
+        pending: deque[StoreRequest] = deque()
         for request in reversed(self._pending):
-            follows = request.sent and not awaited_keys.isdisjoint(request.keys)
-            if not request.future.done() or follows:
+            is_needed = request.is_sent and not awaited_keys.isdisjoint(request.keys)
+            if not request.future.done() or is_needed:
                 awaited_keys.update(request.keys)
                 pending.appendleft(request)
         self._pending = pending
         self._unwritten = [r for r in self._unwritten if not r.future.done()]
 
-    def _owe(self) -> None:
-        """The server owes an answer from now on; look after it, with one timer at a time."""
-        if self._owed_since_s is None:
-            self._owed_since_s = time.monotonic()
-        if self._watch is None:
-            self._watch_for(self._backend.silence_s)
+    def _expect_reply(self) -> None:
+        """Start the response timeout, unless it runs; one timer at a time."""
+        if self._reply_due_since_s is None:
+            self._reply_due_since_s = time.monotonic()
+        if self._response_timer is None:
+            self._start_response_timer(self._factory.response_timeout_s)
 
-    def _watch_for(self, seconds: float) -> None:
-        self._watch = asyncio.get_running_loop().call_later(seconds, self._look)
+    def _start_response_timer(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._response_timer = loop.call_later(seconds, self._check_response_time)
 
-    def _look(self) -> None:
-        self._watch = None
-        if self._owed_since_s is None:
+    def _check_response_time(self) -> None:
+        self._response_timer = None
+        if self._reply_due_since_s is None:
             return
-        left_s = self._owed_since_s + self._backend.silence_s - time.monotonic()
-        if left_s > 0:
-            self._watch_for(left_s)
-        elif self._open:
-            self.last = TimeoutError(f"silent for {self._backend.silence_s:g} s")
-            self._reading.reschedule(asyncio.get_running_loop().time())
+        timeout_s = self._factory.response_timeout_s
+        remaining_s = self._reply_due_since_s + timeout_s - time.monotonic()
+        if remaining_s > 0:
+            self._start_response_timer(remaining_s)
+        elif self._is_open:
+            self.last_error = TimeoutError(f"no reply for {timeout_s:g} s")
+            self._stop_reading()
 
-    def _note_away(self, error: BaseException) -> None:
-        # The end of `_reading` has no words of its own: what ended it has said why.
-        error = error if str(error) or self.last is None else self.last
-        self.last = error
-        if self._router is not None:
-            self._router.away()
-        if self._away_since_s is None:
-            self._away_since_s = time.monotonic()
-            log.warning("store_away", store=self.where, reason=text(error))
+    def _stop_reading(self) -> None:
+        """End the reader, which then opens the connection again."""
+        self._read_timeout.reschedule(asyncio.get_running_loop().time())
 
-    def _note_back(self) -> None:
-        if self._away_since_s is not None:
-            away_s = round(time.monotonic() - self._away_since_s, 3)
-            self._away_since_s = None
-            log.info("store_back", store=self.where, away_s=away_s)
+    def _record_unavailable(self, error: BaseException) -> None:
+        # The timeout of `_read_timeout` has no message: `last_error` says why it was set.
+        error = error if str(error) or self.last_error is None else self.last_error
+        self.last_error = error
+        if self._redirect_handler is not None:
+            self._redirect_handler.handle_disconnect()
+        if self._unavailable_since_s is None:
+            self._unavailable_since_s = time.monotonic()
+            log.warning("store_unavailable", store=self.redacted_url, reason=describe_error(error))
+
+    def _record_available(self) -> None:
+        if self._unavailable_since_s is not None:
+            unavailable_s = round(time.monotonic() - self._unavailable_since_s, 3)
+            self._unavailable_since_s = None
+            log.info("store_available", store=self.redacted_url, unavailable_s=unavailable_s)

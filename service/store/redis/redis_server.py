@@ -1,8 +1,8 @@
-"""One server: its ordered lane, and a bounded pool beside it.
+"""One server: a pipelined connection, and a bounded connection pool for everything else.
 
-Everything about streams goes through the lane, so that a load sees every commit that was asked
-before it. Listings, checks and probes change nothing and may take long; they take a connection
-of the pool, and are tried again while the server is away, until the call's time is up.
+Loads, commits and deletions use the pipelined connection, so that a load sees every earlier commit.
+Listings and readiness checks are read-only and may take long: they use a connection of the pool and
+are retried with exponential backoff while the server is unavailable, until the call times out.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -22,93 +22,104 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from service.core.errors import StoreUnavailable
-from service.store.redis.connections import Backend, is_passing, text
-from service.store.redis.pipelined_connection import MAX_PAUSE_S, PAUSE_S, Lane, Router
+from service.store.redis.connections import ConnectionFactory, describe_error, is_transient
+from service.store.redis.pipelined_connection import (
+    BACKOFF_BASE_S,
+    BACKOFF_CAP_S,
+    PipelinedConnection,
+    RedirectHandler,
+)
 from service.store.redis.store_request import Command
 from service.store.settings import StoreSettings
 
 log = structlog.get_logger(__name__)
 
 
-class Server:
+class RedisServer:
     """Connections to one server; none is opened before the first call.
 
     Args:
         settings: their address is this server's.
-        router: told what the lane meets, where the server is one of several.
+        redirect_handler: takes over redirected requests, if the server is a node of a cluster.
 
     Raises:
         StoreRefused: the address cannot be used.
     """
 
-    def __init__(self, settings: StoreSettings, router: Router | None = None):
-        self._backend = Backend(settings)
-        self.where = self._backend.where
-        self.lane = Lane(self._backend, router)
-        self._pool = self._backend.pool()
+    def __init__(self, settings: StoreSettings, redirect_handler: RedirectHandler | None = None):
+        self._factory = ConnectionFactory(settings)
+        self.redacted_url = self._factory.redacted_url
+        self.connection = PipelinedConnection(self._factory, redirect_handler)
+        self._pool = self._factory.create_pool()
 
     async def close(self) -> None:
         """Close every connection; once, after the last call returned."""
-        await self.lane.close()
+        await self.connection.close()
         await self._pool.disconnect()
 
-    async def try_once(self, timeout_s: float, *command: str | bytes | int) -> Any:
-        """The reply of one try, without patience.
+    async def execute_once(self, timeout_s: float, *command: str | bytes | int) -> Any:
+        """Send a command once, without retries; returns the reply.
 
         Raises:
-            StoreUnavailable: no answer in time.
-            StoreRefused: the server refuses.
+            StoreUnavailable: no reply in time.
+            StoreRefused: the server rejects the command.
         """
         try:
             async with asyncio.timeout(timeout_s), self._pooled() as connection:
                 return await _exchange(connection, command)
         except TimeoutError as error:
-            raise StoreUnavailable(f"{self.where} did not answer in {timeout_s} s") from error
+            raise StoreUnavailable(
+                f"{self.redacted_url} did not answer in {timeout_s} s"
+            ) from error
         except (RedisError, OSError) as error:
-            if is_passing(error):
-                raise StoreUnavailable(f"{self.where}: {text(error)}") from error
-            raise self._backend.refused(error) from error
+            if is_transient(error):
+                raise StoreUnavailable(f"{self.redacted_url}: {describe_error(error)}") from error
+            raise self._factory.refused_error(error) from error
 
     async def read(self, *command: str | bytes | int) -> Any:
-        """The reply to a read-only command.
+        """Send a read-only command and return its reply.
 
         Raises:
-            StoreUnavailable: no answer in time.
-            StoreRefused: the server refuses the command.
+            StoreUnavailable: no reply in time.
+            StoreRefused: the server rejects the command.
         """
-        (reply,) = await self.read_each([command])
+        (reply,) = await self.read_many([command])
         if isinstance(reply, RedisError):
-            raise self._backend.refused(reply) from reply
+            raise self._factory.refused_error(reply) from reply
         return reply
 
-    async def read_each(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies to read-only commands, in one round trip; an error in place of a refused one.
+    async def read_many(self, commands: Sequence[Command]) -> list[Any]:
+        """Send read-only commands in one round trip; the reply to a rejected one is its error.
 
         Raises:
-            StoreUnavailable: no answer in time.
+            StoreUnavailable: no reply in time.
             StoreRefused: the server cannot be used.
         """
-        backoff, failures = EqualJitterBackoff(cap=MAX_PAUSE_S, base=PAUSE_S), 0
-        last: BaseException | None = None
+        backoff, failures = EqualJitterBackoff(cap=BACKOFF_CAP_S, base=BACKOFF_BASE_S), 0
+        last_error: BaseException | None = None
         try:
-            async with asyncio.timeout(self._backend.wait_s):
+            async with asyncio.timeout(self._factory.wait_s):
                 while True:
                     try:
                         async with (
                             self._pooled() as connection,
-                            asyncio.timeout(self._backend.silence_s),
+                            asyncio.timeout(self._factory.response_timeout_s),
                         ):
                             return await _exchange_each(connection, commands)
                     except (RedisError, OSError) as error:
-                        if not is_passing(error):
-                            raise self._backend.refused(error) from error
-                        if last is None:
-                            log.warning("store_away", store=self.where, reason=text(error))
-                        last = error
+                        if not is_transient(error):
+                            raise self._factory.refused_error(error) from error
+                        if last_error is None:
+                            log.warning(
+                                "store_unavailable",
+                                store=self.redacted_url,
+                                reason=describe_error(error),
+                            )
+                        last_error = error
                     await asyncio.sleep(backoff.compute(failures))
                     failures += 1
         except TimeoutError as error:
-            raise self._backend.unavailable(last or error) from (last or error)
+            raise self._factory.unavailable_error(last_error or error) from (last_error or error)
 
     @asynccontextmanager
     async def _pooled(self) -> AsyncIterator[AbstractConnection]:
@@ -124,15 +135,15 @@ async def _exchange_each(connection: AbstractConnection, commands: Sequence[Comm
     packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type]
     await connection.send_packed_command(packed)
     replies: list[Any] = []
-    passing: RedisError | None = None
+    transient: RedisError | None = None
     for _ in commands:
         try:
             replies.append(await connection.read_response(timeout=math.inf))
         except ResponseError as error:
-            passing = error if is_passing(error) else passing
+            transient = error if is_transient(error) else transient
             replies.append(error)
-    if passing is not None:
-        raise passing
+    if transient is not None:
+        raise transient
     return replies
 
 

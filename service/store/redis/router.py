@@ -1,16 +1,14 @@
-"""What a store asks of what is behind it: requests in order, each with an outcome of its own.
+"""Routes requests to the servers that hold their keys, and waits for their outcomes.
 
-A link brings requests to their servers' lanes and waits for their outcomes, for as long as a
-call may take. Here is what every link has in common, and the link to a single server; that to a
-cluster is in `cluster`.
+This module holds what both routers share, and the router of a single server; the router of a
+cluster is in `cluster_router`.
 
-With `replicated`, requests that write are followed, on the very connection that carried them, by
-one WAIT for each server, which is answered when enough replicas have all that was written on
-that connection before it. The server remembers that per connection: a WAIT on another
-connection, or behind no write, is answered at once and says nothing. So a write counts as durable
-only by a WAIT that was written after it on the same connection. One that was sent elsewhere, or
-sent again, is followed by another WAIT; one whose connection is gone since is not durable, and
-whoever asks again finds out.
+With `replicated` durability, every connection that carried writes of a call then carries one WAIT
+command, whose reply counts the replicas that acknowledged all earlier writes of that connection.
+The server tracks this per connection: a WAIT on another connection, or with no write before it, is
+answered at once and proves nothing. So a write is durable only if a successful WAIT was written
+after it on the same connection and generation. A write that was redirected or resent is followed by
+another WAIT; a write whose connection broke since is not durable, and its retry finds it.
 
 Use from one event loop. Errors of the client library do not leave this module.
 """
@@ -24,45 +22,45 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from service.core.errors import CarryError, StoreUnavailable
-from service.store.redis.connections import RETRY_AFTER_S, TRIES, text
-from service.store.redis.pipelined_connection import Lane
-from service.store.redis.redis_server import Server
-from service.store.redis.store_request import Answer, Outcome, ReplyLost, Request
+from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
+from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.redis_server import RedisServer
+from service.store.redis.store_request import Outcome, Reply, ReplyLost, StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 
 class Layout(NamedTuple):
-    """Which servers hold the streams.
+    """The servers that hold the streams.
 
     Attributes:
-        name: changes when streams may have moved between servers.
-        servers: in the order in which they are walked.
-        gap: what part of the streams nobody holds, in words; empty where there is none.
+        version: changes when streams may have moved between servers.
+        servers: the primaries, in the order in which a listing scans them.
+        coverage_error: which slots no server holds, as text; empty if all are covered.
     """
 
-    name: str
-    servers: list[Server]
-    gap: str = ""
+    version: str
+    servers: list[RedisServer]
+    coverage_error: str = ""
 
 
-class Link(ABC):
-    """The way to the servers of some settings; nothing is opened before the first call.
+class Router(ABC):
+    """Sends requests to the servers of an address; opens no connection before the first call.
 
     Attributes:
-        where: the address without secrets.
+        redacted_url: the address without secrets.
     """
 
-    where: str
+    redacted_url: str
 
     def __init__(self, settings: StoreSettings):
         self._wait_s = settings.wait_s
         self._replicas = settings.replicas if settings.durability is Durability.REPLICATED else 0
-        # Half of what a connection may be silent for, so that a WAIT does not look like a hang.
-        self._fence_ms = max(1, round(settings.wait_s / TRIES / 2 * 1000))
+        # Half of the response timeout: a blocked WAIT must not look like an unresponsive server.
+        self._wait_timeout_ms = max(1, round(settings.wait_s / ATTEMPTS_PER_CALL / 2 * 1000))
 
     @abstractmethod
     async def start(self) -> None:
-        """Find the servers; once, before use.
+        """Discover the servers; once, before use.
 
         Raises:
             StoreUnavailable, StoreRefused
@@ -74,137 +72,146 @@ class Link(ABC):
 
     @abstractmethod
     def slot(self, key: str) -> int:
-        """What keys have in common that one request may be about."""
+        """The hash slot of a key; one request may contain keys of one slot only."""
 
     @abstractmethod
-    def owner(self, slot: int) -> Hashable:
-        """The server of a slot in the current map of the cluster; None for a single server."""
+    def node_of(self, slot: int) -> Hashable:
+        """Identifies the server of a slot; None for a single server."""
 
     @abstractmethod
     async def layout(self) -> Layout:
-        """The servers as they are now.
+        """The current servers.
 
         Raises:
             StoreUnavailable, StoreRefused
         """
 
     @abstractmethod
-    def server_of(self, slot: int) -> Server | None:
-        """The connections to the server of a slot; None if no server is known to have it."""
+    def server_of(self, slot: int) -> RedisServer | None:
+        """The server of a slot; None if no server is known to hold it."""
 
     @abstractmethod
-    def others(self) -> list[Server]:
-        """Servers that may come to hold the streams."""
+    def replicas(self) -> list[RedisServer]:
+        """The servers that a failover may promote."""
 
     @abstractmethod
-    def reconnect(self) -> None:
-        """Look the address up anew for the next requests: a server's role has changed."""
+    def refresh(self) -> None:
+        """Resolve the address again for the next requests: a server's role has changed."""
 
     @abstractmethod
-    def _place(self, requests: Sequence[Request]) -> Sequence[Lane]:
-        """Put requests where they belong; returns the lanes to be flushed. Those that belong
-        nowhere yet are the link's to put later."""
+    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
+        """Enqueue requests on the connections of their servers.
+
+        Returns the connections to flush. Requests without a known server are deferred.
+        """
 
     @abstractmethod
-    def _trouble(self) -> BaseException | None:
-        """Why requests that were on no lane had to wait."""
+    def _last_error(self) -> BaseException | None:
+        """Why requests without a connection had to wait."""
 
-    async def ask(
-        self, *requests: Request, durably: bool = False, deadline_s: float | None = None
+    async def execute(
+        self, *requests: StoreRequest, durably: bool = False, deadline_s: float | None = None
     ) -> list[Outcome]:
-        """The outcome of each request, all of them under way together; in the order of the
-        calls, where they go to one server.
+        """Send requests concurrently and return the outcome of each.
+
+        Requests for one server are executed in the order of the calls.
 
         Args:
-            durably: they write, and count as done when they are as durable as the settings
-                want; the answers say whether they are.
-            deadline_s: until when the outcomes are waited for, of the monotonic clock; None:
-                as long as the settings say.
+            durably: the requests write, and `is_durable` of their replies must be determined.
+            deadline_s: time of the monotonic clock until which outcomes are awaited; None for the
+                timeout of the settings.
         """
         wait_s = self._wait_s if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-        fences: list[Request] = []
+        waits: list[StoreRequest] = []
         durably = durably and self._replicas > 0
         try:
             async with asyncio.timeout(wait_s):
-                lanes = self._place(requests)
+                connections = self._enqueue(requests)
                 if durably:
-                    fences = self._fence(lanes)
-                _flush(lanes)
+                    waits = self._enqueue_waits(connections)
+                _flush(connections)
                 for request in requests:
                     await request.future
                 if durably:
-                    await self._cover(requests, fences)
+                    await self._await_replicas(requests, waits)
         except TimeoutError:
             pass
         finally:
-            for request in (*requests, *fences):
+            for request in (*requests, *waits):
                 request.future.cancel()
         outcomes = [self._outcome(request, wait_s) for request in requests]
         if not durably:
             return outcomes
         return [
-            outcome._replace(durable=self._is_covered(request, fences))
-            if isinstance(outcome, Answer)
+            outcome._replace(is_durable=self._is_replicated(request, waits))
+            if isinstance(outcome, Reply)
             else outcome
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
-    def _fence(self, lanes: Iterable[Lane]) -> list[Request]:
-        fences: list[Request] = []
-        for lane in lanes:
-            fence = Request.of("WAIT", self._replicas, self._fence_ms)
-            fence.bound = True
-            lane.put([fence])
-            fences.append(fence)
-        return fences
+    def _enqueue_waits(self, connections: Iterable[PipelinedConnection]) -> list[StoreRequest]:
+        """Enqueue one WAIT on each connection."""
+        waits: list[StoreRequest] = []
+        for connection in connections:
+            wait = StoreRequest.for_command("WAIT", self._replicas, self._wait_timeout_ms)
+            wait.is_connection_bound = True
+            connection.enqueue([wait])
+            waits.append(wait)
+        return waits
 
-    async def _cover(self, requests: Sequence[Request], fences: list[Request]) -> None:
-        """Wait for the fences, and set others behind the writes that these did not follow."""
-        for fence in fences:
-            await fence.future
-        late = {
-            request.lane
+    async def _await_replicas(
+        self, requests: Sequence[StoreRequest], waits: list[StoreRequest]
+    ) -> None:
+        """Await the WAIT commands, and send others after writes that were redirected or resent."""
+        for wait in waits:
+            await wait.future
+        connections = {
+            request.connection
             for request in requests
-            if request.lane is not None
-            and request.since == request.lane.since
-            and not any(_follows(fence, request) for fence in fences)
+            if request.connection is not None
+            and request.generation == request.connection.generation
+            and not any(_follows(wait, request) for wait in waits)
         }
-        more = self._fence(late)
-        fences += more
-        _flush(late)
-        for fence in more:
-            await fence.future
+        more = self._enqueue_waits(connections)
+        waits += more
+        _flush(connections)
+        for wait in more:
+            await wait.future
 
-    def _is_covered(self, request: Request, fences: Iterable[Request]) -> bool:
-        for fence in fences:
-            if _follows(fence, request) and not fence.future.cancelled():
-                outcome = fence.future.result()
-                # Refused where the server is a replica now, and by UNBLOCKED when it becomes one.
-                if isinstance(outcome, Answer) and outcome.value >= self._replicas:
+    def _is_replicated(self, request: StoreRequest, waits: Iterable[StoreRequest]) -> bool:
+        """Whether a WAIT after the request counted enough replicas."""
+        for wait in waits:
+            if _follows(wait, request) and not wait.future.cancelled():
+                outcome = wait.future.result()
+                # An error if the server is a replica now, or became one (UNBLOCKED).
+                if isinstance(outcome, Reply) and outcome.value >= self._replicas:
                     return True
         return False
 
-    def _outcome(self, request: Request, wait_s: float) -> Outcome:
+    def _outcome(self, request: StoreRequest, wait_s: float) -> Outcome:
+        """The outcome of a request after the wait; one that was cancelled has timed out."""
         if not request.future.cancelled():
             return request.future.result()
-        lane = request.lane
-        where = self.where if lane is None else lane.where
-        trouble = request.put_off or (self._trouble() if lane is None else lane.last)
-        if request.sent:
-            lost = ReplyLost(f"{where}: {text(trouble or TimeoutError())}")
-            lost.__cause__ = trouble
+        connection = request.connection
+        url = self.redacted_url if connection is None else connection.redacted_url
+        cause = request.redirect_error or (
+            self._last_error() if connection is None else connection.last_error
+        )
+        if request.is_sent:
+            lost = ReplyLost(f"{url}: {describe_error(cause or TimeoutError())}")
+            lost.__cause__ = cause
             return lost
         unavailable = StoreUnavailable(
-            f"the store at {where} did not answer within {wait_s:.3g} s: "
-            f"{text(trouble or TimeoutError())}",
+            f"the store at {url} did not answer within {wait_s:.3g} s: "
+            f"{describe_error(cause or TimeoutError())}",
             retry_after_s=RETRY_AFTER_S,
         )
-        unavailable.__cause__ = trouble
+        unavailable.__cause__ = cause
         return unavailable
 
 
-class ServerLink(Link):
-    """The way to a single server.
+class SingleServerRouter(Router):
+    """Router of a single server.
 
     Raises:
         StoreRefused: the address cannot be used.
@@ -212,61 +219,60 @@ class ServerLink(Link):
 
     def __init__(self, settings: StoreSettings):
         super().__init__(settings)
-        self._server = Server(settings)
-        self._lanes = (self._server.lane,)
-        self.where = self._server.where
+        self._server = RedisServer(settings)
+        self._connections = (self._server.connection,)
+        self.redacted_url = self._server.redacted_url
 
     async def start(self) -> None:
-        """Nothing has to be found."""
+        """Does nothing: the address names the server."""
 
     async def close(self) -> None:
         await self._server.close()
 
     def slot(self, key: str) -> int:
-        """The same for all: one request may be about any of them."""
+        """Always 0: one request may contain any keys."""
         return 0
 
-    def owner(self, slot: int) -> None:
+    def node_of(self, slot: int) -> None:
         """Always None: there is one server."""
 
     async def layout(self) -> Layout:
         return Layout("", [self._server])
 
-    def server_of(self, slot: int) -> Server | None:
+    def server_of(self, slot: int) -> RedisServer | None:
         return self._server
 
-    def others(self) -> list[Server]:
+    def replicas(self) -> list[RedisServer]:
         return []
 
-    def reconnect(self) -> None:
-        self._server.lane.reconnect()
+    def refresh(self) -> None:
+        self._server.connection.reconnect()
 
-    def _place(self, requests: Sequence[Request]) -> Sequence[Lane]:
-        self._server.lane.put(requests)
-        return self._lanes
+    def _enqueue(self, requests: Sequence[StoreRequest]) -> Sequence[PipelinedConnection]:
+        self._server.connection.enqueue(requests)
+        return self._connections
 
-    def _trouble(self) -> BaseException | None:
-        return self._server.lane.last
+    def _last_error(self) -> BaseException | None:
+        return self._server.connection.last_error
 
 
 def first_error(outcomes: Sequence[Outcome]) -> CarryError | None:
-    """The error of them all, where not one request was carried out."""
+    """The first error, if every outcome is an error and so no request was executed."""
     first = outcomes[0]
     if isinstance(first, CarryError) and all(isinstance(each, CarryError) for each in outcomes):
         return first
     return None
 
 
-def _follows(fence: Request, request: Request) -> bool:
-    """Whether a fence was written behind a request on the same connection."""
+def _follows(wait: StoreRequest, request: StoreRequest) -> bool:
+    """Whether a WAIT was written after a request on the same connection and generation."""
     return (
-        fence.lane is request.lane
-        and fence.since == request.since
-        and fence.number > request.number
+        wait.connection is request.connection
+        and wait.generation == request.generation
+        and wait.sequence > request.sequence
     )
 
 
-def _flush(lanes: Iterable[Lane]) -> None:
-    """Send what was put."""
-    for lane in lanes:
-        lane.flush()
+def _flush(connections: Iterable[PipelinedConnection]) -> None:
+    for connection in connections:
+        connection.flush()

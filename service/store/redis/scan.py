@@ -1,9 +1,9 @@
-"""Pages of a listing out of steps of a scan, with every step and every page bounded.
+"""Lists streams in pages by SCAN; every page and every scan step is bounded.
 
-A scan step returns every match of the part it walked over; what does not fit the page must
-not be dropped. So a step that gave too much is taken again in smaller, and the page ends
-before it. A cluster's nodes are walked one after another; where streams may have moved between
-them meanwhile, from the beginning, so that none is missed.
+A SCAN call returns every match of the buckets it visited, and what does not fit the page must not
+be dropped. So a step that returned too many names is repeated with a smaller COUNT, and the page
+ends before a step that does not fit. The nodes of a cluster are scanned one after the other; if
+streams may have moved between them meanwhile, the listing restarts, so that none is missed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,28 @@ import re
 from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
+from service.core.errors import InvalidInput
+from service.core.values import StreamKey, StreamPage
+from service.store.codec import TOMBSTONE_PREFIX
+from service.store.redis.keys import KeySpace
+from service.store.redis.redis_server import RedisServer
+from service.store.redis.router import Router
+from service.store.settings import StoreSettings
+
 MAX_STEPS: Final = 100
-_PLACE: Final = re.compile(r"(?:([0-9a-f]{12})\.([0-9]{1,4})\.)?([0-9]{1,20})")
+_CURSOR: Final = re.compile(r"(?:([0-9a-f]{12})\.([0-9]{1,4})\.)?([0-9]{1,20})")
 
 Step = Callable[[int, int], Awaitable[tuple[int, list[str]]]]
-"""(cursor, keys to look at) -> (next cursor, 0 at the end; names that match)."""
+"""(cursor, COUNT) -> (next cursor, 0 at the end; matching names)."""
 
 
-class Place(NamedTuple):
-    """Where a listing goes on.
+class ScanCursor(NamedTuple):
+    """Position of a listing, across servers.
 
     Attributes:
-        layout: the servers' layout it belongs to; empty on a single server.
-        server: which of them.
-        cursor: the server's own, 0 at its beginning.
+        layout: version of the layout it belongs to; empty for a single server.
+        server: index of the server in that layout.
+        cursor: SCAN cursor of that server, 0 at its beginning.
     """
 
     layout: str = ""
@@ -33,57 +41,117 @@ class Place(NamedTuple):
     cursor: int = 0
 
     @classmethod
-    def parse(cls, text: str) -> Place:
-        """A place out of its words.
+    def parse(cls, text: str) -> ScanCursor:
+        """Parse a cursor that `str` wrote.
 
         Raises:
-            ValueError: they are none.
+            ValueError: the text is not a cursor.
         """
-        found = _PLACE.fullmatch(text)
-        if found is None or int(found[3]) >= 2**64:
+        match = _CURSOR.fullmatch(text)
+        if match is None or int(match[3]) >= 2**64:
             raise ValueError(text)
-        return cls(found[1] or "", int(found[2] or 0), int(found[3]))
+        return cls(match[1] or "", int(match[2] or 0), int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.layout}.{self.server}.{self.cursor}" if self.layout else str(self.cursor)
 
-    def within(self, layout: str, servers: int) -> Place:
-        """Itself in a layout of so many servers, or the beginning where it is of another."""
-        if self.layout == layout and self.server < servers:
+    def or_restart(self, layout: str, server_count: int) -> ScanCursor:
+        """The cursor itself, or the beginning if it belongs to another layout."""
+        if self.layout == layout and self.server < server_count:
             return self
-        return Place(layout)
+        return ScanCursor(layout)
+
+
+async def list_streams(
+    router: Router,
+    settings: StoreSettings,
+    model: str,
+    prefix: str,
+    cursor: str | None,
+    limit: int,
+) -> StreamPage:
+    """Read one page of stream names (`StateStore.streams`).
+
+    Raises:
+        InvalidInput: the cursor is invalid.
+        StoreUnavailable, StoreRefused: the store as a whole.
+    """
+    try:
+        start = ScanCursor() if cursor is None else ScanCursor.parse(cursor)
+    except ValueError as error:
+        raise InvalidInput(
+            f"cursor: expected the one of the last page, got {cursor!r}", at="cursor"
+        ) from error
+    keys = settings.keys
+    pattern = keys.pattern(model, prefix)
+    layout = await router.layout()
+    start = start.or_restart(layout.version, len(layout.servers))
+    server = layout.servers[start.server]
+
+    async def step(server_cursor: int, count: int) -> tuple[int, list[str]]:
+        reply = await server.read("SCAN", server_cursor, "MATCH", pattern, "COUNT", count)
+        streams = map(keys.parse, (name.decode("utf-8", "replace") for name in reply[1]))
+        return int(reply[0]), [key.stream for key in streams if key is not None]
+
+    names, server_cursor = await scan_page(step, start.cursor, limit, settings.scan_count)
+    names = await drop_tombstones(server, keys, model, names)
+    following: ScanCursor | None = None
+    if server_cursor is not None:
+        following = start._replace(cursor=server_cursor)
+    elif start.server + 1 < len(layout.servers):
+        following = ScanCursor(layout.version, start.server + 1)
+    elif (current := (await router.layout()).version) != layout.version:
+        following = ScanCursor(current)
+    return StreamPage(tuple(names), None if following is None else str(following))
 
 
 async def scan_page(
     step: Step, cursor: int, limit: int, max_count: int
 ) -> tuple[list[str], int | None]:
-    """One page, in at most MAX_STEPS steps.
+    """Read one page of a single server, in at most MAX_STEPS steps.
 
     Args:
-        cursor: where to go on, 0 for the beginning.
-        limit: names on a page, at least 1; more only where a single bucket holds more.
-        max_count: keys to look at per step, at most.
+        cursor: where the page starts, 0 for the beginning.
+        limit: names on a page, at least 1; more only if a single bucket holds more.
+        max_count: largest COUNT of a step.
 
     Returns:
-        The names, each once, and where the next page begins, None at the end.
+        The names, each once, and the cursor of the next page, None at the end.
     """
     names: dict[str, None] = {}
     count = min(limit, max_count)
     for _ in range(MAX_STEPS):
         room = limit - len(names)
-        following, found = await step(cursor, count)
-        if len(found) > room:
+        following, matches = await step(cursor, count)
+        if len(matches) > room:
             if count > 1:
                 count = min(room, count // 2)
                 continue
             if names:
                 return list(names), cursor
-        names.update(dict.fromkeys(found))
+        names.update(dict.fromkeys(matches))
         if following == 0:
             return list(names), None
         cursor = following
         if len(names) >= limit:
             break
-        # Where nothing matches, look at more at once; where much does, at what fits.
-        count = min(max_count, 2 * count if not found else max(1, limit - len(names)))
+        # Grow the step if nothing matched; otherwise visit about as many keys as still fit.
+        count = min(max_count, 2 * count if not matches else max(1, limit - len(names)))
     return list(names), cursor
+
+
+async def drop_tombstones(
+    server: RedisServer, keys: KeySpace, model: str, names: list[str]
+) -> list[str]:
+    """The names whose keys still exist and are not tombstones."""
+    if not names:
+        return names
+    last = len(TOMBSTONE_PREFIX) - 1
+    commands = [("GETRANGE", keys.state(StreamKey(model, name)), 0, last) for name in names]
+    prefixes = await server.read_many(commands)
+    # A slot that is migrating answers with an error: its streams are listed.
+    return [
+        name
+        for name, prefix in zip(names, prefixes, strict=True)
+        if prefix not in (b"", TOMBSTONE_PREFIX)
+    ]

@@ -1,9 +1,9 @@
-"""What servers must be before streams are entrusted to them; read at start.
+"""Start-up checks of the servers' configuration.
 
-Refused: a server that may evict keys when its memory is full (a stream would silently
-start over), a node of a cluster under the address of a single server and the other way round, a
-store that was made with another number of partitions (its streams would not be found), and with
-`fsync` a server whose disk has a write later than it is acknowledged.
+The service refuses to start with a server that may evict keys when its memory is full (a stream
+would silently start over), with a cluster node under the address of a single server or the
+reverse, with a store that was created with another number of partitions (its streams would not be
+found), and with `fsync` durability, with a server that acknowledges writes before they are synced.
 """
 
 from __future__ import annotations
@@ -15,88 +15,95 @@ from typing import Final
 import structlog
 
 from service.core.errors import CarryError, StoreRefused, StoreUnavailable
-from service.store.redis.redis_server import Server
-from service.store.redis.router import Link
-from service.store.redis.store_request import Answer, Request
+from service.store.redis.redis_server import RedisServer
+from service.store.redis.router import Router
+from service.store.redis.store_request import Reply, StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 META_FORMAT = 1
-PROBE_S: Final = 1.0
+PROBE_TIMEOUT_S: Final = 1.0
 
-_FSYNC: Final = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
+_FSYNC_OPTIONS: Final = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "no-appendfsync-on-rewrite": "no",
+}
 
 log = structlog.get_logger(__name__)
 
 
-async def check_servers(link: Link, settings: StoreSettings) -> str:
-    """Check every server and set the store up where it is new.
+async def check_servers(router: Router, settings: StoreSettings) -> str:
+    """Check every server and initialize a new store.
 
     Returns:
-        The servers in words, for logs: name, version and eviction policy.
+        A description of the servers for logs: name, version and eviction policy.
 
     Raises:
-        StoreUnavailable: no server answers, or not the one that stores `meta`.
-        StoreRefused: a server is not set up as required.
+        StoreUnavailable: no server answers, or the one that stores `meta` does not.
+        StoreRefused: a server is not configured as required.
     """
-    layout = await link.layout()
+    layout = await router.layout()
     checks = [_check_server(server, settings) for server in layout.servers]
-    words: list[str] = []
-    away: list[StoreUnavailable] = []
-    for found in await asyncio.gather(*checks, return_exceptions=True):
-        if isinstance(found, StoreUnavailable):
-            away.append(found)
-        elif isinstance(found, BaseException):
-            raise found
+    descriptions: list[str] = []
+    unavailable: list[StoreUnavailable] = []
+    for result in await asyncio.gather(*checks, return_exceptions=True):
+        if isinstance(result, StoreUnavailable):
+            unavailable.append(result)
+        elif isinstance(result, BaseException):
+            raise result
         else:
-            words.append(found)
-    if not words:
-        raise away[0]
-    for error in away:
-        # readiness checks it once it is back
-        log.warning("primary_away", store=link.where, reason=error.detail)
-    for server in link.others():
+            descriptions.append(result)
+    if not descriptions:
+        raise unavailable[0]
+    for error in unavailable:
+        # Readiness checks it once it is available again.
+        log.warning("primary_unavailable", store=router.redacted_url, reason=error.detail)
+    for server in router.replicas():
         try:
-            await server.try_once(PROBE_S, "PING")
+            await server.execute_once(PROBE_TIMEOUT_S, "PING")
         except StoreUnavailable as error:
-            log.warning("replica_away", store=server.where, reason=error.detail)
+            log.warning("replica_unavailable", store=server.redacted_url, reason=error.detail)
         else:
             await _check_server(server, settings)
-    await _check_partitions(link, settings)
-    return "; ".join(dict.fromkeys(words))
+    await _check_partitions(router, settings)
+    return "; ".join(dict.fromkeys(descriptions))
 
 
-async def _check_server(server: Server, settings: StoreSettings) -> str:
-    facts = read_info(await server.read("INFO"))
-    if (facts.get("cluster_enabled") == "1") != settings.is_cluster:
-        what, scheme = ("a single server", "redis://")
+async def _check_server(server: RedisServer, settings: StoreSettings) -> str:
+    info = parse_info(await server.read("INFO"))
+    if (info.get("cluster_enabled") == "1") != settings.is_cluster:
+        kind, scheme = ("a single server", "redis://")
         if not settings.is_cluster:
-            what, scheme = ("a node of a cluster", "redis+cluster://")
+            kind, scheme = ("a node of a cluster", "redis+cluster://")
         raise StoreRefused(
-            f"the store at {server.where} is {what}, whose address begins with {scheme}"
+            f"the store at {server.redacted_url} is {kind}, whose address begins with {scheme}"
         )
-    policy = await _eviction_policy(server, facts)
+    policy = await _eviction_policy(server, info)
     check_policy(server, policy, settings)
-    if facts.get("aof_enabled") == "0" and not settings.allow_eviction:
+    if info.get("aof_enabled") == "0" and not settings.allow_eviction:
         log.warning(
             "append_only_file_off",
-            store=server.where,
+            store=server.redacted_url,
             risk="a restart of the server loses what was written since its last snapshot",
         )
     if settings.durability is Durability.FSYNC:
-        check_fsync(server, await fsync_options(server))
-    if settings.durability is Durability.REPLICATED and facts.get("role") == "master":
-        replicas = online_replicas(facts)
+        check_fsync(server, await read_fsync_options(server))
+    if settings.durability is Durability.REPLICATED and info.get("role") == "master":
+        replicas = count_online_replicas(info)
         if replicas < settings.replicas:
-            # Not refused: a replica that is down at a restart must not keep readers out too.
+            # Only a warning: an unavailable replica must not keep the service from starting.
             log.warning(
-                "replicas_missing", store=server.where, found=replicas, expected=settings.replicas
+                "replicas_missing",
+                store=server.redacted_url,
+                found=replicas,
+                expected=settings.replicas,
             )
-    name = "Valkey" if "valkey_version" in facts else "Redis"
-    version = facts.get("valkey_version") or facts.get("redis_version", "of unknown version")
+    name = "Valkey" if "valkey_version" in info else "Redis"
+    version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
     return f"{name} {version}, {policy}"
 
 
-def check_policy(server: Server, policy: str, settings: StoreSettings) -> None:
+def check_policy(server: RedisServer, policy: str, settings: StoreSettings) -> None:
     """Refuse a server that may evict streams.
 
     Raises:
@@ -104,88 +111,88 @@ def check_policy(server: Server, policy: str, settings: StoreSettings) -> None:
     """
     if policy != "noeviction" and not settings.allow_eviction:
         raise StoreRefused(
-            f"the store at {server.where} has maxmemory-policy {policy}, expected noeviction: "
-            "under another policy streams are lost and silently start over. Set it to "
-            "noeviction, or CARRY_ALLOW_EVICTION=true to take the risk"
+            f"the store at {server.redacted_url} has maxmemory-policy {policy}, expected "
+            "noeviction: under another policy streams are lost and silently start over. Set it to "
+            "noeviction, or CARRY_ALLOW_EVICTION=true to accept the risk"
         )
 
 
-async def _eviction_policy(server: Server, facts: dict[str, str]) -> str:
-    """By INFO; CONFIG, which hosted servers often forbid, only where that does not say it."""
-    if "maxmemory_policy" in facts:
-        return facts["maxmemory_policy"]
+async def _eviction_policy(server: RedisServer, info: dict[str, str]) -> str:
+    """The `maxmemory-policy`, from INFO if it has it: hosted servers often forbid CONFIG."""
+    if "maxmemory_policy" in info:
+        return info["maxmemory_policy"]
     reply = await server.read("CONFIG", "GET", "maxmemory-policy")
     return reply[1].decode() if reply else "unknown"
 
 
-async def fsync_options(server: Server) -> dict[str, str]:
-    """Read the server's options that `check_fsync` checks.
+async def read_fsync_options(server: RedisServer) -> dict[str, str]:
+    """Read the options that `check_fsync` checks.
 
     Raises:
-        StoreUnavailable: it does not answer.
-        StoreRefused: it does not let its configuration be read.
+        StoreUnavailable: the server does not answer.
+        StoreRefused: the server does not allow reading its configuration.
     """
-    found: dict[str, str] = {}
-    for name in _FSYNC:
+    options: dict[str, str] = {}
+    for name in _FSYNC_OPTIONS:
         try:
             reply = await server.read("CONFIG", "GET", name)
         except StoreRefused as error:
             raise StoreRefused(
                 f"CARRY_DURABILITY=fsync has to read the server's configuration: {error.detail}"
             ) from error
-        found[name] = reply[1].decode() if reply else "unknown"
-    return found
+        options[name] = reply[1].decode() if reply else "unknown"
+    return options
 
 
-def check_fsync(server: Server, found: dict[str, str]) -> None:
+def check_fsync(server: RedisServer, options: dict[str, str]) -> None:
     """Refuse a server that acknowledges writes before they are synced to disk.
 
     Raises:
         StoreRefused: naming the options that are wrong.
     """
-    wrong = {name: value for name, value in found.items() if value != _FSYNC[name]}
+    wrong = {name: value for name, value in options.items() if value != _FSYNC_OPTIONS[name]}
     if wrong:
         got = ", ".join(f"{name} {value}" for name, value in wrong.items())
-        expected = ", ".join(f"{name} {_FSYNC[name]}" for name in wrong)
+        expected = ", ".join(f"{name} {_FSYNC_OPTIONS[name]}" for name in wrong)
         raise StoreRefused(
-            f"the store at {server.where} has {got}; CARRY_DURABILITY=fsync expects {expected}"
+            f"the store at {server.redacted_url} has {got}; CARRY_DURABILITY=fsync expects "
+            f"{expected}"
         )
 
 
-async def _check_partitions(link: Link, settings: StoreSettings) -> None:
-    meta = settings.keys.meta
-    ours = {"format": META_FORMAT, "partitions": settings.partitions}
-    slot = link.slot(meta)
-    stored: bytes | None = None
-    for command in (("SET", meta, json.dumps(ours), "NX"), ("GET", meta)):
-        (outcome,) = await link.ask(Request.of(*command, slot=slot))
+async def _check_partitions(router: Router, settings: StoreSettings) -> None:
+    """Write the `meta` key of a new store, or compare it with the settings."""
+    key = settings.keys.meta
+    expected = {"format": META_FORMAT, "partitions": settings.partitions}
+    slot = router.slot(key)
+    value: bytes | None = None
+    for command in (("SET", key, json.dumps(expected), "NX"), ("GET", key)):
+        (outcome,) = await router.execute(StoreRequest.for_command(*command, slot=slot))
         if isinstance(outcome, CarryError):
             raise outcome
-        if not isinstance(outcome, Answer):
+        if not isinstance(outcome, Reply):
             raise StoreUnavailable(f"the store does not answer: {outcome}") from outcome
-        stored = outcome.value
+        value = outcome.value
     try:
-        found = json.loads(stored or b"")
-        same = found["format"] == META_FORMAT and found["partitions"] == settings.partitions
+        stored = json.loads(value or b"")
+        matches = stored["format"] == META_FORMAT and stored["partitions"] == settings.partitions
     except (TypeError, ValueError, KeyError) as error:
         raise StoreRefused(
-            f"key {meta!r} of the store at {link.where} is not one that Carry wrote: {stored!r}"
+            f"key {key!r} of the store at {router.redacted_url} was not written by Carry: {value!r}"
         ) from error
-    if not same:
+    if not matches:
         raise StoreRefused(
-            f"the store at {link.where} was made with {found}, expected {ours}; set "
-            f"CARRY_PARTITIONS to {found['partitions']}, or use another CARRY_NAMESPACE"
+            f"the store at {router.redacted_url} was created with {stored}, expected {expected}; "
+            f"set CARRY_PARTITIONS to {stored['partitions']}, or use another CARRY_NAMESPACE"
         )
 
 
-def online_replicas(facts: dict[str, str]) -> int:
+def count_online_replicas(info: dict[str, str]) -> int:
     """Count the replicas that are connected and in sync."""
-    return sum(
-        name.startswith("slave") and "state=online" in value for name, value in facts.items()
-    )
+    return sum(name.startswith("slave") and "state=online" in value for name, value in info.items())
 
 
-def read_info(reply: bytes) -> dict[str, str]:
+def parse_info(reply: bytes) -> dict[str, str]:
     """Parse the reply to INFO."""
     lines = reply.decode("utf-8", "replace").splitlines()
     return dict(line.split(":", 1) for line in lines if ":" in line and not line.startswith("#"))

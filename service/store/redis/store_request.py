@@ -1,7 +1,7 @@
-"""One request to a server, on its way: what a lane carries and a link routes.
+"""A request to one server: its command, its future, and what is known of its earlier attempts.
 
-A request keeps what is known of its earlier tries wherever it goes: over a connection that was
-made anew, or to another node of a cluster. Its future never fails; an error is its result.
+A request keeps this knowledge wherever it is sent next: over a new connection, or to another node
+of a cluster. Its future never fails; an error is a result.
 """
 
 from __future__ import annotations
@@ -15,37 +15,40 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from service.core.errors import CarryError
 
 if TYPE_CHECKING:
-    from service.store.redis.pipelined_connection import Lane
+    from service.store.redis.pipelined_connection import PipelinedConnection
 
 Command = tuple[str | bytes | int, ...]
 
 
 class ReplyLost(Exception):
-    """The request was sent, perhaps carried out, and no try was answered in time; or a later
-    try was refused, which says nothing about the earlier ones."""
+    """The request may have been executed: it was sent, and no reply tells.
+
+    Either no attempt was answered in time, or a later attempt was rejected, which says nothing
+    about the earlier ones.
+    """
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """The server's reply.
 
     Attributes:
-        value: as the protocol gives it: bytes, int, None or a list of these.
-        repeated: an earlier try of the same request may have been carried out.
-        durable: what it wrote is where the settings want it; always so where they want nothing
-            beyond the server's memory.
+        value: the decoded RESP value: bytes, int, None or a list of these.
+        is_retry: an earlier attempt of the same request may have been executed.
+        is_durable: what the request wrote is as durable as the settings require; always True where
+            they require nothing beyond the server's memory.
     """
 
     value: Any
-    repeated: bool
-    durable: bool = True
+    is_retry: bool
+    is_durable: bool = True
 
 
-Outcome = Answer | ReplyLost | CarryError
+Outcome = Reply | ReplyLost | CarryError
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A Lua script and the SHA-1 the server knows it by."""
+    """A Lua script and its SHA-1, which identifies it to EVALSHA."""
 
     text: bytes
     sha: str
@@ -58,51 +61,53 @@ class Script:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """One request on its way.
+class StoreRequest:
+    """One request and the state of its delivery.
 
     Attributes:
-        fallback: what is sent where the server does not know the script.
-        slot: of a cluster, that the keys lie in.
-        sent: it went out at least once since it was last known not to be carried out.
-        repeated: it went out again after a try that may have been carried out.
-        asking: the next try goes to the node that the slot is being moved to.
-        aside: the word before a request that is `asking`, whose future it shares.
-        bound: it means something on its present connection only, and is never sent again.
-        hops: how often a node sent it elsewhere or put it off, and `put_off` by what words.
-        lane, since, number: the connection of its last try (the first number written on it), and
-            the place among what was written there.
+        fallback: the command to send if the server does not know the script (NOSCRIPT).
+        slot: the hash slot of its keys in a cluster.
+        is_sent: it was sent at least once since it was last known not to have been executed.
+        is_retry: it was sent again after an attempt that may have been executed.
+        needs_asking: the next attempt must follow ASKING, on the node that imports the slot.
+        is_asking: it is the ASKING command of another request, whose future it shares.
+        is_connection_bound: it has a meaning on its present connection only and is never resent.
+        redirect_count: how often a node redirected or deferred it.
+        redirect_error: the error reply of the last redirect.
+        connection: the connection of the last attempt.
+        generation: which incarnation of that connection carried it (`PipelinedConnection`).
+        sequence: its place among the requests that were written on that connection.
     """
 
     command: Command
     future: asyncio.Future[Outcome]
     fallback: Command | None = None
     slot: int = 0
-    sent: bool = False
-    repeated: bool = False
-    asking: bool = False
-    aside: bool = False
-    bound: bool = False
-    hops: int = 0
-    put_off: Exception | None = None
-    lane: Lane | None = None
-    since: int = 0
-    number: int = 0
+    is_sent: bool = False
+    is_retry: bool = False
+    needs_asking: bool = False
+    is_asking: bool = False
+    is_connection_bound: bool = False
+    redirect_count: int = 0
+    redirect_error: Exception | None = None
+    connection: PipelinedConnection | None = None
+    generation: int = 0
+    sequence: int = 0
 
     @classmethod
-    def of(cls, *command: str | bytes | int, slot: int = 0) -> Request:
-        """A plain command; inside a running event loop."""
+    def for_command(cls, *command: str | bytes | int, slot: int = 0) -> StoreRequest:
+        """Make the request of a plain command; inside a running event loop."""
         return cls(command, asyncio.get_running_loop().create_future(), slot=slot)
 
     @classmethod
-    def run(
+    def for_script(
         cls,
         script: Script,
         keys: list[str],
         arguments: list[str | bytes | int],
         slot: int = 0,
-    ) -> Request:
-        """A script; inside a running event loop."""
+    ) -> StoreRequest:
+        """Make the request of a script call; inside a running event loop."""
         rest = (len(keys), *keys, *arguments)
         return cls(
             ("EVALSHA", script.sha, *rest),
@@ -118,11 +123,11 @@ class Request:
             return ()
         return self.command[3 : 3 + int(self.command[2])]
 
-    def not_carried_out(self) -> None:
-        """The last try certainly was not."""
-        self.sent = self.repeated
+    def mark_not_executed(self) -> None:
+        """Record that the server certainly did not execute the last attempt."""
+        self.is_sent = self.is_retry
 
     def resolve(self, outcome: Outcome) -> None:
-        """Give the outcome to whoever still waits for it."""
+        """Set the outcome, unless the caller has cancelled the request."""
         if not self.future.done():
             self.future.set_result(outcome)

@@ -1,8 +1,8 @@
-"""Which node of a cluster has which slots, as a node says; pure, and addresses of nodes.
+"""Topology of a Redis Cluster, parsed from CLUSTER SLOTS, and addresses of its nodes; pure.
 
-The client library's own cluster client keeps such a map too, with connections, retries and
-locks of its own, none of which know of the order that a store needs; so the map is read here,
-from CLUSTER SLOTS, which Redis and Valkey of every version answer.
+The client library's cluster client keeps such a map too, but with connections, retries and locks of
+its own that do not keep the order of requests. CLUSTER SLOTS is answered by every version of Redis
+and Valkey.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEFAULT_PORT: Final = 6379
 
 
 class Address(NamedTuple):
-    """Where a node listens."""
+    """Host and port of a node."""
 
     host: str
     port: int
@@ -31,96 +31,96 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A cluster as one of its nodes sees it.
+    """A cluster as one of its nodes reports it.
 
     Attributes:
-        owners: for each slot its primary; None where nobody has it.
-        primaries: those that have slots, in the order of their ids.
-        replicas: all the others.
-        layout: changes when a slot moves, or a primary does.
+        owners: the primary of each slot; None if the slot has none.
+        primaries: the primaries that have slots, ordered by node id.
+        replicas: all other nodes.
+        version: changes when a slot moves or a primary is replaced.
     """
 
     owners: tuple[Address | None, ...]
     primaries: tuple[Address, ...]
     replicas: tuple[Address, ...]
-    layout: str
+    version: str
 
     @property
-    def uncovered(self) -> int:
-        """How many slots nobody has."""
+    def uncovered_slots(self) -> int:
+        """Number of slots without a primary."""
         return self.owners.count(None)
 
 
-def read_topology(reply: Any, asked: Address) -> Topology:
-    """A topology out of the reply to CLUSTER SLOTS.
+def parse_topology(reply: Any, sender: Address) -> Topology:
+    """Parse the reply to CLUSTER SLOTS.
 
     Args:
         reply: for each range its first and last slot, its primary and its replicas; each node a
             host, a port and an id.
-        asked: the node that gave it; it stands for the host that a node does not know of itself.
+        sender: the node that replied; it replaces the host of a node that does not know its own.
 
     Raises:
-        StoreRefused: it is not such a reply.
+        StoreRefused: the reply has another shape.
     """
     owners: list[Address | None] = [None] * SLOTS
     primaries: dict[bytes, Address] = {}
-    others: dict[Address, None] = {}
+    replicas: dict[Address, None] = {}
     ranges: list[tuple[int, int, bytes]] = []
     try:
         for first, last, *nodes in reply:
-            primary, *replicas = nodes
-            address = _address(primary, asked)
+            primary, *others = nodes
+            address = _parse_node(primary, sender)
             owners[first : last + 1] = [address] * (last + 1 - first)
             primaries[primary[2]] = address
-            others.update(dict.fromkeys(_address(node, asked) for node in replicas))
+            replicas.update(dict.fromkeys(_parse_node(node, sender) for node in others))
             ranges.append((first, last, primary[2]))
     except (TypeError, ValueError, IndexError) as error:
-        raise StoreRefused(f"{asked} gave no cluster's slots: {reply!r}") from error
-    ordered = tuple(primaries[name] for name in sorted(primaries))
-    layout = hashlib.sha256(repr(sorted(ranges)).encode()).hexdigest()[:12]
-    return Topology(tuple(owners), ordered, tuple(others), layout)
+        raise StoreRefused(f"{sender} did not return a cluster's slots: {reply!r}") from error
+    ordered = tuple(primaries[node_id] for node_id in sorted(primaries))
+    version = hashlib.sha256(repr(sorted(ranges)).encode()).hexdigest()[:12]
+    return Topology(tuple(owners), ordered, tuple(replicas), version)
 
 
-def _address(node: list[Any], asked: Address) -> Address:
+def _parse_node(node: list[Any], sender: Address) -> Address:
     host = node[0]
-    known = host not in (None, b"", b"?")
-    return Address(host.decode() if known else asked.host, int(node[1]))
+    is_known = host not in (None, b"", b"?")
+    return Address(host.decode() if is_known else sender.host, int(node[1]))
 
 
-def seeds(url: str) -> list[Address]:
-    """The nodes that a cluster's address names.
+def parse_startup_nodes(url: str) -> list[Address]:
+    """Parse the nodes that a cluster's address names.
 
     Raises:
-        StoreRefused: it names none, or something that is no node, or a database.
+        StoreRefused: it names no node, an invalid one, or a database.
     """
-    _, hosts, tail = _parts(url)
+    _, hosts, tail = _split(url)
     if tail.partition("?")[0].strip("/0"):
         raise StoreRefused("a cluster has database 0 only, expected no other in its address")
-    found: list[Address] = []
-    for number, each in enumerate(hosts.split(","), start=1):
+    nodes: list[Address] = []
+    for number, text in enumerate(hosts.split(","), start=1):
         try:
-            parsed = urlsplit(f"//{each}")
+            parsed = urlsplit(f"//{text}")
             if not parsed.hostname:
                 raise ValueError("no host")
-            found.append(Address(parsed.hostname, parsed.port or DEFAULT_PORT))
+            nodes.append(Address(parsed.hostname, parsed.port or DEFAULT_PORT))
         except ValueError:
             # not shown: it may be part of a password with an @ or ? that is not encoded
             raise StoreRefused(
                 "expected host:port[,host:port...] as a cluster's address, and node "
-                f"{number} of it is none"
+                f"{number} of it is invalid"
             ) from None
-    return found
+    return nodes
 
 
 def node_url(url: str, node: Address) -> str:
-    """The address of one node: that of its cluster with one host, credentials and options kept."""
+    """The address of one node: the cluster's address with one host, credentials and options."""
     scheme = url.partition("://")[0]
-    credentials, _, tail = _parts(url)
+    credentials, _, tail = _split(url)
     return f"{scheme.removesuffix('+cluster')}://{credentials}{node}{tail}"
 
 
-def _parts(url: str) -> tuple[str, str, str]:
-    """Credentials with their @, hosts, and path and query of a cluster's address."""
+def _split(url: str) -> tuple[str, str, str]:
+    """Split a cluster's address into credentials with their @, hosts, and path with query."""
     scheme, _, rest = url.partition("://")
     if scheme not in CLUSTER_SCHEMES:
         raise StoreRefused(f"expected a cluster's address, got {scheme}://")

@@ -15,7 +15,7 @@ from models.spec.state import State
 from service.core.values import Feed, LastChunk, StoredReply, StreamHead, StreamState, Tombstone
 from service.store.codec import (
     HEADER_BYTES,
-    TOMBSTONE_BEGIN,
+    TOMBSTONE_PREFIX,
     CodecError,
     decode_head,
     decode_reply,
@@ -82,7 +82,7 @@ def test_the_mark_is_read_from_the_header_alone(stream: StreamState) -> None:
 def test_a_tombstone_round_trips_and_its_header_has_no_mark(epoch: bytes) -> None:
     tombstone = Tombstone(StreamHead(epoch, bytes(16), 0))
     value = encode_tombstone(tombstone)
-    assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_BEGIN, epoch)
+    assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_PREFIX, epoch)
     assert decode_state(value) == tombstone
     assert decode_head(value) is None
     assert raw_head(value) == tombstone.head

@@ -10,7 +10,7 @@ from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import HEADER_BYTES
-from service.store.redis.outcomes import resolve_repeated_deletion
+from service.store.redis.outcomes import resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.redis.store_request import Outcome
 from service.store.settings import StoreSettings
@@ -135,7 +135,7 @@ async def test_confirming_a_tombstone_does_not_change_it(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     """The script behind `load_with_reply` where replicas are waited for; it may come late, too."""
-    script = (RedisStore(StoreSettings(server.url))._confirming).text
+    script = (RedisStore(StoreSettings(server.url))._confirm_script).text
     await committed(store, streams.creation(key("a")))
     assert await store.delete(key("a")) == Committed()
     pair = names(server)
@@ -258,4 +258,4 @@ def test_repeated_deletions_are_resolved_by_what_they_find(
     found: StreamHead | None, outcome: type
 ) -> None:
     expected = StreamHead(b"epoch-89", b"tag-0123456789ab", 4)
-    assert isinstance(resolve_repeated_deletion(key("a"), expected, Conflicted(found)), outcome)
+    assert isinstance(resolve_retried_deletion(key("a"), expected, Conflicted(found)), outcome)

@@ -13,7 +13,7 @@ from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.store.base import Commit, Committed, Conflicted, StateStore
 from service.store.codec import encode_state
 from service.store.redis.redis_store import DELETE_ATTEMPTS, RedisStore
-from service.store.redis.store_request import Answer, Outcome
+from service.store.redis.store_request import Outcome, Reply
 from service.store.settings import StoreSettings
 from tests.support.lossy_path import LossyPath
 from tests.support.servers import RealServer, opened
@@ -87,8 +87,8 @@ async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     store = RedisStore(StoreSettings("unix:///none"))
     tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
-    async def begun_again(*_: object) -> Answer:
-        return Answer([0, encode_state(streams.first())], tries.pop())
+    async def begun_again(*_: object) -> Reply:
+        return Reply([0, encode_state(streams.first())], tries.pop())
 
     monkeypatch.setattr(store, "_write_tombstone", begun_again)
     assert isinstance(await store.delete(key("a")), outcome)

@@ -88,7 +88,7 @@ async def test_enabling_eviction_after_start_fails_readiness(
 async def test_the_store_is_checked_periodically(
     server: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readiness, "RECHECK_S", 0.01)
+    monkeypatch.setattr(readiness, "RECHECK_INTERVAL_S", 0.01)
     with capture_logs() as lines:
         async with opened(server.url):
             server.configure("maxmemory-policy", "allkeys-lru")
@@ -114,7 +114,7 @@ async def test_concurrent_readiness_requests_share_one_check(
 
 @pytest.fixture
 def lasting_cluster(own_cluster: Cluster) -> Iterator[Cluster]:
-    """A cluster that does not notice within a test that a node is away."""
+    """A cluster that does not notice within a test that a node is unavailable."""
     own_cluster.configure("cluster-node-timeout", 60_000)
     yield own_cluster
     own_cluster.configure("cluster-node-timeout", NODE_TIMEOUT_MS)
@@ -146,8 +146,8 @@ async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Clust
                 assert (await found(store)).ok
         finally:
             victim.resume()
-    (away,) = [line["reason"] for line in lines if line["event"] == "primary_away"]
-    assert str(victim.port) in away
+    (reason,) = [line["reason"] for line in lines if line["event"] == "primary_unavailable"]
+    assert str(victim.port) in reason
 
 
 async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> None:

@@ -134,7 +134,7 @@ async def test_start_logs_a_wrong_certificate_at_once(
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         await store.close()
-        assert [line["event"] for line in lines] == ["store_away"]
+        assert [line["event"] for line in lines] == ["store_unavailable"]
 
 
 async def test_a_cluster_behind_tls(certificates: Certificates) -> None:

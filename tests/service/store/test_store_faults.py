@@ -50,7 +50,7 @@ def test_a_connection_that_the_loop_has_closed_is_made_anew(
             commit = streams.creation(key("s"))
             assert await store.commit([commit]) == [Committed()]
             for _ in range(5):
-                store._link._server.lane._connection._writer.transport.abort()
+                store._router._server.connection._connection._writer.transport.abort()
                 await asyncio.sleep(0)
                 commit = streams.next(commit)
                 assert await store.commit([commit]) == [Committed()]

@@ -22,16 +22,16 @@ if type(header) == 'table' then
   end
   header = string.rep('\0', 32) .. header.err
 end
-local mark = ''
+local head = ''
 if header ~= '' or redis.call('EXISTS', KEYS[1]) == 1 then
-  mark = string.sub(header, 33, 56)
-  mark = mark .. string.rep('\0', 24 - #mark)
+  head = string.sub(header, 33, 56)
+  head = head .. string.rep('\0', 24 - #head)
 end
 local expected = ARGV[1]
-if mark == '' and expected ~= '' then
+if head == '' and expected ~= '' then
   return {0}
 end
-if mark ~= '' and (expected == '' or string.sub(mark, 1, #expected) ~= expected) then
+if head ~= '' and (expected == '' or string.sub(head, 1, #expected) ~= expected) then
   return {0, header}
 end
 redis.call('UNLINK', KEYS[1], KEYS[2])

@@ -10,7 +10,7 @@ import redis
 from service.core.errors import CarryError
 from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
 from service.store.base import Commit, CommitResult, Loaded, StateStore
-from service.store.codec import TOMBSTONE_BEGIN, decode_state, encode_state
+from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
 from service.store.redis.keys import KeySpace
 
 
@@ -41,7 +41,7 @@ class StoredStates(MutableMapping[StreamKey, StreamState]):
         found = (
             self._keys.parse(name.decode())
             for name, value in held
-            if not value.startswith(TOMBSTONE_BEGIN)
+            if not value.startswith(TOMBSTONE_PREFIX)
         )
         return iter([key for key in found if key is not None])
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from service.core.errors import OutcomeUnknown
-from service.store.redis.connections import Backend, writer_of
-from service.store.redis.pipelined_connection import Lane
-from service.store.redis.store_request import Answer, ReplyLost, Request, Script
+from service.store.redis.connections import ConnectionFactory, writer_of
+from service.store.redis.pipelined_connection import PipelinedConnection
+from service.store.redis.store_request import Reply, ReplyLost, Script, StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.servers import (
     KINDS,
@@ -29,12 +29,12 @@ from tests.support.streams import Streams, key
 
 
 @asynccontextmanager
-async def lane_to(server: RealServer) -> AsyncIterator[Lane]:
-    lane = Lane(Backend(StoreSettings(server.url)))
+async def connected_to(server: RealServer) -> AsyncIterator[PipelinedConnection]:
+    connection = PipelinedConnection(ConnectionFactory(StoreSettings(server.url)))
     try:
-        yield lane
+        yield connection
     finally:
-        await lane.close()
+        await connection.close()
 
 
 async def test_a_resent_abandoned_request_does_not_shift_answers(
@@ -42,52 +42,52 @@ async def test_a_resent_abandoned_request_does_not_shift_answers(
 ) -> None:
     """The server did not know the script, and its caller had left when it said so."""
     script = Script(b"return ARGV[1]", "0" * 40)
-    async with lane_to(server) as lane:
+    async with connected_to(server) as connection:
         for round_ in range(20):
-            abandoned = Request.run(script, [], [f"abandoned {round_}"])
-            lane.put([abandoned])
-            lane.flush()
+            abandoned = StoreRequest.for_script(script, [], [f"abandoned {round_}"])
+            connection.enqueue([abandoned])
+            connection.flush()
             if round_ == 0:
                 await _connected(server)
             abandoned.future.cancel()
-            others = [Request.of("ECHO", f"{round_}.{number}") for number in range(5)]
+            others = [StoreRequest.for_command("ECHO", f"{round_}.{number}") for number in range(5)]
             for other in others:
-                lane.put([other])
-                lane.flush()
+                connection.enqueue([other])
+                connection.flush()
                 # The first is behind the error, the last behind its fallback.
                 await asyncio.wait({other.future}, timeout=10)
             for number, other in enumerate(others):
-                assert other.future.result() == Answer(f"{round_}.{number}".encode(), False)
-        assert lane.is_idle
+                assert other.future.result() == Reply(f"{round_}.{number}".encode(), False)
+        assert connection.is_idle
 
 
 async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) -> None:
     """Requests that were sent may have been carried out; a WAIT means nothing elsewhere."""
-    async with lane_to(own_server) as lane:
-        known = Request.of("PING")
-        lane.put([known])
-        lane.flush()
+    async with connected_to(own_server) as connection:
+        known = StoreRequest.for_command("PING")
+        connection.enqueue([known])
+        connection.flush()
         await known.future
         own_server.signal(signal.SIGSTOP)
-        sent, bound, asking, abandoned = (Request.of("ECHO", word) for word in "abcd")
-        bound.bound = asking.asking = True
-        lane.put([sent, bound, asking, abandoned])
-        lane.flush()
-        unsent = Request.of("ECHO", "e")
-        lane.put([unsent])
+        sent, bound, asking, abandoned = (StoreRequest.for_command("ECHO", word) for word in "abcd")
+        bound.is_connection_bound = asking.needs_asking = True
+        connection.enqueue([sent, bound, asking, abandoned])
+        connection.flush()
+        unsent = StoreRequest.for_command("ECHO", "e")
+        connection.enqueue([unsent])
         abandoned.future.cancel()
-        assert lane.is_answering
-        assert lane.hand_over() == [sent, asking, unsent]
-        assert [request.repeated for request in (sent, asking, unsent)] == [True, True, False]
+        assert connection.is_responsive
+        assert connection.take_pending() == [sent, asking, unsent]
+        assert [request.is_retry for request in (sent, asking, unsent)] == [True, True, False]
         assert isinstance(bound.future.result(), ReplyLost)
-        assert lane.is_idle
-        assert not lane.is_answering
+        assert connection.is_idle
+        assert not connection.is_responsive
         own_server.signal(signal.SIGCONT)
         # Its connection is not used again: late answers are ignored.
-        later = Request.of("ECHO", "later")
-        lane.put([later])
-        lane.flush()
-        assert await later.future == Answer(b"later", False)
+        later = StoreRequest.for_command("ECHO", "later")
+        connection.enqueue([later])
+        connection.flush()
+        assert await later.future == Reply(b"later", False)
         assert not any(request.future.done() for request in (sent, asking, unsent))
 
 
@@ -167,7 +167,9 @@ async def test_tcp_user_timeout_is_shorter_than_a_tombstones_lifetime() -> None:
         for wait_s, tombstone_ttl_ms, expected_ms in ((3.0, 600_000, 3_000), (30.0, 9_000, 9_000)):
             url = f"redis://127.0.0.1:{port}"
             async with opened(url, wait_s=wait_s, tombstone_ttl_ms=tombstone_ttl_ms) as store:
-                given = writer_of(store._link._server.lane._connection).get_extra_info("socket")
+                given = writer_of(store._router._server.connection._connection).get_extra_info(
+                    "socket"
+                )
                 assert given.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 linger = given.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
                 assert linger == struct.pack("ii", 1, 0)
