@@ -34,8 +34,7 @@ from service.settings import Settings
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
-from service.transports.http.connection.connections import CONNECTIONS
-from service.transports.http.connection.fast_path import EXPRESS
+from service.transports.http.connection.http_protocol import HTTP_STATE
 
 LATE_S = 2.0
 """How long the pipeline goes on after the server has waited CARRY_DRAIN_S for its requests: their
@@ -91,7 +90,7 @@ def create_app() -> FastAPI:
         _settle_collector()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
-            yield {EXPRESS: api.state.express, CONNECTIONS: api.state.connections}
+            yield {HTTP_STATE: api.state.http}
         finally:
             await pipeline.stop()
             await store.close()
@@ -120,6 +119,7 @@ def create_app() -> FastAPI:
         recorder,
         lifespan=lifespan,
         connections=connections,
+        fast_path=settings.http_fast_path,
         metrics=lambda: (recorder.render(), recorder.content_type),
     )
 

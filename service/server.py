@@ -28,7 +28,7 @@ from service.ops.worker_pool import SIGHUP, Server, WorkerPool, WorkersFailedErr
 from service.settings import PREFIX, Settings, service_links
 from service.store.embedded.embedded_valkey import EmbeddedValkey
 from service.store.open import open_store
-from service.transports.http.connection.http_protocol import ExpressProtocol
+from service.transports.http.connection.http_protocol import HttpProtocol
 
 log = structlog.get_logger(__name__)
 
@@ -89,11 +89,11 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
         factory=True,
         workers=settings.workers,
         log_config=None,
-        http=ExpressProtocol,
+        http=HttpProtocol,
         # named, so that a missing one is an error and not a service at half the speed
         loop="auto" if sys.platform == "win32" else "uvloop",
         ws="none",
-        # nothing is told or decided by a client's address
+        # nothing depends on a client's address
         proxy_headers=False,
         access_log=False,
         server_header=False,

@@ -139,6 +139,11 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
     """Largest body of a request, in bytes."""
 
+    http_fast_path: bool = True
+    """Serve well-formed chunk requests on the fast path, which reads them from the socket's bytes.
+    Off, uvicorn's parser and FastAPI serve every request, with the same responses at a lower rate:
+    to rule the fast path out while looking for a fault."""
+
     max_connections: Annotated[int, Field(ge=1)] = 10_000
     """Most concurrent connections of one worker; further ones are answered `too_many_connections`
     and closed. Lowered at start, with a warning, to what the limit on open files (`ulimit -n`)

@@ -20,7 +20,9 @@ from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.transports.http.boundary import LastResort, add_handlers
 from service.transports.http.connection.connections import ConnectionLimits, Connections
-from service.transports.http.connection.fast_path import Express
+from service.transports.http.connection.fast_path import FastPath
+from service.transports.http.connection.http_protocol import HttpState
+from service.transports.http.connection.rejections import ConnectionErrors
 from service.transports.http.context import ApiContext
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
@@ -44,6 +46,7 @@ def create_api(
     lifespan: Lifespan | None = None,
     metrics: RenderMetrics | None = None,
     connections: ConnectionLimits | None = None,
+    fast_path: bool = True,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> FastAPI:
     """The application. Nothing is started here: the lifespan starts what it needs.
@@ -53,6 +56,7 @@ def create_api(
         lifespan: entered before the first request and left after the last.
         metrics: gives the body and the content type of `/metrics`; without it there is none.
         connections: bounds on the connections of this worker.
+        fast_path: whether chunk requests may skip uvicorn's parser and FastAPI.
         now_ms: wall clock in epoch milliseconds.
     """
     routers = [module.router for module in (chunks, streams, forecast, models, health)]
@@ -93,8 +97,11 @@ def create_api(
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
-    app.state.express = Express(api, ids)
-    app.state.connections = Connections(connections)
+    app.state.http = HttpState(
+        Connections(connections),
+        ConnectionErrors(recorder, ids),
+        FastPath(api, ids, enabled=fast_path),
+    )
     return app
 
 

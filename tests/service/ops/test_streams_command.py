@@ -15,9 +15,8 @@ from models.artifact.artifact import Artifact
 from service.cli import app
 from service.core.values import StreamKey
 from service.pipeline.streams import Streams
-from service.transports.http.connection.http_protocol import ExpressProtocol
 from tests.service.transports.http.harness import Harness, harness
-from tests.service.transports.http.test_express import port_of, serving
+from tests.service.transports.http.raw_http import port_of, serving
 from tests.support.pipelines import chunk_of, make_artifact, rows_of
 from tests.support.servers import RealServer
 
@@ -62,7 +61,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
 async def carry(
     pipeline_server: RealServer, probe: Mapping[str, Artifact]
 ) -> AsyncIterator[Commands]:
-    async with harness(pipeline_server, probe) as api, serving(api, ExpressProtocol) as server:
+    async with harness(pipeline_server, probe) as api, serving(api) as server:
         yield Commands(api, f"http://127.0.0.1:{port_of(server)}")
 
 
@@ -118,7 +117,7 @@ async def test_reset_forgets_only_what_another_version_wrote(carry: Commands) ->
 async def test_reset_leaves_what_moved_on_meanwhile(
     carry: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Begun anew by its client between the look at it and its deletion."""
+    """PendingReply anew by its client between the look at it and its deletion."""
     await carry.fill("s1")
     carry.make_old("s1")
     delete = Streams.delete

@@ -17,9 +17,6 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-CONNECTIONS: Final = "connections"
-"""Key of `Connections` in the lifespan's state, where the server's protocol finds it."""
-
 CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of all connections."""
 

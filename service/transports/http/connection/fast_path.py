@@ -1,13 +1,12 @@
-"""Chunk requests that are plainly good, read and answered as bytes: nothing between them and us.
+"""Fast path for well-formed chunk requests: parsed from the socket buffer, no ASGI scope.
 
-`Express.take` reads a request for one chunk, whole, from the bytes that came. It takes what it
-is certain of: the one route, no query, a few known headers said in the usual way, and a body
-that `FastDecoder` decodes. Anything else, wrong or only unusual, is None, and the server and the
-framework read it as they always do and make the errors. What is taken is answered here as the
-route answers it, byte for byte (a test holds both ways to it). It never waits.
+`FastPath.parse` reads a request for one chunk, complete, from the received bytes. It accepts a
+strict subset: the one route, no query, common headers in their usual form, and a body that the fast
+decoder reads. Anything else, invalid or only unusual, is None: uvicorn and FastAPI (the slow path)
+read it from its first byte and make the errors. A response of the fast path has the same bytes as
+the slow path's (`test_fast_path.py` compares them). Nothing here waits.
 
-While more comes than can be done, what would be refused as overloaded is refused before its body is
-read: what is spent on a refusal is missing where the work is done.
+Load shedding: a request that admission control would reject is rejected before its body is decoded.
 """
 
 from __future__ import annotations
@@ -17,22 +16,21 @@ import logging
 import re
 import time
 from functools import lru_cache
-from http import HTTPStatus
 from typing import Final, NamedTuple
 
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError, Overloaded, TooManyConnections
+from service.core.errors import CarryError, Overloaded
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.logs import log_request
 from service.transports.http.boundary import client_left, note_failure
-from service.transports.http.connection.heads import is_host
-from service.transports.http.connection.rejections import Refusals
+from service.transports.http.connection.framing import is_host
+from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext
 from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, accepted, media_of
-from service.transports.http.problems import problem_answer, status_of
+from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.http.replies.replies import server_timing
 from service.transports.http.request_fields import TIMEOUT_HEADER, parse_timeout
@@ -40,24 +38,25 @@ from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds, i
 from service.transports.http.statuses import STATUS
 from service.transports.http.wire import ModelWire
 
-EXPRESS: Final = "express"
-"""Its name in the lifespan's state, where the server's connections find it."""
-
-MAX_BYTES: Final = LONG_BYTES
-"""Longer requests are read by the framework, piece by piece."""
+MAX_REQUEST_BYTES: Final = LONG_BYTES
+"""Longer requests take the slow path, which decodes their bodies in blocks."""
 
 MAX_HEADERS_BYTES: Final = 4096
-"""Longer headers are read by the framework. Some thousands of what was read are kept."""
+"""Longer headers take the slow path; it bounds the memory of the cache of parsed headers."""
 
 ROUTE: Final = "/v1/models/{model}/streams/{stream}/chunks"
-_START = re.compile(
+
+CLIENT_DISCONNECTED: Final = 0
+"""Logged as the status of a request whose client disconnected before the response."""
+
+_REQUEST_LINE = re.compile(
     rb"POST /v1/models/([a-z0-9_-]{1,64})/streams/(%b)/chunks HTTP/1\.1\r\n"
     % STREAM_NAME[1:-1].encode()
 )
-_LINE = re.compile(
+_HEADER_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e]+(?:[ \t]+[\x21-\x7e]+)*)[ \t]*"
 )
-_UNUSUAL = frozenset(
+_SLOW_PATH_HEADERS = frozenset(
     {
         b"transfer-encoding",
         b"content-encoding",
@@ -69,217 +68,199 @@ _UNUSUAL = frozenset(
         b"if-match",
     }
 )
-_HEAD = {
+_RESPONSE_HEADS = {
     media: b'HTTP/1.1 200 OK\r\netag: "%%b"\r\nserver-timing: %%b\r\ncontent-length: %%d\r\n'
     b"content-type: %b\r\nx-request-id: %%b\r\n%%b\r\n" % media.value.encode()
     for media in Media
 }
-_STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
-}
-UNANSWERED: Final = 0
-"""Stands in the log for the status of what nobody waited for."""
 _TIMEOUT = TIMEOUT_HEADER.encode()
-_CLOSE = b"connection: close\r\n"
+
+PendingReply = asyncio.Future[list[Reply | CarryError]]
+"""Resolves to one reply or error."""
 
 
-Begun = asyncio.Future[list[Reply | CarryError]]
-"""A chunk on its way; holds its one result."""
+class IncompleteRequest(NamedTuple):
+    """A request whose body is still arriving; `total_bytes` is its length when complete."""
+
+    total_bytes: int
 
 
-class More(NamedTuple):
-    """The request goes on: it will be whole at that many bytes."""
-
-    whole_bytes: int
-
-
-class Refused(NamedTuple):
-    """A request that is not done, its body unread; attributes as those of `Taken`."""
+class RejectedRequest(NamedTuple):
+    """A request that admission control rejected; attributes as those of `FastRequest`."""
 
     wire: ModelWire
     error: Overloaded
-    answer: Media
+    reply_media: Media
     request_id: bytes
-    began_s: float
-    whole_bytes: int
+    received_s: float
+    total_bytes: int
 
 
-class Taken(NamedTuple):
-    """A request on its way.
+class FastRequest(NamedTuple):
+    """A complete request for one chunk.
 
     Attributes:
-        answer: what the reply is written in.
-        began_s: when it was whole, and deadline_s until when its client waits, of the monotonic
-            clock.
-        whole_bytes: how many of the bytes it was.
+        received_s: when it was complete, on the monotonic clock.
+        deadline_s: until when its client waits, on the monotonic clock.
+        total_bytes: its length, head and body.
     """
 
     wire: ModelWire
     chunk: Chunk
-    answer: Media
+    reply_media: Media
     request_id: bytes
-    began_s: float
+    received_s: float
     deadline_s: float
-    whole_bytes: int
+    total_bytes: int
 
 
 class _Headers(NamedTuple):
-    """What the headers of a plain request say."""
+    """Parsed headers of a request; None for a header that is absent."""
 
     length: int
     media: Media
-    answer: Media
+    reply_media: Media
     request_id: bytes | None
     timeout_s: float | None
 
 
-class Express:
-    """Takes and answers the requests of one application."""
+class FastPath:
+    """Parses and answers the requests of one application.
 
-    def __init__(self, api: ApiContext, ids: RequestIds):
+    Args:
+        enabled: False sends every request to the slow path.
+    """
+
+    def __init__(self, api: ApiContext, ids: RequestIds, *, enabled: bool = True):
+        self.enabled = enabled
         self._api = api
         self._ids = ids
-        self._refusals = Refusals(_refusal)
+        self._overload_responses = OverloadResponses()
 
-    def take(self, data: bytes) -> Taken | Refused | More | None:
-        """The request that these bytes begin with, if it is plain."""
-        start = _START.match(data)
-        if start is None:
+    def parse(self, data: bytes) -> FastRequest | RejectedRequest | IncompleteRequest | None:
+        """The request at the beginning of these bytes; None sends it to the slow path."""
+        start = _REQUEST_LINE.match(data)
+        if start is None or not self.enabled:
             return None
         end = data.find(b"\r\n\r\n", start.end() - 2)
         if end < 0:
             return None
         block = data[start.end() : end]
-        headers = None if len(block) > MAX_HEADERS_BYTES else _read_headers(block)
+        headers = None if len(block) > MAX_HEADERS_BYTES else _parse_headers(block)
         if headers is None:
             return None
-        whole_bytes = end + 4 + headers.length
-        if whole_bytes > min(MAX_BYTES, self._api.limits.max_body_bytes):
+        total_bytes = end + 4 + headers.length
+        if total_bytes > min(MAX_REQUEST_BYTES, self._api.limits.max_body_bytes):
             return None
-        if len(data) < whole_bytes:
-            return More(whole_bytes)
-        began_s = time.monotonic()
+        if len(data) < total_bytes:
+            return IncompleteRequest(total_bytes)
+        received_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
         pipeline = self._api.pipeline
         if model not in pipeline.models:
             return None
         wire = self._api.wire(model)
-        waits_s = self._api.limits.waits_s(headers.timeout_s)
+        timeout_s = self._api.limits.waits_s(headers.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        if (error := pipeline.refusal(model, StreamKey(model, stream), waits_s)) is not None:
-            return Refused(wire, error, headers.answer, request_id, began_s, whole_bytes)
-        chunk = wire.reader.decode_chunk(data[end + 4 : whole_bytes], headers.media, stream)
+        error = pipeline.refusal(model, StreamKey(model, stream), timeout_s)
+        if error is not None:
+            return RejectedRequest(
+                wire, error, headers.reply_media, request_id, received_s, total_bytes
+            )
+        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], headers.media, stream)
         if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
-            # long replies are encoded in pieces, on the slow path
+            # the slow path encodes long replies in pieces
             return None
-        deadline_s = began_s + waits_s
-        return Taken(wire, chunk, headers.answer, request_id, began_s, deadline_s, whole_bytes)
+        deadline_s = received_s + timeout_s
+        return FastRequest(
+            wire, chunk, headers.reply_media, request_id, received_s, deadline_s, total_bytes
+        )
 
-    def begin(self, taken: Taken) -> Begun:
+    def start(self, request: FastRequest) -> PendingReply:
         """Hand the chunk to the pipeline."""
-        return self._api.pipeline.begin(taken.chunk, taken.deadline_s)
+        return self._api.pipeline.begin(request.chunk, request.deadline_s)
 
-    def leave(self, taken: Taken, begun: Begun) -> None:
-        """The client is gone."""
-        self._api.pipeline.leave(taken.chunk, begun)
-        with bound_contextvars(request_id=taken.request_id.decode()):
+    def cancel(self, request: FastRequest, reply: PendingReply) -> None:
+        """Drop a request whose client disconnected, unless its chunk is already in a batch."""
+        self._api.pipeline.leave(request.chunk, reply)
+        with bound_contextvars(request_id=request.request_id.decode()):
             client_left("POST")
-        _log(taken, UNANSWERED)
+        _log(request, CLIENT_DISCONNECTED)
 
-    def refuse(self, refused: Refused) -> bytes:
-        """The whole answer to what is not done."""
-        self._api.recorder.refusal(refused.wire.served.name, refused.error.code)
-        sent = self._refusals.answer(refused.error, refused.answer, refused.request_id)
-        _log(refused, STATUS[Overloaded])
-        return sent
+    def rejection(self, request: RejectedRequest) -> bytes:
+        """The whole response to a rejected request."""
+        self._api.recorder.refusal(request.wire.served.name, request.error.code)
+        response = self._overload_responses.response(
+            request.error, request.reply_media, request.request_id
+        )
+        _log(request, STATUS[Overloaded])
+        return response
 
-    def refuse_unread(self, error: CarryError) -> bytes:
-        """The whole error response for a request that is not read to its end."""
-        self._api.recorder.refusal("-", error.code)
-        request_id = self._ids.next()
-        if not isinstance(error, TooManyConnections):
-            log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)
-        return _refusal(error, Media.JSON, request_id, _CLOSE)
-
-    def reply(self, taken: Taken, result: Reply | CarryError, *, last: bool) -> bytes:
-        """The whole answer.
+    def response(self, request: FastRequest, result: Reply | CarryError, *, closes: bool) -> bytes:
+        """The whole response.
 
         Args:
-            last: whether the connection is closed after it.
+            closes: whether the connection is closed after it.
         """
-        more = _CLOSE if last else b""
+        header_lines = CLOSE if closes else b""
         status = 200
         if isinstance(result, CarryError):
             status = status_of(result)
-            self._api.recorder.refusal(taken.wire.served.name, result.code)
-            with bound_contextvars(request_id=taken.request_id.decode()):
+            self._api.recorder.refusal(request.wire.served.name, result.code)
+            with bound_contextvars(request_id=request.request_id.decode()):
                 note_failure(result)
-            sent = _refusal(result, taken.answer, taken.request_id, more)
+            response = error_response(result, request.reply_media, request.request_id, header_lines)
         else:
-            body = taken.wire.writer.reply_bytes(result, taken.answer)
-            sent = (
-                _HEAD[taken.answer]
-                % (
-                    result.head.etag.encode(),
-                    server_timing(result.timing).encode(),
-                    len(body),
-                    taken.request_id,
-                    more,
-                )
-                + body
+            body = request.wire.writer.reply_bytes(result, request.reply_media)
+            head = _RESPONSE_HEADS[request.reply_media] % (
+                result.head.etag.encode(),
+                server_timing(result.timing).encode(),
+                len(body),
+                request.request_id,
+                header_lines,
             )
-        _log(taken, status)
-        return sent
+            response = head + body
+        _log(request, status)
+        return response
 
 
-def _log(request: Taken | Refused, status: int) -> None:
-    ms = round((time.monotonic() - request.began_s) * 1000, 2)
+def _log(request: FastRequest | RejectedRequest, status: int) -> None:
+    ms = round((time.monotonic() - request.received_s) * 1000, 2)
     log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
 
 
-def _refusal(error: CarryError, media: Media, request_id: bytes, more: bytes = b"") -> bytes:
-    """The whole answer to a request that failed.
-
-    Args:
-        more: further lines of its head.
-    """
-    with bound_contextvars(request_id=request_id.decode()):
-        answer = problem_answer(error, media)
-    headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
-    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
-    return _STATUS_LINES[answer.status_code] + lines + more + b"\r\n" + answer.body
-
-
 @lru_cache(maxsize=4096)
-def _read_headers(block: bytes) -> _Headers | None:
-    """What a block of header lines says; None where a line is not plain, or says what is not
-    for here. Clients send the same lines again and again."""
-    found: dict[bytes, bytes] = {}
+def _parse_headers(block: bytes) -> _Headers | None:
+    """The headers in a block of lines, or None if they are for the slow path.
+
+    Cached, since clients repeat their headers.
+    """
+    values: dict[bytes, bytes] = {}
     for text in block.split(b"\r\n"):
-        line = _LINE.fullmatch(text)
-        if line is None or (name := line[1].lower()) in found:
+        line = _HEADER_LINE.fullmatch(text)
+        if line is None or (name := line[1].lower()) in values:
             return None
-        found[name] = line[2]
-    length = found.get(b"content-length", b"")
-    keeps = found.get(b"connection", b"keep-alive").lower() == b"keep-alive"
-    if not length.isdigit() or len(length) > 9 or not keeps or _UNUSUAL & found.keys():
+        values[name] = line[2]
+    length = values.get(b"content-length", b"")
+    keeps_alive = values.get(b"connection", b"keep-alive").lower() == b"keep-alive"
+    if not length.isdigit() or len(length) > 9 or not keeps_alive:
         return None
-    if not is_host(found.get(b"host", b"/")):
+    if _SLOW_PATH_HEADERS & values.keys() or not is_host(values.get(b"host", b"/")):
         return None
-    request_id = found.get(REQUEST_ID_HEADER)
+    request_id = values.get(REQUEST_ID_HEADER)
     if request_id is not None and not is_request_id(request_id):
         return None
     try:
-        media = media_of(_text(found.get(b"content-type")))
-        answer = accepted(_text(found.get(b"accept")), media)
+        media = media_of(_text(values.get(b"content-type")))
+        reply_media = accepted(_text(values.get(b"accept")), media)
     except CarryError:
         return None
     timeout_s = None
-    if (said := _text(found.get(_TIMEOUT))) is not None:
-        timeout_s = parse_timeout(said)
+    if (timeout := _text(values.get(_TIMEOUT))) is not None:
+        timeout_s = parse_timeout(timeout)
         if timeout_s is None:
             return None
-    return _Headers(int(length), media, answer, request_id, timeout_s)
+    return _Headers(int(length), media, reply_media, request_id, timeout_s)
 
 
 def _text(value: bytes | None) -> str | None:

@@ -1,47 +1,86 @@
-"""The answers to requests that are refused as overloaded, ready but for the request's id.
-
-While more comes than can be done, one refusal is said over and over: its document is written once,
-and each answer is made of what stands around the two places of the id.
-"""
+"""Error responses as bytes, for the fast path and for requests that are not read to their end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from http import HTTPStatus
 from typing import Final
 
-from service.core.errors import Overloaded
+from structlog.contextvars import bound_contextvars
+
+from service.core.errors import CarryError, Overloaded, TooManyConnections
+from service.ops.logs import log_request
+from service.pipeline.recorder import Recorder
 from service.transports.http.media import Media
+from service.transports.http.problems import problem_answer, status_of
+from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds
 
-Write = Callable[[Overloaded, Media, bytes], bytes]
-"""Makes the whole answer to the request of an id."""
+CLOSE: Final = b"connection: close\r\n"
+"""Header line of a response after which the connection is closed."""
 
-LEAST_ID_BYTES: Final = 16
-"""Shorter ids could look like something else in an answer."""
+MIN_ID_BYTES: Final = 16
+"""Shortest request id that `OverloadResponses` replaces: a shorter one could match other bytes."""
+
+_STATUS_LINES = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
 
 
-class Refusals:
-    """The last refusal, as it was written so far.
+def error_response(
+    error: CarryError, media: Media, request_id: bytes, header_lines: bytes = b""
+) -> bytes:
+    """A whole response with a problem document.
 
     Args:
-        write: makes an answer where there is none yet.
+        header_lines: further lines of its head, each with its line end.
+    """
+    with bound_contextvars(request_id=request_id.decode()):
+        answer = problem_answer(error, media)
+    headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return _STATUS_LINES[answer.status_code] + lines + header_lines + b"\r\n" + answer.body
+
+
+class OverloadResponses:
+    """Responses to rejected requests, serialized once per error and media type.
+
+    Load shedding repeats one error many times; only the request id differs between its responses.
     """
 
-    def __init__(self, write: Write):
-        self._write = write
+    def __init__(self) -> None:
         self._error: Overloaded | None = None
-        self._around: dict[tuple[Media, int], list[bytes]] = {}
+        self._templates: dict[tuple[Media, int], list[bytes]] = {}
 
-    def answer(self, error: Overloaded, media: Media, request_id: bytes) -> bytes:
-        """The whole answer, the same bytes as `write` gives."""
+    def response(self, error: Overloaded, media: Media, request_id: bytes) -> bytes:
+        """The same bytes as `error_response`."""
         length = len(request_id)
-        if length < LEAST_ID_BYTES:
-            return self._write(error, media, request_id)
+        if length < MIN_ID_BYTES:
+            return error_response(error, media, request_id)
         if error is not self._error:
             self._error = error
-            self._around.clear()
-        around = self._around.get((media, length))
-        if around is None:
-            stand_in = b"#" + b"~" * (length - 1)
-            around = self._write(error, media, stand_in).split(stand_in)
-            self._around[media, length] = around
-        return request_id.join(around)
+            self._templates.clear()
+        template = self._templates.get((media, length))
+        if template is None:
+            placeholder = b"#" + b"~" * (length - 1)
+            template = error_response(error, media, placeholder).split(placeholder)
+            self._templates[media, length] = template
+        return request_id.join(template)
+
+
+class ConnectionErrors:
+    """Responses to requests that are not read to their end; counted and logged.
+
+    These are timeouts, framing errors, and rejected connections and bodies.
+    """
+
+    def __init__(self, recorder: Recorder, ids: RequestIds):
+        self._recorder = recorder
+        self._ids = ids
+
+    def response(self, error: CarryError) -> bytes:
+        """The whole response, after which the connection has to be closed."""
+        self._recorder.refusal("-", error.code)
+        request_id = self._ids.next()
+        if not isinstance(error, TooManyConnections):
+            log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)
+        return error_response(error, Media.JSON, request_id, CLOSE)

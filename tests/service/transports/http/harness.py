@@ -19,6 +19,9 @@ from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.http.application import ApiLimits, create_api
+from service.transports.http.connection.fast_path import FastPath
+from service.transports.http.connection.http_protocol import HttpState
+from service.transports.http.request_log import RequestIds
 from tests.service.transports.http.faulty_store import FaultyStore, StoredStates
 from tests.support.numpy_runtime import numpy_served
 from tests.support.pipelines import Counts
@@ -73,6 +76,14 @@ class Harness:
         )
         assert response.headers["content-type"] == "application/msgpack"
         return ormsgpack.unpackb(response.content)
+
+    def http_state(self, *, fast_path: bool = True) -> HttpState:
+        """What the application's connections share."""
+        state: HttpState = self.app.state.http
+        if fast_path:
+            return state
+        disabled = FastPath(self.app.state.api, RequestIds(), enabled=False)
+        return state._replace(fast_path=disabled)
 
     def position(self, stream: str = "s", model: str = "probe") -> int | None:
         """Where the store has the stream."""

@@ -22,24 +22,23 @@ from structlog.testing import capture_logs
 from service.ops.open_files import connections_within_open_files
 from service.transports.http.connection import http_protocol
 from service.transports.http.connection.connections import LINGER_S, ConnectionLimits, Connections
-from service.transports.http.connection.fast_path import MAX_BYTES
+from service.transports.http.connection.fast_path import MAX_REQUEST_BYTES
+from service.transports.http.connection.framing import MAX_DRAIN_BYTES
 from service.transports.http.connection.http_protocol import (
-    MAX_DRAIN_BYTES,
-    MAX_REFUSED,
-    ExpressProtocol,
+    MAX_REJECTED,
 )
 from tests.service.transports.http.harness import Harness
-from tests.service.transports.http.test_connections import Client, connected, long_after
-from tests.service.transports.http.test_express import (
+from tests.service.transports.http.raw_http import (
     PATH,
     answer,
     becomes,
     chunk,
-    express_connections,
+    connections_of,
     port_of,
     request,
     serving,
 )
+from tests.service.transports.http.test_connections import Client, connected, long_after
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LIMITS = ConnectionLimits()
@@ -50,7 +49,7 @@ PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
 
 def limit(api: Harness, **limits: Any) -> Connections:
     """The application's connections, under other limits."""
-    connections: Connections = api.app.state.connections
+    connections: Connections = api.http_state().connections
     connections.limits = replace(LIMITS, **limits)
     return connections
 
@@ -65,7 +64,7 @@ async def problem_of(client: Client) -> tuple[bytes, str]:
 async def test_an_idle_connection_is_closed(api: Harness, sent: bytes) -> None:
     async with connected(api) as client:
         client.writer.write(sent)
-        await becomes(lambda: client.connection._kept_bytes == len(sent), "what was sent")
+        await becomes(lambda: client.connection._parser_bytes == len(sent), "what was sent")
         long_after(client, LIMITS.keep_alive_s - 1)
         assert not client.connection.transport.is_closing()
         long_after(client, LIMITS.keep_alive_s + 1)
@@ -82,11 +81,11 @@ async def test_a_slow_head_is_answered_with_a_timeout(
 ) -> None:
     async with connected(api) as client:
         client.writer.write(head)
-        await becomes(lambda: client.connection._kept_bytes > 0, "its beginning")
+        await becomes(lambda: client.connection._parser_bytes > 0, "its beginning")
         long_after(client, LIMITS.head_timeout_s)
         assert not client.connection._is_lingering
         client.writer.write(more)
-        await becomes(lambda: client.connection._kept_bytes > len(head), "a little more")
+        await becomes(lambda: client.connection._parser_bytes > len(head), "a little more")
         long_after(client, LIMITS.head_timeout_s + 1)
         assert await problem_of(client) == (b"408", "request_timeout")
         await client.is_cut_off()
@@ -153,8 +152,8 @@ async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None
 async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harness) -> None:
     """Its transport would wait for the reader for ever."""
     async with connected(api) as client:
-        client.connection.transport.set_write_buffer_limits(10 * MAX_BYTES)
-        client.connection.transport.write(b"x" * 8 * MAX_BYTES)
+        client.connection.transport.set_write_buffer_limits(10 * MAX_REQUEST_BYTES)
+        client.connection.transport.write(b"x" * 8 * MAX_REQUEST_BYTES)
         client.connection.transport.close()
         long_after(client, LIMITS.send_timeout_s)
         assert client.server.server_state.connections
@@ -185,7 +184,7 @@ async def test_the_oldest_incomplete_bodies_are_rejected_over_the_limit(
 ) -> None:
     connections = limit(api, max_pending_body_bytes=70_000)
     part = request(b" " * 19_998, first=PREDICT, length="Content-Length: 19999")
-    async with serving(api, ExpressProtocol) as server, several(server) as open_one:
+    async with serving(api) as server, several(server) as open_one:
         clients = []
         for count in (1, 2, 3, 3):
             clients.append(await open_one())
@@ -207,10 +206,10 @@ async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
     connections = limit(api, max_pending_body_bytes=30_000)
     whole = request(chunk() + b" " * 18_000, first=QUERY)
     part = request(b" " * 18_000, first=PREDICT, length="Content-Length: 19999")
-    async with serving(api, ExpressProtocol) as server, several(server) as open_one:
+    async with serving(api) as server, several(server) as open_one:
         (reader, writer), (late_reader, late_writer) = await open_one(), await open_one()
         writer.write(whole)
-        await becomes(lambda: any(c._is_busy for c in express_connections(server)), "a request")
+        await becomes(lambda: any(c._is_busy for c in connections_of(server)), "a request")
         late_writer.write(part)
         assert (await answer(late_reader)).startswith(b"HTTP/1.1 429 ")
         held_back()
@@ -221,7 +220,7 @@ async def test_a_complete_body_is_not_rejected_for_incomplete_ones(
 async def test_small_incomplete_bodies_count_towards_the_limit(api: Harness) -> None:
     connections = limit(api, max_pending_body_bytes=10_000)
     part = request(chunk())[:-1]
-    async with serving(api, ExpressProtocol) as server, several(server) as open_one:
+    async with serving(api) as server, several(server) as open_one:
         clients = [await open_one() for _ in range(10_000 // len(part) + 1)]
         for _, writer in clients:
             writer.write(part)
@@ -248,10 +247,10 @@ async def test_an_answered_request_buffers_nothing(api: Harness, first: str) -> 
 
 async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
     connections = limit(api, max_connections=2)
-    async with serving(api, ExpressProtocol) as server, several(server) as open_one:
+    async with serving(api) as server, several(server) as open_one:
         clients = [await open_one() for _ in range(2)]
         await becomes(lambda: len(connections) == 2, "connections")
-        clients += [await open_one() for _ in range(MAX_REFUSED + 3)]
+        clients += [await open_one() for _ in range(MAX_REJECTED + 3)]
         for reader, writer in clients[:2]:
             writer.write(request(chunk(None)))
             assert (await answer(reader)).startswith(b"HTTP/1.1 200 ")
@@ -264,7 +263,7 @@ async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
             connections.check(now_s)
             connections.check(now_s + 1)
         assert [(line["event"], line["rejected"]) for line in logs] == [
-            ("connections_closed", MAX_REFUSED + 3)
+            ("connections_closed", MAX_REJECTED + 3)
         ]
 
 
@@ -322,14 +321,14 @@ async def test_a_disconnected_client_is_distinguished_from_a_half_closed_one(
         while replies[-1] == http_protocol.CONTINUE:
             replies.append(await answer(client.reader))
         assert replies[-1].startswith(b"HTTP/1.1 200 ")
-    async with serving(api, ExpressProtocol) as server:
+    async with serving(api) as server:
         monkeypatch.undo()
         monkeypatch.setattr(http_protocol, "PROBE_S", 0.01)
         gate = asyncio.Event()
         monkeypatch.setattr(api.pipeline, "process", lambda *_: gate.wait())
         _, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
         writer.write(request(chunk(), first=QUERY))
-        await becomes(lambda: any(c._is_busy for c in express_connections(server)), "a request")
+        await becomes(lambda: any(c._is_busy for c in connections_of(server)), "a request")
         writer.close()
         await becomes(lambda: not server.server_state.connections, "no connection")
 

@@ -16,23 +16,27 @@ import uvicorn
 from service.core.values import StreamKey
 from service.engine.admission import Admission
 from service.transports.http.connection.connections import ConnectionLimits
-from service.transports.http.connection.fast_path import MAX_BYTES, Begun, Express, Taken
-from service.transports.http.connection.heads import MAX_HEAD_BYTES
-from service.transports.http.connection.http_protocol import PIECE_BYTES, ExpressProtocol
+from service.transports.http.connection.fast_path import (
+    MAX_REQUEST_BYTES,
+    FastPath,
+    FastRequest,
+    PendingReply,
+)
+from service.transports.http.connection.framing import MAX_HEAD_BYTES, PIECE_BYTES
+from service.transports.http.connection.http_protocol import HttpProtocol
 from tests.service.engine.batching import no_room
 from tests.service.transports.http.harness import Harness
-from tests.service.transports.http.test_express import (
-    LEFT,
+from tests.service.transports.http.raw_http import (
     PATH,
-    TAKEN,
     answer,
     becomes,
     chunk,
-    express_connections,
+    connections_of,
     port_of,
     request,
     serving,
 )
+from tests.service.transports.http.test_fast_path import FAST, SLOW
 
 DEAF = 1500
 """Requests whose answers are more than may wait for one client."""
@@ -51,7 +55,7 @@ class Client(NamedTuple):
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    connection: ExpressProtocol
+    connection: HttpProtocol
     server: uvicorn.Server
 
     async def statuses(self, count: int) -> list[bytes]:
@@ -70,14 +74,14 @@ class Client(NamedTuple):
 @asynccontextmanager
 async def connected(api: Harness) -> AsyncIterator[Client]:
     """The one client of a server."""
-    async with serving(api, ExpressProtocol) as server:
+    async with serving(api) as server:
         own = socket.socket()
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         own.connect(("127.0.0.1", port_of(server)))
         reader, writer = await asyncio.open_connection(sock=own, limit=4096)
         try:
-            await becomes(lambda: bool(express_connections(server)), "a connection")
-            [connection] = express_connections(server)
+            await becomes(lambda: bool(connections_of(server)), "a connection")
+            [connection] = connections_of(server)
             theirs = connection.transport.get_extra_info("socket")
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             yield Client(reader, writer, connection, server)
@@ -113,19 +117,21 @@ async def test_a_client_that_does_not_read_has_to_wait(
     if refused:
         monkeypatch.setattr(Admission, "refusal", no_room)
     paused: list[bool] = []
-    name = "refuse" if refused else "begin"
-    go_on = getattr(Express, name)
+    name = "rejection" if refused else "start"
+    go_on = getattr(FastPath, name)
 
     async with connected(api) as client:
 
-        def watched(express: Express, found: Any) -> Any:
+        def watched(fast_path: FastPath, found: Any) -> Any:
             paused.append(client.connection.flow.write_paused)
-            return go_on(express, found)
+            return go_on(fast_path, found)
 
-        monkeypatch.setattr(Express, name, watched)
+        monkeypatch.setattr(FastPath, name, watched)
         client.writer.write(request(chunk(None), stream="deaf") * DEAF)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
-        await becomes(lambda: len(client.connection._held) > MAX_BYTES, "much that is held")
+        await becomes(
+            lambda: len(client.connection._buffered) > MAX_REQUEST_BYTES, "much that is held"
+        )
         client.connection.flow.resume_reading()
         assert not client.connection.transport.is_reading(), "whoever asks for more"
         long_after(client, SEND_TIMEOUT_S)
@@ -138,14 +144,14 @@ async def test_a_stopping_server_begins_nothing_that_it_would_not_answer(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that did not read gets what was done for it, and the rest is not done."""
-    begun: list[Taken] = []
-    begin = Express.begin
+    begun: list[FastRequest] = []
+    start = FastPath.start
 
-    def watched(express: Express, taken: Taken) -> Begun:
-        begun.append(taken)
-        return begin(express, taken)
+    def watched(fast_path: FastPath, request: FastRequest) -> PendingReply:
+        begun.append(request)
+        return start(fast_path, request)
 
-    monkeypatch.setattr(Express, "begin", watched)
+    monkeypatch.setattr(FastPath, "start", watched)
     async with connected(api) as client:
         client.connection.transport.set_write_buffer_limits(4096)
         client.writer.write(request(chunk(None), stream="stopped") * FEW)
@@ -166,7 +172,7 @@ async def test_a_request_that_waits_in_uvicorn_is_answered_in_its_turn(
         client.writer.write(GET + request(chunk(), first=QUERY))
         assert await client.statuses(1) == [b"200"]
         client.writer.write(request(chunk(4), refuse_short))
-        await becomes(lambda: bool(client.connection._held), "the last one")
+        await becomes(lambda: bool(client.connection._buffered), "the last one")
         held_back()
         assert await client.statuses(2) == [b"200", b"429"]
 
@@ -200,7 +206,7 @@ async def test_the_body_of_a_request_that_waits_may_come_later(
         client.writer.write(first + second[:-9])
         await becomes(lambda: bool(client.connection.pipeline), "a request that waits")
         client.writer.write(second[-9:])
-        await becomes(lambda: bool(client.connection._held), "its end")
+        await becomes(lambda: bool(client.connection._buffered), "its end")
         held_back()
         assert await client.statuses(2) == [b"200", b"200"]
 
@@ -211,7 +217,7 @@ async def test_a_body_is_no_request_whatever_it_says(api: Harness) -> None:
     head = request(body, first="POST /v1/models/probe/predict HTTP/1.1").removesuffix(body)
     async with connected(api) as client:
         client.writer.write(head)
-        await becomes(lambda: not client.connection._message_whole, "a head")
+        await becomes(lambda: not client.connection._message_complete, "a head")
         client.writer.write(body + GET)
         assert await client.statuses(2) == [b"400", b"200"]
     assert api.position("hidden") is None
@@ -222,13 +228,13 @@ async def test_uvicorn_gets_a_few_requests_at_a_time(
 ) -> None:
     """It makes something of each that it is given, long before it can answer it."""
     waiting: list[int] = []
-    begins = ExpressProtocol.on_headers_complete
+    begins = HttpProtocol.on_headers_complete
 
-    def watched(connection: ExpressProtocol) -> None:
+    def watched(connection: HttpProtocol) -> None:
         begins(connection)
         waiting.append(len(connection.pipeline))
 
-    monkeypatch.setattr(ExpressProtocol, "on_headers_complete", watched)
+    monkeypatch.setattr(HttpProtocol, "on_headers_complete", watched)
     count = 4 * PIECE_BYTES // len(GET)
     async with connected(api) as client:
         client.writer.write(GET * count)
@@ -270,7 +276,7 @@ async def test_a_long_body_is_no_long_head(api: Harness) -> None:
         assert await client.statuses(2) == [b"413", b"200"]
 
 
-@pytest.mark.parametrize("last", [TAKEN["ahead"], LEFT["wrong body"]], ids=["ours", "uvicorn's"])
+@pytest.mark.parametrize("last", [FAST["ahead"], SLOW["wrong body"]], ids=["ours", "uvicorn's"])
 async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, last: bytes) -> None:
     async with connected(api) as client:
         connection = client.connection
@@ -280,7 +286,7 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, l
         long_after(client, KEEP_ALIVE_S)
         assert not connection.transport.is_closing(), "it has just been used"
         client.writer.write(request(chunk(4))[:-1])
-        await becomes(lambda: bool(connection._held), "half a request")
+        await becomes(lambda: bool(connection._buffered), "half a request")
         long_after(client, 2 * KEEP_ALIVE_S)
         assert not connection.transport.is_closing(), "a request is on its way"
         client.writer.write(request(chunk(4))[-1:])
@@ -296,7 +302,7 @@ async def test_a_connection_is_not_idle_while_a_request_is_under_way(
     async with connected(api) as client:
         client.writer.write(request(chunk(), refuse_short) + request(chunk()))
         assert await client.statuses(1) == [b"429"]
-        await becomes(lambda: client.connection._ours is not None, "a request under way")
+        await becomes(lambda: client.connection._pending is not None, "a request under way")
         long_after(client)
         held_back()
         assert await client.statuses(1) == [b"200"]

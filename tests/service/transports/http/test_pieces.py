@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact
 from service.transports.http.application import ApiLimits
-from service.transports.http.connection.http_protocol import ExpressProtocol
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies import pieces as module
 from service.transports.http.replies.pieces import (
@@ -26,8 +25,8 @@ from service.transports.http.replies.pieces import (
 )
 from service.transports.http.replies.replies import LongAnswer, reply
 from tests.service.transports.http.harness import harness, rows
+from tests.service.transports.http.raw_http import PATH, becomes, port_of, request, serving
 from tests.service.transports.http.test_connections import connected
-from tests.service.transports.http.test_express import PATH, becomes, port_of, request, serving
 from tests.support.servers import RealServer
 
 LIMITS = ApiLimits(max_chunk_steps=20_000, max_predict_steps=200_000, max_body_bytes=2**24)
@@ -119,7 +118,7 @@ async def test_a_long_reply_equals_the_short_replies(
         first=f"POST {address} HTTP/{version}",
     )
     async with harness(pipeline_server, models, limits=LIMITS) as api:
-        async with serving(api, ExpressProtocol) as server:
+        async with serving(api) as server:
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
             writer.write(sent)
             writer.write_eof()

@@ -13,11 +13,9 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import Overloaded
 from service.core.values import StreamKey
-from service.transports.http.connection.http_protocol import ExpressProtocol
 from service.transports.http.disconnects import PATIENCE_S
 from tests.service.transports.http.harness import LIMITS, Harness, harness, problem, rows
-from tests.service.transports.http.test_express import Door as ExpressDoor
-from tests.service.transports.http.test_express import converse, port_of, request, serving
+from tests.service.transports.http.raw_http import converse, port_of, request, serving
 from tests.support.clock import SHORT_S, ManualClock
 from tests.support.servers import RealServer, until_async
 
@@ -143,19 +141,17 @@ async def test_the_settings_say_how_long(
     async with harness(pipeline_server, models, limits=limits) as api:
         response = await expire_while_held(api, clock, api.chunk(BODY, headers=headers))
         problem(response, 504, "deadline_exceeded")
-        async with serving(api, ExpressProtocol) as server:
+        async with serving(api) as server:
             lines = [f"{name}: {value}" for name, value in headers.items()]
             sent = request(orjson.dumps(BODY), *lines)
-            [reply] = await expire_while_held(
-                api, clock, converse(ExpressDoor(port_of(server)), sent)
-            )
+            [reply] = await expire_while_held(api, clock, converse(port_of(server), sent))
         assert reply.startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
 
 
 async def test_more_than_can_be_done_is_refused_unread(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the express way, once the request is whole; the connection goes on."""
+    """On the fast path, once the request is complete; the connection goes on."""
     asked: list[tuple[StreamKey, float]] = []
 
     def refusal(model: str, key: StreamKey, left_s: float) -> Overloaded | None:
@@ -163,9 +159,9 @@ async def test_more_than_can_be_done_is_refused_unread(
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 
     monkeypatch.setattr(api.pipeline, "refusal", refusal)
-    async with serving(api, ExpressProtocol) as server:
+    async with serving(api) as server:
         parts = [request(b"not even JSON", "Carry-Timeout: 7"), request(orjson.dumps(BODY))]
-        refused, answered = await converse(ExpressDoor(port_of(server)), *parts, answers=2)
+        refused, answered = await converse(port_of(server), *parts, answers=2)
     head, body = refused.split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
     assert b"retry-after: 3\r\n" in head
