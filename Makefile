@@ -15,7 +15,7 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test model faults check format bench bench-micro load overload example compose-test lock clean
+.PHONY: help run test model faults check docs format bench bench-micro load overload example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -38,12 +38,17 @@ faults: ## break workers and stores under load, check every output (ARGS="--stor
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.faults $(ARGS)
 
-check: ## lint, formatting, types and the import contract
+check: ## lint, formatting, types, import contracts and the links of the documentation
 	@scripts/setup dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/zensical build --strict --clean
+
+docs: ## write the documentation as a site into build/site; broken links fail
+	@scripts/setup dev
+	@exec $(BIN)/zensical build --strict --clean $(ARGS)
 
 format: ## mend what the linter and the formatter can mend
 	@scripts/setup dev
@@ -78,5 +83,5 @@ lock: ## lock the dependencies anew (needs uv; ARGS=--upgrade for newer ones)
 	@scripts/lock $(ARGS)
 
 clean: ## remove the environment and every cache; keeps the streams in .carry
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The README's examples, as they are written, against a running service."""
+"""The examples of the README and of the first tutorial, run against a service."""
 
 from __future__ import annotations
 
@@ -12,24 +12,38 @@ from tests.support.needs import needs_tools
 from tests.support.pages import agrees, blocks, run
 from tests.support.service import Service
 
-pytestmark = needs_tools("curl")
+pytestmark = [needs_tools("curl"), pytest.mark.usefixtures("model_dir")]
 
 
-@pytest.mark.usefixtures("model_dir")
-def test_every_block_gives_what_the_readme_shows(service: Service) -> None:
+def run_page(page: str, service: Service) -> tuple[list[Any], int]:
+    """Run a page's commands on a service without streams and compare the replies it shows.
+
+    Returns the reply of each command, and how many of them the page shows.
+    """
     with httpx.Client(base_url=service.url) as client:
         client.delete("/v1/models/flights/streams", params={"prefix": ""}).raise_for_status()
     replies: list[Any] = []
     shown = 0
-    for language, text in blocks("README.md"):
+    for language, text in blocks(page):
         if language == "sh":
             replies.append(run(text, service.url))
         elif language == "json":
             agrees(replies[-1], json.loads(text))
             shown += 1
+    return replies, shown
+
+
+def test_readme_shows_the_real_replies(service: Service) -> None:
+    replies, shown = run_page("README.md", service)
     assert [reply.get("position") for reply in replies[:4]] == [4, 6, 6, 6]
     assert [reply.get("replayed") for reply in replies[:3]] == [False, False, True]
     assert replies[2]["outputs"] == replies[1]["outputs"]
     assert [item["status"] for item in replies[4]["results"]] == [200, 200]
     assert replies[5]["position"] == 8
     assert shown == 2
+
+
+def test_first_tutorial_shows_the_real_replies(service: Service) -> None:
+    replies, shown = run_page("docs/tutorials/first-stream.md", service)
+    assert replies[2]["outputs"] == replies[1]["outputs"]
+    assert shown == len(replies) == 5

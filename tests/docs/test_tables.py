@@ -1,4 +1,4 @@
-"""Every table of the documentation is one that Markdown renders as a table."""
+"""Markdown renders every table of the documentation as a table."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.pages import ROOT
+from tests.support.pages import PAGES, ROOT
 
 _SEPARATOR = re.compile(r"\|(\s*:?-+:?\s*\|)+")
 _CELL_BORDER = re.compile(r"(?<!\\)\|")
-
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/**/*.md")])
 
 
 def tables(text: str) -> Iterator[tuple[int, list[str]]]:

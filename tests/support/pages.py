@@ -1,4 +1,4 @@
-"""The blocks of a page: its commands, run as they are written, and the replies it shows."""
+"""Pages of the documentation: their code blocks, their commands, and the replies that they show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DEFAULT_URL = "http://127.0.0.1:8000"
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/**/*.md")])
+_BLOCK = re.compile(r"^```(\w+)(?: [^\n]*)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n+)+")
+_SPAN = re.compile(r"`[^`\n]+`")
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -20,8 +24,14 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return _BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
 
 
+def without_code(text: str, *, spans: bool = False) -> str:
+    """The text of a page without its code blocks, and with `spans` without inline code."""
+    text = _INDENTED.sub("", _FENCED.sub("", text))
+    return _SPAN.sub("code", text) if spans else text
+
+
 def run(script: str, url: str) -> Any:
-    """Run a block in a shell at the root of the project; what it printed, as JSON."""
+    """Run a block in a shell at the root of the project and parse its output as JSON."""
     done = subprocess.run(
         ["sh", "-euc", script.replace(DEFAULT_URL, url)],
         cwd=ROOT,
@@ -34,7 +44,7 @@ def run(script: str, url: str) -> Any:
 
 
 def agrees(got: Any, shown: Any, where: str = "reply", *, within: float = 0.006) -> None:
-    """The reply has what is shown; numbers are shown shortened."""
+    """Assert that a reply has the members that a page shows; shown numbers are rounded."""
     if isinstance(shown, dict):
         for name, value in shown.items():
             assert name in got, f"{where}.{name}"

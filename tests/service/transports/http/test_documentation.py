@@ -34,9 +34,10 @@ FITTED: dict[str, dict[str, Any]] = {
 }
 
 
-def fences(page: str, info: str) -> list[str]:
-    """The code blocks of a page whose fence says exactly `info`."""
+def fences(page: str, language: str, title: str = "") -> list[str]:
+    """The code blocks of a reference page with this language and, where given, this title."""
     text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    info = f'{language} title="{title}"' if title else language
     return re.findall(rf"^```{re.escape(info)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -49,11 +50,11 @@ def listed_bytes(listing: str) -> bytes:
 
 
 def test_worked_example_of_the_protocol() -> None:
-    schema = EventSchema.model_validate_json(fences("protocol.md", "json schema")[0])
-    chunks = [json.loads(text) for text in fences("protocol.md", "json chunk")]
-    listings = [listed_bytes(text) for text in fences("protocol.md", "text bytes")]
-    digests = [text.strip() for text in fences("protocol.md", "text digest")]
-    tags = [text.strip() for text in fences("protocol.md", "text tag")]
+    schema = EventSchema.model_validate_json(fences("protocol.md", "json", "schema")[0])
+    chunks = [json.loads(text) for text in fences("protocol.md", "json", "chunk")]
+    listings = [listed_bytes(text) for text in fences("protocol.md", "text", "bytes")]
+    digests = [text.strip() for text in fences("protocol.md", "text", "digest")]
+    tags = [text.strip() for text in fences("protocol.md", "text", "tag")]
     assert len(chunks) == len(listings) == len(digests) == len(tags) == 4
     tag = FIRST_TAG
     for chunk, listing, digest, expected in zip(chunks, listings, digests, tags, strict=True):
@@ -87,7 +88,9 @@ def exchanges() -> Iterator[tuple[str, bool, str]]:
     """Each request of api.md, whether it is abridged, and its reply ("" where there is none)."""
     text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     blocks = re.findall(
-        r"^```http (request abridged|request|reply)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+        r'^```http title="(request abridged|request|reply)"\n(.*?)^```$',
+        text,
+        re.MULTILINE | re.DOTALL,
     )
     for at, (kind, block) in enumerate(blocks):
         if kind != "reply":
