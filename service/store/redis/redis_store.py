@@ -417,6 +417,9 @@ class RedisStore:
             except CodecError as error:
                 return state_damaged_error(key, error, reply[1])
         text = reply[1].decode("utf-8", "replace")
+        if text.startswith("WRONGTYPE"):
+            # The value is no string. A deletion identifies it by the same bytes (`delete.lua`).
+            return state_damaged_error(key, CodecError(text), bytes(32) + reply[1])
         if text.startswith("READONLY"):
             self._router.refresh()
         log.error("store_refused", model=key.model, stream=key.stream, reason=text)

@@ -201,8 +201,9 @@ async def test_a_foreign_value_fails_its_own_stream(
         results = await store.commit(commits)
         assert client.lrange(spoilt, 0, -1) == [b"not a stream"]
     assert (results[0], results[2]) == (Committed(), Committed())
-    assert isinstance(results[1], StoreRefused)
+    assert isinstance(results[1], StateDamaged)
     assert "WRONGTYPE" in results[1].detail
+    assert await store.delete(key("b"), results[1].head) == Committed()
     assert results[1].facts["stream"] == "b"
 
 
