@@ -25,7 +25,7 @@ from pydantic_settings import (
 )
 
 import models
-from service.store.redis.address import check_address, hide_password
+from service.store.redis.address import check_address, redact_url
 
 PREFIX = "CARRY_"
 KIB = 1024
@@ -350,7 +350,7 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
 def _shown(name: str, value: object) -> str:
     if value is None:
         return "not set"
-    return hide_password(str(value)) if name == "redis_url" else str(value)
+    return redact_url(str(value)) if name == "redis_url" else str(value)
 
 
 def _explain(error: ValidationError, flags: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
-"""What the pipeline asks of a store, whichever server is behind it.
+"""Interface of a state store: compare-and-set of many streams per call.
 
-Every call takes many streams and answers each on its own: a damaged or failing stream never
-fails its neighbours, so failures of one stream are values here, and only a store that is
-away as a whole raises (`StoreUnavailable`, `StoreRefused`). Safe to call from one event loop
-only; each call may be repeated: a commit that is repeated finds its own head.
+Streams fail independently: a damaged or failing stream never fails its neighbours. So the failure
+of one stream is a value, and a call raises only if the store as a whole is unavailable
+(`StoreUnavailable`, `StoreRefused`). Use from one event loop. Every call is safe to retry: a commit
+that is retried finds its own head.
 
-A call with a `deadline_s`, of the monotonic clock, waits no longer than that for a store that is
-away; without one, as long as the store's settings say.
+`deadline_s` is a time of the monotonic clock: a call waits no longer for an unavailable store.
+Without it, the timeout of the store's settings applies.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from service.core.values import (
 
 
 class Commit(NamedTuple):
-    """One compare-and-set.
+    """One compare-and-set of a stream.
 
     Attributes:
-        expected: the head of the stream, or of the tombstone, that must be stored; None if there
-            must be neither.
-        new: what is written.
-        reply: kept for retries of the last chunk; None drops the one that is kept.
+        expected: the head that must be stored, of the stream or of a tombstone; None if neither
+            may exist.
+        new: the state to write.
+        reply: stored for retries of the last chunk; None deletes the stored one.
     """
 
     key: StreamKey
@@ -49,11 +49,11 @@ class Committed:
 
 
 COMMITTED = Committed()
-"""The one there has to be."""
+"""The only instance that is needed."""
 
 
 class Conflicted(NamedTuple):
-    """Not written: the stream is at another head; None if it does not exist."""
+    """Not written: a version conflict. `found` is the stored head, None if there is no stream."""
 
     found: StreamHead | None
 
@@ -65,29 +65,29 @@ Loaded = StreamState | Tombstone | CarryError | None
 
 
 class StateStore(Protocol):
-    """Keeps streams' states durably."""
+    """Stores the states of streams durably."""
 
     async def start(self) -> None:
-        """Connect and check the server (eviction policy, partitions); once, before use."""
+        """Connect and check the servers' configuration; once, before use."""
 
     async def close(self) -> None:
         """Release connections; once, after the last call returned."""
 
     async def check(self) -> list[Check]:
-        """Readiness: whether the store answers and is set up as needed. Never raises."""
+        """Check readiness: whether the store accepts commits as required. Never raises."""
 
     def shard(self, key: StreamKey) -> Hashable:
-        """The node of a cluster that stores a stream, as far as known; None for a single server."""
+        """The node that stores a stream; None for a single server."""
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:
-        """Many streams in one round trip."""
+        """Load many streams in one round trip."""
 
     async def load_with_reply(
         self, key: StreamKey, deadline_s: float | None = None
     ) -> tuple[StreamState | None, StoredReply | None]:
-        """One stream and its kept reply, read together.
+        """Load one stream and its stored reply in one step.
 
         Raises:
             CarryError: the state is damaged.
@@ -96,7 +96,7 @@ class StateStore(Protocol):
     async def commit(
         self, commits: Sequence[Commit], deadline_s: float | None = None
     ) -> list[CommitResult]:
-        """Compare-and-set many streams in one round trip, each on its own.
+        """Compare-and-set many streams in one round trip; each succeeds or fails independently.
 
         A key may occur once per call. The reply is written before the state.
         """
@@ -106,16 +106,16 @@ class StateStore(Protocol):
     ) -> CommitResult:
         """Delete a stream and its reply; with `expected`, only if the stream is at that head.
 
-        Nothing that was sent to the store before the answer is applied after it: a tombstone is
-        kept for a while, even if there was no stream (but not if `expected` differs).
+        No request that was sent before the reply is applied after it: a tombstone is stored for a
+        while, even if there was no stream (but not if `expected` differs).
 
         Returns:
-            Committed if it was there and is gone, otherwise Conflicted with what was found.
+            Committed if a stream was deleted, otherwise Conflicted with the stored head.
         """
 
     async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        """A page of stream names, in no order; a name may come twice over a whole listing.
+        """Read a page of stream names, unordered; a listing may contain a name twice.
 
-        Streams that exist throughout are listed at least once. Never blocks the server for
+        A listing contains every stream that exists throughout. It never blocks the server for
         longer than one bounded scan step.
         """

@@ -1,13 +1,13 @@
-"""The bytes of one stream in the store, and of its last reply.
+"""Binary codec of a stream's state and of its last reply.
 
-A state, all little-endian; M int64 values and N float32 values:
+A state, all little-endian, with M int64 values and N float32 values:
 
     offset  size  what
          0     4  magic "CRRY"
          4     1  format, 1
          5     1  flags: bit 0 the feed is `inputs` (else `events`), bit 1 there is a last chunk,
-                  bit 2 the stream was deleted, bit 3 the last chunk starts at 0 and did not
-                  create the stream
+                  bit 2 the stream is deleted (a tombstone), bit 3 the last chunk starts at 0 and
+                  did not create the stream
          6     2  M, u16
          8     4  N, u32
         12     4  CRC-32 over every other byte, u32
@@ -15,12 +15,12 @@ A state, all little-endian; M int64 values and N float32 values:
         32     8  epoch
         40    16  tag
         56     8  position, u64
-        64     8  start of the last chunk, u64 (0 where there is none)
-        72    16  digest of the last chunk, its first 16 bytes (0 where there is none)
+        64     8  start position of the last chunk, u64 (0 if there is none)
+        72    16  digest of the last chunk, its first 16 bytes (0 if there is none)
         88     8  time of the commit, epoch milliseconds, i64
         96    8M  int64 values, then 4N bytes of float32 values
 
-A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum; all other
+A tombstone is a header with bit 2 as its only flag, a random epoch and the checksum. All its other
 fields are zero.
 
 A reply, T steps of O outputs:
@@ -36,10 +36,10 @@ A reply, T steps of O outputs:
         44     8  position, u64
         52   4TO  float32 values, step by step
 
-Epoch and tag lie side by side so that a commit can compare them as 24 bytes. The decoder
-refuses what it does not know: another magic or format, an unknown flag, a length that the
-counts do not give, a wrong checksum, a number that is not finite. Nothing is ever unpickled.
-Decoded arrays are read-only views of the given bytes.
+Epoch and tag are adjacent so that a commit can compare them as 24 bytes. The decoder rejects
+another magic or format, an unknown flag, a length that does not match the counts, a wrong checksum
+and a number that is not finite. Nothing is unpickled. Decoded arrays are read-only views of the
+bytes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ STATE_MAGIC: Final = b"CRRY"
 REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
 
-# What lies before the checksum, and what follows it.
+# LEAD is the part before the checksum, REST the part behind it.
 _STATE_LEAD = struct.Struct("<4sBBHI")
 _STATE_REST = struct.Struct("<16s8s16sQQ16sq")
 _STATE = struct.Struct("<4sBBHII16s8s16sQQ16sq")
@@ -79,10 +79,10 @@ _REPLY_LEAD = struct.Struct("<4sB3sII")
 _REPLY_REST = struct.Struct("<8s16sQ")
 _REPLY = struct.Struct("<4sB3sIII8s16sQ")
 HEADER_BYTES: Final = _STATE.size
-_MARK_AT: Final = 32
+_HEAD_OFFSET: Final = 32
 REPLY_HEADER_BYTES: Final = _REPLY.size
-_STATE_CRC_AT: Final = _STATE_LEAD.size
-_REPLY_CRC_AT: Final = _REPLY_LEAD.size
+_STATE_CRC_OFFSET: Final = _STATE_LEAD.size
+_REPLY_CRC_OFFSET: Final = _REPLY_LEAD.size
 _FLOAT: Final = np.dtype("<f4")
 _INT: Final = np.dtype("<i8")
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
@@ -94,19 +94,19 @@ _HAS_LAST: Final = 2
 _DELETED: Final = 4
 _STREAM_EXISTED: Final = 8
 TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
-"""First bytes of every tombstone, and of no state."""
+"""The first bytes of every tombstone, and of no state."""
 
 
 class CodecError(Exception):
-    """Bytes that are not a stream's, or a value that has no bytes; the message says why."""
+    """Invalid bytes, or a value that cannot be encoded; the message gives the reason."""
 
 
 def encode_state(stream: StreamState) -> bytes:
-    """The bytes of a stream.
+    """Encode a stream.
 
     Args:
-        stream: floats float32 [N] and ints int64 [M]; that they are finite is the caller's to
-            check, who can do it for a whole batch at once.
+        stream: floats float32 [N] and ints int64 [M]. The caller checks that they are finite, for
+            a whole batch at once.
 
     Raises:
         CodecError: a value does not fit the layout.
@@ -123,7 +123,7 @@ def encode_state(stream: StreamState) -> bytes:
         start, digest, stream_existed = last
         flags |= _HAS_LAST | (_STREAM_EXISTED if stream_existed else 0)
     epoch, tag, position = head
-    # struct would pad or cut a string of another length without a word.
+    # struct silently pads or cuts a string of another length.
     if not len(fingerprint) == len(tag) == len(digest) == 16 or len(epoch) != EPOCH_BYTES:
         raise CodecError(
             "expected 16 bytes each of fingerprint, tag and digest, and 8 of the epoch, got "
@@ -134,28 +134,30 @@ def encode_state(stream: StreamState) -> bytes:
         rest = _STATE_REST.pack(fingerprint, epoch, tag, position, start, digest, updated_ms)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(lead, rest, ints.tobytes(), floats.tobytes())
+    return _join_with_checksum(lead, rest, ints.tobytes(), floats.tobytes())
 
 
 def encode_tombstone(tombstone: Tombstone) -> bytes:
-    """The bytes of a tombstone.
+    """Encode a tombstone.
 
     Raises:
-        CodecError: the head is not that of a tombstone.
+        CodecError: the head is not a tombstone's.
     """
     epoch, tag, position = tombstone.head
     if len(epoch) != EPOCH_BYTES or tag != FIRST_TAG or position != 0:
         raise CodecError("expected an epoch, the first tag and position 0 of a tombstone")
     lead = _STATE_LEAD.pack(STATE_MAGIC, FORMAT, _DELETED, 0, 0)
-    nothing = bytes(FINGERPRINT_BYTES)
-    return _sealed(lead, _STATE_REST.pack(nothing, epoch, tag, 0, 0, _NO_DIGEST, 0))
+    no_fingerprint = bytes(FINGERPRINT_BYTES)
+    return _join_with_checksum(
+        lead, _STATE_REST.pack(no_fingerprint, epoch, tag, 0, 0, _NO_DIGEST, 0)
+    )
 
 
 def decode_state(value: bytes) -> StreamState | Tombstone:
-    """Decode a stream, or the tombstone of one.
+    """Decode a stream or a tombstone.
 
     Raises:
-        CodecError: the bytes are not a whole, undamaged stream or tombstone of a known format.
+        CodecError: the bytes are not a complete, undamaged stream or tombstone of a known format.
     """
     if len(value) < HEADER_BYTES:
         raise CodecError(f"expected at least {HEADER_BYTES} bytes, got {len(value)}")
@@ -174,16 +176,16 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
         digest,
         updated_ms,
     ) = _STATE.unpack_from(value)
-    _check_known(magic, STATE_MAGIC, format_)
+    _check_format(magic, STATE_MAGIC, format_)
     if flags & ~(_FEED_IS_INPUTS | _HAS_LAST | _STREAM_EXISTED):
         if flags == _DELETED:
             return _decode_tombstone(value, StreamHead(epoch, tag, position))
         raise CodecError(f"unknown flags 0x{flags:02x}")
-    _check_whole(value, HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_AT, crc)
+    _check_integrity(value, HEADER_BYTES + 8 * int_size + 4 * float_size, _STATE_CRC_OFFSET, crc)
     has_last = bool(flags & _HAS_LAST)
     stream_existed = bool(flags & _STREAM_EXISTED)
     if not has_last and (start or any(digest) or stream_existed):
-        raise CodecError("a last chunk is given, and the flags say there is none")
+        raise CodecError("a last chunk is given, but the flags say there is none")
     ints = np.frombuffer(value, _INT, int_size, HEADER_BYTES) if int_size else _NO_INTS
     floats = _floats(value, float_size, HEADER_BYTES + 8 * int_size)
     return StreamState(
@@ -199,7 +201,7 @@ def decode_state(value: bytes) -> StreamState | Tombstone:
 def _decode_tombstone(value: bytes, head: StreamHead) -> Tombstone:
     tombstone = Tombstone(head)
     if value != encode_tombstone(tombstone):
-        raise CodecError("a tombstone has other bytes than its epoch gives")
+        raise CodecError("a tombstone has fields other than its epoch")
     return tombstone
 
 
@@ -209,33 +211,35 @@ def decode_head(header: bytes) -> StreamHead | None:
     The checksum is not verified.
 
     Raises:
-        CodecError: these are not the first bytes of a stream.
+        CodecError: the bytes are not the header of a stream.
     """
     if len(header) < HEADER_BYTES:
         raise CodecError(f"expected {HEADER_BYTES} bytes, got {len(header)}")
     fields = _STATE.unpack_from(header)
-    _check_known(fields[0], STATE_MAGIC, fields[1])
+    _check_format(fields[0], STATE_MAGIC, fields[1])
     if fields[2] == _DELETED:
         return None
     return StreamHead(fields[7], fields[8], fields[9])
 
 
 def head_bytes(head: StreamHead) -> bytes:
-    """What a commit compares: epoch and tag, 24 bytes, as they lie in the header."""
+    """The 24 bytes that a commit compares: epoch and tag, as in the header."""
     return head.epoch + head.tag
 
 
 def raw_head(value: bytes) -> StreamHead:
-    """The bytes in the place of a state's head, padded with zeros.
+    """The bytes at the offset of a state's head, padded with zeros.
 
-    They identify a damaged value well enough to delete it and no other.
+    They identify a damaged value well enough to delete this value and no other.
     """
-    raw = value[_MARK_AT : _MARK_AT + EPOCH_BYTES + TAG_BYTES].ljust(EPOCH_BYTES + TAG_BYTES, b"\0")
+    raw = value[_HEAD_OFFSET : _HEAD_OFFSET + EPOCH_BYTES + TAG_BYTES].ljust(
+        EPOCH_BYTES + TAG_BYTES, b"\0"
+    )
     return StreamHead(raw[:EPOCH_BYTES], raw[EPOCH_BYTES:], 0)
 
 
 def encode_reply(reply: StoredReply) -> bytes:
-    """The bytes of a reply, outputs float32 [T, O]; finite by the caller's check.
+    """Encode a reply, outputs float32 [T, O]; the caller checks that they are finite.
 
     Raises:
         CodecError: a value does not fit the layout.
@@ -251,30 +255,30 @@ def encode_reply(reply: StoredReply) -> bytes:
         rest = _REPLY_REST.pack(epoch, tag, position)
     except struct.error as error:
         raise CodecError(f"a value is out of range: {error}") from error
-    return _sealed(lead, rest, outputs.tobytes())
+    return _join_with_checksum(lead, rest, outputs.tobytes())
 
 
 def decode_reply(value: bytes) -> StoredReply:
-    """The reply whose bytes these are.
+    """Decode a reply.
 
     Raises:
-        CodecError: the bytes are not a whole, undamaged reply of a known format.
+        CodecError: the bytes are not a complete, undamaged reply of a known format.
     """
     if len(value) < REPLY_HEADER_BYTES:
         raise CodecError(f"expected at least {REPLY_HEADER_BYTES} bytes, got {len(value)}")
     magic, format_, zero, steps, width, crc, epoch, tag, position = _REPLY.unpack_from(value)
-    _check_known(magic, REPLY_MAGIC, format_)
+    _check_format(magic, REPLY_MAGIC, format_)
     if any(zero):
-        raise CodecError("the bytes 5 to 7 are not zero")
-    _check_whole(value, REPLY_HEADER_BYTES + 4 * steps * width, _REPLY_CRC_AT, crc)
+        raise CodecError("bytes 5 to 7 are not zero")
+    _check_integrity(value, REPLY_HEADER_BYTES + 4 * steps * width, _REPLY_CRC_OFFSET, crc)
     outputs = _floats(value, steps * width, REPLY_HEADER_BYTES)
     return StoredReply(StreamHead(epoch, tag, position), outputs.reshape(steps, width))
 
 
 def _floats(value: bytes, count: int, offset: int) -> NDArray[np.float32]:
     floats = np.frombuffer(value, _FLOAT, count, offset)
-    # Infinity and NaN show in the sum of squares, which is quicker to come by; where that
-    # overflows by itself, each number is looked at.
+    # Infinity and NaN propagate to the sum of squares, which is faster to compute. If that is not
+    # finite, perhaps because it overflowed, every number is checked.
     with np.errstate(over="ignore", invalid="ignore"):
         squares = floats.dot(floats)
     if not math.isfinite(squares) and not np.isfinite(floats).all():
@@ -282,27 +286,27 @@ def _floats(value: bytes, count: int, offset: int) -> NDArray[np.float32]:
     return floats
 
 
-def _check_known(magic: bytes, expected: bytes, format_: int) -> None:
+def _check_format(magic: bytes, expected: bytes, format_: int) -> None:
     if magic != expected:
         raise CodecError(f"expected the magic {expected!r}, got {magic!r}")
     if format_ != FORMAT:
         raise CodecError(f"expected format {FORMAT}, got {format_}")
 
 
-def _check_whole(value: bytes, size: int, crc_at: int, crc: int) -> None:
+def _check_integrity(value: bytes, size: int, crc_offset: int, crc: int) -> None:
     if len(value) != size:
         raise CodecError(f"expected {size} bytes, got {len(value)}")
-    found = _checksum(value, crc_at)
-    if found != crc:
-        raise CodecError(f"expected the checksum {crc:08x}, got {found:08x}")
+    computed = _checksum(value, crc_offset)
+    if computed != crc:
+        raise CodecError(f"expected the checksum {crc:08x}, got {computed:08x}")
 
 
-def _checksum(value: bytes, crc_at: int) -> int:
-    return zlib.crc32(value[crc_at + 4 :], zlib.crc32(value[:crc_at]))
+def _checksum(value: bytes, crc_offset: int) -> int:
+    return zlib.crc32(value[crc_offset + 4 :], zlib.crc32(value[:crc_offset]))
 
 
-def _sealed(lead: bytes, *rest: bytes) -> bytes:
-    """All of it, with the checksum over all of it behind the lead."""
+def _join_with_checksum(lead: bytes, *rest: bytes) -> bytes:
+    """Join the parts, and insert the checksum of all of them behind `lead`."""
     crc = zlib.crc32(lead)
     for part in rest:
         crc = zlib.crc32(part, crc)

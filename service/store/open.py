@@ -1,4 +1,4 @@
-"""Opens the store of an address: a single server or a cluster, by its scheme."""
+"""Makes the store of an address, after validating the address."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.store.settings import StoreSettings
 
 
 def open_store(settings: StoreSettings) -> StateStore:
-    """A store that is not yet started.
+    """Make a store; it is not started yet.
 
     Raises:
         StoreRefused: the address has another scheme or cannot be used.

@@ -1,4 +1,4 @@
-"""How a store is reached and what it keeps; plain values, read once at start."""
+"""Settings of a state store: its address, timeouts, TTLs and durability."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *CLUSTER_SCHEMES)
 
 
 class Durability(StrEnum):
-    """When a commit counts as done."""
+    """Where a write must be before a commit is acknowledged."""
 
     MEMORY = "memory"
     FSYNC = "fsync"
@@ -25,21 +25,20 @@ class StoreSettings:
     """Settings of a store.
 
     Attributes:
-        url: `redis://`, `rediss://` (TLS) or `unix://` address of the server; of a cluster
-            `redis+cluster://` or `rediss+cluster://`, with some of its nodes.
-        namespace: first part of every key; give each service on a shared server its own.
-        partitions: P, fixed when the store is made; see `keys`.
-        idle_ttl_ms: a stream is forgotten this long after its last commit; 0 never.
-        reply_ttl_ms: how long the last reply is kept for retries; 0 keeps none.
-        reply_max_bytes: larger replies are not kept.
-        tombstone_ttl_ms: how long a tombstone is kept; longer than the network may delay bytes.
+        url: address of the server (`redis://`, `rediss://` for TLS, or `unix://`), or of a
+            cluster (`redis+cluster://` or `rediss+cluster://`) with some of its nodes.
+        namespace: prefix of every key; give each service on a shared server its own.
+        partitions: P, fixed when the store is created; see `keys`.
+        idle_ttl_ms: TTL of a state after its last commit; 0 for none.
+        reply_ttl_ms: TTL of the last reply, which is stored for retries; 0 stores none.
+        reply_max_bytes: larger replies are not stored.
+        tombstone_ttl_ms: TTL of a tombstone; must be longer than the network may delay bytes.
         allow_eviction: accept a server that may evict keys when its memory is full.
-        wait_s: how long a call waits for a server that is away.
-        max_connections: connections for everything but commits, which have their own.
-        scan_count: keys the server looks at per step of a listing.
-        durability: when a commit counts as done: the server has it, its disk has it, or so many
-            replicas do.
-        replicas: how many, with `replicated`.
+        wait_s: timeout of a call while the server is unavailable.
+        max_connections: size of the connection pool for reads outside the commit path.
+        scan_count: largest COUNT of a SCAN call.
+        durability: where a write must be: in the server's memory, on its disk, or on replicas.
+        replicas: number of replicas that must acknowledge a write, with `replicated`.
     """
 
     url: str = field(repr=False)
@@ -67,10 +66,10 @@ class StoreSettings:
 
     @property
     def is_cluster(self) -> bool:
-        """Whether the address is a cluster's."""
+        """Whether the address is that of a cluster."""
         return self.url.partition("://")[0] in CLUSTER_SCHEMES
 
     @property
     def keys(self) -> KeySpace:
-        """The names of the keys."""
+        """Maps streams to key names."""
         return KeySpace(self.namespace, self.partitions)

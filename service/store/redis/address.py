@@ -1,8 +1,8 @@
-"""The address of a store: validation, and hiding of its password.
+"""Validation of a store's address, and redaction of its password.
 
 A special character of the password that is not percent-encoded changes how the address is parsed:
-part of the password would be taken for a host, and shown as one. Such an address is rejected before
-it is used, and no message repeats any part of it.
+part of the password would be taken for a host and logged. Such an address is rejected before it is
+used, and no message contains any part of it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES
 OPTIONS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
 """Options that the query of an address may have, besides `ssl_*`."""
 
-_IS_SHOWN = re.compile(r"host|port|db|username|path|ssl_(?!password).*").fullmatch
-_TCP_PLACE = re.compile(r"[^/]*(/\d*)?").fullmatch
-_UNIX_PLACE = re.compile(r"([^/]*@)?(/.*)?").fullmatch
+_IS_HARMLESS = re.compile(r"host|port|db|username|path|ssl_(?!password).*").fullmatch
+_TCP_LOCATION = re.compile(r"[^/]*(/\d*)?").fullmatch
+_UNIX_LOCATION = re.compile(r"([^/]*@)?(/.*)?").fullmatch
 _ENCODE: Final = (
     "expected scheme://user:password@host:port/db, or unix://user:password@/path/of/socket, with "
     "the special characters of the password percent-encoded (# as %23, / as %2F, ? as %3F)"
@@ -29,15 +29,15 @@ def check_address(url: str) -> None:
     """Reject an address that cannot be parsed or has unknown options.
 
     Raises:
-        ValueError: with a message that repeats no part of the address.
+        ValueError: with a message that contains no part of the address.
     """
     scheme, separator, rest = url.partition("://")
     if scheme not in REDIS_SCHEMES or not separator:
         expected = ", ".join(f"{known}://" for known in REDIS_SCHEMES)
         raise ValueError(f"expected a URL that begins with one of {expected}")
     authority, _, query = rest.partition("?")
-    has_place = _UNIX_PLACE if scheme == "unix" else _TCP_PLACE
-    if "#" in url or not has_place(authority) or not all("=" in each for each in _options(query)):
+    is_location = _UNIX_LOCATION if scheme == "unix" else _TCP_LOCATION
+    if "#" in url or not is_location(authority) or not all("=" in each for each in _options(query)):
         raise ValueError(_ENCODE)
     if not all(_is_option(each.partition("=")[0]) for each in _options(query)):
         raise ValueError(
@@ -50,21 +50,21 @@ def check_address(url: str) -> None:
             raise ValueError(_ENCODE) from None
 
 
-def hide_password(url: str) -> str:
-    """The address with `***` for its password, in the authority or in the query.
+def redact_url(url: str) -> str:
+    """Redact an address: replace its password, in the authority or in the query, by `***`.
 
-    Options that are not known to be harmless are hidden too; of an address that cannot be parsed,
-    only the scheme is shown.
+    Options that are not known to be harmless are redacted too; of an address that cannot be parsed,
+    only the scheme is kept.
     """
     scheme, separator, rest = url.partition("://")
-    authority, mark, query = rest.partition("?")
-    credentials, at, place = authority.rpartition("@")
+    authority, question_mark, query = rest.partition("?")
+    credentials, at, location = authority.rpartition("@")
     if not separator or "#" in url or ("@" in query and not at):
         return f"{scheme if separator else ''}://***"
     user, colon, _ = credentials.partition(":")
-    shown = f"{scheme}://{user}{colon and ':***'}{at}{place}{mark}"
-    return shown + "&".join(
-        each if _IS_SHOWN(each.partition("=")[0]) else f"{each.partition('=')[0]}=***"
+    redacted = f"{scheme}://{user}{colon and ':***'}{at}{location}{question_mark}"
+    return redacted + "&".join(
+        each if _IS_HARMLESS(each.partition("=")[0]) else f"{each.partition('=')[0]}=***"
         for each in _options(query)
     )
 

@@ -1,14 +1,14 @@
-"""The names of a stream's keys in the store.
+"""Key names of a stream in Redis.
 
     {namespace}{pNNNN}:s:{model}:{stream}     the state
     {namespace}{pNNNN}:r:{model}:{stream}     the last reply
-    {namespace}{pNNNN}:probe:{name}           a trial commit of readiness, for a millisecond
-    {namespace}:meta                          how the store was set up
+    {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
+    {namespace}:meta                          format and number of partitions of the store
 
-The braces around `pNNNN` are literal: Redis Cluster hashes what is between them, so that all
-streams of a partition lie in one slot. The partition is CRC-32 of `model/stream` modulo P.
-A model's name holds no colon, so a key is read back without doubt. Names are not escaped:
-the service admits none that would need it.
+The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
+stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
+colon, so a key can be parsed unambiguously. Names are not escaped: the service accepts none that
+would need it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class KeySpace:
 
     Attributes:
         namespace: 1 to 32 of `a-z 0-9 _ -`; several services may share one server.
-        partitions: P, 1 to 65,536; fixed when a store is made.
+        partitions: P, 1 to 65,536; fixed when a store is created.
     """
 
     namespace: str
@@ -45,7 +45,7 @@ class KeySpace:
 
     @property
     def meta(self) -> str:
-        """The key that says how the store was set up."""
+        """The key of the store's format and number of partitions."""
         return f"{self.namespace}:meta"
 
     def partition(self, key: StreamKey) -> int:
@@ -63,26 +63,26 @@ class KeySpace:
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
         model, stream = key
-        begin = self.partition_prefix(self.partition(key))
-        return f"{begin}:s:{model}:{stream}", f"{begin}:r:{model}:{stream}"
+        prefix = self.partition_prefix(self.partition(key))
+        return f"{prefix}:s:{model}:{stream}", f"{prefix}:r:{model}:{stream}"
 
     def partition_prefix(self, partition: int) -> str:
-        """How every key of a partition begins, and what it is hashed by."""
+        """The prefix of all keys of a partition, with the hash tag."""
         return f"{self.namespace}{{p{partition:04d}}}"
 
     def probe(self, partition: int, name: str) -> str:
-        """A key for a trial commit in the slot of a partition; never that of a stream."""
+        """A key for a trial commit in the slot of a partition; never a stream's key."""
         return f"{self.partition_prefix(partition)}:probe:{name}"
 
     def pattern(self, model: str, prefix: str) -> str:
-        """The glob that matches the states of a model's streams whose names begin so."""
+        """The glob pattern of the state keys of a model's streams with a name prefix."""
         escaped = _GLOB.sub(r"\\\1", f":s:{model}:{prefix}")
         return f"{self.namespace}{{p*}}{escaped}*"
 
     def parse(self, key: str) -> StreamKey | None:
-        """The stream whose state key this is, or None for any other key."""
-        found = re.fullmatch(r"(.*?)\{p(\d{4,})\}:s:([^:]+):(.+)", key, re.DOTALL)
-        if found is None or found[1] != self.namespace:
+        """Parse a state key; None for any other key."""
+        match = re.fullmatch(r"(.*?)\{p(\d{4,})\}:s:([^:]+):(.+)", key, re.DOTALL)
+        if match is None or match[1] != self.namespace:
             return None
-        stream = StreamKey(found[3], found[4])
+        stream = StreamKey(match[3], match[4])
         return stream if self.state(stream) == key else None

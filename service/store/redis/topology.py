@@ -124,7 +124,7 @@ def _split(url: str) -> tuple[str, str, str]:
     scheme, _, rest = url.partition("://")
     if scheme not in CLUSTER_SCHEMES:
         raise StoreRefused(f"expected a cluster's address, got {scheme}://")
-    authority, mark, query = rest.partition("?")
-    credentials, at, place = authority.rpartition("@")
-    hosts, slash, database = place.partition("/")
-    return credentials + at, hosts, slash + database + mark + query
+    authority, question_mark, query = rest.partition("?")
+    credentials, at, location = authority.rpartition("@")
+    hosts, slash, database = location.partition("/")
+    return credentials + at, hosts, slash + database + question_mark + query

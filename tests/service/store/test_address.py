@@ -9,7 +9,7 @@ import pytest
 from service.core.errors import StoreRefused
 from service.settings import Settings, SettingsError
 from service.store.open import open_store
-from service.store.redis.address import hide_password
+from service.store.redis.address import redact_url
 from service.store.settings import StoreSettings
 
 
@@ -90,4 +90,4 @@ def test_store_settings_do_not_show_the_address() -> None:
     ],
 )
 def test_passwords_are_hidden(url: str, shown: str) -> None:
-    assert hide_password(url) == shown
+    assert redact_url(url) == shown

@@ -23,8 +23,8 @@ from service.store.base import Committed
 from service.store.embedded.embedded_valkey import EmbeddedStatus, EmbeddedValkey
 from service.store.embedded.valkey_process import (
     MAX_SOCKET_PATH_BYTES,
-    end_at_once,
-    new_socket_path,
+    kill_servers,
+    make_socket_path,
     remove_socket,
     server_pids,
 )
@@ -50,7 +50,7 @@ def data_dir(tmp_path: Path) -> Iterator[Path]:
     """A data directory with a space in its name; whatever lives on it is killed at the end."""
     folder = tmp_path / "data dir"
     yield folder
-    end_at_once(folder.resolve())
+    kill_servers(folder.resolve())
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def test_a_temporary_directory_with_a_long_path_is_not_used(
     long = tmp_path / ("x" * 80)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
-    socket = new_socket_path()
+    socket = make_socket_path()
     assert len(os.fsencode(socket)) <= MAX_SOCKET_PATH_BYTES
     remove_socket(socket)
     assert not Path(socket).parent.exists()
@@ -446,7 +446,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_and_reported(data_dir: P
         good = manifest.read_text()
         manifest.write_text("not a manifest\n")
         os.kill(valkey.status().pid, signal.SIGKILL)
-        until(lambda: "manifest" in valkey.status().trouble, "the trouble's report")
+        until(lambda: "manifest" in valkey.status().failure, "the failure's report")
         assert not valkey.status().running
         until(lambda: valkey.status().restarts >= 2, "a second try")
         manifest.write_text(good)

@@ -1,22 +1,22 @@
--- Compare-and-set of many streams in one call, each on its own.
+-- Compare-and-set of many streams in one call; each succeeds or fails independently.
 --
 -- KEYS     for each stream: its state key, its reply key
--- ARGV[1]  how long a state lives without a commit, milliseconds; "0": for ever
--- ARGV[2]  how long a reply is kept, milliseconds, more than 0
+-- ARGV[1]  TTL of a state in milliseconds; "0": none
+-- ARGV[2]  TTL of a reply in milliseconds, more than 0
 -- ARGV[3..] for each stream:
---            expected  epoch and tag, the 24 bytes at offset 32 of the header the state must
---                      have; "": the state must not exist
+--            expected  epoch and tag, the 24 bytes at offset 32 of the stored header;
+--                      "": the state must not exist
 --            state     the bytes to write, header and values
---            reply     the bytes to write; "": none, and the one that is kept is deleted
+--            reply     the bytes to write; "": none, and a stored reply is deleted
 --
 -- Returns one array per stream, in order:
 --   {1}          written, the reply first and the state last
 --   {0}          not written, there is no state
---   {0, header}  not written, at most the first 96 bytes of the state that was found
+--   {0, header}  not written, with at most the first 96 bytes of the stored state
 --   {-1, text}   failed with this error of the server; the state is unchanged
 --
--- Bytes are compared as bytes; nothing in a state is read as a number. A state is never
--- created where one was expected.
+-- Bytes are compared as bytes; nothing in a state is read as a number. A state is never created if
+-- one was expected.
 
 local idle_ms, reply_ms = ARGV[1], ARGV[2]
 

@@ -1,14 +1,14 @@
--- Reads one stream and its reply, and writes, so that a wait for replicas behind it waits for all
--- that was written before.
+-- Reads one stream and its reply, and writes, so that a WAIT after it waits until the replicas have
+-- all earlier writes.
 --
 -- KEYS[1]  state key
 -- KEYS[2]  reply key
--- ARGV[1]  how long the reply is kept from now on, milliseconds, more than 0
+-- ARGV[1]  new TTL of the reply in milliseconds, more than 0
 --
--- Returns {state, reply}, nil where there is none.
+-- Returns {state, reply}, nil for a missing one.
 --
--- What is written changes nothing but the reply's lifetime. Where no reply is kept, the state's
--- first byte is written over itself, which goes to the replicas like any write.
+-- The write changes nothing but the reply's TTL. Without a reply, the state's first byte is
+-- overwritten by itself, which is replicated like any write.
 
 local found = redis.call('MGET', KEYS[1], KEYS[2])
 if found[2] then

@@ -1,11 +1,11 @@
--- Replaces one stream by a tombstone and deletes its reply, if the stored value is the expected one.
+-- Replaces one stream by a tombstone and deletes its reply, if the stored head is the expected one.
 --
 -- KEYS[1]  state key
 -- KEYS[2]  reply key
 -- ARGV[1]  expected: prefix of bytes 32 to 55 of the stored value, epoch and tag of a state; a
---          shorter value is padded with zeros. "": no value must be stored
+--          shorter value is padded with zeros. "": no value may be stored
 -- ARGV[2]  the tombstone
--- ARGV[3]  its lifetime in milliseconds, more than 0
+-- ARGV[3]  its TTL in milliseconds, more than 0
 --
 -- Returns
 --   {1}          written
@@ -13,7 +13,7 @@
 --   {0, header}  not written, with at most the first 96 bytes of the stored value; for a value
 --                that is not a string, 32 zeros and the server's error message
 --
--- UNLINK comes first: a server whose memory is full lets a script continue that has freed memory.
+-- UNLINK comes first: a server whose memory is full lets a script write that has freed memory.
 
 local header = redis.pcall('GETRANGE', KEYS[1], 0, 95)
 if type(header) == 'table' then
