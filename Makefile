@@ -30,7 +30,7 @@ test: ## run the tests (ARGS="tests/service -x" for some of them)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
-model: ## explore the model of the protocol to its end (ARGS="--depth 12 --stories")
+model: ## explore the model of the protocol to its end (ARGS="--depth 12 --traces")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.protocol $(ARGS)
 

@@ -1,8 +1,8 @@
-"""The transition functions the model walks through: the service's own, and the scripts' meaning.
+"""The decisions the model explores: the service's own functions, and the meaning of the scripts.
 
 Everything a worker decides is decided by `service.core.delivery` and
-`service.store.redis.outcomes`; what the two Lua scripts do is written again here, as functions of
-names, and is compared with the scripts on a real server (`against.py`). A planted bug is a `Rules`
+`service.store.redis.outcomes`. The two Lua scripts are written again here, as functions of values,
+and compared with the scripts on a real server (`script_comparison.py`). A planted bug is a `Rules`
 with one part replaced.
 """
 
@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.core.delivery import (
-    Process,
-    Replay,
-    Resolution,
     apply_chunk,
     evaluate_chunk,
     is_continuation,
@@ -23,16 +20,8 @@ from service.core.delivery import (
     resolve_duplicate,
 )
 from service.core.errors import CarryError, OutcomeUnknown
-from service.core.values import (
-    EPOCH_BYTES,
-    Chunk,
-    StoredReply,
-    StreamHead,
-    StreamKey,
-    StreamState,
-    Tombstone,
-)
-from service.store.base import Commit, CommitResult, Conflicted
+from service.core.values import EPOCH_BYTES, StoredReply, StreamState, Tombstone
+from service.store.base import Commit
 from service.store.codec import head_bytes
 from service.store.redis.outcomes import resolve_retried_commit, resolve_retried_deletion
 
@@ -40,7 +29,7 @@ NONCE_BYTES = 16
 
 
 class Pair(NamedTuple):
-    """A stream's two keys: its state, or the tombstone of a deletion, and its kept reply."""
+    """A stream's two keys: its state, or the tombstone of a deletion, and its stored reply."""
 
     state: StreamState | Tombstone | None
     reply: StoredReply | None
@@ -79,54 +68,44 @@ def tombstone_epoch(client: int, plan: int, number: int, attempt: int) -> bytes:
     return bytes((client + 1, plan + 1, number + 1, attempt + 1)).ljust(EPOCH_BYTES, b"\x02")
 
 
-def nonce(client: int, plan: int, number: int) -> bytes:
+def append_nonce(client: int, plan: int, number: int) -> bytes:
     """The nonce of an append: another for every one that is sent."""
     return bytes((client, plan, number)).ljust(NONCE_BYTES, b"\xaa")
 
 
-def answer_as_read(
-    chunk: Chunk,
-    first: StreamState | None,
-    found: StreamState | None,
-    kept: StoredReply | None,
-    own: StreamHead | None,
-) -> Resolution:
-    """The service's `resolve_duplicate`; what was loaded `first` is not looked at again."""
-    return resolve_duplicate(chunk, found, kept, own)
+def answer_from_reread(chunk: Any, first: Any, state: Any, reply: Any, own: Any) -> Any:
+    """`resolve_duplicate` of what was read again; the state loaded `first` does not count."""
+    return resolve_duplicate(chunk, state, reply, own)
 
 
-def unknown(stream: str) -> CarryError:
-    """What the sender of a commit is told whose answer did not come in time."""
+def outcome_unknown(stream: str) -> CarryError:
+    """The error for the sender of a write whose answer did not come in time."""
     return OutcomeUnknown(f"whether the store wrote stream {stream!r} is not known", stream=stream)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is decided where.
+    """Every decision of the protocol.
 
     Attributes:
-        refuse_from_cache: whether a copy in memory may refuse a chunk.
-        forget_abandoned: whether a write that was given up is not sent again on a new connection,
-            even where another was sent behind it.
-        answer_early: whether a chunk is answered once it is computed from a state in memory.
+        reject_from_cache: whether a cached state may reject a chunk.
+        forget_abandoned: whether an abandoned write is not repeated on a new connection, even
+            where another was sent behind it.
+        answer_early: whether a chunk is answered once it is computed from a cached state.
     """
 
-    evaluate_chunk: Callable[[Chunk, StreamState | None], Process | Replay] = evaluate_chunk
-    is_continuation: Callable[[Chunk, StreamState], bool] = is_continuation
+    evaluate_chunk: Callable[..., Any] = evaluate_chunk
+    is_continuation: Callable[..., bool] = is_continuation
     apply_chunk: Callable[..., StreamState] = apply_chunk
-    resolve_conflict: Callable[[Chunk, StreamHead, StreamHead | None], Resolution] = (
-        resolve_conflict
-    )
-    resolve_duplicate: Callable[..., Resolution] = answer_as_read
-    resolve_retried_commit: Callable[[Commit, Conflicted], CommitResult] = resolve_retried_commit
-    resolve_retried_deletion: Callable[[StreamKey, StreamHead, Conflicted], CommitResult] = (
-        resolve_retried_deletion
-    )
-    nonce: Callable[[int, int, int], bytes] = nonce
+    resolve_conflict: Callable[..., Any] = resolve_conflict
+    resolve_duplicate: Callable[..., Any] = answer_from_reread
+    resolve_retried_commit: Callable[..., Any] = resolve_retried_commit
+    resolve_retried_deletion: Callable[..., Any] = resolve_retried_deletion
+    nonce: Callable[[int, int, int], bytes] = append_nonce
     commit_effect: Callable[[Pair, Commit], Effect] = commit_effect
     delete_effect: Callable[[Pair, bytes, Tombstone], Effect] = delete_effect
     tombstone_epoch: Callable[[int, int, int, int], bytes] = tombstone_epoch
-    unanswered: Callable[[str], CarryError] = unknown
-    refuse_from_cache: bool = False
+    unanswered: Callable[[str], CarryError] = outcome_unknown
+    reject_from_cache: bool = False
     forget_abandoned: bool = False
     answer_early: bool = False

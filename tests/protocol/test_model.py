@@ -1,25 +1,86 @@
-"""The protocol keeps its promises in every world the model reaches, and so do the scripts."""
+"""No invariant is violated in any world of the model, and the scripts do what the model says.
+
+Every planted bug is found, with a readable trace; those in scripts also on a real server.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Iterator
+
 import pytest
 
-from tests.protocol.against import compare
+from service.store.redis.redis_store import Script
+from tests.protocol.explorer import explore
+from tests.protocol.planted_bugs import PLANTED_BUGS, LuaChange, PlantedBug
 from tests.protocol.scenarios import SCENARIOS
-from tests.protocol.search import search
-from tests.protocol.story import story
+from tests.protocol.script_comparison import ScriptMismatch, compare_script_calls
+from tests.protocol.trace import format_trace
 from tests.protocol.world import Scenario
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, real_server
 
-LEAST_STATES = 1_000
+LEAST_WORLDS = 1_000
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[RealServer]:
+    """A running Valkey; each comparison empties it."""
+    with real_server("valkey") as running:
+        yield running
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name.partition(":")[0])
-async def test_no_promise_is_broken_and_the_scripts_do_what_the_model_says(
+async def test_invariants_hold_and_scripts_match_the_model(
     scenario: Scenario, valkey: RealServer
 ) -> None:
-    found = search(scenario)
-    assert found.broken is None, story(found)
-    assert found.states >= LEAST_STATES
+    result = explore(scenario)
+    assert result.violation is None, format_trace(result)
+    assert result.worlds >= LEAST_WORLDS
     with valkey.client() as client:
-        assert await compare(found.book, [*found.book.calls], valkey.url, client) > 0
+        assert await compare_script_calls(result.values, valkey.url, client) > 0
+
+
+@pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_found_with_a_trace(bug: PlantedBug) -> None:
+    result = explore(bug.scenario, bug.rules)
+    assert result.violation is not None
+    assert bug.violation in result.violation
+    trace = format_trace(result)
+    print(trace)
+    numbers = [int(number) for number in re.findall(r"^ *(\d+)\. ", trace, re.MULTILINE)]
+    assert numbers == list(range(1, len(result.path) + 1))
+    assert trace.endswith(f"VIOLATION: {result.violation}")
+
+
+@pytest.mark.parametrize(
+    "bug", [bug for bug in PLANTED_BUGS if bug.lua is not None], ids=lambda bug: bug.name
+)
+async def test_changed_script_differs_from_the_model(
+    bug: PlantedBug, valkey: RealServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    correct = explore(bug.scenario, depth=8).values
+    buggy = explore(bug.scenario, bug.rules).values
+    with valkey.client() as client:
+        await compare_script_calls(correct, valkey.url, client)
+        with pytest.raises(ScriptMismatch):
+            await compare_script_calls(buggy, valkey.url, client)
+        monkeypatch.setattr(Script, "load", classmethod(load_changed(bug.lua)))
+        await compare_script_calls(buggy, valkey.url, client)
+        with pytest.raises(ScriptMismatch):
+            await compare_script_calls(correct, valkey.url, client)
+
+
+def load_changed(lua: LuaChange):
+    """A `Script.load` that applies the change."""
+    original = Script.load
+
+    def load(cls: type[Script], name: str) -> Script:
+        script = original(name)
+        if name != lua.script:
+            return script
+        assert script.text.count(lua.old.encode()) == 1
+        text = script.text.replace(lua.old.encode(), lua.new.encode())
+        return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+
+    return load

@@ -1,8 +1,7 @@
-"""The values of the model: what is sent, and everything that is the case at one moment.
+"""The values of the model: who sends what, which faults may occur, and one moment of everything.
 
 A `World` is nested tuples of small numbers, so that it can be hashed, compared and sorted.
-States, and the tombstones that deletions leave in their place, are numbers of the `Book` that keeps
-them; 0 is none.
+Stream states and tombstones are numbers of the exploration's `Values`; 0 is none.
 """
 
 from __future__ import annotations
@@ -18,50 +17,41 @@ Log = tuple[tuple[int, int], ...]
 
 
 class Guard(IntEnum):
-    """What a client names beside the position, from the last reply it got."""
+    """What a request names beside the position, from the client's last reply."""
 
     NONE = 0
     IF_MATCH = 1
     EPOCH = 2
 
 
+class PlanKind(IntEnum):
+    """What a client sends."""
+
+    CHUNK = 0
+    DELETE = 1
+    COPY = 2
+
+
 @dataclass(frozen=True, slots=True)
-class ChunkPlan:
-    """One chunk of a client's plan.
+class Plan:
+    """One request of a client.
 
     Attributes:
-        name: as it is told of; names are unique but for equal appends.
-        events: digits 1 to 7; a state spells the events that led to it.
-        position: of its first event; None appends.
+        name: unique, but for equal appends.
+        events: of a chunk: digits 1 to 7; a state spells the events that led to it.
+        position: of a chunk's first event; None appends.
+        guard: a deletion under IF_MATCH names the state that was read just before.
+        source: of a copy, the stream whose state is written as a new epoch of `stream`: a restore
+            where they are the same (under the If-Match of what was read), else a fork.
     """
 
+    kind: PlanKind
     name: str
-    events: tuple[int, ...]
-    position: int | None
+    stream: int = 0
+    events: tuple[int, ...] = ()
+    position: int | None = None
     guard: Guard = Guard.NONE
-    stream: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class DeletePlan:
-    """A deletion; `guarded`: under the If-Match of what was read just before."""
-
-    name: str
-    guarded: bool = False
-    stream: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BeginPlan:
-    """A state read from `source` and written as the beginning of a new epoch of `stream`: a
-    restore where they are the same (under the If-Match of what was read), else a fork."""
-
-    name: str
     source: int = 0
-    stream: int = 0
-
-
-Plan = ChunkPlan | DeletePlan | BeginPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +59,9 @@ class ClientPlan:
     """One client.
 
     Attributes:
-        window: how many of its plans may be under way at once.
-        resends: how often it may send again what was not answered yet, to either worker.
-        alone: nobody else adds events to its streams; so it must be told of every rollback.
+        window: how many of its plans may be in flight at once.
+        resends: how often it may repeat an unanswered request, to either worker.
+        alone: nobody else adds events to its streams; so it must learn of every rollback.
     """
 
     name: str
@@ -82,7 +72,7 @@ class ClientPlan:
 
 
 class Faults(NamedTuple):
-    """How often each may happen."""
+    """How often each fault may happen."""
 
     replies_lost: int = 0
     timeouts: int = 0
@@ -90,16 +80,16 @@ class Faults(NamedTuple):
     rollbacks: int = 0
     replies_expired: int = 0
     streams_expired: int = 0
-    bytes_held: int = 0
+    bytes_delayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who does what, and what may go wrong.
+    """Who does what, and which faults may occur.
 
     Attributes:
         depth: steps that the tests explore; `make model` goes on to the end.
-        attempts: how often a chunk is tried against a stream that others move on.
+        attempts: how often a chunk is tried against a stream that others change.
         replies: whether the store keeps replies at all (they may be too large).
     """
 
@@ -115,9 +105,8 @@ class Slot(NamedTuple):
     """One stream in the store.
 
     Attributes:
-        state: 0 where there is none.
-        reply: the state whose commit the kept reply belongs to, or 0.
-        log: the history that survives; nobody in the system knows it.
+        reply: the state whose commit the stored reply belongs to, or 0.
+        log: the surviving history; nothing in the system reads it.
     """
 
     state: int = 0
@@ -132,7 +121,7 @@ class Job(NamedTuple):
         number: how often the plan was sent before.
         named: the state whose ETag or epoch the chunk names, or 0.
         attempts: how often it was tried.
-        wrote: the state that a try wrote whose answer was lost, or 0; nobody knows.
+        wrote: the state that a try wrote whose answer was lost, or 0; nothing reads it.
     """
 
     client: int
@@ -150,44 +139,51 @@ class Kind(IntEnum):
     COMMIT = 1
     RETRY = 2
     READ = 3
-    BEGIN = 4
+    COPY = 4
     DELETE = 5
 
 
-WRITES = (Kind.COMMIT, Kind.BEGIN, Kind.DELETE)
+WRITES = (Kind.COMMIT, Kind.COPY, Kind.DELETE)
+
+
+class Outcome(IntEnum):
+    """What the caller of an abandoned request was answered; PENDING if it still waits."""
+
+    PENDING = 0
+    UNKNOWN = 1
+    NOT_APPLIED = 2
+    APPLIED = 3
 
 
 class Request(NamedTuple):
-    """One request on a worker's ordered connection.
+    """One request on a worker's pipelined connection.
 
     Attributes:
         base: the state that is expected, or that was loaded first (RETRY), or 0.
         new: the state to write, or that was computed (RETRY), or 0.
-        held: the worker takes up no other chunk of the stream meanwhile.
-        repeated: an earlier try may have been carried out.
-        orphan: nobody waits any more, since its caller was told that the outcome is unknown (1),
-            that nothing was applied (2), or that it was (3).
+        blocks: the worker takes no other chunk of the stream meanwhile.
+        repeated: an earlier try may have been executed.
         log: of the state to write, where that begins an epoch.
-        stale: it must not write any more: a commit that was sent before a deletion was carried
-            out, or a deletion that was answered before something else was written.
+        outdated: it must not write any more: a commit that was sent before a deletion was
+            executed, or a deletion that was answered before something else was written.
     """
 
-    kind: int
+    kind: Kind
     job: Job
     base: int = 0
     new: int = 0
-    held: int = 0
+    blocks: int = 0
     repeated: int = 0
-    orphan: int = 0
+    outcome: Outcome = Outcome.PENDING
     log: Log = ()
-    stale: int = 0
+    outdated: int = 0
 
 
 class Worker(NamedTuple):
     """One worker: its cached states by stream, its connection, the chunks that wait."""
 
-    cache: tuple[int, ...]
-    lane: tuple[Request, ...] = ()
+    cache: tuple[int, ...] = (0,) * len(STREAMS)
+    pipeline: tuple[Request, ...] = ()
     waiting: tuple[Job, ...] = ()
 
 
@@ -196,28 +192,28 @@ class Client(NamedTuple):
 
     Attributes:
         sent: how often each plan was sent.
-        known: which plans it was told are applied, and relies on.
+        applied: which plans were acknowledged, and are relied on.
         last: the state that its last reply named, or 0.
         resends: how many are left.
-        stopped: it was told of other states than it relied on, and ends.
+        stopped: it learned of other states than it relied on, and ends.
     """
 
     sent: tuple[int, ...]
-    known: tuple[int, ...]
+    applied: tuple[int, ...]
     last: int
     resends: int
     stopped: int = 0
 
 
 class World(NamedTuple):
-    """Everything that is the case.
+    """The complete state of the model.
 
     Attributes:
         store: by stream.
-        older: contents the store had, which a rollback may put back; oldest first.
-        held: by connection that was given up, the writes whose bytes are still on their way to
-            the store, which may carry out any first part of them, in order, at any later step.
+        older: earlier contents of the store, to which a rollback may return; oldest first.
         left: faults that may still happen.
+        in_transit: by broken connection, the writes whose bytes may still reach the store: any
+            first part of them, in order, at any later step.
     """
 
     store: tuple[Slot, ...]
@@ -225,15 +221,14 @@ class World(NamedTuple):
     workers: tuple[Worker, ...]
     clients: tuple[Client, ...]
     left: Faults
-    held: tuple[tuple[Request, ...], ...] = ()
+    in_transit: tuple[tuple[Request, ...], ...] = ()
 
 
 def first_world(scenario: Scenario) -> World:
     """Nothing stored, nothing sent."""
     store = (Slot(),) * len(STREAMS)
-    none = (0,) * len(STREAMS)
     clients = tuple(
         Client((0,) * len(c.plans), (0,) * len(c.plans), 0, c.resends) for c in scenario.clients
     )
     older = (store,) if scenario.faults.rollbacks else ()
-    return World(store, older, (Worker(none), Worker(none)), clients, scenario.faults)
+    return World(store, older, (Worker(), Worker()), clients, scenario.faults)
