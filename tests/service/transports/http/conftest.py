@@ -10,10 +10,13 @@ import pytest
 from models.artifact.artifact import Artifact, write_artifact
 from service.store.base import Commit, CommitResult
 from service.store.redis.redis_store import RedisStore
-from tests.service.transports.http.harness import Harness, harness
+from tests.service.transports.http.harness import FAST_PATH, Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
 from tests.support.servers import RealServer
+
+BOTH_PATHS = (".test_chunks", ".test_streams", ".test_problems", ".test_media")
+"""Modules whose tests run with and without the fast path; the others as `FAST_PATH` says."""
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +30,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
     return {"small": small, "probe": make_artifact(folder)}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of some modules with and without the fast path."""
+    if "fast_path" in metafunc.fixturenames and metafunc.module.__name__.endswith(BOTH_PATHS):
+        metafunc.parametrize("fast_path", [True, False], ids=["fast path", "slow path"])
+
+
+@pytest.fixture
+def fast_path() -> bool:
+    """Whether the application serves chunk requests on the fast path."""
+    return FAST_PATH
+
+
 @pytest.fixture
 async def api(
-    pipeline_server: RealServer, models: Mapping[str, Artifact]
+    pipeline_server: RealServer, models: Mapping[str, Artifact], *, fast_path: bool
 ) -> AsyncIterator[Harness]:
     """A running application with nothing stored."""
-    async with harness(pipeline_server, models) as running:
+    async with harness(pipeline_server, models, fast_path=fast_path) as running:
         yield running
 
 

@@ -1,7 +1,10 @@
-"""The real application over the real pipeline, with the oracle as runtime, on loopback calls."""
+"""The real application over the real pipeline, with the oracle as runtime, on a unix socket."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,8 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import ormsgpack
+import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
+from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
 from service.core.values import StreamKey
@@ -20,12 +25,15 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.http.application import ApiLimits, create_api
 from service.transports.http.connection.fast_path import FastPath
-from service.transports.http.connection.http_protocol import HttpState
+from service.transports.http.connection.http_protocol import HTTP_STATE, HttpProtocol, HttpState
 from service.transports.http.request_log import RequestIds
 from tests.service.transports.http.faulty_store import FaultyStore, StoredStates
 from tests.support.numpy_runtime import numpy_served
 from tests.support.pipelines import Counts
 from tests.support.servers import RealServer
+
+FAST_PATH = os.environ.get("CARRY_HTTP_FAST_PATH", "1") != "0"
+"""`CARRY_HTTP_FAST_PATH=0 make test ARGS=tests/service/transports/http` tests the slow path."""
 
 JSON = {"content-type": "application/json"}
 MSGPACK = {"content-type": "application/msgpack"}
@@ -98,6 +106,7 @@ async def harness(
     *,
     limits: ApiLimits = LIMITS,
     on_model_change: OnModelChange = "refuse",
+    fast_path: bool = FAST_PATH,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
     """An application of its own, on a server that is emptied first."""
@@ -121,16 +130,44 @@ async def harness(
         limits,
         counts,
         metrics=lambda: (b"carry_chunks_total 0\n", "text/plain; version=1.0.0"),
+        fast_path=fast_path,
         now_ms=lambda: clock[0],
     )
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+    async with listening(app) as path:
+        transport = httpx.AsyncHTTPTransport(uds=path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:
+            try:
+                yield Harness(app, client, built, store, counts, models, clock)
+            finally:
+                await built.stop()
+                await store.close()
+                peek.close()
+
+
+@asynccontextmanager
+async def listening(app: FastAPI) -> AsyncIterator[str]:
+    """The application behind the service's HTTP protocol, on a unix socket."""
+    loop = asyncio.get_running_loop()
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, server_header=False,
+        date_header=False, proxy_headers=False,
+    )  # fmt: skip
+    shared = ServerState()
+    state = {HTTP_STATE: app.state.http}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/http.sock"
+        server = await loop.create_unix_server(
+            lambda: HttpProtocol(config, shared, state, loop), path
+        )
         try:
-            yield Harness(app, client, built, store, counts, models, clock)
+            yield path
         finally:
-            await built.stop()
-            await store.close()
-            peek.close()
+            server.close()
+            for connection in list(shared.connections):
+                connection.transport.abort()
+            for task in shared.tasks:
+                task.cancel()
+            await asyncio.gather(*shared.tasks, return_exceptions=True)
 
 
 def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

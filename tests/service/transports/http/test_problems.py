@@ -48,10 +48,18 @@ def test_the_reference_is_current() -> None:
 async def test_every_code_comes_out_of_the_pipeline(
     api: Harness, kind: type[CarryError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    error = kind("expected one thing, got another", stream="s", position=7, status="mine")
+
     async def fail(*_: object) -> None:
-        raise kind("expected one thing, got another", stream="s", position=7, status="mine")
+        raise error
+
+    def fail_later(*_: object) -> asyncio.Future[list[CarryError]]:
+        reply: asyncio.Future[list[CarryError]] = asyncio.get_running_loop().create_future()
+        reply.set_result([error])
+        return reply
 
     monkeypatch.setattr(api.pipeline, "process", fail)
+    monkeypatch.setattr(api.pipeline, "begin", fail_later)
     document = problem(await api.chunk(BODY), STATUS[kind], kind.code)
     assert document["detail"] == "expected one thing, got another"
     assert document["title"] == kind.title
