@@ -449,11 +449,11 @@ class BatchRun:
             return True
         reply = self._reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
-            answer = resolve_conflict(member.chunk, new.head, result.found)
+            answer = resolve_conflict(member.chunk, new.head, result.stored)
             if answer is Resolution.RE_EVALUATE:
                 self._recorder.conflict(self._served.name)
                 member.job.committing = False
-                member.expected = result.found
+                member.expected = result.stored
                 return False
             if answer is Resolution.STORED_REPLY:
                 return await self._replay(member, own=reply)

@@ -106,7 +106,7 @@ class Streams:
         if isinstance(result, Committed):
             return
         if precondition is not None:
-            raise state_changed(key.stream, result.found)
+            raise state_changed(key.stream, result.stored)
         raise StreamNotFound(
             f"model {key.model!r} has no stream {key.stream!r}", **stream_facts(key.stream, None)
         )

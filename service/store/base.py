@@ -53,9 +53,9 @@ COMMITTED = Committed()
 
 
 class Conflicted(NamedTuple):
-    """Not written: a version conflict. `found` is the stored head, None if there is no stream."""
+    """Not written: a version conflict. `stored` is the stored head, None if there is no stream."""
 
-    found: StreamHead | None
+    stored: StreamHead | None
 
 
 CommitResult = Committed | Conflicted | CarryError

@@ -27,7 +27,7 @@ def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:
     state that the commit wrote (a restore), the outcome is unknown. Otherwise the commit is not in
     the stream's history, and the conflict is an ordinary one.
     """
-    stored, new, expected = result.found, commit.new.head, commit.expected
+    stored, new, expected = result.stored, commit.new.head, commit.expected
     if stored is None:
         return result
     if (stored.epoch, stored.tag) == (new.epoch, new.tag):
@@ -48,7 +48,7 @@ def resolve_retried_deletion(
     the stream is still in the expected epoch, nothing was deleted. If it is in another epoch, the
     outcome is unknown, since the stream may have been deleted and created again.
     """
-    stored = result.found
+    stored = result.stored
     if stored is None:
         return COMMITTED
     if stored.epoch == expected.epoch:
