@@ -27,7 +27,7 @@ from models.errors import ArtifactError
 from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
-from service.ops.open_files import connections_within_open_files
+from service.ops.open_files import limit_connections_to_open_files
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.settings import Settings
@@ -105,7 +105,7 @@ def create_app() -> FastAPI:
         max_timeout_s=settings.max_timeout_s,
     )
     connections = ConnectionLimits(
-        max_connections=connections_within_open_files(settings.max_connections),
+        max_connections=limit_connections_to_open_files(settings.max_connections),
         keep_alive_s=settings.keep_alive_s,
         head_timeout_s=settings.head_timeout_s,
         body_timeout_s=settings.body_timeout_s,

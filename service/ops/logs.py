@@ -1,9 +1,8 @@
-"""Logs: one line each on stderr, as JSON for machines or in columns for people.
+"""Structured logs on stderr, one line per event, as JSON or in columns for a terminal.
 
-The service logs through structlog, libraries through the standard library; both end in the
-same lines, and every line that is written while a request is served carries its
-`request_id`. The lines of requests take a way of their own (`log_request`), short enough for
-every request. Logging never raises.
+The service logs through structlog, libraries through the standard library; both are rendered
+alike. Every line that is written while a request is served has its `request_id`. The access log has
+a fast path (`log_request`) that is cheap enough for every request. Logging never raises.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ import structlog
 from structlog.contextvars import get_contextvars, merge_contextvars
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from service.ops.lines import StderrLines
+from service.ops.stderr_writer import StderrWriter
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
 
 _LEVEL_NAMES = {logging.DEBUG: "debug", logging.INFO: "info"}
-_stderr = StderrLines()
+_stderr = StderrWriter()
 
 
 def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> None:
-    """Send structlog's and the standard library's records to stderr; may be called again.
+    """Send records of structlog and of the standard library to stderr; may be called again.
 
     Args:
-        level: the least level that is written.
-        log_format: `json`, one object a line, or `console`.
+        level: the lowest level that is written.
+        log_format: `json`, one object per line, or `console`.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
@@ -43,9 +42,9 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    rendering = _rendering(log_format)
+    renderers = _renderers(log_format)
     structlog.configure(
-        processors=[*shared, *rendering],
+        processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=_StderrLogger,
         cache_logger_on_first_use=True,
@@ -53,39 +52,39 @@ def configure_logs(level: LogLevel = "info", log_format: LogFormat = "json") -> 
     handler = _StderrHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), _without_colours],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), _drop_color_message],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()
-    for earlier in [found for found in root.handlers if isinstance(found, _StderrHandler)]:
+    for earlier in [each for each in root.handlers if isinstance(each, _StderrHandler)]:
         root.removeHandler(earlier)
     root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(True)
-    _requests.configure(number, log_format)
+    _access_log.configure(number, log_format)
 
 
 def current_request_id() -> str | None:
-    """The id of the request that is being served; None outside of one."""
-    found = get_contextvars().get("request_id")
-    return found if isinstance(found, str) else None
+    """The id of the request that is being served; None outside of a request."""
+    request_id = get_contextvars().get("request_id")
+    return request_id if isinstance(request_id, str) else None
 
 
 def log_request(
     level: int, request_id: str, method: str, route: str | None, status: int, ms: float
 ) -> None:
-    """The line of one request, gathered with others before it is written.
+    """Write the access log line of one request, buffered.
 
-    It looks like any other line, and is made without structlog's processors, which take ten
-    times as long. Before `configure_logs` there is none.
+    The line has the format of every other line. It is rendered without structlog's processors,
+    which take ten times as long. Before `configure_logs`, nothing is written.
 
     Args:
         level: `logging.INFO` or `logging.DEBUG`.
-        route: the path with the names of its parameters; None where no route was found.
-        ms: the whole time of the request.
+        route: the path with the names of its parameters; None if no route matched.
+        ms: the total time of the request.
     """
-    if level >= _requests.level:
+    if level >= _access_log.level:
         line = {
             "timestamp": datetime.now(UTC),
             "level": _LEVEL_NAMES[level],
@@ -97,16 +96,16 @@ def log_request(
             "status": status,
             "ms": ms,
         }
-        _stderr.gather(_requests.render(line))
+        _stderr.buffer(_access_log.render(line))
 
 
 def flush_logs() -> None:
-    """Write what was gathered. It is written by itself after a moment, and at exit."""
+    """Write the buffered lines now; they are also written after an interval, and at exit."""
     _stderr.flush()
 
 
-class _RequestLines:
-    """The level and the format of the lines of requests, as `configure_logs` has set them."""
+class _AccessLog:
+    """Level and format of the access log, as set by `configure_logs`."""
 
     def __init__(self) -> None:
         self.level = logging.CRITICAL + 1
@@ -121,7 +120,7 @@ def _json_line(line: dict[str, Any]) -> str:
     try:
         return orjson.dumps(line, default=repr, option=orjson.OPT_UTC_Z).decode()
     except TypeError:
-        # a lone surrogate, an integer over 64 bits: the slower writer escapes them
+        # The slower encoder accepts lone surrogates and integers over 64 bits.
         return json.dumps(line, default=repr, skipkeys=True)
 
 
@@ -144,7 +143,7 @@ def _console_renderer() -> structlog.dev.ConsoleRenderer:
     )
 
 
-def _rendering(log_format: LogFormat) -> list[Processor]:
+def _renderers(log_format: LogFormat) -> list[Processor]:
     if log_format == "console":
         return [_console_renderer()]
     return [structlog.processors.format_exc_info, _render_json]
@@ -152,19 +151,19 @@ def _rendering(log_format: LogFormat) -> list[Processor]:
 
 def _render_json(_: WrappedLogger, __: str, fields: EventDict) -> str:
     line = {name: fields.pop(name, None) for name in ("timestamp", "level", "logger")}
-    # structlog calls the message `event`, which is a time step here
+    # structlog calls the message `event`, which means a time step in this service.
     line["message"] = fields.pop("event", None)
     return _json_line({**line, **fields})
 
 
-def _without_colours(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
-    # uvicorn's second rendering of each message
+def _drop_color_message(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    # uvicorn adds a second, coloured rendering of each message.
     fields.pop("color_message", None)
     return fields
 
 
 class _StderrLogger:
-    """What structlog's bound loggers write to."""
+    """Logger that structlog's bound loggers wrap; writes rendered lines."""
 
     def __init__(self, name: str = "service"):
         self.name = name
@@ -176,7 +175,7 @@ class _StderrLogger:
 
 
 class _StderrHandler(logging.Handler):
-    """The standard library's way to the same lines."""
+    """Handler that renders and writes the standard library's records."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -185,4 +184,4 @@ class _StderrHandler(logging.Handler):
             self.handleError(record)
 
 
-_requests = _RequestLines()
+_access_log = _AccessLog()

@@ -1,10 +1,9 @@
-"""Counters, gauges and histograms for Prometheus.
+"""Prometheus metrics: counters, gauges and histograms of the pipeline and the API.
 
-`PrometheusRecorder` is what the pipeline and the API report to. With one process the numbers
-lie in memory; with several each worker keeps its own in files under
-`PROMETHEUS_MULTIPROC_DIR`, which the parent sets before it starts them, and any worker that is
-asked renders the sum. Labels are bounded: a model that is not served counts under `-`, so
-that no client can make series. What each metric means is in `docs/reference/metrics.md`.
+A single process keeps its values in memory. Several workers keep theirs in files under
+`PROMETHEUS_MULTIPROC_DIR`, which the parent process sets before it starts them, and the worker that
+is scraped renders the sum. Label values are bounded: a model that is not served is counted as `-`,
+so that clients cannot create series. `docs/reference/metrics.md` describes each metric.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ STAGES = ("queue", "load", "infer", "commit")
 
 
 class _Series(NamedTuple):
-    """The series of one model; `stages` in the order of STAGES."""
+    """The label children of one model; `stages` in the order of STAGES."""
 
     chunks: Counter
     events: Counter
@@ -62,9 +61,9 @@ class _Series(NamedTuple):
 
 
 class PrometheusRecorder:
-    """Implements `service.pipeline.recorder.Recorder`; one per process.
+    """Recorder of Prometheus metrics (`service.pipeline.recorder.Recorder`); one per process.
 
-    Cheap enough for every chunk: some microseconds. Called from the event loop only.
+    Takes some microseconds per chunk. Use from the event loop only.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -84,11 +83,11 @@ class PrometheusRecorder:
             "carry_replays", "Retries answered from the stored reply.", model, registry=registry
         )
         self._conflicts = Counter(
-            "carry_conflicts", "Commits that found the stream moved on.", model, registry=registry
+            "carry_conflicts", "Version conflicts of commits.", model, registry=registry
         )
         self._refusals = Counter(
             "carry_refusals",
-            "Requests, or items of one, answered with a problem.",
+            "Requests, or items of a request, answered with a problem.",
             ("model", "code"),
             registry=registry,
         )
@@ -110,17 +109,17 @@ class PrometheusRecorder:
         )
         self._batch_seconds = Histogram(
             "carry_batch_seconds",
-            "Time of one call of the network.",
+            "Duration of one call of the network.",
             model,
             registry=registry,
             buckets=SECONDS,
         )
         self._batch_steps = Counter(
-            "carry_batch_steps", "Steps the network was asked for.", model, registry=registry
+            "carry_batch_steps", "Steps of the chunks in a batch.", model, registry=registry
         )
         self._padded_steps = Counter(
             "carry_batch_padded_steps",
-            "Steps the network computed, padding included.",
+            "Steps computed by the network, including padding.",
             model,
             registry=registry,
         )
@@ -148,12 +147,12 @@ class PrometheusRecorder:
         if not os.environ.get(MULTIPROCESS_DIR):
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
-        # a child is found by a lock, a tuple and a dict; a batch wants a dozen of them
+        # Looking up a child takes a lock, a tuple and a dict; a batch needs a dozen of them.
         self._series = lru_cache(maxsize=None)(self._series_of)
         self._refused = lru_cache(maxsize=None)(self._refusals.labels)
 
     def model(self, name: str, version: str, runtime: str) -> None:
-        """A model is served from now on; its series begin at zero."""
+        """Register a model that is served; its series start at zero."""
         self._served.add(name)
         self._models.labels(name, version, runtime).set(1)
         self._series(name).queue.set(0)
@@ -175,7 +174,7 @@ class PrometheusRecorder:
         )
 
     def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
-        """Chunks of one batch were committed: their steps together, the times of each."""
+        """Record the committed chunks of one batch: the sum of their steps, the timing of each."""
         series = self._series(model)
         series.chunks.inc(len(timings))
         series.events.inc(steps)
@@ -184,19 +183,19 @@ class PrometheusRecorder:
             observe_all(stage, times_s)
 
     def replay(self, model: str) -> None:
-        """A retry was answered from the stored reply."""
+        """Count a retry that is answered from the stored reply."""
         self._series(model).replays.inc()
 
     def refusal(self, model: str, code: str) -> None:
-        """A request, or an item of one, was answered with a problem."""
+        """Count a request, or an item of a request, that is answered with a problem."""
         self._refused(model if model in self._served else UNKNOWN_MODEL, code).inc()
 
     def conflict(self, model: str) -> None:
-        """A commit found the stream moved on; the chunk is done again."""
+        """Count a version conflict; the chunk is re-evaluated."""
         self._series(model).conflicts.inc()
 
     def cache(self, model: str, hits: int, misses: int) -> None:
-        """States found in, and missing from, this worker's cache when a batch was loaded."""
+        """Count the states of a batch that this worker's cache contains and lacks."""
         series = self._series(model)
         if hits:
             series.cache_hits.inc(hits)
@@ -204,7 +203,7 @@ class PrometheusRecorder:
             series.cache_misses.inc(misses)
 
     def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
-        """One runtime call: rows B, real steps, B x T after padding, wall time."""
+        """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
         series = self._series(model)
         series.batch_rows.observe(rows)
         series.batch_steps.inc(steps)
@@ -212,40 +211,39 @@ class PrometheusRecorder:
         series.batch_seconds.observe(seconds)
 
     def queue(self, model: str, depth: int) -> None:
-        """Chunks waiting for a batch."""
+        """Record the number of chunks that wait for a batch."""
         self._series(model).queue.set(depth)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format, of all workers together."""
+        """Render the metrics of all workers in Prometheus' text format."""
         directory = os.environ.get(MULTIPROCESS_DIR)
         if not directory:
             return generate_latest(self._registry)
-        _forget_dead_workers(Path(directory))
-        summed = CollectorRegistry()
-        MultiProcessCollector(summed, path=directory)
-        return generate_latest(summed)
+        _drop_gauges_of_dead_workers(Path(directory))
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=directory)
+        return generate_latest(registry)
 
 
 def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """Observe several values: as `observe` for each, with one addition for each bucket met.
+    """Observe several values, like `observe` of each, with one addition per affected bucket.
 
-    It adds to the library's own values, as `observe` does, so that it counts in several
-    processes too.
+    It adds to the library's own values, as `observe` does, and so works in multiprocess mode too.
 
     Args:
-        histogram: a child, where the histogram has labels.
+        histogram: a child, if the histogram has labels.
     """
     bounds, buckets = histogram._upper_bounds, histogram._buckets
     histogram._sum.inc(sum(values))
-    # the chunks of a batch mostly share their times
-    shared = bool(values) and values.count(values[0]) == len(values)
-    counted = {values[0]: len(values)} if shared else Tally(values)
-    for value, times in counted.items():
-        buckets[bisect_left(bounds, value)].inc(times)
+    # Most chunks of a batch have the same times.
+    are_equal = bool(values) and values.count(values[0]) == len(values)
+    counts = {values[0]: len(values)} if are_equal else Tally(values)
+    for value, count in counts.items():
+        buckets[bisect_left(bounds, value)].inc(count)
 
 
-def _forget_dead_workers(directory: Path) -> None:
-    """Drop the gauges of processes that ended; what they counted stays counted."""
+def _drop_gauges_of_dead_workers(directory: Path) -> None:
+    """Drop the gauges of workers that exited; their counters are kept."""
     for file in directory.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:

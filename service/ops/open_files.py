@@ -1,7 +1,7 @@
-"""The limit on open files, of which every connection takes one.
+"""Limit on open files: raises it, and limits connections to what it allows.
 
-A process at its limit accepts no connection and logs nothing, while clients wait in the kernel's
-queue. So the limit is raised as far as possible, and connections are limited to what it allows.
+Every connection takes a file descriptor. A process at its limit accepts no connection and logs
+nothing, while clients wait in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import structlog
 log = structlog.get_logger(__name__)
 
 RESERVED: Final = 256
-"""Files kept for models, logs and the store's connections; at most a quarter of all."""
+"""Descriptors reserved for models, logs and store connections; at most a quarter of the limit."""
 
 
 def raise_open_files_limit() -> None:
@@ -29,11 +29,11 @@ def raise_open_files_limit() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (ValueError, OSError) as error:
-        # some systems allow less than the hard limit
+        # Some systems allow less than the hard limit.
         log.warning("open_files_limit_not_raised", limit=soft, hard_limit=hard, reason=str(error))
 
 
-def connections_within_open_files(wanted: int) -> int:
+def limit_connections_to_open_files(wanted: int) -> int:
     """Reduce a number of connections to what the limit on open files allows, with a warning."""
     if sys.platform == "win32":
         return wanted

@@ -1,4 +1,4 @@
-"""The table of settings in `docs/reference/settings.md`, from the settings themselves.
+"""Generates the table of settings in `docs/reference/settings.md`.
 
 python -m service.ops.settings_reference        prints it
 """
@@ -11,7 +11,7 @@ from service.settings import PREFIX, Settings
 
 
 def settings_table() -> str:
-    """A Markdown table: variable, default, what it means and how to choose it."""
+    """Make a Markdown table of all settings: variable, default, and meaning."""
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         meaning = " ".join((field.description or "").split())

@@ -1,6 +1,6 @@
-"""`carry streams list|show|delete|reset`: look at and forget streams of a running service.
+"""`carry streams list|show|delete|reset`: manages streams of a running service.
 
-A client of the HTTP API like any other: it holds no state and reaches no store.
+The commands are a client of the HTTP API: they hold no state and connect to no store.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ import typer
 if TYPE_CHECKING:
     import httpx
 
-AT_A_TIME = 8
-"""Requests under way at once, where many streams are meant."""
+CONCURRENT_REQUESTS = 8
+"""Number of concurrent requests when a command acts on many streams."""
 
 streams_app = typer.Typer(
-    help="List, show, forget and reset streams of a running service.", no_args_is_help=True
+    help="List, show, delete and reset streams of a running service.", no_args_is_help=True
 )
 
 Model = Annotated[str, typer.Argument(help="The model's name.")]
-Url = Annotated[str, typer.Option("--url", help="Where the service listens.")]
+Url = Annotated[str, typer.Option("--url", help="Address of the service.")]
 Stream = Annotated[str | None, typer.Argument(help="The stream's name.")]
 Prefix = Annotated[
-    str | None, typer.Option(help="Every stream whose name begins with this; '' for all.")
+    str | None, typer.Option(help="All streams whose names begin with this; '' for all.")
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
-DONE, LEFT, GONE, DAMAGED = "done", "left", "gone", "damaged"
-"""What became of one of many streams."""
+DELETED, KEPT, NOT_FOUND, DAMAGED = "deleted", "kept", "not_found", "damaged"
+"""Outcomes of an action on one stream."""
 
-Act = Callable[["httpx.Client", str], str]
-"""Does something to the stream of an address, and says what became of it."""
+Action = Callable[["httpx.Client", str], str]
+"""Acts on the stream of a URL path; returns the outcome."""
 
 
 @contextmanager
 def _service(url: str) -> Iterator[httpx.Client]:
-    """A client whose failures end in one line and exit status 1."""
-    # here, because it takes a third of the start of every other command
+    """Open an HTTP client; a connection failure prints one line and exits with status 1."""
+    # Imported here: it would take a third of the start-up time of every other command.
     import httpx
 
     try:
@@ -56,20 +56,20 @@ def _service(url: str) -> Iterator[httpx.Client]:
         raise typer.Exit(1) from error
 
 
-def _ask(
+def _request(
     client: httpx.Client,
     method: str,
     path: str,
     *,
-    but: Collection[str] = (),
+    accept: Collection[str] = (),
     if_match: str | None = None,
     **params: str | int,
 ) -> Any:
-    """The decoded reply; a problem document ends in one line and exit status 1.
+    """Send a request and decode its reply; a problem prints one line and exits with status 1.
 
     Args:
-        but: codes of problems that are replies to the caller.
-        if_match: the ETag under which it is done.
+        accept: codes of problems that are returned to the caller instead.
+        if_match: value of the If-Match header.
     """
     headers = {} if if_match is None else {"If-Match": if_match}
     response = client.request(method, path, params=params, headers=headers)
@@ -77,7 +77,7 @@ def _ask(
         return response.json() if response.content else None
     try:
         problem = response.json()
-        if problem["code"] in but:
+        if problem["code"] in accept:
             return problem
         line = f"{problem['code']}: {problem['detail']}"
     except (ValueError, KeyError, TypeError):
@@ -88,7 +88,7 @@ def _ask(
 
 def _path(model: str, stream: str | None = None) -> str:
     if stream in (".", ".."):
-        # the HTTP client would remove it from the URL
+        # The HTTP client would remove it from the URL.
         typer.echo(f"carry: {stream!r} is not a valid stream name", err=True)
         raise typer.Exit(1)
     path = f"/v1/models/{quote(model, safe='')}/streams"
@@ -96,12 +96,12 @@ def _path(model: str, stream: str | None = None) -> str:
 
 
 def _names(client: httpx.Client, model: str, prefix: str) -> Iterator[str]:
-    """Every name once, page by page."""
+    """Yield the name of each stream once, page by page."""
     seen: set[str] = set()
     cursor: str | None = None
     while True:
-        more = {} if cursor is None else {"cursor": cursor}
-        page = _ask(client, "GET", _path(model), prefix=prefix, **more)
+        parameters = {} if cursor is None else {"cursor": cursor}
+        page = _request(client, "GET", _path(model), prefix=prefix, **parameters)
         for name in page["streams"]:
             if name not in seen:
                 seen.add(name)
@@ -118,7 +118,7 @@ def list_streams(
     limit: Annotated[int, typer.Option(min=0, help="At most this many; 0 for all.")] = 0,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Print the names of a model's streams, one a line."""
+    """Print the names of a model's streams, one per line."""
     with _service(url) as client:
         for count, name in enumerate(_names(client, model, prefix), start=1):
             typer.echo(name)
@@ -130,13 +130,13 @@ def list_streams(
 def show_stream(
     model: Model,
     stream: Annotated[str, typer.Argument(help="The stream's name.")],
-    state: Annotated[bool, typer.Option("--state", help="With every state part.")] = False,
+    state: Annotated[bool, typer.Option("--state", help="Include every state part.")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Print where a stream stands, as JSON."""
+    """Print a stream's position, epoch and tag as JSON."""
     with _service(url) as client:
         path = _path(model, stream) + ("/state" if state else "")
-        typer.echo(json.dumps(_ask(client, "GET", path), indent=2))
+        typer.echo(json.dumps(_request(client, "GET", path), indent=2))
 
 
 @streams_app.command("delete")
@@ -147,11 +147,12 @@ def delete_streams(
     yes: Yes = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Forget one stream, or all with a prefix."""
-    _confirm(model, stream, prefix, yes, "Forget {}?")
+    """Delete one stream, or all streams with a prefix."""
+    _confirm(model, stream, prefix, yes, "Delete {}?")
     with _service(url) as client:
-        outcomes = _each(client, model, stream, prefix, "forgetting", _forget)
-    typer.echo(f"forgot {outcomes[DONE]:,} streams" if stream is None else f"forgot {stream}")
+        outcomes = _apply(client, model, stream, prefix, "deleting", _delete)
+    deleted = f"{outcomes[DELETED]:,} streams" if stream is None else stream
+    typer.echo(f"deleted {deleted}")
 
 
 @streams_app.command("reset")
@@ -162,32 +163,33 @@ def reset_streams(
     yes: Yes = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Begin streams anew whose state another version of the model wrote.
+    """Delete streams whose state was written by another version of the model.
 
-    They are forgotten, each only as long as it is as it was found; their next chunk is expected
-    at position 0. The streams of the version that is served now are left alone.
+    A stream is deleted only if it has not changed since its version was read; its next chunk then
+    starts at position 0. Streams of the version that is served now are kept.
     """
-    _confirm(model, stream, prefix, yes, "Forget {}, where another version wrote the state?")
+    _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
     with _service(url) as client:
-        detail = _ask(client, "GET", f"/v1/models/{quote(model, safe='')}")
+        detail = _request(client, "GET", f"/v1/models/{quote(model, safe='')}")
         reset = partial(_reset, fingerprint=detail["fingerprint"])
-        outcomes = _each(client, model, stream, prefix, "resetting", reset)
+        outcomes = _apply(client, model, stream, prefix, "resetting", reset)
     typer.echo(
-        f"reset {outcomes[DONE]:,} streams, left {outcomes[LEFT]:,} of version {detail['version']}"
+        f"reset {outcomes[DELETED]:,} streams, kept {outcomes[KEPT]:,} of version "
+        f"{detail['version']}"
     )
     if outcomes[DAMAGED]:
         typer.echo(
-            f"carry: {outcomes[DAMAGED]:,} damaged streams were left; restore or delete them",
+            f"carry: {outcomes[DAMAGED]:,} damaged streams were kept; restore or delete them",
             err=True,
         )
         raise typer.Exit(1)
 
 
 def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, question: str) -> None:
-    """Ask, unless `yes`, whether the streams that are meant are to be acted on.
+    """Ask the user for confirmation, unless `yes`.
 
     Args:
-        question: with `{}` in the streams' place.
+        question: its `{}` is replaced by a description of the streams.
     """
     if (stream is None) == (prefix is None):
         raise typer.BadParameter("expected either a stream's name or --prefix")
@@ -196,25 +198,32 @@ def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, ques
         typer.confirm(question.format(f"{which} of model {model}"), abort=True)
 
 
-def _each(
-    client: httpx.Client, model: str, stream: str | None, prefix: str | None, doing: str, act: Act
+def _apply(
+    client: httpx.Client,
+    model: str,
+    stream: str | None,
+    prefix: str | None,
+    description: str,
+    action: Action,
 ) -> Counter[str]:
-    """Act on the one stream, which has to be there, or on all with the prefix: the outcomes."""
+    """Act on one stream, which must exist, or on all streams with a prefix; count the outcomes."""
     if stream is None:
-        return _many(client, model, prefix or "", doing, act)
-    outcome = act(client, _path(model, stream))
-    if outcome == GONE:
+        return _apply_to_prefix(client, model, prefix or "", description, action)
+    outcome = action(client, _path(model, stream))
+    if outcome == NOT_FOUND:
         typer.echo(f"carry: model {model} has no stream {stream}", err=True)
         raise typer.Exit(1)
     return Counter([outcome])
 
 
-def _many(client: httpx.Client, model: str, prefix: str, doing: str, act: Act) -> Counter[str]:
-    """Act on every stream with a prefix, some at a time, and count the outcomes.
+def _apply_to_prefix(
+    client: httpx.Client, model: str, prefix: str, description: str, action: Action
+) -> Counter[str]:
+    """Act on every stream with a prefix concurrently, and count the outcomes.
 
-    The first failure ends it; what was done stays done, and the same command goes on from there.
+    Stops at the first failure; running the same command again continues from there.
     """
-    # here, because it takes long to import
+    # Imported here, because it takes long.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -223,43 +232,43 @@ def _many(client: httpx.Client, model: str, prefix: str, doing: str, act: Act) -
     outcomes: Counter[str] = Counter()
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        ThreadPoolExecutor(AT_A_TIME) as pool,
+        ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool,
     ):
         task = progress.add_task("listing", total=None)
         names = list(progress.track(_names(client, model, prefix), task_id=task))
-        progress.reset(task, description=doing, total=len(names))
-        asked = (pool.submit(act, client, _path(model, name)) for name in names)
-        for done in _in_turn(asked, 2 * AT_A_TIME):
-            outcomes[done.result()] += 1
+        progress.reset(task, description=description, total=len(names))
+        futures = (pool.submit(action, client, _path(model, name)) for name in names)
+        for future in _with_lookahead(futures, 2 * CONCURRENT_REQUESTS):
+            outcomes[future.result()] += 1
             progress.advance(task)
     return outcomes
 
 
-def _in_turn(futures: Iterator[Future[str]], ahead: int) -> Iterator[Future[str]]:
-    """The futures in order, that many of them begun ahead."""
-    begun = deque(islice(futures, ahead))
-    while begun:
-        yield begun.popleft()
-        begun.extend(islice(futures, 1))
+def _with_lookahead(futures: Iterator[Future[str]], count: int) -> Iterator[Future[str]]:
+    """Yield the futures in order, with `count` of them submitted ahead."""
+    submitted = deque(islice(futures, count))
+    while submitted:
+        yield submitted.popleft()
+        submitted.extend(islice(futures, 1))
 
 
-def _forget(client: httpx.Client, path: str) -> str:
-    return GONE if _ask(client, "DELETE", path, but=("stream_not_found",)) else DONE
+def _delete(client: httpx.Client, path: str) -> str:
+    return NOT_FOUND if _request(client, "DELETE", path, accept=("stream_not_found",)) else DELETED
 
 
 def _reset(client: httpx.Client, path: str, fingerprint: str) -> str:
-    """Forget a stream unless its state has this fingerprint."""
+    """Delete a stream unless its state has this fingerprint."""
     while True:
-        found = _ask(client, "GET", path, but=("stream_not_found", "state_damaged"))
-        if found.get("code") == "stream_not_found":
-            return GONE
-        if found.get("code") == "state_damaged":
+        stream = _request(client, "GET", path, accept=("stream_not_found", "state_damaged"))
+        if stream.get("code") == "stream_not_found":
+            return NOT_FOUND
+        if stream.get("code") == "state_damaged":
             return DAMAGED
-        if found["fingerprint"] == fingerprint:
-            return LEFT
-        etag = f'"{found["epoch"]}-{found["tag"]}"'
-        refusal = _ask(
-            client, "DELETE", path, but=("stream_not_found", "state_changed"), if_match=etag
+        if stream["fingerprint"] == fingerprint:
+            return KEPT
+        etag = f'"{stream["epoch"]}-{stream["tag"]}"'
+        problem = _request(
+            client, "DELETE", path, accept=("stream_not_found", "state_changed"), if_match=etag
         )
-        if refusal is None:
-            return DONE
+        if problem is None:
+            return DELETED

@@ -3,8 +3,7 @@
 Every worker sends a heartbeat twice a second through a pipe, and the parent also waits on the
 process itself, so that an exit is noticed at once, even during start-up. A worker that exits is
 restarted, with exponential backoff while it keeps failing. The pool ends on a signal, or when no
-worker was ever ready: then every start would fail in the same way, and whoever started the service
-should know.
+worker was ever ready: then every start would fail in the same way, and the operator should know.
 
     SIGTERM, SIGINT    every worker drains, within its time; then the pool ends
     SIGHUP             rolling restart: each worker is replaced once its successor is ready
@@ -37,17 +36,17 @@ from service.engine.runtimes.loading import RuntimeUnavailableError
 from service.ops.logs import flush_logs
 from service.settings import SettingsError
 
-HEARTBEAT_S: Final = 0.5
+HEARTBEAT_INTERVAL_S: Final = 0.5
 """Interval of a worker's heartbeats."""
 
-HUNG_AFTER_S: Final = 30.0
+HEARTBEAT_TIMEOUT_S: Final = 30.0
 """A worker without a heartbeat for this long counts as hung and is killed. Long enough to compile a
 large network, which holds the interpreter lock."""
 
-FIRST_PAUSE_S: Final = 1.0
-MAX_PAUSE_S: Final = 30.0
-STEADY_S: Final = 60.0
-"""A worker that was ready for this long before it exited is restarted without a pause."""
+BACKOFF_BASE_S: Final = 1.0
+BACKOFF_CAP_S: Final = 30.0
+BACKOFF_RESET_S: Final = 60.0
+"""A worker that was ready for this long before it exited is restarted without backoff."""
 
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
@@ -64,10 +63,10 @@ class WorkersFailedError(Exception):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose process exits once it is drained, or at once during start-up.
+    """uvicorn server whose process exits once it is drained, or immediately during start-up.
 
-    uvicorn itself would finish its start-up before it stops, and the process would wait for threads
-    that are still compiling a network.
+    uvicorn would finish its start-up before it stops, and the process would wait for threads that
+    are still compiling a network.
 
     Args:
         exit_process: called in the main thread, also from a signal handler.
@@ -76,7 +75,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, exit_process: Callable[[], NoReturn]):
         super().__init__(config)
         self._exit_process = exit_process
-        # uvicorn replaces these while it runs, and raises the signals again when all is drained
+        # uvicorn replaces these handlers while it runs, and raises the signals again once drained.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: exit_process())
 
@@ -153,14 +152,14 @@ class WorkerPool:
         return worker
 
     def _wait(self) -> None:
-        """Wait for a heartbeat or an exit, or for a moment, since signals do not end the wait."""
+        """Wait for a heartbeat or an exit, with a short timeout, as signals do not end the wait."""
         objects: list[Any] = []
         for worker in self._workers():
             if not worker.has_exited():
                 objects.append(worker.process.sentinel)
-                if not worker.reports.closed:
-                    objects.append(worker.reports)
-        wait(objects, HEARTBEAT_S / 2)
+                if not worker.heartbeats.closed:
+                    objects.append(worker.heartbeats)
+        wait(objects, HEARTBEAT_INTERVAL_S / 2)
 
     def _check_workers(self) -> None:
         """Read heartbeats, kill hung workers, and restart those that exited."""
@@ -169,7 +168,7 @@ class WorkerPool:
                 self._was_ready = True
                 log.info("worker_ready", pid=worker.pid, after_s=worker.age_s())
             if worker.is_hung():
-                log.error("worker_hangs", pid=worker.pid, silent_s=HUNG_AFTER_S)
+                log.error("worker_hangs", pid=worker.pid, unresponsive_s=HEARTBEAT_TIMEOUT_S)
                 worker.kill()
         self._replace_next()
         for slot in self._slots:
@@ -182,18 +181,20 @@ class WorkerPool:
     def _schedule_restart(self, slot: _Slot, worker: _Worker) -> None:
         """Schedule the restart of a worker that exited."""
         slot.worker = None
-        slot.failures = 0 if worker.was_steady() else slot.failures + 1
-        pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
-        slot.start_at_s = time.monotonic() + pause_s
+        slot.failures = 0 if worker.was_stable() else slot.failures + 1
+        backoff_s = (
+            min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** (slot.failures - 1)) if slot.failures else 0
+        )
+        slot.start_at_s = time.monotonic() + backoff_s
         log.error(
             "worker_ended",
             pid=worker.pid,
             was_ready=worker.is_ready,
-            reason=worker.reason(),
-            pause_s=pause_s,
+            reason=worker.exit_reason(),
+            pause_s=backoff_s,
         )
         if not self._was_ready and not any(self._workers()):
-            raise WorkersFailedError(worker.reason())
+            raise WorkersFailedError(worker.exit_reason())
 
     def _replace_next(self) -> None:
         """Continue a rolling restart: one worker at a time, each once its replacement is ready."""
@@ -213,7 +214,9 @@ class WorkerPool:
             slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
             self._to_replace.popleft()
         elif slot.replacement.has_exited():
-            log.error("replacement_failed", reason=slot.replacement.reason(), kept=len(self._slots))
+            log.error(
+                "replacement_failed", reason=slot.replacement.exit_reason(), kept=len(self._slots)
+            )
             slot.replacement = None
             self._to_replace.clear()
 
@@ -227,12 +230,12 @@ class WorkerPool:
 
 @dataclass(eq=False, slots=True)
 class _Slot:
-    """One place in the pool.
+    """One slot of the pool.
 
     Attributes:
         worker: None until a failed worker is restarted.
         replacement: the worker that takes over once it is ready.
-        failures: consecutive exits before `STEADY_S`.
+        failures: consecutive exits before `BACKOFF_RESET_S`.
         start_at_s: when the worker is restarted.
     """
 
@@ -243,14 +246,14 @@ class _Slot:
 
 
 class _Worker:
-    """One worker process, as the parent sees it."""
+    """The parent's view of one worker process."""
 
     def __init__(self, config: uvicorn.Config, listener: socket.socket):
-        self.reports, theirs = _spawn.Pipe(duplex=False)
-        self.process = _spawn.Process(target=_run_worker, args=(config, listener, theirs))
+        self.heartbeats, child_end = _spawn.Pipe(duplex=False)
+        self.process = _spawn.Process(target=_run_worker, args=(config, listener, child_end))
         self.process.start()
-        # otherwise the pipe would stay open after the worker exits
-        theirs.close()
+        # Otherwise the pipe would stay open after the worker exits.
+        child_end.close()
         self.is_ready = False
         self._reason = ""
         self._started_s = self._heartbeat_s = self._ready_s = time.monotonic()
@@ -267,15 +270,15 @@ class _Worker:
         """Read its heartbeats; returns whether it has become ready."""
         was_ready = self.is_ready
         try:
-            while not self.reports.closed and self.reports.poll():
-                report = self.reports.recv()
+            while not self.heartbeats.closed and self.heartbeats.poll():
+                report = self.heartbeats.recv()
                 self._heartbeat_s = time.monotonic()
                 if isinstance(report, str):
                     self._reason = report
                 else:
                     self.is_ready = report
         except (EOFError, OSError):
-            self.reports.close()
+            self.heartbeats.close()
         if was_ready or not self.is_ready:
             return False
         self._ready_s = time.monotonic()
@@ -283,21 +286,21 @@ class _Worker:
 
     def is_hung(self) -> bool:
         """Whether it runs without heartbeats."""
-        return not self.has_exited() and time.monotonic() - self._heartbeat_s > HUNG_AFTER_S
+        return not self.has_exited() and time.monotonic() - self._heartbeat_s > HEARTBEAT_TIMEOUT_S
 
-    def was_steady(self) -> bool:
-        """Whether it was ready for long enough to restart it without a pause."""
-        return self.is_ready and time.monotonic() - self._ready_s >= STEADY_S
+    def was_stable(self) -> bool:
+        """Whether it was ready for long enough to be restarted without backoff."""
+        return self.is_ready and time.monotonic() - self._ready_s >= BACKOFF_RESET_S
 
     def has_exited(self) -> bool:
         return self.process.exitcode is not None
 
-    def reason(self) -> str:
+    def exit_reason(self) -> str:
         """Why it exited."""
         self.read_heartbeats()
         code = self.process.exitcode
         how = f"signal {-code}" if code is not None and code < 0 else f"status {code}"
-        return self._reason or f"the worker ended with {how}"
+        return self._reason or f"the worker exited with {how}"
 
     def terminate(self, kill_after_s: float) -> None:
         """Ask it to finish accepted requests and exit."""
@@ -320,22 +323,22 @@ class _Worker:
 
 
 def _run_worker(
-    config: uvicorn.Config, listener: socket.socket, reports: Connection[Any, Any]
+    config: uvicorn.Config, listener: socket.socket, heartbeats: Connection[Any, Any]
 ) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
-        # a closing terminal signals the whole process group; the parent decides what to do
+        # A closing terminal signals the whole process group; the parent decides what to do.
         signal.signal(SIGHUP, signal.SIG_IGN)
-    # the constructor has set up uvicorn's loggers in the parent alone
+    # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
     server = Server(config, _exit_process)
     threading.Thread(
-        target=_send_heartbeats, args=(server, reports), name="carry-report", daemon=True
+        target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()
     try:
         server.run(sockets=[listener])
     except (ModelsError, CarryError, RuntimeUnavailableError, SettingsError) as error:
-        reports.send(str(error))
+        heartbeats.send(str(error))
         sys.exit(1)
 
 
@@ -345,12 +348,12 @@ def _exit_process() -> NoReturn:
     os._exit(0)
 
 
-def _send_heartbeats(server: Server, reports: Connection[Any, Any]) -> None:
+def _send_heartbeats(server: Server, heartbeats: Connection[Any, Any]) -> None:
     """Send heartbeats to the parent: whether this process is ready."""
     pause = threading.Event()
     try:
         while True:
-            reports.send(server.started)
-            pause.wait(HEARTBEAT_S)
+            heartbeats.send(server.started)
+            pause.wait(HEARTBEAT_INTERVAL_S)
     except OSError:
         return

@@ -53,7 +53,7 @@ OnnxRuntime.warm = fail_once
 
 IMPATIENT = """
 import service.ops.worker_pool
-service.ops.worker_pool.HUNG_AFTER_S = 20
+service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
 """
 """One that makes the parent give up on a silent worker a little earlier."""
 

@@ -1,4 +1,4 @@
-"""Logs: one JSON line each, with the request's id, from structlog and from libraries alike."""
+"""Logs: one JSON line per event with the request id, from structlog and the standard library."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from service.transports.http.request_log import RequestLog
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """Undo what a test's `configure_logs` does to every logger of the process."""
+def restored_logging() -> Iterator[None]:
+    """Restore the loggers of the process after a test that configures them."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    requests_from = logs._requests.level
+    access_log_level = logs._access_log.level
     logs.flush_logs()
     yield
     logs.flush_logs()
-    logs._requests.configure(requests_from, "json")
+    logs._access_log.configure(access_log_level, "json")
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
@@ -58,7 +58,7 @@ def test_a_line_is_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_libraries_log_the_same_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_library_records_are_rendered_alike(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
     coloured = {"color_message": "Started server process [\x1b[36m%d\x1b[0m]"}
     logging.getLogger("uvicorn.error").info("Started server process [%d]", 42, extra=coloured)
@@ -70,7 +70,7 @@ def test_libraries_log_the_same_lines(capsys: pytest.CaptureFixture[str]) -> Non
     assert (odd["level"], odd["size_bytes"]) == ("warning", 7)
 
 
-def test_configuring_again_neither_doubles_lines_nor_keeps_the_level(
+def test_configure_logs_is_idempotent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure_logs("info")
@@ -83,7 +83,7 @@ def test_configuring_again_neither_doubles_lines_nor_keeps_the_level(
 
 
 @pytest.mark.parametrize("source", [structlog.get_logger, logging.getLogger])
-def test_a_traceback_stays_in_its_line(capsys: pytest.CaptureFixture[str], source: Any) -> None:
+def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str], source: Any) -> None:
     configure_logs()
     try:
         raise ValueError("broken\nin two")
@@ -94,7 +94,7 @@ def test_a_traceback_stays_in_its_line(capsys: pytest.CaptureFixture[str], sourc
     assert "ValueError: broken\nin two" in line["exception"]
 
 
-def test_nothing_that_is_logged_can_raise(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logging_never_raises(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
     log = structlog.get_logger("a")
     log.info("odd", path="\udcff", number=2**70, thing=object(), raw=b"\x00")
@@ -104,7 +104,7 @@ def test_nothing_that_is_logged_can_raise(capsys: pytest.CaptureFixture[str]) ->
     assert line["thing"].startswith("<object")
 
 
-def test_warnings_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_warnings_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs()
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -115,7 +115,7 @@ def test_warnings_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "UserWarning: old" in line["message"]
 
 
-def test_the_console_format_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_format_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logs("info", "console")
     structlog.get_logger("service.app").info("ready", workers=2)
     logging.getLogger("uvicorn.error").info("Started")
@@ -157,7 +157,7 @@ def requests(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [line for line in lines(capsys) if line["logger"] == "service.requests"]
 
 
-async def test_a_request_is_one_line_that_names_the_route_and_not_the_stream(
+async def test_access_log_names_the_route_and_not_the_stream(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs("info")
@@ -182,7 +182,7 @@ async def test_a_request_is_one_line_that_names_the_route_and_not_the_stream(
     assert current_request_id() is None
 
 
-async def test_a_clients_own_id_is_kept_where_it_is_a_plain_token(api: FastAPI) -> None:
+async def test_a_client_request_id_is_kept_if_it_is_a_valid_token(api: FastAPI) -> None:
     async with client(api) as http:
         kept = await http.get("/health/ready", headers={"X-Request-Id": "client-7"})
         for odd in ("two words", "x" * 129, '"quoted"', ""):
@@ -191,7 +191,7 @@ async def test_a_clients_own_id_is_kept_where_it_is_a_plain_token(api: FastAPI) 
     assert kept.headers.get_list("x-request-id") == ["client-7"]
 
 
-async def test_requests_at_once_keep_their_own_ids(
+async def test_concurrent_requests_keep_their_ids(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs()
@@ -205,7 +205,7 @@ async def test_requests_at_once_keep_their_own_ids(
     assert {line["request_id"] for line in requests(capsys)} == {f"r{i}" for i in range(20)}
 
 
-async def test_failures_and_unknown_paths_have_their_line_too(
+async def test_access_log_includes_failures_and_unknown_paths(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs()
@@ -218,7 +218,7 @@ async def test_failures_and_unknown_paths_have_their_line_too(
     assert "secret" not in json.dumps(unknown)
 
 
-async def test_requests_in_the_format_and_from_the_level_that_are_set(
+async def test_access_log_uses_the_configured_format_and_level(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs("info", "console")
@@ -236,7 +236,7 @@ async def test_requests_in_the_format_and_from_the_level_that_are_set(
     assert requests(capsys) == []
 
 
-async def test_the_line_of_a_request_follows_what_was_logged_before(
+async def test_access_log_keeps_the_order_of_lines(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs()
@@ -247,7 +247,7 @@ async def test_the_line_of_a_request_follows_what_was_logged_before(
     assert messages == ["reading", "request", "later"]
 
 
-async def test_probes_are_quiet_unless_asked_for(
+async def test_health_checks_are_logged_at_debug_level(
     capsys: pytest.CaptureFixture[str], api: FastAPI
 ) -> None:
     configure_logs("info")

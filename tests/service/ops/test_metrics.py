@@ -1,4 +1,4 @@
-"""Metrics: every report is counted where it belongs, alone and with several workers."""
+"""Prometheus metrics: every report updates its series, in one process and with several workers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
     return PrometheusRecorder()
 
 
-def test_each_report_lands_in_its_own_series(recorder: PrometheusRecorder) -> None:
+def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports: Recorder = recorder
     recorder.model("flights", "a1b2", "tensorflow")
     recorder.model("post", "c3d4", "tensorflow")
@@ -86,7 +86,7 @@ TIMES_S = st.sampled_from(SECONDS) | st.floats(0, 20)
 
 
 @given(batches=st.lists(st.lists(TIMES_S, max_size=8), max_size=4))
-def test_values_at_once_count_as_one_by_one(batches: list[list[float]]) -> None:
+def test_observe_all_equals_observe_of_each_value(batches: list[list[float]]) -> None:
     registry = CollectorRegistry()
     at_once, one_by_one = (
         Histogram(name, "-", ("model",), registry=registry, buckets=SECONDS).labels("m")
@@ -105,7 +105,7 @@ def test_values_at_once_count_as_one_by_one(batches: list[list[float]]) -> None:
             assert value == pytest.approx(found[name, labels, "one"])
 
 
-def test_the_series_of_a_model_begin_at_zero(recorder: PrometheusRecorder) -> None:
+def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     found = read(recorder.render())
     for name in ("chunks", "events", "replays", "conflicts", "cache_hits", "cache_misses"):
@@ -113,7 +113,7 @@ def test_the_series_of_a_model_begin_at_zero(recorder: PrometheusRecorder) -> No
     assert found[series("carry_queue_depth", model="flights")] == 0
 
 
-def test_clients_cannot_make_series(recorder: PrometheusRecorder) -> None:
+def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     for name in ("nope", "nope2", "nope3"):
         recorder.refusal(name, "model_not_found")
@@ -122,7 +122,7 @@ def test_clients_cannot_make_series(recorder: PrometheusRecorder) -> None:
     assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
 
 
-def test_the_build_is_named(recorder: PrometheusRecorder) -> None:
+def test_build_info_has_version_and_python(recorder: PrometheusRecorder) -> None:
     builds = [key for key in read(recorder.render()) if key[0] == "carry_build_info"]
     assert len(builds) == 1
     assert {name for name, _ in builds[0][1]} == {"version", "python"}
@@ -144,7 +144,7 @@ if input() == "render":
 """
 
 
-def test_any_worker_answers_for_all_of_them_and_for_those_that_died(tmp_path: Path) -> None:
+def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> None:
     environment = {**os.environ, MULTIPROCESS_DIR: str(tmp_path)}
     workers = [
         subprocess.Popen(

@@ -34,20 +34,20 @@ class Commands:
         )
 
     async def fill(self, *streams: str) -> None:
-        """Begin streams."""
+        """Create streams."""
         rows = rows_of(np.random.default_rng(60), 3)
         chunks = (chunk_of(stream, rows, 0) for stream in streams)
         await asyncio.gather(*(self.api.pipeline.process(chunk) for chunk in chunks))
 
     def make_old(self, *streams: str) -> None:
-        """As if another version of the model had written them."""
+        """Mark states as written by another version of the model."""
         for stream in streams:
             key = StreamKey("probe", stream)
             states = self.api.store.states
             states[key] = states[key]._replace(fingerprint=b"another version.")
 
     def streams(self) -> list[str]:
-        """All there are."""
+        """The names of all streams."""
         return sorted(key.stream for key in self.api.store.states)
 
 
@@ -81,43 +81,43 @@ async def test_list_and_show(carry: Commands) -> None:
 
 async def test_delete_one_or_all_with_a_prefix(carry: Commands) -> None:
     await carry.fill(*MANY, "other")
-    gone = await carry("delete", "probe", "other", "--yes")
-    assert (gone.exit_code, gone.stdout) == (0, "forgot other\n")
+    deleted = await carry("delete", "probe", "other", "--yes")
+    assert (deleted.exit_code, deleted.stdout) == (0, "deleted other\n")
     missing = await carry("delete", "probe", "other", "--yes")
     assert (missing.exit_code, missing.stderr) == (1, "carry: model probe has no stream other\n")
     kept = await carry("delete", "probe", "--prefix", "d", answer="n\n")
     assert kept.exit_code == 1
-    assert "Forget all streams that begin with 'd' of model probe? [y/N]" in kept.output
+    assert "Delete all streams that begin with 'd' of model probe? [y/N]" in kept.output
     assert len(carry.streams()) == len(MANY)
     some = await carry("delete", "probe", "--prefix", "d1", answer="y\n")
-    assert some.stdout.endswith("forgot 100 streams\n")
+    assert some.stdout.endswith("deleted 100 streams\n")
     rest = await carry("delete", "probe", "--prefix", "", "--yes")
-    assert rest.stdout == "forgot 150 streams\n"
+    assert rest.stdout == "deleted 150 streams\n"
     assert carry.streams() == []
     for words in ((), ("one", "--prefix", "two")):
         assert (await carry("delete", "probe", *words, "--yes")).exit_code == 2
 
 
-async def test_reset_forgets_only_what_another_version_wrote(carry: Commands) -> None:
+async def test_reset_deletes_only_states_of_other_versions(carry: Commands) -> None:
     await carry.fill(*(f"s{i}" for i in range(20)), "t1")
     carry.make_old("s3", "s7", "t1")
     done = await carry("reset", "probe", "--prefix", "s", "--yes")
     assert done.exit_code == 0
-    assert done.stdout.startswith("reset 2 streams, left 18 of version ")
+    assert done.stdout.startswith("reset 2 streams, kept 18 of version ")
     left = [f"s{i}" for i in range(20) if i not in (3, 7)]
     assert carry.streams() == sorted([*left, "t1"])
     assert (await carry("reset", "probe", "t1", answer="y\n")).exit_code == 0
     assert "t1" not in carry.streams()
     kept = await carry("reset", "probe", "s1", "--yes")
-    assert kept.stdout.startswith("reset 0 streams, left 1 of version ")
+    assert kept.stdout.startswith("reset 0 streams, kept 1 of version ")
     missing = await carry("reset", "probe", "none", "--yes")
     assert (missing.exit_code, missing.stderr) == (1, "carry: model probe has no stream none\n")
 
 
-async def test_reset_leaves_what_moved_on_meanwhile(
+async def test_reset_keeps_streams_that_changed_meanwhile(
     carry: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PendingReply anew by its client between the look at it and its deletion."""
+    """The client creates the stream again between the read of its version and the deletion."""
     await carry.fill("s1")
     carry.make_old("s1")
     delete = Streams.delete
@@ -132,12 +132,12 @@ async def test_reset_leaves_what_moved_on_meanwhile(
 
     monkeypatch.setattr(Streams, "delete", late)
     done = await carry("reset", "probe", "--prefix", "", "--yes")
-    assert done.stdout.startswith("reset 0 streams, left 1 of version ")
+    assert done.stdout.startswith("reset 0 streams, kept 1 of version ")
     assert took_over
     assert carry.streams() == ["s1"]
 
 
-async def test_reset_names_what_is_damaged_and_leaves_it(
+async def test_reset_keeps_and_reports_damaged_streams(
     carry: Commands, damage: Callable[[str], None]
 ) -> None:
     await carry.fill("s1", "s2", "s3")
@@ -145,16 +145,16 @@ async def test_reset_names_what_is_damaged_and_leaves_it(
     damage("s2")
     done = await carry("reset", "probe", "--prefix", "s", "--yes")
     assert done.exit_code == 1
-    assert "\nreset 1 streams, left 1 of version " in "\n" + done.stdout
-    assert done.stderr == "carry: 1 damaged streams were left; restore or delete them\n"
+    assert "\nreset 1 streams, kept 1 of version " in "\n" + done.stdout
+    assert done.stderr == "carry: 1 damaged streams were kept; restore or delete them\n"
     assert (await carry("delete", "probe", "s2", "--yes")).exit_code == 0
     assert carry.streams() == ["s3"]
 
 
-async def test_a_service_that_is_not_there(carry: Commands) -> None:
-    gone = Commands(carry.api, "http://127.0.0.1:1")
+async def test_an_unavailable_service_is_reported(carry: Commands) -> None:
+    unavailable = Commands(carry.api, "http://127.0.0.1:1")
     for words in (("list", "probe"), ("reset", "probe", "--prefix", "", "--yes")):
-        failed = await gone(*words)
+        failed = await unavailable(*words)
         assert failed.exit_code == 1
         assert failed.stderr.startswith("carry: http://127.0.0.1:1 does not answer")
 

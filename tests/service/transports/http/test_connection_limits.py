@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 from structlog.testing import capture_logs
 
-from service.ops.open_files import connections_within_open_files
+from service.ops.open_files import limit_connections_to_open_files
 from service.transports.http.connection import http_protocol
 from service.transports.http.connection.connections import LINGER_S, ConnectionLimits, Connections
 from service.transports.http.connection.fast_path import MAX_REQUEST_BYTES
@@ -397,9 +397,9 @@ def test_connections_are_limited_by_open_files(monkeypatch: pytest.MonkeyPatch) 
     for soft, expected in ((1024, 768), (100, 75), (resource.RLIM_INFINITY, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         with capture_logs() as logs:
-            assert connections_within_open_files(10_000) == expected
+            assert limit_connections_to_open_files(10_000) == expected
         assert bool(logs) == (expected < 10_000)
-        assert connections_within_open_files(50) == 50
+        assert limit_connections_to_open_files(50) == 50
 
 
 def test_the_limit_on_open_files_is_raised() -> None:

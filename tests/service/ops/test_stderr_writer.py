@@ -1,4 +1,4 @@
-"""Lines keep their order and none is lost, gathered or not."""
+"""The writer of log lines to stderr: order, buffering, exit and threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from service.ops import lines
-from service.ops.lines import MOST_GATHERED, StderrLines
+from service.ops import stderr_writer
+from service.ops.stderr_writer import MAX_BUFFERED_LINES, StderrWriter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -21,28 +21,28 @@ def written(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-async def test_a_line_that_is_written_takes_the_gathered_ones_along(
+async def test_write_flushes_the_buffered_lines_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stderr = StderrLines()
-    stderr.gather("one")
-    stderr.gather("two")
+    stderr = StderrWriter()
+    stderr.buffer("one")
+    stderr.buffer("two")
     assert written(capsys) == []
     stderr.write("three")
     assert written(capsys) == ["one", "two", "three"]
-    stderr.gather("four")
+    stderr.buffer("four")
     stderr.flush()
     stderr.flush()
     assert written(capsys) == ["four"]
 
 
-async def test_gathered_lines_are_written_by_themselves(
+async def test_buffered_lines_are_flushed_after_the_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "GATHER_S", 0)
-    stderr = StderrLines()
+    monkeypatch.setattr(stderr_writer, "FLUSH_INTERVAL_S", 0)
+    stderr = StderrWriter()
     for text in ("first", "second"):
-        stderr.gather(text)
+        stderr.buffer(text)
         assert written(capsys) == []
         done = asyncio.Event()
         asyncio.get_running_loop().call_later(0, done.set)
@@ -50,29 +50,31 @@ async def test_gathered_lines_are_written_by_themselves(
         assert written(capsys) == [text]
 
 
-async def test_many_lines_do_not_wait(capsys: pytest.CaptureFixture[str]) -> None:
-    stderr = StderrLines()
-    expected = [str(number) for number in range(MOST_GATHERED)]
+async def test_a_full_buffer_is_flushed_immediately(capsys: pytest.CaptureFixture[str]) -> None:
+    stderr = StderrWriter()
+    expected = [str(number) for number in range(MAX_BUFFERED_LINES)]
     for text in expected[:-1]:
-        stderr.gather(text)
+        stderr.buffer(text)
     assert written(capsys) == []
-    stderr.gather(expected[-1])
+    stderr.buffer(expected[-1])
     assert written(capsys) == expected
 
 
-def test_without_a_loop_nothing_waits(capsys: pytest.CaptureFixture[str]) -> None:
-    StderrLines().gather("now")
+def test_lines_are_written_immediately_without_an_event_loop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    StderrWriter().buffer("now")
     assert written(capsys) == ["now"]
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "1 / 0"])
-def test_a_process_that_ends_loses_none(end: str) -> None:
+def test_buffered_lines_are_flushed_at_exit(end: str) -> None:
     program = f"""
 import uvloop
-from service.ops.lines import StderrLines
+from service.ops.stderr_writer import StderrWriter
 
 async def main():
-    StderrLines().gather("last words")
+    StderrWriter().buffer("last words")
     {end}
 
 uvloop.run(main())
@@ -83,8 +85,10 @@ uvloop.run(main())
     assert b"last words\n" in ended.stderr
 
 
-async def test_lines_of_threads_are_all_there(capsys: pytest.CaptureFixture[str]) -> None:
-    stderr = StderrLines()
+async def test_lines_of_several_threads_keep_their_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stderr = StderrWriter()
     others = [
         threading.Thread(
             target=lambda name=name: [stderr.write(f"{name}{at}") for at in range(200)]  # type: ignore[misc]
@@ -94,20 +98,20 @@ async def test_lines_of_threads_are_all_there(capsys: pytest.CaptureFixture[str]
     for thread in others:
         thread.start()
     for at in range(200):
-        stderr.gather(f"c{at}")
+        stderr.buffer(f"c{at}")
     for thread in others:
         thread.join()
     stderr.flush()
-    found = written(capsys)
+    lines = written(capsys)
     for name in "abc":
-        assert [text for text in found if text[0] == name] == [f"{name}{at}" for at in range(200)]
-    assert len(found) == 600
+        assert [text for text in lines if text[0] == name] == [f"{name}{at}" for at in range(200)]
+    assert len(lines) == 600
 
 
-async def test_a_stderr_that_is_gone_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_closed_stderr_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)
-    stderr = StderrLines()
-    stderr.gather("a")
+    stderr = StderrWriter()
+    stderr.buffer("a")
     stderr.write("b")
