@@ -72,7 +72,7 @@ def _deny_unknown_outcome(stream: str) -> CarryError:
 
 
 def _trust_other_epoch(commit: Commit, conflict: Conflicted) -> CommitResult:
-    head = conflict.found
+    head = conflict.stored
     if head is not None and commit.expected is None and head.epoch != commit.new.head.epoch:
         return conflict
     return Rules().resolve_retried_commit(commit, conflict)
