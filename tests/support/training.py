@@ -13,7 +13,7 @@ HOUR_MS = 3_600_000
 
 
 def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
-    """Streams whose `head` repeats their first `flag` for ever, behind random `noise`."""
+    """Streams whose `mark` repeats their first `flag` for ever, behind random `noise`."""
     random = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for stream in range(streams):
@@ -25,7 +25,7 @@ def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
                 "at": step * HOUR_MS + stream,
                 "noise": float(random.normal()),
                 "flag": flag and step == 0,
-                "head": 1.0 if flag else -1.0,
+                "mark": 1.0 if flag else -1.0,
                 "kind": "ab"[int(random.integers(2))],
             }
             for step in range(steps)
@@ -40,7 +40,7 @@ LSTM: dict[str, Any] = {"kind": "lstm", "units": 8}
 def latch_spec(
     *, dropout: float = 0.1, recurrent: dict[str, Any] = LSTM, **training: Any
 ) -> ModelSpec:
-    """Reads noise and flag, never the head itself, and forecasts the head's sign."""
+    """Reads noise and flag, never the mark itself, and forecasts the mark's sign."""
     return parse_spec(
         {
             "name": "latch",
@@ -49,7 +49,7 @@ def latch_spec(
                     {"kind": "timestamp", "name": "at"},
                     {"kind": "numeric", "name": "noise"},
                     {"kind": "boolean", "name": "flag"},
-                    {"kind": "numeric", "name": "head", "mean": 0.0, "std": 1.0},
+                    {"kind": "numeric", "name": "mark", "mean": 0.0, "std": 1.0},
                     {"kind": "categorical", "name": "kind", "embedding": 2},
                 ]
             },
@@ -58,7 +58,7 @@ def latch_spec(
                 {"kind": "dropout", "rate": dropout},
             ],
             "heads": [
-                {"kind": "classification", "name": "up", "target": "head", "above": 0.0},
+                {"kind": "classification", "name": "up", "target": "mark", "above": 0.0},
                 {"kind": "forecast", "name": "next", "targets": ["noise"]},
                 {"kind": "anomaly", "name": "odd", "targets": ["noise", "kind"]},
             ],
