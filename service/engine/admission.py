@@ -30,7 +30,7 @@ STREAM_SHARE: Final = 4
 log = structlog.get_logger(__name__)
 
 
-class Refusal(NamedTuple):
+class Rejection(NamedTuple):
     """Why a job is not admitted.
 
     Attributes:
@@ -56,8 +56,8 @@ class Refusal(NamedTuple):
         )
 
 
-shared_error = lru_cache(maxsize=64)(Refusal.error)
-"""`Refusal.error`, with one shared object for equal refusals."""
+shared_error = lru_cache(maxsize=64)(Rejection.error)
+"""`Rejection.error`, with one shared object for equal refusals."""
 
 
 class Admission:
@@ -66,7 +66,7 @@ class Admission:
     Args:
         queue: the waiting jobs.
         rate: how fast the queue drains.
-        max_queue, max_wait_s, on_refusing: as the batcher's.
+        max_queue, max_wait_s, on_shedding: as the batcher's.
     """
 
     def __init__(
@@ -76,16 +76,18 @@ class Admission:
         *,
         max_queue: int,
         max_wait_s: float,
-        on_refusing: Callable[[bool], None],
+        on_shedding: Callable[[bool], None],
     ):
         self._queue = queue
         self._rate = rate
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
-        self._on_refusing = on_refusing
+        self._on_shedding = on_shedding
         self._is_shedding = False
 
-    def refusal(self, key: Hashable | None, left_s: float, index: int = 0) -> Refusal | None:
+    def check_admission(
+        self, key: Hashable | None, left_s: float, index: int = 0
+    ) -> Rejection | None:
         """Why a job is not admitted; None if it is.
 
         Args:
@@ -97,13 +99,13 @@ class Admission:
         room = self._max_queue - waiting
         if room <= index:
             self._report_shedding(waiting)
-            return Refusal(waiting, rate, False)
+            return Rejection(waiting, rate, False)
         if rate is not None and waiting >= (most := self._max_before(left_s, rate)):
             # Round robin: before a request's n-th job, every other request starts up to n jobs.
             before = min(queue.ready(), queue.requests * (index + 1))
             if before >= most:
                 self._report_shedding(before)
-                return Refusal(before, rate, False)
+                return Rejection(before, rate, False)
         backlog = queue.backlog(key)
         if backlog is None:
             return None
@@ -112,7 +114,7 @@ class Admission:
         if waiting < too_many and (rate is None or waiting < self._max_before(left_s, rate)):
             return None
         self._report_stream_shedding(backlog)
-        return Refusal(waiting, rate, True)
+        return Rejection(waiting, rate, True)
 
     def _max_before(self, left_s: float, per_s: float) -> float:
         """How many jobs can start at that rate before a job with so much time left."""
@@ -126,13 +128,13 @@ class Admission:
         """Report the end of load shedding: the queue is drained, or the batcher stops."""
         if self._is_shedding:
             self._is_shedding = False
-            self._on_refusing(False)
+            self._on_shedding(False)
 
     def _report_shedding(self, waiting: int) -> None:
         """Report load shedding, once until the queue is drained."""
         if not self._is_shedding:
             self._is_shedding = True
-            self._on_refusing(True)
+            self._on_shedding(True)
             rate = self._rate.per_s
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
 

@@ -37,17 +37,17 @@ from service.core.errors import (
 from service.engine.admission import Admission, shared_error
 from service.engine.drain_rate import DrainRate
 from service.engine.fair_queue import FairQueue
-from service.engine.jobs import Job, P, R, Release, Request, Results, Run, Ticket, Work
-from service.engine.policy import PATIENCE_TICKS, BatchLimits, PutOff, put_off
+from service.engine.jobs import BatchControl, Job, JobRequest, P, R, Results, Run, Ticket, Work
+from service.engine.policy import LINGER_TICKS, BatchDelay, BatchLimits, batching_delay
 
-GRACE_S: Final = 0.05
+DEADLINE_GRACE_S: Final = 0.05
 """How much later than its deadline a job in a batch is given up: what its batch waits for ends at
 the deadline too, and can say more."""
 
-TICK_S: Final = 0.01
+DEADLINE_TICK_S: Final = 0.01
 """Least time between two looks of the timer at deadlines."""
 
-PATIENCE_TICK_S: Final = 0.001
+LINGER_TICK_S: Final = 0.001
 """What the loop's timers count in."""
 
 ITEMS_PER_PART: Final = 128
@@ -66,7 +66,7 @@ class Batcher(Generic[P, R]):
         max_in_flight: batches that may be under way at once.
         on_depth: told the queue's length whenever a batch was formed.
         max_wait_s: longest that a job may be expected to wait in the queue.
-        on_refusing: told when it begins to refuse, and when the queue was empty again.
+        on_shedding: told when it begins to refuse, and when the queue was empty again.
         told: what becomes of an error of the batcher's own for a job, which may be committing.
     """
 
@@ -79,14 +79,14 @@ class Batcher(Generic[P, R]):
         max_in_flight: int,
         on_depth: Callable[[int], None],
         max_wait_s: float = math.inf,
-        on_refusing: Callable[[bool], None] = lambda _: None,
-        told: Callable[[Job[P, R], CarryError], CarryError] = lambda _, error: error,
+        on_shedding: Callable[[bool], None] = lambda _: None,
+        map_error: Callable[[Job[P, R], CarryError], CarryError] = lambda _, error: error,
     ):
         self._run = run
         self._limits = limits
         self._max_in_flight = max_in_flight
         self._on_depth = on_depth
-        self._told = told
+        self._map_error = map_error
         self._queue: FairQueue[P, R] = FairQueue(limits)
         self._numbers = count()
         self._long = 0
@@ -98,18 +98,20 @@ class Batcher(Generic[P, R]):
             self._rate,
             max_queue=max_queue,
             max_wait_s=max_wait_s,
-            on_refusing=on_refusing,
+            on_shedding=on_shedding,
         )
-        self._soonest_s = math.inf
+        self._next_deadline_s = math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._forming = False
         self._turns = 0
         self._last_rows = 0
-        self._patience: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._drained = asyncio.Event()
 
-    def enqueue(self, requests: Sequence[Request[P]], deadline_s: float = math.inf) -> Results[R]:
+    def enqueue(
+        self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
+    ) -> Results[R]:
         """Queue jobs; at least one.
 
         Args:
@@ -128,19 +130,19 @@ class Batcher(Generic[P, R]):
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
                 ticket.resolve(index, ShuttingDown("the service is stopping, no work is taken"))
-            elif (refusal := self._admission.refusal(key, left_s, index)) is not None:
-                ticket.resolve(index, refusal.error())
+            elif (rejection := self._admission.check_admission(key, left_s, index)) is not None:
+                ticket.resolve(index, rejection.error())
             else:
                 job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
                 is_ready = self._queue.push(job)
-                may_run |= is_ready and (steps <= self._limits.long_steps or self._takes_long)
-        if deadline_s < self._soonest_s:
-            self._watch(deadline_s, now_s)
+                may_run |= is_ready and (steps <= self._limits.long_steps or self._may_start_long)
+        if deadline_s < self._next_deadline_s:
+            self._set_timer(deadline_s, now_s)
         if may_run:
             self._wake()
         return ticket.future
 
-    def refusal(self, key: Hashable | None, left_s: float) -> Overloaded | None:
+    def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
         """The error that admission control would answer a request with now; None if it would be
         admitted. Lets a caller reject a request without parsing it. The object is shared between
         calls, so it must not be raised.
@@ -148,18 +150,18 @@ class Batcher(Generic[P, R]):
         Args:
             left_s: time until the request's deadline.
         """
-        refusal = self._admission.refusal(key, left_s)
-        return None if refusal is None else shared_error(refusal)
+        rejection = self._admission.check_admission(key, left_s)
+        return None if rejection is None else shared_error(rejection)
 
-    def leave(self, results: Results[R]) -> None:
+    def cancel(self, results: Results[R]) -> None:
         """Their caller is gone: what of them still waits is dropped, at the next look at least."""
         results.cancel()
         now_s = time.monotonic()
-        if now_s < self._soonest_s:
-            self._watch(now_s, now_s)
+        if now_s < self._next_deadline_s:
+            self._set_timer(now_s, now_s)
 
     async def submit(
-        self, requests: Sequence[Request[P]], deadline_s: float = math.inf
+        self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
     ) -> list[R | CarryError]:
         """Queue jobs and wait for all their results; see `enqueue`.
 
@@ -173,14 +175,14 @@ class Batcher(Generic[P, R]):
         ]
         two_parts = asyncio.Semaphore(2)
 
-        async def submit(part: Sequence[Request[P]]) -> list[R | CarryError]:
+        async def submit(part: Sequence[JobRequest[P]]) -> list[R | CarryError]:
             async with two_parts:
                 return await self._submit(part, deadline_s)
 
         return list(chain.from_iterable(await asyncio.gather(*map(submit, parts))))
 
     async def _submit(
-        self, requests: Sequence[Request[P]], deadline_s: float
+        self, requests: Sequence[JobRequest[P]], deadline_s: float
     ) -> list[R | CarryError]:
         if not requests:
             return []
@@ -188,7 +190,7 @@ class Batcher(Generic[P, R]):
         try:
             return await results
         except asyncio.CancelledError:
-            self.leave(results)
+            self.cancel(results)
             raise
 
     async def drain(self, timeout_s: float) -> None:
@@ -202,9 +204,9 @@ class Batcher(Generic[P, R]):
                 async with asyncio.timeout(timeout_s):
                     await self._drained.wait()
             except TimeoutError:
-                await self._abandon()
+                await self._cancel_all()
         self._admission.stop_shedding()
-        for timer in (self._timer, self._patience):
+        for timer in (self._timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -212,7 +214,7 @@ class Batcher(Generic[P, R]):
     def _is_idle(self) -> bool:
         return not (self._queue or self._batches or self._detached)
 
-    async def _abandon(self) -> None:
+    async def _cancel_all(self) -> None:
         for job in self._queue.clear():
             job.resolve(ShuttingDown("the service stopped before the chunk was processed"))
         tasks = [*self._batches, *self._detached]
@@ -230,33 +232,33 @@ class Batcher(Generic[P, R]):
     def _form(self) -> None:
         """Start a batch, unless it is put off."""
         # a long job is not about to be answered
-        about_to_end = len(self._batches) - self._long
-        ready = self._queue.ready(long_ones=self._takes_long)
-        wait = put_off(ready, self._last_rows, about_to_end, self._turns)
-        if wait is PutOff.A_TURN:
+        ending_soon = len(self._batches) - self._long
+        ready = self._queue.ready(long_ones=self._may_start_long)
+        wait = batching_delay(ready, self._last_rows, ending_soon, self._turns)
+        if wait is BatchDelay.LOOP_TURN:
             self._turns += 1
             asyncio.get_running_loop().call_soon(self._form)
             return
         self._forming, self._turns = False, 0
-        if wait is PutOff.NOT:
+        if wait is BatchDelay.NONE:
             self._start()
-        elif self._patience is None:
-            self._wait_for_answers()
+        elif self._linger_timer is None:
+            self._linger()
 
-    def _wait_for_answers(self, ticks: int = PATIENCE_TICKS) -> None:
+    def _linger(self, ticks: int = LINGER_TICKS) -> None:
         """Start after some ticks at the latest; a batch that keeps the loop may swallow one."""
         if ticks:
-            self._patience = asyncio.get_running_loop().call_later(
-                PATIENCE_TICK_S, self._wait_for_answers, ticks - 1
+            self._linger_timer = asyncio.get_running_loop().call_later(
+                LINGER_TICK_S, self._linger, ticks - 1
             )
         else:
             self._start()
 
     def _start(self) -> None:
         """Start a batch, if one may be under way, and see to the next one."""
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
         try:
             now_s = time.monotonic()
             if len(self._batches) < self._max_in_flight and self._start_batch(now_s):
@@ -273,26 +275,26 @@ class Batcher(Generic[P, R]):
         if self._stopping and self._is_idle:
             self._drained.set()
 
-    def _drop(self, now_s: float) -> None:
+    def _expire_jobs(self, now_s: float) -> None:
         """Drop the jobs that nobody waits for any more, and tell those whose time is up."""
-        soonest_s = math.inf
+        next_deadline_s = math.inf
 
         def is_live(job: Job[P, R]) -> bool:
-            nonlocal soonest_s
+            nonlocal next_deadline_s
             if not self._is_live(now_s, job):
                 return False
-            soonest_s = min(soonest_s, job.ticket.deadline_s)
+            next_deadline_s = min(next_deadline_s, job.ticket.deadline_s)
             return True
 
         self._queue.remove_dead(is_live)
         for job in self._running_jobs():
             if job.is_resolved:
                 continue
-            if job.ticket.deadline_s + GRACE_S <= now_s:
-                self._give_up(job, "before it was done", now_s)
+            if job.ticket.deadline_s + DEADLINE_GRACE_S <= now_s:
+                self._fail_expired(job, "before it was done", now_s)
             else:
-                soonest_s = min(soonest_s, job.ticket.deadline_s + GRACE_S)
-        self._watch(soonest_s, now_s)
+                next_deadline_s = min(next_deadline_s, job.ticket.deadline_s + DEADLINE_GRACE_S)
+        self._set_timer(next_deadline_s, now_s)
 
     def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
         """Whether a queued job is still wanted. A job whose deadline passed is failed here."""
@@ -300,45 +302,45 @@ class Batcher(Generic[P, R]):
         if ticket.future.cancelled():
             return False
         if ticket.deadline_s <= now_s:
-            self._give_up(job, "before it was begun", now_s)
+            self._fail_expired(job, "before it was begun", now_s)
             return False
         return True
 
-    def _give_up(self, job: Job[P, R], when: str, now_s: float) -> None:
+    def _fail_expired(self, job: Job[P, R], when: str, now_s: float) -> None:
         waited_s = now_s - job.submitted_s
         error = DeadlineExceeded(f"the time for the chunk was up {when}, after {waited_s:.3f} s")
-        job.resolve(self._told(job, error))
+        job.resolve(self._map_error(job, error))
 
-    def _watch(self, soonest_s: float, now_s: float) -> None:
+    def _set_timer(self, next_deadline_s: float, now_s: float) -> None:
         """Look at the deadlines again at the earliest of them."""
-        self._soonest_s = soonest_s
+        self._next_deadline_s = next_deadline_s
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if soonest_s < math.inf:
-            pause_s = max(TICK_S, soonest_s - now_s)
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._look)
+        if next_deadline_s < math.inf:
+            pause_s = max(DEADLINE_TICK_S, next_deadline_s - now_s)
+            self._timer = asyncio.get_running_loop().call_later(pause_s, self._on_timer)
 
-    def _look(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
-        self._drop(time.monotonic())
+        self._expire_jobs(time.monotonic())
         if self._stopping and self._is_idle:
             self._drained.set()
 
-    def _note_overtaking(self, again: Job[P, R]) -> None:
+    def _mark_out_of_order(self, again: Job[P, R]) -> None:
         """Tell those that were begun behind a job that it is done again."""
-        again.overtakes = False
+        again.is_out_of_order = False
         for job in self._running_jobs():
             if job.key == again.key and job.number > again.number:
-                job.overtakes = True
+                job.is_out_of_order = True
 
     def _start_batch(self, now_s: float) -> bool:
         """Start a batch of ready jobs; returns whether more jobs are ready."""
-        long_ones = self._takes_long
+        long_ones = self._may_start_long
         if not self._queue.ready(long_ones=long_ones):
             return False
         is_live = None
-        if now_s >= self._soonest_s:
+        if now_s >= self._next_deadline_s:
             # A caller disconnected or a deadline passed.
             is_live = partial(self._is_live, now_s)
         jobs = self._queue.take(is_live, long_ones=long_ones)
@@ -348,17 +350,17 @@ class Batcher(Generic[P, R]):
         is_long = jobs[0].steps > self._limits.long_steps
         self._long += is_long
         held = {job.key for job in jobs if job.key is not None}
-        release = Release(
+        control = BatchControl(
             held, self._release_stream, self._is_alone, partial(self._detach, jobs, held)
         )
-        work = self._finish(jobs, held, self._run(jobs, release), is_long=is_long)
+        work = self._finish(jobs, held, self._run(jobs, control), is_long=is_long)
         task = asyncio.get_running_loop().create_task(work)
         self._batches[task] = jobs
         task.add_done_callback(self._batch_done)
-        return bool(self._queue.ready(long_ones=self._takes_long))
+        return bool(self._queue.ready(long_ones=self._may_start_long))
 
     @property
-    def _takes_long(self) -> bool:
+    def _may_start_long(self) -> bool:
         """Whether a long job may run. They hold their slot for many calls, and never the last."""
         return self._long < max(1, self._max_in_flight - 1)
 
@@ -421,12 +423,12 @@ class Batcher(Generic[P, R]):
             for job in jobs:
                 if job in waiting:
                     job.attempts += 1
-                    self._note_overtaking(job)
+                    self._mark_out_of_order(job)
                     self._queue.put_back(job)
-                    if job.deadline_s < self._soonest_s:
-                        self._watch(job.deadline_s, time.monotonic())
+                    if job.deadline_s < self._next_deadline_s:
+                        self._set_timer(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
-                    job.resolve(self._told(job, failure))
+                    job.resolve(self._map_error(job, failure))
             returned = {job.key for job in again}
             for key in held:
                 self._release_stream(key, first=key in returned)

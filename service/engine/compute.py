@@ -27,17 +27,17 @@ T = TypeVar("T")
 OnCall = Callable[[int, int, int, float], None]
 """Told of each runtime call: rows, real steps, padded steps, seconds."""
 
-INLINE_S: Final = 0.002
+MAX_INLINE_S: Final = 0.002
 """Longest call on the event loop, in seconds; how long it may keep everything else waiting."""
 
-REST_S: Final = 0.001
+MIN_YIELD_S: Final = 0.001
 """Least rest of a long chunk between two slices where others compute too; the loop's timers count
 in milliseconds."""
 
 _SMOOTHING: Final = 0.2
 
 
-class Inferred(NamedTuple):
+class InferenceResult(NamedTuple):
     """What a batch came to.
 
     Attributes:
@@ -52,7 +52,7 @@ class Inferred(NamedTuple):
     finite: bool
 
 
-class Turns:
+class TimeSlicer:
     """Lets others compute between the calls of a long piece of work.
 
     Two long pieces take turns by themselves; rests are for those who need one call and have to come
@@ -66,12 +66,12 @@ class Turns:
         self._calls = calls
         self._seen, self._began_s = calls(), time.monotonic()
 
-    async def give(self) -> None:
+    async def yield_to_others(self) -> None:
         """Between two calls of the work."""
         # A call on the loop did not let others have it, and a chunk of theirs has several turns of
         # the loop to take: where there are others, it would meet a call of this work in each.
         with_others, self._seen = self._calls() > self._seen, self._calls()
-        rest_s = max(REST_S, time.monotonic() - self._began_s)
+        rest_s = max(MIN_YIELD_S, time.monotonic() - self._began_s)
         await asyncio.sleep(rest_s if with_others else 0)
         self._began_s = time.monotonic()
 
@@ -100,30 +100,30 @@ class Compute:
         states: FloatRows,
         on_call: OnCall,
         *,
-        in_turns: bool = False,
-    ) -> Inferred:
+        is_slice: bool = False,
+    ) -> InferenceResult:
         """Step a batch through its rows.
 
         Args:
             rows: B arrays, float32 [T_b, F], T_b >= 1 and different.
             states: float32 [B, N]; not changed.
-            in_turns: it is one call of a long piece of work, whose `Turns` the caller has.
+            is_slice: it is one call of a long piece of work, whose `TimeSlicer` the caller has.
         """
         longest = max(map(len, rows))
         if longest <= runtime.max_steps:
-            self._calls += not in_turns
+            self._calls += not is_slice
             return await self._step(runtime, rows, states, on_call)
         most = runtime.max_steps
         slices = [[row[at : at + most] for at in range(0, len(row), most)] for row in rows]
-        return await self.infer_in_turns(runtime, slices, states, on_call)
+        return await self.infer_slices(runtime, slices, states, on_call)
 
-    async def infer_in_turns(
+    async def infer_slices(
         self,
         runtime: Runtime,
         slices: Sequence[Sequence[FloatRows]],
         states: FloatRows,
         on_call: OnCall,
-    ) -> Inferred:
+    ) -> InferenceResult:
         """Step a batch through the slices of each row, one after another.
 
         Args:
@@ -136,10 +136,10 @@ class Compute:
         finite = True
         calls = max(map(len, slices))
         self._calls += calls == 1
-        turns = self.turns()
+        slicer = self.time_slicer()
         for turn in range(calls):
             if turn:
-                await turns.give()
+                await slicer.yield_to_others()
             members = [index for index, found in enumerate(slices) if len(found) > turn]
             present = [slices[index][turn] for index in members]
             stepped = await self._step(runtime, present, states[members], on_call)
@@ -147,11 +147,11 @@ class Compute:
             finite = finite and stepped.finite
             for member, output in zip(members, stepped.outputs, strict=True):
                 parts[member].append(output)
-        return Inferred([np.concatenate(part) for part in parts], states, finite)
+        return InferenceResult([np.concatenate(part) for part in parts], states, finite)
 
     async def _step(
         self, runtime: Runtime, rows: Sequence[FloatRows], states: FloatRows, on_call: OnCall
-    ) -> Inferred:
+    ) -> InferenceResult:
         """One call of the runtime."""
         lengths = [len(row) for row in rows]
         steps = max(lengths)
@@ -160,8 +160,8 @@ class Compute:
         call = partial(_call, runtime, rows, lengths, states, padded_rows, padded_steps)
         # Calls of about the same size take about the same time.
         size = (id(runtime), padded.bit_length())
-        expected_s = self._seconds.get(size, INLINE_S)
-        if expected_s < INLINE_S and not self._in_thread:
+        expected_s = self._seconds.get(size, MAX_INLINE_S)
+        if expected_s < MAX_INLINE_S and not self._in_thread:
             inferred, seconds = call()
         else:
             inferred, seconds = await self.run(call)
@@ -171,9 +171,9 @@ class Compute:
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
 
-    def turns(self) -> Turns:
+    def time_slicer(self) -> TimeSlicer:
         """For a piece of work of many calls, as it begins."""
-        return Turns(lambda: self._calls)
+        return TimeSlicer(lambda: self._calls)
 
     def close(self) -> None:
         """Finish the running call and end the thread."""
@@ -187,7 +187,7 @@ def _call(
     states: FloatRows,
     padded_rows: int,
     padded_steps: int,
-) -> tuple[Inferred, float]:
+) -> tuple[InferenceResult, float]:
     began_s = time.monotonic()
     batch, padded_lengths = _laid_out(rows, lengths, padded_rows, padded_steps)
     if padded_rows > len(rows):
@@ -197,7 +197,7 @@ def _call(
     outputs, stepped = runtime.step(batch, padded_lengths, states)
     finite = bool(np.isfinite(outputs).all() and np.isfinite(stepped).all())
     parts = [outputs[index, :length] for index, length in enumerate(lengths)]
-    return Inferred(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
+    return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
 
 def _laid_out(

@@ -16,7 +16,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class Request(NamedTuple, Generic[P]):
+class JobRequest(NamedTuple, Generic[P]):
     """What a caller wants done.
 
     Attributes:
@@ -66,7 +66,7 @@ class Job(Generic[P, R]):
         attempts: how often it was in a batch before.
         submitted_s: when it came, of the monotonic clock.
         committing: from here on it may be done without anybody knowing.
-        overtakes: an earlier job of its stream went back to be done again meanwhile.
+        is_out_of_order: an earlier job of its stream went back to be done again meanwhile.
     """
 
     payload: P
@@ -78,8 +78,8 @@ class Job(Generic[P, R]):
     index: int
     attempts: int = 0
     is_resolved: bool = False
-    committing: bool = False
-    overtakes: bool = False
+    is_committing: bool = False
+    is_out_of_order: bool = False
 
     @property
     def deadline_s(self) -> float:
@@ -96,32 +96,32 @@ class Job(Generic[P, R]):
 Work = Coroutine[Any, Any, list[Job[Any, Any]]]
 
 
-class Release:
+class BatchControl:
     """Lets a batch release its streams, or detach some of its jobs, before it ends.
 
     Attributes:
         is_alone: whether no other batch is under way now and nothing waits for one.
     """
 
-    __slots__ = ("_detach", "_gone", "_held", "_is_alone")
+    __slots__ = ("_detach", "_held", "_is_alone", "_on_release")
 
     def __init__(
         self,
         held: set[Hashable],
-        gone: Callable[[Hashable], None],
+        on_release: Callable[[Hashable], None],
         is_alone: Callable[[], bool],
         detach: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
     ):
         self._held = held
-        self._gone = gone
+        self._on_release = on_release
         self._is_alone = is_alone
         self._detach = detach
 
-    def __call__(self, key: Hashable) -> None:
-        """Let the next job of a stream run, although this batch has not ended."""
+    def release_stream(self, key: Hashable) -> None:
+        """Let the next job of a stream run before this batch ends."""
         if key in self._held:
             self._held.discard(key)
-            self._gone(key)
+            self._on_release(key)
 
     def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
         """Remove jobs from the batch and run work on them as a task of its own, without a slot.
@@ -139,6 +139,6 @@ class Release:
         return self._is_alone()
 
 
-Run = Callable[[list[Job[P, R]], Release], Awaitable[list[Job[P, R]]]]
+Run = Callable[[list[Job[P, R]], BatchControl], Awaitable[list[Job[P, R]]]]
 """Settles the jobs of a batch, which are of different streams. May release a stream's next job
 before that, once it can go on from what this one left. Returns the jobs to be done again."""

@@ -20,26 +20,26 @@ class BatchLimits(NamedTuple):
     long_steps: int = 2**31
 
 
-MOST_TURNS: Final = 16
+MAX_DELAY_TURNS: Final = 16
 """How many turns of the loop the next batch is put off at most where nothing is in flight."""
 
-PATIENCE_TICKS: Final = 2
+LINGER_TICKS: Final = 2
 """How many milliseconds it is put off at most for the answers of a batch in flight."""
 
-ENOUGH_ROWS: Final = 32
+NO_LINGER_ROWS: Final = 32
 """So many jobs are not put off for answers: they share the cost of a batch well enough, and beside
 the one in flight they leave neither the loop nor the store idle."""
 
 
-class PutOff(Enum):
+class BatchDelay(Enum):
     """How long the next batch is put off."""
 
-    NOT = "it is formed now"
-    A_TURN = "for a turn of the loop"
-    FOR_ANSWERS = "until a batch in flight is done, or for `PATIENCE_TICKS`"
+    NONE = "start it now"
+    LOOP_TURN = "for one turn of the event loop"
+    LINGER = "until a batch in flight ends, for `LINGER_TICKS` at most"
 
 
-def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
+def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> BatchDelay:
     """Whether the next batch waits to be as large as the last one, for a moment.
 
     Every batch has a cost of its own, which its chunks share. Where clients answer replies with
@@ -53,7 +53,7 @@ def put_off(waiting: int, last: int, in_flight: int, turns: int) -> PutOff:
         turns: of the loop, for which it was put off already.
     """
     if not 0 < waiting < last:
-        return PutOff.NOT
+        return BatchDelay.NONE
     if in_flight:
-        return PutOff.FOR_ANSWERS if waiting < ENOUGH_ROWS else PutOff.NOT
-    return PutOff.A_TURN if turns < MOST_TURNS else PutOff.NOT
+        return BatchDelay.LINGER if waiting < NO_LINGER_ROWS else BatchDelay.NONE
+    return BatchDelay.LOOP_TURN if turns < MAX_DELAY_TURNS else BatchDelay.NONE

@@ -1,10 +1,10 @@
-"""While more comes than can be done, the event loop lets the network finish what it is at.
+"""Lowers the scheduling priority of the event loop's thread during load shedding (Linux).
 
-Each request that comes wakes the loop, and the kernel lets a thread that just woke interrupt one
-that computes. For two switches and cold caches a chunk is read, or refused, a little earlier,
-though the queue is half a second long. So while chunks are refused, the loop's thread is a batch
-thread for the kernel (Linux, sched(7)): it takes its turn when that of the computing thread is
-over, some milliseconds later, and then reads all that has come.
+Every request that arrives wakes the event loop, and by default the kernel lets a thread that just
+woke preempt one that computes. Under overload that costs two context switches and cold caches for
+each request, only to read or reject it a little earlier. So while requests are rejected, the loop's
+thread runs under `SCHED_BATCH` (sched(7)), which does not preempt: it runs when the time slice of
+the compute thread ends, some milliseconds later, and then reads everything that has arrived.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import sys
 from contextlib import suppress
 
 
-class GivingWay:
-    """Of one event loop, for all that it serves; use from its thread."""
+class LoopPriority:
+    """The priority of one event loop's thread, for all queues of the loop; use from its thread."""
 
     def __init__(self) -> None:
-        self._refusing = 0
+        self._shedding_queues = 0
 
-    def tell(self, *, refusing: bool) -> None:
-        """One queue begins to refuse, or ceases."""
-        before = self._refusing
-        self._refusing += 1 if refusing else -1
-        if bool(before) != bool(self._refusing):
-            _set_batch(self._refusing > 0)
+    def note_shedding(self, *, is_shedding: bool) -> None:
+        """Note that one queue starts or stops load shedding."""
+        was_shedding = self._shedding_queues > 0
+        self._shedding_queues += 1 if is_shedding else -1
+        if was_shedding != (self._shedding_queues > 0):
+            _set_batch_policy(self._shedding_queues > 0)
 
 
-def _set_batch(batch: bool) -> None:
-    """Change the calling thread, where it is as threads are by default and may be changed."""
+def _set_batch_policy(batch: bool) -> None:
+    """Switch the calling thread between SCHED_OTHER and SCHED_BATCH, if that is permitted."""
     if sys.platform != "linux":
         return
-    now, wanted = os.SCHED_OTHER, os.SCHED_BATCH
+    current, wanted = os.SCHED_OTHER, os.SCHED_BATCH
     if not batch:
-        now, wanted = wanted, now
+        current, wanted = wanted, current
     with suppress(OSError):
-        if os.sched_getscheduler(0) == now:
+        if os.sched_getscheduler(0) == current:
             os.sched_setscheduler(0, wanted, os.sched_param(0))

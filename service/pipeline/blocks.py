@@ -42,7 +42,7 @@ class Advanced(NamedTuple):
     Attributes:
         outputs: B arrays float32 [outputs that were due, O].
         states: B whole states.
-        finite: as `Inferred.finite`; rows that wait are finite from their check on.
+        finite: as `InferenceResult.finite`; rows that wait are finite from their check on.
     """
 
     outputs: list[FloatRows]
@@ -72,7 +72,7 @@ async def advance_blocks(
     due = [index for index, found in enumerate(cuts) if found.windows]
     finite = True
     if due:
-        inferred = await compute.infer_in_turns(
+        inferred = await compute.infer_slices(
             runtime,
             [cuts[index].windows for index in due],
             np.stack([networks[index] for index in due]),

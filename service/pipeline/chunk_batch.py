@@ -56,9 +56,9 @@ from service.core.values import (
     Timing,
     Tombstone,
 )
-from service.engine.batcher import TICK_S
+from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.compute import Compute
-from service.engine.jobs import Release
+from service.engine.jobs import BatchControl
 from service.engine.state_cache import StateCache
 from service.pipeline.inference import Inference
 from service.pipeline.member import ChunkJob, Member, Times
@@ -118,15 +118,15 @@ class BatchRun:
         self._asked_s: float | None = None
         self._blocks = served.blocks
 
-    async def __call__(self, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
+    async def __call__(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
         times = Times(time.monotonic())
         members = [Member(job, job.payload, job.payload.key) for job in jobs]
-        members = self._shards.detach_unresponsive(members, release)
-        ready, again = await self._judged(members, times, release)
+        members = self._shards.detach_unresponsive(members, control)
+        ready, again = await self._judged(members, times, control)
         computed = await self._infer(ready, times)
         if computed:
-            again += await self._commit(computed, times, release)
+            again += await self._commit(computed, times, control)
         return self._jobs_to_retry(again)
 
     def _jobs_to_retry(self, members: list[Member]) -> list[ChunkJob]:
@@ -149,7 +149,7 @@ class BatchRun:
         return True
 
     async def _judged(
-        self, members: list[Member], times: Times, release: Release
+        self, members: list[Member], times: Times, control: BatchControl
     ) -> tuple[list[Member], list[Member]]:
         """Find the members' streams; those to be processed, and those to be judged anew."""
         ready: list[Member] = []
@@ -164,14 +164,14 @@ class BatchRun:
         self._recorder.cache(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
-        found = await self._shards.read(unsure, self._load, release)
+        found = await self._shards.read(unsure, self._load, control)
         times.load_s = time.monotonic() - times.began_s
         replays: list[Member] = []
         again: list[Member] = []
         for member, stored in found:
             if member.job.is_resolved:
                 continue
-            if member.job.overtakes:
+            if member.job.is_out_of_order:
                 again.append(member)
                 continue
             try:
@@ -189,7 +189,7 @@ class BatchRun:
                 member.expected = stored.head if stored else None
                 ready.append(member)
         if replays:
-            answered = await self._shards.read(replays, self._replay_all, release)
+            answered = await self._shards.read(replays, self._replay_all, control)
             again += [member for member, done in answered if not done]
         return ready, again
 
@@ -209,7 +209,7 @@ class BatchRun:
                 self._asked_s = None
             except CarryError as error:
                 states = [error] * len(left)
-            late_s = time.monotonic() + TICK_S
+            late_s = time.monotonic() + DEADLINE_TICK_S
             waiting: list[Member] = []
             for member, state in zip(left, states, strict=True):
                 found[member] = state
@@ -306,7 +306,7 @@ class BatchRun:
         return True
 
     async def _commit(
-        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
     ) -> list[Member]:
         """Commit what was computed; returns the members to be done again.
 
@@ -314,13 +314,13 @@ class BatchRun:
         while the next is made, and the first are answered while it writes the last.
         """
         if self._store.shard(computed[0][0].key) is not None:
-            return await self._commit_shards(computed, times, release)
+            return await self._commit_shards(computed, times, control)
         parts = min(MOST_PARTS, len(computed) // LEAST_ROWS)
-        if parts < 2 or not release.is_alone:
-            return await self._commit_part(computed, times, release)
+        if parts < 2 or not control.is_alone:
+            return await self._commit_part(computed, times, control)
         rows = math.ceil(len(computed) / parts)
         committing = [
-            self._commit_part(computed[at : at + rows], replace(times), release)
+            self._commit_part(computed[at : at + rows], replace(times), control)
             for at in range(0, len(computed), rows)
         ]
         again: list[Member] = []
@@ -332,7 +332,7 @@ class BatchRun:
         return again
 
     async def _commit_shards(
-        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
     ) -> list[Member]:
         """Commit to all shards concurrently; returns the members to be retried."""
 
@@ -344,10 +344,10 @@ class BatchRun:
             async def finish() -> list[ChunkJob]:
                 return self._jobs_to_retry(await task)
 
-            self._shards.detach(shard, [member for member, _ in part], release, finish())
+            self._shards.detach(shard, [member for member, _ in part], control, finish())
 
         async def commit(part: list[tuple[Member, StreamState]]) -> list[Member]:
-            return await self._commit_part(part, replace(times), release)
+            return await self._commit_part(part, replace(times), control)
 
         results = await self._shards.run_by_shard(
             computed, lambda each: each[0].key, commit, on_timeout
@@ -355,7 +355,7 @@ class BatchRun:
         return [member for _, again in results for member in again]
 
     async def _commit_part(
-        self, computed: list[tuple[Member, StreamState]], times: Times, release: Release
+        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
     ) -> list[Member]:
         """Commit some of a batch; returns the members to be done again.
 
@@ -368,11 +368,11 @@ class BatchRun:
             return []
         commits: list[Commit] = []
         for member, new in computed:
-            member.job.committing = True
+            member.job.is_committing = True
             reply = StoredReply(new.head, member.outputs)
             commits.append(Commit(member.key, member.expected, new, reply))
             self._cache.put(member.key, new)
-            release(member.key)
+            control.release_stream(member.key)
         self._note_asked()
         try:
             results = await self._store.commit(
@@ -384,7 +384,7 @@ class BatchRun:
             if not isinstance(error, CarryError):
                 raise
             for member, _ in computed:
-                member.job.resolve(self.told(member.job, error))
+                member.job.resolve(self.map_error(member.job, error))
             return []
         times.commit_s = time.monotonic() - began_s
         again: list[Member] = []
@@ -417,11 +417,11 @@ class BatchRun:
             job.resolve(DeadlineExceeded("the time for the chunk was up before its commit"))
         return not job.is_resolved
 
-    def told(self, job: ChunkJob, error: CarryError) -> CarryError:
+    def map_error(self, job: ChunkJob, error: CarryError) -> CarryError:
         """What an error says of its chunk: one whose commit has begun may have been applied, and
         then one without a position must not be sent again. Time that ran out while the store is
         silent is the store's fault."""
-        if not job.committing:
+        if not job.is_committing:
             if not isinstance(error, DeadlineExceeded):
                 return error
             if (silent_s := self._silent_s()) > SILENCE_S:
@@ -445,14 +445,14 @@ class BatchRun:
         """Answer a member that was not simply written; False where it is to be done again."""
         self._cache.drop(member.key)
         if isinstance(result, CarryError):
-            member.job.resolve(self.told(member.job, result))
+            member.job.resolve(self.map_error(member.job, result))
             return True
         reply = self._reply(member, new, times.of(member))
         if isinstance(result, Conflicted):
             answer = resolve_conflict(member.chunk, new.head, result.stored)
             if answer is Resolution.RE_EVALUATE:
                 self._recorder.conflict(self._served.name)
-                member.job.committing = False
+                member.job.is_committing = False
                 member.expected = result.stored
                 return False
             if answer is Resolution.STORED_REPLY:

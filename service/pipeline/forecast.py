@@ -15,8 +15,8 @@ import numpy as np
 from models.decoding.forecasts import Decoding, Forecast
 from service.core.errors import NotFinite
 from service.core.values import FloatRows
-from service.engine.compute import Compute, Turns
-from service.engine.jobs import Job, Release
+from service.engine.compute import Compute, TimeSlicer
+from service.engine.jobs import BatchControl, Job
 from service.engine.runtimes.base import Runtime
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
@@ -50,7 +50,7 @@ class ForecastRun:
         self._compute = compute
         self._on_call = partial(recorder.batch, served.name)
 
-    async def __call__(self, jobs: list[ForecastJob], release: Release) -> list[ForecastJob]:
+    async def __call__(self, jobs: list[ForecastJob], control: BatchControl) -> list[ForecastJob]:
         """Settle every job."""
         for job in jobs:
             found = await self._decoded(job)
@@ -61,11 +61,11 @@ class ForecastRun:
     async def _decoded(self, job: ForecastJob) -> Forecast | NotFinite | None:
         """The forecast; None where nobody waits for it any more."""
         decoding = Decoding(self._spec, *job.payload)
-        turns = self._compute.turns()
+        slicer = self._compute.time_slicer()
         while not decoding.done:
             if job.is_resolved or job.ticket.future.done():
                 return None
-            parameters, states = await self._step(decoding.rows, decoding.states, turns)
+            parameters, states = await self._step(decoding.rows, decoding.states, slicer)
             if not (np.isfinite(parameters).all() and np.isfinite(states).all()):
                 return NotFinite(
                     "expected finite parameters and states of a decoder, got NaN or infinity"
@@ -77,7 +77,7 @@ class ForecastRun:
         return forecast
 
     async def _step(
-        self, rows: FloatRows, states: FloatRows, turns: Turns
+        self, rows: FloatRows, states: FloatRows, slicer: TimeSlicer
     ) -> tuple[FloatRows, FloatRows]:
         """One step of all paths, in as many calls as the runtime's batches make of them."""
         most = self._decoder.max_batch
@@ -90,9 +90,9 @@ class ForecastRun:
                 [row[np.newaxis] for row in rows[part]],
                 states[part],
                 self._on_call,
-                in_turns=True,
+                is_slice=True,
             )
             parameters += found.outputs
             after.append(found.states)
-            await turns.give()
+            await slicer.yield_to_others()
         return np.concatenate(parameters), np.concatenate(after)

@@ -41,11 +41,11 @@ from service.core.values import (
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
-from service.engine.jobs import Job, Request, Results, Run
+from service.engine.jobs import Job, JobRequest, Results, Run
 from service.engine.policy import BatchLimits
 from service.engine.runtimes.base import Runtime
 from service.engine.state_cache import StateCache
-from service.engine.thread_priority import GivingWay
+from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import BatchRun, incompatible
 from service.pipeline.forecast import ForecastRun, Outset
 from service.pipeline.predict import PredictRun
@@ -108,7 +108,7 @@ class Pipeline:
         self._cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self._cache, now_ms=now_ms)
         self._compute = Compute()
-        self._giving_way = GivingWay()
+        self._loop_priority = LoopPriority()
         self._warm = False
         self._draining = False
         self._warming: asyncio.Task[None] | None = None
@@ -135,7 +135,7 @@ class Pipeline:
             max_detached=self._limits.max_queue // 2,
             reset=self._reset,
         )
-        return self._batcher(served, run, partial(self._recorder.queue, served.name), run.told)
+        return self._batcher(served, run, partial(self._recorder.queue, served.name), run.map_error)
 
     def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
         run = PredictRun(served, self._compute, self._recorder)
@@ -149,8 +149,8 @@ class Pipeline:
             max_in_flight=self._limits.batches_in_flight,
             on_depth=lambda _: None,
             max_wait_s=self._limits.max_queue_wait_s,
-            on_refusing=lambda refusing: self._giving_way.tell(refusing=refusing),
-            told=lambda _, error: error,
+            on_shedding=self._note_shedding,
+            map_error=lambda _, error: error,
         )
 
     def _batcher(
@@ -158,7 +158,7 @@ class Pipeline:
         served: ServedModel,
         run: Run[P, R],
         on_depth: Callable[[int], None],
-        told: Callable[[Job[P, R], CarryError], CarryError],
+        map_error: Callable[[Job[P, R], CarryError], CarryError],
     ) -> Batcher[P, R]:
         rows = min(self._limits.max_batch_rows, served.runtime.max_batch)
         return Batcher(
@@ -168,9 +168,12 @@ class Pipeline:
             max_in_flight=self._limits.batches_in_flight,
             on_depth=on_depth,
             max_wait_s=self._limits.max_queue_wait_s,
-            on_refusing=lambda refusing: self._giving_way.tell(refusing=refusing),
-            told=told,
+            on_shedding=self._note_shedding,
+            map_error=map_error,
         )
+
+    def _note_shedding(self, is_shedding: bool) -> None:
+        self._loop_priority.note_shedding(is_shedding=is_shedding)
 
     async def start(self) -> None:
         """Warm the runtimes; once, after the store was started."""
@@ -222,7 +225,9 @@ class Pipeline:
             )
         return found
 
-    def refusal(self, model: str, key: StreamKey | None, left_s: float) -> Overloaded | None:
+    def check_admission(
+        self, model: str, key: StreamKey | None, left_s: float
+    ) -> Overloaded | None:
         """The error that admission control would answer a chunk with now; None if it would be
         admitted. Lets a transport reject a request without parsing it.
 
@@ -230,20 +235,20 @@ class Pipeline:
             key: the chunk's stream; None for chunks of many streams.
             left_s: time until the deadline.
         """
-        return self._chunks[model].refusal(key, left_s)
+        return self._chunks[model].check_admission(key, left_s)
 
-    def begin(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
+    def enqueue(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
         """As `process`, without waiting: a future of the one result.
 
         Raises:
             ModelNotFound
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        return batcher.enqueue([Request(chunk, chunk.key, chunk.steps.length)], deadline_s)
+        return batcher.enqueue([JobRequest(chunk, chunk.key, chunk.steps.length)], deadline_s)
 
-    def leave(self, chunk: Chunk, results: Results[Reply]) -> None:
+    def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
         """The caller of a chunk that was begun is gone; it is dropped if it still waits."""
-        self._chunks[chunk.key.model].leave(results)
+        self._chunks[chunk.key.model].cancel(results)
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
         """Apply one chunk and answer it; safe to retry where the chunk has a position.
@@ -252,7 +257,7 @@ class Pipeline:
             CarryError: refused or failed; see `service.core.errors`.
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        requests = [Request(chunk, chunk.key, chunk.steps.length)]
+        requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
         [result] = await batcher.submit(requests, deadline_s)
         if isinstance(result, CarryError):
             raise result
@@ -306,7 +311,9 @@ class Pipeline:
         if not chunks:
             return []
         batcher = self._chunks[self.model(chunks[0].key.model).name]
-        return await batcher.submit([Request(c, c.key, c.steps.length) for c in chunks], deadline_s)
+        return await batcher.submit(
+            [JobRequest(c, c.key, c.steps.length) for c in chunks], deadline_s
+        )
 
     async def predict(
         self, model: str, sequences: Sequence[Steps], deadline_s: float = math.inf
@@ -318,7 +325,7 @@ class Pipeline:
         """
         batcher = self._sequences[self.model(model).name]
         predictions: list[Prediction] = []
-        requests = [Request(s, None, s.length) for s in sequences]
+        requests = [JobRequest(s, None, s.length) for s in sequences]
         for index, result in enumerate(await batcher.submit(requests, deadline_s)):
             if isinstance(result, InvalidInput):
                 raise result.within(f"sequences[{index}]")
@@ -358,7 +365,7 @@ class Pipeline:
         check_position(key.stream, request.position, found.head)
         known = served.coming(request, found.state)
         outset = Outset(found.state.floats, known.rows, request.samples, request.seed)
-        wanted = [Request(outset, None, request.horizon)]
+        wanted = [JobRequest(outset, None, request.horizon)]
         [result] = await self._forecasts[key.model].submit(wanted, deadline_s)
         if isinstance(result, CarryError):
             raise result

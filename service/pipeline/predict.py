@@ -15,7 +15,7 @@ from models.spec.state import State
 from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps
 from service.engine.compute import Compute
-from service.engine.jobs import Job, Release
+from service.engine.jobs import BatchControl, Job
 from service.pipeline.blocks import Advanced, Known, advance_blocks
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Encoded, ServedModel
@@ -34,7 +34,7 @@ class PredictRun:
         self._on_call = partial(recorder.batch, served.name)
         self._zero = served.state.zero()
 
-    async def __call__(self, jobs: list[SequenceJob], release: Release) -> list[SequenceJob]:
+    async def __call__(self, jobs: list[SequenceJob], control: BatchControl) -> list[SequenceJob]:
         """Settle every job."""
         encoded = [(job, found) for job in jobs if (found := self._encoded(job)) is not None]
         if not encoded:

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
-from service.engine.jobs import Release
+from service.engine.jobs import BatchControl
 from service.pipeline.member import ChunkJob, Member
 from service.store.base import StateStore
 
@@ -49,14 +49,14 @@ class Shards:
         """Whether detached work is waiting for the shard of a stream."""
         return bool(self._unresponsive) and self._store.shard(key) in self._unresponsive
 
-    def detach_unresponsive(self, members: list[Member], release: Release) -> list[Member]:
+    def detach_unresponsive(self, members: list[Member], control: BatchControl) -> list[Member]:
         """Detach the members whose shards are unresponsive; returns the others."""
         if not self._unresponsive:
             return members
         responsive: list[Member] = []
         for shard, group in self._group_by_shard(members, lambda member: member.key).items():
             if shard in self._unresponsive:
-                self.detach_until_answer(shard, group, release)
+                self.detach_until_answer(shard, group, control)
             else:
                 responsive += group
         return responsive
@@ -65,7 +65,7 @@ class Shards:
         self,
         members: list[Member],
         read: Callable[[list[Member]], Coroutine[Any, Any, list[X]]],
-        release: Release,
+        control: BatchControl,
     ) -> list[tuple[Member, X]]:
         """Read something of every member's stream; members of shards that time out are detached.
 
@@ -75,7 +75,7 @@ class Shards:
 
         def on_timeout(shard: Hashable, group: list[Member], task: asyncio.Task[list[X]]) -> None:
             task.cancel()
-            self.detach_until_answer(shard, group, release)
+            self.detach_until_answer(shard, group, control)
 
         if self._store.shard(members[0].key) is None:
             return list(zip(members, await read(members), strict=True))
@@ -111,7 +111,9 @@ class Shards:
                 on_timeout(shard, groups[shard], task)
         return [(groups[shard], task.result()) for shard, task in tasks.items() if task.done()]
 
-    def detach_until_answer(self, shard: Hashable, members: list[Member], release: Release) -> None:
+    def detach_until_answer(
+        self, shard: Hashable, members: list[Member], control: BatchControl
+    ) -> None:
         """Detach members that are queued again once their shard answers.
 
         Those beyond `max_detached` fail with StoreUnavailable.
@@ -126,13 +128,13 @@ class Shards:
                 )
             )
         if room:
-            self.detach(shard, members[:room], release, self._wait_for_answer(members[:room]))
+            self.detach(shard, members[:room], control, self._wait_for_answer(members[:room]))
 
     def detach(
         self,
         shard: Hashable,
         members: list[Member],
-        release: Release,
+        control: BatchControl,
         work: Coroutine[Any, Any, list[ChunkJob]],
     ) -> None:
         """Continue work on an unresponsive shard outside of its batch.
@@ -149,7 +151,7 @@ class Shards:
             if not self._unresponsive[shard]:
                 del self._unresponsive[shard]
 
-        release.detach([member.job for member in members], work).add_done_callback(done)
+        control.detach([member.job for member in members], work).add_done_callback(done)
 
     async def _wait_for_answer(self, members: list[Member]) -> list[ChunkJob]:
         """Wait until the members' shard answers; returns the jobs to be retried."""

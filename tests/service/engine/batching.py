@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from service.core.errors import CarryError
-from service.engine.admission import Admission, Refusal
+from service.engine.admission import Admission, Rejection
 from service.engine.batcher import Batcher
-from service.engine.jobs import Job, Release, Request
+from service.engine.jobs import BatchControl, Job, JobRequest
 from service.engine.policy import BatchLimits
 
 Jobs = list[Job[str, str]]
@@ -33,14 +33,14 @@ class Runs:
         self.gate = asyncio.Event()
         self._began = asyncio.Condition()
 
-    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
         """One batch."""
         async with self._began:
             self.batches.append([job.payload for job in jobs])
             self._began.notify_all()
         if self.releasing:
             for job in jobs:
-                release(job.key)
+                control.release_stream(job.key)
         await self.gate.wait()
         again = [job for job in jobs if job.attempts < self.refusals.get(job.payload, 0)]
         for job in jobs:
@@ -56,16 +56,16 @@ class Runs:
             await self._began.wait_for(lambda: len(self.batches) >= count)
 
 
-def no_room(admission: Admission, *_: object) -> Refusal:
-    """Replacement of `Admission.refusal` that admits nothing."""
-    return Refusal(0, admission._rate.per_s, of_stream=False)
+def no_room(admission: Admission, *_: object) -> Rejection:
+    """Replacement of `Admission.check_admission` that admits nothing."""
+    return Rejection(0, admission._rate.per_s, of_stream=False)
 
 
 async def submit(
     batcher: Batcher[str, str], payload: str, key: str, steps: int, deadline_s: float = math.inf
 ) -> str:
     """One job, its failure raised."""
-    [result] = await batcher.submit([Request(payload, key, steps)], deadline_s)
+    [result] = await batcher.submit([JobRequest(payload, key, steps)], deadline_s)
     if isinstance(result, CarryError):
         raise result
     return result

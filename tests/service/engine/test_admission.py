@@ -11,7 +11,7 @@ import structlog
 from service.core.errors import Overloaded, StreamOverloaded
 from service.engine.admission import STREAM_SHARE
 from service.engine.batcher import ITEMS_PER_PART, Batcher
-from service.engine.jobs import Request, Results
+from service.engine.jobs import JobRequest, Results
 from service.engine.policy import BatchLimits
 from tests.service.engine.batching import UP_TO_8, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
@@ -24,7 +24,7 @@ MOST_OF_ONE = QUEUE // (STREAM_SHARE + 1)
 
 def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results[str]]:
     """Enqueue a request for each key."""
-    return [batcher.enqueue([Request(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
+    return [batcher.enqueue([JobRequest(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
 
 
 def refused(results: Sequence[Results[str]]) -> list[type]:
@@ -40,15 +40,15 @@ async def test_an_overloaded_stream_rejects_its_own_callers_only() -> None:
             others = enqueue(batcher, [f"other{n}" for n in range(40)])
         assert refused(hot) == [StreamOverloaded] * (500 - MOST_OF_ONE)
         assert refused(others) == []
-        assert isinstance(batcher.refusal("hot", 60), StreamOverloaded)
-        assert batcher.refusal("hot", 60) is batcher.refusal("hot", 60)
-        assert batcher.refusal("other99", 60) is None
+        assert isinstance(batcher.check_admission("hot", 60), StreamOverloaded)
+        assert batcher.check_admission("hot", 60) is batcher.check_admission("hot", 60)
+        assert batcher.check_admission("other99", 60) is None
         assert [(line["event"], line["stream"]) for line in logged] == [
             ("stream_overloaded", "hot")
         ]
         runs.gate.set()
         await asyncio.gather(*hot, *others)
-        assert batcher.refusal("hot", 60) is None
+        assert batcher.check_admission("hot", 60) is None
 
 
 async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
@@ -76,19 +76,19 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
         hot = enqueue(batcher, ["hot"] * 14)
         await runs.began(4)
         assert refused(hot[3:]) == []
-        refusal = batcher.refusal("hot", 60)
-        assert isinstance(refusal, StreamOverloaded)
-        assert refusal.detail.startswith("10 chunks of this stream are waiting")
-        assert refusal.facts["retry_after_s"] == pytest.approx(10 / 2.5)
-        assert batcher.refusal("other", 0.001) is None
+        rejection = batcher.check_admission("hot", 60)
+        assert isinstance(rejection, StreamOverloaded)
+        assert rejection.detail.startswith("10 chunks of this stream are waiting")
+        assert rejection.facts["retry_after_s"] == pytest.approx(10 / 2.5)
+        assert batcher.check_admission("other", 0.001) is None
         runs.gate.set()
 
 
 async def test_a_request_with_many_items_leaves_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
-        many = batcher.enqueue([Request("a", f"m{n}", 1) for n in range(QUEUE)])
-        more = batcher.enqueue([Request("a", f"n{n}", 1) for n in range(QUEUE)])
+        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(QUEUE)])
+        more = batcher.enqueue([JobRequest("a", f"n{n}", 1) for n in range(QUEUE)])
         assert refused(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
         runs.gate.set()
         outcomes = [await many, await more]
@@ -105,12 +105,12 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
-        many = batcher.enqueue([Request("a", f"m{n}", 1) for n in range(60)])
+        many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(60)])
         await runs.began(4)
-        assert batcher.refusal("lone", 0.1) is None
-        lone = batcher.enqueue([Request("lone", "lone", 1)], runs.now_s + 0.1)
+        assert batcher.check_admission("lone", 0.1) is None
+        lone = batcher.enqueue([JobRequest("lone", "lone", 1)], runs.now_s + 0.1)
         assert not lone.done()
-        late = batcher.enqueue([Request("b", f"n{n}", 1) for n in range(12)], runs.now_s + 1.0)
+        late = batcher.enqueue([JobRequest("b", f"n{n}", 1) for n in range(12)], runs.now_s + 1.0)
         runs.gate.set()
         await turns()
         assert "lone" in runs.batches[4]
@@ -123,7 +123,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART + 3)]
     async with batching(runs, queue=3 * ITEMS_PER_PART) as batcher:
-        many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
+        many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
         await runs.began(1)
         await turns()
         assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
@@ -136,7 +136,7 @@ async def test_a_cancelled_request_queues_no_more_parts() -> None:
     runs = Runs()
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART)]
     async with batching(runs) as batcher, asyncio.timeout(5):
-        many = asyncio.create_task(batcher.submit([Request(name, name, 1) for name in names]))
+        many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
         await runs.began(1)
         many.cancel()
         await turns()

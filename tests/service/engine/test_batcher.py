@@ -10,8 +10,8 @@ import pytest
 from service.core.errors import InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
 from service.engine.fair_queue import FairQueue
-from service.engine.jobs import Release, Request
-from service.engine.policy import MOST_TURNS, BatchLimits
+from service.engine.jobs import BatchControl, JobRequest
+from service.engine.policy import MAX_DELAY_TURNS, BatchLimits
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
@@ -32,7 +32,7 @@ async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches wait for answers for ever."""
-    monkeypatch.setattr("service.engine.batcher.PATIENCE_TICK_S", 60)
+    monkeypatch.setattr("service.engine.batcher.LINGER_TICK_S", 60)
 
 
 @pytest.mark.usefixtures("patient")
@@ -69,8 +69,8 @@ async def test_it_does_not_wait_for_those_of_a_long_job() -> None:
     runs, short = Runs(), Runs()
     short.gate.set()
 
-    async def run(jobs: Jobs, release: Release) -> Jobs:
-        return await (runs if jobs[0].payload == "long" else short)(jobs, release)
+    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
+        return await (runs if jobs[0].payload == "long" else short)(jobs, control)
 
     async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         batcher._run = run
@@ -102,7 +102,7 @@ async def test_where_none_is_in_flight_it_waits_a_few_turns_for_company() -> Non
     async with batching(runs) as batcher:
         await asyncio.gather(*(submit(batcher, name, name, 1) for name in "ab"))
         first = asyncio.create_task(submit(batcher, "c", "c", 1))
-        for _ in range(MOST_TURNS // 2):
+        for _ in range(MAX_DELAY_TURNS // 2):
             await asyncio.sleep(0)
         assert runs.batches == [["a", "b"]]
         assert await submit(batcher, "d", "d", 1) == "D"
@@ -143,11 +143,11 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
     runs = Runs()
     gates = {name: asyncio.Event() for name in ("a1", "a2")}
 
-    async def run(jobs: Jobs, release: Release) -> Jobs:
+    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
         name = jobs[0].payload
         if name == "a1":
-            release("same")
-        again = await runs(jobs, release)
+            control.release_stream("same")
+        again = await runs(jobs, control)
         await gates.get(name, runs.gate).wait()
         return again
 
@@ -188,15 +188,15 @@ async def test_those_begun_behind_what_is_done_again_are_told() -> None:
     gates = {name: asyncio.Event() for name in ("a1", "a2", "b")}
     began = {name: asyncio.Event() for name in gates}
 
-    async def run(jobs: Jobs, release: Release) -> Jobs:
+    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
         for job in jobs:
             seen[job.payload] = job
             began[job.payload].set()
-            release(job.key)
+            control.release_stream(job.key)
         gate = gates.get(jobs[0].payload)
         if gate is not None and not jobs[0].attempts:
             await gate.wait()
-        return await runs(jobs, release)
+        return await runs(jobs, control)
 
     async with batching(runs, in_flight=3) as batcher:
         batcher._run = run
@@ -207,7 +207,7 @@ async def test_those_begun_behind_what_is_done_again_are_told() -> None:
             await began[name].wait()
         gates["a1"].set()
         assert await tasks[0] == "A1"
-        assert {name: job.overtakes for name, job in seen.items()} == {
+        assert {name: job.is_out_of_order for name, job in seen.items()} == {
             "a1": False,
             "a2": True,
             "b": False,
@@ -222,7 +222,7 @@ async def test_one_caller_waits_for_all_its_jobs_and_gets_them_in_order() -> Non
     runs.gate.set()
     async with batching(runs) as batcher:
         names = ["a", "b", "a", "c"]
-        results = await batcher.submit([Request(name, name, 1) for name in names])
+        results = await batcher.submit([JobRequest(name, name, 1) for name in names])
         assert results == ["A", "B", "A", "C"]
         assert await batcher.submit([]) == []
 
@@ -308,7 +308,7 @@ async def test_drain_is_bounded() -> None:
 
 async def turns() -> None:
     """Enough of the loop's for what may begin to begin."""
-    for _ in range(MOST_TURNS + 4):
+    for _ in range(MAX_DELAY_TURNS + 4):
         await asyncio.sleep(0)
 
 
@@ -349,9 +349,9 @@ async def test_nothing_is_looked_for_where_nothing_may_run(looks: list[int]) -> 
 
 async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: list[int]) -> None:
     class LongOnesWait(Runs):
-        async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+        async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
             if jobs[0].steps > 64:
-                return await super().__call__(jobs, release)
+                return await super().__call__(jobs, control)
             self.batches.append([job.payload for job in jobs])
             again = [job for job in jobs if job.attempts < 1]
             for job in jobs:

@@ -9,8 +9,8 @@ import pytest
 import structlog
 
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
-from service.engine.batcher import GRACE_S, Batcher
-from service.engine.jobs import Job, Release
+from service.engine.batcher import DEADLINE_GRACE_S, Batcher
+from service.engine.jobs import BatchControl, Job
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.support.servers import until_async
 
@@ -25,7 +25,7 @@ async def room(batcher: Batcher[str, str]) -> None:
     """Wait until one more may wait."""
 
     async def there() -> bool:
-        return batcher.refusal("new", 60) is None
+        return batcher.check_admission("new", 60) is None
 
     await until_async(there, "room")
 
@@ -76,14 +76,14 @@ async def test_a_running_batch_keeps_no_caller_beyond_its_deadline() -> None:
         told.append((job.payload, type(error)))
         return StoreRefused(error.detail)
 
-    async with batching(runs, told=tell) as batcher:
+    async with batching(runs, map_error=tell) as batcher:
         deadline_s = soon()
         late = asyncio.create_task(submit(batcher, "late", "late", 1, deadline_s))
         stays = asyncio.create_task(submit(batcher, "b", "b", 1))
         await runs.began(1)
         with pytest.raises(StoreRefused, match="before it was done"):
             await late
-        assert time.monotonic() >= deadline_s + GRACE_S
+        assert time.monotonic() >= deadline_s + DEADLINE_GRACE_S
         assert not stays.done()
         runs.gate.set()
         assert await stays == "B"
@@ -130,7 +130,7 @@ class Paced(Runs):
     def monotonic(self) -> float:
         return self.now_s
 
-    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
         self.now_s += 0.4
         if self._free:
             self._free -= 1
@@ -138,7 +138,7 @@ class Paced(Runs):
             for job in jobs:
                 job.resolve(job.payload.upper())
             return []
-        return await super().__call__(jobs, release)
+        return await super().__call__(jobs, control)
 
 
 async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:
@@ -153,13 +153,13 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     refusing: list[bool] = []
-    async with batching(runs, max_wait_s=2.0, on_refusing=refusing.append) as batcher:
+    async with batching(runs, max_wait_s=2.0, on_shedding=refusing.append) as batcher:
         with structlog.testing.capture_logs() as logged:
             tasks = await fill(batcher, runs, 60, 4)
-            assert batcher.refusal("new", 60) is None
-            refusal = batcher.refusal("new", 1.0)
-            assert isinstance(refusal, Overloaded)
-            assert refusal.facts["retry_after_s"] == pytest.approx(28 / 20)
+            assert batcher.check_admission("new", 60) is None
+            rejection = batcher.check_admission("new", 1.0)
+            assert isinstance(rejection, Overloaded)
+            assert rejection.facts["retry_after_s"] == pytest.approx(28 / 20)
             with pytest.raises(Overloaded, match="28 chunks are waiting, and 20 are done"):
                 await submit(batcher, "hasty", "hasty", 1, runs.now_s + 1.0)
             more = [asyncio.create_task(submit(batcher, f"m{i}", f"m{i}", 1)) for i in range(12)]
@@ -172,7 +172,7 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
         runs.gate.set()
         await asyncio.gather(*tasks, *more)
         # Empty: nothing is known of its rate any more, and nothing is refused for it.
-        assert batcher.refusal("new", 0.001) is None
+        assert batcher.check_admission("new", 0.001) is None
         assert refusing == [True, False]
         assert await submit(batcher, "o", "o", 1) == "O"
 
@@ -181,7 +181,7 @@ async def test_a_queue_that_is_drained_refuses_no_more(monkeypatch: pytest.Monke
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     refusing: list[bool] = []
-    async with batching(runs, max_wait_s=0.001, on_refusing=refusing.append) as batcher:
+    async with batching(runs, max_wait_s=0.001, on_shedding=refusing.append) as batcher:
         tasks = await fill(batcher, runs, 33, 4)
         with pytest.raises(Overloaded):
             await submit(batcher, "a", "a", 1)

@@ -86,10 +86,10 @@ async def test_pieces_of_one_call_count_as_others(rests: list[float]) -> None:
     rows, states = inputs(4)
     long = asyncio.create_task(infer(compute, runtime, 4 * SLICES))
     while not long.done():
-        await compute.infer_in_turns(runtime, [rows], states, lambda *_: None)
+        await compute.infer_slices(runtime, [rows], states, lambda *_: None)
         await asyncio.sleep(0)
     compute.close()
-    assert any(seconds >= module.REST_S for seconds in rests)
+    assert any(seconds >= module.MIN_YIELD_S for seconds in rests)
 
 
 async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> None:
@@ -105,7 +105,7 @@ async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> 
     compute.close()
     assert (await long).states.tolist() == [[4 * SLICES]]
     assert runtime.rows.count(1) == SLICES
-    own = [seconds for seconds in rests if seconds >= module.REST_S]
+    own = [seconds for seconds in rests if seconds >= module.MIN_YIELD_S]
     assert len(own) >= SLICES - 3, "it rests as soon as others compute too"
 
 

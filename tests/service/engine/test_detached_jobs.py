@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
-from service.engine.jobs import Release
+from service.engine.jobs import BatchControl
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
@@ -24,11 +24,11 @@ class Detaching(Runs):
         super().__init__()
         self.fails: Exception | None = None
 
-    async def __call__(self, jobs: Jobs, release: Release) -> Jobs:
+    async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
         self.batches.append([job.payload for job in jobs])
         late = [job for job in jobs if job.payload.startswith("late") and not job.attempts]
         if late:
-            release.detach(late, self._wait(late))
+            control.detach(late, self._wait(late))
         for job in jobs:
             if job not in late:
                 job.resolve(job.payload.upper())
@@ -99,13 +99,13 @@ async def test_a_job_behind_a_detached_one_is_marked_as_overtaking_when_that_is_
     runs, seen = Detaching(), {}
     hold = asyncio.Event()
 
-    async def run(jobs: Jobs, release: Release) -> Jobs:
+    async def run(jobs: Jobs, control: BatchControl) -> Jobs:
         (job,) = jobs
         seen[job.payload] = job
-        release(job.key)
+        control.release_stream(job.key)
         if job.payload == "next":
             await hold.wait()
-        return await runs(jobs, release)
+        return await runs(jobs, control)
 
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
         batcher._run = run
@@ -115,6 +115,6 @@ async def test_a_job_behind_a_detached_one_is_marked_as_overtaking_when_that_is_
         await turns()
         runs.gate.set()
         await turns()
-        assert seen["next"].overtakes
+        assert seen["next"].is_out_of_order
         hold.set()
         assert await asyncio.gather(first, behind) == ["LATE", "NEXT"]

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.engine.thread_priority import GivingWay
+from service.engine.thread_priority import LoopPriority
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling policies are Linux's")
 
@@ -27,10 +27,10 @@ def in_a_thread(check: Callable[[], None]) -> None:
 
 def test_it_gives_way_until_the_last_queue_is_empty() -> None:
     def check() -> None:
-        giving_way = GivingWay()
+        loop_priority = LoopPriority()
         seen = [os.sched_getscheduler(0)]
         for refusing in (True, True, False, False, True):
-            giving_way.tell(refusing=refusing)
+            loop_priority.note_shedding(is_shedding=refusing)
             seen.append(os.sched_getscheduler(0))
         other, batch = os.SCHED_OTHER, os.SCHED_BATCH
         assert seen == [other, batch, batch, batch, other, batch]
@@ -41,9 +41,9 @@ def test_it_gives_way_until_the_last_queue_is_empty() -> None:
 def test_what_an_operator_chose_is_left() -> None:
     def check() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        giving_way = GivingWay()
+        loop_priority = LoopPriority()
         for refusing in (True, False):
-            giving_way.tell(refusing=refusing)
+            loop_priority.note_shedding(is_shedding=refusing)
             assert os.sched_getscheduler(0) == os.SCHED_IDLE
 
     in_a_thread(check)
@@ -54,6 +54,6 @@ def test_a_kernel_that_forbids_it_is_no_failure(monkeypatch: pytest.MonkeyPatch)
         raise PermissionError
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden)
-    giving_way = GivingWay()
-    giving_way.tell(refusing=True)
-    giving_way.tell(refusing=False)
+    loop_priority = LoopPriority()
+    loop_priority.note_shedding(is_shedding=True)
+    loop_priority.note_shedding(is_shedding=False)

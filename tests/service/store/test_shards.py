@@ -15,7 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
-from service.engine.jobs import Job, Release, Ticket, Work
+from service.engine.jobs import BatchControl, Job, Ticket, Work
 from service.pipeline.chunk_batch import BatchRun
 from service.pipeline.member import ChunkJob, Member
 from service.pipeline.pipeline import Pipeline
@@ -93,9 +93,9 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     """Neither during a load nor during a commit; waiting is not counted as an attempt."""
     attempts, run = set(), BatchRun.__call__
 
-    async def noting(self: BatchRun, jobs: list[ChunkJob], release: Release) -> list[ChunkJob]:
+    async def noting(self: BatchRun, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
         attempts.update(job.attempts for job in jobs)
-        return await run(self, jobs, release)
+        return await run(self, jobs, control)
 
     monkeypatch.setattr(BatchRun, "__call__", noting)
     rows = rows_of(np.random.default_rng(56), 8)
@@ -186,10 +186,10 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
         ]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
-    release = Release(set(), lambda _: None, lambda: False, detach)
-    shards.detach("shard", members(3), release, commit())
+    control = BatchControl(set(), lambda _: None, lambda: False, detach)
+    shards.detach("shard", members(3), control, commit())
     late = members(4)
-    shards.detach_until_answer("shard", late, release)
+    shards.detach_until_answer("shard", late, control)
     assert all(member.job.is_resolved for member in late)
     gate.set()
     await asyncio.gather(*tasks)

@@ -162,7 +162,7 @@ class FastPath:
         wire = self._api.wire(model)
         timeout_s = self._api.limits.waits_s(headers.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        error = pipeline.refusal(model, StreamKey(model, stream), timeout_s)
+        error = pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
         if error is not None:
             return RejectedRequest(
                 wire, error, headers.reply_media, request_id, received_s, total_bytes
@@ -178,11 +178,11 @@ class FastPath:
 
     def start(self, request: FastRequest) -> PendingReply:
         """Hand the chunk to the pipeline."""
-        return self._api.pipeline.begin(request.chunk, request.deadline_s)
+        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: FastRequest, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
-        self._api.pipeline.leave(request.chunk, reply)
+        self._api.pipeline.cancel(request.chunk, reply)
         with bound_contextvars(request_id=request.request_id.decode()):
             client_left("POST")
         _log(request, CLIENT_DISCONNECTED)

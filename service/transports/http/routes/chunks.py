@@ -136,7 +136,7 @@ def _check_capacity(
     if not body.is_long:
         return
     left_s = body.deadline_s - time.monotonic()
-    refusal = api.pipeline.refusal(wire.served.name, key, left_s)
+    refusal = api.pipeline.check_admission(wire.served.name, key, left_s)
     if refusal is not None:
         raise type(refusal)(refusal.detail, **refusal.facts)
 

@@ -105,7 +105,7 @@ def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
     def refusal(admission: Admission, key: StreamKey, left_s: float, index: int = 0) -> Any:
         return no_room(admission) if left_s <= 2.5 else None
 
-    monkeypatch.setattr(Admission, "refusal", refusal)
+    monkeypatch.setattr(Admission, "check_admission", refusal)
     return "Carry-Timeout: 2.5"
 
 
@@ -115,7 +115,7 @@ async def test_a_client_that_does_not_read_has_to_wait(
 ) -> None:
     """What it is owed stays bounded, and none of it is lost, however long it takes."""
     if refused:
-        monkeypatch.setattr(Admission, "refusal", no_room)
+        monkeypatch.setattr(Admission, "check_admission", no_room)
     paused: list[bool] = []
     name = "rejection" if refused else "start"
     go_on = getattr(FastPath, name)

@@ -243,7 +243,7 @@ async def test_overload_responses_are_those_of_the_slow_path(
     ports: Ports, monkeypatch: pytest.MonkeyPatch, lines: Sequence[str]
 ) -> None:
     """Sent several times, since a repeated response is serialized once."""
-    monkeypatch.setattr(Admission, "refusal", no_room)
+    monkeypatch.setattr(Admission, "check_admission", no_room)
     sent = request(chunk(), *lines)
     expected = await converse(ports.slow, sent)
     assert expected[0].startswith(b"HTTP/1.1 429 ")
@@ -258,7 +258,7 @@ async def test_an_overload_response_has_the_current_drain_rate(
     api: Harness, ports: Ports, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batcher = api.pipeline._chunks["probe"]
-    monkeypatch.setattr(Admission, "refusal", no_room)
+    monkeypatch.setattr(Admission, "check_admission", no_room)
     [first] = await converse(ports.fast, request(chunk()))
     monkeypatch.setattr(batcher._rate, "per_s", 20.0)
     [second] = await converse(ports.fast, request(chunk()))

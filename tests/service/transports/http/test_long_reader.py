@@ -328,7 +328,9 @@ async def test_long_bodies_are_rejected_unparsed_when_the_queue_is_full(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        api.pipeline, "refusal", lambda model, key, left_s: Overloaded("full", retry_after_s=1)
+        api.pipeline,
+        "check_admission",
+        lambda model, key, left_s: Overloaded("full", retry_after_s=1),
     )
     for path in ("streams/s/chunks", "chunks"):
         response = await api.client.post(

@@ -158,7 +158,7 @@ async def test_more_than_can_be_done_is_refused_unread(
         asked.append((key, left_s))
         return Overloaded("too much", retry_after_s=2.5) if left_s == 7 else None
 
-    monkeypatch.setattr(api.pipeline, "refusal", refusal)
+    monkeypatch.setattr(api.pipeline, "check_admission", refusal)
     async with serving(api) as server:
         parts = [request(b"not even JSON", "Carry-Timeout: 7"), request(orjson.dumps(BODY))]
         refused, answered = await converse(port_of(server), *parts, answers=2)
