@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 
 if TYPE_CHECKING:
-    import httpx
+    from service.client import Carry
 
 CONCURRENT_REQUESTS = 8
 """Number of concurrent requests when a command acts on many streams."""
@@ -38,26 +38,35 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DELETED, KEPT, NOT_FOUND, DAMAGED = "deleted", "kept", "not_found", "damaged"
 """Outcomes of an action on one stream."""
 
-Action = Callable[["httpx.Client", str], str]
+Action = Callable[["Carry", str], str]
 """Acts on the stream of a URL path; returns the outcome."""
 
 
 @contextmanager
-def _service(url: str) -> Iterator[httpx.Client]:
-    """Open an HTTP client; a connection failure prints one line and exits with status 1."""
+def _service(url: str) -> Iterator[Carry]:
+    """Open a client; a problem prints one line and exits with status 1."""
     # Imported here: it would take a third of the start-up time of every other command.
-    import httpx
+    from service.client import Carry, Problem
 
     try:
-        with httpx.Client(base_url=url, timeout=30) as client:
+        with Carry(url) as client:
             yield client
-    except httpx.HTTPError as error:
-        typer.echo(f"carry: {url} does not answer: {error}", err=True)
-        raise typer.Exit(1) from error
+    except Problem as problem:
+        if problem.code == "no_answer":
+            line = f"{url} does not answer: {problem.detail}"
+        elif problem.status == 0:
+            line = problem.detail
+        elif problem.document:
+            line = str(problem)
+        else:
+            phrase = HTTPStatus(problem.status).phrase
+            line = f"{problem.status} {phrase}; is this a Carry service?"
+        typer.echo(f"carry: {line}", err=True)
+        raise typer.Exit(1) from problem
 
 
 def _request(
-    client: httpx.Client,
+    client: Carry,
     method: str,
     path: str,
     *,
@@ -65,37 +74,30 @@ def _request(
     if_match: str | None = None,
     **params: str | int,
 ) -> Any:
-    """Send a request and decode its reply; a problem prints one line and exits with status 1.
+    """Send a request and return its reply.
 
     Args:
-        accept: codes of problems that are returned to the caller instead.
+        accept: codes of problems whose documents are returned to the caller.
         if_match: value of the If-Match header.
     """
-    headers = {} if if_match is None else {"If-Match": if_match}
-    response = client.request(method, path, params=params, headers=headers)
-    if response.is_success:
-        return response.json() if response.content else None
+    from service.client import Problem
+
+    headers = {} if if_match is None else {"if-match": if_match}
     try:
-        problem = response.json()
-        if problem["code"] in accept:
-            return problem
-        line = f"{problem['code']}: {problem['detail']}"
-    except (ValueError, KeyError, TypeError):
-        line = f"{response.status_code} {response.reason_phrase}; is this a Carry service?"
-    typer.echo(f"carry: {line}", err=True)
-    raise typer.Exit(1)
+        return client.request(method, path, headers=headers, params=params)
+    except Problem as problem:
+        if problem.code not in accept:
+            raise
+        return problem.document
 
 
 def _path(model: str, stream: str | None = None) -> str:
-    if stream in (".", ".."):
-        # The HTTP client would remove it from the URL.
-        typer.echo(f"carry: {stream!r} is not a valid stream name", err=True)
-        raise typer.Exit(1)
-    path = f"/v1/models/{quote(model, safe='')}/streams"
-    return path if stream is None else f"{path}/{quote(stream, safe='')}"
+    from service.client import model_path, stream_path
+
+    return f"{model_path(model)}/streams" if stream is None else stream_path(model, stream)
 
 
-def _names(client: httpx.Client, model: str, prefix: str) -> Iterator[str]:
+def _names(client: Carry, model: str, prefix: str) -> Iterator[str]:
     """Yield the name of each stream once, page by page."""
     seen: set[str] = set()
     cursor: str | None = None
@@ -170,7 +172,7 @@ def reset_streams(
     """
     _confirm(model, stream, prefix, yes, "Delete {}, if another version wrote the state?")
     with _service(url) as client:
-        detail = _request(client, "GET", f"/v1/models/{quote(model, safe='')}")
+        detail = _request(client, "GET", _path(model).removesuffix("/streams"))
         reset = partial(_reset, fingerprint=detail["fingerprint"])
         outcomes = _apply(client, model, stream, prefix, "resetting", reset)
     typer.echo(
@@ -199,7 +201,7 @@ def _confirm(model: str, stream: str | None, prefix: str | None, yes: bool, ques
 
 
 def _apply(
-    client: httpx.Client,
+    client: Carry,
     model: str,
     stream: str | None,
     prefix: str | None,
@@ -217,7 +219,7 @@ def _apply(
 
 
 def _apply_to_prefix(
-    client: httpx.Client, model: str, prefix: str, description: str, action: Action
+    client: Carry, model: str, prefix: str, description: str, action: Action
 ) -> Counter[str]:
     """Act on every stream with a prefix concurrently, and count the outcomes.
 
@@ -252,11 +254,11 @@ def _with_lookahead(futures: Iterator[Future[str]], count: int) -> Iterator[Futu
         submitted.extend(islice(futures, 1))
 
 
-def _delete(client: httpx.Client, path: str) -> str:
+def _delete(client: Carry, path: str) -> str:
     return NOT_FOUND if _request(client, "DELETE", path, accept=("stream_not_found",)) else DELETED
 
 
-def _reset(client: httpx.Client, path: str, fingerprint: str) -> str:
+def _reset(client: Carry, path: str, fingerprint: str) -> str:
     """Delete a stream unless its state has this fingerprint."""
     while True:
         stream = _request(client, "GET", path, accept=("stream_not_found", "state_damaged"))

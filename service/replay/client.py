@@ -1,137 +1,117 @@
-"""The service over HTTP: one request at a time, and patience while it is away.
+"""The service of a replay: one URL or several, one attempt a call, replies checked for shape.
 
-Requests take turns among the URLs, and one that failed goes to the next URL. A request is
-sent once; whether it is sent again is its caller's choice, by way of `Patience`.
+Requests take turns among the URLs; one that failed goes to the next URL.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from itertools import count
-from random import Random
 from typing import Any
 
-import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 
-from models.spec.layout import OutputSpec
+from service.client import (
+    AsyncCarry,
+    ModelDescription,
+    Problem,
+    model_path,
+    read_description,
+    read_problem,
+    stream_path,
+)
 from service.replay.options import Format, ReplayError
 from service.replay.schedule import Cursor
-from service.replay.wire import (
-    CONTENT_TYPES,
-    Answer,
-    Problem,
-    dumps,
-    loads,
-    no_answer,
-    read_items,
-    read_problem,
-    read_reply,
-)
 
-REQUEST_TIMEOUT_S = 30.0
-CONNECT_TIMEOUT_S = 5.0
-FIRST_BACKOFF_S = 0.05
-LONGEST_BACKOFF_S = 2.0
-LONGEST_RETRY_AFTER_S = 5.0
+FloatRows = NDArray[np.float32]
 
 
-@dataclass(slots=True)
-class Patience:
-    """How often and how long one request is tried again.
+@dataclass(frozen=True, slots=True, eq=False)
+class Reply:
+    """One chunk's reply.
 
     Attributes:
-        limit_s: longest time from the first failure to the last attempt.
-        random: of the jitter that keeps many streams from coming back at once.
-        failures: how often `wait` was called.
+        position: of the stream after the chunk.
+        outputs: float32 [T, O], packed by the model's description.
     """
 
-    limit_s: float
-    random: Random
-    failures: int = 0
-    _since_s: float = field(default=0.0)
+    stream: str
+    epoch: str
+    tag: str
+    position: int
+    replayed: bool
+    outputs: FloatRows
 
-    async def wait(self, problem: Problem) -> None:
-        """Wait before the next attempt.
 
-        Raises:
-            ReplayError: the limit is over.
-        """
-        now_s = time.monotonic()
-        if self.failures == 0:
-            self._since_s = now_s
-        self.failures += 1
-        left_s = self._since_s + self.limit_s - now_s
-        if left_s <= 0:
-            raise ReplayError(
-                f"gave up after {self.limit_s:g} s: {problem.code}: {problem.detail}; "
-                "start again to go on from where the streams stand"
-            )
-        backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (self.failures - 1))
-        backoff_s *= self.random.uniform(0.5, 1.0)
-        asked_s = min(problem.retry_after_s, LONGEST_RETRY_AFTER_S)
-        await asyncio.sleep(min(max(backoff_s, asked_s), left_s))
+Answer = Reply | Problem
 
 
 class Service:
-    """A running service, reached at one URL or several."""
+    """One model of a running service."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        urls: Sequence[str],
-        model: str,
-        encoding: Format = "json",
-    ) -> None:
-        self._session = session
-        self._urls = [url.rstrip("/") for url in urls]
-        self._turn = count()
-        self._model = f"/v1/models/{model}"
-        self._encoding = encoding
-        self._headers = {
-            "content-type": CONTENT_TYPES[encoding],
-            "accept": CONTENT_TYPES[encoding],
-        }
+    def __init__(self, services: Sequence[AsyncCarry], model: str) -> None:
+        self._services = services
+        self._turns = count()
+        self._model = model
 
     @property
     def urls(self) -> list[str]:
-        """Where the service listens."""
-        return self._urls
+        """Addresses of the service."""
+        return [service.url for service in self._services]
 
-    def turn(self) -> int:
-        """A number to choose the URL of the next request by."""
-        return next(self._turn)
+    def next_turn(self) -> int:
+        """A number that chooses the URL of the next request."""
+        return next(self._turns)
 
-    async def model(self) -> dict[str, Any] | Problem:
-        """The model's description."""
-        found = await self._request("GET", self._model, self.turn())
-        return found if isinstance(found, (dict, Problem)) else read_problem(500, found)
+    async def describe(self) -> ModelDescription:
+        """The model's description.
 
-    async def position(self, stream: str) -> int | Problem:
-        """Where a stream stands; 0 for one that does not exist."""
-        found = await self._request("GET", f"{self._model}/streams/{stream}", self.turn())
-        if isinstance(found, Problem):
-            return 0 if found.code == "stream_not_found" else found
-        position = found.get("position") if isinstance(found, dict) else None
-        return position if isinstance(position, int) else read_problem(500, found)
+        Raises:
+            Problem
+            ReplayError: it cannot be read, or the model takes no events.
+        """
+        document = await self._at(self.next_turn()).request("GET", model_path(self._model))
+        try:
+            description = read_description(document)
+        except ValueError as error:
+            raise ReplayError(str(error)) from error
+        if description.fields is None:
+            raise ReplayError(
+                f"model {self._model!r} takes no events, only `inputs`: nothing to replay"
+            )
+        return description
+
+    async def position(self, stream: str) -> int:
+        """The position of a stream; 0 for one that does not exist.
+
+        Raises:
+            Problem
+        """
+        path = stream_path(self._model, stream)
+        try:
+            document = await self._at(self.next_turn()).request("GET", path)
+        except Problem as problem:
+            if problem.code == "stream_not_found":
+                return 0
+            raise
+        return int(document["position"])
 
     async def metrics(self, url: str) -> str | None:
-        """The text of /metrics at one URL; None where it is not to be had."""
+        """The text of /metrics at one URL; None where it is not available."""
         try:
-            async with self._session.get(f"{url}/metrics") as response:
-                text = await response.text()
-                return text if response.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, OSError):
+            return await self._services[self.urls.index(url)].text("/metrics")
+        except Problem:
             return None
 
-    async def send(self, layout: OutputSpec, cursors: Sequence[Cursor], turn: int) -> list[Answer]:
+    async def send(
+        self, model: ModelDescription, cursors: Sequence[Cursor], turn: int
+    ) -> list[Answer]:
         """Send the next chunk of each stream, in one request.
 
         Args:
-            layout: the model's outputs.
             cursors: one alone goes to the address of its stream.
             turn: which URL.
 
@@ -139,48 +119,80 @@ class Service:
             One answer per stream; a request that failed as a whole fails each.
 
         Raises:
-            ReplayError: an answer that is none.
+            ReplayError: the reply cannot be read.
         """
         if len(cursors) == 1:
-            path = f"{self._model}/streams/{cursors[0].name}/chunks"
-            body = _chunk(cursors[0])
+            path, body = f"{stream_path(self._model, cursors[0].name)}/chunks", _chunk(cursors[0])
         else:
-            path = f"{self._model}/chunks"
+            path = f"{model_path(self._model)}/chunks"
             body = {"chunks": [{"stream": cursor.name, **_chunk(cursor)} for cursor in cursors]}
-        found = await self._request("POST", path, turn, dumps(self._encoding, body))
-        if isinstance(found, Problem):
-            return [found] * len(cursors)
-        steps = [cursor.size for cursor in cursors]
-        if len(cursors) == 1:
-            return [read_reply(layout, found, steps[0])]
-        return read_items(layout, found, steps)
-
-    async def _request(self, method: str, path: str, turn: int, body: bytes | None = None) -> Any:
-        url = self._urls[turn % len(self._urls)] + path
         try:
-            async with self._session.request(
-                method, url, data=body, headers=self._headers
-            ) as response:
-                raw = await response.read()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return no_answer(f"{url}: {str(error) or type(error).__name__}")
-        value = loads(response.content_type, raw)
-        if response.status >= 400:
-            return read_problem(response.status, value)
-        return value
+            document = await self._at(turn).request("POST", path, body)
+        except Problem as problem:
+            return [problem] * len(cursors)
+        if len(cursors) == 1:
+            return [read_reply(model, document, cursors[0].size)]
+        return read_items(model, document, [cursor.size for cursor in cursors])
+
+    def _at(self, turn: int) -> AsyncCarry:
+        return self._services[turn % len(self._services)]
 
 
 @asynccontextmanager
 async def connect(
-    urls: Sequence[str], model: str, encoding: Format = "json"
+    urls: Sequence[str], model: str, encoding: Format = "json", *, timeout_s: float = 30.0
 ) -> AsyncIterator[Service]:
-    """A service whose connections are closed on the way out; none is opened yet."""
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S),
-    )
-    async with session:
-        yield Service(session, urls, model, encoding)
+    """A service whose connections are closed on exit; none is opened yet."""
+    async with AsyncExitStack() as stack:
+        services = [AsyncCarry(url, encoding=encoding, timeout_s=timeout_s) for url in urls]
+        for service in services:
+            await stack.enter_async_context(service)
+        yield Service(services, model)
+
+
+def read_reply(model: ModelDescription, document: Any, steps: int) -> Reply:
+    """One chunk's reply out of its document.
+
+    Args:
+        steps: T, events in the chunk.
+
+    Raises:
+        ReplayError: it is not a reply to T events of that model.
+    """
+    try:
+        return Reply(
+            stream=str(document["stream"]),
+            epoch=str(document["epoch"]),
+            tag=str(document["tag"]),
+            position=int(document["position"]),
+            replayed=bool(document["replayed"]),
+            outputs=model.pack(document["outputs"], steps),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplayError(
+            f"the service's reply cannot be read ({type(error).__name__}: {error}): "
+            f"{str(document)[:200]}"
+        ) from error
+
+
+def read_items(model: ModelDescription, document: Any, steps: Sequence[int]) -> list[Answer]:
+    """The outcomes of a request for many streams, in its order.
+
+    Raises:
+        ReplayError: it is not an answer to that many items.
+    """
+    items = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(items, list) or len(items) != len(steps):
+        raise ReplayError(f"expected {len(steps)} results in one reply, got {str(document)[:200]}")
+    return [_read_item(model, item, size) for item, size in zip(items, steps, strict=True)]
+
+
+def _read_item(model: ModelDescription, item: Any, steps: int) -> Answer:
+    if not isinstance(item, dict):
+        raise ReplayError(f"expected results that are objects, got {str(item)[:200]}")
+    if "error" in item:
+        return read_problem(int(item.get("status", 500)), item["error"])
+    return read_reply(model, item.get("reply"), steps)
 
 
 def _chunk(cursor: Cursor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`carry replay` from beginning to end: connect, load, send, score, verify, print."""
+"""`carry replay`: connect, load events, send, score, verify, print."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import uvloop
 from rich.console import Console
 
 from models.artifact.artifact import Artifact
+from service.client import ModelDescription
 from service.replay.client import connect
-from service.replay.description import Description
 from service.replay.metrics import Counted, MetricsWatch
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.run import Replay, describe
 from service.replay.skill import skill_of
-from service.replay.source import load_streams
+from service.replay.source import event_schema, load_streams
 from service.replay.summary import ProgressBar, Summary
 from service.replay.verify import (
     Received,
@@ -60,14 +60,14 @@ async def _run(options: ReplayOptions, errors: Console) -> Summary:
         require_reference()
     async with connect(options.urls, options.model, options.format) as service:
         served = await describe(service, options.patience_s)
-        if options.verify and not served.invisible:
+        if options.verify and not served.is_cut_invariant:
             raise ReplayError(
                 f"--verify compares with one call per whole stream, and the outputs of model "
                 f"{served.name!r} depend on how a stream is cut into chunks"
             )
         artifact = _artifact(options, served)
-        streams = load_streams(served.schema, options)
-        replay = Replay(service, served.outputs, streams, options)
+        streams = load_streams(event_schema(served), options)
+        replay = Replay(service, served, streams, options)
         watch = MetricsWatch(service, options.model)
         await watch.sample()
         watching = asyncio.create_task(watch.run())
@@ -84,7 +84,7 @@ async def _run(options: ReplayOptions, errors: Console) -> Summary:
     return _summary(options, served, replay, watch.counted(), artifact)
 
 
-def _artifact(options: ReplayOptions, served: Description) -> Artifact | None:
+def _artifact(options: ReplayOptions, served: ModelDescription) -> Artifact | None:
     """The served model's artifact; None where it is neither asked for nor at hand."""
     try:
         return open_artifact(options.artifact, options.model, served.version)
@@ -96,7 +96,7 @@ def _artifact(options: ReplayOptions, served: Description) -> Artifact | None:
 
 def _summary(
     options: ReplayOptions,
-    served: Description,
+    served: ModelDescription,
     replay: Replay,
     counted: Counted,
     artifact: Artifact | None,

@@ -1,9 +1,9 @@
-"""The replay itself: streams side by side, each with one chunk under way, until all is sent.
+"""The replay itself: streams side by side, each with one chunk in flight, until all is sent.
 
-Every stream's position is asked first, so that a second replay goes on where the first ended.
-A chunk that is not answered is sent again as it was; a refusal that says where the stream
-stands moves it there, back (the store lost commits) or forward (its reply is no longer kept).
-Nothing else is mended: any other refusal ends the replay. What the service says that cannot
+Every stream's position is asked first, so that a second replay resumes where the first ended.
+A chunk without an answer is sent again unchanged; a problem that names the stream's position
+moves it there, back (the store lost commits) or forward (its reply is no longer kept).
+Any other problem ends the replay. What the service says that cannot
 be true becomes a fault, and the replay goes on, so that one run shows all of them.
 
 Everything here runs in one event loop.
@@ -21,21 +21,12 @@ from typing import Protocol
 
 import numpy as np
 
-from models.spec.layout import OutputSpec
-from service.replay.client import Patience, Service
-from service.replay.description import Description, read_description
-from service.replay.judge import Sent, agree, judge_duplicates, judge_reply, standing
+from service.client import ModelDescription, Problem, Retry
+from service.replay.checks import Sent, agree, check_duplicates, check_reply, next_position
+from service.replay.client import FloatRows, Reply, Service
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.schedule import Cursor, Schedule
 from service.replay.source import StreamEvents
-from service.replay.wire import (
-    NO_ANSWER,
-    STANDING,
-    Answer,
-    FloatRows,
-    Problem,
-    Reply,
-)
 
 MAX_FAULTS = 100
 REPORT_PERIOD_S = 0.2
@@ -43,10 +34,10 @@ REPORT_PERIOD_S = 0.2
 
 @dataclass(slots=True)
 class Ledger:
-    """What one stream's replay came to.
+    """Progress and outputs of one stream.
 
     Attributes:
-        cursor: where it stands.
+        cursor: its position and next chunk.
         outputs: float32 [T, O], NaN where this run received none.
         began: its position before the replay.
     """
@@ -64,7 +55,7 @@ class Tally:
         events: applied events, those of a chunk that had to be sent again after the store
             fell back counted again.
         chunks: applied chunks, which are the cuts.
-        retries: attempts that were not answered, or were to be sent again.
+        retries: attempts that failed with a retryable problem.
         problems: how often each problem came, by code.
         duplicates: chunks sent twice at once.
         replayed: replies that were marked so.
@@ -110,20 +101,17 @@ class Watcher(Protocol):
         """`done` events are consumed now."""
 
 
-async def describe(service: Service, patience_s: float) -> Description:
-    """Fetch the model's description, waiting for a service that is not there yet.
+async def describe(service: Service, limit_s: float) -> ModelDescription:
+    """Fetch the model's description, waiting for a service that is not available yet.
 
     Raises:
         ReplayError: no service, no such model, or one without an event schema.
     """
-    patience = Patience(patience_s, Random())  # noqa: S311
-    while True:
-        found = await service.model()
-        if not isinstance(found, Problem):
-            return read_description(found)
-        if not found.retryable:
-            raise ReplayError(f"the service refused: {found.code}: {found.detail}")
-        await patience.wait(found)
+    retry = Retry(limit_s)
+    try:
+        return await retry.run_async(service.describe)
+    except Problem as problem:
+        raise _failed(problem, retry) from problem
 
 
 class Replay:
@@ -132,14 +120,14 @@ class Replay:
     def __init__(
         self,
         service: Service,
-        layout: OutputSpec,
+        model: ModelDescription,
         streams: list[StreamEvents],
         options: ReplayOptions,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service = service
-        self._layout = layout
+        self._model = model
         self._options = options
         self._clock = clock
         self._random = Random(options.seed)  # noqa: S311
@@ -148,7 +136,7 @@ class Replay:
         self.ledgers = {
             stream.name: Ledger(
                 Cursor(stream, options.chunk_min, options.chunk_max, options.seed),
-                np.full((len(stream), self._layout.size), np.nan, np.float32),
+                np.full((len(stream), model.width), np.nan, np.float32),
             )
             for stream in streams
         }
@@ -157,7 +145,7 @@ class Replay:
         """Send everything that is not consumed yet; once per replay.
 
         Raises:
-            ReplayError: the service refused, or was away for longer than the patience.
+            ReplayError: the service refused, or was unavailable for longer than `patience_s`.
         """
         try:
             await self._ask_positions()
@@ -173,7 +161,7 @@ class Replay:
             raise _first(group) from group
 
     async def check_positions(self) -> None:
-        """Ask where every stream stands; one that is not at its end is a fault."""
+        """Ask for every stream's position; one that is not at its end is a fault."""
         for name, position in (await self._positions()).items():
             wanted = len(self.ledgers[name].cursor.events)
             if position != wanted:
@@ -189,11 +177,14 @@ class Replay:
         slots = asyncio.Semaphore(self._options.streams_in_flight)
 
         async def ask(name: str) -> int:
-            patience = self._patience()
+            retry = self._retry()
             async with slots:
-                while isinstance(found := await self._service.position(name), Problem):
-                    await self._after(found, patience, f"stream {name!r}")
-            return found
+                while True:
+                    try:
+                        return await self._service.position(name)
+                    except Problem as problem:
+                        self.tally.problems[problem.code] += 1
+                        await self._wait(problem, retry, f"stream {name!r}")
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -212,7 +203,7 @@ class Replay:
 
         async def resolve(taken: list[Cursor]) -> None:
             try:
-                await self._settle(taken)
+                await self._deliver(taken)
                 for cursor in taken:
                     schedule.give_back(cursor)
             finally:
@@ -229,60 +220,59 @@ class Replay:
         finally:
             self.tally.wall_s = self._clock() - start_s
 
-    async def _settle(self, cursors: list[Cursor]) -> None:
-        """Send the next chunk of each stream, some twice at once, and take the answers."""
+    async def _deliver(self, cursors: list[Cursor]) -> None:
+        """Send the next chunk of each stream, some twice at once, and move the streams."""
         twice = [c for c in cursors if self._random.random() < self._options.duplicates]
-        turn = self._service.turn()
+        turn = self._service.next_turn()
         self.tally.duplicates += len(twice)
         sending = [self._send(cursors, turn), *(self._send([c], turn + 1) for c in twice)]
         first, *copies = await asyncio.gather(*sending)
         seconds = {cursor.name: sent[0] for cursor, sent in zip(twice, copies, strict=True)}
         for cursor, sent in zip(cursors, first, strict=True):
-            self._take(cursor, sent, seconds.get(cursor.name))
+            self._accept(cursor, sent, seconds.get(cursor.name))
 
     async def _send(self, cursors: list[Cursor], turn: int) -> list[Sent]:
-        """Send until every chunk is answered or its stream is known to stand elsewhere."""
-        tally, patience = self.tally, self._patience()
-        settled: dict[str, Sent] = {}
+        """Send until each chunk has a reply or a problem that names the stream's position."""
+        tally, retry = self.tally, self._retry()
+        sent: dict[str, Sent] = {}
         waiting = cursors
         while waiting:
             sent_s = self._clock()
-            answers = await self._service.send(self._layout, waiting, turn)
+            answers = await self._service.send(self._model, waiting, turn)
             latency_s = self._clock() - sent_s
             tally.requests += 1
-            worst: Problem | None = None
+            failed: Problem | None = None
             for cursor, answer in zip(waiting, answers, strict=True):
                 if isinstance(answer, Problem):
                     tally.problems[answer.code] += 1
-                if isinstance(answer, Reply) or _says_where(answer):
-                    settled[cursor.name] = Sent(answer, patience.failures, latency_s)
-                elif answer.retryable:
-                    worst = answer
+                if isinstance(answer, Reply) or answer.has_stream_position:
+                    sent[cursor.name] = Sent(answer, retry.failures, latency_s)
+                elif answer.is_retryable:
+                    failed = answer
                 else:
                     raise ReplayError(
                         f"stream {cursor.name!r}, chunk at {cursor.position}: the service "
-                        f"refused: {answer.code}: {answer.detail}"
+                        f"refused: {answer}"
                     )
-            if not all(isinstance(a, Problem) and a.code == NO_ANSWER for a in answers):
+            if not all(isinstance(a, Problem) and a.status == 0 for a in answers):
                 tally.latencies_s.append(latency_s)
                 tally.silence_s = max(tally.silence_s, sent_s + latency_s - self._heard_s)
                 self._heard_s = sent_s + latency_s
-            waiting = [cursor for cursor in waiting if cursor.name not in settled]
-            if worst is not None:
-                tally.retries += 1
-                turn = self._service.turn()
-                await patience.wait(worst)
-        return [settled[cursor.name] for cursor in cursors]
+            waiting = [cursor for cursor in waiting if cursor.name not in sent]
+            if failed is not None:
+                turn = self._service.next_turn()
+                await self._wait(failed, retry, "a chunk")
+        return [sent[cursor.name] for cursor in cursors]
 
-    def _take(self, cursor: Cursor, first: Sent, second: Sent | None) -> None:
-        """Judge the answers to one chunk and move the stream; no awaiting in here."""
+    def _accept(self, cursor: Cursor, first: Sent, second: Sent | None) -> None:
+        """Check the answers to one chunk and move the stream; never awaits."""
         tally, start, steps = self.tally, cursor.position, cursor.size
         answers = [first.answer] if second is None else [first.answer, second.answer]
         if second is not None:
-            tally.fault(judge_duplicates(first, second, cursor.name, start))
+            tally.fault(check_duplicates(first, second, cursor.name, start))
         reply = None
         for answer in answers:
-            tally.fault(judge_reply(answer, cursor.name, start, steps))
+            tally.fault(check_reply(answer, cursor.name, start, steps))
             if isinstance(answer, Reply):
                 tally.replayed += answer.replayed
                 reply = answer
@@ -290,7 +280,7 @@ class Replay:
             self._keep(cursor, start, reply.outputs)
             tally.chunks += 1
             tally.events += steps
-        now = standing(answers[0], answers[1:])
+        now = next_position(answers[0], answers[1:])
         position = start if now is None else now
         acknowledged = start + steps if reply is not None else start
         if position < acknowledged:
@@ -318,15 +308,17 @@ class Replay:
             watcher.show(self._done(), self.tally)
             await asyncio.sleep(REPORT_PERIOD_S)
 
-    async def _after(self, problem: Problem, patience: Patience, what: str) -> None:
-        self.tally.problems[problem.code] += 1
-        if not problem.retryable:
-            raise ReplayError(f"{what}: the service refused: {problem.code}: {problem.detail}")
+    async def _wait(self, problem: Problem, retry: Retry, what: str) -> None:
+        """Wait before the next attempt; ReplayError where there is none."""
+        try:
+            delay_s = retry.next_delay_s(problem)
+        except Problem:
+            raise _failed(problem, retry, f"{what}: ") from problem
         self.tally.retries += 1
-        await patience.wait(problem)
+        await asyncio.sleep(delay_s)
 
-    def _patience(self) -> Patience:
-        return Patience(self._options.patience_s, self._random)
+    def _retry(self) -> Retry:
+        return Retry(self._options.patience_s, self._random)
 
     def _total(self) -> int:
         return sum(len(ledger.cursor.events) for ledger in self.ledgers.values())
@@ -335,8 +327,14 @@ class Replay:
         return self._total() - sum(ledger.cursor.remaining for ledger in self.ledgers.values())
 
 
-def _says_where(answer: Answer) -> bool:
-    return isinstance(answer, Problem) and answer.code in STANDING and answer.position is not None
+def _failed(problem: Problem, retry: Retry, what: str = "") -> ReplayError:
+    """The error that ends a replay after the last attempt of a request."""
+    if not problem.is_retryable:
+        return ReplayError(f"{what}the service refused: {problem}")
+    return ReplayError(
+        f"gave up after {retry.limit_s:g} s: {problem}; start again to resume from the streams' "
+        "positions"
+    )
 
 
 def _first(group: ExceptionGroup) -> Exception:

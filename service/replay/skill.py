@@ -24,7 +24,7 @@ from models.events.schema import CategoricalField, EventField, NumericField
 from models.spec.heads import ClassificationHead, ForecastHead, Head
 from models.spec.layout import event_field, output_spec
 from models.spec.model import ModelSpec
-from service.replay.wire import FloatRows
+from service.replay.client import FloatRows
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -26,6 +26,7 @@ from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.examples.flights.data import flight_events
 from models.training.files import check_duplicate_names
+from service.client import ModelDescription
 from service.replay.options import ReplayError, ReplayOptions
 
 STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")
@@ -66,6 +67,15 @@ class StreamEvents:
             {name: value for name, value in zip(names, row, strict=True) if value is not None}
             for row in zip(*columns, strict=True)
         ]
+
+
+def event_schema(model: ModelDescription) -> EventSchema:
+    """The model's event schema as its description has it: not fitted, which is enough to send."""
+    fields = [
+        {"name": field.name, "kind": field.kind, "optional": field.is_optional}
+        for field in model.fields or ()
+    ]
+    return EventSchema.model_validate({"fields": fields})
 
 
 def load_streams(schema: EventSchema, options: ReplayOptions) -> list[StreamEvents]:

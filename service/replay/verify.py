@@ -25,9 +25,9 @@ from models.events.columns import EventColumns
 from models.events.encode import Clock, encode
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
-from service.replay.judge import ABSOLUTE, excess
+from service.replay.checks import ABSOLUTE, excess
+from service.replay.client import FloatRows
 from service.replay.options import ReplayError
-from service.replay.wire import FloatRows
 
 MAX_PADDED_STEPS = 65_536
 """Rows times steps of one call; a longer stream goes alone."""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from examples import client
-from examples.client import Stream
+from examples.client import CHUNK_EVENTS
 from models.events.columns import canonical_bytes, columns_from_events
 from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
 from models.examples.flights.data import flight_events
 from models.spec.spec_file import read_spec
+from service.client import Carry, Problem, Stream
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import Standin
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def carry(background: str) -> Iterator[Carry]:
+    with Carry(background) as carry:
+        yield carry
 
 
 @pytest.fixture
@@ -38,54 +45,56 @@ def outputs_of(sent: list[tuple[int, dict[str, Any]]]) -> dict[int, float]:
 
 
 def test_every_event_is_applied_once(
-    background: str, standin: Standin, events: list[dict[str, Any]]
+    carry: Carry, standin: Standin, events: list[dict[str, Any]]
 ) -> None:
-    stream = Stream(background, "small", "s:3")
-    sent = list(stream.send(events))
-    assert [start for start, _ in sent] == list(range(0, len(events), client.CHUNK_EVENTS))
+    stream = Stream(carry, "small", "s:3")
+    sent = list(stream.send_all(events, CHUNK_EVENTS))
+    assert [start for start, _ in sent] == list(range(0, len(events), CHUNK_EVENTS))
     assert standin.streams["s:3"].position == stream.position == len(events)
-    assert list(Stream(background, "small", "s:3").send(events)) == []
+    assert list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS)) == []
 
 
 @pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
 def test_a_failed_chunk_is_sent_again_with_its_position(
-    background: str, standin: Standin, events: list[dict[str, Any]], fault: str
+    carry: Carry, standin: Standin, events: list[dict[str, Any]], fault: str
 ) -> None:
-    right = outputs_of(list(Stream(background, "small", "right").send(events)))
+    right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
     faults = iter([None, fault, None, None, fault])
     standin.fault = lambda request: next(faults, None)
-    assert outputs_of(list(Stream(background, "small", "s:3").send(events))) == right
+    assert outputs_of(list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))) == right
     assert standin.streams["s:3"].position == len(events)
 
 
 def test_a_stream_that_fell_back_is_sent_from_where_it_stands(
-    background: str, standin: Standin, events: list[dict[str, Any]]
+    carry: Carry, standin: Standin, events: list[dict[str, Any]]
 ) -> None:
-    right = outputs_of(list(Stream(background, "small", "right").send(events)))
-    stream = Stream(background, "small", "s:3")
+    right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
+    stream = Stream(carry, "small", "s:3")
     sent = []
-    for chunk in stream.send(events):
+    for chunk in stream.send_all(events, CHUNK_EVENTS):
         sent.append(chunk)
         if len(sent) == 4:
             standin.roll_back("s:3", 3)
-    starts = [start // client.CHUNK_EVENTS for start, _ in sent]
+    starts = [start // CHUNK_EVENTS for start, _ in sent]
     assert starts == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7]
     assert outputs_of(sent) == right
 
 
 def test_a_stream_begins_where_another_run_left_it(
-    background: str, standin: Standin, events: list[dict[str, Any]]
+    carry: Carry, standin: Standin, events: list[dict[str, Any]]
 ) -> None:
-    list(Stream(background, "small", "s:3").send(events[:20]))
-    sent = list(Stream(background, "small", "s:3").send(events))
+    list(Stream(carry, "small", "s:3").send_all(events[:20], CHUNK_EVENTS))
+    sent = list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))
     assert sent[0][0] == 20
     assert standin.streams["s:3"].position == len(events)
 
 
-def test_a_refusal_ends_it(background: str, standin: Standin, events: list[dict[str, Any]]) -> None:
+def test_problem_that_is_not_retryable_is_raised(
+    carry: Carry, standin: Standin, events: list[dict[str, Any]]
+) -> None:
     standin.fault = lambda request: "refuse"
-    with pytest.raises(SystemExit, match="invalid_input"):
-        list(Stream(background, "small", "s:3").send(events))
+    with pytest.raises(Problem, match="invalid_input"):
+        list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))
 
 
 def chunks_of(name: str) -> list[dict[str, Any]]:

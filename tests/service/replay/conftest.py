@@ -127,4 +127,4 @@ def replayed(url: str, streams: list[StreamEvents]) -> Replayed:
 
 async def start(service: Service, streams: list[StreamEvents], options: ReplayOptions) -> Replay:
     description = await describe(service, options.patience_s)
-    return Replay(service, description.outputs, streams, options)
+    return Replay(service, description, streams, options)

@@ -44,6 +44,7 @@ SPEC = parse_spec(
     }
 )
 VERSION = "0123456789ab"
+LIMITS = ("max_body_bytes", "max_chunk_steps", "max_predict_steps")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,9 @@ class Standin:
         document = {
             "name": self.spec.name,
             "version": self.version,
+            "runtimes": ["oracle"],
+            "columns": [],
+            "limits": dict.fromkeys(LIMITS, 1_000_000),
             "events": event_json_schema(self.spec.events),
             "outputs": outputs,
             "chunking": self.chunking,

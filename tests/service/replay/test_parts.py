@@ -13,18 +13,24 @@ import pytest
 
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from models.spec.layout import Output, OutputSpec
-from service.replay.description import read_description
-from service.replay.judge import Sent, agree, judge_duplicates, standing
+from service.client import ModelDescription, Output, Problem, read_description
+from service.replay.checks import Sent, agree, check_duplicates, next_position
+from service.replay.client import Reply, read_items, read_reply
 from service.replay.metrics import Growth, counted
 from service.replay.options import ReplayError, ReplayOptions, parse_range, parse_speed
 from service.replay.schedule import Cursor, Schedule
-from service.replay.source import StreamEvents, load_streams, split_streams
-from service.replay.wire import Problem, Reply, packed, read_items, read_reply
+from service.replay.source import StreamEvents, event_schema, load_streams, split_streams
 from tests.service.replay.standin import SPEC
 from tests.support.events import FULL_SCHEMA
 
-LAYOUT = OutputSpec((Output("p", ()), Output("q", (2, 3))))
+MODEL = ModelDescription(
+    *("m", "0", (), (), None),
+    outputs=(Output("p", (), False), Output("q", (2, 3), False)),
+    is_cut_invariant=True,
+    max_body_bytes=1,
+    max_chunk_steps=1,
+    max_predict_steps=1,
+)
 
 
 @pytest.mark.parametrize(("text", "found"), [("1..64", (1, 64)), ("7", (7, 7)), ("3..3", (3, 3))])
@@ -176,23 +182,25 @@ def test_column_that_is_named_twice_is_rejected(
         load_streams(SPEC.events, ReplayOptions(data=path))
 
 
-def test_a_description_gives_fields_and_outputs_back() -> None:
+def test_description_gives_fields_and_outputs() -> None:
     document = {
         "name": "full",
         "version": "1",
+        "runtimes": ["numpy"],
+        "columns": [],
+        "limits": {"max_body_bytes": 1, "max_chunk_steps": 1, "max_predict_steps": 1},
         "events": event_json_schema(FULL_SCHEMA),
         "outputs": {"q": {"shape": [2, 3], "per": "step", "labels": []}},
         "chunking": "invisible",
     }
     found = read_description(document)
-    shape = [(field.name, field.kind, field.optional) for field in found.schema.fields]
+    shape = [(field.name, field.kind, field.optional) for field in event_schema(found).fields]
     assert shape == [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
-    assert found.outputs == OutputSpec((Output("q", (2, 3)),))
-    assert found.invisible
-    assert not read_description({**document, "chunking": "per_chunk"}).invisible
-    with pytest.raises(ReplayError, match="takes no events"):
-        read_description({**document, "events": None})
-    with pytest.raises(ReplayError, match="cannot be read"):
+    assert found.outputs == (Output("q", (2, 3), False),)
+    assert found.is_cut_invariant
+    assert not read_description({**document, "chunking": "per_chunk"}).is_cut_invariant
+    assert read_description({**document, "events": None}).fields is None
+    with pytest.raises(ValueError, match="cannot be read"):
         read_description({**document, "outputs": [1]})
 
 
@@ -204,20 +212,23 @@ def test_sent_events_pass_the_schema(streams: list[StreamEvents]) -> None:
             adapter.validate_python(event)
 
 
-def test_outputs_are_packed_by_the_layout() -> None:
-    rows = packed(LAYOUT, {"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8]}, 2)
+def test_outputs_are_packed_by_the_description() -> None:
+    rows = MODEL.pack({"q": np.arange(12).reshape(2, 2, 3).tolist(), "p": [7, 8]}, 2)
     assert rows.tolist() == [[7, 0, 1, 2, 3, 4, 5], [8, 6, 7, 8, 9, 10, 11]]
-    once = OutputSpec((Output("v", (2,), per="chunk"), Output("p", ())))
-    rows = packed(once, {"v": [5, 6], "p": [7, 8]}, 2)
-    assert rows.tolist() == [[5, 6, 7], [5, 6, 8]]
-    with pytest.raises(ValueError, match="'v'"):
-        packed(once, {"v": [[5, 6], [5, 6]], "p": [7, 8]}, 2)
-    with pytest.raises(ValueError, match="'p'"):
-        packed(LAYOUT, {"q": np.zeros((2, 2, 3)), "p": [7]}, 2)
+    once = replace(MODEL, outputs=(Output("v", (2,), True), Output("p", (), False)))
+    assert once.pack({"v": [5, 6], "p": [7, 8]}, 2).tolist() == [[5, 6, 7], [5, 6, 8]]
+    for outputs, error in (
+        ({"v": [[5, 6], [5, 6]], "p": [7, 8]}, "'v'"),
+        ({"v": [5, 6], "p": [7]}, "'p'"),
+        ({"v": [5, 6], "p": ["x", "y"]}, "expected numbers"),
+        ({"v": [5, 6]}, "expected the outputs"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            once.pack(outputs, 2)
     with pytest.raises(ReplayError, match="cannot be read"):
-        read_reply(LAYOUT, {"stream": "s"}, 2)
+        read_reply(MODEL, {"stream": "s"}, 2)
     with pytest.raises(ReplayError, match="expected 2 results"):
-        read_items(LAYOUT, {"results": []}, [1, 1])
+        read_items(MODEL, {"results": []}, [1, 1])
 
 
 def test_agreement_is_the_contracts() -> None:
@@ -233,8 +244,12 @@ def _reply(**changed: Any) -> Reply:
     return replace(Reply("s", "e", "t", 5, False, rows), **changed)
 
 
-APPLIED = Problem(409, "already_applied", "", False, 5)
-AHEAD = Problem(409, "position_ahead", "", False, 3)
+def _problem(code: str, position: int) -> Problem:
+    return Problem(409, code, document={"position": position})
+
+
+APPLIED = _problem("already_applied", 5)
+AHEAD = _problem("position_ahead", 3)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +263,7 @@ AHEAD = Problem(409, "position_ahead", "", False, 3)
         (_reply(replayed=True, position=6), 1, "position"),
         (_reply(replayed=True, outputs=np.full((1, 2), 1.1, np.float32)), 1, "differ"),
         (APPLIED, 0, None),
-        (replace(APPLIED, position=6), 0, "position"),
+        (_problem("already_applied", 6), 0, "position"),
         (AHEAD, 0, "refused: position_ahead"),
         (AHEAD, 2, None),
     ],
@@ -258,23 +273,23 @@ def test_duplicates(second: Reply | Problem, failures: int, fault: str | None) -
         (Sent(_reply(), 0, 0.1), Sent(second, failures, 0.1)),
         (Sent(second, failures, 0.1), Sent(_reply(), 0, 0.1)),
     ):
-        found = judge_duplicates(*pair, "s", 4)
+        found = check_duplicates(*pair, "s", 4)
         assert (found is None) if fault is None else (found is not None and fault in found)
 
 
 def test_two_replays_are_a_fault_unless_an_attempt_failed() -> None:
     replayed = _reply(replayed=True)
-    found = judge_duplicates(Sent(replayed, 0, 0.1), Sent(replayed, 0, 0.1), "s", 4)
+    found = check_duplicates(Sent(replayed, 0, 0.1), Sent(replayed, 0, 0.1), "s", 4)
     assert found is not None
     assert "both were replayed" in found
-    assert judge_duplicates(Sent(replayed, 1, 0.1), Sent(replayed, 0, 0.1), "s", 4) is None
+    assert check_duplicates(Sent(replayed, 1, 0.1), Sent(replayed, 0, 0.1), "s", 4) is None
 
 
 def test_where_a_stream_stands() -> None:
-    assert standing(_reply(), []) == 5
-    assert standing(AHEAD, []) == 3
-    assert standing(_reply(), [AHEAD]) == 3
-    assert standing(APPLIED, [_reply()]) == 5
+    assert next_position(_reply(), []) == 5
+    assert next_position(AHEAD, []) == 3
+    assert next_position(_reply(), [AHEAD]) == 3
+    assert next_position(APPLIED, [_reply()]) == 5
 
 
 def test_growth_survives_a_restart_of_the_service() -> None:

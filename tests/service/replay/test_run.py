@@ -264,7 +264,7 @@ async def test_a_service_that_comes_back_on_its_port_is_waited_for(
         return "drop" if task and not task[0].done() else None
 
     standin.fault = kill
-    async with connect(options.urls, options.model) as service:
+    async with connect(options.urls, options.model, timeout_s=1) as service:
         replay = await start(service, streams, options)
         await replay.run(Unwatched())
         await replay.check_positions()

@@ -1,4 +1,4 @@
-"""Whether answers that should agree do agree. Pure functions; `None` means they do.
+"""Checks of replies: against the chunk, and against the reply to its duplicate. None means correct.
 
 The bound is the contract's: |a - b| <= 1e-5 + 1e-5 |b|.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from service.replay.wire import AHEAD, APPLIED, Answer, FloatRows, Reply
+from service.replay.client import Answer, FloatRows, Reply
 
 ABSOLUTE = 1e-5
 RELATIVE = 1e-5
@@ -18,11 +18,11 @@ RELATIVE = 1e-5
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sent:
-    """One chunk as it was answered in the end.
+    """The final answer to one chunk.
 
     Attributes:
-        answer: a reply, or the problem that says where the stream stands.
-        failures: attempts before it that were not answered or were to be sent again.
+        answer: a reply, or the problem that names the stream's position.
+        failures: attempts before it that failed with a retryable problem.
         latency_s: from sending the last attempt to its answer.
     """
 
@@ -42,8 +42,8 @@ def agree(ours: FloatRows, wanted: FloatRows) -> bool:
     return ours.shape == wanted.shape and bool((excess(ours, wanted) <= ABSOLUTE).all())
 
 
-def judge_reply(answer: Answer, stream: str, start: int, steps: int) -> str | None:
-    """What is wrong with the reply to a chunk that began at `start`."""
+def check_reply(answer: Answer, stream: str, start: int, steps: int) -> str | None:
+    """The fault in the reply to a chunk at position `start`; None for a correct one."""
     if not isinstance(answer, Reply):
         return None
     where = f"stream {stream!r}, chunk at {start}"
@@ -56,10 +56,10 @@ def judge_reply(answer: Answer, stream: str, start: int, steps: int) -> str | No
     return None
 
 
-def judge_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str | None:
-    """What is wrong with the answers to one chunk that was sent twice at once.
+def check_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str | None:
+    """The fault in the answers to one chunk that was sent twice at once; None if they are correct.
 
-    Both must tell the same outputs and the same head, and exactly one must have processed the
+    Both must have the same outputs and the same head, and exactly one must have processed the
     chunk. Where an attempt failed on the way, the one that processed it may be the one whose
     answer was lost, or the store may have lost the commit and the chunk been processed again:
     then only outputs and position have to agree.
@@ -82,21 +82,23 @@ def judge_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str 
         return None
     reply, problem = (a, b) if isinstance(a, Reply) else (b, a)
     if isinstance(reply, Reply) and not isinstance(problem, Reply):
-        if problem.code != APPLIED:
+        if problem.code != "already_applied":
             return f"{where}: one was answered, the other refused: {problem.code}"
         if problem.position != reply.position:
             return f"{where}: one says position {reply.position}, the other {problem.position}"
     return None
 
 
-def standing(first: Answer, others: list[Answer]) -> int | None:
-    """Where the stream stands by the answers to one chunk; None where none of them says.
+def next_position(first: Answer, others: list[Answer]) -> int | None:
+    """The position of the stream by the answers to one chunk; None where none names it.
 
     A reply moves the stream to its end. Only where another copy of the chunk was refused as
     ahead did the stream fall back behind that reply since.
     """
     answers = [first, *others]
-    behind = [a.position for a in answers if not isinstance(a, Reply) and a.code == AHEAD]
+    behind = [
+        a.position for a in answers if not isinstance(a, Reply) and a.code == "position_ahead"
+    ]
     if behind and behind[0] is not None:
         return behind[0]
     replies = [a.position for a in answers if isinstance(a, Reply)]

@@ -1,0 +1,164 @@
+"""Description of a served model, read from `GET /v1/models/{model}`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KINDS: Final = {"number": "numeric", "string": "categorical", "boolean": "boolean"}
+_RESERVED_LABELS: Final = ("<unknown>", "<absent>")
+
+
+class Field(NamedTuple):
+    """One field of an event.
+
+    Attributes:
+        kind: `numeric`, `categorical`, `boolean` or `timestamp`.
+        example: a value that the schema gives as an example, or None.
+        labels: known categories of a categorical field.
+    """
+
+    name: str
+    kind: str
+    is_optional: bool
+    example: Any
+    labels: tuple[str, ...]
+
+
+class Output(NamedTuple):
+    """One output.
+
+    Attributes:
+        shape: of one step.
+        is_per_chunk: one value for the whole chunk, instead of one for each step.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_per_chunk: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """A served model.
+
+    Attributes:
+        version: the first 12 digits of its fingerprint.
+        codes: for each column of a row of `inputs`, how many codes it has; 0 for a number.
+        fields: of an event, in the order of the schema; None for a model without events.
+        is_cut_invariant: outputs do not depend on how events are cut into chunks.
+    """
+
+    name: str
+    version: str
+    runtimes: tuple[str, ...]
+    codes: tuple[int, ...]
+    fields: tuple[Field, ...] | None
+    outputs: tuple[Output, ...]
+    is_cut_invariant: bool
+    max_body_bytes: int
+    max_chunk_steps: int
+    max_predict_steps: int
+
+    @property
+    def width(self) -> int:
+        """Numbers of all outputs at one step."""
+        return sum(prod(output.shape) for output in self.outputs)
+
+    def pack(self, outputs: Mapping[str, Any], steps: int) -> NDArray[np.float32]:
+        """The outputs of T steps side by side, float32 [T, O].
+
+        An output of the whole chunk is repeated in each row.
+
+        Raises:
+            ValueError: an output is missing or unknown, or has another shape.
+        """
+        if set(outputs) != {output.name for output in self.outputs}:
+            expected = sorted(output.name for output in self.outputs)
+            raise ValueError(f"expected the outputs {expected}, got {sorted(outputs)}")
+        rows = np.empty((steps, self.width), np.float32)
+        column = 0
+        for output in self.outputs:
+            try:
+                values = np.asarray(outputs[output.name], np.float32)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"output {output.name!r}: expected numbers") from error
+            shape = output.shape if output.is_per_chunk else (steps, *output.shape)
+            if values.shape != shape:
+                raise ValueError(
+                    f"output {output.name!r}: expected shape {list(shape)}, "
+                    f"got {list(values.shape)}"
+                )
+            size = prod(output.shape)
+            rows[:, column : column + size] = values.reshape(-1, size)
+            column += size
+        return rows
+
+
+def read_description(document: Any) -> ModelDescription:
+    """The description out of its document; ValueError where it is not one."""
+    try:
+        labels = {
+            column["field"]: tuple(
+                label for label in column["labels"] if label not in _RESERVED_LABELS
+            )
+            for column in document["columns"]
+            if column.get("labels")
+        }
+        limits = document["limits"]
+        return ModelDescription(
+            name=str(document["name"]),
+            version=str(document["version"]),
+            runtimes=tuple(document["runtimes"]),
+            codes=tuple(int(column.get("codes", 0)) for column in document["columns"]),
+            fields=_fields(document["events"], labels),
+            outputs=tuple(
+                Output(name, tuple(output["shape"]), output["per"] == "chunk")
+                for name, output in document["outputs"].items()
+            ),
+            is_cut_invariant=document["chunking"] == "invisible",
+            max_body_bytes=int(limits["max_body_bytes"]),
+            max_chunk_steps=int(limits["max_chunk_steps"]),
+            max_predict_steps=int(limits["max_predict_steps"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the model's description cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _fields(schema: Any, labels: Mapping[str, tuple[str, ...]]) -> tuple[Field, ...] | None:
+    if schema is None:
+        return None
+    required = schema.get("required", ())
+    return tuple(
+        Field(
+            name,
+            _kind(value),
+            name not in required,
+            next(iter(value.get("examples", ())), None),
+            labels.get(name, ()),
+        )
+        for name, value in schema["properties"].items()
+    )
+
+
+def _kind(value: Mapping[str, Any]) -> str:
+    """The kind of field that a property describes; a null type only says that it is optional."""
+    alternatives = list(_alternatives(value))
+    if any(each.get("format") == "date-time" for each in alternatives):
+        return "timestamp"
+    (kind,) = {str(each["type"]) for each in alternatives if each["type"] != "null"}
+    return _KINDS[kind]
+
+
+def _alternatives(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if "anyOf" not in value:
+        yield value
+    for each in value.get("anyOf", ()):
+        yield from _alternatives(each)
