@@ -1,4 +1,4 @@
-"""Addresses of stores: which are refused, and that none is shown with its password."""
+"""Addresses of stores: validation, and redaction of passwords."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SECRET_PARTS = ("s3c", "r3t")
         "http://:s3cr3t@cache.test",
     ],
 )
-def test_a_malformed_address_is_rejected_without_showing_it(url: str) -> None:
+def test_a_malformed_address_is_rejected_without_repeating_it(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"redis_url": url})
     with pytest.raises(StoreRefused) as refused:
@@ -63,7 +63,7 @@ def test_a_malformed_address_is_rejected_without_showing_it(url: str) -> None:
         assert not any(part in chain for part in SECRET_PARTS)
 
 
-def test_store_settings_do_not_show_the_address() -> None:
+def test_repr_of_store_settings_has_no_address() -> None:
     assert "s3cr3t" not in repr(StoreSettings("redis://:s3cr3t@cache.test"))
 
 
@@ -89,5 +89,5 @@ def test_store_settings_do_not_show_the_address() -> None:
         ("redis://:p#ss@cache.test/1", "redis://***"),
     ],
 )
-def test_passwords_are_hidden(url: str, shown: str) -> None:
+def test_passwords_are_redacted(url: str, shown: str) -> None:
     assert redact_url(url) == shown

@@ -1,4 +1,4 @@
-"""A cluster whose nodes send requests elsewhere, die, are replaced, or hand slots over."""
+"""Redis Cluster: redirects, failover, resharding and unavailable nodes."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ class Move:
             try:
                 node.ask("CLUSTER", "SETSLOT", self.slot, "NODE", self.target.name)
             except redis.ResponseError:
-                # Replicas are told by their primaries.
+                # Replicas learn it from their primaries.
                 assert node in self.cluster.replicas
 
     def back(self) -> Move:
-        """The way back, not begun."""
+        """The reverse migration, not started."""
         other = Move(self.cluster, "any")
         other.slot, other.source, other.target = self.slot, self.target, self.source
         return other
@@ -97,10 +97,10 @@ class Move:
 # Slots that move
 
 
-async def test_a_slot_that_moved_is_found_again(
+async def test_moved_updates_the_topology_and_retries(
     store: StateStore, streams: Streams, cluster: Cluster
 ) -> None:
-    """MOVED, for a commit and for a load, before the map was read again."""
+    """MOVED, for a commit and for a load, before the topology was read again."""
     first = streams.creation(key("a"))
     await committed(store, first)
     move = Move(cluster, names(cluster.url, "a")[0])
@@ -119,17 +119,17 @@ async def test_a_slot_that_moved_is_found_again(
     assert same_stream(found, second.new)
 
 
-async def test_keys_ahead_of_their_slot_are_asked_for_where_they_are(
+async def test_ask_is_followed_once_with_asking(
     store: StateStore, streams: Streams, cluster: Cluster
 ) -> None:
-    """ASK: both keys of the stream are at the new node, the slot is still the old one's."""
+    """ASK: both keys of the stream have moved, but the old node still owns the slot."""
     first = streams.creation(key("a"))
     await committed(store, first)
     move = Move(cluster, names(cluster.url, "a")[0])
     move.begin()
     move.carry_all()
     try:
-        # The new node does not know the script: asked again by its text, and told ASKING again.
+        # The new node replies NOSCRIPT: the request is resent as EVAL, with ASKING again.
         move.target.ask("SCRIPT", "FLUSH")
         second = streams.next(first)
         await committed(store, second)
@@ -142,10 +142,10 @@ async def test_keys_ahead_of_their_slot_are_asked_for_where_they_are(
         move.back().whole()
 
 
-async def test_a_stream_torn_between_two_nodes_is_waited_for(
+async def test_tryagain_is_retried_until_the_migration_ends(
     store: StateStore, streams: Streams, cluster: Cluster
 ) -> None:
-    """TRYAGAIN: the state is at the new node, its reply still at the old one."""
+    """TRYAGAIN: the state has moved to the new node, its reply has not."""
     first = streams.creation(key("a"))
     await committed(store, first)
     state_key, reply_key = names(cluster.url, "a")
@@ -170,7 +170,7 @@ async def test_a_stream_torn_between_two_nodes_is_waited_for(
     move.back().whole()
 
 
-async def test_a_stream_torn_for_too_long_is_away_and_nothing_was_applied(
+async def test_tryagain_until_the_timeout_applies_nothing(
     streams: Streams, cluster: Cluster
 ) -> None:
     async with opened(cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
@@ -195,7 +195,7 @@ async def test_a_stream_torn_for_too_long_is_away_and_nothing_was_applied(
         move.back().whole()
 
 
-async def test_slots_that_move_under_load_lose_and_double_nothing(
+async def test_resharding_under_load_loses_and_duplicates_nothing(
     store: StateStore, streams: Streams, cluster: Cluster
 ) -> None:
     async with writing(store, streams, 24) as done:
@@ -249,7 +249,7 @@ async def writing(store: StateStore, streams: Streams, count: int) -> AsyncItera
         while not stop.is_set():
             (result,) = await store.commit([commit])
             while result != Committed():
-                # As a client that retries: judged anew, and answered by the stored reply.
+                # A client retries: the chunk is re-evaluated and answered from the stored reply.
                 assert isinstance(result, NotDurable | OutcomeUnknown | Conflicted), result
                 try:
                     state, _ = await store.load_with_reply(commit.key)
@@ -269,10 +269,10 @@ async def writing(store: StateStore, streams: Streams, count: int) -> AsyncItera
         stop.set()
 
 
-async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
+async def test_failover_keeps_every_acknowledged_replicated_commit(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    """`replicated`, with all replicas: whatever was acknowledged is at the new primary."""
+    """`replicated` with all replicas: the new primary has every acknowledged commit."""
     durably = {"durability": Durability.REPLICATED, "replicas": 1}
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20, **durably) as store:
         victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
@@ -289,10 +289,10 @@ async def test_a_killed_primary_loses_nothing_that_its_replica_had_to_have(
         own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
 
 
-async def test_pending_requests_of_a_lost_node_move_to_its_replacement(
+async def test_pending_requests_of_a_lost_node_move_to_the_new_primary(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    """Without the node coming back: what it was sent, and what was asked since."""
+    """Requests sent before and after the loss succeed although the node does not return."""
     victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
         commits = [streams.creation(key(f"s{i}")) for i in range(12)]
@@ -316,9 +316,7 @@ async def test_pending_requests_of_a_lost_node_move_to_its_replacement(
             await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_a_planned_change_of_the_primary_loses_nothing(
-    own_cluster: Cluster, streams: Streams
-) -> None:
+async def test_a_manual_failover_loses_nothing(own_cluster: Cluster, streams: Streams) -> None:
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
         old, heir = own_cluster.primaries[1], own_cluster.replicas[1]
         async with writing(store, streams, 16) as done:
@@ -331,10 +329,10 @@ async def test_a_planned_change_of_the_primary_loses_nothing(
         await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_without_a_majority_requests_wait_and_recover(
+async def test_requests_wait_for_the_majority_and_recover(
     own_cluster: Cluster, streams: Streams
 ) -> None:
-    """CLUSTERDOWN, from the node that is left; then everything comes back by itself."""
+    """CLUSTERDOWN from the remaining node; then the cluster recovers."""
     down = [own_cluster.primaries[i] for i in (1, 2)] + own_cluster.replicas
     left = own_cluster.primaries[0]
     async with (
@@ -384,7 +382,7 @@ def _refuses(node: ClusterNode, word: str) -> bool:
 # Nodes and addresses
 
 
-async def test_one_node_that_is_away_fails_its_own_streams_alone(
+async def test_an_unavailable_node_fails_only_its_own_streams(
     own_cluster: Cluster, streams: Streams
 ) -> None:
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=0.3) as store:
@@ -404,7 +402,7 @@ async def test_one_node_that_is_away_fails_its_own_streams_alone(
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_a_listing_begins_anew_when_a_slot_moved_meanwhile(
+async def test_a_listing_restarts_after_a_slot_moved(
     store: StateStore, streams: Streams, cluster: Cluster
 ) -> None:
     await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(40)))
@@ -415,7 +413,7 @@ async def test_a_listing_begins_anew_when_a_slot_moved_meanwhile(
         if page.cursor is None:
             break
         if not moved and page.cursor.split(".")[1] == "2":
-            # From a node that is still to be walked to one that was.
+            # From a node that is not scanned yet to one that is.
             order = sorted(cluster.primaries, key=lambda node: node.name)
             slot = next(
                 slot
@@ -433,7 +431,7 @@ async def test_a_listing_begins_anew_when_a_slot_moved_meanwhile(
     assert names_ == {f"s{i}" for i in range(40)}
 
 
-async def test_any_node_that_answers_is_enough_to_begin(cluster: Cluster, streams: Streams) -> None:
+async def test_one_available_startup_node_is_enough(cluster: Cluster, streams: Streams) -> None:
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.replicas[1].port}"
     async with opened(url, partitions=PARTITIONS) as store:
         await committed(store, streams.creation(key("a")))
@@ -443,7 +441,7 @@ async def test_any_node_that_answers_is_enough_to_begin(cluster: Cluster, stream
     await store.close()
 
 
-async def test_a_node_that_may_evict_is_refused(cluster: Cluster) -> None:
+async def test_a_cluster_node_that_may_evict_is_rejected(cluster: Cluster) -> None:
     for node in (cluster.primaries[1], cluster.replicas[2]):
         node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         try:
@@ -454,7 +452,7 @@ async def test_a_node_that_may_evict_is_refused(cluster: Cluster) -> None:
             node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
 
 
-async def test_a_single_server_is_not_a_cluster() -> None:
+async def test_a_single_server_under_a_cluster_address_is_rejected() -> None:
     with real_server("valkey", "--bind", "127.0.0.1", "--port", str(port := free_port())):
         store = open_store(StoreSettings(f"redis+cluster://127.0.0.1:{port}", wait_s=5))
         with pytest.raises(StoreRefused, match="cluster"):
@@ -472,6 +470,6 @@ async def test_a_single_server_is_not_a_cluster() -> None:
         "redis+cluster://localhost?decode_responses=true",
     ],
 )
-def test_an_address_that_names_no_cluster_is_refused(url: str) -> None:
+def test_an_invalid_cluster_address_is_rejected(url: str) -> None:
     with pytest.raises(StoreRefused):
         open_store(StoreSettings(url))

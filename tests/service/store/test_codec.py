@@ -1,4 +1,4 @@
-"""The bytes of streams and replies: round trips, the documented layout, and every refusal."""
+"""Codec of states and replies: round trips, the documented layout, and rejected bytes."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ def resealed(value: bytes, at: int, crc_at: int, patch: bytes) -> bytes:
 
 
 @given(STATES)
-def test_a_state_comes_back_bit_by_bit(stream: StreamState) -> None:
+def test_a_state_round_trips_bit_for_bit(stream: StreamState) -> None:
     assert same_stream(decode_state(encode_state(stream)), stream)
 
 
 @given(REPLIES)
-def test_a_reply_comes_back_bit_by_bit(reply: StoredReply) -> None:
+def test_a_reply_round_trips_bit_for_bit(reply: StoredReply) -> None:
     assert same_reply(decode_reply(encode_reply(reply)), reply)
 
 
 @given(STATES)
-def test_the_mark_is_read_from_the_header_alone(stream: StreamState) -> None:
+def test_the_head_is_decoded_from_the_header_alone(stream: StreamState) -> None:
     assert decode_head(encode_state(stream)[:HEADER_BYTES]) == stream.head
 
 
 @given(st.binary(min_size=8, max_size=8))
-def test_a_tombstone_round_trips_and_its_header_has_no_mark(epoch: bytes) -> None:
+def test_a_tombstone_round_trips_and_its_header_has_no_head(epoch: bytes) -> None:
     tombstone = Tombstone(StreamHead(epoch, bytes(16), 0))
     value = encode_tombstone(tombstone)
     assert (len(value), value[:6], value[32:40]) == (HEADER_BYTES, TOMBSTONE_PREFIX, epoch)
@@ -108,12 +108,12 @@ def test_a_tombstone_with_nonzero_fields_is_rejected(at: int, patch: bytes) -> N
         StreamHead(bytes(8), bytes(16), 1),
     ],
 )
-def test_a_tombstone_with_another_mark_is_not_encoded(head: StreamHead) -> None:
+def test_a_tombstone_with_an_invalid_head_is_not_encoded(head: StreamHead) -> None:
     with pytest.raises(CodecError):
         encode_tombstone(Tombstone(head))
 
 
-def test_the_layout_of_a_state_is_the_documented_one() -> None:
+def test_the_layout_of_a_state_matches_its_documentation() -> None:
     head = StreamHead(b"epoch-89", b"tag-0123456789ab", 0x0102030405060708)
     state = State(np.array([1.5, -2.0], np.float32), np.array([-3, 2**62, 7], np.int64))
     last = LastChunk(0x1112131415161718, b"digest-789abcdef")
@@ -145,7 +145,7 @@ def test_the_stream_existed_flag_round_trips() -> None:
     assert decode_state(value).last == existed.last
 
 
-def test_the_layout_of_a_reply_is_the_documented_one() -> None:
+def test_the_layout_of_a_reply_matches_its_documentation() -> None:
     head = StreamHead(b"epoch-89", b"tag-0123456789ab", 77)
     value = encode_reply(StoredReply(head, np.array([[1, 2, 3], [4, 5, 6]], np.float32)))
     assert value[0:8] == b"CRRP\x01\x00\x00\x00"
@@ -156,7 +156,7 @@ def test_the_layout_of_a_reply_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("kind", ["state", "reply"])
-def test_every_single_flipped_bit_is_refused(kind: str) -> None:
+def test_every_flipped_bit_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
     value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
@@ -169,7 +169,7 @@ def test_every_single_flipped_bit_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["state", "reply"])
-def test_every_other_length_is_refused(kind: str) -> None:
+def test_every_other_length_is_rejected(kind: str) -> None:
     streams = Streams()
     stream = streams.first(floats=5, ints=2)
     value = encode_state(stream) if kind == "state" else encode_reply(streams.reply(stream))
@@ -183,7 +183,7 @@ def test_every_other_length_is_refused(kind: str) -> None:
 
 
 @given(STATES, st.data())
-def test_bytes_changed_anywhere_are_refused(stream: StreamState, data: st.DataObject) -> None:
+def test_changed_bytes_are_rejected(stream: StreamState, data: st.DataObject) -> None:
     value = encode_state(stream)
     at = data.draw(st.integers(0, len(value) - 1))
     patch = data.draw(st.binary(min_size=1, max_size=4))[: len(value) - at]
@@ -207,7 +207,7 @@ def test_bytes_changed_anywhere_are_refused(stream: StreamState, data: st.DataOb
         (100, struct.pack("<f", float("-inf")), "finite"),
     ],
 )
-def test_a_right_checksum_does_not_make_up_for_unknown_bytes(
+def test_unknown_bytes_are_rejected_despite_a_valid_checksum(
     at: int, patch: bytes, reason: str
 ) -> None:
     value = encode_state(Streams().first(floats=4, ints=0))
@@ -225,21 +225,21 @@ def test_a_right_checksum_does_not_make_up_for_unknown_bytes(
         (52, struct.pack("<f", float("inf")), "finite"),
     ],
 )
-def test_a_reply_is_refused_in_the_same_way(at: int, patch: bytes, reason: str) -> None:
+def test_unknown_bytes_of_a_reply_are_rejected(at: int, patch: bytes, reason: str) -> None:
     streams = Streams()
     value = encode_reply(streams.reply(streams.first()))
     with pytest.raises(CodecError, match=reason):
         decode_reply(resealed(value, at, 16, patch))
 
 
-def test_a_header_that_is_none_gives_no_mark() -> None:
+def test_an_invalid_header_is_rejected() -> None:
     value = encode_state(Streams().first())
     for header in (value[: HEADER_BYTES - 1], b"XXXX" + value[4:], value[:4] + b"\2" + value[5:]):
         with pytest.raises(CodecError):
             decode_head(header)
 
 
-def test_what_has_no_bytes_is_not_encoded() -> None:
+def test_values_outside_the_layout_are_not_encoded() -> None:
     streams = Streams()
     good = streams.first(floats=3, ints=1)
     ints = good.state.ints
@@ -263,7 +263,7 @@ def test_what_has_no_bytes_is_not_encoded() -> None:
         encode_reply(StoredReply(good.head, np.zeros(4, np.float32)))
 
 
-def test_decoded_arrays_cannot_be_written() -> None:
+def test_decoded_arrays_are_read_only() -> None:
     streams = Streams()
     stream = streams.first()
     found = decode_state(encode_state(stream))
@@ -273,7 +273,7 @@ def test_decoded_arrays_cannot_be_written() -> None:
             array[...] = 0
 
 
-def test_arrays_that_are_not_contiguous_are_stored_by_value() -> None:
+def test_non_contiguous_arrays_are_encoded_by_value() -> None:
     good = Streams().first(floats=8, ints=4)
     state = State(good.state.floats[::2], good.state.ints[::-1])
     stream = StreamState(good.head, good.feed, good.fingerprint, good.last, 0, state)

@@ -56,7 +56,7 @@ async def test_only_the_expected_stream_is_deleted(store: StateStore, streams: S
     assert await store.delete(key("a"), second.new.head) == Conflicted(None)
 
 
-async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
+async def test_a_late_commit_does_not_restore_a_deleted_stream(
     store: StateStore, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
@@ -71,7 +71,7 @@ async def test_a_late_commit_does_not_bring_a_deleted_stream_back(
 # Tombstones
 
 
-async def test_a_tombstone_expires_after_its_lifetime(
+async def test_a_tombstone_expires_after_its_ttl(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     store = await open_on(tombstone_ttl_ms=600_000)
@@ -111,7 +111,7 @@ async def test_a_creation_after_a_deletion_must_expect_the_tombstone(
 async def test_deleting_a_missing_stream_leaves_a_tombstone(
     store: StateStore, streams: Streams
 ) -> None:
-    """What was sent before the answer, when there was no stream, is not applied after it."""
+    """A commit that was sent before the deletion's reply is not applied after it."""
     assert await store.delete(key("a")) == Conflicted(None)
     first = await absence(store, key("a"))
     assert await store.commit([streams.creation(key("a"))]) == [Conflicted(None)]
@@ -209,7 +209,7 @@ class Interrupted(RedisStore):
 async def test_a_stream_under_constant_writes_is_deleted(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
-    """By its epoch, after too many conflicts."""
+    """After repeated conflicts the deletion compares the epoch only."""
     last = streams.creation(key("a"))
     await committed(store, last)
 
@@ -254,7 +254,7 @@ async def test_deleting_a_stream_that_is_recreated_repeatedly_is_a_conflict(
     ],
     ids=["nothing", "the same epoch", "another epoch"],
 )
-def test_repeated_deletions_are_resolved_by_what_they_find(
+def test_retried_deletions_are_resolved_by_the_stored_head(
     found: StreamHead | None, outcome: type
 ) -> None:
     expected = StreamHead(b"epoch-89", b"tag-0123456789ab", 4)

@@ -1,4 +1,4 @@
-"""What a commit survives, by CARRY_DURABILITY: docs/reference/durability.md on real servers."""
+"""Durability levels (docs/reference/durability.md) on real servers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def streams() -> Streams:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_server_that_syncs_later_is_refused(kind: str) -> None:
+async def test_a_server_that_acknowledges_before_fsync_is_rejected(kind: str) -> None:
     with real_server(kind, *ALWAYS) as server:
         for name, wrong, right in (
             ("appendfsync", "everysec", "always"),
@@ -58,7 +58,7 @@ async def test_a_server_that_syncs_later_is_refused(kind: str) -> None:
                 server.configure(name, right)
 
 
-async def test_every_node_of_a_cluster_has_to_sync(shared_cluster: Cluster) -> None:
+async def test_every_cluster_node_must_fsync(shared_cluster: Cluster) -> None:
     settings = {"durability": Durability.FSYNC, "partitions": PARTITIONS}
     emptied(shared_cluster)
     shared_cluster.configure("appendfsync", "always")
@@ -76,7 +76,7 @@ async def test_every_node_of_a_cluster_has_to_sync(shared_cluster: Cluster) -> N
         shared_cluster.configure("appendfsync", "no")
 
 
-async def test_the_embedded_valkey_syncs_where_asked(tmp_path: Path, streams: Streams) -> None:
+async def test_the_embedded_valkey_fsyncs_if_configured(tmp_path: Path, streams: Streams) -> None:
     first = streams.creation(key("a"))
     for fsync in (False, True):
         valkey = EmbeddedValkey(tmp_path, fsync=fsync)
@@ -109,10 +109,10 @@ def noting_syncs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_the_disk_had_is_enough_after_a_loss_of_the_machine(
+async def test_acknowledged_commits_survive_a_machine_crash(
     kind: str, noting_syncs: Path, tmp_path: Path, streams: Streams
 ) -> None:
-    """The files are cut to what each had at its last sync before the last answer."""
+    """Files are truncated to their length at the last fsync before the last reply."""
     notes = tmp_path / "notes"
     preload = {"LD_PRELOAD": str(noting_syncs), "LAST_FSYNC_LOG": str(notes)}
     with real_server(kind, *ALWAYS, environment=preload) as server:
@@ -164,7 +164,7 @@ def paused(*nodes: ClusterNode) -> Iterator[None]:
             node.resume()
 
 
-async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it(
+async def test_a_commit_without_enough_replicas_is_not_durable(
     own_cluster: Cluster, streams: Streams
 ) -> None:
     async with replicated(own_cluster, wait_s=1.2) as store:
@@ -176,14 +176,14 @@ async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it
                 assert isinstance(result, NotDurable)
                 assert result.retryable
                 assert result.facts["retry_after_s"] > 0
-            # A replay is not acknowledged any sooner, whether its reply is kept or not.
+            # A replay is not acknowledged earlier, whether its reply is stored or not.
             with pytest.raises(NotDurable):
                 await store.load_with_reply(key("s0"))
             with own_cluster.client() as client:
                 client.delete(*client.keys("*:r:*:s1"))
             with pytest.raises(NotDurable):
                 await store.load_with_reply(key("s1"))
-            # It was applied all the same, which reads may say.
+            # It was applied nevertheless, as reads may show.
             (found,) = await store.load([key("s0")])
             assert same_stream(found, commits[0].new)
         for commit in commits[2:]:
@@ -197,7 +197,7 @@ async def test_without_its_replicas_a_commit_is_not_durable_and_a_retry_finds_it
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_missing_replicas_are_named_and_fail_readiness(
+async def test_missing_replicas_are_logged_and_fail_readiness(
     own_cluster: Cluster,
 ) -> None:
     async with replicated(own_cluster, wait_s=5) as store:
@@ -221,9 +221,7 @@ async def test_missing_replicas_are_named_and_fail_readiness(
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_a_wait_that_is_broken_off_confirms_nothing(
-    own_cluster: Cluster, streams: Streams
-) -> None:
+async def test_an_interrupted_wait_confirms_nothing(own_cluster: Cluster, streams: Streams) -> None:
     """UNBLOCKED, as a primary says that becomes a replica; and a connection that is cut then, whose
     successor has written nothing that a WAIT would wait for."""
     async with replicated(own_cluster, wait_s=30) as store:
@@ -256,8 +254,10 @@ def _tag(stream: str) -> str:
 # Memory
 
 
-async def test_a_lossy_failover_is_seen_as_ahead(own_cluster: Cluster, streams: Streams) -> None:
-    """A replica that is behind takes over; its stream is at an older position of its history."""
+async def test_after_a_lossy_failover_the_client_is_ahead(
+    own_cluster: Cluster, streams: Streams
+) -> None:
+    """A lagging replica is promoted: its stream is at an older position."""
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
         first = streams.creation(key("a"))
         await committed(store, first)
@@ -276,7 +276,7 @@ async def test_a_lossy_failover_is_seen_as_ahead(own_cluster: Cluster, streams: 
         with pytest.raises(PositionAhead) as caught:
             evaluate_chunk(chunk, found)
         assert caught.value.facts["expected"] == first.new.head.position
-        # Moved on differently; what the old primary still has is gone for good.
+        # Another continuation is committed; the state of the old primary is lost.
         other = streams.next(first)
         await committed(store, other)
         primary.start()

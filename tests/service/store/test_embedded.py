@@ -1,4 +1,4 @@
-"""The service's own Valkey: one per directory, adopted or replaced, never doubled, kept running.
+"""Embedded Valkey: one server per directory, adopted or replaced, and restarted.
 
 Services that are killed are real child processes.
 """
@@ -47,7 +47,7 @@ valkey.stop()
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Iterator[Path]:
-    """A data directory with a space in its name; whatever lives on it is killed at the end."""
+    """A data directory with a space in its name; its servers are killed at the end."""
     folder = tmp_path / "data dir"
     yield folder
     kill_servers(folder.resolve())
@@ -133,7 +133,7 @@ def alive(pid: int) -> bool:
 # Start and stop
 
 
-async def test_streams_outlive_a_restart_of_the_service(data_dir: Path) -> None:
+async def test_streams_survive_a_restart_of_the_service(data_dir: Path) -> None:
     commit = Streams().creation(key("a"))
     with running(data_dir) as valkey:
         async with opened(valkey.url) as store:
@@ -160,7 +160,7 @@ def test_a_stopped_server_leaves_no_process_and_no_socket(data_dir: Path) -> Non
     valkey.stop()
 
 
-def test_it_listens_on_no_port_and_never_evicts(data_dir: Path) -> None:
+def test_the_server_listens_on_no_port_and_never_evicts(data_dir: Path) -> None:
     with running(data_dir) as valkey, redis.Redis.from_url(valkey.url) as client:
         options = client.config_get("*")
         assert options["port"] == "0"
@@ -170,14 +170,14 @@ def test_it_listens_on_no_port_and_never_evicts(data_dir: Path) -> None:
         assert Path(options["dir"]) == data_dir.resolve()
 
 
-def test_the_services_descriptors_are_not_passed_on(data_dir: Path) -> None:
+def test_the_server_inherits_no_other_descriptors(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         held = {os.readlink(fd) for fd in Path(f"/proc/{valkey.status().pid}/fd").iterdir()}
         assert str(data_dir.resolve() / "valkey.lock") in held
         assert str(data_dir.resolve() / "lock") not in held
 
 
-def test_the_record_names_the_server(data_dir: Path) -> None:
+def test_the_record_identifies_the_server(data_dir: Path) -> None:
     with running(data_dir) as valkey, redis.Redis.from_url(valkey.url) as client:
         written = record(data_dir)
         assert written["pid"] == valkey.status().pid
@@ -185,7 +185,7 @@ def test_the_record_names_the_server(data_dir: Path) -> None:
         assert valkey.url == f"unix://{written['socket']}"
 
 
-def test_a_server_that_cannot_start_is_explained_by_its_log(data_dir: Path) -> None:
+def test_a_failed_start_reports_the_end_of_the_log(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         put(valkey.url, "a")
     (manifest,) = data_dir.glob("appendonlydir/*.manifest")
@@ -193,18 +193,18 @@ def test_a_server_that_cannot_start_is_explained_by_its_log(data_dir: Path) -> N
     valkey = EmbeddedValkey(data_dir)
     with pytest.raises(StoreUnavailable, match=r"its log ends:[\s\S]*manifest"):
         valkey.start()
-    # The directory is free again, and its next problem is the same one.
+    # The directory is unlocked, and the next start fails in the same way.
     with pytest.raises(StoreUnavailable, match="manifest"):
         EmbeddedValkey(data_dir).start()
 
 
-def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreRefused, match="file"):
         EmbeddedValkey(tmp_path / "file").start()
 
 
-def test_a_socket_path_that_would_be_too_long_is_refused(data_dir: Path, tmp_path: Path) -> None:
+def test_a_socket_path_that_is_too_long_is_rejected(data_dir: Path, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 80)
     long.mkdir()
     with pytest.raises(StoreRefused, match="shorter"):
@@ -226,7 +226,7 @@ def test_a_temporary_directory_with_a_long_path_is_not_used(
 # One per directory
 
 
-def test_a_second_service_is_refused_naming_the_first(data_dir: Path) -> None:
+def test_a_second_service_is_rejected_with_the_pid_of_the_first(data_dir: Path) -> None:
     with owned(data_dir) as owner:
         with pytest.raises(StoreRefused, match=rf"pid {owner.process.pid}\b"):
             EmbeddedValkey(data_dir).start()
@@ -238,7 +238,7 @@ def test_a_second_service_is_refused_naming_the_first(data_dir: Path) -> None:
         assert has(valkey.url, "still served")
 
 
-def test_a_second_service_in_the_same_process_is_refused(data_dir: Path) -> None:
+def test_a_second_service_in_the_same_process_is_rejected(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         other = EmbeddedValkey(data_dir)
         with pytest.raises(StoreRefused, match=rf"pid {os.getpid()}\b"):
@@ -258,7 +258,7 @@ def test_two_directories_have_two_servers(tmp_path: Path) -> None:
 # Left behind
 
 
-def test_a_server_left_behind_is_adopted(data_dir: Path) -> None:
+def test_an_orphaned_server_is_adopted(data_dir: Path) -> None:
     with owned(data_dir) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -274,8 +274,8 @@ def test_a_server_left_behind_is_adopted(data_dir: Path) -> None:
         assert has(valkey.url, "kept")
 
 
-def test_ctrl_c_does_not_reach_the_server(data_dir: Path) -> None:
-    """Only the service's orderly stop ends it, after the last commit."""
+def test_ctrl_c_does_not_stop_the_server(data_dir: Path) -> None:
+    """Only the service's graceful shutdown stops it, after the last commit."""
     with owned(data_dir) as owner:
         owner.signal(signal.SIGINT)
         assert alive(owner.valkey_pid)
@@ -284,7 +284,7 @@ def test_ctrl_c_does_not_reach_the_server(data_dir: Path) -> None:
             assert has(valkey.url, "after the signal")
 
 
-def test_other_settings_get_a_new_server_on_the_same_files(data_dir: Path) -> None:
+def test_changed_settings_start_a_new_server_on_the_same_files(data_dir: Path) -> None:
     with owned(data_dir, maxmemory_bytes=200_000_000) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -310,10 +310,8 @@ def test_another_run_id_is_not_adopted(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [None, "{", '{"socket": "/x", "more": 1}'])
-def test_a_server_without_a_record_is_ended_and_replaced(
-    data_dir: Path, written: str | None
-) -> None:
-    """Its lock says that it lives, and the process table which one it is."""
+def test_a_server_without_a_record_is_replaced(data_dir: Path, written: str | None) -> None:
+    """Its lock shows that it runs, and the process table which process it is."""
     with owned(data_dir) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -327,10 +325,10 @@ def test_a_server_without_a_record_is_ended_and_replaced(
             assert has(valkey.url, "kept")
 
 
-def test_a_service_killed_while_it_started_its_server_is_followed_by_adoption(
+def test_a_server_whose_service_was_killed_during_start_is_adopted(
     data_dir: Path,
 ) -> None:
-    """The record then has no pid and no run id, but already the socket."""
+    """The record has the socket, but no pid and no run id yet."""
     with owned(data_dir) as owner:
         owner.signal(signal.SIGKILL)
         early = record(data_dir) | {"pid": None, "run_id": None}
@@ -340,7 +338,7 @@ def test_a_service_killed_while_it_started_its_server_is_followed_by_adoption(
             assert record(data_dir)["pid"] == owner.valkey_pid
 
 
-def test_a_server_that_hangs_is_replaced(data_dir: Path) -> None:
+def test_an_unresponsive_server_is_replaced(data_dir: Path) -> None:
     with owned(data_dir) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -350,7 +348,7 @@ def test_a_server_that_hangs_is_replaced(data_dir: Path) -> None:
             assert has(valkey.url, "kept")
 
 
-def test_a_stale_record_is_forgotten(data_dir: Path) -> None:
+def test_a_stale_record_is_ignored(data_dir: Path) -> None:
     with owned(data_dir) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -365,8 +363,8 @@ def test_a_stale_record_is_forgotten(data_dir: Path) -> None:
             assert has(valkey.url, "kept")
 
 
-def test_a_record_of_a_live_process_that_is_no_server_harms_nobody(data_dir: Path) -> None:
-    """A pid may have been given to another process meanwhile."""
+def test_a_recorded_pid_of_another_process_is_not_killed(data_dir: Path) -> None:
+    """The operating system may have reused the pid."""
     with subprocess.Popen(["sleep", "600"]) as bystander:
         try:
             data_dir.mkdir()
@@ -379,7 +377,7 @@ def test_a_record_of_a_live_process_that_is_no_server_harms_nobody(data_dir: Pat
             bystander.kill()
 
 
-def test_a_server_of_a_folder_that_was_deleted_is_not_taken_for_one_of_its_successor(
+def test_a_server_of_a_deleted_directory_is_not_taken_for_a_new_one(
     data_dir: Path,
 ) -> None:
     with owned(data_dir) as owner:
@@ -397,7 +395,7 @@ def test_a_server_of_a_folder_that_was_deleted_is_not_taken_for_one_of_its_succe
 # Supervision
 
 
-def test_a_server_that_dies_is_started_again_on_the_same_socket(data_dir: Path) -> None:
+def test_a_server_that_exits_is_restarted_on_the_same_socket(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         put(valkey.url, "kept")
         for death in (1, 2):
@@ -411,7 +409,7 @@ def test_a_server_that_dies_is_started_again_on_the_same_socket(data_dir: Path) 
             assert has(valkey.url, "kept")
 
 
-async def test_commits_wait_while_it_is_started_again(data_dir: Path) -> None:
+async def test_commits_wait_for_a_restart(data_dir: Path) -> None:
     streams = Streams()
     commit = streams.creation(key("a"))
     with running(data_dir) as valkey:
@@ -427,7 +425,7 @@ async def test_commits_wait_while_it_is_started_again(data_dir: Path) -> None:
                 assert same_stream(found, commit.new)
 
 
-def test_an_adopted_server_that_dies_is_started_again(data_dir: Path) -> None:
+def test_an_adopted_server_that_exits_is_restarted(data_dir: Path) -> None:
     with owned(data_dir) as owner:
         put(owner.url, "kept")
         owner.signal(signal.SIGKILL)
@@ -439,7 +437,7 @@ def test_an_adopted_server_that_dies_is_started_again(data_dir: Path) -> None:
             assert has(valkey.url, "kept")
 
 
-def test_a_server_that_cannot_be_started_again_is_tried_and_reported(data_dir: Path) -> None:
+def test_a_failed_restart_is_reported_and_retried(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         put(valkey.url, "kept")
         (manifest,) = data_dir.glob("appendonlydir/*.manifest")
@@ -454,7 +452,7 @@ def test_a_server_that_cannot_be_started_again_is_tried_and_reported(data_dir: P
         assert has(valkey.url, "kept")
 
 
-def test_a_socket_folder_that_was_cleaned_away_is_made_again(data_dir: Path) -> None:
+def test_a_deleted_socket_directory_is_created_again(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         remove_socket(valkey.url.removeprefix("unix://"))
         os.kill(valkey.status().pid, signal.SIGKILL)
@@ -462,7 +460,7 @@ def test_a_socket_folder_that_was_cleaned_away_is_made_again(data_dir: Path) -> 
         put(valkey.url, "served")
 
 
-def test_stopping_ends_a_server_that_is_being_started_again(data_dir: Path) -> None:
+def test_stop_during_a_restart_stops_the_server(data_dir: Path) -> None:
     with running(data_dir) as valkey:
         os.kill(valkey.status().pid, signal.SIGKILL)
         until(lambda: valkey.status().restarts == 1)

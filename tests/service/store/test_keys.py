@@ -1,4 +1,4 @@
-"""The names of keys: literal, stable, read back without doubt."""
+"""Key names: documented, stable, and parsed unambiguously."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = st.from_regex(r"[A-Za-z0-9._:@-]{1,60}", fullmatch=True)
 KEYS = st.builds(StreamKey, MODELS, NAMES)
 
 
-def test_the_documented_names() -> None:
+def test_key_names_match_their_documentation() -> None:
     # CRC-32 of "flights/JFK-AA" is 0x64e583aa; stable across versions and machines.
     stream = StreamKey("flights", "JFK-AA")
     assert SPACE.partition(stream) == 0x64E583AA % 1024
@@ -28,7 +28,7 @@ def test_the_documented_names() -> None:
 
 
 @given(KEYS, st.integers(1, 65_536))
-def test_a_key_is_read_back(stream: StreamKey, partitions: int) -> None:
+def test_a_key_round_trips(stream: StreamKey, partitions: int) -> None:
     space = KeySpace("a-b_c", partitions)
     assert space.parse(space.state(stream)) == stream
     assert space.pair(stream) == (space.state(stream), space.reply(stream))
@@ -44,7 +44,7 @@ def test_two_streams_never_share_a_key(one: StreamKey, other: StreamKey) -> None
 
 
 @given(KEYS)
-def test_foreign_keys_are_nobodys(stream: StreamKey) -> None:
+def test_foreign_keys_are_not_parsed(stream: StreamKey) -> None:
     key = SPACE.state(stream)
     other = f"{{p{(SPACE.partition(stream) + 1) % 1024:04d}}}"
     for foreign in (
@@ -58,14 +58,14 @@ def test_foreign_keys_are_nobodys(stream: StreamKey) -> None:
 
 
 @given(MODELS, NAMES, NAMES)
-def test_a_pattern_matches_the_prefix_and_nothing_else(model: str, name: str, prefix: str) -> None:
-    # No name holds a glob character, so Python's globs are the server's here.
+def test_a_pattern_matches_only_the_prefix(model: str, name: str, prefix: str) -> None:
+    # No name contains a glob character, so Python's globs match like the server's.
     key = SPACE.state(StreamKey(model, name))
     matched = fnmatch.fnmatchcase(key, SPACE.pattern(model, prefix))
     assert matched == name.startswith(prefix)
 
 
-def test_partitions_are_spread_evenly() -> None:
+def test_partitions_are_balanced() -> None:
     counts = [0] * 16
     for number in range(16_000):
         counts[KeySpace("carry", 16).partition(StreamKey("m", f"stream-{number}"))] += 1
@@ -74,12 +74,12 @@ def test_partitions_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize("namespace", ["", "Carry", "a b", "a{b}", "a:b", "a*", "x" * 33])
-def test_a_namespace_that_would_blur_keys_is_refused(namespace: str) -> None:
+def test_an_invalid_namespace_is_rejected(namespace: str) -> None:
     with pytest.raises(ValueError, match="namespace"):
         KeySpace(namespace, 1024)
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 65_537])
-def test_a_number_of_partitions_out_of_range_is_refused(partitions: int) -> None:
+def test_a_number_of_partitions_out_of_range_is_rejected(partitions: int) -> None:
     with pytest.raises(ValueError, match="partitions"):
         KeySpace("carry", partitions)

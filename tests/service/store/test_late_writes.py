@@ -48,7 +48,7 @@ async def test_a_late_deletion_does_not_delete_a_stream_created_since(
         assert same_stream(found, again.new)
 
 
-async def test_a_late_creation_does_not_bring_a_deleted_stream_back(
+async def test_a_late_creation_does_not_restore_a_deleted_stream(
     server: RealServer, streams: Streams
 ) -> None:
     async with holding(server) as (path, store):
@@ -64,7 +64,7 @@ async def test_a_late_creation_does_not_bring_a_deleted_stream_back(
 async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied(
     server: RealServer, streams: Streams
 ) -> None:
-    """The second was computed from what the first writes; late, they would both be written."""
+    """The second commit expects the first; delivered late, both would be written."""
     first = streams.creation(key("a"))
     second = streams.next(first)
     async with holding(server) as (path, store):
@@ -83,14 +83,14 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
 async def test_a_deletion_that_may_have_deleted_is_not_a_conflict(
     repeated: bool, outcome: type, streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every attempt finds a recreated stream, after one whose answer was lost or not."""
+    """Every attempt finds a recreated stream, after one whose reply was lost or not."""
     store = RedisStore(StoreSettings("unix:///none"))
     tries = [repeated] + [False] * (DELETE_ATTEMPTS - 1)
 
-    async def begun_again(*_: object) -> Reply:
+    async def recreated(*_: object) -> Reply:
         return Reply([0, encode_state(streams.first())], tries.pop())
 
-    monkeypatch.setattr(store, "_write_tombstone", begun_again)
+    monkeypatch.setattr(store, "_write_tombstone", recreated)
     assert isinstance(await store.delete(key("a")), outcome)
     assert not tries
 
@@ -126,7 +126,7 @@ async def watched(
             await store.close()
 
 
-async def test_a_repeated_deletion_that_finds_its_tombstone_succeeds(
+async def test_a_retried_deletion_that_finds_its_tombstone_succeeds(
     server: RealServer, streams: Streams
 ) -> None:
     def lose_the_second(number: int, path: LossyPath) -> None:
@@ -190,7 +190,7 @@ async def test_a_late_abandoned_deletion_keeps_a_stream_that_changed(
         path = await holding_path
         await path.holding.wait()
         deletion.cancel()
-        # On the next connection, where no request waits behind the deletion.
+        # On the next connection, no request is pending behind the deletion.
         assert await store.load([key("b")]) == [None]
         second = streams.next(first)
         await committed(store, second)

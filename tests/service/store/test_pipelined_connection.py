@@ -1,4 +1,4 @@
-"""A pipelined connection: matching of answers, and connections that are given up."""
+"""Pipelined connection: matching of replies, and closed connections."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ async def connected_to(server: RealServer) -> AsyncIterator[PipelinedConnection]
         await connection.close()
 
 
-async def test_a_resent_abandoned_request_does_not_shift_answers(
+async def test_resending_an_abandoned_request_keeps_replies_matched(
     server: RealServer,
 ) -> None:
-    """The server did not know the script, and its caller had left when it said so."""
+    """The server replies NOSCRIPT after the caller has cancelled the request."""
     script = Script(b"return ARGV[1]", "0" * 40)
     async with connected_to(server) as connection:
         for round_ in range(20):
@@ -54,15 +54,15 @@ async def test_a_resent_abandoned_request_does_not_shift_answers(
             for other in others:
                 connection.enqueue([other])
                 connection.flush()
-                # The first is behind the error, the last behind its fallback.
+                # The first follows the error, the last follows the fallback.
                 await asyncio.wait({other.future}, timeout=10)
             for number, other in enumerate(others):
                 assert other.future.result() == Reply(f"{round_}.{number}".encode(), False)
         assert connection.is_idle
 
 
-async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) -> None:
-    """Requests that were sent may have been carried out; a WAIT means nothing elsewhere."""
+async def test_requests_taken_over_keep_their_attempts(own_server: RealServer) -> None:
+    """Sent requests become retries; a WAIT has no meaning on another connection."""
     async with connected_to(own_server) as connection:
         known = StoreRequest.for_command("PING")
         connection.enqueue([known])
@@ -83,7 +83,7 @@ async def test_requests_handed_over_keep_their_attempts(own_server: RealServer) 
         assert connection.is_idle
         assert not connection.is_responsive
         own_server.signal(signal.SIGCONT)
-        # Its connection is not used again: late answers are ignored.
+        # The connection is not used again: late replies are ignored.
         later = StoreRequest.for_command("ECHO", "later")
         connection.enqueue([later])
         connection.flush()
@@ -115,10 +115,10 @@ def on_stock_asyncio(work: Callable[[list[dict[str, Any]]], Coroutine[Any, Any, 
     assert failures == []
 
 
-def test_writes_on_a_lost_connection_do_not_break_the_next_one(
+def test_writes_to_a_closed_transport_do_not_break_the_next_connection(
     server: RealServer, streams: Streams
 ) -> None:
-    """On stock asyncio the second write registered the socket that the first had found closed."""
+    """On stock asyncio a second write registered the socket of a closed transport."""
 
     async def cut_before_two_requests(failures: list[dict[str, Any]]) -> None:
         async with opened(server.url, wait_s=60) as store:
@@ -138,7 +138,7 @@ def test_writes_on_a_lost_connection_do_not_break_the_next_one(
 async def test_unsent_bytes_of_an_aborted_connection_are_discarded(
     kind: str, over_tcp: bool, floats: int, streams: Streams
 ) -> None:
-    """More bytes than a stopped server accepts; the rest is buffered by the process or kernel."""
+    """More bytes than a stopped server accepts: the process or the kernel buffers the rest."""
     port = free_port()
     with real_server(kind, "--bind", "127.0.0.1", "--port", str(port)) as server:
         url = f"redis://127.0.0.1:{port}" if over_tcp else server.url

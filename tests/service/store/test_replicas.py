@@ -1,4 +1,4 @@
-"""One server with two replicas: how many must have a write, and what a repeated one says."""
+"""One server with two replicas: when writes and their retries are durable."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def losing(servers: Servers, replicas: int) -> AsyncIterator[tuple[LossyPa
 
 
 @pytest.mark.parametrize(("replicas", "is_durable"), [(1, True), (2, False)])
-async def test_a_write_is_durable_once_so_many_replicas_have_it(
+async def test_a_write_is_durable_once_enough_replicas_acknowledge_it(
     replicated: Servers, streams: Streams, replicas: int, is_durable: bool
 ) -> None:
     async with losing(replicated, replicas) as (_, store):
@@ -84,10 +84,10 @@ async def test_a_write_is_durable_once_so_many_replicas_have_it(
         assert isinstance(deleted, Conflicted if is_durable else NotDurable)
 
 
-async def test_a_repeated_write_is_acknowledged_once_its_first_try_is_durable(
+async def test_a_retried_write_is_acknowledged_once_its_first_attempt_is_durable(
     replicated: Servers, streams: Streams
 ) -> None:
-    """The second try wrote nothing, and nothing waits for the first on its connection."""
+    """The second attempt writes nothing, so a WAIT after it proves nothing about the first."""
     async with losing(replicated, 2) as (path, store):
         first = streams.creation(key("a"))
         await committed(store, first)

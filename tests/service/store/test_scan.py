@@ -1,4 +1,4 @@
-"""Pages out of scan steps: complete, bounded, and always going on, over a table of buckets."""
+"""Pages of a listing: complete and bounded, over a simulated hash table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Table:
 
 
 @given(TABLES, st.integers(1, 50), st.integers(1, 200))
-async def test_a_listing_is_complete_and_every_page_bounded(
+async def test_a_listing_is_complete_and_its_pages_are_bounded(
     buckets: list[list[bool]], limit: int, max_count: int
 ) -> None:
     table = Table(buckets)
@@ -54,7 +54,7 @@ async def test_a_listing_is_complete_and_every_page_bounded(
     assert table.largest_count <= max_count
 
 
-async def test_a_table_without_matches_is_walked_in_growing_steps_and_left_in_time() -> None:
+async def test_a_scan_without_matches_grows_its_steps_and_is_bounded() -> None:
     table = Table([[False]] * 50_000)
     names, cursor = await scan_page(table.step, 0, 1, 100)
     assert names == []

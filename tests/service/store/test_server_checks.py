@@ -1,4 +1,4 @@
-"""Start checks and size of a store on a single server: the embedded Valkey, and Redis."""
+"""Start-up checks and size of a store on a single server: embedded Valkey and Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.servers import RealServer
 from tests.support.streams import OpenStore, Streams, committed, key
 
 
-async def test_a_server_that_may_evict_is_refused(open_on: OpenStore, server: RealServer) -> None:
+async def test_a_server_that_may_evict_is_rejected(open_on: OpenStore, server: RealServer) -> None:
     with server.client() as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
         try:
@@ -26,7 +26,7 @@ async def test_a_server_that_may_evict_is_refused(open_on: OpenStore, server: Re
             client.config_set("maxmemory-policy", "noeviction")
 
 
-async def test_a_store_with_other_partitions_is_refused(
+async def test_a_store_with_other_partitions_is_rejected(
     open_on: OpenStore, streams: Streams
 ) -> None:
     store = await open_on(partitions=64)
@@ -37,9 +37,7 @@ async def test_a_store_with_other_partitions_is_refused(
     assert await again.load([key("a")]) != [None]
 
 
-async def test_a_meta_key_that_is_foreign_is_refused(
-    open_on: OpenStore, server: RealServer
-) -> None:
+async def test_a_foreign_meta_key_is_rejected(open_on: OpenStore, server: RealServer) -> None:
     with server.client() as client:
         for foreign in (b"x", b"[]", b'{"format": 2, "partitions": 1024}', b'{"format": 1}'):
             client.set("carry:meta", foreign)
@@ -48,7 +46,7 @@ async def test_a_meta_key_that_is_foreign_is_refused(
             assert client.get("carry:meta") == foreign
 
 
-async def test_scripts_that_the_server_forgot_are_sent_again(
+async def test_evicted_scripts_are_sent_again(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     commit = streams.creation(key("a"))
@@ -61,7 +59,7 @@ async def test_scripts_that_the_server_forgot_are_sent_again(
         assert await store.delete(key("a"), commit.new.head) == Committed()
 
 
-async def test_a_server_that_forbids_scripts_refuses_in_its_own_words(
+async def test_a_server_that_forbids_scripts_is_reported(
     open_on: OpenStore, server: RealServer, streams: Streams
 ) -> None:
     with server.client() as client:
@@ -85,7 +83,7 @@ async def test_a_server_that_forbids_scripts_refuses_in_its_own_words(
             client.acl_deluser("reader")
 
 
-async def test_a_wrong_password_is_refused_at_once(server: RealServer) -> None:
+async def test_a_wrong_password_fails_immediately(server: RealServer) -> None:
     url = server.url.replace("unix://", "unix://nobody:wrong-secret@")
     store = open_store(StoreSettings(url, wait_s=60))
     async with asyncio.timeout(30):
@@ -107,7 +105,7 @@ async def test_a_server_that_answers_is_ready(store: StateStore, server: RealSer
 @pytest.mark.parametrize(
     ("raw_bytes", "kind"), [(raw, kind) for raw in (256, 1024) for kind in ("floats", "mixed")]
 )
-async def test_a_stream_takes_little_more_than_its_state(
+async def test_a_stored_stream_has_little_overhead(
     store: StateStore, streams: Streams, server: RealServer, raw_bytes: int, kind: str
 ) -> None:
     ints = 4 if kind == "mixed" else 0
@@ -120,8 +118,8 @@ async def test_a_stream_takes_little_more_than_its_state(
     assert used <= 1.25 * raw_bytes + 200
 
 
-async def test_a_reply_of_another_mark_can_be_told(store: StateStore, streams: Streams) -> None:
-    """A reply is written before its state, so a reader must see whose it is."""
+async def test_a_reply_names_the_head_it_belongs_to(store: StateStore, streams: Streams) -> None:
+    """A reply is written before its state, so a reader must see which head it belongs to."""
     first = streams.creation(key("a"))
     await committed(store, first)
     state, reply = await store.load_with_reply(key("a"))

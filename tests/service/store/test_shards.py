@@ -167,10 +167,10 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
     gate = asyncio.Event()
 
     def detach(_: list[ChunkJob], work: Work) -> asyncio.Task[None]:
-        tasks.append(asyncio.create_task(settled(work)))
+        tasks.append(asyncio.create_task(resolved(work)))
         return tasks[-1]
 
-    async def settled(work: Work) -> None:
+    async def resolved(work: Work) -> None:
         await work
 
     async def commit() -> list[ChunkJob]:

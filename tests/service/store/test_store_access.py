@@ -1,4 +1,4 @@
-"""Stores behind TLS and a user of their own, single and in a cluster, with self-made certificates.
+"""Stores with TLS and credentials, single and in a cluster, with self-signed certificates.
 
 Redis alone: the embedded Valkey is built without TLS.
 """
@@ -61,7 +61,7 @@ class Certificates:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Made anew, valid for a day."""
+    """Self-signed certificates that are valid for a day."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl is not on the PATH")
@@ -96,7 +96,7 @@ def add_user(server: RealServer, name: str) -> str:
     return f"{name}:{quote(PASSWORD, safe='')}@"
 
 
-async def test_a_server_behind_tls(certificates: Certificates) -> None:
+async def test_tls_with_a_single_server(certificates: Certificates) -> None:
     streams = Streams()
     with behind_tls(certificates) as (server, at):
         user = add_user(server, "carry")
@@ -109,7 +109,7 @@ async def test_a_server_behind_tls(certificates: Certificates) -> None:
             assert (await store.check())[0].ok
 
 
-async def test_a_certificate_of_nobody_we_know_is_not_trusted(certificates: Certificates) -> None:
+async def test_an_untrusted_certificate_is_rejected(certificates: Certificates) -> None:
     with behind_tls(certificates) as (_, at):
         url = f"rediss://{at.partition('?')[0]}"
         store = open_store(StoreSettings(url, wait_s=0.5))
@@ -119,7 +119,7 @@ async def test_a_certificate_of_nobody_we_know_is_not_trusted(certificates: Cert
 
 
 @pytest.mark.parametrize("scheme", ["rediss", "rediss+cluster"])
-async def test_start_logs_a_wrong_certificate_at_once(
+async def test_start_logs_an_untrusted_certificate_immediately(
     certificates: Certificates, scheme: str
 ) -> None:
     with behind_tls(certificates) as (_, at), capture_logs() as lines:
@@ -137,8 +137,8 @@ async def test_start_logs_a_wrong_certificate_at_once(
         assert [line["event"] for line in lines] == ["store_unavailable"]
 
 
-async def test_a_cluster_behind_tls(certificates: Certificates) -> None:
-    """One node that has all slots, and names its own TLS port."""
+async def test_tls_with_a_cluster(certificates: Certificates) -> None:
+    """One node that owns all slots and announces its TLS port."""
     streams = Streams()
     cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     with behind_tls(certificates, *cluster) as (server, at):
@@ -155,7 +155,7 @@ async def test_a_cluster_behind_tls(certificates: Certificates) -> None:
             assert (await store.check())[0].ok
 
 
-async def test_a_cluster_with_a_user(shared_cluster: Cluster) -> None:
+async def test_a_cluster_with_credentials(shared_cluster: Cluster) -> None:
     streams = Streams()
     emptied(shared_cluster)
     for node in shared_cluster.nodes:

@@ -1,4 +1,4 @@
-"""What every store must do, on real servers: the embedded Valkey, Redis, and a cluster."""
+"""Contract of a store, on real servers: embedded Valkey, Redis, and a cluster."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_stream_is_created_continued_and_read_back(
     assert same_reply(reply, third.reply)
 
 
-async def test_many_streams_keep_their_places(store: StateStore, streams: Streams) -> None:
+async def test_results_keep_the_order_of_the_keys(store: StateStore, streams: Streams) -> None:
     commits = [streams.creation(key(f"s{i}"), floats=i, ints=i % 4) for i in range(50)]
     await committed(store, *commits)
     missing = key("missing")
@@ -64,7 +64,7 @@ async def test_many_streams_keep_their_places(store: StateStore, streams: Stream
         assert same_reply((await store.load_with_reply(commit.key))[1], commit.reply)
 
 
-async def test_nothing_is_asked_for_nothing(store: StateStore) -> None:
+async def test_empty_calls_return_empty_results(store: StateStore) -> None:
     assert await store.load([]) == []
     assert await store.commit([]) == []
 
@@ -78,7 +78,7 @@ async def test_a_stream_is_not_created_twice(store: StateStore, streams: Streams
     assert same_reply(reply, first.reply)
 
 
-async def test_a_stale_commit_is_told_where_the_stream_is(
+async def test_a_stale_commit_conflicts_with_the_stored_head(
     store: StateStore, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
@@ -92,9 +92,9 @@ async def test_a_stale_commit_is_told_where_the_stream_is(
 
 
 async def test_an_expected_stream_is_never_created(store: StateStore, streams: Streams) -> None:
-    gone = streams.next(streams.creation(key("a")))
-    assert await store.commit([gone]) == [Conflicted(None)]
-    assert await store.load_with_reply(gone.key) == (None, None)
+    missing = streams.next(streams.creation(key("a")))
+    assert await store.commit([missing]) == [Conflicted(None)]
+    assert await store.load_with_reply(missing.key) == (None, None)
 
 
 async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Streams) -> None:
@@ -112,17 +112,17 @@ async def test_epoch_and_tag_are_both_compared(store: StateStore, streams: Strea
 
 
 @pytest.mark.parametrize("byte", [0x00, 0x0A, 0x0D, 0x25, 0x80, 0xFF])
-async def test_marks_of_any_bytes_are_compared_as_bytes(
-    store: StateStore, streams: Streams, byte: int
-) -> None:
-    begun = streams.begin()
+async def test_heads_are_compared_as_bytes(store: StateStore, streams: Streams, byte: int) -> None:
+    initial = streams.begin()
     odd = StreamHead(bytes([byte]) * 8, bytes([byte]) * 16, 3)
-    new = type(begun)(odd, begun.feed, begun.fingerprint, None, 1, begun.state)
+    new = type(initial)(odd, initial.feed, initial.fingerprint, None, 1, initial.state)
     await committed(store, Commit(key("a"), None, new, None))
     await committed(store, Commit(key("a"), odd, streams.after(new), None))
 
 
-async def test_exactly_one_of_many_creations_wins(open_on: OpenStore, streams: Streams) -> None:
+async def test_exactly_one_of_many_concurrent_creations_succeeds(
+    open_on: OpenStore, streams: Streams
+) -> None:
     stores = [await open_on() for _ in range(4)]
     commits = [streams.creation(key("hot")) for _ in range(32)]
     results = await asyncio.gather(
@@ -135,7 +135,9 @@ async def test_exactly_one_of_many_creations_wins(open_on: OpenStore, streams: S
     assert same_stream(found, winners[0].new)
 
 
-async def test_exactly_one_of_many_continuations_wins(open_on: OpenStore, streams: Streams) -> None:
+async def test_exactly_one_of_many_concurrent_continuations_succeeds(
+    open_on: OpenStore, streams: Streams
+) -> None:
     stores = [await open_on() for _ in range(4)]
     first = streams.creation(key("hot"))
     await committed(stores[0], first)
@@ -150,10 +152,10 @@ async def test_exactly_one_of_many_continuations_wins(open_on: OpenStore, stream
     assert same_reply(reply, winners[0].reply)
 
 
-async def test_a_duplicate_of_the_same_chunk_is_a_conflict_at_its_own_mark(
+async def test_a_duplicate_of_a_chunk_conflicts_with_its_own_head(
     open_on: OpenStore, streams: Streams
 ) -> None:
-    """So that the loser answers with the stored reply, not with its own."""
+    """The loser of the race must answer with the stored reply, not with its own."""
     one, other = await open_on(), await open_on()
     first = streams.creation(key("a"))
     await committed(one, first)
@@ -162,9 +164,7 @@ async def test_a_duplicate_of_the_same_chunk_is_a_conflict_at_its_own_mark(
     assert await other.commit([second]) == [Conflicted(second.new.head)]
 
 
-async def test_commits_reach_the_server_in_the_order_they_were_made(
-    store: StateStore, streams: Streams
-) -> None:
+async def test_commits_are_executed_in_call_order(store: StateStore, streams: Streams) -> None:
     chain = [streams.creation(key("a"))]
     for _ in range(40):
         chain.append(streams.next(chain[-1]))
@@ -172,11 +172,11 @@ async def test_commits_reach_the_server_in_the_order_they_were_made(
     assert results == [[Committed()]] * len(chain)
 
 
-async def test_a_cancelled_commit_leaves_the_next_ones_their_own_answers(
+async def test_a_cancelled_commit_does_not_shift_replies(
     store: StateStore, streams: Streams
 ) -> None:
     for round_ in range(20):
-        first = streams.creation(key(f"gone-{round_}"))
+        first = streams.creation(key(f"cancelled-{round_}"))
         task = asyncio.create_task(store.commit([first] * 1))
         for _ in range(round_ % 5):
             await asyncio.sleep(0)
@@ -191,7 +191,7 @@ async def test_a_cancelled_commit_leaves_the_next_ones_their_own_answers(
 # Failures of one stream
 
 
-async def test_a_foreign_value_fails_its_own_stream(
+async def test_a_key_of_another_type_fails_only_its_own_stream(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
@@ -207,7 +207,7 @@ async def test_a_foreign_value_fails_its_own_stream(
     assert results[1].facts["stream"] == "b"
 
 
-async def test_damaged_bytes_fail_their_own_stream(
+async def test_damaged_bytes_fail_only_their_own_stream(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     commits = [streams.creation(key(name)) for name in ("a", "b", "c")]
@@ -243,7 +243,7 @@ async def test_foreign_bytes_are_neither_read_nor_overwritten(
         assert isinstance((await store.load([key("b")]))[0], Tombstone)
 
 
-async def test_a_full_memory_refuses_commits_and_keeps_streams(
+async def test_a_full_server_rejects_commits_and_keeps_streams(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     first, other = streams.creation(key("a")), streams.creation(key("b"))
@@ -266,7 +266,7 @@ async def test_a_full_memory_refuses_commits_and_keeps_streams(
     await committed(store, late, new)
 
 
-async def test_what_cannot_be_stored_fails_its_own_stream(
+async def test_a_state_that_cannot_be_encoded_fails_only_its_own_stream(
     store: StateStore, streams: Streams
 ) -> None:
     good, bad = streams.creation(key("a")), streams.creation(key("b"))
@@ -283,20 +283,22 @@ async def test_what_cannot_be_stored_fails_its_own_stream(
 # Replies and lifetimes
 
 
-async def test_a_reply_is_kept_for_its_own_time(open_on: OpenStore, streams: Streams) -> None:
+async def test_a_reply_expires_after_its_ttl(open_on: OpenStore, streams: Streams) -> None:
     store = await open_on(reply_ttl_ms=50)
     first = streams.creation(key("a"))
     await committed(store, first)
 
-    async def reply_gone() -> bool:
+    async def reply_expired() -> bool:
         return (await store.load_with_reply(first.key))[1] is None
 
-    await until_async(reply_gone, "the reply's end")
+    await until_async(reply_expired, "the reply's expiry")
     (found,) = await store.load([first.key])
     assert same_stream(found, first.new)
 
 
-async def test_a_reply_over_the_cap_is_not_kept(open_on: OpenStore, streams: Streams) -> None:
+async def test_a_reply_over_the_size_limit_is_not_stored(
+    open_on: OpenStore, streams: Streams
+) -> None:
     new = streams.first()
     fits = streams.reply(new, steps=10, outputs=10)
     store = await open_on(reply_max_bytes=52 + 4 * 100)
@@ -310,7 +312,7 @@ async def test_a_reply_over_the_cap_is_not_kept(open_on: OpenStore, streams: Str
     assert reply is None
 
 
-async def test_a_commit_without_a_reply_drops_the_kept_one(
+async def test_a_commit_without_a_reply_deletes_the_stored_reply(
     store: StateStore, streams: Streams
 ) -> None:
     first = streams.creation(key("a"))
@@ -319,16 +321,14 @@ async def test_a_commit_without_a_reply_drops_the_kept_one(
     assert (await store.load_with_reply(first.key))[1] is None
 
 
-async def test_no_replies_are_kept_where_their_time_is_none(
-    open_on: OpenStore, streams: Streams
-) -> None:
+async def test_no_replies_are_stored_with_a_zero_ttl(open_on: OpenStore, streams: Streams) -> None:
     store = await open_on(reply_ttl_ms=0)
     first = streams.creation(key("a"))
     await committed(store, first)
     assert (await store.load_with_reply(first.key))[1] is None
 
 
-async def test_a_damaged_reply_counts_as_not_kept(
+async def test_a_damaged_reply_counts_as_missing(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     first = streams.creation(key("a"))
@@ -340,7 +340,7 @@ async def test_a_damaged_reply_counts_as_not_kept(
     assert reply is None
 
 
-async def test_an_idle_stream_is_forgotten_and_a_commit_renews_it(
+async def test_a_commit_renews_the_idle_ttl(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     long_, short = await open_on(idle_ttl_ms=600_000), await open_on(idle_ttl_ms=50)
@@ -355,13 +355,13 @@ async def test_an_idle_stream_is_forgotten_and_a_commit_renews_it(
         assert client.pttl(name) > 500_000
     await committed(short, streams.next(second))
 
-    async def gone() -> bool:
+    async def has_expired() -> bool:
         return (await short.load([key("a")])) == [None]
 
-    await until_async(gone, "the stream's end")
+    await until_async(has_expired, "the stream's expiry")
 
 
-async def test_a_stream_lives_for_ever_by_default(
+async def test_a_stream_has_no_ttl_by_default(
     open_on: OpenStore, streams: Streams, server: RealServer
 ) -> None:
     first = streams.creation(key("a"))

@@ -1,5 +1,5 @@
-"""What a server says when it cannot, provoked on real servers: which error a caller gets, and that
-nothing is lost or doubled. Each is retryable, and the same commits go through afterwards.
+"""Error replies, provoked on real servers: which error a caller gets, and that
+nothing is lost or duplicated. Each error is retryable, and the same commits succeed afterwards.
 
 NOSCRIPT is in `test_server_checks`, LOADING in `test_store_faults`, OOM and WRONGTYPE in the
 contract, MOVED, ASK, TRYAGAIN and CLUSTERDOWN in `test_cluster`, UNBLOCKED in `test_durability`.
@@ -60,7 +60,9 @@ async def refused_until_it_passes(
     assert same_stream(found[1], new.new)
 
 
-async def test_readonly(store: StateStore, streams: Streams, server: RealServer) -> None:
+async def test_readonly_is_store_refused_until_it_passes(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
     @contextmanager
     def demoted() -> Iterator[None]:
         with server.client() as client:
@@ -73,8 +75,10 @@ async def test_readonly(store: StateStore, streams: Streams, server: RealServer)
     await refused_until_it_passes(store, streams, demoted(), "READONLY")
 
 
-async def test_misconf(store: StateStore, streams: Streams, server: RealServer) -> None:
-    """A snapshot that failed, because its place is taken by a folder."""
+async def test_misconf_is_store_refused_until_it_passes(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
+    """A snapshot fails, because a directory has its file name."""
 
     @contextmanager
     def unsaved() -> Iterator[None]:
@@ -92,13 +96,17 @@ async def test_misconf(store: StateStore, streams: Streams, server: RealServer) 
     await refused_until_it_passes(store, streams, unsaved(), "MISCONF")
 
 
-async def test_noreplicas(store: StateStore, streams: Streams, server: RealServer) -> None:
+async def test_noreplicas_is_store_refused_until_it_passes(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
     trouble = configured(server, min_replicas_to_write=1)
     await refused_until_it_passes(store, streams, trouble, "NOREPLICAS")
 
 
-async def test_busy(open_on: OpenStore, streams: Streams, server: RealServer) -> None:
-    """A script of somebody else that does not end: waited for, and named in time."""
+async def test_busy_is_retried_until_the_timeout(
+    open_on: OpenStore, streams: Streams, server: RealServer
+) -> None:
+    """Another client's script does not end: calls wait, and name the reason at their timeout."""
     patient, hasty = await open_on(wait_s=30), await open_on(wait_s=0.3)
     first = streams.creation(key("a"))
     await committed(patient, first)
@@ -129,7 +137,9 @@ async def test_busy(open_on: OpenStore, streams: Streams, server: RealServer) ->
     await committed(hasty, third)
 
 
-async def test_cut_connections(store: StateStore, streams: Streams, server: RealServer) -> None:
+async def test_broken_connections_lose_no_commits(
+    store: StateStore, streams: Streams, server: RealServer
+) -> None:
     chains = [[streams.creation(key(f"s{i}"))] for i in range(8)]
 
     async def write(chain: list[Commit]) -> None:
@@ -153,7 +163,7 @@ async def test_cut_connections(store: StateStore, streams: Streams, server: Real
         assert same_stream(stream, chain[-2].new)
 
 
-async def test_half_a_reply(own_server: RealServer, streams: Streams) -> None:
+async def test_a_truncated_reply_is_retried(own_server: RealServer, streams: Streams) -> None:
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
         opened(path.url, wait_s=20) as store,
@@ -171,10 +181,8 @@ async def test_half_a_reply(own_server: RealServer, streams: Streams) -> None:
             assert same_stream(stream, commit.new)
 
 
-async def test_a_server_that_is_gone_is_not_stormed(
-    own_server: RealServer, streams: Streams
-) -> None:
-    """However many wait, it is tried at growing, jittered pauses, by one connection."""
+async def test_reconnect_backs_off(own_server: RealServer, streams: Streams) -> None:
+    """One connection retries with exponential backoff and jitter, however many callers wait."""
     async with (
         LossyPath.to(own_server.socket, own_server.folder) as path,
         opened(path.url, wait_s=1.5) as store,
@@ -185,5 +193,5 @@ async def test_a_server_that_is_gone_is_not_stormed(
         calls = (store.commit([streams.creation(key(f"s{i}"))]) for i in range(200))
         await asyncio.gather(*calls, return_exceptions=True)
         waited_s = time.monotonic() - began_s
-        # Pauses of 5 to 10 ms that double to 250 to 500 ms.
+        # Backoff of 5 to 10 ms that doubles up to 250 to 500 ms.
         assert 3 <= path.accepted <= 8 + waited_s / 0.25

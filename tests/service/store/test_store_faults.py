@@ -1,4 +1,4 @@
-"""A server that dies, hangs, loads or answers into nowhere, and what the store then says."""
+"""Faults of a server: it exits, hangs, loads, or its replies are lost."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ def streams() -> Streams:
     return Streams()
 
 
-def test_a_connection_that_the_loop_has_closed_is_made_anew(
-    server: RealServer, streams: Streams
-) -> None:
-    """uvloop refuses writes to a closed transport before its reader is told of the end."""
+def test_a_transport_closed_by_the_loop_is_reopened(server: RealServer, streams: Streams) -> None:
+    """uvloop rejects writes to a closed transport before its reader is notified."""
 
     async def ended_before_each_commit() -> None:
         async with opened(server.url) as store:
@@ -96,9 +94,7 @@ async def test_acknowledged_commits_survive_kills_under_load(
             assert same_stream(stream, acknowledged[number].new)
 
 
-async def test_calls_wait_for_a_server_that_starts_again(
-    own_server: RealServer, streams: Streams
-) -> None:
+async def test_calls_wait_for_a_restarting_server(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, wait_s=30) as store:
         first, other = streams.creation(key("a")), streams.creation(key("b"))
         assert await store.commit([first, other]) == [Committed()] * 2
@@ -123,15 +119,13 @@ async def test_calls_wait_for_a_server_that_starts_again(
         assert same_stream(state, other.new)
         assert same_reply(reply, other.reply)
         assert set(page.streams) == {"a", "b"}
-        # It may have gone out before the server's end was noticed: then nobody knows who deleted.
+        # It may be sent before the exit is detected: then the outcome is ambiguous.
         assert deleted in (Conflicted(None), Committed())
         (found,) = await store.load([key("a")])
         assert same_stream(found, second.new)
 
 
-async def test_a_server_that_is_loading_is_waited_for(
-    own_server: RealServer, streams: Streams
-) -> None:
+async def test_calls_wait_for_a_loading_server(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, wait_s=60) as store:
         first = streams.creation(key("a"))
         assert await store.commit([first]) == [Committed()]
@@ -141,7 +135,7 @@ async def test_a_server_that_is_loading_is_waited_for(
             client.bgrewriteaof()
             until(lambda: not client.info("persistence")["aof_rewrite_in_progress"], "rewriting")
         own_server.kill()
-        # A millisecond per key of the rewritten file, so that it can be met while it loads.
+        # Loading takes a millisecond per key, so that requests arrive while it loads.
         slow = ("--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024")
         own_server.launch(*slow)
         until(lambda: own_server.refuses("LOADING"), "a server that is loading")
@@ -150,9 +144,7 @@ async def test_a_server_that_is_loading_is_waited_for(
         assert await store.commit([streams.next(first)]) == [Committed()]
 
 
-async def test_a_server_that_is_away_is_named_in_time(
-    own_server: RealServer, streams: Streams
-) -> None:
+async def test_an_unavailable_server_times_out(own_server: RealServer, streams: Streams) -> None:
     async with opened(own_server.url, wait_s=0.3) as store:
         own_server.kill()
         await asyncio.sleep(0)
@@ -172,7 +164,7 @@ async def test_a_server_that_is_away_is_named_in_time(
         assert own_server.socket in check.detail
 
 
-async def test_a_store_that_was_never_there_is_named_in_time(
+async def test_start_times_out_without_a_server(
     own_server: RealServer,
 ) -> None:
     store = open_store(StoreSettings(own_server.url + "-elsewhere", wait_s=0.2))
@@ -181,7 +173,7 @@ async def test_a_store_that_was_never_there_is_named_in_time(
     await store.close()
 
 
-async def test_a_server_that_hangs_leaves_the_outcome_open(
+async def test_a_commit_to_an_unresponsive_server_has_an_unknown_outcome(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with opened(own_server.url, wait_s=0.3) as store:
@@ -201,7 +193,9 @@ async def test_a_server_that_hangs_leaves_the_outcome_open(
         assert not check.ok
 
 
-async def test_a_hung_server_is_waited_for(own_server: RealServer, streams: Streams) -> None:
+async def test_calls_wait_for_an_unresponsive_server(
+    own_server: RealServer, streams: Streams
+) -> None:
     async with opened(own_server.url, wait_s=60) as store:
         own_server.signal(signal.SIGSTOP)
         first = streams.creation(key("a"))
@@ -212,10 +206,10 @@ async def test_a_hung_server_is_waited_for(own_server: RealServer, streams: Stre
         assert await asyncio.gather(*tasks) == [[Committed()], [Committed()]]
 
 
-async def test_everything_sent_to_a_hung_server_is_open(
+async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
     own_server: RealServer, streams: Streams
 ) -> None:
-    """Requests do not wait for each other: what was sent may be carried out later."""
+    """Requests are pipelined: all that were sent may be executed later."""
     async with opened(own_server.url, wait_s=0.3) as store:
         assert await store.commit([streams.creation(key("before"))]) == [Committed()]
         commits = [streams.creation(key(f"s{i}")) for i in range(5)]
@@ -234,7 +228,7 @@ async def test_everything_sent_to_a_hung_server_is_open(
 # Lost replies
 
 
-async def test_a_commit_whose_reply_was_lost_is_settled_by_its_mark(
+async def test_a_retried_commit_that_finds_its_own_head_was_written(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with (
@@ -244,7 +238,7 @@ async def test_a_commit_whose_reply_was_lost_is_settled_by_its_mark(
         path.losses = 1
         assert await store.commit([first, other]) == [Committed(), Committed()]
         assert path.losses == 0
-        # The other stream is not as far as what is expected of it.
+        # The other stream is behind the expected head.
         second, stale = streams.next(first), streams.next(streams.next(other))
         path.losses = 2
         results = await store.commit([second, stale])
@@ -254,10 +248,10 @@ async def test_a_commit_whose_reply_was_lost_is_settled_by_its_mark(
         assert same_reply(reply, second.reply)
 
 
-async def test_a_creation_that_others_continued_was_written(
+async def test_a_retried_creation_in_its_own_epoch_was_written(
     own_server: RealServer, streams: Streams
 ) -> None:
-    """Nobody else could have begun its epoch."""
+    """No other commit can have created its epoch."""
     async with (
         losing(own_server, wait_s=20) as (path, store),
         opened(own_server.url) as others,
@@ -267,7 +261,7 @@ async def test_a_creation_that_others_continued_was_written(
         assert await store.commit([first]) == [Committed()]
 
 
-async def test_a_continuation_that_others_continued_is_unknown(
+async def test_a_retried_continuation_behind_the_stored_head_is_unknown(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with (
@@ -285,31 +279,31 @@ async def test_a_continuation_that_others_continued_is_unknown(
         assert result.facts["epoch"] == third.new.head.epoch.hex()
 
 
-async def test_an_epoch_that_began_meanwhile_leaves_the_outcome_open(
+async def test_a_retried_commit_in_a_newer_epoch_is_unknown(
     own_server: RealServer, streams: Streams
 ) -> None:
-    """It may have begun from the very state that was written: a restore."""
+    """The epoch may start from the state that was written (a restore)."""
     async with (
         losing(own_server, wait_s=20) as (path, store),
         opened(own_server.url) as others,
     ):
-        first, *anew = (streams.creation(key("a")) for _ in range(3))
+        first, *creations = (streams.creation(key("a")) for _ in range(3))
 
-        async def begin_anew() -> None:
+        async def create_again() -> None:
             await others.delete(key("a"))
             expected = await absence(others, key("a"))
-            await others.commit([anew.pop()._replace(expected=expected)])
+            await others.commit([creations.pop()._replace(expected=expected)])
 
         assert await store.commit([first]) == [Committed()]
-        path.losses, path.after_loss = 1, begin_anew
+        path.losses, path.after_loss = 1, create_again
         (result,) = await store.commit([streams.next(first)])
         assert isinstance(result, OutcomeUnknown)
         (found,) = await store.load([key("a")])
-        path.losses, path.after_loss = 1, begin_anew
+        path.losses, path.after_loss = 1, create_again
         assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
 
 
-async def test_a_stream_that_rolled_back_meanwhile_is_written_or_a_conflict(
+async def test_a_retried_commit_after_a_rollback_is_written_or_conflicts(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with (
@@ -329,13 +323,13 @@ async def test_a_stream_that_rolled_back_meanwhile_is_written_or_a_conflict(
         path.losses, path.after_loss = 1, roll_back
         assert await store.commit([third]) == [Conflicted(first.new.head)]
         path.losses, path.after_loss = 1, roll_back
-        # Back at what it expects: the repeat itself is written.
+        # The stream is back at the expected head: the retry itself is written.
         assert await store.commit([second]) == [Committed()]
         (found,) = await store.load([key("a")])
         assert same_stream(found, second.new)
 
 
-async def test_a_reply_lost_for_good_leaves_the_outcome_open(
+async def test_a_commit_without_any_reply_has_an_unknown_outcome(
     own_server: RealServer, streams: Streams
 ) -> None:
     async with (
@@ -351,7 +345,7 @@ async def test_a_reply_lost_for_good_leaves_the_outcome_open(
         assert same_stream(found, first.new)
 
 
-async def test_a_refusal_after_a_lost_reply_leaves_the_outcome_open(
+async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
     own_server: RealServer, streams: Streams
 ) -> None:
     async def forbid() -> None:
@@ -368,9 +362,7 @@ async def test_a_refusal_after_a_lost_reply_leaves_the_outcome_open(
             await store.commit([streams.creation(key("b"))])
 
 
-async def test_a_deletion_whose_reply_was_lost_happened(
-    own_server: RealServer, streams: Streams
-) -> None:
+async def test_a_retried_deletion_succeeds(own_server: RealServer, streams: Streams) -> None:
     async with (
         losing(own_server, wait_s=20) as (path, store),
     ):
@@ -396,7 +388,7 @@ async def test_a_deletion_whose_reply_was_lost_happened(
         "unix://",
     ],
 )
-def test_an_address_of_another_kind_is_refused_naming_what_is_taken(url: str) -> None:
+def test_an_unknown_scheme_is_rejected_with_the_supported_ones(url: str) -> None:
     with pytest.raises(StoreRefused) as caught:
         open_store(StoreSettings(url))
     if url != "unix://":
@@ -407,13 +399,13 @@ def test_an_address_of_another_kind_is_refused_naming_what_is_taken(url: str) ->
 @pytest.mark.parametrize(
     "url", ["redis://localhost:port/0", "redis://localhost?decode_responses=true"]
 )
-def test_an_address_that_cannot_be_used_is_refused(url: str) -> None:
+def test_an_unusable_address_is_rejected(url: str) -> None:
     with pytest.raises(StoreRefused):
         open_store(StoreSettings(url))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_node_of_a_cluster_is_refused(kind: str) -> None:
+async def test_a_cluster_node_under_a_single_address_is_rejected(kind: str) -> None:
     bus = ("--bind", "127.0.0.1", "--cluster-port", str(free_port()))
     with real_server(kind, "--cluster-enabled", "yes", *bus) as node:
         store = open_store(StoreSettings(node.url))

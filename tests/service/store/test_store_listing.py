@@ -1,4 +1,4 @@
-"""Listing on every store, on real servers: the embedded Valkey, Redis, and a cluster."""
+"""Listing of streams on real servers: embedded Valkey, Redis, and a cluster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_every_stream_is_listed_across_pages(
     assert set(await listed(store, "none", "", limit)) == set()
 
 
-async def test_a_prefix_is_a_prefix_and_not_a_pattern(store: StateStore, streams: Streams) -> None:
+async def test_a_prefix_is_not_a_pattern(store: StateStore, streams: Streams) -> None:
     names = ["JFK-AA", "JFK-B6", "JFKX", "jfk-AA", "LGA:JFK-AA"]
     await committed(store, *(streams.creation(key(name)) for name in names))
     assert set(await listed(store, "flights", "JFK-", 10)) == {"JFK-AA", "JFK-B6"}
@@ -54,7 +54,7 @@ async def test_a_prefix_is_a_prefix_and_not_a_pattern(store: StateStore, streams
         assert await listed(store, "flights", pattern, 10) == []
 
 
-async def test_a_page_is_never_longer_than_asked(open_on: OpenStore, streams: Streams) -> None:
+async def test_a_page_has_at_most_limit_names(open_on: OpenStore, streams: Streams) -> None:
     store = await open_on(scan_count=200)
     await committed(store, *(streams.creation(key(f"s{i}"), floats=1) for i in range(200)))
     cursor: str | None = None
@@ -77,7 +77,7 @@ async def test_other_keys_are_not_listed(
     assert await listed(store, "flights", "", 10) == ["a"]
 
 
-async def test_namespaces_do_not_see_each_other(open_on: OpenStore, streams: Streams) -> None:
+async def test_namespaces_are_isolated(open_on: OpenStore, streams: Streams) -> None:
     one, other = await open_on(namespace="one"), await open_on(namespace="other")
     await committed(one, streams.creation(key("a")))
     assert await other.load([key("a")]) == [None]
@@ -85,7 +85,7 @@ async def test_namespaces_do_not_see_each_other(open_on: OpenStore, streams: Str
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
-async def test_a_cursor_that_is_none_is_refused(store: StateStore, cursor: str) -> None:
+async def test_an_invalid_cursor_is_rejected(store: StateStore, cursor: str) -> None:
     with pytest.raises(InvalidInput, match="cursor"):
         await store.streams("flights", "", cursor, 10)
 
