@@ -1,8 +1,8 @@
-# The service with the pretrained models, in two targets:
-#   lean     ONNX Runtime alone: no TensorFlow in it     docker build --target lean .
-#   (last)   both runtimes, and what replays verify with
-# A final image holds the locked environment and nothing that built it, runs as a user without
-# rights, and writes only to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
+# Image of the service with the pretrained models, with two targets:
+#   lean     ONNX Runtime only, without TensorFlow       docker build --target lean .
+#   (last)   both runtimes, and the dependencies of `carry replay`
+# A final image contains the locked environment without build tools, runs as an unprivileged
+# user, and writes only to /data (the embedded store; unused with CARRY_REDIS_URL) and /tmp.
 
 FROM python:3.13-slim AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
@@ -16,7 +16,7 @@ FROM environment AS locked
 COPY requirements.lock ./
 RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
 
-# beside the environment, so that a change of the code makes one small layer
+# Outside of the environment, so that a code change produces one small layer.
 FROM locked-lean AS built
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./

@@ -1,14 +1,14 @@
-# Every task of the project. Each sets up what it needs by itself: Python 3.11 to 3.13 and
-# make are all that has to be there. `make` alone lists the tasks.
+# Tasks of the project. Each sets up what it needs; only Python 3.11 to 3.13 and
+# make must be installed. `make` without a task lists them.
 
-# which Python makes the environment; empty: the newest that is found and supported
+# Python of the environment; empty: the newest supported one
 PYTHON ?=
 VENV ?= .venv
-# where `make run` listens (empty: as CARRY_PORT says, else 8000)
+# port of `make run`; empty: CARRY_PORT, or 8000
 PORT ?=
-# which example `make example` trains
+# example that `make example` trains
 NAME ?= flights
-# further options of the task's command
+# additional options of the task's command
 ARGS ?=
 
 export PYTHON VENV
@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
-# logs for a person, unless told otherwise
+# readable logs by default
 run: export CARRY_LOG_FORMAT ?= console
 run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for another port)
 	@scripts/setup run
@@ -30,15 +30,15 @@ test: ## run the tests (ARGS="tests/service -x" for some of them)
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
-model: ## explore the model of the protocol to its end (ARGS="--depth 12 --traces")
+model: ## explore the protocol model exhaustively (ARGS="--depth 12 --traces")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.protocol $(ARGS)
 
-faults: ## break workers and stores under load, check every output (ARGS="--store valkey")
+faults: ## inject faults into workers and stores under load, check every output (ARGS="--store valkey")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.faults $(ARGS)
 
-check: ## lint, formatting, types, import contracts and the links of the documentation
+check: ## run the linter, the formatter, the type checker, import contracts and the link checker
 	@scripts/setup dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -46,40 +46,40 @@ check: ## lint, formatting, types, import contracts and the links of the documen
 	$(BIN)/lint-imports
 	$(BIN)/zensical build --strict --clean
 
-docs: ## write the documentation as a site into build/site; broken links fail
+docs: ## build the documentation site in build/site; fails on broken links
 	@scripts/setup dev
 	@exec $(BIN)/zensical build --strict --clean $(ARGS)
 
-format: ## mend what the linter and the formatter can mend
+format: ## apply the fixes of the linter and the formatter
 	@scripts/setup dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: ## measure Carry beside floors and baselines (ARGS="--full --jsonl bench.jsonl --report")
+bench: ## compare Carry with floors and baselines (ARGS="--full --jsonl bench.jsonl --report")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 
-bench-micro: ## measure codec, queue, encode, wire and store by themselves
+bench-micro: ## measure codec, queue, encoding, wire format and store separately
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
 
-load: ## load a running service, check its answers (ARGS="--scenario steady --users 32")
+load: ## send load to a running service, check its replies (ARGS="--scenario steady --users 32")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.load $(ARGS)
 
-overload: ## twice what a service of its own can do, for a minute (ARGS="--steps 256")
+overload: ## send twice the capacity of a service for a minute (ARGS="--steps 256")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.load.overload $(ARGS)
 
-example: ## train an example from nothing, compare it with baselines (NAME=customers)
+example: ## train an example from scratch, compare it with baselines (NAME=customers)
 	@scripts/setup dev
 	@exec $(BIN)/python -m models.examples.$(NAME) $(ARGS)
 
-compose-test: ## build the containers and prove that streams survive their restarts
+compose-test: ## build the containers, test that streams survive restarts
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)
 
-lock: ## lock the dependencies anew (needs uv; ARGS=--upgrade for newer ones)
+lock: ## update the lock files (needs uv; ARGS=--upgrade for newer versions)
 	@scripts/lock $(ARGS)
 
 clean: ## remove the environment and every cache; keeps the streams in .carry

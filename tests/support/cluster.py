@@ -1,4 +1,4 @@
-"""A real Redis Cluster for tests: three primaries, each with a replica, on the loopback.
+"""Redis Cluster for tests: three primaries with one replica each, on the loopback.
 
 The node timeout is short, so that a failover takes about a second.
 """
@@ -26,15 +26,15 @@ from tests.support.servers import emptied, free_port, until
 
 NODE_TIMEOUT_MS = 600
 """Node timeout before a failover; short, for tests that wait for one."""
-STEADY_TIMEOUT_MS = 60_000
-"""Node timeout where no test stops a node. A busy machine may suspend a process for a second, and a
-replica that took over would lack the last acknowledged writes."""
+STABLE_TIMEOUT_MS = 60_000
+"""Node timeout if no test stops a node. A busy machine may suspend a process for a second, and a
+promoted replica would lack the last acknowledged writes."""
 SLOTS = 16_384
 PRIMARIES = 3
 
 
 class ClusterNode:
-    """One server process of a cluster; killed and started again on its files."""
+    """One server process of a cluster; it can be killed and restarted on its files."""
 
     def __init__(self, kind: str, folder: Path, options: Sequence[str] = ()):
         self.kind = kind
@@ -46,8 +46,8 @@ class ClusterNode:
 
     def start(self, *options: str) -> None:
         """Start the process and wait until it answers."""
-        found = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
-        if found is None:
+        binary = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
+        if binary is None:
             pytest.skip("redis-server is not on the PATH")
         fixed = {
             "port": self.port,
@@ -68,7 +68,7 @@ class ClusterNode:
         }
         arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
-            [found, *arguments, *self._options, *options],
+            [binary, *arguments, *self._options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={"LC_ALL": "C", "PATH": os.defpath},
@@ -76,7 +76,7 @@ class ClusterNode:
         until(self.answers, f"node {self.port} answering")
 
     def client(self) -> redis.Redis:
-        """A plain client of this node alone."""
+        """A client of this node alone."""
         return redis.Redis(port=self.port, protocol=2, retry=Retry(NoBackoff(), 0))
 
     def ask(self, *command: Any) -> Any:
@@ -85,7 +85,7 @@ class ClusterNode:
             return client.execute_command(*command)
 
     def answers(self) -> bool:
-        """Whether it answers at all."""
+        """Whether the node answers PING."""
         try:
             return bool(self.ask("PING"))
         except redis.RedisError:
@@ -102,26 +102,26 @@ class ClusterNode:
         return self.ask("CLUSTER", "MYID").decode()
 
     def kill(self) -> None:
-        """SIGKILL, and wait for its end."""
+        """Send SIGKILL and wait for the exit."""
         self._process.kill()
         self._process.wait()
 
     def pause(self) -> None:
-        """SIGSTOP."""
+        """Send SIGSTOP: the node becomes unresponsive."""
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End the process, if it runs."""
+        """Kill the process, if it runs."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
 
 class Cluster:
-    """Three primaries, and their replicas in the same order."""
+    """A cluster of three primaries, and their replicas in the same order."""
 
     def __init__(self, kind: str, folder: Path, options: Sequence[str]):
         self.kind = kind
@@ -132,11 +132,11 @@ class Cluster:
 
     @property
     def nodes(self) -> list[ClusterNode]:
-        """All six."""
+        """All six nodes."""
         return [*self.primaries, *self.replicas]
 
     def form(self) -> None:
-        """Start the processes, and make a cluster of them."""
+        """Start the nodes and form a cluster."""
         for node in self.nodes:
             node.start()
         for index, node in enumerate(self.primaries):
@@ -151,7 +151,7 @@ class Cluster:
         self.wait_until_synced()
 
     def wait_until_synced(self) -> None:
-        """Wait until every node sees a whole cluster and every replica is in step."""
+        """Wait until every node sees a complete cluster and every replica is in sync."""
         until(lambda: all(self._is_whole(node) for node in self.nodes), "a whole cluster")
 
     def _knows_all(self, node: ClusterNode) -> bool:
@@ -169,28 +169,28 @@ class Cluster:
         return facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
 
     def owner(self, key: str) -> int:
-        """Which of the primaries has a key at first."""
+        """Index of the primary that owns a key initially."""
         slot = key_slot(key.encode())
         return next(i for i in range(PRIMARIES) if slot < SLOTS * (i + 1) // PRIMARIES)
 
     def client(self) -> redis.RedisCluster:
-        """A plain client of the cluster, for looking behind the store."""
+        """A client of the cluster, to inspect what the store wrote."""
         return redis.RedisCluster(host="127.0.0.1", port=self.primaries[0].port, protocol=2)
 
     def configure(self, name: str, value: str | int) -> None:
-        """CONFIG SET on every node."""
+        """Run CONFIG SET on every node."""
         for node in self.nodes:
             node.ask("CONFIG", "SET", name, value)
 
     def stop(self) -> None:
-        """End every process."""
+        """Kill every node."""
         for node in self.nodes:
             node.stop()
 
 
 @contextmanager
 def real_cluster(kind: str = "valkey", *options: str) -> Iterator[Cluster]:
-    """A running cluster, ended and removed afterwards."""
+    """Run a cluster; stop and remove it afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
     cluster = Cluster(kind, folder, options)
     try:
@@ -203,22 +203,22 @@ def real_cluster(kind: str = "valkey", *options: str) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def shared_cluster() -> Iterator[Cluster]:
-    """One cluster for the whole run, for tests that leave it as it is; empty it before use."""
+    """One cluster per test run, for tests that do not change it; empty it before use."""
     with real_cluster() as running:
-        # set once the cluster is up: a longer timeout makes nodes gossip less often
-        running.configure("cluster-node-timeout", STEADY_TIMEOUT_MS)
+        # Set once the cluster is up: with a longer timeout, nodes gossip less often.
+        running.configure("cluster-node-timeout", STABLE_TIMEOUT_MS)
         yield running
 
 
 @pytest.fixture(scope="session")
 def breakable_cluster() -> Iterator[Cluster]:
-    """Another, whose nodes may be stopped; each test starts them again."""
+    """A cluster whose nodes may be stopped; each test restarts them."""
     with real_cluster() as running:
         yield running
 
 
 @pytest.fixture
 def own_cluster(breakable_cluster: Cluster) -> Cluster:
-    """The same, empty."""
+    """The cluster whose nodes may be stopped, emptied."""
     empty: Cluster = emptied(breakable_cluster)
     return empty

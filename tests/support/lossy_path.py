@@ -1,4 +1,4 @@
-"""A proxy to a real server that loses replies or holds requests back, as a network may."""
+"""Proxy to a Redis server that loses replies or delays requests, like a network."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Hook = Callable[[], Awaitable[object]]
 
 
 class LossyPath:
-    """A unix socket that forwards to a server's.
+    """Proxy on a unix socket that forwards to a server.
 
     Attributes:
         url: the address to give to a store.
-        losses: how many replies to scripts are still to be lost. For each, the server gets
-            the request and answers, then the connection breaks.
-        after_loss: awaited once the server has answered and before the client notices.
-        halves: whether the first half of a reply that is lost still comes through.
-        holds: how many requests to scripts are still to be held. For each, the client's connection
-            breaks before the server gets any of it; `deliver` hands it over later.
-        holding: set once one is held.
-        dead: whether new connections are closed at once.
-        accepted: how many connections were made.
+        losses: number of replies to scripts to lose. For each, the server receives
+            the request and replies, then the connection breaks.
+        after_loss: awaited after the server has replied and before the connection breaks.
+        halves: whether the first half of a lost reply is forwarded.
+        holds: number of requests to scripts to hold. For each, the client's connection
+            breaks before the server receives any of it; `deliver` forwards it later.
+        holding: set once a request is held.
+        dead: whether new connections are closed immediately.
+        accepted: number of accepted connections.
     """
 
     def __init__(self, target: str, socket: str):
@@ -43,8 +43,8 @@ class LossyPath:
         self._clients: set[asyncio.Task[None]] = set()
 
     async def deliver(self) -> None:
-        """Deliver everything that was held back, each part on a separate connection, and wait until
-        the server has carried it out."""
+        """Forward every held request, each on a separate connection, and wait until the server
+        has executed it."""
         for data in self.held:
             answers, server = await asyncio.open_unix_connection(self._target)
             server.write(data)
@@ -93,19 +93,19 @@ class LossyPath:
                     return
                 back.write(data)
 
-        ways = [asyncio.create_task(upward()), asyncio.create_task(downward())]
+        tasks = [asyncio.create_task(upward()), asyncio.create_task(downward())]
         try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             server.close()
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     @classmethod
     @asynccontextmanager
     async def to(cls, target: str, folder: Path) -> AsyncIterator[LossyPath]:
-        """A path to a server's socket, made in a folder with a short name."""
+        """Open a proxy to a server's socket, in a directory with a short path."""
         path = cls(target, str(folder / "lossy.sock"))
         listener = await asyncio.start_unix_server(path._serve, path._socket)
         try:

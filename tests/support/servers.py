@@ -1,7 +1,7 @@
-"""Real Redis and Valkey servers for tests, each on a unix socket in a folder of its own.
+"""Redis and Valkey servers for tests, each on a unix socket in its own directory.
 
-Valkey is the embedded binary with the embedded options; Redis is whatever `redis-server` is
-on the PATH, and its tests are skipped, visibly, where there is none. Nothing listens on a port.
+Valkey is the embedded binary with the embedded options; Redis is the `redis-server` that is
+on the PATH; its tests are skipped if there is none. No server listens on a port.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ _POLL_S = 0.005
 def until(
     condition: Callable[[], Any], what: str = "the condition", within_s: float = DEADLINE_S
 ) -> Any:
-    """Poll until `condition` gives something true, and return that; fail after a while."""
+    """Poll until `condition` returns a true value, and return it; fail after a timeout."""
     deadline_s = time.monotonic() + within_s
-    while not (found := condition()):
+    while not (value := condition()):
         if time.monotonic() >= deadline_s:
-            raise AssertionError(f"{what} did not come true within {within_s} s")
+            raise AssertionError(f"{what} was not met within {within_s} s")
         time.sleep(_POLL_S)
-    return found
+    return value
 
 
 async def until_async(condition: Callable[[], Awaitable[Any]], what: str = "the condition") -> Any:
-    """As `until`, without blocking the event loop."""
+    """Poll like `until`, without blocking the event loop."""
     deadline_s = time.monotonic() + DEADLINE_S
-    while not (found := await condition()):
+    while not (value := await condition()):
         if time.monotonic() >= deadline_s:
-            raise AssertionError(f"{what} did not come true within {DEADLINE_S} s")
+            raise AssertionError(f"{what} was not met within {DEADLINE_S} s")
         await asyncio.sleep(_POLL_S)
-    return found
+    return value
 
 
 def written(client: redis.Redis) -> None:
-    """Wait until the server has handed all it acknowledged to the operating system."""
+    """Wait until the server has written all acknowledged commands to its file."""
     until(lambda: client.info("persistence")["aof_buffer_length"] == 0, "the file's write")
 
 
 class RealServer:
-    """One server process that can be killed and started again on its files."""
+    """One server process that can be killed and restarted on its files."""
 
     def __init__(
         self,
@@ -82,13 +82,13 @@ class RealServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self, *options: str) -> None:
-        """Start the process, with further options this time; returns at once."""
-        found = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
-        if found is None:
+        """Start the process with additional options; returns immediately."""
+        binary = str(server_binary()) if self.kind == "valkey" else shutil.which("redis-server")
+        if binary is None:
             pytest.skip("redis-server is not on the PATH")
         arguments = server_arguments(self.folder, self.socket, 0)
         self._process = subprocess.Popen(
-            [found, *arguments, *self._options, *options],
+            [binary, *arguments, *self._options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=self._environment,
@@ -101,7 +101,7 @@ class RealServer:
         until(self.answers, f"{self.kind} answering")
 
     def answers(self) -> bool:
-        """Whether it serves commands now."""
+        """Whether the server serves commands."""
         try:
             with self.client() as client:
                 return bool(client.ping())
@@ -109,7 +109,7 @@ class RealServer:
             return False
 
     def refuses(self, word: str) -> bool:
-        """Whether it answers, and with an error that holds this word."""
+        """Whether the server answers with an error that contains a word."""
         try:
             with self.client() as client:
                 client.get("any")
@@ -118,7 +118,7 @@ class RealServer:
         return False
 
     def kill(self) -> None:
-        """SIGKILL, also to the child that rewrites its file, and wait for its end."""
+        """Send SIGKILL, also to the child that rewrites the file, and wait for the exit."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -127,30 +127,30 @@ class RealServer:
         self._process.send_signal(number)
 
     def stop(self) -> None:
-        """End the process, if it runs."""
+        """Kill the process, if it runs."""
         if self._process is not None and self._process.poll() is None:
             self.kill()
 
     def configure(self, name: str, value: str | int) -> None:
-        """CONFIG SET."""
+        """Run CONFIG SET."""
         with self.client() as client:
             client.config_set(name, value)
 
     def client(self) -> redis.Redis:
-        """A plain client, for looking behind the store."""
+        """A client, to inspect what the store wrote."""
         return redis.Redis(
             unix_socket_path=self.socket, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=10
         )
 
 
 PORTS = range(12_000, 32_000)
-"""Below those that the system gives to outgoing connections: one of these could have a port between
-the moment it is found free and the moment its server takes it."""
-_given: set[int] = set()
+"""Ports below the ephemeral range: an outgoing connection could take an ephemeral port between
+the check that it is free and the start of its server."""
+_used_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of the loopback on which nothing listens; none is given twice."""
+    """A free port of the loopback; no port is returned twice."""
     for port in random.sample(PORTS, 1_000):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -158,8 +158,8 @@ def free_port() -> int:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if port not in _given:
-            _given.add(port)
+        if port not in _used_ports:
+            _used_ports.add(port)
             return port
     raise AssertionError(f"no port in {PORTS} is free")
 
@@ -168,7 +168,7 @@ def free_port() -> int:
 def real_server(
     kind: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[RealServer]:
-    """A running server, ended and removed afterwards."""
+    """Run a server; stop and remove it afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
     server = RealServer(kind, folder, *options, environment=environment)
     try:
@@ -180,7 +180,7 @@ def real_server(
 
 
 def emptied(running: Any) -> Any:
-    """The same server or cluster, with nothing stored and no script known."""
+    """Delete all keys and scripts of a server or cluster, and return it."""
     with running.client() as client:
         client.flushall()
         client.script_flush()
@@ -189,7 +189,7 @@ def emptied(running: Any) -> Any:
 
 @asynccontextmanager
 async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
-    """A started store, closed afterwards."""
+    """Open and start a store; close it afterwards."""
     store = open_store(StoreSettings(url, **settings))
     try:
         await store.start()
@@ -200,7 +200,7 @@ async def opened(url: str, **settings: Any) -> AsyncIterator[StateStore]:
 
 @pytest.fixture(scope="session", params=KINDS)
 def shared_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
-    """One server of each kind for the whole run; use `server`, which empties it."""
+    """One server of each kind per test run; use `server`, which empties it."""
     with real_server(request.param) as running:
         yield running
 
@@ -213,10 +213,10 @@ def server(shared_server: RealServer) -> RealServer:
 
 @pytest.fixture(params=KINDS)
 def own_server(request: pytest.FixtureRequest) -> Iterator[RealServer]:
-    """A server of each kind that the test may kill, stop or spoil.
+    """A server of each kind that the test may kill, stop or damage.
 
-    It writes each command to its file before it answers. With `everysec` it may put the write
-    off for up to two seconds while a sync is under way, and lose it to a SIGKILL.
+    It writes each command to its file before it replies. With `everysec` it may delay the write
+    for up to two seconds while an fsync runs, and lose it to a SIGKILL.
     """
     with real_server(request.param, "--appendfsync", "no") as running:
         yield running

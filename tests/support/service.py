@@ -1,4 +1,4 @@
-"""The service as its users run it: `carry serve` as a process, reached over HTTP."""
+"""Runs `carry serve` as a process, as its users do, and reaches it over HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ READY_S = 120
 
 
 class Service:
-    """One `carry serve`, with its log."""
+    """One `carry serve` process and its log."""
 
     def __init__(self, folder: Path, models: Path, *options: str, redis_url: str | None = None):
         self.folder = folder
@@ -37,7 +37,7 @@ class Service:
         self.url = ""
 
     def start(self, **environment: str) -> None:
-        """Start it and wait until it is ready."""
+        """Start the process and wait until it is ready."""
         self.launch(**environment)
         self.url = until(lambda: self.ended() or self._fact("port_bound", "url"), "its port")
         assert not self.ended(), self.log()
@@ -46,7 +46,7 @@ class Service:
         assert not self.ended(), self.log()
 
     def launch(self, **environment: str) -> None:
-        """Start the process; returns at once."""
+        """Start the process; returns immediately."""
         inherited = {name: value for name, value in os.environ.items() if name[:6] != "CARRY_"}
         self._from = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as output:
@@ -59,19 +59,19 @@ class Service:
             )
 
     def log(self) -> str:
-        """What it printed since it was started last."""
+        """Its output since the last start."""
         return self._log.read_bytes()[self._from :].decode()
 
     def whole_log(self) -> str:
-        """What it printed over all its starts."""
+        """Its output of all starts."""
         return self._log.read_text()
 
     def ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has exited."""
         return self.process.poll() is not None
 
     def _fact(self, message: str, name: str) -> Any:
-        """A member of the last log line with that message, or None."""
+        """A field of the last log line with a message, or None."""
         found = None
         for line in self.log().splitlines():
             if f'"message":"{message}"' in line:
@@ -79,16 +79,16 @@ class Service:
         return found
 
     def valkey_pid(self) -> int:
-        """The process of its embedded server."""
+        """The pid of its embedded server."""
         return int(json.loads((self.data_dir / "valkey.json").read_text())["pid"])
 
     def kill(self) -> None:
-        """SIGKILL of the parent process alone."""
+        """Send SIGKILL to the parent process alone."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM, and its exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
@@ -104,7 +104,7 @@ def _is_ready(client: httpx.Client) -> bool:
 def running(
     folder: Path, models: Path, *options: str, redis_url: str | None = None, **environment: str
 ) -> Iterator[Service]:
-    """A ready service, stopped afterwards, with the server it may have left behind."""
+    """Run a service; stop it afterwards, together with an orphaned embedded server."""
     service = Service(folder, models, *options, redis_url=redis_url)
     try:
         service.start(**environment)

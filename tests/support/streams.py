@@ -1,4 +1,4 @@
-"""Random, distinct streams, commits and replies for tests of stores."""
+"""Generates random streams, commits and replies for tests of stores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from service.store.base import Commit, Committed, StateStore
 
 
 class Streams:
-    """Makes streams from one seed, which is printed, so that a failure can be repeated."""
+    """Generator of streams from a seed, which is printed to reproduce failures."""
 
     def __init__(self, seed: int = 20240611):
         print(f"seed {seed}")
@@ -34,7 +34,7 @@ class Streams:
         return self._random.bytes(count)
 
     def begin(self, *, floats: int = 24, ints: int = 3, position: int = 0) -> StreamState:
-        """A stream at the beginning of a new epoch, its state not zero."""
+        """A stream at the start of a new epoch, with a state that is not zero."""
         return StreamState(
             head=StreamHead(self.bytes(8), FIRST_TAG, position),
             feed=Feed.EVENTS if self._random.integers(2) else Feed.INPUTS,
@@ -92,7 +92,7 @@ def key(stream: str, model: str = "flights") -> StreamKey:
 
 
 async def absence(store: StateStore, key: StreamKey) -> StreamHead | None:
-    """The head that a creation has to expect: that of a tombstone, or None."""
+    """The head that a creation must expect: that of a tombstone, or None."""
     (found,) = await store.load([key])
     assert found is None or isinstance(found, Tombstone)
     return found and found.head
@@ -132,5 +132,5 @@ OpenStore = Callable[..., Awaitable[StateStore]]
 
 
 async def committed(store: StateStore, *commits: Commit) -> None:
-    """Commit, and see every one of them written."""
+    """Commit, and assert that every commit is written."""
     assert await store.commit(commits) == [Committed()] * len(commits)
