@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,7 @@ class Output:
     name: str
     shape: tuple[int, ...]
     labels: tuple[str, ...] = ()
-    per: str = "step"
+    per: Literal["step", "chunk", "block"] = "step"
 
     @property
     def size(self) -> int:

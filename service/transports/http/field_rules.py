@@ -81,10 +81,11 @@ PositionNumber = Annotated[
 FeedName = Annotated[
     Literal["events", "inputs"], Field(description="How the stream is fed, since its first chunk.")
 ]
+BY_PART: Final = "Each part of the state by its name, as nested lists of the part's shape."
 StateValues = Annotated[
     dict[str, Any],
     Field(
-        description="Each part of the state by its name, as nested lists of the part's shape.",
+        description=BY_PART,
         examples=[{"lstm_1.hidden": [0.12, -0.4], "lstm_1.carry": [0.3, -0.91]}],
     ),
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -18,6 +18,7 @@ from service.core.errors import CarryError, NotAcceptable, UnsupportedMediaType
 from service.ops.logs import current_request_id
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.replies import Answer, Header
+from service.transports.http.replies.reply_types import Problem
 from service.transports.http.request_fields import body_media, reply_media
 from service.transports.http.statuses import STATUS
 
@@ -35,10 +36,10 @@ def status_of(error: CarryError) -> int:
     return STATUS[type(error)]
 
 
-def problem(error: CarryError) -> dict[str, Any]:
-    """The problem document of an error, as plain data."""
+def problem(error: CarryError) -> Problem:
+    """The problem document of an error; its facts are further members."""
     status = status_of(error)
-    document: dict[str, Any] = {
+    members: Problem = {
         "type": f"{REFERENCE}#{error.code}",
         "title": error.title,
         "status": status,
@@ -47,11 +48,12 @@ def problem(error: CarryError) -> dict[str, Any]:
         "retryable": error.retryable,
         "request_id": current_request_id(),
     }
+    document: dict[str, Any] = {**members}
     for name, fact in error.facts.items():
         document.setdefault(name, fact)
     if status in LATER and error.retryable:
         document.setdefault("retry_after_s", DEFAULT_RETRY_S)
-    return document
+    return cast(Problem, document)
 
 
 def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:

@@ -20,7 +20,6 @@ from service.transports.http.bodies.body_types import BodyTypes, ForkBody, State
 from service.transports.http.context import ApiContext
 from service.transports.http.field_rules import EXAMPLE_STREAM
 from service.transports.http.media import Media
-from service.transports.http.replies import schemas
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 
@@ -40,24 +39,6 @@ Bodies are JSON or MessagePack (`application/msgpack`), the same members in both
 Failures are [problem documents](/docs/errors) with a stable `code`.
 """
 
-_DOCUMENTS: tuple[type[BaseModel], ...] = (
-    schemas.Problem,
-    schemas.ChunkReply,
-    schemas.ManyReply,
-    schemas.PredictReply,
-    schemas.ForecastReply,
-    schemas.StreamInfo,
-    schemas.StateReply,
-    StateBody,
-    ForkBody,
-    schemas.StreamList,
-    schemas.Deleted,
-    schemas.ModelList,
-    schemas.ModelDetail,
-    schemas.Live,
-    schemas.Ready,
-)
-
 
 def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
     """The whole document, for the models that are served now."""
@@ -73,7 +54,8 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
     models = sorted(api.pipeline.models)
     types = {name: api.wire(name).reader.strict.types[Media.JSON] for name in models}
     components = {
-        **_schemas(list(_DOCUMENTS)),
+        **document["components"]["schemas"],
+        **_schemas([StateBody, ForkBody]),
         **_schemas([kind for found in types.values() for kind in _kinds(found)]),
     }
     for body in ("Chunk", "Many", "Predict"):
@@ -85,7 +67,7 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         if forecasts
         else {"title": "Forecast", "not": {}, "description": "No model has a decoder."}
     )
-    document.setdefault("components", {})["schemas"] = dict(sorted(components.items()))
+    document["components"]["schemas"] = dict(sorted(components.items()))
     for path, examples in _examples(api).items():
         content = document["paths"][path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples

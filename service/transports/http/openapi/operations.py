@@ -10,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
-
 from service.core import errors
 from service.core.errors import CarryError
 from service.transports.http.field_rules import (
@@ -20,15 +18,14 @@ from service.transports.http.field_rules import (
     EXAMPLE_TAG,
     STREAM_NAME,
 )
-from service.transports.http.media import SERVED
+from service.transports.http.media import SERVED, Media
 from service.transports.http.problems import LATER, PROBLEM_JSON, REFERENCE
-from service.transports.http.replies import schemas
+from service.transports.http.replies import reply_types
 from service.transports.http.request_fields import SECONDS
 from service.transports.http.statuses import STATUS
 
 Arguments = dict[str, Any]
 
-_PROBLEM = {"$ref": "#/components/schemas/Problem"}
 _ETAG = {
     "ETag": {
         "description": "Names the state the stream is in: its epoch and tag.",
@@ -120,7 +117,7 @@ def _problems(*kinds: type[CarryError]) -> dict[int | str, Any]:
             **({"headers": _RETRY_AFTER} if status in LATER else {}),
             "content": {
                 PROBLEM_JSON: {
-                    "schema": _PROBLEM,
+                    "schema": _reference(reply_types.Problem.__name__),
                     "examples": {kind.code: _problem_example(kind) for kind in found},
                 }
             },
@@ -144,24 +141,30 @@ def _problem_example(kind: type[CarryError]) -> dict[str, Any]:
     }
 
 
-def _good(
-    document: type[BaseModel], description: str, headers: Mapping[str, Any] | None = None
+def _reply(
+    model: Any, description: str, headers: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
+    """A response in JSON, for FastAPI to document, and the same in MessagePack."""
+    packed = {"schema": _reference(model.__name__)}
     return {
+        "model": model,
         "description": description,
-        "content": {media: {"schema": schema} for media in SERVED},
+        "content": {Media.MSGPACK.value: packed},
         **({"headers": dict(headers)} if headers else {}),
     }
 
 
+def _reference(component: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{component}"}
+
+
 def _body(component: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{component}"}
+    schema = _reference(component)
     return {"required": True, "content": {media: {"schema": schema} for media in SERVED}}
 
 
 def _route(
-    good: Mapping[int, Any],
+    replies: Mapping[int, Any],
     parameters: list[dict[str, Any]],
     *problems: type[CarryError],
     body: str | None = None,
@@ -170,8 +173,8 @@ def _route(
     if body is not None:
         extra["requestBody"] = _body(body)
         problems = (*_BODY, *problems)
-    refused = _problems(*_CONNECTION, *problems, errors.InternalError)
-    return {"responses": {**good, **refused, **good}, "openapi_extra": extra}
+    rejected = _problems(*_CONNECTION, *problems, errors.InternalError)
+    return {"responses": {**replies, **rejected, **replies}, "openapi_extra": extra}
 
 
 _CONNECTION = (
@@ -209,7 +212,7 @@ _OVERWRITING = (
 )
 
 CHUNK = _route(
-    {200: _good(schemas.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
+    {200: _reply(reply_types.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
     [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH, _TIMEOUT],
     errors.ChunkTooLong,
     errors.ChunksUnsupported,
@@ -233,7 +236,7 @@ CHUNK = _route(
     body="Chunk",
 )
 MANY = _route(
-    {200: _good(schemas.ManyReply, "One outcome per item.")},
+    {200: _reply(reply_types.ManyReply, "One outcome per item.")},
     [_MODEL, *_OPTIONS, _TIMEOUT],
     errors.ChunksUnsupported,
     errors.ModelNotFound,
@@ -242,7 +245,7 @@ MANY = _route(
     body="Many",
 )
 PREDICT = _route(
-    {200: _good(schemas.PredictReply, "One prediction per sequence.")},
+    {200: _reply(reply_types.PredictReply, "One prediction per sequence.")},
     [_MODEL, *_OPTIONS, _TIMEOUT],
     errors.ChunkTooLong,
     errors.ModelNotFound,
@@ -251,7 +254,7 @@ PREDICT = _route(
     body="Predict",
 )
 STREAM = _route(
-    {200: _good(schemas.StreamInfo, "The stream.", _ETAG)},
+    {200: _reply(reply_types.StreamInfo, "The stream.", _ETAG)},
     [_MODEL, _STREAM, _IF_MATCH],
     *_NAMED,
     errors.InvalidPrecondition,
@@ -274,7 +277,7 @@ DELETE_STREAM = _route(
     *_WRITTEN,
 )
 STATE = _route(
-    {200: _good(schemas.StateReply, "The state.", _ETAG)},
+    {200: _reply(reply_types.StateReply, "The state.", _ETAG)},
     [_MODEL, _STREAM, _IF_MATCH],
     *_NAMED,
     errors.InvalidPrecondition,
@@ -286,8 +289,8 @@ STATE = _route(
 )
 RESTORE = _route(
     {
-        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
-        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+        200: _reply(reply_types.StreamInfo, "Overwritten.", _ETAG),
+        201: _reply(reply_types.StreamInfo, "Created.", _ETAG),
     },
     [_MODEL, _STREAM, _IF_MATCH],
     errors.ChunksUnsupported,
@@ -299,8 +302,8 @@ RESTORE = _route(
 )
 FORK = _route(
     {
-        200: _good(schemas.StreamInfo, "Overwritten.", _ETAG),
-        201: _good(schemas.StreamInfo, "Created.", _ETAG),
+        200: _reply(reply_types.StreamInfo, "Overwritten.", _ETAG),
+        201: _reply(reply_types.StreamInfo, "Created.", _ETAG),
     },
     [_MODEL, _STREAM, {**_IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."}],
     *_NAMED,
@@ -311,7 +314,7 @@ FORK = _route(
     body="ForkBody",
 )
 FORECAST = _route(
-    {200: _good(schemas.ForecastReply, "What is seen ahead.", _ETAG)},
+    {200: _reply(reply_types.ForecastReply, "What is seen ahead.", _ETAG)},
     [_MODEL, _STREAM, _IF_MATCH, _TIMEOUT],
     *_NAMED,
     errors.InvalidPrecondition,
@@ -327,7 +330,7 @@ FORECAST = _route(
     body="Forecast",
 )
 STREAMS = _route(
-    {200: _good(schemas.StreamList, "One page.")},
+    {200: _reply(reply_types.StreamList, "One page.")},
     [
         _MODEL,
         _parameter("query", "prefix", _PREFIX, _TEXT),
@@ -339,7 +342,7 @@ STREAMS = _route(
     *_STORE,
 )
 DELETE_STREAMS = _route(
-    {200: _good(schemas.Deleted, "Forgotten.")},
+    {200: _reply(reply_types.Deleted, "Forgotten.")},
     [_MODEL, _parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
     *_NAMED,
     errors.InvalidInput,
@@ -347,25 +350,20 @@ DELETE_STREAMS = _route(
     *_STORE,
     *_WRITTEN,
 )
-MODELS = _route({200: _good(schemas.ModelList, "The models.")}, [], errors.NotAcceptable)
+MODELS = _route({200: _reply(reply_types.ModelList, "The models.")}, [], errors.NotAcceptable)
 MODEL = _route(
-    {200: _good(schemas.ModelDetail, "The model.")},
+    {200: _reply(reply_types.ModelDetail, "The model.")},
     [_MODEL],
     errors.ModelNotFound,
     errors.NotAcceptable,
 )
 
 
-def _plain(document: type[BaseModel], description: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{document.__name__}"}
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
-
-
-LIVE: Arguments = {"responses": {200: _plain(schemas.Live, "It answers.")}}
+LIVE: Arguments = {"responses": {200: {"model": reply_types.Live, "description": "It answers."}}}
 READY: Arguments = {
     "responses": {
-        200: _plain(schemas.Ready, "Every check holds."),
-        503: _plain(schemas.Ready, "Some check fails."),
+        200: {"model": reply_types.Ready, "description": "Every check passes."},
+        503: {"model": reply_types.Ready, "description": "Some check fails."},
     }
 }
 METRICS: Arguments = {

@@ -18,6 +18,7 @@ from service.core.errors import InvalidInput
 from service.core.values import FloatRows, ForecastReply, ForecastRequest, Prediction, Reply
 from service.pipeline.served_model import ServedModel
 from service.transports.http.media import Media, dumps
+from service.transports.http.replies import reply_types
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,10 @@ class ReplyWriter:
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
         self._begin = dumps(Media.JSON, {"model": self._name, "version": self._version})[:-1]
 
-    def reply(self, reply: Reply, options: ReplyOptions) -> dict[str, Any]:
-        """The members of a chunk's reply."""
+    def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
+        """The reply to a chunk."""
         head = reply.head
-        document: dict[str, Any] = {
+        document: reply_types.ChunkReply = {
             "model": self._name,
             "version": self._version,
             "stream": reply.key.stream,
@@ -98,9 +99,13 @@ class ReplyWriter:
             _ENDS[reply.replayed, reply.created],
         )
 
-    def prediction(self, prediction: Prediction, options: ReplyOptions) -> dict[str, Any]:
-        """The members of one sequence's prediction."""
-        document: dict[str, Any] = {"outputs": self.outputs(prediction.outputs, options)}
+    def prediction(
+        self, prediction: Prediction, options: ReplyOptions
+    ) -> reply_types.PredictionOfOne:
+        """The prediction of one sequence."""
+        document: reply_types.PredictionOfOne = {
+            "outputs": self.outputs(prediction.outputs, options)
+        }
         if options.return_state:
             document["state"] = self.state(prediction.state)
         if options.return_attention:
@@ -145,29 +150,30 @@ class ReplyWriter:
         """A state by name."""
         return _writable(self._served.state.by_name(state))
 
-    def forecast(self, found: ForecastReply, request: ForecastRequest) -> dict[str, Any]:
-        """The members of a forecast's reply."""
-        decoder, head, seen = self._served.require_decoder(), found.head, found.forecast
-        document: dict[str, Any] = {
+    def forecast(self, reply: ForecastReply, request: ForecastRequest) -> reply_types.ForecastReply:
+        """The reply to a forecast."""
+        decoder, head, values = self._served.require_decoder(), reply.head, reply.forecast
+        targets: dict[str, reply_types.TargetForecast] = {}
+        for at, name in enumerate(decoder.targets):
+            targets[name] = {
+                "point": np.ascontiguousarray(values.point[:, at]),
+                "quantiles": np.ascontiguousarray(values.quantiles[:, at]),
+            }
+            if request.samples:
+                targets[name]["paths"] = np.ascontiguousarray(values.paths[..., at])
+        document: reply_types.ForecastReply = {
             "model": self._name,
             "version": self._version,
-            "stream": found.key.stream,
+            "stream": reply.key.stream,
             "epoch": head.epoch.hex(),
             "position": head.position,
             "tag": head.tag.hex(),
+            "times_ms": list(reply.times_ms or ()),
+            "levels": list(decoder.head.quantiles),
+            "forecast": targets,
         }
-        if found.times_ms is not None:
-            document["times_ms"] = list(found.times_ms)
-        document["levels"] = list(decoder.head.quantiles)
-        targets: dict[str, Any] = {}
-        for at, name in enumerate(decoder.targets):
-            targets[name] = {
-                "point": np.ascontiguousarray(seen.point[:, at]),
-                "quantiles": np.ascontiguousarray(seen.quantiles[:, at]),
-            }
-            if request.samples:
-                targets[name]["paths"] = np.ascontiguousarray(seen.paths[..., at])
-        document["forecast"] = targets
+        if reply.times_ms is None:
+            del document["times_ms"]
         return document
 
 

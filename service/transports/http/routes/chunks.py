@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,6 +20,12 @@ from service.transports.http.disconnects import unless_left
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
 from service.transports.http.replies.replies import etag, reply, server_timing
+from service.transports.http.replies.reply_types import (
+    AppliedItem,
+    FailedItem,
+    ManyReply,
+    PredictReply,
+)
 from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions
 from service.transports.http.request_fields import (
     body_media,
@@ -115,14 +120,12 @@ async def post_predict(request: Request) -> Response:
     sequences = await body.read(wire.reader.sequences, wire.long.sequences)
     predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
     predictions = await unless_left(request, predicting)
-    return reply(
-        answer,
-        {
-            "model": wire.served.name,
-            "version": wire.served.version,
-            "predictions": [wire.writer.prediction(found, options) for found in predictions],
-        },
-    )
+    document: PredictReply = {
+        "model": wire.served.name,
+        "version": wire.served.version,
+        "predictions": [wire.writer.prediction(each, options) for each in predictions],
+    }
+    return reply(answer, document)
 
 
 def _check_capacity(
@@ -159,8 +162,8 @@ def _outcomes(
     wire: ModelWire,
     results: Sequence[Reply | CarryError],
     options: ReplyOptions,
-) -> dict[str, Any]:
-    outcomes: list[dict[str, Any]] = []
+) -> ManyReply:
+    outcomes: list[AppliedItem | FailedItem] = []
     for result in results:
         if isinstance(result, CarryError):
             api.recorder.refusal(wire.served.name, result.code)

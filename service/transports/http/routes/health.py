@@ -16,6 +16,7 @@ from service.transports.http.context import api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
+from service.transports.http.replies.reply_types import Live, Ready
 from service.transports.http.routes.routing import plain_router
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
@@ -27,7 +28,8 @@ router = plain_router("health")
 @router.get("/health/live", summary="Whether the process answers", **operations.LIVE)
 async def get_live(_: Request) -> Response:
     """Always 200."""
-    return reply(Media.JSON, {"status": "live"})
+    document: Live = {"status": "live"}
+    return reply(Media.JSON, document)
 
 
 @router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
@@ -35,7 +37,7 @@ async def get_ready(request: Request) -> Response:
     """200 where every check holds, otherwise 503; `failing` names those that do not."""
     checks = await api_of(request).pipeline.readiness()
     failing = [check.name for check in checks if not check.ok]
-    document = {
+    document: Ready = {
         "status": "not_ready" if failing else "ready",
         "failing": failing,
         "checks": [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,6 +13,14 @@ from service.transports.http.context import api_of
 from service.transports.http.limits import ApiLimits
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
+from service.transports.http.replies.reply_types import (
+    BlocksInfo,
+    ColumnInfo,
+    ForecastInfo,
+    ModelDetail,
+    ModelList,
+    ModelSummary,
+)
 from service.transports.http.request_fields import query, reply_media
 from service.transports.http.routes.routing import plain_router
 
@@ -27,7 +33,8 @@ async def get_models(request: Request) -> Response:
     query(request)
     answer = reply_media(request)
     served = api_of(request).pipeline.models
-    return reply(answer, {"models": [_summary(served[name]) for name in sorted(served)]})
+    document: ModelList = {"models": [_summary(served[name]) for name in sorted(served)]}
+    return reply(answer, document)
 
 
 @router.get(
@@ -41,7 +48,7 @@ async def get_model(request: Request) -> Response:
     return reply(answer, detail(api.pipeline.model(request.path_params["model"]), api.limits))
 
 
-def _summary(served: ServedModel) -> dict[str, Any]:
+def _summary(served: ServedModel) -> ModelSummary:
     return {
         "name": served.name,
         "version": served.version,
@@ -52,8 +59,8 @@ def _summary(served: ServedModel) -> dict[str, Any]:
     }
 
 
-def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
-    """All that a client needs to know of a model, as plain data."""
+def detail(served: ServedModel, limits: ApiLimits) -> ModelDetail:
+    """All that a client needs to know of a model."""
     schema, limits = served.events, limits.of_model(served.chunk_limit)
     return {
         "name": served.name,
@@ -92,12 +99,12 @@ def detail(served: ServedModel, limits: ApiLimits) -> dict[str, Any]:
     }
 
 
-def _blocks(served: ServedModel) -> dict[str, int] | None:
+def _blocks(served: ServedModel) -> BlocksInfo | None:
     blocks = served.artifact.spec.blocks
     return None if blocks is None else {"size": blocks.size, "lookahead": blocks.lookahead}
 
 
-def _forecast(decoder: DecoderSpec | None) -> dict[str, Any] | None:
+def _forecast(decoder: DecoderSpec | None) -> ForecastInfo | None:
     if decoder is None:
         return None
     return {
@@ -109,8 +116,8 @@ def _forecast(decoder: DecoderSpec | None) -> dict[str, Any] | None:
     }
 
 
-def _column(served: ServedModel, column: Column) -> dict[str, Any]:
-    document: dict[str, Any] = {"name": column.name, "field": column.field}
+def _column(served: ServedModel, column: Column) -> ColumnInfo:
+    document: ColumnInfo = {"name": column.name, "field": column.field}
     if column.codes is not None and column.field is not None and served.events is not None:
         field = served.events.field(column.field)
         document["codes"] = column.codes

@@ -7,7 +7,6 @@ with that stream's ETag.
 from __future__ import annotations
 
 import time
-from typing import Any
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -26,6 +25,13 @@ from service.transports.http.context import ApiContext, api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
+from service.transports.http.replies.reply_types import (
+    Deleted,
+    StateReply,
+    StreamInfo,
+    StreamList,
+    StreamRecord,
+)
 from service.transports.http.request_fields import (
     body_media,
     count,
@@ -90,7 +96,10 @@ async def get_state(request: Request) -> Response:
     found = await api.pipeline.streams.read(key, precondition=if_match(request))
     if not wire.served.takes(found):
         raise incompatible(wire.served, key.stream, found)
-    document = {**_standing(key, found), "state": wire.writer.state(found.state)}
+    document: StateReply = {
+        **_stream_record(key, found),
+        "state": wire.writer.state(found.state),
+    }
     return reply(answer, document, headers=[etag(found.head)])
 
 
@@ -184,7 +193,8 @@ async def get_streams(request: Request) -> Response:
     limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
     prefix = stream_prefix(parameters.get("prefix", ""))
     page = await api.pipeline.streams.page(model, prefix, parameters.get("cursor") or None, limit)
-    return reply(answer, {"model": model, "streams": list(page.streams), "cursor": page.cursor})
+    document: StreamList = {"model": model, "streams": list(page.streams), "cursor": page.cursor}
+    return reply(answer, document)
 
 
 @router.delete(
@@ -205,7 +215,8 @@ async def delete_streams(request: Request) -> Response:
         required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
     )
     deleted = await api.pipeline.streams.delete_prefix(model, prefix)
-    return reply(answer, {"model": model, "deleted": deleted})
+    document: Deleted = {"model": model, "deleted": deleted}
+    return reply(answer, document)
 
 
 def _key(request: Request) -> StreamKey:
@@ -223,14 +234,14 @@ def _deadline(api: ApiContext) -> float:
     return time.monotonic() + api.limits.waits_s(None)
 
 
-def _standing(key: StreamKey, found: StreamState) -> dict[str, Any]:
+def _stream_record(key: StreamKey, found: StreamState) -> StreamRecord:
     fingerprint = found.fingerprint.hex()
     return {
         "model": key.model,
         "version": fingerprint[:VERSION_DIGITS],
         "fingerprint": fingerprint,
         "stream": key.stream,
-        "feed": str(found.feed),
+        "feed": found.feed.value,
         "epoch": found.head.epoch.hex(),
         "position": found.head.position,
         "tag": found.head.tag.hex(),
@@ -238,10 +249,10 @@ def _standing(key: StreamKey, found: StreamState) -> dict[str, Any]:
     }
 
 
-def _info(request: Request, key: StreamKey, found: StreamState) -> dict[str, Any]:
+def _info(request: Request, key: StreamKey, found: StreamState) -> StreamInfo:
     age_ms = max(0, api_of(request).now_ms() - found.updated_ms)
     return {
-        **_standing(key, found),
+        **_stream_record(key, found),
         "age_s": age_ms / 1000,
         "state_bytes": found.state.floats.nbytes + found.state.ints.nbytes,
     }

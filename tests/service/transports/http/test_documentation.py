@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from models.artifact.artifact import write_artifact
 from models.events.columns import canonical_bytes, columns_from_events
@@ -20,7 +21,7 @@ from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
 from service.core.values import FIRST_TAG, Check, Feed, Steps
-from service.transports.http.replies import schemas
+from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import harness
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer
@@ -150,7 +151,7 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
                 method, address, headers=headers, content=body or None
             )
             if not reply:
-                schemas.ModelDetail.model_validate_json(response.content)
+                TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
                 assert json.loads(fences("http-api.md", "json")[0]).keys() == response.json().keys()
                 continue
             status, shown_headers, shown_body = parts(reply)

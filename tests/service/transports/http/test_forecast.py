@@ -14,6 +14,7 @@ import numpy as np
 import ormsgpack
 import pytest
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.decoding.forecasts import Distribution, coming
@@ -22,7 +23,7 @@ from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
 from service.core.errors import DeadlineExceeded
 from service.core.values import ForecastRequest, StreamKey
-from service.transports.http.replies import schemas
+from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import LIMITS, MSGPACK, Harness, harness, problem
 from tests.support.decoder_oracle import oracle_decode
 from tests.support.decoders import HOUR_MS, START_MS, decoder_spec, future_of, hourly_events
@@ -90,7 +91,7 @@ async def test_it_is_the_oracles_and_the_stream_stays_where_it_is(
         sent = await send(api, EVENTS[cut])
     response = await look(api, {**ASKED, "position": 9})
     assert response.status_code == 200, response.text
-    schemas.ForecastReply.model_validate_json(response.content)
+    TypeAdapter(reply_types.ForecastReply).validate_json(response.content)
     found = response.json()
     assert [found[name] for name in ("epoch", "position", "tag")] == [
         sent[name] for name in ("epoch", "position", "tag")
@@ -154,7 +155,7 @@ async def test_a_model_without_a_decoder(api: Harness) -> None:
     found = problem(await look(api, {"nothing": 1}, model="probe"), 422, "forecast_unsupported")
     assert "'probe'" in found["detail"]
     detail = (await api.client.get("/v1/models/weather")).json()
-    schemas.ModelDetail.model_validate(detail)
+    TypeAdapter(reply_types.ModelDetail).validate_python(detail)
     assert detail["forecast"]["known"] == ["holiday", "tariff", "wind"]
     assert detail["forecast"]["max_horizon"] == 12
     assert detail["limits"]["max_forecast_samples"] == 20

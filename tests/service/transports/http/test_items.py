@@ -8,10 +8,11 @@ from typing import Any
 import httpx
 import numpy as np
 import ormsgpack
+from pydantic import TypeAdapter
 
 from service.core.errors import StateDamaged
 from service.core.values import StreamKey
-from service.transports.http.replies.schemas import ManyReply, PredictReply
+from service.transports.http.replies.reply_types import ManyReply, PredictReply
 from tests.service.transports.http.harness import EVENT, LATER, MSGPACK, Harness, problem, rows
 from tests.support.pipelines import whole
 
@@ -25,7 +26,7 @@ async def send(api: Harness, chunks: Any, *, model: str = "probe", query: str = 
         headers={"content-type": "application/json"},
     )
     assert response.status_code == 200, response.text
-    ManyReply.model_validate_json(response.content)
+    TypeAdapter(ManyReply).validate_json(response.content)
     document = response.json()
     assert document["model"] == model
     assert document["version"] == api.models[model].version
@@ -241,7 +242,7 @@ async def test_predictions_start_from_zero_and_leave_nothing(api: Harness) -> No
     given = [rows(4, seed=1), rows(7, seed=2)]
     body = {"sequences": [{"inputs": values.tolist()} for values in given]}
     response = await predict(api, body, query="?return_state=true")
-    PredictReply.model_validate_json(response.content)
+    TypeAdapter(PredictReply).validate_json(response.content)
     document = response.json()
     out = api.models["probe"].outputs.slices["out"]
     for values, found in zip(given, document["predictions"], strict=True):

@@ -7,16 +7,17 @@ from typing import Any
 
 import jsonschema
 import pytest
+from pydantic import TypeAdapter
 
 from service.core.errors import leaf_errors
 from service.core.values import Check
-from service.transports.http.replies import schemas
+from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import EVENT, Harness, problem, rows
 
 
 async def test_list_of_models(api: Harness) -> None:
     response = await api.client.get("/v1/models")
-    schemas.ModelList.model_validate_json(response.content)
+    TypeAdapter(reply_types.ModelList).validate_json(response.content)
     found = response.json()["models"]
     assert [(model["name"], model["events"]) for model in found] == [
         ("probe", False),
@@ -27,7 +28,7 @@ async def test_list_of_models(api: Harness) -> None:
 
 async def test_detail_of_a_model_with_events(api: Harness) -> None:
     response = await api.client.get("/v1/models/small")
-    schemas.ModelDetail.model_validate_json(response.content)
+    TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     model, artifact = response.json(), api.models["small"]
     assert model["input_features"] == len(model["columns"]) == 13
     assert model["version"] == artifact.version
@@ -56,7 +57,7 @@ async def test_detail_of_a_model_with_events(api: Harness) -> None:
 
 async def test_detail_of_a_model_of_rows(api: Harness) -> None:
     response = await api.client.get("/v1/models/probe")
-    schemas.ModelDetail.model_validate_json(response.content)
+    TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     assert response.json()["events"] is None
     assert response.json()["columns"][0] == {"name": "feature_0", "field": None}
     document = problem(await api.client.get("/v1/models/other"), 404, "model_not_found")
@@ -181,7 +182,7 @@ async def test_live_whatever_the_store_does(api: Harness) -> None:
 async def test_ready_names_each_failing_check(api: Harness) -> None:
     response = await api.client.get("/health/ready")
     assert response.status_code == 200
-    schemas.Ready.model_validate_json(response.content)
+    TypeAdapter(reply_types.Ready).validate_json(response.content)
     assert response.json()["status"] == "ready"
     assert {check["name"] for check in response.json()["checks"]} >= {"store", "runtime"}
     api.store.checks = [Check("store", False, "no answer"), Check("eviction", False, "allkeys-lru")]

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import ormsgpack
 import pytest
+from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from service.core.errors import ChunkTooLong
 from service.core.values import Feed, Steps
-from service.transports.http.replies import schemas
+from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import MSGPACK, Harness, harness, problem, rows
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_cuts
@@ -87,7 +88,7 @@ async def test_each_chunk_is_one_call_whatever_its_length(api: Harness, artifact
         body = {"position": at, "inputs": given[at : at + length].tolist()}
         response = await api.client.post(f"{PATH}?return_attention=true", json=body)
         assert response.status_code == 200, response.text
-        schemas.ChunkReply.model_validate_json(response.content)
+        TypeAdapter(reply_types.ChunkReply).validate_json(response.content)
         reply = response.json()
         close(reply["outputs"]["each"], wanted["each"])
         close(reply["outputs"]["once"], wanted["once"])
@@ -143,7 +144,7 @@ async def test_many_streams_and_sequences_share_calls_and_keep_apart(
             "/v1/models/whole/predict?return_attention=true", json={"sequences": sequences}
         )
     ).json()
-    schemas.PredictReply.model_validate(predicted)
+    TypeAdapter(reply_types.PredictReply).validate_python(predicted)
     for part, item, prediction in zip(
         parts, many["results"], predicted["predictions"], strict=True
     ):
@@ -210,7 +211,7 @@ async def test_a_retry_keeps_the_cuts(api: Harness) -> None:
 
 async def test_what_the_model_says_of_itself(api: Harness) -> None:
     response = await api.client.get("/v1/models/whole")
-    schemas.ModelDetail.model_validate_json(response.content)
+    TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     model = response.json()
     assert (model["chunking"], model["max_chunk_steps"]) == ("per_chunk", LIMIT)
     assert model["limits"]["max_chunk_steps"] == LIMIT

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import ormsgpack
 import pytest
+from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact
 from service.core.errors import OutcomeUnknown, StoreUnavailable
 from service.core.values import StreamKey
-from service.transports.http.replies.schemas import Deleted, StateReply, StreamInfo, StreamList
+from service.transports.http.replies.reply_types import Deleted, StateReply, StreamInfo, StreamList
 from tests.service.transports.http.harness import (
     EVENT,
     LATER,
@@ -34,7 +35,7 @@ async def test_where_a_stream_stands(api: Harness) -> None:
     reply = (await api.chunk({"inputs": rows(3).tolist()})).json()
     api.clock[0] += 2500
     response = await api.client.get(f"{ADDRESS}/s")
-    StreamInfo.model_validate_json(response.content)
+    TypeAdapter(StreamInfo).validate_json(response.content)
     artifact = api.models["probe"]
     assert response.json() == {
         "model": "probe",
@@ -83,7 +84,7 @@ async def test_listing_page_by_page(api: Harness) -> None:
     for name in (*names, "b:1"):
         await api.chunk({"inputs": rows(1).tolist()}, stream=name)
     response = await api.client.get(f"{ADDRESS}?prefix=b")
-    StreamList.model_validate_json(response.content)
+    TypeAdapter(StreamList).validate_json(response.content)
     assert response.json() == {"model": "probe", "streams": ["b:1"], "cursor": None}
     listed: list[str] = []
     cursor, pages = "", 0
@@ -114,7 +115,7 @@ async def test_forgetting_many_needs_a_prefix(api: Harness) -> None:
     assert document["at"] == "?prefix"
     assert len(api.store.states) == 3
     response = await api.client.delete(f"{ADDRESS}?prefix=a:")
-    Deleted.model_validate_json(response.content)
+    TypeAdapter(Deleted).validate_json(response.content)
     assert response.json() == {"model": "probe", "deleted": 2}
     assert (await api.client.delete(f"{ADDRESS}?prefix=")).json()["deleted"] == 1
     assert not api.store.states
@@ -139,7 +140,7 @@ async def test_put_takes_what_get_gave(api: Harness, media: str) -> None:
     address = "/v1/models/small/streams"
     kept = await api.client.get(f"{address}/s/state", headers=headers)
     if media == "json":
-        StateReply.model_validate_json(kept.content)
+        TypeAdapter(StateReply).validate_json(kept.content)
 
     response = await api.client.put(f"{address}/copy/state", content=kept.content, headers=headers)
     assert response.status_code == 201, response.content
@@ -174,7 +175,7 @@ async def test_restoring_over_a_stream_needs_its_etag(api: Harness) -> None:
     )
     assert restored.status_code == 200
     assert "location" not in restored.headers
-    StreamInfo.model_validate_json(restored.content)
+    TypeAdapter(StreamInfo).validate_json(restored.content)
     assert (restored.json()["position"], api.position()) == (2, 2)
     assert restored.json()["epoch"] not in (kept["epoch"], now.json()["epoch"])
     missing = await api.client.put(f"{ADDRESS}/new/state", json=kept, headers={"if-match": "*"})
@@ -245,7 +246,7 @@ async def test_a_fork_goes_its_own_way(api: Harness) -> None:
     response = await api.client.post(f"{ADDRESS}/s/fork", json={"to": "s:what-if"})
     assert response.status_code == 201, response.text
     assert response.headers["location"] == f"{ADDRESS}/s%3Awhat-if"
-    StreamInfo.model_validate_json(response.content)
+    TypeAdapter(StreamInfo).validate_json(response.content)
     fork = response.json()
     assert (fork["stream"], fork["position"], fork["tag"]) == ("s:what-if", 3, "0" * 32)
     body = {"position": 3, "inputs": rows(1, seed=5).tolist()}

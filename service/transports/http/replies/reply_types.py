@@ -1,0 +1,406 @@
+"""Types of the replies: what the routes build, and what the OpenAPI document describes.
+
+They are dictionaries when the service runs, so that a reply costs nothing more than its encoding.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
+
+from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
+
+from service.transports.http.field_rules import (
+    BY_PART,
+    EpochText,
+    FeedName,
+    Fingerprint,
+    ModelName,
+    PositionNumber,
+    StateValues,
+    StreamName,
+    TagText,
+    Version,
+)
+
+closed: Final = with_config(ConfigDict(extra="forbid"))
+"""A reply has no other members than its type."""
+
+Values = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(list[float]))]
+"""A list of numbers, which the service holds as an array."""
+Rows = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(list[list[float]]))]
+"""A list of lists of numbers, likewise."""
+Outputs = Annotated[
+    dict[str, Any],
+    Field(
+        description="Each output by its name: one value (of the output's shape) per event, or "
+        "one for the whole chunk where the output is `per: chunk`.",
+        examples=[{"late": [0.18, 0.47]}],
+    ),
+]
+
+
+AttentionWeights = Annotated[
+    dict[str, Any],
+    Field(
+        description="With `return_attention=true`, by layer that attends over the chunk: the "
+        "weight of each step.",
+        examples=[{"attention_1": [0.21, 0.79]}],
+    ),
+]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Problem(TypedDict):
+    """RFC 9457 problem document. The facts of the error are further members."""
+
+    type: Annotated[str, Field(examples=["/docs/errors#position_ahead"])]
+    title: str
+    status: int
+    detail: Annotated[str, Field(description="What was expected and what came.")]
+    code: Annotated[str, Field(description="Stable; decide by it.", examples=["position_ahead"])]
+    retryable: Annotated[bool, Field(description="Whether the same request may be sent again.")]
+    request_id: str | None
+    at: NotRequired[Annotated[str, Field(description="The place in the request.")]]
+    expected: NotRequired[Annotated[Any, Field(description="What would have been accepted.")]]
+    got: NotRequired[Annotated[Any, Field(description="What came.")]]
+    stream: NotRequired[str]
+    epoch: NotRequired[
+        Annotated[
+            str | None,
+            Field(description="Of the stream's current state; null if there is no stream."),
+        ]
+    ]
+    position: NotRequired[Annotated[int, Field(description="Of the stream's current state.")]]
+    tag: NotRequired[
+        Annotated[
+            str | None,
+            Field(description="Of the stream's current state; null if there is no stream."),
+        ]
+    ]
+    retry_after_s: NotRequired[float]
+
+
+@closed
+class ChunkReply(TypedDict):
+    """The outputs of one chunk, and the state of its stream after it."""
+
+    model: ModelName
+    version: Version
+    stream: StreamName
+    epoch: EpochText
+    position: PositionNumber
+    tag: TagText
+    outputs: Outputs
+    replayed: Annotated[
+        bool, Field(description="The chunk was applied before; this is its stored reply.")
+    ]
+    output_position: NotRequired[
+        Annotated[
+            int,
+            Field(
+                description="For a model with `blocks`: index of the event of the first output. "
+                "The outputs may be more or fewer than the chunk's events."
+            ),
+        ]
+    ]
+    created: NotRequired[
+        Annotated[
+            Literal[True], Field(description="Present, and true, in the first reply of a stream.")
+        ]
+    ]
+    state: NotRequired[
+        Annotated[
+            StateValues,
+            Field(
+                description=f"The state after the last step, with `return_state=true`. {BY_PART}"
+            ),
+        ]
+    ]
+    attention: NotRequired[AttentionWeights]
+
+
+@closed
+class AppliedItem(TypedDict):
+    """An item that was applied, or had been."""
+
+    status: Literal[200]
+    reply: ChunkReply
+
+
+@closed
+class FailedItem(TypedDict):
+    """An item that was rejected or failed."""
+
+    status: int
+    error: Problem
+
+
+@closed
+class ManyReply(TypedDict):
+    """One outcome per item, in the order of the request."""
+
+    model: ModelName
+    version: Version
+    results: list[AppliedItem | FailedItem]
+
+
+@closed
+class PredictionOfOne(TypedDict):
+    """The outputs of one sequence."""
+
+    outputs: Outputs
+    state: NotRequired[
+        Annotated[
+            StateValues,
+            Field(
+                description=f"The state after the last step, with `return_state=true`. {BY_PART}"
+            ),
+        ]
+    ]
+    attention: NotRequired[AttentionWeights]
+
+
+@closed
+class PredictReply(TypedDict):
+    """One prediction per sequence, in the order of the request."""
+
+    model: ModelName
+    version: Version
+    predictions: list[PredictionOfOne]
+
+
+@closed
+class TargetForecast(TypedDict):
+    """H coming values of one target, in its own units."""
+
+    point: Annotated[Values, Field(description="The medians: [H].")]
+    quantiles: Annotated[
+        Rows,
+        Field(
+            description="Each step's quantiles at `levels`, given the medians before it: [H][Q]."
+        ),
+    ]
+    paths: NotRequired[Annotated[Rows, Field(description="Drawn paths: [samples][H].")]]
+
+
+@closed
+class ForecastReply(TypedDict):
+    """The forecast from the current state of a stream."""
+
+    model: ModelName
+    version: Version
+    stream: StreamName
+    epoch: EpochText
+    position: PositionNumber
+    tag: TagText
+    times_ms: NotRequired[
+        Annotated[
+            list[int],
+            Field(
+                description="Epoch milliseconds of the coming steps, where events have a timestamp."
+            ),
+        ]
+    ]
+    levels: Annotated[
+        list[float], Field(description="Of the quantiles.", examples=[[0.1, 0.5, 0.9]])
+    ]
+    forecast: Annotated[dict[str, TargetForecast], Field(description="By target.")]
+
+
+class StreamRecord(TypedDict):
+    """What the store keeps of a stream, besides its state."""
+
+    model: ModelName
+    version: Version
+    fingerprint: Fingerprint
+    stream: StreamName
+    feed: FeedName
+    epoch: EpochText
+    position: PositionNumber
+    tag: TagText
+    updated_ms: Annotated[int, Field(description="Last commit, epoch milliseconds.")]
+
+
+@closed
+class StreamInfo(StreamRecord):
+    """The current state of a stream. `version` and `fingerprint` are those of its state."""
+
+    age_s: Annotated[float, Field(description="Seconds since the last commit.")]
+    state_bytes: Annotated[int, Field(description="Size of the state.")]
+
+
+@closed
+class StateReply(StreamRecord):
+    """A stream's state, complete: `PUT` takes this document as it is."""
+
+    state: StateValues
+
+
+@closed
+class StreamList(TypedDict):
+    """A page of names, in no order; a name may come twice over a whole listing."""
+
+    model: ModelName
+    streams: list[StreamName]
+    cursor: Annotated[
+        str | None, Field(description="Ask for the next page with it; null on the last.")
+    ]
+
+
+@closed
+class Deleted(TypedDict):
+    """How many streams were forgotten."""
+
+    model: ModelName
+    deleted: int
+
+
+@closed
+class ColumnInfo(TypedDict):
+    """One value of a row of `inputs`."""
+
+    name: str
+    field: Annotated[str | None, Field(description="The event field it comes from.")]
+    codes: NotRequired[
+        Annotated[int, Field(description="For a categorical: how many codes there are.")]
+    ]
+    labels: NotRequired[Annotated[list[str], Field(description="What each code stands for.")]]
+
+
+@closed
+class OutputInfo(TypedDict):
+    """One output."""
+
+    shape: Annotated[list[int], Field(description="Shape of one step.")]
+    per: Literal["step", "chunk", "block"]
+    labels: Annotated[list[str], Field(description="Names along the last axis, where it has any.")]
+
+
+@closed
+class PartInfo(TypedDict):
+    """One part of the state."""
+
+    shape: list[int]
+    dtype: Literal["float32", "int64"]
+
+
+@closed
+class ModelSummary(TypedDict):
+    """One served model."""
+
+    name: ModelName
+    version: Version
+    description: str
+    input_features: int
+    events: Annotated[bool, Field(description="Whether it has an event schema.")]
+    outputs: list[str]
+
+
+@closed
+class ModelList(TypedDict):
+    """The served models, by name."""
+
+    models: list[ModelSummary]
+
+
+@closed
+class ForecastInfo(TypedDict):
+    """What a forecast takes and gives; each of it follows from the model's decoder."""
+
+    targets: list[str]
+    known: Annotated[list[str], Field(description="What `future` has to say of a coming step.")]
+    step_s: Annotated[float | None, Field(description="Seconds between timestamps, where regular.")]
+    levels: Annotated[list[float], Field(description="Of the quantiles.")]
+    max_horizon: int
+
+
+@closed
+class LimitsInfo(TypedDict):
+    """What one request may ask for."""
+
+    max_body_bytes: int
+    max_chunk_steps: int
+    max_predict_steps: int
+    max_items: int
+    max_forecast_samples: int
+
+
+@closed
+class BlocksInfo(TypedDict):
+    """Blocks of `size` events are answered once `lookahead` more are known, or the stream ends."""
+
+    size: int
+    lookahead: int
+
+
+@closed
+class ModelDetail(TypedDict):
+    """All that a client needs to know of a model."""
+
+    name: ModelName
+    version: Version
+    fingerprint: Fingerprint
+    description: str
+    input_features: Annotated[int, Field(description="F, values per row of `inputs`.")]
+    columns: list[ColumnInfo]
+    events: Annotated[
+        dict[str, Any] | None, Field(description="JSON Schema of one event, or null.")
+    ]
+    outputs: dict[str, OutputInfo]
+    state: dict[str, PartInfo]
+    attention: Annotated[
+        list[str], Field(description="Layers whose weights `return_attention` gives.")
+    ]
+    chunking: Annotated[
+        Literal["invisible", "per_chunk", "whole"],
+        Field(
+            description="What cuts mean: nothing; or the model sees each chunk as a whole; or "
+            "it accepts whole sequences only."
+        ),
+    ]
+    blocks: Annotated[
+        BlocksInfo | None,
+        Field(
+            description="How a bidirectional network follows a stream; null where events are "
+            "answered at once."
+        ),
+    ]
+    max_chunk_steps: Annotated[
+        int | None,
+        Field(
+            description="Most steps of what the model sees as a whole; null where it has no limit."
+        ),
+    ]
+    runtimes: list[str]
+    forecast: Annotated[
+        ForecastInfo | None, Field(description="Null for a model without a decoder.")
+    ]
+    limits: LimitsInfo
+    metrics: Annotated[
+        dict[str, Any], Field(description="What was measured when the model was trained.")
+    ]
+
+
+@closed
+class Live(TypedDict):
+    """The process answers."""
+
+    status: Literal["live"]
+
+
+@closed
+class CheckInfo(TypedDict):
+    """One readiness check."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@closed
+class Ready(TypedDict):
+    """Whether requests should be sent here."""
+
+    status: Literal["ready", "not_ready"]
+    failing: Annotated[list[str], Field(description="Names of the checks that fail.")]
+    checks: list[CheckInfo]
