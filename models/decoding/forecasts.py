@@ -65,7 +65,7 @@ class Forecast:
     paths: FloatRows
 
 
-class Coming(NamedTuple):
+class FutureCovariates(NamedTuple):
     """What is known of the coming steps.
 
     Attributes:
@@ -111,7 +111,9 @@ def start(spec: ModelSpec, floats: FloatRows) -> tuple[FloatRows, FloatRows]:
     return np.concatenate(pieces, axis=-1), floats[..., state_spec(spec).slices[LAST]]
 
 
-def coming(spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | None) -> Coming:
+def encode_covariates(
+    spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | None
+) -> FutureCovariates:
     """Encode what is known of the H steps after those the clock has seen.
 
     Args:
@@ -127,7 +129,7 @@ def coming(spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | N
     decoder, _, events = decoder_of(spec)
     schema = known_schema(events, decoder, timed=True)
     if schema is None:
-        return Coming(np.zeros((horizon, 0), np.float32), None)
+        return FutureCovariates(np.zeros((horizon, 0), np.float32), None)
     if future is None:
         for name in decoder.known:
             raise DataError(index=0, field=name, expected="what is known of the step", got="none")
@@ -141,7 +143,7 @@ def coming(spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | N
     rows, _ = encode(schema, EventColumns(horizon, present, values), Clock())
     columns = [schema.column_index[name] for name in known_columns(spec, decoder)]
     times = None if times_ms is None else tuple(times_ms.tolist())
-    return Coming(rows[:, columns], times)
+    return FutureCovariates(rows[:, columns], times)
 
 
 def _times_ms(

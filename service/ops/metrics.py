@@ -173,7 +173,7 @@ class PrometheusRecorder:
             tuple([self._stages.labels(model, stage) for stage in STAGES]),
         )
 
-    def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
+    def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
         """Record the committed chunks of one batch: the sum of their steps, the timing of each."""
         series = self._series(model)
         series.chunks.inc(len(timings))
@@ -182,19 +182,19 @@ class PrometheusRecorder:
         for stage, times_s in zip(series.stages, (queue_s, load_s, infer_s, commit_s), strict=True):
             observe_all(stage, times_s)
 
-    def replay(self, model: str) -> None:
+    def record_replay(self, model: str) -> None:
         """Count a retry that is answered from the stored reply."""
         self._series(model).replays.inc()
 
-    def refusal(self, model: str, code: str) -> None:
+    def record_error(self, model: str, code: str) -> None:
         """Count a request, or an item of a request, that is answered with a problem."""
         self._refused(model if model in self._served else UNKNOWN_MODEL, code).inc()
 
-    def conflict(self, model: str) -> None:
+    def record_conflict(self, model: str) -> None:
         """Count a version conflict; the chunk is re-evaluated."""
         self._series(model).conflicts.inc()
 
-    def cache(self, model: str, hits: int, misses: int) -> None:
+    def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         """Count the states of a batch that this worker's cache contains and lacks."""
         series = self._series(model)
         if hits:
@@ -202,7 +202,9 @@ class PrometheusRecorder:
         if misses:
             series.cache_misses.inc(misses)
 
-    def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
+    def record_runtime_call(
+        self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
+    ) -> None:
         """Record one call of the runtime: rows B, steps, B x T steps with padding, wall time."""
         series = self._series(model)
         series.batch_rows.observe(rows)
@@ -210,7 +212,7 @@ class PrometheusRecorder:
         series.padded_steps.inc(padded_steps)
         series.batch_seconds.observe(seconds)
 
-    def queue(self, model: str, depth: int) -> None:
+    def record_queue_depth(self, model: str, depth: int) -> None:
         """Record the number of chunks that wait for a batch."""
         self._series(model).queue.set(depth)
 

@@ -20,7 +20,7 @@ from service.engine.compute import Compute, OnCall
 from service.engine.runtimes.base import Runtime
 
 
-class Known(NamedTuple):
+class BlockInput(NamedTuple):
     """What is known of one stream's next events.
 
     Attributes:
@@ -36,7 +36,7 @@ class Known(NamedTuple):
     final: bool
 
 
-class Advanced(NamedTuple):
+class BatchOutput(NamedTuple):
     """What a batch came to.
 
     Attributes:
@@ -50,14 +50,14 @@ class Advanced(NamedTuple):
     finite: bool
 
 
-async def advance_blocks(
+async def infer_blocks(
     compute: Compute,
     runtime: Runtime,
     layout: BlockState,
-    items: Sequence[Known],
+    items: Sequence[BlockInput],
     width: int,
     on_call: OnCall,
-) -> Advanced:
+) -> BatchOutput:
     """Compute every block of the items that is due.
 
     Args:
@@ -85,7 +85,7 @@ async def advance_blocks(
         layout.packed(network, item.ints, found.waiting, closed=item.final)
         for item, network, found in zip(items, networks, cuts, strict=True)
     ]
-    return Advanced(outputs, states, finite)
+    return BatchOutput(outputs, states, finite)
 
 
 def _joined(waiting: FloatRows, rows: FloatRows) -> FloatRows:

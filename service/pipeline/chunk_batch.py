@@ -1,6 +1,6 @@
 """The way of one batch: load -> evaluate_chunk -> encode -> infer -> commit -> reply.
 
-A batch holds chunks of different streams of one model. Each member succeeds or fails on its own: a
+A batch holds chunks of different streams of one model. Each item succeeds or fails on its own: a
 refused, poisoned or conflicting chunk never touches its neighbours. A chunk whose commit finds its
 stream moved on goes back to be judged and computed again, a bounded number of times. Nothing is
 answered before its commit is known, and no refusal or replay is ever taken from memory.
@@ -60,8 +60,8 @@ from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.compute import Compute
 from service.engine.jobs import BatchControl
 from service.engine.state_cache import StateCache
+from service.pipeline.batch_item import BatchItem, ChunkJob, StageTimes
 from service.pipeline.inference import Inference
-from service.pipeline.member import ChunkJob, Member, Times
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
@@ -84,7 +84,7 @@ SILENCE_S: Final = 0.1
 """A store that was silent for so long is away; before, a caller's time was merely short."""
 
 
-class BatchRun:
+class ChunkBatchRunner:
     """Runs batches of one model; `__call__` is what the model's batcher is given.
 
     Args:
@@ -120,120 +120,120 @@ class BatchRun:
 
     async def __call__(self, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
         """Settle the jobs; returns those whose stream others moved on, to be done again."""
-        times = Times(time.monotonic())
-        members = [Member(job, job.payload, job.payload.key) for job in jobs]
-        members = self._shards.detach_unresponsive(members, control)
-        ready, again = await self._judged(members, times, control)
+        times = StageTimes(time.monotonic())
+        items = [BatchItem(job, job.payload, job.payload.key) for job in jobs]
+        items = self._shards.detach_unresponsive(items, control)
+        ready, again = await self._judged(items, times, control)
         computed = await self._infer(ready, times)
         if computed:
             again += await self._commit(computed, times, control)
         return self._jobs_to_retry(again)
 
-    def _jobs_to_retry(self, members: list[Member]) -> list[ChunkJob]:
-        """The jobs of the members that have attempts left; the others fail with Conflict."""
-        return [member.job for member in members if not self._gave_up(member)]
+    def _jobs_to_retry(self, items: list[BatchItem]) -> list[ChunkJob]:
+        """The jobs of the items that have attempts left; the others fail with Conflict."""
+        return [item.job for item in items if not self._gave_up(item)]
 
-    def _gave_up(self, member: Member) -> bool:
+    def _gave_up(self, item: BatchItem) -> bool:
         """Whether there is no further try."""
-        if member.job.is_resolved:
+        if item.job.is_resolved:
             return True
-        if member.job.attempts + 1 < self._attempts:
+        if item.job.attempts + 1 < self._attempts:
             return False
-        stream = member.key.stream
-        member.job.resolve(
+        stream = item.key.stream
+        item.job.resolve(
             Conflict(
                 f"stream {stream!r} was moved on by others {self._attempts} times in a row",
-                **stream_facts(stream, member.expected),
+                **stream_facts(stream, item.expected),
             )
         )
         return True
 
     async def _judged(
-        self, members: list[Member], times: Times, control: BatchControl
-    ) -> tuple[list[Member], list[Member]]:
-        """Find the members' streams; those to be processed, and those to be judged anew."""
-        ready: list[Member] = []
-        unsure: list[Member] = []
-        for member in members:
-            member.base = self._cached(member)
-            if member.base is None:
-                unsure.append(member)
+        self, items: list[BatchItem], times: StageTimes, control: BatchControl
+    ) -> tuple[list[BatchItem], list[BatchItem]]:
+        """Find the items' streams; those to be processed, and those to be judged anew."""
+        ready: list[BatchItem] = []
+        unsure: list[BatchItem] = []
+        for item in items:
+            item.base = self._cached(item)
+            if item.base is None:
+                unsure.append(item)
             else:
-                member.expected = member.base.head
-                ready.append(member)
-        self._recorder.cache(self._served.name, len(ready), len(unsure))
+                item.expected = item.base.head
+                ready.append(item)
+        self._recorder.record_cache_lookups(self._served.name, len(ready), len(unsure))
         if not unsure:
             return ready, []
         found = await self._shards.read(unsure, self._load, control)
         times.load_s = time.monotonic() - times.began_s
-        replays: list[Member] = []
-        again: list[Member] = []
-        for member, stored in found:
-            if member.job.is_resolved:
+        replays: list[BatchItem] = []
+        again: list[BatchItem] = []
+        for item, stored in found:
+            if item.job.is_resolved:
                 continue
-            if member.job.is_out_of_order:
-                again.append(member)
+            if item.job.is_out_of_order:
+                again.append(item)
                 continue
             try:
                 if isinstance(stored, CarryError):
                     raise stored
-                ours = self._ours(member.chunk, stored)
-                evaluation = evaluate_chunk(member.chunk, ours, closed=self._closed(ours))
+                ours = self._ours(item.chunk, stored)
+                evaluation = evaluate_chunk(item.chunk, ours, closed=self._closed(ours))
             except CarryError as error:
-                member.job.resolve(error)
+                item.job.resolve(error)
                 continue
             if isinstance(evaluation, Replay):
-                replays.append(member)
+                replays.append(item)
             else:
-                member.base = evaluation.base
-                member.expected = stored.head if stored else None
-                ready.append(member)
+                item.base = evaluation.base
+                item.expected = stored.head if stored else None
+                ready.append(item)
         if replays:
             answered = await self._shards.read(replays, self._replay_all, control)
-            again += [member for member, done in answered if not done]
+            again += [item for item, done in answered if not done]
         return ready, again
 
-    async def _replay_all(self, members: list[Member]) -> list[bool]:
-        return await asyncio.gather(*(self._replay(member) for member in members))
+    async def _replay_all(self, items: list[BatchItem]) -> list[bool]:
+        return await asyncio.gather(*(self._replay(item) for item in items))
 
-    async def _load(self, members: list[Member]) -> list[Loaded]:
-        """The members' streams. A store that is away fails those that need it, each when its
+    async def _load(self, items: list[BatchItem]) -> list[Loaded]:
+        """The items' streams. A store that is away fails those that need it, each when its
         time is up, and no others."""
-        found: dict[Member, Loaded] = {}
-        left = members
+        found: dict[BatchItem, Loaded] = {}
+        left = items
         while left:
             states: list[Loaded]
             self._note_asked()
             try:
-                states = await self._store.load([member.key for member in left], _until(min, left))
+                states = await self._store.load([item.key for item in left], _until(min, left))
                 self._asked_s = None
             except CarryError as error:
                 states = [error] * len(left)
             late_s = time.monotonic() + DEADLINE_TICK_S
-            waiting: list[Member] = []
-            for member, state in zip(left, states, strict=True):
-                found[member] = state
+            waiting: list[BatchItem] = []
+            for item, state in zip(left, states, strict=True):
+                found[item] = state
                 if not isinstance(state, StoreUnavailable):
                     continue
-                if member.job.deadline_s > late_s:
-                    waiting.append(member)
+                if item.job.deadline_s > late_s:
+                    waiting.append(item)
                 elif self._silent_s() > SILENCE_S:
-                    member.job.resolve(state)
+                    item.job.resolve(state)
                 else:
                     late = DeadlineExceeded("the time for the chunk was up before it was loaded")
-                    member.job.resolve(late)
+                    item.job.resolve(late)
             # Where nobody's time was up, the store has given up by itself.
             left = [] if len(waiting) == len(left) else waiting
-        return [found[member] for member in members]
+        return [found[item] for item in items]
 
-    def _cached(self, member: Member) -> StreamState | None:
+    def _cached(self, item: BatchItem) -> StreamState | None:
         """The state in memory, if the chunk would simply be processed from it."""
-        copy = self._cache.get(member.key)
+        copy = self._cache.get(item.key)
         if copy is None or copy.fingerprint != self._served.fingerprint:
             return None
         if self._blocks is not None and self._closed(copy):
             return None
-        return copy if is_continuation(member.chunk, copy) else None
+        return copy if is_continuation(item.chunk, copy) else None
 
     def _ours(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
         """The stream as the chunk sees it: none, where it has to begin anew.
@@ -244,7 +244,7 @@ class BatchRun:
         """
         if stored is None or isinstance(stored, Tombstone):
             return None
-        if self._served.takes(stored):
+        if self._served.is_compatible(stored):
             self._check_waiting(stored)
             return stored
         if self._reset:
@@ -263,11 +263,11 @@ class BatchRun:
 
     def _closed(self, found: StreamState | None) -> bool:
         """Whether a final chunk ended the stream."""
-        if self._blocks is None or found is None or not self._served.takes(found):
+        if self._blocks is None or found is None or not self._served.is_compatible(found):
             return False
         return self._blocks.closed(found.state)
 
-    async def _replay(self, member: Member, own: Reply | None = None) -> bool:
+    async def _replay(self, item: BatchItem, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
 
         Args:
@@ -276,19 +276,19 @@ class BatchRun:
         Returns:
             False where the stream changed meanwhile and the chunk has to be judged anew.
         """
-        key = member.key
+        key = item.key
         try:
-            state, kept = await self._store.load_with_reply(key, _until(min, [member]))
+            state, kept = await self._store.load_with_reply(key, _until(min, [item]))
             answer = resolve_duplicate(
-                member.chunk, state, kept, own.head if own else None, closed=self._closed(state)
+                item.chunk, state, kept, own.head if own else None, closed=self._closed(state)
             )
             if answer is Resolution.RE_EVALUATE:
                 return False
             if answer is Resolution.STORED_REPLY and state is not None and kept is not None:
-                self._recorder.replay(self._served.name)
+                self._recorder.record_replay(self._served.name)
                 created = state.last is not None and state.last.created
-                first = self._output_position(member.chunk, kept.head)
-                member.job.resolve(
+                first = self._output_position(item.chunk, kept.head)
+                item.job.resolve(
                     Reply(
                         key,
                         kept.head,
@@ -300,15 +300,18 @@ class BatchRun:
                     )
                 )
             elif own is not None:
-                member.job.resolve(own)
+                item.job.resolve(own)
         except CarryError as error:
-            member.job.resolve(error)
+            item.job.resolve(error)
         return True
 
     async def _commit(
-        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
-    ) -> list[Member]:
-        """Commit what was computed; returns the members to be done again.
+        self,
+        computed: list[tuple[BatchItem, StreamState]],
+        times: StageTimes,
+        control: BatchControl,
+    ) -> list[BatchItem]:
+        """Commit what was computed; returns the items to be done again.
 
         Where nothing else is to be done meanwhile it goes in a few parts: the store writes one
         while the next is made, and the first are answered while it writes the last.
@@ -323,7 +326,7 @@ class BatchRun:
             self._commit_part(computed[at : at + rows], replace(times), control)
             for at in range(0, len(computed), rows)
         ]
-        again: list[Member] = []
+        again: list[BatchItem] = []
         # Each of them is waited for, whatever became of the others.
         for found in await asyncio.gather(*committing, return_exceptions=True):
             if isinstance(found, BaseException):
@@ -332,32 +335,38 @@ class BatchRun:
         return again
 
     async def _commit_shards(
-        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
-    ) -> list[Member]:
-        """Commit to all shards concurrently; returns the members to be retried."""
+        self,
+        computed: list[tuple[BatchItem, StreamState]],
+        times: StageTimes,
+        control: BatchControl,
+    ) -> list[BatchItem]:
+        """Commit to all shards concurrently; returns the items to be retried."""
 
         def on_timeout(
             shard: Hashable,
-            part: list[tuple[Member, StreamState]],
-            task: asyncio.Task[list[Member]],
+            part: list[tuple[BatchItem, StreamState]],
+            task: asyncio.Task[list[BatchItem]],
         ) -> None:
             async def finish() -> list[ChunkJob]:
                 return self._jobs_to_retry(await task)
 
-            self._shards.detach(shard, [member for member, _ in part], control, finish())
+            self._shards.detach(shard, [item for item, _ in part], control, finish())
 
-        async def commit(part: list[tuple[Member, StreamState]]) -> list[Member]:
+        async def commit(part: list[tuple[BatchItem, StreamState]]) -> list[BatchItem]:
             return await self._commit_part(part, replace(times), control)
 
         results = await self._shards.run_by_shard(
             computed, lambda each: each[0].key, commit, on_timeout
         )
-        return [member for _, again in results for member in again]
+        return [item for _, again in results for item in again]
 
     async def _commit_part(
-        self, computed: list[tuple[Member, StreamState]], times: Times, control: BatchControl
-    ) -> list[Member]:
-        """Commit some of a batch; returns the members to be done again.
+        self,
+        computed: list[tuple[BatchItem, StreamState]],
+        times: StageTimes,
+        control: BatchControl,
+    ) -> list[BatchItem]:
+        """Commit some of a batch; returns the items to be done again.
 
         The streams' next chunks may go on from here at once, from memory: their commits follow
         these on the store's one ordered way, and fail if these do.
@@ -367,40 +376,38 @@ class BatchRun:
         if not computed:
             return []
         commits: list[Commit] = []
-        for member, new in computed:
-            member.job.is_committing = True
-            reply = StoredReply(new.head, member.outputs)
-            commits.append(Commit(member.key, member.expected, new, reply))
-            self._cache.put(member.key, new)
-            control.release_stream(member.key)
+        for item, new in computed:
+            item.job.is_committing = True
+            reply = StoredReply(new.head, item.outputs)
+            commits.append(Commit(item.key, item.expected, new, reply))
+            self._cache.put(item.key, new)
+            control.release_stream(item.key)
         self._note_asked()
         try:
-            results = await self._store.commit(
-                commits, _until(max, [member for member, _ in computed])
-            )
+            results = await self._store.commit(commits, _until(max, [item for item, _ in computed]))
         except BaseException as error:
             for commit in commits:
                 self._cache.drop(commit.key)
             if not isinstance(error, CarryError):
                 raise
-            for member, _ in computed:
-                member.job.resolve(self.map_error(member.job, error))
+            for item, _ in computed:
+                item.job.resolve(self.map_error(item.job, error))
             return []
         times.commit_s = time.monotonic() - began_s
-        again: list[Member] = []
+        again: list[BatchItem] = []
         timings: list[Timing] = []
         steps = 0
-        for (member, new), result in zip(computed, results, strict=True):
+        for (item, new), result in zip(computed, results, strict=True):
             if result is COMMITTED:
-                timing = times.of(member)
+                timing = times.of(item)
                 timings.append(timing)
-                steps += member.chunk.steps.length
-                member.job.resolve(self._reply(member, new, timing))
-            elif not await self._settled(member, new, result, times):
-                again.append(member)
+                steps += item.chunk.steps.length
+                item.job.resolve(self._reply(item, new, timing))
+            elif not await self._settled(item, new, result, times):
+                again.append(item)
         if timings:
             self._asked_s = None
-            self._recorder.chunks(self._served.name, steps, timings)
+            self._recorder.record_chunks(self._served.name, steps, timings)
         return again
 
     def _note_asked(self) -> None:
@@ -440,31 +447,31 @@ class BatchRun:
         return error if job.payload.position is not None else error.without_position()
 
     async def _settled(
-        self, member: Member, new: StreamState, result: CommitResult, times: Times
+        self, item: BatchItem, new: StreamState, result: CommitResult, times: StageTimes
     ) -> bool:
-        """Answer a member that was not simply written; False where it is to be done again."""
-        self._cache.drop(member.key)
+        """Answer an item that was not simply written; False where it is to be done again."""
+        self._cache.drop(item.key)
         if isinstance(result, CarryError):
-            member.job.resolve(self.map_error(member.job, result))
+            item.job.resolve(self.map_error(item.job, result))
             return True
-        reply = self._reply(member, new, times.of(member))
+        reply = self._reply(item, new, times.of(item))
         if isinstance(result, Conflicted):
-            answer = resolve_conflict(member.chunk, new.head, result.stored)
+            answer = resolve_conflict(item.chunk, new.head, result.stored)
             if answer is Resolution.RE_EVALUATE:
-                self._recorder.conflict(self._served.name)
-                member.job.is_committing = False
-                member.expected = result.stored
+                self._recorder.record_conflict(self._served.name)
+                item.job.is_committing = False
+                item.expected = result.stored
                 return False
             if answer is Resolution.STORED_REPLY:
-                return await self._replay(member, own=reply)
-        self._recorder.chunks(self._served.name, member.chunk.steps.length, [reply.timing])
-        member.job.resolve(reply)
+                return await self._replay(item, own=reply)
+        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [reply.timing])
+        item.job.resolve(reply)
         return True
 
-    def _reply(self, member: Member, new: StreamState, timing: Timing) -> Reply:
+    def _reply(self, item: BatchItem, new: StreamState, timing: Timing) -> Reply:
         created = new.last is not None and new.last.created
-        first = self._output_position(member.chunk, new.head)
-        return Reply(member.key, new.head, member.outputs, new.state, False, created, timing, first)
+        first = self._output_position(item.chunk, new.head)
+        return Reply(item.key, new.head, item.outputs, new.state, False, created, timing, first)
 
     def _output_position(self, chunk: Chunk, after: StreamHead) -> int | None:
         """Index of the event of the first output of a chunk, whose stream is then at `after`."""
@@ -473,9 +480,9 @@ class BatchRun:
         return self._blocks.blocks.given_at(after.position - chunk.steps.length)
 
 
-def _until(which: Callable[[Iterable[float]], float], members: list[Member]) -> float | None:
+def _until(which: Callable[[Iterable[float]], float], items: list[BatchItem]) -> float | None:
     """The first or last deadline, as a store takes it."""
-    deadline_s = which([member.job.deadline_s for member in members])
+    deadline_s = which([item.job.deadline_s for item in items])
     return None if deadline_s == math.inf else deadline_s
 
 

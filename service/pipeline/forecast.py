@@ -22,7 +22,7 @@ from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 
 
-class Outset(NamedTuple):
+class ForecastOrigin(NamedTuple):
     """Where a forecast begins.
 
     Attributes:
@@ -38,17 +38,17 @@ class Outset(NamedTuple):
     seed: int
 
 
-ForecastJob = Job[Outset, Forecast]
+ForecastJob = Job[ForecastOrigin, Forecast]
 
 
-class ForecastRun:
+class ForecastRunner:
     """Decodes forecasts of one model, job by job; `__call__` is what its batcher is given."""
 
     def __init__(self, served: ServedModel, decoder: Runtime, compute: Compute, recorder: Recorder):
         self._spec = served.artifact.spec
         self._decoder = decoder
         self._compute = compute
-        self._on_call = partial(recorder.batch, served.name)
+        self._on_call = partial(recorder.record_runtime_call, served.name)
 
     async def __call__(self, jobs: list[ForecastJob], control: BatchControl) -> list[ForecastJob]:
         """Settle every job."""

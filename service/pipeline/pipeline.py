@@ -46,9 +46,9 @@ from service.engine.policy import BatchLimits
 from service.engine.runtimes.base import Runtime
 from service.engine.state_cache import StateCache
 from service.engine.thread_priority import LoopPriority
-from service.pipeline.chunk_batch import BatchRun, incompatible
-from service.pipeline.forecast import ForecastRun, Outset
-from service.pipeline.predict import PredictRun
+from service.pipeline.chunk_batch import ChunkBatchRunner, incompatible
+from service.pipeline.forecast import ForecastOrigin, ForecastRunner
+from service.pipeline.predict import PredictRunner
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.streams import Streams
@@ -124,7 +124,7 @@ class Pipeline:
         }
 
     def _chunk_batcher(self, served: ServedModel) -> Batcher[Chunk, Reply]:
-        run = BatchRun(
+        run = ChunkBatchRunner(
             served,
             self._store,
             self._cache,
@@ -135,15 +135,19 @@ class Pipeline:
             max_detached=self._limits.max_queue // 2,
             reset=self._reset,
         )
-        return self._batcher(served, run, partial(self._recorder.queue, served.name), run.map_error)
+        return self._batcher(
+            served, run, partial(self._recorder.record_queue_depth, served.name), run.map_error
+        )
 
     def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
-        run = PredictRun(served, self._compute, self._recorder)
+        run = PredictRunner(served, self._compute, self._recorder)
         return self._batcher(served, run, lambda _: None, lambda _, error: error)
 
-    def _forecast_batcher(self, served: ServedModel, decoder: Runtime) -> Batcher[Outset, Forecast]:
+    def _forecast_batcher(
+        self, served: ServedModel, decoder: Runtime
+    ) -> Batcher[ForecastOrigin, Forecast]:
         return Batcher(
-            ForecastRun(served, decoder, self._compute, self._recorder),
+            ForecastRunner(served, decoder, self._compute, self._recorder),
             BatchLimits(1, self._limits.max_batch_steps),
             max_queue=self._limits.max_queue,
             max_in_flight=self._limits.batches_in_flight,
@@ -360,12 +364,12 @@ class Pipeline:
         if deadline_s <= time.monotonic():
             raise DeadlineExceeded("the time for the forecast was up before it was begun")
         found = await self.streams.read(key, deadline_s, request.precondition)
-        if not served.takes(found):
+        if not served.is_compatible(found):
             raise incompatible(served, key.stream, found)
         check_position(key.stream, request.position, found.head)
-        known = served.coming(request, found.state)
-        outset = Outset(found.state.floats, known.rows, request.samples, request.seed)
-        wanted = [JobRequest(outset, None, request.horizon)]
+        known = served.encode_covariates(request, found.state)
+        origin = ForecastOrigin(found.state.floats, known.rows, request.samples, request.seed)
+        wanted = [JobRequest(origin, None, request.horizon)]
         [result] = await self._forecasts[key.model].submit(wanted, deadline_s)
         if isinstance(result, CarryError):
             raise result

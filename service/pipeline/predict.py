@@ -16,7 +16,7 @@ from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps
 from service.engine.compute import Compute
 from service.engine.jobs import BatchControl, Job
-from service.pipeline.blocks import Advanced, Known, advance_blocks
+from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Encoded, ServedModel
 
@@ -25,13 +25,13 @@ log = structlog.get_logger(__name__)
 SequenceJob = Job[Steps, Prediction]
 
 
-class PredictRun:
+class PredictRunner:
     """Runs batches of sequences of one model; `__call__` is what their batcher is given."""
 
     def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
         self._served = served
         self._compute = compute
-        self._on_call = partial(recorder.batch, served.name)
+        self._on_call = partial(recorder.record_runtime_call, served.name)
         self._zero = served.state.zero()
 
     async def __call__(self, jobs: list[SequenceJob], control: BatchControl) -> list[SequenceJob]:
@@ -52,12 +52,12 @@ class PredictRun:
                 )
         return []
 
-    async def _advanced(self, encoded: Sequence[Encoded]) -> Advanced:
+    async def _advanced(self, encoded: Sequence[Encoded]) -> BatchOutput:
         """Every sequence from the zero state to its end."""
         served = self._served
         if served.blocks is not None:
-            known = [Known(self._zero, rows, ints, final=True) for rows, ints in encoded]
-            return await advance_blocks(
+            known = [BlockInput(self._zero, rows, ints, final=True) for rows, ints in encoded]
+            return await infer_blocks(
                 self._compute,
                 served.runtime,
                 served.blocks,
@@ -72,7 +72,7 @@ class PredictRun:
             self._on_call,
         )
         states = [State(row.copy(), ints) for row, (_, ints) in zip(after, encoded, strict=True)]
-        return Advanced(outputs, states, finite)
+        return BatchOutput(outputs, states, finite)
 
     def _encoded(self, job: SequenceJob) -> Encoded | None:
         """Its rows and the clock after them; a refusal fails it alone."""

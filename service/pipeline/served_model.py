@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact
-from models.decoding.forecasts import Coming, coming
+from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
@@ -99,7 +99,7 @@ class ServedModel:
                 got=steps.length,
             )
 
-    def coming(self, request: ForecastRequest, state: State) -> Coming:
+    def encode_covariates(self, request: ForecastRequest, state: State) -> FutureCovariates:
         """What is known of the steps that follow a state, encoded.
 
         Raises:
@@ -108,7 +108,7 @@ class ServedModel:
         """
         try:
             clock = Clock.from_ints(self.state, state.ints)
-            return coming(self.artifact.spec, clock, request.horizon, request.future)
+            return encode_covariates(self.artifact.spec, clock, request.horizon, request.future)
         except DataError as error:
             raise invalid_data("future", error) from error
         except StateError as error:
@@ -127,7 +127,7 @@ class ServedModel:
             )
         return decoder
 
-    def takes(self, stored: StreamState) -> bool:
+    def is_compatible(self, stored: StreamState) -> bool:
         """Whether this version of the model wrote the state."""
         state = stored.state
         return (

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
 from service.engine.jobs import BatchControl
-from service.pipeline.member import ChunkJob, Member
+from service.pipeline.batch_item import BatchItem, ChunkJob
 from service.store.base import StateStore
 
 T = TypeVar("T")
@@ -49,12 +49,12 @@ class Shards:
         """Whether detached work is waiting for the shard of a stream."""
         return bool(self._unresponsive) and self._store.shard(key) in self._unresponsive
 
-    def detach_unresponsive(self, members: list[Member], control: BatchControl) -> list[Member]:
-        """Detach the members whose shards are unresponsive; returns the others."""
+    def detach_unresponsive(self, items: list[BatchItem], control: BatchControl) -> list[BatchItem]:
+        """Detach the items whose shards are unresponsive; returns the others."""
         if not self._unresponsive:
-            return members
-        responsive: list[Member] = []
-        for shard, group in self._group_by_shard(members, lambda member: member.key).items():
+            return items
+        responsive: list[BatchItem] = []
+        for shard, group in self._group_by_shard(items, lambda item: item.key).items():
             if shard in self._unresponsive:
                 self.detach_until_answer(shard, group, control)
             else:
@@ -63,23 +63,25 @@ class Shards:
 
     async def read(
         self,
-        members: list[Member],
-        read: Callable[[list[Member]], Coroutine[Any, Any, list[X]]],
+        items: list[BatchItem],
+        read: Callable[[list[BatchItem]], Coroutine[Any, Any, list[X]]],
         control: BatchControl,
-    ) -> list[tuple[Member, X]]:
-        """Read something of every member's stream; members of shards that time out are detached.
+    ) -> list[tuple[BatchItem, X]]:
+        """Read something of every item's stream; items of shards that time out are detached.
 
         Args:
-            read: gives one result for each member that it is called with.
+            read: gives one result for each item that it is called with.
         """
 
-        def on_timeout(shard: Hashable, group: list[Member], task: asyncio.Task[list[X]]) -> None:
+        def on_timeout(
+            shard: Hashable, group: list[BatchItem], task: asyncio.Task[list[X]]
+        ) -> None:
             task.cancel()
             self.detach_until_answer(shard, group, control)
 
-        if self._store.shard(members[0].key) is None:
-            return list(zip(members, await read(members), strict=True))
-        results = await self.run_by_shard(members, lambda member: member.key, read, on_timeout)
+        if self._store.shard(items[0].key) is None:
+            return list(zip(items, await read(items), strict=True))
+        results = await self.run_by_shard(items, lambda item: item.key, read, on_timeout)
         return [pair for group, values in results for pair in zip(group, values, strict=True)]
 
     async def run_by_shard(
@@ -112,28 +114,28 @@ class Shards:
         return [(groups[shard], task.result()) for shard, task in tasks.items() if task.done()]
 
     def detach_until_answer(
-        self, shard: Hashable, members: list[Member], control: BatchControl
+        self, shard: Hashable, items: list[BatchItem], control: BatchControl
     ) -> None:
-        """Detach members that are queued again once their shard answers.
+        """Detach items that are queued again once their shard answers.
 
         Those beyond `max_detached` fail with StoreUnavailable.
         """
         # detached commits count, but are never rejected: there may be more than the bound
         room = max(0, self._max_detached - self._detached)
-        for member in members[room:]:
-            member.job.resolve(
+        for item in items[room:]:
+            item.job.resolve(
                 StoreUnavailable(
                     f"{self._detached} chunks wait for shards of the store that do not answer",
                     retry_after_s=RETRY_AFTER_S,
                 )
             )
         if room:
-            self.detach(shard, members[:room], control, self._wait_for_answer(members[:room]))
+            self.detach(shard, items[:room], control, self._wait_for_answer(items[:room]))
 
     def detach(
         self,
         shard: Hashable,
-        members: list[Member],
+        items: list[BatchItem],
         control: BatchControl,
         work: Coroutine[Any, Any, list[ChunkJob]],
     ) -> None:
@@ -143,27 +145,27 @@ class Shards:
             work: returns the jobs to be retried.
         """
         self._unresponsive[shard] += 1
-        self._detached += len(members)
+        self._detached += len(items)
 
         def done(_: object) -> None:
-            self._detached -= len(members)
+            self._detached -= len(items)
             self._unresponsive[shard] -= 1
             if not self._unresponsive[shard]:
                 del self._unresponsive[shard]
 
-        control.detach([member.job for member in members], work).add_done_callback(done)
+        control.detach([item.job for item in items], work).add_done_callback(done)
 
-    async def _wait_for_answer(self, members: list[Member]) -> list[ChunkJob]:
-        """Wait until the members' shard answers; returns the jobs to be retried."""
-        deadline_s = max(member.job.deadline_s for member in members)
+    async def _wait_for_answer(self, items: list[BatchItem]) -> list[ChunkJob]:
+        """Wait until the items' shard answers; returns the jobs to be retried."""
+        deadline_s = max(item.job.deadline_s for item in items)
         try:
-            await self._store.load([members[0].key], None if deadline_s == math.inf else deadline_s)
+            await self._store.load([items[0].key], None if deadline_s == math.inf else deadline_s)
         except StoreUnavailable as error:
-            for member in members:
-                member.job.resolve(error)
+            for item in items:
+                item.job.resolve(error)
         except CarryError:
             pass  # an error is an answer too
-        jobs = [member.job for member in members if not member.job.is_resolved]
+        jobs = [item.job for item in items if not item.job.is_resolved]
         for job in jobs:
             job.attempts -= 1  # waiting is no attempt
         return jobs

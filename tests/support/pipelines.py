@@ -51,28 +51,30 @@ class Counts:
     seen: Counter[str] = field(default_factory=Counter)
     largest_batch: int = 0
 
-    def chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
+    def record_chunks(self, model: str, steps: int, timings: Sequence[Timing]) -> None:
         self.seen["chunks"] += len(timings)
         self.seen["events"] += steps
 
-    def replay(self, model: str) -> None:
+    def record_replay(self, model: str) -> None:
         self.seen["replays"] += 1
 
-    def refusal(self, model: str, code: str) -> None:
+    def record_error(self, model: str, code: str) -> None:
         self.seen[code] += 1
 
-    def conflict(self, model: str) -> None:
+    def record_conflict(self, model: str) -> None:
         self.seen["conflicts"] += 1
 
-    def cache(self, model: str, hits: int, misses: int) -> None:
+    def record_cache_lookups(self, model: str, hits: int, misses: int) -> None:
         self.seen["hits"] += hits
         self.seen["misses"] += misses
 
-    def batch(self, model: str, rows: int, steps: int, padded_steps: int, seconds: float) -> None:
+    def record_runtime_call(
+        self, model: str, rows: int, steps: int, padded_steps: int, seconds: float
+    ) -> None:
         self.seen["batches"] += 1
         self.largest_batch = max(self.largest_batch, rows)
 
-    def queue(self, model: str, depth: int) -> None:
+    def record_queue_depth(self, model: str, depth: int) -> None:
         """Not counted."""
 
 

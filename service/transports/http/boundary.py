@@ -121,7 +121,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 def _answer(request: Request, error: CarryError, headers: Iterable[Header] = ()) -> Response:
     # Before routing there is no path parameter; the recorder bounds the names of models.
     model = request.scope.get("path_params", {}).get("model", "-")
-    api_of(request).recorder.refusal(model, error.code)
+    api_of(request).recorder.record_error(model, error.code)
     return problem_response(error, request, headers)
 
 

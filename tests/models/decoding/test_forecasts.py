@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.decoding.forecasts import Decoding, Distribution, coming, start
+from models.decoding.forecasts import Decoding, Distribution, encode_covariates, start
 from models.errors import DataError
 from models.events.columns import EventColumns, columns_from_events
 from models.events.encode import Clock, encode
@@ -50,7 +50,7 @@ def test_known_columns_are_those_that_the_events_themselves_will_have() -> None:
     events = hourly_events(5 + 6)
     rows, _ = encode(spec.events, columns_from_events(spec.events, events), Clock())
     future = [{k: e[k] for k in ("holiday", "tariff", "wind") if k in e} for e in events[5:]]
-    found = coming(spec, clock(5), 6, told(spec, future))
+    found = encode_covariates(spec, clock(5), 6, told(spec, future))
     wanted = ["at.hour_sin", "at.hour_cos", "at.weekday_sin", "at.weekday_cos"]
     wanted += ["holiday", "tariff", "wind", "wind.missing"]
     index = spec.events.column_index
@@ -62,10 +62,10 @@ def test_a_timestamp_may_be_given_and_is_held_to_the_step() -> None:
     spec = decoder_spec()
     future = future_of(2)
     future[0]["at"] = START_MS + 5 * HOUR_MS
-    assert coming(spec, clock(5), 2, told(spec, future)).times_ms is not None
+    assert encode_covariates(spec, clock(5), 2, told(spec, future)).times_ms is not None
     future[1]["at"] = START_MS + 7 * HOUR_MS
     with pytest.raises(DataError, match=r"3600\.0 s after the one before") as caught:
-        coming(spec, clock(5), 2, told(spec, future))
+        encode_covariates(spec, clock(5), 2, told(spec, future))
     assert (caught.value.index, caught.value.field) == (1, "at")
 
 
@@ -77,17 +77,17 @@ def test_timestamps_that_cannot_be_derived_have_to_be_given(regular: bool) -> No
     for number in (0, 2):
         future[number]["at"] = START_MS + number * HOUR_MS
     with pytest.raises(DataError, match="the timestamp of the step") as caught:
-        coming(spec, seen, 3, told(spec, future))
+        encode_covariates(spec, seen, 3, told(spec, future))
     assert (caught.value.index, caught.value.field) == (1, "at")
     future[1]["at"] = START_MS + HOUR_MS
-    assert coming(spec, seen, 3, told(spec, future)).rows.shape == (3, 8)
+    assert encode_covariates(spec, seen, 3, told(spec, future)).rows.shape == (3, 8)
 
 
 def test_what_has_to_be_known_is_named() -> None:
     with pytest.raises(DataError) as caught:
-        coming(decoder_spec(), clock(), 3, None)
+        encode_covariates(decoder_spec(), clock(), 3, None)
     assert (caught.value.index, caught.value.field) == (0, "holiday")
-    assert coming(decoder_spec(known=None), clock(), 3, None).rows.shape == (3, 4)
+    assert encode_covariates(decoder_spec(known=None), clock(), 3, None).rows.shape == (3, 4)
 
 
 @pytest.mark.parametrize("head", ["quantiles", "gaussian"])
@@ -124,7 +124,7 @@ def test_units_and_transforms_come_back() -> None:
 
 def test_a_decoding_is_done_after_its_horizon() -> None:
     spec = decoder_spec()
-    known = coming(spec, clock(), 2, told(spec, future_of(2))).rows
+    known = encode_covariates(spec, clock(), 2, told(spec, future_of(2))).rows
     decoding = Decoding(spec, random_state(spec), known, samples=0, seed=0)
     assert decoding.rows.shape == (1, 10)
     for _ in range(2):

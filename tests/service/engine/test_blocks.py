@@ -11,7 +11,7 @@ from models.spec.state import State
 from service.engine.compute import Compute
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
-from service.pipeline.blocks import Known, advance_blocks
+from service.pipeline.blocks import BlockInput, infer_blocks
 from service.pipeline.served_model import ServedModel
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights, oracle_in_blocks
@@ -66,8 +66,8 @@ async def streamed(
             at[b] += len(piece)
             # sometimes the end is told with the last events, sometimes alone
             ended[b] = at[b] == len(streams[b]) and (not len(piece) or bool(random.integers(2)))
-            known.append(Known(states[b], piece, states[b].ints, ended[b]))
-        done = await advance_blocks(
+            known.append(BlockInput(states[b], piece, states[b].ints, ended[b]))
+        done = await infer_blocks(
             compute, runtime, layout, known, artifact.outputs.size, lambda *_: None
         )
         for b, output, state in zip(members, done.outputs, done.states, strict=True):

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, add_graph, load_artifact, write_artifact
-from models.decoding.forecasts import Decoding, Distribution, Forecast, coming
+from models.decoding.forecasts import Decoding, Distribution, Forecast, encode_covariates
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
@@ -57,7 +57,7 @@ def known_of(artifact: Artifact, horizon: int = HORIZON) -> NDArray[np.float32]:
     schema = known_schema(spec.events, spec.decoder, timed=False)
     assert schema is not None
     told = columns_from_events(schema, future_of(horizon))
-    return coming(spec, clock(), horizon, told).rows
+    return encode_covariates(spec, clock(), horizon, told).rows
 
 
 def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) -> Forecast:

@@ -46,16 +46,16 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     recorder.model("post", "c3d4", "tensorflow")
     first = Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0)
-    reports.chunks("flights", 19, [first, Timing()])
-    reports.chunks("post", 1, [Timing()])
-    reports.replay("flights")
-    reports.conflict("post")
-    reports.conflict("post")
-    reports.cache("flights", hits=5, misses=2)
-    reports.batch("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
-    reports.queue("flights", 7)
-    reports.queue("flights", 4)
-    reports.refusal("flights", "position_ahead")
+    reports.record_chunks("flights", 19, [first, Timing()])
+    reports.record_chunks("post", 1, [Timing()])
+    reports.record_replay("flights")
+    reports.record_conflict("post")
+    reports.record_conflict("post")
+    reports.record_cache_lookups("flights", hits=5, misses=2)
+    reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    reports.record_queue_depth("flights", 7)
+    reports.record_queue_depth("flights", 4)
+    reports.record_error("flights", "position_ahead")
 
     found = read(recorder.render())
     flights = {"model": "flights"}
@@ -116,7 +116,7 @@ def test_series_of_a_new_model_start_at_zero(recorder: PrometheusRecorder) -> No
 def test_unknown_models_create_no_series(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     for name in ("nope", "nope2", "nope3"):
-        recorder.refusal(name, "model_not_found")
+        recorder.record_error(name, "model_not_found")
     found = read(recorder.render())
     refusals = {key: value for key, value in found.items() if key[0] == "carry_refusals_total"}
     assert refusals == {series("carry_refusals_total", model="-", code="model_not_found"): 3}
@@ -135,9 +135,9 @@ from service.ops.metrics import PrometheusRecorder
 
 recorder = PrometheusRecorder()
 recorder.model("flights", "a1b2", "tensorflow")
-recorder.chunks("flights", 5, [Timing(infer_s=0.25)])
-recorder.chunks("flights", 4, [Timing(queue_s=0.003, infer_s=0.2), Timing(infer_s=0.2)])
-recorder.queue("flights", 3)
+recorder.record_chunks("flights", 5, [Timing(infer_s=0.25)])
+recorder.record_chunks("flights", 4, [Timing(queue_s=0.003, infer_s=0.2), Timing(infer_s=0.2)])
+recorder.record_queue_depth("flights", 3)
 print("recorded", flush=True)
 if input() == "render":
     os.write(1, recorder.render())
@@ -186,7 +186,7 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
 
 def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
-    recorder.refusal("flights", "conflict")
+    recorder.record_error("flights", "conflict")
     page = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()
     documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")

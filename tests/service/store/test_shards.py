@@ -16,8 +16,8 @@ from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
 from service.engine.jobs import BatchControl, Job, Ticket, Work
-from service.pipeline.chunk_batch import BatchRun
-from service.pipeline.member import ChunkJob, Member
+from service.pipeline.batch_item import BatchItem, ChunkJob
+from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.shards import Shards
 from service.store.redis.keys import KeySpace
@@ -91,13 +91,15 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     is_known: bool,
 ) -> None:
     """Neither during a load nor during a commit; waiting is not counted as an attempt."""
-    attempts, run = set(), BatchRun.__call__
+    attempts, run = set(), ChunkBatchRunner.__call__
 
-    async def noting(self: BatchRun, jobs: list[ChunkJob], control: BatchControl) -> list[ChunkJob]:
+    async def noting(
+        self: ChunkBatchRunner, jobs: list[ChunkJob], control: BatchControl
+    ) -> list[ChunkJob]:
         attempts.update(job.attempts for job in jobs)
         return await run(self, jobs, control)
 
-    monkeypatch.setattr(BatchRun, "__call__", noting)
+    monkeypatch.setattr(ChunkBatchRunner, "__call__", noting)
     rows = rows_of(np.random.default_rng(56), 8)
     *late, short = named(own_cluster, settings.keys, "late", 21, down=True)
     good = named(own_cluster, settings.keys, "good", 20, down=False)
@@ -177,20 +179,20 @@ async def test_chunks_beyond_the_bound_are_rejected_while_commits_exceed_it() ->
         await gate.wait()
         return []
 
-    def members(count: int) -> list[Member]:
+    def items(count: int) -> list[BatchItem]:
         chunks = [chunk_of(f"s{n}", np.zeros((1, 3), np.float32)) for n in range(count)]
         tickets = [Ticket[Reply](1, math.inf) for _ in chunks]
         return [
-            Member(Job(chunk, chunk.key, 1, 0, 0.0, ticket, 0), chunk, chunk.key)
+            BatchItem(Job(chunk, chunk.key, 1, 0, 0.0, ticket, 0), chunk, chunk.key)
             for chunk, ticket in zip(chunks, tickets, strict=True)
         ]
 
     shards = Shards(RedisStore(StoreSettings("redis://127.0.0.1:1")), max_detached=2)
     control = BatchControl(set(), lambda _: None, lambda: False, detach)
-    shards.detach("shard", members(3), control, commit())
-    late = members(4)
+    shards.detach("shard", items(3), control, commit())
+    late = items(4)
     shards.detach_until_answer("shard", late, control)
-    assert all(member.job.is_resolved for member in late)
+    assert all(item.job.is_resolved for item in late)
     gate.set()
     await asyncio.gather(*tasks)
     assert not shards._detached

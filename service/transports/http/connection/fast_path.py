@@ -189,7 +189,7 @@ class FastPath:
 
     def rejection(self, request: RejectedRequest) -> bytes:
         """The whole response to a rejected request."""
-        self._api.recorder.refusal(request.wire.served.name, request.error.code)
+        self._api.recorder.record_error(request.wire.served.name, request.error.code)
         response = self._overload_responses.response(
             request.error, request.reply_media, request.request_id
         )
@@ -206,7 +206,7 @@ class FastPath:
         status = 200
         if isinstance(result, CarryError):
             status = status_of(result)
-            self._api.recorder.refusal(request.wire.served.name, result.code)
+            self._api.recorder.record_error(request.wire.served.name, result.code)
             with bound_contextvars(request_id=request.request_id.decode()):
                 note_failure(result)
             response = error_response(result, request.reply_media, request.request_id, header_lines)

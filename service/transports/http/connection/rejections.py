@@ -79,7 +79,7 @@ class ConnectionErrors:
 
     def response(self, error: CarryError) -> bytes:
         """The whole response, after which the connection has to be closed."""
-        self._recorder.refusal("-", error.code)
+        self._recorder.record_error("-", error.code)
         request_id = self._ids.next()
         if not isinstance(error, TooManyConnections):
             log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)

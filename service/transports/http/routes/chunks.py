@@ -166,7 +166,7 @@ def _outcomes(
     outcomes: list[AppliedItem | FailedItem] = []
     for result in results:
         if isinstance(result, CarryError):
-            api.recorder.refusal(wire.served.name, result.code)
+            api.recorder.record_error(wire.served.name, result.code)
             error = problem(result)
             outcomes.append({"status": error["status"], "error": error})
         else:

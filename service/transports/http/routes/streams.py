@@ -94,7 +94,7 @@ async def get_state(request: Request) -> Response:
     key = _key(request)
     wire = api.wire(key.model)
     found = await api.pipeline.streams.read(key, precondition=if_match(request))
-    if not wire.served.takes(found):
+    if not wire.served.is_compatible(found):
         raise incompatible(wire.served, key.stream, found)
     document: StateReply = {
         **_stream_record(key, found),

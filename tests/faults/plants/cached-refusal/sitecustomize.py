@@ -3,9 +3,9 @@
 Another worker may have moved the stream on; the refusal then denies what was acknowledged.
 """
 
-from service.pipeline.chunk_batch import BatchRun
+from service.pipeline.chunk_batch import ChunkBatchRunner
 
-load = BatchRun._load
+load = ChunkBatchRunner._load
 
 
 async def from_memory(self, members):
@@ -14,4 +14,4 @@ async def from_memory(self, members):
     return [copy or stored for copy, stored in zip(copies, found, strict=True)]
 
 
-BatchRun._load = from_memory
+ChunkBatchRunner._load = from_memory

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from models.artifact.artifact import Artifact, write_artifact
-from models.decoding.forecasts import Distribution, coming
+from models.decoding.forecasts import Distribution, encode_covariates
 from models.events.columns import columns_from_events
 from models.events.encode import Clock, encode
 from models.spec.decoder import known_schema
@@ -79,7 +79,7 @@ def encoded_future(artifact: Artifact, events: int, told: list[dict[str, Any]]) 
     schema = known_schema(spec.events, spec.decoder, timed=False)
     assert schema is not None
     clock = Clock(START_MS + (events - 1) * HOUR_MS, events, 0)
-    return coming(spec, clock, len(told), columns_from_events(schema, told)).rows
+    return encode_covariates(spec, clock, len(told), columns_from_events(schema, told)).rows
 
 
 async def test_it_is_the_oracles_and_the_stream_stays_where_it_is(

@@ -14,7 +14,7 @@ ChunkJob = Job[Chunk, Reply]
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class BatchItem:
     """A chunk on its way through the batch.
 
     Attributes:
@@ -35,7 +35,7 @@ class Member:
 
 
 @dataclass(slots=True)
-class Times:
+class StageTimes:
     """When the batch began, and how long its stages took, in seconds."""
 
     began_s: float
@@ -43,6 +43,6 @@ class Times:
     infer_s: float = 0.0
     commit_s: float = 0.0
 
-    def of(self, member: Member) -> Timing:
-        queue_s = self.began_s - member.job.submitted_s
+    def of(self, item: BatchItem) -> Timing:
+        queue_s = self.began_s - item.job.submitted_s
         return Timing(queue_s, self.load_s, self.infer_s, self.commit_s)
