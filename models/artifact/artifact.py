@@ -44,7 +44,7 @@ from models.artifact.manifest import (
 )
 from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
-from models.spec.decoder import decoder_weights
+from models.spec.decoder import strip_decoder_prefix
 from models.spec.layout import OutputSpec, network_state, output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from models.spec.state import FloatArray, StateSpec
@@ -93,7 +93,7 @@ class Artifact:
         spec = self.spec.decoder_network
         if spec is None:
             return None
-        weights = MappingProxyType(decoder_weights(self.weights))
+        weights = MappingProxyType(strip_decoder_prefix(self.weights))
         mark = fingerprint(spec, weights)
         return Artifact(self.path, spec, weights, mark, _version(mark), self.manifest)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from models.errors import GraphUnsupportedError
 from models.onnx.graph import write_graph
-from models.spec.decoder import decoder_weights
+from models.spec.decoder import strip_decoder_prefix
 from models.spec.model import ModelSpec
 from models.spec.state import FloatArray
 
@@ -57,7 +57,7 @@ def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
     """Derive a model's graphs, or say why there can be none."""
     try:
         network = spec.decoder_network
-        decoder = None if network is None else write_graph(network, decoder_weights(weights))
+        decoder = None if network is None else write_graph(network, strip_decoder_prefix(weights))
         return Graphs(write_graph(spec, weights), decoder)
     except GraphUnsupportedError as error:
         return Graphs(refused=str(error))

@@ -31,7 +31,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.networks.activations import activation_of
-from models.spec.layers import MASKED, NOTHING, AttentionLayer
+from models.spec.layers import EMPTY_MAXIMUM, MASKED_SCORE, AttentionLayer
 
 Tensor = Any
 
@@ -79,7 +79,7 @@ class Attention:
             The value, the same at every step, float32 [B, T, W], and the weights [B, T], which
             are 0 beyond a row's length.
         """
-        weights = tf.nn.softmax(tf.where(mask, self._scores(x), MASKED), axis=-1)
+        weights = tf.nn.softmax(tf.where(mask, self._scores(x), MASKED_SCORE), axis=-1)
         value = tf.linalg.matmul(weights[:, tf.newaxis, :], x)
         return tf.broadcast_to(value, tf.shape(x)), weights
 
@@ -121,7 +121,7 @@ class Attention:
     def _exact(self, state: StreamState) -> Tensor:
         """Maximum, normaliser and sum side by side, float64 [B, 1, 2 + W]."""
         maximum, normaliser, total = (tf.cast(part, tf.float64) for part in state)
-        maximum = tf.where(normaliser[:, :1] > 0, maximum, NOTHING)
+        maximum = tf.where(normaliser[:, :1] > 0, maximum, EMPTY_MAXIMUM)
         width = self._width
         joined = [maximum, normaliser[:, :1] + normaliser[:, 1:]]
         joined.append(total[:, :width] + total[:, width:])
@@ -141,7 +141,7 @@ def _accumulated(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
     """
     steps = tf.range(tf.shape(scores)[1])
     causal = steps[:, tf.newaxis] >= steps
-    pairs = tf.where(causal, scores[:, tf.newaxis, :], tf.constant(NOTHING, tf.float64))
+    pairs = tf.where(causal, scores[:, tf.newaxis, :], tf.constant(EMPTY_MAXIMUM, tf.float64))
     start = before[..., :1]
     # the result does not depend on it, so neither does its gradient
     maximum = tf.stop_gradient(tf.maximum(start, tf.reduce_max(pairs, axis=-1, keepdims=True)))

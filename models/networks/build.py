@@ -39,7 +39,7 @@ from models.networks.heads import (
     head_output,
     mean_losses,
 )
-from models.spec.decoder import LAST, as_decoder_weights
+from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.heads import AnomalyHead
 from models.spec.layers import (
     FEATURES,
@@ -356,7 +356,7 @@ class StepNetwork:
         found: dict[str, Variable] = {}
         owners = {name: getattr(layer, "cell", layer) for name, layer in self._layers.items()}
         owners.update({f"heads.{name}": layer for name, layer in self._heads.items()})
-        decoding = {} if self.decoder is None else as_decoder_weights(self.decoder._variables)
+        decoding = {} if self.decoder is None else add_decoder_prefix(self.decoder._variables)
         for name, shape in weight_shapes(self.spec).items():
             owner, _, kind = name.rpartition(".")
             if name in decoding:

@@ -126,7 +126,7 @@ def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
         "return_sequences": True,
         "return_state": True,
     }
-    if isinstance(layer, LstmLayer) and not layer.plain:
+    if isinstance(layer, LstmLayer) and not layer.is_standard:
         return keras.layers.RNN(LstmCell(layer), **returned)
     common = {
         "activation": activation_of(layer.activation),

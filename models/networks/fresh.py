@@ -16,7 +16,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.decoder import DECODER, as_decoder_weights
+from models.spec.decoder import DECODER, add_decoder_prefix
 from models.spec.layers import BidirectionalLayer, LstmLayer
 from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec
@@ -39,7 +39,7 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
     weights = _drawn(spec, seed, "")
     if spec.decoder_network is not None:
         lead = f"{DECODER}."
-        weights.update(as_decoder_weights(_drawn(spec.decoder_network, seed, lead)))
+        weights.update(add_decoder_prefix(_drawn(spec.decoder_network, seed, lead)))
     return weights
 
 

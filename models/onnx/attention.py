@@ -16,7 +16,7 @@ from models.errors import GraphUnsupportedError
 from models.onnx.heads import dense
 from models.onnx.messages import DataType
 from models.onnx.nodes import Nodes, Value
-from models.spec.layers import MASKED, NOTHING, AttentionLayer
+from models.spec.layers import EMPTY_MAXIMUM, MASKED_SCORE, AttentionLayer
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -57,7 +57,9 @@ def over_chunk(
     steps = nodes.add("Unsqueeze", nodes.steps(x), nodes.integers(1))
     valid = nodes.add("Less", steps, nodes.add("Cast", lengths, to=DataType.INT64))
     valid = nodes.add("Unsqueeze", valid, nodes.integers(2))
-    scores = nodes.add("Where", valid, _scores(nodes, layer, weights, x), nodes.number(MASKED))
+    scores = nodes.add(
+        "Where", valid, _scores(nodes, layer, weights, x), nodes.number(MASKED_SCORE)
+    )
     shares = nodes.add("Softmax", scores, axis=0)
     value = nodes.add("ReduceSum", nodes.add("Mul", shares, x), nodes.integers(0), keepdims=1)
     return nodes.add("Expand", value, nodes.add("Shape", x)), shares
@@ -90,7 +92,7 @@ def over_stream(
     )
     steps = nodes.steps(x)
     causal = nodes.add("GreaterOrEqual", nodes.add("Unsqueeze", steps, nodes.integers(1)), steps)
-    nothing = nodes.constant(np.array(NOTHING, np.float64))
+    nothing = nodes.constant(np.array(EMPTY_MAXIMUM, np.float64))
     pairs = nodes.add("Where", causal, scores, nothing)
     maximum = nodes.add("ReduceMax", pairs, nodes.integers(2), keepdims=1)
     maximum = nodes.add("Max", maximum, start)
@@ -134,7 +136,7 @@ def _exact(nodes: Nodes, state: list[Value], width: int) -> tuple[Value, Value, 
     )
     high, low = nodes.split(normaliser, [1, 1], axis=2)
     seen = nodes.add("Greater", high, nodes.constant(np.array(0, np.float64)))
-    maximum = nodes.add("Where", seen, maximum, nodes.constant(np.array(NOTHING, np.float64)))
+    maximum = nodes.add("Where", seen, maximum, nodes.constant(np.array(EMPTY_MAXIMUM, np.float64)))
     highs, lows = nodes.split(total, [width, width], axis=2)
     return maximum, nodes.add("Add", high, low), nodes.add("Add", highs, lows)
 

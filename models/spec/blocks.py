@@ -16,7 +16,7 @@ Events that are not computed yet wait in the state as rows, at most C+R-1 of the
 was told its end is closed: nothing waits any more and nothing can follow.
 
 Pure NumPy, no runtime. Invariant: at position P a stream that is not closed has given
-`given_at(P)` outputs, and the other events wait.
+`outputs_emitted_at(P)` outputs, and the other events wait.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class BlockSpec(Frozen):
         """C + R, the steps of one call."""
         return self.size + self.lookahead
 
-    def given_at(self, position: int) -> int:
+    def outputs_emitted_at(self, position: int) -> int:
         """How many outputs a stream has given that consumed `position` events and is open."""
         return max(0, position - self.lookahead) // self.size * self.size
 
 
-class Cut(NamedTuple):
+class BlockWindows(NamedTuple):
     """What the events that are known come to.
 
     Attributes:
@@ -77,12 +77,12 @@ class Cut(NamedTuple):
     waiting: FloatArray
 
 
-def cut(blocks: BlockSpec, rows: FloatArray, *, final: bool) -> Cut:
+def cut_blocks(blocks: BlockSpec, rows: FloatArray, *, final: bool) -> BlockWindows:
     """Cut rows [T, F] that begin at a block; with `final` nothing follows them."""
     size, window = blocks.size, blocks.window
     count = -(-len(rows) // size) if final else max(0, len(rows) - blocks.lookahead) // size
     windows = [rows[start : start + window] for start in range(0, count * size, size)]
-    return Cut(windows, rows[count * size :])
+    return BlockWindows(windows, rows[count * size :])
 
 
 def block_parts(blocks: BlockSpec, features: int) -> list[StatePart]:
@@ -94,7 +94,7 @@ def block_parts(blocks: BlockSpec, features: int) -> list[StatePart]:
     ]
 
 
-class BlockState:
+class BlockStateLayout:
     """Reads and writes those parts of a packed state.
 
     Args:
@@ -110,21 +110,21 @@ class BlockState:
         self.network_size = self._rows.start
         """Values of the packed row that the network reads and writes."""
 
-    def closed(self, state: State) -> bool:
+    def is_closed(self, state: State) -> bool:
         """Whether the stream is at its end."""
         return bool(state.ints[self._closed])
 
-    def waiting(self, state: State) -> FloatArray:
+    def pending_rows(self, state: State) -> FloatArray:
         """The rows that wait, float32 [count, F]."""
         count = int(state.ints[self._count])
         rows = state.floats[self._rows].reshape(self.blocks.window - 1, -1)
         return rows[:count]
 
-    def network(self, state: State) -> FloatArray:
+    def network_floats(self, state: State) -> FloatArray:
         """The network's own parts, packed."""
         return state.floats[: self.network_size]
 
-    def packed(
+    def pack(
         self, network: NDArray[np.float32], ints: IntArray, waiting: FloatArray, *, closed: bool
     ) -> State:
         """The whole state.
@@ -161,9 +161,9 @@ class BlockState:
             StateError: naming the part; also where other rows wait than at that position.
         """
         self.check(state)
-        waiting = self.waiting(state)
-        if not self.closed(state):
-            expected = position - self.blocks.given_at(position)
+        waiting = self.pending_rows(state)
+        if not self.is_closed(state):
+            expected = position - self.blocks.outputs_emitted_at(position)
             if len(waiting) != expected:
                 raise StateError(
                     f"part {COUNT!r}: expected {expected} rows that wait at position {position}, "

@@ -62,7 +62,7 @@ def chunking_of(layers: Iterable[Layer], *, blocks: bool) -> Chunking:
     return "per_chunk" if any(_sees_the_chunk(layer) for layer in layers) else "invisible"
 
 
-def looking_ahead(layers: Iterable[Layer]) -> frozenset[str]:
+def non_causal_layers(layers: Iterable[Layer]) -> frozenset[str]:
     """Layers whose value at a step depends on later steps of the same chunk."""
     found: set[str] = set()
     for layer in layers:
@@ -71,7 +71,7 @@ def looking_ahead(layers: Iterable[Layer]) -> frozenset[str]:
     return frozenset(found)
 
 
-def steady(layers: Iterable[Layer]) -> frozenset[str]:
+def chunk_constant_layers(layers: Iterable[Layer]) -> frozenset[str]:
     """Layers that give the same value at every step of a chunk."""
     found: set[str] = set()
     for layer in layers:
@@ -84,7 +84,7 @@ def steady(layers: Iterable[Layer]) -> frozenset[str]:
     return frozenset(found)
 
 
-def check_hand_off(layer: Recurrent, before: Mapping[str, Layer]) -> None:
+def check_starts_from(layer: Recurrent, before: Mapping[str, Layer]) -> None:
     """Refuse a layer that cannot start from the layer it names; ValueError says why.
 
     Args:

@@ -45,7 +45,7 @@ DISTRIBUTION = "distribution"
 MEDIAN = 0.5
 CALENDAR = TIMESTAMP_FEATURES[1:]
 """What a timestamp tells of a coming step; its gap is the same at every step."""
-STEPPING = (
+STEPWISE_KINDS = (
     "lstm",
     "gru",
     "dense",
@@ -142,7 +142,7 @@ class DecoderTraining(Frozen):
     floor: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-def hand_over_starts(decoder: Mapping[str, Any]) -> dict[str, Any]:
+def collect_starts_from(decoder: Mapping[str, Any]) -> dict[str, Any]:
     """Plain data of the section with each layer's `starts_from` moved into the section's own.
 
     Args:
@@ -172,10 +172,10 @@ def check_decoder(spec: ModelSpec, decoder: DecoderSpec) -> None:
             raise ValueError(f"decoder: expected no layer or head of that name, got {name!r}")
     _check_fields(spec.events, decoder)
     for layer in decoder.layers:
-        if layer.kind not in STEPPING:
+        if layer.kind not in STEPWISE_KINDS:
             raise ValueError(
                 f"decoder: layer {layer.name!r}: expected one that goes forward step by step "
-                f"({', '.join(STEPPING)}), got {layer.kind}"
+                f"({', '.join(STEPWISE_KINDS)}), got {layer.kind}"
             )
     _check_starts(spec, decoder)
 
@@ -305,12 +305,12 @@ def known_schema(schema: EventSchema, decoder: DecoderSpec, *, timed: bool) -> E
     return EventSchema(timezone=schema.timezone, fields=tuple(fields)) if fields else None
 
 
-def decoder_weights(weights: Mapping[str, T]) -> dict[str, T]:
+def strip_decoder_prefix(weights: Mapping[str, T]) -> dict[str, T]:
     """The step network's weights, under the names that its own specification gives them."""
     lead = f"{DECODER}."
     return {n.removeprefix(lead): value for n, value in weights.items() if n.startswith(lead)}
 
 
-def as_decoder_weights(weights: Mapping[str, T]) -> dict[str, T]:
+def add_decoder_prefix(weights: Mapping[str, T]) -> dict[str, T]:
     """The same the other way round: under the names that the whole model gives them."""
     return {f"{DECODER}.{name}": value for name, value in weights.items()}

@@ -15,9 +15,9 @@ from models.events.schema import Frozen
 
 NORMALISATION_EPSILON = 1e-3
 """Added to the variance inside a cell, as `keras.layers.LayerNormalization` does by default."""
-MASKED = -1e30
+MASKED_SCORE = -1e30
 """Attention's score of a step that does not count; exp of it is 0 beside any other."""
-NOTHING = -1e300
+EMPTY_MAXIMUM = -1e300
 """In float64, below every float32 score: attention's maximum of no steps."""
 
 LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -94,7 +94,7 @@ class LstmLayer(_Layer):
         return self.units if self.projection is None else self.projection
 
     @property
-    def plain(self) -> bool:
+    def is_standard(self) -> bool:
         """Whether it is an LSTM as Keras and ONNX know it, with no option of Carry's own."""
         return not (self.peepholes or self.layer_normalization or self.projection is not None)
 

@@ -23,8 +23,8 @@ from models.events.schema import (
     NumericField,
 )
 from models.spec.blocks import block_parts
-from models.spec.chunking import steady
-from models.spec.decoder import LAST, as_decoder_weights
+from models.spec.chunking import chunk_constant_layers
+from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.heads import (
     AnomalyHead,
     ClassificationHead,
@@ -180,7 +180,7 @@ def _carried(
 def output_spec(spec: ModelSpec) -> OutputSpec:
     """The outputs, one per head, in the order of the heads."""
     widths = layer_widths(spec)
-    same = steady(spec.layers)
+    same = chunk_constant_layers(spec.layers)
     outputs = [_output(spec, head, widths) for head in spec.heads]
     per_chunk = [head.input in same and not isinstance(head, AnomalyHead) for head in spec.heads]
     return OutputSpec(
@@ -318,7 +318,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             if not isinstance(head, DenseHead) or head.use_bias:
                 shapes[f"heads.{head.name}.bias"] = (units,)
     if spec.decoder_network is not None:
-        shapes.update(as_decoder_weights(weight_shapes(spec.decoder_network)))
+        shapes.update(add_decoder_prefix(weight_shapes(spec.decoder_network)))
     return shapes
 
 

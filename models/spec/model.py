@@ -20,16 +20,16 @@ from models.spec.blocks import BlockSpec
 from models.spec.chunking import (
     DEFAULT_CHUNK_STEPS,
     Chunking,
-    check_hand_off,
+    check_starts_from,
     chunking_of,
-    looking_ahead,
+    non_causal_layers,
 )
 from models.spec.decoder import (
     DECODER,
     DecoderSpec,
     DecoderTraining,
     check_decoder,
-    hand_over_starts,
+    collect_starts_from,
     network_data,
 )
 from models.spec.heads import (
@@ -140,7 +140,7 @@ class ModelSpec(Frozen):
         decoder = data.get("decoder")
         if isinstance(decoder, dict) and isinstance(decoder.get("layers"), (list, tuple)):
             own, _ = _named(decoder["layers"])
-            data = {**data, "decoder": hand_over_starts({**decoder, "layers": own})}
+            data = {**data, "decoder": collect_starts_from({**decoder, "layers": own})}
         heads = data.get("heads")
         if isinstance(heads, (list, tuple)):
             heads = [
@@ -171,7 +171,7 @@ class ModelSpec(Frozen):
                     f"layer {layer.name!r}: expected {wanted}, got {list(layer.inputs)}"
                 )
             if isinstance(layer, RECURRENT):
-                check_hand_off(layer, before)
+                check_starts_from(layer, before)
             widths[layer.name] = layer_width(layer, widths)
             before[layer.name] = layer
         if not any(isinstance(layer, RECURRENT) for layer in self.layers):
@@ -186,7 +186,7 @@ class ModelSpec(Frozen):
                     f"head {head.name!r} reads {head.input!r}, expected one of {sorted(widths)}"
                 )
             self._check_targets(head)
-            if isinstance(head, AnomalyHead) and head.input in looking_ahead(self.layers):
+            if isinstance(head, AnomalyHead) and head.input in non_causal_layers(self.layers):
                 raise ValueError(
                     f"head {head.name!r} judges events by forecasts made before them, and "
                     f"{head.input!r} knows the chunk's later events; expected a layer that does not"

@@ -69,7 +69,7 @@ def read_spec(path: Path) -> ModelSpec:
         raise _refusal(path, [_located(item, node, data) for item in found]) from error
 
 
-def at_its_line(path: Path, error: SpecError) -> SpecError:
+def add_line_number(path: Path, error: SpecError) -> SpecError:
     """What was found wrong after the file was read, with the line that it is about.
 
     Without a line where the message does not begin with a place in the file, or the file is

@@ -19,7 +19,7 @@ from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, SpecError
 from models.spec.decoder import DECODER
 from models.spec.model import ModelSpec
-from models.spec.spec_file import at_its_line, read_spec
+from models.spec.spec_file import add_line_number, read_spec
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.files import read_data
@@ -68,7 +68,7 @@ def train_command(
             source=str(data),
         )
     except SpecError as error:
-        raise at_its_line(spec, error) from error
+        raise add_line_number(spec, error) from error
 
 
 def train_frame(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.errors import DataError
 from models.events.encode import Clock, encode
-from models.spec.blocks import BlockSpec, cut
+from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.heads import Head, LabelHead
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
@@ -145,7 +145,9 @@ def _run_blocks(
     lanes = min(batch, len(longest_first))
     for first in range(0, len(longest_first), lanes):
         group = longest_first[first : first + lanes]
-        windows = [cut(blocks, rows[start:stop], final=True).windows for start, stop in group]
+        windows = [
+            cut_blocks(blocks, rows[start:stop], final=True).windows for start, stop in group
+        ]
         state = np.zeros((lanes, network.state_size), np.float32)
         for number in range(len(windows[0])):
             given = np.zeros((lanes, blocks.window, rows.shape[1]), np.float32)

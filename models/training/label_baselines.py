@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from models.spec.chunking import looking_ahead
+from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
 from models.training.scores import Floats, Scored, score_label
 from models.training.table import Baseline, Table, rows_around
@@ -54,7 +54,7 @@ def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> lis
     if trees:
         found.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
         found.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
-        if head.input in looking_ahead(table.spec.layers):
+        if head.input in non_causal_layers(table.spec.layers):
             found.append(_trees(table, BOTH, truth, count, SEVERAL, score, ahead=True))
     return found
 

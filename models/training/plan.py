@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
-from models.spec.chunking import looking_ahead
+from models.spec.chunking import non_causal_layers
 from models.spec.heads import LabelHead
 from models.spec.model import ModelSpec
 from models.training.data import Streams, schema_of, training_of
@@ -138,7 +138,7 @@ def plan_of(
 
 def _check_foresight(spec: ModelSpec) -> None:
     """Refuse a head that would be shown what it is to foretell."""
-    seen = looking_ahead(spec.layers)
+    seen = non_causal_layers(spec.layers)
     for head in spec.heads:
         if has_targets(head) and not isinstance(head, LabelHead) and head.input in seen:
             raise SpecError(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.blocks import BlockState, cut
+from models.spec.blocks import BlockStateLayout, cut_blocks
 from models.spec.state import State
 from service.core.values import FloatRows
 from service.engine.compute import Compute, OnCall
@@ -53,7 +53,7 @@ class BatchOutput(NamedTuple):
 async def infer_blocks(
     compute: Compute,
     runtime: Runtime,
-    layout: BlockState,
+    layout: BlockStateLayout,
     items: Sequence[BlockInput],
     width: int,
     on_call: OnCall,
@@ -64,10 +64,12 @@ async def infer_blocks(
         width: O, values per output row.
     """
     cuts = [
-        cut(layout.blocks, _joined(layout.waiting(item.state), item.rows), final=item.final)
+        cut_blocks(
+            layout.blocks, _joined(layout.pending_rows(item.state), item.rows), final=item.final
+        )
         for item in items
     ]
-    networks = [layout.network(item.state) for item in items]
+    networks = [layout.network_floats(item.state) for item in items]
     outputs = [np.zeros((0, width), np.float32)] * len(items)
     due = [index for index, found in enumerate(cuts) if found.windows]
     finite = True
@@ -82,7 +84,7 @@ async def infer_blocks(
         for index, output, after in zip(due, inferred.outputs, inferred.states, strict=True):
             outputs[index], networks[index] = output, after
     states = [
-        layout.packed(network, item.ints, found.waiting, closed=item.final)
+        layout.pack(network, item.ints, found.waiting, closed=item.final)
         for item, network, found in zip(items, networks, cuts, strict=True)
     ]
     return BatchOutput(outputs, states, finite)

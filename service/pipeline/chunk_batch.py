@@ -265,7 +265,7 @@ class ChunkBatchRunner:
         """Whether a final chunk ended the stream."""
         if self._blocks is None or found is None or not self._served.is_compatible(found):
             return False
-        return self._blocks.closed(found.state)
+        return self._blocks.is_closed(found.state)
 
     async def _replay(self, item: BatchItem, own: Reply | None = None) -> bool:
         """Answer a retry of the last chunk from the stored reply.
@@ -477,7 +477,7 @@ class ChunkBatchRunner:
         """Index of the event of the first output of a chunk, whose stream is then at `after`."""
         if self._blocks is None:
             return None
-        return self._blocks.blocks.given_at(after.position - chunk.steps.length)
+        return self._blocks.blocks.outputs_emitted_at(after.position - chunk.steps.length)
 
 
 def _until(which: Callable[[Iterable[float]], float], items: list[BatchItem]) -> float | None:

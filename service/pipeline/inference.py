@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import structlog
 
-from models.spec.blocks import BlockState
+from models.spec.blocks import BlockStateLayout
 from models.spec.state import State
 from service.core.delivery import apply_chunk, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
@@ -111,7 +111,9 @@ class Inference:
         states = [State(row.copy(), m.ints) for row, m in zip(after, items, strict=True)]
         return BatchOutput(outputs, states, finite)
 
-    async def _blocks_advanced(self, blocks: BlockState, items: list[BatchItem]) -> BatchOutput:
+    async def _blocks_advanced(
+        self, blocks: BlockStateLayout, items: list[BatchItem]
+    ) -> BatchOutput:
         """Every block of every item that is due."""
         known = [
             BlockInput(m.base.state if m.base else self._zero, m.rows, m.ints, m.chunk.final)

@@ -19,7 +19,7 @@ from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
 from models.events.encode import Clock, encode, encode_many
 from models.events.schema import EventSchema
-from models.spec.blocks import BlockState
+from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.layout import OutputSpec
 from models.spec.state import State, StateSpec
@@ -70,10 +70,10 @@ class ServedModel:
         return self.artifact.state
 
     @cached_property
-    def blocks(self) -> BlockState | None:
+    def blocks(self) -> BlockStateLayout | None:
         """The parts of the state that hold what waits, for a model with blocks."""
         spec = self.artifact.spec.blocks
-        return None if spec is None else BlockState(spec, self.state)
+        return None if spec is None else BlockStateLayout(spec, self.state)
 
     @cached_property
     def outputs(self) -> OutputSpec:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from models.networks.fresh import fresh_weights
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
-from models.spec.blocks import BlockSpec, cut
+from models.spec.blocks import BlockSpec, cut_blocks
 from models.spec.layout import network_state
 from models.spec.model import ModelSpec, parse_spec
 
@@ -46,7 +46,7 @@ def outputs(spec: ModelSpec, rows: Floats) -> Floats:
     graph = write_graph(spec, fresh_weights(spec, SEED))
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     state = np.zeros((1, network_state(spec).float_size), np.float32)
-    windows = [rows] if spec.blocks is None else cut(spec.blocks, rows, final=True).windows
+    windows = [rows] if spec.blocks is None else cut_blocks(spec.blocks, rows, final=True).windows
     steps = len(rows) if spec.blocks is None else spec.blocks.window
     found = []
     for window in windows:

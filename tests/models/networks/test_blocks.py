@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from models.errors import SpecError
 from models.networks.build import StepNetwork
-from models.spec.blocks import cut
+from models.spec.blocks import cut_blocks
 from models.spec.layout import network_state, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import Floats, step
@@ -66,7 +66,7 @@ def whole(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
     """A stream from beginning to end, one window after another, padded as the engine pads."""
     state = np.zeros((1, network_state(spec).float_size), np.float32)
     outputs = []
-    for window in cut(spec.blocks, rows, final=True).windows:
+    for window in cut_blocks(spec.blocks, rows, final=True).windows:
         padded = np.zeros((1, spec.blocks.window, rows.shape[1]), np.float32)
         padded[0, : len(window)] = window
         found, state = ran(padded, [len(window)], state)

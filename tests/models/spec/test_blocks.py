@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.errors import StateError
-from models.spec.blocks import CLOSED, COUNT, WAITING, BlockSpec, BlockState, block_parts, cut
+from models.spec.blocks import (
+    CLOSED,
+    COUNT,
+    WAITING,
+    BlockSpec,
+    BlockStateLayout,
+    block_parts,
+    cut_blocks,
+)
 from models.spec.state import State, StatePart, StateSpec
 
 BLOCKS = BlockSpec(size=3, lookahead=2)
@@ -19,7 +27,7 @@ LAYOUT = StateSpec(
         *block_parts(BLOCKS, 2),
     )
 )
-HELD = BlockState(BLOCKS, LAYOUT)
+HELD = BlockStateLayout(BLOCKS, LAYOUT)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(0, 7), max_size=8))
@@ -33,12 +41,12 @@ def test_windows_and_waiting_rows_do_not_depend_on_the_cuts(
     waiting, position, windows = rows[:0], 0, []
     for count in cuts:
         known = np.concatenate([waiting, rows[position : position + count]])
-        found = cut(blocks, known, final=False)
+        found = cut_blocks(blocks, known, final=False)
         windows += found.windows
         waiting, position = found.waiting, position + count
         assert len(waiting) < blocks.window
-        assert len(windows) * size == blocks.given_at(position) == position - len(waiting)
-    windows += cut(blocks, waiting, final=True).windows
+        assert len(windows) * size == blocks.outputs_emitted_at(position) == position - len(waiting)
+    windows += cut_blocks(blocks, waiting, final=True).windows
     assert len(windows) == -(-total // size)
     for k, window in enumerate(windows):
         expected = np.arange(k * size, min(k * size + blocks.window, total))
@@ -47,21 +55,21 @@ def test_windows_and_waiting_rows_do_not_depend_on_the_cuts(
 
 def test_the_end_leaves_nothing_waiting() -> None:
     rows = np.ones((7, 2), np.float32)
-    found = cut(BLOCKS, rows, final=True)
+    found = cut_blocks(BLOCKS, rows, final=True)
     assert ([len(window) for window in found.windows], len(found.waiting)) == ([5, 4, 1], 0)
-    assert cut(BLOCKS, rows[:0], final=True) == ([], pytest.approx(rows[:0]))
+    assert cut_blocks(BLOCKS, rows[:0], final=True) == ([], pytest.approx(rows[:0]))
 
 
 def test_a_state_holds_what_waits() -> None:
     rows = np.array([[1, 2], [3, 4]], np.float32)
     ints = np.array([9, 0, 0], np.int64)
-    state = HELD.packed(np.array([5, 6], np.float32), ints, rows, closed=False)
+    state = HELD.pack(np.array([5, 6], np.float32), ints, rows, closed=False)
     named = LAYOUT.by_name(state)
     assert (named[COUNT], named[CLOSED], named["clock.seen"]) == (2, 0, 9)
     np.testing.assert_array_equal(named[WAITING], [[1, 2], [3, 4], [0, 0], [0, 0]])
-    np.testing.assert_array_equal(HELD.waiting(state), rows)
-    np.testing.assert_array_equal(HELD.network(state), [5, 6])
-    assert not HELD.closed(state)
+    np.testing.assert_array_equal(HELD.pending_rows(state), rows)
+    np.testing.assert_array_equal(HELD.network_floats(state), [5, 6])
+    assert not HELD.is_closed(state)
     np.testing.assert_array_equal(ints, [9, 0, 0], "what is given is not written to")
 
 

@@ -11,7 +11,11 @@ import pytest
 from models.artifact.artifact import load_artifact, write_artifact
 from models.artifact.fingerprint import fingerprint
 from models.errors import SpecError
-from models.spec.chunking import DEFAULT_CHUNK_STEPS, looking_ahead, steady
+from models.spec.chunking import (
+    DEFAULT_CHUNK_STEPS,
+    chunk_constant_layers,
+    non_causal_layers,
+)
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.oracle import contracting_weights, oracle_in_cuts
@@ -28,7 +32,7 @@ def spec_of(*layers: dict[str, Any], **more: Any) -> ModelSpec:
 def test_a_carried_stack_goes_on_from_each_layer_and_cuts_do_not_show() -> None:
     spec = spec_of(BELOW, {"kind": "lstm", "units": 4})
     assert (spec.chunking, spec.chunk_limit) == ("invisible", None)
-    assert looking_ahead(spec.layers) == frozenset()
+    assert non_causal_layers(spec.layers) == frozenset()
     assert [part.name for part in state_spec(spec).parts] == [
         "below.hidden",
         "below.carry",
@@ -42,7 +46,7 @@ def test_a_hand_off_keeps_no_state_of_its_own_and_sees_the_chunk() -> None:
     aside = {"kind": "gru", "name": "aside", "units": 2, "inputs": ["below"]}
     spec = spec_of(BELOW, ABOVE, tail, aside)
     assert (spec.chunking, spec.chunk_limit) == ("per_chunk", DEFAULT_CHUNK_STEPS)
-    assert looking_ahead(spec.layers) == {"above", "tail"}
+    assert non_causal_layers(spec.layers) == {"above", "tail"}
     names = [part.name for part in state_spec(spec).parts]
     assert names == ["below.hidden", "below.carry", "aside.hidden"]
 
@@ -58,8 +62,8 @@ def test_attention_over_the_chunk_is_one_value_until_it_meets_a_sequence() -> No
         {"kind": "attention", "name": "so_far", "over": "stream", "units": 3, "inputs": ["tail"]},
     )
     assert (spec.chunking, spec.chunk_limit) == ("per_chunk", DEFAULT_CHUNK_STEPS)
-    assert steady(spec.layers) == {"here", "tail", "both"}
-    assert looking_ahead(spec.layers) == {layer.name for layer in spec.layers} - {"below"}
+    assert chunk_constant_layers(spec.layers) == {"here", "tail", "both"}
+    assert non_causal_layers(spec.layers) == {layer.name for layer in spec.layers} - {"below"}
     assert output_spec(spec).attention == ("here",)
     heads = [{"kind": "sequence", "name": f"of_{n.name}", "input": n.name} for n in spec.layers]
     outputs = output_spec(parse_spec({**spec.model_dump(), "heads": heads}))
@@ -73,7 +77,7 @@ def test_attention_over_the_chunk_is_one_value_until_it_meets_a_sequence() -> No
 
 def test_attention_over_the_stream_is_carried() -> None:
     spec = spec_of(BELOW, {"kind": "attention", "name": "past", "over": "stream", "units": 3})
-    assert (spec.chunking, looking_ahead(spec.layers)) == ("invisible", frozenset())
+    assert (spec.chunking, non_causal_layers(spec.layers)) == ("invisible", frozenset())
     parts = {part.name: part.shape for part in state_spec(spec).parts}
     assert parts == {
         "below.hidden": (4,),

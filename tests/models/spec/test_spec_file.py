@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from models.errors import SpecError
-from models.spec.spec_file import at_its_line, read_spec
+from models.spec.spec_file import add_line_number, read_spec
 from tests.support.models import SMALL, small_spec
 
 GOOD = """\
@@ -172,9 +172,9 @@ def test_what_is_found_later_is_said_with_its_line_too(
 ) -> None:
     path = tmp_path / "SPEC.yaml"
     path.write_text(GOOD)
-    assert str(at_its_line(path, SpecError(found))) == f"{path}{said}"
+    assert str(add_line_number(path, SpecError(found))) == f"{path}{said}"
     path.write_text("name: [")
-    assert str(at_its_line(path, SpecError(found))) == f"{path}: {found}"
+    assert str(add_line_number(path, SpecError(found))) == f"{path}: {found}"
 
 
 @pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])

@@ -75,7 +75,7 @@ async def streamed(
             states[b] = state
             layout.check(state)
     compute.close()
-    assert all(layout.closed(state) for state in states)
+    assert all(layout.is_closed(state) for state in states)
     return [np.concatenate(parts) for parts in outputs]
 
 

@@ -280,7 +280,7 @@ def _check_waiting(served: ServedModel, state: State, position: int) -> None:
         return
     served.blocks.check_at(state, position)
     try:
-        check_rows(served.artifact.spec.columns, served.blocks.waiting(state))
+        check_rows(served.artifact.spec.columns, served.blocks.pending_rows(state))
     except DataError as error:
         raise StateError(
             f"part {WAITING!r}: row {error.index}, {error.field}: expected {error.expected}, got "
