@@ -8,14 +8,17 @@ VENV ?= .venv
 PORT ?=
 # example that `make example` trains
 NAME ?= flights
+# worker processes of the tests: a number, or `logical` for one per core
+WORKERS ?= logical
 # additional options of the task's command
 ARGS ?=
 
 export PYTHON VENV
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test model faults check docs format bench bench-micro load overload example compose-test lock clean
+.PHONY: help run test coverage model faults check docs format bench bench-micro load overload example compose-test lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -26,9 +29,13 @@ run: ## serve the pretrained models on http://127.0.0.1:8000 (PORT=9000 for anot
 	@scripts/setup run
 	@exec $(BIN)/carry serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: ## run the tests (ARGS="tests/service -x" for some of them)
+test: ## run the tests on every core (ARGS="tests/service -x" for some, WORKERS=0 for one process)
 	@scripts/setup dev
-	@exec $(BIN)/python -m pytest -q $(ARGS)
+	@exec $(PYTEST) $(ARGS)
+
+coverage: ## run the tests and report branch coverage (ARGS="tests/models" for some of them)
+	@scripts/setup dev
+	@exec $(PYTEST) --cov --cov-report=term --cov-report=html $(ARGS)
 
 model: ## explore the protocol model exhaustively (ARGS="--depth 12 --traces")
 	@scripts/setup dev
@@ -83,5 +90,6 @@ lock: ## update the lock files (needs uv; ARGS=--upgrade for newer versions)
 	@scripts/lock $(ARGS)
 
 clean: ## remove the environment and every cache; keeps the streams in .carry
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .cache htmlcov
+	rm -f .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

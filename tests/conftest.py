@@ -1,9 +1,9 @@
-"""The event loop of async tests, and one running service shared by tests that do not stop it."""
+"""The event loop of async tests, turns among workers, and a running service that tests share."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import httpx
@@ -14,11 +14,21 @@ import models
 from models.artifact.artifact import write_artifact
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
+from tests.support.turns import turn
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Async tests run on uvloop, as the service does."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Among several workers, a test marked `alone` runs while the others wait."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
