@@ -20,30 +20,30 @@ INTRODUCTION = """\
 # Errors
 
 Every failure is answered with a problem document (RFC 9457, `application/problem+json`, or
-MessagePack where that is accepted). Decide by `code`, which is stable; `detail` is for people.
+MessagePack if the client accepts it). Use `code`, which is stable; `detail` is for people.
 
 | member | meaning |
 | --- | --- |
 | `type` | the address of the code's entry in this list |
-| `title`, `status`, `detail` | what it is, the HTTP status, what was expected and what came |
-| `code` | one of those below |
-| `retryable` | whether the very same request may be sent again as it is |
+| `title`, `status`, `detail` | kind of error, HTTP status, expected and actual value |
+| `code` | one of the codes below |
+| `retryable` | whether the same request may be sent again unchanged |
 | `request_id` | as in the reply's `X-Request-ID` and the service's log |
-| `at`, `expected`, `got` | the place in the request, what would have been accepted, what came |
-| `errors` | `at`, `expected`, `got` of the first few, where there are several |
-| `stream`, `epoch`, `position`, `tag` | the stream and where it stands, where a stream is refused |
+| `at`, `expected`, `got` | the place in the request, the expected and the actual value |
+| `errors` | `at`, `expected`, `got` of the first few errors, if there are several |
+| `stream`, `epoch`, `position`, `tag` | the stream and its head, if a stream refuses the request |
 | `retry_after_s` | seconds to wait; also in the header `Retry-After` |
 
-Wherever a request is refused, the stream stands where it stood: `Refused`, `BadRequest` and
-`NotFound` change nothing. A chunk with a position may be sent again after any failure; it is
-applied once. In a request for many streams each item has its own `status` and `error`.
+A rejected request changes nothing: the stream keeps its head after every error of the first three
+sections. A chunk with a position may be sent again after any failure; it is applied once. In a
+request for many streams each item has its own `status` and `error`.
 """
 
 _HEADINGS = {
-    "BadRequest": "The request cannot be understood",
-    "NotFound": "What the address names does not exist",
-    "Refused": "The stream refuses",
-    "Failed": "The service fails",
+    "BadRequest": "Invalid requests",
+    "NotFound": "Unknown addresses",
+    "Refused": "Refusals of a stream",
+    "Failed": "Failures of the service",
 }
 
 
@@ -59,7 +59,7 @@ def reference_markdown() -> str:
     parts = [INTRODUCTION]
     for heading, explanation, kinds in groups():
         parts += [f"\n## {heading}\n", f"\n{explanation}\n", "\n"]
-        parts.append("| code | status | retry | what it means | what to do |\n")
+        parts.append("| code | status | retry | meaning | remedy |\n")
         parts.append("| --- | --- | --- | --- | --- |\n")
         for kind in kinds:
             parts.append(
@@ -85,7 +85,7 @@ def reference_html() -> str:
         ".4rem .8rem;border-bottom:1px solid #8886;text-align:left;vertical-align:top}"
         "tr:target{background:#fd83}</style></head><body><h1>Errors</h1><p>Every failure is a "
         "problem document (RFC 9457). Decide by <code>code</code>.</p><table><thead><tr>"
-        "<th>code</th><th>status</th><th>retry</th><th>what it means</th><th>what to do</th>"
+        "<th>code</th><th>status</th><th>retry</th><th>meaning</th><th>remedy</th>"
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></body></html>\n"
     )
 
