@@ -59,7 +59,7 @@ async def test_every_code_comes_out_of_the_pipeline(
         return reply
 
     monkeypatch.setattr(api.pipeline, "process", fail)
-    monkeypatch.setattr(api.pipeline, "begin", fail_later)
+    monkeypatch.setattr(api.pipeline, "enqueue", fail_later)
     document = problem(await api.chunk(BODY), STATUS[kind], kind.code)
     assert document["detail"] == "expected one thing, got another"
     assert document["title"] == kind.title
