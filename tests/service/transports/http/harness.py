@@ -88,10 +88,10 @@ class Harness:
     def http_state(self, *, fast_path: bool = True) -> HttpState:
         """What the application's connections share."""
         state: HttpState = self.app.state.http
-        if fast_path:
+        if state.fast_path.enabled == fast_path:
             return state
-        disabled = FastPath(self.app.state.api, RequestIds(), enabled=False)
-        return state._replace(fast_path=disabled)
+        replaced = FastPath(self.app.state.api, RequestIds(), enabled=fast_path)
+        return state._replace(fast_path=replaced)
 
     def position(self, stream: str = "s", model: str = "probe") -> int | None:
         """Where the store has the stream."""
