@@ -1,7 +1,7 @@
-"""Health for whoever routes traffic here, and the metrics.
+"""Liveness, readiness and metrics.
 
-Liveness says that the process answers, and looks at nothing else: a store that is away is no
-reason to restart it. Readiness names every check and each one that fails. Both speak JSON.
+Liveness says that the process answers, and checks nothing else: an unavailable store is no reason
+to restart it. Readiness names every check and each one that fails. Both answer in JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ RenderMetrics = Callable[[], tuple[bytes, str]]
 router = plain_router("health")
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Whether the process answers", **operations.LIVE)
 async def get_live(_: Request) -> Response:
     """Always 200."""
@@ -32,6 +33,7 @@ async def get_live(_: Request) -> Response:
     return reply(Media.JSON, document)
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
 async def get_ready(request: Request) -> Response:
     """200 where every check holds, otherwise 503; `failing` names those that do not."""

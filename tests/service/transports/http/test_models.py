@@ -194,6 +194,15 @@ async def test_ready_names_each_failing_check(api: Harness) -> None:
     assert "accepting" in (await api.client.get("/health/ready")).json()["failing"]
 
 
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+async def test_head_on_health_is_get_without_a_body(api: Harness, path: str) -> None:
+    response = await api.client.head(path)
+    expected = await api.client.get(path)
+    assert response.status_code == 200
+    assert response.content == b""
+    assert response.headers["content-length"] == expected.headers["content-length"]
+
+
 async def test_metrics_are_those_of_the_renderer(api: Harness) -> None:
     response = await api.client.get("/metrics")
     assert response.text == "carry_chunks_total 0\n"
