@@ -48,10 +48,10 @@ from service.store.base import Commit, Committed, StateStore
 from service.store.codec import decode_reply, decode_state, encode_reply, encode_state
 from service.store.open import open_store
 from service.store.settings import StoreSettings
+from service.transports.http.context import ModelWire
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.reply_writer import EVERY_STEP
-from service.transports.http.wire import ModelWire
 from tests.bench.networks import STEPS, Bodies, standard_model
 from tests.bench.sections.events import STREAM, flights_model
 from tests.bench.servers import running_store

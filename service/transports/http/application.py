@@ -18,18 +18,18 @@ from starlette.responses import HTMLResponse
 
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
-from service.transports.http.boundary import LastResort, add_handlers
 from service.transports.http.connection.connections import ConnectionLimits, Connections
 from service.transports.http.connection.fast_path import FastPath
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.connection.rejections import ConnectionErrors
 from service.transports.http.context import ApiContext
+from service.transports.http.error_handling import InternalErrorMiddleware, add_error_handlers
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
 from service.transports.http.openapi.error_reference import reference_html
 from service.transports.http.problems import REFERENCE
-from service.transports.http.request_log import RequestIds, RequestLog
+from service.transports.http.request_log import RequestIds, RequestLogMiddleware
 from service.transports.http.routes import chunks, forecast, health, models, streams
 from service.transports.http.routes.health import RenderMetrics
 
@@ -87,9 +87,9 @@ def create_api(
     app.add_api_route(
         REFERENCE, _error_reference, include_in_schema=False, response_class=HTMLResponse
     )
-    add_handlers(app)
-    app.add_middleware(LastResort)
-    app.add_middleware(RequestLog, ids=ids)
+    add_error_handlers(app)
+    app.add_middleware(InternalErrorMiddleware)
+    app.add_middleware(RequestLogMiddleware, ids=ids)
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

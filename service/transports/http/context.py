@@ -1,4 +1,4 @@
-"""What every route needs: the pipeline, the limits, the recorder and each model's wire."""
+"""What every route needs: the pipeline, the limits, the recorder, and readers and writers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ from starlette.requests import Request
 
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
+from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.request_reader import RequestReader
 from service.transports.http.limits import ApiLimits
 from service.transports.http.long_bodies.admission import LongBodyAdmission
-from service.transports.http.wire import ModelWire
+from service.transports.http.long_bodies.long_reader import LongReader
+from service.transports.http.replies.reply_writer import ReplyWriter
+
+
+class ModelWire:
+    """Requests to values and values to replies, for one model.
+
+    Attributes:
+        reader: reads its requests.
+        long: reads its long requests, yielding the event loop.
+        writer: writes its replies.
+    """
+
+    __slots__ = ("long", "reader", "served", "writer")
+
+    def __init__(self, served: ServedModel, limits: ApiLimits):
+        self.served = served
+        self.reader = RequestReader(served, limits)
+        self.long = LongReader(self.reader)
+        self.writer = ReplyWriter(served)
 
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """Lives in the application's `state.api`.
+    """Shared by all requests of an application, in its `state.api`.
 
     Attributes:
         now_ms: wall clock in epoch milliseconds, for the age of streams.
@@ -31,7 +52,7 @@ class ApiContext:
     _wires: dict[str, ModelWire] = field(default_factory=dict)
 
     def wire(self, model: str) -> ModelWire:
-        """The wire of a served model, made at its first use and anew when the model changes.
+        """Reader and writer of a served model, built on first use and when the model changes.
 
         Raises:
             ModelNotFound

@@ -1,6 +1,6 @@
-"""Clients that leave while they wait: what they asked for is given up.
+"""Cancellation of work whose client disconnected.
 
-Only those are looked after whose answer takes long: the others are answered before it would matter.
+Only slow requests are watched: a fast one is answered before a disconnect would matter.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from starlette.requests import ClientDisconnect, Request
 
 T = TypeVar("T")
 
-PATIENCE_S: Final = 0.1
-"""How long an answer takes before anybody looks whether it is still waited for."""
+WATCH_AFTER_S: Final = 0.1
+"""A request that takes longer is watched for a disconnect of its client."""
 
 
-async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, whose request was read to its end.
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work for a request that was received completely.
 
     Raises:
-        ClientDisconnect: the client left first; the work was cancelled.
+        ClientDisconnect: the client disconnected first; the work was cancelled.
     """
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({task}, timeout=PATIENCE_S)
+        done, _ = await asyncio.wait({task}, timeout=WATCH_AFTER_S)
         if not done:
-            await _until_left(request, task)
+            await _watch(request, task)
         return await task
     finally:
         task.cancel()
 
 
-async def _until_left(request: Request, task: asyncio.Task[T]) -> None:
-    """Until the work is done.
+async def _watch(request: Request, task: asyncio.Task[T]) -> None:
+    """Wait until the work is done.
 
     Raises:
-        ClientDisconnect
+        ClientDisconnect: the client disconnected; the work was cancelled.
     """
-    leaving = asyncio.ensure_future(_left(request))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
             raise ClientDisconnect
     finally:
-        leaving.cancel()
+        disconnect.cancel()
 
 
-async def _left(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

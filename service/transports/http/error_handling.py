@@ -1,8 +1,7 @@
-"""The edge of the application: what raised inside becomes a problem document.
+"""Exceptions of the slow path as problem documents, logged and counted once.
 
-Errors of the service and of routing have handlers; whatever else is raised is logged with its
-traceback and answered `internal_error`, which tells the client the request's id and nothing
-of the inside. Every refusal is counted once.
+Errors of the service and of routing have handlers. Any other exception is logged with its traceback
+and answered `internal_error`, which carries the request's id and no internals.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from service.transports.http.replies.replies import Header
 log = structlog.get_logger(__name__)
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Answer the service's errors and those of routing."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers of the service's errors and those of routing."""
     app.add_exception_handler(CarryError, _on_carry_error)
     app.add_exception_handler(HTTPException, _on_http_error)
 
 
-class LastResort:
+class InternalErrorMiddleware:
     """ASGI middleware: an unexpected exception becomes `internal_error`.
 
-    It lies outside of the handlers above. A client that left gets no answer, and an answer
-    that has begun cannot be changed any more: then the exception goes on to the server.
+    It is outside of the handlers above. A client that disconnected gets no response. Once a
+    response has started it cannot be replaced, and the exception goes on to the server.
     """
 
     def __init__(self, app: ASGIApp):
@@ -53,44 +52,35 @@ class LastResort:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        response_started = False
 
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def watch(message: Message) -> None:
+            nonlocal response_started
+            response_started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, watch)
         except ClientDisconnect:
-            client_left(scope["method"])
+            log_client_disconnect(scope["method"])
         except Exception as error:
-            if begun:
+            if response_started:
                 raise
-            await unexpected(Request(scope), error)(scope, receive, send)
+            log.exception("request_failed", error=type(error).__name__)
+            request = Request(scope)
+            internal = InternalError(
+                "the request failed unexpectedly; the service's log has the reason"
+            )
+            await _error_response(request, internal)(scope, receive, send)
 
 
-def client_left(method: str) -> None:
-    """Log that a client was gone before its request was there, or before it was answered."""
-    log.info("client_left", method=method)
+def log_client_disconnect(method: str) -> None:
+    """Log that a client disconnected before its request was complete, or before its response."""
+    log.info("client_disconnected", method=method)
 
 
-def unexpected(request: Request, error: Exception) -> Response:
-    """The answer to what nobody expected, which is being handled; the log has its traceback."""
-    log.exception("request_failed", error=type(error).__name__)
-    return _answer(
-        request, InternalError("the request failed unexpectedly; the service's log has the reason")
-    )
-
-
-def refused(request: Request, error: CarryError) -> Response:
-    """The answer to an error of the service."""
-    note_failure(error)
-    return _answer(request, error)
-
-
-def note_failure(error: CarryError) -> None:
-    """Log an error whose cause is on this side; an overload was logged, once for all of it."""
+def log_failure(error: CarryError) -> None:
+    """Log an error that this side caused; load shedding is logged elsewhere, once for all."""
     if isinstance(error, Failed) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 
@@ -98,7 +88,8 @@ def note_failure(error: CarryError) -> None:
 async def _on_carry_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, CarryError):
         raise error
-    return refused(request, error)
+    log_failure(error)
+    return _error_response(request, error)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -106,27 +97,29 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         raise error
     path, method = request.url.path, request.method
     if error.status_code == 404:
-        return _answer(
+        return _error_response(
             request, RouteNotFound(f"expected an address that GET /docs lists, got {path[:300]!r}")
         )
     if error.status_code == 405:
-        allowed = _allowed(request)
-        refusal = MethodNotAllowed(
+        allowed = _allowed_methods(request)
+        not_allowed = MethodNotAllowed(
             f"expected {' or '.join(allowed)}, got {method}", expected=allowed, got=method
         )
-        return _answer(request, refusal, [(b"allow", ", ".join(allowed).encode())])
+        return _error_response(request, not_allowed, [(b"allow", ", ".join(allowed).encode())])
     raise error
 
 
-def _answer(request: Request, error: CarryError, headers: Iterable[Header] = ()) -> Response:
-    # Before routing there is no path parameter; the recorder bounds the names of models.
+def _error_response(
+    request: Request, error: CarryError, headers: Iterable[Header] = ()
+) -> Response:
+    # before routing there is no path parameter; the recorder bounds the names of models
     model = request.scope.get("path_params", {}).get("model", "-")
     api_of(request).recorder.record_error(model, error.code)
     return problem_response(error, request, headers)
 
 
-def _allowed(request: Request) -> list[str]:
-    """The methods of every route at this address; the framework names those of the first."""
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods of all routes at this address; FastAPI would name those of the first only."""
     methods: set[str] = set()
     for route in request.app.routes:
         match, _ = route.matches(request.scope)

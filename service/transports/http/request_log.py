@@ -1,6 +1,6 @@
-"""One line of the log for each request, and an id that ties its other lines to it.
+"""Request ids, and one log line per request.
 
-A line names routes, never the path that was asked for: names of streams may be names of people.
+A line names the route, never the requested path: names of streams may be names of people.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
 _ID_LIMIT = 2**64
 
 PROBES = ("/health/live", "/health/ready", "/metrics")
-"""Routes that machines ask for every few seconds; logged at `debug`."""
+"""Routes that probes request every few seconds; logged at `debug`."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,23 +31,23 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class RequestIds:
-    """Ids that count on from a random number: unique without the system's random bytes."""
+    """Consecutive ids from a random start: unique without a system call for each."""
 
     def __init__(self) -> None:
         self._next = secrets.randbelow(_ID_LIMIT)
 
     def next(self) -> bytes:
-        """One that was not given yet."""
+        """A new id."""
         self._next = (self._next + 1) % _ID_LIMIT
         return b"%016x" % self._next
 
 
-class RequestLog:
-    """ASGI middleware: gives every request an id, and the log one line about it.
+class RequestLogMiddleware:
+    """ASGI middleware: assigns every request an id, and logs one line about it.
 
-    The id is the client's `X-Request-Id` where that is a plain token, else a new one; it is
-    bound for all lines of the request and sent back in the reply's header. Put it outside of
-    everything else, so that the time is the whole time.
+    The id is the client's `X-Request-Id` if that is a token, else a new one; it is bound to all log
+    lines of the request and sent in the response. Add it last, so that it is outside of all
+    other middleware and measures the whole time.
     """
 
     def __init__(self, app: AsgiApp, ids: RequestIds | None = None):
@@ -76,7 +76,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         except BaseException:
-            # nothing was answered: the server sends a plain 500, or the client is gone
+            # no response: the server sends a plain 500, or the client disconnected
             status = status or 500
             raise
         finally:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from service.ops import logs
 from service.ops.logs import configure_logs, current_request_id, flush_logs
-from service.transports.http.request_log import RequestLog
+from service.transports.http.request_log import RequestLogMiddleware
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_console_format_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def api() -> FastAPI:
     app = FastAPI()
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLogMiddleware)
 
     @app.get("/v1/models/{model}/streams/{stream}")
     async def read(model: str, stream: str) -> dict[str, str | None]:

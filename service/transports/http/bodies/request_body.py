@@ -8,7 +8,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from starlette.requests import Request
 
 from service.transports.http.context import api_of
-from service.transports.http.disconnects import unless_left
+from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.http.media import Media
@@ -56,7 +56,7 @@ class RequestBody(NamedTuple):
             async with long_bodies.admit(self.content, self.deadline_s) as checkpoint:
                 return await read_in_blocks(self.content, self.media, checkpoint, *args, **kwargs)
 
-        return await unless_left(self.request, read_admitted())
+        return await cancel_on_disconnect(self.request, read_admitted())
 
 
 async def receive_body(request: Request, media: Media, deadline_s: float) -> RequestBody:

@@ -23,10 +23,10 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.logs import log_request
-from service.transports.http.boundary import client_left, note_failure
 from service.transports.http.connection.framing import is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
-from service.transports.http.context import ApiContext
+from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.field_rules import STREAM_NAME
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, accepted, media_of
@@ -36,7 +36,6 @@ from service.transports.http.replies.replies import server_timing
 from service.transports.http.request_fields import TIMEOUT_HEADER, parse_timeout
 from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
 from service.transports.http.statuses import STATUS
-from service.transports.http.wire import ModelWire
 
 MAX_REQUEST_BYTES: Final = LONG_BYTES
 """Longer requests take the slow path, which decodes their bodies in blocks."""
@@ -184,7 +183,7 @@ class FastPath:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
         self._api.pipeline.cancel(request.chunk, reply)
         with bound_contextvars(request_id=request.request_id.decode()):
-            client_left("POST")
+            log_client_disconnect("POST")
         _log(request, CLIENT_DISCONNECTED)
 
     def rejection(self, request: RejectedRequest) -> bytes:
@@ -208,7 +207,7 @@ class FastPath:
             status = status_of(result)
             self._api.recorder.record_error(request.wire.served.name, result.code)
             with bound_contextvars(request_id=request.request_id.decode()):
-                note_failure(result)
+                log_failure(result)
             response = error_response(result, request.reply_media, request.request_id, header_lines)
         else:
             body = request.wire.writer.reply_bytes(result, request.reply_media)

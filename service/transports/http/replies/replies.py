@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.core.values import StreamHead, Timing
-from service.transports.http.disconnects import unless_left
+from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.pieces import LONG_VALUES, count_values, encode_pieces
 
@@ -89,7 +89,7 @@ class LongAnswer(Response):
         unsent.kept_bytes += kept_bytes
         try:
             with suppress(ClientDisconnect):
-                await unless_left(Request(scope, receive), self._send(scope, send))
+                await cancel_on_disconnect(Request(scope, receive), self._send(scope, send))
         finally:
             unsent.kept_bytes -= kept_bytes
 

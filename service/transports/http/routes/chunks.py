@@ -15,8 +15,8 @@ from starlette.responses import Response
 from service.core.errors import CarryError, InvalidPrecondition
 from service.core.values import Reply, StreamKey
 from service.transports.http.bodies.request_body import RequestBody, receive_body
-from service.transports.http.context import ApiContext, api_of
-from service.transports.http.disconnects import unless_left
+from service.transports.http.context import ApiContext, ModelWire, api_of
+from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
 from service.transports.http.replies.replies import etag, reply, server_timing
@@ -37,7 +37,6 @@ from service.transports.http.request_fields import (
     stream_name,
 )
 from service.transports.http.routes.routing import plain_router
-from service.transports.http.wire import ModelWire
 
 router = plain_router("chunks")
 
@@ -65,7 +64,7 @@ async def post_chunk(request: Request) -> Response:
     body = await receive_body(request, media, deadline_s)
     _check_capacity(api, wire, StreamKey(wire.served.name, stream), body)
     chunk = await body.read(wire.reader.chunk, wire.long.chunk, stream, precondition)
-    result = await unless_left(request, api.pipeline.process(chunk, deadline_s))
+    result = await cancel_on_disconnect(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
 
@@ -99,7 +98,7 @@ async def post_chunks(request: Request) -> Response:
     body = await receive_body(request, media, deadline_s)
     _check_capacity(api, wire, None, body)
     items = await body.read(wire.reader.items, wire.long.items)
-    results = await unless_left(request, api.pipeline.process_many(items, deadline_s))
+    results = await cancel_on_disconnect(request, api.pipeline.process_many(items, deadline_s))
     return reply(answer, _outcomes(api, wire, results, options))
 
 
@@ -119,7 +118,7 @@ async def post_predict(request: Request) -> Response:
     body = await receive_body(request, media, deadline_s)
     sequences = await body.read(wire.reader.sequences, wire.long.sequences)
     predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
-    predictions = await unless_left(request, predicting)
+    predictions = await cancel_on_disconnect(request, predicting)
     document: PredictReply = {
         "model": wire.served.name,
         "version": wire.served.version,

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.core.values import StreamKey
 from service.transports.http.bodies.request_body import receive_body
 from service.transports.http.context import api_of
-from service.transports.http.disconnects import unless_left
+from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import etag, reply
 from service.transports.http.request_fields import (
@@ -49,5 +49,5 @@ async def post_forecast(request: Request) -> Response:
     body = await receive_body(request, media, deadline_s)
     wanted = await body.read(wire.reader.forecast_request, wire.long.forecast_request, key.stream)
     wanted = wanted._replace(precondition=precondition)
-    found = await unless_left(request, api.pipeline.forecast(key, wanted, deadline_s))
+    found = await cancel_on_disconnect(request, api.pipeline.forecast(key, wanted, deadline_s))
     return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.head)])

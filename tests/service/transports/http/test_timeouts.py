@@ -13,7 +13,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import Overloaded
 from service.core.values import StreamKey
-from service.transports.http.disconnects import PATIENCE_S
+from service.transports.http.disconnects import WATCH_AFTER_S
 from tests.service.transports.http.harness import LIMITS, Harness, harness, problem, rows
 from tests.service.transports.http.raw_http import converse, port_of, request, serving
 from tests.support.clock import SHORT_S, ManualClock
@@ -247,7 +247,7 @@ async def test_a_client_that_waits_longer_than_anybody_looks_is_answered(
     api.store.held = asyncio.Event()
     client = Leaving()
     serving_it = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
-    _, waiting = await asyncio.wait({serving_it}, timeout=2 * PATIENCE_S)
+    _, waiting = await asyncio.wait({serving_it}, timeout=2 * WATCH_AFTER_S)
     assert waiting
     api.store.held.set()
     await serving_it
