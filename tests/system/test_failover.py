@@ -64,7 +64,7 @@ async def test_replicated_to_all_no_acknowledged_chunk_is_lost(
     check(probe, sent)
     assert [one.rewinds for one in sent] == [0] * STREAMS
     own_cluster.primaries[0], own_cluster.replicas[0] = heir, victim
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
 async def test_a_lossy_failover_is_healed_by_sending_again(
@@ -89,4 +89,4 @@ async def test_a_lossy_failover_is_healed_by_sending_again(
     assert set(told) == {0, 1}, "the streams of the lost primary, and no others"
     lost.start()
     own_cluster.primaries[0], own_cluster.replicas[0] = heir, lost
-    await asyncio.to_thread(own_cluster.settle)
+    await asyncio.to_thread(own_cluster.wait_until_synced)
