@@ -1,87 +1,49 @@
-"""`make load`: load a running service, check its answers, and say whether all held.
+"""`make load`: load a running service, check its answers, exit with the verdict.
 
     python -m tests.load [--url http://127.0.0.1:8000] [--scenario steady ...] [--users N] ...
 
-Starts no service. Streams of its own names are made, and forgotten at the end. Exits with 0
-where every threshold of every scenario held and no answer was wrong, with 1 where not, with 2
-where the load could not be run.
+Starts no service. Creates streams with a prefix of its own, and deletes them at the end. Exits
+with 0 where every threshold of every scenario passed and no answer was wrong, with 1 where not,
+with 2 where the load could not be run.
 """
 
 from __future__ import annotations
 
 # first of all: it patches what the others import
-from tests.load.running import run_scenario  # isort: skip
+from tests.load.users import run_scenario  # isort: skip
 
 import argparse
 import os
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import gevent
 import orjson
 
-from tests.load.compare import Recompute, by_the_oracle, by_the_service, settle
-from tests.load.description import Description
-from tests.load.measures import findings
-from tests.load.scenarios import (
-    SCENARIOS,
-    LoadError,
-    Scenario,
-    fitted,
-    overridden,
-    read_scenarios,
-)
+from service.client import ModelDescription
+from tests.load.feeds import longest_chunk, make_feeds
+from tests.load.recompute import Recompute, by_oracle, by_service, compare
+from tests.load.results import Results, describe
+from tests.load.scenarios import SCENARIOS, LoadError, Scenario, with_longest_chunk, with_options
+from tests.load.sender import Load
 from tests.load.service import Service
-from tests.load.streams import Population
-from tests.load.summary import document_of, head_lines, lines_of, run_of
-from tests.load.tape import longest_chunk, tapes_of
+from tests.support.machine import describe_run
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 COMPARED_STREAMS, COMPARED_EVENTS = 64, 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What the scenarios of one run share."""
-
-    service: Service
-    model: Description
-    way: tuple[str, Recompute]
-    options: argparse.Namespace
-    prefix: str
-
-    def scenario(self, scenario: Scenario) -> dict[str, Any]:
-        """Run a scenario, compare its outputs, and give its document."""
-        options = self.options
-        population = Population(
-            tapes_of(self.model, scenario.longest_steps, options.feed, options.seed),
-            prefix=f"{self.prefix}{scenario.name}-",
-            count=scenario.streams,
-            stream_events=scenario.stream_events,
-            appends=scenario.appends,
-            keep=options.compare_streams,
-            seed=options.seed,
-        )
-        measures = run_scenario(
-            self.service.url,
-            self.model,
-            scenario,
-            population,
-            seed=options.seed,
-            patience_s=options.patience_s,
-        )
-        compared = settle(population, self.model, self.way, options.compare_events, measures)
-        return document_of(scenario, measures, compared, findings(scenario, measures, compared))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        with closing(Service(options.url)) as service:
+            return _run(service, options)
     except LoadError as error:
         print(f"load: {error}", file=sys.stderr)
         return 2
@@ -90,49 +52,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(options: argparse.Namespace) -> int:
-    known = read_scenarios(options.scenarios)
-    unknown = [name for name in options.scenario if name not in known]
+def _run(service: Service, options: argparse.Namespace) -> int:
+    unknown = [name for name in options.scenario if name not in SCENARIOS]
     if unknown:
-        raise LoadError(f"--scenario {unknown[0]}: expected one of {', '.join(known)}")
-    chosen = [
-        overridden(
-            known[name],
+        raise LoadError(f"--scenario {unknown[0]}: expected one of {', '.join(SCENARIOS)}")
+    scenarios = [
+        with_options(
+            SCENARIOS[name],
             users=options.users,
             duration_s=options.duration_s,
             thresholds=options.threshold,
         )
-        for name in options.scenario or known
+        for name in options.scenario or SCENARIOS
     ]
-    service = Service(options.url)
     model = service.describe(options.model)
-    way = (
-        by_the_service(service.post, model)
+    method = (
+        by_service(service.post, model)
         if options.artifact is None
-        else by_the_oracle(options.artifact, model)
+        else by_oracle(options.artifact, model)
     )
-    document = run_of(service.url, model, options.seed)
-    run = Run(service, model, way, options, f"load-{secrets.token_hex(4)}-")
-    for line in head_lines(document):
-        print(line, flush=True)
-    found = []
+    run = describe_run()
+    print(f"{run['date']}, commit {run['commit']}, {run['machine']}")
+    print(f"{service.url}: model {model.name} {model.version} on {', '.join(model.runtimes)}")
+    prefix = f"load-{secrets.token_hex(4)}-"
+    documents = []
     try:
-        for scenario in chosen:
-            found.append(run.scenario(fitted(scenario, longest_chunk(model))))
-            for line in lines_of(found[-1]):
-                print(line, flush=True)
+        for scenario in scenarios:
+            document = _run_scenario(service, model, scenario, method, prefix, options)
+            documents.append(document)
+            print("\n".join(describe(document)), flush=True)
     finally:
         if not options.keep:
-            service.forget(model.name, run.prefix)
-    document |= {"passed": all(each["passed"] for each in found), "scenarios": found}
-    _write(options.summary, document)
-    broken = [each["scenario"] for each in found if not each["passed"]]
-    print(f"load: FAILED: {', '.join(broken)}" if broken else "load: every threshold held")
-    return 1 if broken else 0
+            service.delete_streams(model.name, prefix)
+    failed = [each["scenario"] for each in documents if not each["passed"]]
+    summary = {
+        **run,
+        "url": service.url,
+        "model": {"name": model.name, "version": model.version, "runtimes": model.runtimes},
+        "seed": options.seed,
+        "passed": not failed,
+        "scenarios": documents,
+    }
+    _write(options.summary, summary)
+    print(f"load: FAILED: {', '.join(failed)}" if failed else "load: every threshold passed")
+    return 1 if failed else 0
 
 
-def _write(path: str, document: dict[str, Any]) -> None:
-    text = orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+def _run_scenario(
+    service: Service,
+    model: ModelDescription,
+    scenario: Scenario,
+    method: tuple[str, Recompute],
+    prefix: str,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Run a scenario, compare its outputs, and return its document."""
+    scenario = with_longest_chunk(scenario, longest_chunk(model))
+    load = Load(
+        model=model,
+        scenario=scenario,
+        feeds=make_feeds(model, scenario.longest_steps, options.feed, options.seed),
+        prefix=f"{prefix}{scenario.name}-",
+        results=Results(scenario),
+        random=Random(options.seed),
+        retry_s=options.patience_s,
+        sleep=gevent.sleep,
+    )
+    run_scenario(service.url, load)
+    compared = compare(load, method, options.compare_streams, options.compare_events)
+    return load.results.as_document(compared)
+
+
+def _write(path: str, summary: dict[str, Any]) -> None:
+    text = orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode()
     if path == "-":
         print(text)
         return
@@ -157,9 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[SCENARIO.]NAME=VALUE",
-        help="instead of the file's; `none` asks it no longer; may be repeated",
+        help="another limit; `none` disables it; may be repeated",
     )
-    add("--scenarios", type=Path, default=SCENARIOS, help="another file of scenarios")
     add("--feed", choices=("both", "inputs", "events"), default="both", help="what streams send")
     add("--artifact", type=Path, help="the model's directory: compare with a float64 network")
     add("--compare-streams", type=_positive, default=COMPARED_STREAMS, help="how many are compared")

@@ -1,4 +1,4 @@
-"""A live service on a port of its own, with the oracle as its runtime, that can be made to lie."""
+"""A live service on a port of its own, with the oracle as its runtime and faults on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.pipeline.served_model import ServedModel
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.http.application import ApiLimits, create_api
-from tests.load.liar import Liar
+from tests.load.faulty_service import FaultyService
 from tests.support.models import small_spec
 from tests.support.numpy_runtime import NumpyRuntime
 from tests.support.oracle import contracting_weights
@@ -36,7 +36,7 @@ class Live:
     """A running service."""
 
     url: str
-    liar: Liar
+    faults: FaultyService
     models: Mapping[str, Artifact]
 
 
@@ -50,40 +50,40 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact
 
 
 @pytest.fixture(scope="session")
-def lying_service(artifacts: Mapping[str, Artifact]) -> Iterator[Live]:
+def running_service(artifacts: Mapping[str, Artifact]) -> Iterator[Live]:
     """One service for all tests, in a thread of its own."""
     # asyncio sends small writes at once only where the socket says that it is TCP
     listening = socket.socket(proto=socket.IPPROTO_TCP)
     with real_server("valkey") as store, listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        liar = Liar(None)
+        faults = FaultyService()
         started, stop = threading.Event(), threading.Event()
         with ThreadPoolExecutor(1) as thread:
             serving = thread.submit(
-                lambda: uvloop.run(_serve(store, artifacts, liar, listening, started, stop))
+                lambda: uvloop.run(_serve(store, artifacts, faults, listening, started, stop))
             )
             try:
                 until(lambda: started.is_set() or serving.done(), "the service")
                 if not started.is_set():
                     serving.result()
-                yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", liar, artifacts)
+                yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", faults, artifacts)
             finally:
                 stop.set()
             serving.result()
 
 
 @pytest.fixture
-def live(lying_service: Live) -> Live:
-    """The service, honest until the test makes it lie."""
-    lying_service.liar.choose(None)
-    return lying_service
+def live(running_service: Live) -> Live:
+    """The service, without faults until the test chooses one."""
+    running_service.faults.choose(None)
+    return running_service
 
 
 async def _serve(
     server: RealServer,
     artifacts: Mapping[str, Artifact],
-    liar: Liar,
+    faults: FaultyService,
     listening: socket.socket,
     started: threading.Event,
     stop: threading.Event,
@@ -100,9 +100,9 @@ async def _serve(
     await store.start()
     await pipeline.start()
     try:
-        liar.honest = create_api(pipeline, LIMITS, counts)
+        faults.correct = create_api(pipeline, LIMITS, counts)
         config = uvicorn.Config(
-            _application(liar), log_config=None, access_log=False, lifespan="off"
+            _application(faults), log_config=None, access_log=False, lifespan="off"
         )
         http = uvicorn.Server(config)
         serving = asyncio.create_task(http.serve(sockets=[listening]))
@@ -115,8 +115,8 @@ async def _serve(
         await store.close()
 
 
-def _application(liar: Liar) -> Any:
+def _application(faults: FaultyService) -> Any:
     async def application(scope: Any, receive: Any, send: Any) -> None:
-        await liar(scope, receive, send)
+        await faults(scope, receive, send)
 
     return application

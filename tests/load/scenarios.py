@@ -1,19 +1,9 @@
-"""The scenarios of `scenarios.toml` as values, and what the command line changes in them.
-
-Refused: unknown members, unknown thresholds, shares that do not add up to 1, and numbers out
-of range; the message names the scenario and the member. Nothing is read at import.
-"""
+"""Load scenarios: who sends what, for how long, and the thresholds of a run."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
-
-SCENARIOS = Path(__file__).with_name("scenarios.toml")
-DELIVERIES = ("positions", "appends")
 
 
 class LoadError(Exception):
@@ -22,12 +12,7 @@ class LoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of chunks.
-
-    Attributes:
-        share: of all chunks, above 0, at most 1.
-        min_steps, max_steps: events per chunk, drawn evenly between the two.
-    """
+    """One kind of chunks: its share of all chunks, and its number of events, drawn evenly."""
 
     name: str
     share: float
@@ -45,88 +30,128 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What must hold; None is not asked. The comments in `scenarios.toml` say what each is."""
+    """Limits of a run; None is not checked. Wrong answers are never allowed.
 
-    max_error_share: float | None = None
-    max_retry_share: float | None = None
-    max_p95_ms: float | None = None
-    max_p99_ms: float | None = None
+    Attributes:
+        max_error_share: chunks that were rejected or abandoned, of all.
+        max_retry_share: repeated attempts, of all chunks.
+        max_p95_ms, max_p99_ms: of the first kind of chunks, from the first attempt to the answer.
+        min_chunks_per_s: chunks answered.
+        min_rate_share: chunks answered, of those that users at their pace would have sent.
+        min_compared_events: events whose outputs were compared with a second computation.
+    """
+
+    max_error_share: float | None = 0.0
+    max_retry_share: float | None = 0.01
+    max_p95_ms: float | None = 250.0
+    max_p99_ms: float | None = 500.0
     min_chunks_per_s: float | None = None
     min_rate_share: float | None = None
-    min_compared_events: float | None = None
+    min_compared_events: float | None = 100
+
+
+SHORT = Kind("short", 1.0, 1, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who sends what, for how long, and what must hold.
+    """One scenario.
 
     Attributes:
+        users: at the height of the load.
+        streams: at most this many take turns, shared out evenly among the users.
+        thresholds: limits of a run.
         chunks_per_s_per_user: None for the next chunk as soon as one is answered.
-        delivery: `positions` or `appends`.
+        stream_events: a stream is replaced by a new one after this many events.
+        appends: all users send to the same streams at once, without positions.
+        stages: one after another.
     """
 
     name: str
-    about: str
     users: int
-    duration_s: float
     streams: int
-    stream_events: int
-    delivery: str
-    stages: tuple[Stage, ...]
-    kinds: tuple[Kind, ...]
     thresholds: Thresholds
     chunks_per_s_per_user: float | None = None
-
-    @property
-    def appends(self) -> bool:
-        """Whether chunks go without positions."""
-        return self.delivery == "appends"
+    stream_events: int = 2048
+    appends: bool = False
+    duration_s: float = 30.0
+    stages: tuple[Stage, ...] = (Stage(1.0, 1.0),)
+    kinds: tuple[Kind, ...] = (SHORT,)
 
     @property
     def longest_steps(self) -> int:
         """Events of the longest chunk."""
         return max(kind.max_steps for kind in self.kinds)
 
+    @property
+    def streams_per_user(self) -> int:
+        """Streams that one user keeps in turn; all of them where users share them."""
+        return self.streams if self.appends else max(1, self.streams // self.users)
+
     def users_in(self, stage: Stage) -> int:
         """Users of a stage; at least one."""
         return max(1, round(self.users * stage.users_share))
 
     @property
-    def asked_chunks(self) -> float | None:
-        """Chunks that all users together send if each keeps its pace; None without a pace."""
+    def scheduled_chunks(self) -> float | None:
+        """Chunks that all users send if each keeps its pace; None without a pace."""
         if self.chunks_per_s_per_user is None:
             return None
-        user_s = sum(
-            self.users_in(stage) * stage.duration_share * self.duration_s for stage in self.stages
-        )
-        return user_s * self.chunks_per_s_per_user
+        user_s = sum(self.users_in(each) * each.duration_share for each in self.stages)
+        return user_s * self.duration_s * self.chunks_per_s_per_user
 
 
-def read_scenarios(path: Path = SCENARIOS) -> dict[str, Scenario]:
-    """Every scenario of a file by its name, in the file's order.
+FEW, MANY = Stage(0.1, 0.2), Stage(1.0, 0.1)
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        # an even pace, each stream in turn
+        Scenario(
+            "steady", 16, 160, Thresholds(max_retry_share=0.001, min_rate_share=0.9),
+            chunks_per_s_per_user=4.0,
+        ),
+        # more and more users, each as fast as it is answered
+        Scenario(
+            "ramp", 48, 480, Thresholds(min_chunks_per_s=100.0),
+            stages=tuple(Stage(share, 0.2) for share in (0.1, 0.25, 0.5, 0.75, 1.0)),
+        ),
+        # few users at an even pace, and three times suddenly ten times as many
+        Scenario(
+            "burst", 60, 240, Thresholds(min_rate_share=0.8), chunks_per_s_per_user=2.0,
+            stages=(FEW, MANY, FEW, MANY, FEW, MANY, Stage(0.1, 0.1)),
+        ),
+        # all users append to the same streams at once
+        Scenario(
+            "hot", 16, 4, Thresholds(min_chunks_per_s=50.0), stream_events=8192, appends=True,
+        ),
+        # many streams, each used rarely
+        Scenario(
+            "cold", 16, 20_000,
+            Thresholds(max_retry_share=0.001, min_chunks_per_s=100.0, min_compared_events=30),
+            kinds=(replace(SHORT, max_steps=8),),
+        ),
+        # chunks of thousands of events among short ones, whose latency is limited
+        Scenario(
+            "long", 16, 160, Thresholds(max_p99_ms=750.0, min_rate_share=0.9),
+            chunks_per_s_per_user=2.0, stream_events=16_384,
+            kinds=(replace(SHORT, share=0.98), Kind("long", 0.02, 1000, 8000)),
+        ),
+    )
+}  # fmt: skip
 
-    Raises:
-        LoadError: the file cannot be read, or says something that is not a scenario.
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path}: {error}") from error
-    return {name: _scenario(name, value) for name, value in document.items()}
 
-
-def overridden(
+def with_options(
     scenario: Scenario,
     *,
     users: int | None = None,
     duration_s: float | None = None,
     thresholds: Sequence[str] = (),
 ) -> Scenario:
-    """The scenario with some values changed.
+    """The scenario with the values of the command line.
 
     Args:
-        thresholds: `NAME=VALUE` for every scenario, or `SCENARIO.NAME=VALUE` for one; `none`
-            as the value no longer asks it.
+        thresholds: `NAME=VALUE` for every scenario, or `SCENARIO.NAME=VALUE` for one; the value
+            `none` disables it.
 
     Raises:
         LoadError: no such threshold, or a value that is no number.
@@ -135,9 +160,9 @@ def overridden(
     for text in thresholds:
         left, _, value = text.partition("=")
         where, dot, name = left.rpartition(".")
-        if name not in {field.name for field in fields(Thresholds)}:
-            known = ", ".join(field.name for field in fields(Thresholds))
-            raise LoadError(f"--threshold {text}: expected one of {known}")
+        known = [field.name for field in fields(Thresholds)]
+        if name not in known:
+            raise LoadError(f"--threshold {text}: expected one of {', '.join(known)}")
         try:
             limit = None if value == "none" else float(value)
         except ValueError as error:
@@ -152,70 +177,12 @@ def overridden(
     )
 
 
-def fitted(scenario: Scenario, max_steps: int) -> Scenario:
-    """The scenario with no chunk longer than `max_steps`, which a service accepts."""
+def with_longest_chunk(scenario: Scenario, max_steps: int) -> Scenario:
+    """The scenario without a chunk of more than `max_steps` events, which a service accepts."""
     kinds = tuple(
         replace(
-            kind,
-            min_steps=min(kind.min_steps, max_steps),
-            max_steps=min(kind.max_steps, max_steps),
+            kind, min_steps=min(kind.min_steps, max_steps), max_steps=min(kind.max_steps, max_steps)
         )
         for kind in scenario.kinds
     )
     return replace(scenario, kinds=kinds)
-
-
-def _scenario(name: str, value: Any) -> Scenario:
-    where = f"scenario {name!r}"
-    if not isinstance(value, dict):
-        raise LoadError(f"{where}: expected a table")
-    given = {
-        **value,
-        "name": name,
-        "stages": tuple(Stage(*stage) for stage in value.get("stages", ())),
-        "kinds": tuple(_made(Kind, kind, where) for kind in value.get("kinds", ())),
-        "thresholds": _made(Thresholds, value.get("thresholds", {}), where),
-    }
-    found: Scenario = _made(Scenario, given, where)
-    wrong = list(_wrong(found))
-    if wrong:
-        raise LoadError(f"{where}: {wrong[0]}")
-    return found
-
-
-def _made(kind: type, given: Mapping[str, Any], where: str) -> Any:
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise LoadError(f"{where}: {str(error).partition(' ')[2]}") from error
-
-
-def _wrong(scenario: Scenario) -> list[str]:
-    """What cannot be meant, in words."""
-    rules = {
-        "users, streams and stream_events: expected at least 1": min(
-            scenario.users, scenario.streams, scenario.stream_events
-        )
-        >= 1,
-        "duration_s: expected above 0": scenario.duration_s > 0,
-        "chunks_per_s_per_user: expected above 0": scenario.chunks_per_s_per_user is None
-        or scenario.chunks_per_s_per_user > 0,
-        f"delivery: expected one of {', '.join(DELIVERIES)}": scenario.delivery in DELIVERIES,
-        "stages: expected shares of users in 0 to 1": all(
-            0 < stage.users_share <= 1 for stage in scenario.stages
-        ),
-        "stages: expected shares of the duration that add up to 1": _adds_up(
-            [stage.duration_share for stage in scenario.stages]
-        ),
-        "kinds: expected shares that add up to 1": _adds_up(
-            [kind.share for kind in scenario.kinds]
-        ),
-        "kinds: expected 1 <= min_steps <= max_steps": all(
-            1 <= kind.min_steps <= kind.max_steps for kind in scenario.kinds
-        ),
-    }
-    return [text for text, holds in rules.items() if not holds]
-
-
-def _adds_up(shares: Sequence[float]) -> bool:
-    return all(share > 0 for share in shares) and abs(sum(shares) - 1) < 1e-9

@@ -1,204 +1,167 @@
-"""Sends one chunk until its outcome is known, by the rules of docs/reference/protocol.md.
+"""Sender: sends a scenario's chunks, retries them, and records what the replies are.
 
-With a position a chunk is sent again after any failure that may pass (429, 503, a broken
-connection), with the same position, until it is answered or patience is at an end. Without
-one it is sent again only where the service said that nothing was applied.
-
-`position_ahead`, `position_behind` and `already_applied` cannot come to a client that is alone
-with its streams and was not cut off: then they are wrong answers. The stream goes on from where
-the refusal says it stands, if that is a place in its own history.
+With a position a chunk is repeated after every retryable problem, until the time limit. Without
+one it is repeated only where it was certainly not applied. `position_ahead`, `position_behind` and
+`already_applied` are wrong answers to a client that has its streams to itself and got every reply.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+import time
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-import orjson
-
-from tests.load.description import Description
-from tests.load.measures import Measures
+from service.client import POSITION_CODES, ModelDescription, Problem, Retry, stream_path
+from tests.load.feeds import Chunk, Feed
+from tests.load.results import Results
 from tests.load.scenarios import Scenario
-from tests.load.streams import Fault, Population, Stream
-from tests.load.tape import Chunk
+from tests.load.stream import Fault, LoadStream
 
-NO_ANSWER = "no_answer"
-NOTHING_APPLIED = (
-    *("conflict", "overloaded", "deadline_exceeded"),
-    *("store_unavailable", "store_refused", "shutting_down"),
-)
-STANDING = ("position_ahead", "position_behind", "already_applied")
-BUSY_STATUSES = (429, 502, 503, 504)
-FIRST_BACKOFF_S = 0.05
-LONGEST_BACKOFF_S = 2.0
-LONGEST_RETRY_AFTER_S = 5.0
+NEW_STREAM_SHARE = 0.5
+"""How often a new stream is begun, while there may be more, instead of taking the one that has
+waited longest: so that even a short run loads states that were not used for long."""
 
-
-class Answer(NamedTuple):
-    """What came back; status 0, and the reason as the body, where nothing did."""
-
-    status: int
-    body: bytes
-    server_timing: str | None = None
-
-
-Post = Callable[[str, bytes], Answer]
-"""Sends a body to a path, and never raises for what the service does."""
-
-
-class Problem(NamedTuple):
-    """Everything else than a reply."""
-
-    code: str
-    detail: str
-    passes: bool
-    retry_after_s: float
-    document: Mapping[str, Any]
+Post = Callable[[str, bytes], tuple[Any, str | None]]
+"""Sends a body to a path: the document and the Server-Timing header; raises `Problem`."""
 
 
 @dataclass(slots=True)
-class Sender:
-    """Sends a scenario's chunks; any number of greenlets call `send`.
+class Load:
+    """State that all users of a scenario share.
 
     Attributes:
-        patience_s: longest time from the first attempt to the last.
-        clock: seconds, never going back.
+        prefix: of every stream's name.
+        retry_s: how long one chunk is repeated.
+        streams: all that were begun.
+        shared: those that users share, where chunks are appended.
     """
 
-    model: Description
+    model: ModelDescription
     scenario: Scenario
-    population: Population
-    measures: Measures
+    feeds: list[Feed]
+    prefix: str
+    results: Results
     random: Random
-    clock: Callable[[], float]
-    sleep: Callable[[float], None]
-    patience_s: float = 30.0
-    _cuts: int = 0
-    _cuts_of: Counter[int] = field(default_factory=Counter)
+    retry_s: float = 30.0
+    clock: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
+    streams: list[LoadStream] = field(default_factory=list)
+    shared: deque[LoadStream] = field(default_factory=deque)
+    cuts: int = 0
+    cuts_by_kind: Counter[int] = field(default_factory=Counter)
 
-    def send(self, post: Post) -> None:
-        """Send one chunk of the stream whose turn it is, and see it settled."""
-        stream = self.population.take()
-        try:
-            self._settle(stream, self._cut(stream), post)
-        finally:
-            self.population.give_back(stream)
+    def begin_stream(self) -> LoadStream:
+        """A new stream."""
+        number = len(self.streams)
+        feed = self.feeds[number % len(self.feeds)]
+        self.streams.append(LoadStream(f"{self.prefix}{number}", feed, self.scenario.appends))
+        return self.streams[-1]
 
-    def _cut(self, stream: Stream) -> Chunk:
+    def cut(self, stream: LoadStream) -> Chunk:
+        """The next chunk of a stream, of the kind that is furthest below its share."""
         kinds = self.scenario.kinds
-        self._cuts += 1
-        # the kind that is furthest behind its share; all but the first begin half a chunk
-        # behind, so that even a short run has some of the rare ones
+        self.cuts += 1
+        # all but the first kind start half a chunk below, so that a short run has rare ones too
         number = max(
             range(len(kinds)),
-            key=lambda i: kinds[i].share * self._cuts - self._cuts_of[i] + (i > 0) / 2,
+            key=lambda i: kinds[i].share * self.cuts - self.cuts_by_kind[i] + (i > 0) / 2,
         )
-        self._cuts_of[number] += 1
-        kind = kinds[number]
-        steps = self.random.randint(kind.min_steps, kind.max_steps)
-        offset = self.random.randint(0, stream.tape.length - steps)
-        chunk = Chunk(number, offset, steps, stream.sent)
+        self.cuts_by_kind[number] += 1
+        steps = self.random.randint(kinds[number].min_steps, kinds[number].max_steps)
+        chunk = Chunk(
+            number, self.random.randint(0, stream.feed.length - steps), steps, stream.sent
+        )
         stream.sent += steps
+        if stream.sent >= self.scenario.stream_events:
+            stream.is_closed = True
         return chunk
 
-    def _settle(self, stream: Stream, chunk: Chunk, post: Post) -> None:
-        path = f"/v1/models/{self.model.name}/streams/{stream.name}/chunks"
+
+class Sender:
+    """One user of a load."""
+
+    def __init__(self, load: Load):
+        self._load = load
+        self._streams = load.shared if load.scenario.appends else deque[LoadStream]()
+
+    def send_chunk(self, post: Post) -> None:
+        """Send one chunk of the next stream, until it is answered or abandoned."""
+        stream = self._next_stream()
+        self._deliver(stream, self._load.cut(stream), post)
+
+    def _next_stream(self) -> LoadStream:
+        streams, load = self._streams, self._load
+        while streams and streams[0].is_closed:
+            streams.popleft()
+        has_room = len(streams) < load.scenario.streams_per_user
+        if not streams or (has_room and load.random.random() < NEW_STREAM_SHARE):
+            streams.append(load.begin_stream())
+        else:
+            streams.rotate(-1)
+        return streams[-1]
+
+    def _deliver(self, stream: LoadStream, chunk: Chunk, post: Post) -> None:
+        load, results = self._load, self._load.results
+        path = f"{stream_path(load.model.name, stream.name)}/chunks"
         body = stream.body(chunk)
-        began_s = self.clock()
-        failures = 0
+        retry = Retry(load.retry_s, load.random, clock=load.clock)
+        began_s = load.clock()
         while True:
-            sent_s = self.clock()
-            answer = post(path, body)
-            now_s = self.clock()
-            if answer.status == 200:
-                self._answered(stream, chunk, answer, failures, now_s - began_s, now_s - sent_s)
-                return
-            problem = read_problem(answer)
-            self.measures.problems[problem.code] += 1
-            if problem.code in STANDING:
-                self._refused(stream, chunk, problem, failures)
-                return
-            known = problem.code in NOTHING_APPLIED or answer.status == 429
-            if stream.appends and not known:
-                stream.doubtful += 1
-            if not problem.passes or (stream.appends and not known):
-                self._give_up(stream, problem)
-                return
-            if now_s - began_s >= self.patience_s:
-                self._give_up(stream, problem)
-                return
-            failures += 1
-            self.measures.retries += 1
-            backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (failures - 1))
-            asked_s = min(problem.retry_after_s, LONGEST_RETRY_AFTER_S)
-            self.sleep(max(backoff_s * self.random.uniform(0.5, 1.0), asked_s))
-
-    def _answered(
-        self,
-        stream: Stream,
-        chunk: Chunk,
-        answer: Answer,
-        failures: int,
-        latency_s: float,
-        attempt_s: float,
-    ) -> None:
-        try:
-            reply = orjson.loads(answer.body)
-        except ValueError:
-            reply = None
-        fault = stream.accept(self.model, chunk, reply, tried_before=failures > 0)
-        if fault is None:
-            timing = answer.server_timing
-            self.measures.answer(chunk.kind, chunk.steps, latency_s, attempt_s, timing)
-        else:
-            self.measures.errors += 1
-            self.measures.fault(fault)
-
-    def _refused(self, stream: Stream, chunk: Chunk, problem: Problem, failures: int) -> None:
-        after = stream.position + chunk.steps
-        may_be_applied = problem.code == "already_applied" and failures and not stream.appends
-        if may_be_applied and problem.document.get("position") == after:
-            stream.skip(chunk)
-            self.measures.skipped += 1
+            sent_s = load.clock()
+            try:
+                reply, timing = post(path, body)
+            except Problem as problem:
+                results.problems[problem.code] += 1
+                delay_s = self._delay_s(stream, chunk, problem, retry)
+                if delay_s is None:
+                    return
+                results.retries += 1
+                load.sleep(delay_s)
+                continue
+            now_s = load.clock()
+            fault = stream.accept(load.model, chunk, reply, is_retry=retry.failures > 0)
+            if fault is None:
+                results.add_answer(chunk, now_s - began_s, now_s - sent_s, timing)
+            else:
+                results.errors += 1
+                results.add_fault(fault)
             return
-        self.measures.errors += 1
-        self.measures.fault(
-            Fault(
-                problem.code,
-                f"stream {stream.name!r}, chunk at {stream.position}: {problem.detail}",
-            )
-        )
-        if problem.code == "position_ahead" and not stream.appends:
-            fault = stream.rewind(problem.document)
-            if fault is not None:
-                self.measures.fault(fault)
-        else:
-            stream.left = True
 
-    def _give_up(self, stream: Stream, problem: Problem) -> None:
-        stream.left = True
-        self.measures.error(problem.code, f"stream {stream.name!r}: {problem.detail}")
+    def _delay_s(
+        self, stream: LoadStream, chunk: Chunk, problem: Problem, retry: Retry
+    ) -> float | None:
+        """How long to wait before the next attempt; None where the chunk is finished."""
+        if problem.code in POSITION_CODES:
+            self._accept_position(stream, chunk, problem, is_retry=retry.failures > 0)
+            return None
+        try:
+            if stream.appends and not problem.was_not_applied:
+                stream.unknown_appends += 1
+                raise problem
+            return retry.next_delay_s(problem)
+        except Problem:
+            stream.is_closed = True
+            self._load.results.add_error(problem.code, f"stream {stream.name!r}: {problem.detail}")
+            return None
 
-
-def read_problem(answer: Answer) -> Problem:
-    """A problem document, or whatever else came."""
-    if answer.status == 0:
-        return Problem(NO_ANSWER, answer.body.decode(errors="replace"), True, 0.0, {})
-    try:
-        document = orjson.loads(answer.body)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        document = {}
-    retry_after_s = document.get("retry_after_s")
-    busy = answer.status in BUSY_STATUSES
-    return Problem(
-        code=str(document.get("code", f"status_{answer.status}")),
-        detail=str(document.get("detail", answer.body[:200].decode(errors="replace"))),
-        passes=bool(document.get("retryable", busy)) or busy,
-        retry_after_s=float(retry_after_s) if isinstance(retry_after_s, int | float) else 0.0,
-        document=document,
-    )
+    def _accept_position(
+        self, stream: LoadStream, chunk: Chunk, problem: Problem, *, is_retry: bool
+    ) -> None:
+        results = self._load.results
+        may_be_applied = problem.code == "already_applied" and is_retry and not stream.appends
+        if may_be_applied and problem.position == stream.position + chunk.steps:
+            stream.skip(chunk)
+            results.skipped += 1
+            return
+        results.errors += 1
+        where = f"stream {stream.name!r}, chunk at {stream.position}"
+        results.add_fault(Fault(problem.code, f"{where}: {problem.detail}"))
+        if problem.code != "position_ahead" or stream.appends:
+            stream.is_closed = True
+            return
+        fault = stream.rewind(problem.position or 0, str(problem.document.get("tag") or ""))
+        if fault is not None:
+            results.add_fault(fault)
