@@ -9,8 +9,10 @@ import httpx
 import pytest
 
 from tests.support.needs import needs_tools
-from tests.support.pages import agrees, blocks, run
+from tests.support.pages import ROOT, agrees, blocks, run
 from tests.support.service import Service
+
+MOST_LINES = 150
 
 pytestmark = [needs_tools("curl"), pytest.mark.usefixtures("model_dir")]
 
@@ -31,6 +33,11 @@ def run_page(page: str, service: Service) -> tuple[list[Any], int]:
             agrees(replies[-1], json.loads(text))
             shown += 1
     return replies, shown
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MOST_LINES
 
 
 def test_readme_shows_the_real_replies(service: Service) -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 
 from service.ops.settings_reference import settings_table
+from service.settings import PREFIX, Settings
+from tests.support.pages import PAGES, ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "settings.md"
+PAGE = ROOT / "docs" / "reference" / "settings.md"
+OTHERS = {"CARRY_SERVICE_HOST"}
+"""Variables that the pages name although they are no settings."""
 
 
 def test_settings_table_matches_the_code() -> None:
     assert settings_table() in PAGE.read_text(encoding="utf-8"), (
         "update the page: python -m service.ops.settings_reference"
     )
+
+
+def test_pages_name_existing_settings() -> None:
+    settings = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for page in PAGES:
+        named = set(re.findall(rf"\b{PREFIX}[A-Z_]*[A-Z]\b", page.read_text(encoding="utf-8")))
+        assert named <= settings | OTHERS, page

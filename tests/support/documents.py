@@ -11,15 +11,15 @@ from service.transports.http.media import Media
 
 
 class Members(list[tuple[str, Any]]):
-    """The members of an object, in order; a name may come twice."""
+    """The members of an object, in order; a name may occur twice."""
 
     def with_duplicate(self, name: str, value: Any) -> Members:
-        """As these, with one more at the end."""
+        """Return these members and one more at the end."""
         return Members([*self, (name, value)])
 
 
 def members(value: Any) -> Any:
-    """The value with each of its dicts as `Members`."""
+    """Return the value with each of its dicts as `Members`."""
     if isinstance(value, Members):
         return value
     if isinstance(value, dict):
@@ -30,7 +30,7 @@ def members(value: Any) -> Any:
 
 
 def document(media: Media, value: Any) -> bytes:
-    """The bytes of a value made of `Members`, lists and plain values."""
+    """Encode a value made of `Members`, lists and plain values."""
     return _json(value).encode() if media is Media.JSON else _packed(value)
 
 
