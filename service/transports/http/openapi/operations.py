@@ -14,9 +14,7 @@ from service.core import errors
 from service.core.errors import CarryError
 from service.transports.http.field_rules import (
     EXAMPLE_EPOCH,
-    EXAMPLE_STREAM,
     EXAMPLE_TAG,
-    STREAM_NAME,
 )
 from service.transports.http.media import SERVED, Media
 from service.transports.http.problems import LATER, PROBLEM_JSON, REFERENCE
@@ -53,19 +51,12 @@ def _parameter(
         "in": place,
         "name": name,
         "description": description,
-        "required": required or place == "path",
+        "required": required,
         "schema": dict(schema),
     }
 
 
 _TEXT = {"type": "string"}
-_MODEL = _parameter("path", "model", "The model's slug.", {**_TEXT, "examples": ["flights"]})
-_STREAM = _parameter(
-    "path",
-    "stream",
-    "The stream's name.",
-    {**_TEXT, "pattern": STREAM_NAME, "examples": [EXAMPLE_STREAM]},
-)
 _IF_MATCH = _parameter(
     "header",
     "If-Match",
@@ -173,11 +164,12 @@ def _route(
     if body is not None:
         extra["requestBody"] = _body(body)
         problems = (*_BODY, *problems)
-    rejected = _problems(*_CONNECTION, *problems, errors.InternalError)
+    rejected = _problems(*_ANY, *problems, errors.InternalError)
     return {"responses": {**replies, **rejected, **replies}, "openapi_extra": extra}
 
 
-_CONNECTION = (
+_ANY = (
+    errors.InvalidInput,
     errors.MalformedRequest,
     errors.DuplicateField,
     errors.HeadTooLarge,
@@ -187,7 +179,6 @@ _CONNECTION = (
 )
 _BODY = (
     errors.MalformedBody,
-    errors.InvalidInput,
     errors.BodyTooLarge,
     errors.UnsupportedMediaType,
 )
@@ -213,7 +204,7 @@ _OVERWRITING = (
 
 CHUNK = _route(
     {200: _reply(reply_types.ChunkReply, "Applied, now or before.", {**_ETAG, **_TIMING})},
-    [_MODEL, _STREAM, *_OPTIONS, _IF_MATCH, _TIMEOUT],
+    [*_OPTIONS, _IF_MATCH, _TIMEOUT],
     errors.ChunkTooLong,
     errors.ChunksUnsupported,
     errors.FinalUnsupported,
@@ -237,7 +228,7 @@ CHUNK = _route(
 )
 MANY = _route(
     {200: _reply(reply_types.ManyReply, "One outcome per item.")},
-    [_MODEL, *_OPTIONS, _TIMEOUT],
+    [*_OPTIONS, _TIMEOUT],
     errors.ChunksUnsupported,
     errors.ModelNotFound,
     errors.NotAcceptable,
@@ -246,7 +237,7 @@ MANY = _route(
 )
 PREDICT = _route(
     {200: _reply(reply_types.PredictReply, "One prediction per sequence.")},
-    [_MODEL, *_OPTIONS, _TIMEOUT],
+    [*_OPTIONS, _TIMEOUT],
     errors.ChunkTooLong,
     errors.ModelNotFound,
     errors.NotAcceptable,
@@ -255,7 +246,7 @@ PREDICT = _route(
 )
 STREAM = _route(
     {200: _reply(reply_types.StreamInfo, "The stream.", _ETAG)},
-    [_MODEL, _STREAM, _IF_MATCH],
+    [_IF_MATCH],
     *_NAMED,
     errors.InvalidPrecondition,
     errors.StreamNotFound,
@@ -265,7 +256,7 @@ STREAM = _route(
 )
 DELETE_STREAM = _route(
     {204: {"description": "Forgotten."}},
-    [_MODEL, _STREAM, _IF_MATCH],
+    [_IF_MATCH],
     errors.InvalidName,
     errors.ModelNotFound,
     errors.InvalidPrecondition,
@@ -278,7 +269,7 @@ DELETE_STREAM = _route(
 )
 STATE = _route(
     {200: _reply(reply_types.StateReply, "The state.", _ETAG)},
-    [_MODEL, _STREAM, _IF_MATCH],
+    [_IF_MATCH],
     *_NAMED,
     errors.InvalidPrecondition,
     errors.StreamNotFound,
@@ -292,7 +283,7 @@ RESTORE = _route(
         200: _reply(reply_types.StreamInfo, "Overwritten.", _ETAG),
         201: _reply(reply_types.StreamInfo, "Created.", _ETAG),
     },
-    [_MODEL, _STREAM, _IF_MATCH],
+    [_IF_MATCH],
     errors.ChunksUnsupported,
     *_NAMED,
     *_OVERWRITING,
@@ -305,7 +296,7 @@ FORK = _route(
         200: _reply(reply_types.StreamInfo, "Overwritten.", _ETAG),
         201: _reply(reply_types.StreamInfo, "Created.", _ETAG),
     },
-    [_MODEL, _STREAM, {**_IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."}],
+    [{**_IF_MATCH, "description": "ETags of the stream `to`, to overwrite it."}],
     *_NAMED,
     errors.StreamNotFound,
     *_OVERWRITING,
@@ -315,7 +306,7 @@ FORK = _route(
 )
 FORECAST = _route(
     {200: _reply(reply_types.ForecastReply, "What is seen ahead.", _ETAG)},
-    [_MODEL, _STREAM, _IF_MATCH, _TIMEOUT],
+    [_IF_MATCH, _TIMEOUT],
     *_NAMED,
     errors.InvalidPrecondition,
     errors.ForecastUnsupported,
@@ -332,20 +323,17 @@ FORECAST = _route(
 STREAMS = _route(
     {200: _reply(reply_types.StreamList, "One page.")},
     [
-        _MODEL,
         _parameter("query", "prefix", _PREFIX, _TEXT),
         _parameter("query", "cursor", "The `cursor` of the page before.", _TEXT),
         _parameter("query", "limit", "About how many names.", {"type": "integer", "minimum": 1}),
     ],
     *_NAMED,
-    errors.InvalidInput,
     *_STORE,
 )
 DELETE_STREAMS = _route(
     {200: _reply(reply_types.Deleted, "Forgotten.")},
-    [_MODEL, _parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
+    [_parameter("query", "prefix", _PREFIX, _TEXT, required=True)],
     *_NAMED,
-    errors.InvalidInput,
     errors.Conflict,
     *_STORE,
     *_WRITTEN,
@@ -353,7 +341,7 @@ DELETE_STREAMS = _route(
 MODELS = _route({200: _reply(reply_types.ModelList, "The models.")}, [], errors.NotAcceptable)
 MODEL = _route(
     {200: _reply(reply_types.ModelDetail, "The model.")},
-    [_MODEL],
+    [],
     errors.ModelNotFound,
     errors.NotAcceptable,
 )
@@ -364,10 +352,5 @@ READY: Arguments = {
     "responses": {
         200: {"model": reply_types.Ready, "description": "Every check passes."},
         503: {"model": reply_types.Ready, "description": "Some check fails."},
-    }
-}
-METRICS: Arguments = {
-    "responses": {
-        200: {"description": "The metrics.", "content": {"text/plain": {"schema": _TEXT}}}
     }
 }

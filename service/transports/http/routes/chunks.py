@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,9 +37,9 @@ from service.transports.http.request_fields import (
     reply_media,
     stream_name,
 )
-from service.transports.http.routes.routing import plain_router
+from service.transports.http.routes.routing import ChunkRoute, ModelPath, StreamPath
 
-router = plain_router("chunks")
+router = APIRouter(tags=["chunks"], route_class=ChunkRoute)
 
 
 @router.post(
@@ -46,7 +47,7 @@ router = plain_router("chunks")
     summary="Send one chunk of a stream and get its outputs",
     **operations.CHUNK,
 )
-async def post_chunk(request: Request) -> Response:
+async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Continue the stream from the state its last chunk left; every event gets its output.
 
     The first chunk creates the stream. With a `position`, the index of the chunk's first event,
@@ -55,15 +56,15 @@ async def post_chunk(request: Request) -> Response:
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(request.path_params["model"])
-    stream = stream_name(request.path_params["stream"])
+    wire = api.wire(model)
+    key = StreamKey(wire.served.name, stream_name(stream))
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    _check_capacity(api, wire, StreamKey(wire.served.name, stream), body)
-    chunk = await body.read(wire.reader.chunk, wire.long.chunk, stream, precondition)
+    _check_capacity(api, wire, key, body)
+    chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
     result = await cancel_on_disconnect(request, api.pipeline.process(chunk, deadline_s))
     timing = (b"server-timing", server_timing(result.timing).encode())
     return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
@@ -74,7 +75,7 @@ async def post_chunk(request: Request) -> Response:
     summary="Send chunks of many streams in one request",
     **operations.MANY,
 )
-async def post_chunks(request: Request) -> Response:
+async def post_chunks(request: Request, model: ModelPath) -> Response:
     """Each item is one chunk and has its own outcome, in the order of the request.
 
     Items of one stream are applied in their order. After an item that failed, later items of
@@ -84,7 +85,7 @@ async def post_chunks(request: Request) -> Response:
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(request.path_params["model"])
+    wire = api.wire(model)
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)
@@ -107,11 +108,11 @@ async def post_chunks(request: Request) -> Response:
     summary="Run whole sequences, storing nothing",
     **operations.PREDICT,
 )
-async def post_predict(request: Request) -> Response:
+async def post_predict(request: Request, model: ModelPath) -> Response:
     """Each sequence starts from the zero state. No stream is read or changed."""
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
-    wire = api.wire(request.path_params["model"])
+    wire = api.wire(model)
     options = _options(request, wire)
     media = body_media(request)
     answer = reply_media(request, media)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,9 +20,9 @@ from service.transports.http.request_fields import (
     reply_media,
     stream_name,
 )
-from service.transports.http.routes.routing import plain_router
+from service.transports.http.routes.routing import ModelPath, StreamPath
 
-router = plain_router("streams")
+router = APIRouter(tags=["streams"])
 
 
 @router.post(
@@ -29,7 +30,7 @@ router = plain_router("streams")
     summary="Look ahead from where a stream stands",
     **operations.FORECAST,
 )
-async def post_forecast(request: Request) -> Response:
+async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The model's decoder starts from the stream's stored state and goes `horizon` steps ahead.
 
     Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
@@ -40,8 +41,8 @@ async def post_forecast(request: Request) -> Response:
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     query(request)
-    wire = api.wire(request.path_params["model"])
-    key = StreamKey(wire.served.name, stream_name(request.path_params["stream"]))
+    wire = api.wire(model)
+    key = StreamKey(wire.served.name, stream_name(stream))
     wire.served.require_decoder()
     media = body_media(request)
     answer = reply_media(request, media)

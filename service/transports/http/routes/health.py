@@ -10,19 +10,18 @@ from collections.abc import Callable
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from service.transports.http.context import api_of
 from service.transports.http.media import Media
 from service.transports.http.openapi import operations
 from service.transports.http.replies.replies import reply
 from service.transports.http.replies.reply_types import Live, Ready
-from service.transports.http.routes.routing import plain_router
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
 """Gives the body of /metrics and its content type; called in a thread."""
 
-router = plain_router("health")
+router = APIRouter(tags=["health"])
 
 
 @router.head("/health/live", include_in_schema=False)
@@ -51,10 +50,15 @@ async def get_ready(request: Request) -> Response:
 
 def metrics_router(render: RenderMetrics) -> APIRouter:
     """The route /metrics over a renderer."""
-    metrics = plain_router("health")
+    metrics = APIRouter(tags=["health"])
 
     # Not a coroutine: it reads files where several workers share their numbers.
-    @metrics.get("/metrics", summary="Metrics for Prometheus", **operations.METRICS)
+    @metrics.get(
+        "/metrics",
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        response_description="The metrics.",
+    )
     def get_metrics(_: Request) -> Response:
         """Prometheus' text format, of all workers together."""
         body, content_type = render()

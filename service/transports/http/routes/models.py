@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,9 +23,9 @@ from service.transports.http.replies.reply_types import (
     ModelSummary,
 )
 from service.transports.http.request_fields import query, reply_media
-from service.transports.http.routes.routing import plain_router
+from service.transports.http.routes.routing import ModelPath
 
-router = plain_router("models")
+router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", summary="List the models", **operations.MODELS)
@@ -40,12 +41,12 @@ async def get_models(request: Request) -> Response:
 @router.get(
     "/v1/models/{model}", summary="What a model takes, gives and remembers", **operations.MODEL
 )
-async def get_model(request: Request) -> Response:
+async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""
     query(request)
     answer = reply_media(request)
     api = api_of(request)
-    return reply(answer, detail(api.pipeline.model(request.path_params["model"]), api.limits))
+    return reply(answer, detail(api.pipeline.model(model), api.limits))
 
 
 def _summary(served: ServedModel) -> ModelSummary:

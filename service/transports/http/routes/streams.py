@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from urllib.parse import quote
 
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -42,12 +43,12 @@ from service.transports.http.request_fields import (
     stream_name,
     stream_prefix,
 )
-from service.transports.http.routes.routing import plain_router
+from service.transports.http.routes.routing import ModelPath, StreamPath
 
 PAGE_STREAMS = 100
 VERSION_DIGITS = 12
 
-router = plain_router("streams")
+router = APIRouter(tags=["streams"])
 
 
 @router.get(
@@ -55,11 +56,11 @@ router = plain_router("streams")
     summary="Where a stream stands",
     **operations.STREAM,
 )
-async def get_stream(request: Request) -> Response:
+async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Position, epoch, tag, age, size, and the version of the model that wrote its state."""
     query(request)
     answer = reply_media(request)
-    key = _key(request)
+    key = _stream_key(request, model, stream)
     precondition = if_match(request)
     found = await api_of(request).pipeline.streams.read(key, precondition=precondition)
     return reply(answer, _info(request, key, found), headers=[etag(found.head)])
@@ -71,10 +72,12 @@ async def get_stream(request: Request) -> Response:
     status_code=204,
     **operations.DELETE_STREAM,
 )
-async def delete_stream(request: Request) -> Response:
+async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Its state and its stored reply are gone; its next chunk begins it anew, at position 0."""
     query(request)
-    await api_of(request).pipeline.streams.delete(_key(request), if_match(request))
+    await api_of(request).pipeline.streams.delete(
+        _stream_key(request, model, stream), if_match(request)
+    )
     return Response(status_code=204)
 
 
@@ -83,7 +86,7 @@ async def delete_stream(request: Request) -> Response:
     summary="The state of a stream, by name",
     **operations.STATE,
 )
-async def get_state(request: Request) -> Response:
+async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The whole state with all that is needed to restore it.
 
     Refused (`state_incompatible`) where another version of the model wrote it.
@@ -91,7 +94,7 @@ async def get_state(request: Request) -> Response:
     query(request)
     answer = reply_media(request)
     api = api_of(request)
-    key = _key(request)
+    key = _stream_key(request, model, stream)
     wire = api.wire(key.model)
     found = await api.pipeline.streams.read(key, precondition=if_match(request))
     if not wire.served.is_compatible(found):
@@ -108,7 +111,7 @@ async def get_state(request: Request) -> Response:
     summary="Restore a stream from a state",
     **operations.RESTORE,
 )
-async def put_state(request: Request) -> Response:
+async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Takes what `GET` gave, of this stream or another. The stream gets a new epoch.
 
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 where the
@@ -116,7 +119,7 @@ async def put_state(request: Request) -> Response:
     """
     query(request)
     api = api_of(request)
-    key = _key(request)
+    key = _stream_key(request, model, stream)
     wire = api.wire(key.model)
     wire.reader.check_accepts_chunks()
     served = wire.served
@@ -159,7 +162,7 @@ async def put_state(request: Request) -> Response:
     summary="Begin a second stream from here",
     **operations.FORK,
 )
-async def post_fork(request: Request) -> Response:
+async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The new stream has this one's state, position and kind of feed, and an epoch of its own.
 
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
@@ -167,7 +170,7 @@ async def post_fork(request: Request) -> Response:
     """
     query(request)
     api = api_of(request)
-    key = _key(request)
+    key = _stream_key(request, model, stream)
     media = body_media(request)
     answer = reply_media(request, media)
     precondition = if_match(request)
@@ -180,7 +183,7 @@ async def post_fork(request: Request) -> Response:
 
 
 @router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
-async def get_streams(request: Request) -> Response:
+async def get_streams(request: Request, model: ModelPath) -> Response:
     """One page of names, in no order; go on with its `cursor` until that is null.
 
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
@@ -189,11 +192,11 @@ async def get_streams(request: Request) -> Response:
     parameters = query(request, ("prefix", "cursor", "limit"))
     answer = reply_media(request)
     api = api_of(request)
-    model = api.pipeline.model(request.path_params["model"]).name
+    name = api.pipeline.model(model).name
     limit = count(parameters, "limit", default=PAGE_STREAMS, most=api.limits.max_items)
     prefix = stream_prefix(parameters.get("prefix", ""))
-    page = await api.pipeline.streams.page(model, prefix, parameters.get("cursor") or None, limit)
-    document: StreamList = {"model": model, "streams": list(page.streams), "cursor": page.cursor}
+    page = await api.pipeline.streams.page(name, prefix, parameters.get("cursor") or None, limit)
+    document: StreamList = {"model": name, "streams": list(page.streams), "cursor": page.cursor}
     return reply(answer, document)
 
 
@@ -202,7 +205,7 @@ async def get_streams(request: Request) -> Response:
     summary="Forget every stream whose name begins with a prefix",
     **operations.DELETE_STREAMS,
 )
-async def delete_streams(request: Request) -> Response:
+async def delete_streams(request: Request, model: ModelPath) -> Response:
     """The parameter `prefix` has to be there; `?prefix=` alone forgets all of the model's.
 
     Streams that begin while this runs may stay.
@@ -210,23 +213,23 @@ async def delete_streams(request: Request) -> Response:
     parameters = query(request, ("prefix",))
     answer = reply_media(request)
     api = api_of(request)
-    model = api.pipeline.model(request.path_params["model"]).name
+    name = api.pipeline.model(model).name
     prefix = stream_prefix(
         required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
     )
-    deleted = await api.pipeline.streams.delete_prefix(model, prefix)
-    document: Deleted = {"model": model, "deleted": deleted}
+    deleted = await api.pipeline.streams.delete_prefix(name, prefix)
+    document: Deleted = {"model": name, "deleted": deleted}
     return reply(answer, document)
 
 
-def _key(request: Request) -> StreamKey:
+def _stream_key(request: Request, model: str, stream: str) -> StreamKey:
     """The stream that the address names; the model is looked up first.
 
     Raises:
         ModelNotFound, InvalidName
     """
-    model = api_of(request).pipeline.model(request.path_params["model"]).name
-    return StreamKey(model, stream_name(request.path_params["stream"]))
+    name = api_of(request).pipeline.model(model).name
+    return StreamKey(name, stream_name(stream))
 
 
 def _deadline(api: ApiContext) -> float:
