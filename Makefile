@@ -62,11 +62,11 @@ format: ## apply the fixes of the linter and the formatter
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: ## compare Carry with floors and baselines (ARGS="--full --jsonl bench.jsonl --report")
+bench: ## measure Carry beside floors and baselines (ARGS="--only peak --jsonl bench.jsonl")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 
-bench-micro: ## measure codec, queue, encoding, wire format and store separately
+bench-micro: ## measure the parts of a chunk's path by themselves (ARGS="--only codec")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
 

@@ -1,15 +1,14 @@
 """`make bench`: Carry beside the floors and hand-written services, in one run, in turns.
 
-    python -m tests.bench [--only peak,many,...] [--full] [--jsonl FILE] [--report]
+    python -m tests.bench [--only peak,many,...] [--jsonl FILE] [--report]
     python -m tests.bench --beside ../before --rounds 40 --seconds 0.5
 
 The servers share the first core, the store and the load generator the last; everything stays
 on the loopback, every section is bounded in time, every reply's position is checked and some
-outputs are held against the tests' float64 oracle. Prints a table of medians, the ratios with
+outputs are compared with the tests' float64 oracle. Prints a table of medians, the ratios with
 their spread, and the targets with `reached` or `not reached`. `--report` writes
 docs/reference/performance.md from the file of `--jsonl`; alone with `--only none` it measures
-nothing.
-`--beside` holds this checkout against another one, in turns.
+nothing. `--beside` compares this checkout with another one, in turns.
 """
 
 from __future__ import annotations
@@ -17,78 +16,75 @@ from __future__ import annotations
 import argparse
 import signal
 import tempfile
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tests.bench.context import Bench, Options
-from tests.bench.networks import WrongOutputsError
-from tests.bench.remote import HelperFailedError
+from tests.bench import server_sections as servers
+from tests.bench import workload_sections as workloads
+from tests.bench.processes import CannotStartError
 from tests.bench.report import write_report
-from tests.bench.results import Results, read_results, table
-from tests.bench.servers import RUNTIMES, CannotStartError
-from tests.bench.targets import MANY, verdict_table
+from tests.bench.results import Results, format_table, read_results
+from tests.bench.run import RUNTIMES, Bench, Options
 from tests.bench.traffic import WrongReplyError
+from tests.bench.workloads import WrongOutputsError
 from tests.support import machine
 
-SECTIONS = (
-    "peak",
-    "many",
-    "latency",
-    "streams",
-    "cold",
-    "workers",
-    "events",
-    "widths",
-    "kinds",
-    "split",
-)
-"""In the order in which they are run; each is a module of `sections` with `run(bench)`."""
-
 BESIDE = "beside"
-"""The section of a run with `--beside`, which runs no other unless told so."""
+"""The section of a run with `--beside`, which runs no other by default."""
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "peak": servers.measure_peak,
+    "many": workloads.measure_many,
+    "latency": servers.measure_latency,
+    "streams": workloads.measure_streams,
+    "cold": servers.measure_cold_start,
+    "workers": servers.measure_workers,
+    "events": workloads.measure_events,
+    "widths": workloads.measure_widths,
+    "kinds": workloads.measure_kinds,
+    "split": servers.measure_cpu_split,
+    BESIDE: servers.measure_beside,
+}
+"""In the order in which they are run."""
 
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
 
-FAILURES = (CannotStartError, HelperFailedError, WrongOutputsError, WrongReplyError)
+FAILURES = (CannotStartError, WrongOutputsError, WrongReplyError, BrokenProcessPool, OSError)
 """What ends a section and not the run."""
 
-DOCS = machine.REPOSITORY / "docs" / "reference"
+PAGES = machine.REPOSITORY / "docs" / "reference"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sections, print what was found, and keep it where it is asked for."""
+    """Run the sections, print the results, and keep them where it is asked for."""
+    defaults = Options()
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
     parser.add_argument("--only", help="sections, or none; all by default")
     parser.add_argument("--beside", type=Path, help="another checkout of Carry, measured in turns")
-    parser.add_argument("--full", action="store_true", help="longer rounds, a million streams")
-    parser.add_argument("--rounds", type=int, help="of every row (3; full 5)")
-    parser.add_argument("--seconds", type=float, help="of one closed-loop round (1; full 4)")
-    parser.add_argument("--streams", type=int, default=1000, help="in the standard workload")
-    parser.add_argument("--many-streams", type=int, help="100000; full 1000000")
+    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="of every row")
+    parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of a round")
+    parser.add_argument("--streams", type=int, default=defaults.streams, help="by default 1000")
+    parser.add_argument("--many-streams", type=int, default=defaults.many_streams)
     parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="of Carry")
-    parser.add_argument("--store", choices=("valkey", "redis"), default="valkey")
     parser.add_argument("--jsonl", type=Path, help="append every line to this file")
     parser.add_argument("--report", action="store_true", help="write docs/reference/performance.md")
     given = parser.parse_args(arguments)
-    if given.only is None:
-        only = [BESIDE] if given.beside else list(SECTIONS)
-    else:
-        only = [] if given.only == "none" else given.only.split(",")
-    if unknown := set(only) - {*SECTIONS, BESIDE}:
+    default = BESIDE if given.beside else ",".join(name for name in SECTIONS if name != BESIDE)
+    only = [name for name in (given.only or default).split(",") if name != "none"]
+    if unknown := set(only) - set(SECTIONS):
         parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
     if given.beside and not (given.beside / "service" / "cli.py").is_file():
         parser.error(f"--beside: expected a checkout of Carry, got {given.beside}")
     if given.report and given.jsonl is None:
         parser.error("--report needs --jsonl FILE, which it reads")
     options = Options(
-        rounds=given.rounds or (5 if given.full else 3),
-        seconds=given.seconds or (4.0 if given.full else 1.0),
+        rounds=given.rounds,
+        seconds=given.seconds,
         streams=given.streams,
-        many_streams=given.many_streams or (MANY if given.full else 100_000),
+        many_streams=given.many_streams,
         runtimes=tuple(given.runtimes.split(",")),
-        store=given.store,
         beside=given.beside and given.beside.resolve(),
     )
     failed: list[str] = []
@@ -97,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             failed = measure(only, options, results)
         finally:
-            print("\n" + table(results) + "\n\n" + verdict_table(results))
+            print("\n" + format_table(results))
             if given.jsonl is not None:
                 results.write(given.jsonl)
     if given.report:
-        write_report(read_results(given.jsonl), DOCS)
-        print(f"wrote {DOCS / 'performance.md'}")
+        write_report(read_results(given.jsonl), PAGES)
+        print(f"wrote {PAGES / 'performance.md'}")
     return 1 if failed else 0
 
 
@@ -112,14 +108,14 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
     Returns:
         The sections that failed: a server did not start, or an answer was wrong.
     """
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit_in_order)
     failed = []
     cores = machine.Cores.first_and_last()
     with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
         bench = Bench(options, cores, Path(folder), results)
         bench.say(f"{results.about['machine']}, commit {results.about['commit']}")
         bench.note(
-            f"{cores.describe()}; {options.store} with AOF everysec on a unix socket; "
+            f"{cores.describe()}; valkey with AOF everysec on a unix socket; "
             f"{options.rounds} rounds of {options.seconds:g} s"
         )
         if (busy := machine.measure_busy_cores(BUSY_S)) > BUSY_CORES:
@@ -131,7 +127,7 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
             for name in sections:
                 bench.say(f"== {name}")
                 try:
-                    import_module(f"tests.bench.sections.{name}").run(bench)
+                    SECTIONS[name](bench)
                 except FAILURES as error:
                     bench.note(f"{name} FAILED: {error}")
                     failed.append(name)
@@ -140,8 +136,8 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
     return failed
 
 
-def _leave(number: int, frame: object) -> None:
-    """Leave in good order, so that every process started here is ended."""
+def _exit_in_order(number: int, frame: object) -> None:
+    """Leave every `with` block, so that each process started here is ended."""
     raise SystemExit(128 + number)
 
 

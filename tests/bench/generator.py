@@ -1,9 +1,9 @@
-"""The load generator's own process: plain sockets, keep-alive, one send and one read a request.
+"""The load generator, in its own process: raw sockets, keep-alive, one send and one read a request.
 
 Closed loop: each connection sends its next request when the last is answered. Open loop: the
 moments of sending are fixed beforehand, and a latency counts from that moment, also where no
 connection was free for it; so a server that stalls is charged for all who came meanwhile.
-Loopback only, and each run is bounded by its duration and a grace. `remote` is how it is reached.
+Loopback only, and each run is bounded by its duration and a grace. `Driver` is the caller's side.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import socket
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.bench.traffic import Kept, Ticket, Traffic, TrafficSpec, WrongReplyError
+from tests.bench.processes import helper_process
+from tests.bench.traffic import Sampled, Ticket, Traffic, TrafficSpec, WrongReplyError
 
 HOST = "127.0.0.1"
 READ_BYTES = 1 << 18
@@ -32,6 +35,7 @@ GRACE_S = 20.0
 LEAD_S = 0.05
 """Between the schedule's making and its first moment."""
 
+OPEN_CONNECTIONS = 256
 PR_SET_TIMERSLACK = 29
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding: *chunked")
@@ -40,7 +44,7 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 @dataclass(slots=True)
 class Load:
-    """What one run saw.
+    """The measurements of one run.
 
     Attributes:
         seconds: from the first request sent to the last answered.
@@ -50,7 +54,7 @@ class Load:
         cpu_s: the generator's own processor time.
         late_s: open loop: how long after its moment each request was sent.
         unsent: open loop: requests that could not be sent before the end.
-        kept: replies of sampled streams.
+        sampled: replies of sampled streams.
     """
 
     seconds: float = 0.0
@@ -60,7 +64,7 @@ class Load:
     cpu_s: float = 0.0
     late_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     unsent: int = 0
-    kept: list[Kept] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
 
     @property
     def chunks_per_s(self) -> float:
@@ -72,7 +76,7 @@ class Load:
         return float(np.percentile(self.latencies_s, percent)) * 1000
 
 
-def arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64]:
+def draw_arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64]:
     """The moments of an open loop, in seconds from its beginning: a Poisson process."""
     random = np.random.default_rng(seed)
     gaps = random.exponential(1 / rate_per_s, int(rate_per_s * seconds * 1.2) + 10)
@@ -83,16 +87,7 @@ def arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64
 class Connection:
     """One connection with at most one request in flight."""
 
-    __slots__ = (
-        "_body_at",
-        "_is_chunked",
-        "_missing_bytes",
-        "_pieces",
-        "_tail",
-        "sent_s",
-        "sock",
-        "ticket",
-    )
+    __slots__ = ("_body_at", "_is_chunked", "_missing_bytes", "_pieces", "sent_s", "sock", "ticket")
 
     def __init__(self, port: int):
         self.sock = socket.create_connection((HOST, port), GRACE_S)
@@ -103,7 +98,6 @@ class Connection:
         self._missing_bytes = 0
         self._body_at = 0
         self._is_chunked = False
-        self._tail = b""
 
     def receive(self) -> tuple[bytes, int] | None:
         """A whole reply and where its body begins, or None while some of it is missing.
@@ -112,62 +106,47 @@ class Connection:
             WrongReplyError: another status than 200, no length, or the connection was closed.
         """
         data = self.sock.recv(READ_BYTES)
-        if self._is_chunked:
-            return self._receive_chunks(data)
-        if self._missing_bytes:
-            self._pieces.append(data)
-            self._missing_bytes -= len(data)
-            if self._missing_bytes and data:
-                return None
-            reply = b"".join(self._pieces)
-            self._pieces.clear()
-        else:
+        if not self._pieces:
             while (end := data.find(b"\r\n\r\n")) < 0 and (more := self.sock.recv(READ_BYTES)):
                 data += more
             length = _LENGTH.search(data, 0, end)
-            if data.startswith(b"HTTP/1.1 200 ") and _CHUNKED.search(data, 0, end):
-                self._body_at = end + 4
-                self._is_chunked = True
-                return self._receive_chunks(data)
-            if not data.startswith(b"HTTP/1.1 200 ") or length is None:
+            self._is_chunked = length is None and bool(_CHUNKED.search(data, 0, end))
+            if not data.startswith(b"HTTP/1.1 200 ") or not (length or self._is_chunked):
                 raise WrongReplyError(f"expected status 200 and a length, got {data[:800]!r}")
             self._body_at = end + 4
-            self._missing_bytes = self._body_at + int(length[1]) - len(data)
-            if self._missing_bytes > 0:
-                self._pieces.append(data)
+            if length is not None:
+                self._missing_bytes = self._body_at + int(length[1]) - len(data)
+                if not self._missing_bytes:
+                    return data, self._body_at
+        else:
+            self._missing_bytes -= len(data)
+        self._pieces.append(data)
+        reply: bytes | None
+        if self._is_chunked:
+            # Look for the end only where the last bytes may be it.
+            ends = (piece[-len(_LAST_CHUNK) :] for piece in self._pieces[-len(_LAST_CHUNK) :])
+            is_last = b"".join(ends).endswith(_LAST_CHUNK)
+            reply = _decode_chunks(b"".join(self._pieces), self._body_at) if is_last else None
+        else:
+            reply = None if self._missing_bytes else b"".join(self._pieces)
+        if reply is None:
+            if data and (self._is_chunked or self._missing_bytes > 0):
                 return None
-            reply = data
-        if self._missing_bytes:
-            raise WrongReplyError(f"expected one whole reply, got {reply[:300]!r}")
+            start = b"".join(self._pieces)[:300]
+            raise WrongReplyError(f"expected one whole reply, got {start!r}")
+        self._pieces.clear()
         return reply, self._body_at
 
-    def _receive_chunks(self, data: bytes) -> tuple[bytes, int] | None:
-        """A whole reply in the chunked transfer coding, its body decoded."""
-        self._pieces.append(data)
-        self._tail = (self._tail + data)[-len(_LAST_CHUNK) :]
-        if data and self._tail != _LAST_CHUNK:
-            return None
-        reply = b"".join(self._pieces)
-        body = _decode_chunks(reply, self._body_at)
-        if body is None:
-            if data:
-                return None
-            raise WrongReplyError(f"expected one whole reply, got {reply[:300]!r}")
-        self._pieces.clear()
-        self._is_chunked = False
-        self._tail = b""
-        return reply[: self._body_at] + body, self._body_at
 
-
-def _decode_chunks(reply: bytes, at: int) -> bytes | None:
-    """The body whose chunks begin at an offset of the reply; None while some is missing."""
-    chunks: list[bytes] = []
+def _decode_chunks(reply: bytes, body_at: int) -> bytes | None:
+    """The reply with its body's chunks joined; None while some is missing."""
+    pieces, at = [reply[:body_at]], body_at
     while (end := reply.find(b"\r\n", at)) >= 0:
         size, at = int(reply[at:end], 16), end + 2
-        chunks.append(reply[at : at + size])
+        pieces.append(reply[at : at + size])
         at += size + 2
         if size == 0:
-            return b"".join(chunks) if at == len(reply) else None
+            return b"".join(pieces) if at == len(reply) else None
     return None
 
 
@@ -203,13 +182,6 @@ class Generator:
     def __init__(self) -> None:
         self._traffic: dict[str, Traffic] = {}
 
-    def own_process(self) -> None:
-        """Settle in a process that does nothing else: no collections, and precise timers."""
-        gc.disable()
-        if sys.platform == "linux":
-            # Otherwise the kernel may send each request of an open loop 50 us late.
-            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
-
     def traffic(self, key: str, spec: TrafficSpec) -> None:
         """Make the streams that later loads name."""
         self._traffic[key] = Traffic(spec)
@@ -237,12 +209,12 @@ class Generator:
                     raise WrongReplyError(f"{in_flight} requests were not answered in {GRACE_S} s")
                 for fd, _ in ready:
                     connection = by_fd[fd]
-                    found = connection.receive()
-                    if found is None:
+                    reply = connection.receive()
+                    if reply is None:
                         continue
                     now_s = clock()
                     latencies.append(now_s - connection.sent_s)
-                    traffic.accept(connection.ticket, *found)
+                    traffic.accept(connection.ticket, *reply)
                     if now_s < ends_s or traffic.lacks(least):
                         _send(connection, traffic)
                     else:
@@ -256,7 +228,7 @@ class Generator:
     ) -> Load:
         """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
         traffic = self._traffic[key]
-        due = arrivals(rate_per_s, seconds, seed)
+        due = draw_arrivals(rate_per_s, seconds, seed)
         latencies, late = array("d"), array("d")
 
         def run(by_fd: dict[int, Connection], poller: _Poller) -> tuple[float, int]:
@@ -280,10 +252,10 @@ class Generator:
                     pause_s = max(0.0, moments[at] - clock())
                 for fd, _ in poller.wait_finely(pause_s):
                     connection = by_fd[fd]
-                    found = connection.receive()
-                    if found is not None:
+                    reply = connection.receive()
+                    if reply is not None:
                         latencies.append(clock() - connection.sent_s)
-                        traffic.accept(connection.ticket, *found)
+                        traffic.accept(connection.ticket, *reply)
                         idle.append(connection)
             return clock(), count - at
 
@@ -313,7 +285,7 @@ def _loaded(
             poller.add(opened[-1])
         by_fd = {connection.sock.fileno(): connection for connection in opened}
         events_before, cpu_before_s = traffic.events, time.process_time()
-        traffic.kept = []
+        traffic.sampled = []
         began_s = time.perf_counter()
         ended_s, unsent = run(by_fd, poller)
         return Load(
@@ -324,8 +296,55 @@ def _loaded(
             time.process_time() - cpu_before_s,
             np.array(late),
             unsent,
-            traffic.kept,
+            traffic.sampled,
         )
     finally:
         for connection in opened:
             connection.sock.close()
+
+
+_generator = Generator()
+"""The helper process's own."""
+
+
+def _prepare() -> None:
+    gc.disable()
+    if sys.platform == "linux":
+        # Otherwise the kernel may send each request of an open loop 50 us late.
+        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def _call(method: str, arguments: Sequence[Any]) -> Any:
+    return getattr(_generator, method)(*arguments)
+
+
+class Driver:
+    """A load generator in its own process on these cores, used in a `with` block."""
+
+    def __init__(self, cores: Sequence[int]):
+        self._process = helper_process(cores, _prepare)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.shutdown()
+
+    def start(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method of the generator there, without waiting for its result."""
+        return self._process.submit(_call, method, arguments)
+
+    def traffic(self, key: str, spec: TrafficSpec) -> None:
+        """Make the streams that later loads name by `key`."""
+        self.start("traffic", key, spec).result()
+
+    def closed(self, key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
+        """Closed loop; see `Generator.closed`."""
+        load: Load = self.start("closed", key, port, connections, seconds, least).result()
+        return load
+
+    def open(self, key: str, port: int, rate_per_s: float, seconds: float, seed: int) -> Load:
+        """Open loop; see `Generator.open`."""
+        arguments = (key, port, OPEN_CONNECTIONS, rate_per_s, seconds, seed)
+        load: Load = self.start("open", *arguments).result()
+        return load

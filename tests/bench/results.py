@@ -1,18 +1,18 @@
-"""What a run found: rows of rounds, figures made of them, and the lines they are written as.
+"""Results of a run: rows of rounds, figures made of them, targets, and their JSON lines.
 
 A row is one server under one load, measured in several rounds; a figure is a number that the
-issue of speed asks for, mostly the ratio of two rows taken round by round, so that what the
-machine did meanwhile falls out of it. Both are kept as JSON lines: `Row.line`, `Figure.line`.
+page of performance shows, mostly the ratio of two rows taken round by round, so that what the
+machine did meanwhile cancels out.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.bench.generator import Load
 
@@ -47,119 +47,93 @@ class Sample:
             load.chunks_per_s,
             load.events / load.seconds,
             cpu_s / load.chunks * 1e6,
-            load.percentile_ms(50),
-            load.percentile_ms(99),
-            load.percentile_ms(99.9),
+            *(load.percentile_ms(percent) for percent in (50, 99, 99.9)),
             rss_bytes / MIB,
             load.cpu_s / load.seconds,
             store_cpu_s / load.seconds,
         )
 
 
-FIELDS = tuple(Sample.__dataclass_fields__)
-
-
-@dataclass
-class Row:
-    """One server under one load.
-
-    Attributes:
-        name: `section/load/server`.
-    """
-
-    name: str
-    samples: list[Sample] = field(default_factory=list)
-
-    @property
-    def section(self) -> str:
-        """The first part of the name."""
-        return self.name.partition("/")[0]
-
-    def values(self, of: str) -> list[float]:
-        """One field, round by round."""
-        return [getattr(sample, of) for sample in self.samples]
-
-    def median(self, of: str) -> float:
-        """The median of a field over the rounds."""
-        return median(self.values(of))
-
-    def line(self) -> dict[str, Any]:
-        """The row as plain data: its medians, and every round."""
-        return {
-            "kind": "row",
-            "name": self.name,
-            **{name: self.median(name) for name in FIELDS},
-            "rounds": [asdict(sample) for sample in self.samples],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(NamedTuple):
     """A number with its spread over the rounds."""
 
-    name: str
     value: float
     low: float
     high: float
 
-    @classmethod
-    def of(cls, name: str, values: Sequence[float]) -> Figure:
-        """The median, least and largest of some values."""
-        return cls(name, median(values), min(values), max(values))
-
-    def line(self) -> dict[str, Any]:
-        """The figure as plain data."""
-        return {"kind": "figure", **asdict(self)}
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
 @dataclass
 class Results:
-    """Everything of one run, in the order in which it was found.
+    """Everything of one run, in the order in which it was measured.
 
     Attributes:
-        about: commit, machine and date; stands in every line.
-        notes: what was left out and why, and remarks, by section.
+        about: commit, machine and date; part of every line.
+        rows: the rounds by `section/load/server`.
+        notes: what was left out and why, and remarks.
     """
 
     about: Mapping[str, str]
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, list[Sample]] = field(default_factory=dict)
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, name: str, sample: Sample) -> None:
-        """One more round of a row."""
-        self.rows.setdefault(name, Row(name)).samples.append(sample)
+    def add(self, row: str, sample: Sample) -> None:
+        """Add a round to a row."""
+        self.rows.setdefault(row, []).append(sample)
+
+    def values(self, row: str, name: str) -> list[float]:
+        """One field of a row, round by round."""
+        return [getattr(sample, name) for sample in self.rows[row]]
+
+    def median(self, row: str, name: str) -> float:
+        """The median of a field over the rounds."""
+        return median(self.values(row, name))
 
     def figure(self, name: str, values: Sequence[float]) -> None:
-        """Keep a figure."""
-        self.figures[name] = Figure.of(name, values)
+        """Keep the median, least and largest of some values."""
+        self.figures[name] = Figure(median(values), min(values), max(values))
+
+    def ratios(self, name: str, above: Sequence[float], below: Sequence[float]) -> None:
+        """Keep the ratio of two series, round by round."""
+        self.figure(name, [one / other for one, other in zip(above, below, strict=True)])
 
     def ratio(self, name: str, above: str, below: str, of: str = "chunks_per_s") -> None:
-        """Keep the ratio of two rows, round by round, where both were measured."""
+        """Keep the ratio of two rows, where both were measured."""
         if above in self.rows and below in self.rows:
-            pairs = zip(self.rows[above].values(of), self.rows[below].values(of), strict=True)
-            self.figure(name, [one / other for one, other in pairs])
+            self.ratios(name, self.values(above, of), self.values(below, of))
 
     def lines(self) -> list[dict[str, Any]]:
         """Rows, figures and notes as plain data."""
-        found = [row.line() for row in self.rows.values()]
-        found += [figure.line() for figure in self.figures.values()]
-        found += [{"kind": "note", "name": note} for note in self.notes]
-        return [{**line, **self.about} for line in found]
+        lines: list[dict[str, Any]] = [
+            {
+                "kind": "row",
+                "name": name,
+                **{of.name: self.median(name, of.name) for of in fields(Sample)},
+                "rounds": [asdict(sample) for sample in samples],
+            }
+            for name, samples in self.rows.items()
+        ]
+        lines += [
+            {"kind": "figure", "name": name, **figure._asdict()}
+            for name, figure in self.figures.items()
+        ]
+        lines += [{"kind": "note", "name": note} for note in self.notes]
+        return [{**line, **self.about} for line in lines]
 
     def write(self, file: Path) -> None:
         """Append the lines to a file of JSON lines."""
         with file.open("a") as output:
-            for line in self.lines():
-                output.write(json.dumps(line) + "\n")
+            output.writelines(json.dumps(line) + "\n" for line in self.lines())
 
 
 def read_results(file: Path) -> Results:
-    """What a file of JSON lines says of its last commit and machine.
+    """The results of the last commit and machine in a file of JSON lines.
 
-    A run of all sections takes most of an hour, so it may be made of several: those of the same
-    commit on the same machine are joined, and a later line of a name stands for an earlier one.
-    The date is that of the last.
+    Sections may be run one after another into one file: lines of the same commit and machine are
+    joined, and a later line of a name replaces an earlier one. The date is that of the last.
 
     Raises:
         ValueError: there is no line.
@@ -168,19 +142,16 @@ def read_results(file: Path) -> Results:
     if not lines:
         raise ValueError(f"{file}: expected lines of a run, got none")
     results = Results({name: lines[-1][name] for name in ("commit", "machine", "date")})
-    same = {name: lines[-1][name] for name in ("commit", "machine")}
     for line in lines:
-        if {name: line[name] for name in same} != same:
+        if any(line[name] != lines[-1][name] for name in ("commit", "machine")):
             continue
-        match line["kind"]:
-            case "row":
-                samples = [Sample(**sample) for sample in line["rounds"]]
-                results.rows[line["name"]] = Row(line["name"], samples)
-            case "figure":
-                values = (line[name] for name in ("name", "value", "low", "high"))
-                results.figures[line["name"]] = Figure(*values)
-            case "note" if line["name"] not in results.notes:
-                results.notes.append(line["name"])
+        name = line["name"]
+        if line["kind"] == "row":
+            results.rows[name] = [Sample(**sample) for sample in line["rounds"]]
+        elif line["kind"] == "figure":
+            results.figures[name] = Figure(*(line[part] for part in Figure._fields))
+        elif name not in results.notes:
+            results.notes.append(name)
     return results
 
 
@@ -198,25 +169,87 @@ COLUMNS = (
 """The table's columns: head, field, format. The last two show that the other core has room."""
 
 
-def cells(row: Row) -> list[str]:
-    """A row's medians as the table shows them."""
-    return [form.format(row.median(name)) for _, name, form in COLUMNS]
+def format_row(results: Results, row: str, columns: int = len(COLUMNS)) -> list[str]:
+    """A row's medians as tables show them."""
+    return [form.format(results.median(row, name)) for _, name, form in COLUMNS[:columns]]
 
 
-def table(results: Results) -> str:
-    """The whole table as text, then the figures with their spread, then the notes."""
-    wide = max((len(name) for name in [*results.rows, *results.figures]), default=20) + 2
-    out = [" " * wide + "".join(f"{head:>14}" for head, _, _ in COLUMNS)]
-    section = ""
-    for row in results.rows.values():
-        if row.section != section:
-            section = row.section
-            out.append("")
-        out.append(row.name.ljust(wide) + "".join(f"{cell:>14}" for cell in cells(row)))
-    out.append("")
-    out += [
-        f"{figure.name.ljust(wide)}{figure.value:>12.4g}   ({figure.low:.4g} to {figure.high:.4g})"
-        for figure in results.figures.values()
-    ]
-    out += ["", *(f"note: {note}" for note in results.notes)]
-    return "\n".join(out).rstrip()
+def format_table(results: Results) -> str:
+    """All rows, then the figures with their spread, the targets and the notes."""
+    width = max((len(name) for name in [*results.rows, *results.figures]), default=20) + 2
+    lines = [" " * width + "".join(f"{head:>14}" for head, _, _ in COLUMNS)]
+    for row in results.rows:
+        cells = "".join(f"{cell:>14}" for cell in format_row(results, row))
+        lines.append(row.ljust(width) + cells)
+    lines += ["", *(f"{name.ljust(width)}{figure}" for name, figure in results.figures.items())]
+    measured = [verdict for verdict in verdicts(results) if verdict[2] != NOT_MEASURED]
+    lines += ["", *(f"{word:13} {t.text}: {found}, {t.limit}" for t, found, word in measured)]
+    lines += ["", *(f"note: {note}" for note in results.notes)]
+    return "\n".join(lines).rstrip()
+
+
+class Target(NamedTuple):
+    """A bound on a figure: `at least`, or else at most."""
+
+    text: str
+    figure: str
+    bound: float
+    at_least: bool = False
+
+    @property
+    def limit(self) -> str:
+        """The bound as text."""
+        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+
+
+NOT_MEASURED = "not measured"
+FEW, MANY = 1_000, 1_000_000
+"""Streams in the store, in the comparison of few and many."""
+
+TARGETS = (
+    Target("1. JSON, single chunks, onnxruntime: of the bare FastAPI echo",
+           "peak/carry-onnxruntime over fastapi", 0.8, at_least=True),
+    Target("1. the same: the aim", "peak/carry-onnxruntime over fastapi", 1.0, at_least=True),
+    Target("1. onnxruntime: times the hand-written ONNX service",
+           "peak/carry-onnxruntime over competent", 5, at_least=True),
+    Target("1. onnxruntime: times the naive Keras service",
+           "peak/carry-onnxruntime over naive", 500, at_least=True),
+    Target("1. tensorflow: of the bare FastAPI echo",
+           "peak/carry-tensorflow over fastapi", 0.6, at_least=True),
+    Target("2. MessagePack, 64 streams a request, onnxruntime: of its compute alone",
+           "many/carry-onnxruntime over compute", 0.5, at_least=True),
+    Target("2. the same, tensorflow", "many/carry-tensorflow over compute", 0.5, at_least=True),
+    Target("3. one connection, onnxruntime: p50, times the FastAPI echo's",
+           "peak/p50 at 1, carry-onnxruntime over fastapi", 4),
+    Target("3. open loop at 50 % of the peak: p99, times the unloaded p50",
+           "latency/carry-onnxruntime p99 at 50 % over unloaded p50", 10),
+    Target("3. a stream with chunks of 10,000 events: p99 of the others, times that without it",
+           "latency/carry-onnxruntime p99 beside long chunks over without", 2),
+    Target(f"4. {MANY:,} streams without the state cache: of the chunks/s with {FEW:,}",
+           f"streams/{MANY} over {FEW}", 0.9, at_least=True),
+    Target("4. bytes per stream, of 1.25 x the raw state + 200: the largest share",
+           "streams/bytes over bound", 1),
+    Target("5. onnxruntime: seconds to the first correct answer", "cold/carry-onnxruntime s", 2),
+    Target("5. onnxruntime: MiB of a worker under load", "peak/carry-onnxruntime MiB", 150),
+    Target("5. tensorflow: seconds to the first correct answer", "cold/carry-tensorflow s", 12),
+    Target("6. two workers on two cores, 32 connections each: times one with as many",
+           "workers/carry-onnxruntime 2 over 1, 64 connections", 1.0, at_least=True),
+    Target("6. same-stream race of 16 chunks, two workers: chunks lost",
+           "workers/carry-onnxruntime lost", 0),
+    Target("7. events, ragged T of 1 to 64, onnxruntime: of the inputs path",
+           "events/carry-onnxruntime events over inputs", 0.5, at_least=True),
+)  # fmt: skip
+
+
+def verdicts(results: Results) -> list[tuple[Target, str, str]]:
+    """Each target with its figure, and `reached`, `not reached` or `not measured`."""
+    found = []
+    for target in TARGETS:
+        figure = results.figures.get(target.figure)
+        if figure is None:
+            found.append((target, "-", NOT_MEASURED))
+            continue
+        value, bound = figure.value, target.bound
+        is_reached = value >= bound if target.at_least else value <= bound
+        found.append((target, str(figure), "reached" if is_reached else "not reached"))
+    return found

@@ -14,10 +14,9 @@ import numpy as np
 import ormsgpack
 import pytest
 
-from tests.bench.generator import Generator, Load, arrivals
-from tests.bench.networks import Bodies
-from tests.bench.remote import Driver, HelperFailedError
+from tests.bench.generator import Driver, Generator, Load, draw_arrivals
 from tests.bench.traffic import Traffic, TrafficSpec, WrongReplyError, position_in
+from tests.bench.workloads import Bodies
 
 Answer = Callable[[str, bytes], bytes]
 """From a request's path and body to the bytes of the reply."""
@@ -122,7 +121,7 @@ def test_a_load_goes_on_until_the_sampled_streams_had_enough() -> None:
     with stub(honest) as port:
         load = generator(spec).closed("t", port, 2, 0.0, least=3)
         short = generator(spec).closed("t", port, 2, 0.0)
-    assert {(kept.stream, kept.chunk) for kept in load.kept} >= {
+    assert {(kept.stream, kept.chunk) for kept in load.sampled} >= {
         (stream, chunk) for stream in range(2) for chunk in range(3)
     }
     assert short.chunks == 2
@@ -251,7 +250,7 @@ def test_chunked_reply_is_decoded() -> None:
     with stub(answer) as port:
         load = generator(spec).closed("t", port, 1, 0.1)
     assert load.chunks > 1
-    assert len(load.kept[0].reply) == len(b'{"x":"","position":3}') + len(filling)
+    assert len(load.sampled[0].reply) == len(b'{"x":"","position":3}') + len(filling)
 
 
 def test_a_reply_in_many_pieces_is_put_together() -> None:
@@ -265,23 +264,23 @@ def test_a_reply_in_many_pieces_is_put_together() -> None:
     with stub(answer) as port:
         load = generator(spec).closed("t", port, 1, 0.1)
     assert load.chunks > 1
-    assert len(load.kept[0].reply) == len(b'{"x":"","position":3}') + len(filling)
+    assert len(load.sampled[0].reply) == len(b'{"x":"","position":3}') + len(filling)
 
 
 def test_the_first_replies_of_sampled_streams_are_kept_in_order() -> None:
     with stub(honest) as port:
         load = generator(BODIES.traffic("a", 4, sampled=2)).closed("t", port, 2, 0.2)
-    assert {kept.stream for kept in load.kept} == {0, 1}
+    assert {kept.stream for kept in load.sampled} == {0, 1}
     for stream in (0, 1):
-        kept = [reply for reply in load.kept if reply.stream == stream]
+        kept = [reply for reply in load.sampled if reply.stream == stream]
         assert [reply.chunk for reply in kept] == list(range(len(kept)))
         for reply in kept:
             assert json.loads(reply.reply)["position"] == 3 * (reply.chunk + 1)
 
 
 def test_arrivals_are_fixed_by_the_seed_and_come_at_the_rate() -> None:
-    moments = arrivals(1000, 20, 7)
-    np.testing.assert_array_equal(moments, arrivals(1000, 20, 7))
+    moments = draw_arrivals(1000, 20, 7)
+    np.testing.assert_array_equal(moments, draw_arrivals(1000, 20, 7))
     assert (np.diff(moments) >= 0).all()
     assert moments[0] >= 0
     assert moments[-1] < 20
@@ -302,7 +301,7 @@ def test_an_open_loop_charges_a_stall_with_everyone_who_came_during_it() -> None
 
     with stub(answer) as port:
         load = generator(BODIES.traffic("a", 50)).open("t", port, 1, 200, 0.5, 1)
-    due = arrivals(200, 0.5, 1)
+    due = draw_arrivals(200, 0.5, 1)
     during = int((due < due[0] + STALL_S / 2).sum())
     assert load.chunks == len(due)
     assert load.unsent == 0
@@ -324,5 +323,5 @@ def test_a_driver_reports_what_its_process_found_wrong() -> None:
 
     with stub(answer) as port, Driver(()) as driver:
         driver.traffic("t", BODIES.traffic("a", 1))
-        with pytest.raises(HelperFailedError, match=re.escape("expected position 3")):
+        with pytest.raises(WrongReplyError, match=re.escape("expected position 3")):
             driver.closed("t", port, 1, 5)

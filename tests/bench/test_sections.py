@@ -7,18 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.bench import context, micro
+from tests.bench import run, server_sections, workload_sections
 from tests.bench.__main__ import BESIDE, SECTIONS, main
-from tests.bench.context import Bench, Options
 from tests.bench.results import Results
-from tests.bench.sections import beside, many, widths, workers
-from tests.bench.servers import missing
+from tests.bench.run import Bench, Options, find_missing
 from tests.support.machine import REPOSITORY, Cores
 
 ABOUT = {"commit": "none", "machine": "none", "date": "now"}
@@ -33,85 +31,84 @@ FIGURES = {
     "widths": None,
     "kinds": "kinds/carry-onnxruntime forecast over lstm, by CPU",
     "split": None,
+    BESIDE: "beside/2: chunks/s, this over the other",
 }
-"""What each section has to find."""
+"""A figure of each section."""
+
+BRIEF = {
+    run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
+    server_sections: {"RACES": 2, "BESIDE_CONNECTIONS": (2,)},
+    workload_sections: {"COMPUTE_S": 0.01, "WIDTHS": (8,), "LENGTHS": (1, 16)},
+}
+OPTIONS = Options(
+    rounds=1,
+    seconds=0.1,
+    streams=64,
+    many_streams=2000,
+    runtimes=("onnxruntime",),
+    baselines=("asgi", "fastapi", "competent"),
+    beside=REPOSITORY,
+)
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A tiny run; nothing that it started is left afterwards."""
-    monkeypatch.setattr(context, "WARM_S", 0.05)
-    monkeypatch.setattr(context, "SETTLED_S", 0.02)
-    monkeypatch.setattr(context, "SETTLES_WITHIN_S", 0.0)
-    monkeypatch.setattr(many, "COMPUTE_S", 0.01)
-    monkeypatch.setattr(workers, "RACES", 2)
-    monkeypatch.setattr(widths, "WIDTHS", (8,))
-    monkeypatch.setattr(widths, "STEPS", (1, 16))
-    options = Options(
-        rounds=1,
-        seconds=0.1,
-        streams=64,
-        many_streams=2000,
-        runtimes=("onnxruntime",),
-        baselines=("asgi", "fastapi", "competent"),
-    )
+    """A tiny run; no process that it started is left afterwards."""
+    for module, values in BRIEF.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    resource_tracker.ensure_running()
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield Bench(options, Cores((), ()), tmp_path, Results(ABOUT))
+    bench = Bench(OPTIONS, Cores((), ()), tmp_path, Results(ABOUT))
+    if (reason := find_missing("carry-onnxruntime", bench.artifact)) is not None:
+        pytest.skip(reason)
+    yield bench
     after = {child.pid for child in psutil.Process().children(recursive=True)}
     assert after <= before
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_runs(section: str, bench: Bench) -> None:
-    if (reason := missing("carry-onnxruntime", bench.artifact)) is not None:
-        pytest.skip(reason)
-    import_module(f"tests.bench.sections.{section}").run(bench)
+def test_section_runs(section: str, bench: Bench) -> None:
+    if section == BESIDE:
+        bench.options = replace(OPTIONS, rounds=2)
+    SECTIONS[section](bench)
     assert bench.results.rows or section == "cold"
     assert FIGURES[section] is None or FIGURES[section] in bench.results.figures
     if section == "workers":
         assert bench.results.figures["workers/carry-onnxruntime lost"].high == 0
 
 
-def test_every_section_is_tried() -> None:
-    assert set(FIGURES) == set(SECTIONS)
-    folder = Path(__file__).parent / "sections"
-    assert {path.stem for path in folder.glob("*.py")} == {*SECTIONS, BESIDE}
-
-
-def test_a_checkout_is_held_against_another(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (reason := missing("carry-onnxruntime", bench.artifact)) is not None:
-        pytest.skip(reason)
-    monkeypatch.setattr(beside, "CONNECTIONS", (2,))
-    bench.options = replace(bench.options, beside=REPOSITORY, rounds=2)
-    beside.run(bench)
-    assert [len(row.samples) for row in bench.results.rows.values()] == [2, 2]
-    assert bench.results.figures["beside/2: chunks/s, this over the other"].value > 0
-
-
-def test_the_mean_of_ratios_has_its_error() -> None:
-    middle, error = beside.geometric_mean([2.0, 0.5, 2.0, 0.5])
+def test_geometric_mean_of_ratios_has_its_error() -> None:
+    middle, error = server_sections.geometric_mean([2.0, 0.5, 2.0, 0.5])
     assert middle == pytest.approx(1.0)
     assert error == pytest.approx(0.4002, abs=1e-4)
-    assert beside.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
+    assert server_sections.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
 
 
-def test_what_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--beside", "."], "expected a checkout of Carry"), (["--only", "peak,speed"], "got speed")],
+)
+def test_wrong_options_are_rejected(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        main(["--beside", str(tmp_path)])
-    assert "expected a checkout of Carry" in capsys.readouterr().err
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
-def test_the_parts_are_measured() -> None:
+def test_parts_are_measured() -> None:
     """In a process of its own: it sets up logging, and loggers that were used keep that."""
+    groups = ["codec", "queue", "events", "wire", "http", "store"]
     command = [sys.executable, "-m", "tests.bench.micro", "--seconds", "0.001"]
+    command += ["--only", ",".join(groups)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    assert all(f"\n{group}, " in f"\n{shown}" for group in micro.GROUPS)
-
-
-def test_a_section_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--only", "peak,speed"])
-    assert "got speed" in capsys.readouterr().err
+    assert all(f"\n{group}, " in f"\n{shown}" for group in groups)
 
 
 def test_cores_are_the_first_and_the_last() -> None:

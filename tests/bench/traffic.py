@@ -73,7 +73,7 @@ class TrafficSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Sampled:
     """The reply to one chunk of a sampled stream."""
 
     stream: int
@@ -86,7 +86,7 @@ class Traffic:
     """The streams of one spec, in one generator."""
 
     spec: TrafficSpec
-    kept: list[Kept] = field(default_factory=list)
+    sampled: list[Sampled] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         order = list(range(self.spec.sampled, self.spec.streams))
@@ -139,7 +139,7 @@ class Traffic:
         for stream, after in ticket:
             chunk = self._chunks[stream]
             if stream < spec.sampled and chunk < SAMPLED_CHUNKS and not spec.items:
-                self.kept.append(Kept(stream, chunk, reply[body_at:]))
+                self.sampled.append(Sampled(stream, chunk, reply[body_at:]))
             self.events += spec.steps[spec.body(stream, chunk)]
             self._position[stream] = after
             self._chunks[stream] = chunk + 1
@@ -157,69 +157,47 @@ class Traffic:
 
 
 def _writer(spec: TrafficSpec) -> Callable[[list[tuple[bytes, int, bytes]]], bytes]:
-    """How requests of this spec are written: one function, chosen once."""
+    """How requests of this spec are written, from names, positions and values."""
     head = (
-        b"POST "
-        + spec.path
-        + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/"
-        + spec.media.encode()
-        + b"\r\nContent-Length: %d\r\n\r\n"
-    )
+        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/%b\r\n"
+        % (spec.path.replace(b"%", b"%%").replace(b"%%b", b"%b"), spec.media.encode())
+    ) + b"Content-Length: %d\r\n\r\n"
     member = spec.member.encode()
-    if spec.items:
-        item = _json_item if spec.media == "json" else _packed_item
+    is_json = spec.media == "json"
+    fields = _json_fields if is_json else _packed_fields
 
-        def write_many(parts: list[tuple[bytes, int, bytes]]) -> bytes:
-            items = [item(name, position, member, value) for name, position, value in parts]
-            if spec.media == "json":
-                body = b'{"chunks":[' + b",".join(items) + b"]}"
-            else:
-                body = b"\x81\xa6chunks\xdc" + struct.pack(">H", len(items)) + b"".join(items)
-            return head % len(body) + body
+    def write_many(parts: list[tuple[bytes, int, bytes]]) -> bytes:
+        items = [fields(name, position, member, value) for name, position, value in parts]
+        if is_json:
+            body = b'{"chunks":[' + b",".join(items) + b"]}"
+        else:
+            body = b"\x81\xa6chunks\xdc" + struct.pack(">H", len(items)) + b"".join(items)
+        return head % len(body) + body
 
-        return write_many
-    if spec.member == "sequences":
-        sequence = head + b'{"sequences":[%b]}'
-        around = len(b'{"sequences":[]}')
+    def write_sequence(parts: list[tuple[bytes, int, bytes]]) -> bytes:
+        body = b'{"sequences":[%b]}' % parts[0][2]
+        return head % len(body) + body
 
-        def write_sequence(parts: list[tuple[bytes, int, bytes]]) -> bytes:
-            value = parts[0][2]
-            return sequence % (around + len(value), value)
-
-        return write_sequence
-    if spec.media == "json":
-        template = head + b'{"position":%b,"' + member + b'":%b}'
-        fixed = len(b'{"position":,"' + member + b'":}')
-
-        def write_json(parts: list[tuple[bytes, int, bytes]]) -> bytes:
-            name, position, value = parts[0]
-            digits = b"%d" % position
-            length = fixed + len(digits) + len(value)
-            return template % (name, length, digits, value)
-
-        return write_json
-    template = head + b"\x82\xa8position\xcf%b" + _packed_text(member) + b"%b"
-    fixed = len(b"\x82\xa8position\xcf12345678" + _packed_text(member))
-    pack = struct.Struct(">Q").pack
-
-    def write_packed(parts: list[tuple[bytes, int, bytes]]) -> bytes:
+    def write_one(parts: list[tuple[bytes, int, bytes]]) -> bytes:
         name, position, value = parts[0]
-        return template % (name, fixed + len(value), pack(position), value)
+        body = fields(None, position, member, value)
+        return head % (name, len(body)) + body
 
-    return write_packed
+    if spec.items:
+        return write_many
+    return write_sequence if spec.member == "sequences" else write_one
 
 
-def _json_item(name: bytes, position: int, member: bytes, value: bytes) -> bytes:
+def _json_fields(name: bytes | None, position: int, member: bytes, value: bytes) -> bytes:
+    if name is None:
+        return b'{"position":%d,"%b":%b}' % (position, member, value)
     return b'{"stream":"%b","position":%d,"%b":%b}' % (name, position, member, value)
 
 
-def _packed_item(name: bytes, position: int, member: bytes, value: bytes) -> bytes:
-    return b"\x83\xa6stream%b\xa8position\xcf%b%b%b" % (
-        _packed_text(name),
-        struct.pack(">Q", position),
-        _packed_text(member),
-        value,
-    )
+def _packed_fields(name: bytes | None, position: int, member: bytes, value: bytes) -> bytes:
+    stream = b"\x82" if name is None else b"\x83\xa6stream" + _packed_text(name)
+    packed = struct.pack(">Q", position)
+    return b"%b\xa8position\xcf%b%b%b" % (stream, packed, _packed_text(member), value)
 
 
 def _packed_text(text: bytes) -> bytes:

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.bench.networks import FEATURES, standard_model
+from tests.bench.workloads import FEATURES, standard_model
 from tests.support.machine import Cores, describe_machine, pin_process, read_commit
 from tests.support.service import Service, running
 
