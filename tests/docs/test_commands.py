@@ -1,0 +1,84 @@
+"""Commands that the pages name: make targets, programs and their options exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from tests.support.pages import PAGES, ROOT
+
+_TARGET = re.compile(r"^([a-z-]+):(?! export).*?\n((?:\t.*\n)*)", re.MULTILINE)
+_MAKE = re.compile(r"\bmake ([a-z]+(?:-[a-z]+)*)(?: ARGS=(?:\"([^\"\n]*)\"|(\S+)))?")
+_RECIPE = re.compile(r"python -m (\S+) \$\(ARGS\)")
+_CARRY = re.compile(r"\bcarry ([a-z]+)((?: +(?:\\\n *)?[^\s|`#]+)*)")
+_OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+
+
+@cache
+def make_targets() -> dict[str, str]:
+    """Recipe of each target of the Makefile."""
+    return dict(_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8")))
+
+
+@cache
+def help_of(*command: str) -> str:
+    """The help text of a program."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    return done.stdout
+
+
+def code_of(text: str) -> str:
+    """The code of a page: its blocks and its inline code, one a line."""
+    fenced = re.findall(r"^```\w*[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    return "\n".join([*fenced, *indented, *spans])
+
+
+def pages_code() -> list[tuple[str, str]]:
+    """Name and code of each page, without the changelog, which names earlier commands."""
+    return [
+        (page.relative_to(ROOT).as_posix(), code_of(page.read_text(encoding="utf-8")))
+        for page in PAGES
+        if page.name != "CHANGELOG.md"
+    ]
+
+
+def test_make_targets_and_their_options_exist() -> None:
+    named = set()
+    for page, code in pages_code():
+        for target, quoted, bare in _MAKE.findall(code):
+            assert target in make_targets(), f"{page}: make {target}"
+            module = _RECIPE.search(make_targets()[target])
+            for option in _OPTION.findall(quoted or bare):
+                if module is not None and "$(" not in module[1]:
+                    assert option in help_of(module[1]), f"{page}: make {target} {option}"
+                    named.add(target)
+    assert named >= {"bench", "faults", "load", "model", "overload"}
+
+
+@pytest.mark.parametrize("command", ["replay", "serve", "streams", "train", "import", "evaluate"])
+def test_carry_commands_and_their_options_exist(command: str) -> None:
+    named = 0
+    for page, code in pages_code():
+        for name, rest in _CARRY.findall(code):
+            if name != command:
+                continue
+            words = rest.split()
+            inner = words[:1] if command == "streams" and words and words[0].islower() else []
+            text = help_of("service.cli", command, *inner)
+            for option in _OPTION.findall(rest):
+                assert option in text, f"{page}: carry {command} {option}"
+            named += 1
+    assert named
