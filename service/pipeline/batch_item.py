@@ -1,7 +1,9 @@
-"""What a batch knows of each of its chunks on their way, and of the time it took."""
+"""One chunk of a batch with everything that the stages add to it, and the times of the stages."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,13 +17,14 @@ ChunkJob = Job[Chunk, Reply]
 
 @dataclass(slots=True, eq=False)
 class BatchItem:
-    """A chunk on its way through the batch.
+    """One chunk on its way through a batch.
 
     Attributes:
-        base: the stream it continues; None where it begins one.
-        expected: the head the stream must have at the commit; None where it must not exist.
-        rows: float32 [T, F]; ints: int64 [M], the clock after the chunk.
-        outputs: float32 [T, O]; of a model with blocks, those that were due.
+        base: the stream that the chunk continues; None if it creates one.
+        expected: the stream head that the commit expects; None if the stream must not exist.
+        rows: float32 [T, F], the encoded events.
+        ints: int64 [M], the encoder's state after the chunk.
+        outputs: float32 [T, O]; of a model with blocks, the outputs that were due.
     """
 
     job: ChunkJob
@@ -34,9 +37,13 @@ class BatchItem:
     outputs: FloatRows = field(init=False)
 
 
+Computed = tuple[BatchItem, StreamState]
+"""An item whose outputs are computed, and its stream after the chunk, not yet committed."""
+
+
 @dataclass(slots=True)
 class StageTimes:
-    """When the batch began, and how long its stages took, in seconds."""
+    """When a batch started, and how long its stages took, in seconds."""
 
     began_s: float
     load_s: float = 0.0
@@ -44,5 +51,20 @@ class StageTimes:
     commit_s: float = 0.0
 
     def of(self, item: BatchItem) -> Timing:
+        """The times of one item: those of the batch, and its own in the queue."""
         queue_s = self.began_s - item.job.submitted_s
         return Timing(queue_s, self.load_s, self.infer_s, self.commit_s)
+
+
+def first_deadline_s(items: Iterable[BatchItem]) -> float | None:
+    """The earliest deadline of the items; None if none of them has one."""
+    return _finite(min(item.job.deadline_s for item in items))
+
+
+def last_deadline_s(items: Iterable[BatchItem]) -> float | None:
+    """The latest deadline of the items; None if one of them has none."""
+    return _finite(max(item.job.deadline_s for item in items))
+
+
+def _finite(deadline_s: float) -> float | None:
+    return None if deadline_s == math.inf else deadline_s

@@ -1,8 +1,9 @@
-"""Chunks of a model with blocks, from rows and waiting rows to outputs and waiting rows.
+"""Inference for models with blocks, which compute a block once its whole window has arrived.
 
-The events that are known are cut into windows (`models.spec.blocks`); the windows of a chunk are
-computed one after another, in turns with other batches, those of different streams together. A
-chunk that completes no block reaches no runtime: its rows wait, and its outputs are none.
+Waiting rows and new rows are split into windows (`models.spec.blocks`). The windows of a stream are
+computed one after another, those of different streams together; between two calls other batches
+run. A chunk that completes no window needs no runtime call: it has no outputs, and its rows wait in
+the state.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from service.engine.runtimes.base import Runtime
 
 
 class BlockInput(NamedTuple):
-    """What is known of one stream's next events.
+    """The next events of one stream.
 
     Attributes:
-        state: the stream's before them.
+        state: the stream's state before them.
         rows: float32 [T, F], T >= 0.
-        ints: int64 [M], the state's int parts after them, those of the blocks aside.
-        final: no event follows them.
+        ints: int64 [M], the int part of the state after them, without that of the blocks.
+        final: whether no event follows them.
     """
 
     state: State
@@ -37,12 +38,12 @@ class BlockInput(NamedTuple):
 
 
 class BatchOutput(NamedTuple):
-    """What a batch came to.
+    """The results of a batch.
 
     Attributes:
-        outputs: B arrays float32 [outputs that were due, O].
+        outputs: B arrays float32 [number of outputs due, O].
         states: B whole states.
-        finite: as `InferenceResult.finite`; rows that wait are finite from their check on.
+        finite: as `InferenceResult.finite`; waiting rows were validated when they arrived.
     """
 
     outputs: list[FloatRows]
@@ -58,20 +59,20 @@ async def infer_blocks(
     width: int,
     on_call: OnCall,
 ) -> BatchOutput:
-    """Compute every block of the items that is due.
+    """Compute every block whose window is complete.
 
     Args:
         width: O, values per output row.
     """
     cuts = [
         cut_blocks(
-            layout.blocks, _joined(layout.pending_rows(item.state), item.rows), final=item.final
+            layout.blocks, _append(layout.pending_rows(item.state), item.rows), final=item.final
         )
         for item in items
     ]
     networks = [layout.network_floats(item.state) for item in items]
     outputs = [np.zeros((0, width), np.float32)] * len(items)
-    due = [index for index, found in enumerate(cuts) if found.windows]
+    due = [index for index, split in enumerate(cuts) if split.windows]
     finite = True
     if due:
         inferred = await compute.infer_slices(
@@ -84,11 +85,11 @@ async def infer_blocks(
         for index, output, after in zip(due, inferred.outputs, inferred.states, strict=True):
             outputs[index], networks[index] = output, after
     states = [
-        layout.pack(network, item.ints, found.waiting, closed=item.final)
-        for item, network, found in zip(items, networks, cuts, strict=True)
+        layout.pack(network, item.ints, split.waiting, closed=item.final)
+        for item, network, split in zip(items, networks, cuts, strict=True)
     ]
     return BatchOutput(outputs, states, finite)
 
 
-def _joined(waiting: FloatRows, rows: FloatRows) -> FloatRows:
+def _append(waiting: FloatRows, rows: FloatRows) -> FloatRows:
     return np.concatenate([waiting, rows]) if len(waiting) else rows

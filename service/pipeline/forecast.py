@@ -1,8 +1,8 @@
-"""Forecasts: a decoder looks ahead from a stream's stored state, which it does not change.
+"""Forecasts: a decoder predicts the next steps from a stream's stored state, which stays as it is.
 
-Each forecast is decoded by itself and in the same calls whoever else computes, so that the same
-seed, state and known columns give the same numbers. Every step of its horizon is a call of its
-own (or several, for many paths), between which chunks and other forecasts have their turns.
+A forecast is never batched with others, so that equal seeds, states and future covariates give
+bitwise equal results under any load. Each step of the horizon is a runtime call of its own (several
+if there are many sample paths); between two calls, chunks and other forecasts run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from service.pipeline.served_model import ServedModel
 
 
 class ForecastOrigin(NamedTuple):
-    """Where a forecast begins.
+    """The forecast origin and the parameters of one forecast.
 
     Attributes:
-        floats: float32 [N], the stream's state.
-        known: float32 [H, K], what is known of the coming steps, encoded.
-        samples: paths to draw.
-        seed: of the draws.
+        floats: float32 [N], the float part of the stream's state.
+        known: float32 [H, K], the encoded future covariates.
+        samples: number of sample paths.
+        seed: seed of the sample paths.
     """
 
     floats: FloatRows
@@ -42,7 +42,7 @@ ForecastJob = Job[ForecastOrigin, Forecast]
 
 
 class ForecastRunner:
-    """Decodes forecasts of one model, job by job; `__call__` is what its batcher is given."""
+    """Decodes forecasts of one model; its batcher calls it with the jobs of each batch."""
 
     def __init__(self, served: ServedModel, decoder: Runtime, compute: Compute, recorder: Recorder):
         self._spec = served.artifact.spec
@@ -51,15 +51,15 @@ class ForecastRunner:
         self._on_call = partial(recorder.record_runtime_call, served.name)
 
     async def __call__(self, jobs: list[ForecastJob], control: BatchControl) -> list[ForecastJob]:
-        """Settle every job."""
+        """Decode the forecasts one after another and resolve their jobs."""
         for job in jobs:
-            found = await self._decoded(job)
-            if found is not None:
-                job.resolve(found)
+            result = await self._decode(job)
+            if result is not None:
+                job.resolve(result)
         return []
 
-    async def _decoded(self, job: ForecastJob) -> Forecast | NotFinite | None:
-        """The forecast; None where nobody waits for it any more."""
+    async def _decode(self, job: ForecastJob) -> Forecast | NotFinite | None:
+        """Decode one forecast; None if its caller has cancelled it or was answered already."""
         decoding = Decoding(self._spec, *job.payload)
         slicer = self._compute.time_slicer()
         while not decoding.done:
@@ -79,20 +79,20 @@ class ForecastRunner:
     async def _step(
         self, rows: FloatRows, states: FloatRows, slicer: TimeSlicer
     ) -> tuple[FloatRows, FloatRows]:
-        """One step of all paths, in as many calls as the runtime's batches make of them."""
-        most = self._decoder.max_batch
+        """Compute one step of all paths, in calls of at most the runtime's batch size."""
+        max_batch = self._decoder.max_batch
         parameters: list[FloatRows] = []
         after: list[FloatRows] = []
-        for first in range(0, len(rows), most):
-            part = slice(first, first + most)
-            found = await self._compute.infer(
+        for first in range(0, len(rows), max_batch):
+            part = slice(first, first + max_batch)
+            result = await self._compute.infer(
                 self._decoder,
                 [row[np.newaxis] for row in rows[part]],
                 states[part],
                 self._on_call,
                 is_slice=True,
             )
-            parameters += found.outputs
-            after.append(found.states)
+            parameters += result.outputs
+            after.append(result.states)
             await slicer.yield_to_others()
         return np.concatenate(parameters), np.concatenate(after)

@@ -1,8 +1,8 @@
-"""From the items of a batch and their streams' states to outputs and the states after.
+"""Middle stages of a batch: encode the events, run the network, check that results are finite.
 
-Encodes the events of all items together, computes them in as few calls of the runtime as they
-take, and looks whether what came is finite. An item that cannot be encoded, or whose numbers are
-not finite, is settled here, alone. Nothing is stored.
+The items of a batch are encoded together and computed in as few runtime calls as possible. An item
+that cannot be encoded, or whose results are not finite, is resolved here, without effect on the
+others. Nothing is stored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from models.spec.blocks import BlockStateLayout
 from models.spec.state import State
 from service.core.delivery import apply_chunk, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
-from service.core.values import StreamState
 from service.engine.compute import Compute
-from service.pipeline.batch_item import BatchItem, StageTimes
+from service.pipeline.batch_item import BatchItem, Computed, StageTimes
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
@@ -29,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class Inference:
-    """Of one model.
+    """Encodes and computes the chunks of one model.
 
     Args:
         now_ms: wall clock in epoch milliseconds.
@@ -49,27 +48,25 @@ class Inference:
         self._zero = served.state.zero()
         self._blocks = served.blocks
 
-    async def __call__(
-        self, items: list[BatchItem], times: StageTimes
-    ) -> list[tuple[BatchItem, StreamState]]:
-        """The items that could be computed, each with its stream as it is then."""
-        encoded = self._encoded(items)
+    async def __call__(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
+        """Compute the items; returns those that succeeded, with their streams after the chunk."""
+        encoded = self._encode(items)
         return await self._infer(encoded, times) if encoded else []
 
-    def _encoded(self, items: list[BatchItem]) -> list[BatchItem]:
-        """Encode the items' events under their states; a refusal fails one alone."""
+    def _encode(self, items: list[BatchItem]) -> list[BatchItem]:
+        """Encode the items' events, given their states; an error fails its item only."""
         encoded: list[BatchItem] = []
         states = [item.base.state if item.base else self._zero for item in items]
         pairs = [(m.chunk.steps, state) for m, state in zip(items, states, strict=True)]
-        for item, found in zip(items, self._served.encode_many(pairs), strict=True):
-            if isinstance(found, Exception):
-                item.job.resolve(self._encoding_failed(item, found))
+        for item, result in zip(items, self._served.encode_many(pairs), strict=True):
+            if isinstance(result, Exception):
+                item.job.resolve(self._encoding_error(item, result))
             else:
-                item.rows, item.ints = found
+                item.rows, item.ints = result
                 encoded.append(item)
         return encoded
 
-    def _encoding_failed(self, item: BatchItem, error: Exception) -> CarryError:
+    def _encoding_error(self, item: BatchItem, error: Exception) -> CarryError:
         if isinstance(error, InvalidInput):
             return InvalidInput(error.detail, **error.facts, stream=item.chunk.key.stream)
         if isinstance(error, CarryError):
@@ -77,18 +74,16 @@ class Inference:
         log.error("encoding_failed", model=self._served.name, exc_info=error)
         return InternalError(f"encoding failed: {type(error).__name__}")
 
-    async def _infer(
-        self, items: list[BatchItem], times: StageTimes
-    ) -> list[tuple[BatchItem, StreamState]]:
-        """Compute the items; each with its stream as it is then, where that is finite."""
+    async def _infer(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
+        """Run the network on encoded items; returns those with finite results."""
         began_s = time.monotonic()
         if self._blocks is None:
-            outputs, states, finite = await self._stepped(items)
+            outputs, states, finite = await self._infer_steps(items)
         else:
-            outputs, states, finite = await self._blocks_advanced(self._blocks, items)
+            outputs, states, finite = await self._infer_blocks(self._blocks, items)
         times.infer_s = time.monotonic() - began_s
         now_ms, fingerprint = self._now_ms(), self._served.fingerprint
-        computed: list[tuple[BatchItem, StreamState]] = []
+        computed: list[Computed] = []
         for item, output, state in zip(items, outputs, states, strict=True):
             if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
                 item.job.resolve(_not_finite(item))
@@ -98,8 +93,8 @@ class Inference:
             computed.append((item, new))
         return computed
 
-    async def _stepped(self, items: list[BatchItem]) -> BatchOutput:
-        """Every step of every item."""
+    async def _infer_steps(self, items: list[BatchItem]) -> BatchOutput:
+        """Compute every step of every item."""
         floats = [(m.base.state if m.base else self._zero).floats for m in items]
         outputs, after, finite = await self._compute.infer(
             self._served.runtime,
@@ -107,21 +102,19 @@ class Inference:
             np.concatenate(floats).reshape(len(floats), -1),
             self._on_call,
         )
-        # Copies: views would keep the whole batch's states alive in the cache.
+        # copies, since views would keep the states of the whole batch alive in the cache
         states = [State(row.copy(), m.ints) for row, m in zip(after, items, strict=True)]
         return BatchOutput(outputs, states, finite)
 
-    async def _blocks_advanced(
-        self, blocks: BlockStateLayout, items: list[BatchItem]
-    ) -> BatchOutput:
-        """Every block of every item that is due."""
-        known = [
+    async def _infer_blocks(self, blocks: BlockStateLayout, items: list[BatchItem]) -> BatchOutput:
+        """Compute every block of every item whose window is complete."""
+        inputs = [
             BlockInput(m.base.state if m.base else self._zero, m.rows, m.ints, m.chunk.final)
             for m in items
         ]
         width = self._served.outputs.size
         return await infer_blocks(
-            self._compute, self._served.runtime, blocks, known, width, self._on_call
+            self._compute, self._served.runtime, blocks, inputs, width, self._on_call
         )
 
 

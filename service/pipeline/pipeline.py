@@ -1,8 +1,8 @@
-"""The use cases of the service: what a transport may ask for.
+"""The use cases of the service: process chunks, predict, forecast, administer streams.
 
-Knows no HTTP, no TensorFlow and no Redis; it sees a store and runtimes through protocols. The
-way of a chunk itself is in `batch.py`, the rules of delivery in `delivery.py`, what is done with
-streams as a whole in `streams.py`; here requests are routed to the right model's batcher. One
+Transports call this module. It routes requests to the batcher of their model and knows no HTTP, no
+TensorFlow and no Redis: stores and runtimes are behind protocols. `chunk_batch` runs the batches of
+chunks, `core.delivery` has the delivery rules, `streams` the administration of streams. One
 pipeline per process and event loop.
 """
 
@@ -46,7 +46,7 @@ from service.engine.policy import BatchLimits
 from service.engine.runtimes.base import Runtime
 from service.engine.state_cache import StateCache
 from service.engine.thread_priority import LoopPriority
-from service.pipeline.chunk_batch import ChunkBatchRunner, incompatible
+from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner
 from service.pipeline.recorder import Recorder
@@ -58,12 +58,12 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 OnModelChange = Literal["refuse", "reset"]
-"""What becomes of a stream whose state another version of its model wrote."""
+"""What to do with a stream whose state another model version wrote: reject its chunks, or reset."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineLimits:
-    """How much the pipeline takes on; see the settings of the same names."""
+    """Limits of the pipeline; see the settings of the same names."""
 
     max_batch_rows: int = 128
     max_batch_steps: int = 4096
@@ -80,14 +80,14 @@ class Pipeline:
 
     Args:
         now_ms: wall clock in epoch milliseconds, for the time of commits.
-        on_model_change: whether a state that another version of its model wrote is refused, or
-            its stream begun anew.
+        on_model_change: whether to reject the chunks of a stream whose state another version of its
+            model wrote, or to start the stream over.
 
     Attributes:
-        models: by name, what is served.
-        streams: what is done with streams as a whole.
+        models: the served models by name.
+        streams: stream administration.
 
-    A `deadline_s` is until when a caller waits, of the monotonic clock.
+    A `deadline_s` is the time until which a caller waits, on the monotonic clock.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class Pipeline:
         self._draining = False
         self._warming: asyncio.Task[None] | None = None
         self._recorder = recorder
-        self._chunks = {name: self._chunk_batcher(found) for name, found in self.models.items()}
+        self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
         self._sequences = {
-            name: self._sequence_batcher(found) for name, found in self.models.items()
+            name: self._sequence_batcher(served) for name, served in self.models.items()
         }
         self._forecasts = {
-            name: self._forecast_batcher(found, found.decoder)
-            for name, found in self.models.items()
-            if found.decoder is not None
+            name: self._forecast_batcher(served, served.decoder)
+            for name, served in self.models.items()
+            if served.decoder is not None
         }
 
     def _chunk_batcher(self, served: ServedModel) -> Batcher[Chunk, Reply]:
@@ -180,7 +180,7 @@ class Pipeline:
         self._loop_priority.note_shedding(is_shedding=is_shedding)
 
     async def start(self) -> None:
-        """Warm the runtimes; once, after the store was started."""
+        """Warm the runtimes up; once, after the store is started."""
         for served in self.models.values():
             await self._compute.run(served.runtime.warm)
             if served.decoder is not None:
@@ -189,13 +189,13 @@ class Pipeline:
         self._warming = asyncio.get_running_loop().create_task(self._warm_rest())
 
     async def _warm_rest(self) -> None:
-        """Compile what is left beside the first requests, shape by shape."""
+        """Compile the remaining shapes while the first requests are served."""
         for served in self.models.values():
             while await asyncio.to_thread(served.runtime.warm_next):
                 pass
 
     async def stop(self) -> None:
-        """Finish every accepted chunk, then end; once, before the store is closed."""
+        """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
         self._draining = True
         if self._warming is not None:
             self._warming.cancel()
@@ -208,32 +208,32 @@ class Pipeline:
         self._compute.close()
 
     async def readiness(self) -> list[Check]:
-        """What must hold before requests are sent here, each check by name."""
+        """Run the readiness checks."""
         warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")
         accepting = Check(
-            "accepting", not self._draining, "stopping" if self._draining else "taking requests"
+            "accepting", not self._draining, "draining" if self._draining else "accepting requests"
         )
         return [*await self._store.check(), warm, accepting]
 
     def model(self, name: str) -> ServedModel:
-        """The served model of that name.
+        """Return the served model of that name.
 
         Raises:
             ModelNotFound
         """
-        found = self.models.get(name)
-        if found is None:
+        served = self.models.get(name)
+        if served is None:
             names = sorted(self.models)
             raise ModelNotFound(
                 f"expected one of the models {names}, got {name!r}", expected=names, got=name
             )
-        return found
+        return served
 
     def check_admission(
         self, model: str, key: StreamKey | None, left_s: float
     ) -> Overloaded | None:
-        """The error that admission control would answer a chunk with now; None if it would be
-        admitted. Lets a transport reject a request without parsing it.
+        """Return the error that admission control would reject a chunk with now; None if it would
+        be admitted. Lets a transport reject a request before it parses the body.
 
         Args:
             key: the chunk's stream; None for chunks of many streams.
@@ -242,7 +242,7 @@ class Pipeline:
         return self._chunks[model].check_admission(key, left_s)
 
     def enqueue(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
-        """As `process`, without waiting: a future of the one result.
+        """Queue a chunk as `process` does; returns a future of the one result.
 
         Raises:
             ModelNotFound
@@ -251,14 +251,14 @@ class Pipeline:
         return batcher.enqueue([JobRequest(chunk, chunk.key, chunk.steps.length)], deadline_s)
 
     def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
-        """The caller of a chunk that was begun is gone; it is dropped if it still waits."""
+        """Cancel an enqueued chunk whose client disconnected; it is dropped if still queued."""
         self._chunks[chunk.key.model].cancel(results)
 
     async def process(self, chunk: Chunk, deadline_s: float = math.inf) -> Reply:
-        """Apply one chunk and answer it; safe to retry where the chunk has a position.
+        """Apply one chunk and return its reply; safe to retry if the chunk has a position.
 
         Raises:
-            CarryError: refused or failed; see `service.core.errors`.
+            CarryError: rejected or failed; see `service.core.errors`.
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
         requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
@@ -270,39 +270,39 @@ class Pipeline:
     async def process_many(
         self, items: Sequence[Chunk | CarryError], deadline_s: float = math.inf
     ) -> list[Reply | CarryError]:
-        """Apply chunks of many streams of one model; each item has its own outcome.
+        """Apply chunks of many streams of one model; items fail independently.
 
-        Items of one stream are applied in their order. After one that failed, later items of
-        its stream are answered `previous_failed`; `already_applied` and `position_behind` let
-        later items through if they carry a position, so that a whole request can be retried.
+        Items of one stream are applied in order. After one that failed, later items of the stream
+        fail with `previous_failed`; after `already_applied` and `position_behind`, however, items
+        with a position go on, so that a whole request can be retried.
 
         Args:
-            items: chunks, or the error of an item that could not be read (its fact `stream`
-                names the stream, where that much was readable).
+            items: chunks, or the errors of items that could not be parsed (the fact `stream` names
+                the stream, if that could be parsed).
         """
         results: dict[int, Reply | CarryError] = {}
         blocking: dict[str, CarryError] = {}
         waiting: dict[str, deque[tuple[int, Chunk | CarryError]]] = {}
         for index, item in enumerate(items):
-            # An item without a readable stream belongs to none, so it blocks none.
+            # an item without a stream name blocks no other item
             waiting.setdefault(_stream_of(item) or f"item {index}", deque()).append((index, item))
         while waiting:
-            # The first of each stream that is not held back, all of them together.
-            taken: list[tuple[int, Chunk]] = []
+            # apply the first item of each stream that is not blocked, all of them together
+            runnable: list[tuple[int, Chunk]] = []
             for stream, queue in list(waiting.items()):
                 while queue:
                     index, item = queue.popleft()
                     if isinstance(item, Chunk):
-                        held = _held_back(item, blocking.get(stream))
-                        if held is None:
-                            taken.append((index, item))
+                        blocked = _blocked_by(item, blocking.get(stream))
+                        if blocked is None:
+                            runnable.append((index, item))
                             break
-                        item = held
+                        item = blocked
                     results[index] = blocking[stream] = item
                 if not queue:
                     del waiting[stream]
-            applied = await self._apply([chunk for _, chunk in taken], deadline_s)
-            for (index, item), result in zip(taken, applied, strict=True):
+            applied = await self._apply([chunk for _, chunk in runnable], deadline_s)
+            for (index, item), result in zip(runnable, applied, strict=True):
                 if isinstance(result, InvalidInput):
                     result = result.within(f"chunks[{index}]")
                 results[index] = result
@@ -311,7 +311,7 @@ class Pipeline:
         return [results[index] for index in range(len(items))]
 
     async def _apply(self, chunks: list[Chunk], deadline_s: float) -> list[Reply | CarryError]:
-        """Chunks of different streams of one model."""
+        """Apply chunks of different streams of one model."""
         if not chunks:
             return []
         batcher = self._chunks[self.model(chunks[0].key.model).name]
@@ -322,7 +322,7 @@ class Pipeline:
     async def predict(
         self, model: str, sequences: Sequence[Steps], deadline_s: float = math.inf
     ) -> list[Prediction]:
-        """Run whole sequences from the zero state; nothing is stored.
+        """Predict whole sequences from the zero state; nothing is stored.
 
         Raises:
             CarryError: the first failure among the sequences.
@@ -341,43 +341,43 @@ class Pipeline:
     async def forecast(
         self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf
     ) -> ForecastReply:
-        """Look ahead from a stream's state, as the store has it; nothing is changed.
+        """Forecast from a stream's state in the store, which stays as it is.
 
         Raises:
             ForecastUnsupported: the model has no decoder.
-            InvalidInput: the horizon is longer than the decoder's, or something is not known.
+            InvalidInput: the horizon is too long, or a future covariate is missing.
             StreamNotFound, StateIncompatible, StateDamaged
-            StateChanged: the stream is not in the state that the request's precondition names.
-            PositionAhead, PositionBehind: the stream does not stand at the request's position.
-            CarryError: refused or failed while it was decoded.
+            StateChanged: the precondition names another state.
+            PositionAhead, PositionBehind: the stream is at another position.
+            CarryError: rejected or failed while it was decoded.
         """
         served = self.model(key.model)
-        most = served.require_decoder().max_horizon
-        if request.horizon > most:
+        max_horizon = served.require_decoder().max_horizon
+        if request.horizon > max_horizon:
             raise InvalidInput(
-                f"horizon: expected at most {most} steps, the max_horizon of model {key.model!r}, "
-                f"got {request.horizon}",
+                f"horizon: expected at most {max_horizon} steps, the max_horizon of model "
+                f"{key.model!r}, got {request.horizon}",
                 at="horizon",
-                expected=most,
+                expected=max_horizon,
                 got=request.horizon,
             )
         if deadline_s <= time.monotonic():
-            raise DeadlineExceeded("the time for the forecast was up before it was begun")
-        found = await self.streams.read(key, deadline_s, request.precondition)
-        if not served.is_compatible(found):
-            raise incompatible(served, key.stream, found)
-        check_position(key.stream, request.position, found.head)
-        known = served.encode_covariates(request, found.state)
-        origin = ForecastOrigin(found.state.floats, known.rows, request.samples, request.seed)
-        wanted = [JobRequest(origin, None, request.horizon)]
-        [result] = await self._forecasts[key.model].submit(wanted, deadline_s)
+            raise DeadlineExceeded("the time for the forecast was up before it started")
+        stored = await self.streams.read(key, deadline_s, request.precondition)
+        if not served.is_compatible(stored):
+            raise served.incompatible(key.stream, stored)
+        check_position(key.stream, request.position, stored.head)
+        covariates = served.encode_covariates(request, stored.state)
+        origin = ForecastOrigin(stored.state.floats, covariates.rows, request.samples, request.seed)
+        requests = [JobRequest(origin, None, request.horizon)]
+        [result] = await self._forecasts[key.model].submit(requests, deadline_s)
         if isinstance(result, CarryError):
             raise result
-        return ForecastReply(key, found.head, result, known.times_ms)
+        return ForecastReply(key, stored.head, result, covariates.times_ms)
 
 
-def _held_back(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | None:
-    """The answer to a chunk behind an item of its stream that failed; None: it may go on."""
+def _blocked_by(chunk: Chunk, blocking: CarryError | None) -> PreviousFailed | None:
+    """The error of a chunk behind a failed item of its stream; None if it may be applied."""
     if blocking is None:
         return None
     if isinstance(blocking, AlreadyApplied | PositionBehind) and chunk.position is not None:

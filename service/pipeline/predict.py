@@ -1,6 +1,6 @@
-"""Whole sequences from the zero state: nothing is loaded, nothing is stored.
+"""Predict: stateless inference on whole sequences, from the zero state.
 
-Sequences share runtime calls with each other; one that fails does so alone.
+Nothing is loaded and nothing is stored. Sequences are batched; they fail independently.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SequenceJob = Job[Steps, Prediction]
 
 
 class PredictRunner:
-    """Runs batches of sequences of one model; `__call__` is what their batcher is given."""
+    """Runs batches of sequences of one model; its batcher calls it with the jobs of each batch."""
 
     def __init__(self, served: ServedModel, compute: Compute, recorder: Recorder):
         self._served = served
@@ -35,11 +35,11 @@ class PredictRunner:
         self._zero = served.state.zero()
 
     async def __call__(self, jobs: list[SequenceJob], control: BatchControl) -> list[SequenceJob]:
-        """Settle every job."""
-        encoded = [(job, found) for job in jobs if (found := self._encoded(job)) is not None]
+        """Run one batch and resolve its jobs."""
+        encoded = [(job, rows) for job in jobs if (rows := self._encode(job)) is not None]
         if not encoded:
             return []
-        outputs, states, finite = await self._advanced([found for _, found in encoded])
+        outputs, states, finite = await self._infer([rows for _, rows in encoded])
         for (job, _), output, state in zip(encoded, outputs, states, strict=True):
             if finite or (np.isfinite(output).all() and np.isfinite(state.floats).all()):
                 job.resolve(Prediction(output, state))
@@ -52,16 +52,16 @@ class PredictRunner:
                 )
         return []
 
-    async def _advanced(self, encoded: Sequence[Encoded]) -> BatchOutput:
-        """Every sequence from the zero state to its end."""
+    async def _infer(self, encoded: Sequence[Encoded]) -> BatchOutput:
+        """Run the network on whole sequences."""
         served = self._served
         if served.blocks is not None:
-            known = [BlockInput(self._zero, rows, ints, final=True) for rows, ints in encoded]
+            inputs = [BlockInput(self._zero, rows, ints, final=True) for rows, ints in encoded]
             return await infer_blocks(
                 self._compute,
                 served.runtime,
                 served.blocks,
-                known,
+                inputs,
                 served.outputs.size,
                 self._on_call,
             )
@@ -74,8 +74,8 @@ class PredictRunner:
         states = [State(row.copy(), ints) for row, (_, ints) in zip(after, encoded, strict=True)]
         return BatchOutput(outputs, states, finite)
 
-    def _encoded(self, job: SequenceJob) -> Encoded | None:
-        """Its rows and the clock after them; a refusal fails it alone."""
+    def _encode(self, job: SequenceJob) -> Encoded | None:
+        """Encode a sequence; None if that failed, which resolves its job."""
         try:
             return self._served.encode(job.payload, self._zero)
         except CarryError as error:

@@ -1,8 +1,8 @@
-"""One served model: its artifact, its runtime, and the code between events and rows.
+"""One served model: its artifact, its runtimes, and the encoding of events into network rows.
 
-`encode` turns the steps of a chunk into network rows under the stream's present state, and
-gives the integer part of the state back advanced. The float part is the runtime's. `encode_many`
-does so for the chunks of a batch together; what is wrong with one of them is that one's alone.
+`encode` turns the events of a chunk into network rows, given the stream's current state, and
+returns the next integer part of the state; the float part comes from the runtime. `encode_many`
+encodes the chunks of a batch together, with an outcome for each.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.layout import OutputSpec
 from models.spec.state import State, StateSpec
-from service.core.errors import ChunkTooLong, ForecastUnsupported, InvalidInput, StateDamaged
-from service.core.values import FloatRows, ForecastRequest, Steps, StreamState
+from service.core.delivery import stream_facts
+from service.core.errors import (
+    ChunkTooLong,
+    ForecastUnsupported,
+    InvalidInput,
+    StateDamaged,
+    StateIncompatible,
+)
+from service.core.values import Chunk, FloatRows, ForecastRequest, Steps, StreamHead, StreamState
 from service.engine.runtimes.base import Runtime
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
-"""Rows [T, F] of a chunk, and the int parts [M] of the state after it."""
+"""Rows [T, F] of a chunk, and the int part [M] of the state after it."""
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready to serve, or becomes so once its runtime is warm."""
+    """A model that is ready to serve once its runtimes are warm."""
 
     artifact: Artifact
     runtime: Runtime
@@ -41,7 +48,7 @@ class ServedModel:
 
     @cached_property
     def name(self) -> str:
-        """The slug in the address."""
+        """The name in URLs."""
         return self.artifact.spec.name
 
     @property
@@ -51,12 +58,12 @@ class ServedModel:
 
     @property
     def fingerprint(self) -> bytes:
-        """What determines the model's numbers, 16 bytes."""
+        """Hash of everything that determines the model's outputs, 16 bytes."""
         return self.artifact.fingerprint
 
     @property
     def events(self) -> EventSchema | None:
-        """The event schema; None for a model fed by `inputs` only."""
+        """The event schema; None for a model that takes `inputs` only."""
         return self.artifact.spec.events
 
     @cached_property
@@ -71,7 +78,7 @@ class ServedModel:
 
     @cached_property
     def blocks(self) -> BlockStateLayout | None:
-        """The parts of the state that hold what waits, for a model with blocks."""
+        """The parts of the state that hold waiting rows; None for a model without blocks."""
         spec = self.artifact.spec.blocks
         return None if spec is None else BlockStateLayout(spec, self.state)
 
@@ -82,11 +89,11 @@ class ServedModel:
 
     @cached_property
     def chunk_limit(self) -> int | None:
-        """Most steps of one chunk; None where a chunk may be cut anywhere."""
+        """Most steps of one chunk; None if a chunk may be split anywhere."""
         return self.artifact.spec.chunk_limit
 
     def check_length(self, steps: Steps) -> None:
-        """Refuse what cannot be one call of a network that sees a chunk as a whole.
+        """Reject a chunk that is too long for a network that sees each chunk as a whole.
 
         Raises:
             ChunkTooLong
@@ -100,11 +107,11 @@ class ServedModel:
             )
 
     def encode_covariates(self, request: ForecastRequest, state: State) -> FutureCovariates:
-        """What is known of the steps that follow a state, encoded.
+        """Encode the known future covariates of a forecast from `state`.
 
         Raises:
-            InvalidInput: something is not known that has to be.
-            StateDamaged: the state's clock is one that no stream can have.
+            InvalidInput: a covariate is missing, or a timestamp is wrong.
+            StateDamaged: the state holds an impossible clock.
         """
         try:
             clock = Clock.from_ints(self.state, state.ints)
@@ -128,7 +135,7 @@ class ServedModel:
         return decoder
 
     def is_compatible(self, stored: StreamState) -> bool:
-        """Whether this version of the model wrote the state."""
+        """Whether this version of the model wrote the stored state."""
         state = stored.state
         return (
             stored.fingerprint == self.fingerprint
@@ -136,13 +143,33 @@ class ServedModel:
             and state.ints.size == self.state.int_size
         )
 
+    def incompatible(self, stream: str, stored: StreamState) -> StateIncompatible:
+        """The error for a state that another version of the model wrote."""
+        return StateIncompatible(
+            f"stream {stream!r} has a state of fingerprint {stored.fingerprint.hex()}, expected "
+            f"{self.fingerprint.hex()} of the served version {self.version}",
+            expected=self.fingerprint.hex(),
+            got=stored.fingerprint.hex(),
+            **stream_facts(stream, stored.head),
+        )
+
+    def output_position(self, chunk: Chunk, after: StreamHead) -> int | None:
+        """Index of the event of a chunk's first output, for a model with blocks; else None.
+
+        Args:
+            after: the stream head after the chunk.
+        """
+        if self.blocks is None:
+            return None
+        return self.blocks.blocks.outputs_emitted_at(after.position - chunk.steps.length)
+
     def encode(self, steps: Steps, state: State) -> Encoded:
-        """Rows [T, F] of a chunk that continues `state`, and the int parts [M] after it.
+        """Encode a chunk that continues `state`.
 
         Raises:
             ChunkTooLong: as `check_length`.
-            InvalidInput: a value cannot be encoded (it overflows float32, say).
-            StateDamaged: the state's clock is one that no stream can have.
+            InvalidInput: a value cannot be encoded; it overflows float32, for example.
+            StateDamaged: the state holds an impossible clock.
         """
         self.check_length(steps)
         if steps.rows is not None:
@@ -159,33 +186,35 @@ class ServedModel:
         return rows, clock.into_ints(self.state, state.ints)
 
     def encode_many(self, items: Sequence[tuple[Steps, State]]) -> list[Encoded | Exception]:
-        """As `encode` for chunks of different streams, in a fraction of its time for each.
+        """Encode chunks of different streams together, at a fraction of the cost of each alone.
 
         Returns:
-            In the order of the items: what `encode` returns for it, or the exception, raised
-            by that item alone. The rows of several chunks are views of one array.
+            In the order of the items: what `encode` returns, or the exception that it raises for
+            this item. The rows of several chunks are views of one array.
         """
-        given = [(steps, state) for steps, state in items if steps.rows is None]
-        whole = self.chunk_limit is not None
-        together = self._encoded_together(given) if len(given) > 1 and not whole else None
-        found: list[Encoded | Exception] = []
+        event_items = [(steps, state) for steps, state in items if steps.rows is None]
+        is_whole = self.chunk_limit is not None
+        together = None
+        if len(event_items) > 1 and not is_whole:
+            together = self._encode_together(event_items)
+        encoded: list[Encoded | Exception] = []
         for steps, state in items:
-            if steps.rows is not None and not whole:
-                found.append((steps.rows, state.ints))
+            if steps.rows is not None and not is_whole:
+                encoded.append((steps.rows, state.ints))
             elif together is not None:
-                found.append(next(together))
+                encoded.append(next(together))
             else:
-                found.append(self._encoded_alone(steps, state))
-        return found
+                encoded.append(self._try_encode(steps, state))
+        return encoded
 
-    def _encoded_alone(self, steps: Steps, state: State) -> Encoded | Exception:
+    def _try_encode(self, steps: Steps, state: State) -> Encoded | Exception:
         try:
             return self.encode(steps, state)
         except Exception as error:
             return error
 
-    def _encoded_together(self, items: Sequence[tuple[Steps, State]]) -> Iterator[Encoded] | None:
-        """Chunks of events at once; None where any of them fails."""
+    def _encode_together(self, items: Sequence[tuple[Steps, State]]) -> Iterator[Encoded] | None:
+        """Encode chunks of events at once; None if any of them fails."""
         columns = [steps.columns for steps, _ in items if steps.columns is not None]
         if self.events is None or len(columns) < len(items):
             return None
@@ -194,7 +223,7 @@ class ServedModel:
             clocks = [Clock.from_ints(layout, state.ints) for _, state in items]
             rows, after = encode_many(self.events, columns, clocks)
         except Exception:
-            # Whichever chunk it is, one by one it fails alone.
+            # encoded one by one, only the chunk that caused this fails
             return None
         ints = [
             clock.into_ints(layout, state.ints)
@@ -204,7 +233,7 @@ class ServedModel:
 
 
 def invalid_data(feed: str, error: DataError) -> InvalidInput:
-    """The refusal of data, with the place in the body: `events[3].dep_delay`."""
+    """The error for data that does not fit, with its place in the body: `events[3].dep_delay`."""
     place = feed
     if error.index is not None:
         place += f"[{error.index}]"

@@ -1,10 +1,11 @@
-"""Isolation of unresponsive shards: a node of a cluster that hangs blocks its own streams only.
+"""Isolates unresponsive shards (bulkheads): a hanging cluster node blocks its own streams only.
 
-A batch has chunks of many shards, the nodes of a cluster, and waits `SHARD_TIMEOUT_S` for all of
-them. The jobs of a shard that has not answered by then are detached: their work continues in a task
-of its own, and the batch ends and frees its slot. While detached work is waiting for a shard, the
-shard counts as unresponsive, and its chunks are detached before they are loaded; they are queued
-again once it answers. A chunk waits until its deadline, as for a single server that hangs.
+The chunks of a batch belong to many shards, the nodes of a cluster, and the batch waits for all of
+them, `SHARD_TIMEOUT_S` at most. The jobs of a shard that has not answered by then are detached:
+their work continues in a task of its own, and the batch ends and frees its slot. While detached
+work waits for a shard, the shard counts as unresponsive, and its chunks are detached before they
+are loaded; they are requeued once it answers. A chunk waits until its deadline, as it does for a
+single server that hangs.
 
 A store on a single server has no shards, and its batches keep their slots.
 """
@@ -27,7 +28,7 @@ T = TypeVar("T")
 X = TypeVar("X")
 
 SHARD_TIMEOUT_S: Final = 0.2
-"""How long a batch waits for its slowest shard; far longer than a healthy shard takes."""
+"""How long a batch waits for its slowest shard: far longer than a healthy shard takes."""
 
 RETRY_AFTER_S: Final = 1.0
 
@@ -67,10 +68,10 @@ class Shards:
         read: Callable[[list[BatchItem]], Coroutine[Any, Any, list[X]]],
         control: BatchControl,
     ) -> list[tuple[BatchItem, X]]:
-        """Read something of every item's stream; items of shards that time out are detached.
+        """Read from every item's stream; items of shards that time out are detached.
 
         Args:
-            read: gives one result for each item that it is called with.
+            read: returns one result for each of the items that it is called with.
         """
 
         def on_timeout(
@@ -91,13 +92,13 @@ class Shards:
         work: Callable[[list[T]], Coroutine[Any, Any, X]],
         on_timeout: Callable[[Hashable, list[T], asyncio.Task[X]], None],
     ) -> list[tuple[list[T], X]]:
-        """Run work on the items of each shard concurrently; returns what is done in time.
+        """Run work on the items of each shard concurrently.
 
         Args:
-            on_timeout: takes over the task of a shard that has not finished in time.
+            on_timeout: takes over the task of a shard that does not finish in time.
 
         Returns:
-            The items of each shard that finished, and the result of their work.
+            The items of each shard that finished in time, with the result of their work.
         """
         groups = self._group_by_shard(items, key)
         tasks = {shard: asyncio.create_task(work(group)) for shard, group in groups.items()}
@@ -116,7 +117,7 @@ class Shards:
     def detach_until_answer(
         self, shard: Hashable, items: list[BatchItem], control: BatchControl
     ) -> None:
-        """Detach items that are queued again once their shard answers.
+        """Detach items until their shard answers, then requeue them.
 
         Those beyond `max_detached` fail with StoreUnavailable.
         """
@@ -164,7 +165,7 @@ class Shards:
             for item in items:
                 item.job.resolve(error)
         except CarryError:
-            pass  # an error is an answer too
+            pass  # an error is an answer, too
         jobs = [item.job for item in items if not item.job.is_resolved]
         for job in jobs:
             job.attempts -= 1  # waiting is no attempt

@@ -1,8 +1,7 @@
-"""Streams as a whole: read, listed, forgotten, restored and forked.
+"""Stream administration: read, list, delete, restore and fork streams.
 
-All of it reads the store, never the cache; what a write replaces is dropped from the cache first.
-Nothing is computed here and no chunk is applied. Each call stands by itself, beside whatever chunks
-are under way: the store decides which of two writes was first.
+Reads go to the store, never to the cache; writes invalidate the cached state first. Each call is
+independent of the chunks in flight: the store decides which of two writes comes first.
 """
 
 from __future__ import annotations
@@ -26,26 +25,25 @@ from service.core.values import (
     Tombstone,
 )
 from service.engine.state_cache import StateCache
-from service.pipeline.chunk_batch import incompatible
 from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, Committed, StateStore
 
 CONCURRENT_DELETES: Final = 32
 """Concurrent deletions of a prefix; few enough that chunks hardly wait behind them."""
 
-BEGIN_ATTEMPTS: Final = 4
-"""Attempts of a restore or fork, each of which may conflict with another writer."""
+CREATE_ATTEMPTS: Final = 4
+"""Attempts of a restore or fork; each may meet a version conflict with another writer."""
 
 
 class Streams:
     """The streams of several models in one store.
 
     Args:
-        model: the served model of a name; raises ModelNotFound.
-        cache: what chunks under way keep; whatever is written here is dropped from it.
+        model: returns the served model of a name; raises ModelNotFound.
+        cache: the state cache of the chunk batches; writes invalidate its entries.
         now_ms: wall clock in epoch milliseconds, for the time of commits.
 
-    Every method may raise ModelNotFound and what the store raises, besides what it names.
+    Besides the documented errors, every method may raise ModelNotFound and the store's errors.
     """
 
     def __init__(
@@ -67,38 +65,38 @@ class Streams:
         deadline_s: float = math.inf,
         precondition: Precondition | None = None,
     ) -> StreamState:
-        """The stream as the store has it.
+        """Read a stream from the store.
 
         Raises:
             StreamNotFound, StateDamaged, StoreUnavailable
-            StateChanged: it is not in the state that the precondition names.
+            StateChanged: the precondition names another state.
         """
         self._model(key.model)
-        found = await self._stored(key, deadline_s)
+        stored = await self._load(key, deadline_s)
         if precondition is not None:
-            _check_precondition(key, found, precondition)
-        if not isinstance(found, StreamState):
+            _check_precondition(key, stored, precondition)
+        if not isinstance(stored, StreamState):
             raise StreamNotFound(
                 f"model {key.model!r} has no stream {key.stream!r}",
                 **stream_facts(key.stream, None),
             )
-        return found
+        return stored
 
     async def page(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        """A page of the model's streams whose names begin with `prefix`."""
+        """List a page of the model's streams whose names start with `prefix`."""
         return await self._store.streams(self._model(model).name, prefix, cursor, limit)
 
     async def delete(self, key: StreamKey, precondition: Precondition | None = None) -> None:
-        """Forget a stream.
+        """Delete a stream.
 
         Raises:
-            StreamNotFound: there is none.
-            StateChanged: it is not in the state that the precondition names.
+            StreamNotFound
+            StateChanged: the precondition names another state.
         """
         self._model(key.model)
         expected: StreamHead | None = None
         if precondition is not None:
-            expected = _check_precondition(key, await self._stored(key), precondition)
+            expected = _check_precondition(key, await self._load(key), precondition)
         self._cache.drop(key)
         result = await self._store.delete(key, expected)
         if isinstance(result, CarryError):
@@ -112,19 +110,19 @@ class Streams:
         )
 
     async def delete_prefix(self, model: str, prefix: str) -> int:
-        """Forget every stream whose name begins with `prefix`; how many there were.
+        """Delete every stream whose name starts with `prefix`; returns how many.
 
-        Safe to repeat; what was forgotten before a failure stays so.
+        Safe to repeat after a failure; streams that were deleted before it stay deleted.
 
         Raises:
-            OutcomeUnknown, NotDurable: the first stream whose deletion is not certain.
+            OutcomeUnknown, NotDurable: of the first stream whose deletion is not certain.
         """
         deleted, cursor = 0, None
         while True:
             page = await self.page(model, prefix, cursor, 500)
             for first in range(0, len(page.streams), CONCURRENT_DELETES):
-                some = page.streams[first : first + CONCURRENT_DELETES]
-                keys = [StreamKey(model, stream) for stream in some]
+                streams = page.streams[first : first + CONCURRENT_DELETES]
+                keys = [StreamKey(model, stream) for stream in streams]
                 for key in keys:
                     self._cache.drop(key)
                 deletions = map(self._store.delete, keys)
@@ -146,23 +144,23 @@ class Streams:
         state: State,
         precondition: Precondition | None,
     ) -> StreamState:
-        """Write a state that `read` gave, under a new epoch.
+        """Restore a stream from a snapshot of its state, in a new epoch.
 
         Raises:
-            StateIncompatible: the state is of another version of the model.
-            StreamExists: there is a stream and no precondition.
-            StateChanged: it is not in the state that the precondition names.
+            StateIncompatible: another version of the model wrote the state.
+            StreamExists: the stream exists, and there is no precondition.
+            StateChanged: the precondition names another state.
         """
         served = self._model(key.model)
         source = StreamState(
             StreamHead(b"", FIRST_TAG, position), feed, fingerprint, None, self._now_ms(), state
         )
         if fingerprint != served.fingerprint:
-            raise incompatible(served, key.stream, source)
-        return await self._begin(key, source, precondition)
+            raise served.incompatible(key.stream, source)
+        return await self._create(key, source, precondition)
 
     async def fork(self, key: StreamKey, to: str, precondition: Precondition | None) -> StreamState:
-        """Begin stream `to` from the present state of `key`, under a new epoch.
+        """Create stream `to` from the current state of `key`, in a new epoch.
 
         Raises:
             StreamNotFound, StateIncompatible, StreamExists, StateChanged
@@ -170,13 +168,13 @@ class Streams:
         served = self._model(key.model)
         source = await self.read(key)
         if source.fingerprint != served.fingerprint:
-            raise incompatible(served, key.stream, source)
-        return await self._begin(StreamKey(key.model, to), source, precondition)
+            raise served.incompatible(key.stream, source)
+        return await self._create(StreamKey(key.model, to), source, precondition)
 
-    async def _begin(
+    async def _create(
         self, key: StreamKey, source: StreamState, precondition: Precondition | None
     ) -> StreamState:
-        for _ in range(BEGIN_ATTEMPTS):
+        for _ in range(CREATE_ATTEMPTS):
             new = start_epoch(source, fingerprint=source.fingerprint, now_ms=self._now_ms())
             expected = await self._replaceable_head(key, precondition)
             self._cache.drop(key)
@@ -186,52 +184,52 @@ class Streams:
             if isinstance(result, Committed):
                 return new
         raise Conflict(
-            f"stream {key.stream!r} was replaced by others {BEGIN_ATTEMPTS} times in a row",
+            f"other writers replaced stream {key.stream!r} {CREATE_ATTEMPTS} times in a row",
             stream=key.stream,
         )
 
     async def _replaceable_head(
         self, key: StreamKey, precondition: Precondition | None
     ) -> StreamHead | None:
-        """The head that a restore or fork has to expect in order to replace what is stored.
+        """The head that a restore or fork has to expect to replace what is stored.
 
-        A damaged state is deleted first, if it is still the one that was read.
+        A damaged state is deleted first, unless it has changed since it was read.
 
         Raises:
             StreamExists, StateChanged: the stream must not be replaced.
-            StateDamaged: it is unknown whether the precondition names this state.
+            StateDamaged: whether the precondition names this state cannot be told.
         """
         was_damaged = False
         try:
-            found = await self._stored(key)
+            stored = await self._load(key)
         except StateDamaged as damaged:
             if precondition is not None and not precondition.any_state:
                 raise
             result = await self._store.delete(key, damaged.head)
             if isinstance(result, CarryError):
                 raise result from None
-            found = await self._stored(key)
+            stored = await self._load(key)
             was_damaged = True
-        if isinstance(found, StreamState) and precondition is None:
-            raise stream_exists(key.stream, found.head)
+        if isinstance(stored, StreamState) and precondition is None:
+            raise stream_exists(key.stream, stored.head)
         if precondition is not None and not was_damaged:
-            return _check_precondition(key, found, precondition)
-        return found.head if found else None
+            return _check_precondition(key, stored, precondition)
+        return stored.head if stored else None
 
-    async def _stored(
+    async def _load(
         self, key: StreamKey, deadline_s: float = math.inf
     ) -> StreamState | Tombstone | None:
         until_s = None if math.isinf(deadline_s) else deadline_s
-        (found,) = await self._store.load([key], until_s)
-        if isinstance(found, CarryError):
-            raise found
-        return found
+        (stored,) = await self._store.load([key], until_s)
+        if isinstance(stored, CarryError):
+            raise stored
+        return stored
 
 
 def _check_precondition(
-    key: StreamKey, found: StreamState | Tombstone | None, precondition: Precondition
+    key: StreamKey, stored: StreamState | Tombstone | None, precondition: Precondition
 ) -> StreamHead:
-    head = found.head if isinstance(found, StreamState) else None
+    head = stored.head if isinstance(stored, StreamState) else None
     if head is None or not precondition.holds(head):
         raise state_changed(key.stream, head)
     return head

@@ -8,7 +8,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.engine import batcher
-from service.pipeline import chunk_batch
+from service.pipeline import chunk_batch, chunk_commit, chunk_load, store_responsiveness
 from service.transports.http import request_fields
 from service.transports.http.connection import fast_path
 from tests.support.clock import ManualClock
@@ -41,7 +41,15 @@ def store_url(pipeline_server: RealServer) -> str:
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """A manual clock for deadlines."""
     clock = ManualClock()
-    for module in (chunk_batch, batcher, fast_path, request_fields):
+    for module in (
+        batcher,
+        chunk_batch,
+        chunk_commit,
+        chunk_load,
+        store_responsiveness,
+        fast_path,
+        request_fields,
+    ):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -19,7 +19,6 @@ from models.spec.blocks import WAITING
 from models.spec.state import State
 from service.core.errors import InvalidInput, StateIncompatible
 from service.core.values import Feed, Precondition, StreamKey, StreamState
-from service.pipeline.chunk_batch import incompatible
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_body import receive_body
 from service.transports.http.context import ApiContext, api_of
@@ -98,7 +97,7 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     wire = api.wire(key.model)
     found = await api.pipeline.streams.read(key, precondition=if_match(request))
     if not wire.served.is_compatible(found):
-        raise incompatible(wire.served, key.stream, found)
+        raise wire.served.incompatible(key.stream, found)
     document: StateReply = {
         **_stream_record(key, found),
         "state": wire.writer.state(found.state),

@@ -1,17 +1,17 @@
-"""Planted: a chunk is judged by the state in the worker's memory wherever there is one.
+"""Planted bug: chunks are evaluated against the cached state of their stream, if there is one.
 
-Another worker may have moved the stream on; the refusal then denies what was acknowledged.
+Another worker may have changed the stream; the rejection then denies what was acknowledged.
 """
 
-from service.pipeline.chunk_batch import ChunkBatchRunner
+from service.pipeline.chunk_load import ChunkLoader
 
-load = ChunkBatchRunner._load
+load = ChunkLoader._load
 
 
-async def from_memory(self, members):
+async def evaluate_cached(self, members):
     found = await load(self, members)
     copies = [self._cache.get(member.key) for member in members]
     return [copy or stored for copy, stored in zip(copies, found, strict=True)]
 
 
-ChunkBatchRunner._load = from_memory
+ChunkLoader._load = evaluate_cached

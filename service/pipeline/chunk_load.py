@@ -1,0 +1,236 @@
+"""First stage of a batch: load the streams and evaluate the chunks: process, replay or reject.
+
+Fast path: a chunk that continues the cached state of its stream needs no load. That state may not
+be committed yet, or another worker may have replaced it, so this is speculative execution: the
+compare-and-set of the commit verifies it. Chunks are rejected and replayed only on what the store
+says, never from the cache.
+
+A load waits until the first deadline of its items, and again for the items with later ones. Items
+of shards that do not answer are detached from the batch (`shards`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import NamedTuple
+
+from models.errors import StateError
+from service.core.delivery import (
+    Replay,
+    Resolution,
+    evaluate_chunk,
+    is_continuation,
+    resolve_duplicate,
+)
+from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
+from service.core.values import Chunk, Reply, StreamState, Tombstone
+from service.engine.batcher import DEADLINE_TICK_S
+from service.engine.jobs import BatchControl
+from service.engine.state_cache import StateCache
+from service.pipeline.batch_item import BatchItem, StageTimes, first_deadline_s
+from service.pipeline.recorder import Recorder
+from service.pipeline.served_model import ServedModel
+from service.pipeline.shards import Shards
+from service.pipeline.store_responsiveness import StoreResponsiveness
+from service.store.base import Loaded, StateStore
+
+
+class Evaluated(NamedTuple):
+    """The items of a batch that are not resolved yet.
+
+    Attributes:
+        ready: to be computed, with `base` and `expected`.
+        to_retry: to be evaluated again in a later batch.
+    """
+
+    ready: list[BatchItem]
+    to_retry: list[BatchItem]
+
+
+class ChunkLoader:
+    """Loads and evaluates the chunks of one model.
+
+    Args:
+        reset: whether a stream whose state another version of the model wrote starts over;
+            otherwise its chunks are rejected.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        store: StateStore,
+        cache: StateCache,
+        shards: Shards,
+        recorder: Recorder,
+        responsiveness: StoreResponsiveness,
+        *,
+        reset: bool,
+    ):
+        self._served = served
+        self._store = store
+        self._cache = cache
+        self._shards = shards
+        self._recorder = recorder
+        self._responsiveness = responsiveness
+        self._reset = reset
+        self._blocks = served.blocks
+
+    async def evaluate(
+        self, items: list[BatchItem], times: StageTimes, control: BatchControl
+    ) -> Evaluated:
+        """Find the state that each chunk continues; answer the chunks to replay or reject."""
+        ready: list[BatchItem] = []
+        uncached: list[BatchItem] = []
+        for item in items:
+            item.base = self._cached(item)
+            if item.base is None:
+                uncached.append(item)
+            else:
+                item.expected = item.base.head
+                ready.append(item)
+        self._recorder.record_cache_lookups(self._served.name, len(ready), len(uncached))
+        if not uncached:
+            return Evaluated(ready, [])
+        loaded = await self._shards.read(uncached, self._load, control)
+        times.load_s = time.monotonic() - times.began_s
+        replays: list[BatchItem] = []
+        to_retry: list[BatchItem] = []
+        for item, stored in loaded:
+            if item.job.is_resolved:
+                continue
+            if item.job.is_out_of_order:
+                to_retry.append(item)
+                continue
+            try:
+                if isinstance(stored, CarryError):
+                    raise stored
+                current = self._usable(item.chunk, stored)
+                evaluation = evaluate_chunk(item.chunk, current, closed=self._is_closed(current))
+            except CarryError as error:
+                item.job.resolve(error)
+                continue
+            if isinstance(evaluation, Replay):
+                replays.append(item)
+            else:
+                item.base = evaluation.base
+                item.expected = stored.head if stored else None
+                ready.append(item)
+        if replays:
+            answered = await self._shards.read(replays, self._replay_all, control)
+            to_retry += [item for item, is_answered in answered if not is_answered]
+        return Evaluated(ready, to_retry)
+
+    async def replay(self, item: BatchItem, own: Reply | None = None) -> bool:
+        """Answer a retry of a stream's last chunk with the stored reply.
+
+        Args:
+            own: the reply that this worker computed for the chunk, in case none is stored.
+
+        Returns:
+            False if the stream changed in the meantime, so that the chunk has to be retried.
+        """
+        try:
+            state, kept = await self._store.load_with_reply(item.key, first_deadline_s([item]))
+            resolution = resolve_duplicate(
+                item.chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
+            )
+            if resolution is Resolution.RE_EVALUATE:
+                return False
+            if resolution is Resolution.STORED_REPLY and state is not None and kept is not None:
+                self._recorder.record_replay(self._served.name)
+                item.job.resolve(
+                    Reply(
+                        item.key,
+                        kept.head,
+                        kept.outputs,
+                        state.state,
+                        replayed=True,
+                        created=state.last is not None and state.last.created,
+                        output_position=self._served.output_position(item.chunk, kept.head),
+                    )
+                )
+            elif own is not None:
+                item.job.resolve(own)
+        except CarryError as error:
+            item.job.resolve(error)
+        return True
+
+    async def _replay_all(self, items: list[BatchItem]) -> list[bool]:
+        return await asyncio.gather(*(self.replay(item) for item in items))
+
+    async def _load(self, items: list[BatchItem]) -> list[Loaded]:
+        """Load the items' streams.
+
+        If the store does not answer, each item fails at its own deadline while the others wait on.
+        """
+        loaded: dict[BatchItem, Loaded] = {}
+        remaining = items
+        while remaining:
+            states: list[Loaded]
+            self._responsiveness.note_request()
+            try:
+                states = await self._store.load(
+                    [item.key for item in remaining], first_deadline_s(remaining)
+                )
+                self._responsiveness.note_response()
+            except CarryError as error:
+                states = [error] * len(remaining)
+            expired_s = time.monotonic() + DEADLINE_TICK_S
+            waiting: list[BatchItem] = []
+            for item, state in zip(remaining, states, strict=True):
+                loaded[item] = state
+                if not isinstance(state, StoreUnavailable):
+                    continue
+                if item.job.deadline_s > expired_s:
+                    waiting.append(item)
+                elif self._responsiveness.is_unresponsive():
+                    item.job.resolve(state)
+                else:
+                    item.job.resolve(
+                        DeadlineExceeded("the time for the chunk was up before it was loaded")
+                    )
+            # if no deadline expired, the store itself gave up
+            remaining = [] if len(waiting) == len(remaining) else waiting
+        return [loaded[item] for item in items]
+
+    def _cached(self, item: BatchItem) -> StreamState | None:
+        """The cached state of the stream, if the chunk certainly continues it."""
+        copy = self._cache.get(item.key)
+        if copy is None or copy.fingerprint != self._served.fingerprint:
+            return None
+        if self._blocks is not None and self._is_closed(copy):
+            return None
+        return copy if is_continuation(item.chunk, copy) else None
+
+    def _usable(self, chunk: Chunk, stored: StreamState | Tombstone | None) -> StreamState | None:
+        """The stored stream if the chunk can continue it; None if the stream has to start over.
+
+        Raises:
+            StateIncompatible: another version of the model wrote its state.
+            StateDamaged: it holds an impossible number of waiting rows.
+        """
+        if stored is None or isinstance(stored, Tombstone):
+            return None
+        if self._served.is_compatible(stored):
+            self._check_waiting(stored)
+            return stored
+        if self._reset:
+            return None
+        if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
+            return stored  # epoch_mismatch takes precedence
+        raise self._served.incompatible(chunk.key.stream, stored)
+
+    def _check_waiting(self, stored: StreamState) -> None:
+        if self._blocks is None:
+            return
+        try:
+            self._blocks.check(stored.state)
+        except StateError as error:
+            raise StateDamaged(f"the stored state cannot be continued: {error}") from error
+
+    def _is_closed(self, state: StreamState | None) -> bool:
+        """Whether a final chunk ended the stream."""
+        if self._blocks is None or state is None or not self._served.is_compatible(state):
+            return False
+        return self._blocks.is_closed(state.state)
