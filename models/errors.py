@@ -1,12 +1,12 @@
-"""What can be wrong with a model, its files or the data given to it.
+"""Errors of the models package: invalid specifications, artifacts, states and data.
 
     ModelsError
-      SpecError              a specification that cannot be built
-      GraphUnsupportedError  a network that no ONNX graph can hold
-      ArtifactError          an artifact that is damaged, foreign or does not fit itself
-      StateError             state parts that do not fit the model's layout
-      DataError              one sequence of events or rows that the model's schema refuses
-      ImportedModelError     a Keras model that cannot be carried
+      SpecError              an invalid specification
+      GraphUnsupportedError  a network that cannot be exported as an ONNX graph
+      ArtifactError          an artifact that is damaged, of another format or inconsistent
+      StateError             state parts that do not match the model's layout
+      DataError              a sequence of events or rows that the model's schema rejects
+      ImportedModelError     a Keras model that cannot be imported
 
 The service wraps these at its boundary; none of them knows about HTTP.
 """
@@ -15,38 +15,38 @@ from __future__ import annotations
 
 
 class ModelsError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base class of the package's errors."""
 
 
 class SpecError(ModelsError):
-    """The specification does not describe a network that can be built."""
+    """The specification does not describe a valid network."""
 
 
 class GraphUnsupportedError(ModelsError):
-    """The network has something that its ONNX graph cannot hold; the message names it."""
+    """The network uses a feature that its ONNX graph cannot represent; the message names it."""
 
 
 class ArtifactError(ModelsError):
-    """The artifact directory was refused; the message names the file and the reason."""
+    """The artifact directory is invalid; the message names the file and the reason."""
 
 
 class StateError(ModelsError):
-    """State parts with a wrong name, shape, dtype or value."""
+    """A state part has an invalid name, shape, dtype or value."""
 
 
 class ImportedModelError(ModelsError):
-    """The Keras model holds something that cannot be carried; the message names the layer."""
+    """The Keras model contains a layer that cannot be imported; the message names it."""
 
 
 class DataError(ModelsError):
-    """A sequence the schema refuses.
+    """The schema rejects a sequence.
 
     Attributes:
-        index: step of the first offending event, counted from 0 within the sequence,
-            or None where the sequence as a whole is at fault.
+        index: index of the first invalid event, counted from 0 within the sequence; None if the
+            sequence as a whole is invalid.
         field: name of the event field or encoded column, or None.
-        expected: what would have been accepted, in words.
-        got: what came, in words.
+        expected: description of valid values.
+        got: description of the actual value.
     """
 
     def __init__(

@@ -1,22 +1,22 @@
-"""Blocks: how a bidirectional network follows a stream that has no end in sight.
+"""Blocks: latency-controlled processing of unbounded streams by bidirectional networks.
 
 Latency-controlled bidirectional networks: Zhang et al., "Highway long short-term memory RNNs for
 distant speech recognition" (2016); Xue & Yan, "Improving latency-controlled BLSTM acoustic models
 for online speech recognition" (2017). The stream is cut at absolute multiples of C events:
 
     block k    events kC .. kC + C-1, whose outputs are computed together
-    window k   block k and the R events after it, as far as the stream goes
+    window k   block k and up to R events of lookahead after it
 
-A block is computed when its window is whole, or the stream is at its end. Every layer runs over the
-window. Forward cells are carried: their state after the block (not after the lookahead) is the
-next block's. Backward cells begin from zero at the window's right end. So what a stream is answered
-depends on its events alone, and neither on its chunks nor on when they came.
+A block is computed when its window is complete, or when the stream is closed. Every layer runs over
+the window. Forward cells are stateful: their state after the block (not after the lookahead) is the
+initial state of the next block. Backward cells start from zero at the window's right end. So the
+outputs of a stream depend on its events only, neither on its chunks nor on their timing.
 
-Events that are not computed yet wait in the state as rows, at most C+R-1 of them. A stream that
-was told its end is closed: nothing waits any more and nothing can follow.
+Events without outputs are pending: the state stores their rows, at most C+R-1. A stream whose last
+event was announced is closed: no row is pending, and no event can follow.
 
-Pure NumPy, no runtime. Invariant: at position P a stream that is not closed has given
-`outputs_emitted_at(P)` outputs, and the other events wait.
+Pure NumPy, no runtime. Invariant: at position P, an open stream has emitted `outputs_emitted_at(P)`
+outputs, and all other events are pending.
 """
 
 from __future__ import annotations
@@ -34,43 +34,43 @@ from models.spec.state import FloatArray, IntArray, State, StatePart, StateSpec
 WAITING = "blocks.waiting"
 COUNT = "blocks.count"
 CLOSED = "blocks.closed"
-"""The parts of the state: float32 rows [C+R-1, F], of which the first `count` wait (the others are
+"""State parts: float32 rows [C+R-1, F], of which the first `count` are pending (the others are
 zero), and whether the stream is closed (0 or 1)."""
 
 
 class BlockSpec(Frozen):
-    """Where a stream is cut.
+    """Size of the blocks and of their lookahead.
 
     Attributes:
         size: C, events per block.
-        lookahead: R, events after a block that its outputs have seen.
+        lookahead: R, events after a block that its outputs depend on.
     """
 
     size: Annotated[int, Field(ge=1, le=4096)]
     lookahead: Annotated[int, Field(ge=0, le=4096)]
 
     @model_validator(mode="after")
-    def _sees_something(self) -> BlockSpec:
+    def _require_context(self) -> BlockSpec:
         if self.window < 2:
             raise ValueError("expected blocks of two events or more, or a lookahead")
         return self
 
     @property
     def window(self) -> int:
-        """C + R, the steps of one call."""
+        """C + R, the steps of one call of the network."""
         return self.size + self.lookahead
 
     def outputs_emitted_at(self, position: int) -> int:
-        """How many outputs a stream has given that consumed `position` events and is open."""
+        """Number of outputs that an open stream has emitted at a position."""
         return max(0, position - self.lookahead) // self.size * self.size
 
 
 class BlockWindows(NamedTuple):
-    """What the events that are known come to.
+    """Windows to compute, and rows that stay pending.
 
     Attributes:
-        windows: float32 [at most C+R, F], whole but at a stream's end, in order.
-        waiting: float32 [less than C+R, F], what is not computed yet.
+        windows: float32 [at most C+R, F], in order; shorter only at the end of a stream.
+        waiting: float32 [less than C+R, F], the pending rows.
     """
 
     windows: list[FloatArray]
@@ -78,7 +78,12 @@ class BlockWindows(NamedTuple):
 
 
 def cut_blocks(blocks: BlockSpec, rows: FloatArray, *, final: bool) -> BlockWindows:
-    """Cut rows [T, F] that begin at a block; with `final` nothing follows them."""
+    """Cut rows [T, F] into windows.
+
+    Args:
+        rows: starting at the first event of a block.
+        final: whether the stream ends with them.
+    """
     size, window = blocks.size, blocks.window
     count = -(-len(rows) // size) if final else max(0, len(rows) - blocks.lookahead) // size
     windows = [rows[start : start + window] for start in range(0, count * size, size)]
@@ -86,7 +91,7 @@ def cut_blocks(blocks: BlockSpec, rows: FloatArray, *, final: bool) -> BlockWind
 
 
 def block_parts(blocks: BlockSpec, features: int) -> list[StatePart]:
-    """The parts that a stream of F features per row has beside the network's."""
+    """The state parts of the blocks, in addition to the network's, for rows of F features."""
     return [
         StatePart(WAITING, (blocks.window - 1, features), "float32"),
         StatePart(COUNT, (), "int64"),
@@ -95,10 +100,10 @@ def block_parts(blocks: BlockSpec, features: int) -> list[StatePart]:
 
 
 class BlockStateLayout:
-    """Reads and writes those parts of a packed state.
+    """Reads and writes the block parts of a packed state.
 
     Args:
-        layout: the model's whole state; the network's own float parts come first in it.
+        layout: the complete state of the model; the network's float parts come first in it.
     """
 
     def __init__(self, blocks: BlockSpec, layout: StateSpec):
@@ -108,31 +113,31 @@ class BlockStateLayout:
         self._count = layout.slices[COUNT].start
         self._closed = layout.slices[CLOSED].start
         self.network_size = self._rows.start
-        """Values of the packed row that the network reads and writes."""
+        """Number of packed floats that the network reads and writes."""
 
     def is_closed(self, state: State) -> bool:
-        """Whether the stream is at its end."""
+        """Whether the stream has ended."""
         return bool(state.ints[self._closed])
 
     def pending_rows(self, state: State) -> FloatArray:
-        """The rows that wait, float32 [count, F]."""
+        """The pending rows, float32 [count, F]."""
         count = int(state.ints[self._count])
         rows = state.floats[self._rows].reshape(self.blocks.window - 1, -1)
         return rows[:count]
 
     def network_floats(self, state: State) -> FloatArray:
-        """The network's own parts, packed."""
+        """The packed floats of the network's parts."""
         return state.floats[: self.network_size]
 
     def pack(
         self, network: NDArray[np.float32], ints: IntArray, waiting: FloatArray, *, closed: bool
     ) -> State:
-        """The whole state.
+        """Pack a complete state.
 
         Args:
-            network: float32, the network's own parts.
-            ints: int64 [M], of which the parts of other kinds are taken.
-            waiting: float32 [count, F].
+            network: float32, the packed floats of the network's parts.
+            ints: int64 [M], from which the other int64 parts are copied.
+            waiting: the pending rows, float32 [count, F].
         """
         floats = np.zeros(self._layout.float_size, np.float32)
         floats[: self.network_size] = network
@@ -142,7 +147,7 @@ class BlockStateLayout:
         return State(floats, ints)
 
     def check(self, state: State) -> None:
-        """Refuse what no stream can hold.
+        """Validate the block parts of a state.
 
         Raises:
             StateError: naming the part.
@@ -152,13 +157,13 @@ class BlockStateLayout:
             raise StateError(f"part {CLOSED!r}: expected 0 or 1, got {closed}")
         most = 0 if closed else self.blocks.window - 1
         if not 0 <= count <= most:
-            raise StateError(f"part {COUNT!r}: expected 0 to {most} rows that wait, got {count}")
+            raise StateError(f"part {COUNT!r}: expected 0 to {most} pending rows, got {count}")
 
     def check_at(self, state: State, position: int) -> None:
-        """As `check`, for a stream that is to begin at a position.
+        """Validate the block parts of a state at a position.
 
         Raises:
-            StateError: naming the part; also where other rows wait than at that position.
+            StateError: naming the part; also if the number of pending rows does not match.
         """
         self.check(state)
         waiting = self.pending_rows(state)
@@ -166,8 +171,8 @@ class BlockStateLayout:
             expected = position - self.blocks.outputs_emitted_at(position)
             if len(waiting) != expected:
                 raise StateError(
-                    f"part {COUNT!r}: expected {expected} rows that wait at position {position}, "
+                    f"part {COUNT!r}: expected {expected} pending rows at position {position}, "
                     f"got {len(waiting)}"
                 )
         if state.floats[self._rows.start + waiting.size : self._rows.stop].any():
-            raise StateError(f"part {WAITING!r}: expected zeros beyond the rows that wait")
+            raise StateError(f"part {WAITING!r}: expected zeros after the pending rows")

@@ -1,13 +1,14 @@
-"""What the cuts of a stream mean to a network, and which layers see a chunk as a whole.
+"""Chunking semantics of a network: whether its outputs depend on how a stream is cut into chunks.
 
-    invisible   every layer goes on from its own state: the cuts change nothing
-    per_chunk   some layer looks at the chunk as a whole, so that each chunk is one Keras call
-                from the carried state, and its cuts are part of what is computed
-    whole       some layer reads backward from the end: only whole sequences have an end
+    invisible   every layer is causal and continues from its own state: outputs do not depend on
+                the chunk boundaries
+    per_chunk   some layer sees the chunk as a whole: each chunk is one Keras call from the carried
+                state, and outputs depend on the chunk boundaries
+    whole       some layer reads backward: only complete sequences can be processed
 
-Three things follow from the layers alone: the word above, which layers know the chunk's later
-steps (what they give must not be trained or judged on those), and which give the same value at
-every step. No runtime here.
+The layers determine these semantics, which layers are non-causal within a chunk (their outputs must
+not be trained or evaluated on later steps), and which have the same value at every step. No runtime
+is used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from models.spec.layers import (
 
 Chunking = Literal["invisible", "per_chunk", "whole"]
 
-_STEP_BY_STEP = (
+_STEPWISE = (
     DenseLayer,
     ActivationLayer,
     DropoutLayer,
@@ -42,53 +43,56 @@ _STEP_BY_STEP = (
     BatchNormalizationLayer,
     MergeLayer,
 )
-"""Layers that do the same to every step, and so give one value where they read one."""
+"""Layers that treat every step alike, and so are constant if their inputs are."""
 
 DEFAULT_CHUNK_STEPS = 1024
-"""Longest chunk of a network that sees it as a whole, where the specification says nothing."""
+"""Default of the longest chunk of a network that sees a chunk as a whole."""
 
 
 def chunking_of(layers: Iterable[Layer], *, blocks: bool) -> Chunking:
-    """What cuts mean to a network of these layers.
+    """Determine the chunking semantics of a network.
 
     Args:
-        blocks: whether the stream is cut into blocks of its own (`models.spec.blocks`).
+        blocks: whether the stream is processed in blocks (`models.spec.blocks`).
     """
     if blocks:
         return "invisible"
     layers = tuple(layers)
     if any(isinstance(layer, BidirectionalLayer) for layer in layers):
         return "whole"
-    return "per_chunk" if any(_sees_the_chunk(layer) for layer in layers) else "invisible"
+    return "per_chunk" if any(_is_non_causal(layer) for layer in layers) else "invisible"
 
 
 def non_causal_layers(layers: Iterable[Layer]) -> frozenset[str]:
-    """Layers whose value at a step depends on later steps of the same chunk."""
-    found: set[str] = set()
+    """Names of the layers whose value at a step depends on later steps of the same chunk."""
+    names: set[str] = set()
     for layer in layers:
-        if _sees_the_chunk(layer) or found.intersection(layer.inputs):
-            found.add(layer.name)
-    return frozenset(found)
+        if _is_non_causal(layer) or names.intersection(layer.inputs):
+            names.add(layer.name)
+    return frozenset(names)
 
 
 def chunk_constant_layers(layers: Iterable[Layer]) -> frozenset[str]:
-    """Layers that give the same value at every step of a chunk."""
-    found: set[str] = set()
+    """Names of the layers that have the same value at every step of a chunk."""
+    names: set[str] = set()
     for layer in layers:
         if isinstance(layer, AttentionLayer):
-            one_value = layer.over == "chunk"
+            is_constant = layer.over == "chunk"
         else:
-            one_value = isinstance(layer, _STEP_BY_STEP) and found.issuperset(layer.inputs)
-        if one_value:
-            found.add(layer.name)
-    return frozenset(found)
+            is_constant = isinstance(layer, _STEPWISE) and names.issuperset(layer.inputs)
+        if is_constant:
+            names.add(layer.name)
+    return frozenset(names)
 
 
 def check_starts_from(layer: Recurrent, before: Mapping[str, Layer]) -> None:
-    """Refuse a layer that cannot start from the layer it names; ValueError says why.
+    """Check that a layer can take its initial state from the layer in `starts_from`.
 
     Args:
-        before: the layers that come before it, by name.
+        before: the preceding layers, by name.
+
+    Raises:
+        ValueError: it cannot.
     """
     if layer.starts_from is None:
         return
@@ -99,15 +103,15 @@ def check_starts_from(layer: Recurrent, before: Mapping[str, Layer]) -> None:
             f"layer {layer.name!r} starts from {layer.starts_from!r}, "
             f"expected a recurrent layer before it: {names}"
         )
-    wanted, given = returned_state(layer), returned_state(source)
-    if wanted != given:
+    expected, actual = returned_state(layer), returned_state(source)
+    if expected != actual:
         raise ValueError(
-            f"layer {layer.name!r} starts from {source.name!r}, which returns {_listed(given)}; "
-            f"expected {_listed(wanted)}"
+            f"layer {layer.name!r} starts from {source.name!r}, which returns "
+            f"{_format_parts(actual)}; expected {_format_parts(expected)}"
         )
 
 
-def _sees_the_chunk(layer: Layer) -> bool:
+def _is_non_causal(layer: Layer) -> bool:
     match layer:
         case LstmLayer() | GruLayer():
             return layer.starts_from is not None
@@ -119,5 +123,5 @@ def _sees_the_chunk(layer: Layer) -> bool:
             return False
 
 
-def _listed(parts: Mapping[str, int]) -> str:
+def _format_parts(parts: Mapping[str, int]) -> str:
     return " and ".join(f"{name} [{size}]" for name, size in parts.items())

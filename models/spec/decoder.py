@@ -1,17 +1,17 @@
-"""The decoder of an encoder/decoder model, as a specification describes it.
+"""Specification of the decoder of an encoder/decoder model.
 
-The encoder is the model's own stack: it consumes events and its state is what a stream keeps.
-The decoder starts from a copy of that state and looks ahead, one step at a time:
+The encoder consists of the model's layers: it consumes events, and its state is the stream's state.
+The decoder starts from a copy of that state and forecasts one step at a time:
 
-    step(previous values [B,D], known columns of the coming step [B,K], state [B,M])
-        -> (parameters of the coming values' distribution [B,P], state' [B,M])
+    step(previous values [B,D], known future covariates of the step [B,K], state [B,M])
+        -> (distribution parameters of the step's values [B,P], state' [B,M])
 
-What it gives is fed back as the next step's previous values (Sutskever et al. 2014; Cho et al.
-2014). Both see encoded columns: a target standardised, a category as its code.
+Its values are fed back as the previous values of the next step (Sutskever et al. 2014; Cho et al.
+2014). Encoder and decoder read encoded columns: targets standardised, categories as codes.
 
-One such step is itself a small network, and is described as one: `network_data` gives its
-specification, from which runtimes, weights and state layout follow as they do for any other.
-Descriptions only: `models.decoding.forecasts` has the numbers around a step.
+One decoder step is a small network with a specification of its own (`network_data`), from which
+runtimes, weights and state layout are derived as for any other network.
+`models.decoding.forecasts` computes the values around a step.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DECODER = "decoder"
-"""Of the encoder/decoder: its section, the beginning of its weights' names, its graph."""
+"""Name of the decoder's section and graph, and prefix of its weights."""
 LAST = "decoder.last"
-"""State part float32 [D]: the last observed value of each target, as encoded; 0 (the mean)
-where none was observed yet. It is the decoder's first input."""
+"""State part float32 [D]: the last observed encoded value of each target; 0 (the mean) if none was
+observed yet. It is the first input of the decoder."""
 DISTRIBUTION = "distribution"
-"""The name of the step network's one head."""
+"""Name of the only head of the step network."""
 MEDIAN = 0.5
 CALENDAR = TIMESTAMP_FEATURES[1:]
-"""What a timestamp tells of a coming step; its gap is the same at every step."""
+"""Calendar features of a future timestamp; its gap is excluded, as it is the same at every step."""
 STEPWISE_KINDS = (
     "lstm",
     "gru",
@@ -58,18 +58,18 @@ STEPWISE_KINDS = (
     "average",
     "concatenate",
 )
-"""Kinds of layers that need nothing but the step and their own state."""
+"""Kinds of layers that depend only on the current step and their state."""
 
 Quantile = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _DistributionHead(Frozen):
-    """Quantiles that a forecast shows; the median is its point."""
+    """Quantiles of a forecast; the median is the point forecast."""
 
     quantiles: Annotated[tuple[Quantile, ...], Field(min_length=2)] = (0.1, MEDIAN, 0.9)
 
     @model_validator(mode="after")
-    def _rising_around_the_median(self) -> _DistributionHead:
+    def _check_quantiles(self) -> _DistributionHead:
         levels = list(self.quantiles)
         if levels != sorted(set(levels)) or MEDIAN not in levels:
             raise ValueError(f"expected rising quantiles with {MEDIAN} among them, got {levels}")
@@ -77,13 +77,13 @@ class _DistributionHead(Frozen):
 
 
 class QuantilesHead(_DistributionHead):
-    """The network gives the quantiles of each target themselves."""
+    """The network predicts the quantiles of each target directly."""
 
     kind: Literal["quantiles"] = "quantiles"
 
 
 class GaussianHead(_DistributionHead):
-    """The network gives mean and log deviation of each target, independent of each other."""
+    """The network predicts mean and log deviation of each target, independently."""
 
     kind: Literal["gaussian"] = "gaussian"
 
@@ -94,19 +94,19 @@ DistributionHead = QuantilesHead | GaussianHead
 class DecoderSpec(Frozen):
     """The section `decoder` of a specification.
 
-    A layer with `starts_from` begins a forecast in the state of the encoder's layer of that
-    name; written on the layer, it is kept in `starts_from` here. Other recurrent layers begin
-    in the zero state.
+    The initial state of a layer with `starts_from` is the state of that encoder layer; in the file
+    it is an option of the layer, here it is collected in `starts_from`. Other recurrent layers
+    start from the zero state.
 
     Attributes:
-        targets: numeric event fields, D of them, that are decoded and fed back.
-        known: event fields that are known of coming steps, beside the timestamp's calendar.
-        step_s: seconds between one timestamp and the next; without it a forecast has to be
-            told the timestamps of the coming steps.
-        layers: read what the step knows under `features`: previous values, calendar, known.
+        targets: D numeric event fields that are forecast and fed back.
+        known: event fields that are known future covariates, besides the timestamp's calendar.
+        step_s: seconds between two timestamps; without it, a forecast request must contain the
+            timestamps of the future steps.
+        layers: their input `features` has the previous values, calendar, and known covariates.
         starts_from: decoder layer -> encoder layer.
-        head: the distribution of the coming values.
-        max_horizon: most steps of one forecast.
+        head: the predictive distribution.
+        max_horizon: largest number of steps of a forecast.
     """
 
     targets: Annotated[tuple[FieldName, ...], Field(min_length=1)]
@@ -119,20 +119,20 @@ class DecoderSpec(Frozen):
 
     @property
     def step_ms(self) -> int | None:
-        """Milliseconds from one timestamp to the next, where that is regular."""
+        """Milliseconds between two timestamps; None if they are irregular."""
         return None if self.step_s is None else round(self.step_s * 1000)
 
 
 class DecoderTraining(Frozen):
-    """How `carry train` fits a decoder; see `models.training.decoder_training`.
+    """Training options of a decoder; see `models.training.decoder_training`.
 
     Attributes:
-        horizon: steps that it is unrolled over; `max_horizon` by default.
-        anchor_steps: events between two points of a window at which it is unrolled.
-        feedback: what falls over the training is the share of true values fed back; `teacher`
-            feeds back nothing else throughout.
-        half_at: share of the training (of all `epochs`) at which that is one half.
-        floor: least share of true values.
+        horizon: number of steps that the decoder is unrolled; `max_horizon` by default.
+        anchor_steps: events between two forecast origins in a window.
+        feedback: schedule of scheduled sampling, the share of true values that are fed back;
+            `teacher` is pure teacher forcing.
+        half_at: share of the training (of all `epochs`) after which the share is one half.
+        floor: smallest share of true values.
     """
 
     horizon: Annotated[int, Field(ge=1, le=10_000)] | None = None
@@ -143,10 +143,10 @@ class DecoderTraining(Frozen):
 
 
 def collect_starts_from(decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data of the section with each layer's `starts_from` moved into the section's own.
+    """Move the `starts_from` of each layer into that of the section, in plain data.
 
     Args:
-        decoder: as it was written, its layers named.
+        decoder: the section, with resolved layer names.
     """
     starts = decoder.get("starts_from", {})
     layers = []
@@ -162,7 +162,7 @@ def collect_starts_from(decoder: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_decoder(spec: ModelSpec, decoder: DecoderSpec) -> None:
-    """Raise ValueError where the section does not fit the rest of the specification."""
+    """Check the section against the rest of the specification; raises ValueError."""
     if spec.events is None:
         raise ValueError("decoder: targets are event fields, and the model has no `events`")
     if decoder.step_s is not None and spec.events.timestamp is None:
@@ -174,7 +174,7 @@ def check_decoder(spec: ModelSpec, decoder: DecoderSpec) -> None:
     for layer in decoder.layers:
         if layer.kind not in STEPWISE_KINDS:
             raise ValueError(
-                f"decoder: layer {layer.name!r}: expected one that goes forward step by step "
+                f"decoder: layer {layer.name!r}: expected a layer that works step by step "
                 f"({', '.join(STEPWISE_KINDS)}), got {layer.kind}"
             )
     _check_starts(spec, decoder)
@@ -199,7 +199,7 @@ def _check_fields(schema: EventSchema, decoder: DecoderSpec) -> None:
     for name in decoder.known:
         if name in decoder.targets:
             raise ValueError(
-                f"decoder.known: {name!r} is decoded; expected it not to be known as well"
+                f"decoder.known: {name!r} is a target; expected a field that is not forecast"
             )
         if kinds[name] == "timestamp":
             raise ValueError(f"decoder.known: the timestamp {name!r} need not be named")
@@ -226,7 +226,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
         if returned_state(layer) != returned_state(encoder[source]):
             raise ValueError(
                 f"decoder: layer {name!r} starts from {source!r}: expected the same kind and "
-                f"units, got {_shown(layer)} and {_shown(encoder[source])}"
+                f"units, got {_describe(layer)} and {_describe(encoder[source])}"
             )
     if not decoder.starts_from:
         raise ValueError(
@@ -235,7 +235,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
         )
 
 
-def _shown(layer: LstmLayer | GruLayer) -> str:
+def _describe(layer: LstmLayer | GruLayer) -> str:
     width = returned_state(layer)["hidden"]
     projected = "" if width == layer.units else f" to {width}"
     return f"{layer.kind} of {layer.units}{projected}"
@@ -244,9 +244,9 @@ def _shown(layer: LstmLayer | GruLayer) -> str:
 def network_data(spec: ModelSpec, decoder: DecoderSpec) -> dict[str, Any]:
     """The specification of the network of one decoder step, as plain data.
 
-    Its rows are the D previous values, the calendar of the coming step where there is a
-    timestamp, and the columns of the known fields; all of them encoded already, so numbers
-    stand there with mean 0 and deviation 1.
+    Its rows contain the D previous values, the calendar features of the step if there is a
+    timestamp, and the columns of the known covariates. All are encoded already, so numbers have
+    mean 0 and deviation 1.
     """
     schema = spec.events
     if schema is None:
@@ -279,7 +279,7 @@ def _encoded_number(name: str) -> dict[str, Any]:
 
 
 def known_columns(spec: ModelSpec, decoder: DecoderSpec) -> tuple[str, ...]:
-    """The encoder's columns that hold what a step network reads after the previous values."""
+    """The encoder's columns of calendar features and known covariates."""
     schema = spec.events
     if schema is None:
         return ()
@@ -292,25 +292,29 @@ def known_columns(spec: ModelSpec, decoder: DecoderSpec) -> tuple[str, ...]:
 
 
 def known_schema(schema: EventSchema, decoder: DecoderSpec, *, timed: bool) -> EventSchema | None:
-    """The schema of what a forecast is told of a coming step; None where there is nothing.
+    """The schema of the known future covariates of a step; None if there are none.
 
     Args:
-        timed: whether the timestamp has to be there; otherwise it may be left out.
+        timed: whether the timestamp is required.
     """
     fields: list[Any] = [schema.field(name) for name in decoder.known]
     time = schema.timestamp
     if time is not None:
-        told = TimestampField(name=time.name, optional=not timed, gap_mean=0.0, gap_std=1.0)
-        fields.insert(0, told)
+        timestamp = TimestampField(name=time.name, optional=not timed, gap_mean=0.0, gap_std=1.0)
+        fields.insert(0, timestamp)
     return EventSchema(timezone=schema.timezone, fields=tuple(fields)) if fields else None
 
 
 def strip_decoder_prefix(weights: Mapping[str, T]) -> dict[str, T]:
-    """The step network's weights, under the names that its own specification gives them."""
-    lead = f"{DECODER}."
-    return {n.removeprefix(lead): value for n, value in weights.items() if n.startswith(lead)}
+    """The weights of the step network, without the prefix that they have in the model."""
+    prefix = f"{DECODER}."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
 
 
 def add_decoder_prefix(weights: Mapping[str, T]) -> dict[str, T]:
-    """The same the other way round: under the names that the whole model gives them."""
+    """The weights of a step network, with the prefix that they have in the model."""
     return {f"{DECODER}.{name}": value for name, value in weights.items()}

@@ -1,7 +1,6 @@
-"""The kinds of layers that a network is made of, as a specification describes them.
+"""Specifications of layers: sizes, inputs and options, and constants that runtimes share.
 
-Descriptions only: sizes, wiring and options of each layer, and the constants that every runtime
-shares; neither weights nor a runtime.
+Contains neither weights nor a runtime.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from pydantic import Field, model_validator
 from models.events.schema import Frozen
 
 NORMALISATION_EPSILON = 1e-3
-"""Added to the variance inside a cell, as `keras.layers.LayerNormalization` does by default."""
+"""Added to the variance inside a cell, the default of `keras.layers.LayerNormalization`."""
 MASKED_SCORE = -1e30
-"""Attention's score of a step that does not count; exp of it is 0 beside any other."""
+"""Attention score of a masked step: its exp is 0 next to any other score."""
 EMPTY_MAXIMUM = -1e300
-"""In float64, below every float32 score: attention's maximum of no steps."""
+"""Maximum attention score of no steps: a float64 below every float32 score."""
 
 LayerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 Units = Annotated[int, Field(ge=1, le=16384)]
 MAX_WIDTH = 16 * 16384
-"""Most values per step of a layer: a concatenation has no weights, and can double the width."""
+"""Largest width of a layer: a concatenation has no weights, and can double the width."""
 Rate = Annotated[float, Field(ge=0, lt=1)]
 ActivationName = Literal[
     "linear",
@@ -44,10 +43,10 @@ ActivationName = Literal[
 
 
 class _Layer(Frozen):
-    """What every layer has: a name and the layers it reads.
+    """Base of all layers: a name and the names of its input layers.
 
-    An empty name is filled in as `<kind>_<n>`, n counting the layers of that kind from 1.
-    Empty `inputs` mean the layer before; `features` names the encoded rows themselves.
+    An empty name becomes `<kind>_<n>`, with n counting the layers of that kind from 1. Empty
+    `inputs` mean the previous layer; `features` are the encoded rows.
     """
 
     name: LayerName | Literal[""] = ""
@@ -60,10 +59,10 @@ class LstmLayer(_Layer):
     Attributes:
         peepholes: gates see the carry (Gers and Schmidhuber 2000).
         layer_normalization: inside the cell (Ba et al. 2016).
-        projection: P values of the hidden part, which is the output too, P <= units; the carry
-            keeps `units` (Sak et al. 2014).
-        starts_from: the layer whose returned state it begins each call from, the same call's; it
-            has no parts of its own then.
+        projection: P <= units, size of the hidden part and of the output; the carry has `units`
+            values (Sak et al. 2014).
+        starts_from: the layer whose returned state, of the same call, is the initial state of
+            each call; the layer then has no state parts.
 
     `models.networks.cells` has the equations.
     """
@@ -81,7 +80,7 @@ class LstmLayer(_Layer):
     starts_from: LayerName | None = None
 
     @model_validator(mode="after")
-    def _narrower(self) -> LstmLayer:
+    def _check_projection(self) -> LstmLayer:
         if self.projection is not None and self.projection > self.units:
             raise ValueError(
                 f"projection: expected at most `units` ({self.units}), got {self.projection}"
@@ -90,19 +89,19 @@ class LstmLayer(_Layer):
 
     @property
     def width(self) -> int:
-        """Values of the hidden part, and of the output at every step."""
+        """Size of the hidden part, and of the output at every step."""
         return self.units if self.projection is None else self.projection
 
     @property
     def is_standard(self) -> bool:
-        """Whether it is an LSTM as Keras and ONNX know it, with no option of Carry's own."""
+        """Whether it is an LSTM of Keras and ONNX, without the extensions of Carry."""
         return not (self.peepholes or self.layer_normalization or self.projection is not None)
 
 
 class GruLayer(_Layer):
     """Keras `GRU`: one state part, `hidden` h, gates in Keras' order z, r, h.
 
-    `starts_from` as for `LstmLayer`.
+    `starts_from` has the same meaning as in `LstmLayer`.
     """
 
     kind: Literal["gru"] = "gru"
@@ -117,12 +116,12 @@ class GruLayer(_Layer):
 
 
 class BidirectionalLayer(_Layer):
-    """Keras `Bidirectional`: a cell that reads the steps forward, one that reads them backward.
+    """Keras `Bidirectional`: a cell that reads the steps forward, and one that reads them backward.
 
-    Each direction is a layer of its own, named `<name>.forward` and `<name>.backward`, with its
-    own weights and state parts; `merge` joins what they give at each step. With `starts_from`,
-    which names a bidirectional layer of the same cell and units, each direction starts from the
-    state that this direction of that layer ended in, and there are no state parts.
+    Each direction is a separate layer, named `<name>.forward` and `<name>.backward`, with its own
+    weights and state parts; `merge` combines their outputs at each step. With `starts_from`, which
+    names a bidirectional layer of the same cell and units, the initial state of each direction is
+    the final state of that layer's same direction, and there are no state parts.
     """
 
     kind: Literal["bidirectional"] = "bidirectional"
@@ -138,7 +137,7 @@ class BidirectionalLayer(_Layer):
     starts_from: LayerName | None = None
 
     @model_validator(mode="after")
-    def _options_of_the_cell(self) -> BidirectionalLayer:
+    def _check_cell_options(self) -> BidirectionalLayer:
         if self.cell == "lstm" and not self.reset_after:
             raise ValueError("reset_after: an option of the gru cell, got cell lstm")
         return self
@@ -154,17 +153,17 @@ class BidirectionalLayer(_Layer):
         return 2 * self.units if self.merge == "concat" else self.units
 
     def _direction(self, name: str) -> LstmLayer | GruLayer:
-        # Built unchecked: the options are checked already, and a dot keeps the names apart.
-        given = self.model_dump(exclude={"kind", "cell", "merge", "starts_from", "name"})
-        given["name"] = f"{self.name}.{name}"
+        # Built without validation: the options are validated, and a name may not contain a dot.
+        options = self.model_dump(exclude={"kind", "cell", "merge", "starts_from", "name"})
+        options["name"] = f"{self.name}.{name}"
         if self.cell == "gru":
-            return GruLayer.model_construct(**given)
-        del given["reset_after"]
-        return LstmLayer.model_construct(**given)
+            return GruLayer.model_construct(**options)
+        del options["reset_after"]
+        return LstmLayer.model_construct(**options)
 
 
 class DenseLayer(_Layer):
-    """Keras `Dense`, the same weights at every step."""
+    """Keras `Dense`, with the same weights at every step."""
 
     kind: Literal["dense"] = "dense"
     units: Units
@@ -173,7 +172,7 @@ class DenseLayer(_Layer):
 
 
 class ActivationLayer(_Layer):
-    """An activation alone."""
+    """Keras `Activation`."""
 
     kind: Literal["activation"] = "activation"
     activation: ActivationName
@@ -205,19 +204,19 @@ class BatchNormalizationLayer(_Layer):
 
 
 class MergeLayer(_Layer):
-    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two layers or more."""
+    """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two or more layers."""
 
     kind: Literal["add", "multiply", "average", "concatenate"]
 
 
 class AttentionLayer(_Layer):
-    """Attention with context (Yang et al. 2016): a weighted mean of what it reads, as wide.
+    """Attention with context (Yang et al. 2016): a weighted mean of its inputs, of their width.
 
     Attributes:
         over: `chunk`: one value for the whole chunk, the same at every step; `stream`: at each
-            step over everything since the stream began, with the state parts `maximum`,
+            step over all steps of the stream so far, with the state parts `maximum`,
             `normaliser` and `sum`.
-        units: of the hidden layer that scores a step.
+        units: size of the hidden layer that scores a step.
 
     `models.networks.attention` has the equations.
     """
@@ -245,7 +244,7 @@ RECURRENT = (LstmLayer, GruLayer, BidirectionalLayer)
 
 
 def returned_state(layer: Recurrent) -> dict[str, int]:
-    """The state a recurrent layer returns, and starts from: part -> size, in Keras' order."""
+    """Sizes of the state parts of a recurrent layer, in Keras' order."""
     if isinstance(layer, BidirectionalLayer):
         return {
             f"{cell.name.removeprefix(f'{layer.name}.')}.{part}": size
@@ -258,14 +257,13 @@ def returned_state(layer: Recurrent) -> dict[str, int]:
 
 
 def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
-    """Values per step that a layer gives.
+    """Compute the number of output values per step of a layer.
 
     Args:
-        widths: those of what it reads, by name.
+        widths: the widths of its inputs, by name.
 
     Raises:
-        ValueError: it combines inputs of different widths element by element, or is wider than
-            `MAX_WIDTH`.
+        ValueError: it combines inputs of different widths elementwise, or exceeds `MAX_WIDTH`.
     """
     read = [widths[name] for name in layer.inputs]
     match layer:
@@ -289,4 +287,4 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
 
 
 FEATURES = "features"
-"""The name under which layers read the encoded rows, embeddings put in."""
+"""Input name of the encoded rows, in which categories are replaced by their embeddings."""

@@ -1,8 +1,7 @@
-"""What follows from a specification alone: state parts, output slices, weight shapes.
+"""Layouts derived from a specification: state parts, output slices, weight shapes.
 
-Pure arithmetic over the spec, without any runtime: the artifact checks its weights against
-it, the store packs states by it, the service splits outputs by it, and every runtime is
-built to it.
+Pure arithmetic without a runtime. The artifact validates its weights against these layouts, the
+store packs states and the service splits outputs by them, and every runtime implements them.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ CLOCK_LAST_MS = "clock.last_ms"
 CLOCK_SEEN = "clock.seen"
 CLOCK_OUT_OF_ORDER = "clock.out_of_order"
 """int64 parts of a model with a timestamp field: the latest timestamp in epoch milliseconds
-(meaningful once `clock.seen`, the number of events that carried one, is not 0), and how many
-events came with a timestamp before it."""
+(valid once `clock.seen`, the number of events with a timestamp, is not 0), and the number of
+events with an earlier timestamp than the latest one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,9 @@ class Output:
     Attributes:
         name: the head's name.
         shape: shape of one step, for example () for a probability, (8,) for 8 units.
-        labels: names along the last axis, where it has any (classes, quantiles).
-        per: `step` (one per event) or `chunk` (one for the whole chunk; a packed row holds it at
-            every step).
+        labels: names along the last axis, if it has any (classes, quantiles).
+        per: `step` (one value per event) or `chunk` (one for the whole chunk, repeated in the
+            packed row of every step).
     """
 
     name: str
@@ -86,12 +85,12 @@ class Output:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The model's outputs, packed side by side in one float32 row of O values per step.
+    """The model's outputs, packed into one float32 row of O values per step.
 
     Attributes:
         outputs: one per head.
-        attention: layers that attend over the chunk; the weight that each gives to the step
-            follows the outputs.
+        attention: layers that attend over the chunk; their attention weights of the step follow
+            the outputs.
     """
 
     outputs: tuple[Output, ...]
@@ -104,13 +103,13 @@ class OutputSpec:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each output lies in the packed row."""
-        found: dict[str, slice] = {}
+        """The slice of each output in the packed row."""
+        slices: dict[str, slice] = {}
         start = 0
         for output in self.outputs:
-            found[output.name] = slice(start, start + output.size)
+            slices[output.name] = slice(start, start + output.size)
             start += output.size
-        return found
+        return slices
 
     def by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
         """Split packed rows [..., O] into named arrays [..., *shape] (views where possible)."""
@@ -121,13 +120,13 @@ class OutputSpec:
         }
 
     def attention_by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
-        """By layer, the weight of each step [...] out of packed rows [..., O]."""
+        """The attention weight of each step [...] by layer, from packed rows [..., O]."""
         first = self.size - len(self.attention)
         return {name: rows[..., first + index] for index, name in enumerate(self.attention)}
 
 
 def state_spec(spec: ModelSpec) -> StateSpec:
-    """All parts of the state: the network's, then the clock's and those of the blocks."""
+    """The layout of the complete state: parts of the network, the clock and the blocks."""
     parts = list(network_state(spec).parts)
     if spec.events is not None and spec.events.timestamp is not None:
         clock = (CLOCK_LAST_MS, CLOCK_SEEN, CLOCK_OUT_OF_ORDER)
@@ -138,12 +137,12 @@ def state_spec(spec: ModelSpec) -> StateSpec:
 
 
 def network_state(spec: ModelSpec) -> StateSpec:
-    """The parts that the step takes and gives: each carried layer's, each head's, the decoder's."""
+    """The parts that the network reads and writes: of stateful layers, heads and the decoder."""
     widths = layer_widths(spec)
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
         for layer in spec.layers
-        for part, shape in _carried(layer, widths, in_blocks=spec.blocks is not None).items()
+        for part, shape in _state_parts(layer, widths, in_blocks=spec.blocks is not None).items()
     ]
     parts.extend(
         StatePart(f"{head.name}.forecast", (anomaly_size(spec, head),), "float32")
@@ -155,12 +154,12 @@ def network_state(spec: ModelSpec) -> StateSpec:
     return StateSpec(tuple(parts))
 
 
-def _carried(
+def _state_parts(
     layer: Layer, widths: Mapping[str, int], *, in_blocks: bool
 ) -> dict[str, tuple[int, ...]]:
-    """The parts that a layer carries from chunk to chunk, with their shapes.
+    """The state parts of a layer, with their shapes.
 
-    In blocks a backward cell carries nothing: it begins from zero at the end of each window.
+    With blocks, a backward cell has none: it starts from zero at the end of each window.
     """
     match layer:
         case LstmLayer() | GruLayer() | BidirectionalLayer() if layer.starts_from is None:
@@ -171,7 +170,7 @@ def _carried(
                 if not (in_blocks and part.startswith("backward."))
             }
         case AttentionLayer(over="stream"):
-            # each sum as what float32 holds of it, and the rest
+            # Each sum is stored as a float32 and its remainder.
             return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
         case _:
             return {}
@@ -180,13 +179,15 @@ def _carried(
 def output_spec(spec: ModelSpec) -> OutputSpec:
     """The outputs, one per head, in the order of the heads."""
     widths = layer_widths(spec)
-    same = chunk_constant_layers(spec.layers)
+    constant = chunk_constant_layers(spec.layers)
     outputs = [_output(spec, head, widths) for head in spec.heads]
-    per_chunk = [head.input in same and not isinstance(head, AnomalyHead) for head in spec.heads]
+    per_chunk = [
+        head.input in constant and not isinstance(head, AnomalyHead) for head in spec.heads
+    ]
     return OutputSpec(
         tuple(
-            replace(output, per="chunk") if once else output
-            for output, once in zip(outputs, per_chunk, strict=True)
+            replace(output, per="chunk") if is_constant else output
+            for output, is_constant in zip(outputs, per_chunk, strict=True)
         ),
         tuple(
             layer.name
@@ -219,14 +220,14 @@ def _output(spec: ModelSpec, head: Head, widths: Mapping[str, int]) -> Output:
 
 
 def event_field(spec: ModelSpec, name: str) -> EventField:
-    """The event field of that name; the spec's own checks make sure there is one."""
+    """The event field with a name; validation of the spec ensures that it exists."""
     if spec.events is None:
         raise KeyError(name)
     return spec.events.field(name)
 
 
 def anomaly_size(spec: ModelSpec, head: AnomalyHead) -> int:
-    """P, how many numbers describe the forecast of one event."""
+    """P, the number of distribution parameters of one event's forecast."""
     return sum(anomaly_width(event_field(spec, name)) for name in head.targets)
 
 
@@ -244,7 +245,7 @@ def anomaly_width(field: EventField) -> int:
 
 
 def head_units(spec: ModelSpec, head: Head) -> int:
-    """Columns of the head's kernel; 0 for a head without weights."""
+    """Number of columns of a head's kernel; 0 for a head without weights."""
     match head:
         case SequenceHead():
             return 0
@@ -262,7 +263,7 @@ def head_units(spec: ModelSpec, head: Head) -> int:
 
 
 def layer_widths(spec: ModelSpec) -> dict[str, int]:
-    """Width of what each layer gives per step, `features` included."""
+    """Output width per step of each layer, including `features`."""
     widths = {FEATURES: sum(column.width for column in spec.columns)}
     for layer in spec.layers:
         widths[layer.name] = layer_width(layer, widths)
@@ -274,11 +275,10 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
     `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
     `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
-    `<layer>.context` of an attention layer, and what an LSTM's options add:
-    `<layer>.peepholes` (gates i, f, o side by side),
-    `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`, `<layer>.projection`;
-    a bidirectional layer has those of two cells, `<layer>.forward` and `<layer>.backward`;
-    those of a decoder's step network with `decoder.` before their names.
+    `<layer>.context` of an attention layer, and for options of an LSTM `<layer>.peepholes` (gates
+    i, f, o concatenated), `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`,
+    `<layer>.projection`. A bidirectional layer has the weights of two cells, `<layer>.forward` and
+    `<layer>.backward`. Weights of a decoder's step network have the prefix `decoder.`.
     """
     widths = layer_widths(spec)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -323,7 +323,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def _cell_shapes(cell: LstmLayer | GruLayer, read: int) -> dict[str, tuple[int, ...]]:
-    """The weights of one cell that reads rows of that width."""
+    """Name and shape of the weights of a cell with an input width."""
     if isinstance(cell, LstmLayer):
         return _lstm_shapes(cell, read)
     gates = 3 * cell.units

@@ -1,8 +1,8 @@
-"""The specification of a model: its events, its network, its heads, its training.
+"""Specification of a model: its event schema, layers, heads, decoder and training.
 
-`SPEC.yaml` is this, written by hand; the artifact's manifest holds the same with every
-name resolved and every fitted number filled in. Nothing here imports a runtime: the Keras
-builder, the ONNX writer and the state layout all read this one description.
+`SPEC.yaml` is written by hand; the artifact's manifest contains the same specification with every
+name resolved and every fitted number filled in. No runtime is imported: the Keras builder, the ONNX
+exporter and the state layout are derived from this specification.
 """
 
 from __future__ import annotations
@@ -55,35 +55,35 @@ ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class TrainingSpec(Frozen):
-    """How `carry train` fits the model.
+    """Training options of `carry train`.
 
     Attributes:
-        stream: column of the data that names the stream.
+        stream: column of the data with the stream's name.
         order_by: column that orders a stream's events; the timestamp field by default.
-        validate_from: RFC 3339 moment (in the schema's zone if it has none); events from it on
-            choose the epoch.
-        test_from: RFC 3339 moment; events from it on are held out and scored once.
-        epochs: most epochs.
-        patience: epochs without a better validation loss after which training stops.
-        window_steps: events per window of truncated back-propagation.
-        segment_windows: windows that follow one another from a stream's own state before the
-            next segment of another stream takes their place.
-        batch_streams: segments trained side by side.
-        learning_rate: AdamW's, reached after a short warm-up.
-        schedule: `cosine` lets it fall to zero over `epochs`, `constant` keeps it.
-        weight_decay: AdamW's, on matrices (not on biases and other vectors).
+        validate_from: RFC 3339 time (in the schema's time zone if it has none); events from then
+            on are the validation set, which selects the epoch.
+        test_from: RFC 3339 time; events from then on are the test set, scored once.
+        epochs: maximum number of epochs.
+        patience: epochs without a better validation loss after which training stops (early
+            stopping).
+        window_steps: events per window of truncated back-propagation through time.
+        segment_windows: consecutive windows that continue from a stream's state before the batch
+            slot is given to a segment of another stream.
+        batch_streams: segments per batch.
+        learning_rate: peak learning rate of AdamW, reached after a short warm-up.
+        schedule: `cosine` decays the learning rate to zero over `epochs`, `constant` keeps it.
+        weight_decay: weight decay of AdamW, on matrices (not on biases and other vectors).
         clip_norm: bound of the gradient's global norm.
-        average_decay: decay per window of the running average of the weights, which is what is
-            validated and kept; 0 keeps the weights themselves.
-        unknown_rate: share of the categories that training shows to the network as unknown, so
-            that it learns what to do with those it never saw, and does not learn by heart.
-        weigh: what weighs the same in an epoch: `steps`, or `windows` however many steps they
-            hold.
-        loss_weights: by head, its share in the loss; 1 where not named.
-        seed: of weights, order and dropout.
-        members: networks trained one after the other, from seeds that follow one another, and
-            merged into one that averages them.
-        decoder: how a decoder is trained, in a model that has one.
+        average_decay: decay per window of the exponential moving average of the weights, which is
+            validated and kept; 0 disables averaging.
+        unknown_rate: share of category values that training replaces by the unknown category, so
+            that the network learns to handle unseen categories and overfits less.
+        weigh: unit of equal weight in an epoch: `steps`, or `windows` regardless of their length.
+        loss_weights: weight of each head in the loss; 1 by default.
+        seed: seed of weights, order and dropout.
+        members: ensemble size: networks trained with consecutive seeds and merged into one that
+            averages their outputs.
+        decoder: training options of the decoder, if the model has one.
     """
 
     stream: str
@@ -109,15 +109,17 @@ class TrainingSpec(Frozen):
 
 
 class ModelSpec(Frozen):
-    """One model. Either `events` (an event schema) or `features` (raw rows of F floats).
+    """Specification of one model, with either `events` (an event schema) or `features` (raw rows
+    of F floats).
 
-    Every name in `layers` and `heads` is resolved after validation: a spec read back from a
-    manifest equals the one that was written.
+    Validation resolves every name in `layers` and `heads`: a spec read back from a manifest equals
+    the one that was written.
 
     Attributes:
-        blocks: how a bidirectional network follows streams; without it, it takes whole sequences.
-        max_chunk_steps: most steps of one chunk, for a network that sees a chunk as a whole;
-            `chunk_limit` says what holds.
+        blocks: blocks in which a bidirectional network processes streams; without it, the network
+            accepts complete sequences only.
+        max_chunk_steps: longest chunk of a network that sees a chunk as a whole; `chunk_limit` is
+            the effective value.
     """
 
     name: ModelName
@@ -136,10 +138,10 @@ class ModelSpec(Frozen):
     def _resolve_names(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("layers"), (list, tuple)):
             return data
-        layers, previous = _named(data["layers"])
+        layers, previous = _resolve_layers(data["layers"])
         decoder = data.get("decoder")
         if isinstance(decoder, dict) and isinstance(decoder.get("layers"), (list, tuple)):
-            own, _ = _named(decoder["layers"])
+            own, _ = _resolve_layers(decoder["layers"])
             data = {**data, "decoder": collect_starts_from({**decoder, "layers": own})}
         heads = data.get("heads")
         if isinstance(heads, (list, tuple)):
@@ -150,25 +152,25 @@ class ModelSpec(Frozen):
         return {**data, "layers": layers, "heads": heads}
 
     @model_validator(mode="after")
-    def _consistent(self) -> ModelSpec:
+    def _check_consistency(self) -> ModelSpec:
         if (self.events is None) == (self.features is None):
-            raise ValueError("expected either `events` or `features`, not both and not neither")
+            raise ValueError("expected exactly one of `events` and `features`")
         widths = {FEATURES: sum(column.width for column in self.columns)}
         before: dict[str, Layer] = {}
         for layer in self.layers:
             if layer.name in widths:
-                raise ValueError(f"layer {layer.name!r}: expected a name of its own")
+                raise ValueError(f"layer {layer.name!r}: expected a unique name")
             for name in layer.inputs:
                 if name not in widths:
                     raise ValueError(
                         f"layer {layer.name!r} reads {name!r}, "
                         f"expected one before it: {sorted(widths)}"
                     )
-            many = isinstance(layer, MergeLayer)
-            if many == (len(layer.inputs) < 2):
-                wanted = "two inputs or more" if many else "one input"
+            is_merge = isinstance(layer, MergeLayer)
+            if is_merge == (len(layer.inputs) < 2):
+                expected = "two or more inputs" if is_merge else "one input"
                 raise ValueError(
-                    f"layer {layer.name!r}: expected {wanted}, got {list(layer.inputs)}"
+                    f"layer {layer.name!r}: expected {expected}, got {list(layer.inputs)}"
                 )
             if isinstance(layer, RECURRENT):
                 check_starts_from(layer, before)
@@ -179,7 +181,7 @@ class ModelSpec(Frozen):
         names: set[str] = set()
         for head in self.heads:
             if head.name in names:
-                raise ValueError(f"head {head.name!r}: expected a name of its own")
+                raise ValueError(f"head {head.name!r}: expected a unique name")
             names.add(head.name)
             if head.input not in widths:
                 raise ValueError(
@@ -188,8 +190,8 @@ class ModelSpec(Frozen):
             self._check_targets(head)
             if isinstance(head, AnomalyHead) and head.input in non_causal_layers(self.layers):
                 raise ValueError(
-                    f"head {head.name!r} judges events by forecasts made before them, and "
-                    f"{head.input!r} knows the chunk's later events; expected a layer that does not"
+                    f"head {head.name!r} scores events by forecasts made before them, but "
+                    f"{head.input!r} depends on later events of the chunk; expected a causal layer"
                 )
         self._check_blocks()
         self._check_chunk_limit()
@@ -198,11 +200,11 @@ class ModelSpec(Frozen):
             try:
                 _ = self.decoder_network
             except ValidationError as error:
-                found = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"decoder: {found}") from error
+                message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"decoder: {message}") from error
             names.add(DECODER)
-        weighed = self.training.loss_weights if self.training is not None else {}
-        for name in weighed:
+        loss_weights = self.training.loss_weights if self.training is not None else {}
+        for name in loss_weights:
             if name not in names:
                 raise ValueError(
                     f"training.loss_weights: expected heads among {sorted(names)}, got {name!r}"
@@ -213,8 +215,8 @@ class ModelSpec(Frozen):
         backward = any(isinstance(layer, BidirectionalLayer) for layer in self.layers)
         if backward and self.decoder is not None:
             raise ValueError(
-                "decoder: expected layers that carry their states through a stream, and a "
-                "bidirectional one does not"
+                "decoder: expected layers that carry their states through a stream, which "
+                "bidirectional ones do not"
             )
         if self.blocks is None:
             return
@@ -234,8 +236,8 @@ class ModelSpec(Frozen):
         for head in self.heads:
             if isinstance(head, AnomalyHead):
                 raise ValueError(
-                    f"head {head.name!r}: an anomaly head judges an event by a forecast from "
-                    "before it, and a network with `blocks` has seen what follows"
+                    f"head {head.name!r}: an anomaly head scores an event by a forecast from "
+                    "before it, but a network with `blocks` depends on later events"
                 )
 
     def _check_chunk_limit(self) -> None:
@@ -243,7 +245,7 @@ class ModelSpec(Frozen):
         if most is None:
             if self.max_chunk_steps is not None:
                 raise ValueError(
-                    "max_chunk_steps: expected none, since the network goes through chunks of any "
+                    "max_chunk_steps: expected none, since the network processes chunks of any "
                     f"length step by step; got {self.max_chunk_steps}"
                 )
         elif self.training is not None and self.training.window_steps > most:
@@ -253,22 +255,22 @@ class ModelSpec(Frozen):
             )
 
     def _check_targets(self, head: Head) -> None:
-        wanted: dict[str, tuple[str, ...]] = {}
+        allowed_kinds: dict[str, tuple[str, ...]] = {}
         kinds: tuple[str, ...]
         match head:
             case DenseHead() if head.targets:
-                wanted = dict.fromkeys(head.targets, ("numeric",))
+                allowed_kinds = dict.fromkeys(head.targets, ("numeric",))
                 if len(head.targets) != head.units:
                     raise ValueError(
                         f"head {head.name!r}: expected one target per unit ({head.units})"
                     )
             case ForecastHead():
-                wanted = dict.fromkeys(head.targets, ("numeric",))
+                allowed_kinds = dict.fromkeys(head.targets, ("numeric",))
             case ClassificationHead():
                 kinds = ("categorical", "boolean") if head.above is None else ("numeric",)
-                wanted = {head.target: kinds}
+                allowed_kinds = {head.target: kinds}
             case AnomalyHead():
-                wanted = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
+                allowed_kinds = dict.fromkeys(head.targets, ("numeric", "categorical", "boolean"))
             case LabelHead() if self.events is not None:
                 if head.source in {field.name for field in self.events.fields}:
                     raise ValueError(
@@ -277,7 +279,7 @@ class ModelSpec(Frozen):
                     )
             case _:
                 pass
-        for name, kinds in wanted.items():
+        for name, kinds in allowed_kinds.items():
             if self.events is None:
                 raise ValueError(
                     f"head {head.name!r}: targets are event fields, and the model has no `events`"
@@ -297,38 +299,38 @@ class ModelSpec(Frozen):
 
     @property
     def chunking(self) -> Chunking:
-        """What the cuts of a stream mean to the network; see `models.spec.chunking`."""
+        """The chunking semantics of the network; see `models.spec.chunking`."""
         return chunking_of(self.layers, blocks=self.blocks is not None)
 
     @property
     def chunk_limit(self) -> int | None:
-        """Most steps of one chunk; None where a chunk may be cut anywhere."""
+        """Largest number of steps of a chunk; None if chunks may have any length."""
         if self.chunking == "invisible":
             return None
         return self.max_chunk_steps or DEFAULT_CHUNK_STEPS
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns of a row of `inputs`, F of them."""
+        """The F columns of a row of `inputs`."""
         if self.events is not None:
             return self.events.columns
         return tuple(Column(f"feature_{index}") for index in range(self.features or 0))
 
     @property
     def input_features(self) -> int:
-        """F, the number of values in a row of `inputs`."""
+        """F, the number of values of a row of `inputs`."""
         return len(self.columns)
 
     @cached_property
     def decoder_network(self) -> ModelSpec | None:
-        """The network of one decoder step (see `models.spec.decoder`); None without a decoder."""
+        """The specification of one decoder step (`models.spec.decoder`); None without a decoder."""
         if self.decoder is None:
             return None
         return ModelSpec.model_validate(network_data(self, self.decoder))
 
 
-def _named(layers: Sequence[Any]) -> tuple[list[Any], str]:
-    """Plain data of layers with every name and input filled in, and the name of the last."""
+def _resolve_layers(layers: Sequence[Any]) -> tuple[list[Any], str]:
+    """Fill in names and inputs of layers given as plain data; also returns the last name."""
     named = [dict(layer) if isinstance(layer, dict) else layer for layer in layers]
     counts: Counter[str] = Counter()
     previous = FEATURES
@@ -344,7 +346,7 @@ def _named(layers: Sequence[Any]) -> tuple[list[Any], str]:
 
 
 def parse_spec(data: Any, source: str = "spec") -> ModelSpec:
-    """Validate plain data as a `ModelSpec`; SpecError names each place that is wrong."""
+    """Validate plain data as a `ModelSpec`; SpecError lists every invalid member."""
     try:
         return ModelSpec.model_validate(data)
     except ValidationError as error:

@@ -1,13 +1,12 @@
-"""Reading a `SPEC.yaml`: what is wrong in it is said with its line.
+"""Reads a `SPEC.yaml` and reports its errors with line numbers.
 
     SPEC.yaml:9: layers.1.units: expected greater than or equal to 1, got 0
     SPEC.yaml:12: heads.0: head 'next' reads 'lstm_3', expected one of ['features', 'lstm_1']
 
-Every wrong place is named at once, in the order of the file. A check of the whole specification
-(`ModelSpec`, or of training against its data) begins its message with what it is about: `layer
-'x'`, `head 'x'`, `field 'x'`, `decoder: layer 'x'` or the dotted path of a member; that is how its
-line is found. A key that stands twice in one mapping is refused, because YAML's readers silently
-keep the last.
+All errors are reported together, in the order of the file. A check of the specification as a whole
+(by `ModelSpec`, or of training against its data) begins its message with its subject, by which the
+line is found: `layer 'x'`, `head 'x'`, `field 'x'`, `decoder: layer 'x'` or the dotted path of a
+member. Duplicate keys of a mapping are errors, because YAML readers silently keep the last one.
 """
 
 from __future__ import annotations
@@ -30,13 +29,15 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "head": ("heads",),
     "field": ("events", "fields"),
 }
-_SHOWN_CHARACTERS = 60
+_MAX_VALUE_CHARACTERS = 60
 
 
 class _Problem(NamedTuple):
+    """An error: line number, dotted path of the member, and message."""
+
     line: int
-    place: str
-    said: str
+    path: str
+    message: str
 
 
 def read_spec(path: Path) -> ModelSpec:
@@ -44,102 +45,105 @@ def read_spec(path: Path) -> ModelSpec:
 
     Raises:
         SpecError: the file cannot be read, is not YAML, or describes no model; one line for
-            each wrong place, `file:line: place: what was expected, what came`.
+            each error, `file:line: member: expected ..., got ...`.
     """
     try:
-        node, repeated, data = _loaded(path.read_text(encoding="utf-8"))
+        node, duplicates, data = _load(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f":{mark.line + 1}"
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise SpecError(f"{path}{line}: expected YAML, got {said}") from error
+        message = ", ".join(part for part in (error.context, error.problem) if part)
+        raise SpecError(f"{path}{line}: expected YAML, got {message}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: {' '.join(str(error).split())}") from error
-    if repeated:
-        raise _refusal(path, repeated)
+    if duplicates:
+        raise _spec_error(path, duplicates)
     try:
         return ModelSpec.model_validate(data)
     except ValidationError as error:
-        # A list without an item that is right counts as too short; its items say what is wrong.
-        found = [
+        # A list without valid items counts as too short; the errors of its items are reported.
+        errors = [
             item
             for item in error.errors(include_url=False)
             if item["type"] != "too_short" or len(item["input"]) < item["ctx"]["min_length"]
         ]
-        raise _refusal(path, [_located(item, node, data) for item in found]) from error
+        raise _spec_error(path, [_locate(item, node, data) for item in errors]) from error
 
 
 def add_line_number(path: Path, error: SpecError) -> SpecError:
-    """What was found wrong after the file was read, with the line that it is about.
+    """Add the line number to an error that was detected after the file was read.
 
-    Without a line where the message does not begin with a place in the file, or the file is
-    another by now.
+    The line is omitted if the message does not begin with a member of the file, or if the file has
+    changed.
     """
     try:
-        node, _, data = _loaded(path.read_text(encoding="utf-8"))
+        node, _, data = _load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return SpecError(f"{path}: {error}")
-    subject, said = _subject(str(error), data)
-    line, place = _line(node, (), subject)
-    if not place:
+    subject, message = _parse_subject(str(error), data)
+    line, member = _find_line(node, (), subject)
+    if not member:
         return SpecError(f"{path}: {error}")
-    return _refusal(path, [_Problem(line, place, said)])
+    return _spec_error(path, [_Problem(line, member, message)])
 
 
-def _refusal(path: Path, problems: Sequence[_Problem]) -> SpecError:
+def _spec_error(path: Path, problems: Sequence[_Problem]) -> SpecError:
     return SpecError(
-        "\n".join(f"{path}:{line}: {place}: {said}" for line, place, said in sorted(problems))
+        "\n".join(
+            f"{path}:{line}: {member}: {message}" for line, member, message in sorted(problems)
+        )
     )
 
 
-def _loaded(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
-    """The document with its lines, the keys that stand twice in it, and its data."""
+def _load(text: str) -> tuple[yaml.Node | None, list[_Problem], Any]:
+    """Parse a document into nodes with lines, errors of duplicate keys, and data."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None, [], None
-        # Before the data is made: a merge (`<<`) then repeats what it overrides.
-        repeated = list(_repeated_keys(node))
-        return node, repeated, loader.construct_document(node)
+        # Before the data is constructed: a merge (`<<`) then adds the keys that it overrides.
+        duplicates = list(_find_duplicate_keys(node))
+        return node, duplicates, loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _located(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
-    steps, said = item["loc"], item["msg"]
+def _locate(item: ErrorDetails, node: yaml.Node | None, data: Any) -> _Problem:
+    """Convert a validation error, with its line and path."""
+    steps, message = item["loc"], item["msg"]
     subject: tuple[int | str, ...] = ()
     context = item.get("ctx", {})
     match item["type"]:
         case "missing":
-            subject, said = steps[-1:], "expected a value, got none"
+            subject, message = steps[-1:], "expected a value, got none"
         case "extra_forbidden":
-            said = "expected no member of this name"
+            message = "expected no member of this name"
         case "too_short":
             least, got = context["min_length"], len(item["input"])
-            said = f"expected {least} or more, got {got}"
+            message = f"expected {least} or more, got {got}"
         case "union_tag_invalid":
             steps = (*steps, "kind")
-            said = f"expected one of {context['expected_tags']}, got {context['tag']!r}"
+            message = f"expected one of {context['expected_tags']}, got {context['tag']!r}"
         case "union_tag_not_found":
-            subject, said = ("kind",), "expected a value, got none"
+            subject, message = ("kind",), "expected a value, got none"
         case "value_error":
-            subject, said = _subject(said.removeprefix("Value error, "), data)
+            subject, message = _parse_subject(message.removeprefix("Value error, "), data)
         case _:
-            said = said.replace("Input should be ", "expected ", 1)
-            said = f"{said}, got {_short(item['input'])}"
-    line, place = _line(node, steps, subject)
-    return _Problem(line, place or "spec", said)
+            message = message.replace("Input should be ", "expected ", 1)
+            message = f"{message}, got {_short(item['input'])}"
+    line, member = _find_line(node, steps, subject)
+    return _Problem(line, member or "spec", message)
 
 
-def _line(
+def _find_line(
     node: yaml.Node | None, steps: Sequence[int | str], subject: Sequence[int | str]
 ) -> tuple[int, str]:
-    """The line of a place, counted from 1, and its dotted path.
+    """Find the line of a member, counted from 1, and its dotted path.
 
-    Steps that are not in the file are passed over, since validation names the kind of a layer as
-    a step. What the message is about ends the path in any case: a member that is missing, or has
-    its default, stands at the line around it.
+    Steps that are not in the file are skipped, since validation reports the kind of a layer as a
+    step. The subject always ends the path: a member that is missing, or has its default, is
+    reported at the line of its parent.
     """
     line = 1 if node is None else node.start_mark.line + 1
     path: list[str] = []
@@ -156,7 +160,7 @@ def _line(
 
 def _member(node: yaml.Node | None, step: int | str) -> tuple[int, yaml.Node] | None:
     if isinstance(node, yaml.MappingNode):
-        # The last of equal keys holds: those that a merge overrides stand before it.
+        # The last of equal keys is effective: keys that a merge overrides come before it.
         for key, value in reversed(node.value):
             if key.value == str(step):
                 return key.start_mark.line + 1, value
@@ -166,28 +170,28 @@ def _member(node: yaml.Node | None, step: int | str) -> tuple[int, yaml.Node] | 
     return None
 
 
-def _subject(said: str, data: Any) -> tuple[tuple[int | str, ...], str]:
-    """The path of what a message begins with, and the message, which need not repeat a path.
+def _parse_subject(message: str, data: Any) -> tuple[tuple[int | str, ...], str]:
+    """Split a message into the path of its subject and the rest.
 
-    The path is empty where the message names nothing in the file.
+    The path is empty if the message names no member of the file.
     """
-    match = _SUBJECT.match(said)
+    match = _SUBJECT.match(message)
     if match is None:
-        return (), said
+        return (), message
     inside, kind, name, dotted = match.groups()
     if dotted is not None:
-        return tuple(dotted.split(".")), said[match.end() :].strip()
+        return tuple(dotted.split(".")), message[match.end() :].strip()
     section = _SECTIONS[kind]
     if inside is not None:
-        section, said = (inside, *section), said.removeprefix(f"{inside}: ")
-    for index, found in enumerate(_names(data, section)):
-        if found == name:
-            return (*section, index), said
-    return (), said
+        section, message = (inside, *section), message.removeprefix(f"{inside}: ")
+    for index, item_name in enumerate(_names(data, section)):
+        if item_name == name:
+            return (*section, index), message
+    return (), message
 
 
 def _names(data: Any, section: Sequence[str]) -> Iterator[str]:
-    """Names of a section's items in order, filled in as `ModelSpec` does where there is none."""
+    """Yield the names of a section's items in order, with the defaults of `ModelSpec`."""
     for key in section:
         data = data.get(key) if isinstance(data, Mapping) else None
     counts: dict[str, int] = {}
@@ -198,26 +202,26 @@ def _names(data: Any, section: Sequence[str]) -> Iterator[str]:
         yield str(member.get("name") or f"{kind}_{counts[kind]}")
 
 
-def _repeated_keys(root: yaml.Node) -> Iterator[_Problem]:
-    waiting, seen = [root], set()
-    while waiting:
-        node = waiting.pop()
+def _find_duplicate_keys(root: yaml.Node) -> Iterator[_Problem]:
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting.extend(node.value)
+            pending.extend(node.value)
         elif isinstance(node, yaml.MappingNode):
             lines: dict[str, int] = {}
             for key, value in node.value:
-                waiting.append(value)
+                pending.append(value)
                 name, line = str(key.value), key.start_mark.line + 1
                 if name in lines and name != "<<":
-                    said = f"expected it once, it stands at line {lines[name]} already"
-                    yield _Problem(line, name, said)
+                    message = f"expected a unique key, line {lines[name]} has it already"
+                    yield _Problem(line, name, message)
                 lines.setdefault(name, line)
 
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+    return text if len(text) <= _MAX_VALUE_CHARACTERS else f"{text[:_MAX_VALUE_CHARACTERS]}..."

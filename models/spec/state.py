@@ -1,8 +1,8 @@
-"""The layout of one stream's state: named parts, each with its shape and dtype.
+"""Layout of a stream's state: named parts with shape and dtype, packed into two rows.
 
-The network's parts are float32 and travel as one packed row. What must not lose digits
-(the last timestamp, counters) is int64 and travels as a second row. Parts are found by
-name; their order in the rows is the order of the `StateSpec` and is written only there.
+The network's parts are float32 and packed into one row. Parts that must be exact (the last
+timestamp, counters) are int64 and packed into a second row. Parts are accessed by name; only
+`StateSpec` knows their order in the rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
     Attributes:
         floats: float32 [N], the network's parts, packed.
-        ints: int64 [M], the parts that must keep every digit, packed.
+        ints: int64 [M], the parts that must be exact, packed.
     """
 
     floats: FloatArray
@@ -68,17 +68,17 @@ class StateSpec:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each part lies in the row of its dtype."""
-        found: dict[str, slice] = {}
+        """The slice of each part in the row of its dtype."""
+        slices: dict[str, slice] = {}
         ends = {"float32": 0, "int64": 0}
         for part in self.parts:
             start = ends[part.dtype]
             ends[part.dtype] = start + part.size
-            found[part.name] = slice(start, ends[part.dtype])
-        return found
+            slices[part.name] = slice(start, ends[part.dtype])
+        return slices
 
     def zero(self) -> State:
-        """The state of a stream that has seen nothing: every value zero."""
+        """The initial state of a stream: every value is zero."""
         return State(np.zeros(self.float_size, np.float32), np.zeros(self.int_size, np.int64))
 
     def by_name(self, state: State) -> dict[str, NDArray[Any]]:
@@ -90,11 +90,11 @@ class StateSpec:
         }
 
     def from_names(self, values: Mapping[str, Any]) -> State:
-        """Pack named arrays or nested lists, as `by_name` gives them.
+        """Pack named arrays or nested lists; the inverse of `by_name`.
 
         Raises:
-            StateError: a part is missing, unknown, of another shape, not a number of its
-                dtype, or not finite.
+            StateError: a part is missing or unknown, has another shape, or values that are not
+                finite numbers of its dtype.
         """
         names = [part.name for part in self.parts]
         missing = [name for name in names if name not in values]
@@ -110,33 +110,33 @@ class StateSpec:
 
 def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
     try:
-        given = np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {error}"
         ) from error
-    if given.size == 0 and part.size == 0:
-        given = given.astype(part.dtype)
-    if given.shape != part.shape:
+    if array.size == 0 and part.size == 0:
+        array = array.astype(part.dtype)
+    if array.shape != part.shape:
         raise StateError(
-            f"part {part.name!r}: expected shape {list(part.shape)}, got {list(given.shape)}"
+            f"part {part.name!r}: expected shape {list(part.shape)}, got {list(array.shape)}"
         )
-    if _holds_booleans(value):
+    if _has_booleans(value):
         raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
-    wanted = "iuf" if part.dtype == "float32" else "iu"
-    if given.dtype.kind not in wanted:
-        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {given.dtype}")
+    kinds = "iuf" if part.dtype == "float32" else "iu"
+    if array.dtype.kind not in kinds:
+        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {array.dtype}")
     with np.errstate(over="ignore"):
-        cast = given.astype(part.dtype)
+        cast = array.astype(part.dtype)
     if part.dtype == "float32" and not np.isfinite(cast).all():
         raise StateError(f"part {part.name!r}: expected finite float32 values")
-    if part.dtype == "int64" and not np.array_equal(cast, given):
+    if part.dtype == "int64" and not np.array_equal(cast, array):
         raise StateError(f"part {part.name!r}: expected int64 values, got one out of range")
     return cast
 
 
-def _holds_booleans(value: Any) -> bool:
-    """NumPy would take them for numbers once they stand among numbers."""
+def _has_booleans(value: Any) -> bool:
+    """Whether nested lists contain booleans; among numbers, NumPy converts them to numbers."""
     if isinstance(value, list | tuple):
-        return any(_holds_booleans(item) for item in value)
+        return any(_has_booleans(item) for item in value)
     return isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""The artifact that the tests of artifacts begin from, and ways to spoil one."""
+"""Artifact of the tests, and ways to damage it."""
 
 from __future__ import annotations
 

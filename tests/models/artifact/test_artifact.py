@@ -1,4 +1,4 @@
-"""Artifacts: what is written is read back, and only what fits is written."""
+"""Artifacts: writing, loading and replacing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS, manifest_of
 from tests.support.models import random_weights
 
 
-def test_what_is_written_is_read_back(made: Path) -> None:
+def test_an_artifact_round_trips(made: Path) -> None:
     artifact = load_artifact(made)
 
     assert artifact.path == made
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back(made: Path) -> None:
             artifact.weights[name][...] = 0
 
 
-def test_writing_gives_what_loading_gives(tmp_path: Path) -> None:
+def test_write_artifact_returns_the_loaded_artifact(tmp_path: Path) -> None:
     written = write_artifact(tmp_path / "a", SPEC, WEIGHTS)
     loaded = load_artifact(tmp_path / "a")
 
@@ -47,7 +47,7 @@ def test_writing_gives_what_loading_gives(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_manifest_says_what_follows_from_the_spec(made: Path) -> None:
+def test_the_manifest_contains_the_derived_layouts(made: Path) -> None:
     manifest = manifest_of(made)
 
     assert manifest["format"] == 1
@@ -73,7 +73,7 @@ def test_the_manifest_says_what_follows_from_the_spec(made: Path) -> None:
     assert manifest["libraries"]["numpy"] == np.__version__
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_models_are_written_as_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_artifact(tmp_path / name, SPEC, dict(reversed(WEIGHTS.items())))
 
@@ -81,7 +81,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_files_are_copied_from_paths_too(tmp_path: Path) -> None:
+def test_additional_files_are_copied_from_paths(tmp_path: Path) -> None:
     source = tmp_path / "source.txt"
     source.write_text("skill")
 
@@ -90,7 +90,7 @@ def test_files_are_copied_from_paths_too(tmp_path: Path) -> None:
     assert (artifact.path / "x" / "report.txt").read_text() == "skill"
 
 
-def test_a_raw_model_needs_no_events(tmp_path: Path) -> None:
+def test_a_model_of_raw_features_needs_no_events(tmp_path: Path) -> None:
     spec = parse_spec(
         {
             "name": "raw",
@@ -105,7 +105,7 @@ def test_a_raw_model_needs_no_events(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "raw").spec == spec
 
 
-def test_unlisted_files_and_moves_change_nothing(made: Path, tmp_path: Path) -> None:
+def test_unlisted_files_and_renames_are_ignored(made: Path, tmp_path: Path) -> None:
     (made / "notes.txt").write_text("mine")
     moved = tmp_path / "elsewhere"
     shutil.move(made, moved)
@@ -127,7 +127,7 @@ def test_an_artifact_is_replaced_only_on_request(made: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_artifact_is_never_replaced(tmp_path: Path, overwrite: bool) -> None:
+def test_other_directories_are_never_replaced(tmp_path: Path, overwrite: bool) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     (folder / "precious.txt").write_text("x")
@@ -145,7 +145,7 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     assert write_artifact(tmp_path / "a", SPEC, WEIGHTS).spec == SPEC
 
 
-def test_a_write_that_fails_leaves_what_was_there(
+def test_a_failed_write_leaves_the_old_artifact(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
@@ -179,7 +179,7 @@ def test_a_write_that_fails_leaves_what_was_there(
         "graph.onnx",
     ],
 )
-def test_file_names_that_lead_out_or_are_taken_are_not_written(tmp_path: Path, name: str) -> None:
+def test_unsafe_and_reserved_file_names_are_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ArtifactError, match="file name"):
         write_artifact(tmp_path / "a", SPEC, WEIGHTS, files={name: b""})
     assert list(tmp_path.iterdir()) == []
@@ -188,6 +188,6 @@ def test_file_names_that_lead_out_or_are_taken_are_not_written(tmp_path: Path, n
 @pytest.mark.parametrize(
     "bad", [{"x": float("nan")}, {"x": np.float32(1)}, {"x": object()}, {"x": float("inf")}]
 )
-def test_metrics_are_plain_finite_data(tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_metrics_must_be_finite_json(tmp_path: Path, bad: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="plain, finite JSON"):
         write_artifact(tmp_path / "a", SPEC, WEIGHTS, metrics=bad)

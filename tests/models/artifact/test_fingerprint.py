@@ -1,4 +1,4 @@
-"""The fingerprint: every number counts, and nothing else does."""
+"""Fingerprint: depends on everything that determines outputs, and on nothing else."""
 
 from __future__ import annotations
 
@@ -89,22 +89,22 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("change", DETERMINES.values(), ids=DETERMINES.keys())
-def test_what_determines_numbers_changes_it(change: Change) -> None:
+def test_changes_of_outputs_change_the_fingerprint(change: Change) -> None:
     assert after(change) != BASE
 
 
-def test_each_change_gives_a_fingerprint_of_its_own() -> None:
+def test_different_changes_have_different_fingerprints() -> None:
     found = [after(change) for change in DETERMINES.values()]
 
     assert len(set(found)) == len(found)
 
 
 @pytest.mark.parametrize("change", LEAVES.values(), ids=LEAVES.keys())
-def test_what_determines_no_number_leaves_it(change: Change) -> None:
+def test_changes_without_effect_on_outputs_keep_the_fingerprint(change: Change) -> None:
     assert after(change) == BASE
 
 
-def test_the_column_that_a_label_is_learnt_from_leaves_it() -> None:
+def test_the_label_column_is_not_in_the_fingerprint() -> None:
     def labelled(column: str) -> bytes:
         head = {"kind": "label", "name": "l", "column": column}
         return after(lambda data: data["heads"].append(head))
@@ -112,7 +112,7 @@ def test_the_column_that_a_label_is_learnt_from_leaves_it() -> None:
     assert labelled("") == labelled("other") != BASE
 
 
-def test_the_zone_counts_only_where_there_is_a_timestamp() -> None:
+def test_the_time_zone_matters_only_with_a_timestamp() -> None:
     def without_time(zone: str) -> bytes:
         def change(data: dict[str, Any]) -> None:
             del data["events"]["fields"][2]
@@ -123,7 +123,7 @@ def test_the_zone_counts_only_where_there_is_a_timestamp() -> None:
     assert without_time("UTC") == without_time("Asia/Kathmandu") != BASE
 
 
-def test_every_weight_counts() -> None:
+def test_every_weight_is_in_the_fingerprint() -> None:
     found = {BASE}
     for name, array in WEIGHTS.items():
         other = array.copy()
@@ -133,7 +133,7 @@ def test_every_weight_counts() -> None:
     assert len(found) == 1 + len(WEIGHTS)
 
 
-def test_swapped_weights_count_and_their_order_and_layout_do_not() -> None:
+def test_the_fingerprint_ignores_order_and_memory_layout_of_weights() -> None:
     spec = small_spec()
     swapped = {
         **WEIGHTS,
@@ -149,7 +149,7 @@ def test_swapped_weights_count_and_their_order_and_layout_do_not() -> None:
     assert fingerprint(spec, turned) == BASE
 
 
-def test_it_is_the_hash_of_spelt_out_bytes_whatever_defaults_are_added() -> None:
+def test_the_fingerprint_is_the_hash_of_documented_bytes() -> None:
     spec = parse_spec(
         {
             "name": "fixed",

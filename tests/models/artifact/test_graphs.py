@@ -1,4 +1,4 @@
-"""Graphs in an artifact: derived from the weights, never read back, or absent with a reason."""
+"""ONNX graphs of an artifact: derived from the weights, or absent with a reason."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def graphless(path: Path) -> dict[str, Any]:
     return manifest_of(path)
 
 
-def test_a_model_that_no_graph_can_hold_says_why(tmp_path: Path) -> None:
+def test_a_model_without_a_graph_states_the_reason(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "odd", ODD, random_weights(ODD))
 
     assert artifact.graphs.data is None
@@ -47,7 +47,7 @@ def test_a_model_that_no_graph_can_hold_says_why(tmp_path: Path) -> None:
     assert set(artifact.manifest["files"]) == {"weights.safetensors"}
 
 
-def test_an_old_artifact_gets_its_graph_and_keeps_the_rest(made: Path) -> None:
+def test_add_graph_keeps_the_rest_of_an_artifact(made: Path) -> None:
     written = load_artifact(made)
     (made / "notes.txt").write_text("mine")
     before = graphless(made)
@@ -65,7 +65,7 @@ def test_an_old_artifact_gets_its_graph_and_keeps_the_rest(made: Path) -> None:
     assert add_graph(made).manifest == written.manifest
 
 
-def test_an_old_artifact_that_no_graph_can_hold_learns_why(tmp_path: Path) -> None:
+def test_add_graph_records_why_there_is_none(tmp_path: Path) -> None:
     path = tmp_path / "odd"
     written = write_artifact(path, ODD, random_weights(ODD))
     graphless(path)
@@ -76,9 +76,7 @@ def test_an_old_artifact_that_no_graph_can_hold_learns_why(tmp_path: Path) -> No
     assert load_artifact(path).manifest == written.manifest
 
 
-def test_every_moment_of_a_new_graph_is_a_whole_artifact(
-    made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_add_graph_is_crash_safe(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
     replace = Path.replace
 

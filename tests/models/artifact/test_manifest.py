@@ -1,4 +1,4 @@
-"""Manifests and files that are damaged, or do not fit each other, are refused by name."""
+"""Manifest: damaged and inconsistent files are rejected by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from tests.models.artifact.artifacts import WEIGHTS, manifest_of, refusal, seal
 from tests.support.models import SMALL
 
 
-def test_a_spec_that_is_not_fitted_is_neither_written_nor_loaded(
-    made: Path, tmp_path: Path
-) -> None:
+def test_an_unfitted_spec_is_neither_written_nor_loaded(made: Path, tmp_path: Path) -> None:
     data = json.loads(json.dumps(SMALL))
     data["events"]["fields"][0]["std"] = None
     spec = parse_spec(data)
@@ -34,7 +32,7 @@ def test_a_spec_that_is_not_fitted_is_neither_written_nor_loaded(
     refusal(made, "manifest.json", "fitted", "['load']")
 
 
-def test_paths_that_are_no_artifact(made: Path, tmp_path: Path) -> None:
+def test_paths_without_an_artifact_are_rejected(made: Path, tmp_path: Path) -> None:
     refusal(tmp_path / "none", "none", "expected a directory")
     refusal(made / "report.json", "expected a directory")
     refusal(tmp_path, "manifest.json", "No such file")
@@ -56,7 +54,7 @@ def test_paths_that_are_no_artifact(made: Path, tmp_path: Path) -> None:
         (b'{"format": 1, "x": NaN}', ["finite"]),
     ],
 )
-def test_manifests_that_are_none(made: Path, content: bytes, words: list[str]) -> None:
+def test_invalid_manifests_are_rejected(made: Path, content: bytes, words: list[str]) -> None:
     (made / "manifest.json").write_bytes(content)
 
     refusal(made, "manifest.json", *words)
@@ -74,7 +72,7 @@ FILES = ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_listed_file_is_guarded(made: Path, name: str) -> None:
+def test_every_listed_file_is_verified(made: Path, name: str) -> None:
     file = made / name
     content = file.read_bytes()
 
@@ -132,7 +130,7 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
 
 
 @pytest.mark.parametrize(("edit", "words"), EDITS.values(), ids=EDITS.keys())
-def test_a_manifest_that_does_not_fit_itself(made: Path, edit: Edit, words: list[str]) -> None:
+def test_an_inconsistent_manifest_is_rejected(made: Path, edit: Edit, words: list[str]) -> None:
     manifest = manifest_of(made)
     edit(manifest)
     seal(made, manifest)
@@ -217,7 +215,7 @@ def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(opened) == sorted(["manifest.json", *(Path(n).name for n in FILES)])
 
 
-def test_the_checksum_is_that_of_the_canonical_manifest(made: Path) -> None:
+def test_the_checksum_covers_the_canonical_manifest(made: Path) -> None:
     manifest = manifest_of(made)
     checksum = manifest.pop("checksum")
 

@@ -1,4 +1,4 @@
-"""Weights are stored as they are, and refused by name where they do not fit."""
+"""Weights: storage, and validation against the spec."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.errors import ArtifactError
 from tests.models.artifact.artifacts import SPEC, WEIGHTS, manifest_of, refusal, seal
 
 
-def test_weights_in_another_memory_order_are_stored_as_they_are(tmp_path: Path) -> None:
+def test_weights_in_another_memory_order_are_stored_correctly(tmp_path: Path) -> None:
     turned = {name: np.asfortranarray(array) for name, array in WEIGHTS.items()}
 
     artifact = write_artifact(tmp_path / "a", SPEC, turned)
@@ -56,7 +56,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize(("weights", "message"), MISFITS.values(), ids=MISFITS.keys())
-def test_weights_that_do_not_fit_are_neither_written_nor_loaded(
+def test_weights_of_another_spec_are_neither_written_nor_loaded(
     made: Path, tmp_path: Path, weights: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArtifactError) as caught:
@@ -69,14 +69,14 @@ def test_weights_that_do_not_fit_are_neither_written_nor_loaded(
     refusal(made, "weights.safetensors", message)
 
 
-def test_weights_that_are_no_safetensors(made: Path) -> None:
+def test_invalid_safetensors_are_rejected(made: Path) -> None:
     for content in (b"", b"\x08\0\0\0\0\0\0\0{}", b"\xff" * 64):
         (made / "weights.safetensors").write_bytes(content)
         seal(made, manifest_of(made))
         refusal(made, "weights.safetensors")
 
 
-def test_weights_are_pinned_by_the_fingerprint(made: Path) -> None:
+def test_changed_weights_fail_the_fingerprint(made: Path) -> None:
     swapped = {
         **WEIGHTS,
         "lstm_1.kernel": WEIGHTS["gru_1.kernel"],

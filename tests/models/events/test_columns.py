@@ -1,4 +1,4 @@
-"""Events column by column, and the canonical bytes of a chunk."""
+"""Columns of events, and the canonical bytes of a chunk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def canonical_by_hand(schema: EventSchema, chunk: list[dict[str, Any]]) -> bytes
     return out
 
 
-def test_columns_hold_values_and_presence() -> None:
+def test_columns_have_values_and_presence() -> None:
     columns = columns_from_events(FULL_SCHEMA, EVENTS)
 
     assert columns.steps == len(columns) == 2
@@ -82,7 +82,7 @@ def test_canonical_bytes_follow_the_documented_layout(chunk: list[dict[str, Any]
     assert canonical_bytes(FULL_SCHEMA, columns) == canonical_by_hand(FULL_SCHEMA, chunk)
 
 
-def test_absent_is_null_and_zero_has_no_sign() -> None:
+def test_absent_equals_null_and_zero_has_no_sign() -> None:
     base = EVENTS[0]
     absent = {key: value for key, value in base.items() if key != "delay"}
 
@@ -123,9 +123,7 @@ def test_every_field_is_in_the_canonical_bytes(name: str, other: Any) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(events(SPARSE_TIMES, 12), st.integers(-14, 14), st.integers(-14, 14))
-def test_a_slice_holds_the_events_of_the_slice(
-    chunk: list[dict[str, Any]], start: int, stop: int
-) -> None:
+def test_a_slice_contains_its_events(chunk: list[dict[str, Any]], start: int, stop: int) -> None:
     cut = columns_from_events(SPARSE_TIMES, chunk)[start:stop]
     wanted = columns_from_events(SPARSE_TIMES, chunk[start:stop])
 

@@ -1,4 +1,4 @@
-"""Encoding: against one event at a time in plain Python, and in any chunking."""
+"""Encoding: compared with a scalar reference, and across chunk boundaries."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def encoded_by_hand(
     ),
     st.sampled_from([(0, 0, 0), (1_370_000_000_123, 7, 2)]),
 )
-def test_encoding_is_what_the_table_says(
+def test_encoding_matches_the_reference(
     case: tuple[EventSchema, list[dict[str, Any]]], before: tuple[int, int, int]
 ) -> None:
     schema, chunk = case
@@ -113,7 +113,7 @@ def test_encoding_is_what_the_table_says(
 
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
-def test_chunking_is_invisible_to_the_bit(data: st.DataObject, schema: EventSchema) -> None:
+def test_encoding_is_chunk_invariant_bit_for_bit(data: st.DataObject, schema: EventSchema) -> None:
     chunk = data.draw(events(schema))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(chunk)), max_size=6)))
     before = data.draw(st.sampled_from([Clock(), Clock(1_370_000_000_123, 7, 2)]))
@@ -134,7 +134,7 @@ CLOCKS = [Clock(), Clock(1_370_000_000_123, 7, 2), Clock(MIN_TIMESTAMP_MS, 1, 0)
 
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from([FULL_SCHEMA, SPARSE_TIMES]))
-def test_chunks_encoded_together_are_those_encoded_alone(
+def test_batched_encoding_equals_separate_encoding(
     data: st.DataObject, schema: EventSchema
 ) -> None:
     in_order = data.draw(st.booleans())
@@ -155,7 +155,7 @@ def test_chunks_encoded_together_are_those_encoded_alone(
     assert after == [clock for _, clock in alone]
 
 
-def test_of_chunks_encoded_together_the_first_that_is_refused_is_named() -> None:
+def test_batched_encoding_names_the_first_rejected_chunk() -> None:
     good = {"load": 1.0, "at": 0, "carrier": "x", "heavy": True}
     chunks = [[good], [good, {**good, "load": 1e39}], [{**good, "load": -1e39}]]
     columns = [columns_from_events(FULL_SCHEMA, chunk) for chunk in chunks]
@@ -167,7 +167,7 @@ def test_of_chunks_encoded_together_the_first_that_is_refused_is_named() -> None
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(MIN_TIMESTAMP_MS, MAX_TIMESTAMP_MS - 1), max_size=40))
-def test_gaps_are_scaled_to_the_bit_as_one_by_one(times: list[int]) -> None:
+def test_vectorized_gaps_equal_scalar_gaps_bit_for_bit(times: list[int]) -> None:
     field = FULL_SCHEMA.timestamp
     assert field is not None
     clock = CLOCKS[1]
@@ -182,7 +182,7 @@ def test_gaps_are_scaled_to_the_bit_as_one_by_one(times: list[int]) -> None:
     assert rows[:, FULL_SCHEMA.column_index["at.gap"]].tolist() == wanted
 
 
-def test_an_absent_value_is_zero_without_a_sign_whatever_its_mean() -> None:
+def test_an_absent_value_is_positive_zero() -> None:
     chunk = [{"load": 1.0, "at": 0, "carrier": "x", "heavy": True}] * 2
     rows, _ = encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())
 
@@ -205,7 +205,7 @@ GAPS = EventSchema.model_validate(
 )
 
 
-def test_gaps_go_on_from_the_latest_timestamp_seen() -> None:
+def test_gaps_are_relative_to_the_latest_timestamp() -> None:
     start = MONDAY_NOON
     rows, clock = at(GAPS, start, start + 10 * SECOND, start + 4 * SECOND, start + 13 * SECOND)
 
@@ -225,7 +225,7 @@ def test_a_millisecond_survives_next_to_a_gap_of_a_century() -> None:
     assert rows[1, 0] == np.float32(np.log1p(0.001))
 
 
-def test_events_without_a_timestamp_leave_the_clock_alone() -> None:
+def test_events_without_a_timestamp_do_not_change_the_clock() -> None:
     rows, clock = at(SPARSE_TIMES, None, MONDAY_NOON, None, MONDAY_NOON + 5 * SECOND)
 
     assert clock == Clock(MONDAY_NOON + 5 * SECOND, 2, 0)
@@ -246,7 +246,7 @@ def test_events_without_a_timestamp_leave_the_clock_alone() -> None:
         ("1969-12-31T23:59:59+00:00", 1139, 2),
     ],
 )
-def test_angles_follow_the_local_clock_across_its_changes(
+def test_calendar_angles_follow_the_local_time_across_dst(
     moment: str, minutes: int, weekday: int
 ) -> None:
     rows, _ = at(GAPS, int(datetime.fromisoformat(moment).timestamp() * 1000))
@@ -257,7 +257,7 @@ def test_angles_follow_the_local_clock_across_its_changes(
     )
 
 
-def test_codes_tell_unknown_known_and_absent_apart() -> None:
+def test_codes_distinguish_unknown_known_and_absent() -> None:
     base = {"load": 0.0, "at": 0, "heavy": False}
     chunk = [
         {**base, "carrier": "UA", "gate": "B"},
@@ -271,7 +271,7 @@ def test_codes_tell_unknown_known_and_absent_apart() -> None:
     assert rows[:, index["gate"]].tolist() == [2, 3, 0]
 
 
-def test_a_number_that_overflows_float32_is_refused_where_it_stands() -> None:
+def test_a_number_that_overflows_float32_is_rejected_with_its_index() -> None:
     chunk = [{"load": value, "at": 0, "carrier": "x", "heavy": True} for value in (1.0, 1e39, 2.0)]
 
     with pytest.raises(DataError) as caught:
@@ -281,7 +281,7 @@ def test_a_number_that_overflows_float32_is_refused_where_it_stands() -> None:
     assert caught.value.got == "1e+39"
 
 
-def test_a_number_that_overflows_float64_is_refused_too() -> None:
+def test_a_number_that_overflows_float64_is_rejected() -> None:
     schema = EventSchema.model_validate(
         {"fields": [{"kind": "numeric", "name": "x", "mean": -1e308, "std": 0.1}]}
     )
@@ -289,7 +289,7 @@ def test_a_number_that_overflows_float64_is_refused_too() -> None:
         encode(schema, columns_from_events(schema, [{"x": 1.7e308}]), Clock())
 
 
-def test_an_open_schema_cannot_encode() -> None:
+def test_an_unfitted_schema_cannot_encode() -> None:
     schema = EventSchema.model_validate({"fields": [{"kind": "numeric", "name": "x"}]})
 
     with pytest.raises(ValueError, match="fitted"):
@@ -298,7 +298,7 @@ def test_an_open_schema_cannot_encode() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=40))
-def test_standardise_gives_the_column_to_the_bit(values: list[float]) -> None:
+def test_standardise_equals_the_column_bit_for_bit(values: list[float]) -> None:
     for name in ("load", "delay"):
         field = FULL_SCHEMA.field(name)
         assert isinstance(field, NumericField)
@@ -325,7 +325,7 @@ CLOCKED = state_spec(
 )
 
 
-def test_a_clock_travels_through_the_state_by_name() -> None:
+def test_a_clock_round_trips_through_the_state() -> None:
     clock = Clock(1_370_000_000_123, 7, 2)
     zero = CLOCKED.zero()
 
@@ -350,9 +350,7 @@ def test_a_model_without_timestamps_has_no_clock() -> None:
     ("last_ms", "seen", "out_of_order"),
     [(0, -1, 0), (0, 3, 3), (0, 3, -1), (0, 0, 1), (2**62, 1, 0), (-(2**63), 1, 0)],
 )
-def test_a_clock_that_no_stream_reaches_is_refused(
-    last_ms: int, seen: int, out_of_order: int
-) -> None:
+def test_an_impossible_clock_is_rejected(last_ms: int, seen: int, out_of_order: int) -> None:
     ints = Clock(last_ms, seen, out_of_order).into_ints(CLOCKED, CLOCKED.zero().ints)
 
     with pytest.raises(StateError, match=r"clock\."):
@@ -364,7 +362,7 @@ def good_rows() -> Any:
     return encode(FULL_SCHEMA, columns_from_events(FULL_SCHEMA, chunk), Clock())[0]
 
 
-def test_rows_that_the_encoder_gives_pass_the_check() -> None:
+def test_encoded_rows_pass_the_check() -> None:
     check_rows(FULL_SCHEMA.columns, good_rows())
     check_rows(FULL_SCHEMA.columns, good_rows()[:0])
 
@@ -381,7 +379,9 @@ def test_rows_that_the_encoder_gives_pass_the_check() -> None:
         ("gate", 4, "from 0 to 3"),
     ],
 )
-def test_rows_that_it_could_not_give_are_refused(column: str, value: float, expected: str) -> None:
+def test_rows_outside_the_encoders_range_are_rejected(
+    column: str, value: float, expected: str
+) -> None:
     rows = good_rows()
     rows[2, FULL_SCHEMA.column_index[column]] = value
 
@@ -400,7 +400,7 @@ def test_the_highest_codes_pass_the_check() -> None:
     check_rows(FULL_SCHEMA.columns, rows)
 
 
-def test_rows_of_another_width_are_refused() -> None:
+def test_rows_of_another_width_are_rejected() -> None:
     width = len(FULL_SCHEMA.columns)
 
     with pytest.raises(DataError, match=f"expected rows of {width} values, got {width - 1}"):

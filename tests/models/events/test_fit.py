@@ -1,4 +1,4 @@
-"""Fitting a schema: the numbers, and that only open ones are filled in."""
+"""Fitting of a schema: fitted numbers, and given ones that are kept."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def schema(**changes: dict[str, Any]) -> EventSchema:
     )
 
 
-def test_numerics_get_mean_and_deviation_of_what_is_present() -> None:
+def test_numeric_fields_are_fitted_on_present_values() -> None:
     fitted = fit_schema(schema(), ROWS, stream="tail", order="at")
 
     load, log, same = (fitted.field(name) for name in ("load", "log", "same"))
@@ -71,7 +71,7 @@ def test_vocabularies_are_ordered_by_frequency_and_then_by_name() -> None:
     assert fitted.codes == 5
 
 
-def test_gaps_are_taken_within_each_stream_in_order() -> None:
+def test_gaps_are_fitted_within_each_stream() -> None:
     by_time = fit_schema(schema(), ROWS, stream="tail", order="at").timestamp
     as_it_lies = fit_schema(schema(), ROWS, stream="tail").timestamp
 
@@ -85,7 +85,7 @@ def test_gaps_are_taken_within_each_stream_in_order() -> None:
     assert as_it_lies.gap_std == pytest.approx(lying.std())
 
 
-def test_rows_that_tie_keep_the_order_they_lie_in() -> None:
+def test_ties_keep_the_order_of_the_rows() -> None:
     times = [1000 * step for step in range(3000)]
     long = pl.DataFrame({"tail": [f"s{step % 7}" for step in range(3000)], "at": times, "tie": 0})
     only = EventSchema.model_validate({"fields": [{"kind": "timestamp", "name": "at"}]})
@@ -96,7 +96,7 @@ def test_rows_that_tie_keep_the_order_they_lie_in() -> None:
         assert at.gap_mean == pytest.approx(np.log(8) * (1 - 7 / 3000))
 
 
-def test_what_is_fitted_standardises_what_serving_encodes() -> None:
+def test_fitted_numbers_standardise_encoded_values() -> None:
     fitted = fit_schema(schema(), ROWS, stream="tail", order="at")
     rows = []
     for _, stream in ROWS.sort("at").group_by("tail"):
@@ -131,7 +131,7 @@ def test_given_numbers_are_kept() -> None:
     assert fit_schema(fitted, ROWS, stream="tail", order="at") == fitted
 
 
-def test_fields_without_a_single_value() -> None:
+def test_fields_without_values_are_fitted() -> None:
     empty = ROWS.with_columns(load=None, carrier=None)
 
     fitted = fit_schema(schema(), empty, stream="tail", order="at")
@@ -153,7 +153,7 @@ def test_the_fitted_schema_knows_its_new_codes() -> None:
     assert canonical_bytes(fitted, columns_from_frame(fitted, ROWS))
 
 
-def test_what_cannot_be_fitted_names_its_column() -> None:
+def test_fit_errors_name_the_column() -> None:
     with pytest.raises(DataError, match="flight"):
         fit_schema(schema(), ROWS, stream="flight")
     with pytest.raises(DataError, match="when"):

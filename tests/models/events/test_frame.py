@@ -1,4 +1,4 @@
-"""Events out of tables: the same columns as from the wire, and errors that name the cell."""
+"""Events from tables: equal to events from requests, and errors that name the cell."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES: dict[str, Any] = {
 
 @settings(max_examples=40, deadline=None)
 @given(events(FULL_SCHEMA, 12))
-def test_a_table_gives_the_columns_of_its_events(chunk: list[dict[str, Any]]) -> None:
+def test_a_table_equals_the_columns_of_its_events(chunk: list[dict[str, Any]]) -> None:
     layout = {field.name: DTYPES[field.kind] for field in FULL_SCHEMA.fields}
     frame = pl.DataFrame(
         {name: [event.get(name) for event in chunk] for name in layout}, schema=layout
@@ -101,7 +101,7 @@ MOMENT_MS = 1_372_680_000_001
 
 
 @pytest.mark.parametrize("unit", ["ms", "us", "ns"])
-def test_datetimes_with_a_zone_are_moments(unit: Any) -> None:
+def test_datetimes_with_a_zone_are_absolute(unit: Any) -> None:
     moments, present = one("timestamp", [MOMENT, None], dtype=pl.Datetime(unit, "UTC"), optional=1)
 
     assert moments == [MOMENT_MS, 0]
@@ -115,7 +115,7 @@ def test_datetimes_without_a_zone_are_read_in_the_zone_of_the_schema() -> None:
     assert one("timestamp", [date(2013, 1, 1)])[0] == [1_357_016_400_000]
 
 
-def test_milliseconds_before_1970_are_cut_towards_the_past() -> None:
+def test_milliseconds_before_1970_are_rounded_down() -> None:
     moment = datetime(1970, 1, 1, tzinfo=UTC) - timedelta(microseconds=1)
 
     assert one("timestamp", [moment], dtype=pl.Datetime("us", "UTC"))[0] == [-1]
@@ -134,11 +134,11 @@ def test_strings_with_and_without_offset() -> None:
     "bad",
     ["soon", "2013-02-30T00:00:00Z", "1899-01-01T00:00:00Z", "1899-01-01", "2013-03-10T02:30:00"],
 )
-def test_strings_that_are_no_moment_are_refused(bad: str) -> None:
+def test_invalid_timestamps_are_rejected(bad: str) -> None:
     assert refusal("timestamp", ["2013-07-01T12:00:00Z", bad]).index == 1
 
 
-def test_times_that_clocks_skipped_are_refused() -> None:
+def test_nonexistent_local_times_are_rejected() -> None:
     error = refusal("timestamp", [datetime(2013, 3, 10, 1), datetime(2013, 3, 10, 2, 30)])
 
     assert error.index == 1
@@ -146,7 +146,7 @@ def test_times_that_clocks_skipped_are_refused() -> None:
     assert "2013-03-10T02:30" in error.got
 
 
-def test_of_two_possible_moments_the_earlier_is_taken() -> None:
+def test_ambiguous_local_times_are_the_earlier_one() -> None:
     assert one("timestamp", [datetime(2013, 11, 3, 1, 30)])[0] == [
         int(datetime(2013, 11, 3, 5, 30, tzinfo=UTC).timestamp() * 1000)
     ]
@@ -162,7 +162,7 @@ def test_integers_are_epoch_milliseconds_in_range() -> None:
     assert refusal("timestamp", [0, None]).index == 1
 
 
-def test_a_column_that_is_not_there() -> None:
+def test_a_missing_column_is_rejected() -> None:
     frame = pl.DataFrame({"at": [0, 1]})
 
     with pytest.raises(DataError, match="load") as caught:

@@ -1,4 +1,4 @@
-"""Lists of timestamps, against the validator of the event type, one text at a time."""
+"""Vectorized parsing of timestamps, compared with the validator of the event type."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ LOCALS = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(LOCALS, min_size=1, max_size=4), FRACTIONS, st.lists(OFFSETS, min_size=1))
-def test_texts_of_one_shape_are_read_as_one_by_one(
+def test_vectorized_parsing_equals_scalar_parsing(
     local: list[str], fraction: str, offsets: list[str]
 ) -> None:
     assert_agrees([f"{text}{fraction}{offsets[0]}" for text in local])
@@ -81,7 +81,7 @@ def test_texts_of_one_shape_are_read_as_one_by_one(
         max_size=4,
     )
 )
-def test_a_mixture_is_read_as_one_by_one(moments: list[str | int]) -> None:
+def test_mixed_timestamps_equal_scalar_parsing(moments: list[str | int]) -> None:
     assert_agrees(moments)
 
 
@@ -109,11 +109,11 @@ def test_a_mixture_is_read_as_one_by_one(moments: list[str | int]) -> None:
         ["\ud800"],
     ],
 )
-def test_the_edges_are_read_as_one_by_one(moments: list[str | int]) -> None:
+def test_boundary_timestamps_equal_scalar_parsing(moments: list[str | int]) -> None:
     assert_agrees(moments)
 
 
-def test_long_texts_are_not_remembered() -> None:
+def test_long_texts_are_not_cached() -> None:
     before = _parts.cache_info().misses
 
     assert epoch_ms(["2013-01-01T05:17:00Z" + "x" * 16]) is None
@@ -123,7 +123,7 @@ def test_long_texts_are_not_remembered() -> None:
 @pytest.mark.parametrize(
     "ending", ["Z", "+02:00", "-05:30", ".5Z", ".123Z", ".123456+00:00", ".123456789-05:00"]
 )
-def test_what_clients_write_is_read_in_one_go(ending: str) -> None:
+def test_common_formats_are_parsed_vectorized(ending: str) -> None:
     texts = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
 
     found = same_shape_ms(texts)

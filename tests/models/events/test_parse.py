@@ -1,4 +1,4 @@
-"""Events from JSON and from objects: what is accepted, what is refused, and where."""
+"""Validation of events from JSON and objects."""
 
 from __future__ import annotations
 
@@ -93,34 +93,34 @@ def test_a_required_field_may_be_neither_absent_nor_null(name: str) -> None:
         *[("late", value) for value in (0, "false")],
     ],
 )
-def test_a_value_of_another_type_is_refused_at_its_field(name: str, value: Any) -> None:
+def test_a_value_of_another_type_is_rejected_at_its_field(name: str, value: Any) -> None:
     assert [loc for loc, _ in refusals({**GOOD, name: value})] == [(name,)]
 
 
-def test_a_number_too_large_for_a_float_is_refused_in_json() -> None:
+def test_a_number_too_large_for_a_float_is_rejected_in_json() -> None:
     body = json.dumps(GOOD).replace('"load": 3', '"load": 1e400')
 
     with pytest.raises(ValidationError, match="finite"):
         ADAPTER.validate_json(body)
 
 
-def test_bytes_are_no_category_and_no_timestamp() -> None:
+def test_bytes_are_rejected_as_category_and_timestamp() -> None:
     for name in ("carrier", "at"):
         with pytest.raises(ValidationError):
             ADAPTER.validate_python({**GOOD, name: b"2013-01-01T05:17:00Z"})
 
 
-def test_categories_are_capped_in_characters_not_bytes() -> None:
+def test_categories_are_limited_in_characters_not_bytes() -> None:
     assert ADAPTER.validate_python({**GOOD, "carrier": "航" * 256})["carrier"] == "航" * 256
     assert refusals({**GOOD, "carrier": "航" * 257})
 
 
-def test_unknown_fields_are_refused() -> None:
+def test_unknown_fields_are_rejected() -> None:
     assert refusals({**GOOD, "extra": 1}) == [(("extra",), "Extra inputs are not permitted")]
 
 
 @pytest.mark.parametrize("event", [[], "x", 1, None])
-def test_an_event_is_an_object(event: Any) -> None:
+def test_an_event_must_be_an_object(event: Any) -> None:
     assert refusals(event)
 
 
@@ -189,7 +189,7 @@ def test_integers_are_epoch_milliseconds(number: int) -> None:
         [],
     ],
 )
-def test_other_timestamps_are_refused_saying_what_is_needed(value: Any) -> None:
+def test_other_timestamps_are_rejected_with_the_expected_format(value: Any) -> None:
     [(loc, message)] = refusals({**GOOD, "at": value})
 
     assert loc == ("at",)
@@ -198,7 +198,7 @@ def test_other_timestamps_are_refused_saying_what_is_needed(value: Any) -> None:
     assert "1900-01-01" in message
 
 
-def test_a_list_of_events_says_which_event_is_wrong() -> None:
+def test_errors_name_the_index_of_the_event() -> None:
     class Body(BaseModel):
         events: list[event_type(FULL_SCHEMA)]  # type: ignore[valid-type]
 
@@ -216,7 +216,7 @@ def test_json_and_objects_give_the_same_events(chunk: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("schema", [FULL_SCHEMA, SPARSE_TIMES])
-def test_the_json_schema_accepts_its_example_and_refuses_what_the_type_refuses(
+def test_the_json_schema_agrees_with_the_type(
     schema: EventSchema,
 ) -> None:
     document = event_json_schema(schema)
@@ -249,12 +249,12 @@ def test_the_json_schema_describes_every_field() -> None:
     assert {"type": "string", "format": "date-time"} in document["properties"]["at"]["anyOf"]
 
 
-def test_the_type_takes_the_name_it_is_given() -> None:
+def test_the_type_has_the_given_name() -> None:
     assert TypeAdapter(event_type(FULL_SCHEMA, "FlightEvent")).json_schema()["title"] == (
         "FlightEvent"
     )
 
 
-def test_milliseconds_are_cut_towards_the_past() -> None:
+def test_milliseconds_are_rounded_down() -> None:
     assert timestamp_ms(datetime(1969, 12, 31, 23, 59, 59, 999_001, tzinfo=UTC)) == -1
     assert timestamp_ms(datetime(2150, 6, 1, 0, 0, 0, 999_999, tzinfo=UTC)) == 5_693_328_000_999

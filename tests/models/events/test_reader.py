@@ -1,4 +1,4 @@
-"""The fast way in: it accepts nothing that the strict type refuses, and reads the same."""
+"""Fast decoder of events: agrees with the strict type on values and on rejection."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def assert_same(schema: EventSchema, found: EventColumns | None, wanted: EventCo
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(SCHEMAS).flatmap(lambda s: st.tuples(st.just(s), events(s, 12))))
-def test_good_events_are_read_as_the_strict_type_reads_them(
+def test_the_fast_decoder_equals_the_strict_type(
     case: tuple[EventSchema, list[dict[str, Any]]],
 ) -> None:
     schema, chunk = case
@@ -99,7 +99,7 @@ def test_good_events_are_read_as_the_strict_type_reads_them(
     st.integers(-14, 14),
     st.integers(-14, 14),
 )
-def test_a_slice_is_what_the_sliced_events_give(
+def test_a_slice_equals_decoding_its_events(
     case: tuple[EventSchema, list[dict[str, Any]]], start: int, stop: int
 ) -> None:
     schema, chunk = case
@@ -115,7 +115,7 @@ def test_a_slice_is_what_the_sliced_events_give(
         lambda s: st.tuples(st.just(s), st.lists(events(s, 5), max_size=5))
     )
 )
-def test_chunks_read_together_are_those_read_alone(
+def test_batched_decoding_equals_separate_decoding(
     case: tuple[EventSchema, list[list[dict[str, Any]]]],
 ) -> None:
     schema, chunks = case
@@ -128,13 +128,13 @@ def test_chunks_read_together_are_those_read_alone(
         assert_same(schema, columns, columns_from_events(schema, chunk))
 
 
-def test_of_chunks_read_together_none_is_read_where_one_is_to_be_asked_about() -> None:
+def test_batched_decoding_falls_back_for_all_chunks() -> None:
     chunks = [[GOOD], [{**GOOD, "at": "2013-02-30T05:17:00Z"}]]
 
     assert READER.columns_many(msgspec.convert(chunks, list[list[READER.event]])) is None
 
 
-def test_what_a_reader_has_read_is_not_arranged_again() -> None:
+def test_decoded_columns_are_not_copied() -> None:
     # one equal to it has been met before
     layout_of(FULL_SCHEMA)
     schema = FULL_SCHEMA.model_copy()
@@ -145,7 +145,7 @@ def test_what_a_reader_has_read_is_not_arranged_again() -> None:
     assert block_of(schema, found[:1]).numbers.base is found.block.numbers
 
 
-def test_another_schema_encodes_the_events_by_its_own_numbers() -> None:
+def test_another_schema_encodes_with_its_own_numbers() -> None:
     other = FULL_SCHEMA.model_copy(
         update={
             "fields": tuple(
@@ -179,7 +179,9 @@ ODD_VALUES = [
 
 @pytest.mark.parametrize("text", ODD_VALUES)
 @pytest.mark.parametrize("name", GOOD)
-def test_an_odd_value_passes_only_where_the_strict_type_lets_it(name: str, text: str) -> None:
+def test_unusual_values_are_accepted_only_if_the_strict_type_accepts_them(
+    name: str, text: str
+) -> None:
     body = json.dumps([GOOD, {**GOOD, name: "@"}, REQUIRED]).replace('"@"', text).encode()
     wanted = strict(FULL_SCHEMA, body)
 
@@ -195,7 +197,9 @@ def test_an_odd_value_passes_only_where_the_strict_type_lets_it(name: str, text:
     [float("nan"), float("inf"), -float("inf"), 10**400, True, "3", b"x", "\ud800", None, [], {}],
 )
 @pytest.mark.parametrize("name", GOOD)
-def test_an_odd_object_passes_only_where_the_strict_type_lets_it(name: str, value: Any) -> None:
+def test_unusual_objects_are_accepted_only_if_the_strict_type_accepts_them(
+    name: str, value: Any
+) -> None:
     chunk = [GOOD, {**GOOD, name: value}]
     try:
         wanted = columns_from_events(FULL_SCHEMA, STRICT[id(FULL_SCHEMA)].validate_python(chunk))
@@ -217,7 +221,7 @@ def test_an_odd_object_passes_only_where_the_strict_type_lets_it(name: str, valu
         json.dumps([GOOD]).replace('"load"', '"lo\\u0061d"'),
     ],
 )
-def test_odd_bodies_pass_only_where_the_strict_type_lets_them(body: str) -> None:
+def test_unusual_bodies_are_accepted_only_if_the_strict_type_accepts_them(body: str) -> None:
     wanted = strict(FULL_SCHEMA, body.encode())
     found = READER.from_json(body.encode())
 
@@ -229,7 +233,9 @@ def test_odd_bodies_pass_only_where_the_strict_type_lets_them(body: str) -> None
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_damaged_bytes_pass_only_where_the_strict_type_lets_them(data: st.DataObject) -> None:
+def test_damaged_bytes_are_accepted_only_if_the_strict_type_accepts_them(
+    data: st.DataObject,
+) -> None:
     body = json.dumps([GOOD, REQUIRED], ensure_ascii=data.draw(st.booleans())).encode()
     at = data.draw(st.integers(0, len(body)))
     put = data.draw(st.one_of(st.binary(max_size=4), st.sampled_from([b'"', b"\\", b"e", b"9"])))
@@ -242,7 +248,7 @@ def test_damaged_bytes_pass_only_where_the_strict_type_lets_them(data: st.DataOb
         assert_same(FULL_SCHEMA, found, wanted)
 
 
-def test_msgpack_that_is_no_list_of_events_is_not_read() -> None:
+def test_msgpack_other_than_a_list_of_events_is_rejected() -> None:
     good = ormsgpack.packb([GOOD])
     no_utf8 = good.replace(b"\xa2UA", b"\xa2U\xff")
     assert READER.from_msgpack(good) is not None
@@ -253,7 +259,7 @@ def test_msgpack_that_is_no_list_of_events_is_not_read() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(2**1023), 2**1023))
-def test_numbers_are_read_to_the_last_digit(number: float, whole: int) -> None:
+def test_numbers_are_decoded_exactly(number: float, whole: int) -> None:
     chunk = [{**GOOD, "load": number}, {**GOOD, "load": whole}]
     found = READER.from_json(json.dumps(chunk).encode())
 

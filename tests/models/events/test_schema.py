@@ -1,4 +1,4 @@
-"""The event schema as data: its columns, its codes, and what it refuses."""
+"""Event schema: columns, codes, and validation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_codes_of_a_categorical() -> None:
     assert field.labels == ("<unknown>", "b", "a", "<absent>")
 
 
-def test_a_copy_describes_its_own_values() -> None:
+def test_a_copied_schema_recomputes_derived_values() -> None:
     field = CategoricalField(name="c", vocabulary=("a",))
     assert field.code_of == {"a": 1}
 
@@ -87,7 +87,7 @@ def test_a_schema_is_fitted_when_every_field_is() -> None:
         ),
     ],
 )
-def test_what_no_schema_may_say(data: dict[str, Any], message: str) -> None:
+def test_invalid_schemas_are_rejected(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         EventSchema.model_validate(data)
 

@@ -1,4 +1,4 @@
-"""The block grid and the rows that wait: pure arithmetic, held to its definition."""
+"""Blocks: window arithmetic and the block parts of a state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELD = BlockStateLayout(BLOCKS, LAYOUT)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(0, 7), max_size=8))
-def test_windows_and_waiting_rows_do_not_depend_on_the_cuts(
+def test_windows_and_pending_rows_do_not_depend_on_chunking(
     size: int, lookahead: int, cuts: list[int]
 ) -> None:
     """Every window is [kC, kC + C + R) of the stream, whatever the chunks; each comes once."""
@@ -53,14 +53,14 @@ def test_windows_and_waiting_rows_do_not_depend_on_the_cuts(
         np.testing.assert_array_equal(window[:, 0], expected)
 
 
-def test_the_end_leaves_nothing_waiting() -> None:
+def test_no_rows_are_pending_after_the_end() -> None:
     rows = np.ones((7, 2), np.float32)
     found = cut_blocks(BLOCKS, rows, final=True)
     assert ([len(window) for window in found.windows], len(found.waiting)) == ([5, 4, 1], 0)
     assert cut_blocks(BLOCKS, rows[:0], final=True) == ([], pytest.approx(rows[:0]))
 
 
-def test_a_state_holds_what_waits() -> None:
+def test_a_state_stores_the_pending_rows() -> None:
     rows = np.array([[1, 2], [3, 4]], np.float32)
     ints = np.array([9, 0, 0], np.int64)
     state = HELD.pack(np.array([5, 6], np.float32), ints, rows, closed=False)
@@ -79,7 +79,7 @@ def changed(**parts: object) -> State:
     return LAYOUT.from_names({**good, WAITING: [[1, 1]] * 4, **parts})
 
 
-def test_a_state_that_fits_its_position_is_taken() -> None:
+def test_a_state_that_matches_its_position_is_accepted() -> None:
     HELD.check_at(changed(), 7)
     HELD.check_at(changed(**{WAITING: [[1, 1]] * 2 + [[0, 0]] * 2, COUNT: 2}), 8)
     HELD.check_at(changed(**{WAITING: [[0, 0]] * 4, COUNT: 0, CLOSED: 1}), 8)
@@ -88,16 +88,16 @@ def test_a_state_that_fits_its_position_is_taken() -> None:
 @pytest.mark.parametrize(
     ("parts", "position", "said"),
     [
-        ({COUNT: 5}, 7, "expected 0 to 4 rows"),
-        ({COUNT: -1}, 7, "expected 0 to 4 rows"),
+        ({COUNT: 5}, 7, "expected 0 to 4 pending rows"),
+        ({COUNT: -1}, 7, "expected 0 to 4 pending rows"),
         ({CLOSED: 2}, 7, "expected 0 or 1"),
-        ({CLOSED: 1}, 7, "expected 0 to 0 rows"),
-        ({}, 8, "expected 2 rows that wait at position 8, got 4"),
-        ({COUNT: 3}, 7, "expected 4 rows"),
-        ({COUNT: 2}, 8, "zeros beyond"),
+        ({CLOSED: 1}, 7, "expected 0 to 0 pending rows"),
+        ({}, 8, "expected 2 pending rows at position 8, got 4"),
+        ({COUNT: 3}, 7, "expected 4 pending rows"),
+        ({COUNT: 2}, 8, "zeros after"),
     ],
 )
-def test_what_no_stream_holds_is_refused(
+def test_invalid_block_parts_are_rejected(
     parts: dict[str, object], position: int, said: str
 ) -> None:
     with pytest.raises(StateError, match=said):

@@ -1,4 +1,4 @@
-"""What cuts mean to a network, and which hand-offs a specification refuses."""
+"""Chunking semantics of networks, and validation of `starts_from`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def spec_of(*layers: dict[str, Any], **more: Any) -> ModelSpec:
     return parse_spec({"name": "m", "features": 2, "layers": layers, "heads": [LAST], **more})
 
 
-def test_a_carried_stack_goes_on_from_each_layer_and_cuts_do_not_show() -> None:
+def test_a_stateful_stack_is_chunk_invariant() -> None:
     spec = spec_of(BELOW, {"kind": "lstm", "units": 4})
     assert (spec.chunking, spec.chunk_limit) == ("invisible", None)
     assert non_causal_layers(spec.layers) == frozenset()
@@ -41,7 +41,7 @@ def test_a_carried_stack_goes_on_from_each_layer_and_cuts_do_not_show() -> None:
     ]
 
 
-def test_a_hand_off_keeps_no_state_of_its_own_and_sees_the_chunk() -> None:
+def test_a_layer_with_starts_from_has_no_state_and_depends_on_the_chunk() -> None:
     tail = {"kind": "dense", "name": "tail", "units": 2}
     aside = {"kind": "gru", "name": "aside", "units": 2, "inputs": ["below"]}
     spec = spec_of(BELOW, ABOVE, tail, aside)
@@ -51,7 +51,7 @@ def test_a_hand_off_keeps_no_state_of_its_own_and_sees_the_chunk() -> None:
     assert names == ["below.hidden", "below.carry", "aside.hidden"]
 
 
-def test_attention_over_the_chunk_is_one_value_until_it_meets_a_sequence() -> None:
+def test_attention_over_the_chunk_is_constant_until_merged_with_a_sequence() -> None:
     spec = spec_of(
         BELOW,
         {"kind": "attention", "name": "here", "over": "chunk", "units": 3},
@@ -75,7 +75,7 @@ def test_attention_over_the_chunk_is_one_value_until_it_meets_a_sequence() -> No
     assert outputs.size == sum(output.size for output in outputs.outputs) + 1
 
 
-def test_attention_over_the_stream_is_carried() -> None:
+def test_attention_over_the_stream_is_stateful() -> None:
     spec = spec_of(BELOW, {"kind": "attention", "name": "past", "over": "stream", "units": 3})
     assert (spec.chunking, non_causal_layers(spec.layers)) == ("invisible", frozenset())
     parts = {part.name: part.shape for part in state_spec(spec).parts}
@@ -89,16 +89,16 @@ def test_attention_over_the_stream_is_carried() -> None:
     assert output_spec(spec).attention == ()
 
 
-def test_an_anomaly_head_reads_nothing_that_knows_later_events() -> None:
+def test_an_anomaly_head_requires_a_causal_layer() -> None:
     events = {"fields": [{"kind": "numeric", "name": "x", "mean": 0.0, "std": 1.0}]}
     heads = [{"kind": "anomaly", "name": "odd", "targets": ["x"], "input": "above"}]
     given = {"name": "m", "events": events, "heads": heads}
-    with pytest.raises(SpecError, match=r"'odd' judges events by forecasts.*'above' knows"):
+    with pytest.raises(SpecError, match=r"'odd' scores events by forecasts.*'above' depends"):
         parse_spec({**given, "layers": [BELOW, ABOVE]})
     parse_spec({**given, "layers": [BELOW, {**ABOVE, "starts_from": None}]})
 
 
-def test_other_cuts_give_other_outputs() -> None:
+def test_per_chunk_outputs_depend_on_the_chunking() -> None:
     spec = spec_of(BELOW, ABOVE)
     rows = np.random.default_rng(1).normal(size=(9, 2)).astype(np.float32)
     weights, state = contracting_weights(spec, 1), np.full(8, 0.3)
@@ -126,12 +126,12 @@ def test_other_cuts_give_other_outputs() -> None:
         ),
     ],
 )
-def test_hand_offs_that_do_not_fit_are_refused(layers: list[dict[str, Any]], said: str) -> None:
+def test_invalid_starts_from_is_rejected(layers: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         spec_of(*layers)
 
 
-def test_the_limit_is_for_networks_that_see_a_chunk_as_a_whole() -> None:
+def test_max_chunk_steps_requires_a_network_that_depends_on_the_chunk() -> None:
     assert spec_of(BELOW, ABOVE, max_chunk_steps=12).chunk_limit == 12
     with pytest.raises(SpecError, match=r"max_chunk_steps: expected none.*got 12"):
         spec_of(BELOW, max_chunk_steps=12)
@@ -143,7 +143,7 @@ def test_the_limit_is_for_networks_that_see_a_chunk_as_a_whole() -> None:
     assert spec_of(BELOW, ABOVE, training=training).chunk_limit == DEFAULT_CHUNK_STEPS
 
 
-def test_the_limit_changes_no_number_and_stands_in_the_manifest(tmp_path: Path) -> None:
+def test_max_chunk_steps_is_in_the_manifest_and_not_in_the_fingerprint(tmp_path: Path) -> None:
     specs = [spec_of(BELOW, ABOVE, max_chunk_steps=most) for most in (12, 30)]
     weights = contracting_weights(specs[0], 2)
     assert len({fingerprint(spec, weights) for spec in specs}) == 1

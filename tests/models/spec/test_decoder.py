@@ -1,4 +1,4 @@
-"""The section `decoder`: what it takes, what it refuses, and what follows from it."""
+"""The section `decoder`: validation and derived layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refusal(change: Any) -> str:
     return str(caught.value)
 
 
-def test_reads_itself_back() -> None:
+def test_a_decoder_section_round_trips() -> None:
     spec = decoder_spec()
     assert parse_spec(spec.model_dump(mode="json")) == spec
     assert spec.decoder is not None
@@ -32,7 +32,7 @@ def test_reads_itself_back() -> None:
     assert [layer.name for layer in spec.decoder.layers] == ["lstm_1", "gru_1", "dense_1"]
 
 
-def test_the_state_keeps_the_last_values_and_the_step_reads_calendar_and_known() -> None:
+def test_the_step_network_reads_last_values_calendar_and_known_fields() -> None:
     spec = decoder_spec()
     parts = {part.name: part.shape for part in state_spec(spec).parts}
     assert parts["decoder.last"] == (2,)
@@ -44,7 +44,7 @@ def test_the_state_keeps_the_last_values_and_the_step_reads_calendar_and_known()
     assert list(parts)[:3] == [part.name for part in state_spec(spec.decoder_network).parts]
 
 
-def test_its_weights_stand_beside_the_encoders() -> None:
+def test_decoder_weights_have_a_prefix() -> None:
     shapes = weight_shapes(decoder_spec())
     assert shapes["decoder.lstm_1.kernel"] == (6 + 1 + 2 + 2, 16)
     assert shapes["decoder.embedding.tariff"] == (3, 2)
@@ -58,13 +58,13 @@ def test_its_weights_stand_beside_the_encoders() -> None:
     assert not np.array_equal(own, encoder)
 
 
-def test_no_fingerprint_of_a_model_without_one_moves() -> None:
+def test_fingerprints_of_models_without_a_decoder_are_unchanged() -> None:
     spec = small_spec()
     before = "f39381739849b3585693511efb152f24"
     assert fingerprint(spec, random_weights(spec)).hex() == before
 
 
-def test_the_fingerprint_knows_what_decides_numbers() -> None:
+def test_the_fingerprint_depends_on_the_decoder() -> None:
     spec = decoder_spec()
     weights = random_weights(spec)
 
@@ -96,7 +96,7 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
         (lambda d: d["decoder"].update(targets=["holiday"]), "expected a numeric target"),
         (lambda d: d["decoder"].update(targets=["warm"]), "expected targets among"),
         (lambda d: d["decoder"].update(targets=["rain", "rain"]), "expected distinct targets"),
-        (lambda d: d["decoder"].update(known=["rain"]), "not to be known as well"),
+        (lambda d: d["decoder"].update(known=["rain"]), "expected a field that is not forecast"),
         (lambda d: d["decoder"].update(known=["at"]), "need not be named"),
         (lambda d: d["decoder"].update(known=["tarif"]), "expected known among"),
         (lambda d: d["decoder"].update(step_s=0), "decoder.step_s"),
@@ -124,15 +124,15 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
         (lambda d: d.update(events=None, features=3, heads=[SEQUENCE]), "no `events`"),
         (
             lambda d: d["layers"].append({"kind": "bidirectional", "units": 2}),
-            "a bidirectional one does not",
+            "which bidirectional ones do not",
         ),
         (
             lambda d: d["decoder"]["layers"].append({"kind": "bidirectional", "units": 2}),
-            "expected one that goes forward step by step",
+            "expected a layer that works step by step",
         ),
     ],
 )
-def test_says_what_does_not_fit(change: Any, said: str) -> None:
+def test_an_invalid_decoder_section_is_rejected(change: Any, said: str) -> None:
     assert said in refusal(change)
 
 

@@ -1,4 +1,4 @@
-"""What follows from a spec: state parts, outputs and weight shapes."""
+"""Layouts derived from a spec: state parts, outputs and weight shapes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_point_forecasts_are_labelled_by_target() -> None:
     assert (output.shape, output.labels) == ((1,), ("delay",))
 
 
-def test_packed_rows_are_split_by_name() -> None:
+def test_packed_rows_are_split_into_outputs() -> None:
     outputs = output_spec(SPEC)
     rows = np.arange(2 * outputs.size, dtype=np.float32).reshape(2, outputs.size)
 
@@ -170,7 +170,7 @@ def test_sizes_of_heads() -> None:
     assert anomaly_size(SPEC, anomaly) == 8
 
 
-def test_event_fields_are_found_only_where_there_are_events() -> None:
+def test_event_field_requires_events() -> None:
     assert event_field(SPEC, "load").name == "load"
     with pytest.raises(KeyError):
         event_field(raw([{"kind": "gru", "units": 1}]), "load")

@@ -1,4 +1,4 @@
-"""Specifications: names filled in, and every wrong place named."""
+"""Specifications: resolved names, and reported errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def raw(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_names_and_inputs_are_filled_in() -> None:
+def test_default_names_and_inputs_are_resolved() -> None:
     spec = small_spec()
 
     assert [(layer.name, layer.inputs) for layer in spec.layers] == [
@@ -46,7 +46,7 @@ def test_names_and_inputs_are_filled_in() -> None:
     }
 
 
-def test_a_spec_that_is_written_and_read_is_the_same() -> None:
+def test_a_spec_round_trips() -> None:
     spec = small_spec()
 
     assert parse_spec(spec.model_dump(mode="json")) == spec
@@ -73,8 +73,8 @@ def test_columns_of_events_and_of_raw_features() -> None:
         (raw(layers=[5]), r"layers\.0: "),
         (raw(heads=[]), r"heads: .*at least 1"),
         (raw(extra=1), r"extra: Extra inputs"),
-        (raw(features=None), "either `events` or `features`"),
-        (changed(features=3), "either `events` or `features`"),
+        (raw(features=None), "exactly one of `events` and `features`"),
+        (changed(features=3), "exactly one of `events` and `features`"),
         (raw(layers=[{"kind": "lstm", "units": 0}]), r"layers\.0\.lstm\.units: .*greater"),
         (raw(layers=[{"kind": "lstm", "units": 2, "unit": 1}]), r"layers\.0\.lstm\.unit: Extra"),
         (raw(layers=[{"kind": "rnn", "units": 2}]), r"layers\.0: .*lstm"),
@@ -89,11 +89,11 @@ def test_columns_of_events_and_of_raw_features() -> None:
         (raw(layers=[{"kind": "dense", "units": 2}]), "at least one recurrent layer"),
         (
             raw(layers=[{"kind": "lstm", "units": 2, "name": "a"}] * 2),
-            "layer 'a': expected a name of its own",
+            "layer 'a': expected a unique name",
         ),
         (
             raw(layers=[{"kind": "lstm", "units": 2, "name": "features"}]),
-            "layer 'features': expected a name of its own",
+            "layer 'features': expected a unique name",
         ),
         (
             raw(layers=[{"kind": "lstm", "units": 2, "inputs": ["later"]}]),
@@ -105,7 +105,7 @@ def test_columns_of_events_and_of_raw_features() -> None:
         ),
         (
             raw(layers=[{"kind": "lstm", "units": 2}, {"kind": "add"}]),
-            "layer 'add_1': expected two inputs or more",
+            "layer 'add_1': expected two or more inputs",
         ),
         (
             raw(
@@ -116,7 +116,7 @@ def test_columns_of_events_and_of_raw_features() -> None:
             ),
             "layer 'wide': expected at most 262144 values per step, got 278528",
         ),
-        (raw(heads=[{"kind": "sequence", "name": "h"}] * 2), "head 'h': expected a name"),
+        (raw(heads=[{"kind": "sequence", "name": "h"}] * 2), "head 'h': expected a unique name"),
         (
             raw(heads=[{"kind": "sequence", "name": "h", "input": "x"}]),
             "head 'h' reads 'x', expected one of",
@@ -170,13 +170,13 @@ def test_columns_of_events_and_of_raw_features() -> None:
         ),
     ],
 )
-def test_a_wrong_spec_is_refused_at_its_place(data: Any, message: str) -> None:
+def test_an_invalid_spec_is_rejected_with_its_path(data: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
         parse_spec(data, "my.yaml")
     assert str(caught.value).startswith("my.yaml: not a model specification\n")
 
 
-def test_every_wrong_place_is_named_at_once() -> None:
+def test_all_errors_are_reported_together() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec(raw(name="", layers=[*raw()["layers"], {"kind": "lstm", "units": -1}], extra=1))
     assert len(str(caught.value).splitlines()) == 4

@@ -1,4 +1,4 @@
-"""Reading a `SPEC.yaml`: every wrong place is said with its line, and what came."""
+"""Reading of a `SPEC.yaml`: errors with line numbers and values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ("units: 4", "units: 4\n    projection: 5", ":12: layers.1.projection: expected at most"),
         ("[lstm_1, second]", "[lstm_2]", ":13: layers.2: layer 'concatenate_1' reads 'lstm_2', "),
         ("concatenate", "add", ":13: layers.2: layer 'add_1': expected inputs of one width to add"),
-        ("name: second", "name: lstm_1", ":9: layers.0: layer 'lstm_1': expected a name of its"),
+        ("name: second", "name: lstm_1", ":9: layers.0: layer 'lstm_1': expected a unique name"),
         ("[pressure]", "[mode]", ":16: heads.1: head 'next': expected a numeric target, 'mode'"),
         ("[0.1, 0.9]", "[0.9, 0.1]", ":16: heads.1: expected rising quantiles, got [0.9, 0.1]"),
         ("[0.1, 0.9]", "\n      - 0.1\n      - 2", ":21: heads.1.quantiles.1: expected less than"),
@@ -74,14 +74,18 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ),
         ("{next: 2.0}", "{nex: 2.0}", ":24: training.loss_weights: expected heads among ["),
         ("name: pumps", "name: Pumps", ":2: name: String should match pattern '"),
-        ("events:\n", "features: 3\nevents:\n", ":2: spec: expected either `events` or `fea"),
-        ("units: 4", "units: 4\n    units: 5", ":12: units: expected it once, it stands at line"),
-        ("units: 8", "units: 8, units: 8", ":9: units: expected it once, it stands at line 9"),
+        ("events:\n", "features: 3\nevents:\n", ":2: spec: expected exactly one of `events`"),
+        ("units: 4", "units: 4\n    units: 5", ":12: units: expected a unique key, line"),
+        (
+            "units: 8",
+            "units: 8, units: 8",
+            ":9: units: expected a unique key, line 9 has it already",
+        ),
         ("units: 8}", "units: 8", ":10: expected YAML, got while parsing a flow mapping"),
         ("name: pumps", "name: !!python/name:os.system x", ":2: expected YAML, got could not"),
     ],
 )
-def test_a_wrong_place_is_said_with_its_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_errors_have_line_numbers(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert GOOD.count(old) == 1, old
     assert any(line.startswith(said) for line in refusal(tmp_path, GOOD.replace(old, new)))
 
@@ -94,11 +98,11 @@ def test_a_wrong_place_is_said_with_its_line(tmp_path: Path, old: str, new: str,
         (", starts_from: lstm_1", "", ":27: decoder.layers: expected at least one layer with"),
         ("kind: dense", "kind: bidirectional", ":28: decoder.layers.0: layer 'bidirectional_1'"),
         ("[pressure]\n", "[mode]\n", ":26: decoder.targets: expected a numeric target, 'mode'"),
-        ("[mode]", "[pressure]", ":31: decoder.known: 'pressure' is decoded; expected it not to"),
+        ("[mode]", "[pressure]", ":31: decoder.known: 'pressure' is a target; expected a field"),
         ("[mode]", "[mood]", ":31: decoder.known: expected known among the event fields ['pre"),
     ],
 )
-def test_a_wrong_place_of_a_decoder_is_said_with_its_line(
+def test_errors_in_a_decoder_have_line_numbers(
     tmp_path: Path, old: str, new: str, said: str
 ) -> None:
     decoder = """\
@@ -125,14 +129,14 @@ decoder:
         ("[]", ":3: layers: expected 1 or more, got 0"),
     ],
 )
-def test_a_list_is_too_short_only_where_it_is(tmp_path: Path, layers: str, said: str) -> None:
+def test_too_short_is_reported_only_for_short_lists(tmp_path: Path, layers: str, said: str) -> None:
     """And not because everything in it is wrong."""
     heads = "heads: [{kind: sequence, name: last}]"
     (line,) = refusal(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
     assert line.startswith(said)
 
 
-def test_all_wrong_places_are_said_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_errors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD.replace("test_from", "tested_from").replace("units: 8", "units: many")
     assert refusal(tmp_path, text) == [
         ":9: layers.0.units: expected a valid integer, unable to parse string as an integer, "
@@ -142,13 +146,13 @@ def test_all_wrong_places_are_said_in_the_order_of_the_file(tmp_path: Path) -> N
     ]
 
 
-def test_a_long_value_is_cut(tmp_path: Path) -> None:
+def test_a_long_value_is_truncated(tmp_path: Path) -> None:
     (line,) = refusal(tmp_path, GOOD.replace("units: 8", f"units: {'m' * 500}"))
     assert line.endswith("m...")
     assert len(line) < 200
 
 
-def test_a_merge_may_override_and_its_line_is_the_overriding_one(tmp_path: Path) -> None:
+def test_an_overridden_merge_key_has_the_line_of_the_override(tmp_path: Path) -> None:
     text = GOOD.replace("{kind: lstm, units: 8}", "&first {kind: lstm, units: 8}")
     old = "- kind: lstm\n    units: 4"
     path = tmp_path / "SPEC.yaml"
@@ -167,9 +171,7 @@ def test_a_merge_may_override_and_its_line_is_the_overriding_one(tmp_path: Path)
         ("model 'pumps' is wrong", ": model 'pumps' is wrong"),
     ],
 )
-def test_what_is_found_later_is_said_with_its_line_too(
-    tmp_path: Path, found: str, said: str
-) -> None:
+def test_later_errors_have_line_numbers(tmp_path: Path, found: str, said: str) -> None:
     path = tmp_path / "SPEC.yaml"
     path.write_text(GOOD)
     assert str(add_line_number(path, SpecError(found))) == f"{path}{said}"
@@ -178,22 +180,22 @@ def test_what_is_found_later_is_said_with_its_line_too(
 
 
 @pytest.mark.parametrize("content", ["", "7\n", "- 1\n"])
-def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_without_a_mapping_is_rejected(tmp_path: Path, content: str) -> None:
     (line,) = refusal(tmp_path, content)
     assert line.startswith(":1: spec: expected a valid dictionary")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"name: \x00"])
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_binary_file_is_rejected_by_name(tmp_path: Path, content: bytes) -> None:
     assert refusal(tmp_path, content)[0].startswith(": ")
 
 
-def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_file_is_rejected_by_name(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"none\.yaml"):
         read_spec(tmp_path / "none.yaml")
 
 
-def test_a_good_file_is_read(tmp_path: Path) -> None:
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "SPEC.yaml"
     path.write_text(yaml.safe_dump(SMALL, allow_unicode=True), encoding="utf-8")
     assert read_spec(path) == small_spec()

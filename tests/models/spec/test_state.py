@@ -1,4 +1,4 @@
-"""State layouts: packing by name, and refusals that name the part."""
+"""State layouts: packing by name, and errors that name the part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def values(**changes: Any) -> dict[str, Any]:
     return {**SPEC.by_name(STATE), **changes}
 
 
-def test_parts_lie_in_the_row_of_their_dtype_in_order() -> None:
+def test_parts_are_packed_by_dtype_in_order() -> None:
     assert (SPEC.float_size, SPEC.int_size) == (8, 3)
     assert SPEC.slices == {
         "a.hidden": slice(0, 2),
@@ -35,7 +35,7 @@ def test_parts_lie_in_the_row_of_their_dtype_in_order() -> None:
     }
 
 
-def test_the_zero_state_is_zero_and_its_own() -> None:
+def test_zero_returns_a_new_zero_state() -> None:
     zero = SPEC.zero()
     zero.floats[0] = 1
 
@@ -44,7 +44,7 @@ def test_the_zero_state_is_zero_and_its_own() -> None:
     assert zero.ints.tolist() == [0, 0, 0]
 
 
-def test_by_name_gives_views_of_every_part() -> None:
+def test_by_name_returns_views_of_every_part() -> None:
     named = SPEC.by_name(STATE)
 
     assert list(named) == ["a.hidden", "clock", "b.memory", "counts"]
@@ -55,7 +55,7 @@ def test_by_name_gives_views_of_every_part() -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_from_names_takes_back_what_by_name_gave(plain: bool) -> None:
+def test_from_names_inverts_by_name(plain: bool) -> None:
     named = {
         name: value.tolist() if plain else value for name, value in SPEC.by_name(STATE).items()
     }
@@ -67,7 +67,7 @@ def test_from_names_takes_back_what_by_name_gave(plain: bool) -> None:
     assert not np.shares_memory(state.floats, STATE.floats)
 
 
-def test_whole_numbers_may_stand_in_a_float_part() -> None:
+def test_a_float_part_accepts_integers() -> None:
     assert SPEC.from_names(values(**{"a.hidden": [1, 2]})).floats[:2].tolist() == [1, 2]
 
 
@@ -92,7 +92,7 @@ def test_whole_numbers_may_stand_in_a_float_part() -> None:
         ("counts", [1, 2**64], "expected int64 values"),
     ],
 )
-def test_a_part_that_does_not_fit_is_named(part: str, value: Any, message: str) -> None:
+def test_an_invalid_part_is_named(part: str, value: Any, message: str) -> None:
     with pytest.raises(StateError, match=f"part '{part}': .*{message}"):
         SPEC.from_names(values(**{part: value}))
 
