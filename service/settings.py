@@ -1,9 +1,8 @@
 """Every setting of the service: its unit, its default, and how to choose it.
 
-A setting comes from a flag of `carry serve`, else from the environment variable `CARRY_` and
-its name, else from its default. A `CARRY_` variable that is no setting is refused, so that a
-misspelt one never passes for a default. Settings do not change once they are made, and their
-representations never show a password.
+A setting comes from a flag of `carry serve`, otherwise from the environment variable `CARRY_` and
+its name, otherwise from its default. An unknown `CARRY_` variable is rejected, so that a misspelt
+one is never ignored. Settings are immutable, and their representations never show a password.
 """
 
 from __future__ import annotations
@@ -61,11 +60,11 @@ class Settings(BaseSettings):
     )
 
     host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine only; 0.0.0.0 lets the
-    network in, which has no keys to show: put a gateway in front."""
+    """Address to listen on. The default is reachable from this machine only. With 0.0.0.0 put a
+    gateway in front: the service has no access keys."""
 
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """TCP port to listen on; 0 takes a free one."""
+    """TCP port to listen on; 0 selects a free one."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
@@ -75,65 +74,64 @@ class Settings(BaseSettings):
     """Folder whose sub-folders are the artifacts to serve, one model each."""
 
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
-    """What runs the networks. `auto` takes `onnxruntime`, the faster and smaller, where it is
-    installed and every model has a graph, else `tensorflow`; the log line `runtime` says which
-    and why."""
+    """Library that runs the networks. `auto` uses `onnxruntime`, which is faster and smaller, if
+    it is installed and every model has a graph, otherwise `tensorflow`; the log line `runtime`
+    says which and why."""
 
     runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that one step of the network may use. Small recurrent networks gain nothing
     from more than one; use workers instead."""
 
     redis_url: Annotated[str | None, Field(repr=False)] = None
-    """The store of the states: redis://, rediss:// (TLS) or unix://; of a cluster
-    redis+cluster:// or rediss+cluster://, with some of its nodes. Without one the service starts
-    a Valkey of its own in `data_dir`."""
+    """The store: redis://, rediss:// (TLS) or unix://; for a cluster redis+cluster:// or
+    rediss+cluster://, with some of its nodes. If it is not set, the service starts an embedded
+    Valkey in `data_dir`."""
 
     data_dir: Path = Path(".carry")
-    """Folder of the service's own Valkey; unused with `redis_url`. Give it a disk that
-    outlives the service."""
+    """Folder of the embedded Valkey; unused with `redis_url`. Put it on a persistent disk."""
 
     namespace: Annotated[
         str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=32)
     ] = "carry"
-    """Prefix of every key in the store; two services that share a store need two."""
+    """Prefix of every key in the store; independent services on one store need different ones."""
 
     partitions: Annotated[int, Field(ge=1, le=16384)] = 1024
-    """Parts that the streams are spread over, written into the store when it is made; it
-    cannot be changed later. Some tens per node of the largest cluster to come are enough."""
+    """Partitions over which the streams are spread, written into the store at its first use; it
+    cannot be changed later. Some tens per node of the largest expected cluster are enough."""
 
     allow_eviction: bool = False
-    """Take a store whose maxmemory-policy may evict states. Streams then silently start
-    over: only for caches whose loss is no harm."""
+    """Accept a store whose maxmemory-policy may evict states. Streams then silently start over:
+    only for data that may be lost."""
 
     durability: Literal["memory", "fsync", "replicated"] = "memory"
     """When a chunk is acknowledged: the store's server has it (`memory`), its disk has it
-    (`fsync`, needs `appendfsync always` on every server), or so many replicas have it
+    (`fsync`, needs `appendfsync always` on every server), or `CARRY_REPLICAS` replicas have it
     (`replicated`). docs/reference/durability.md says what each survives."""
 
     replicas: Annotated[int, Field(ge=1, le=16)] = 1
-    """How many replicas of its server must have a chunk with `durability=replicated`; all of
-    them, so that whichever is promoted has it."""
+    """Number of replicas of its server that must have a chunk with `durability=replicated`. Set it
+    to the number of all replicas, so that each one that may be promoted has it."""
 
     store_wait_s: Annotated[float, Field(gt=0, le=300)] = 10.0
-    """Longest wait for a store that is away where no deadline of a request bounds it (the start,
-    reading and deleting streams), in seconds. A connection that is silent for a third of it is
-    made anew."""
+    """Longest wait for an unavailable store if no request deadline bounds it (the start, reading
+    and deleting streams), in seconds. The service replaces a connection that is unresponsive for a
+    third of it."""
 
     idle_ttl_s: Annotated[int, Field(ge=0)] = 0
-    """Forget a stream this many seconds after its last commit; 0 keeps it for good. Longer
-    than any pause a live stream may take."""
+    """Delete a stream this many seconds after its last commit; 0 never does. Longer than any pause
+    of a live stream."""
 
     reply_ttl_s: Annotated[int, Field(ge=1)] = 600
-    """How long the reply of a stream's last chunk is kept for retries, in seconds. Longer
-    than clients go on retrying."""
+    """How long the reply of a stream's last chunk is stored for retries, in seconds. Longer than
+    clients retry."""
 
     tombstone_ttl_s: Annotated[int, Field(ge=1)] = 600
     """How long a deleted stream leaves a tombstone, in seconds, so that writes from before the
-    deletion are not applied after it. Longer than a proxy or the network may delay bytes of a
-    connection that was given up."""
+    deletion are not applied after it. Longer than a proxy or the network may delay bytes of an
+    abandoned connection."""
 
     reply_max_bytes: Annotated[int, Field(ge=0)] = 64 * KIB
-    """A larger reply is not kept, and a retry of its chunk gets `already_applied`; 0 keeps
+    """A larger reply is not stored, and a retry of its chunk gets `already_applied`; 0 stores
     none. In bytes per stream, in the store's memory."""
 
     max_body_bytes: Annotated[int, Field(ge=KIB)] = 16 * MIB
@@ -142,7 +140,7 @@ class Settings(BaseSettings):
     http_fast_path: bool = True
     """Serve well-formed chunk requests on the fast path, which reads them from the socket's bytes.
     Off, uvicorn's parser and FastAPI serve every request, with the same responses at a lower rate:
-    to rule the fast path out while looking for a fault."""
+    to exclude the fast path while debugging."""
 
     max_connections: Annotated[int, Field(ge=1)] = 10_000
     """Most concurrent connections of one worker; further ones are answered `too_many_connections`
@@ -186,23 +184,23 @@ class Settings(BaseSettings):
     """Most events in one predict request, all its sequences together."""
 
     max_forecast_samples: Annotated[int, Field(ge=0)] = 1_000
-    """Most paths that one forecast draws; 0 draws none. They are computed as so many rows at
+    """Most sample paths of one forecast; 0 forbids them. Each is a row of the network's calls at
     every step of the horizon, between other streams' chunks."""
 
     max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
-    """Most streams in one call of the network, where its runtime takes that many. More raises
-    the throughput until the core is busy, and with it the time of each call."""
+    """Most streams in one call of the network, if its runtime supports as many. More raises the
+    throughput until the core is busy, and the duration of each call."""
 
     max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
     """Most steps in one call of the network, rows times the longest, padding included. It
-    bounds how long a call takes, and so how long a new chunk waits for the one before it."""
+    bounds the duration of a call, and so the wait of a new chunk for the previous call."""
 
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """How long a request may take that says nothing else in `Carry-Timeout`, in seconds. What
-    was not begun by then is not begun any more. Not longer than the clients' own timeout."""
+    """Deadline of a request without `Carry-Timeout`, in seconds. Work that has not started by then
+    is not started. Not longer than the clients' own timeout."""
 
     max_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
-    """Longest that any request may take, in seconds; a longer `Carry-Timeout` counts as this."""
+    """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
 
     max_queue: Annotated[int, Field(ge=1)] = 4_096
     """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
@@ -210,38 +208,38 @@ class Settings(BaseSettings):
     items of one request half of them, 256 at a time. It bounds the memory of waiting chunks."""
 
     max_queue_wait_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
-    """Longest that a chunk may be expected to wait in the queue, by the rate at which the queue
-    drains, in seconds; beyond it, or beyond its own deadline, the answer is `overloaded` at once.
-    The longest wait that is still of use."""
+    """Longest expected wait of a chunk in the queue, by the rate at which the queue drains, in
+    seconds; beyond it, or beyond its own deadline, the answer is `overloaded` at once. The longest
+    wait that is still useful to a client."""
 
     batches_in_flight: Annotated[int, Field(ge=1, le=16)] = 2
-    """Batches between load and commit at once, so that the store's time is hidden behind the
-    network's. More of them are smaller ones, which cost more for each chunk; try three where
-    the store is far away."""
+    """Concurrent batches between load and commit, so that the store's time is hidden behind the
+    network's. More batches are smaller, which costs more per chunk; try three if the store has a
+    high latency."""
 
     conflict_attempts: Annotated[int, Field(ge=1, le=100)] = 32
-    """How often a chunk is done anew when others moved its stream on, before `conflict`. Each
-    time another chunk of the stream was applied, so that about as many tries are enough as there
-    are chunks of one stream in flight."""
+    """How often a chunk is evaluated again after a version conflict, before `conflict`. Each time
+    another chunk of the stream was applied, so about as many attempts are enough as chunks of one
+    stream are in flight."""
 
     on_model_change: Literal["refuse", "reset"] = "refuse"
-    """What becomes of a stream whose state another version of its model wrote: refused with
-    `state_incompatible`, or begun anew at position 0 (`reset`). Not `reset` while two versions
-    are served at once: they would begin each other's streams anew."""
+    """What to do with a stream whose state another version of its model wrote: refuse it with
+    `state_incompatible`, or reset it to position 0 (`reset`). Not `reset` while two versions are
+    served at once: they would reset each other's streams."""
 
     state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
-    """Memory per worker for states of recent streams, which saves their load; 0 turns it off.
-    About the live streams times the size of a state."""
+    """Size of each worker's cache of recent states, which saves their load; 0 disables it. About
+    the number of live streams times the size of a state."""
 
     drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """Longest that a stopping service waits for what it accepted, in seconds. Shorter than
-    the time after which a supervisor kills it."""
+    """Longest graceful shutdown: how long the service answers accepted requests, in seconds.
+    Shorter than the time after which a supervisor kills it."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least level that is logged; `info` has one line for each request."""
+    """Lowest level that is logged; `info` has one line for each request."""
 
     log_format: Literal["json", "console"] = "json"
-    """One JSON object a line for machines, or lines for people."""
+    """`json`: one JSON object a line; `console`: lines for people."""
 
     _flags: frozenset[str] = PrivateAttr(default=frozenset())
 

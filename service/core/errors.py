@@ -102,13 +102,13 @@ class CarryError(Exception):
 
 
 class BadRequest(CarryError):
-    """The request cannot be understood; nothing was looked up and nothing changed."""
+    """The request is invalid: nothing was looked up and nothing changed."""
 
 
 class MalformedRequest(BadRequest):
     code = "malformed_request"
     title = "The head or the framing of the request is malformed or ambiguous"
-    remedy = "Send HTTP/1.1 with one Host. The connection is closed; nothing after it was read."
+    remedy = "Send HTTP/1.1 with one Host. The connection is closed; later bytes were not read."
 
 
 class DuplicateField(BadRequest):
@@ -139,7 +139,7 @@ class RequestTimeout(BadRequest):
 class MalformedBody(BadRequest):
     code = "malformed_body"
     title = "The body cannot be parsed"
-    remedy = "Send one JSON or MessagePack document of the content type that is named."
+    remedy = "Send one JSON or MessagePack document that matches the Content-Type."
 
 
 class InvalidInput(BadRequest):
@@ -157,9 +157,9 @@ class InvalidInput(BadRequest):
 
 class ChunkTooLong(BadRequest):
     code = "chunk_too_long"
-    title = "The chunk holds too many events"
+    title = "The chunk has too many events"
     remedy = (
-        "Cut the chunk at the limit that is named and send the parts one after another; to a "
+        "Cut the chunk at the named limit and send the parts one after another; to a "
         "model with `chunking: per_chunk` each part is a chunk of its own."
     )
 
@@ -172,13 +172,13 @@ class BodyTooLarge(BadRequest):
 
 class UnsupportedMediaType(BadRequest):
     code = "unsupported_media_type"
-    title = "The content type is not served"
+    title = "The content type is not supported"
     remedy = "Send application/json or application/msgpack, not compressed."
 
 
 class NotAcceptable(BadRequest):
     code = "not_acceptable"
-    title = "No content type that is accepted is served"
+    title = "None of the accepted content types is supported"
     remedy = "Accept application/json or application/msgpack."
 
 
@@ -190,8 +190,8 @@ class InvalidName(BadRequest):
 
 class InvalidPrecondition(BadRequest):
     code = "invalid_precondition"
-    title = "The If-Match header cannot be read"
-    remedy = 'Send the ETag of a reply as it came, for example If-Match: "epoch-tag", or *.'
+    title = "The If-Match header is invalid"
+    remedy = 'Send the ETag of a reply unchanged, for example If-Match: "epoch-tag", or *.'
 
 
 class ChunksUnsupported(BadRequest):
@@ -203,29 +203,29 @@ class ChunksUnsupported(BadRequest):
 class FinalUnsupported(BadRequest):
     code = "final_unsupported"
     title = "The model's streams have no end"
-    remedy = "Leave `final` out; only a model with `blocks` waits for events that it may end."
+    remedy = "Omit `final`; only the streams of a model with `blocks` can be closed."
 
 
 class ForecastUnsupported(BadRequest):
     code = "forecast_unsupported"
-    title = "The model has no decoder to look ahead with"
-    remedy = "Ask a model whose description has `forecast`; GET /v1/models/{model} shows it."
+    title = "The model has no decoder"
+    remedy = "Use a model whose description has `forecast`; GET /v1/models/{model} shows it."
 
 
 class NotFound(CarryError):
-    """What the address names does not exist."""
+    """The address does not exist."""
 
 
 class ModelNotFound(NotFound):
     code = "model_not_found"
     title = "No such model"
-    remedy = "GET /v1/models lists the models that are served."
+    remedy = "GET /v1/models lists the served models."
 
 
 class StreamNotFound(NotFound):
     code = "stream_not_found"
     title = "No such stream"
-    remedy = "A stream begins with its first chunk, at position 0."
+    remedy = "The first chunk of a stream, at position 0, creates it."
 
 
 class RouteNotFound(NotFound):
@@ -236,18 +236,20 @@ class RouteNotFound(NotFound):
 
 class MethodNotAllowed(NotFound):
     code = "method_not_allowed"
-    title = "The address does not take this method"
+    title = "The address does not support this method"
     remedy = "Use one of the methods in the Allow header."
 
 
 class Refused(CarryError):
-    """Understood, and at odds with where the stream stands; nothing changed."""
+    """The request is valid, but conflicts with the stream's head or state; nothing changed."""
 
 
 class EpochMismatch(Refused):
     code = "epoch_mismatch"
-    title = "The stream began anew since"
-    remedy = "Read the stream; it was deleted, restored, forked over, or expired. Start over."
+    title = "The stream is in another epoch"
+    remedy = (
+        "Read the stream: it was deleted, restored, overwritten by a fork, or expired. Start over."
+    )
 
 
 class PositionAhead(Refused):
@@ -259,30 +261,30 @@ class PositionAhead(Refused):
 class PositionBehind(Refused):
     code = "position_behind"
     title = "The chunk would repeat events"
-    remedy = "Leave out the events before the expected position."
+    remedy = "Omit the events before the expected position."
 
 
 class AlreadyApplied(Refused):
     code = "already_applied"
-    title = "The chunk was applied and its reply is no longer kept"
-    remedy = "Go on from the position that is named; the outputs of this chunk are gone."
+    title = "The chunk was applied and its reply is no longer stored"
+    remedy = "Continue from the position in the problem; the outputs of this chunk are lost."
 
 
 class InputKindMismatch(Refused):
     code = "input_kind_mismatch"
-    title = "The stream is fed in another kind"
-    remedy = "Feed a stream by `events` or by `inputs`, as its first chunk did."
+    title = "The stream takes the other kind of input"
+    remedy = "Send `events` or `inputs`, as in the stream's first chunk."
 
 
 class StreamFinal(Refused):
     code = "stream_final"
     title = "The stream is closed"
-    remedy = "A final chunk ended it; send what follows to another stream, or delete this one."
+    remedy = "A final chunk closed it: send later events to another stream, or delete this one."
 
 
 class StateChanged(Refused):
     code = "state_changed"
-    title = "The stream is not in the state If-Match names"
+    title = "The stream head does not match If-Match"
     remedy = "Read the stream and decide again."
 
 
@@ -297,25 +299,25 @@ class StateIncompatible(Refused):
     title = "The state belongs to another version of the model"
     remedy = (
         "Serve the version that wrote it, or delete the stream and send it from the start; "
-        "CARRY_ON_MODEL_CHANGE=reset does so by itself."
+        "CARRY_ON_MODEL_CHANGE=reset resets such streams automatically."
     )
 
 
 class PreviousFailed(Refused):
     code = "previous_failed"
     title = "An earlier item of this stream failed"
-    remedy = "Mend the earlier item and send both again."
+    remedy = "Correct the earlier item and send both again."
 
 
 class Conflict(Refused):
     code = "conflict"
-    title = "Others kept moving the stream on"
+    title = "Other clients kept advancing the stream"
     retryable = True
     remedy = "Send it again; one client per stream avoids this."
 
 
 class Failed(CarryError):
-    """Something on the service's side."""
+    """The service could not process a valid request."""
 
 
 class StateDamaged(Failed):
@@ -334,8 +336,8 @@ class StateDamaged(Failed):
 
 class NotFinite(Failed):
     code = "output_not_finite"
-    title = "The network gave numbers that are not finite"
-    remedy = "Look at the inputs' size and the model; the stream stands where it stood."
+    title = "The network computed numbers that are not finite"
+    remedy = "Check the size of the inputs, and the model; the stream has not changed."
 
 
 class StoreUnavailable(Failed):
@@ -347,45 +349,45 @@ class StoreUnavailable(Failed):
 
 class StoreRefused(Failed):
     code = "store_refused"
-    title = "The state store refuses to work"
+    title = "The state store rejects writes"
     retryable = True
-    remedy = "The operator looks at the store: memory, disk, replication, permissions."
+    remedy = "Operators: check the store's memory, disk, replication and permissions."
 
 
 class OutcomeUnknown(Failed):
     code = "outcome_unknown"
-    title = "Whether the chunk was applied is not known"
+    title = "It is unknown whether the chunk was applied"
     retryable = True
     needs_position = True
     remedy = (
-        "Send it again with the same position; it is applied once either way. Without one: read "
-        "the stream and see where it stands."
+        "Send it again with the same position; it is applied once either way. Without a position: "
+        "read the stream's position."
     )
 
 
 class NotDurable(Failed):
     code = "not_durable"
-    title = "The chunk is not as durable as CARRY_DURABILITY asks"
+    title = "The chunk is not yet as durable as CARRY_DURABILITY requires"
     retryable = True
     needs_position = True
     remedy = (
-        "Send it again with the same position; it is applied once, and waited for anew. Without "
-        "one it stands as it is."
+        "Send it again with the same position: it is applied once, and the service waits again. "
+        "Without a position, do not send it again: it was applied."
     )
 
 
 class DeadlineExceeded(Failed):
     code = "deadline_exceeded"
-    title = "The request's time was up before its work was done"
+    title = "The deadline expired before the request was done"
     retryable = True
     remedy = (
-        "This request changed nothing. Send it again, with a longer Carry-Timeout or at less load."
+        "This request changed nothing. Send it again, with a longer Carry-Timeout or at lower load."
     )
 
 
 class Overloaded(Failed):
     code = "overloaded"
-    title = "More is waiting than can be done in time"
+    title = "More work is waiting than can be done in time"
     retryable = True
     remedy = "Send it again after Retry-After."
 
@@ -410,7 +412,7 @@ class ShuttingDown(Failed):
     code = "shutting_down"
     title = "The service is stopping"
     retryable = True
-    remedy = "Send it again; another worker or the next start takes it."
+    remedy = "Send it again, to another worker or after the restart."
 
 
 class InternalError(Failed):
@@ -418,7 +420,7 @@ class InternalError(Failed):
     title = "An unexpected failure"
     retryable = True
     needs_position = True
-    remedy = "Send it again if it has a position; report the request id that is named."
+    remedy = "Send it again if it has a position; report the request id."
 
 
 def leaf_errors(root: type[CarryError] = CarryError) -> Iterator[type[CarryError]]:
