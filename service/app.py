@@ -1,8 +1,8 @@
 """The composition root of one worker: settings in, an ASGI application out.
 
 Loads the artifacts and builds runtimes, store, pipeline and API before the event loop runs;
-the application's lifespan starts them, and at the end drains the pipeline before it closes
-the store, so that no accepted chunk is lost.
+the application's lifespan starts them, and at shutdown drains the pipeline before it closes the
+store, so that no accepted chunk is lost.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from service.transports.http.application import ApiLimits, ConnectionLimits, cre
 from service.transports.http.connection.http_protocol import HTTP_STATE
 
 LATE_S = 2.0
-"""How long the pipeline goes on after the server has waited CARRY_DRAIN_S for its requests: their
-callers are gone, and what is at its commit may end."""
+"""How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
+clients disconnected, and batches in their commit may finish."""
 
 COLLECTOR_THRESHOLDS = (10_000, 20, 1_000)
-"""Objects made before the youngest are collected, and collections of each age before the next."""
+"""Allocations before a collection of the youngest generation, and collections of each generation
+before the next one's."""
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +54,7 @@ def create_app() -> FastAPI:
         ArtifactError: a model cannot be loaded.
         RuntimeUnavailableError: the runtime is not installed, or cannot run a model.
     """
-    _end_with_parent()
+    _stop_with_parent()
     settings = Settings.load()
     configure_logs(settings.log_level, settings.log_format)
     recorder = PrometheusRecorder()
@@ -87,7 +88,7 @@ def create_app() -> FastAPI:
         await pipeline.start()
         for model in served:
             recorder.model(model.name, model.version, model.runtime.name)
-        _settle_collector()
+        _tune_garbage_collector()
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
             yield {HTTP_STATE: api.state.http}
@@ -124,21 +125,21 @@ def create_app() -> FastAPI:
     )
 
 
-def _settle_collector() -> None:
-    """Keep the garbage collector from stopping the service for what lives as long as it does.
+def _tune_garbage_collector() -> None:
+    """Exempt long-lived objects from garbage collection, and collect rarely.
 
-    A full collection looks at every state in memory, tens of milliseconds with the default size
-    of the state cache; what dies here dies by its reference count or young.
+    A full collection traverses every state in memory, tens of milliseconds with the default size of
+    the state cache. Other objects are freed by their reference counts, or young.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
 
 
-def _end_with_parent() -> None:
-    """In a worker process: stop, draining, when the parent is gone, however it went.
+def _stop_with_parent() -> None:
+    """In a worker process: shut down gracefully when the parent process ends, even by a kill.
 
-    Otherwise the workers of a parent that was killed would hold the port for ever.
+    Otherwise its workers would keep the port.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -152,10 +153,10 @@ def _end_with_parent() -> None:
 
 
 def load_models(directory: Path) -> list[Artifact]:
-    """Every artifact below a directory, or the one that the directory itself is.
+    """Every artifact in a directory, or the one that the directory itself is.
 
     Raises:
-        ArtifactError: there is none, one is refused, or two have one name.
+        ArtifactError: there is none, one is rejected, or two have one name.
     """
     if (directory / MANIFEST_NAME).is_file():
         return [load_artifact(directory)]
@@ -167,19 +168,18 @@ def load_models(directory: Path) -> list[Artifact]:
             f"{directory}: expected a model artifact, or a directory of them, and found no "
             f"{MANIFEST_NAME}; `carry init` or `carry train` makes one"
         )
-    found: dict[str, Artifact] = {}
+    artifacts: dict[str, Artifact] = {}
     for path in paths:
         artifact = load_artifact(path)
-        if artifact.spec.name in found:
-            raise ArtifactError(
-                f"{path}: model {artifact.spec.name!r} is also in {found[artifact.spec.name].path}"
-            )
-        found[artifact.spec.name] = artifact
-    return list(found.values())
+        if artifact.spec.name in artifacts:
+            other = artifacts[artifact.spec.name].path
+            raise ArtifactError(f"{path}: model {artifact.spec.name!r} is also in {other}")
+        artifacts[artifact.spec.name] = artifact
+    return list(artifacts.values())
 
 
 def store_settings(settings: Settings) -> StoreSettings:
-    """The store's part of the settings; the parent process has filled in the store's address.
+    """The store's part of the settings; the parent process has set the store's address.
 
     Raises:
         ValueError: there is no address.

@@ -32,12 +32,12 @@ from service.transports.http.connection.http_protocol import HttpProtocol
 
 log = structlog.get_logger(__name__)
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
-"""What ends the service in good order."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals for a graceful shutdown."""
 
 
 class CannotServeError(Exception):
-    """The service cannot start; the message is one line for the person who started it."""
+    """The service cannot start; the message is one line for its operator."""
 
 
 def serve(settings: Settings) -> None:
@@ -51,12 +51,12 @@ def serve(settings: Settings) -> None:
     # Until the workers or uvicorn install their own handlers. SystemExit unwinds the stack, which
     # stops the embedded store.
     for number in _stop_signals():
-        signal.signal(number, _leave)
+        signal.signal(number, _exit)
     if links := service_links(os.environ):
         log.info("service_links_ignored", variables=links)
     raise_open_files_limit()
     with ExitStack() as stack:
-        listener = stack.enter_context(_listening(settings.host, settings.port))
+        listener = stack.enter_context(_bind_port(settings.host, settings.port))
         if settings.redis_url is None:
             if settings.durability == "replicated":
                 raise CannotServeError(
@@ -90,7 +90,7 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
         workers=settings.workers,
         log_config=None,
         http=HttpProtocol,
-        # named, so that a missing one is an error and not a service at half the speed
+        # named, so that a missing uvloop is an error and does not halve the rate
         loop="auto" if sys.platform == "win32" else "uvloop",
         ws="none",
         # nothing depends on a client's address
@@ -118,12 +118,12 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
 def _stop_signals() -> list[signal.Signals]:
     """The signals that stop the service; without SIGHUP if it is ignored, as under `nohup`."""
     if SIGHUP is None or signal.getsignal(SIGHUP) is signal.SIG_IGN:
-        return [*STOPS]
-    return [*STOPS, SIGHUP]
+        return [*STOP_SIGNALS]
+    return [*STOP_SIGNALS, SIGHUP]
 
 
-def _leave(number: int, frame: object) -> None:
-    """Exit in order; further signals are ignored."""
+def _exit(number: int, frame: object) -> None:
+    """Exit by unwinding the stack; further signals are ignored."""
     _ignore_stop_signals()
     raise SystemExit(0)
 
@@ -134,8 +134,8 @@ def _ignore_stop_signals() -> None:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """The listening socket, bound before anything slow begins."""
+def _bind_port(host: str, port: int) -> Iterator[socket.socket]:
+    """The listening socket, bound before models are loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     with listener:
@@ -144,14 +144,14 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.bind((host, port))
         except OSError as error:
             raise CannotServeError(
-                f"cannot listen on {host}:{port} ({error.strerror}); {_remedy(error, port)}"
+                f"cannot listen on {host}:{port} ({error.strerror}); {_suggest_remedy(error, port)}"
             ) from error
         listener.set_inheritable(True)
         log.info("port_bound", url=_url(listener), answers="when the models are ready")
         yield listener
 
 
-def _remedy(error: OSError, port: int) -> str:
+def _suggest_remedy(error: OSError, port: int) -> str:
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
         return "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
     return (
@@ -166,7 +166,7 @@ def _url(listener: socket.socket) -> str:
 
 
 async def _check_store(settings: Settings) -> None:
-    """Refuse to start on a store that the workers would refuse, in one line."""
+    """Fail the start, in one line, on a store that the workers would reject."""
     store = open_store(store_settings(settings))
     try:
         await store.start()
@@ -175,7 +175,7 @@ async def _check_store(settings: Settings) -> None:
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    """The settings as the workers read them: what was set by a flag or here, by variable."""
+    """Environment variables for the workers: settings that are set by flags or by this process."""
     return {
         PREFIX + name.upper(): str(getattr(settings, name)) for name in settings.model_fields_set
     }

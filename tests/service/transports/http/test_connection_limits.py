@@ -1,6 +1,6 @@
 """Limits on connections: idle and slow clients, their number, and buffered bytes.
 
-The clock is played by looking at the connections with a later time; what happens is real.
+Time passes by checking the connections with a later time; the sockets are real.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.service.transports.http.test_connections import Client, connected, lo
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 LIMITS = ConnectionLimits()
 QUERY = f"POST {PATH.format('s')}?return_state=false HTTP/1.1"
-"""No request for the fast path."""
+"""The request line of a request for the slow path."""
 PREDICT = "POST /v1/models/probe/predict HTTP/1.1"
 
 
@@ -150,7 +150,7 @@ async def test_a_client_that_does_not_read_is_disconnected(api: Harness) -> None
 
 
 async def test_a_closing_connection_whose_reply_is_not_read_is_aborted(api: Harness) -> None:
-    """Its transport would wait for the reader for ever."""
+    """Its transport would wait forever for the client to read."""
     async with connected(api) as client:
         client.connection.transport.set_write_buffer_limits(10 * MAX_REQUEST_BYTES)
         client.connection.transport.write(b"x" * 8 * MAX_REQUEST_BYTES)
@@ -270,7 +270,7 @@ async def test_connections_over_the_limit_are_rejected(api: Harness) -> None:
 async def test_unread_replies_are_shed_over_the_limit(
     api: Harness,
 ) -> None:
-    """The connection that has waited for its reader for longest goes first."""
+    """The connection that has waited longest for its client is closed first."""
     async with connected(api) as client:
         connections = limit(api, max_pending_reply_bytes=LIMITS.max_pending_reply_bytes)
         client.writer.write(request(chunk(None), stream="deaf") * 2000)
@@ -349,7 +349,7 @@ async def test_a_rejected_body_is_drained_up_to_a_limit(api: Harness) -> None:
 
 
 async def test_a_rejected_request_gets_one_reply(api: Harness) -> None:
-    """Its body cannot be read any more."""
+    """Its body is not read."""
     head = request(b"", "Transfer-Encoding: chunked", first="POST /v2 HTTP/1.1", length="")
     async with connected(api) as client:
         client.writer.write(head)
@@ -360,7 +360,7 @@ async def test_a_rejected_request_gets_one_reply(api: Harness) -> None:
 
 
 async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Harness) -> None:
-    """Its request is refused before: what follows is then either its body or another request."""
+    """The request is rejected before its body, so the next bytes could be its body or a request."""
     expects = "Expect: 100-continue"
     async with connected(api) as client:
         client.writer.write(
@@ -381,7 +381,7 @@ async def test_the_connection_closes_after_rejecting_expect_100_continue(api: Ha
 async def test_a_rejected_upload_is_not_reset_before_its_reply(
     api: Harness, version: str, field: str
 ) -> None:
-    """It would lose the answer."""
+    """A reset would destroy the response."""
     first = f"POST /v2 HTTP/{version}"
     async with connected(api) as client:
         client.writer.write(request(b"", field, first=first, length="Content-Length: 100000"))

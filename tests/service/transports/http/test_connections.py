@@ -1,5 +1,5 @@
-"""What one connection may do to the service: nothing of it is lost or answered out of turn, what it
-makes the process keep is bounded, and it is closed when it is idle and only then.
+"""One connection: pipelined requests are answered in order, its memory is bounded, and it is closed
+when it is idle and only then.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from tests.service.transports.http.raw_http import (
 )
 from tests.service.transports.http.test_fast_path import FAST, SLOW
 
-DEAF = 1500
-"""Requests whose answers are more than may wait for one client."""
+UNREAD = 1500
+"""Requests whose responses exceed what a connection buffers for its client."""
 FEW = 150
 """Requests that are all read, so that nothing is reset when the connection is closed."""
 KEEP_ALIVE_S = ConnectionLimits().keep_alive_s
 SEND_TIMEOUT_S = ConnectionLimits().send_timeout_s
 GET = request(b"", first="GET /health/live HTTP/1.1", length="")
+PATHS = ("fast path", "slow path")
 QUERY = f"POST {PATH.format('s')}?return_state=true HTTP/1.1"
-"""No plain request."""
+"""The request line of a request for the slow path."""
 CHUNKED = request(b"", "Transfer-Encoding: chunked", length="")
 
 
 class Client(NamedTuple):
-    """One that takes in little by itself, and its connection in the server."""
+    """A client with small socket buffers, and its connection in the server."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -59,11 +60,11 @@ class Client(NamedTuple):
     server: uvicorn.Server
 
     async def statuses(self, count: int) -> list[bytes]:
-        """Those of so many answers."""
+        """The status codes of the next responses."""
         return [(await answer(self.reader))[9:12] for _ in range(count)]
 
     async def is_cut_off(self) -> None:
-        """Nothing more comes."""
+        """Wait until the server closes the connection."""
         with suppress(ConnectionResetError):
             async with asyncio.timeout(10):
                 assert await self.reader.read() == b""
@@ -91,7 +92,7 @@ async def connected(api: Harness) -> AsyncIterator[Client]:
 
 
 def long_after(client: Client, wait_s: float = 3600.0) -> None:
-    """Connections are checked periodically meanwhile."""
+    """Check all connections now and again after a while."""
     connections = client.connection._connections
     now_s = asyncio.get_running_loop().time()
     connections.check(now_s)
@@ -99,8 +100,8 @@ def long_after(client: Client, wait_s: float = 3600.0) -> None:
 
 
 @pytest.fixture
-def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The header of requests that are refused as overloaded."""
+def reject_short(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The header of requests that are rejected as overloaded."""
 
     def refusal(admission: Admission, key: StreamKey, left_s: float, index: int = 0) -> Any:
         return no_room(admission) if left_s <= 2.5 else None
@@ -110,10 +111,10 @@ def refuse_short(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize("refused", [False, True])
-async def test_a_client_that_does_not_read_has_to_wait(
+async def test_backpressure_on_a_client_that_does_not_read(
     api: Harness, monkeypatch: pytest.MonkeyPatch, *, refused: bool
 ) -> None:
-    """What it is owed stays bounded, and none of it is lost, however long it takes."""
+    """Its unsent responses stay bounded, and none is lost, however long it pauses."""
     if refused:
         monkeypatch.setattr(Admission, "check_admission", no_room)
     paused: list[bool] = []
@@ -127,7 +128,7 @@ async def test_a_client_that_does_not_read_has_to_wait(
             return go_on(fast_path, found)
 
         monkeypatch.setattr(FastPath, name, watched)
-        client.writer.write(request(chunk(None), stream="deaf") * DEAF)
+        client.writer.write(request(chunk(None), stream="deaf") * UNREAD)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         await becomes(
             lambda: len(client.connection._buffered) > MAX_REQUEST_BYTES, "much that is held"
@@ -135,15 +136,15 @@ async def test_a_client_that_does_not_read_has_to_wait(
         client.connection.flow.resume_reading()
         assert not client.connection.transport.is_reading(), "whoever asks for more"
         long_after(client, SEND_TIMEOUT_S)
-        assert set(await client.statuses(DEAF)) == {b"429" if refused else b"200"}
-    assert len(paused) == DEAF
+        assert set(await client.statuses(UNREAD)) == {b"429" if refused else b"200"}
+    assert len(paused) == UNREAD
     assert not any(paused)
 
 
-async def test_a_stopping_server_begins_nothing_that_it_would_not_answer(
+async def test_graceful_shutdown_starts_no_request_that_it_would_not_answer(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that did not read gets what was done for it, and the rest is not done."""
+    """A client that did not read gets responses to its processed requests; the rest are dropped."""
     begun: list[FastRequest] = []
     start = FastPath.start
 
@@ -164,14 +165,14 @@ async def test_a_stopping_server_begins_nothing_that_it_would_not_answer(
     assert api.position("stopped") == 4 * owed
 
 
-async def test_a_request_that_waits_in_uvicorn_is_answered_in_its_turn(
-    api: Harness, held_back: Callable[[], None], refuse_short: str
+async def test_a_request_that_is_queued_in_uvicorn_is_answered_in_order(
+    api: Harness, held_back: Callable[[], None], reject_short: str
 ) -> None:
-    """The one behind it is plain, and refused at once if it does not wait."""
+    """The one behind it is for the fast path, and would be rejected at once if it did not wait."""
     async with connected(api) as client:
         client.writer.write(GET + request(chunk(), first=QUERY))
         assert await client.statuses(1) == [b"200"]
-        client.writer.write(request(chunk(4), refuse_short))
+        client.writer.write(request(chunk(4), reject_short))
         await becomes(lambda: bool(client.connection._buffered), "the last one")
         held_back()
         assert await client.statuses(2) == [b"200", b"429"]
@@ -197,10 +198,10 @@ async def test_lost_connection_cancels_a_request_with_another_queued_behind_it(
             await given_up.wait()
 
 
-async def test_the_body_of_a_request_that_waits_may_come_later(
+async def test_the_body_of_a_pipelined_request_may_arrive_later(
     api: Harness, held_back: Callable[[], None]
 ) -> None:
-    """Its beginning came with the request before it, whose answer it waits for."""
+    """Its head arrives with the request before it, whose response it waits for."""
     first, second = (request(chunk(position), first=QUERY) for position in (0, 4))
     async with connected(api) as client:
         client.writer.write(first + second[:-9])
@@ -211,8 +212,8 @@ async def test_the_body_of_a_request_that_waits_may_come_later(
         assert await client.statuses(2) == [b"200", b"200"]
 
 
-async def test_a_body_is_no_request_whatever_it_says(api: Harness) -> None:
-    """It came after its head, and by itself it would be plain."""
+async def test_a_body_that_looks_like_a_request_is_not_one(api: Harness) -> None:
+    """It arrives after its head, and by itself would be a request for the fast path."""
     body = request(chunk(), stream="hidden")
     head = request(body, first="POST /v1/models/probe/predict HTTP/1.1").removesuffix(body)
     async with connected(api) as client:
@@ -223,10 +224,10 @@ async def test_a_body_is_no_request_whatever_it_says(api: Harness) -> None:
     assert api.position("hidden") is None
 
 
-async def test_uvicorn_gets_a_few_requests_at_a_time(
+async def test_uvicorn_parses_a_few_pipelined_requests_at_a_time(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It makes something of each that it is given, long before it can answer it."""
+    """It keeps an object for each parsed request until that is answered."""
     waiting: list[int] = []
     begins = HttpProtocol.on_headers_complete
 
@@ -255,7 +256,7 @@ async def test_uvicorn_gets_a_few_requests_at_a_time(
     ],
     ids=["lines", "one line", "an address", "empty lines", "trailers", "an extension"],
 )
-async def test_a_head_without_an_end_is_cut_off(api: Harness, begin: bytes, more: bytes) -> None:
+async def test_a_head_without_an_end_is_rejected(api: Harness, begin: bytes, more: bytes) -> None:
     async with connected(api) as client:
         client.writer.write(begin)
         pieces = 0
@@ -268,15 +269,17 @@ async def test_a_head_without_an_end_is_cut_off(api: Harness, begin: bytes, more
         await client.is_cut_off()
 
 
-async def test_a_long_body_is_no_long_head(api: Harness) -> None:
-    """Refused by its size as soon as that is known, taken in to its end, and all goes on."""
+async def test_the_limit_of_heads_does_not_apply_to_bodies(api: Harness) -> None:
+    """Its length is rejected at once, its bytes are drained, and the next request is answered."""
     piece = b"400\r\n%b\r\n" % (b"x" * 0x400)
     async with connected(api) as client:
         client.writer.write(CHUNKED + piece * 400 + b"0\r\n\r\n" + request(chunk()))
         assert await client.statuses(2) == [b"413", b"200"]
 
 
-@pytest.mark.parametrize("last", [FAST["ahead"], SLOW["wrong body"]], ids=["ours", "uvicorn's"])
+@pytest.mark.parametrize(
+    "last", [FAST["ahead"], SLOW["wrong body"]], ids=["fast path", "slow path"]
+)
 async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, last: bytes) -> None:
     async with connected(api) as client:
         connection = client.connection
@@ -295,12 +298,12 @@ async def test_idle_connections_are_closed_and_busy_ones_are_not(api: Harness, l
         await client.is_cut_off()
 
 
-async def test_a_connection_is_not_idle_while_a_request_is_under_way(
-    api: Harness, held_back: Callable[[], None], refuse_short: str
+async def test_a_connection_is_not_idle_while_a_request_is_processed(
+    api: Harness, held_back: Callable[[], None], reject_short: str
 ) -> None:
-    """Nor after one that was refused, with which it came."""
+    """Also if a rejected request arrived together with it."""
     async with connected(api) as client:
-        client.writer.write(request(chunk(), refuse_short) + request(chunk()))
+        client.writer.write(request(chunk(), reject_short) + request(chunk()))
         assert await client.statuses(1) == [b"429"]
         await becomes(lambda: client.connection._pending is not None, "a request under way")
         long_after(client)
@@ -327,7 +330,7 @@ async def test_a_rejected_head_is_not_answered_with_the_error_of_the_request_bef
 
 @pytest.mark.parametrize("before", [b"", GET], ids=["first", "second"])
 async def test_an_address_without_a_path_is_answered(api: Harness, before: bytes) -> None:
-    """uvicorn fails on it."""
+    """uvicorn by itself fails on it."""
     async with connected(api) as client:
         client.writer.write(before + b"GET http://x HTTP/1.1\r\nHost: x\r\n\r\n")
         expected = [b"200", b"400"] if before else [b"400"]
@@ -335,8 +338,10 @@ async def test_an_address_without_a_path_is_answered(api: Harness, before: bytes
         await client.is_cut_off()
 
 
-async def test_a_body_that_does_not_come_keeps_no_connection_open(api: Harness) -> None:
-    """It was refused by its length."""
+async def test_a_rejected_body_that_does_not_arrive_expires(
+    api: Harness,
+) -> None:
+    """It was rejected by its length."""
     async with connected(api) as client:
         client.writer.write(request(b"", length="Content-Length: 1000000"))
         assert await client.statuses(1) == [b"413"]

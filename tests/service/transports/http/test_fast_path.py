@@ -190,7 +190,7 @@ async def test_a_stream_continues_over_both_paths(ports: Ports) -> None:
     assert positions == [(4, False), (8, False), (8, True), (12, False), (12, None), (16, False)]
 
 
-async def test_a_request_may_come_in_pieces(ports: Ports) -> None:
+async def test_a_request_may_arrive_in_segments(ports: Ports) -> None:
     sent = request(chunk(), stream="pieces1")
     end = sent.index(b"\r\n\r\n") + 4
     [at_once] = await converse(ports.slow, request(chunk(), stream="pieces2"))
@@ -207,7 +207,7 @@ async def test_a_request_may_come_in_pieces(ports: Ports) -> None:
 async def test_requests_on_one_connection_are_answered_in_order(
     ports: Ports,
 ) -> None:
-    """Sent together and apart, with others between them that are uvicorn's."""
+    """Pipelined and one by one, mixed with requests of the slow path."""
     get = request(b"", first="GET /v1/models HTTP/1.1", length="")
     wrong = request(b"{", stream="order")
     parts = [
@@ -327,7 +327,7 @@ async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
 
 
 class Framing:
-    """What the server's parser makes of the bytes of one request."""
+    """Callbacks of the server's parser for the bytes of one request."""
 
     def __init__(self) -> None:
         self.headers: list[tuple[bytes, bytes]] = []

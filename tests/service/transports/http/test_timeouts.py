@@ -1,4 +1,4 @@
-"""How long a client waits: `Carry-Timeout`, its default and its cap; and clients that leave."""
+"""Deadlines of requests (`Carry-Timeout`, its default and its cap), and disconnected clients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def expire_while_held(api: Harness, clock: ManualClock, answer: Coroutine[
 @pytest.mark.parametrize(
     "value", ["0", "0.000", "-1", "+1", "1e3", "inf", "nan", "1,5", "1 2", "٣", "five", "9" * 40]
 )
-async def test_what_is_no_time_is_refused(api: Harness, value: str) -> None:
+async def test_an_invalid_timeout_is_rejected(api: Harness, value: str) -> None:
     for path, body in (
         ("streams/s/chunks", BODY),
         ("chunks", {"chunks": [{"stream": "s", **BODY}]}),
@@ -63,7 +63,7 @@ async def test_what_is_no_time_is_refused(api: Harness, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "2.5", "0.25", "3.", "999999999"])
-async def test_decimal_seconds_are_taken(api: Harness, value: str) -> None:
+async def test_decimal_seconds_are_accepted(api: Harness, value: str) -> None:
     response = await api.chunk(BODY, headers={"carry-timeout": value})
     assert response.status_code == 200
 
@@ -79,10 +79,10 @@ async def test_a_chunk_that_did_not_start_in_time_changes_nothing(
 
 
 @pytest.mark.parametrize("position", [0, None])
-async def test_the_outcome_of_a_commit_under_way_is_unknown(
+async def test_a_deadline_during_a_commit_gives_outcome_unknown(
     api: Harness, clock: ManualClock, position: int | None
 ) -> None:
-    """The same request again is right with a position only, and that is what it is told."""
+    """Only a request with a position may be retried, and the error says so."""
     await api.chunk(BODY)
     body = {"inputs": BODY["inputs"]}
     if position is not None:
@@ -97,7 +97,7 @@ async def test_the_outcome_of_a_commit_under_way_is_unknown(
 
 
 async def test_items_time_out_independently(api: Harness, clock: ManualClock) -> None:
-    """The first is about to be written; the one behind it, of its stream, is held back."""
+    """The first is being committed; the next one of its stream waits for it."""
     await api.chunk(BODY, stream="known")
     body = {
         "chunks": [
@@ -117,7 +117,7 @@ async def test_items_time_out_independently(api: Harness, clock: ManualClock) ->
     assert [each["reply"]["replayed"] for each in again] == [True, False]
 
 
-async def test_predictions_have_a_deadline_too(api: Harness) -> None:
+async def test_predictions_have_a_deadline(api: Harness) -> None:
     response = await api.client.post(
         "/v1/models/probe/predict",
         json={"sequences": [{"inputs": BODY["inputs"]}]},
@@ -131,7 +131,7 @@ async def test_predictions_have_a_deadline_too(api: Harness) -> None:
     [(replace(LIMITS, timeout_s=SHORT_S), {}), (replace(LIMITS, max_timeout_s=SHORT_S), LONG)],
     ids=["default", "cap"],
 )
-async def test_the_settings_say_how_long(
+async def test_settings_define_the_default_and_the_cap(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
     clock: ManualClock,
@@ -148,10 +148,10 @@ async def test_the_settings_say_how_long(
         assert reply.startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
 
 
-async def test_more_than_can_be_done_is_refused_unread(
+async def test_load_shedding_does_not_decode_the_body(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the fast path, once the request is complete; the connection goes on."""
+    """On the fast path, once the request is complete; the connection stays open."""
     asked: list[tuple[StreamKey, float]] = []
 
     def refusal(model: str, key: StreamKey, left_s: float) -> Overloaded | None:
@@ -173,12 +173,12 @@ async def test_more_than_can_be_done_is_refused_unread(
     assert api.counts.seen["overloaded"] == 1
 
 
-class Leaving:
-    """A client of the application itself, which may leave once its request is sent."""
+class DisconnectingClient:
+    """An ASGI client that may disconnect after its request is sent."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
-        self.leaves = asyncio.Event()
+        self.disconnects = asyncio.Event()
         self._message: dict[str, Any] | None = {
             "type": "http.request",
             "body": orjson.dumps(BODY),
@@ -189,7 +189,7 @@ class Leaving:
         if self._message is not None:
             message, self._message = self._message, None
             return message
-        await self.leaves.wait()
+        await self.disconnects.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -213,10 +213,10 @@ class Leaving:
         }
 
 
-async def test_what_a_client_that_left_had_waiting_is_given_up(
+async def test_a_waiting_chunk_of_a_disconnected_client_is_dropped(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
-    """By the framework's way: its chunk waits behind a batch that is held up."""
+    """On the slow path: its chunk waits behind a batch whose commit is delayed."""
     async with harness(pipeline_server, models, batches_in_flight=1) as api:
         api.store.held = asyncio.Event()
         first = asyncio.create_task(api.chunk(BODY, stream="first"))
@@ -229,11 +229,11 @@ async def test_what_a_client_that_left_had_waiting_is_given_up(
             return holds
 
         await until_async(holding("_batches"), "a batch")
-        client = Leaving()
-        serving_it = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
+        client = DisconnectingClient()
+        serving_client = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
         await until_async(holding("_queue"), "a chunk that waits")
-        client.leaves.set()
-        await serving_it
+        client.disconnects.set()
+        await serving_client
         assert client.sent == []
         api.store.held.set()
         assert (await first).status_code == 200
@@ -241,15 +241,13 @@ async def test_what_a_client_that_left_had_waiting_is_given_up(
         assert api.position() is None
 
 
-async def test_a_client_that_waits_longer_than_anybody_looks_is_answered(
-    api: Harness,
-) -> None:
+async def test_a_watched_request_is_answered(api: Harness) -> None:
     api.store.held = asyncio.Event()
-    client = Leaving()
-    serving_it = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
-    _, waiting = await asyncio.wait({serving_it}, timeout=2 * WATCH_AFTER_S)
+    client = DisconnectingClient()
+    serving_client = asyncio.create_task(api.app(client.scope(), client.receive, client.send))
+    _, waiting = await asyncio.wait({serving_client}, timeout=2 * WATCH_AFTER_S)
     assert waiting
     api.store.held.set()
-    await serving_it
+    await serving_client
     assert client.sent[0]["status"] == 200
     assert api.position() == 2
