@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -19,10 +19,12 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from models.artifact.artifact import Artifact
+from service import app
 from service.engine.admission import Admission
 from service.transports.http.connection.fast_path import FastPath, FastRequest
 from service.transports.http.connection.framing import check_head
-from service.transports.http.connection.http_protocol import HttpProtocol
+from service.transports.http.connection.http_protocol import HttpProtocol, HttpState
 from tests.service.engine.batching import no_room
 from tests.service.transports.http.harness import Harness
 from tests.service.transports.http.raw_http import (
@@ -277,6 +279,18 @@ async def test_a_connection_returns_to_the_fast_path_after_other_requests(ports:
         assert len(ports.parsed) == expected
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+async def test_a_setting_switches_the_fast_path_off(
+    models: Mapping[str, Artifact], monkeypatch: pytest.MonkeyPatch, *, enabled: bool
+) -> None:
+    monkeypatch.setattr(app, "configure_logs", lambda *_: None)
+    monkeypatch.setenv("CARRY_MODELS_DIR", str(models["small"].path))
+    monkeypatch.setenv("CARRY_REDIS_URL", "unix:///no/server.sock")
+    monkeypatch.setenv("CARRY_HTTP_FAST_PATH", str(enabled))
+    state: HttpState = app.create_app().state.http
+    assert state.fast_path.enabled is enabled
 
 
 def under_way(server: uvicorn.Server) -> list[HttpProtocol]:
