@@ -1,20 +1,20 @@
-"""A model on disk: a directory with `manifest.json`, weights, graph and its reports.
+"""Writes and loads artifacts: directories with `manifest.json`, weights, graphs and reports.
 
-The manifest holds the spec, what follows from it (state layout, outputs, fingerprint), which
-runtimes can run it, how the model was trained and a SHA-256 of every file; its own `checksum`
-covers the rest of the manifest and through it the whole directory. Nothing in an artifact is
+The manifest contains the spec, derived data (state layout, outputs, fingerprint), the supported
+runtimes, training metadata and a SHA-256 of every file; its `checksum`
+covers the rest of the manifest and thereby the whole directory. An artifact contains no
 code.
 
-`graph.onnx` is the same network as spec and weights, written out when the model is packaged, and
-`decoder.onnx` one step of its decoder, where it has one. They are for other programs: loading
-verifies them like every file, but the service runs graphs that it derives from spec and weights, so
-that no file can change an output without changing the fingerprint. A model that no graph can
-represent has none, and its manifest says why; `add_graph` rewrites the files.
+`graph.onnx` is the network of spec and weights, exported when the model is packaged, and
+`decoder.onnx` one step of its decoder, if it has one. They are for other programs: loading
+verifies them like every file, but the service derives its graphs from spec and weights, so
+that no file can change an output without changing the fingerprint. A model that cannot be
+exported has no graph, and its manifest gives the reason; `add_graph` rewrites the files.
 
-Loading refuses whatever is damaged, of another format or does not fit itself, and says
-which file and why. Writing is atomic: a directory under the final name is complete.
-Files that the manifest does not list are left alone and not read. The modules `manifest`, `weights`
-and `graphs` know the parts; this one writes, reads and validates the directory as a whole.
+Loading rejects artifacts that are damaged, of another format or inconsistent; errors name
+the file and the reason. Writing is atomic: a directory under the final name is complete.
+Files that the manifest does not list are ignored. The modules `manifest`, `weights`
+and `graphs` handle the parts; this one writes, reads and validates the directory as a whole.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from types import MappingProxyType
 from typing import Any
 
 from models.artifact.files import inside, replace_file, sync_directory, write_new
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.artifact.graphs import DECODER_GRAPH_NAME, GRAPH_NAME, TENSORFLOW, Graphs, write_graphs
 from models.artifact.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    add_checksum,
     file_entry,
     manifest_bytes,
     read_files,
     read_manifest,
-    sealed,
 )
 from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
@@ -53,8 +53,8 @@ WEIGHTS_NAME = "weights.safetensors"
 
 _OWN_NAMES = (MANIFEST_NAME, WEIGHTS_NAME, GRAPH_NAME, DECODER_GRAPH_NAME)
 _VERSION_DIGITS = 12
-_UNSAID = {"chunking": "invisible"}
-"""What a manifest means that was written before its key was."""
+_DEFAULTS = {"chunking": "invisible"}
+"""Values of keys that older manifests do not have."""
 _LIBRARIES = (
     "carry",
     "keras",
@@ -69,7 +69,7 @@ _LIBRARIES = (
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """One loaded model.
+    """A loaded model.
 
     Attributes:
         path: its directory.
@@ -77,7 +77,7 @@ class Artifact:
         weights: float32 arrays by name, read-only.
         fingerprint: 16 bytes; see `models.artifact.fingerprint`.
         version: the fingerprint's first 12 hexadecimal digits.
-        manifest: the whole manifest as plain data.
+        manifest: the manifest as plain data.
     """
 
     path: Path
@@ -89,24 +89,24 @@ class Artifact:
 
     @cached_property
     def decoder(self) -> Artifact | None:
-        """The network of a decoder's step, for runtimes, as if packaged by itself."""
+        """The network of one decoder step as a separate model, for runtimes."""
         spec = self.spec.decoder_network
         if spec is None:
             return None
         weights = MappingProxyType(strip_decoder_prefix(self.weights))
-        mark = fingerprint(spec, weights)
-        return Artifact(self.path, spec, weights, mark, _version(mark), self.manifest)
+        digest = compute_fingerprint(spec, weights)
+        return Artifact(self.path, spec, weights, digest, _version(digest), self.manifest)
 
     @cached_property
     def graphs(self) -> Graphs:
-        """The model's ONNX graphs, derived from spec and weights, or why there are none."""
+        """The model's ONNX graphs, or the reason why there are none."""
         return write_graphs(self.spec, self.weights)
 
     @property
     def differing_graphs(self) -> list[str]:
-        """The graph files that differ from the graphs of spec and weights.
+        """Names of the graph files that differ from the graphs of spec and weights.
 
-        Another version of Carry wrote them, or somebody replaced them. They are never run.
+        Another version of Carry wrote them, or they were replaced. They are never run.
         """
         listed = self.manifest["files"]
         return [
@@ -122,7 +122,7 @@ class Artifact:
 
     @cached_property
     def network_state(self) -> StateSpec:
-        """The parts of it that a runtime takes and gives; they come first among its floats."""
+        """The layout of the parts that a runtime reads and writes; the first ones of the floats."""
         return network_state(self.spec)
 
     @cached_property
@@ -144,18 +144,18 @@ def write_artifact(
     """Write a model and return it as `load_artifact` reads it.
 
     Args:
-        path: the directory to make; its parents are made too.
+        path: the directory to create, with its parents.
         spec: a fitted spec.
         weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32 and finite.
-        metrics: what was measured, plain JSON data.
-        training: how it was trained, plain JSON data.
-        files: more files by name (such as `report.json`, `plots/skill.png`): their bytes, or
+        metrics: evaluation results as JSON data.
+        training: training metadata as JSON data.
+        files: additional files by name (such as `report.json`, `plots/skill.png`): their bytes, or
             the path of a file to copy.
-        overwrite: whether an artifact that is already there is replaced.
+        overwrite: whether to replace an existing artifact.
 
     Raises:
-        ArtifactError: spec or weights that do not fit, data that is not JSON, a file name
-            that is taken or leads out of the directory, or a path that is occupied.
+        ArtifactError: invalid spec or weights, data that is not JSON, a file name
+            that is reserved or leads out of the directory, or a path that exists.
     """
     path = Path(path)
     _check_fitted(spec, str(path))
@@ -166,12 +166,12 @@ def write_artifact(
         if name in _OWN_NAMES or not inside(name):
             raise ArtifactError(f"{path}: expected a file name inside the artifact, got {name!r}")
         contents[name] = content.read_bytes() if isinstance(content, Path) else content
-    manifest = sealed(
+    manifest = add_checksum(
         {
             "format": FORMAT,
-            **_derived(spec, fingerprint(spec, weights)),
+            **_derived(spec, compute_fingerprint(spec, weights)),
             "weights": WEIGHTS_NAME,
-            **graphs.facts,
+            **graphs.manifest_entries,
             "metrics": dict(metrics or {}),
             "training": dict(training or {}),
             "libraries": _library_versions(),
@@ -183,30 +183,30 @@ def write_artifact(
     _check_target(path, overwrite)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:
-        made.mkdir()
+        temporary.mkdir()
         for name, data in contents.items():
-            write_new(made / name, data)
-        write_new(made / MANIFEST_NAME, manifest_bytes(manifest))
-        for folder in {made, *(made.joinpath(name).parent for name in contents)}:
+            write_new(temporary / name, data)
+        write_new(temporary / MANIFEST_NAME, manifest_bytes(manifest))
+        for folder in {temporary, *(temporary.joinpath(name).parent for name in contents)}:
             sync_directory(folder)
-        artifact = load_artifact(made)
-        _move_into_place(made, path)
+        artifact = load_artifact(temporary)
+        _move_into_place(temporary, path)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return replace(artifact, path=path)
 
 
 def load_artifact(path: Path) -> Artifact:
-    """Read and check a model.
+    """Load and validate a model.
 
     Raises:
         ArtifactError: naming the file and the reason: no directory or no manifest there, a
             manifest that is not JSON, is of another format or fails its checksum, a file that
             is missing, changed, too large, outside the directory or no regular file, a spec that
-            is wrong or not fitted, weights that do not fit it, or a state layout, outputs or
-            fingerprint that do not follow from it.
+            is invalid or not fitted, weights that do not match it, or a state layout, outputs or
+            fingerprint that differ from the derived ones.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -219,12 +219,12 @@ def load_artifact(path: Path) -> Artifact:
         raise ArtifactError(str(error)) from error
     _check_fitted(spec, where)
     weights = read_weights(spec, data, f"{path / str(name)}")
-    mark = fingerprint(spec, weights)
-    for key, expected in _derived(spec, mark).items():
-        given = manifest.get(key, _UNSAID.get(key))
+    digest = compute_fingerprint(spec, weights)
+    for key, expected in _derived(spec, digest).items():
+        given = manifest.get(key, _DEFAULTS.get(key))
         if given != expected:
             raise ArtifactError(
-                f"{where}: `{key}` does not follow from spec and weights: "
+                f"{where}: `{key}` differs from that of spec and weights: "
                 f"expected {_short(expected)}, got {_short(given)}"
             )
     for key in ("graph", "decoder_graph"):
@@ -234,17 +234,17 @@ def load_artifact(path: Path) -> Artifact:
     for key in ("metrics", "training"):
         if not isinstance(manifest.get(key, {}), dict):
             raise ArtifactError(f"{where}: expected `{key}` to be an object")
-    return Artifact(path, spec, MappingProxyType(weights), mark, _version(mark), manifest)
+    return Artifact(path, spec, MappingProxyType(weights), digest, _version(digest), manifest)
 
 
 def add_graph(path: Path) -> Artifact:
-    """Write the graph of an artifact anew, in place; everything else stays as it is.
+    """Rewrite the graphs of an artifact in place; nothing else changes.
 
-    At every moment the directory is a whole artifact, before with the old graph or with none.
+    The directory is a valid artifact at every time, with the old graphs, none or the new ones.
 
     Raises:
-        ArtifactError: the artifact is refused.
-        GraphUnsupportedError: no graph can hold the model; the manifest says so from now on.
+        ArtifactError: the artifact is invalid.
+        GraphUnsupportedError: the model cannot be exported; the manifest then gives the reason.
     """
     path = Path(path)
     artifact = load_artifact(path)
@@ -259,18 +259,18 @@ def add_graph(path: Path) -> Artifact:
     }
     if old != [None, None]:
         without = {**manifest, "runtimes": [TENSORFLOW]}
-        replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(without, str(path))))
+        replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(without, str(path))))
     for name, data in graphs.files.items():
         replace_file(path / name, data)
         manifest["files"][name] = file_entry(data)
-    manifest.update(graphs.facts)
-    replace_file(path / MANIFEST_NAME, manifest_bytes(sealed(manifest, str(path))))
+    manifest.update(graphs.manifest_entries)
+    replace_file(path / MANIFEST_NAME, manifest_bytes(add_checksum(manifest, str(path))))
     if graphs.refused is not None:
         raise GraphUnsupportedError(f"{path}: {graphs.refused}")
     return load_artifact(path)
 
 
-def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
+def _derived(spec: ModelSpec, digest: bytes) -> dict[str, Any]:
     return {
         "name": spec.name,
         "input_features": spec.input_features,
@@ -288,8 +288,8 @@ def _derived(spec: ModelSpec, mark: bytes) -> dict[str, Any]:
             }
             for output in output_spec(spec).outputs
         },
-        "fingerprint": mark.hex(),
-        "version": _version(mark),
+        "fingerprint": digest.hex(),
+        "version": _version(digest),
     }
 
 
@@ -306,20 +306,20 @@ def _check_target(path: Path, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not (path / MANIFEST_NAME).is_file():
-        raise ArtifactError(f"{path}: is there and is no artifact; expected a free path")
+        raise ArtifactError(f"{path}: exists and is not an artifact; expected a new path")
     if not overwrite:
-        raise ArtifactError(f"{path}: holds an artifact already; expected a free path")
+        raise ArtifactError(f"{path}: is an artifact already; expected a new path")
 
 
-def _move_into_place(made: Path, path: Path) -> None:
+def _move_into_place(temporary: Path, path: Path) -> None:
     if not path.exists() or not any(path.iterdir()):
-        made.rename(path)
+        temporary.rename(path)
         sync_directory(path.parent)
         return
     old = path.parent / f".{path.name}.{secrets.token_hex(6)}.old"
     path.rename(old)
     try:
-        made.rename(path)
+        temporary.rename(path)
     except OSError:
         old.rename(path)
         raise
@@ -328,17 +328,17 @@ def _move_into_place(made: Path, path: Path) -> None:
 
 
 def _library_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for name in _LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _version(mark: bytes) -> str:
-    return mark.hex()[:_VERSION_DIGITS]
+def _version(digest: bytes) -> str:
+    return digest.hex()[:_VERSION_DIGITS]
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Atomic file replacement, names that stay inside their folder, safe opening."""
+"""Atomic file replacement, validation of relative names, and safe opening of files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 
 def write_new(file: Path, data: bytes) -> None:
-    """Write a file that is not there yet, and its folders, through to the disk.
+    """Create a file and its directories, and sync the file to disk.
 
     Raises:
-        FileExistsError: it is there.
+        FileExistsError: the file exists.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("xb") as stream:
@@ -25,18 +25,18 @@ def write_new(file: Path, data: bytes) -> None:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Put a file in place, whole, whether or not one was there."""
-    made = file.parent / f".{file.name}.{secrets.token_hex(6)}.tmp"
+    """Create or replace a file atomically."""
+    temporary = file.parent / f".{file.name}.{secrets.token_hex(6)}.tmp"
     try:
-        write_new(made, data)
-        made.replace(file)
+        write_new(temporary, data)
+        temporary.replace(file)
         sync_directory(file.parent)
     finally:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a folder last."""
+    """Sync the entries of a directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,14 +45,14 @@ def sync_directory(path: Path) -> None:
 
 
 def inside(name: str) -> bool:
-    """Whether a relative name, with `/` between folders, leads nowhere else.
+    """Whether a relative name, with `/` as separator, stays inside its directory.
 
     False for names with control characters, including NUL, or lone surrogates.
     """
     parts = PurePosixPath(name).parts
-    plain = bool(parts) and not name.startswith("/") and ".." not in parts
+    is_relative = bool(parts) and not name.startswith("/") and ".." not in parts
     is_unsafe = "\\" in name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)
-    return plain and not is_unsafe and str(PurePosixPath(name)) == name and name != "."
+    return is_relative and not is_unsafe and str(PurePosixPath(name)) == name and name != "."
 
 
 def open_regular(file: Path, folder: Path | None = None) -> BinaryIO:

@@ -1,7 +1,7 @@
-"""The fingerprint of a model: a hash of what determines its numbers, and of nothing else.
+"""Fingerprint of a model: a hash of everything that determines its outputs, and of nothing else.
 
-Two models with the same fingerprint give the same outputs for the same events and can go on
-from each other's states. Renaming a model, describing it, training it in another way with
+Two models with the same fingerprint have the same outputs for the same events and can continue
+from each other's states. Renaming a model, changing its description, training it differently with
 the same result or writing it with other library versions does not change the fingerprint.
 """
 
@@ -24,22 +24,22 @@ from models.spec.model import ModelSpec
 FINGERPRINT_BYTES = 16
 
 _NUMERICS = 1
-"""Raised when the same spec and weights come to mean other numbers (encoding, gate order)."""
+"""Incremented when the same spec and weights have other outputs (encoding, gate order)."""
 
-_FIELD_NOTES = {"description", "max_vocabulary"}
-_LAYER_NOTES = {"dropout", "recurrent_dropout", "rate"}
-_HEAD_NOTES = {"dense": {"targets"}, "label": {"column"}}
-_DECODER_NOTES = {"max_horizon"}
+_IGNORED_FIELD_OPTIONS = {"description", "max_vocabulary"}
+_IGNORED_LAYER_OPTIONS = {"dropout", "recurrent_dropout", "rate"}
+_IGNORED_HEAD_OPTIONS = {"dense": {"targets"}, "label": {"column"}}
+_IGNORED_DECODER_OPTIONS = {"max_horizon"}
 
 
-def fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """The first 16 bytes of SHA-256 over the spec's numbers and the weights.
+def compute_fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """Compute the fingerprint: 16 bytes of SHA-256 over the relevant spec and the weights.
 
     Args:
         spec: a fitted spec.
         weights: float32 arrays by name, as `models.spec.layout.weight_shapes` names them.
     """
-    digest = hashlib.sha256(canonical_json(_numbers(spec)))
+    digest = hashlib.sha256(canonical_json(_relevant_spec(spec)))
     for name in sorted(weights):
         array = weights[name]
         head = {"name": name, "shape": list(array.shape)}
@@ -49,11 +49,11 @@ def fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> 
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+    """Encode as UTF-8 JSON with sorted keys and no spaces: equal values have equal bytes.
 
     Raises:
         ValueError: NaN or infinity.
-        TypeError: something that JSON does not know.
+        TypeError: a value without a JSON representation.
     """
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -61,20 +61,22 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
-def _numbers(spec: ModelSpec) -> dict[str, Any]:
+def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
     events: dict[str, Any] | None = None
     if spec.events is not None:
         events = {
-            "fields": [_part(field, _FIELD_NOTES) for field in spec.events.fields],
-            # Only the calendar features of a timestamp read the zone.
+            "fields": [_part(field, _IGNORED_FIELD_OPTIONS) for field in spec.events.fields],
+            # Only the calendar features of a timestamp depend on the time zone.
             "timezone": spec.events.timezone if spec.events.timestamp else None,
         }
     sections: dict[str, Any] = {}
     if spec.decoder is not None:
         own = spec.decoder
         sections["decoder"] = {
-            **own.model_dump(exclude={"layers", "head", *_DECODER_NOTES}, exclude_defaults=True),
-            "layers": [_part(layer, _LAYER_NOTES) for layer in own.layers],
+            **own.model_dump(
+                exclude={"layers", "head", *_IGNORED_DECODER_OPTIONS}, exclude_defaults=True
+            ),
+            "layers": [_part(layer, _IGNORED_LAYER_OPTIONS) for layer in own.layers],
             "head": _part(own.head, set()),
         }
     if spec.blocks is not None:
@@ -84,15 +86,15 @@ def _numbers(spec: ModelSpec) -> dict[str, Any]:
         **sections,
         "events": events,
         "features": spec.features,
-        "layers": [_part(layer, _LAYER_NOTES) for layer in spec.layers],
-        "heads": [_part(head, _HEAD_NOTES.get(head.kind, set())) for head in spec.heads],
+        "layers": [_part(layer, _IGNORED_LAYER_OPTIONS) for layer in spec.layers],
+        "heads": [_part(head, _IGNORED_HEAD_OPTIONS.get(head.kind, set())) for head in spec.heads],
     }
 
 
-def _part(part: EventField | Layer | Head | DistributionHead, notes: set[str]) -> dict[str, Any]:
-    """One field, layer or head without its notes and without what is at its default.
+def _part(part: EventField | Layer | Head | DistributionHead, ignored: set[str]) -> dict[str, Any]:
+    """A field, layer or head without options that have no effect and without defaults.
 
-    An option that a later version adds is at its default in every model made before it, and
-    so leaves their fingerprints, and the states stored under them, as they are.
+    An option that a later version adds has its default in every older model, and
+    so does not change their fingerprints, under which states are stored.
     """
-    return {**part.model_dump(exclude=notes, exclude_defaults=True), "kind": part.kind}
+    return {**part.model_dump(exclude=ignored, exclude_defaults=True), "kind": part.kind}

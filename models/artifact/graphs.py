@@ -1,6 +1,6 @@
-"""The ONNX graphs of a model: which files they are, and what its manifest says of them.
+"""ONNX graphs of a model: their files, and their entries in the manifest.
 
-`models.onnx` derives them from spec and weights, in milliseconds: for other programs when a model
+`models.onnx` exports them from spec and weights, in milliseconds: for other programs when a model
 is packaged, and for ONNX Runtime each time that a model is loaded.
 """
 
@@ -24,12 +24,12 @@ DECODER_GRAPH_NAME = "decoder.onnx"
 
 @dataclass(frozen=True, slots=True)
 class Graphs:
-    """A model's graphs, or why there can be none.
+    """The graphs of a model, or the reason for their absence.
 
     Attributes:
-        data: the network's graph.
-        decoder: that of its decoder's step, where it has one.
-        refused: why no graph can hold the model; None where there is one.
+        data: graph of the network.
+        decoder: graph of one decoder step, if the model has a decoder.
+        refused: why the model cannot be exported; None if it can.
     """
 
     data: bytes | None = None
@@ -38,23 +38,23 @@ class Graphs:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The graphs that there are, by file name."""
-        found = {GRAPH_NAME: self.data, DECODER_GRAPH_NAME: self.decoder}
-        return {name: data for name, data in found.items() if data is not None}
+        """The graphs by file name."""
+        files = {GRAPH_NAME: self.data, DECODER_GRAPH_NAME: self.decoder}
+        return {name: data for name, data in files.items() if data is not None}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What the manifest says of them."""
+    def manifest_entries(self) -> dict[str, Any]:
+        """The entries of the manifest about the graphs."""
         if self.data is None:
             return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
-        facts: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
+        entries: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}
         if self.decoder is not None:
-            facts["decoder_graph"] = DECODER_GRAPH_NAME
-        return facts
+            entries["decoder_graph"] = DECODER_GRAPH_NAME
+        return entries
 
 
 def write_graphs(spec: ModelSpec, weights: Mapping[str, FloatArray]) -> Graphs:
-    """Derive a model's graphs, or say why there can be none."""
+    """Export the graphs of a model, or return the reason why that is impossible."""
     try:
         network = spec.decoder_network
         decoder = None if network is None else write_graph(network, strip_decoder_prefix(weights))

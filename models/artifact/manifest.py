@@ -1,13 +1,13 @@
-"""The manifest of a model on disk, and the files that it lists.
+"""Manifest of an artifact, and verification of the files that it lists.
 
-The manifest is JSON. It lists every file with size and SHA-256, and its own `checksum` is the
-SHA-256 of the rest of it in canonical form. What the manifest means is for
+The manifest is JSON. It lists every file with size and SHA-256, and its `checksum` is the
+SHA-256 of its other members in canonical form. The other members are interpreted by
 `models.artifact.artifact`.
 
-Reading refuses a manifest of another format, or one that does not have its checksum, and a listed
-file that is missing, changed, outside the directory or not a regular file, or more bytes than the
+Reading rejects a manifest of another format or with a wrong checksum, and a listed
+file that is missing, changed, outside the directory or not a regular file, or larger than the
 limits below. Each file is opened once, so that the bytes that were verified are the ones returned.
-Unlisted files are not opened. Links are followed inside the directory, which may be one itself.
+Unlisted files are not opened. Links are followed inside the directory, which may be a link itself.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ MAX_ARTIFACT_BYTES = 4 * 2**30
 _PIECE_BYTES = 2**20
 
 
-def sealed(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The manifest with its checksum, as plain data.
+def add_checksum(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Add the checksum to a manifest, and convert it to plain data.
 
     Raises:
-        ArtifactError: it holds what is not plain, finite JSON data.
+        ArtifactError: it contains data that is not finite JSON.
     """
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     try:
-        # What is read back has lists for tuples and text for every key; it must be the same.
+        # JSON has lists instead of tuples and strings as keys: convert to what reading returns.
         plain: dict[str, Any] = json.loads(canonical_json({**rest, "checksum": _checksum(rest)}))
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"{where}: expected metrics and training to be plain, finite JSON data, got {error}"
+            f"{where}: expected metrics and training to be finite JSON data, got {error}"
         ) from error
     return plain
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The file's content."""
+    """Encode a manifest as the content of its file."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
 
 
 def file_entry(data: bytes) -> dict[str, Any]:
-    """What `files` says of a file of that content."""
+    """The entry of a file in `files`, from its content."""
     return {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest in a directory, whole and of this format; nothing more is checked.
+    """Read a manifest and check its format and checksum, and nothing else.
 
     Raises:
         ArtifactError: naming the file and the reason.

@@ -1,4 +1,4 @@
-"""The weights of a model as safetensors, and whether they fit its spec."""
+"""Weights of a model as safetensors, and their validation against the spec."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from models.spec.state import FloatArray
 
 
 def weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
-    """The weights as safetensors; the same weights give the same bytes."""
-    # safetensors writes the buffer as it lies, so a transposed view would be stored wrongly.
+    """Encode weights as safetensors; equal weights have equal bytes."""
+    # safetensors copies the memory of an array, so a transposed view would be stored wrongly.
     return bytes(
         safetensors.numpy.save(
             {name: np.ascontiguousarray(array) for name, array in sorted(weights.items())}
@@ -27,13 +27,13 @@ def weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
 
 
 def read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, FloatArray]:
-    """Weights that fit a spec, read-only.
+    """Decode weights and validate them against a spec; the arrays are read-only.
 
     Args:
-        where: the file, for errors.
+        where: the file's name for errors.
 
     Raises:
-        ArtifactError: they are not safetensors, or do not fit.
+        ArtifactError: they are not safetensors, or do not match the spec.
     """
     try:
         weights = safetensors.numpy.load(data)
@@ -46,7 +46,7 @@ def read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, FloatArr
 
 
 def check_weights(spec: ModelSpec, weights: Mapping[str, NDArray[Any]], where: str) -> None:
-    """Refuse weights that do not fit a spec.
+    """Validate weights against a spec.
 
     Raises:
         ArtifactError: a weight is missing or unknown, of another shape or type, or not finite.
@@ -56,7 +56,7 @@ def check_weights(spec: ModelSpec, weights: Mapping[str, NDArray[Any]], where: s
     unknown = sorted(weights.keys() - shapes.keys())
     if missing or unknown:
         raise ArtifactError(
-            f"{where}: the weights do not fit the spec: missing {missing}, unknown {unknown}"
+            f"{where}: the weights do not match the spec: missing {missing}, unknown {unknown}"
         )
     for name, shape in shapes.items():
         array = weights[name]

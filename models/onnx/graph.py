@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import GraphUnsupportedError
 from models.onnx.activations import activation
 from models.onnx.attention import check_steps, over_chunk, over_stream
@@ -105,7 +105,10 @@ def write_graph(spec: ModelSpec, weights: Weights) -> bytes:
         ir_version=IR_VERSION,
         producer="carry",
         opset=OPSET,
-        metadata={MARK_FORMAT: GRAPH_FORMAT, MARK_FINGERPRINT: fingerprint(spec, weights).hex()},
+        metadata={
+            MARK_FORMAT: GRAPH_FORMAT,
+            MARK_FINGERPRINT: compute_fingerprint(spec, weights).hex(),
+        },
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import ArtifactError
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import parse_spec
@@ -24,7 +24,7 @@ def test_an_artifact_round_trips(made: Path) -> None:
 
     assert artifact.path == made
     assert artifact.spec == SPEC
-    assert artifact.fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert artifact.fingerprint == compute_fingerprint(SPEC, WEIGHTS)
     assert artifact.version == artifact.fingerprint.hex()[:12]
     assert artifact.state == state_spec(SPEC)
     assert artifact.outputs == output_spec(SPEC)
@@ -116,12 +116,12 @@ def test_unlisted_files_and_renames_are_ignored(made: Path, tmp_path: Path) -> N
 def test_an_artifact_is_replaced_only_on_request(made: Path) -> None:
     other = random_weights(SPEC, seed=8)
 
-    with pytest.raises(ArtifactError, match="holds an artifact already"):
+    with pytest.raises(ArtifactError, match="is an artifact already"):
         write_artifact(made, SPEC, other)
-    assert load_artifact(made).fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
 
     write_artifact(made, SPEC, other, overwrite=True)
-    assert load_artifact(made).fingerprint == fingerprint(SPEC, other)
+    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, other)
     assert [entry.name for entry in made.parent.iterdir()] == ["small"]
     assert not (made / "report.json").exists()
 
@@ -134,7 +134,7 @@ def test_other_directories_are_never_replaced(tmp_path: Path, overwrite: bool) -
     file.write_text("x")
 
     for path in (folder, file):
-        with pytest.raises(ArtifactError, match="no artifact"):
+        with pytest.raises(ArtifactError, match="not an artifact"):
             write_artifact(path, SPEC, WEIGHTS, overwrite=overwrite)
     assert (folder / "precious.txt").exists()
 
@@ -156,7 +156,7 @@ def test_a_failed_write_leaves_the_old_artifact(
         write_artifact(made, SPEC, random_weights(SPEC, seed=8), overwrite=True)
 
     monkeypatch.undo()
-    assert load_artifact(made).fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
     assert [entry.name for entry in made.parent.iterdir()] == ["small"]
 
 
@@ -189,5 +189,5 @@ def test_unsafe_and_reserved_file_names_are_rejected(tmp_path: Path, name: str) 
     "bad", [{"x": float("nan")}, {"x": np.float32(1)}, {"x": object()}, {"x": float("inf")}]
 )
 def test_metrics_must_be_finite_json(tmp_path: Path, bad: dict[str, Any]) -> None:
-    with pytest.raises(ArtifactError, match="plain, finite JSON"):
+    with pytest.raises(ArtifactError, match="finite JSON"):
         write_artifact(tmp_path / "a", SPEC, WEIGHTS, metrics=bad)

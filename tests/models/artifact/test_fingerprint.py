@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifact.fingerprint import canonical_json, fingerprint
+from models.artifact.fingerprint import canonical_json, compute_fingerprint
 from models.spec.model import parse_spec
 from tests.support.models import SMALL, random_weights, small_spec
 
 WEIGHTS = random_weights(small_spec())
-BASE = fingerprint(small_spec(), WEIGHTS)
+BASE = compute_fingerprint(small_spec(), WEIGHTS)
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -24,7 +24,7 @@ Change = Callable[[dict[str, Any]], None]
 def after(change: Change) -> bytes:
     data = copy.deepcopy(SMALL)
     change(data)
-    return fingerprint(parse_spec(data), WEIGHTS)
+    return compute_fingerprint(parse_spec(data), WEIGHTS)
 
 
 def put(*path: str | int, value: Any) -> Change:
@@ -128,7 +128,7 @@ def test_every_weight_is_in_the_fingerprint() -> None:
     for name, array in WEIGHTS.items():
         other = array.copy()
         other.flat[-1] = np.nextafter(other.flat[-1], np.float32(9))
-        found.add(fingerprint(small_spec(), {**WEIGHTS, name: other}))
+        found.add(compute_fingerprint(small_spec(), {**WEIGHTS, name: other}))
 
     assert len(found) == 1 + len(WEIGHTS)
 
@@ -143,10 +143,10 @@ def test_the_fingerprint_ignores_order_and_memory_layout_of_weights() -> None:
     turned = {**WEIGHTS, "lstm_1.kernel": np.asfortranarray(WEIGHTS["lstm_1.kernel"])}
     reshaped = {**WEIGHTS, "lstm_1.bias": WEIGHTS["lstm_1.bias"].reshape(1, -1)}
 
-    assert fingerprint(spec, swapped) != BASE
-    assert fingerprint(spec, reshaped) != BASE
-    assert fingerprint(spec, dict(reversed(WEIGHTS.items()))) == BASE
-    assert fingerprint(spec, turned) == BASE
+    assert compute_fingerprint(spec, swapped) != BASE
+    assert compute_fingerprint(spec, reshaped) != BASE
+    assert compute_fingerprint(spec, dict(reversed(WEIGHTS.items()))) == BASE
+    assert compute_fingerprint(spec, turned) == BASE
 
 
 def test_the_fingerprint_is_the_hash_of_documented_bytes() -> None:
@@ -174,7 +174,7 @@ def test_the_fingerprint_is_the_hash_of_documented_bytes() -> None:
         + b'{"name":"gru_1.recurrent_kernel","shape":[1,3]}'
         + struct.pack("<3f", 4, 5, 6)
     )
-    assert fingerprint(spec, weights) == hashlib.sha256(hashed).digest()[:16]
+    assert compute_fingerprint(spec, weights) == hashlib.sha256(hashed).digest()[:16]
 
 
 def test_canonical_json() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.artifact.artifact import add_graph, load_artifact, write_artifact
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import GraphUnsupportedError
 from models.onnx.graph import write_graph
 from models.spec.model import parse_spec
@@ -94,13 +94,13 @@ def test_add_graph_is_crash_safe(made: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_graphs_are_derived_from_weights_and_not_read_from_files(made: Path) -> None:
     other = random_weights(SPEC, seed=9)
-    marks = [fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
+    marks = [compute_fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
     (made / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))
     seal(made, manifest_of(made))
 
     artifact = load_artifact(made)
 
-    assert artifact.fingerprint == fingerprint(SPEC, WEIGHTS)
+    assert artifact.fingerprint == compute_fingerprint(SPEC, WEIGHTS)
     assert artifact.graphs.data == write_graph(SPEC, WEIGHTS)
     assert artifact.differing_graphs == ["graph.onnx"]
     assert add_graph(made).differing_graphs == []

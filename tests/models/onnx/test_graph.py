@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import GraphUnsupportedError
 from models.networks.build import StepNetwork
 from models.onnx import graph as graph_module
@@ -184,7 +184,7 @@ def test_the_graph_is_valid_and_says_whose_it_is() -> None:
         "states_after": ["B", size],
     }
     marks = {entry.key: entry.value for entry in model.metadata_props}
-    assert marks == {MARK_FORMAT: "1", MARK_FINGERPRINT: fingerprint(spec, weights).hex()}
+    assert marks == {MARK_FORMAT: "1", MARK_FINGERPRINT: compute_fingerprint(spec, weights).hex()}
     assert {node.op_type for node in model.graph.node} >= {"LSTM", "GRU"}
     assert data == write_graph(spec, dict(reversed(weights.items())))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import load_artifact, write_artifact
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
 from models.spec.chunking import (
     DEFAULT_CHUNK_STEPS,
@@ -146,9 +146,9 @@ def test_max_chunk_steps_requires_a_network_that_depends_on_the_chunk() -> None:
 def test_max_chunk_steps_is_in_the_manifest_and_not_in_the_fingerprint(tmp_path: Path) -> None:
     specs = [spec_of(BELOW, ABOVE, max_chunk_steps=most) for most in (12, 30)]
     weights = contracting_weights(specs[0], 2)
-    assert len({fingerprint(spec, weights) for spec in specs}) == 1
+    assert len({compute_fingerprint(spec, weights) for spec in specs}) == 1
     plain = spec_of(BELOW, {"kind": "lstm", "name": "above", "units": 4})
-    assert fingerprint(plain, weights) != fingerprint(specs[0], weights)
+    assert compute_fingerprint(plain, weights) != compute_fingerprint(specs[0], weights)
     manifest = write_artifact(tmp_path / "m", specs[0], weights).manifest
     assert (manifest["chunking"], manifest["max_chunk_steps"]) == ("per_chunk", 12)
     assert load_artifact(tmp_path / "m").spec == specs[0]

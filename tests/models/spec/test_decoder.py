@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
 from models.networks.fresh import fresh_weights
 from models.spec.layout import state_spec, weight_shapes
@@ -61,7 +61,7 @@ def test_decoder_weights_have_a_prefix() -> None:
 def test_fingerprints_of_models_without_a_decoder_are_unchanged() -> None:
     spec = small_spec()
     before = "f39381739849b3585693511efb152f24"
-    assert fingerprint(spec, random_weights(spec)).hex() == before
+    assert compute_fingerprint(spec, random_weights(spec)).hex() == before
 
 
 def test_the_fingerprint_depends_on_the_decoder() -> None:
@@ -69,7 +69,7 @@ def test_the_fingerprint_depends_on_the_decoder() -> None:
     weights = random_weights(spec)
 
     def mark(changed: ModelSpec) -> bytes:
-        return fingerprint(changed, weights)
+        return compute_fingerprint(changed, weights)
 
     assert mark(decoder_spec(max_horizon=3)) == mark(spec)
     others = [

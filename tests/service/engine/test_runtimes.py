@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 import models
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
-from models.artifact.fingerprint import fingerprint
+from models.artifact.fingerprint import compute_fingerprint
 from models.onnx.graph import write_graph
 from models.spec.model import parse_spec
 from service.engine.runtimes import loading
@@ -161,7 +161,7 @@ EXCHANGED = {
     "endless loop": endless,
     "external data": external,
     "other weights": lambda found, other: write_graph(found.spec, other).replace(
-        fingerprint(found.spec, other).hex().encode(), found.fingerprint.hex().encode()
+        compute_fingerprint(found.spec, other).hex().encode(), found.fingerprint.hex().encode()
     ),
     "no graph": lambda found, other: b"junk",
 }
