@@ -1,11 +1,11 @@
-"""Events in the form that digests and encoding read: a few arrays for all fields together.
+"""Columnar block of events, in one matrix for all fields, for encoding and digests.
 
-A chunk is often short, and then a NumPy call costs more than the numbers in it. So the fields
-of a chunk lie in one float64 matrix, ordered by what is done to them, and each step of encoding
-is one call for all fields. A `BlockLayout` is what follows from the schema alone and is made
-once; a `Block` holds T events. Its values are those of `EventColumns`, to the bit.
+A chunk is often short, and then a NumPy call costs more than its numbers. So the fields
+of a chunk are stored in one float64 matrix, ordered by encoding step, and each step of encoding
+is one call for all fields. A `BlockLayout` is derived from the schema and computed
+once; a `Block` contains T events. Its values equal those of `EventColumns` bit for bit.
 
-Nothing is validated here: a reader or a table has done it.
+Nothing is validated here: events come from a decoder or a table.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ IntArray = NDArray[np.int64]
 DoubleArray = NDArray[np.float64]
 
 GAP_ROW = 0
-"""The row of `Block.numbers` that is the gap's, in a schema with a timestamp."""
+"""The row of the gap in `Block.numbers`, in a schema with a timestamp."""
 
 
 class Codes(dict[str | None, int]):
-    """The code of every category of a field, and of None where it may be absent."""
+    """Maps the categories of a field to codes, and None if the field is optional."""
 
     def __missing__(self, category: str | None) -> int:
         return UNKNOWN_CODE
 
 
-class Place(NamedTuple):
-    """Where a block keeps one field.
+class FieldPosition(NamedTuple):
+    """Position of a field in a block.
 
     Attributes:
-        field: under the schema.
-        row: of `numbers`; for the timestamp the gap's.
-        text: for a categorical, its index in `texts`.
-        absent: for an optional field, its row of `absent`.
+        field: the field of the schema.
+        row: its row of `numbers`; the gap's for the timestamp.
+        text: index in `texts` of a categorical field.
+        absent: row of `absent` of an optional field.
     """
 
     field: EventField
@@ -63,34 +63,34 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockLayout:
-    """Where the fields of a schema lie in its blocks, and what encoding does to them.
+    """Layout of a schema's blocks, and parameters of its encoding.
 
     The K rows of `numbers` are the gap, the numerics under a signed logarithm, the other
-    numerics, the booleans, the codes of the categoricals, and for each optional field of
-    another kind 1 where it is absent. With the calendar they are the columns of a row.
+    numerics, the booleans, the codes of the categoricals, and an indicator for each optional field
+    of another kind, 1 if it is absent. With the calendar features they are the encoded columns.
 
     Attributes:
-        schema: whose layout it is.
-        places: per field, by name, in the order of the schema.
-        time: the place of the timestamp, or None.
-        given: per row of `numbers` that holds values, that is from after the gap's to before
-            the first of absence, the index of its field in the schema.
-        codes: per categorical, in the order of their rows.
-        optionals: how many rows `Block.absent` has: for the M optional fields of `missing`, in
-            its order, and then for the optional categoricals.
-        logs: how many rows, from the first, go through the signed logarithm.
-        fitted: whether the schema is; otherwise there is no mean and std to encode with.
-        mean: float64 [K, 1], and so is `std`: each row is encoded as (row - mean) / std.
+        schema: the event schema.
+        positions: positions of the fields by name, in the order of the schema.
+        time: position of the timestamp, or None.
+        value_fields: for each row of `numbers` with values, from after the gap to before
+            the first indicator, the index of its field in the schema.
+        codes: codes of the categoricals, in the order of their rows.
+        optionals: number of rows of `Block.absent`: for the M optional fields of `missing`, in
+            their order, then for the optional categoricals.
+        logs: number of leading rows that are transformed by the signed logarithm.
+        fitted: whether the schema is fitted; otherwise mean and std are unknown.
+        mean, std: float64 [K, 1]; a row is encoded as (row - mean) / std.
         columns: int [K], the encoded column of each row.
-        calendar: the first of the timestamp's four calendar columns; 0 without a timestamp.
-        missing: the rows of `numbers` that say what is absent, M of them.
-        blanked: int [M], the row of `numbers` that is encoded as 0 where it is absent.
+        calendar: first of the four calendar columns; 0 without a timestamp.
+        missing: the M rows of `numbers` with indicators of absence.
+        blanked: int [M], the rows of `numbers` that are encoded as 0 if absent.
     """
 
     schema: EventSchema
-    places: Mapping[str, Place]
-    time: Place | None
-    given: tuple[int, ...]
+    positions: Mapping[str, FieldPosition]
+    time: FieldPosition | None
+    value_fields: tuple[int, ...]
     codes: tuple[Codes, ...]
     optionals: int
     logs: int
@@ -104,21 +104,21 @@ class BlockLayout:
 
     @property
     def values(self) -> slice:
-        """The rows of `numbers` that hold values: neither the gap nor what is absent."""
+        """The rows of `numbers` with values: neither the gap nor indicators of absence."""
         return slice(0 if self.time is None else GAP_ROW + 1, self.missing.start)
 
 
 class Block(NamedTuple):
-    """T events under a layout.
+    """T events in a layout.
 
     Attributes:
-        layout: where what lies.
+        layout: the layout of the arrays.
         steps: T.
-        numbers: float64 [K, T], without negative zeros; 0 in the gap's row and for absent
-            values, but the code of absence for an absent category.
-        texts: per categorical, T strings; "" where absent.
-        times_ms: int64 [T], epoch milliseconds, 0 where absent; None without a timestamp.
-        absent: bool [optionals, T]; None where nothing is absent.
+        numbers: float64 [K, T], without negative zeros; 0 in the row of the gap and for absent
+            values, and the absent code for an absent category.
+        texts: T strings for each categorical; "" if absent.
+        times_ms: int64 [T], epoch milliseconds, 0 if absent; None without a timestamp.
+        absent: bool [optionals, T]; None if nothing is absent.
     """
 
     layout: BlockLayout
@@ -140,27 +140,27 @@ class Block(NamedTuple):
             None if self.absent is None else self.absent[:, cut],
         )
 
-    def presence(self, place: Place) -> BoolArray:
-        """Where a field has a value, bool [T]."""
-        if place.absent is None or self.absent is None:
+    def presence(self, position: FieldPosition) -> BoolArray:
+        """Whether each event has a value of a field, bool [T]."""
+        if position.absent is None or self.absent is None:
             return np.ones(self.steps, np.bool_)
-        return np.asarray(~self.absent[place.absent])
+        return np.asarray(~self.absent[position.absent])
 
-    def values(self, place: Place) -> NDArray[Any]:
-        """A field's values [T], as `EventColumns` has them."""
-        if place.text is not None:
-            return np.array(self.texts[place.text], object)
-        if isinstance(place.field, TimestampField) and self.times_ms is not None:
+    def values(self, position: FieldPosition) -> NDArray[Any]:
+        """The values [T] of a field, as in `EventColumns`."""
+        if position.text is not None:
+            return np.array(self.texts[position.text], object)
+        if isinstance(position.field, TimestampField) and self.times_ms is not None:
             return self.times_ms
-        row: DoubleArray = self.numbers[place.row]
-        return row.astype(np.bool_) if isinstance(place.field, BooleanField) else row
+        row: DoubleArray = self.numbers[position.row]
+        return row.astype(np.bool_) if isinstance(position.field, BooleanField) else row
 
     def canonical_bytes(self) -> bytes:
-        """The bytes that `models.events.columns.canonical_bytes` describes."""
+        """The canonical bytes; the format is described in `models.events.columns`."""
         numbers, wide = self.numbers.astype("<f8", copy=False).tobytes(), 8 * self.steps
         everywhere = b"\1" * self.steps
         parts: list[bytes] = []
-        for field, row, text, absent in self.layout.places.values():
+        for field, row, text, absent in self.layout.positions.values():
             if absent is None or self.absent is None:
                 parts.append(everywhere)
             else:
@@ -176,27 +176,29 @@ class Block(NamedTuple):
         return b"".join(parts)
 
 
-class ByName(Mapping[str, NDArray[Any]]):
-    """One array per field, by name, made when it is asked for."""
+class LazyArrays(Mapping[str, NDArray[Any]]):
+    """Arrays of fields by name, created on access."""
 
-    __slots__ = ("_of", "_places")
+    __slots__ = ("_of", "_positions")
 
-    def __init__(self, places: Mapping[str, Place], of: Callable[[Place], NDArray[Any]]):
-        self._places = places
+    def __init__(
+        self, positions: Mapping[str, FieldPosition], of: Callable[[FieldPosition], NDArray[Any]]
+    ):
+        self._positions = positions
         self._of = of
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._of(self._places[name])
+        return self._of(self._positions[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._positions)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._positions)
 
 
 def _canonical_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
-    """The lengths in UTF-8 bytes as uint32 LE, and the UTF-8 bytes one after the other."""
+    """The lengths in UTF-8 bytes as uint32 LE, and the concatenated UTF-8 bytes."""
     joined = "".join(texts)
     lengths = map(len, texts) if joined.isascii() else (len(text.encode()) for text in texts)
     return struct.pack(f"<{len(texts)}I", *lengths), joined.encode()
@@ -204,21 +206,21 @@ def _canonical_texts(texts: Sequence[str]) -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=64)
 def layout_of(schema: EventSchema) -> BlockLayout:
-    """The layout of the blocks of an equal schema, made once; each call hashes the schema."""
+    """The cached layout of a schema's blocks; each call hashes the schema."""
     return new_layout(schema)
 
 
 def new_layout(schema: EventSchema) -> BlockLayout:
-    """The layout of a schema's blocks, which are known to be that schema's by its identity."""
+    """Compute the layout of a schema's blocks."""
     fields = schema.fields
     order = sorted(range(len(fields)), key=lambda index: _rank(fields[index]))
     texts = [index for index in order if isinstance(fields[index], CategoricalField)]
     optional = [index for index in order if fields[index].optional]
-    # Categoricals have the last rows.
+    # Categoricals have the last rows and no indicators.
     marked = [index for index in optional if index not in texts]
     starts = _starts(schema)
-    places = {
-        field.name: Place(
+    positions = {
+        field.name: FieldPosition(
             field,
             order.index(index),
             texts.index(index) if index in texts else None,
@@ -228,12 +230,12 @@ def new_layout(schema: EventSchema) -> BlockLayout:
     }
     scales = [_scale_of(fields[index]) for index in order] + [(0.0, 1.0)] * len(marked)
     columns = [starts[index] for index in order] + [starts[index + 1] - 1 for index in marked]
-    time = places[schema.timestamp.name] if schema.timestamp else None
+    time = positions[schema.timestamp.name] if schema.timestamp else None
     return BlockLayout(
         schema=schema,
-        places=places,
+        positions=positions,
         time=time,
-        given=tuple(order if time is None else order[GAP_ROW + 1 :]),
+        value_fields=tuple(order if time is None else order[GAP_ROW + 1 :]),
         codes=tuple(_codes(fields[index]) for index in texts),
         optionals=len(optional),
         logs=sum(_rank(field) <= _LOGARITHMIC for field in fields),
@@ -251,7 +253,7 @@ _LOGARITHMIC = 1
 
 
 def _rank(field: EventField) -> int:
-    """Where a field's row stands among those of other fields."""
+    """Sort key of a field's row."""
     match field:
         case TimestampField():
             return 0
@@ -284,7 +286,7 @@ def _codes(field: EventField) -> Codes:
 
 
 def _starts(schema: EventSchema) -> list[int]:
-    """The first encoded column of each field, and their number at the end."""
+    """The first encoded column of each field, followed by the number of columns."""
     starts = [0]
     for field in schema.fields:
         width = len(TIMESTAMP_FEATURES) if isinstance(field, TimestampField) else 1

@@ -1,8 +1,8 @@
-"""Validated events, column by column: what encoding, digests and training share.
+"""Validated events as columns, shared by encoding, digests and training.
 
-One array per field instead of one dict per event, so that everything after parsing is
-vectorised. Absent values hold 0, false or "" and are told apart by `present` alone. Events
-off the wire stay in the block that the reader made; their columns are views of it.
+One array per field instead of one dict per event, so that all processing after parsing is
+vectorised. Absent values are 0, false or "", and only `present` distinguishes them. Events
+of requests stay in the block that the fast decoder made; their columns are views of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.events.block import Block, BoolArray, ByName, layout_of
+from models.events.block import Block, BoolArray, LazyArrays, layout_of
 from models.events.parse import timestamp_ms
 from models.events.schema import (
     BooleanField,
@@ -28,15 +28,15 @@ from models.events.schema import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EventColumns:
-    """T events.
+    """T events as columns.
 
     Attributes:
         steps: T.
-        present: per field, bool [T]; all true for a required field.
-        values: per field, an array [T]: float64 for a numeric (-0.0 is kept as 0.0), int64
+        present: bool [T] for each field; all true for a required field.
+        values: an array [T] for each field: float64 for a numeric (-0.0 becomes 0.0), int64
             epoch milliseconds for a timestamp, bool for a boolean, objects (str) for a
-            categorical. Where not present: 0, false or "".
-        block: the same events as digests and encoding read them, where they are at hand.
+            categorical. Absent values are 0, false or "".
+        block: the same events as a block for encoding and digests, if there is one.
     """
 
     steps: int
@@ -46,9 +46,14 @@ class EventColumns:
 
     @classmethod
     def of_block(cls, block: Block) -> EventColumns:
-        """The columns of a block, made when they are asked for."""
-        places = block.layout.places
-        return cls(block.steps, ByName(places, block.presence), ByName(places, block.values), block)
+        """The columns of a block, created on access."""
+        positions = block.layout.positions
+        return cls(
+            block.steps,
+            LazyArrays(positions, block.presence),
+            LazyArrays(positions, block.values),
+            block,
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[EventColumns]) -> EventColumns:
@@ -127,20 +132,20 @@ def block_of(schema: EventSchema, columns: EventColumns) -> Block:
     absent = np.zeros((layout.optionals, columns.steps), np.bool_)
     texts: list[list[str]] = [[] for _ in layout.codes]
     times_ms = None
-    for name, place in layout.places.items():
+    for name, position in layout.positions.items():
         values = columns.values[name]
-        if place.absent is not None:
-            absent[place.absent] = ~columns.present[name]
-        if isinstance(place.field, TimestampField):
+        if position.absent is not None:
+            absent[position.absent] = ~columns.present[name]
+        if isinstance(position.field, TimestampField):
             times_ms = np.asarray(values, np.int64)
-        elif place.text is not None:
-            texts[place.text] = values.tolist()
-            codes = layout.codes[place.text]
-            numbers[place.row] = list(map(codes.__getitem__, texts[place.text]))
-            if place.absent is not None:
-                numbers[place.row, absent[place.absent]] = codes[None]
+        elif position.text is not None:
+            texts[position.text] = values.tolist()
+            codes = layout.codes[position.text]
+            numbers[position.row] = list(map(codes.__getitem__, texts[position.text]))
+            if position.absent is not None:
+                numbers[position.row, absent[position.absent]] = codes[None]
         else:
-            numbers[place.row] = values
+            numbers[position.row] = values
     numbers += 0.0
     numbers[layout.missing] = absent[: len(layout.blanked)]
     return Block(

@@ -1,10 +1,10 @@
 """From event columns to the float32 rows that a network reads.
 
-The same code encodes for training and for serving. What depends on earlier events is only
-the gap between timestamps; it is computed in int64 milliseconds against the clock, a part
-of the stream's state, so that encoding does not depend on how events were cut into chunks:
-encoding a whole sequence and encoding its chunks one after the other, handing the clock on,
-give the same bits.
+Training and serving use the same code. The only value that depends on earlier events is
+the gap between timestamps. It is computed in int64 milliseconds from the clock, a part
+of the stream's state, so that encoding is chunk-invariant:
+encoding a sequence at once, and encoding its chunks in order while passing on the clock,
+produce the same bits.
 
     numeric      (transform(value) - mean) / std in float64, then float32
     categorical  its code: 0 unknown, 1..K the vocabulary, K+1 absent
@@ -12,7 +12,7 @@ give the same bits.
     timestamp    gap      (log(1 + gap in seconds) - gap_mean) / gap_std
                  hour     sin and cos of 2 pi m / 1440, m the local minute of the day
                  weekday  sin and cos of 2 pi d / 7, d the local day of the week, Monday 0
-    .missing     1 where absent, with every other column of the field 0
+    .missing     1 if absent; then every other column of the field is 0
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from models.errors import DataError, StateError
-from models.events.block import GAP_ROW, Block, BlockLayout, IntArray, Place
+from models.events.block import GAP_ROW, Block, BlockLayout, FieldPosition, IntArray
 from models.events.columns import EventColumns, block_of
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
 from models.events.schema import (
@@ -49,22 +49,22 @@ _WEEK_DAYS = 7
 _WEEK_MINUTES = _WEEK_DAYS * _DAY_MINUTES
 _CALENDAR_COLUMNS = 4
 _EPOCH_MINUTE = 3 * _DAY_MINUTES
-"""The minute of the week, from Monday 0:00, in which 1970 began."""
+"""The minute of the week, from Monday 0:00, of 1970-01-01T00:00."""
 
 MAX_SEEN = 2**62
-"""More events than any stream can have; counting on from it stays within int64."""
+"""More events than any stream can have; counting on from it does not overflow int64."""
 
 MAX_RESTORED_SEEN = 2**61
-"""Most events that a restored state may have seen; no stream can reach `MAX_SEEN` from there."""
+"""Largest event count of a restored state; no stream can reach `MAX_SEEN` from there."""
 
 
 class Clock(NamedTuple):
-    """What a stream remembers of its timestamps.
+    """Timestamp statistics of a stream, a part of its state.
 
     Attributes:
         last_ms: the latest timestamp so far, epoch milliseconds; 0 while `seen` is 0.
-        seen: how many events carried a timestamp.
-        out_of_order: how many of them came with one before `last_ms`.
+        seen: number of events with a timestamp.
+        out_of_order: number of events with an earlier timestamp than `last_ms`.
     """
 
     last_ms: int = 0
@@ -73,15 +73,15 @@ class Clock(NamedTuple):
 
     @classmethod
     def from_ints(cls, spec: StateSpec, ints: IntArray, max_seen: int = MAX_SEEN) -> Clock:
-        """Read the clock's parts out of a state's int64 row [M].
+        """Read the clock from a state's int64 row [M].
 
-        A model without a timestamp field has no such parts: the clock is then at zero.
+        A model without a timestamp field has no such parts: the clock is then zero.
 
         Args:
             max_seen: largest accepted count of events.
 
         Raises:
-            StateError: counters that no stream can reach, or a timestamp out of range.
+            StateError: impossible counters, or a timestamp out of range.
         """
         if CLOCK_SEEN not in spec.slices:
             return cls()
@@ -114,11 +114,11 @@ class Clock(NamedTuple):
 
 
 def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[FloatArray, Clock]:
-    """Encode T events that follow those the clock has seen.
+    """Encode T events that follow the clock.
 
     Args:
         schema: a fitted schema.
-        columns: T >= 0 events under that schema.
+        columns: T >= 0 events of that schema.
         clock: the stream's clock before the first of them; `Clock()` for a new stream.
 
     Returns:
@@ -136,7 +136,7 @@ def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[Fl
 def encode_many(
     schema: EventSchema, columns: Sequence[EventColumns], clocks: Sequence[Clock]
 ) -> tuple[list[FloatArray], list[Clock]]:
-    """Encode chunks of several streams at once: to the bit what `encode` gives for each.
+    """Encode chunks of several streams in one batch; equal to `encode` of each bit for bit.
 
     Args:
         schema: a fitted schema.
@@ -147,8 +147,8 @@ def encode_many(
         N arrays of rows, float32 [T, F], finite, views of one array; and the N clocks after.
 
     Raises:
-        DataError: as `encode` does for one of them, the first in order. Encode one by one
-            to have the others.
+        DataError: the error of the first chunk that `encode` rejects. Encode separately
+            to get the other rows.
     """
     blocks = [block_of(schema, chunk) for chunk in columns]
     rows, after = _encoded(blocks, clocks)
@@ -161,7 +161,7 @@ def encode_many(
 
 
 def _encoded(blocks: Sequence[Block], clocks: Sequence[Clock]) -> tuple[FloatArray, list[Clock]]:
-    """Rows of blocks under one layout, one after the other; they may hold infinities."""
+    """Encode blocks of one layout into consecutive rows, which may contain infinities."""
     layout = blocks[0].layout
     if not layout.fitted:
         raise ValueError("expected a fitted schema: mean and standard deviation are not known")
@@ -193,16 +193,16 @@ def _encoded(blocks: Sequence[Block], clocks: Sequence[Clock]) -> tuple[FloatArr
 
 
 def _gaps(
-    place: Place, blocks: Sequence[Block], clocks: Sequence[Clock]
+    position: FieldPosition, blocks: Sequence[Block], clocks: Sequence[Clock]
 ) -> tuple[IntArray, IntArray, list[Clock]]:
-    """Timestamps and gaps of all blocks' events, both int64 [T], and the clocks afterwards.
+    """Compute timestamps and gaps of all events, both int64 [T], and the clocks afterwards.
 
-    Of an event without a timestamp neither means anything.
+    Both are undefined for an event without a timestamp.
     """
     times_ms = np.concatenate([_times_ms(block) for block in blocks])
     cuts = list(accumulate([block.steps for block in blocks], initial=0))
     gaps = np.zeros(len(times_ms), np.int64)
-    # In order, as nearly always, the latest timestamp is the one before.
+    # If events are in order, as almost always, the latest timestamp is the previous one.
     np.subtract(times_ms[1:], times_ms[:-1], out=gaps[1:])
     after = list(clocks)
     others: set[int] = set()
@@ -212,12 +212,12 @@ def _gaps(
             continue
         gaps[start] = times_ms.item(start) - clock.last_ms if clock.seen else 0
         after[at] = Clock(times_ms.item(stop - 1), clock.seen + block.steps, clock.out_of_order)
-        if place.absent is not None and block.absent is not None:
+        if position.absent is not None and block.absent is not None:
             others.add(at)
     if np.min(gaps, initial=0) < 0:
         others.update((np.searchsorted(cuts, np.flatnonzero(gaps < 0), "right") - 1).tolist())
     for at in others:
-        part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(place)
+        part, there = slice(cuts[at], cuts[at + 1]), blocks[at].presence(position)
         gaps[part][there], after[at] = gaps_ms(times_ms[part][there], clocks[at])
     return times_ms, gaps, after
 
@@ -229,7 +229,7 @@ def _times_ms(block: Block) -> IntArray:
 
 
 def _week_minutes(layout: BlockLayout, times_ms: IntArray) -> IntArray:
-    """The minute of the local week, from Monday 0:00, of each timestamp."""
+    """Compute the minute of the local week, from Monday 0:00, of each timestamp."""
     minutes = times_ms + zone_table(layout.schema.timezone).offsets(times_ms)
     minutes //= _MINUTE_MS
     minutes += _EPOCH_MINUTE
@@ -238,17 +238,17 @@ def _week_minutes(layout: BlockLayout, times_ms: IntArray) -> IntArray:
 
 
 def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
-    """Values of a numeric field, in its own units, as the column holds them.
+    """Standardise values of a numeric field, given in its units, as in its encoded column.
 
-    Anything that is compared with an encoded column (a head's threshold, say) goes through
-    here too, so that equal values are equal after encoding.
+    Values that are compared with an encoded column (such as a head's threshold) must be
+    standardised by this function, so that equal values are equal after encoding.
 
     Args:
         field: a fitted field.
         values: any shape.
 
     Returns:
-        float32 of the same shape; infinite where the result does not fit.
+        float32 of the same shape; infinite if the result overflows.
     """
     given = np.asarray(values, np.float64)
     with np.errstate(over="ignore"):
@@ -256,7 +256,7 @@ def standardise(field: NumericField, values: ArrayLike) -> FloatArray:
 
 
 def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values after the field's transform, before standardising."""
+    """Apply the field's transform, without standardising."""
     if field.transform == "signed_log1p":
         return np.asarray(np.copysign(np.log1p(np.abs(values)), values), np.float64)
     return values
@@ -265,7 +265,7 @@ def transformed(field: NumericField, values: NDArray[np.float64]) -> NDArray[np.
 def categorical_codes(
     field: CategoricalField, present: NDArray[np.bool_], values: NDArray[Any]
 ) -> IntArray:
-    """Codes int64 [T] of a categorical column: 0 unknown, 1..K known, K+1 absent."""
+    """Compute the codes int64 [T] of a categorical column: 0 unknown, 1..K known, K+1 absent."""
     code_of = field.code_of
     codes = np.fromiter(
         (code_of.get(value, UNKNOWN_CODE) for value in values), np.int64, len(values)
@@ -274,13 +274,13 @@ def categorical_codes(
 
 
 def gaps_ms(times_ms: IntArray, clock: Clock) -> tuple[IntArray, Clock]:
-    """Milliseconds since the latest timestamp before each event, and the clock afterwards.
+    """Compute milliseconds since the latest timestamp before each event, and the clock afterwards.
 
-    The first event of a stream, and one before the latest, have gap 0; the latter are
-    counted and leave the latest timestamp where it is.
+    The first event of a stream and events out of order have gap 0; the latter are
+    counted and do not change the latest timestamp.
 
     Args:
-        times_ms: int64 [T], the timestamps of the events that carry one.
+        times_ms: int64 [T], the timestamps of the events that have one.
         clock: the stream's clock before them.
     """
     if len(times_ms) == 0:
@@ -301,7 +301,7 @@ def log_gap(gap_ms: IntArray) -> NDArray[np.float64]:
 
 
 def check_rows(columns: tuple[Column, ...], rows: FloatArray) -> None:
-    """Refuse rows of `inputs` that the encoder could not have produced.
+    """Validate rows of `inputs`: reject those that the encoder cannot produce.
 
     Args:
         columns: the F columns, `ModelSpec.columns`.
@@ -357,9 +357,9 @@ def _scale(values: NDArray[np.float64], mean: float | None, std: float | None) -
 
 @cache
 def _calendar() -> FloatArray:
-    """Sine and cosine of the hour, sine and cosine of the weekday, per minute of the week.
+    """Table of sine and cosine of hour and weekday for each minute of the week.
 
-    A table instead of vectorised sin and cos: faster, and the same bits for any chunk length.
+    Faster than vectorised sin and cos, and the same bits for any chunk length.
     """
     hours, days = _angles(_DAY_MINUTES), _angles(_WEEK_DAYS)
     return np.hstack([np.tile(hours, (_WEEK_DAYS, 1)), np.repeat(days, _DAY_MINUTES, axis=0)])

@@ -1,7 +1,7 @@
-"""Fit an event schema: means, deviations, vocabularies and gap statistics out of a table.
+"""Fits an event schema: means, deviations, vocabularies and gap statistics from a table.
 
-Only what the schema leaves open is filled in. Give training rows alone: what is fitted on
-held-out rows leaks.
+Only values that the schema does not specify are fitted. Pass training rows only: fitting on
+held-out rows is leakage.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from models.events.schema import (
 def fit_schema(
     schema: EventSchema, frame: pl.DataFrame, *, stream: str, order: str | None = None
 ) -> EventSchema:
-    """The schema with every open number filled in from the frame.
+    """Fit every number and vocabulary that the schema does not specify.
 
-    A numeric gets mean and (population) standard deviation of its transformed, present
+    A numeric field gets mean and (population) standard deviation of its transformed, present
     values; a constant one gets deviation 1. A categorical gets its most frequent categories,
-    at most `max_vocabulary`, by falling frequency and then by name. A timestamp gets mean and
+    at most `max_vocabulary`, by decreasing frequency and then by name. A timestamp gets mean and
     deviation of log(1 + gap), with gaps as serving computes them, stream by stream.
 
     Args:
-        schema: the schema; numbers that it gives are kept.
+        schema: the schema; its specified numbers are kept.
         frame: the training rows.
-        stream: the column that names each row's stream.
-        order: the column that orders a stream's events; rows that tie, and all rows where
-            there is no such column, keep the order they lie in.
+        stream: column with the name of each row's stream.
+        order: column that orders a stream's events; ties, and all rows if
+            it is None, keep their order.
 
     Raises:
-        DataError: a column that is not there, a value that the schema refuses, or numbers too
+        DataError: a missing column, a value that the schema rejects, or numbers too
             large to have a finite deviation.
     """
     for name in (stream, order):

@@ -1,12 +1,12 @@
-"""Event columns out of a table: training, evaluation and replay read files through here.
+"""Reads event columns from a table, for training, evaluation and replay.
 
-A file is looser than the wire in four ways, each because of how tables are written: a NaN
-is a missing number, integers may stand for categories (by their digits) and for booleans
-(0 and 1), and a date and time without an offset is read in the schema's time zone (of two
-possible moments the earlier). Everything else is refused, naming row and column; so are integers
-that are probably epoch seconds (`EPOCH_SECONDS`), which would be read as days of 1970.
+Validation is less strict than for requests in four ways, as tables are written: a NaN
+is a missing number, integers may represent categories (by their digits) and booleans
+(0 and 1), and a date and time without an offset is in the schema's time zone (of two
+possible times the earlier). Everything else is rejected with row and column; so are integers
+that are probably epoch seconds (`EPOCH_SECONDS`), which would be dates in 1970.
 
-Polars is needed here and in `fit`, and nowhere in serving.
+Polars is used here and in `fit`, but not in serving.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from models.events.schema import (
 from models.events.zones import zone_table
 
 EPOCH_SECONDS = range(300_000_000, 4_200_000_000)
-"""Columns of integers that are all in this range are refused as epoch seconds. As seconds these are
+"""Integer columns with all values in this range are rejected as epoch seconds. As seconds these are
 times of 1979 to 2103; as milliseconds, of January and February 1970."""
 
 _STRINGS = (pl.String, pl.Categorical, pl.Enum)
 
 
 def columns_from_frame(schema: EventSchema, frame: pl.DataFrame) -> EventColumns:
-    """The frame's rows as events, in the order of the rows.
+    """Convert the rows of a table to events, in their order.
 
     Args:
-        schema: the event schema; it need not be fitted.
-        frame: one column per field, under its name; other columns are not read. A column
-            that an optional field lacks counts as absent throughout.
+        schema: the event schema; fitted or not.
+        frame: one column per field, with its name; other columns are ignored. A column
+            may be missing if the field is optional; its values are then absent.
 
     Raises:
         DataError: `index` is the row, `field` the column.
@@ -145,7 +145,7 @@ def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArr
     present = column.is_not_null().to_numpy()
     dtype = column.dtype
     if dtype.is_integer():
-        # What does not fit int64 is out of range, and must not wrap around into it.
+        # Integers that overflow int64 are out of range, and must not wrap around into it.
         values = column.cast(pl.Int64, strict=False).fill_null(MAX_TIMESTAMP_MS).to_numpy()
         _check_milliseconds(column.name, values, present)
     elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
@@ -163,7 +163,7 @@ def _timestamp(schema: EventSchema, column: pl.Series) -> tuple[BoolArray, NDArr
         raise DataError(
             index=row,
             field=column.name,
-            expected="a moment from 1900-01-01 to before 2200-01-01",
+            expected="a time from 1900-01-01 to before 2200-01-01",
             got=f"{column[row]}",
         )
     return present, np.where(present, values, 0)
@@ -185,7 +185,7 @@ def _check_milliseconds(name: str, values: NDArray[np.int64], present: BoolArray
 
 
 def _epoch_ms(column: pl.Series) -> NDArray[np.int64]:
-    """Milliseconds since 1970-01-01T00:00, in UTC or, without a zone, on the local clock."""
+    """Milliseconds since 1970-01-01T00:00 in UTC or, without a zone, in local time."""
     micros = column.dt.timestamp("us").fill_null(0).to_numpy()
     return np.asarray(micros // 1000, np.int64)
 
@@ -217,7 +217,7 @@ def _from_strings(schema: EventSchema, column: pl.Series, present: BoolArray) ->
 
 
 def _naive(text: str) -> datetime | None:
-    """A date and time without an offset, taken as if in UTC; None where it is no such thing."""
+    """Parse a date and time without an offset as if in UTC; None for other texts."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -236,8 +236,8 @@ def _from_local(
         raise DataError(
             index=row,
             field=name,
-            expected=f"a time that clocks in {schema.timezone} showed",
-            got=f"{shown}, which they skipped",
+            expected=f"a local time that exists in {schema.timezone}",
+            got=f"{shown}, which clocks skipped",
         )
     return moments
 

@@ -1,9 +1,9 @@
-"""RFC 3339 timestamps to epoch milliseconds, a list at a time.
+"""Vectorised parsing of RFC 3339 timestamps to epoch milliseconds.
 
-The texts of one client look alike: the same digits after the second, the same kind of offset.
-Such a list is checked against its shape in one comparison and parsed by NumPy in another call;
-any other list goes through the validator that the event type uses, text by text. What is
-accepted, and as which moment, is the same either way.
+The texts of one client have the same shape: number of decimals, kind of offset.
+Such a list is compared with its shape at once, and parsed by one NumPy call;
+any other list is validated text by text by the validator of the event type. Both ways
+accept the same texts and return the same times.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ IntArray = NDArray[np.int64]
 _MINUTE_MS = 60_000
 _LONGEST = len("2013-01-01T05:17:00.123456789-05:00")
 
-# Every digit becomes 0, and everything else stays as it is.
+# Replaces every digit by 0.
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _SHAPE = re.compile(rb"0000-00-00[T ]00:00:00(?:\.0{1,9})?([Zz]|[+-]00:00)")
 
 
 def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
-    """Epoch milliseconds int64 [T] of timestamps as events may state them.
+    """Parse timestamps of events to epoch milliseconds, int64 [T].
 
     Args:
-        moments: RFC 3339 texts, or integers that are known to be in range.
+        moments: RFC 3339 texts, or integers that are validated already.
 
     Returns:
-        None where one of them is no timestamp that an event may have.
+        None if one of them is invalid.
     """
     kinds = set(map(type, moments))
     if kinds == {str}:
         texts: Sequence[str] = moments  # type: ignore[assignment]
-        alike = same_shape_ms(texts)
+        alike = parse_uniform_texts(texts)
         if alike is not None:
             return alike
     elif kinds <= {int}:
@@ -57,8 +57,8 @@ def epoch_ms(moments: Sequence[str | int]) -> IntArray | None:
         return None
 
 
-def same_shape_ms(texts: Sequence[str]) -> IntArray | None:
-    """As `epoch_ms`; None as well where the texts differ in shape."""
+def parse_uniform_texts(texts: Sequence[str]) -> IntArray | None:
+    """Parse texts of one shape; None if shapes differ or a text is invalid."""
     if len(texts[0]) > _LONGEST:
         return None
     try:
@@ -74,22 +74,22 @@ def same_shape_ms(texts: Sequence[str]) -> IntArray | None:
         times_ms = found["local"].astype("datetime64[ms]").view(np.int64)
         times_ms = times_ms - _offsets_ms(found["offset"].tolist())
     except ValueError:
-        # No text in UTF-8, a date that no calendar has, or an offset of a day and more.
+        # A lone surrogate, a date that does not exist, or an offset of a day or more.
         return None
     if np.min(times_ms) < MIN_TIMESTAMP_MS or np.max(times_ms) >= MAX_TIMESTAMP_MS:
         return None
     return times_ms
 
 
-# Shapes are of what clients write: short, and so is what is remembered.
+# Only short texts get here, so the cache is small.
 @lru_cache(maxsize=256)
 def _parts(shape: bytes) -> tuple[bytes, np.dtype[np.void]] | None:
-    """A line of that shape and its parts, or None for a shape that no timestamp has."""
+    """A line of a shape and the dtype of its parts; None if no timestamp has that shape."""
     match = _SHAPE.fullmatch(shape)
     if match is None:
         return None
     offset = match.start(1)
-    # NumPy cuts digits after the millisecond off.
+    # NumPy truncates after the millisecond.
     return shape + b"\n", np.dtype(
         {
             "names": ["local", "offset"],
@@ -107,7 +107,7 @@ def _offsets_ms(offsets: list[bytes]) -> int | IntArray:
     return np.array([_offset_ms(offset) for offset in offsets], np.int64)
 
 
-# There are 2,882 offsets.
+# There are 2,882 different offsets.
 @lru_cache(maxsize=4096)
 def _offset_ms(offset: bytes) -> int:
     if offset in b"Zz":

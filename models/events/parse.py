@@ -1,11 +1,11 @@
-"""From what a client sends to one validated event: a plain dict of Python values.
+"""Strict validation of events with pydantic, and their JSON Schema.
 
 The event schema becomes a pydantic type, so that events are validated while their JSON is
-parsed, errors say where they are, and the same type writes the JSON Schema. Python objects
-(out of MessagePack) pass through the same type under the same rules: a number is never
-taken for a string, a boolean never for a number, and nothing is guessed.
+parsed, errors have their location, and the same type generates the JSON Schema. Python objects
+(from MessagePack) are validated by the same type with the same rules: a number is never
+accepted as a string, nor a boolean as a number, and nothing is coerced.
 
-Refused: unknown fields, missing required fields, NaN and infinity, empty or overlong
+Rejected are unknown fields, missing required fields, NaN and infinity, empty or too long
 categories, timestamps without an offset or outside 1900 to 2200.
 """
 
@@ -44,7 +44,7 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 MIN_TIMESTAMP_MS = (_MIN - _EPOCH) // _MILLISECOND
 MAX_TIMESTAMP_MS = (_MAX - _EPOCH) // _MILLISECOND
-"""Timestamps lie in [1900-01-01, 2200-01-01), as epoch milliseconds."""
+"""Timestamps are in [1900-01-01, 2200-01-01), as epoch milliseconds."""
 
 _RFC3339 = (
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
@@ -55,12 +55,12 @@ _EXAMPLE_TIMESTAMP = "2013-01-01T05:17:00-05:00"
 
 
 class Timestamp:
-    """A moment: an RFC 3339 string with an offset, or integer epoch milliseconds.
+    """Type of a timestamp: an RFC 3339 string with an offset, or integer epoch milliseconds.
 
-    Without an offset the moment is not known, so such a string is refused, as are moments
-    outside [1900-01-01, 2200-01-01) and leap seconds (`:60`). Validates to an aware
-    `datetime` or an int, as it came; `timestamp_ms` makes both epoch milliseconds. Built of
-    pydantic's compiled validators: a validator written in Python takes ten times as long.
+    Strings without an offset are ambiguous and rejected, as are times
+    outside [1900-01-01, 2200-01-01) and leap seconds (`:60`). The validated value is an aware
+    `datetime` or an int; `timestamp_ms` converts both to epoch milliseconds. It is built from
+    pydantic's compiled validators, as a validator in Python takes ten times as long.
     """
 
     @classmethod
@@ -82,7 +82,7 @@ class Timestamp:
 def _timestamp_schema() -> CoreSchema:
     number = core_schema.int_schema(strict=True, ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)
     text = core_schema.str_schema(strict=True, pattern=_RFC3339, regex_engine="rust-regex")
-    # Not strict: the text that the step before has let through is what it is to parse.
+    # Not strict, as it must parse the text that the previous step validated.
     moment = core_schema.datetime_schema(
         strict=False,
         tz_constraint="aware",
@@ -104,23 +104,23 @@ def _timestamp_schema() -> CoreSchema:
 
 @cache
 def timestamp_validator() -> SchemaValidator:
-    """Validates one timestamp as a field of an event does."""
+    """The validator of one timestamp, the same as in an event."""
     return SchemaValidator(_timestamp_schema())
 
 
 def timestamp_ms(moment: datetime | int) -> int:
-    """Epoch milliseconds of a validated timestamp; finer digits are cut off, to the past."""
+    """Convert a validated timestamp to epoch milliseconds, rounding down."""
     if isinstance(moment, int):
         return moment
     return (moment - _EPOCH) // _MILLISECOND
 
 
 def event_type(schema: EventSchema, name: str = "Event") -> Any:
-    """A TypedDict type of one event, for a `TypeAdapter` or as part of a pydantic model.
+    """Create the TypedDict type of one event, for a `TypeAdapter` or a pydantic model.
 
     Args:
-        schema: the event schema; it need not be fitted.
-        name: the type's title in JSON Schema and OpenAPI.
+        schema: the event schema; fitted or not.
+        name: title of the type in JSON Schema and OpenAPI.
 
     Returns:
         A type whose validated values are plain dicts of float, str, bool and, for the
@@ -139,7 +139,7 @@ def event_type(schema: EventSchema, name: str = "Event") -> Any:
 
 
 def event_adapter(schema: EventSchema) -> TypeAdapter[dict[str, Any]]:
-    """Validates one event, from JSON (`validate_json`) or objects (`validate_python`)."""
+    """The validator of one event, from JSON (`validate_json`) or objects (`validate_python`)."""
     return TypeAdapter(event_type(schema))
 
 
@@ -149,7 +149,7 @@ def event_json_schema(schema: EventSchema) -> dict[str, Any]:
 
 
 def example_event(schema: EventSchema) -> dict[str, Any]:
-    """An event that the schema accepts, with every field, made of typical values."""
+    """A valid event with typical values of every field."""
     return {field.name: _example(field) for field in schema.fields}
 
 

@@ -1,12 +1,12 @@
-"""Events from bytes to columns in one pass: the fast way in, beside the strict one.
+"""Fast decoder of events: from bytes to columns in one pass.
 
-The event schema becomes a msgspec type whose decoder checks while it parses, in C: types,
+The event schema becomes a msgspec type whose decoder validates in C while it parses: types,
 unknown and missing fields, finite numbers, lengths of categories, integer timestamps. The
-columns are then taken out of its objects, all events and all numbers at a time.
+columns are then extracted from its objects, for all events and all numbers at a time.
 
-The reader accepts only what the strict type (`models.events.parse.event_type`) accepts, and
-reads the same values out of it; it never says what is wrong. Where it gives None, the strict
-type is to be asked, which makes the error or finds the events valid after all.
+The decoder accepts only events that the strict type (`models.events.parse.event_type`) accepts,
+and decodes the same values; it makes no errors. If it returns None, the caller must use the strict
+type, which makes the error or accepts the events after all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from models.events.schema import (
 
 _LARGEST = float(np.finfo(np.float64).max)
 
-# NaN is in no range, so that the range refuses it too.
+# NaN is outside of every range, so the range rejects it too.
 _NUMBER = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]
 _CATEGORY = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_CATEGORY_CHARS)]
 _EPOCH_MS = Annotated[int, msgspec.Meta(ge=MIN_TIMESTAMP_MS, lt=MAX_TIMESTAMP_MS)]
@@ -54,7 +54,7 @@ class ReadEvents(NamedTuple):
 
     Attributes:
         members: number of members with a value other than null.
-        texts: number of those values that are text.
+        texts: number of those values that are strings.
     """
 
     columns: EventColumns
@@ -63,7 +63,7 @@ class ReadEvents(NamedTuple):
 
 
 class EventReader:
-    """Reads the events of one model. Made once, for any number of chunks and threads.
+    """Fast decoder of the events of one model; reusable and thread-safe.
 
     Attributes:
         event: the msgspec Struct of one event, for decoders of whole request bodies.
@@ -75,37 +75,39 @@ class EventReader:
         self._list: Any = list[self.event]  # type: ignore[name-defined]
         self._json: msgspec.json.Decoder[Any] = msgspec.json.Decoder(self._list)
         self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(self._list)
-        places = list(self._layout.places.values())
-        given, texts = self._layout.given, len(self._layout.codes)
-        self._numbers = given[: len(given) - texts]
-        self._texts = given[len(given) - texts :]
-        self._may_be_none = [places[at].absent is not None for at in self._numbers]
-        self._optional = [at for at, place in enumerate(places) if place.absent is not None]
-        self._time_at = places.index(self._layout.time) if self._layout.time else None
-        # Packing notices a None among numbers; among texts and timestamps nothing would.
-        self._unnoticed = tuple(
-            (at, place.absent)
-            for at, place in enumerate(places)
-            if place.absent is not None and at not in self._numbers
+        positions = list(self._layout.positions.values())
+        value_fields, texts = self._layout.value_fields, len(self._layout.codes)
+        self._numbers = value_fields[: len(value_fields) - texts]
+        self._texts = value_fields[len(value_fields) - texts :]
+        self._may_be_none = [positions[at].absent is not None for at in self._numbers]
+        self._optional = [
+            at for at, position in enumerate(positions) if position.absent is not None
+        ]
+        self._time_at = positions.index(self._layout.time) if self._layout.time else None
+        # Packing fails at a None among numbers, but not among texts and timestamps.
+        self._optional_texts_and_time = tuple(
+            (at, position.absent)
+            for at, position in enumerate(positions)
+            if position.absent is not None and at not in self._numbers
         )
 
     def from_json(self, body: bytes) -> EventColumns | None:
-        """Columns of a JSON list of events, or None: ask the strict type."""
+        """Decode a JSON list of events; None: use the strict type."""
         return self._decoded(self._json, body)
 
     def from_msgpack(self, body: bytes) -> EventColumns | None:
-        """Columns of a MessagePack list of events, or None: ask the strict type."""
+        """Decode a MessagePack list of events; None: use the strict type."""
         return self._decoded(self._msgpack, body)
 
     def from_values(self, events: list[Any]) -> EventColumns | None:
-        """Columns of events that are parsed already, or None: ask the strict type.
+        """Convert events that are parsed already; None: use the strict type.
 
         Args:
-            events: plain values, as a parser of JSON or MessagePack gives them.
+            events: values as returned by a parser of JSON or MessagePack.
         """
         try:
             columns = self.columns(msgspec.convert(events, self._list))
-            # Half a surrogate pair comes out of no parser, but text may hold one.
+            # No parser returns a lone surrogate, but a str may contain one.
             for texts in columns.block.texts if columns and columns.block else ():
                 "".join(texts).encode()
         except (msgspec.MsgspecError, ValueError):
@@ -113,71 +115,71 @@ class EventReader:
         return columns
 
     def columns(self, events: Sequence[msgspec.Struct]) -> EventColumns | None:
-        """Columns of T >= 0 objects of the type `event`, as a decoder has made them.
+        """Convert T >= 0 decoded objects of the type `event` to columns.
 
         Returns:
-            None where the strict type is to be asked.
+            None: use the strict type.
         """
         read = self.read(events)
         return None if read is None else read.columns
 
     def read(self, events: Sequence[msgspec.Struct]) -> ReadEvents | None:
-        """As `columns`, with the numbers of members and texts."""
+        """Convert like `columns`, and count members and texts."""
         if not events:
             return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
         steps, layout = len(events), self._layout
-        given = tuple(zip(*map(astuple, events), strict=True))
+        by_field = tuple(zip(*map(astuple, events), strict=True))
         times_ms = None
         if self._time_at is not None:
-            times_ms = self._times_ms(given[self._time_at])
+            times_ms = self._times_ms(by_field[self._time_at])
             if times_ms is None:
                 return None
-        texts: list[Sequence[str]] = [given[at] for at in self._texts]
+        texts: list[Sequence[str]] = [by_field[at] for at in self._texts]
         codes: list[int] = []
         for code_of, column in zip(layout.codes, texts, strict=True):
             codes += map(code_of.__getitem__, column)
-        values = chain.from_iterable([given[at] for at in self._numbers])
-        count = steps * len(layout.given)
-        blanks = any(None in given[at] for at, _ in self._unnoticed)
+        values = chain.from_iterable([by_field[at] for at in self._numbers])
+        count = steps * len(layout.value_fields)
+        blanks = any(None in by_field[at] for at, _ in self._optional_texts_and_time)
         try:
             packed = struct.pack(f"{count}d", *values, *codes)
         except struct.error:
             blanks = True
             values = chain.from_iterable(
-                _known(given[at]) if optional else given[at]
+                _with_nans(by_field[at]) if optional else by_field[at]
                 for at, optional in zip(self._numbers, self._may_be_none, strict=True)
             )
             packed = struct.pack(f"{count}d", *values, *codes)
         numbers = np.zeros((len(layout.columns), steps))
-        # -0.0 and 0.0 are one number to a client, so they must be one to digest and network.
+        # -0.0 and 0.0 are equal for clients, so they must be equal for digest and network.
         np.add(np.frombuffer(packed).reshape(-1, steps), 0.0, out=numbers[layout.values])
-        absent = self._absent(given, numbers) if blanks else None
-        for at, _ in self._unnoticed if blanks else ():
+        absent = self._absent(by_field, numbers) if blanks else None
+        for at, _ in self._optional_texts_and_time if blanks else ():
             if at in self._texts:
-                texts[self._texts.index(at)] = [text or "" for text in given[at]]
+                texts[self._texts.index(at)] = [text or "" for text in by_field[at]]
         columns = EventColumns.of_block(
             Block(layout, steps, numbers, tuple(texts), times_ms, absent)
         )
-        members, strings = self._count_values(given, steps)
+        members, strings = self._count_values(by_field, steps)
         return ReadEvents(columns, members, strings)
 
-    def _count_values(self, given: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
-        """Count the values, and those of them that are text."""
-        members, texts = steps * len(given), steps * len(self._texts)
+    def _count_values(self, by_field: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
+        """Count the values, and those that are strings."""
+        members, texts = steps * len(by_field), steps * len(self._texts)
         for at in self._optional:
-            absent = given[at].count(None)
+            absent = by_field[at].count(None)
             members -= absent
             if at in self._texts:
                 texts -= absent
         if self._time_at is not None:
-            texts += list(map(type, given[self._time_at])).count(str)
+            texts += list(map(type, by_field[self._time_at])).count(str)
         return members, texts
 
     def columns_many(self, chunks: Sequence[Sequence[msgspec.Struct]]) -> list[EventColumns] | None:
-        """As `columns` for several chunks, in less time for each; views of the same arrays.
+        """Convert several chunks in one batch, which is faster; the results share arrays.
 
         Returns:
-            None where the strict type is to be asked about any of them.
+            None: use the strict type, because of at least one of them.
         """
         together = self.columns(list(chain.from_iterable(chunks)))
         if together is None:
@@ -185,20 +187,20 @@ class EventReader:
         cuts = accumulate(map(len, chunks), initial=0)
         return [together[start:stop] for start, stop in pairwise(cuts)]
 
-    def _absent(self, given: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
+    def _absent(self, by_field: Sequence[Sequence[Any]], numbers: DoubleArray) -> BoolArray:
         """What is absent, bool [optionals, T], and `numbers` told so; NaN in them becomes 0."""
         layout, marked = self._layout, len(self._layout.blanked)
         unknown = np.isnan(numbers)
         np.copyto(numbers, 0.0, where=unknown)
         absent = np.zeros((layout.optionals, numbers.shape[1]), np.bool_)
         absent[:marked] = unknown.take(layout.blanked, axis=0)
-        for at, row in self._unnoticed:
-            absent[row] = [value is None for value in given[at]]
+        for at, row in self._optional_texts_and_time:
+            absent[row] = [value is None for value in by_field[at]]
         numbers[layout.missing] = absent[:marked]
         return absent
 
     def _times_ms(self, moments: Sequence[Any]) -> IntArray | None:
-        """Epoch milliseconds, 0 where absent; None where the strict type is to be asked."""
+        """Parse timestamps to epoch milliseconds, 0 if absent; None: use the strict type."""
         time = self._layout.time
         if time is None or time.absent is None or None not in moments:
             return epoch_ms(moments)
@@ -217,19 +219,19 @@ class EventReader:
         return self.columns(events)
 
 
-def _known(values: Sequence[Any]) -> Sequence[Any]:
-    """NaN in the place of None."""
+def _with_nans(values: Sequence[Any]) -> Sequence[Any]:
+    """Replace None by NaN."""
     return [math.nan if value is None else value for value in values]
 
 
 def _event_struct(schema: EventSchema) -> type[msgspec.Struct]:
-    # Attributes of their own names: a field may have the name of a method.
+    # Attributes have generated names: a field may have the name of a method.
     names = {f"f{at}": field.name for at, field in enumerate(schema.fields)}
     fields: list[Any] = [
         (name, _annotation(field) | None, None) if field.optional else (name, _annotation(field))
         for name, field in zip(names, schema.fields, strict=True)
     ]
-    # Nothing but texts and numbers is held, so that there are no cycles to collect.
+    # Events contain only strings and numbers, so there are no cycles to collect.
     return msgspec.defstruct(
         "Event", fields, rename=names, forbid_unknown_fields=True, kw_only=True, gc=False
     )

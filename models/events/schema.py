@@ -1,8 +1,8 @@
-"""The event schema: which fields an event has and which encoded columns they become.
+"""Event schema: the fields of an event and the encoded columns that they become.
 
-The schema is data. A `SPEC.yaml` states the fields; training fits what depends on data
-(means, standard deviations, vocabularies) and the artifact keeps the fitted schema, so
-that training and serving encode with the same numbers. This module holds no encoding.
+A `SPEC.yaml` specifies the fields; training fits the values that depend on data
+(means, standard deviations, vocabularies), and the artifact contains the fitted schema, so
+that training and serving encode with the same numbers. Encoding is in `models.events.encode`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 
 UNKNOWN_CODE = 0
-"""The code of a category that the vocabulary does not hold."""
+"""The code of a category outside of the vocabulary."""
 
 MAX_CATEGORY_CHARS = 256
 """The longest category, in characters (Unicode code points)."""
 
 
 class Frozen(BaseModel):
-    """Base of all specification values: immutable, unknown keys refused, numbers finite."""
+    """Base of all specifications: immutable, without unknown keys, with finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A validated copy with some values changed.
+        """Return a validated copy with changed values.
 
-        Pydantic's own copy keeps every cached property, which would then describe the values
+        Pydantic's copy keeps cached properties, which would then have values from
         before the change, and does not validate.
         """
         values = {name: getattr(self, name) for name in type(self).model_fields}
@@ -61,9 +61,9 @@ class NumericField(Frozen):
 
 
 class CategoricalField(Frozen):
-    """A string out of a vocabulary, embedded inside the network.
+    """A string from a vocabulary, embedded inside the network.
 
-    Codes: 0 is unknown, 1..K are the vocabulary in order, K+1 is "absent" where `optional`.
+    Codes: 0 is unknown, 1..K are the vocabulary in order, K+1 is absent if `optional`.
     """
 
     kind: Literal["categorical"] = "categorical"
@@ -94,7 +94,7 @@ class CategoricalField(Frozen):
 
     @property
     def codes(self) -> int:
-        """Number of codes: unknown, the vocabulary, and absent where optional."""
+        """Number of codes: unknown, the vocabulary, and absent if optional."""
         return 1 + len(self.vocabulary or ()) + (1 if self.optional else 0)
 
     @property
@@ -109,7 +109,7 @@ class CategoricalField(Frozen):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each code stands for, in code order."""
+        """The label of each code, in code order."""
         absent = ("<absent>",) if self.optional else ()
         return ("<unknown>", *(self.vocabulary or ()), *absent)
 
@@ -124,12 +124,12 @@ class BooleanField(Frozen):
 
     @property
     def fitted(self) -> bool:
-        """Nothing to fit."""
+        """Always True: there is nothing to fit."""
         return True
 
 
 class TimestampField(Frozen):
-    """The moment of the event: RFC 3339 or epoch milliseconds, at most one per schema.
+    """The time of the event: RFC 3339 or epoch milliseconds, at most one per schema.
 
     Columns: `<name>.gap` (log(1 + seconds since the stream's last event), standardised; 0
     seconds for the first event and for one out of order), and the hour of the day and day
@@ -160,9 +160,9 @@ class Column:
     """One encoded column, that is one value of a row of `inputs`.
 
     Attributes:
-        name: the field's name, with a suffix where a field becomes several columns.
+        name: the field's name, with a suffix if a field becomes several columns.
         field: the field it comes from, or None for a model without an event schema.
-        codes: for a categorical, how many codes there are (the value is a whole number in
+        codes: for a categorical, the number of codes (the value is a whole number in
             0..codes-1); otherwise None.
         embedding: for a categorical, the width of its embedding; otherwise None.
     """
@@ -174,7 +174,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Values this column adds to what the first layer reads."""
+        """Number of values of this column in the input of the first layer."""
         return 1 if self.embedding is None else self.embedding
 
 
@@ -206,7 +206,7 @@ class EventSchema(Frozen):
 
     @property
     def fitted(self) -> bool:
-        """Whether every field has what encoding needs."""
+        """Whether every field is fitted, so that events can be encoded."""
         return all(field.fitted for field in self.fields)
 
     @cached_property
@@ -215,7 +215,7 @@ class EventSchema(Frozen):
         return next((f for f in self.fields if isinstance(f, TimestampField)), None)
 
     def field(self, name: str) -> EventField:
-        """The field of that name; KeyError where there is none."""
+        """The field with a name; raises KeyError if there is none."""
         for field in self.fields:
             if field.name == name:
                 return field
@@ -228,12 +228,12 @@ class EventSchema(Frozen):
 
     @cached_property
     def column_index(self) -> dict[str, int]:
-        """Where each encoded column lies in a row."""
+        """The index of each encoded column in a row."""
         return {column.name: index for index, column in enumerate(self.columns)}
 
 
 TIMESTAMP_FEATURES = ("gap", "hour_sin", "hour_cos", "weekday_sin", "weekday_cos")
-"""The columns a timestamp becomes, in order, as suffixes of its field's name."""
+"""The columns of a timestamp, in order, as suffixes of its field's name."""
 
 
 def _columns_of(field: EventField) -> Iterator[Column]:

@@ -1,7 +1,7 @@
-"""UTC offsets of a time zone for whole arrays of moments.
+"""Vectorised UTC offsets of a time zone.
 
-`zoneinfo` answers for one moment at a time. Here the zone's transitions between 1899 and
-2201 are found once, to the second, and offsets are then looked up by binary search.
+`zoneinfo` computes the offset of one time. Here the zone's transitions between 1899 and
+2201 are computed once, to the second, and offsets are looked up by binary search.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DAY_MS = 86_400_000
 _DAY_S = 86_400
 
 STEP_DAYS = 3
-"""How far apart the search for transitions looks. The shortest that any zone of the tz
-database has kept an offset is just under seven days (Recife, 2000), so it misses none."""
+"""Step of the search for transitions. The shortest period with one offset in the tz
+database is just under seven days (Recife, 2000), so no transition is missed."""
 
 _STEP_S = STEP_DAYS * _DAY_S
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -31,28 +31,28 @@ _END_DAY = (datetime(2201, 1, 1, tzinfo=UTC) - _EPOCH).days
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ZoneTable:
-    """A zone's offsets: `offsets_ms[i]` holds from `starts_ms[i]` to before `starts_ms[i+1]`."""
+    """Offsets of a zone: `offsets_ms[i]` is valid in [`starts_ms[i]`, `starts_ms[i+1]`)."""
 
     starts_ms: IntArray
     offsets_ms: IntArray
 
     def offsets(self, utc_ms: IntArray) -> IntArray:
-        """Local time minus UTC at each moment, both in milliseconds."""
+        """Local time minus UTC at each time, in milliseconds."""
         return self.offsets_ms.take(self.starts_ms[1:].searchsorted(utc_ms, side="right"))
 
     def days(self, utc_ms: IntArray) -> IntArray:
-        """The local day of each moment, counted from 1970-01-01."""
+        """The local day of each time, counted from 1970-01-01."""
         return (utc_ms + self.offsets(utc_ms)) // DAY_MS
 
     def to_utc(self, local_ms: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
-        """The moments at which local clocks showed these times.
+        """Convert local times to UTC.
 
         Args:
             local_ms: int64, milliseconds of the local date and time since 1970-01-01T00:00.
 
         Returns:
-            Epoch milliseconds, of two possible moments the earlier; and whether there is such
-            a moment at all (clocks set forward skip some times).
+            Epoch milliseconds, of two possible times the earlier; and whether the local time
+            exists (clocks that are set forward skip some times).
         """
         before = local_ms - self.offsets(local_ms - DAY_MS)
         after = local_ms - self.offsets(local_ms + DAY_MS)
@@ -65,7 +65,7 @@ class ZoneTable:
 
 @lru_cache(maxsize=64)
 def zone_table(name: str) -> ZoneTable:
-    """The table of an IANA zone; made once per process (about a tenth of a second)."""
+    """The table of an IANA zone, cached per process (computed in about 0.1 s)."""
     zone = ZoneInfo(name)
     starts_s = [_FIRST_DAY * _DAY_S]
     offsets_s = [_offset_s(zone, starts_s[0])]
@@ -85,6 +85,6 @@ def zone_table(name: str) -> ZoneTable:
 
 
 def _offset_s(zone: ZoneInfo, utc_s: int) -> int:
-    # `fromutc` reads the clock face of its argument as UTC.
+    # `fromutc` interprets its argument's local time as UTC.
     offset = zone.fromutc(_EPOCH.replace(tzinfo=zone) + timedelta(seconds=utc_s)).utcoffset()
     return 0 if offset is None else offset.days * _DAY_S + offset.seconds

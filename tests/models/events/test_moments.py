@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from models.events.moments import _parts, epoch_ms, same_shape_ms
+from models.events.moments import _parts, epoch_ms, parse_uniform_texts
 from models.events.parse import (
     MAX_TIMESTAMP_MS,
     MIN_TIMESTAMP_MS,
@@ -126,7 +126,7 @@ def test_long_texts_are_not_cached() -> None:
 def test_common_formats_are_parsed_vectorized(ending: str) -> None:
     texts = [f"2013-01-01T05:17:0{second}{ending}" for second in range(3)]
 
-    found = same_shape_ms(texts)
+    found = parse_uniform_texts(texts)
 
     assert found is not None
     assert found.tolist() == one_by_one(list(texts))
