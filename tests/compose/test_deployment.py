@@ -1,4 +1,4 @@
-"""The deployment of docker-compose.yml, as it is: streams outlive their containers.
+"""Deployment of docker-compose.yml: streams survive their containers.
 
 `make compose-test` builds and starts it under another project's name and on a free port,
 sends events, restarts the service's container and Redis' in turn, and compares what came out
@@ -156,7 +156,7 @@ def test_containers_are_hardened(deployment: Deployment) -> None:
     say("both containers: no root, no capabilities, read-only file system, memory limit")
 
 
-def test_the_readmes_examples_work_as_they_are(deployment: Deployment) -> None:
+def test_the_examples_of_the_readme_work(deployment: Deployment) -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     replies = []
     for block in re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL):
@@ -171,7 +171,7 @@ def test_the_readmes_examples_work_as_they_are(deployment: Deployment) -> None:
     say(f"the README's {len(replies)} examples: as it says")
 
 
-def test_streams_go_on_after_each_container_was_restarted(
+def test_streams_continue_after_a_restart_of_each_container(
     deployment: Deployment, client: httpx.Client, streams: list[StreamEvents]
 ) -> None:
     cuts = [0, 3, 10, 11, 40]
@@ -209,9 +209,7 @@ def test_streams_go_on_after_each_container_was_restarted(
     say(f"largest difference from undisturbed streams: {largest:.1e}")
 
 
-def test_a_replay_goes_through_while_containers_restart(
-    deployment: Deployment, tmp_path: Path
-) -> None:
+def test_a_replay_succeeds_while_containers_restart(deployment: Deployment, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     command = [
         *(sys.executable, "-m", "service.cli", "replay"),

@@ -1,4 +1,4 @@
-"""The image's target `lean`: it serves the pretrained model, and no TensorFlow is in it."""
+"""The image's target `lean`: it serves the pretrained model without TensorFlow."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ready(container: str) -> str:
     return url
 
 
-def test_it_serves_without_tensorflow(container: str) -> None:
+def test_the_lean_image_serves_without_tensorflow(container: str) -> None:
     url = ready(container)
     body = json.loads((REPOSITORY / "examples" / "first-chunk.json").read_text())
     path = "/v1/models/flights/streams/lean/chunks"

@@ -1,4 +1,4 @@
-"""A monotonic clock that a test moves, for deadlines that pass at a known point and no other."""
+"""Monotonic clock that tests advance, for deadlines that expire at a known time."""
 
 from __future__ import annotations
 

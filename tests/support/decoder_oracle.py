@@ -1,4 +1,4 @@
-"""A decoder in float64 NumPy, one path at a time, beside the oracle of the encoder."""
+"""Oracle of a decoder in float64 NumPy, computed one path at a time."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def oracle_decode(
     count = len(decoder.targets)
     previous = np.array(given["decoder.last"], np.float64)
     path, ranges = [], []
-    for step, told in enumerate(np.asarray(known, np.float64)):
-        row = np.concatenate([previous, told])
+    for step, covariates in enumerate(np.asarray(known, np.float64)):
+        row = np.concatenate([previous, covariates])
         values = {"features": features_of(network, own, row)}
         for layer in decoder.layers:
             values[layer.name] = layer_step(layer, own, [values[n] for n in layer.inputs], parts)

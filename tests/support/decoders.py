@@ -107,7 +107,7 @@ def hourly_events(count: int, seed: int = 0, first: int = 0) -> list[dict[str, A
 
 
 def future_of(count: int, seed: int = 1) -> list[dict[str, Any]]:
-    """What a forecast is told of the coming steps."""
+    """The known future covariates of a forecast."""
     names = ("holiday", "tariff", "wind")
     return [
         {name: event[name] for name in names if name in event}

@@ -1,4 +1,4 @@
-"""What some tests need beside the project's own environment; skipped, visibly, without it."""
+"""Skip marks of tests that need more than the project's environment."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A runtime that computes with the float64 oracle, for tests of everything around it.
 
 Slow, exact, and without TensorFlow: what the pipeline answers through it must equal the oracle
-on the whole sequence to float32 rounding, whatever the cuts and the company in the batch.
+on the whole sequence to float32 rounding, for any chunking and any batch.
 """
 
 from __future__ import annotations

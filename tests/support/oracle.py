@@ -1,4 +1,4 @@
-"""The whole step in float64 NumPy, one stream at a time, layer after layer and event by event.
+"""Oracle of a network in float64 NumPy, computed per stream, per event and per layer.
 
 Written from the published equations and not from the Keras code, so that a mistake in one is
 not repeated in the other. It shares only names and their order (`models.spec.layout`) with what it

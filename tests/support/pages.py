@@ -1,4 +1,4 @@
-"""Pages of the documentation: their code blocks, their commands, and the replies that they show."""
+"""Extracts code blocks, commands and replies from pages of the documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines over a real server, with the oracle as their runtime, and what they are sent."""
+"""Pipelines with a Redis server and the oracle as runtime, and chunks for them."""
 
 from __future__ import annotations
 

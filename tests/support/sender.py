@@ -1,4 +1,4 @@
-"""A client that sends a stream of the probe model to a running service, whatever breaks."""
+"""Client that sends a stream of the probe model to a service and recovers from faults."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class Sender:
         self.outputs = np.zeros((events, 7), np.float32)
 
     async def send(
-        self, client: httpx.AsyncClient, until_position: int, begun: asyncio.Event | None = None
+        self, client: httpx.AsyncClient, until_position: int, has_reply: asyncio.Event | None = None
     ) -> None:
-        """Send up to a position; `begun` is set once something of it was answered."""
+        """Send up to a position; sets `has_reply` after the first reply."""
         async with asyncio.timeout(LONG_S):
             while self.position < until_position:
                 count = int(self.random.integers(1, 9))
                 piece = self.rows[self.position : min(self.position + count, until_position)]
                 await self._send(client, piece)
-                if begun is not None:
-                    begun.set()
+                if has_reply is not None:
+                    has_reply.set()
 
     async def _send(self, client: httpx.AsyncClient, piece: NDArray[np.float32]) -> None:
         """Send one chunk until it is answered, or the stream is found to stand elsewhere."""
@@ -54,7 +54,7 @@ class Sender:
             await asyncio.sleep(0.05)
         reply = response.json()
         if response.status_code == 409:
-            # The store lost what it had not yet written: the client is told, and sends again.
+            # The store lost acknowledged writes: the client gets an error, and resends.
             assert reply["code"] == "position_ahead", reply
             self.position = reply["expected"]
             self.rewinds += 1

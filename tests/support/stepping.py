@@ -1,4 +1,4 @@
-"""Calling a runtime as the engine does: ragged rows padded to its shape, padding dropped."""
+"""Calls a runtime like the engine: pads ragged rows to its shape, and drops the padding."""
 
 from __future__ import annotations
 

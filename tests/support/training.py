@@ -1,4 +1,4 @@
-"""Small tables for training: what a stream does late depends on its very first event."""
+"""Small tables for training, in which late events depend on the first event of a stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bidirectional network on streams: service and store killed while events wait in the state."""
+"""A bidirectional network on streams: service and store are killed while rows are pending."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPEC = parse_spec(
 )
 ROWS = np.random.default_rng(3).normal(size=(23, 3)).astype(np.float32)
 CUTS = [2, 1, 6, 1, 5, 8]
-"""Before the first kill nothing is answered yet, before the second rows of two blocks wait."""
+"""Before the first kill nothing was emitted; before the second, rows of two blocks are pending."""
 URL = "/v1/models/tagger/streams/one"
 
 
@@ -41,7 +41,7 @@ def send(client: httpx.Client, start: int, count: int, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_waits_survives_kills(tmp_path: Path, runtime: str) -> None:
+def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
     weights = contracting_weights(SPEC, 5)
     artifact = write_artifact(tmp_path / "models" / "tagger", SPEC, weights)
     outputs: list[Any] = []

@@ -1,4 +1,4 @@
-"""From a specification with blocks and a table to a served model, which scores as evaluated."""
+"""Training of a model with blocks from a table, and its score when served."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def carry(*words: str | Path) -> str:
 
 
 def streamed(client: httpx.Client, name: str, events: list[dict[str, Any]]) -> list[float]:
-    """A stream sent in cuts, its end told with the last of them."""
+    """Send a stream in chunks, the last one final."""
     said: list[float] = []
     at = 0
     for count in CUTS:
@@ -48,7 +48,7 @@ def streamed(client: httpx.Client, name: str, events: list[dict[str, Any]]) -> l
     raise AssertionError(f"{len(events)} events, and cuts for {at}")
 
 
-def test_what_is_trained_in_blocks_is_served_and_scored_alike(tmp_path: Path) -> None:
+def test_a_model_trained_with_blocks_is_served_with_the_evaluated_score(tmp_path: Path) -> None:
     frame = both_ways_frame()
     frame.write_csv(tmp_path / "events.csv")
     (tmp_path / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS).model_dump_json())

@@ -1,4 +1,4 @@
-"""A primary is lost under a running service: what was acknowledged, and what its clients see."""
+"""Failover of a primary under a running service: acknowledged chunks and client recovery."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check(artifact: Artifact, sent: list[Sender]) -> None:
         np.testing.assert_allclose(one.outputs, whole(artifact, one.rows), rtol=1e-5, atol=1e-5)
 
 
-async def test_replicated_to_all_no_acknowledged_chunk_is_lost(
+async def test_failover_loses_no_acknowledged_replicated_chunk(
     own_cluster: Cluster, probe: Artifact, tmp_path: Path
 ) -> None:
     sent = senders()
@@ -52,10 +52,10 @@ async def test_replicated_to_all_no_acknowledged_chunk_is_lost(
     settings = {"CARRY_DURABILITY": "replicated", "CARRY_PARTITIONS": "64"}
     with running(tmp_path, probe.path, redis_url=own_cluster.url, **settings) as service:
         await send_all(service.url, sent, EVENTS // 3)
-        begun = asyncio.Event()
+        has_reply = asyncio.Event()
         async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
-            sending = [asyncio.create_task(one.send(client, EVENTS, begun)) for one in sent]
-            await begun.wait()
+            sending = [asyncio.create_task(one.send(client, EVENTS, has_reply)) for one in sent]
+            await has_reply.wait()
             victim.kill()
             await until_async(is_primary(heir), "the replica's promotion")
             # Without a replica nothing is as durable as asked, and nothing is acknowledged.
@@ -67,7 +67,7 @@ async def test_replicated_to_all_no_acknowledged_chunk_is_lost(
     await asyncio.to_thread(own_cluster.wait_until_synced)
 
 
-async def test_a_lossy_failover_is_healed_by_sending_again(
+async def test_clients_recover_from_a_lossy_failover_by_resending(
     own_cluster: Cluster, probe: Artifact, tmp_path: Path
 ) -> None:
     """`memory`: the replica that takes over has not what was acknowledged last."""
@@ -85,8 +85,8 @@ async def test_a_lossy_failover_is_healed_by_sending_again(
         await until_async(is_primary(heir), "the replica's promotion")
         await send_all(service.url, sent, EVENTS)
     check(probe, sent)
-    told = [one.rewinds for one in sent]
-    assert set(told) == {0, 1}, "the streams of the lost primary, and no others"
+    rewinds = [one.rewinds for one in sent]
+    assert set(rewinds) == {0, 1}, "the streams of the lost primary, and no others"
     lost.start()
     own_cluster.primaries[0], own_cluster.replicas[0] = heir, lost
     await asyncio.to_thread(own_cluster.wait_until_synced)

@@ -1,4 +1,4 @@
-"""A forecast before a kill is the forecast after it: it follows from what is stored alone."""
+"""A forecast depends on the stored state only, and so is the same after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STREAM = "/v1/models/weather/streams/EWR"
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_killed_service_and_store_foretell_the_same(tmp_path: Path, runtime: str) -> None:
+def test_a_forecast_is_the_same_after_a_kill(tmp_path: Path, runtime: str) -> None:
     spec = decoder_spec()
     write_artifact(tmp_path / "models" / "weather", spec, contracting_weights(spec, 3))
     with running(tmp_path, tmp_path / "models", CARRY_RUNTIME=runtime) as service:

@@ -42,7 +42,7 @@ def rejected(answer: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("body", HUGE, ids=lambda body: f"{body.media[12:]}-{body.name}")
-def test_a_huge_body_is_rejected_while_others_are_answered(
+def test_a_huge_body_is_rejected_while_other_requests_are_served(
     service: Service, body: HugeBody
 ) -> None:
     content = body.make()

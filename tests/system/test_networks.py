@@ -1,4 +1,4 @@
-"""Every kind of network through HTTP and the store, service and store killed in between.
+"""Every kind of network over HTTP, with kills of service and store.
 
 A kind joins with its layers in `NETWORKS`. All that a runtime can run are served at once; a
 stream of each is sent in chunks, and every reply and every state is what the oracle gives for
@@ -103,7 +103,7 @@ class Stream:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_killed_service_goes_on_with_every_network(tmp_path: Path, runtime: str) -> None:
+def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> None:
     streams: list[Stream] = []
     (tmp_path / "models").mkdir()
     for seed, (name, layers) in enumerate(NETWORKS.items()):

@@ -1,4 +1,4 @@
-"""The post's tables come out of the service itself, whole and in any cuts, on each runtime."""
+"""The service reproduces the post's tables with any chunking, on each runtime."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def tables(
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_the_table_in_every_chunking(tables: Tables, kind: str, cut: tuple[int, ...]) -> None:
+def test_the_table_is_reproduced_with_every_chunking(
+    tables: Tables, kind: str, cut: tuple[int, ...]
+) -> None:
     stream = f"/v1/models/post-{kind}/streams/cut-{'-'.join(map(str, cut)) or 'whole'}"
     got: list[list[float]] = []
     bounds = [0, *cut, len(INPUT)]
@@ -81,7 +83,7 @@ def test_the_table_in_every_chunking(tables: Tables, kind: str, cut: tuple[int, 
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_return_sequences_false_gives_the_last_step(tables: Tables, kind: str) -> None:
+def test_return_sequences_false_returns_the_last_step(tables: Tables, kind: str) -> None:
     body = {"inputs": [[value] for value in INPUT]}
     path = f"/v1/models/post-{kind}/streams/last/chunks?return_sequences=false"
     outputs = tables.client.post(path, json=body).raise_for_status().json()["outputs"]
@@ -89,7 +91,7 @@ def test_return_sequences_false_gives_the_last_step(tables: Tables, kind: str) -
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
-def test_predict_gives_the_table_and_stores_nothing(tables: Tables, kind: str) -> None:
+def test_predict_returns_the_table_and_stores_nothing(tables: Tables, kind: str) -> None:
     model = f"/v1/models/post-{kind}"
     before = tables.client.get(f"{model}/streams").json()
     body = {"sequences": [{"inputs": [[value] for value in INPUT]}] * 2}

@@ -1,4 +1,4 @@
-"""The service and its store are killed or stopped, and every stream goes on where it stood."""
+"""Restarts of service and store: every stream continues from its last commit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def own_service(tmp_path: Path, probe: Artifact) -> Iterator[Service]:
         yield up
 
 
-def test_a_stop_is_not_broken_off_by_further_ones(own_service: Service) -> None:
+def test_a_graceful_shutdown_is_not_interrupted_by_more_signals(own_service: Service) -> None:
     valkey = own_service.valkey_pid()
 
     def ended() -> bool:
@@ -44,7 +44,9 @@ def test_a_stop_is_not_broken_off_by_further_ones(own_service: Service) -> None:
     assert not _alive(valkey), "stopped with the service"
 
 
-async def test_kills_and_a_stop_lose_nothing(own_service: Service, probe: Artifact) -> None:
+async def test_kills_and_a_graceful_shutdown_lose_nothing(
+    own_service: Service, probe: Artifact
+) -> None:
     """One service through it all: it is killed, its store is killed, both are, it is stopped."""
     senders = [Sender(f"s{index}", index, events=150) for index in range(12)]
     await send_all(own_service.url, senders, 30)
@@ -90,7 +92,7 @@ async def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-async def test_two_workers_share_a_redis_and_race(tmp_path: Path, probe: Artifact) -> None:
+async def test_two_workers_race_on_a_shared_redis(tmp_path: Path, probe: Artifact) -> None:
     with (
         real_server("valkey") as server,
         running(tmp_path, probe.path, "--workers", "2", redis_url=server.url) as service,

@@ -1,4 +1,4 @@
-"""What keeps the service from starting ends in one line that says what to do."""
+"""Failed starts: each prints one line with the remedy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip().splitlines()[-1]
 
 
-def test_a_taken_port(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = serve("--port", str(port), "--data-dir", str(tmp_path))
@@ -54,17 +54,17 @@ def test_a_host_of_another_machine_is_a_clear_error(host: str, tmp_path: Path) -
     )
 
 
-def test_a_data_directory_in_use(service: Service) -> None:
+def test_a_data_directory_in_use_is_reported(service: Service) -> None:
     done = serve("--port", "0", "--data-dir", str(service.data_dir))
     assert str(service.process.pid) in last_line(done)
 
 
-def test_a_setting_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_reported(tmp_path: Path) -> None:
     done = serve("--data-dir", str(tmp_path), CARRY_PROT="9000")
     assert "CARRY_PROT is no setting; did you mean CARRY_PORT?" in last_line(done)
 
 
-def test_a_directory_without_models(tmp_path: Path) -> None:
+def test_a_directory_without_models_is_reported(tmp_path: Path) -> None:
     done = serve("--port", "0", "--data-dir", str(tmp_path / "data"), "--models", str(tmp_path))
     assert str(tmp_path) in last_line(done)
     assert "carry init" in last_line(done)
@@ -78,7 +78,7 @@ def test_the_service_exits_with_the_reason_if_no_worker_starts(tmp_path: Path) -
     assert f"carry: no worker could be started: {tmp_path}: expected a model" in last_line(done)
 
 
-def test_a_store_that_is_not_there(tmp_path: Path, model_dir: Path) -> None:
+def test_an_unavailable_store_is_reported(tmp_path: Path, model_dir: Path) -> None:
     done = serve(
         *("--port", "0", "--models", str(model_dir)),
         *("--redis-url", f"unix://{tmp_path}/none.sock"),
@@ -93,7 +93,7 @@ def evicting() -> RealServer:
         yield server
 
 
-def test_a_store_that_evicts(evicting: RealServer, model_dir: Path) -> None:
+def test_a_store_that_may_evict_is_reported(evicting: RealServer, model_dir: Path) -> None:
     done = serve("--port", "0", "--models", str(model_dir), "--redis-url", evicting.url)
     assert "allkeys-lru" in last_line(done)
     assert "CARRY_ALLOW_EVICTION" in last_line(done)

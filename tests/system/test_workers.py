@@ -1,4 +1,4 @@
-"""Worker processes that fail to start, die, hang during warm-up, or get signals."""
+"""Worker processes: failed starts, exits, hangs during warm-up, and signals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ IMPATIENT = """
 import service.ops.worker_pool
 service.ops.worker_pool.HEARTBEAT_TIMEOUT_S = 20
 """
-"""One that makes the parent give up on a silent worker a little earlier."""
+"""One that shortens the heartbeat timeout of the parent."""
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_worker_that_does_not_drain_in_time_is_killed(
         assert not Path(f"/proc/{hung}").exists()
 
 
-def test_a_worker_that_dies_during_start_is_restarted_at_once(
+def test_a_worker_that_exits_during_start_is_restarted_immediately(
     tmp_path: Path, probe: Artifact
 ) -> None:
     customise(tmp_path, SLOW.format(method="warm"))

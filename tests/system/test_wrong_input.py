@@ -1,4 +1,4 @@
-"""Wrong requests to the running service: a problem that says what was expected, nothing lost."""
+"""Invalid requests to a running service: the problem names the expected value."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _stands(client: httpx.Client) -> dict[str, Any]:
     [case[1:] for case in WRONG],
     ids=[case[0] for case in WRONG],
 )
-def test_a_wrong_chunk(
+def test_an_invalid_chunk_is_rejected(
     client: httpx.Client, standing: dict[str, Any], body: bytes, status: int, code: str, says: str
 ) -> None:
     response = client.post(f"{STREAM}/chunks", content=body, headers=JSON)
@@ -89,7 +89,7 @@ def test_a_wrong_chunk(
         ("PUT", "/v1/models", 405, "method_not_allowed"),
     ],
 )
-def test_a_wrong_address(
+def test_an_invalid_path_is_rejected(
     client: httpx.Client, method: str, path: str, status: int, code: str
 ) -> None:
     body = {"json": {"inputs": [[1]]}} if method == "POST" else {}
@@ -97,14 +97,14 @@ def test_a_wrong_address(
     assert (response.status_code, response.json()["code"]) == (status, code), response.text
 
 
-def test_a_body_over_the_limit(client: httpx.Client, standing: dict[str, Any]) -> None:
+def test_a_body_over_the_limit_is_rejected(client: httpx.Client, standing: dict[str, Any]) -> None:
     body = b" " * (16 * 2**20 + 1)
     response = client.post(f"{STREAM}/chunks", content=body, headers=JSON)
     assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
     assert _stands(client) == standing
 
 
-def test_redis_not_there(tmp_path: Path) -> None:
+def test_an_unavailable_redis_is_reported(tmp_path: Path) -> None:
     probe = make_artifact(tmp_path)
     body = {"position": 0, "inputs": np.ones((2, 3)).tolist()}
     path = "/v1/models/probe/streams/a"
