@@ -141,22 +141,28 @@ async def test_broken_connections_lose_no_commits(
     store: StateStore, streams: Streams, server: RealServer
 ) -> None:
     chains = [[streams.creation(key(f"s{i}"))] for i in range(8)]
+    is_done = asyncio.Event()
 
     async def write(chain: list[Commit]) -> None:
-        for _ in range(60):
+        while not is_done.is_set():
             assert await store.commit([chain[-1]]) == [Committed()]
             chain.append(streams.next(chain[-1]))
+
+    async def eight_more_commits() -> None:
+        goal = min(map(len, chains)) + 8
+
+        async def is_reached() -> bool:
+            return min(map(len, chains)) >= goal
+
+        await until_async(is_reached, "progress")
 
     writers = [asyncio.create_task(write(chain)) for chain in chains]
     with server.client() as client:
         for _ in range(5):
-            goal = min(map(len, chains)) + 8
-
-            async def reached(goal: int = goal) -> bool:
-                return min(map(len, chains)) >= goal
-
-            await until_async(reached, "progress")
+            await eight_more_commits()
             assert client.client_kill_filter(_type="normal", skipme=True) > 0
+    await eight_more_commits()
+    is_done.set()
     await asyncio.gather(*writers)
     found = await store.load([chain[0].key for chain in chains])
     for stream, chain in zip(found, chains, strict=True):
