@@ -16,8 +16,9 @@ import socket
 import sys
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ GRACE_S = 20.0
 LEAD_S = 0.05
 """Between the schedule's making and its first moment."""
 
+HAS_EPOLL = hasattr(select, "epoll")
 OPEN_CONNECTIONS = 256
 PR_SET_TIMERSLACK = 29
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
@@ -70,6 +72,14 @@ class Load:
     def chunks_per_s(self) -> float:
         """The rate over the whole run."""
         return self.chunks / self.seconds
+
+    def complete(self, traffic: Traffic, latencies: array[float]) -> Load:
+        """Add the latencies and what the traffic has counted."""
+        self.latencies_s = np.array(latencies)
+        self.chunks = len(latencies) * max(1, traffic.spec.items)
+        self.events += traffic.events
+        self.sampled = traffic.sampled
+        return self
 
     def percentile_ms(self, percent: float) -> float:
         """A percentile of the latencies, in milliseconds."""
@@ -150,32 +160,6 @@ def _decode_chunks(reply: bytes, body_at: int) -> bytes | None:
     return None
 
 
-class _Poller:
-    """Waits for readable connections, to the microsecond where there is epoll."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll() if hasattr(select, "epoll") else None
-        self._poll = select.poll()
-
-    def add(self, connection: Connection) -> None:
-        """Wait for this one too."""
-        (self._epoll or self._poll).register(connection.sock.fileno(), select.POLLIN)
-
-    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
-        """Descriptors that can be read, after at most `timeout_s`."""
-        if self._epoll is None:
-            return self._poll.poll(timeout_s * 1000)
-        return self._epoll.poll(timeout_s)
-
-    def wait_finely(self, timeout_s: float) -> list[tuple[int, int]]:
-        """As `wait`, without rounding the time up to a millisecond."""
-        if self._epoll is None:
-            return self._poll.poll(timeout_s * 1000)
-        if timeout_s > 0:
-            select.select([self._epoll.fileno()], [], [], timeout_s)
-        return self._epoll.poll(0)
-
-
 class Generator:
     """Runs loads, one after another; the streams of a spec keep their positions in between."""
 
@@ -192,11 +176,8 @@ class Generator:
         Args:
             least: chunks of each sampled stream, however long that takes.
         """
-        traffic = self._traffic[key]
-        latencies = array("d")
-
-        def run(by_fd: dict[int, Connection], poller: _Poller) -> tuple[float, int]:
-            clock = time.perf_counter
+        traffic, latencies, clock = self._traffic[key], array("d"), time.perf_counter
+        with _connections(port, connections) as (by_fd, wait), _measured(traffic) as load:
             ends_s = clock() + seconds
             in_flight = 0
             for connection in by_fd.values():
@@ -204,7 +185,7 @@ class Generator:
                     _send(connection, traffic)
                     in_flight += 1
             while in_flight:
-                ready = poller.wait(GRACE_S)
+                ready = wait(GRACE_S)
                 if not ready:
                     raise WrongReplyError(f"{in_flight} requests were not answered in {GRACE_S} s")
                 for fd, _ in ready:
@@ -219,20 +200,16 @@ class Generator:
                         _send(connection, traffic)
                     else:
                         in_flight -= 1
-            return clock(), 0
-
-        return _loaded(traffic, port, connections, run, latencies, array("d"))
+        return load.complete(traffic, latencies)
 
     def open(
         self, key: str, port: int, connections: int, rate_per_s: float, seconds: float, seed: int
     ) -> Load:
         """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
-        traffic = self._traffic[key]
+        traffic, clock = self._traffic[key], time.perf_counter
         due = draw_arrivals(rate_per_s, seconds, seed)
         latencies, late = array("d"), array("d")
-
-        def run(by_fd: dict[int, Connection], poller: _Poller) -> tuple[float, int]:
-            clock = time.perf_counter
+        with _connections(port, connections) as (by_fd, wait), _measured(traffic) as load:
             idle = list(by_fd.values())
             moments = (due + clock() + LEAD_S).tolist()
             ends_s = clock() + LEAD_S + seconds + GRACE_S
@@ -250,16 +227,15 @@ class Generator:
                 pause_s = GRACE_S
                 if at < count and idle and traffic.ready:
                     pause_s = max(0.0, moments[at] - clock())
-                for fd, _ in poller.wait_finely(pause_s):
+                for fd, _ in wait(pause_s):
                     connection = by_fd[fd]
                     reply = connection.receive()
                     if reply is not None:
                         latencies.append(clock() - connection.sent_s)
                         traffic.accept(connection.ticket, *reply)
                         idle.append(connection)
-            return clock(), count - at
-
-        return _loaded(traffic, port, connections, run, latencies, late)
+        load.late_s, load.unsent = np.array(late), count - at
+        return load.complete(traffic, latencies)
 
 
 def _send(connection: Connection, traffic: Traffic) -> None:
@@ -268,39 +244,43 @@ def _send(connection: Connection, traffic: Traffic) -> None:
     connection.sock.sendall(request)
 
 
-def _loaded(
-    traffic: Traffic,
-    port: int,
-    connections: int,
-    run: Callable[[dict[int, Connection], _Poller], tuple[float, int]],
-    latencies: array[float],
-    late: array[float],
-) -> Load:
-    """Open the connections, run, close them, and sum up."""
-    opened: list[Connection] = []
-    poller = _Poller()
-    try:
-        for _ in range(connections):
-            opened.append(Connection(port))
-            poller.add(opened[-1])
-        by_fd = {connection.sock.fileno(): connection for connection in opened}
-        events_before, cpu_before_s = traffic.events, time.process_time()
-        traffic.sampled = []
-        began_s = time.perf_counter()
-        ended_s, unsent = run(by_fd, poller)
-        return Load(
-            ended_s - began_s,
-            np.array(latencies),
-            len(latencies) * max(1, traffic.spec.items),
-            traffic.events - events_before,
-            time.process_time() - cpu_before_s,
-            np.array(late),
-            unsent,
-            traffic.sampled,
-        )
-    finally:
-        for connection in opened:
-            connection.sock.close()
+Wait = Callable[[float], list[tuple[int, int]]]
+"""Waits so many seconds at most; gives descriptors that can be read."""
+
+
+@contextmanager
+def _connections(port: int, count: int) -> Iterator[tuple[dict[int, Connection], Wait]]:
+    """Open connections by descriptor, and what waits for them; closed with the block."""
+    poller: Any = select.epoll() if HAS_EPOLL else select.poll()
+
+    def wait(timeout_s: float) -> list[tuple[int, int]]:
+        if HAS_EPOLL and timeout_s < 1:
+            # Unlike epoll itself, select does not round the time up to a millisecond.
+            select.select([poller.fileno()], [], [], timeout_s)
+            timeout_s = 0
+        ready: list[tuple[int, int]] = poller.poll(timeout_s if HAS_EPOLL else timeout_s * 1000)
+        return ready
+
+    with ExitStack() as stack:
+        by_fd = {}
+        for _ in range(count):
+            connection = Connection(port)
+            fd = stack.enter_context(connection.sock).fileno()
+            poller.register(fd, select.POLLIN)
+            by_fd[fd] = connection
+        yield by_fd, wait
+        if HAS_EPOLL:
+            poller.close()
+
+
+@contextmanager
+def _measured(traffic: Traffic) -> Iterator[Load]:
+    """A load with the wall time, processor time and events of the block."""
+    traffic.sampled = []
+    load = Load(events=-traffic.events, cpu_s=-time.process_time(), seconds=-time.perf_counter())
+    yield load
+    load.seconds += time.perf_counter()
+    load.cpu_s += time.process_time()
 
 
 _generator = Generator()

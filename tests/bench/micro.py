@@ -36,13 +36,11 @@ from models.events.encode import Clock, encode, encode_many
 from models.events.parse import event_type
 from models.events.reader import EventReader
 from models.events.schema import CategoricalField, EventSchema
-from models.spec.state import State
 from service.core.delivery import chunk_digest
 from service.core.errors import CarryError
 from service.core.values import (
     Chunk,
     Feed,
-    LastChunk,
     Reply,
     Steps,
     StoredReply,
@@ -69,7 +67,7 @@ from service.transports.http.replies.reply_writer import EVERY_STEP
 from tests.bench.baselines.echo_asgi import app as echo
 from tests.bench.run import find_missing, running_store
 from tests.bench.workload_sections import flights_model
-from tests.bench.workloads import STEPS, Bodies, standard_model
+from tests.bench.workloads import STEPS, Bodies, random_stream, standard_model
 from tests.support.numpy_runtime import NumpyRuntime
 
 REPEATS = 5
@@ -107,16 +105,7 @@ class Setup(NamedTuple):
 
     def stream(self, seed: int) -> StreamState:
         """A stream after one chunk."""
-        random = np.random.default_rng(seed)
-        floats = random.uniform(-1, 1, self.artifact.state.float_size).astype(np.float32)
-        return StreamState(
-            head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
-            feed=Feed.INPUTS,
-            fingerprint=self.artifact.fingerprint,
-            last=LastChunk(0, random.bytes(16)),
-            updated_ms=1_700_000_000_000,
-            state=State(floats, self.artifact.state.zero().ints),
-        )
+        return random_stream(seed, self.artifact.state.float_size, self.artifact.fingerprint)
 
     def reply(self, head: StreamHead) -> StoredReply:
         """The stored reply of one chunk."""
@@ -173,32 +162,29 @@ def event_cases(setup: Setup) -> Iterator[Case]:
     """From the bytes of events to rows: the strict validator, the fast reader, the encoder."""
     schema = flights_model(setup.folder).spec.events
     assert schema is not None
+    for times, with_text in (("text", True), ("numbers", False)):
+        for steps in (1, 16, 64):
+            body = orjson.dumps(make_departures(schema, steps, with_text))
+            for name, chunks, call in event_stages(schema, body):
+                yield Case(f"{steps} with times as {times}, {name}", chunks, call)
+
+
+def event_stages(schema: EventSchema, body: bytes) -> Iterator[Case]:
+    """The stages of one chunk of events."""
     reader, clock = EventReader(schema), Clock()
     strict: TypeAdapter[Any] = TypeAdapter(list[event_type(schema)])
     decoder: Any = msgspec.json.Decoder(list[reader.event])
-    for times in ("text", "number"):
-        for steps in (1, 16, 64):
-            body = orjson.dumps(make_departures(schema, steps, times == "text"))
-            events, objects = strict.validate_json(body), decoder.decode(body)
-            columns = reader.columns(objects)
-            assert columns is not None
-            calls: dict[str, tuple[int, Callable[[], object]]] = {
-                "strict": (1, lambda b=body: strict.validate_json(b)),
-                "strict, columns": (1, lambda e=events: columns_from_events(schema, e)),
-                "fast, decode": (1, lambda b=body: decoder.decode(b)),
-                "fast, columns": (1, lambda o=objects: reader.columns(o)),
-                "digest": (
-                    1,
-                    lambda c=columns: hashlib.sha256(canonical_bytes(schema, c)).digest(),
-                ),
-                "encode": (1, lambda c=columns: encode(schema, c, clock)),
-                f"encode, {BATCH} together": (
-                    BATCH,
-                    lambda c=columns: encode_many(schema, [c] * BATCH, [clock] * BATCH),
-                ),
-            }
-            for name, (chunks, call) in calls.items():
-                yield Case(f"{steps} with times as {times}, {name}", chunks, call)
+    events, objects = strict.validate_json(body), decoder.decode(body)
+    columns = reader.columns(objects)
+    assert columns is not None
+    many, clocks = [columns] * BATCH, [clock] * BATCH
+    yield Case("strict", 1, lambda: strict.validate_json(body))
+    yield Case("strict, columns", 1, lambda: columns_from_events(schema, events))
+    yield Case("fast, decode", 1, lambda: decoder.decode(body))
+    yield Case("fast, columns", 1, lambda: reader.columns(objects))
+    yield Case("digest", 1, lambda: hashlib.sha256(canonical_bytes(schema, columns)).digest())
+    yield Case("encode", 1, lambda: encode(schema, columns, clock))
+    yield Case(f"encode, {BATCH} together", BATCH, lambda: encode_many(schema, many, clocks))
 
 
 def make_departures(schema: EventSchema, count: int, with_text: bool) -> list[dict[str, Any]]:

@@ -209,6 +209,18 @@ class Bench:
         return Driver(self.cores.others if cores is None else cores)
 
     @contextmanager
+    def carry(
+        self, kind: str, artifact: Artifact | None = None, **options: Any
+    ) -> Iterator[tuple[Store, Driver, Server]]:
+        """One of Carry's servers with a store and a generator of its own; see `server`."""
+        with (
+            self.store() as store,
+            self.driver() as driver,
+            self.server(kind, store, artifact, **options) as server,
+        ):
+            yield store, driver, server
+
+    @contextmanager
     def server(
         self,
         kind: str,

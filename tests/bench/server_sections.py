@@ -110,12 +110,7 @@ def geometric_mean(ratios: Sequence[float]) -> tuple[float, float]:
 def measure_latency(bench: Bench) -> None:
     """Open loop at shares of the peak, alone and beside a stream of long chunks."""
     for kind in bench.carry_kinds():
-        with (
-            bench.store() as store,
-            bench.driver() as driver,
-            bench.driver() as long_driver,
-            bench.server(kind, store) as server,
-        ):
+        with bench.carry(kind) as (store, driver, server), bench.driver() as long_driver:
             bench.prepare(driver, kind, server, bench.bodies)
             long_driver.traffic("long", Bodies.random(LONG_STEPS, count=1).traffic("long", 1))
             for turn in range(bench.options.rounds):
@@ -256,11 +251,7 @@ def race(bench: Bench, server: Server, stream: str) -> int:
 def measure_cpu_split(bench: Bench) -> None:
     """The CPU of a chunk without the profiler, times the shares of stages under it."""
     for kind in bench.carry_kinds():
-        with (
-            bench.store() as store,
-            bench.driver() as driver,
-            bench.server(kind, store) as server,
-        ):
+        with bench.carry(kind) as (store, driver, server):
             bench.prepare(driver, kind, server, bench.bodies)
             for _ in range(bench.options.rounds):
                 bench.closed(f"split/32/{kind}", driver, kind, server, store)

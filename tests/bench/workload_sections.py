@@ -19,8 +19,7 @@ from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import flight_events
-from models.spec.state import State
-from service.core.values import Feed, LastChunk, StreamHead, StreamKey, StreamState
+from service.core.values import StreamKey
 from service.engine.runtimes.loading import open_runtime
 from service.store.codec import encode_state
 from service.store.settings import StoreSettings
@@ -38,6 +37,7 @@ from tests.bench.workloads import (
     Bodies,
     WrongOutputsError,
     check_answers,
+    random_stream,
     standard_model,
     traffic_of,
     write_network,
@@ -88,10 +88,8 @@ def measure_many(bench: Bench) -> None:
         path = str(bench.artifact.path)
         alone: list[dict[int, Rate]] = []
         with (
-            bench.store() as store,
-            bench.driver() as driver,
             helper_process(bench.cores.servers, _open_compute, runtime, path) as compute,
-            bench.server(kind, store) as server,
+            bench.carry(kind) as (store, driver, server),
         ):
             for load, options in MANY_LOADS.items():
                 bench.prepare(driver, f"{kind}/{load}", server, bench.bodies, **options)
@@ -180,38 +178,19 @@ def measure_streams(bench: Bench) -> None:
 
 def fill_store(store: Store, spec: TrafficSpec, artifact: Artifact) -> None:
     """Write every stream of a spec as the service would have left it after a first chunk."""
-    zero = artifact.state.zero()
+    size, fingerprint = artifact.state.float_size, artifact.fingerprint
     values = [
-        _random_state(seed, zero.floats.size, zero.ints, artifact.fingerprint)
-        for seed in range(DISTINCT_STATES)
+        encode_state(random_stream(seed, size, fingerprint)) for seed in range(DISTINCT_STATES)
     ]
     with store.client() as client:
         for start in range(0, spec.streams, FILL_BATCH):
             streams = range(start, min(spec.streams, start + FILL_BATCH))
-            client.mset(
-                {
-                    _state_key(spec.name(stream).decode()): values[stream % DISTINCT_STATES]
-                    for stream in streams
-                }
-            )
+            names = {stream: _state_key(spec.name(stream).decode()) for stream in streams}
+            client.mset({name: values[at % DISTINCT_STATES] for at, name in names.items()})
 
 
 def _state_key(stream: str) -> Any:
     return StoreSettings("unix:///nowhere").keys.state(StreamKey("bench", stream))
-
-
-def _random_state(seed: int, floats: int, ints: Any, fingerprint: bytes) -> bytes:
-    random = np.random.default_rng(seed)
-    return encode_state(
-        StreamState(
-            head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
-            feed=Feed.INPUTS,
-            fingerprint=fingerprint,
-            last=LastChunk(0, random.bytes(16)),
-            updated_ms=1_700_000_000_000,
-            state=State(random.uniform(-1, 1, floats).astype(np.float32), ints),
-        )
-    )
 
 
 def _rewrite_file(store: Store) -> None:
@@ -234,8 +213,8 @@ def measure_bytes_per_stream(bench: Bench, store: Store) -> None:
     with store.client() as client:
         for raw in STATE_BYTES:
             key = _state_key(f"size-{raw:07d}")
-            no_ints, fingerprint = np.zeros(0, np.int64), bench.artifact.fingerprint
-            client.set(key, _random_state(raw, raw // 4, no_ints, fingerprint))
+            stream = random_stream(raw, raw // 4, bench.artifact.fingerprint)
+            client.set(key, encode_state(stream))
             used = client.memory_usage(key, samples=0)
             client.delete(key)
             bench.results.figure(f"streams/bytes of a stream with {raw} bytes of state", [used])
@@ -249,11 +228,7 @@ def measure_events(bench: Bench) -> None:
     bodies = ragged_flights(artifact)
     feeds = {"events": bodies, "inputs": replace(bodies, events=None)}
     for kind in bench.carry_kinds(artifact):
-        with (
-            bench.store() as store,
-            bench.driver() as driver,
-            bench.server(kind, store, artifact) as server,
-        ):
+        with bench.carry(kind, artifact) as (store, driver, server):
             options = {"artifact": artifact, "tolerance": TRAINED_TOLERANCE, "model": "flights"}
             for feed, blocks in feeds.items():
                 bench.prepare(driver, feed, server, blocks, **options)
@@ -296,11 +271,7 @@ def measure_widths(bench: Bench) -> None:
         if units != UNITS:
             artifact = standard_model(bench.folder / f"models-{units}", units)
         for kind in bench.carry_kinds(artifact):
-            with (
-                bench.store() as store,
-                bench.driver() as driver,
-                bench.server(kind, store, artifact) as server,
-            ):
+            with bench.carry(kind, artifact) as (store, driver, server):
                 for steps, media in loads:
                     key, bodies = f"T{steps}-{media}", Bodies.random(steps)
                     bench.prepare(driver, key, server, bodies, artifact=artifact, media=media)
@@ -320,11 +291,7 @@ def measure_kinds(bench: Bench) -> None:
     folder = bench.folder / "models-kinds"
     artifacts = {name: write_network(folder, name, network) for name, network in KINDS.items()}
     for kind in bench.carry_kinds(artifacts[PLAIN]):
-        with (
-            bench.store() as store,
-            bench.driver() as driver,
-            bench.server(kind, store, artifacts[PLAIN], models=folder) as server,
-        ):
+        with bench.carry(kind, artifacts[PLAIN], models=folder) as (store, driver, server):
             specs = {
                 name: _prepare_kind(bench, driver, server, artifact)
                 for name, artifact in artifacts.items()

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
+from models.spec.state import State
+from service.core.values import Feed, LastChunk, StreamHead, StreamState
 from tests.bench.traffic import Media, Sampled, TrafficSpec, packed_binary
 from tests.support.decoder_oracle import oracle_decode
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
@@ -100,6 +102,20 @@ def write_network(folder: Path, name: str, network: Mapping[str, Any]) -> Artifa
 def standard_model(folder: Path, units: int = UNITS) -> Artifact:
     """Write the standard network as the artifact `folder/bench`."""
     return write_network(folder, "bench", _stack(LSTM, LSTM, units=units))
+
+
+def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:
+    """A stream after one chunk, with a state of so many floats."""
+    random = np.random.default_rng(seed)
+    values = random.uniform(-1, 1, floats).astype(np.float32)
+    return StreamState(
+        head=StreamHead(random.bytes(8), random.bytes(16), STEPS),
+        feed=Feed.INPUTS,
+        fingerprint=fingerprint,
+        last=LastChunk(0, random.bytes(16)),
+        updated_ms=1_700_000_000_000,
+        state=State(values, np.zeros(0, np.int64)),
+    )
 
 
 @dataclass(frozen=True)
