@@ -245,7 +245,7 @@ def _send(connection: Connection, traffic: Traffic) -> None:
 
 
 Wait = Callable[[float], list[tuple[int, int]]]
-"""Waits so many seconds at most; gives descriptors that can be read."""
+"""Waits for at most some seconds; gives the descriptors that can be read."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def write_report(results: Results, folder: Path) -> None:
         **results.about,
         "targets": _table(
             ["target", "bound", "found", "verdict"],
-            [[target.text, target.limit, found, word] for target, found, word in verdicts(results)],
+            [[target.text, target.limit, shown, word] for target, shown, word in verdicts(results)],
         ),
         "notes": "\n".join(f"- {note}" for note in results.notes) or NOTHING,
         "cold": _figures(results, "cold") or NOTHING,

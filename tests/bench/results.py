@@ -183,7 +183,7 @@ def format_table(results: Results) -> str:
         lines.append(row.ljust(width) + cells)
     lines += ["", *(f"{name.ljust(width)}{figure}" for name, figure in results.figures.items())]
     measured = [verdict for verdict in verdicts(results) if verdict[2] != NOT_MEASURED]
-    lines += ["", *(f"{word:13} {t.text}: {found}, {t.limit}" for t, found, word in measured)]
+    lines += ["", *(f"{word:13} {t.text}: {shown}, {t.limit}" for t, shown, word in measured)]
     lines += ["", *(f"note: {note}" for note in results.notes)]
     return "\n".join(lines).rstrip()
 
@@ -243,13 +243,13 @@ TARGETS = (
 
 def verdicts(results: Results) -> list[tuple[Target, str, str]]:
     """Each target with its figure, and `reached`, `not reached` or `not measured`."""
-    found = []
+    words = []
     for target in TARGETS:
         figure = results.figures.get(target.figure)
         if figure is None:
-            found.append((target, "-", NOT_MEASURED))
+            words.append((target, "-", NOT_MEASURED))
             continue
         value, bound = figure.value, target.bound
         is_reached = value >= bound if target.at_least else value <= bound
-        found.append((target, str(figure), "reached" if is_reached else "not reached"))
-    return found
+        words.append((target, str(figure), "reached" if is_reached else "not reached"))
+    return words

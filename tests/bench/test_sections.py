@@ -71,6 +71,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def test_section_runs(section: str, bench: Bench) -> None:
     if section == BESIDE:
         bench.options = replace(OPTIONS, rounds=2)
+    if section == "workers":
+        bench.options = replace(OPTIONS, baselines=())
     SECTIONS[section](bench)
     assert bench.results.rows or section == "cold"
     assert FIGURES[section] is None or FIGURES[section] in bench.results.figures

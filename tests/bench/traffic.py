@@ -2,7 +2,7 @@
 
 A `Traffic` hands out requests for streams that have none in flight, in turn, each at the
 stream's next position, and checks every reply: its status by the caller, its position here.
-The replies of a few streams are kept, so that their outputs can be judged after the run.
+The replies of a few streams are kept, so that their outputs can be checked after the run.
 Refuses to go on after a wrong reply: a figure from wrong answers is worth nothing.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SAMPLED_CHUNKS = 24
-"""Chunks of a sampled stream whose replies are kept; the oracle that judges them is slow."""
+"""Chunks of a sampled stream whose replies are kept; the oracle that checks them is slow."""
 
 Media = Literal["json", "msgpack"]
 Ticket = tuple[tuple[int, int], ...]
@@ -41,10 +41,10 @@ class TrafficSpec:
         steps: the events in each of them; of a forecast those that it looks ahead.
         prefix: begins every stream's name.
         streams: how many there are.
-        position: where every stream stands at the beginning.
+        position: of every stream at the start.
         items: chunks per request; 0 for the route of one stream.
-        moves: whether a request moves its stream on; a forecast does not.
-        positions: whether replies tell the position (the floors' and predictions do not).
+        moves: whether a request advances its stream; a forecast does not.
+        positions: whether replies give the position (the floors' and predictions do not).
         sampled: streams whose first replies are kept.
         seed: of the order of the streams.
     """
@@ -109,7 +109,7 @@ class Traffic:
         return any(count < least for count in self._chunks[: self.spec.sampled])
 
     def request(self) -> tuple[bytes, Ticket]:
-        """The next request, whole, and what `accept` needs to judge its reply."""
+        """The next request, whole, and what `accept` needs to check its reply."""
         spec, free, positions = self.spec, self._free, self._position
         values, steps = spec.values, spec.steps
         parts = []
@@ -123,7 +123,7 @@ class Traffic:
         return self._write(parts), tuple(ticket)
 
     def accept(self, ticket: Ticket, reply: bytes, body_at: int) -> None:
-        """Judge a reply, and let its streams go on.
+        """Check a reply, and let its streams continue.
 
         Raises:
             WrongReplyError: a position is another than expected, or an item failed.
@@ -147,21 +147,21 @@ class Traffic:
 
     def _check_items(self, ticket: Ticket, reply: bytes) -> None:
         expected = [after for _, after in ticket]
-        found = (
+        positions = (
             [int(digits) for digits in _JSON_POSITIONS.findall(reply)]
             if self.spec.media == "json"
             else [_packed_int(reply, match.end()) for match in _PACKED_POSITIONS.finditer(reply)]
         )
-        if found != expected:
-            raise WrongReplyError(f"expected positions {expected}, got {found}: {reply[:300]!r}")
+        if positions != expected:
+            raise WrongReplyError(
+                f"expected positions {expected}, got {positions}: {reply[:300]!r}"
+            )
 
 
 def _writer(spec: TrafficSpec) -> Callable[[list[tuple[bytes, int, bytes]]], bytes]:
     """How requests of this spec are written, from names, positions and values."""
-    head = (
-        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/%b\r\n"
-        % (spec.path.replace(b"%", b"%%").replace(b"%%b", b"%b"), spec.media.encode())
-    ) + b"Content-Length: %d\r\n\r\n"
+    head = b"POST " + spec.path + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/"
+    head += spec.media.encode() + b"\r\nContent-Length: %d\r\n\r\n"
     member = spec.member.encode()
     is_json = spec.media == "json"
     fields = _json_fields if is_json else _packed_fields
@@ -216,8 +216,8 @@ _PACKED_POSITIONS = re.compile(rb"\xa8position")
 def position_in(reply: bytes, body_at: int, media: Media) -> int | None:
     """The position that a reply for one stream gives, or None where it gives none."""
     if media == "json":
-        found = _JSON_POSITIONS.search(reply, body_at)
-        return None if found is None else int(found[1])
+        match = _JSON_POSITIONS.search(reply, body_at)
+        return None if match is None else int(match[1])
     at = reply.find(b"\xa8position", body_at)
     return None if at < 0 else _packed_int(reply, at + 9)
 

@@ -105,7 +105,7 @@ def standard_model(folder: Path, units: int = UNITS) -> Artifact:
 
 
 def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:
-    """A stream after one chunk, with a state of so many floats."""
+    """A stream after one chunk, with a random state."""
     random = np.random.default_rng(seed)
     values = random.uniform(-1, 1, floats).astype(np.float32)
     return StreamState(

@@ -220,7 +220,7 @@ class Transition:
         state = self.store[stream].state
         result: Any = Conflicted(self.values.head(state))
         if request.repeated:
-            result = self.values.resolve_retried_commit(stream, request.base, request.new, state)
+            result = self.values.resolve_retried_commit(job, request.base, request.new, state)
         if isinstance(result, Committed):
             self._acknowledge(job, request.new)
             return
@@ -258,7 +258,7 @@ class Transition:
         if self.values.plan(job).guard is Guard.IF_MATCH:
             result: Any = None
             if request.repeated:
-                result = self.values.resolve_retried_deletion(stream, request.base, state)
+                result = self.values.resolve_retried_deletion(job, request.base, state)
             if isinstance(result, Committed):
                 self._acknowledge(job, 0)
             else:

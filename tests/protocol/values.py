@@ -9,6 +9,7 @@ recorded, to be made on a real server.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,22 @@ class ScriptCall(NamedTuple):
     done: bool
 
 
+def evaluated_once(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a job and numbers: its value, or the error it raises, evaluated once."""
+
+    @wraps(method)
+    def evaluate(self: Values, job: Job, *numbers: int) -> Any:
+        key = (method, job[:5], *numbers)
+        if key not in self.memo:
+            try:
+                self.memo[key] = method(self, job, *numbers)
+            except CarryError as error:
+                self.memo[key] = error.with_traceback(None)
+        return self.memo[key]
+
+    return evaluate
+
+
 class Values:
     """The values and decisions of one exploration."""
 
@@ -68,7 +85,7 @@ class Values:
         self._numbers: dict[object, int] = {}
         # By identity; `states` and `replies` keep every object alive.
         self._numbers_of_objects: dict[int, int] = {id(None): 0}
-        self._memo: dict[tuple[object, ...], Any] = {}
+        self.memo: dict[tuple[object, ...], Any] = {}
 
     # Plans and their names
 
@@ -128,67 +145,47 @@ class Values:
 
     # Decisions
 
-    def _once(self, key: tuple[object, ...], decide: Callable[[], Any]) -> Any:
-        """A decision, or the error it raises, evaluated once."""
-        if key not in self._memo:
-            try:
-                self._memo[key] = decide()
-            except CarryError as error:
-                self._memo[key] = error.with_traceback(None)
-        return self._memo[key]
-
+    @evaluated_once
     def evaluate_chunk(self, job: Job, state: int) -> Any:
-        """`evaluate_chunk`: Process, Replay, or the rejection."""
-        key = ("evaluate_chunk", job[:4], state)
-        return self._once(
-            key, lambda: self.rules.evaluate_chunk(self.chunk(job), self.stream(state))
-        )
+        """Process, Replay, or the rejection."""
+        return self.rules.evaluate_chunk(self.chunk(job), self.stream(state))
 
-    def is_continuation(self, job: Job, state: int) -> bool:
-        """`is_continuation` from a cached state."""
-        key = ("is_continuation", job[:4], state)
-        decision: bool = self._once(
-            key, lambda: self.rules.is_continuation(self.chunk(job), self.stream(state))
-        )
-        return decision
+    @evaluated_once
+    def is_continuation(self, job: Job, state: int) -> Any:
+        """Whether the chunk continues a cached state."""
+        return self.rules.is_continuation(self.chunk(job), self.stream(state))
 
+    @evaluated_once
     def resolve_duplicate(self, job: Job, first: int, state: int, reply: int, own: int) -> Any:
-        """`resolve_duplicate`: which answer, or the rejection."""
-        key = ("retry", job[:4], first, state, reply, own)
+        """Which answer, or the rejection."""
         streams = self.stream(first), self.stream(state)
-        return self._once(
-            key,
-            lambda: self.rules.resolve_duplicate(
-                self.chunk(job), *streams, self.replies[reply], self.head(own)
-            ),
+        return self.rules.resolve_duplicate(
+            self.chunk(job), *streams, self.replies[reply], self.head(own)
         )
 
+    @evaluated_once
     def resolve_conflict(self, job: Job, new: int, state: int) -> Any:
-        """`resolve_conflict` with the state that was read."""
+        """Which answer, with the state that was read."""
         return self.rules.resolve_conflict(self.chunk(job), self.head(new), self.head(state))
 
-    def resolve_retried_commit(self, stream: int, expected: int, new: int, state: int) -> Any:
+    @evaluated_once
+    def resolve_retried_commit(self, job: Job, expected: int, new: int, state: int) -> Any:
         """The result of a repeated commit that conflicts."""
-        commit = Commit(self.keys[stream], self.expected(expected), self.states[new], None)
-        conflict = Conflicted(self.head(state))
-        key = ("repeated commit", stream, expected, new, state)
-        return self._once(key, lambda: self.rules.resolve_retried_commit(commit, conflict))
+        key = self.keys[self.plan(job).stream]
+        commit = Commit(key, self.expected(expected), self.states[new], None)
+        return self.rules.resolve_retried_commit(commit, Conflicted(self.head(state)))
 
-    def resolve_retried_deletion(self, stream: int, expected: int, state: int) -> Any:
+    @evaluated_once
+    def resolve_retried_deletion(self, job: Job, expected: int, state: int) -> Any:
         """The result of a repeated deletion that conflicts."""
-        conflict = Conflicted(self.head(state))
-        return self.rules.resolve_retried_deletion(
-            self.keys[stream], self.expected(expected), conflict
-        )
+        key, conflict = self.keys[self.plan(job).stream], Conflicted(self.head(state))
+        return self.rules.resolve_retried_deletion(key, self.expected(expected), conflict)
 
     # What clients send and workers compute
 
-    def chunk(self, job: Job) -> Chunk:
+    @evaluated_once
+    def chunk(self, job: Job) -> Any:
         """The chunk as a transport would make it."""
-        chunk: Chunk = self._once(("chunk", job[:4]), lambda: self._make_chunk(job))
-        return chunk
-
-    def _make_chunk(self, job: Job) -> Chunk:
         plan, head = self.plan(job), self.head(job.named)
         rows = np.array([[digit] for digit in plan.events], np.float32)
         steps = Steps(Feed.INPUTS, len(rows), rows=rows)
@@ -203,15 +200,10 @@ class Values:
             Precondition((head.etag,)) if head and guard is Guard.IF_MATCH else None,
         )
 
-    def advance(self, job: Job, base: int) -> int:
+    @evaluated_once
+    def advance(self, job: Job, base: int) -> Any:
         """The state after a chunk."""
-        number: int = self._once(
-            ("advance", job[:5], base), lambda: self._advance(job, self.stream(base))
-        )
-        return number
-
-    def _advance(self, job: Job, before: StreamState | None) -> int:
-        chunk = self.chunk(job)
+        chunk, before = self.chunk(job), self.stream(base)
         value = float(before.state.floats[0]) if before is not None else 0.0
         outputs = []
         for row in chunk.steps.rows:
@@ -267,8 +259,8 @@ class Values:
             new: the state or the tombstone to write.
         """
         key = (kind, stream, state, reply, expected, new)
-        found = self._memo.get(key)
-        if found is None:
+        after_script = self.memo.get(key)
+        if after_script is None:
             before, new_reply = Pair(self.states[state], self.replies[reply]), 0
             if kind == "commit":
                 has_reply = self.scenario.replies and self.replies[new] is not None
@@ -284,10 +276,10 @@ class Values:
                 condition = self.deletion_condition(kind, expected)
                 after, done = self.rules.delete_effect(before, condition, self.states[new])
             numbers = self._numbers_of_objects
-            found = numbers[id(after.state)], numbers[id(after.reply)], done
-            self._memo[key] = found
-            self.calls[ScriptCall(*key, new_reply, *found)] = None
-        return found
+            after_script = numbers[id(after.state)], numbers[id(after.reply)], done
+            self.memo[key] = after_script
+            self.calls[ScriptCall(*key, new_reply, *after_script)] = None
+        return after_script
 
     def deletion_condition(self, kind: str, expected: int) -> bytes:
         """The head, or the start of one, that `delete.lua` is given to expect."""

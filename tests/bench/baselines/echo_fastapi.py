@@ -2,8 +2,8 @@
 
     BENCH_REPLY_BYTES=1800 uvicorn tests.bench.baselines.echo_fastapi:app
 
-It reads the body and answers with a fixed one of the size of Carry's reply, so that what lies
-between the two is Carry's work and not the size of the bytes.
+It reads the body and answers with a fixed one of the size of Carry's reply, so that the difference
+is Carry's work and not the size of the bytes.
 """
 
 from __future__ import annotations
