@@ -177,15 +177,21 @@ def format_row(results: Results, row: str, columns: int = len(COLUMNS)) -> list[
 def format_table(results: Results) -> str:
     """All rows, then the figures with their spread, the targets and the notes."""
     width = max((len(name) for name in [*results.rows, *results.figures]), default=20) + 2
-    lines = [" " * width + "".join(f"{head:>14}" for head, _, _ in COLUMNS)]
+    rows = [" " * width + "".join(f"{head:>14}" for head, _, _ in COLUMNS)]
     for row in results.rows:
         cells = "".join(f"{cell:>14}" for cell in format_row(results, row))
-        lines.append(row.ljust(width) + cells)
-    lines += ["", *(f"{name.ljust(width)}{figure}" for name, figure in results.figures.items())]
-    measured = [verdict for verdict in verdicts(results) if verdict[2] != NOT_MEASURED]
-    lines += ["", *(f"{word:13} {t.text}: {shown}, {t.limit}" for t, shown, word in measured)]
-    lines += ["", *(f"note: {note}" for note in results.notes)]
-    return "\n".join(lines).rstrip()
+        rows.append(row.ljust(width) + cells)
+    blocks = [
+        rows,
+        [f"{name.ljust(width)}{figure}" for name, figure in results.figures.items()],
+        [
+            f"{word:13} {target.text}: {shown}, {target.limit}"
+            for target, shown, word in verdicts(results)
+            if word != NOT_MEASURED
+        ],
+        [f"note: {note}" for note in results.notes],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
 class Target(NamedTuple):

@@ -1,4 +1,4 @@
-"""A hand-written service as a competent team would begin it: ONNX Runtime behind FastAPI.
+"""A hand-written service as a competent team would first write it: ONNX Runtime behind FastAPI.
 
     BENCH_ARTIFACT=DIR BENCH_SOCKET=PATH uvicorn tests.bench.baselines.competent:app
 
