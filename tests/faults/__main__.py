@@ -1,9 +1,9 @@
 """`python -m tests.faults`: break real processes under load and check every output.
 
 Bounded in faults and events, on the loopback only, each store in a temporary folder of its own.
-The seed is printed first; with it the same faults come in the same order (what is in flight when
-they come is up to the machine). Ends with 1 where anything was lost, doubled or mixed, or where
-something that can occur was not seen.
+The seed is printed first; it repeats the same faults in the same order (what is in flight when
+they are injected depends on the machine). Exits with 1 where anything was lost, doubled or mixed,
+or where an expected event did not occur.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 import uvloop
 
 from tests.faults.plan import KINDS
-from tests.faults.report import failures, losses, report, shortened
-from tests.faults.run import PLANTS, Course, Outcome, new_seed, own_folder, run
+from tests.faults.report import describe_failures, failures, report
+from tests.faults.run import PLANTED_BUGS, Outcome, RunOptions, new_seed, run, temporary_folder
 
 KILLS_PER_STAGE = 5
 
@@ -29,11 +29,13 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=110, help="faults (110)")
     parser.add_argument("--streams", type=int, default=48, help="streams (48)")
     parser.add_argument("--seed", type=int, help="a new one")
-    parser.add_argument("--plant", choices=plants(), help="plant a bug in the workers")
+    parser.add_argument("--plant", choices=planted_bugs(), help="plant a bug in the workers")
     parser.add_argument(
         "--strict", action="store_true", help="cluster: acknowledge when the replicas have it"
     )
-    parser.add_argument("--tell", action="store_true", help="print each fault before it comes")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print each fault before it is injected"
+    )
     given = parser.parse_args()
     seed = new_seed() if given.seed is None else given.seed
     code = 0
@@ -43,7 +45,7 @@ def main() -> int:
             code = 1
             continue
         print(f"{store}: seed {seed}", flush=True)
-        course = Course(
+        options = RunOptions(
             store,
             seed,
             given.events,
@@ -52,27 +54,27 @@ def main() -> int:
             kills_per_stage=KILLS_PER_STAGE,
             plant=given.plant,
             strict=given.strict and store == "cluster",
-            tell=given.tell,
+            verbose=given.verbose,
         )
-        outcome = uvloop.run(_in_folder(course))
+        outcome = uvloop.run(_in_folder(options))
         found = failures(outcome, whole=True)
         print(report(outcome))
         if found:
-            print(f"  RED\n{shortened(found)}\n{losses(outcome)}", flush=True)
+            print(f"  FAILED\n{describe_failures(outcome, found)}", flush=True)
         else:
-            print("  green", flush=True)
+            print("  passed", flush=True)
         code |= bool(found)
     return code
 
 
-def plants() -> list[str]:
+def planted_bugs() -> list[str]:
     """The bugs that can be planted."""
-    return sorted(path.parent.name for path in PLANTS.glob("*/sitecustomize.py"))
+    return sorted(path.parent.name for path in PLANTED_BUGS.glob("*/sitecustomize.py"))
 
 
-async def _in_folder(course: Course) -> Outcome:
-    async with own_folder() as folder:
-        return await run(course, folder)
+async def _in_folder(options: RunOptions) -> Outcome:
+    async with temporary_folder() as folder:
+        return await run(options, folder)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from typing import Any, Final
 import psutil
 import redis
 
-from tests.faults.path import Link, Target, Watcher
-from tests.faults.path import Path as Way
+from tests.faults.proxy import Connection, Proxy, Target, Watcher
 from tests.faults.records import Loss
 from tests.faults.stores import DOWN_S, ERRORS, ONE_BYTE, SERVES_S, HasPid, Store
 from tests.support.cluster import Cluster, ClusterNode
@@ -52,20 +51,20 @@ class ClusterStore(Store):
         self._strict = strict
         self._workers: Mapping[str, HasPid] = {}
         self._stopped: ClusterNode | None = None
-        self._doomed: ClusterNode | None = None
+        self._old_primary: ClusterNode | None = None
         self._away: set[ClusterNode] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def open_ways(
+    async def open_proxies(
         self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
     ) -> None:
         self._workers = workers
         self._loop = asyncio.get_running_loop()
         for node in self._cluster.nodes:
-            way = Way(self._to(node), watcher)
-            await way.open()
-            self.ways.append(way)
-            node._options = (*node._options, "--cluster-announce-port", str(way.port))
+            proxy = Proxy(self._to(node), watcher)
+            await proxy.open()
+            self.proxies.append(proxy)
+            node._options = (*node._options, "--cluster-announce-port", str(proxy.port))
 
     def start(self) -> None:
         self._cluster.form()
@@ -78,15 +77,16 @@ class ClusterStore(Store):
         shutil.rmtree(self._home, ignore_errors=True)
 
     def url(self, worker: str) -> str:
-        return f"redis+cluster://{','.join(f'127.0.0.1:{way.port}' for way in self.ways[:3])}"
+        addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:3])
+        return f"redis+cluster://{','.join(addresses)}"
 
-    def whose(self, link: Link) -> str:
+    def owner_of(self, connection: Connection) -> str:
         """By the process that has the other end of the connection; looked up once."""
-        if link.whose is None:
-            link.whose = next(
-                (name for name, worker in self._workers.items() if _has(worker.pid, link)), ""
+        if connection.owner is None:
+            connection.owner = next(
+                (name for name, worker in self._workers.items() if _has(worker.pid, connection)), ""
             )
-        return link.whose
+        return connection.owner
 
     def ask(self, *command: str | int) -> Any:
         for node in self._cluster.nodes:
@@ -106,7 +106,7 @@ class ClusterStore(Store):
         node.kill()
         time.sleep(DOWN_S)
         node.start()
-        return self._settled("a primary was killed", killed_s)
+        return self._loss_once_whole("a primary was killed", killed_s)
 
     def pause(self, seconds: float, pick: int) -> Loss | None:
         """A primary; when it is stopped for long, its replica takes its place."""
@@ -116,7 +116,7 @@ class ClusterStore(Store):
         node.pause()
         time.sleep(seconds)
         node.resume()
-        return self._settled("a primary was stopped", stopped_s)
+        return self._loss_once_whole("a primary was stopped", stopped_s)
 
     def fill(self, seconds: float) -> None:
         self._cluster.configure("maxmemory", ONE_BYTE)
@@ -132,46 +132,46 @@ class ClusterStore(Store):
         node.kill()
         until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
         node.start()
-        return self._settled("a primary was lost", killed_s)
+        return self._loss_once_whole("a primary was lost", killed_s)
 
-    def look_back(self, pick: int) -> float:
+    def prepare_rollback(self, pick: int) -> float:
         """Stop the replica of a primary that is to be lost, and end its connection to it: what
         the primary sent would else be read from the socket when the replica goes on."""
-        self._doomed = self._primary(pick)
-        self._stopped = self._replica_of(self._doomed)
+        self._old_primary = self._primary(pick)
+        self._stopped = self._replica_of(self._old_primary)
         since_s = time.monotonic() - LAG_S
-        self._away = {self._doomed, self._stopped}
+        self._away = {self._old_primary, self._stopped}
         self._stopped.pause()
         pid = self._stopped._process.pid
-        self._loop.call_soon_threadsafe(self._cut_off, self._doomed, pid)
+        self._loop.call_soon_threadsafe(self._cut_off, self._old_primary, pid)
         return since_s
 
-    def set_back(self, since_s: float) -> Loss:
+    def roll_back(self, since_s: float) -> Loss:
         """Kill the primary, let its replica go on: it takes the place with what it had."""
         killed_s = time.monotonic()
-        self._doomed.kill()
+        self._old_primary.kill()
         ended_s = time.monotonic()
         replica = self._stopped
         replica.resume()
         until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
-        self._doomed.start()
-        self._settle()
+        self._old_primary.start()
+        self._wait_until_whole()
         return Loss("lossy failover", since_s, killed_s, ended_s, time.monotonic())
 
     def _cut_off(self, primary: ClusterNode, pid: int) -> None:
         """End a process's connections to a node."""
-        way = self.ways[self._cluster.nodes.index(primary)]
-        for link in list(way.links):
-            if _has(pid, link):
-                link.abort()
+        proxy = self.proxies[self._cluster.nodes.index(primary)]
+        for connection in list(proxy.connections):
+            if _has(pid, connection):
+                connection.abort()
 
-    def _settle(self) -> None:
+    def _wait_until_whole(self) -> None:
         until(self._is_whole, "a whole cluster", SERVES_S)
         self._away = set()
 
-    def _settled(self, what: str, struck_s: float) -> Loss | None:
+    def _loss_once_whole(self, what: str, struck_s: float) -> Loss | None:
         until_s = time.monotonic() + STALE_S
-        self._settle()
+        self._wait_until_whole()
         if self._strict:
             return None
         return Loss(what, struck_s - LAG_S, struck_s, until_s, time.monotonic())
@@ -213,11 +213,11 @@ def _role(node: ClusterNode) -> str:
         return ""
 
 
-def _has(pid: int | None, link: Link) -> bool:
+def _has(pid: int | None, connection: Connection) -> bool:
     """Whether a process has the other end of a connection."""
     if pid is None:
         return False
-    port = link.front.get_extra_info("peername")[1]
+    port = connection.front.get_extra_info("peername")[1]
     try:
         connections = psutil.Process(pid).net_connections(kind="tcp")
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""A network that forgets nothing, and what it computes, written down a second time.
+"""A network with lossless memory, and a second implementation of it in whole numbers.
 
 One LSTM layer whose gates are held open by their biases (hard sigmoids, so exactly 1) and whose
 activations are linear. What is left of its equations is

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from tests.faults.sight import STAGES
+from tests.faults.traffic import STAGES
 
 
 class Kind(StrEnum):
@@ -18,7 +18,7 @@ class Kind(StrEnum):
 
     WORKER_KILL = "worker killed"
     WORKER_PAUSE = "worker stopped and continued"
-    WORKER_TERM = "worker told to end"
+    WORKER_TERM = "worker terminated"
     STORE_KILL = "store killed"
     STORE_PAUSE = "store stopped and continued"
     STORE_FULL = "store's memory full"
@@ -29,7 +29,7 @@ class Kind(StrEnum):
     CUT_ANSWER = "commits' answers cut"
     HOLD_WRITE = "writes held, delivered late"
     OWNER_KILL = "embedded store's service killed"
-    OWNER_TERM = "embedded store's service told to end"
+    OWNER_TERM = "embedded store's service terminated"
     FAILOVER = "failover"
     LOSSY_FAILOVER = "lossy failover"
 

@@ -1,4 +1,4 @@
-"""What the clients saw, as the checker reads it. Times are those of the monotonic clock."""
+"""Records of what the clients saw, for the checker. Times are those of the monotonic clock."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Ack:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """A refusal that says where the stream stands; position 0 and no tag: it does not exist."""
+class Rejection:
+    """A problem that names the stream's head; position 0 and no tag: it does not exist."""
 
     code: str
     worker: str
@@ -85,7 +85,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Something that may take acknowledged chunks away, as the operator knows.
+    """A fault that may roll back acknowledged chunks, and when.
 
     Attributes:
         what: the fault.
@@ -103,8 +103,8 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a stream stands: as a read found it."""
+class Head:
+    """A stream's head."""
 
     epoch: str
     tag: bytes
@@ -113,22 +113,22 @@ class Standing:
 
 @dataclass(slots=True)
 class StreamLog:
-    """All that was seen of one stream.
+    """Log of one stream.
 
     Attributes:
-        noticed_s: when its client noticed that the history it knew is gone: by a refusal, by
+        noticed_s: when its client noticed that the history it knew was replaced: by a rejection, by
             If-Match, or by a tag that does not follow.
-        forgotten: when the stream was deleted or expired on purpose.
+        removed: when the stream was deleted or expired on purpose.
         final: where it stood at the end; None where it did not exist.
     """
 
     name: str
     sents: list[Sent] = field(default_factory=list)
     acks: list[Ack] = field(default_factory=list)
-    tolds: list[Told] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
     noticed_s: list[float] = field(default_factory=list)
-    forgotten: list[Span] = field(default_factory=list)
-    final: Standing | None = None
+    removed: list[Span] = field(default_factory=list)
+    final: Head | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -136,7 +136,6 @@ class AppendAck:
     """A reply to a chunk without a position."""
 
     rows: Rows
-    worker: str
     epoch: str
     tag: bytes
     position: int
@@ -144,33 +143,37 @@ class AppendAck:
 
 
 @dataclass(slots=True)
-class Episode:
+class AppendBurst:
     """Chunks without a position, sent at once to one new stream.
 
     Attributes:
-        sent: how many.
         unknown: how many got no reply, and may or may not have been applied.
     """
 
     name: str
     span: Span
-    sent: int
     unknown: int
     acks: list[AppendAck]
-    final: Standing | None
+    final: Head | None
 
 
 @dataclass(slots=True)
 class History:
-    """What one run left behind for the checker.
+    """Records of one run.
 
     Attributes:
-        began_s: moments are told as seconds after this one.
+        seen: events of the run, by name.
+        faults: injected faults, by kind.
+        kills, chunks_killed: kills of workers, and their chunks in flight, by stage.
+        began_s: moments are reported in seconds after this one.
     """
 
     streams: list[StreamLog] = field(default_factory=list)
-    episodes: list[Episode] = field(default_factory=list)
+    bursts: list[AppendBurst] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    kills: Counter[str] = field(default_factory=Counter)
+    chunks_killed: Counter[str] = field(default_factory=Counter)
     began_s: float = 0.0

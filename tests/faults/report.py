@@ -1,16 +1,54 @@
-"""What a run saw, as text, and why it failed, where it did."""
+"""Report of a run: its counts as text, and the reasons why it failed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tests.faults.injector import WARM_ROLLBACKS
 from tests.faults.plan import KINDS, Kind
+from tests.faults.result import DOUBLED, LOST, MIXED
 from tests.faults.run import Outcome
-from tests.faults.sight import STAGES
-from tests.faults.verdict import DOUBLED, LOST, MIXED
+from tests.faults.traffic import STAGES
 
 _SHOWN = 12
-_ROLLS_BACK = {"valkey": Kind.ROLLBACK, "redis": Kind.ROLLBACK, "cluster": Kind.LOSSY_FAILOVER}
+_EXPECTED = (
+    *("conflicts", "replays", "resends", "blind retries", "deleted", "expired", "appends"),
+    *("refused position_ahead", "refused state_changed", "refused epoch_mismatch"),
+    *("failed deadline_exceeded", "failed outcome_unknown"),
+)
+_EXPECTED_OF_ROLLBACKS = (
+    *(WARM_ROLLBACKS, "advanced by others", "noticed by a tag that does not follow"),
+)
+
+
+def failures(outcome: Outcome, *, whole: bool) -> list[str]:
+    """Why a run failed; empty if it passed.
+
+    Args:
+        whole: whether everything that can occur on the store must have occurred.
+    """
+    options, history = outcome.options, outcome.history
+    found = [f"{each.kind}: {each.stream}: {each.what}" for each in outcome.result.findings]
+    found += [f"unexpected: {each}" for each in history.unexpected]
+    found += [f"stuck: {each}" for each in outcome.stuck]
+    if not whole:
+        return found
+    # with `strict`, what the stopped replica does not have was never acknowledged
+    expected = _EXPECTED if options.strict else (*_EXPECTED, *_EXPECTED_OF_ROLLBACKS)
+    found += [
+        f"never occurred: {kind}" for kind in KINDS[options.store] if not history.faults[kind]
+    ]
+    found += [f"never occurred: {name}" for name in expected if not history.seen[name]]
+    found += [
+        f"kills at the stage {stage!r}: {history.kills[stage]}, expected at least "
+        f"{options.kills_per_stage}"
+        for stage in STAGES
+        if history.kills[stage] < options.kills_per_stage
+    ]
+    total = history.faults.total()
+    if total < options.faults:
+        found.append(f"{total} faults, expected at least {options.faults}")
+    return found
 
 
 def report(outcome: Outcome) -> str:
@@ -18,98 +56,36 @@ def report(outcome: Outcome) -> str:
     return "\n".join(_lines(outcome))
 
 
-def failures(outcome: Outcome, *, whole: bool) -> list[str]:
-    """Why a run is red; empty where it is not.
-
-    Args:
-        whole: whether everything that can occur on the store had to be seen.
-    """
-    found = [f"{each.kind}: {each.stream}: {each.what}" for each in outcome.verdict.findings]
-    found += [f"unexpected: {each}" for each in outcome.history.unexpected]
-    found += [f"stuck: {each}" for each in outcome.stuck]
-    if whole:
-        found += [f"never seen: {name}" for name, count in _wanted(outcome) if not count]
-        found += [
-            f"kills at the stage {stage!r}: {outcome.kills[stage]}, expected at least "
-            f"{outcome.course.kills_per_stage}"
-            for stage in STAGES
-            if outcome.kills[stage] < outcome.course.kills_per_stage
-        ]
-        total = sum(outcome.faults.values())
-        if total < outcome.course.faults:
-            found.append(f"{total} faults, expected at least {outcome.course.faults}")
-    return found
-
-
-def _wanted(outcome: Outcome) -> Iterator[tuple[str, int]]:
-    """What must have been seen on this store."""
-    seen = outcome.history.seen
-    yield from ((kind, outcome.faults[kind]) for kind in KINDS[outcome.course.store])
-    yield "conflicts", outcome.conflicts
-    if not outcome.course.strict:
-        # what the stopped replica does not have is not acknowledged there
-        yield "rollbacks with warm caches", outcome.warm_rollbacks
-        for name in ("moved on differently", "noticed by a tag that does not follow"):
-            yield name, seen[name]
-    for name in (
-        "replays",
-        "resends",
-        "refused position_ahead",
-        "refused state_changed",
-        "refused epoch_mismatch",
-        "blind retries",
-        "failed deadline_exceeded",
-        "failed outcome_unknown",
-        "deleted",
-        "expired",
-        "appends",
-    ):
-        yield name, seen[name]
-
-
 def _lines(outcome: Outcome) -> Iterator[str]:
-    course, verdict = outcome.course, outcome.verdict
+    options, result, history = outcome.options, outcome.result, outcome.history
     yield (
-        f"{course.store}: seed {course.seed}, {sum(outcome.faults.values())} faults "
-        f"({outcome.in_flight} with chunks in flight) over {outcome.events} events in "
-        f"{outcome.seconds:.0f} s"
+        f"{options.store}: seed {options.seed}, {history.faults.total()} faults over "
+        f"{outcome.events} events in {outcome.seconds:.0f} s"
+    )
+    yield "  " + ", ".join(f"{kind} {result.count(kind)}" for kind in (LOST, DOUBLED, MIXED))
+    yield (
+        f"  checked {result.checked_chunks} replies with {result.checked_events} events and "
+        f"{result.bursts} bursts of appends"
     )
     yield (
-        f"  {LOST} {verdict.count(LOST)}, {DOUBLED} {verdict.count(DOUBLED)}, "
-        f"{MIXED} {verdict.count(MIXED)}"
+        f"  of the acknowledged chunks, {result.rolled_back} were rolled back by a fault and "
+        f"{result.removed} removed with their streams; their clients noticed"
     )
-    yield (
-        f"  checked {verdict.checked_chunks} replies with {verdict.checked_events} events and "
-        f"{verdict.episodes} episodes of appends; {outcome.replayed_undisturbed} chunks again on "
-        "an undisturbed service"
-    )
-    yield (
-        f"  of the acknowledged chunks, {verdict.taken} were taken away by a fault and "
-        f"{verdict.forgotten} forgotten with their streams, their clients told"
-    )
-    for kind in KINDS[course.store]:
-        yield f"  {outcome.faults[kind]:6d}  {kind}"
-    yield f"  {outcome.faults[Kind.WORKER_KILL]:6d}  {Kind.WORKER_KILL}, with chunks"
+    for kind in (*KINDS[options.store], Kind.WORKER_KILL):
+        yield f"  {history.faults[kind]:6d}  {kind}"
     for stage in STAGES:
-        chunks = outcome.chunks_killed[stage]
-        yield f"  {outcome.kills[stage]:6d}    {stage} ({chunks} chunks)"
-    yield f"  {outcome.warm_rollbacks:6d}  rollbacks with warm caches"
-    yield f"  {outcome.conflicts:6d}  conflicts"
-    for name, count in sorted(outcome.history.seen.items()):
+        yield f"  {history.kills[stage]:6d}    {stage} ({history.chunks_killed[stage]} chunks)"
+    for name, count in sorted(history.seen.items()):
         yield f"  {count:6d}  {name}"
 
 
-def losses(outcome: Outcome) -> str:
-    """When acknowledged chunks may have been taken away; to read findings by."""
+def describe_failures(outcome: Outcome, found: list[str]) -> str:
+    """The first failures, and when acknowledged chunks may have been rolled back."""
     began_s = outcome.history.began_s
-    return "\n".join(
+    more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    losses = [
         f"{loss.what}: from {loss.since_s - began_s:.2f}, struck {loss.struck_s - began_s:.2f}, "
         f"until {loss.until_s - began_s:.2f}, done {loss.done_s - began_s:.2f} s"
         for loss in outcome.history.losses
-    )
-
-
-def shortened(found: list[str]) -> str:
-    """The first failures, and how many more there are."""
-    more = [f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    return "\n".join([*found[:_SHOWN], *more])
+    ]
+    return "\n".join([*found[:_SHOWN], *more, *losses])

@@ -2,8 +2,8 @@
 
 Real servers, started and reached as the service's users do: the embedded Valkey through a
 `carry serve` of its own, a Redis with an append-only file; the cluster is in `cluster_store`.
-Blocking calls; the breaker runs them in threads. A fault that may take acknowledged chunks away
-gives back between which moments it can have.
+Blocking calls; the injector runs them in threads. A fault that may roll back acknowledged chunks
+returns between which moments.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from redis.retry import Retry
 from service.core.values import StreamKey
 from service.store.redis.keys import KeySpace
 from tests.faults.network import MODEL
-from tests.faults.path import Link, Target, Watcher
-from tests.faults.path import Path as Way
+from tests.faults.proxy import Connection, Proxy, Target, Watcher
 from tests.faults.records import Loss
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
@@ -52,67 +51,65 @@ class HasPid(Protocol):
 
 
 class Store(ABC):
-    """A store and the paths to it."""
+    """A store and the proxies to it.
+
+    `kill` kills a server and starts it some moments later, `pause` stops and continues one, `fill`
+    keeps its memory full for a while. `prepare_rollback` returns the moment before which nothing
+    can be lost, and `roll_back` sets the store back to it. All return when the store serves again,
+    with the loss that they may have caused. `pick` chooses a server.
+    """
 
     name: str
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.keys = KeySpace("carry", 1024)
-        self.ways: list[Way] = []
+        self.proxies: list[Proxy] = []
 
     @abstractmethod
-    def start(self) -> None:
-        """Start it and wait until it serves."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End it and remove what it left outside of its folder."""
-
-    @abstractmethod
-    async def open_ways(
+    async def open_proxies(
         self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
     ) -> None:
-        """Open the paths that workers of these names take, before the store is started.
+        """Open the proxies for workers of these names, before the store is started.
 
         Args:
             workers: by name; filled later.
         """
 
     @abstractmethod
-    def url(self, worker: str) -> str:
-        """The address for a worker, through its path."""
+    def start(self) -> None: ...
 
     @abstractmethod
-    def kill(self, pick: int) -> Loss | None:
-        """SIGKILL of a server, and its start some moments later; returns when it serves."""
+    def stop(self) -> None: ...
 
     @abstractmethod
-    def pause(self, seconds: float, pick: int) -> Loss | None:
-        """SIGSTOP of a server, and SIGCONT later."""
+    def url(self, worker: str) -> str: ...
 
     @abstractmethod
-    def fill(self, seconds: float) -> None:
-        """Let its memory be full for a while."""
+    def kill(self, pick: int) -> Loss | None: ...
 
     @abstractmethod
-    def look_back(self, pick: int) -> float:
-        """Prepare to set it back to now; returns the moment before which nothing can be lost."""
+    def pause(self, seconds: float, pick: int) -> Loss | None: ...
 
     @abstractmethod
-    def set_back(self, since_s: float) -> Loss:
-        """Set it back to the moment of `look_back`; returns when it serves."""
+    def fill(self, seconds: float) -> None: ...
+
+    @abstractmethod
+    def prepare_rollback(self, pick: int) -> float: ...
+
+    @abstractmethod
+    def roll_back(self, since_s: float) -> Loss: ...
 
     @abstractmethod
     def ask(self, *command: str | int) -> Any:
-        """The reply to a command about a stream's key, past the workers."""
+        """The reply to a command about a stream's key, past the proxies."""
 
-    def whose(self, link: Link) -> str:
+    def owner_of(self, connection: Connection) -> str:
         """The worker that made a connection; empty where none did."""
-        return link.path.owner
+        return connection.proxy.owner
 
     def expire(self, stream: str) -> None:
-        """Let a stream's keys expire now; returns when they are gone."""
+        """Let a stream's keys expire now; returns when they have expired."""
         pair = self.keys.pair(StreamKey(MODEL, stream))
         while True:
             try:
@@ -147,17 +144,17 @@ class SingleStore(Store):
     def end(self) -> None:
         """End the server so that it stays down."""
 
-    async def open_ways(
+    async def open_proxies(
         self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
     ) -> None:
         for worker in names:
-            way = Way(self.target, watcher, worker)
-            await way.open()
-            self.ways.append(way)
+            proxy = Proxy(self.target, watcher, worker)
+            await proxy.open()
+            self.proxies.append(proxy)
 
     def url(self, worker: str) -> str:
-        way = next(way for way in self.ways if way.owner == worker)
-        return f"redis://127.0.0.1:{way.port}"
+        proxy = next(proxy for proxy in self.proxies if proxy.owner == worker)
+        return f"redis://127.0.0.1:{proxy.port}"
 
     def client(self, timeout_s: float = 30.0) -> redis.Redis:
         """A plain client past the paths."""
@@ -185,7 +182,7 @@ class SingleStore(Store):
             time.sleep(seconds)
             client.config_set("maxmemory", "0")
 
-    def look_back(self, pick: int) -> float:
+    def prepare_rollback(self, pick: int) -> float:
         """Copy the append-only file. The server goes on writing: what is copied is a beginning
         of the file, as a crash would leave it."""
         since_s = self._written_s()
@@ -193,7 +190,7 @@ class SingleStore(Store):
         shutil.copytree(self.files(), self._copy)
         return since_s
 
-    def set_back(self, since_s: float) -> Loss:
+    def roll_back(self, since_s: float) -> Loss:
         """End the server, put the copy back, start it."""
         struck_s = time.monotonic()
         self.end()

@@ -8,25 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.faults.appends import check_burst
 from tests.faults.checker import check
-from tests.faults.episodes import check_episode
 from tests.faults.network import Reference, Rows, random_events
 from tests.faults.records import (
     FIRST_TAG,
     Ack,
     AppendAck,
-    Episode,
+    AppendBurst,
+    Head,
     History,
     Loss,
+    Rejection,
     Sent,
     Span,
-    Standing,
     StreamLog,
-    Told,
     digest,
     next_tag,
 )
-from tests.faults.verdict import DOUBLED, LOST, MIXED, Verdict
+from tests.faults.result import DOUBLED, LOST, MIXED, CheckResult
 
 CHUNKS = 12
 OTHERS = random_events(np.random.default_rng(9), 5)
@@ -64,19 +64,21 @@ class Stream:
         )
         self.log.sents.append(sent)
         self.log.acks.append(ack)
-        self.log.final = Standing(epoch, after, ack.position)
+        self.log.final = Head(epoch, after, ack.position)
         return ack
 
     def back(self, chunks: int) -> None:
-        """The store forgets the last chunks."""
+        """The store loses the last chunks."""
         del self.heads[-chunks:]
 
-    def told(self, code: str = "position_ahead", worker: str = "a", epoch: str = EPOCH) -> None:
+    def rejection(
+        self, code: str = "position_ahead", worker: str = "a", epoch: str = EPOCH
+    ) -> None:
         """A refusal that says the truth."""
         tag, position, _ = self.heads[-1]
         self.now_s += 1
-        self.log.tolds.append(
-            Told(code, worker, epoch, tag, position, self.now_s, self.now_s + 0.5)
+        self.log.rejections.append(
+            Rejection(code, worker, epoch, tag, position, self.now_s, self.now_s + 0.5)
         )
         self.log.noticed_s.append(self.now_s)
 
@@ -89,19 +91,19 @@ def served(chunks: int = CHUNKS) -> Stream:
 
 
 def kinds(stream: Stream, *losses: Loss) -> set[str]:
-    verdict = check(History(streams=[stream.log], losses=list(losses)))
-    return {finding.kind for finding in verdict.findings}
+    result = check(History(streams=[stream.log], losses=list(losses)))
+    return {finding.kind for finding in result.findings}
 
 
-def test_a_faultless_history_passes_and_is_found_whole() -> None:
+def test_correct_history_passes() -> None:
     stream = served()
-    verdict = check(History(streams=[stream.log]))
-    assert not verdict.findings
-    assert verdict.checked_chunks == CHUNKS
-    assert [node.sent for node in verdict.histories["s", EPOCH]] == stream.log.sents
+    result = check(History(streams=[stream.log]))
+    assert not result.findings
+    assert result.checked_chunks == CHUNKS
+    assert result.checked_events == sum(len(sent.rows) for sent in stream.log.sents)
 
 
-def test_a_chunk_that_was_applied_without_an_answer_is_found() -> None:
+def test_chunk_that_was_applied_without_a_reply_passes() -> None:
     stream = served()
     stream.log.acks.pop(4)
     stream.log.sents[4].acked = False
@@ -122,7 +124,7 @@ def test_a_chunk_that_was_applied_without_an_answer_is_found() -> None:
     ],
     ids=["doubled", "lost", "swapped", "wrong", "another's state"],
 )
-def test_outputs_from_another_state_are_found_long_after(
+def test_outputs_of_another_state_are_detected_many_chunks_later(
     state_after: Callable[[list[Rows]], list[Rows]], kind: str
 ) -> None:
     stream = served(40)
@@ -134,7 +136,7 @@ def test_outputs_from_another_state_are_found_long_after(
     assert kinds(stream) == {kind}
 
 
-def test_one_wrong_number_is_found() -> None:
+def test_one_wrong_number_is_detected() -> None:
     stream = served()
     outputs = stream.log.acks[5].outputs.copy()
     outputs[2, 7] += 1
@@ -142,7 +144,7 @@ def test_one_wrong_number_is_found() -> None:
     assert kinds(stream) == {MIXED}
 
 
-def test_a_tag_or_a_position_of_nothing_that_was_sent_is_found() -> None:
+def test_tag_or_position_of_no_sent_chunk_is_detected() -> None:
     stream = served()
     stream.log.acks[5] = replace(stream.log.acks[5], tag=bytes(range(16)))
     assert MIXED in kinds(stream)
@@ -155,7 +157,7 @@ def test_a_tag_or_a_position_of_nothing_that_was_sent_is_found() -> None:
 
 
 def rolled_back() -> tuple[Stream, Loss]:
-    """Two chunks are taken away by a rollback, and others come in their place."""
+    """Two chunks are rolled back, and others replace them."""
     stream = served()
     stream.back(2)
     loss = Loss(
@@ -168,40 +170,40 @@ def rolled_back() -> tuple[Stream, Loss]:
     return stream, loss
 
 
-def test_a_rollback_explains_what_it_took_where_the_client_was_told() -> None:
+def test_rollback_explains_missing_chunks_if_the_client_noticed() -> None:
     stream, loss = rolled_back()
-    stream.told()
+    stream.rejection()
     stream.chunk()
     assert kinds(stream, loss) == set()
-    assert check(History([stream.log], losses=[loss])).taken == 2
+    assert check(History([stream.log], losses=[loss])).rolled_back == 2
 
 
-def test_without_a_rollback_it_is_lost() -> None:
+def test_missing_chunk_without_a_rollback_is_lost() -> None:
     stream, _ = rolled_back()
-    stream.told()
+    stream.rejection()
     stream.chunk()
     assert kinds(stream) == {LOST}
 
 
-def test_a_client_that_was_not_told_lost_it() -> None:
+def test_missing_chunk_is_lost_if_the_client_did_not_notice() -> None:
     stream, loss = rolled_back()
     stream.chunk()
     assert kinds(stream, loss) == {LOST}
 
 
-def test_a_rollback_explains_nothing_from_before_it() -> None:
+def test_rollback_explains_nothing_before_it() -> None:
     stream, loss = rolled_back()
     stream.back(1)
-    stream.told()
+    stream.rejection()
     stream.chunk()
     assert kinds(stream, loss) == {LOST}
 
 
-def test_a_stale_history_that_goes_on_is_found() -> None:
+def test_continued_stale_history_is_detected() -> None:
     """Others moved the stream on after a rollback; a worker goes on from what it remembers."""
     stream, loss = rolled_back()
     stale = list(stream.heads), [*served().heads]
-    stream.told()
+    stream.rejection()
     stream.chunk()
     stream.chunk()
     stream.heads = stale[1]
@@ -209,20 +211,20 @@ def test_a_stale_history_that_goes_on_is_found() -> None:
     assert kinds(stream, loss) == {LOST}
 
 
-def test_a_refusal_that_denies_what_was_acknowledged_is_found() -> None:
+def test_rejection_that_denies_an_acknowledged_chunk_is_detected() -> None:
     stream = served()
     heads = list(stream.heads)
     stream.back(3)
-    stream.told(worker="b")
+    stream.rejection(worker="b")
     stream.heads = heads
     stream.chunk()
     assert kinds(stream) == {LOST}
 
 
-def test_a_forgotten_stream_begins_anew_and_does_not_come_back() -> None:
+def test_removed_stream_starts_a_new_epoch_and_does_not_return() -> None:
     stream = served()
     stream.now_s += 1
-    stream.log.forgotten.append(Span(stream.now_s, stream.now_s + 0.5))
+    stream.log.removed.append(Span(stream.now_s, stream.now_s + 0.5))
     heads = list(stream.heads)
     stream.heads = stream.heads[:1]
     stream.log.noticed_s.append(stream.now_s + 1)
@@ -233,29 +235,29 @@ def test_a_forgotten_stream_begins_anew_and_does_not_come_back() -> None:
     assert MIXED in kinds(stream)
 
 
-def test_a_chunk_lost_before_its_stream_was_forgotten_is_found() -> None:
-    """Being forgotten explains the end of an epoch, and nothing that was missing in it."""
+def test_chunk_lost_before_its_stream_was_removed_is_detected() -> None:
+    """Removal explains the end of an epoch, but no missing chunk before it."""
     stream = served()
     stream.back(1)
     stream.log.noticed_s.append(stream.now_s + 1)
     stream.chunk()
     stream.now_s += 1
-    stream.log.forgotten.append(Span(stream.now_s, stream.now_s + 0.5))
+    stream.log.removed.append(Span(stream.now_s, stream.now_s + 0.5))
     stream.log.noticed_s.append(stream.now_s + 1)
     stream.heads = stream.heads[:1]
     stream.chunk(epoch=OTHER)
     assert kinds(stream) == {LOST}
 
 
-def test_a_refusal_before_a_rollback_struck_is_not_explained_by_it() -> None:
+def test_rejection_before_a_rollback_is_not_explained_by_it() -> None:
     stream, loss = rolled_back()
-    stream.told()
+    stream.rejection()
     stream.chunk()
     assert kinds(stream, replace(loss, until_s=20.0, struck_s=13.0)) == set()
     assert kinds(stream, replace(loss, until_s=20.0, struck_s=14.0)) == {LOST}
 
 
-def episode(places: list[int], unknown: int = 0, standing: int | None = None) -> Episode:
+def burst(places: list[int], unknown: int = 0, head: int | None = None) -> AppendBurst:
     """Appends of three events, acknowledged at these places."""
     random, reference = np.random.default_rng(4), Reference()
     state, acks = reference.zero(), []
@@ -264,31 +266,31 @@ def episode(places: list[int], unknown: int = 0, standing: int | None = None) ->
         outputs = reference.outputs(state, rows)
         state = outputs[-1]
         tag = bytes([number] * 16)
-        acks.append(AppendAck(rows, "a", EPOCH, tag, start + 3, outputs.astype(np.float32)))
-    final = Standing(EPOCH, bytes(16), 3 * len(places) if standing is None else standing)
-    return Episode("e", Span(1.0, 2.0), len(places) + unknown, unknown, acks, final)
+        acks.append(AppendAck(rows, EPOCH, tag, start + 3, outputs.astype(np.float32)))
+    final = Head(EPOCH, bytes(16), 3 * len(places) if head is None else head)
+    return AppendBurst("e", Span(1.0, 2.0), unknown, acks, final)
 
 
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (episode([0, 3, 6]), set()),
-        (episode([0, 3, 9], unknown=1, standing=12), set()),
-        (episode([0, 3, 3], standing=6), {LOST}),
-        (episode([0, 3, 6], standing=6), {LOST}),
-        (episode([0, 3, 6], standing=12), {DOUBLED}),
+        (burst([0, 3, 6]), set()),
+        (burst([0, 3, 9], unknown=1, head=12), set()),
+        (burst([0, 3, 3], head=6), {LOST}),
+        (burst([0, 3, 6], head=6), {LOST}),
+        (burst([0, 3, 6], head=12), {DOUBLED}),
     ],
     ids=["all", "one without answer", "one place twice", "too short", "too long"],
 )
-def test_appends_have_places_of_their_own(seen: Episode, expected: set[str]) -> None:
-    verdict = Verdict()
-    check_episode(seen, [], Reference(), verdict)
-    assert {finding.kind for finding in verdict.findings} == expected
+def test_appends_have_distinct_places(seen: AppendBurst, expected: set[str]) -> None:
+    result = CheckResult()
+    check_burst(seen, [], Reference(), result)
+    assert {finding.kind for finding in result.findings} == expected
 
 
-def test_an_append_from_another_state_is_found() -> None:
-    seen = episode([0, 3, 6])
+def test_append_from_another_state_is_detected() -> None:
+    seen = burst([0, 3, 6])
     seen.acks[1] = replace(seen.acks[1], outputs=seen.acks[1].outputs + 1)
-    verdict = Verdict()
-    check_episode(seen, [], Reference(), verdict)
-    assert {finding.kind for finding in verdict.findings} == {MIXED}
+    result = CheckResult()
+    check_burst(seen, [], Reference(), result)
+    assert {finding.kind for finding in result.findings} == {MIXED}

@@ -1,4 +1,4 @@
-"""The served network forgets nothing: any mistake in the history shows in every later output."""
+"""The network of the fault tests: any mistake in the history shows in every later output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return load_artifact(network.write(tmp_path_factory.mktemp("models")) / MODEL)
 
 
-def test_the_runtime_computes_the_reference_bit_by_bit(artifact: Artifact) -> None:
+def test_runtime_equals_the_reference_bit_by_bit(artifact: Artifact) -> None:
     runtime, reference = OnnxRuntime(artifact), Reference()
     random = np.random.default_rng(5)
     rows = [random_events(random, length) for length in (40, 7, 64, 1)]
@@ -35,7 +35,7 @@ def test_the_runtime_computes_the_reference_bit_by_bit(artifact: Artifact) -> No
         assert (outputs[index] == expected).all()
 
 
-def test_cuts_do_not_show(artifact: Artifact) -> None:
+def test_outputs_do_not_depend_on_cuts(artifact: Artifact) -> None:
     rows = random_events(np.random.default_rng(6), 90)
     zero = np.zeros(artifact.state.float_size, np.float32)
     cut, _ = in_cuts(OnnxRuntime(artifact), rows.astype(np.float32), zero, (1, 30, 2, 57))
@@ -44,7 +44,7 @@ def test_cuts_do_not_show(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("mistake", ["wrong", "missing", "doubled", "swapped", "moved"])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_mistake_shows_in_every_later_output(mistake: str, seed: int) -> None:
+def test_mistake_changes_every_later_output(mistake: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     rows = random_events(random, EVENTS)
     later = random_events(random, LATER)

@@ -3,54 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import numpy as np
 import uvloop
 
 from tests.faults import network
-from tests.faults.appender import CHUNKS, Appender
-from tests.faults.episodes import check_episode
-from tests.faults.http import MSGPACK, Line, chunk_body
+from tests.faults.appends import CHUNKS, Appender, check_burst
 from tests.faults.records import History, digest, next_tag
-from tests.faults.run import Course, new_seed, own_folder, scene
-from tests.faults.verdict import Verdict
+from tests.faults.requests import WorkerClient, outputs_of
+from tests.faults.result import CheckResult
+from tests.faults.run import RunOptions, deploy, new_seed, temporary_folder
 
 STREAMS, EACH, COPIES = 50, 20, 5
 TIMEOUT_S = 30.0
-QUIET = Course("valkey", seed=0, events=0, faults=0)
+OPTIONS = RunOptions("valkey", seed=0, events=0, faults=0)
 
 
-def test_a_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
+def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
     seed = new_seed()
     print(f"seed {seed}")
 
     async def storm() -> None:
-        async with own_folder() as folder, scene(QUIET, folder) as on:
-            ports = [on.ways[worker] for worker in ("a", "b", "a", "b", "a")]
-            await asyncio.gather(*(one_stream(number, ports) for number in range(STREAMS)))
+        async with temporary_folder() as folder, deploy(OPTIONS, folder) as deployment:
+            clients = [WorkerClient(port, TIMEOUT_S) for port in deployment.ports.values()]
+            copies = [clients[copy % 2] for copy in range(COPIES)]
+            await asyncio.gather(*(one_stream(number, copies) for number in range(STREAMS)))
+            await asyncio.gather(*(client.close() for client in clients))
 
-    async def one_stream(number: int, ports: list[int]) -> None:
+    async def one_stream(number: int, copies: list[WorkerClient]) -> None:
         random = np.random.default_rng((seed, number))
-        lines = [Line(port) for port in ports]
         reference = network.Reference()
         state, tag, position, epochs = reference.zero(), bytes(16), 0, set()
         for _ in range(EACH):
             rows = network.random_events(random, int(random.integers(1, 9)))
-            body = chunk_body(rows, position, MSGPACK)
-            answers = await asyncio.gather(
-                *(
-                    line.ask("POST", f"s{number}", body=body, media=MSGPACK, timeout_s=TIMEOUT_S)
-                    for line in lines
-                )
+            documents = await asyncio.gather(
+                *(copy.send(f"s{number}", rows, position, encoding="msgpack") for copy in copies)
             )
-            assert [status for status, _ in answers] == [200] * COPIES, answers
-            documents: list[dict[str, Any]] = [document for _, document in answers]
             assert sorted(each.pop("replayed") for each in documents) == [False] + [True] * 4
             assert documents[0].get("created", False) == (position == 0)
             assert all(each == documents[0] for each in documents)
             expected = reference.outputs(state, rows)
-            assert (np.asarray(documents[0]["outputs"][network.OUTPUT]) == expected).all()
+            assert (outputs_of(documents[0]) == expected).all()
             tag = next_tag(tag, position, digest(rows))
             position += len(rows)
             state = expected[-1]
@@ -58,8 +51,6 @@ def test_a_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
             assert documents[0]["position"] == position
             epochs.add(documents[0]["epoch"])
         assert len(epochs) == 1
-        for line in lines:
-            line.drop()
 
     assert STREAMS * EACH == 1000
     uvloop.run(storm())
@@ -70,17 +61,17 @@ def test_sixteen_appends_at_once_are_all_applied() -> None:
     print(f"seed {seed}")
 
     async def storm() -> None:
-        async with own_folder() as folder, scene(QUIET, folder) as on:
+        async with temporary_folder() as folder, deploy(OPTIONS, folder) as deployment:
             random = np.random.default_rng(seed)
-            appender = Appender("all", on.ways, History(), random, TIMEOUT_S)
+            appender = Appender("all", deployment.ports, History(), random, TIMEOUT_S)
             for _ in range(10):
-                episode = await appender.episode()
-                assert (episode.unknown, len(episode.acks)) == (0, CHUNKS)
-                equal = [ack.rows.tobytes() for ack in episode.acks]
+                burst = await appender.burst()
+                assert (burst.unknown, len(burst.acks)) == (0, CHUNKS)
+                equal = [ack.rows.tobytes() for ack in burst.acks]
                 assert max(map(equal.count, equal)) >= CHUNKS // 2
-                verdict = Verdict()
-                check_episode(episode, [], network.Reference(), verdict)
-                assert not verdict.findings
-            appender.close()
+                result = CheckResult()
+                check_burst(burst, [], network.Reference(), result)
+                assert not result.findings
+            await appender.close()
 
     uvloop.run(storm())

@@ -8,10 +8,9 @@ import signal
 import time
 from pathlib import Path
 
-from tests.faults.path import Path as Way
-from tests.faults.path import Target
-from tests.faults.sight import ClientSight, Owed
+from tests.faults.proxy import Proxy, Target
 from tests.faults.stores import Store
+from tests.faults.traffic import ClientTraffic, PendingChunk
 from tests.support.service import Service
 
 _TRIES = 20
@@ -30,11 +29,11 @@ class Worker:
         folder: Path,
         models: Path,
         store_url: str,
-        clients: ClientSight,
+        clients: ClientTraffic,
         environment: dict[str, str],
     ):
         self.name = name
-        self.way = Way(self._target, clients, name)
+        self.proxy = Proxy(self._target, clients, name)
         self.up_s: float | None = None
         self._clients = clients
         self._environment = environment
@@ -43,7 +42,7 @@ class Worker:
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the process and wait until it serves; a store that is away just now may keep
+        """Start the process and wait until it serves; an unavailable store may keep
         it from starting, as a supervisor would see."""
         for attempt in range(_TRIES):
             try:
@@ -67,7 +66,7 @@ class Worker:
         """SIGSTOP."""
         os.kill(self._service.process.pid, signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """SIGCONT."""
         os.kill(self._service.process.pid, signal.SIGCONT)
 
@@ -82,20 +81,20 @@ class Worker:
         process = self._service.process
         return None if process is None else process.pid
 
-    def kill(self) -> tuple[list[Owed], float]:
+    def kill(self) -> tuple[list[PendingChunk], float]:
         """SIGKILL now; what it owed, and the moment."""
         self.up_s = None
-        owed = self._clients.in_flight(self.name)
+        pending = self._clients.in_flight(self.name)
         killed_s = time.monotonic()
         self._service.process.kill()
-        return owed, killed_s
+        return pending, killed_s
 
     async def ended(self, store: Store) -> None:
-        """Once it is killed: wait until it is gone and all it wrote has passed."""
+        """Once it is killed: wait until it has exited and all it wrote has passed."""
         await asyncio.to_thread(self._service.process.wait)
-        await self.way.drained(lambda _: True)
-        for way in store.ways:
-            await way.drained(lambda link: store.whose(link) == self.name)
+        await self.proxy.drained(lambda _: True)
+        for proxy in store.proxies:
+            await proxy.drained(lambda connection: store.owner_of(connection) == self.name)
 
     def logged(self) -> list[str]:
         """What it logged, over all its starts, about exceptions that nobody expected."""

@@ -1,5 +1,8 @@
-"""What the planted bugs share. A planted bug is a `sitecustomize.py` in a folder of its own below
-`plants/`, which the suite puts on the workers' PYTHONPATH; the service knows nothing of it."""
+"""Patches the store's Lua scripts, for planted bugs.
+
+A planted bug is a `sitecustomize.py` in a folder of its own below `planted_bugs/`, which a run puts
+on the workers' PYTHONPATH; the service knows nothing of it.
+"""
 
 from __future__ import annotations
 

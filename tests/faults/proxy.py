@@ -1,4 +1,4 @@
-"""A small TCP proxy on the loopback: it watches what passes, and cuts connections on demand.
+"""TCP proxy on the loopback: monitors the bytes, and cuts or delays connections on demand.
 
 It changes no byte. What it can do to a connection is to end it in the middle, after the first
 half of a request, or of a reply, was forwarded; and to hold a request back, so that it reaches the
@@ -24,14 +24,14 @@ _numbers = itertools.count()
 class Watcher(Protocol):
     """Told of everything that passes, before it goes on."""
 
-    def passing(self, link: Link, direction: Direction, data: bytes) -> None:
+    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Bytes of one connection, in their order."""
 
-    def closed(self, link: Link) -> None:
-        """The client's end of a connection is gone."""
+    def closed(self, connection: Connection) -> None:
+        """The client closed its end of a connection."""
 
 
-Choice = Callable[["Link", bytes], bool]
+Choice = Callable[["Connection", bytes], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class _Cut:
     )
 
 
-class Link:
+class Connection:
     """One connection through a path.
 
     Attributes:
@@ -68,14 +68,14 @@ class Link:
         ended: whether all bytes have passed.
     """
 
-    def __init__(self, path: Path, front: asyncio.Transport):
-        self.path = path
+    def __init__(self, proxy: Proxy, front: asyncio.Transport):
+        self.proxy = proxy
         self.number = next(_numbers)
         self.notes: Any = None
-        self.whose: str | None = None
+        self.owner: str | None = None
         self.front: asyncio.Transport = front
         self.back: asyncio.Transport | None = None
-        self.gone = False
+        self.is_closed = False
         self.ended = asyncio.Event()
         self.hold: Hold | None = None
         self._held: list[bytes] = []
@@ -93,7 +93,7 @@ class Link:
             self.abort()
             return
         self.back = back
-        if self.gone:
+        if self.is_closed:
             back.abort()
             return
         for data in self._early:
@@ -109,9 +109,9 @@ class Link:
         self._pass("reply", data)
 
     def _pass(self, direction: Direction, data: bytes) -> None:
-        if self.gone:
+        if self.is_closed:
             return
-        cut = None if self.hold else self.path.pop_cut(direction, self, data)
+        cut = None if self.hold else self.proxy.pop_cut(direction, self, data)
         if cut is not None and cut.hold is not None:
             self.hold = cut.hold
             if not cut.hold.silent:
@@ -122,7 +122,7 @@ class Link:
         if cut:
             data = data[: len(data) // 2]
         else:
-            self.path.watcher.passing(self, direction, data)
+            self.proxy.watcher.passing(self, direction, data)
         if direction == "reply":
             self.front.write(data)
         elif self.back is not None:
@@ -133,13 +133,13 @@ class Link:
             # close, not abort: the half that was written is to arrive
             self._end(abort=False)
 
-    def front_gone(self) -> None:
+    def client_closed(self) -> None:
         """The client ended the connection; what it wrote still reaches the server."""
-        self.path.watcher.closed(self)
-        if self.hold is None or self.gone:
+        self.proxy.watcher.closed(self)
+        if self.hold is None or self.is_closed:
             self._end(abort=False)
         else:
-            self.gone = True
+            self.is_closed = True
             asyncio.get_running_loop().call_later(self.hold.late_s, self._deliver)
 
     def _deliver(self) -> None:
@@ -152,9 +152,9 @@ class Link:
         self._end(abort=True)
 
     def _end(self, *, abort: bool) -> None:
-        self.gone = True
+        self.is_closed = True
         self.ended.set()
-        self.path.links.discard(self)
+        self.proxy.connections.discard(self)
         for side in (self.front, self.back):
             if side is not None:
                 if abort:
@@ -164,23 +164,23 @@ class Link:
 
 
 class _Front(asyncio.Protocol):
-    def __init__(self, path: Path):
-        self._path = path
-        self._link: Link | None = None
+    def __init__(self, proxy: Proxy):
+        self._proxy = proxy
+        self._link: Connection | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._link = self._path.opened(transport)
+        self._link = self._proxy.opened(transport)
 
     def data_received(self, data: bytes) -> None:
         self._link.request(data)
 
     def connection_lost(self, _: Exception | None) -> None:
-        self._link.front_gone()
+        self._link.client_closed()
 
 
 class _Back(asyncio.Protocol):
-    def __init__(self, link: Link):
-        self._link = link
+    def __init__(self, connection: Connection):
+        self._link = connection
 
     def data_received(self, data: bytes) -> None:
         self._link.reply(data)
@@ -189,7 +189,7 @@ class _Back(asyncio.Protocol):
         self._link._end(abort=False)
 
 
-class Path:
+class Proxy:
     """A listener that forwards to a target, which may move.
 
     Args:
@@ -200,7 +200,7 @@ class Path:
     def __init__(self, target: Callable[[], Target | None], watcher: Watcher, owner: str = ""):
         self.watcher = watcher
         self.owner = owner
-        self.links: set[Link] = set()
+        self.connections: set[Connection] = set()
         self.port = 0
         self._target = target
         self._listener: asyncio.Server | None = None
@@ -217,26 +217,28 @@ class Path:
         """End the listener and every connection."""
         if self._listener is not None:
             self._listener.close()
-        for link in list(self.links):
-            link.abort()
+        for connection in list(self.connections):
+            connection.abort()
         await asyncio.gather(*self._connecting, return_exceptions=True)
 
-    async def drained(self, whose: Callable[[Link], bool]) -> None:
+    async def drained(self, owner: Callable[[Connection], bool]) -> None:
         """Wait until the connections that there are now and that are chosen have ended."""
-        await asyncio.gather(*(link.ended.wait() for link in list(self.links) if whose(link)))
+        await asyncio.gather(
+            *(connection.ended.wait() for connection in list(self.connections) if owner(connection))
+        )
 
-    def opened(self, front: asyncio.BaseTransport) -> Link:
+    def opened(self, front: asyncio.BaseTransport) -> Connection:
         """A client connected."""
-        link = Link(self, front)
-        self.links.add(link)
+        connection = Connection(self, front)
+        self.connections.add(connection)
         target = self._target()
         if target is None:
-            link.abort()
+            connection.abort()
         else:
-            task = asyncio.get_running_loop().create_task(link.connect(target))
+            task = asyncio.get_running_loop().create_task(connection.connect(target))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
-        return link
+        return connection
 
     def cut(
         self, direction: Direction, choice: Choice, hold: Hold | None = None
@@ -246,10 +248,10 @@ class Path:
         self._cuts.append(cut)
         return cut.done
 
-    def pop_cut(self, direction: Direction, link: Link, data: bytes) -> _Cut | None:
+    def pop_cut(self, direction: Direction, connection: Connection, data: bytes) -> _Cut | None:
         """Remove and return the cut that selects these bytes, if any."""
         for cut in self._cuts:
-            if cut.direction == direction and cut.choice(link, data):
+            if cut.direction == direction and cut.choice(connection, data):
                 self._cuts.remove(cut)
                 if not cut.done.done():
                     cut.done.set_result(None)

@@ -6,7 +6,7 @@ the old state there then goes on from it.
 
 from service.core.values import StreamHead
 from service.store import codec
-from tests.faults.planting import replace_in_script
+from tests.faults.script_patch import replace_in_script
 
 codec.head_bytes = lambda head: head.position.to_bytes(8, "little")
 codec.raw_head = lambda value: StreamHead(b"", b"", int.from_bytes(value[56:64], "little"))

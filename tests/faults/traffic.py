@@ -1,4 +1,4 @@
-"""What the paths saw: how far each chunk had come when its worker was killed.
+"""Traffic monitors: the stage of each chunk when its worker was killed.
 
 A killed worker says nothing any more, and nothing in the service helps to find out. But all it
 does for a chunk passes here: the request goes in, the load of the stream goes to the store and
@@ -11,8 +11,8 @@ that a dead worker owed a reply,
     reply unsent   its commit was answered as written, and no byte of the reply came
 
 A worker that finds the stream in its own memory loads nothing: such a chunk counts as before
-load until its commit is seen. A commit that lost its race is forgotten, because the chunk then
-begins anew. Times are those of the monotonic clock.
+load until its commit is seen. A commit that lost its race is reset, because the chunk is then
+re-evaluated. Times are those of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import hiredis
 
-from tests.faults.path import Direction, Link
+from tests.faults.proxy import Connection, Direction
 
 BEFORE_LOAD: Final = "before load"
 COMPUTING: Final = "computing"
@@ -40,7 +40,7 @@ _NEVER: Final = 0.0
 
 
 @dataclass(slots=True)
-class Work:
+class StoreTimes:
     """What the store was asked for one stream by one worker, as times; 0 where it was not."""
 
     loaded_s: float = _NEVER
@@ -49,7 +49,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class StoreRequest:
     """A request to a server that was not yet answered: a load's or a commit's streams."""
 
     commit: bool
@@ -66,7 +66,7 @@ class _StoreNotes:
             notEnoughData=_MORE, protocolError=_Broken, replyError=_Error
         )
     )
-    asked: deque[Asked | None] = field(default_factory=deque)
+    request: deque[StoreRequest | None] = field(default_factory=deque)
 
 
 class _Error(Exception):
@@ -83,88 +83,88 @@ Hook = Callable[[str, str, str], None]
 """Told of worker, stream and stage when a chunk reaches the stage."""
 
 
-class StoreSight:
-    """Watches the ways from workers to the store.
+class StoreTraffic:
+    """Monitors the traffic from workers to the store.
 
     Attributes:
         conflicts: commits that the store refused because the stream had moved on.
-        hook: told of every load's answer, commit and commit's answer.
+        hook: called at every load's answer, commit and commit's answer.
     """
 
-    def __init__(self, whose: Callable[[Link], str]):
+    def __init__(self, owner_of: Callable[[Connection], str]):
         self.conflicts = 0
         self.hook: Hook | None = None
-        self._whose = whose
-        self._work: dict[tuple[str, str], Work] = {}
+        self._owner_of = owner_of
+        self._store_times: dict[tuple[str, str], StoreTimes] = {}
 
-    def work(self, worker: str, stream: str) -> Work:
+    def store_times(self, worker: str, stream: str) -> StoreTimes:
         """What that worker did for that stream last."""
-        found = self._work.get((worker, stream))
+        found = self._store_times.get((worker, stream))
         if found is None:
-            found = self._work[worker, stream] = Work()
+            found = self._store_times[worker, stream] = StoreTimes()
         return found
 
-    def passing(self, link: Link, direction: Direction, data: bytes) -> None:
+    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Read commands and replies; what is no worker's is not looked at."""
-        worker = self._whose(link)
+        worker = self._owner_of(connection)
         if not worker:
             return
-        if link.notes is None:
-            link.notes = _StoreNotes()
-        notes: _StoreNotes = link.notes
+        if connection.notes is None:
+            connection.notes = _StoreNotes()
+        notes: _StoreNotes = connection.notes
         if direction == "request":
             notes.requests.feed(data)
             for command in _all(notes.requests):
-                asked = _asked(command)
-                notes.asked.append(asked)
-                if asked is not None and asked.commit:
-                    self._note(worker, asked.streams, "commit_s", COMMIT_SENT)
+                request = _asked(command)
+                notes.request.append(request)
+                if request is not None and request.commit:
+                    self._note(worker, request.streams, "commit_s", COMMIT_SENT)
             return
         notes.replies.feed(data)
         for value in _all(notes.replies):
-            asked = notes.asked.popleft() if notes.asked else None
-            if asked is not None:
-                self._answered(worker, asked, value)
+            request = notes.request.popleft() if notes.request else None
+            if request is not None:
+                self._answered(worker, request, value)
 
-    def closed(self, link: Link) -> None:
+    def closed(self, connection: Connection) -> None:
         """A broken connection answers nothing more."""
 
-    def is_workers(self, link: Link) -> bool:
+    def is_workers(self, connection: Connection) -> bool:
         """Whether a worker made the connection."""
-        return bool(self._whose(link))
+        return bool(self._owner_of(connection))
 
-    def owes(self, link: Link) -> bool:
+    def has_pending_commit(self, connection: Connection) -> bool:
         """Whether a commit on this connection has no answer yet."""
-        return link.notes is not None and any(
-            asked is not None and asked.commit for asked in link.notes.asked
+        return connection.notes is not None and any(
+            request is not None and request.commit for request in connection.notes.request
         )
 
-    def _answered(self, worker: str, asked: Asked, value: Any) -> None:
-        if not asked.commit:
+    def _answered(self, worker: str, request: StoreRequest, value: Any) -> None:
+        if not request.commit:
             if not isinstance(value, _Error):
-                self._note(worker, asked.streams, "loaded_s", COMPUTING)
+                self._note(worker, request.streams, "loaded_s", COMPUTING)
             return
         if isinstance(value, _Error) or not isinstance(value, list):
             # the script as a whole: nothing was written, and it will be sent again
-            self._forget(worker, asked.streams)
+            self._reset(worker, request.streams)
             return
-        for stream, outcome in zip(asked.streams, value, strict=False):
+        for stream, outcome in zip(request.streams, value, strict=False):
             if outcome == [1]:
                 self._note(worker, (stream,), "written_s", REPLY_UNSENT)
             else:
                 self.conflicts += outcome[0] == 0
-                self._forget(worker, (stream,))
+                self._reset(worker, (stream,))
 
     def _note(self, worker: str, streams: tuple[str, ...], what: str, stage: str) -> None:
         now_s = time.monotonic()
         for stream in streams:
-            setattr(self.work(worker, stream), what, now_s)
+            setattr(self.store_times(worker, stream), what, now_s)
             if self.hook is not None:
                 self.hook(worker, stream, stage)
 
-    def _forget(self, worker: str, streams: tuple[str, ...]) -> None:
+    def _reset(self, worker: str, streams: tuple[str, ...]) -> None:
         for stream in streams:
-            self._work.pop((worker, stream), None)
+            self._store_times.pop((worker, stream), None)
 
 
 def _all(reader: Any) -> Iterator[Any]:
@@ -172,7 +172,7 @@ def _all(reader: Any) -> Iterator[Any]:
         yield found
 
 
-def _asked(command: Any) -> Asked | None:
+def _asked(command: Any) -> StoreRequest | None:
     """The streams that a command loads or commits; None for any other command."""
     if not isinstance(command, list) or not command:
         return None
@@ -181,9 +181,9 @@ def _asked(command: Any) -> Asked | None:
         keys = command[3 : 3 + int(command[2])]
         # a commit has two common arguments, then two keys and three arguments for each stream
         commit = 2 * (len(command) - 3 - len(keys) - 2) == 3 * len(keys)
-        return Asked(True, _streams(keys)) if commit else None
+        return StoreRequest(True, _streams(keys)) if commit else None
     if name in (b"MGET", b"GET"):
-        return Asked(False, _streams(command[1:]))
+        return StoreRequest(False, _streams(command[1:]))
     return None
 
 
@@ -193,7 +193,7 @@ def _streams(keys: list[bytes]) -> tuple[str, ...]:
 
 
 @dataclass(slots=True)
-class Owed:
+class PendingChunk:
     """A chunk that was sent to a worker.
 
     Attributes:
@@ -205,58 +205,65 @@ class Owed:
     begun: bool = False
 
 
-class ClientSight:
-    """Watches the ways from clients to workers, one request at a time on each connection.
+class ClientTraffic:
+    """Monitors the traffic from clients to workers, one request at a time on each connection.
 
     Attributes:
-        hook: told when a request for a chunk comes.
+        hook: called when a request for a chunk comes.
     """
 
     def __init__(self) -> None:
         self.hook: Hook | None = None
-        self.owed: dict[str, dict[int, Owed]] = {}
+        self.pending: dict[str, dict[int, PendingChunk]] = {}
 
-    def passing(self, link: Link, direction: Direction, data: bytes) -> None:
+    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """A reply's first byte ends what is owed on its connection."""
-        owed = self.owed.setdefault(link.path.owner, {})
+        pending = self.pending.setdefault(connection.proxy.owner, {})
         if direction == "reply":
-            found = owed.pop(link.number, None)
+            found = pending.pop(connection.number, None)
             if found is not None:
                 found.begun = True
             return
         match = _CHUNK.match(data)
         if match is not None:
             stream = match[1].decode()
-            owed[link.number] = Owed(stream, time.monotonic())
+            pending[connection.number] = PendingChunk(stream, time.monotonic())
             if self.hook is not None:
-                self.hook(link.path.owner, stream, BEFORE_LOAD)
+                self.hook(connection.proxy.owner, stream, BEFORE_LOAD)
 
-    def closed(self, link: Link) -> None:
+    def closed(self, connection: Connection) -> None:
         """A client that left is owed nothing."""
-        self.owed.get(link.path.owner, {}).pop(link.number, None)
+        self.pending.get(connection.proxy.owner, {}).pop(connection.number, None)
 
-    def in_flight(self, worker: str) -> list[Owed]:
+    def in_flight(self, worker: str) -> list[PendingChunk]:
         """What the worker owes now."""
-        return list(self.owed.get(worker, {}).values())
+        return list(self.pending.get(worker, {}).values())
 
 
-def stage(owed: Owed, work: Work, killed_s: float) -> str:
+def stage(pending: PendingChunk, store_times: StoreTimes, killed_s: float) -> str:
     """How far a chunk had come when its worker was killed."""
-    since_s = owed.since_s
-    if since_s <= work.written_s <= killed_s and work.written_s >= work.commit_s:
+    since_s = pending.since_s
+    if (
+        since_s <= store_times.written_s <= killed_s
+        and store_times.written_s >= store_times.commit_s
+    ):
         return REPLY_UNSENT
-    if work.commit_s >= since_s:
+    if store_times.commit_s >= since_s:
         return COMMIT_SENT
-    if since_s <= work.loaded_s <= killed_s:
+    if since_s <= store_times.loaded_s <= killed_s:
         return COMPUTING
     return BEFORE_LOAD
 
 
-def count_stages(store: StoreSight, worker: str, owed: list[Owed], killed_s: float) -> Counter[str]:
+def count_stages(
+    store: StoreTraffic, worker: str, pending: list[PendingChunk], killed_s: float
+) -> Counter[str]:
     """Of what a worker owed when it was killed, how many chunks were at each stage.
 
     To be asked once all it wrote before its end has passed.
     """
     return Counter(
-        stage(each, store.work(worker, each.stream), killed_s) for each in owed if not each.begun
+        stage(each, store.store_times(worker, each.stream), killed_s)
+        for each in pending
+        if not each.begun
     )

@@ -3,6 +3,6 @@
 A worker that remembers a stream that was deleted, or that expired, brings it back.
 """
 
-from tests.faults.planting import replace_in_script
+from tests.faults.script_patch import replace_in_script
 
 replace_in_script("commit", "if expected ~= '' then", "if false then")

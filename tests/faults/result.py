@@ -1,4 +1,4 @@
-"""What a run is found guilty of, and what of it was looked at."""
+"""Result of the check of one run: its findings, and how much was checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIXED: Final = "mixed"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that must never be."""
+    """A violation: lost, doubled or mixed."""
 
     kind: str
     stream: str
@@ -41,22 +41,20 @@ class Node:
 
 
 @dataclass(slots=True)
-class Verdict:
-    """Of one run.
+class CheckResult:
+    """Findings and counts.
 
     Attributes:
-        histories: by stream and epoch, the chunks of its history and their tags.
-        taken: acknowledged chunks that a fault took away, with their clients told.
-        forgotten: acknowledged chunks of streams that were deleted or expired.
+        rolled_back: acknowledged chunks that a fault took away; their clients noticed.
+        removed: acknowledged chunks of streams that were deleted or expired.
     """
 
     findings: list[Finding] = field(default_factory=list)
-    histories: dict[tuple[str, str], list[Node]] = field(default_factory=dict)
-    taken: int = 0
-    forgotten: int = 0
+    rolled_back: int = 0
+    removed: int = 0
     checked_chunks: int = 0
     checked_events: int = 0
-    episodes: int = 0
+    bursts: int = 0
 
     def count(self, kind: str) -> int:
         """Findings of a kind."""

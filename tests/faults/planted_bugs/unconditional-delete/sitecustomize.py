@@ -3,7 +3,7 @@
 One from a given-up connection that arrives after its retry deletes a stream created since.
 """
 
-from tests.faults.planting import replace_in_script
+from tests.faults.script_patch import replace_in_script
 
 replace_in_script(
     "delete",

@@ -3,7 +3,7 @@
 A creation from a given-up connection that arrives after the deletion brings the stream back.
 """
 
-from tests.faults.planting import replace_in_script
+from tests.faults.script_patch import replace_in_script
 
 replace_in_script(
     "delete",
