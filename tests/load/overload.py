@@ -1,14 +1,14 @@
-"""`python -m tests.load.overload`: twice of what a service can do, for a minute.
+"""`python -m tests.load.overload`: twice the peak throughput of a service, for a minute.
 
 It starts a service of its own, with the benchmark's network on ONNX Runtime and an embedded Valkey,
 and sends chunks of many streams at once, each with its position: first as fast as they are answered
 (the peak), then at moments fixed beforehand, at a multiple of the peak. A latency counts from the
-moment a chunk was due. What is refused as overloaded must not have been applied: the stream's next
+moment a chunk was due. A rejected chunk must not have been applied: the stream's next
 chunk has the same position. Ends with 1 where goodput, latency or memory are not what they must be,
 or anything else than 200 and 429 came.
 
-The service has the first core, its store and what sends have the last: what it costs to send a
-chunk is no part of what the service can do.
+The service has the first core, its store and the generator have the last: the cost of sending a
+chunk is no part of the service's capacity.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _POSITION = re.compile(rb'"position":(\d+)')
 
 
 class WrongAnswerError(Exception):
-    """An answer that no service may give here."""
+    """An answer that is wrong in any case."""
 
 
-class Line:
+class StreamConnection:
     """One connection, which feeds one stream, a chunk at a time."""
 
     __slots__ = ("_data", "_head", "_port", "_rows", "_steps", "due_s", "position", "sock")
@@ -106,15 +106,15 @@ class Line:
         status = int(answer[9:12])
         if status == 200:
             self.position += self._steps
-            found = _POSITION.search(answer, end)
-            if found is None or int(found[1]) != self.position:
+            reasons = _POSITION.search(answer, end)
+            if reasons is None or int(reasons[1]) != self.position:
                 raise WrongAnswerError(f"expected position {self.position}: {answer[:500]!r}")
         return status
 
 
 @dataclass
-class Seen:
-    """What one stretch saw.
+class Measurement:
+    """Measurement of one phase.
 
     Attributes:
         seconds: how long chunks were due.
@@ -154,16 +154,18 @@ class Seen:
         return max(self.rss_bytes[-quarter:]) / max(self.rss_bytes[:quarter]) - 1
 
 
-class Load:
-    """The connections to one service, and what is sent on them."""
+class Generator:
+    """Load generator: many connections to one service, one stream each."""
 
     def __init__(self, service: Service, connections: int, steps: int):
         self._process = psutil.Process(service.process.pid)
         port = int(service.url.rsplit(":", 1)[1])
         random = np.random.default_rng(1)
         rows = random.normal(size=(steps, FEATURES)).astype("<f4").tobytes()
-        self._lines = [Line(port, f"s{i}", steps, rows) for i in range(connections)]
-        self._by_fd = {line.sock.fileno(): line for line in self._lines}
+        self._connections = [
+            StreamConnection(port, f"s{i}", steps, rows) for i in range(connections)
+        ]
+        self._by_fd = {connection.sock.fileno(): connection for connection in self._connections}
         self._epoll = select.epoll()
         for fd in self._by_fd:
             self._epoll.register(fd, select.EPOLLIN)
@@ -171,103 +173,105 @@ class Load:
     def close(self) -> None:
         """Close them."""
         self._epoll.close()
-        for line in self._lines:
-            line.sock.close()
+        for connection in self._connections:
+            connection.sock.close()
 
-    def closed(self, seconds: float, connections: int) -> Seen:
+    def closed(self, seconds: float, connections: int) -> Measurement:
         """Each connection sends its next chunk when the last one is answered."""
         began_s = time.perf_counter()
-        for line in self._lines[:connections]:
-            line.send(began_s)
+        for connection in self._connections[:connections]:
+            connection.send(began_s)
 
-        def answered(line: Line, now_s: float) -> None:
+        def answered(connection: StreamConnection, now_s: float) -> None:
             if now_s < began_s + seconds:
-                line.send(now_s)
+                connection.send(now_s)
 
-        return self._until_answered(Seen(seconds), began_s, lambda _: None, answered)
+        return self._run(Measurement(seconds), began_s, lambda _: None, answered)
 
-    def open(self, seconds: float, rate_per_s: float, seed: int) -> Seen:
-        """Chunks are due at the moments of a Poisson process, whatever is answered."""
+    def open(self, seconds: float, rate_per_s: float, seed: int) -> Measurement:
+        """Chunks are due at the moments of a Poisson process, independent of the answers."""
         random = np.random.default_rng(seed)
         gaps = random.exponential(1 / rate_per_s, int(rate_per_s * seconds * 1.2) + 100)
         moments = np.cumsum(gaps)
         began_s = time.perf_counter()
         left = iter((moments[moments < seconds] + began_s).tolist())
-        seen, idle = Seen(seconds), list(self._lines)
+        measurement, idle = Measurement(seconds), list(self._connections)
         following = next(left, None)
 
-        def begin(now_s: float) -> float | None:
+        def send_due(now_s: float) -> float | None:
             nonlocal following
             while following is not None and following <= now_s:
-                seen.offered += 1
+                measurement.offered += 1
                 if idle:
                     idle.pop().send(following)
                 else:
-                    seen.unsent += 1
+                    measurement.unsent += 1
                 following = next(left, None)
             return following
 
-        return self._until_answered(seen, began_s, begin, lambda line, _: idle.append(line))
+        return self._run(
+            measurement, began_s, send_due, lambda connection, _: idle.append(connection)
+        )
 
-    def _until_answered(
+    def _run(
         self,
-        seen: Seen,
+        measurement: Measurement,
         began_s: float,
-        begin: Callable[[float], float | None],
-        answered: Callable[[Line, float], None],
-    ) -> Seen:
-        """Send what is due and read what comes, until nothing is either."""
-        ends_s = began_s + seen.seconds
+        send_due: Callable[[float], float | None],
+        answered: Callable[[StreamConnection, float], None],
+    ) -> Measurement:
+        """Send what is due and read replies, until everything is answered."""
+        ends_s = began_s + measurement.seconds
         sampled_s = began_s
         cpu_s = self._cpu_s()
         while (now_s := time.perf_counter()) < ends_s + ANSWERS_WITHIN_S:
-            following_s = begin(now_s)
+            following_s = send_due(now_s)
             if now_s >= sampled_s and now_s < ends_s:
-                seen.rss_bytes.append(self._process.memory_info().rss)
+                measurement.rss_bytes.append(self._process.memory_info().rss)
                 sampled_s = now_s + SAMPLED_EVERY_S
             pause_s = 0.05 if following_s is None else max(0.0, following_s - now_s)
             ready = self._epoll.poll(min(pause_s, 0.05))
             if not ready and now_s > ends_s and self._is_quiet():
-                seen.cpu_s = self._cpu_s() - cpu_s
-                return seen
+                measurement.cpu_s = self._cpu_s() - cpu_s
+                return measurement
             for fd, _ in ready:
-                line = self._by_fd[fd]
-                status = line.receive()
+                connection = self._by_fd[fd]
+                status = connection.receive()
                 if status is None:
                     continue
                 if status == 0:
-                    self._reopen(line)
+                    self._reopen(connection)
                     continue
                 now_s = time.perf_counter()
                 if now_s < ends_s:
-                    seen.statuses[status] += 1
+                    measurement.statuses[status] += 1
                     if status == 200:
-                        seen.latencies_s.append(now_s - line.due_s)
-                line.due_s = 0.0
-                answered(line, now_s)
+                        measurement.latencies_s.append(now_s - connection.due_s)
+                connection.due_s = 0.0
+                answered(connection, now_s)
         raise WrongAnswerError(f"chunks were not answered within {ANSWERS_WITHIN_S} s")
 
-    def _reopen(self, line: Line) -> None:
-        """Connect anew, and send again what was due just then; with its position it is safe."""
-        del self._by_fd[line.sock.fileno()]
-        line.sock.close()
-        line.open()
-        self._by_fd[line.sock.fileno()] = line
-        self._epoll.register(line.sock.fileno(), select.EPOLLIN)
-        if line.due_s:
-            line.send(line.due_s)
+    def _reopen(self, connection: StreamConnection) -> None:
+        """Reconnect, and send the chunk in flight again, which is safe with its position."""
+        del self._by_fd[connection.sock.fileno()]
+        connection.sock.close()
+        connection.open()
+        self._by_fd[connection.sock.fileno()] = connection
+        self._epoll.register(connection.sock.fileno(), select.EPOLLIN)
+        if connection.due_s:
+            connection.send(connection.due_s)
 
     def _cpu_s(self) -> float:
         times = self._process.cpu_times()
         return times.user + times.system
 
     def _is_quiet(self) -> bool:
-        return all(line.due_s == 0.0 for line in self._lines)
+        return all(connection.due_s == 0.0 for connection in self._connections)
 
 
 @contextmanager
-def overloadable(folder: Path, units: int) -> Iterator[Service]:
-    """A service that refuses what would wait longer than half a second.
+def pinned_service(folder: Path, units: int) -> Iterator[Service]:
+    """A service that rejects chunks that would wait longer than half a second.
 
     Args:
         units: of each of the network's two layers.
@@ -307,7 +311,7 @@ class Result:
     """
 
     peak: float
-    over: Seen
+    over: Measurement
     efficiency: float = 1.0
 
     @property
@@ -316,61 +320,65 @@ class Result:
         return self.over.goodput / self.peak
 
     def failures(self) -> list[str]:
-        """What is not as it must be."""
+        """Every condition that failed."""
         over = self.over
-        found = []
+        reasons = []
         if other := {status: n for status, n in over.statuses.items() if status not in (200, 429)}:
-            found.append(f"other statuses than 200 and 429: {other}")
+            reasons.append(f"other statuses than 200 and 429: {other}")
         if not over.statuses[429]:
-            found.append("nothing was refused")
+            reasons.append("nothing was rejected")
         if self.goodput < LEAST_GOODPUT:
-            found.append(f"goodput is {self.goodput:.1%} of its peak, not {LEAST_GOODPUT:.0%}")
+            reasons.append(f"goodput is {self.goodput:.1%} of its peak, not {LEAST_GOODPUT:.0%}")
         if over.percentile_s(99) > MOST_P99_S:
-            found.append(f"p99 is {over.percentile_s(99):.2f} s, above {MOST_P99_S} s")
+            reasons.append(f"p99 is {over.percentile_s(99):.2f} s, above {MOST_P99_S} s")
         if over.growth > MOST_GROWTH:
-            found.append(f"memory grew by {over.growth:.1%}, more than {MOST_GROWTH:.0%}")
-        return found
+            reasons.append(f"memory grew by {over.growth:.1%}, more than {MOST_GROWTH:.0%}")
+        return reasons
 
 
 def overload(
     service: Service, *, steps: int, times: float, seconds: float, peak_s: float
 ) -> Result:
-    """The peak, what comes of a multiple of it, and the peak again."""
-    load = Load(service, CONNECTIONS, steps)
+    """Measure the peak, a multiple of it, and the peak again."""
+    generator = Generator(service, CONNECTIONS, steps)
     try:
-        load.closed(min(WARM_S, peak_s), PEAK_CONNECTIONS)
-        before = load.closed(peak_s, PEAK_CONNECTIONS)
-        over = load.open(seconds, times * before.goodput, seed=1)
-        after = load.closed(peak_s, PEAK_CONNECTIONS)
+        generator.closed(min(WARM_S, peak_s), PEAK_CONNECTIONS)
+        before = generator.closed(peak_s, PEAK_CONNECTIONS)
+        over = generator.open(seconds, times * before.goodput, seed=1)
+        after = generator.closed(peak_s, PEAK_CONNECTIONS)
         efficiency = 2 * over.per_cpu_s / (before.per_cpu_s + after.per_cpu_s)
         return Result(max(before.goodput, after.goodput), over, efficiency)
     finally:
-        load.close()
+        generator.close()
 
 
 def main() -> int:
-    """Overload a service and print what came of it."""
+    """Overload a service and print the measurements."""
     parser = argparse.ArgumentParser(prog="python -m tests.load.overload", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (60)")
     parser.add_argument("--times", type=float, default=2.0, help="the peak (2)")
     parser.add_argument("--steps", type=int, default=64, help="events in a chunk (64)")
     parser.add_argument("--units", type=int, default=256, help="of each LSTM layer (256)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="carry-overload-") as folder,
-        overloadable(Path(folder), given.units) as service,
+        pinned_service(Path(folder), options.units) as service,
     ):
         result = overload(
-            service, steps=given.steps, times=given.times, seconds=given.seconds, peak_s=PEAK_S
+            service,
+            steps=options.steps,
+            times=options.times,
+            seconds=options.seconds,
+            peak_s=PEAK_S,
         )
     over, failures = result.over, result.failures()
     print(f"{describe_machine()}, commit {read_commit()}; {Cores.first_and_last().describe()}")
-    print(f"two LSTM({given.units}), chunks of {given.steps} events")
-    print(f"{given.times:g} times the peak for {given.seconds:g} s")
+    print(f"two LSTM({options.units}), chunks of {options.steps} events")
+    print(f"{options.times:g} times the peak for {options.seconds:g} s")
     print(f"peak             {result.peak:,.0f} chunks/s")
     print(f"offered          {over.offered / over.seconds:,.0f} chunks/s")
     print(f"goodput          {over.goodput:,.0f} chunks/s, {result.goodput:.1%} of the peak")
-    print(f"refused at once  {over.statuses[429] / over.seconds:,.0f} chunks/s")
+    print(f"rejected at once {over.statuses[429] / over.seconds:,.0f} chunks/s")
     print(f"not sent         {over.unsent / over.seconds:,.0f} chunks/s: all connections waited")
     print(
         f"accepted, ms     p50 {over.percentile_s(50) * 1000:.0f}, "

@@ -1,15 +1,15 @@
-"""A service that gets twice what it can do: a few seconds of `make overload`."""
+"""A few seconds of `make overload`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.load.overload import MOST_GROWTH, Result, Seen, overload, overloadable
+from tests.load.overload import MOST_GROWTH, Measurement, Result, overload, pinned_service
 
 
-def test_goodput_stays_and_the_rest_is_refused_at_once(tmp_path: Path) -> None:
+def test_overload_keeps_goodput_and_rejects_the_rest(tmp_path: Path) -> None:
     """Bounds for a busy machine; `make overload` has the real ones."""
-    with overloadable(tmp_path, units=64) as service:
+    with pinned_service(tmp_path, units=64) as service:
         result = overload(service, steps=256, times=2.0, seconds=5.0, peak_s=2.0)
     over = result.over
     assert set(over.statuses) == {200, 429}
@@ -18,14 +18,14 @@ def test_goodput_stays_and_the_rest_is_refused_at_once(tmp_path: Path) -> None:
     assert over.percentile_s(99) < 5
 
 
-def test_what_is_wrong_is_named() -> None:
-    over = Seen(10.0)
+def test_every_failed_condition_is_reported() -> None:
+    over = Measurement(10.0)
     over.statuses.update({200: 500, 500: 1})
     over.latencies_s.extend([3.0] * 500)
     over.rss_bytes += [100, 100, 100, 130]
     assert over.growth > MOST_GROWTH
-    found = Result(100.0, over).failures()
-    assert [failure.split()[0] for failure in found] == [
+    reasons = Result(100.0, over).failures()
+    assert [failure.split()[0] for failure in reasons] == [
         *("other", "nothing", "goodput", "p99", "memory"),
     ]
     over.statuses.update({429: 500, 200: 450})
