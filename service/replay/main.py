@@ -102,8 +102,8 @@ def _summary(
     artifact: Artifact | None,
 ) -> Summary:
     received = [
-        Received(name, ledger.cursor.events.columns, ledger.outputs)
-        for name, ledger in replay.ledgers.items()
+        Received(name, stream_progress.cursor.events.columns, stream_progress.outputs)
+        for name, stream_progress in replay.progress.items()
     ]
     verification, skill = None, []
     if artifact is not None:
@@ -113,8 +113,8 @@ def _summary(
     return Summary(
         model=served.name,
         version=served.version,
-        streams=len(replay.ledgers),
-        resumed=sum(ledger.began > 0 for ledger in replay.ledgers.values()),
+        streams=len(replay.progress),
+        resumed=sum(stream_progress.began > 0 for stream_progress in replay.progress.values()),
         tally=replay.tally,
         counted=counted,
         skill=skill,

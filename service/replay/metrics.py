@@ -22,7 +22,7 @@ _SUFFIXES = ("_total", "_bucket", "_sum", "_count")
 SampleKey = tuple[str, tuple[tuple[str, str], ...]]
 
 
-class Growth:
+class CounterGrowth:
     """How much each counter of one model grew at one address. Pure; feed it texts in order."""
 
     def __init__(self, model: str) -> None:
@@ -76,7 +76,7 @@ class MetricsWatch:
 
     def __init__(self, service: Service, model: str) -> None:
         self._service = service
-        self._growth = {url: Growth(model) for url in service.urls}
+        self._growth = {url: CounterGrowth(model) for url in service.urls}
 
     async def sample(self) -> None:
         """Take one sample of each URL; call it before and after the replay."""
@@ -96,7 +96,7 @@ class MetricsWatch:
         return counted(list(self._growth.values()))
 
 
-def counted(growths: list[Growth]) -> Counted:
+def counted(growths: list[CounterGrowth]) -> Counted:
     """Sum the growth at several addresses."""
     grown: dict[SampleKey, float] = defaultdict(float)
     for growth in growths:

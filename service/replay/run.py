@@ -33,7 +33,7 @@ REPORT_PERIOD_S = 0.2
 
 
 @dataclass(slots=True)
-class Ledger:
+class StreamProgress:
     """Progress and outputs of one stream.
 
     Attributes:
@@ -133,8 +133,8 @@ class Replay:
         self._random = Random(options.seed)  # noqa: S311
         self._heard_s = 0.0
         self.tally = Tally()
-        self.ledgers = {
-            stream.name: Ledger(
+        self.progress = {
+            stream.name: StreamProgress(
                 Cursor(stream, options.chunk_min, options.chunk_max, options.seed),
                 np.full((len(stream), model.width), np.nan, np.float32),
             )
@@ -163,15 +163,15 @@ class Replay:
     async def check_positions(self) -> None:
         """Ask for every stream's position; one that is not at its end is a fault."""
         for name, position in (await self._positions()).items():
-            wanted = len(self.ledgers[name].cursor.events)
+            wanted = len(self.progress[name].cursor.events)
             if position != wanted:
                 self.tally.fault(f"stream {name!r}: expected position {wanted}, got {position}")
 
     async def _ask_positions(self) -> None:
         for name, position in (await self._positions()).items():
-            ledger = self.ledgers[name]
-            ledger.cursor.move(position)
-            ledger.began = position
+            stream_progress = self.progress[name]
+            stream_progress.cursor.move(position)
+            stream_progress.began = position
 
     async def _positions(self) -> dict[str, int]:
         slots = asyncio.Semaphore(self._options.streams_in_flight)
@@ -188,14 +188,14 @@ class Replay:
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                asked = {name: tasks.create_task(ask(name)) for name in self.ledgers}
+                asked = {name: tasks.create_task(ask(name)) for name in self.progress}
         except ExceptionGroup as group:
             raise _first(group) from group
         return {name: task.result() for name, task in asked.items()}
 
     async def _send_all(self) -> None:
         options = self._options
-        cursors = [ledger.cursor for ledger in self.ledgers.values()]
+        cursors = [stream_progress.cursor for stream_progress in self.progress.values()]
         most = max(1, min(options.per_request, options.streams_in_flight))
         slots = asyncio.Semaphore(max(1, options.streams_in_flight // most))
         schedule = Schedule(cursors, options.speed, self._clock)
@@ -294,7 +294,7 @@ class Replay:
             cursor.move(position)
 
     def _keep(self, cursor: Cursor, start: int, outputs: FloatRows) -> None:
-        kept = self.ledgers[cursor.name].outputs[start : start + len(outputs)]
+        kept = self.progress[cursor.name].outputs[start : start + len(outputs)]
         before = ~np.isnan(kept).any(axis=1)
         if not agree(outputs[before], kept[before]):
             self.tally.fault(
@@ -321,10 +321,12 @@ class Replay:
         return Retry(self._options.patience_s, self._random)
 
     def _total(self) -> int:
-        return sum(len(ledger.cursor.events) for ledger in self.ledgers.values())
+        return sum(len(stream_progress.cursor.events) for stream_progress in self.progress.values())
 
     def _done(self) -> int:
-        return self._total() - sum(ledger.cursor.remaining for ledger in self.ledgers.values())
+        return self._total() - sum(
+            stream_progress.cursor.remaining for stream_progress in self.progress.values()
+        )
 
 
 def _failed(problem: Problem, retry: Retry, what: str = "") -> ReplayError:

@@ -75,8 +75,10 @@ def _score(
     values = np.concatenate([wanted[0] for _, wanted in pairs])
     if isinstance(field, CategoricalField):
         codes = categorical_codes(field, np.ones(len(values), np.bool_), values)
-        return Skill(head.name, len(values), many_scores(codes, outputs))
-    return Skill(head.name, len(values), two_scores(_happened(field, head, values), outputs[:, 0]))
+        return Skill(head.name, len(values), multiclass_scores(codes, outputs))
+    return Skill(
+        head.name, len(values), binary_scores(_happened(field, head, values), outputs[:, 0])
+    )
 
 
 def _happened(field: EventField, head: ClassificationHead, values: NDArray[Any]) -> Bools:
@@ -121,7 +123,7 @@ def _next(
     return rows[:-1][counts], [columns.values[name][1:][counts] for name in targets]
 
 
-def two_scores(happened: Bools, probability: Floats) -> dict[str, float]:
+def binary_scores(happened: Bools, probability: Floats) -> dict[str, float]:
     """AUC, log loss, Brier score and base rate of the probability of something.
 
     Args:
@@ -148,7 +150,7 @@ def auc(happened: Bools, probability: Floats) -> float:
     return float((ranks[happened].sum() - yes * (yes + 1) / 2) / (yes * no))
 
 
-def many_scores(codes: NDArray[np.int64], probabilities: Floats) -> dict[str, float]:
+def multiclass_scores(codes: NDArray[np.int64], probabilities: Floats) -> dict[str, float]:
     """Log loss and accuracy.
 
     Args:

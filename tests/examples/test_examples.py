@@ -55,7 +55,7 @@ def test_every_event_is_applied_once(
 
 
 @pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
-def test_a_failed_chunk_is_sent_again_with_its_position(
+def test_failed_chunk_is_repeated_with_its_position(
     carry: Carry, standin: Standin, events: list[dict[str, Any]], fault: str
 ) -> None:
     right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
@@ -65,7 +65,7 @@ def test_a_failed_chunk_is_sent_again_with_its_position(
     assert standin.streams["s:3"].position == len(events)
 
 
-def test_a_stream_that_fell_back_is_sent_from_where_it_stands(
+def test_rolled_back_stream_is_sent_again_from_its_position(
     carry: Carry, standin: Standin, events: list[dict[str, Any]]
 ) -> None:
     right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
@@ -80,7 +80,7 @@ def test_a_stream_that_fell_back_is_sent_from_where_it_stands(
     assert outputs_of(sent) == right
 
 
-def test_a_stream_begins_where_another_run_left_it(
+def test_stream_resumes_where_another_run_stopped(
     carry: Carry, standin: Standin, events: list[dict[str, Any]]
 ) -> None:
     list(Stream(carry, "small", "s:3").send_all(events[:20], CHUNK_EVENTS))

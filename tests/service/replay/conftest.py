@@ -25,7 +25,7 @@ from tests.support.oracle import contracting_weights
 LENGTHS = {"s1": 40, "s2": 23, "s:3": 61, "s4": 1}
 
 
-class Unwatched:
+class NoProgress:
     """Shows nothing."""
 
     def begin(self, total: int, done: int) -> None:
@@ -118,7 +118,7 @@ def replayed(url: str, streams: list[StreamEvents]) -> Replayed:
         options = ReplayOptions(**settings)
         async with connect(options.urls, options.model, options.format) as service:
             replay = await start(service, streams, options)
-            await replay.run(Unwatched())
+            await replay.run(NoProgress())
             await replay.check_positions()
         return replay
 

@@ -16,7 +16,7 @@ from models.events.parse import event_adapter, event_json_schema
 from service.client import ModelDescription, Output, Problem, read_description
 from service.replay.checks import Sent, agree, check_duplicates, next_position
 from service.replay.client import Reply, read_items, read_reply
-from service.replay.metrics import Growth, counted
+from service.replay.metrics import CounterGrowth, counted
 from service.replay.options import ReplayError, ReplayOptions, parse_range, parse_speed
 from service.replay.schedule import Cursor, Schedule
 from service.replay.source import StreamEvents, event_schema, load_streams, split_streams
@@ -34,17 +34,17 @@ MODEL = ModelDescription(
 
 
 @pytest.mark.parametrize(("text", "found"), [("1..64", (1, 64)), ("7", (7, 7)), ("3..3", (3, 3))])
-def test_chunk_ranges(text: str, found: tuple[int, int]) -> None:
+def test_chunk_option_is_a_range_or_a_number(text: str, found: tuple[int, int]) -> None:
     assert parse_range(text) == found
 
 
 @pytest.mark.parametrize("text", ["0..4", "5..4", "a", "1..", "..4", "1-4", "-1..4", ""])
-def test_wrong_chunk_ranges(text: str) -> None:
+def test_invalid_chunk_option_is_rejected(text: str) -> None:
     with pytest.raises(ReplayError, match="--chunk"):
         parse_range(text)
 
 
-def test_speeds() -> None:
+def test_speed_option_is_max_or_a_positive_factor() -> None:
     assert parse_speed("max") is None
     assert parse_speed("2.5") == 2.5
     for text in ("0", "-1", "inf", "nan", "fast"):
@@ -85,13 +85,13 @@ async def test_chunks_leave_in_the_order_of_their_last_events(
     assert ranks[-1] == sum(len(stream) for stream in streams) - 1
 
 
-async def test_a_stream_is_not_handed_out_twice(streams: list[StreamEvents]) -> None:
+async def test_schedule_returns_no_stream_twice(streams: list[StreamEvents]) -> None:
     schedule = Schedule([Cursor(stream, 1, 5, 1) for stream in streams], None, lambda: 0.0)
     taken = await schedule.take(3) + await schedule.take(3)
     assert sorted(cursor.name for cursor in taken) == ["s1", "s2", "s4", "s:3"]
 
 
-async def test_speed_waits_for_the_last_event(streams: list[StreamEvents]) -> None:
+async def test_speed_delays_a_chunk_until_its_last_event(streams: list[StreamEvents]) -> None:
     now_s = 0.0
     cursors = [Cursor(stream, 1, 1, 1) for stream in streams]
     schedule = Schedule(cursors, 100.0, lambda: now_s)
@@ -103,7 +103,7 @@ async def test_speed_waits_for_the_last_event(streams: list[StreamEvents]) -> No
     assert [cursor.time_ms for cursor in second] == [sorted(times)[1]]
 
 
-def test_streams_hold_the_earliest_events_in_order() -> None:
+def test_streams_contain_the_earliest_events_in_order() -> None:
     events = [{"at": moment, "delay": 1.0 * moment, "kind": "a"} for moment in (50, 10, 40, 10, 20)]
     assert SPEC.events is not None
     columns = columns_from_events(SPEC.events, events)
@@ -121,7 +121,7 @@ def test_streams_hold_the_earliest_events_in_order() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_events_out_of_files(tmp_path: Path, suffix: str) -> None:
+def test_events_are_read_from_files(tmp_path: Path, suffix: str) -> None:
     frame = pl.DataFrame(
         {
             "who": [7, 8, 7],
@@ -152,7 +152,7 @@ def test_events_out_of_files(tmp_path: Path, suffix: str) -> None:
         load_streams(SPEC.events, ReplayOptions(data=path))
 
 
-def test_files_that_cannot_be_replayed(tmp_path: Path) -> None:
+def test_unreadable_data_is_rejected(tmp_path: Path) -> None:
     assert SPEC.events is not None
     text = tmp_path / "data.txt"
     with pytest.raises(ReplayError, match=r"expected \.csv, \.jsonl or \.parquet"):
@@ -172,9 +172,7 @@ def test_files_that_cannot_be_replayed(tmp_path: Path) -> None:
         ("data.jsonl", '{"stream": "a", "load": 1, "load": 2}\n', "line 1: each member once"),
     ],
 )
-def test_column_that_is_named_twice_is_rejected(
-    tmp_path: Path, name: str, text: str, place: str
-) -> None:
+def test_duplicate_column_is_rejected(tmp_path: Path, name: str, text: str, place: str) -> None:
     assert SPEC.events is not None
     path = tmp_path / name
     path.write_text(text)
@@ -231,7 +229,7 @@ def test_outputs_are_packed_by_the_description() -> None:
         read_items(MODEL, {"results": []}, [1, 1])
 
 
-def test_agreement_is_the_contracts() -> None:
+def test_tolerance_is_1e_5_absolute_and_relative() -> None:
     ones = np.full((2, 3), 100, np.float32)
     assert agree(ones + np.float32(1.0e-3), ones)
     assert not agree(ones + np.float32(1.1e-3), ones)
@@ -268,7 +266,9 @@ AHEAD = _problem("position_ahead", 3)
         (AHEAD, 2, None),
     ],
 )
-def test_duplicates(second: Reply | Problem, failures: int, fault: str | None) -> None:
+def test_answers_to_a_duplicated_chunk_must_agree(
+    second: Reply | Problem, failures: int, fault: str | None
+) -> None:
     for pair in (
         (Sent(_reply(), 0, 0.1), Sent(second, failures, 0.1)),
         (Sent(second, failures, 0.1), Sent(_reply(), 0, 0.1)),
@@ -277,7 +277,7 @@ def test_duplicates(second: Reply | Problem, failures: int, fault: str | None) -
         assert (found is None) if fault is None else (found is not None and fault in found)
 
 
-def test_two_replays_are_a_fault_unless_an_attempt_failed() -> None:
+def test_two_replayed_answers_are_a_fault_unless_an_attempt_failed() -> None:
     replayed = _reply(replayed=True)
     found = check_duplicates(Sent(replayed, 0, 0.1), Sent(replayed, 0, 0.1), "s", 4)
     assert found is not None
@@ -285,14 +285,14 @@ def test_two_replays_are_a_fault_unless_an_attempt_failed() -> None:
     assert check_duplicates(Sent(replayed, 1, 0.1), Sent(replayed, 0, 0.1), "s", 4) is None
 
 
-def test_where_a_stream_stands() -> None:
+def test_next_position_follows_from_all_answers() -> None:
     assert next_position(_reply(), []) == 5
     assert next_position(AHEAD, []) == 3
     assert next_position(_reply(), [AHEAD]) == 3
     assert next_position(APPLIED, [_reply()]) == 5
 
 
-def test_growth_survives_a_restart_of_the_service() -> None:
+def test_counter_growth_survives_a_restart_of_the_service() -> None:
     def text(chunks: int, alone: int, shared: int) -> str:
         return (
             f'carry_chunks_total{{model="m"}} {chunks}\ncarry_chunks_total{{model="n"}} 999\n'
@@ -306,7 +306,7 @@ def test_growth_survives_a_restart_of_the_service() -> None:
             f'carry_batch_rows_sum{{model="m"}} {alone + 3 * shared}\n'
         )
 
-    growth = Growth("m")
+    growth = CounterGrowth("m")
     for chunks, alone, shared in ((100, 10, 5), (130, 12, 8), (20, 1, 1), (50, 2, 3)):
         growth.sample(text(chunks, alone, shared))
     growth.sample("not metrics {")
@@ -318,4 +318,4 @@ def test_growth_survives_a_restart_of_the_service() -> None:
     assert found.mean_batch == pytest.approx((4 + 3 * 6) / 10)
     assert found.largest_batch == 4
     assert found.conflicts is None
-    assert counted([Growth("m")]).refusals is None
+    assert counted([CounterGrowth("m")]).refusals is None

@@ -42,7 +42,7 @@ def write_events(path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_replay_goes_on_over_a_sigkill_of_the_store(tmp_path: Path) -> None:
+def test_replay_survives_a_sigkill_of_the_store(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "models" / "small", SPEC, contracting_weights(SPEC, 3))
     write_events(tmp_path / "events.jsonl")
     with running(tmp_path, tmp_path / "models") as service, ThreadPoolExecutor(1) as beside:

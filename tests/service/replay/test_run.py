@@ -15,7 +15,7 @@ from service.replay.client import connect
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.run import Replay
 from service.replay.source import StreamEvents
-from tests.service.replay.conftest import LENGTHS, Replayed, Unwatched, start
+from tests.service.replay.conftest import LENGTHS, NoProgress, Replayed, start
 from tests.service.replay.standin import Standin
 
 EVENTS = sum(LENGTHS.values())
@@ -36,8 +36,8 @@ def every(step: int, fault: str) -> Any:
 def assert_all_received(replay: Replay, standin: Standin) -> None:
     assert replay.tally.faults == []
     assert {name: stream.position for name, stream in standin.streams.items()} == LENGTHS
-    for ledger in replay.ledgers.values():
-        assert np.isfinite(ledger.outputs).all()
+    for stream_progress in replay.progress.values():
+        assert np.isfinite(stream_progress.outputs).all()
 
 
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
@@ -59,7 +59,7 @@ async def test_every_event_is_sent_once_and_in_order(
     assert requests == len(standin.seen) if per_request == 1 else requests < len(standin.seen)
 
 
-async def test_streams_go_side_by_side(replayed: Replayed, standin: Standin) -> None:
+async def test_streams_are_sent_concurrently(replayed: Replayed, standin: Standin) -> None:
     await replayed(chunk_max=2)
     names = [name for name, _, _ in standin.seen]
     assert names.index("s2") < len(names) - 1 - names[::-1].index("s1")
@@ -70,7 +70,7 @@ FAULTS = ["drop", "drop_after", "store_unavailable", "outcome_unknown", "conflic
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("per_request", [1, 4])
-async def test_a_chunk_without_an_answer_is_sent_again_as_it_was(
+async def test_chunk_without_an_answer_is_repeated_unchanged(
     replayed: Replayed, standin: Standin, fault: str, per_request: int
 ) -> None:
     standin.fault = every(3, fault)
@@ -81,9 +81,7 @@ async def test_a_chunk_without_an_answer_is_sent_again_as_it_was(
     assert (replay.tally.replayed > 0) == (fault in ("drop_after", "outcome_unknown"))
 
 
-async def test_one_item_that_fails_is_sent_again_alone(
-    replayed: Replayed, standin: Standin
-) -> None:
+async def test_failed_item_is_repeated_alone(replayed: Replayed, standin: Standin) -> None:
     standin.fault = every(2, "one_fails")
     replay = await replayed(per_request=4)
     assert_all_received(replay, standin)
@@ -91,7 +89,7 @@ async def test_one_item_that_fails_is_sent_again_alone(
     assert replay.tally.chunks == standin.counts["chunks"]
 
 
-async def test_a_second_replay_goes_on_where_the_first_was_refused(
+async def test_second_replay_resumes_where_the_first_was_rejected(
     replayed: Replayed, standin: Standin
 ) -> None:
     standin.fault = every(12, "refuse")
@@ -105,15 +103,13 @@ async def test_a_second_replay_goes_on_where_the_first_was_refused(
     assert replay.tally.faults == []
     assert replay.tally.events == EVENTS - sum(stood.values())
     assert min(position for name, position, _ in standin.seen if name == "s:3") == stood["s:3"]
-    for name, ledger in replay.ledgers.items():
-        assert ledger.began == stood.get(name, 0)
-        assert np.isnan(ledger.outputs[: ledger.began]).all()
-        assert np.isfinite(ledger.outputs[ledger.began :]).all()
+    for name, stream_progress in replay.progress.items():
+        assert stream_progress.began == stood.get(name, 0)
+        assert np.isnan(stream_progress.outputs[: stream_progress.began]).all()
+        assert np.isfinite(stream_progress.outputs[stream_progress.began :]).all()
 
 
-async def test_a_position_that_is_not_told_is_asked_again(
-    replayed: Replayed, standin: Standin
-) -> None:
+async def test_position_request_is_repeated(replayed: Replayed, standin: Standin) -> None:
     await replayed()
     standin.deaf = 3
     replay = await replayed()
@@ -122,7 +118,7 @@ async def test_a_position_that_is_not_told_is_asked_again(
     assert replay.tally.events == 0
 
 
-async def test_a_stream_that_fell_back_is_sent_again_from_there(
+async def test_rolled_back_stream_is_sent_again_from_its_position(
     replayed: Replayed, standin: Standin
 ) -> None:
     def lose(request: web.Request) -> None:
@@ -139,7 +135,7 @@ async def test_a_stream_that_fell_back_is_sent_again_from_there(
     assert replay.tally.events == EVENTS + replay.tally.lost
 
 
-async def test_other_outputs_for_events_that_are_sent_again_are_a_fault(
+async def test_different_outputs_of_repeated_events_are_a_fault(
     replayed: Replayed, standin: Standin
 ) -> None:
     def lose(request: web.Request) -> None:
@@ -154,7 +150,7 @@ async def test_other_outputs_for_events_that_are_sent_again_are_a_fault(
     assert "other outputs than before" in fault
 
 
-async def test_a_lost_reply_is_skipped_and_counted(replayed: Replayed, standin: Standin) -> None:
+async def test_expired_reply_is_skipped_and_counted(replayed: Replayed, standin: Standin) -> None:
     replies = 0
 
     def forget(request: web.Request) -> str | None:
@@ -171,7 +167,7 @@ async def test_a_lost_reply_is_skipped_and_counted(replayed: Replayed, standin: 
     name, position, steps = standin.seen[4]
     assert replay.tally.faults == []
     assert replay.tally.skipped == steps
-    missing = np.isnan(replay.ledgers[name].outputs).any(axis=1)
+    missing = np.isnan(replay.progress[name].outputs).any(axis=1)
     assert np.flatnonzero(missing).tolist() == list(range(position, position + steps))
 
 
@@ -197,7 +193,7 @@ def port_of(url: str) -> int:
     return int(url.rstrip("/").rpartition(":")[2])
 
 
-async def test_duplicates_that_are_both_applied_are_a_fault(
+async def test_duplicate_that_is_applied_twice_is_a_fault(
     replayed: Replayed, standin: Standin
 ) -> None:
     apply = standin._apply
@@ -212,7 +208,7 @@ async def test_duplicates_that_are_both_applied_are_a_fault(
     assert "both were processed" in replay.tally.faults[0]
 
 
-async def test_a_wrong_position_and_another_stream_are_faults(
+async def test_wrong_position_and_wrong_stream_are_faults(
     replayed: Replayed, standin: Standin
 ) -> None:
     apply = standin._apply
@@ -230,23 +226,25 @@ async def test_a_wrong_position_and_another_stream_are_faults(
     assert "got one of 's1'" in faults
 
 
-async def test_a_stream_beyond_the_events_is_a_fault(replayed: Replayed, standin: Standin) -> None:
+async def test_position_beyond_the_events_is_a_fault(replayed: Replayed, standin: Standin) -> None:
     await replayed()
     standin.streams["s4"] = standin.streams["s:3"]
     replay = await replayed()
     assert replay.tally.faults == ["stream 's4': expected position 1, got 61"]
 
 
-async def test_patience_ends(url: str, server: TestServer, streams: list[StreamEvents]) -> None:
+async def test_replay_gives_up_after_patience_s(
+    url: str, server: TestServer, streams: list[StreamEvents]
+) -> None:
     options = ReplayOptions(urls=(url,), model="small", patience_s=0.2)
     async with connect(options.urls, options.model) as service:
         replay = await start(service, streams, options)
         await server.close()
         with pytest.raises(ReplayError, match=r"gave up after 0\.2 s: no_answer"):
-            await replay.run(Unwatched())
+            await replay.run(NoProgress())
 
 
-async def test_a_service_that_comes_back_on_its_port_is_waited_for(
+async def test_replay_waits_for_a_restarted_service(
     standin: Standin, url: str, server: TestServer, streams: list[StreamEvents]
 ) -> None:
     back = TestServer(standin.app(), port=port_of(url))
@@ -266,7 +264,7 @@ async def test_a_service_that_comes_back_on_its_port_is_waited_for(
     standin.fault = kill
     async with connect(options.urls, options.model, timeout_s=1) as service:
         replay = await start(service, streams, options)
-        await replay.run(Unwatched())
+        await replay.run(NoProgress())
         await replay.check_positions()
     await back.close()
     assert_all_received(replay, standin)
@@ -274,6 +272,6 @@ async def test_a_service_that_comes_back_on_its_port_is_waited_for(
     assert 0 < replay.tally.silence_s < replay.tally.wall_s
 
 
-async def test_an_unknown_model_is_refused_at_once(replayed: Replayed) -> None:
+async def test_unknown_model_is_rejected_at_once(replayed: Replayed) -> None:
     with pytest.raises(ReplayError, match="model_not_found"):
         await replayed(model="other")

@@ -8,33 +8,33 @@ from sklearn.metrics import brier_score_loss, log_loss, mean_pinball_loss, roc_a
 
 from models.events.columns import EventColumns
 from models.spec.model import parse_spec
-from service.replay.skill import many_scores, skill_of, two_scores
+from service.replay.skill import binary_scores, multiclass_scores, skill_of
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import SPEC
 
 
-def test_two_way_scores_are_those_of_scikit_learn() -> None:
+def test_binary_scores_equal_scikit_learn() -> None:
     random = np.random.default_rng(7)
     probability = np.round(random.beta(2, 5, 500), 2)
     happened = random.random(500) < probability
-    found = two_scores(happened, probability)
+    found = binary_scores(happened, probability)
     assert found["auc"] == pytest.approx(roc_auc_score(happened, probability))
     assert found["log_loss"] == pytest.approx(log_loss(happened, np.clip(probability, 1e-7, 1)))
     assert found["brier"] == pytest.approx(brier_score_loss(happened, probability))
     assert found["base_rate"] == pytest.approx(happened.mean())
-    assert "auc" not in two_scores(np.ones(3, bool), probability[:3])
+    assert "auc" not in binary_scores(np.ones(3, bool), probability[:3])
 
 
-def test_many_way_scores_are_those_of_scikit_learn() -> None:
+def test_multiclass_scores_equal_scikit_learn() -> None:
     random = np.random.default_rng(8)
     probabilities = random.dirichlet(np.ones(4), 300)
     codes = random.integers(0, 4, 300)
-    found = many_scores(codes, probabilities)
+    found = multiclass_scores(codes, probabilities)
     assert found["log_loss"] == pytest.approx(log_loss(codes, probabilities, labels=range(4)))
     assert found["accuracy"] == pytest.approx(np.mean(probabilities.argmax(1) == codes))
 
 
-def test_an_output_is_judged_by_the_next_event_of_its_stream(streams: list[StreamEvents]) -> None:
+def test_output_is_scored_by_the_next_event_of_its_stream(streams: list[StreamEvents]) -> None:
     random = np.random.default_rng(9)
     outputs = [random.random((len(stream), 4)).astype(np.float32) for stream in streams]
     outputs[0][3] = np.nan

@@ -26,12 +26,14 @@ def artifact(tmp_path: Path, standin: Standin) -> Artifact:
 async def received(replayed: Replayed) -> list[Received]:
     replay = await replayed(chunk_max=5)
     return [
-        Received(name, ledger.cursor.events.columns, ledger.outputs)
-        for name, ledger in replay.ledgers.items()
+        Received(name, stream_progress.cursor.events.columns, stream_progress.outputs)
+        for name, stream_progress in replay.progress.items()
     ]
 
 
-async def test_what_was_cut_equals_the_whole(replayed: Replayed, artifact: Artifact) -> None:
+async def test_chunked_outputs_equal_the_whole_sequence(
+    replayed: Replayed, artifact: Artifact
+) -> None:
     found = verify(SPEC, keras_whole(artifact), await received(replayed))
     assert found.holds
     assert [check.name for check in found.outputs] == ["late", "next"]
@@ -40,7 +42,7 @@ async def test_what_was_cut_equals_the_whole(replayed: Replayed, artifact: Artif
     assert 0 < found.outputs[1].difference < 1e-4
 
 
-async def test_one_wrong_number_is_found(
+async def test_one_wrong_number_is_detected(
     replayed: Replayed, standin: Standin, artifact: Artifact
 ) -> None:
     standin.wrong_by = 1e-3
@@ -54,7 +56,7 @@ async def test_one_wrong_number_is_found(
 
 
 @pytest.mark.parametrize("swap", ["streams", "time"])
-async def test_outputs_of_another_stream_or_state_are_found(
+async def test_outputs_of_another_stream_or_state_are_detected(
     replayed: Replayed, artifact: Artifact, swap: str
 ) -> None:
     streams = {stream.name: stream for stream in await received(replayed)}
@@ -70,7 +72,7 @@ async def test_outputs_of_another_stream_or_state_are_found(
     assert {check.stream for check in found.outputs} == {"s1"}
 
 
-async def test_what_a_resumed_run_has_is_judged_from_the_first_event(
+async def test_resumed_run_is_verified_from_the_first_event(
     replayed: Replayed, artifact: Artifact
 ) -> None:
     streams = await received(replayed)
@@ -82,7 +84,7 @@ async def test_what_a_resumed_run_has_is_judged_from_the_first_event(
     assert found.compared == sum(LENGTHS.values()) - found.missing
 
 
-def test_nothing_received_is_nothing_compared(
+def test_streams_without_outputs_are_not_compared(
     streams: list[StreamEvents], artifact: Artifact
 ) -> None:
     nothing = [
@@ -110,7 +112,9 @@ def test_long_and_short_streams_are_not_padded_together(
     assert sizes == [[1, 1], [30, 31, 40], [60, 61]]
 
 
-def test_another_version_and_no_artifact_are_refused(artifact: Artifact, tmp_path: Path) -> None:
+def test_other_version_and_missing_artifact_are_rejected(
+    artifact: Artifact, tmp_path: Path
+) -> None:
     assert open_artifact(artifact.path, "small", artifact.version).version == artifact.version
     with pytest.raises(ReplayError, match="is served, version ffffffffffff"):
         open_artifact(artifact.path, "small", "ffffffffffff")
@@ -119,7 +123,7 @@ def test_another_version_and_no_artifact_are_refused(artifact: Artifact, tmp_pat
 
 
 @pytest.mark.parametrize(("wrong_by", "status"), [(0.0, 0), (1e-3, 1)])
-def test_the_command_ends_with_the_verdict(
+def test_exit_status_is_the_result_of_the_verification(
     background: str,
     standin: Standin,
     artifact: Artifact,
@@ -156,7 +160,7 @@ def test_the_command_ends_with_the_verdict(
     assert {skill["output"] for skill in report["skill"]} == {"late", "next"}
 
 
-def test_without_the_reference_nothing_is_sent(
+def test_verify_without_tensorflow_sends_nothing(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verify_module, "find_spec", lambda name: None)
@@ -164,7 +168,7 @@ def test_without_the_reference_nothing_is_sent(
     assert "needs TensorFlow, whatever runtime serves: pip install" in capfd.readouterr().err
 
 
-def test_a_model_whose_cuts_count_is_not_compared_and_nothing_is_sent(
+def test_verify_of_a_cut_dependent_model_sends_nothing(
     standin: Standin, background: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     standin.chunking = "per_chunk"
