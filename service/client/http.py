@@ -135,37 +135,43 @@ class Carry:
 
 
 class AsyncCarry:
-    """A service, from one event loop."""
+    """A service, from one event loop.
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout_s: float = _TIMEOUT_S,
-        encoding: Encoding = "json",
-        connections: int | None = None,
-    ) -> None:
-        """Nothing is requested yet.
+    Each request in flight has an `httpx.AsyncClient` with one connection: httpx's own pool looks at
+    every connection at every request, which made 64 concurrent requests four times slower.
+    """
 
-        Args:
-            connections: at most this many at once; None for no limit.
-        """
+    def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S, encoding: Encoding = "json"):
+        """Nothing is requested yet."""
         self.url = url.rstrip("/")
         self._requests = _Requests(encoding)
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            timeout=_timeout(timeout_s),
-            limits=limits,
-            verify=_ssl_context(),
-        )
+        self._timeout = _timeout(timeout_s)
+        self._idle: list[httpx.AsyncClient] = []
 
     async def request(
         self, method: str, path: str, body: Any = None, *, headers: dict[str, str] | None = None
     ) -> Any:
         """As `Carry.request`."""
+        return _read(await self._send(method, path, body, headers))
+
+    async def text(self, path: str) -> str:
+        """The text of a page such as `/metrics`."""
+        response = await self._send("GET", path, None, None)
+        if response.status_code >= 400:
+            _read(response)
+        return response.text
+
+    async def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            await self._idle.pop().aclose()
+
+    async def _send(
+        self, method: str, path: str, body: Any, headers: dict[str, str] | None
+    ) -> httpx.Response:
+        client = self._idle.pop() if self._idle else self._new_client()
         try:
-            response = await self._client.request(
+            return await client.request(
                 method,
                 path,
                 content=self._requests.content(body),
@@ -173,21 +179,11 @@ class AsyncCarry:
             )
         except httpx.HTTPError as error:
             raise no_answer(error) from error
-        return _read(response)
+        finally:
+            self._idle.append(client)
 
-    async def text(self, path: str) -> str:
-        """The text of a page such as `/metrics`."""
-        try:
-            response = await self._client.get(path)
-        except httpx.HTTPError as error:
-            raise no_answer(error) from error
-        if response.status_code >= 400:
-            _read(response)
-        return response.text
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+    def _new_client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=self._timeout, verify=_ssl_context())
 
     async def __aenter__(self) -> Self:
         return self
