@@ -123,6 +123,8 @@ class StrictValidator:
 
     Attributes:
         types: the types of its bodies.
+        event_fields: names of the fields of an event.
+        future_fields: names of the known future covariates of a step.
     """
 
     def __init__(self, served: ServedModel, limits: ApiLimits):
@@ -134,8 +136,8 @@ class StrictValidator:
         limit = served.chunk_limit
         self._most_sequence = most if limit is None else min(most, Limit(limit, "max_chunk_steps"))
         future = known_future_schema(served)
-        self._event_fields = [field.name for field in served.events.fields] if served.events else []
-        self._future_fields = [field.name for field in future.fields] if future else []
+        self.event_fields = [field.name for field in served.events.fields] if served.events else []
+        self.future_fields = [field.name for field in future.fields] if future else []
 
     def validate(
         self,
@@ -171,7 +173,7 @@ class StrictValidator:
             raise invalid_body(error, media, self._members(kind), Origin(inside)) from error
 
     def _members(self, kind: type[StrictBody]) -> _Members:
-        fields = self._future_fields if issubclass(kind, ForecastBody) else self._event_fields
+        fields = self.future_fields if issubclass(kind, ForecastBody) else self.event_fields
         inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
         return _Members(list(kind.model_fields), list(inner.model_fields), fields)
 

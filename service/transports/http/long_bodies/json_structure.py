@@ -27,7 +27,8 @@ _SPACE: Final = b" \t\r\n"
 _LEADING: Final = re.compile(rb"[ \t\r\n]*+")
 _NAME: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _NAME_BYTES: Final = 4096
-"""Longest member name that is read."""
+"""A longer member name is cut: no accepted body has it."""
+_SHOWN_NAME_BYTES: Final = 256
 
 
 class JsonMember(NamedTuple):
@@ -99,15 +100,18 @@ class JsonStructure:
     def _name(self, start: int) -> tuple[str, int] | None:
         """The member name after a bracket or comma, and the offset of its value."""
         begin = _skip_whitespace(self._text, start + 1)
-        match = _NAME.match(self._text, begin, begin + _NAME_BYTES)
+        match = _NAME.match(self._text, begin)
         if match is None:
             return None
         end = _skip_whitespace(self._text, match.end())
-        try:
-            # rejects what the decoders of bodies reject
-            name = pydantic_core.from_json(match[0])
-        except ValueError:
-            return None
+        if match.end() - begin > _NAME_BYTES:
+            name = bytes(self._text[begin + 1 : begin + _SHOWN_NAME_BYTES]).decode(errors="replace")
+        else:
+            try:
+                # rejects what the decoders of bodies reject
+                name = pydantic_core.from_json(match[0])
+            except ValueError:
+                return None
         return (name, end + 1) if bytes(self._text[end : end + 1]) == b":" else None
 
     def split_members(self) -> list[JsonMember] | None:

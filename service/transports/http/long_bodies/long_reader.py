@@ -64,8 +64,6 @@ _ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
 _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
 _MAX_EVENT_BYTES: Final = 2**20
-_MAX_PARTS: Final = 2**16
-"""Most commas and brackets of an event that is passed to the strict type."""
 
 
 class LongReader:
@@ -100,7 +98,7 @@ class LongReader:
         kind = self._reader.strict.types[media].many
         items = await self._parts(body, media, kind, "chunks", checkpoint)
         chunks: list[Chunk | CarryError] = []
-        for group in group_by_size(items, BLOCK_BYTES):
+        for group in group_by_size(media, items, BLOCK_BYTES):
             await checkpoint()
             if len(group[0]) >= LONG_BYTES:
                 inside = f"chunks[{len(chunks)}]"
@@ -117,7 +115,7 @@ class LongReader:
         parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
         sequences: list[Steps] = []
         steps = 0
-        for group in group_by_size(parts, BLOCK_BYTES):
+        for group in group_by_size(media, parts, BLOCK_BYTES):
             await checkpoint()
             first = len(sequences)
             if len(group[0]) >= LONG_BYTES:
@@ -138,7 +136,7 @@ class LongReader:
         """The forecast that a body asks for."""
         reader = self._reader
         try:
-            kind = reader.forecast_body_type(media)
+            strict, kind = reader.strict, reader.forecast_body_type(media)
             most = reader.served.require_decoder().max_horizon
             limits = ObjectLimits(
                 list(kind.model_fields),
@@ -150,13 +148,14 @@ class LongReader:
             forecast = self._validate_rest(kind, media, split, BODY)
             if "future" in split.lists:
                 future: list[dict[str, Any]] = []
-                for group in group_by_size(split.lists["future"], BLOCK_BYTES):
+                for group in group_by_size(media, split.lists["future"], BLOCK_BYTES):
                     await checkpoint()
-                    _check_events(media, group, f"future[{len(future)}]")
+                    at = f"future[{len(future)}]"
+                    await self._check_event(group[0], media, strict.future_fields, at, checkpoint)
                     steps = encoded_list(media, group)
                     part = encoded_object(media, {"horizon": _ONE[media], "future": steps})
                     origin = Origin(first=len(future))
-                    future += reader.strict.validate(kind, media, part, origin).future or []
+                    future += strict.validate(kind, media, part, origin).future or []
                 forecast.future = future
             return reader.build_forecast_request(forecast)
         except CarryError as error:
@@ -265,11 +264,11 @@ class LongReader:
         strict.check_final(validated, inside)
         parts: list[Steps] = []
         done = 0
-        for group in group_by_size(split.lists[name], BLOCK_BYTES):
+        for group in group_by_size(media, split.lists[name], BLOCK_BYTES):
             await checkpoint()
             at = f"{member_place(inside, name)}[{done}]"
             if name == "events":
-                _check_events(media, group, at)
+                await self._check_event(group[0], media, strict.event_fields, at, checkpoint)
             else:
                 self._check_row(group, at)
             try:
@@ -313,6 +312,25 @@ class LongReader:
         document = encoded_object(media, {**split.members, **lists})
         return self._reader.strict.validate(kind, media, document, origin)
 
+    async def _check_event(
+        self,
+        event: memoryview,
+        media: Media,
+        fields: Sequence[str],
+        at: str,
+        checkpoint: Checkpoint,
+    ) -> None:
+        """Reject a long event with more bytes, members or values than any valid event has."""
+        if len(event) < LONG_BYTES:
+            return
+        if len(event) > _MAX_EVENT_BYTES:
+            raise invalid(
+                at, f"an event of at most {_MAX_EVENT_BYTES} bytes", f"{len(event)} bytes"
+            )
+        await self._split_object(
+            event, media, ObjectLimits(fields, [], 1, _no_list), at, checkpoint
+        )
+
     def _check_row(self, group: Sequence[memoryview], at: str) -> None:
         """Reject a long row of the wrong width, or with values that are not numbers."""
         if len(group[0]) < LONG_BYTES:
@@ -323,19 +341,6 @@ class LongReader:
             raise self._reader.strict.wrong_width(at, str(values))
         if text[:1] == b"{" or text.count(b"[") > 1:
             raise invalid(at, "a list of numbers", "objects or lists")
-
-
-def _check_events(media: Media, group: Sequence[memoryview], at: str) -> None:
-    """Reject an event of more bytes or parts than any valid event has."""
-    size = len(group[0])
-    if size < LONG_BYTES:
-        return
-    if size > _MAX_EVENT_BYTES:
-        raise invalid(at, f"an event of at most {_MAX_EVENT_BYTES} bytes", f"{size} bytes")
-    event = bytes(group[0])
-    parts = size if media is Media.MSGPACK else sum(map(event.count, (b",", b"[", b"{")))
-    if parts > _MAX_PARTS:
-        raise invalid(at, f"an event of at most {_MAX_PARTS} values", MORE)
 
 
 def _stream_of(split: SplitObject, media: Media, at: str) -> str | None:

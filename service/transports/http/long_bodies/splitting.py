@@ -112,9 +112,6 @@ async def _split_json(
         elements = structure.split_elements(member) if member.name in limits.lists else None
         if elements is None:
             split.members[member.name] = text[member.start : member.stop]
-        elif any(map(is_blank, elements)):
-            at = member_place(inside, member.name)
-            raise malformed(Media.JSON, f"it cannot be parsed at {at}, which lacks an element")
         else:
             split.lists[member.name] = elements
     return split
@@ -173,18 +170,29 @@ def _bounded(members: tuple[str, ...], most: int) -> msgspec.msgpack.Decoder[Any
     return msgspec.msgpack.Decoder(kind)
 
 
-def group_by_size(elements: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
-    """Group consecutive elements up to a size in bytes; a longer element is a group of its own."""
-    group: list[memoryview] = []
-    length = 0
-    for element in elements:
-        if group and length + len(element) > size:
-            yield group
-            group, length = [], 0
-        group.append(element)
+def group_by_size(
+    media: Media, elements: Sequence[memoryview], size: int
+) -> Iterator[list[memoryview]]:
+    """Group consecutive elements up to a size in bytes; a longer element is a group of its own.
+
+    Raises:
+        MalformedBody: a group has no element, since nothing is between two commas; next to other
+            elements, their decoder rejects this.
+    """
+    first = length = 0
+    for at, element in enumerate(elements):
         length += len(element)
-    if group:
-        yield group
+        if length > size and at > first:
+            yield _checked_group(media, elements[first:at])
+            first, length = at, len(element)
+    if elements:
+        yield _checked_group(media, elements[first:])
+
+
+def _checked_group(media: Media, group: Sequence[memoryview]) -> list[memoryview]:
+    if media is Media.JSON and len(group) == 1 and is_blank(group[0]):
+        raise malformed(media, "an element is missing beside a comma")
+    return list(group)
 
 
 def member_place(inside: str, name: str) -> str:
