@@ -63,7 +63,7 @@ EpochText = Annotated[
     str,
     Field(
         pattern=f"^{EPOCH}$",
-        description="Random; new whenever the stream begins: created, restored or forked.",
+        description="Random; new whenever the stream is created, restored or forked.",
         examples=[EXAMPLE_EPOCH],
     ),
 ]

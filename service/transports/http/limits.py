@@ -1,4 +1,4 @@
-"""How much one request may ask for; see the settings of the same names."""
+"""Limits of a request; see the settings of the same names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class ApiLimits:
 
     Attributes:
         max_body_bytes: largest body.
-        max_chunk_steps: most events in one chunk; `of_model` lowers it to what a model takes.
+        max_chunk_steps: most events in one chunk; `of_model` lowers it to the limit of a model.
         max_predict_steps: most events in one predict request, all sequences together.
         max_items: most items in a request for many streams, most sequences to predict and
             most names on one page of a listing.
         max_forecast_samples: most paths of one forecast.
-        timeout_s: how long a client waits that does not say so.
-        max_timeout_s: longest that one which says so may wait.
+        timeout_s: deadline of a request without Carry-Timeout.
+        max_timeout_s: longest deadline that a request may ask for.
     """
 
     max_body_bytes: int = 16 * 2**20
@@ -37,12 +37,12 @@ class ApiLimits:
         """Most bytes of long bodies that wait for validation in one worker."""
         return 8 * self.max_body_bytes
 
-    def waits_s(self, said_s: float | None) -> float:
-        """How long a client waits that said so (None: it did not)."""
-        return self.timeout_s if said_s is None else min(said_s, self.max_timeout_s)
+    def effective_timeout_s(self, requested_s: float | None) -> float:
+        """The timeout of a request with this Carry-Timeout (None: without the header)."""
+        return self.timeout_s if requested_s is None else min(requested_s, self.max_timeout_s)
 
     def of_model(self, chunk_limit: int | None) -> ApiLimits:
-        """The limits for a model that takes chunks of at most `chunk_limit` steps (None: any)."""
+        """The limits for a model that accepts chunks of at most `chunk_limit` steps (None: any)."""
         if chunk_limit is None or chunk_limit >= self.max_chunk_steps:
             return self
         return replace(self, max_chunk_steps=chunk_limit)

@@ -1,8 +1,8 @@
-"""JSON and MessagePack: which one a request speaks, and the bytes of plain values.
+"""JSON and MessagePack: content negotiation, encoding and parsing.
 
 Both carry the same schema. JSON writes float32 values with the fewest digits that read back
-as the same float32; MessagePack writes them as float32. Nothing but one whole document of
-UTF-8 JSON or MessagePack is read: no trailing bytes, no extension types, no compression.
+as the same float32; MessagePack writes them as float32. Only one whole document of
+UTF-8 JSON or MessagePack is accepted: no trailing bytes, no extension types, no compression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.core.errors import MalformedBody, NotAcceptable, UnsupportedMediaTy
 
 
 class Media(Enum):
-    """What a body is written in; the value is the content type."""
+    """Media types of bodies; the value is the content type."""
 
     JSON = "application/json"
     MSGPACK = "application/msgpack"
@@ -49,14 +49,14 @@ MAX_FIELD: Final = 1024
 """Longest `Accept` and `Content-Type`, in characters: longer ones would block the event loop while
 they are parsed, and fill the cache."""
 
-# An array of the body and this: whatever else follows the body stands in its place.
+# The body is parsed as an array of itself and this marker, to notice other trailing bytes.
 _END = secrets.token_bytes(16)
 _PAIR = b"\x92"
 _END_PACKED = ormsgpack.packb(_END)
 
 
 def dumps(media: Media, value: Any) -> bytes:
-    """The bytes of a value made of plain data, NumPy arrays (C order, not 0-d) and scalars."""
+    """Encode a value of dictionaries, lists, NumPy arrays (C order, not 0-d) and scalars."""
     if media is Media.JSON:
         return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     return ormsgpack.packb(value, option=ormsgpack.OPT_SERIALIZE_NUMPY)
@@ -100,7 +100,7 @@ def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
 
 
 def malformed(media: Media, reason: str) -> MalformedBody:
-    """The refusal of a body that cannot be parsed."""
+    """The error for a body that cannot be parsed."""
     expected = f"one {'JSON' if media is Media.JSON else 'MessagePack'} document"
     return MalformedBody(
         f"body: expected {expected}: {reason}", at="body", expected=expected, got=reason
@@ -108,7 +108,7 @@ def malformed(media: Media, reason: str) -> MalformedBody:
 
 
 def media_of(content_type: str | None) -> Media:
-    """What a body of this Content-Type is written in; JSON where there is none.
+    """The media type of a body with this Content-Type; JSON if there is none.
 
     Raises:
         UnsupportedMediaType
@@ -141,11 +141,11 @@ def _media_of(content_type: str) -> Media:
 
 
 def accepted(accept: str | None, otherwise: Media) -> Media:
-    """What a reply is written in.
+    """The media type of a reply.
 
     Args:
         accept: the Accept header.
-        otherwise: taken where the header leaves it open, that is where both weigh the same.
+        otherwise: used if the header gives both the same weight.
 
     Raises:
         NotAcceptable: neither is accepted.
@@ -176,8 +176,8 @@ def _accepted(accept: str, otherwise: Media) -> Media:
 
 
 def _weight(accept: str, media: Media) -> float:
-    """The q of the most specific range that takes in `media`; 0 where none does."""
-    found: tuple[int, float] = (-len("*/*"), 0.0)
+    """The q of the most specific range that includes `media`; 0 if none does."""
+    best: tuple[int, float] = (-len("*/*"), 0.0)
     for item in accept.split(","):
         name, _, parameters = item.partition(";")
         name = name.strip().lower()
@@ -189,8 +189,8 @@ def _weight(accept: str, media: Media) -> float:
             weight = 0.0
         if not 0 <= weight <= 1:
             weight = 0.0
-        found = max(found, (-name.count("*"), weight))
-    return found[1]
+        best = max(best, (-name.count("*"), weight))
+    return best[1]
 
 
 def _parameters(text: str) -> dict[str, str]:
@@ -200,6 +200,6 @@ def _parameters(text: str) -> dict[str, str]:
 
 def _unpack_pair(body: bytes) -> tuple[Any, Any]:
     # The library ignores bytes after the document. The body is read as the first of two
-    # values, the second being a mark that no client knows.
+    # values, the second being a marker that no client knows.
     value, end = ormsgpack.unpackb(_PAIR + body + _END_PACKED)
     return value, end

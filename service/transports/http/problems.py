@@ -2,8 +2,8 @@
 
 A document has `type` (an address that explains the code), `title`, `status`, `detail`,
 `code`, `retryable` and `request_id`, and beside them the facts of the error: `at`, `expected`,
-`got`, `stream`, `epoch`, `position`, `tag` and others. It never holds a traceback or anything
-of the service's inside. It is `application/problem+json`, or MessagePack where that is asked.
+`got`, `stream`, `epoch`, `position`, `tag` and others. It never has a traceback or other internals
+of the service. It is `application/problem+json`, or MessagePack if that is accepted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from service.transports.http.statuses import STATUS
 
 PROBLEM_JSON = "application/problem+json"
 REFERENCE = "/docs/errors"
-"""Where the codes are explained; `type` is this, `#` and the code."""
+"""URL of the explanations; `type` is this, `#` and the code."""
 
 DEFAULT_RETRY_S = 1
 LATER = (429, 503, 504)
-"""Statuses of what may go well a little later."""
+"""Statuses of errors that may be temporary."""
 
 
 def status_of(error: CarryError) -> int:
@@ -57,12 +57,12 @@ def problem(error: CarryError) -> Problem:
 
 
 def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
-    """The answer to a request that failed as a whole.
+    """The response to a request that failed as a whole.
 
-    A problem that names a state has its ETag, one that may pass a `Retry-After`.
+    A problem that names a state has its ETag, a temporary one has `Retry-After`.
 
     Args:
-        media: what it is written in.
+        media: media type of the response.
         headers: further ones, their names in lower case.
     """
     document = problem(error)
@@ -83,12 +83,12 @@ def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = 
 
 
 def problem_response(error: CarryError, request: Request, headers: Iterable[Header] = ()) -> Answer:
-    """The same, in what the request asked for."""
+    """The same, in the media type that the request accepts."""
     return problem_answer(error, _media(request), headers)
 
 
 def _media(request: Request) -> Media:
-    """As the reply would have been: as Accept says, else as the body was sent, else JSON."""
+    """The media type of the reply: by Accept, else that of the body, else JSON."""
     try:
         return reply_media(request, body_media(request))
     except (NotAcceptable, UnsupportedMediaType):

@@ -1,7 +1,7 @@
-"""What a request says outside its body, and the body's bytes under their cap.
+"""Fields of a request outside its body, and the bytes of its body within the limit.
 
-Names, preconditions and query parameters are checked here, before anything is looked up. A
-query parameter that the address does not know is refused, so that a misspelt one is noticed.
+Names, preconditions and query parameters are validated here, before anything is looked up. An
+unknown query parameter is rejected, so that a misspelt one is noticed.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        BodyTooLarge: by its Content-Length, or as soon as more than the limit has come.
+        BodyTooLarge: by its Content-Length, or as soon as more than the limit is received.
         UnsupportedMediaType: it is compressed.
-        ClientDisconnect: the client left while sending.
+        ClientDisconnect: the client disconnected while sending.
     """
     headers = request.headers
     encoding = headers.get("content-encoding", "identity")
@@ -92,12 +92,12 @@ def _too_large(limit_bytes: int, got_bytes: int) -> BodyTooLarge:
 
 
 def body_media(request: Request) -> Media:
-    """What the body is written in."""
+    """The media type of the body."""
     return media_of(request.headers.get("content-type"))
 
 
 def reply_media(request: Request, otherwise: Media = Media.JSON) -> Media:
-    """What the reply is to be written in; `otherwise` where Accept leaves it open."""
+    """The media type of the reply; `otherwise` if Accept allows both."""
     return accepted(", ".join(request.headers.getlist("accept")), otherwise)
 
 
@@ -140,11 +140,11 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
 
     Args:
         text: the header's value.
-        at: what it is called in errors.
-        bare: whether one ETag may stand without its quotes.
+        at: its name in errors.
+        bare: whether a single ETag may be without quotes.
 
     Raises:
-        InvalidPrecondition: weak ETags too, since a state is either the one that is meant or not.
+        InvalidPrecondition: also for weak ETags, since states are compared exactly.
     """
     text = text.strip(" \t")
     if text == "*":
@@ -160,9 +160,9 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
         )
     etags: list[str] = []
     end = 0
-    while found := _ETAG.match(text, end):
-        etags.append(found[1])
-        end = found.end()
+    while match := _ETAG.match(text, end):
+        etags.append(match[1])
+        end = match.end()
     if not etags or end != len(text) or text.endswith(","):
         expected = 'strong ETags such as "epoch-tag", separated by commas, or *'
         raise InvalidPrecondition(
@@ -175,18 +175,18 @@ def parse_if_match(text: str, at: str, *, bare: bool = False) -> Precondition:
 
 
 def deadline(request: Request, limits: ApiLimits) -> float:
-    """Until when the client waits, of the monotonic clock: by its Carry-Timeout header, counted
-    from now, else by the setting.
+    """When the client stops waiting, on the monotonic clock: by its Carry-Timeout header, counted
+    from now, or else by the setting.
 
     Raises:
         InvalidInput
     """
     lines = request.headers.getlist(TIMEOUT_HEADER)
-    said_s = None
+    requested_s = None
     if lines:
         text = ", ".join(lines)
-        said_s = parse_timeout(text)
-        if said_s is None:
+        requested_s = parse_timeout(text)
+        if requested_s is None:
             at, got = "Carry-Timeout", text[:300]
             raise InvalidInput(
                 f"{at}: expected {_TIMEOUT_EXPECTED}, got {got!r}",
@@ -194,11 +194,11 @@ def deadline(request: Request, limits: ApiLimits) -> float:
                 expected=_TIMEOUT_EXPECTED,
                 got=got,
             )
-    return time.monotonic() + limits.waits_s(said_s)
+    return time.monotonic() + limits.effective_timeout_s(requested_s)
 
 
 def parse_timeout(text: str) -> float | None:
-    """The seconds of a Carry-Timeout header; None where it is not one."""
+    """The seconds of a Carry-Timeout header; None if it is invalid."""
     seconds = float(text) if _SECONDS.fullmatch(text) else 0.0
     return seconds if seconds > 0 else None
 
@@ -207,25 +207,25 @@ def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
     """The query parameters by name.
 
     Raises:
-        InvalidInput: one that the address does not know.
-        DuplicateField: one that comes twice.
+        InvalidInput: a parameter is unknown.
+        DuplicateField: a parameter comes twice.
     """
     raw: bytes = request.scope["query_string"]
     if not raw:
         return {}
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
     for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):
         if name not in known:
             expected = f"one of the parameters {sorted(known)}" if known else "no parameters"
             raise _invalid_query(name[:300], expected, name)
-        if name in found:
+        if name in parameters:
             at = f"?{name}"
             raise DuplicateField(f"{at}: expected once, got it again", at=at, expected="once")
-        found[name] = value
+        parameters[name] = value
     if len(parts) > MAX_PARAMETERS:
         raise _invalid_query("", f"at most {MAX_PARAMETERS} parameters", "more")
-    return found
+    return parameters
 
 
 def flag(parameters: dict[str, str], name: str, *, default: bool) -> bool:
@@ -249,7 +249,7 @@ def count(parameters: dict[str, str], name: str, *, default: int, most: int) -> 
 
 
 def required(parameters: dict[str, str], name: str, why: str) -> str:
-    """A parameter that has to be there, if need be empty."""
+    """A required parameter; it may be empty."""
     text = parameters.get(name)
     if text is None:
         raise _invalid_query(name, f"the parameter, {why}", "nothing")

@@ -3,7 +3,7 @@
 Each served model has its own types, because its events have their own schema and its rows
 their own width; they are built once. JSON and MessagePack differ in one member: `inputs` is a
 list of rows there, and one binary string of float32 here. Unknown and duplicate members are
-refused, and nothing is converted: no number out of text, no integer out of 48.0.
+rejected, and nothing is converted: no number from text, no integer from 48.0.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class ChunkBody(StepsBody):
     position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
         None,
         description="Index of the chunk's first event, for delivery exactly once. Without it "
-        "the chunk is appended where the stream stands, and a retry appends it again.",
+        "the chunk is appended at the stream's current position, and a retry appends it again.",
         examples=[0],
     )
     epoch: Annotated[str, Field(pattern=f"^{EPOCH}$")] | None = Field(
         None,
-        description="The epoch of the stream that the client believes in.",
+        description="The epoch of the stream that the client expects.",
         examples=[EXAMPLE_EPOCH],
     )
     final: bool = Field(
         False,
-        description="For a model with `blocks`: no event follows; what waits is computed, and the "
-        "stream is closed. A final chunk may be empty.",
+        description="For a model with `blocks`: no event follows; the waiting events are computed, "
+        "and the stream is closed. A final chunk may be empty.",
     )
 
 
@@ -79,7 +79,7 @@ class ItemBody(ChunkBody):
     )
     if_match: str | None = Field(
         None,
-        description="What the header If-Match would say; one ETag may stand without quotes.",
+        description="As the header If-Match; a single ETag needs no quotes.",
         examples=[f"{EXAMPLE_EPOCH}-{EXAMPLE_TAG}"],
     )
 
@@ -97,7 +97,7 @@ class PredictBody(StrictBody):
 
 
 class ForecastBody(StrictBody):
-    """How far to look ahead, and what is known of the coming steps."""
+    """The horizon of a forecast, and the known future covariates."""
 
     horizon: Annotated[int, Field(ge=1, le=MAX_POSITION)] = Field(
         description="Steps ahead.", examples=[24]
@@ -109,7 +109,7 @@ class ForecastBody(StrictBody):
         0, description="Of the draws: the same seed gives the same paths of the same state."
     )
     position: Annotated[int, Field(ge=0, le=MAX_POSITION)] | None = Field(
-        None, description="Where the stream is expected to stand.", examples=[48]
+        None, description="The position that the stream is expected to have.", examples=[48]
     )
     future: list[dict[str, Any]] | None = None
 
@@ -211,7 +211,7 @@ def _forecast(
         event: Any = event_type(schema, f"{lead}Coming")
         most: dict[str, Any] = {"minItems": 1, "maxItems": decoder.max_horizon}
         future = Annotated[list[event], Field(fail_fast=True, json_schema_extra=most)] | None
-    about = "What is known of each of the coming steps, as many as `horizon`."
+    about = "The known future covariates of each step, as many as `horizon`."
     ranges = {
         "horizon": {"maximum": decoder.max_horizon},
         "samples": {"maximum": limits.max_forecast_samples},

@@ -1,6 +1,6 @@
-"""Pydantic's validation errors in the service's words: the place, what was expected, what came.
+"""Translation of pydantic's errors: the place, what was expected, what was received.
 
-A place is written as in `events[3].dep_delay`. At most the first few errors are told.
+A place is written as in `events[3].dep_delay`. Only the first few errors are reported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from service.core.errors import CarryError, InvalidInput
 from service.transports.http.media import Media, malformed
 
-MAX_TOLD = 5
+MAX_REPORTED = 5
 MAX_GOT_CHARS = 80
 
 Place = tuple[int | str, ...]
@@ -61,37 +61,37 @@ BODY = Origin()
 def invalid_body(
     error: ValidationError, media: Media, members: Members, origin: Origin = BODY
 ) -> CarryError:
-    """What a client is told about a body that does not fit its type.
+    """The error for a body that does not fit its type.
 
     Args:
         error: what validation raised.
-        media: what the body was written in.
-        members: names what may stand where something unknown stands.
+        media: media type of the body.
+        members: gives the known members of the object at a place.
         origin: place of the part in the request.
 
     Returns:
-        `MalformedBody` where the body is no document at all, otherwise `InvalidInput`.
+        `MalformedBody` if the body cannot be parsed, otherwise `InvalidInput`.
     """
     # `errors()` copies inputs into its result, one per error; unions aside they are few,
     # since lists stop at their first failing item.
-    found = error.errors(include_url=False)
-    if found[0]["type"] == "json_invalid":
-        return malformed(media, str(found[0].get("ctx", {}).get("error", found[0]["msg"])))
-    told = [
+    errors = error.errors(include_url=False)
+    if errors[0]["type"] == "json_invalid":
+        return malformed(media, str(errors[0].get("ctx", {}).get("error", errors[0]["msg"])))
+    reported = [
         {
             "at": origin.place(item["loc"]),
             "expected": _expected(item, members),
             "got": "nothing" if item["type"] == "missing" else shown(item["input"]),
         }
-        for item in found[:MAX_TOLD]
+        for item in errors[:MAX_REPORTED]
     ]
     detail = "; ".join(
-        f"{item['at']}: expected {item['expected']}, got {item['got']}" for item in told
+        f"{item['at']}: expected {item['expected']}, got {item['got']}" for item in reported
     )
-    if len(found) > len(told):
-        detail += f"; and {len(found) - len(told)} more"
-    more = {"errors": told} if len(told) > 1 else {}
-    return InvalidInput(detail, **told[0], **more)
+    if len(errors) > len(reported):
+        detail += f"; and {len(errors) - len(reported)} more"
+    more = {"errors": reported} if len(reported) > 1 else {}
+    return InvalidInput(detail, **reported[0], **more)
 
 
 def _expected(item: ErrorDetails, members: Members) -> str:

@@ -159,7 +159,7 @@ class FastPath:
         if model not in pipeline.models:
             return None
         wire = self._api.wire(model)
-        timeout_s = self._api.limits.waits_s(headers.timeout_s)
+        timeout_s = self._api.limits.effective_timeout_s(headers.timeout_s)
         request_id = headers.request_id or self._ids.next()
         error = pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
         if error is not None:

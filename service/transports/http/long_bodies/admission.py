@@ -1,7 +1,7 @@
 """Admission of long bodies: one at a time is validated, the others wait in order of arrival.
 
 Validation runs on the event loop's thread. Two bodies at once would both take twice as long and
-together take twice the memory, so they are admit one by one.
+together take twice the memory, so they are admitted one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Checkpoint:
     """Yields the event loop during long work, until its deadline.
 
     Args:
-        deadline_s: how long the client waits, on the monotonic clock.
+        deadline_s: when the client stops waiting, on the monotonic clock.
     """
 
     def __init__(self, deadline_s: float):
@@ -49,10 +49,10 @@ class LongBodyAdmission:
 
     @asynccontextmanager
     async def admit(self, body: bytes, deadline_s: float) -> AsyncIterator[Checkpoint]:
-        """Wait until this body may be validated, and hold off the others during the context.
+        """Wait until this body may be validated, and block the others during the context.
 
         Args:
-            deadline_s: how long its client waits, on the monotonic clock.
+            deadline_s: when its client stops waiting, on the monotonic clock.
 
         Raises:
             Overloaded, DeadlineExceeded

@@ -56,12 +56,12 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
     components = {
         **document["components"]["schemas"],
         **_schemas([StateBody, ForkBody]),
-        **_schemas([kind for found in types.values() for kind in _kinds(found)]),
+        **_schemas([kind for body_types in types.values() for kind in _kinds(body_types)]),
     }
     for body in ("Chunk", "Many", "Predict"):
         references = [_reference(f"{name}-{body}") for name in types]
         components[body] = {"title": body, "anyOf": references}
-    forecasts = [name for name, found in types.items() if found.forecast is not None]
+    forecasts = [name for name, body_types in types.items() if body_types.forecast is not None]
     components["Forecast"] = (
         {"title": "Forecast", "anyOf": [_reference(f"{name}-Forecast") for name in forecasts]}
         if forecasts
@@ -77,10 +77,10 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
 def _schemas(kinds: list[type[BaseModel]]) -> dict[str, Any]:
     if not kinds:
         return {}
-    _, found = models_json_schema(
+    _, document = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=REF_TEMPLATE
     )
-    by_name: dict[str, Any] = found["$defs"]
+    by_name: dict[str, Any] = document["$defs"]
     for schema in by_name.values():
         for member in schema.get("properties", {}).values():
             _leave_out_null(member)
@@ -100,8 +100,8 @@ def _reference(model: str) -> dict[str, str]:
 
 
 def _kinds(types: BodyTypes) -> list[type[BaseModel]]:
-    found: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
-    return found if types.forecast is None else [*found, types.forecast]
+    kinds: list[type[BaseModel]] = [types.chunk, types.item, types.many, types.predict]
+    return kinds if types.forecast is None else [*kinds, types.forecast]
 
 
 def _examples(api: ApiContext) -> dict[str, dict[str, Any]]:
@@ -123,8 +123,8 @@ def _examples(api: ApiContext) -> dict[str, dict[str, Any]]:
 
 
 def _steps(served: ServedModel) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
+    examples: dict[str, list[Any]] = {}
     if served.events is not None:
-        found["events"] = [example_event(served.events)]
-    found["inputs"] = [[0.0] * served.input_features]
-    return found
+        examples["events"] = [example_event(served.events)]
+    examples["inputs"] = [[0.0] * served.input_features]
+    return examples

@@ -66,8 +66,8 @@ _IF_MATCH = _parameter(
 _TIMEOUT = _parameter(
     "header",
     "Carry-Timeout",
-    "How long the client waits, in decimal seconds; what was not begun by then is not begun any "
-    "more. The service has a default and a cap.",
+    "How long the client waits, in decimal seconds; work that has not started by then "
+    "is not started. The service has a default and a cap.",
     {**_TEXT, "pattern": SECONDS, "examples": ["2.5"]},
 )
 _REQUEST_ID = _parameter(
@@ -89,7 +89,7 @@ _OPTIONS = [
     _parameter(
         "query",
         "return_attention",
-        "True adds the weight of each step, by layer that attends over the chunk; refused where "
+        "True adds the weight of each step, by layer that attends over the chunk; rejected if "
         "the model has none.",
         {"type": "boolean", "default": False},
     ),
@@ -104,16 +104,16 @@ def _problems(*kinds: type[CarryError]) -> dict[int | str, Any]:
         by_status[STATUS[kind]].append(kind)
     return {
         status: {
-            "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in found),
+            "description": ", ".join(f"`{kind.code}`: {kind.title}" for kind in kinds_of_status),
             **({"headers": _RETRY_AFTER} if status in LATER else {}),
             "content": {
                 PROBLEM_JSON: {
                     "schema": _reference(reply_types.Problem.__name__),
-                    "examples": {kind.code: _problem_example(kind) for kind in found},
+                    "examples": {kind.code: _problem_example(kind) for kind in kinds_of_status},
                 }
             },
         }
-        for status, found in sorted(by_status.items())
+        for status, kinds_of_status in sorted(by_status.items())
     }
 
 

@@ -41,7 +41,7 @@ def count_values(value: Any) -> int:
 
 
 def encode_pieces(media: Media, document: Any) -> Iterator[bytes]:
-    """Encode a document of plain data and NumPy arrays (C order, not 0-d), piece by piece."""
+    """Encode dictionaries, lists and NumPy arrays (C order, not 0-d) piece by piece."""
     if count_values(document) <= PIECE_VALUES:
         yield dumps(media, document)
     elif isinstance(document, dict):

@@ -1,4 +1,4 @@
-"""Replies of the routes: negotiated bytes, the ETag and the Server-Timing header."""
+"""Responses of the routes: encoded documents, the ETag and Server-Timing headers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONTENT_TYPE = {media: (b"content-type", media.value.encode()) for media in Med
 
 
 class Answer(Response):
-    """A response whose bytes and headers are there already: Starlette's, without its making.
+    """A response with encoded body and headers, without the cost of Starlette's constructor.
 
     Args:
         body: the whole body.
@@ -135,7 +135,7 @@ def etag(head: StreamHead) -> Header:
 
 
 def server_timing(timing: Timing) -> str:
-    """Where a chunk's time went, in milliseconds, as Server-Timing writes it."""
+    """The value of Server-Timing: milliseconds of a chunk by stage."""
     return _TIMES % (
         timing.queue_s * 1000,
         timing.load_s * 1000,

@@ -249,7 +249,7 @@ class StreamList(TypedDict):
 
 @closed
 class Deleted(TypedDict):
-    """How many streams were forgotten."""
+    """How many streams were deleted."""
 
     model: ModelName
     deleted: int
@@ -305,10 +305,13 @@ class ModelList(TypedDict):
 
 @closed
 class ForecastInfo(TypedDict):
-    """What a forecast takes and gives; each of it follows from the model's decoder."""
+    """Inputs and outputs of a forecast, which follow from the model's decoder."""
 
     targets: list[str]
-    known: Annotated[list[str], Field(description="What `future` has to say of a coming step.")]
+    known: Annotated[
+        list[str],
+        Field(description="Members of each element of `future`: known future covariates."),
+    ]
     step_s: Annotated[float | None, Field(description="Seconds between timestamps, where regular.")]
     levels: Annotated[list[float], Field(description="Of the quantiles.")]
     max_horizon: int
@@ -316,7 +319,7 @@ class ForecastInfo(TypedDict):
 
 @closed
 class LimitsInfo(TypedDict):
-    """What one request may ask for."""
+    """Limits of one request."""
 
     max_body_bytes: int
     max_chunk_steps: int

@@ -1,7 +1,7 @@
-"""From the values of the pipeline to what is sent, for one model.
+"""Writer of replies: from the values of the pipeline to documents or bytes, for one model.
 
-A reply becomes plain data of NumPy arrays, which `media.dumps` writes, or, where that is plain, its
-bytes at once. Nothing is looked up in a store here and nothing changes.
+A document holds NumPy arrays, which `media.dumps` encodes; the usual reply in JSON is encoded
+directly to its bytes. This module does not access the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from service.transports.http.replies import reply_types
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
-    """What a reply holds, under Keras' names.
+    """The optional parts of a reply, named as in Keras.
 
     Attributes:
         return_sequences: the outputs of every step; otherwise of the last one alone, without
@@ -55,8 +55,8 @@ class ReplyWriter:
         self._version = served.version
         outputs = served.outputs.outputs
         one_axis = len(outputs) == 1 and len(outputs[0].shape) == 1
-        plain = one_axis and outputs[0].per == "step" and not served.outputs.attention
-        self._only = outputs[0].name if plain else None
+        is_usual = one_axis and outputs[0].per == "step" and not served.outputs.attention
+        self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
         self._begin = dumps(Media.JSON, {"model": self._name, "version": self._version})[:-1]
 
@@ -132,7 +132,7 @@ class ReplyWriter:
         return _writable(self._served.outputs.attention_by_name(rows))
 
     def check_options(self, options: ReplyOptions) -> None:
-        """Refuse what the model cannot return.
+        """Reject options that the model does not support.
 
         Raises:
             InvalidInput

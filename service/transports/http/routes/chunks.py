@@ -1,7 +1,7 @@
 """Chunks of one stream, chunks of many streams, and whole sequences.
 
-Each unpacks its request, calls the pipeline and repacks what comes back. Whatever is wrong with
-a request is found before anything is asked of the pipeline.
+Each reads its request, calls the pipeline and writes the reply. An invalid request is rejected
+before the pipeline is called.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ router = APIRouter(tags=["chunks"], route_class=ChunkRoute)
     **operations.CHUNK,
 )
 async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Continue the stream from the state its last chunk left; every event gets its output.
+    """Continue the stream from the state after its last chunk; every event gets its output.
 
     The first chunk creates the stream. With a `position`, the index of the chunk's first event,
     the chunk is applied exactly once: a retry of the stream's last chunk gets the stored reply,
-    and a chunk that would skip or repeat events is refused with the position that was expected.
+    and a chunk that would skip or repeat events is rejected with the expected position.
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
@@ -81,7 +81,7 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     Items of one stream are applied in their order. After an item that failed, later items of
     its stream are not applied (`previous_failed`); `already_applied` and `position_behind` let
     later items through if they carry a position, so that a whole request can be sent again.
-    The status is 200 however the items fare.
+    The status is 200 even if items fail.
     """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
@@ -139,9 +139,9 @@ def _check_capacity(
     if not body.is_long:
         return
     left_s = body.deadline_s - time.monotonic()
-    refusal = api.pipeline.check_admission(wire.served.name, key, left_s)
-    if refusal is not None:
-        raise type(refusal)(refusal.detail, **refusal.facts)
+    rejection = api.pipeline.check_admission(wire.served.name, key, left_s)
+    if rejection is not None:
+        raise type(rejection)(rejection.detail, **rejection.facts)
 
 
 def _options(request: Request, wire: ModelWire) -> ReplyOptions:

@@ -1,4 +1,4 @@
-"""Forecasts: looking ahead from a stream's state, which stays as it is."""
+"""Forecasts from a stream's state, which is not changed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ router = APIRouter(tags=["streams"])
 
 @router.post(
     "/v1/models/{model}/streams/{stream}/forecast",
-    summary="Look ahead from where a stream stands",
+    summary="Forecast from the current state of a stream",
     **operations.FORECAST,
 )
 async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """The model's decoder starts from the stream's stored state and goes `horizon` steps ahead.
+    """The model's decoder starts from the stream's stored state and predicts `horizon` steps ahead.
 
-    Nothing is stored and the stream does not move. The reply has the medians, quantiles of each
+    Nothing is stored and the stream does not change. The reply has the medians, quantiles of each
     step along them and, with `samples`, drawn paths; the same `seed` draws the same paths from
     the same state. With a `position` the stream has to be at that position, with
     `If-Match` in the state that it names.
@@ -48,7 +48,11 @@ async def post_forecast(request: Request, model: ModelPath, stream: StreamPath) 
     answer = reply_media(request, media)
     precondition = if_match(request)
     body = await receive_body(request, media, deadline_s)
-    wanted = await body.read(wire.reader.forecast_request, wire.long.forecast_request, key.stream)
-    wanted = wanted._replace(precondition=precondition)
-    found = await cancel_on_disconnect(request, api.pipeline.forecast(key, wanted, deadline_s))
-    return reply(answer, wire.writer.forecast(found, wanted), headers=[etag(found.head)])
+    parameters = await body.read(
+        wire.reader.forecast_request, wire.long.forecast_request, key.stream
+    )
+    parameters = parameters._replace(precondition=precondition)
+    forecast = await cancel_on_disconnect(
+        request, api.pipeline.forecast(key, parameters, deadline_s)
+    )
+    return reply(answer, wire.writer.forecast(forecast, parameters), headers=[etag(forecast.head)])

@@ -19,7 +19,7 @@ from service.transports.http.replies.replies import reply
 from service.transports.http.replies.reply_types import Live, Ready
 
 RenderMetrics = Callable[[], tuple[bytes, str]]
-"""Gives the body of /metrics and its content type; called in a thread."""
+"""Returns the body of /metrics and its content type; called in a thread."""
 
 router = APIRouter(tags=["health"])
 
@@ -35,7 +35,7 @@ async def get_live(_: Request) -> Response:
 @router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", summary="Whether requests should be sent here", **operations.READY)
 async def get_ready(request: Request) -> Response:
-    """200 where every check holds, otherwise 503; `failing` names those that do not."""
+    """200 if every check passes, otherwise 503; `failing` names the others."""
     checks = await api_of(request).pipeline.readiness()
     failing = [check.name for check in checks if not check.ok]
     document: Ready = {

@@ -1,4 +1,4 @@
-"""The served models: what each takes, gives and remembers."""
+"""The served models: inputs, outputs, state and limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ router = APIRouter(tags=["models"])
 
 @router.get("/v1/models", summary="List the models", **operations.MODELS)
 async def get_models(request: Request) -> Response:
-    """Every served model with the least that tells it from the others."""
+    """A summary of every served model."""
     query(request)
     answer = reply_media(request)
     served = api_of(request).pipeline.models
@@ -39,7 +39,7 @@ async def get_models(request: Request) -> Response:
 
 
 @router.get(
-    "/v1/models/{model}", summary="What a model takes, gives and remembers", **operations.MODEL
+    "/v1/models/{model}", summary="Inputs, outputs, state and limits of a model", **operations.MODEL
 )
 async def get_model(request: Request, model: ModelPath) -> Response:
     """Event schema, columns of `inputs`, outputs, layout of the state, version and limits."""

@@ -1,6 +1,6 @@
-"""Streams: where they stand, their states, listing, forgetting, restoring and forking.
+"""Administration of streams: read, list, delete, restore and fork.
 
-Everything here is answered from the store. What overwrites a stream needs an If-Match header
+All is answered from the store. A request that overwrites a stream needs an If-Match header
 with that stream's ETag.
 """
 
@@ -52,7 +52,7 @@ router = APIRouter(tags=["streams"])
 
 @router.get(
     "/v1/models/{model}/streams/{stream}",
-    summary="Where a stream stands",
+    summary="Current state of a stream, without its values",
     **operations.STREAM,
 )
 async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
@@ -61,18 +61,18 @@ async def get_stream(request: Request, model: ModelPath, stream: StreamPath) -> 
     answer = reply_media(request)
     key = _stream_key(request, model, stream)
     precondition = if_match(request)
-    found = await api_of(request).pipeline.streams.read(key, precondition=precondition)
-    return reply(answer, _info(request, key, found), headers=[etag(found.head)])
+    record = await api_of(request).pipeline.streams.read(key, precondition=precondition)
+    return reply(answer, _info(request, key, record), headers=[etag(record.head)])
 
 
 @router.delete(
     "/v1/models/{model}/streams/{stream}",
-    summary="Forget a stream",
+    summary="Delete a stream",
     status_code=204,
     **operations.DELETE_STREAM,
 )
 async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Its state and its stored reply are gone; its next chunk begins it anew, at position 0."""
+    """Deletes its state and its stored reply; its next chunk starts a new stream at position 0."""
     query(request)
     await api_of(request).pipeline.streams.delete(
         _stream_key(request, model, stream), if_match(request)
@@ -88,21 +88,21 @@ async def delete_stream(request: Request, model: ModelPath, stream: StreamPath) 
 async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """The whole state with all that is needed to restore it.
 
-    Refused (`state_incompatible`) where another version of the model wrote it.
+    Rejected (`state_incompatible`) if another version of the model wrote it.
     """
     query(request)
     answer = reply_media(request)
     api = api_of(request)
     key = _stream_key(request, model, stream)
     wire = api.wire(key.model)
-    found = await api.pipeline.streams.read(key, precondition=if_match(request))
-    if not wire.served.is_compatible(found):
-        raise wire.served.incompatible(key.stream, found)
+    record = await api.pipeline.streams.read(key, precondition=if_match(request))
+    if not wire.served.is_compatible(record):
+        raise wire.served.incompatible(key.stream, record)
     document: StateReply = {
-        **_stream_record(key, found),
-        "state": wire.writer.state(found.state),
+        **_stream_record(key, record),
+        "state": wire.writer.state(record.state),
     }
-    return reply(answer, document, headers=[etag(found.head)])
+    return reply(answer, document, headers=[etag(record.head)])
 
 
 @router.put(
@@ -111,7 +111,7 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     **operations.RESTORE,
 )
 async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
-    """Takes what `GET` gave, of this stream or another. The stream gets a new epoch.
+    """Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
 
     A stream that exists is overwritten only under `If-Match` with its ETag. 201 where the
     stream was created, 200 where it was overwritten.
@@ -129,7 +129,7 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
     body = await content.read(wire.reader.state, wire.long.state)
     fingerprint = bytes.fromhex(body.fingerprint)
     if fingerprint != served.fingerprint:
-        raise _foreign(served, key.stream, fingerprint)
+        raise _fingerprint_mismatch(served, key.stream, fingerprint)
     try:
         state = served.state.from_names(body.state)
         Clock.from_ints(served.state, state.ints, MAX_RESTORED_SEEN)
@@ -145,7 +145,7 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
             got="events",
             stream=key.stream,
         )
-    found = await api.pipeline.streams.restore(
+    record = await api.pipeline.streams.restore(
         key,
         feed=feed,
         position=body.position,
@@ -153,12 +153,12 @@ async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> R
         state=state,
         precondition=precondition,
     )
-    return _begun(request, answer, key, found, precondition)
+    return _created_or_overwritten(request, answer, key, record, precondition)
 
 
 @router.post(
     "/v1/models/{model}/streams/{stream}/fork",
-    summary="Begin a second stream from here",
+    summary="Start a second stream from the state of this one",
     **operations.FORK,
 )
 async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> Response:
@@ -177,8 +177,8 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     wire = api.wire(key.model)
     body = await content.read(wire.reader.fork, wire.long.fork)
     to = StreamKey(key.model, stream_name(body.to, "to"))
-    found = await api.pipeline.streams.fork(key, to.stream, precondition)
-    return _begun(request, answer, to, found, precondition)
+    record = await api.pipeline.streams.fork(key, to.stream, precondition)
+    return _created_or_overwritten(request, answer, to, record, precondition)
 
 
 @router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
@@ -201,13 +201,13 @@ async def get_streams(request: Request, model: ModelPath) -> Response:
 
 @router.delete(
     "/v1/models/{model}/streams",
-    summary="Forget every stream whose name begins with a prefix",
+    summary="Delete every stream whose name starts with a prefix",
     **operations.DELETE_STREAMS,
 )
 async def delete_streams(request: Request, model: ModelPath) -> Response:
-    """The parameter `prefix` has to be there; `?prefix=` alone forgets all of the model's.
+    """The parameter `prefix` is required; `?prefix=` alone deletes all streams of the model.
 
-    Streams that begin while this runs may stay.
+    Streams that are created meanwhile may remain.
     """
     parameters = query(request, ("prefix",))
     answer = reply_media(request)
@@ -222,7 +222,7 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
 
 
 def _stream_key(request: Request, model: str, stream: str) -> StreamKey:
-    """The stream that the address names; the model is looked up first.
+    """The stream of the URL; the model is looked up first.
 
     Raises:
         ModelNotFound, InvalidName
@@ -233,51 +233,51 @@ def _stream_key(request: Request, model: str, stream: str) -> StreamKey:
 
 def _deadline(api: ApiContext) -> float:
     """The deadline of a request without `Carry-Timeout`, on the monotonic clock."""
-    return time.monotonic() + api.limits.waits_s(None)
+    return time.monotonic() + api.limits.effective_timeout_s(None)
 
 
-def _stream_record(key: StreamKey, found: StreamState) -> StreamRecord:
-    fingerprint = found.fingerprint.hex()
+def _stream_record(key: StreamKey, record: StreamState) -> StreamRecord:
+    fingerprint = record.fingerprint.hex()
     return {
         "model": key.model,
         "version": fingerprint[:VERSION_DIGITS],
         "fingerprint": fingerprint,
         "stream": key.stream,
-        "feed": found.feed.value,
-        "epoch": found.head.epoch.hex(),
-        "position": found.head.position,
-        "tag": found.head.tag.hex(),
-        "updated_ms": found.updated_ms,
+        "feed": record.feed.value,
+        "epoch": record.head.epoch.hex(),
+        "position": record.head.position,
+        "tag": record.head.tag.hex(),
+        "updated_ms": record.updated_ms,
     }
 
 
-def _info(request: Request, key: StreamKey, found: StreamState) -> StreamInfo:
-    age_ms = max(0, api_of(request).now_ms() - found.updated_ms)
+def _info(request: Request, key: StreamKey, record: StreamState) -> StreamInfo:
+    age_ms = max(0, api_of(request).now_ms() - record.updated_ms)
     return {
-        **_stream_record(key, found),
+        **_stream_record(key, record),
         "age_s": age_ms / 1000,
-        "state_bytes": found.state.floats.nbytes + found.state.ints.nbytes,
+        "state_bytes": record.state.floats.nbytes + record.state.ints.nbytes,
     }
 
 
-def _begun(
+def _created_or_overwritten(
     request: Request,
     answer: Media,
     key: StreamKey,
-    found: StreamState,
+    record: StreamState,
     precondition: Precondition | None,
 ) -> Response:
-    """The answer to a restore or a fork: without a precondition it can only have created."""
+    """The reply to a restore or a fork: without a precondition it can only have created."""
     status = 201 if precondition is None else 200
-    headers = [etag(found.head)]
+    headers = [etag(record.head)]
     if status == 201:
         location = f"/v1/models/{key.model}/streams/{quote(key.stream)}"
         headers.append((b"location", location.encode()))
-    return reply(answer, _info(request, key, found), status, headers)
+    return reply(answer, _info(request, key, record), status, headers)
 
 
 def _check_waiting(served: ServedModel, state: State, position: int) -> None:
-    """Refuse waiting rows that no stream at that position has; StateError says why."""
+    """Reject waiting rows that no stream at that position has, with a StateError."""
     if served.blocks is None:
         return
     served.blocks.check_at(state, position)
@@ -290,7 +290,9 @@ def _check_waiting(served: ServedModel, state: State, position: int) -> None:
         ) from error
 
 
-def _foreign(served: ServedModel, stream: str, fingerprint: bytes) -> StateIncompatible:
+def _fingerprint_mismatch(
+    served: ServedModel, stream: str, fingerprint: bytes
+) -> StateIncompatible:
     expected, got = served.fingerprint.hex(), fingerprint.hex()
     return StateIncompatible(
         f"fingerprint: expected {expected} of the served version {served.version}, got {got}",
