@@ -70,7 +70,7 @@ async def send(api: Harness, rows: np.ndarray, *, stream: str = "s", **more: Any
 
 
 @pytest.mark.parametrize("cuts", [[14], [1] * 14, [2, 5, 1, 6], [4, 4, 4, 2]], ids=str)
-async def test_replies_bring_what_is_due(
+async def test_replies_have_the_outputs_of_completed_blocks(
     api: Harness, taggers: Mapping[str, Artifact], cuts: list[int]
 ) -> None:
     at, given = 0, 0
@@ -87,7 +87,9 @@ async def test_replies_bring_what_is_due(
     near(packed(reply), wanted(taggers)[12:])
 
 
-async def test_the_end_closes_the_stream(api: Harness, taggers: Mapping[str, Artifact]) -> None:
+async def test_a_final_chunk_closes_the_stream(
+    api: Harness, taggers: Mapping[str, Artifact]
+) -> None:
     await send(api, ROWS[:4], position=0)
     last = await send(api, ROWS[4:7], position=4, final=True)
     near(packed(last), wanted(taggers, ROWS[:7]))
@@ -107,7 +109,7 @@ async def test_the_end_closes_the_stream(api: Harness, taggers: Mapping[str, Art
     assert (await send(api, ROWS[:3], position=0))["created"]
 
 
-async def test_an_empty_end_is_told_from_others(api: Harness) -> None:
+async def test_an_empty_final_chunk_has_its_own_digest(api: Harness) -> None:
     """Its retry is its own; the same events without `final` are another chunk."""
     await send(api, ROWS[:4], position=0)
     refused = await api.chunk({"position": 4, "inputs": []}, model="tagger")
@@ -131,7 +133,7 @@ async def test_a_retry_of_a_chunk_without_outputs_is_a_replay(api: Harness) -> N
 
 
 @pytest.mark.parametrize("at", [2, 4, 7])
-async def test_what_waits_is_restored_and_forked(
+async def test_waiting_events_are_restored_and_forked(
     api: Harness, taggers: Mapping[str, Artifact], at: int
 ) -> None:
     response = await api.client.post(
@@ -151,7 +153,7 @@ async def test_what_waits_is_restored_and_forked(
     assert "blocks.count" in problem(refused, 422, "invalid_input")["detail"]
 
 
-async def test_a_whole_sequence_is_a_stream_to_its_end(
+async def test_a_whole_sequence_equals_a_finished_stream(
     api: Harness, taggers: Mapping[str, Artifact]
 ) -> None:
     body = {"sequences": [{"inputs": ROWS.tolist()}, {"inputs": ROWS[:2].tolist()}]}
@@ -161,7 +163,9 @@ async def test_a_whole_sequence_is_a_stream_to_its_end(
     near(packed(short), wanted(taggers, ROWS[:2]))
 
 
-async def test_many_streams_and_their_ends(api: Harness, taggers: Mapping[str, Artifact]) -> None:
+async def test_many_streams_are_closed_in_one_request(
+    api: Harness, taggers: Mapping[str, Artifact]
+) -> None:
     items = [
         {"stream": "a", "position": 0, "inputs": ROWS[:5].tobytes()},
         {"stream": "b", "position": 0, "inputs": ROWS.tobytes(), "final": True},
@@ -178,7 +182,7 @@ async def test_many_streams_and_their_ends(api: Harness, taggers: Mapping[str, A
     assert (results[3]["status"], results[3]["error"]["code"]) == (409, "stream_final")
 
 
-async def test_events_wait_encoded(api: Harness) -> None:
+async def test_waiting_events_are_stored_encoded(api: Harness) -> None:
     """Gaps between events and codes are what they were when the events came, in any cuts."""
     events = [
         {**EVENT, "at": 1_357_035_420_000 + 60_000 * step * step, "heavy": step % 3 == 0}
@@ -202,7 +206,7 @@ async def test_events_wait_encoded(api: Harness) -> None:
     np.testing.assert_array_equal(packed(whole["predictions"][0]), found[0])
 
 
-async def test_codes_that_wait_are_checked(api: Harness) -> None:
+async def test_codes_of_waiting_events_are_checked(api: Harness) -> None:
     body = {"position": 0, "events": [{**EVENT, "at": 1_357_035_420_000}] * 2}
     assert (await api.chunk(body, model="reader")).status_code == 200
     url = "/v1/models/reader/streams/{}/state"
@@ -213,7 +217,7 @@ async def test_codes_that_wait_are_checked(api: Harness) -> None:
     assert "row 1, carrier" in problem(refused, 422, "invalid_input")["detail"]
 
 
-async def test_the_model_says_how_it_follows_streams(api: Harness) -> None:
+async def test_the_model_detail_describes_its_blocks(api: Harness) -> None:
     model = (await api.client.get("/v1/models/tagger")).json()
     assert model["chunking"] == "invisible"
     assert model["blocks"] == {"size": 3, "lookahead": 2}

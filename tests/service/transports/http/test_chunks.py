@@ -28,7 +28,7 @@ from tests.support.oracle import oracle_step
 from tests.support.pipelines import whole
 
 
-async def test_outputs_are_those_of_the_whole_sequence_in_any_cut(api: Harness) -> None:
+async def test_outputs_do_not_depend_on_how_the_sequence_is_cut(api: Harness) -> None:
     given = rows(12)
     expected = api.models["probe"].outputs.by_name(
         whole(api.models["probe"], given).astype(np.float32)
@@ -67,7 +67,7 @@ async def test_events_are_encoded_as_in_training(api: Harness) -> None:
         np.testing.assert_allclose(got, values, rtol=1e-4, atol=1e-5)
 
 
-async def test_json_and_messagepack_say_the_same(api: Harness) -> None:
+async def test_json_and_messagepack_replies_are_equal(api: Harness) -> None:
     given = rows(5)
     for query in ("", "?return_state=true", "?return_sequences=false&return_state=true"):
         plain = await api.client.post(
@@ -91,7 +91,7 @@ async def test_json_and_messagepack_say_the_same(api: Harness) -> None:
                 )
 
 
-async def test_events_say_the_same_in_messagepack(api: Harness) -> None:
+async def test_events_in_messagepack_equal_those_in_json(api: Harness) -> None:
     plain = (await api.chunk({"events": [EVENT, LATER]}, model="small", stream="a")).json()
     packed = await api.packed({"events": [EVENT, LATER]}, model="small", stream="b")
     for name, values in plain["outputs"].items():
@@ -100,7 +100,7 @@ async def test_events_say_the_same_in_messagepack(api: Harness) -> None:
         )
 
 
-async def test_accept_chooses_the_reply(api: Harness) -> None:
+async def test_accept_header_chooses_the_media_type_of_the_reply(api: Harness) -> None:
     body = {"inputs": rows(2).tolist()}
     packed = await api.chunk(body, headers={"accept": "application/msgpack, */*;q=0.1"})
     assert packed.headers["content-type"] == "application/msgpack"
@@ -110,7 +110,7 @@ async def test_accept_chooses_the_reply(api: Harness) -> None:
     assert ormsgpack.unpackb(refused.content)["code"] == "invalid_input"
 
 
-async def test_last_step_alone_has_no_axis_of_time(api: Harness) -> None:
+async def test_the_last_step_alone_has_no_time_axis(api: Harness) -> None:
     given = {"position": 0, "events": [EVENT, LATER]}
     every = (await api.chunk(given, model="small", stream="a")).json()["outputs"]
     last = (
@@ -122,7 +122,7 @@ async def test_last_step_alone_has_no_axis_of_time(api: Harness) -> None:
     assert isinstance(last["surprise"], float)
 
 
-async def test_state_is_that_after_the_chunk(api: Harness) -> None:
+async def test_returned_state_is_the_state_after_the_chunk(api: Harness) -> None:
     reply = (
         await api.client.post(
             "/v1/models/small/streams/s/chunks?return_state=true", json={"events": [EVENT, LATER]}
@@ -157,7 +157,7 @@ async def test_the_tag_is_a_chain_over_the_chunks(api: Harness) -> None:
         at += size
 
 
-async def test_appends_go_on_where_the_stream_stands(api: Harness) -> None:
+async def test_appends_continue_at_the_current_position(api: Harness) -> None:
     body = {"inputs": rows(2).tolist()}
     replies = [(await api.chunk(body)).json() for _ in range(3)]
     assert [reply["position"] for reply in replies] == [2, 4, 6]
@@ -166,7 +166,7 @@ async def test_appends_go_on_where_the_stream_stands(api: Harness) -> None:
     assert equal[0] != equal[1]
 
 
-async def test_times_are_told_in_milliseconds(api: Harness) -> None:
+async def test_server_timing_is_in_milliseconds(api: Harness) -> None:
     response = await api.chunk({"inputs": rows(2).tolist()})
     stages = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
     assert list(stages) == ["queue", "load", "infer", "commit"]
@@ -203,7 +203,7 @@ async def test_times_are_told_in_milliseconds(api: Harness) -> None:
         ("null", "body", "an object"),
     ],
 )
-async def test_wrong_rows_are_refused_and_named(
+async def test_invalid_rows_are_rejected_with_their_place(
     api: Harness, body: str, at: str, words: str
 ) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
@@ -231,7 +231,7 @@ async def test_wrong_rows_are_refused_and_named(
         ({"arrival": 3}, "events[1].arrival", "load, delay, at, carrier, gate, heavy, late"),
     ],
 )
-async def test_wrong_events_are_refused_and_named(
+async def test_invalid_events_are_rejected_with_their_place(
     api: Harness, change: dict[str, Any], at: str, words: str
 ) -> None:
     body = json.dumps({"events": [EVENT, {**LATER, **change}, LATER]})
@@ -242,7 +242,7 @@ async def test_wrong_events_are_refused_and_named(
     assert api.position(model="small") is None
 
 
-async def test_every_wrong_member_of_an_event_is_told(api: Harness) -> None:
+async def test_every_invalid_member_of_an_event_is_reported(api: Harness) -> None:
     body = {"events": [{"load": "x", "carrier": 3, "other": 1}]}
     document = problem(await api.chunk(body, model="small"), 422, "invalid_input")
     assert [found["at"] for found in document["errors"]] == [
@@ -255,7 +255,7 @@ async def test_every_wrong_member_of_an_event_is_told(api: Harness) -> None:
     assert document["errors"][1]["got"] == "nothing"
 
 
-async def test_exactly_one_feed(api: Harness) -> None:
+async def test_exactly_one_of_events_and_inputs_is_required(api: Harness) -> None:
     both = {"events": [EVENT], "inputs": [[0.0] * 13]}
     document = problem(await api.chunk(both, model="small"), 422, "invalid_input")
     assert (document["at"], document["got"]) == ("body", "both")
@@ -278,7 +278,7 @@ async def test_codes_of_categories_are_checked(api: Harness) -> None:
 @pytest.mark.parametrize(
     "body", ["", "{", "{} x", "\xff", '{"inputs":[[1,2,3]]', '{"a":"\\ud800"}']
 )
-async def test_what_is_no_json_is_refused(api: Harness, body: str) -> None:
+async def test_malformed_json_is_rejected(api: Harness, body: str) -> None:
     document = problem(await api.chunk(body.encode("latin-1")), 400, "malformed_body")
     assert document["expected"] == "one JSON document"
 
@@ -295,7 +295,7 @@ async def test_what_is_no_json_is_refused(api: Harness, body: str) -> None:
         b"\xd4\x01\x02",
     ],
 )
-async def test_what_is_no_messagepack_is_refused(api: Harness, body: bytes) -> None:
+async def test_malformed_messagepack_is_rejected(api: Harness, body: bytes) -> None:
     document = problem(
         await api.chunk(body, headers=MSGPACK | {"accept": "application/json"}),
         400,
@@ -320,7 +320,7 @@ async def test_packed_rows_are_one_binary_string(api: Harness, inputs: Any, at: 
     assert (document["code"], document["at"]) == ("invalid_input", at)
 
 
-async def test_long_chunks_and_large_bodies_are_refused(api: Harness) -> None:
+async def test_long_chunks_and_large_bodies_are_rejected(api: Harness) -> None:
     document = problem(await api.chunk({"inputs": rows(21).tolist()}), 413, "chunk_too_long")
     assert (document["expected"], document["got"]) == (20, 21)
     document = await api.packed({"inputs": rows(21).tobytes()})
@@ -339,7 +339,7 @@ async def test_long_chunks_and_large_bodies_are_refused(api: Harness) -> None:
     problem(response, 413, "body_too_large")
 
 
-async def test_other_media_types_are_refused(api: Harness) -> None:
+async def test_other_media_types_are_rejected(api: Harness) -> None:
     form = await api.client.post("/v1/models/probe/streams/s/chunks", data={"inputs": "1"})
     document = problem(form, 415, "unsupported_media_type")
     assert document["expected"] == ["application/json", "application/msgpack"]
@@ -357,7 +357,7 @@ async def test_other_media_types_are_refused(api: Harness) -> None:
     assert bare.status_code == 200
 
 
-async def test_names(api: Harness) -> None:
+async def test_invalid_stream_names_are_rejected(api: Harness) -> None:
     body = {"inputs": rows(1).tolist()}
     document = problem(await api.chunk(body, model="nothing"), 404, "model_not_found")
     assert document["expected"] == ["probe", "small"]
@@ -367,7 +367,7 @@ async def test_names(api: Harness) -> None:
         assert (await api.chunk(body, stream=name)).json()["stream"] == name
 
 
-async def test_the_table_of_positions(api: Harness) -> None:
+async def test_positions_follow_the_table_of_the_protocol(api: Harness) -> None:
     given = rows(3).tolist()
     ahead = problem(await api.chunk({"position": 2, "inputs": given}), 409, "position_ahead")
     assert (ahead["expected"], ahead["got"], ahead["epoch"]) == (0, 2, None)
@@ -394,7 +394,7 @@ async def test_the_table_of_positions(api: Harness) -> None:
     assert api.counts.seen["position_ahead"] == 2
 
 
-async def test_if_match(api: Harness) -> None:
+async def test_if_match_is_compared_with_the_current_state(api: Harness) -> None:
     body = {"inputs": rows(1).tolist()}
     problem(await api.chunk(body, headers={"if-match": "*"}), 412, "state_changed")
     first = (await api.chunk(body)).headers["etag"]
@@ -419,7 +419,7 @@ async def test_if_match(api: Harness) -> None:
         ("return_sequences=", "?return_sequences"),
     ],
 )
-async def test_query_parameters_are_checked(api: Harness, query: str, at: str) -> None:
+async def test_query_parameters_are_validated(api: Harness, query: str, at: str) -> None:
     response = await api.client.post(
         f"/v1/models/probe/streams/s/chunks?{query}", json={"inputs": rows(1).tolist()}
     )
@@ -427,7 +427,7 @@ async def test_query_parameters_are_checked(api: Harness, query: str, at: str) -
     assert api.position() is None
 
 
-async def test_only_streams_in_blocks_have_an_end(api: Harness) -> None:
+async def test_final_is_rejected_for_a_model_without_blocks(api: Harness) -> None:
     body = {"position": 0, "inputs": rows(2).tolist()}
     refused = problem(await api.chunk({**body, "final": True}), 422, "final_unsupported")
     assert (refused["at"], refused["stream"]) == ("final", "s")

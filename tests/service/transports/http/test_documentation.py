@@ -50,7 +50,7 @@ def listed_bytes(listing: str) -> bytes:
     return b"".join(bytes.fromhex(match[0]) for match in found if match)
 
 
-def test_worked_example_of_the_protocol() -> None:
+def test_worked_example_of_the_protocol_is_correct() -> None:
     schema = EventSchema.model_validate_json(fences("protocol.md", "json", "schema")[0])
     chunks = [json.loads(text) for text in fences("protocol.md", "json", "chunk")]
     listings = [listed_bytes(text) for text in fences("protocol.md", "text", "bytes")]
@@ -132,7 +132,9 @@ def compare(shown: Any, got: Any, learned: dict[str, str], at: str = "reply") ->
         assert isinstance(got, type(shown) | int), at
 
 
-async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_path: Path) -> None:
+async def test_every_exchange_of_the_api_page_is_current(
+    pipeline_server: RealServer, tmp_path: Path
+) -> None:
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     learned: dict[str, str] = {}
@@ -170,13 +172,13 @@ async def test_every_exchange_of_the_api_page(pipeline_server: RealServer, tmp_p
 
 
 @pytest.mark.parametrize("page", ["http-api.md", "errors.md", "protocol.md"])
-def test_links_of_the_pages_lead_somewhere(page: str) -> None:
+def test_links_of_the_pages_exist(page: str) -> None:
     text = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (ROOT / "docs" / "reference" / target).exists(), target
 
 
-async def test_every_address_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
+async def test_every_route_has_its_section(pipeline_server: RealServer, tmp_path: Path) -> None:
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     async with harness(pipeline_server, {"flights": artifact}) as api:

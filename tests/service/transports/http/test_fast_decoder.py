@@ -399,7 +399,7 @@ def test_valid_events_are_decoded(
             assert read(fast, kind, media, body) == read(strict, kind, media, body)
 
 
-def test_items_of_both_kinds_and_of_different_lengths(
+def test_items_with_events_and_inputs_of_different_lengths_are_decoded(
     readers: Mapping[str, tuple[RequestReader, RequestReader]],
 ) -> None:
     fast, strict = readers["small"]

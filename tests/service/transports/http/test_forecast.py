@@ -82,7 +82,7 @@ def encoded_future(artifact: Artifact, events: int, told: list[dict[str, Any]]) 
     return encode_covariates(spec, clock, len(told), columns_from_events(schema, told)).rows
 
 
-async def test_it_is_the_oracles_and_the_stream_stays_where_it_is(
+async def test_forecast_equals_the_oracle_and_does_not_change_the_stream(
     api: Harness, weather: Artifact
 ) -> None:
     spec = weather.spec
@@ -120,7 +120,7 @@ async def test_it_is_the_oracles_and_the_stream_stays_where_it_is(
     assert (await look(api, ASKED)).json()["forecast"] != found["forecast"]
 
 
-async def test_messagepack_says_the_same(api: Harness) -> None:
+async def test_forecast_in_messagepack_equals_that_in_json(api: Harness) -> None:
     await send(api, EVENTS)
     plain = (await look(api, {**ASKED, "samples": 0})).json()
     assert "paths" not in plain["forecast"]["warmth"]
@@ -134,7 +134,7 @@ async def test_messagepack_says_the_same(api: Harness) -> None:
     np.testing.assert_allclose(point, plain["forecast"]["rain"]["point"], rtol=1e-6)
 
 
-async def test_it_reads_the_store_and_never_a_workers_memory(api: Harness) -> None:
+async def test_forecast_reads_the_state_from_the_store(api: Harness) -> None:
     await send(api, EVENTS)
     del api.store.states[StreamKey("weather", "s")]
     problem(await look(api, ASKED), 404, "stream_not_found")
@@ -143,7 +143,7 @@ async def test_it_reads_the_store_and_never_a_workers_memory(api: Harness) -> No
 @pytest.mark.parametrize(
     ("position", "code"), [(10, "position_ahead"), (8, "position_behind"), (0, "position_behind")]
 )
-async def test_another_position_is_told_where_the_stream_stands(
+async def test_another_position_is_rejected_with_the_current_state(
     api: Harness, position: int, code: str
 ) -> None:
     sent = await send(api, EVENTS)
@@ -151,7 +151,7 @@ async def test_another_position_is_told_where_the_stream_stands(
     assert (found["expected"], found["got"], found["tag"]) == (9, position, sent["tag"])
 
 
-async def test_a_model_without_a_decoder(api: Harness) -> None:
+async def test_a_model_without_a_decoder_rejects_forecasts(api: Harness) -> None:
     found = problem(await look(api, {"nothing": 1}, model="probe"), 422, "forecast_unsupported")
     assert "'probe'" in found["detail"]
     detail = (await api.client.get("/v1/models/weather")).json()
@@ -197,7 +197,7 @@ def without_holiday() -> list[dict[str, Any]]:
         (changed(horizons=4), "horizons", "horizon"),
     ],
 )
-async def test_what_is_wrong_is_said_with_its_place(
+async def test_invalid_forecasts_are_rejected_with_their_place(
     api: Harness, body: dict[str, Any], at: str, said: str
 ) -> None:
     await send(api, EVENTS)
@@ -207,7 +207,7 @@ async def test_what_is_wrong_is_said_with_its_place(
     assert api.position(model="weather") == 9
 
 
-async def test_a_stream_without_timestamps_has_to_be_told_them(
+async def test_a_stream_without_timestamps_requires_timestamps_in_future(
     api: Harness, weather: Artifact
 ) -> None:
     rows = [[0.0] * weather.spec.input_features]
@@ -218,7 +218,7 @@ async def test_a_stream_without_timestamps_has_to_be_told_them(
     assert (await look(api, changed(future=told))).status_code == 200
 
 
-async def test_forecasts_and_chunks_take_turns(api: Harness) -> None:
+async def test_forecasts_and_chunks_alternate(api: Harness) -> None:
     await send(api, EVENTS, "still")
     alone = (await look(api, ASKED, stream="still")).json()
 
@@ -233,7 +233,7 @@ async def test_forecasts_and_chunks_take_turns(api: Harness) -> None:
     assert api.position("moving", "weather") == 12
 
 
-async def test_a_deadline_that_passed_and_one_that_is_no_time(api: Harness) -> None:
+async def test_expired_and_invalid_deadlines_are_rejected(api: Harness) -> None:
     await send(api, EVENTS)
     request = ForecastRequest(1, future=None)
     key = StreamKey("weather", "s")
@@ -253,7 +253,7 @@ def _told(api: Harness, request: ForecastRequest) -> ForecastRequest:
     return request._replace(future=future)
 
 
-async def test_a_state_of_another_version_is_refused(
+async def test_a_state_of_another_version_is_rejected(
     pipeline_server: RealServer, weather: Artifact, tmp_path: Path
 ) -> None:
     other = write_artifact(tmp_path / "w", weather.spec, contracting_weights(weather.spec, 5))
@@ -265,7 +265,7 @@ async def test_a_state_of_another_version_is_refused(
         problem(await look(api, ASKED), 409, "state_incompatible")
 
 
-async def test_if_match_names_the_state_to_look_ahead_from(api: Harness) -> None:
+async def test_if_match_is_compared_with_the_state_of_the_forecast(api: Harness) -> None:
     await send(api, EVENTS[:4])
     before = (await look(api, ASKED)).headers["etag"]
     assert (await look(api, ASKED, headers={"if-match": before})).status_code == 200

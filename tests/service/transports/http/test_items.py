@@ -128,7 +128,7 @@ async def test_items_are_checked_like_bodies(api: Harness) -> None:
     assert not api.store.states
 
 
-async def test_events_of_many_streams(api: Harness) -> None:
+async def test_events_of_many_streams_get_their_own_outputs(api: Harness) -> None:
     chunks = [
         {"stream": "a", "events": [EVENT]},
         {"stream": "b", "events": [{**EVENT, "load": 1e39}]},
@@ -144,7 +144,7 @@ async def test_events_of_many_streams(api: Harness) -> None:
     assert codes(results[1:]) == [3, "invalid_input"]
 
 
-async def test_a_whole_request_can_be_sent_again(api: Harness) -> None:
+async def test_a_whole_request_can_be_retried(api: Harness) -> None:
     chunks = [
         {"stream": "a", "position": at, "inputs": rows(2, seed=at).tolist()} for at in (0, 2, 4)
     ]
@@ -156,7 +156,7 @@ async def test_a_whole_request_can_be_sent_again(api: Harness) -> None:
     assert again[2]["reply"]["outputs"] == first[2]["reply"]["outputs"]
 
 
-async def test_if_match_of_an_item(api: Harness) -> None:
+async def test_if_match_applies_to_its_item(api: Harness) -> None:
     one = rows(1).tolist()
     (first,) = await send(api, [{"stream": "a", "inputs": one}])
     etag = f"{first['reply']['epoch']}-{first['reply']['tag']}"
@@ -175,7 +175,7 @@ async def test_if_match_of_an_item(api: Harness) -> None:
     problem(response, 400, "invalid_precondition")
 
 
-async def test_what_is_no_request_is_refused_as_a_whole(api: Harness) -> None:
+async def test_an_invalid_request_is_rejected_as_a_whole(api: Harness) -> None:
     item = {"stream": "a", "inputs": [[1, 2, 3]]}
     for body, status, code in (
         ("{", 400, "malformed_body"),
@@ -193,7 +193,7 @@ async def test_what_is_no_request_is_refused_as_a_whole(api: Harness) -> None:
     assert not api.store.states
 
 
-async def test_options_hold_for_every_item(api: Harness) -> None:
+async def test_options_apply_to_every_item(api: Harness) -> None:
     chunks = [{"stream": name, "inputs": rows(3).tolist()} for name in "ab"]
     every = await send(api, chunks)
     last = await send(
@@ -208,7 +208,7 @@ async def test_options_hold_for_every_item(api: Harness) -> None:
         }
 
 
-async def test_items_in_messagepack(api: Harness) -> None:
+async def test_items_in_messagepack_equal_those_in_json(api: Harness) -> None:
     given = rows(2)
     body = {
         "chunks": [
@@ -238,7 +238,7 @@ async def predict(
     return await api.client.post(f"/v1/models/{model}/predict{query}", json=body)
 
 
-async def test_predictions_start_from_zero_and_leave_nothing(api: Harness) -> None:
+async def test_predictions_start_from_zero_and_store_nothing(api: Harness) -> None:
     given = [rows(4, seed=1), rows(7, seed=2)]
     body = {"sequences": [{"inputs": values.tolist()} for values in given]}
     response = await predict(api, body, query="?return_state=true")
@@ -281,7 +281,7 @@ async def test_predict_names_the_sequence_whose_event_cannot_be_encoded(api: Har
     assert document["detail"].startswith("sequences[1].events[1].load: expected ")
 
 
-async def test_wrong_sequences_are_refused_as_a_whole(api: Harness) -> None:
+async def test_invalid_sequences_are_rejected_as_a_whole(api: Harness) -> None:
     good = {"inputs": rows(1).tolist()}
     for sequence, at in (
         ({"inputs": [[1, 2]]}, "sequences[1].inputs[0]"),

@@ -45,12 +45,14 @@ from tests.support.servers import RealServer
         ("application/json; charset=utf-8; q=1", Media.MSGPACK, Media.JSON),
     ],
 )
-def test_accept(accept: str | None, otherwise: Media, media: Media) -> None:
+def test_accept_header_chooses_the_media_type(
+    accept: str | None, otherwise: Media, media: Media
+) -> None:
     assert accepted(accept, otherwise) is media
 
 
 @pytest.mark.parametrize("accept", ["text/html", "*/*;q=0", "application/json;q=x", "json"])
-def test_nothing_accepted(accept: str) -> None:
+def test_accept_header_without_a_supported_type_is_rejected(accept: str) -> None:
     with pytest.raises(NotAcceptable):
         accepted(accept, Media.JSON)
 
@@ -67,7 +69,7 @@ def test_long_headers_are_rejected_unparsed() -> None:
         parse_if_match(",".join(['""'] * 20_000), "If-Match")
 
 
-def test_content_type() -> None:
+def test_content_type_determines_the_media_type() -> None:
     assert media_of(None) is Media.JSON
     assert media_of('application/json; charset="utf-8"') is Media.JSON
     assert media_of("application/vnd.msgpack") is Media.MSGPACK
@@ -93,21 +95,21 @@ def test_only_whole_documents_are_read() -> None:
             loads(Media.MSGPACK, body)
 
 
-def test_if_match() -> None:
+def test_if_match_header_is_parsed() -> None:
     bare = f"{'0' * 16}-{'a' * 32}"
     assert parse_if_match(" * ", "If-Match") == Precondition(any_state=True)
     assert parse_if_match('"a","b" ,\t"c"', "If-Match") == Precondition(("a", "b", "c"))
     assert parse_if_match(bare, "if_match", bare=True) == Precondition((bare,))
 
 
-def test_server_timing() -> None:
+def test_server_timing_lists_the_stages() -> None:
     timing = Timing(queue_s=0.001, load_s=0.0025, infer_s=0.125, commit_s=1)
     assert server_timing(timing) == (
         "queue;dur=1.000, load;dur=2.500, infer;dur=125.000, commit;dur=1000.000"
     )
 
 
-async def test_a_declared_length_over_the_limit_is_refused_before_reading() -> None:
+async def test_a_declared_length_over_the_limit_is_rejected_before_reading() -> None:
     async def receive() -> dict[str, object]:
         raise AssertionError("the body was read")
 
@@ -117,7 +119,7 @@ async def test_a_declared_length_over_the_limit_is_refused_before_reading() -> N
     assert caught.value.facts == {"expected": 10, "got": 11}
 
 
-async def test_a_model_that_was_exchanged_gets_a_wire_of_its_own(
+async def test_a_replaced_model_gets_a_new_wire(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
 ) -> None:

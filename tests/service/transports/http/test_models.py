@@ -15,7 +15,7 @@ from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import EVENT, Harness, problem, rows
 
 
-async def test_list_of_models(api: Harness) -> None:
+async def test_models_are_listed_by_name(api: Harness) -> None:
     response = await api.client.get("/v1/models")
     TypeAdapter(reply_types.ModelList).validate_json(response.content)
     found = response.json()["models"]
@@ -26,7 +26,7 @@ async def test_list_of_models(api: Harness) -> None:
     assert found[1]["description"] == "A small model."
 
 
-async def test_detail_of_a_model_with_events(api: Harness) -> None:
+async def test_detail_describes_a_model_with_events(api: Harness) -> None:
     response = await api.client.get("/v1/models/small")
     TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     model, artifact = response.json(), api.models["small"]
@@ -55,7 +55,7 @@ async def test_detail_of_a_model_with_events(api: Harness) -> None:
         jsonschema.validate({**EVENT, "other": 1}, model["events"])
 
 
-async def test_detail_of_a_model_of_rows(api: Harness) -> None:
+async def test_detail_describes_a_model_of_rows(api: Harness) -> None:
     response = await api.client.get("/v1/models/probe")
     TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     assert response.json()["events"] is None
@@ -173,7 +173,7 @@ async def test_documentation_works_without_a_network(api: Harness) -> None:
         assert (await api.client.get(f"/docs/assets/{asset}")).status_code == 200
 
 
-async def test_live_whatever_the_store_does(api: Harness) -> None:
+async def test_live_does_not_depend_on_the_store(api: Harness) -> None:
     api.store.away = RuntimeError("gone")
     response = await api.client.get("/health/live")
     assert (response.status_code, response.json()) == (200, {"status": "live"})
@@ -209,7 +209,7 @@ async def test_metrics_are_those_of_the_renderer(api: Harness) -> None:
     assert response.headers["content-type"] == "text/plain; version=1.0.0"
 
 
-async def test_query_parameters_that_no_address_knows(api: Harness) -> None:
+async def test_unknown_query_parameters_are_rejected(api: Harness) -> None:
     for address in ("/v1/models?x=1", "/v1/models/probe?x=1", "/v1/models/probe/streams/s?x=1"):
         assert problem(await api.client.get(address), 422, "invalid_input")["at"] == "?x"
     assert (await api.chunk({"inputs": rows(1).tolist()})).status_code == 200

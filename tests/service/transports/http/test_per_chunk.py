@@ -99,7 +99,7 @@ async def test_each_chunk_is_one_call_whatever_its_length(api: Harness, artifact
     assert [steps for _, steps in runtime_of(api).shapes] == [6, LIMIT + 3, 4]
 
 
-async def test_the_last_step_alone_and_packed_replies_hold_the_same(
+async def test_the_last_step_alone_and_packed_replies_have_the_same_values(
     api: Harness, artifact: Artifact
 ) -> None:
     given = rows(5)
@@ -125,7 +125,7 @@ async def test_the_last_step_alone_and_packed_replies_hold_the_same(
     close(found["attention"]["focus"], wanted["focus"])
 
 
-async def test_many_streams_and_sequences_share_calls_and_keep_apart(
+async def test_many_streams_and_sequences_share_calls_and_stay_isolated(
     api: Harness, artifact: Artifact
 ) -> None:
     parts = [rows(length, seed=length) for length in (2, 7, 5)]
@@ -155,7 +155,7 @@ async def test_many_streams_and_sequences_share_calls_and_keep_apart(
             close(found["attention"]["focus"], wanted["focus"])
 
 
-async def test_longer_chunks_are_refused_and_nothing_is_computed(api: Harness) -> None:
+async def test_longer_chunks_are_rejected_before_any_computation(api: Harness) -> None:
     good, long = rows(LIMIT).tolist(), rows(LIMIT + 1).tolist()
     calls = len(runtime_of(api).shapes)
     document = problem(await api.chunk({"inputs": long}, model="whole"), 413, "chunk_too_long")
@@ -181,7 +181,7 @@ async def test_longer_chunks_are_refused_and_nothing_is_computed(api: Harness) -
     assert [item["status"] for item in many["results"]] == [413, 200]
 
 
-async def test_the_pipeline_refuses_them_too(api: Harness) -> None:
+async def test_the_pipeline_rejects_longer_chunks_too(api: Harness) -> None:
     for count in (1, 2):
         chunks = [chunk_of(str(n), rows(LIMIT + 1), model="whole") for n in range(count)]
         for result in await api.pipeline.process_many(chunks):
@@ -209,7 +209,7 @@ async def test_a_retry_keeps_the_cuts(api: Harness) -> None:
     assert api.position(model="whole") == 6
 
 
-async def test_what_the_model_says_of_itself(api: Harness) -> None:
+async def test_the_model_detail_describes_its_chunks(api: Harness) -> None:
     response = await api.client.get("/v1/models/whole")
     TypeAdapter(reply_types.ModelDetail).validate_json(response.content)
     model = response.json()
@@ -228,7 +228,7 @@ async def test_what_the_model_says_of_itself(api: Harness) -> None:
     assert f'"maxItems": {LIMIT}' in inputs
 
 
-async def test_weights_of_a_model_that_has_none_are_refused(api: Harness) -> None:
+async def test_attention_of_a_model_without_attention_is_rejected(api: Harness) -> None:
     given = {"inputs": rows(2).tolist()}
     for path in ("streams/s/chunks", "chunks", "predict"):
         response = await api.client.post(

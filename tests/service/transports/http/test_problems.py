@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[4]
 BODY = {"position": 0, "inputs": rows(1).tolist()}
 
 
-def test_every_error_has_a_status_and_no_more() -> None:
+def test_every_error_has_exactly_one_status() -> None:
     leaves = list(leaf_errors())
     assert list(STATUS) == leaves
     assert len({kind.code for kind in leaves}) == len(leaves)
@@ -45,7 +45,7 @@ def test_the_reference_is_current() -> None:
 
 
 @pytest.mark.parametrize("kind", list(leaf_errors()), ids=lambda kind: kind.code)
-async def test_every_code_comes_out_of_the_pipeline(
+async def test_every_error_of_the_pipeline_becomes_its_problem(
     api: Harness, kind: type[CarryError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = kind("expected one thing, got another", stream="s", position=7, status="mine")
@@ -68,7 +68,7 @@ async def test_every_code_comes_out_of_the_pipeline(
     assert api.counts.seen[kind.code] == 1
 
 
-async def test_failures_are_logged_and_refusals_are_not(
+async def test_failures_are_logged_and_rejections_are_not(
     api: Harness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     problem(await api.chunk({**BODY, "position": 3}), 409, "position_ahead")
@@ -80,7 +80,7 @@ async def test_failures_are_logged_and_refusals_are_not(
     assert "out of memory" in logged
 
 
-async def test_errors_of_the_store(api: Harness) -> None:
+async def test_store_errors_become_problems(api: Harness) -> None:
     for error in (
         errors.StoreUnavailable("no answer", retry_after_s=2.2),
         errors.StoreRefused("out of memory"),
@@ -93,7 +93,7 @@ async def test_errors_of_the_store(api: Harness) -> None:
     assert (await api.client.get("/v1/models/probe/streams/s")).headers["retry-after"] == "3"
 
 
-async def test_errors_of_a_commit(api: Harness) -> None:
+async def test_commit_errors_become_problems(api: Harness) -> None:
     api.store.on_commit = lambda _: errors.OutcomeUnknown("no answer in time", stream="s")
     assert problem(await api.chunk(BODY), 503, "outcome_unknown")["retryable"] is True
     api.store.on_commit = lambda _: Conflicted(None)
@@ -102,7 +102,7 @@ async def test_errors_of_a_commit(api: Harness) -> None:
     problem(await api.chunk(BODY), 500, "state_damaged")
 
 
-async def test_numbers_that_are_not_finite(api: Harness) -> None:
+async def test_outputs_that_are_not_finite_become_a_problem(api: Harness) -> None:
     steep = api.models["probe"].weights["heads.steep.kernel"][:, 0]
     response = await api.chunk({"position": 0, "inputs": [(1e4 * np.sign(steep)).tolist()]})
     assert problem(response, 500, "output_not_finite")["stream"] == "s"
@@ -110,7 +110,7 @@ async def test_numbers_that_are_not_finite(api: Harness) -> None:
     assert (await api.chunk(BODY)).status_code == 200
 
 
-async def test_a_full_queue_and_a_stopping_service(
+async def test_a_full_queue_and_a_stopping_service_reject_chunks(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> None:
     async with harness(pipeline_server, models, max_queue=0) as full:
@@ -122,7 +122,7 @@ async def test_a_full_queue_and_a_stopping_service(
         problem(await stopping.chunk(BODY), 503, "shutting_down")
 
 
-async def test_the_unexpected_stays_inside(
+async def test_unexpected_exceptions_reveal_no_internals(
     api: Harness, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.store.away = ZeroDivisionError("secret words")
@@ -137,7 +137,7 @@ async def test_the_unexpected_stays_inside(
     assert api.counts.seen["internal_error"] == 1
 
 
-async def test_addresses_and_methods(api: Harness) -> None:
+async def test_unknown_paths_and_methods_become_problems(api: Harness) -> None:
     for address in ("/", "/v1", "/v2/models", "/v1/models/", "/v1/models/probe/streams/a/b/c"):
         document = problem(await api.client.get(address), 404, "not_found")
         assert address in document["detail"]
@@ -153,7 +153,7 @@ async def test_addresses_and_methods(api: Harness) -> None:
         assert document["expected"] == allowed
 
 
-async def test_request_ids(api: Harness) -> None:
+async def test_request_ids_are_returned_and_generated(api: Harness) -> None:
     for sent, kept in (("trace-1.a:b@c", True), ("a b", False), ("x" * 200, False)):
         response = await api.client.get("/nowhere", headers={"x-request-id": sent})
         document = problem(response, 404, "not_found")
@@ -162,7 +162,7 @@ async def test_request_ids(api: Harness) -> None:
     assert one != other
 
 
-async def test_a_client_that_leaves_while_sending_changes_nothing(api: Harness) -> None:
+async def test_a_client_that_disconnects_while_sending_changes_nothing(api: Harness) -> None:
     sent: list[object] = []
     messages = [
         {"type": "http.request", "body": b'{"inputs":', "more_body": True},
@@ -194,7 +194,7 @@ async def test_a_client_that_leaves_while_sending_changes_nothing(api: Harness) 
     assert api.position() is None
 
 
-async def test_a_cancelled_request_leaves_its_neighbours_alone(api: Harness) -> None:
+async def test_a_cancelled_request_does_not_affect_others_in_its_batch(api: Harness) -> None:
     first = asyncio.create_task(api.chunk(BODY, stream="a"))
     second = asyncio.create_task(api.chunk(BODY, stream="b"))
     await asyncio.sleep(0)

@@ -31,7 +31,7 @@ from tests.support.servers import RealServer
 ADDRESS = "/v1/models/probe/streams"
 
 
-async def test_where_a_stream_stands(api: Harness) -> None:
+async def test_a_stream_is_read_with_its_current_state(api: Harness) -> None:
     reply = (await api.chunk({"inputs": rows(3).tolist()})).json()
     api.clock[0] += 2500
     response = await api.client.get(f"{ADDRESS}/s")
@@ -65,7 +65,7 @@ async def test_where_a_stream_stands(api: Harness) -> None:
     problem(await api.client.get("/v1/models/x/streams/s"), 404, "model_not_found")
 
 
-async def test_forgetting_a_stream(api: Harness) -> None:
+async def test_a_deleted_stream_starts_again_at_zero(api: Harness) -> None:
     first = await api.chunk({"inputs": rows(1).tolist()})
     stale = {"if-match": f'"{"0" * 16}-{"0" * 32}"'}
     response = await api.client.delete(f"{ADDRESS}/s", headers=stale)
@@ -79,7 +79,7 @@ async def test_forgetting_a_stream(api: Harness) -> None:
     assert again["epoch"] != first.json()["epoch"]
 
 
-async def test_listing_page_by_page(api: Harness) -> None:
+async def test_streams_are_listed_page_by_page(api: Harness) -> None:
     names = {f"a:{index}" for index in range(40)}
     for name in (*names, "b:1"):
         await api.chunk({"inputs": rows(1).tolist()}, stream=name)
@@ -108,7 +108,7 @@ async def test_listing_page_by_page(api: Harness) -> None:
         assert response.json()["code"] == code
 
 
-async def test_forgetting_many_needs_a_prefix(api: Harness) -> None:
+async def test_deleting_many_streams_requires_a_prefix(api: Harness) -> None:
     for name in ("a:1", "a:2", "b:1"):
         await api.chunk({"inputs": rows(1).tolist()}, stream=name)
     document = problem(await api.client.delete(ADDRESS), 422, "invalid_input")
@@ -121,7 +121,7 @@ async def test_forgetting_many_needs_a_prefix(api: Harness) -> None:
     assert not api.store.states
 
 
-async def test_forgetting_many_says_where_it_is_not_certain(api: Harness) -> None:
+async def test_deleting_many_streams_reports_an_unknown_outcome(api: Harness) -> None:
     for name in ("a:1", "a:2", "a:3"):
         await api.chunk({"inputs": rows(1).tolist()}, stream=name)
     unknown = OutcomeUnknown("the reply was lost", stream="a:2")
@@ -134,7 +134,7 @@ async def test_forgetting_many_says_where_it_is_not_certain(api: Harness) -> Non
 
 
 @pytest.mark.parametrize("media", ["json", "msgpack"])
-async def test_put_takes_what_get_gave(api: Harness, media: str) -> None:
+async def test_put_accepts_what_get_returned(api: Harness, media: str) -> None:
     headers = {"accept": f"application/{media}", "content-type": f"application/{media}"}
     await api.chunk({"events": [EVENT, LATER]}, model="small")
     address = "/v1/models/small/streams"
@@ -160,7 +160,7 @@ async def test_put_takes_what_get_gave(api: Harness, media: str) -> None:
     assert one["outputs"] == other["outputs"]
 
 
-async def test_restoring_over_a_stream_needs_its_etag(api: Harness) -> None:
+async def test_restoring_over_a_stream_requires_its_etag(api: Harness) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
     now = await api.chunk({"inputs": rows(1).tolist()})
@@ -197,7 +197,7 @@ async def test_restoring_over_a_stream_needs_its_etag(api: Harness) -> None:
         ({"age": 3}, 422, "invalid_input", "age"),
     ],
 )
-async def test_wrong_states_are_refused(
+async def test_invalid_states_are_rejected(
     api: Harness, change: dict[str, Any], status: int, code: str, at: str
 ) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
@@ -219,7 +219,7 @@ async def test_wrong_states_are_refused(
         ("lstm_1.other", [0.0]),
     ],
 )
-async def test_wrong_parts_of_a_state_are_refused(api: Harness, part: str, value: Any) -> None:
+async def test_invalid_parts_of_a_state_are_rejected(api: Harness, part: str, value: Any) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     kept = (await api.client.get(f"{ADDRESS}/s/state")).json()
     kept["state"][part] = value
@@ -233,7 +233,7 @@ async def test_wrong_parts_of_a_state_are_refused(api: Harness, part: str, value
     assert document["at"] == "state"
 
 
-async def test_a_clock_that_no_stream_reaches_is_refused(api: Harness) -> None:
+async def test_a_clock_that_no_stream_reaches_is_rejected(api: Harness) -> None:
     await api.chunk({"events": [EVENT]}, model="small")
     kept = (await api.client.get("/v1/models/small/streams/s/state")).json()
     kept["state"]["clock.out_of_order"] = 9
@@ -241,7 +241,7 @@ async def test_a_clock_that_no_stream_reaches_is_refused(api: Harness) -> None:
     assert problem(response, 422, "invalid_input")["at"] == "state"
 
 
-async def test_a_fork_goes_its_own_way(api: Harness) -> None:
+async def test_a_fork_is_independent_of_its_source(api: Harness) -> None:
     await api.chunk({"inputs": rows(3).tolist()})
     response = await api.client.post(f"{ADDRESS}/s/fork", json={"to": "s:what-if"})
     assert response.status_code == 201, response.text
@@ -267,7 +267,7 @@ async def test_a_fork_goes_its_own_way(api: Harness) -> None:
     assert ormsgpack.unpackb(over.content)["position"] == 4
 
 
-async def test_wrong_forks_are_refused(api: Harness) -> None:
+async def test_invalid_forks_are_rejected(api: Harness) -> None:
     missing = await api.client.post(f"{ADDRESS}/s/fork", json={"to": "t"})
     assert problem(missing, 404, "stream_not_found")["stream"] == "s"
     for body, status, code in (
@@ -282,7 +282,7 @@ async def test_wrong_forks_are_refused(api: Harness) -> None:
     assert not api.store.states
 
 
-async def test_a_state_of_another_version_is_not_given_by_name(api: Harness) -> None:
+async def test_a_state_of_another_version_is_not_returned(api: Harness) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     key = StreamKey("probe", "s")
     found = api.store.states[key]
@@ -295,7 +295,7 @@ async def test_a_state_of_another_version_is_not_given_by_name(api: Harness) -> 
     assert (info["version"], info["position"]) == ("0" * 12, 2)
 
 
-async def test_a_cursor_of_many_digits_is_refused(api: Harness) -> None:
+async def test_a_cursor_of_many_digits_is_rejected(api: Harness) -> None:
     response = await api.client.get(f"{ADDRESS}?cursor={'9' * 5000}")
     problem(response, 422, "invalid_input")
 
@@ -310,7 +310,7 @@ async def test_a_clock_that_no_stream_can_have_is_not_restored(api: Harness) -> 
     assert response.status_code == 422, response.text
 
 
-async def test_booleans_are_no_numbers_of_a_state(api: Harness) -> None:
+async def test_booleans_in_a_state_are_rejected(api: Harness) -> None:
     await api.chunk({"inputs": rows(2).tolist()})
     given = (await api.client.get(f"{ADDRESS}/s/state")).json()
     given["state"]["lstm_1.hidden"][0] = True
@@ -319,7 +319,7 @@ async def test_booleans_are_no_numbers_of_a_state(api: Harness) -> None:
     problem(response, 422, "invalid_input")
 
 
-async def test_predictions_need_no_store(api: Harness) -> None:
+async def test_predictions_do_not_use_the_store(api: Harness) -> None:
     api.store.away = StoreUnavailable("no answer")
     body = {"sequences": [{"inputs": rows(3).tolist()}]}
     predicted, refused = await asyncio.gather(
@@ -330,7 +330,7 @@ async def test_predictions_need_no_store(api: Harness) -> None:
     problem(refused, 503, "store_unavailable")
 
 
-async def test_an_empty_precondition_is_none_that_holds(api: Harness) -> None:
+async def test_an_empty_precondition_is_rejected(api: Harness) -> None:
     item = {"stream": "s", "position": 0, "inputs": rows(2).tolist(), "if_match": ""}
     reply = await api.client.post("/v1/models/probe/chunks", json={"chunks": [item]})
     (result,) = reply.json()["results"]
@@ -344,7 +344,7 @@ async def test_a_weight_out_of_range_accepts_nothing(api: Harness, weight: str) 
     problem(response, 406, "not_acceptable")
 
 
-async def test_a_damaged_state_is_never_used_and_has_two_ways_out(
+async def test_a_damaged_state_is_not_used_and_can_be_deleted_or_overwritten(
     pipeline_server: RealServer,
     models: Mapping[str, Artifact],
     damage: Callable[[str], None],
@@ -383,7 +383,7 @@ async def test_a_damaged_state_is_never_used_and_has_two_ways_out(
                 assert again.json()["position"] == 6
 
 
-async def test_reads_honour_if_match(api: Harness) -> None:
+async def test_reads_check_if_match(api: Harness) -> None:
     before = await api.chunk({"inputs": rows(2).tolist()})
     after = await api.chunk({"inputs": rows(2).tolist()})
     for path in (f"{ADDRESS}/s", f"{ADDRESS}/s/state"):

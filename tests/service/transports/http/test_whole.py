@@ -60,7 +60,7 @@ async def test_sequences_are_predicted_whole(api: Harness, tagger: Artifact) -> 
 PARTS = ("forward.hidden", "forward.carry", "backward.hidden", "backward.carry")
 
 
-async def test_a_sequence_beyond_the_limit_is_refused(api: Harness) -> None:
+async def test_a_sequence_beyond_the_limit_is_rejected(api: Harness) -> None:
     body = {"sequences": [{"inputs": [[0.0, 0.0]] * 26}]}
     response = await api.client.post("/v1/models/tagger/predict", json=body)
     assert (response.status_code, response.json()["code"]) == (413, "chunk_too_long")
@@ -70,7 +70,7 @@ async def test_a_sequence_beyond_the_limit_is_refused(api: Harness) -> None:
 CHUNK: dict[str, Any] = {"position": 0, "inputs": [[0.0, 1.0]]}
 
 
-async def test_chunks_are_refused(api: Harness) -> None:
+async def test_chunks_are_rejected(api: Harness) -> None:
     response = await api.chunk(CHUNK, model="tagger")
     problem = response.json()
     assert (response.status_code, problem["code"]) == (422, "chunks_unsupported")
@@ -81,7 +81,7 @@ async def test_chunks_are_refused(api: Harness) -> None:
     assert api.position(model="tagger") is None
 
 
-async def test_no_state_makes_a_stream(api: Harness, tagger: Artifact) -> None:
+async def test_restoring_a_state_is_rejected(api: Harness, tagger: Artifact) -> None:
     """Of a model that takes whole sequences there is none to restore."""
     zero = tagger.state.by_name(tagger.state.zero())
     body = {
@@ -95,6 +95,6 @@ async def test_no_state_makes_a_stream(api: Harness, tagger: Artifact) -> None:
     assert api.position(model="tagger") is None
 
 
-async def test_the_model_says_so(api: Harness) -> None:
+async def test_the_model_detail_says_whole(api: Harness) -> None:
     model = (await api.client.get("/v1/models/tagger")).json()
     assert (model["chunking"], model["max_chunk_steps"], model["blocks"]) == ("whole", 25, None)
