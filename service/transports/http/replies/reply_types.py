@@ -22,7 +22,7 @@ from service.transports.http.field_rules import (
     Version,
 )
 
-closed: Final = with_config(ConfigDict(extra="forbid"))
+closed: Final = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
 """A reply has no other members than its type."""
 
 Values = Annotated[Any, GetPydanticSchema(lambda _, handler: handler(list[float]))]
@@ -49,34 +49,33 @@ AttentionWeights = Annotated[
 ]
 
 
-@with_config(ConfigDict(extra="allow"))
+@with_config(ConfigDict(extra="allow", use_attribute_docstrings=True))
 class Problem(TypedDict):
     """RFC 9457 problem document. The facts of the error are further members."""
 
     type: Annotated[str, Field(examples=["/docs/errors#position_ahead"])]
     title: str
     status: int
-    detail: Annotated[str, Field(description="What was expected and what came.")]
-    code: Annotated[str, Field(description="Stable; decide by it.", examples=["position_ahead"])]
-    retryable: Annotated[bool, Field(description="Whether the same request may be sent again.")]
+    detail: str
+    """What was expected and what came."""
+    code: Annotated[str, Field(examples=["position_ahead"])]
+    """Stable; decide by it."""
+    retryable: bool
+    """Whether the same request may be sent again."""
     request_id: str | None
-    at: NotRequired[Annotated[str, Field(description="The place in the request.")]]
-    expected: NotRequired[Annotated[Any, Field(description="What would have been accepted.")]]
-    got: NotRequired[Annotated[Any, Field(description="What came.")]]
+    at: NotRequired[str]
+    """The place in the request."""
+    expected: NotRequired[Any]
+    """What would have been accepted."""
+    got: NotRequired[Any]
+    """What came."""
     stream: NotRequired[str]
-    epoch: NotRequired[
-        Annotated[
-            str | None,
-            Field(description="Of the stream's current state; null if there is no stream."),
-        ]
-    ]
-    position: NotRequired[Annotated[int, Field(description="Of the stream's current state.")]]
-    tag: NotRequired[
-        Annotated[
-            str | None,
-            Field(description="Of the stream's current state; null if there is no stream."),
-        ]
-    ]
+    epoch: NotRequired[str | None]
+    """Of the stream's current state; null if there is no stream."""
+    position: NotRequired[int]
+    """Of the stream's current state."""
+    tag: NotRequired[str | None]
+    """Of the stream's current state; null if there is no stream."""
     retry_after_s: NotRequired[float]
 
 
@@ -91,23 +90,13 @@ class ChunkReply(TypedDict):
     position: PositionNumber
     tag: TagText
     outputs: Outputs
-    replayed: Annotated[
-        bool, Field(description="The chunk was applied before; this is its stored reply.")
-    ]
-    output_position: NotRequired[
-        Annotated[
-            int,
-            Field(
-                description="For a model with `blocks`: index of the event of the first output. "
-                "The outputs may be more or fewer than the chunk's events."
-            ),
-        ]
-    ]
-    created: NotRequired[
-        Annotated[
-            Literal[True], Field(description="Present, and true, in the first reply of a stream.")
-        ]
-    ]
+    replayed: bool
+    """The chunk was applied before; this is its stored reply."""
+    output_position: NotRequired[int]
+    """For a model with `blocks`: index of the event of the first output. The outputs may be
+    more or fewer than the chunk's events."""
+    created: NotRequired[Literal[True]]
+    """Present, and true, in the first reply of a stream."""
     state: NotRequired[
         Annotated[
             StateValues,
@@ -173,14 +162,12 @@ class PredictReply(TypedDict):
 class TargetForecast(TypedDict):
     """H coming values of one target, in its own units."""
 
-    point: Annotated[Values, Field(description="The medians: [H].")]
-    quantiles: Annotated[
-        Rows,
-        Field(
-            description="Each step's quantiles at `levels`, given the medians before it: [H][Q]."
-        ),
-    ]
-    paths: NotRequired[Annotated[Rows, Field(description="Drawn paths: [samples][H].")]]
+    point: Values
+    """The medians: [H]."""
+    quantiles: Rows
+    """Each step's quantiles at `levels`, given the medians before it: [H][Q]."""
+    paths: NotRequired[Rows]
+    """Drawn paths: [samples][H]."""
 
 
 @closed
@@ -193,18 +180,12 @@ class ForecastReply(TypedDict):
     epoch: EpochText
     position: PositionNumber
     tag: TagText
-    times_ms: NotRequired[
-        Annotated[
-            list[int],
-            Field(
-                description="Epoch milliseconds of the coming steps, where events have a timestamp."
-            ),
-        ]
-    ]
-    levels: Annotated[
-        list[float], Field(description="Of the quantiles.", examples=[[0.1, 0.5, 0.9]])
-    ]
-    forecast: Annotated[dict[str, TargetForecast], Field(description="By target.")]
+    times_ms: NotRequired[list[int]]
+    """Epoch milliseconds of the coming steps, where events have a timestamp."""
+    levels: Annotated[list[float], Field(examples=[[0.1, 0.5, 0.9]])]
+    """Of the quantiles."""
+    forecast: dict[str, TargetForecast]
+    """By target."""
 
 
 class StreamRecord(TypedDict):
@@ -218,6 +199,7 @@ class StreamRecord(TypedDict):
     epoch: EpochText
     position: PositionNumber
     tag: TagText
+    # a docstring would not be inherited
     updated_ms: Annotated[int, Field(description="Last commit, epoch milliseconds.")]
 
 
@@ -225,8 +207,10 @@ class StreamRecord(TypedDict):
 class StreamInfo(StreamRecord):
     """The current state of a stream. `version` and `fingerprint` are those of its state."""
 
-    age_s: Annotated[float, Field(description="Seconds since the last commit.")]
-    state_bytes: Annotated[int, Field(description="Size of the state.")]
+    age_s: float
+    """Seconds since the last commit."""
+    state_bytes: int
+    """Size of the state."""
 
 
 @closed
@@ -242,9 +226,8 @@ class StreamList(TypedDict):
 
     model: ModelName
     streams: list[StreamName]
-    cursor: Annotated[
-        str | None, Field(description="Ask for the next page with it; null on the last.")
-    ]
+    cursor: str | None
+    """Ask for the next page with it; null on the last."""
 
 
 @closed
@@ -260,20 +243,23 @@ class ColumnInfo(TypedDict):
     """One value of a row of `inputs`."""
 
     name: str
-    field: Annotated[str | None, Field(description="The event field it comes from.")]
-    codes: NotRequired[
-        Annotated[int, Field(description="For a categorical: how many codes there are.")]
-    ]
-    labels: NotRequired[Annotated[list[str], Field(description="What each code stands for.")]]
+    field: str | None
+    """The event field it comes from."""
+    codes: NotRequired[int]
+    """For a categorical: how many codes there are."""
+    labels: NotRequired[list[str]]
+    """What each code stands for."""
 
 
 @closed
 class OutputInfo(TypedDict):
     """One output."""
 
-    shape: Annotated[list[int], Field(description="Shape of one step.")]
+    shape: list[int]
+    """Shape of one step."""
     per: Literal["step", "chunk", "block"]
-    labels: Annotated[list[str], Field(description="Names along the last axis, where it has any.")]
+    labels: list[str]
+    """Names along the last axis, where it has any."""
 
 
 @closed
@@ -292,7 +278,8 @@ class ModelSummary(TypedDict):
     version: Version
     description: str
     input_features: int
-    events: Annotated[bool, Field(description="Whether it has an event schema.")]
+    events: bool
+    """Whether it has an event schema."""
     outputs: list[str]
 
 
@@ -308,12 +295,12 @@ class ForecastInfo(TypedDict):
     """Inputs and outputs of a forecast, which follow from the model's decoder."""
 
     targets: list[str]
-    known: Annotated[
-        list[str],
-        Field(description="Members of each element of `future`: known future covariates."),
-    ]
-    step_s: Annotated[float | None, Field(description="Seconds between timestamps, where regular.")]
-    levels: Annotated[list[float], Field(description="Of the quantiles.")]
+    known: list[str]
+    """Members of each element of `future`: known future covariates."""
+    step_s: float | None
+    """Seconds between timestamps, where regular."""
+    levels: list[float]
+    """Of the quantiles."""
     max_horizon: int
 
 
@@ -344,44 +331,28 @@ class ModelDetail(TypedDict):
     version: Version
     fingerprint: Fingerprint
     description: str
-    input_features: Annotated[int, Field(description="F, values per row of `inputs`.")]
+    input_features: int
+    """F, values per row of `inputs`."""
     columns: list[ColumnInfo]
-    events: Annotated[
-        dict[str, Any] | None, Field(description="JSON Schema of one event, or null.")
-    ]
+    events: dict[str, Any] | None
+    """JSON Schema of one event, or null."""
     outputs: dict[str, OutputInfo]
     state: dict[str, PartInfo]
-    attention: Annotated[
-        list[str], Field(description="Layers whose weights `return_attention` gives.")
-    ]
-    chunking: Annotated[
-        Literal["invisible", "per_chunk", "whole"],
-        Field(
-            description="What cuts mean: nothing; or the model sees each chunk as a whole; or "
-            "it accepts whole sequences only."
-        ),
-    ]
-    blocks: Annotated[
-        BlocksInfo | None,
-        Field(
-            description="How a bidirectional network follows a stream; null where events are "
-            "answered at once."
-        ),
-    ]
-    max_chunk_steps: Annotated[
-        int | None,
-        Field(
-            description="Most steps of what the model sees as a whole; null where it has no limit."
-        ),
-    ]
+    attention: list[str]
+    """Layers whose weights `return_attention` gives."""
+    chunking: Literal["invisible", "per_chunk", "whole"]
+    """What cuts mean: nothing; or the model sees each chunk as a whole; or it accepts whole
+    sequences only."""
+    blocks: BlocksInfo | None
+    """How a bidirectional network follows a stream; null where events are answered at once."""
+    max_chunk_steps: int | None
+    """Most steps of what the model sees as a whole; null where it has no limit."""
     runtimes: list[str]
-    forecast: Annotated[
-        ForecastInfo | None, Field(description="Null for a model without a decoder.")
-    ]
+    forecast: ForecastInfo | None
+    """Null for a model without a decoder."""
     limits: LimitsInfo
-    metrics: Annotated[
-        dict[str, Any], Field(description="What was measured when the model was trained.")
-    ]
+    metrics: dict[str, Any]
+    """What was measured when the model was trained."""
 
 
 @closed
@@ -405,5 +376,6 @@ class Ready(TypedDict):
     """Whether requests should be sent here."""
 
     status: Literal["ready", "not_ready"]
-    failing: Annotated[list[str], Field(description="Names of the checks that fail.")]
+    failing: list[str]
+    """Names of the checks that fail."""
     checks: list[CheckInfo]
