@@ -1,8 +1,8 @@
 """TCP proxy on the loopback: monitors the bytes, and cuts or delays connections on demand.
 
-It changes no byte. What it can do to a connection is to end it in the middle, after the first
-half of a request, or of a reply, was forwarded; and to hold a request back, so that it reaches the
-server only after its client has given the connection up. Use from one event loop.
+It changes no byte. It can end a connection after the first half of a request, or of a reply; and it
+can hold requests back, so that they reach the server only after the client abandoned the
+connection. For one event loop.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any, Literal, Protocol
 Direction = Literal["request", "reply"]
 Target = tuple[str, int] | str
 """Host and port, or the path of a unix socket."""
+Choice = Callable[["Connection", bytes], bool]
+"""Whether a cut applies to these bytes of a connection."""
 
 _HOST = "127.0.0.1"
 _numbers = itertools.count()
 
 
 class Watcher(Protocol):
-    """Told of everything that passes, before it goes on."""
+    """Sees all bytes before they are forwarded."""
 
     def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Bytes of one connection, in their order."""
@@ -31,16 +33,13 @@ class Watcher(Protocol):
         """The client closed its end of a connection."""
 
 
-Choice = Callable[["Connection", bytes], bool]
-
-
 @dataclass(frozen=True, slots=True)
 class Hold:
     """How a connection's requests are held back.
 
     Attributes:
         late_s: time from the loss of the client's connection to the delivery to the server.
-        silent: whether the client gives up by itself; otherwise its connection is cut at once.
+        silent: whether the client times out by itself; otherwise its connection is cut at once.
     """
 
     late_s: float
@@ -57,15 +56,34 @@ class _Cut:
     )
 
 
+@dataclass(slots=True)
+class _Side(asyncio.Protocol):
+    """One side of a connection."""
+
+    made: Callable[[Any], None] = lambda transport: None
+    received: Callable[[bytes], None] = lambda data: None
+    lost: Callable[[], None] = lambda: None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.received(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost()
+
+
 class Connection:
-    """One connection through a path.
+    """One connection through a proxy.
 
     Attributes:
         number: different for every connection of the run.
         notes: the watcher's own.
-        whose: who made it, once somebody found out.
+        owner: name of the process that made it, once it is known.
+        front, back: to the client, and to the server once it is connected.
         hold: set once its requests are held back.
-        ended: whether all bytes have passed.
+        ended: set once all bytes have passed.
     """
 
     def __init__(self, proxy: Proxy, front: asyncio.Transport):
@@ -73,7 +91,7 @@ class Connection:
         self.number = next(_numbers)
         self.notes: Any = None
         self.owner: str | None = None
-        self.front: asyncio.Transport = front
+        self.front = front
         self.back: asyncio.Transport | None = None
         self.is_closed = False
         self.ended = asyncio.Event()
@@ -82,13 +100,14 @@ class Connection:
         self._early: list[bytes] = []
 
     async def connect(self, target: Target) -> None:
-        """Reach the target; a target that is not there ends the connection."""
+        """Connect to the target; one that is unavailable ends the connection."""
         loop = asyncio.get_running_loop()
+        side = _Side(received=lambda data: self.forward("reply", data), lost=self.close)
         try:
             if isinstance(target, str):
-                back, _ = await loop.create_unix_connection(lambda: _Back(self), target)
+                back, _ = await loop.create_unix_connection(lambda: side, target)
             else:
-                back, _ = await loop.create_connection(lambda: _Back(self), *target)
+                back, _ = await loop.create_connection(lambda: side, *target)
         except OSError:
             self.abort()
             return
@@ -96,19 +115,11 @@ class Connection:
         if self.is_closed:
             back.abort()
             return
-        for data in self._early:
-            back.write(data)
+        back.writelines(self._early)
         self._early = []
 
-    def request(self, data: bytes) -> None:
-        """Bytes from the client."""
-        self._pass("request", data)
-
-    def reply(self, data: bytes) -> None:
-        """Bytes from the server."""
-        self._pass("reply", data)
-
-    def _pass(self, direction: Direction, data: bytes) -> None:
+    def forward(self, direction: Direction, data: bytes) -> None:
+        """Pass bytes on, unless they are to be cut or held back."""
         if self.is_closed:
             return
         cut = None if self.hold else self.proxy.pop_cut(direction, self, data)
@@ -130,71 +141,46 @@ class Connection:
         else:
             self._early.append(data)
         if cut:
-            # close, not abort: the half that was written is to arrive
-            self._end(abort=False)
+            # not aborted: the half that was written must arrive
+            self.close()
 
     def client_closed(self) -> None:
         """The client ended the connection; what it wrote still reaches the server."""
         self.proxy.watcher.closed(self)
         if self.hold is None or self.is_closed:
-            self._end(abort=False)
+            self.close()
         else:
             self.is_closed = True
-            asyncio.get_running_loop().call_later(self.hold.late_s, self._deliver)
+            asyncio.get_running_loop().call_later(self.hold.late_s, self._deliver_held)
 
-    def _deliver(self) -> None:
+    def _deliver_held(self) -> None:
         if self.back is not None and not self.back.is_closing():
-            self.back.write(b"".join(self._held))
-        self._end(abort=False)
+            self.back.writelines(self._held)
+        self.close()
+
+    def close(self) -> None:
+        """End both sides once what was written is sent."""
+        self._end(lambda side: side.close())
 
     def abort(self) -> None:
         """End both sides at once."""
-        self._end(abort=True)
+        self._end(lambda side: side.abort())
 
-    def _end(self, *, abort: bool) -> None:
+    def _end(self, end: Callable[[asyncio.Transport], None]) -> None:
         self.is_closed = True
         self.ended.set()
         self.proxy.connections.discard(self)
         for side in (self.front, self.back):
             if side is not None:
-                if abort:
-                    side.abort()
-                else:
-                    side.close()
-
-
-class _Front(asyncio.Protocol):
-    def __init__(self, proxy: Proxy):
-        self._proxy = proxy
-        self._link: Connection | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._link = self._proxy.opened(transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._link.request(data)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._link.client_closed()
-
-
-class _Back(asyncio.Protocol):
-    def __init__(self, connection: Connection):
-        self._link = connection
-
-    def data_received(self, data: bytes) -> None:
-        self._link.reply(data)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._link._end(abort=False)
+                end(side)
 
 
 class Proxy:
-    """A listener that forwards to a target, which may move.
+    """A listener that forwards to a target, which can move.
 
     Args:
-        target: where the server is now; None while it is nowhere.
-        owner: whom the connections belong to, for the watcher.
+        target: where the server is now; None while it is unavailable.
+        owner: name of the process whose connections these are, for the watcher.
     """
 
     def __init__(self, target: Callable[[], Target | None], watcher: Watcher, owner: str = ""):
@@ -210,7 +196,7 @@ class Proxy:
     async def open(self) -> None:
         """Listen on a free port of the loopback."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: _Front(self), _HOST, 0)
+        self._listener = await loop.create_server(self._new_side, _HOST, 0)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
@@ -221,24 +207,29 @@ class Proxy:
             connection.abort()
         await asyncio.gather(*self._connecting, return_exceptions=True)
 
-    async def drained(self, owner: Callable[[Connection], bool]) -> None:
-        """Wait until the connections that there are now and that are chosen have ended."""
-        await asyncio.gather(
-            *(connection.ended.wait() for connection in list(self.connections) if owner(connection))
-        )
+    async def drained(self, choice: Callable[[Connection], bool]) -> None:
+        """Wait until the chosen ones of the present connections have ended."""
+        chosen = [each for each in self.connections if choice(each)]
+        await asyncio.gather(*(connection.ended.wait() for connection in chosen))
 
-    def opened(self, front: asyncio.BaseTransport) -> Connection:
-        """A client connected."""
-        connection = Connection(self, front)
-        self.connections.add(connection)
-        target = self._target()
-        if target is None:
-            connection.abort()
-        else:
+    def _new_side(self) -> _Side:
+        side = _Side()
+
+        def made(front: asyncio.Transport) -> None:
+            connection = Connection(self, front)
+            self.connections.add(connection)
+            side.received = lambda data: connection.forward("request", data)
+            side.lost = connection.client_closed
+            target = self._target()
+            if target is None:
+                connection.abort()
+                return
             task = asyncio.get_running_loop().create_task(connection.connect(target))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
-        return connection
+
+        side.made = made
+        return side
 
     def cut(
         self, direction: Direction, choice: Choice, hold: Hold | None = None
