@@ -1,4 +1,4 @@
-"""Problem: whatever a request came to that is not a successful reply."""
+"""Problem: the outcome of a request that is not a successful reply."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def no_answer(error: BaseException) -> Problem:
 
 
 def read_problem(status: int, document: Any) -> Problem:
-    """A problem out of a failed response or a failed item, whatever its document is."""
+    """A problem out of a failed response or a failed item, with or without a document."""
     members = document if isinstance(document, dict) else {}
     is_busy = status in _BUSY_STATUSES
     retry_after_s = members.get("retry_after_s")

@@ -54,7 +54,7 @@ def replay(
     chunk: Annotated[str, typer.Option(help="Events per chunk: A..B, drawn evenly.")] = "1..64",
     seed: Annotated[int, typer.Option(help="Of the cuts and the duplicates.")] = 1,
     streams_in_flight: Annotated[
-        int, typer.Option(min=1, max=4096, help="Streams with a chunk under way at once.")
+        int, typer.Option(min=1, max=4096, help="Streams with a chunk in flight at once.")
     ] = 64,
     per_request: Annotated[
         int, typer.Option(min=1, max=1000, help="Streams that share one request.")
@@ -87,7 +87,7 @@ def replay(
 ) -> None:
     """Replay events through a running service as live streams.
 
-    Without --data the departures from New York in 2013 are replayed. A second run goes on
+    Without --data the departures from New York in 2013 are replayed. A second run continues
     where the streams stand. Exits with 1 where the service broke its contract, with 2 where
     the replay could not be finished.
     """

@@ -49,7 +49,7 @@ def run_replay(options: ReplayOptions) -> int:
         errors.print(f"carry replay: {error}", markup=False, highlight=False, soft_wrap=True)
         return EXIT_UNFINISHED
     except KeyboardInterrupt:
-        errors.print("carry replay: interrupted; start again to go on from here")
+        errors.print("carry replay: interrupted; start again to continue from here")
         return EXIT_INTERRUPTED
     summary.print(Console(soft_wrap=True))
     return EXIT_FAILED if summary.failed else 0

@@ -1,7 +1,7 @@
 """What the service counted during the replay: the growth of its /metrics.
 
 Sampled before, during and after, because a service that dies takes its counts along: a count
-that is lower than before began anew, and all of it is growth. What was counted between the
+that is lower than before was reset, and all of it is growth. What was counted between the
 last sample and the death is missed, so the numbers are at least what they say. A service
 without these metrics, or without /metrics, gives an empty growth.
 """

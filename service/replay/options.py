@@ -13,12 +13,12 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class ReplayError(Exception):
-    """The replay cannot go on; the message is one sentence for the person who started it."""
+    """The replay cannot continue; the message is one sentence for the person who started it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayOptions:
-    """Everything a replay can be told.
+    """All options of a replay.
 
     Attributes:
         urls: where the service listens; requests take turns among them, and the two copies of
@@ -31,7 +31,7 @@ class ReplayOptions:
         events: how many events, the earliest ones; None for all.
         chunk_min, chunk_max: events per chunk, drawn evenly between the two.
         seed: of the cuts and of the choice of duplicates.
-        streams_in_flight: how many streams have a chunk under way at once.
+        streams_in_flight: how many streams have a chunk in flight at once.
         per_request: how many streams share one request; 1 uses the address of one stream.
         speed: times real time by the events' timestamps; None for as fast as possible.
         duplicates: share of chunks, 0 to 1, that are sent twice at once.

@@ -4,7 +4,7 @@ Every stream's position is asked first, so that a second replay resumes where th
 A chunk without an answer is sent again unchanged; a problem that names the stream's position
 moves it there, back (the store lost commits) or forward (its reply is no longer kept).
 Any other problem ends the replay. What the service says that cannot
-be true becomes a fault, and the replay goes on, so that one run shows all of them.
+be true becomes a fault, and the replay continues, so that one run shows all of them.
 
 Everything here runs in one event loop.
 """
@@ -60,7 +60,7 @@ class Tally:
         duplicates: chunks sent twice at once.
         replayed: replies that were marked so.
         fell_back: how often a stream stood before what was acknowledged, `lost` in events.
-        skipped: events whose outputs were not received, because their reply was gone.
+        skipped: events whose outputs were not received, because their stored reply had expired.
         faults: what the service said that cannot be true, the first hundred.
         fault_count: how many there were.
         latencies_s: of every answered request.

@@ -18,7 +18,7 @@ from service.replay.source import StreamEvents
 
 
 class Cursor:
-    """Where one stream stands in its events, and how its next chunk is cut.
+    """Position of one stream in its events, and the cut of its next chunk.
 
     Attributes:
         events: the stream's events.
@@ -62,12 +62,12 @@ class Cursor:
         return 0 if times is None else int(times[self.position + self.size - 1])
 
     def advance(self, position: int) -> None:
-        """The next chunk was applied, the stream stands at `position`."""
+        """The next chunk was applied; the stream is at `position`."""
         self.cuts += 1
         self.move(position)
 
     def move(self, position: int) -> None:
-        """The stream stands at `position`, forward or back; the next chunk is cut anew."""
+        """The stream is at `position`, forward or back; the next chunk is cut again."""
         self.position = position
         self._size = self._draw()
 

@@ -112,7 +112,7 @@ def split_streams(
         schema: whose timestamp field orders the events.
         columns: T events.
         names: T stream names, one per event.
-        limit: keep only so many of the earliest events.
+        limit: keep only this many of the earliest events.
         prefix: put before every name.
 
     Raises:

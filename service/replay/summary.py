@@ -104,7 +104,7 @@ class Summary:
         if tally.fell_back:
             yield "fell back", f"{tally.fell_back:,} times, {tally.lost:,} events sent again"
         if tally.skipped:
-            yield "skipped", f"{tally.skipped:,} events whose replies were gone"
+            yield "skipped", f"{tally.skipped:,} events whose stored replies had expired"
         yield from self._service_rows()
         for skill in self.skill:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in skill.scores.items())

@@ -119,7 +119,7 @@ def require_reference() -> None:
     """Refuse what `keras_whole` would, before a replay begins and without importing TensorFlow.
 
     Raises:
-        ReplayError: TensorFlow, the reference whatever runtime serves, is not installed.
+        ReplayError: TensorFlow, the reference for every runtime, is not installed.
     """
     if find_spec("tensorflow") is None:
         raise ReplayError(

@@ -48,7 +48,7 @@ _LOOK_BACK: Final = 400
 
 
 def check(history: History) -> CheckResult:
-    """Judge all streams and all episodes of a run."""
+    """Check all streams and all bursts of appends of a run."""
     result = CheckResult()
     reference = Reference()
     for log in history.streams:

@@ -1,10 +1,10 @@
 """Clients of the fault tests: each sends one stream's events in random cuts, and logs every answer.
 
-A client retries blindly: whatever fails without naming the stream's head is sent again unchanged,
-to any worker, until it is answered. Some chunks go to two workers at once. An answer that names
-another position moves the client there, and it sends from there in other cuts. Some clients send
-If-Match, some the epoch, some neither; those notice by the tag that a history was replaced. One
-chunk of a stream is in flight at a time.
+A client retries blindly: a request that fails without naming the stream's head is repeated
+unchanged, at any worker, until it is answered. Some chunks go to two workers at once. An answer that
+names another position moves the client there, and it sends from there in other cuts. Some clients
+send If-Match, some the epoch, some neither; those notice by the tag that a history was replaced.
+One chunk of a stream is in flight at a time.
 """
 
 from __future__ import annotations
@@ -338,7 +338,7 @@ class Client:
         """Have another worker delete the stream; None if its If-Match fails.
 
         An abandoned request may still be carried out, and without If-Match it then deletes the
-        stream in whatever state it is by that time.
+        stream in the state that it has by then.
         """
         etag, unanswered, unknown = None, False, False
         if self._random.random() < 0.5:

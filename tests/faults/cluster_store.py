@@ -4,7 +4,7 @@ Every node announces the port of a path instead of its own, so all that workers 
 there; whose a connection is, its port says. Replicas follow their primaries through the paths
 too, and are left alone there.
 
-Replication is asynchronous: whatever may end in a promotion may take the last writes along.
+Replication is asynchronous: every fault that may cause a promotion may lose the last writes.
 With `replicated` durability a chunk is acknowledged only when the replica has it: then only a
 promotion of a replica that was stopped could take any, and such a chunk was not acknowledged.
 """
@@ -32,7 +32,7 @@ LAG_S: Final = 0.5
 """How far a replica that runs may be behind its primary."""
 
 STALE_S: Final = 3.0
-"""How long a primary that was stopped may go on as one before it learns that it is none."""
+"""How long a primary that was stopped may act as one before it learns of the promotion."""
 
 
 class ClusterStore(Store):
@@ -136,7 +136,7 @@ class ClusterStore(Store):
 
     def prepare_rollback(self, pick: int) -> float:
         """Stop the replica of a primary that is to be lost, and end its connection to it: what
-        the primary sent would else be read from the socket when the replica goes on."""
+        the primary sent would otherwise be read from the socket when the replica continues."""
         self._old_primary = self._primary(pick)
         self._stopped = self._replica_of(self._old_primary)
         since_s = time.monotonic() - LAG_S
@@ -147,7 +147,7 @@ class ClusterStore(Store):
         return since_s
 
     def roll_back(self, since_s: float) -> Loss:
-        """Kill the primary, let its replica go on: it takes the place with what it had."""
+        """Kill the primary, continue its replica, which is promoted with the data it had."""
         killed_s = time.monotonic()
         self._old_primary.kill()
         ended_s = time.monotonic()

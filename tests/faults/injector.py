@@ -38,13 +38,13 @@ LONGEST_WAIT_S = 60.0
 """How long a fault waits for something to break: workers and store serve again by then."""
 
 HELD_SHARE = 3
-"""One client of so many rests over a rollback, and its stream is moved on differently."""
+"""One client of this many is suspended during a rollback, and its stream advanced by others."""
 
 REST_S = 4.0
 """How long a client may take to come to rest: more than it waits for a reply."""
 
 ALONE_SHARE = 4
-"""One fault of so many may meet a worker while the others are down."""
+"""One fault of this many may hit a worker while the others are down."""
 
 CHUNKS_IN_FLIGHT = "faults with chunks in flight"
 WARM_ROLLBACKS = "rollbacks with warm caches"

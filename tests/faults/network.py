@@ -8,7 +8,7 @@ activations are linear. What is left of its equations is
 with a signed permutation R and whole numbers in W and x. Nothing fades: an event that is wrong,
 missing, doubled or in another's place changes every later output for good, and by at least 1,
 because R turns a difference without making it smaller. All of it is exact in float32 below
-2^24, whatever the order of summation, the company in the batch or the runtime: outputs are
+2^24, independent of the order of summation, the rest of the batch and the runtime: outputs are
 compared bit by bit.
 
 R has cycles of 3, 5 and 8 units, each with one change of sign, so it comes back to itself after

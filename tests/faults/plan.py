@@ -54,7 +54,7 @@ KINDS: Final[dict[str, tuple[Kind, ...]]] = {
 """What can occur on a store, kills of workers apart."""
 
 KILLED_SHARE: Final = 4
-"""One fault of so many kills a worker, the stages in turn."""
+"""One fault of this many kills a worker, the stages in turn."""
 
 _PAUSES_S: Final = (0.2, 0.5, 0.5, 1.0, 1.5, 3.5)
 """Short ones, ones longer than a worker waits for an answer, one longer than the store's whole
@@ -95,7 +95,7 @@ def make_plan(store: str, count: int, random: np.random.Generator, longest_s: fl
 
 
 def more_kills(stages: list[str], random: np.random.Generator) -> Iterator[Fault]:
-    """Further kills, for stages that were met too seldom."""
+    """Further kills, for stages that were hit too rarely."""
     for stage in stages:
         yield _fault(Kind.WORKER_KILL, stage, random, 0.0)
 

@@ -48,7 +48,7 @@ class RunOptions:
         plant: a bug that is planted in the workers, by its folder in `planted_bugs`.
         strict: chunks are acknowledged when the replicas have them.
         removals: share of chunks before which the stream is deleted or expires.
-        short_lived: one in so many streams is deleted and created all the time; 0: none.
+        short_lived: one stream of this many is deleted and created all the time; 0: none.
         append_pause_s: mean pause between two bursts of an appender.
         longest_s: no pause is longer.
         verbose: print each fault before it is injected.
@@ -134,7 +134,7 @@ def environment(options: RunOptions) -> dict[str, str]:
 
 @asynccontextmanager
 async def deploy(options: RunOptions, folder: Path) -> AsyncIterator[Deployment]:
-    """Two workers on a store that serve; ended afterwards, whatever happened."""
+    """Two workers that serve on a store; they are ended in any case."""
     models = network.write(folder / "models")
     settings = environment(options)
     store = make_store(options, folder / "store", models, settings)

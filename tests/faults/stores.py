@@ -34,7 +34,7 @@ from tests.support.service import Service
 
 SERVES_S: Final = 60.0
 LATE_WRITES_S: Final = 3.0
-"""With `everysec` a server puts writes to its file off while a sync is under way, for up to two
+"""With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds: a SIGKILL may take them."""
 
 DOWN_S: Final = 0.2
@@ -183,7 +183,7 @@ class SingleStore(Store):
             client.config_set("maxmemory", "0")
 
     def prepare_rollback(self, pick: int) -> float:
-        """Copy the append-only file. The server goes on writing: what is copied is a beginning
+        """Copy the append-only file. The server keeps writing: the copy is a prefix
         of the file, as a crash would leave it."""
         since_s = self._written_s()
         self._copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self.folder)) / "files"
@@ -310,7 +310,7 @@ class ValkeyStore(SingleStore):
         return self.owner.data_dir / "appendonlydir"
 
     def restart_owner(self, *, kill: bool) -> None:
-        """End the service that holds the Valkey, by SIGKILL (the Valkey goes on, and is taken
+        """End the service that holds the Valkey, by SIGKILL (the Valkey keeps running, and is taken
         over) or by SIGTERM (it ends too), and start it again."""
         if kill:
             self.owner.kill()

@@ -200,7 +200,7 @@ def test_rollback_explains_nothing_before_it() -> None:
 
 
 def test_continued_stale_history_is_detected() -> None:
-    """Others moved the stream on after a rollback; a worker goes on from what it remembers."""
+    """Others advanced the stream after a rollback; a worker continues from its cache."""
     stream, loss = rolled_back()
     stale = list(stream.heads), [*served().heads]
     stream.rejection()

@@ -25,7 +25,7 @@ ON_A_CLUSTER = (
 
 
 def outcome_of(options: RunOptions) -> Outcome:
-    """Run a course; the report is shown where the test fails."""
+    """Run a plan of faults; pytest shows the report where the test fails."""
     print(f"seed {options.seed}")
 
     async def run_in_folder() -> Outcome:

@@ -54,7 +54,7 @@ class Worker:
         self.up_s = time.monotonic()
 
     def restart(self) -> None:
-        """Start it again beside whatever goes on."""
+        """Start it again in the background."""
         self._starting = asyncio.create_task(self.start())
 
     async def started(self) -> None:
@@ -105,7 +105,7 @@ class Worker:
         ]
 
     def stop(self) -> None:
-        """End it, whatever it is doing."""
+        """End it at once."""
         process = self._service.process
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGCONT)
