@@ -1,12 +1,11 @@
-"""Admission control: which jobs a batcher accepts, and what it answers for the others.
+"""Admission control: accepts a job into the queue or rejects it (backpressure, load shedding).
 
-The queue is bounded by a number of jobs and by waiting time: at the rate at which the queue drains,
-a new job must start before its deadline and within `max_wait_s`. Otherwise it is rejected at once,
-with the time that the queue needs to drain as `Retry-After`. What counts is the number of jobs that
-start before the new one: one job of each request that is ready, and the backlog of its own stream,
-at that stream's own rate. A stream's backlog is limited to a share of the room that is left in the
-queue (a dynamic threshold), and a request to what it leaves to others. So a backlog affects its own
-callers only.
+The queue is bounded by its length and by waiting time: at the current drain rate, a new job must
+start before its deadline and within `max_wait_s`. Otherwise it is rejected at once, with the time
+that the queue needs to drain as `Retry-After`. What counts is the number of jobs that start before
+the new one: one job of each ready request, and the backlog of its own stream, at the stream's own
+rate. The backlog of a stream is limited to a share of the free places (dynamic threshold), and a
+request to what it leaves to others. So a backlog affects its own callers only.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Rejection(NamedTuple):
 
     Attributes:
         waiting: number of jobs that start before it.
-        per_s: how many start per second, where that is known.
-        of_stream: whether those are the backlog of its own stream.
+        per_s: jobs that start per second; None if unknown.
+        of_stream: whether these jobs are the backlog of its own stream.
     """
 
     waiting: int
@@ -44,20 +43,20 @@ class Rejection(NamedTuple):
     of_stream: bool
 
     def error(self) -> Overloaded:
-        """The error to answer the caller with."""
+        """The error for the caller."""
         kind = StreamOverloaded if self.of_stream else Overloaded
         what = "chunks of this stream" if self.of_stream else "chunks"
         if self.per_s is None:
             return kind(f"{self.waiting} {what} are waiting, which is the limit", retry_after_s=1)
         drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(self.waiting / self.per_s, 1)))
         return kind(
-            f"{self.waiting} {what} are waiting, and {self.per_s:.0f} are done in a second",
+            f"{self.waiting} {what} are waiting, and {self.per_s:.0f} are done per second",
             retry_after_s=drained_s,
         )
 
 
 shared_error = lru_cache(maxsize=64)(Rejection.error)
-"""`Rejection.error`, with one shared object for equal refusals."""
+"""`Rejection.error` with one shared object for equal rejections."""
 
 
 class Admission:
@@ -88,11 +87,11 @@ class Admission:
     def check_admission(
         self, key: Hashable | None, left_s: float, index: int = 0
     ) -> Rejection | None:
-        """Why a job is not admitted; None if it is.
+        """Decide whether a job is admitted; returns why not, or None if it is.
 
         Args:
             left_s: time until the job's deadline.
-            index: number of jobs of the same request in front of it.
+            index: number of jobs of the same request before it.
         """
         queue, rate = self._queue, self._rate.per_s
         waiting = len(queue)
@@ -100,28 +99,28 @@ class Admission:
         if room <= index:
             self._report_shedding(waiting)
             return Rejection(waiting, rate, False)
-        if rate is not None and waiting >= (most := self._max_before(left_s, rate)):
-            # Round robin: before a request's n-th job, every other request starts up to n jobs.
+        if rate is not None and waiting >= (max_before := self._max_before(left_s, rate)):
+            # round robin: before a request's n-th job, every other request starts up to n jobs
             before = min(queue.ready(), queue.requests * (index + 1))
-            if before >= most:
+            if before >= max_before:
                 self._report_shedding(before)
                 return Rejection(before, rate, False)
         backlog = queue.backlog(key)
         if backlog is None:
             return None
         waiting, rate = len(backlog.jobs), backlog.per_s
-        too_many = max(1, room // STREAM_SHARE)
-        if waiting < too_many and (rate is None or waiting < self._max_before(left_s, rate)):
+        max_backlog = max(1, room // STREAM_SHARE)
+        if waiting < max_backlog and (rate is None or waiting < self._max_before(left_s, rate)):
             return None
         self._report_stream_shedding(backlog)
         return Rejection(waiting, rate, True)
 
     def _max_before(self, left_s: float, per_s: float) -> float:
-        """How many jobs can start at that rate before a job with so much time left."""
+        """How many jobs can start at a rate before a job that has `left_s` until its deadline."""
         wait_s = min(self._max_wait_s, left_s)
         if wait_s == math.inf:
             return math.inf
-        # At least one: a job in an empty queue does not wait.
+        # at least one, since a job in an empty queue does not wait
         return max(1, int(wait_s * per_s))
 
     def stop_shedding(self) -> None:
@@ -131,7 +130,7 @@ class Admission:
             self._on_shedding(False)
 
     def _report_shedding(self, waiting: int) -> None:
-        """Report load shedding, once until the queue is drained."""
+        """Report the start of load shedding, once until the queue is drained."""
         if not self._is_shedding:
             self._is_shedding = True
             self._on_shedding(True)
@@ -139,7 +138,7 @@ class Admission:
             log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
 
     def _report_stream_shedding(self, backlog: Backlog[Any, Any]) -> None:
-        """Log that a stream is overloaded once, until its backlog is empty."""
+        """Log that a stream is overloaded, once until its backlog is empty."""
         if not backlog.is_shedding:
             backlog.is_shedding = True
             rate = backlog.per_s

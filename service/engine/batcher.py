@@ -1,16 +1,16 @@
-"""Continuous batching across streams: one queue and one owner per model.
+"""Continuous (dynamic) batching across streams: one batcher with one queue per model.
 
-Jobs wait in a fair queue (`fair_queue`): in order within a stream, round robin between requests.
-Whenever fewer batches are under way than allowed, the next one is formed from whatever is ready:
-small batches at low load, full ones at high load. One that would be smaller than the last is
-delayed for a moment. It runs as a task of its own, so that loading, computing and committing of
-neighbouring batches overlap. A stream has at most one job in a batch, until the batch releases it;
-a job that has to be retried returns to its old place in the queue. Jobs whose caller disconnected,
-or whose deadline passed, are dropped while forming; a batch that fails fails its own jobs only.
-Each job is settled once.
+Jobs wait in a fair queue (`fair_queue`): FIFO within a stream, round robin between requests.
+Whenever fewer batches are in flight than allowed, the next one is formed from the jobs that are
+ready: small batches at low load, full ones at high load. A batch that would be smaller than the
+last one is delayed briefly (batching delay, `policy`). Each batch runs as a task of its own, so
+that consecutive batches overlap in loading, computing and committing. A stream has at most one job
+in flight until its batch releases the stream; a job that has to be retried returns to its old place
+in the queue. Jobs whose caller cancelled, or whose deadline passed, are dropped while a batch is
+formed. A batch that fails, fails its own jobs only. Each job is resolved exactly once.
 
-Jobs that would have to wait for too long are rejected at once (`admission`). A single timer, set to
-the earliest deadline, enforces all of them.
+Jobs that would wait too long are rejected at once (`admission`). One timer, set to the earliest
+deadline, enforces all deadlines.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
 """
@@ -41,33 +41,36 @@ from service.engine.jobs import BatchControl, Job, JobRequest, P, R, Results, Ru
 from service.engine.policy import LINGER_TICKS, BatchDelay, BatchLimits, batching_delay
 
 DEADLINE_GRACE_S: Final = 0.05
-"""How much later than its deadline a job in a batch is given up: what its batch waits for ends at
-the deadline too, and can say more."""
+"""How long after its deadline a job in a batch fails. Whatever its batch waits for ends at the
+deadline, too, and gives a more specific error."""
 
 DEADLINE_TICK_S: Final = 0.01
-"""Least time between two looks of the timer at deadlines."""
+"""Shortest interval of the deadline timer."""
 
 LINGER_TICK_S: Final = 0.001
-"""What the loop's timers count in."""
+"""Resolution of the event loop's timers."""
 
 ITEMS_PER_PART: Final = 128
-"""A request with more items is queued in parts of this size, two at a time: one for the batch that
-is running and one for the next."""
+"""A request of more items is queued in parts of this size, two at a time: one for the running batch
+and one for the next."""
 
 log = structlog.get_logger(__name__)
 
 
 class Batcher(Generic[P, R]):
-    """The queue of one model.
+    """The batcher of one model.
 
     Args:
+        run: runs a batch.
         limits: how large a batch may grow.
-        max_queue: waiting jobs beyond which `submit` refuses.
-        max_in_flight: batches that may be under way at once.
-        on_depth: told the queue's length whenever a batch was formed.
-        max_wait_s: longest that a job may be expected to wait in the queue.
-        on_shedding: told when it begins to refuse, and when the queue was empty again.
-        told: what becomes of an error of the batcher's own for a job, which may be committing.
+        max_queue: most waiting jobs; further ones are rejected.
+        max_in_flight: most batches in flight.
+        on_depth: called with the length of the queue after a batch was formed.
+        max_wait_s: longest expected wait in the queue; jobs with a longer one are rejected.
+        on_shedding: called with True when load shedding starts, and with False once the queue is
+            drained.
+        map_error: maps the batcher's own error for a job, which may be committing, to the error
+            that the caller gets.
     """
 
     def __init__(
@@ -112,16 +115,15 @@ class Batcher(Generic[P, R]):
     def enqueue(
         self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
     ) -> Results[R]:
-        """Queue jobs; at least one.
+        """Queue one or more jobs without waiting for them.
 
         Args:
-            deadline_s: until when the caller waits, of the monotonic clock.
+            deadline_s: time until which the caller waits, on the monotonic clock.
 
         Returns:
-            A future of all their results, in the order of the requests. A request is answered
-            Overloaded where the queue is too long, DeadlineExceeded where its time was up
-            before it was done, and ShuttingDown where the service is stopping; else with
-            whatever its job was settled with.
+            A future of the results in the order of the requests. A result is Overloaded if the
+            queue is too long, DeadlineExceeded if the deadline passed, ShuttingDown if the service
+            is stopping; otherwise whatever the batch resolved the job with.
         """
         ticket: Ticket[R] = Ticket(len(requests), deadline_s)
         may_run = False
@@ -129,7 +131,7 @@ class Batcher(Generic[P, R]):
         left_s = deadline_s - now_s
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
-                ticket.resolve(index, ShuttingDown("the service is stopping, no work is taken"))
+                ticket.resolve(index, ShuttingDown("the service is stopping and accepts no work"))
             elif (rejection := self._admission.check_admission(key, left_s, index)) is not None:
                 ticket.resolve(index, rejection.error())
             else:
@@ -143,8 +145,8 @@ class Batcher(Generic[P, R]):
         return ticket.future
 
     def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
-        """The error that admission control would answer a request with now; None if it would be
-        admitted. Lets a caller reject a request without parsing it. The object is shared between
+        """Return the error that admission control would reject a request with now; None if it would
+        be admitted. Lets a caller reject a request before it is parsed. The error is shared between
         calls, so it must not be raised.
 
         Args:
@@ -154,7 +156,7 @@ class Batcher(Generic[P, R]):
         return None if rejection is None else shared_error(rejection)
 
     def cancel(self, results: Results[R]) -> None:
-        """Their caller is gone: what of them still waits is dropped, at the next look at least."""
+        """Cancel jobs whose caller disconnected; those that are queued are dropped."""
         results.cancel()
         now_s = time.monotonic()
         if now_s < self._next_deadline_s:
@@ -163,7 +165,7 @@ class Batcher(Generic[P, R]):
     async def submit(
         self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
     ) -> list[R | CarryError]:
-        """Queue jobs and wait for all their results; see `enqueue`.
+        """Queue jobs as `enqueue` does, and wait for all results.
 
         More than `ITEMS_PER_PART` jobs are queued in parts, so that one caller cannot fill the
         queue.
@@ -194,9 +196,9 @@ class Batcher(Generic[P, R]):
             raise
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new jobs and finish the accepted ones; once.
+        """Drain the queue: reject new jobs, finish the accepted ones; once.
 
-        Jobs that are not done after `timeout_s` fail with ShuttingDown.
+        Jobs that are not finished after `timeout_s` fail with ShuttingDown.
         """
         self._stopping = True
         if not self._is_idle:
@@ -224,29 +226,29 @@ class Batcher(Generic[P, R]):
             await asyncio.wait(tasks)
 
     def _wake(self) -> None:
-        """Form batches once whatever else is ready now has had its turn."""
+        """Form a batch in the next turn of the event loop, after the callbacks already ready."""
         if not self._forming and len(self._batches) < self._max_in_flight:
             self._forming = True
             asyncio.get_running_loop().call_soon(self._form)
 
     def _form(self) -> None:
-        """Start a batch, unless it is put off."""
-        # a long job is not about to be answered
+        """Start a batch, unless the batching delay applies."""
+        # a batch of long jobs is not about to end
         ending_soon = len(self._batches) - self._long
         ready = self._queue.ready(long_ones=self._may_start_long)
-        wait = batching_delay(ready, self._last_rows, ending_soon, self._turns)
-        if wait is BatchDelay.LOOP_TURN:
+        delay = batching_delay(ready, self._last_rows, ending_soon, self._turns)
+        if delay is BatchDelay.LOOP_TURN:
             self._turns += 1
             asyncio.get_running_loop().call_soon(self._form)
             return
         self._forming, self._turns = False, 0
-        if wait is BatchDelay.NONE:
+        if delay is BatchDelay.NONE:
             self._start()
         elif self._linger_timer is None:
             self._linger()
 
     def _linger(self, ticks: int = LINGER_TICKS) -> None:
-        """Start after some ticks at the latest; a batch that keeps the loop may swallow one."""
+        """Start a batch after some timer ticks; a batch that blocks the loop may swallow one."""
         if ticks:
             self._linger_timer = asyncio.get_running_loop().call_later(
                 LINGER_TICK_S, self._linger, ticks - 1
@@ -255,7 +257,7 @@ class Batcher(Generic[P, R]):
             self._start()
 
     def _start(self) -> None:
-        """Start a batch, if one may be under way, and see to the next one."""
+        """Start a batch, if the limit of batches in flight allows it, and schedule the next one."""
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
@@ -276,7 +278,7 @@ class Batcher(Generic[P, R]):
             self._drained.set()
 
     def _expire_jobs(self, now_s: float) -> None:
-        """Drop the jobs that nobody waits for any more, and tell those whose time is up."""
+        """Drop the jobs that were cancelled, and fail those whose deadline passed."""
         next_deadline_s = math.inf
 
         def is_live(job: Job[P, R]) -> bool:
@@ -297,12 +299,12 @@ class Batcher(Generic[P, R]):
         self._set_timer(next_deadline_s, now_s)
 
     def _is_live(self, now_s: float, job: Job[P, R]) -> bool:
-        """Whether a queued job is still wanted. A job whose deadline passed is failed here."""
+        """Whether a queued job still has a caller. A job whose deadline passed is failed here."""
         ticket = job.ticket
         if ticket.future.cancelled():
             return False
         if ticket.deadline_s <= now_s:
-            self._fail_expired(job, "before it was begun", now_s)
+            self._fail_expired(job, "before it started", now_s)
             return False
         return True
 
@@ -312,7 +314,7 @@ class Batcher(Generic[P, R]):
         job.resolve(self._map_error(job, error))
 
     def _set_timer(self, next_deadline_s: float, now_s: float) -> None:
-        """Look at the deadlines again at the earliest of them."""
+        """Set the timer to the earliest deadline."""
         self._next_deadline_s = next_deadline_s
         if self._timer is not None:
             self._timer.cancel()
@@ -327,21 +329,21 @@ class Batcher(Generic[P, R]):
         if self._stopping and self._is_idle:
             self._drained.set()
 
-    def _mark_out_of_order(self, again: Job[P, R]) -> None:
-        """Tell those that were begun behind a job that it is done again."""
-        again.is_out_of_order = False
+    def _mark_out_of_order(self, retried: Job[P, R]) -> None:
+        """Mark the running jobs that were started after an earlier one, which is retried."""
+        retried.is_out_of_order = False
         for job in self._running_jobs():
-            if job.key == again.key and job.number > again.number:
+            if job.key == retried.key and job.number > retried.number:
                 job.is_out_of_order = True
 
     def _start_batch(self, now_s: float) -> bool:
-        """Start a batch of ready jobs; returns whether more jobs are ready."""
+        """Start one batch of ready jobs; returns whether more jobs are ready."""
         long_ones = self._may_start_long
         if not self._queue.ready(long_ones=long_ones):
             return False
         is_live = None
         if now_s >= self._next_deadline_s:
-            # A caller disconnected or a deadline passed.
+            # a caller cancelled, or a deadline passed
             is_live = partial(self._is_live, now_s)
         jobs = self._queue.take(is_live, long_ones=long_ones)
         if not jobs:
@@ -361,7 +363,7 @@ class Batcher(Generic[P, R]):
 
     @property
     def _may_start_long(self) -> bool:
-        """Whether a long job may run. They hold their slot for many calls, and never the last."""
+        """Whether a long job may start: it occupies a slot for many calls, so never the last."""
         return self._long < max(1, self._max_in_flight - 1)
 
     def _batch_done(self, task: asyncio.Task[None]) -> None:
@@ -380,7 +382,7 @@ class Batcher(Generic[P, R]):
     def _detach(
         self, jobs: list[Job[P, R]], held: set[Hashable], detached: list[Job[P, R]], work: Work
     ) -> asyncio.Task[None]:
-        """Remove jobs from their batch, and their streams from those that it holds."""
+        """Remove jobs from their batch, with the streams that it holds for them."""
         keys = {job.key for job in detached} & held
         held -= keys
         removed = set(detached)
@@ -398,16 +400,16 @@ class Batcher(Generic[P, R]):
         *,
         is_long: bool = False,
     ) -> None:
-        """Await the work on some jobs, then settle or requeue them and release their streams.
+        """Await the work on some jobs, then resolve or requeue them and release their streams.
 
         Args:
             held: streams that are not released yet; the work may release some.
             is_long: whether the work occupies the slot of a long job.
         """
-        failure: CarryError = InternalError("the batch ended without an answer for this chunk")
-        again: list[Job[P, R]] = []
+        failure: CarryError = InternalError("the batch ended without a result for this chunk")
+        to_retry: list[Job[P, R]] = []
         try:
-            again = await work
+            to_retry = await work
         except CarryError as error:
             failure = error
         except asyncio.CancelledError:
@@ -418,10 +420,10 @@ class Batcher(Generic[P, R]):
             failure = InternalError(f"the batch failed: {type(error).__name__}")
         finally:
             self._long -= is_long
-            waiting = set(again)
-            self._rate.done += len(jobs) - len(waiting)
+            retried = set(to_retry)
+            self._rate.done += len(jobs) - len(retried)
             for job in jobs:
-                if job in waiting:
+                if job in retried:
                     job.attempts += 1
                     self._mark_out_of_order(job)
                     self._queue.put_back(job)
@@ -429,7 +431,7 @@ class Batcher(Generic[P, R]):
                         self._set_timer(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
                     job.resolve(self._map_error(job, failure))
-            returned = {job.key for job in again}
+            returned = {job.key for job in to_retry}
             for key in held:
                 self._release_stream(key, first=key in returned)
 

@@ -1,12 +1,12 @@
-"""Where a worker computes, and how a batch is laid out for its runtime.
+"""Runs the network on batches: padding, time slicing, and the choice of thread.
 
-Rows of different lengths are padded to the runtime's shape; what is longer than the runtime's
-longest call goes in slices from the state of the slice before (a chunk that its model sees as a
-whole is never longer: `ServedModel.check_length`). Between slices other batches take their turn.
-Padding rows carry zeros and length 1, and their results are dropped.
+Rows of different lengths are padded to the runtime's shape; padding rows carry zeros and length 1,
+and their results are dropped. Rows longer than the runtime's longest call are computed in slices,
+each from the state that the slice before it returned, and other batches run between two slices. (A
+chunk that its model sees as a whole is never longer: `ServedModel.check_length`.)
 
-A call that is known to be short runs on the event loop itself: handing it to a thread and back
-costs as much as the call. Anything else runs in the one compute thread. Never both at a time.
+A call that is known to be short runs inline on the event loop, since handing it to a thread and
+back costs as much as the call. Any other call runs in the one compute thread. Never both at once.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from service.engine.runtimes.base import FloatBatch, Lengths, Runtime
 
 T = TypeVar("T")
 OnCall = Callable[[int, int, int, float], None]
-"""Told of each runtime call: rows, real steps, padded steps, seconds."""
+"""Called after each runtime call with rows, steps, padded steps and seconds."""
 
 MAX_INLINE_S: Final = 0.002
-"""Longest call on the event loop, in seconds; how long it may keep everything else waiting."""
+"""Longest inline call, in seconds: how long the event loop may be blocked."""
 
 MIN_YIELD_S: Final = 0.001
-"""Least rest of a long chunk between two slices where others compute too; the loop's timers count
-in milliseconds."""
+"""Shortest pause between two slices while other batches compute; the event loop's timers have a
+resolution of a millisecond."""
 
 _SMOOTHING: Final = 0.2
+"""Weight of the newest call in the moving average of call times."""
 
 
 class InferenceResult(NamedTuple):
-    """What a batch came to.
+    """The results of a batch.
 
     Attributes:
         outputs: B arrays float32 [T_b, O].
         states: float32 [B, N], after each row's last step.
-        finite: every number of both is finite. False says that some number is not, which may
-            lie in the padding.
+        finite: whether all numbers of both are finite. If not, a number that is not finite may
+            also be in the padding.
     """
 
     outputs: list[FloatRows]
@@ -53,13 +54,13 @@ class InferenceResult(NamedTuple):
 
 
 class TimeSlicer:
-    """Lets others compute between the calls of a long piece of work.
+    """Time slicing: lets other batches compute between the calls of a long computation.
 
-    Two long pieces take turns by themselves; rests are for those who need one call and have to come
-    by it.
+    Long computations alternate by themselves. The pauses are for short computations, of one call,
+    which would otherwise wait for a slice at each of their stages.
 
     Args:
-        calls: how many calls there have been outside of long pieces.
+        calls: returns the number of calls so far of short computations.
     """
 
     def __init__(self, calls: Callable[[], int]):
@@ -67,17 +68,17 @@ class TimeSlicer:
         self._seen, self._began_s = calls(), time.monotonic()
 
     async def yield_to_others(self) -> None:
-        """Between two calls of the work."""
-        # A call on the loop did not let others have it, and a chunk of theirs has several turns of
-        # the loop to take: where there are others, it would meet a call of this work in each.
+        """Pause between two calls, as long as the last slice took if others compute too."""
+        # An inline call blocks the event loop, and a chunk needs several turns of the loop: without
+        # a pause, it would wait for a slice of this computation in each of them.
         with_others, self._seen = self._calls() > self._seen, self._calls()
-        rest_s = max(MIN_YIELD_S, time.monotonic() - self._began_s)
-        await asyncio.sleep(rest_s if with_others else 0)
+        pause_s = max(MIN_YIELD_S, time.monotonic() - self._began_s)
+        await asyncio.sleep(pause_s if with_others else 0)
         self._began_s = time.monotonic()
 
 
 class Compute:
-    """Runs runtime calls one after another."""
+    """Runs the runtime calls of a worker, one at a time."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="carry-compute")
@@ -86,7 +87,7 @@ class Compute:
         self._calls = 0
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Run one call in the thread."""
+        """Run one call in the compute thread."""
         self._in_thread += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, call)
@@ -102,12 +103,12 @@ class Compute:
         *,
         is_slice: bool = False,
     ) -> InferenceResult:
-        """Step a batch through its rows.
+        """Run the network on a batch.
 
         Args:
-            rows: B arrays, float32 [T_b, F], T_b >= 1 and different.
-            states: float32 [B, N]; not changed.
-            is_slice: it is one call of a long piece of work, whose `TimeSlicer` the caller has.
+            rows: B arrays, float32 [T_b, F], T_b >= 1, of different lengths.
+            states: float32 [B, N]; not modified.
+            is_slice: whether this is one slice of a long computation with a `TimeSlicer`.
         """
         longest = max(map(len, rows))
         if longest <= runtime.max_steps:
@@ -124,12 +125,12 @@ class Compute:
         states: FloatRows,
         on_call: OnCall,
     ) -> InferenceResult:
-        """Step a batch through the slices of each row, one after another.
+        """Run the network on the slices of each row, one after another.
 
         Args:
-            slices: of each row one or more, float32 [t, F]; each goes on from the state that
-                the one before it left.
-            states: float32 [B, N]; not changed.
+            slices: one or more of each row, float32 [t, F]; each continues from the state after
+                the one before it.
+            states: float32 [B, N]; not modified.
         """
         states = states.copy()
         parts: list[list[FloatRows]] = [[] for _ in slices]
@@ -140,25 +141,25 @@ class Compute:
         for turn in range(calls):
             if turn:
                 await slicer.yield_to_others()
-            members = [index for index, found in enumerate(slices) if len(found) > turn]
-            present = [slices[index][turn] for index in members]
-            stepped = await self._step(runtime, present, states[members], on_call)
-            states[members] = stepped.states
+            active = [index for index, parts_of in enumerate(slices) if len(parts_of) > turn]
+            current = [slices[index][turn] for index in active]
+            stepped = await self._step(runtime, current, states[active], on_call)
+            states[active] = stepped.states
             finite = finite and stepped.finite
-            for member, output in zip(members, stepped.outputs, strict=True):
-                parts[member].append(output)
+            for index, output in zip(active, stepped.outputs, strict=True):
+                parts[index].append(output)
         return InferenceResult([np.concatenate(part) for part in parts], states, finite)
 
     async def _step(
         self, runtime: Runtime, rows: Sequence[FloatRows], states: FloatRows, on_call: OnCall
     ) -> InferenceResult:
-        """One call of the runtime."""
+        """Make one call of the runtime."""
         lengths = [len(row) for row in rows]
         steps = max(lengths)
         padded_rows, padded_steps = runtime.padded_shape(len(rows), steps)
         padded = padded_rows * padded_steps
         call = partial(_call, runtime, rows, lengths, states, padded_rows, padded_steps)
-        # Calls of about the same size take about the same time.
+        # calls of about the same size take about the same time
         size = (id(runtime), padded.bit_length())
         expected_s = self._seconds.get(size, MAX_INLINE_S)
         if expected_s < MAX_INLINE_S and not self._in_thread:
@@ -166,17 +167,17 @@ class Compute:
         else:
             inferred, seconds = await self.run(call)
         before_s = self._seconds.get(size, seconds)
-        # One call during which the machine did something else says little.
+        # capped, since one call may be slow because the machine did something else
         self._seconds[size] = before_s + _SMOOTHING * (min(seconds, 2 * before_s) - before_s)
         on_call(len(rows), sum(lengths), padded, seconds)
         return inferred
 
     def time_slicer(self) -> TimeSlicer:
-        """For a piece of work of many calls, as it begins."""
+        """The slicer of a computation of many calls; take it when the computation starts."""
         return TimeSlicer(lambda: self._calls)
 
     def close(self) -> None:
-        """Finish the running call and end the thread."""
+        """Finish the running call and stop the thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
@@ -189,21 +190,21 @@ def _call(
     padded_steps: int,
 ) -> tuple[InferenceResult, float]:
     began_s = time.monotonic()
-    batch, padded_lengths = _laid_out(rows, lengths, padded_rows, padded_steps)
+    batch, padded_lengths = _pad(rows, lengths, padded_rows, padded_steps)
     if padded_rows > len(rows):
-        given = states
-        states = np.zeros((padded_rows, given.shape[1]), np.float32)
-        states[: len(given)] = given
+        unpadded = states
+        states = np.zeros((padded_rows, unpadded.shape[1]), np.float32)
+        states[: len(unpadded)] = unpadded
     outputs, stepped = runtime.step(batch, padded_lengths, states)
     finite = bool(np.isfinite(outputs).all() and np.isfinite(stepped).all())
     parts = [outputs[index, :length] for index, length in enumerate(lengths)]
     return InferenceResult(parts, stepped[: len(rows)], finite), time.monotonic() - began_s
 
 
-def _laid_out(
+def _pad(
     rows: Sequence[FloatRows], lengths: Sequence[int], padded_rows: int, padded_steps: int
 ) -> tuple[FloatBatch, Lengths]:
-    """The rows as one array [B, T, F], zeros beyond each length, and the lengths [B]."""
+    """Pad rows to one array [B, T, F], with zeros beyond each length, and lengths [B]."""
     features = rows[0].shape[1]
     if padded_rows == len(rows) and padded_steps == min(lengths):
         batch = np.concatenate(rows).reshape(padded_rows, padded_steps, features)

@@ -1,7 +1,7 @@
-"""The rate at which a queue drains, measured while more comes than is done.
+"""Measures the rate at which a queue drains, for admission control.
 
-Refuses to guess: there is no rate while nothing waits, and a time in which nothing was done (the
-store is away) changes none.
+There is no rate while the queue is empty, and a period without progress (the store is unavailable)
+does not change it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Final
 
 WINDOW_S: Final = 0.2
-"""Over how long the rate is measured; half of the one before is kept."""
+"""Length of one measurement; the rate is the mean of the new and the previous one."""
 
 
 class DrainRate:
-    """Of one queue; use from one task at a time.
+    """The drain rate of one queue; use from one task at a time.
 
     Attributes:
-        done: jobs done so far, counted by whoever does them.
-        per_s: how many are done in a second; None where that is not known.
+        done: number of jobs done so far, counted by the owner.
+        per_s: jobs done per second; None if unknown.
     """
 
     __slots__ = ("_before", "_since_s", "done", "per_s")
@@ -29,7 +29,7 @@ class DrainRate:
         self._since_s: float | None = None
 
     def note(self, now_s: float, waiting: int) -> None:
-        """So many wait now, after all was begun that may be."""
+        """Note the number of waiting jobs; call after starting all jobs that may start."""
         if not waiting:
             self.per_s = self._since_s = None
             return

@@ -1,10 +1,10 @@
-"""The waiting jobs of one model: in order within a stream, round robin between requests.
+"""Fair queue of one model's jobs: FIFO within a stream, round robin between requests.
 
 At most one job of a stream is ready, its oldest, and none while a batch holds the stream. A batch
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
-stream with a long backlog, or a request of many items, gets no more of a batch than any other
-request while others wait. Taking a job and releasing a stream take the same time however long the
-backlogs are; only `remove_dead` and `clear` visit all jobs.
+stream with a long backlog, or a request of many items, gets no larger share of a batch than any
+other waiting request. Taking a job and releasing a stream cost the same whatever the length of the
+backlogs; only `remove_dead` and `clear` visit all jobs.
 
 Invariants: at most one job of a stream is ready or held; the jobs of a stream keep their order,
 even if one is put back; the request at the front gives the first job of the next batch, so no
@@ -44,7 +44,7 @@ class Backlog(Generic[P, R]):
 
     @property
     def per_s(self) -> float | None:
-        """How many of the stream's jobs start per second; None where that is not known."""
+        """How many of the stream's jobs start per second; None if unknown."""
         return None if self._rate is None else self._rate.per_s
 
     def note_release(self, now_s: float) -> None:
@@ -178,7 +178,7 @@ class FairQueue(Generic[P, R]):
         return True
 
     def put_back(self, job: Job[P, R]) -> None:
-        """Put a job that was taken back into its old place."""
+        """Requeue a job at its old place."""
         self._length += 1
         key = job if job.key is None else job.key
         backlog = self._backlogs.get(key)
@@ -208,7 +208,7 @@ class FairQueue(Generic[P, R]):
         """Take the jobs of the next batch and hold their streams; empty if none may run.
 
         Args:
-            is_live: whether a job is still wanted; others are dropped. None: all are.
+            is_live: whether a job still has a caller; others are dropped. None: all have.
             long_ones: whether long jobs may be taken.
         """
         max_rows, max_padded, long_steps = self._limits
@@ -239,7 +239,7 @@ class FairQueue(Generic[P, R]):
             jobs.append(job)
             rows, longest = rows + 1, widest
             if (rows + 1) * longest > max_padded:
-                # Nothing more fits, not even one step.
+                # nothing more fits, not even one step
                 break
         self._length -= rows
         for backlog in reversed(skipped):
@@ -247,7 +247,7 @@ class FairQueue(Generic[P, R]):
         return jobs
 
     def remove_dead(self, is_live: Callable[[Job[P, R]], bool]) -> None:
-        """Drop every job that is not wanted any more."""
+        """Drop every job whose caller is not waiting any more."""
         for backlog in list(self._backlogs.values()):
             live = deque(job for job in backlog.jobs if is_live(job))
             self._length -= len(backlog.jobs) - len(live)

@@ -1,6 +1,7 @@
-"""What a batcher has in its hands: requests on their way, who waits for them, and what runs them.
+"""Queue entries of the batcher: requests, jobs, tickets, and the interface to a running batch.
 
-A job is settled once, whoever comes to it first; its caller is woken when all of its own are.
+A job is resolved exactly once, by whichever part gets to it first. The future of its caller is
+completed when all jobs of the caller are resolved.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ R = TypeVar("R")
 
 
 class JobRequest(NamedTuple, Generic[P]):
-    """What a caller wants done.
+    """A unit of work that a caller submits.
 
     Attributes:
-        key: the stream, or None for work that continues no stream.
-        steps: steps it needs.
+        key: the stream; None for work without a stream.
+        steps: its steps, on which the size of a batch depends.
     """
 
     payload: P
@@ -33,7 +34,7 @@ Results = asyncio.Future[list[R | CarryError]]
 
 
 class Ticket(Generic[R]):
-    """One caller, who waits for all of its jobs.
+    """One caller, which waits for the results of all of its jobs.
 
     Attributes:
         jobs: how many jobs the caller waits for.
@@ -50,23 +51,23 @@ class Ticket(Generic[R]):
         self._left = jobs
 
     def resolve(self, index: int, result: R | CarryError) -> None:
-        """Give the caller one result, unless it left; the last one wakes it."""
+        """Set one result; the last one completes the future, unless it was cancelled."""
         self._results[index] = result
         self._left -= 1
         if not self._left and not self.future.done():
-            self.future.set_result([found for found in self._results if found is not None])
+            self.future.set_result([each for each in self._results if each is not None])
 
 
 @dataclass(slots=True, eq=False)
 class Job(Generic[P, R]):
-    """One request on its way.
+    """One request in the queue or in a batch.
 
     Attributes:
-        number: its place in the order of all jobs.
-        attempts: how often it was in a batch before.
-        submitted_s: when it came, of the monotonic clock.
-        committing: from here on it may be done without anybody knowing.
-        is_out_of_order: an earlier job of its stream went back to be done again meanwhile.
+        number: position in the order of all jobs.
+        submitted_s: time of submission, on the monotonic clock.
+        attempts: number of batches that it was in before.
+        is_committing: its commit was sent, so it may have been applied even if it fails.
+        is_out_of_order: an earlier job of its stream is being retried, so it has to be retried too.
     """
 
     payload: P
@@ -83,11 +84,11 @@ class Job(Generic[P, R]):
 
     @property
     def deadline_s(self) -> float:
-        """Until when its caller waits, of the monotonic clock."""
+        """Time until which its caller waits, on the monotonic clock."""
         return self.ticket.deadline_s
 
     def resolve(self, result: R | CarryError) -> None:
-        """Give the caller its result or its error, once."""
+        """Resolve the job with a result or an error; only the first call has an effect."""
         if not self.is_resolved:
             self.is_resolved = True
             self.ticket.resolve(self.index, result)
@@ -97,11 +98,7 @@ Work = Coroutine[Any, Any, list[Job[Any, Any]]]
 
 
 class BatchControl:
-    """Lets a batch release its streams, or detach some of its jobs, before it ends.
-
-    Attributes:
-        is_alone: whether no other batch is under way now and nothing waits for one.
-    """
+    """What a running batch can ask of the batcher: release streams early, detach jobs."""
 
     __slots__ = ("_detach", "_held", "_is_alone", "_on_release")
 
@@ -124,10 +121,10 @@ class BatchControl:
             self._on_release(key)
 
     def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
-        """Remove jobs from the batch and run work on them as a task of its own, without a slot.
+        """Remove jobs from the batch and continue them in a task of its own, which needs no slot.
 
         Args:
-            work: settles the jobs; returns those to be retried.
+            work: resolves the jobs; returns those to be retried.
 
         Returns:
             The task of the work.
@@ -136,9 +133,10 @@ class BatchControl:
 
     @property
     def is_alone(self) -> bool:
+        """Whether no other batch is running and the queue is empty."""
         return self._is_alone()
 
 
 Run = Callable[[list[Job[P, R]], BatchControl], Awaitable[list[Job[P, R]]]]
-"""Settles the jobs of a batch, which are of different streams. May release a stream's next job
-before that, once it can go on from what this one left. Returns the jobs to be done again."""
+"""Runs a batch: resolves its jobs, each of another stream, and returns those to be retried. May
+release a stream before it ends, once the stream's next job can be computed."""

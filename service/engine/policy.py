@@ -1,4 +1,4 @@
-"""Limits of a batch, and when to delay the next one: pure functions."""
+"""Batching policy: the limits of a batch, and the batching delay; pure functions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class BatchLimits(NamedTuple):
 
     Attributes:
         max_rows: jobs per batch.
-        max_padded_steps: rows times the longest row's steps; a single longer job goes alone.
-        long_steps: a job of more steps is a long one, which takes several runtime calls.
+        max_padded_steps: rows times the steps of the longest row; a longer job runs alone.
+        long_steps: a job of more steps is a long job, which takes several runtime calls.
     """
 
     max_rows: int
@@ -21,18 +21,18 @@ class BatchLimits(NamedTuple):
 
 
 MAX_DELAY_TURNS: Final = 16
-"""How many turns of the loop the next batch is put off at most where nothing is in flight."""
+"""Longest batching delay while no batch is in flight, in turns of the event loop."""
 
 LINGER_TICKS: Final = 2
-"""How many milliseconds it is put off at most for the answers of a batch in flight."""
+"""Longest batching delay (linger) while a batch is in flight, in milliseconds."""
 
 NO_LINGER_ROWS: Final = 32
-"""So many jobs are not put off for answers: they share the cost of a batch well enough, and beside
-the one in flight they leave neither the loop nor the store idle."""
+"""A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
+in flight it keeps both the event loop and the store busy."""
 
 
 class BatchDelay(Enum):
-    """How long the next batch is put off."""
+    """How long to delay the next batch."""
 
     NONE = "start it now"
     LOOP_TURN = "for one turn of the event loop"
@@ -40,17 +40,17 @@ class BatchDelay(Enum):
 
 
 def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> BatchDelay:
-    """Whether the next batch waits to be as large as the last one, for a moment.
+    """Decide the batching delay: a batch smaller than the last one waits briefly for more jobs.
 
-    Every batch has a cost of its own, which its chunks share. Where clients answer replies with
-    requests, these come in a few turns of the loop, and so do those that the batches in flight
-    are about to answer. Who is alone waits for nobody.
+    Every batch has a fixed cost, which its chunks share. Closed-loop clients send their next
+    requests within a few turns of the event loop after the replies, so a batch in flight that is
+    about to end brings more jobs. A lone request is never delayed.
 
     Args:
         waiting: number of ready jobs.
         last: rows of the last batch.
-        in_flight: batches that are under way, without those of long jobs.
-        turns: of the loop, for which it was put off already.
+        in_flight: number of running batches, without those of long jobs.
+        turns: turns of the event loop by which the batch was delayed already.
     """
     if not 0 < waiting < last:
         return BatchDelay.NONE

@@ -1,8 +1,8 @@
-"""Recent states of this worker's streams, to skip their load.
+"""LRU cache of the states of this worker's recent streams, which saves their load.
 
-A copy may be stale: the commit's compare-and-set finds that out, and the chunk is then done
-again from the store. Nothing but the start of a computation is ever taken from here. Bounded
-in bytes; the stream used longest ago leaves first.
+A cached state may be stale or not yet committed: the compare-and-set of the commit detects that,
+and the chunk is then retried from the store. So the cache only ever provides the initial state of a
+computation. Bounded in bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from service.core.values import StreamKey, StreamState
 
 OVERHEAD_BYTES = 1024
-"""What one entry costs beside its arrays: objects, keys, the dictionary (944 by tracemalloc)."""
+"""Memory of one entry besides its arrays: objects, keys, dictionary (944 by tracemalloc)."""
 
 
 class StateCache:
@@ -24,14 +24,14 @@ class StateCache:
         self._entries: OrderedDict[StreamKey, StreamState] = OrderedDict()
 
     def get(self, key: StreamKey) -> StreamState | None:
-        """The copy, or None."""
-        found = self._entries.get(key)
-        if found is not None:
+        """The cached state of a stream, or None."""
+        state = self._entries.get(key)
+        if state is not None:
             self._entries.move_to_end(key)
-        return found
+        return state
 
     def put(self, key: StreamKey, state: StreamState) -> None:
-        """Keep a state that was committed or loaded just now."""
+        """Cache a state whose commit has been sent; evicts the least recently used ones."""
         self.drop(key)
         self._entries[key] = state
         self._bytes += _size_bytes(state)
@@ -40,10 +40,10 @@ class StateCache:
             self._bytes -= _size_bytes(oldest)
 
     def drop(self, key: StreamKey) -> None:
-        """Forget the copy, if there is one."""
-        found = self._entries.pop(key, None)
-        if found is not None:
-            self._bytes -= _size_bytes(found)
+        """Invalidate the cached state of a stream, if there is one."""
+        state = self._entries.pop(key, None)
+        if state is not None:
+            self._bytes -= _size_bytes(state)
 
 
 def _size_bytes(state: StreamState) -> int:

@@ -1,7 +1,8 @@
-"""What the engine asks of a runtime, whichever library runs the network.
+"""The interface of a runtime: the library that runs the network.
 
-A runtime computes; it never checks numbers, keeps no state between calls and knows nothing
-of streams. `step` is called from the engine's one compute thread only.
+A runtime computes; it does not validate numbers, keeps no state between calls and knows no streams.
+`step` is never called concurrently: the engine makes one call at a time, in its compute thread or
+on the event loop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Lengths = NDArray[np.int32]
 
 
 class Runtime(Protocol):
-    """One model, ready to step."""
+    """One model in one runtime."""
 
     @property
     def name(self) -> str:
@@ -30,18 +31,18 @@ class Runtime(Protocol):
 
     @property
     def max_steps(self) -> int:
-        """Most steps T of one call. Longer chunks take several, where the model goes through
-        them step by step; one that sees a chunk as a whole has no longer ones, and its calls
-        take as many steps as its `chunk_limit`."""
+        """Most steps T of one call. A longer chunk takes several calls if the model processes it
+        step by step; a model that sees a chunk as a whole takes chunks up to its `chunk_limit`,
+        which one call can take."""
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
-        """The (B, T) at which a call of `rows` x `steps` runs; at least as large in both."""
+        """The shape (B, T) to which a call of `rows` x `steps` is padded."""
 
     def warm(self) -> None:
-        """Compile what must be ready before the first request; once, before use."""
+        """Warm up: compile what the first requests need; once, before use."""
 
     def warm_next(self) -> bool:
-        """Compile one more shape, beside calls of `step`; False where nothing is left."""
+        """Compile one more shape while `step` is in use; False if none is left."""
 
     def step(
         self, rows: FloatBatch, lengths: Lengths, states: FloatRows
@@ -54,5 +55,5 @@ class Runtime(Protocol):
             states: float32 [B, N], packed.
 
         Returns:
-            outputs float32 [B, T, O], meaningless beyond a length, and states float32 [B, N].
+            outputs float32 [B, T, O], undefined beyond a length, and states float32 [B, N].
         """

@@ -1,8 +1,8 @@
-"""Which runtime runs the models. Runtimes are extras: imported only when they are opened.
+"""Chooses and opens the runtime. Runtimes are optional dependencies, imported when opened.
 
-All models of a service run on one runtime. `auto` takes ONNX Runtime, which is faster and
-smaller (docs/decisions/runtimes.md), where it is installed and every model has a graph. The graph
-that runs is written from spec and weights, never read from the artifact.
+All models of a service use one runtime. `auto` prefers ONNX Runtime, which is faster and smaller
+(docs/decisions/runtimes.md), if it is installed and every model has a graph. The graph that runs is
+generated from spec and weights, never read from the artifact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AUTO = "auto"
 
 
 class RuntimeUnavailableError(Exception):
-    """The models cannot be run as asked; the message is one line that says what to do."""
+    """The chosen runtime cannot run the models; the message is one line that says what to do."""
 
 
 class RuntimeMissingError(RuntimeUnavailableError):
@@ -33,11 +33,11 @@ class RuntimeMissingError(RuntimeUnavailableError):
 
 
 class RuntimeUnsupportedError(RuntimeUnavailableError):
-    """runtime_unsupported: a model cannot be run by the runtime."""
+    """runtime_unsupported: the runtime cannot run a model."""
 
 
 def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> list[Runtime]:
-    """A runtime for each model, all of one kind, not yet warm.
+    """Open a runtime for each model, all of one kind, not yet warmed up.
 
     Args:
         wanted: one of `RUNTIMES`, or `auto`.
@@ -46,13 +46,13 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
 
     Raises:
         RuntimeMissingError: the library is not installed.
-        RuntimeUnsupportedError: no graph can represent a model, and ONNX Runtime is asked for.
-        ArtifactError: the runtime refuses a model's graph.
+        RuntimeUnsupportedError: ONNX Runtime is chosen, and no graph can represent a model.
+        ArtifactError: the runtime rejects a model's graph.
         ValueError: there is no such runtime.
     """
     if wanted not in (AUTO, *RUNTIMES):
         raise ValueError(f"expected one of the runtimes {[AUTO, *RUNTIMES]}, got {wanted!r}")
-    name, reason = _chosen(artifacts) if wanted == AUTO else (wanted, "as asked for")
+    name, reason = _choose(artifacts) if wanted == AUTO else (wanted, "as configured")
     opened = [open_runtime(name, artifact, threads) for artifact in artifacts]
     log.info("runtime", runtime=name, reason=reason)
     for artifact in artifacts if name == ONNXRUNTIME else ():
@@ -69,7 +69,7 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
 def open_decoders(
     runtimes: Sequence[Runtime], artifacts: Sequence[Artifact], threads: int
 ) -> list[Runtime | None]:
-    """For each model a runtime for its decoder's step, of the same kind; None without one."""
+    """Open a runtime of the same kind for each model's decoder; None for a model without one."""
     return [
         None
         if artifact.decoder is None
@@ -79,20 +79,20 @@ def open_decoders(
 
 
 def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool = False) -> Runtime:
-    """The runtime of that name for one model; see `open_runtimes`.
+    """Open the runtime of that name for one model; see `open_runtimes`.
 
     Args:
-        decoding: the model is a decoder's step (`Artifact.decoder`).
+        decoding: whether the model is a decoder's step (`Artifact.decoder`).
     """
     try:
         if name == ONNXRUNTIME:
-            lacks = _lacks_graph(artifact)
-            if lacks is not None:
-                raise RuntimeUnsupportedError(f"runtime_unsupported: {lacks}")
+            missing = _missing_graph(artifact)
+            if missing is not None:
+                raise RuntimeUnsupportedError(f"runtime_unsupported: {missing}")
             from service.engine.runtimes.onnx import OnnxRuntime
 
             return OnnxRuntime(artifact, threads)
-        # Quiet at start, errors excepted; and one order of summation, whatever the processor.
+        # log errors only, and sum in the same order on every processor
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         from service.engine.runtimes.tensorflow import TensorflowRuntime
@@ -108,8 +108,8 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
 _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 
-def _chosen(artifacts: Sequence[Artifact]) -> tuple[str, str]:
-    """What `auto` stands for, and why."""
+def _choose(artifacts: Sequence[Artifact]) -> tuple[str, str]:
+    """The runtime that `auto` chooses, and why."""
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
     if not installed:
         raise RuntimeMissingError(
@@ -120,14 +120,14 @@ def _chosen(artifacts: Sequence[Artifact]) -> tuple[str, str]:
         return TENSORFLOW, "onnxruntime is not installed"
     if TENSORFLOW in installed:
         for artifact in artifacts:
-            lacks = _lacks_graph(artifact)
-            if lacks is not None:
-                return TENSORFLOW, lacks
+            missing = _missing_graph(artifact)
+            if missing is not None:
+                return TENSORFLOW, missing
     return ONNXRUNTIME, "installed, and every model has a graph"
 
 
-def _lacks_graph(artifact: Artifact) -> str | None:
-    """Why ONNX Runtime cannot run the model; None where it can."""
+def _missing_graph(artifact: Artifact) -> str | None:
+    """Why ONNX Runtime cannot run the model; None if it can."""
     if artifact.graphs.refused is None:
         return None
     return f"{artifact.path}: no graph can represent the model: {artifact.graphs.refused}"

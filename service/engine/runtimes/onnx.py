@@ -1,13 +1,12 @@
-"""The onnxruntime runtime: the model's graph in one session that computes in its caller's thread.
+"""The ONNX Runtime runtime: one session per model, which computes in the thread of its caller.
 
-Batches run at the shape they have: ONNX Runtime compiles nothing, so no step is padding but
-that of shorter rows. With one thread there is no pool; more of them sleep between calls instead
-of spinning. Memory is taken per call and given back: an arena would keep the largest batch it
-ever saw and is no faster (docs/decisions/runtimes.md). The session is made in the thread that
-loads, and `step` called from one other; it keeps nothing between calls.
+ONNX Runtime compiles nothing, so a batch runs at its own shape, and only shorter rows are padded.
+One thread needs no pool; more threads sleep between calls instead of spinning. Memory is allocated
+per call: an arena would keep the size of the largest batch and is no faster
+(docs/decisions/runtimes.md). The session keeps no state between calls.
 
-ONNX Runtime loads only graphs that `models.onnx` writes from spec and weights. A graph file could
-hold other weights under the model's fingerprint, read other files, or loop forever.
+Only graphs that `models.onnx` generates from spec and weights are loaded: a graph file could
+contain other weights under the model's fingerprint, read other files, or loop forever.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
 
 SLICE_STEPS = 64
-"""Longest call of a model whose chunks may be cut into several."""
+"""Longest call of a model whose chunks may be split."""
 ERRORS_ONLY = 3
-"""ONNX Runtime's severity; its warnings speak of devices that are not used."""
+"""Log severity; ONNX Runtime warns about devices that are not used."""
 RESULTS = [OUTPUTS, STATES_AFTER]
 
 
@@ -66,8 +65,8 @@ class OnnxRuntime:
             self._session = onnxruntime.InferenceSession(
                 graph, options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # its exceptions have no base of their own
-            raise ArtifactError(f"{where}: ONNX Runtime refuses the graph: {error}") from error
+        except Exception as error:  # its exceptions have no common base
+            raise ArtifactError(f"{where}: ONNX Runtime rejects the graph: {error}") from error
         blocks = artifact.spec.blocks
         self._window = 1 if blocks is None else blocks.window
         self.max_steps = artifact.spec.chunk_limit or max(SLICE_STEPS, self._window)
@@ -75,11 +74,11 @@ class OnnxRuntime:
         self._state_size = artifact.network_state.float_size
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
-        """The shape itself; of a model with blocks, whole windows."""
+        """The shape itself; at least a whole window for a model with blocks."""
         return rows, max(steps, self._window)
 
     def warm(self) -> None:
-        """One run, which allocates what every later one needs."""
+        """Run once, which allocates what later calls need."""
         self.step(
             np.zeros((1, self._window, self._features), np.float32),
             np.ones(1, np.int32),
@@ -87,7 +86,7 @@ class OnnxRuntime:
         )
 
     def warm_next(self) -> bool:
-        """Nothing is ever left: there are no shapes to compile."""
+        """False: there are no shapes to compile."""
         return False
 
     def step(

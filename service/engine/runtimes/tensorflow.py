@@ -1,10 +1,10 @@
-"""The tensorflow runtime: the Keras step, XLA-compiled at a small ladder of shapes.
+"""The TensorFlow runtime: the Keras step network, XLA-compiled at a small ladder of shapes.
 
-XLA compiles per shape, so batches are padded up to a rung in rows and in steps. A few rungs
-that fit everything are compiled before the service is ready, the others beside the first
-requests; a batch takes the cheapest rung that is compiled. The ladder of a model that sees a chunk
-as a whole reaches the longest chunk it takes. One program per rung; the weights are
-variables captured by it. `step` is called from one thread, `warm_next` from another.
+XLA compiles per shape, so batches are padded to a rung of the ladder, in rows and in steps. A few
+rungs that fit every batch are compiled before the service is ready, the others while the first
+requests are served; a batch uses the cheapest compiled rung. The ladder of a model that sees a
+chunk as a whole reaches its longest chunk. Each rung is one program, which captures the weights as
+variables. `step` may run in another thread than `warm_next`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
 
 ROWS_AT = {1: (1, 8, 32), 4: (1, 32), 16: (1, 8, 16, 32), 64: (1, 8, 32)}
-"""By steps, the rows of its rungs: finest where chunks of a dozen events meet."""
+"""Rows of the rungs by steps: finest around a dozen steps, where most batches are."""
 FIRST_RUNGS = ((1, 1), (1, 16), (8, 16))
-"""Compiled before the service is ready, with the one that takes every batch."""
+"""Compiled before the service is ready, besides the one that fits every batch."""
 SLICE_STEPS = max(ROWS_AT)
-"""Longest call of a model whose chunks may be cut into several."""
-MOST_ROWS = 32
-DECODER_RUNGS = ((1, 1), (8, 1), (MOST_ROWS, 1))
-"""Those of a decoder, which takes one step at a time; all compiled before the service is ready."""
+"""Longest call of a model whose chunks may be split."""
+MAX_ROWS = 32
+DECODER_RUNGS = ((1, 1), (8, 1), (MAX_ROWS, 1))
+"""Rungs of a decoder, which computes one step at a time; all are compiled before `ready`."""
 
 CALL_ROWS = 8
-"""What a step costs whatever its rows, in rows. 1 row took 0.67 of the time of 8 at 64 steps
-(docs/decisions/compile-ladder.md); the order of the rungs is what counts."""
+"""Fixed cost of a step, in rows: 1 row took 0.67 of the time of 8 rows at 64 steps
+(docs/decisions/compile-ladder.md). Only the order of the rungs by cost matters."""
 
 
 class TensorflowRuntime:
@@ -40,11 +40,11 @@ class TensorflowRuntime:
         artifact: the model.
         threads: threads inside one TensorFlow operation, set once per process and before
             TensorFlow's first use; 0 leaves TensorFlow's own choice.
-        decoding: the model is a decoder's step (`Artifact.decoder`).
+        decoding: whether the model is a decoder's step (`Artifact.decoder`).
     """
 
     name = "tensorflow"
-    max_batch = MOST_ROWS
+    max_batch = MAX_ROWS
 
     def __init__(self, artifact: Artifact, threads: int = 1, *, decoding: bool = False):
         if threads:
@@ -54,7 +54,7 @@ class TensorflowRuntime:
         self.max_steps = 1 if decoding else artifact.spec.chunk_limit or SLICE_STEPS
         self._rungs = list(DECODER_RUNGS) if decoding else rungs_up_to(self.max_steps)
         if artifact.spec.blocks is not None:
-            # Every call has the steps of a window.
+            # every call computes whole windows
             self.max_steps = artifact.spec.blocks.window
             self._rungs = [(rows, self.max_steps) for rows in ROWS_AT[SLICE_STEPS]]
         self._first = [
@@ -62,8 +62,8 @@ class TensorflowRuntime:
         ]
         self._features = artifact.spec.input_features
         self._state_size = artifact.network_state.float_size
-        # Exactly the arguments of a call: one that does not bind to the whole signature falls
-        # back on another way, after its error message has spelt out every array (2 ms a call).
+        # Exactly the arguments of a call: for a call that does not bind to the whole signature,
+        # TensorFlow formats an error message with every array before it falls back (2 ms a call).
         self._function: Any = tf.function(
             lambda rows, lengths, states: network.step(rows, lengths, states),
             jit_compile=True,
@@ -72,7 +72,7 @@ class TensorflowRuntime:
         self._programs: dict[tuple[int, int], Any] = {}
 
     def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
-        """The cheapest compiled rung that takes them."""
+        """The cheapest compiled rung that fits."""
         fitting = (rung for rung in tuple(self._programs) if rung[0] >= rows and rung[1] >= steps)
         return min(fitting, key=_cost)
 
@@ -82,7 +82,7 @@ class TensorflowRuntime:
             self._compile(rung)
 
     def warm_next(self) -> bool:
-        """Compile one more rung, the cheapest first; False where none is left."""
+        """Compile one more rung, the cheapest first; False if none is left."""
         left = [rung for rung in self._rungs if rung not in self._programs]
         if left:
             self._compile(min(left, key=_cost))
@@ -95,7 +95,7 @@ class TensorflowRuntime:
             tf.TensorSpec((rows,), tf.int32),
             tf.TensorSpec((rows, self._state_size), tf.float32),
         )
-        # XLA compiles at the first call.
+        # XLA compiles at the first call
         program(
             tf.zeros((rows, steps, self._features)),
             tf.ones((rows,), tf.int32),
@@ -113,14 +113,14 @@ class TensorflowRuntime:
 
 
 def rungs_up_to(max_steps: int) -> list[tuple[int, int]]:
-    """The ladder of a model whose calls have at most `max_steps` steps; the last rung takes
-    every batch. Beyond `ROWS_AT` its steps go on by four."""
+    """The ladder for calls of at most `max_steps` steps; the last rung fits every batch. Beyond
+    `ROWS_AT`, each rung has four times the steps of the one before."""
     row_rungs = {steps: rows for steps, rows in ROWS_AT.items() if steps < max_steps}
     steps = SLICE_STEPS
     while (steps := steps * 4) < max_steps:
         row_rungs[steps] = ROWS_AT[SLICE_STEPS]
     row_rungs[max_steps] = ROWS_AT.get(max_steps, ROWS_AT[SLICE_STEPS])
-    return [(rows, steps) for steps, found in row_rungs.items() for rows in found]
+    return [(rows, steps) for steps, rungs in row_rungs.items() for rows in rungs]
 
 
 def _cost(rung: tuple[int, int]) -> int:
@@ -129,7 +129,7 @@ def _cost(rung: tuple[int, int]) -> int:
 
 
 def _limit_threads(threads: int) -> None:
-    """Set TensorFlow's pools, where no TensorFlow use has fixed them yet."""
+    """Set the size of TensorFlow's thread pools, unless TensorFlow has been used already."""
     if tf.config.threading.get_intra_op_parallelism_threads() == threads:
         return
     tf.config.threading.set_intra_op_parallelism_threads(threads)

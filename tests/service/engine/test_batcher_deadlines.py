@@ -36,7 +36,7 @@ async def test_what_was_not_begun_in_time_is_never_begun() -> None:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
         await runs.began(1)
         stays = asyncio.create_task(submit(batcher, "b", "b", 1))
-        with pytest.raises(DeadlineExceeded, match="before it was begun"):
+        with pytest.raises(DeadlineExceeded, match="before it started"):
             await submit(batcher, "late", "late", 1, soon())
         runs.gate.set()
         assert await asyncio.gather(first, stays) == ["A", "B"]
@@ -96,7 +96,7 @@ async def test_what_is_done_again_and_again_ends_at_its_deadline() -> None:
     runs.refusals = {"late": 10**9}
     runs.gate.set()
     async with batching(runs) as batcher, asyncio.timeout(5):
-        with pytest.raises(DeadlineExceeded, match="before it was begun"):
+        with pytest.raises(DeadlineExceeded, match="before it started"):
             await submit(batcher, "late", "late", 1, soon())
         assert await submit(batcher, "a", "a", 1) == "A"
     assert len(runs.batches) > 2

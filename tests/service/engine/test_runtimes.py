@@ -91,7 +91,7 @@ def test_auto_selects_an_installed_runtime(drawn: Artifact, installed: Any) -> N
 
 def test_the_requested_runtime_is_used(drawn: Artifact, installed: Any) -> None:
     installed("onnxruntime", "tensorflow")
-    assert chosen(drawn, wanted="tensorflow") == ("tensorflow", "as asked for")
+    assert chosen(drawn, wanted="tensorflow") == ("tensorflow", "as configured")
     with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
         open_runtimes("torch", [drawn], 1)
 

@@ -265,7 +265,7 @@ async def test_an_overload_response_has_the_current_drain_rate(
     monkeypatch.setattr(batcher._rate, "per_s", 20.0)
     [second] = await converse(ports.fast, request(chunk()))
     assert b"which is the limit" in first
-    assert b"and 20 are done in a second" in second
+    assert b"and 20 are done per second" in second
 
 
 async def test_a_connection_returns_to_the_fast_path_after_other_requests(ports: Ports) -> None:
