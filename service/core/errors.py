@@ -1,7 +1,7 @@
-"""Everything the service refuses or fails at, in one tree.
+"""The errors of the service, in one tree.
 
     CarryError
-      BadRequest            the request cannot be understood, nothing was looked up
+      BadRequest            the request is invalid; nothing was looked up
         MalformedRequest      malformed_request
         DuplicateField        duplicate_field
         HeadTooLarge          head_too_large
@@ -23,7 +23,7 @@
         StreamNotFound        stream_not_found
         RouteNotFound         not_found
         MethodNotAllowed      method_not_allowed
-      Refused               understood, and at odds with where the stream stands
+      StreamRejection       valid, but rejected because of the current state of the stream
         EpochMismatch         epoch_mismatch
         PositionAhead         position_ahead
         PositionBehind        position_behind
@@ -35,7 +35,7 @@
         StateIncompatible     state_incompatible
         PreviousFailed        previous_failed
         Conflict              conflict
-      Failed                something on the service's side
+      ServiceFailure        a failure of the service or its store
         StateDamaged          state_damaged
         NotFinite             output_not_finite
         StoreUnavailable      store_unavailable
@@ -49,12 +49,12 @@
         ShuttingDown          shutting_down
         InternalError         internal_error
 
-Each class has a stable `code`, says whether the same request may be sent again
-(`retryable`) and what a caller does about it (`remedy`). Where a chunk may have been applied
-(`needs_position`), that holds for a chunk with a position only: one without would be applied
-twice, and its error is made by `without_position`. HTTP status lives in one table in `api/`.
-`docs/reference/errors.md` is generated from this tree. A refusal of a stream carries where the
-stream stands, so that a client can go on without another request.
+Each class has a stable `code`, says whether the same request may be sent again (`retryable`), and
+what the caller can do (`remedy`). If a chunk may have been applied (`needs_position`), only a chunk
+with a position may be sent again; one without would be applied twice, so `without_position` makes
+its error not retryable. The HTTP status of each code is in `transports/http/statuses.py`, and
+`docs/reference/errors.md` is generated from this tree. A rejection reports the current epoch,
+position and tag of the stream, so that a client can continue without another request.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class CarryError(Exception):
 
     Args:
         detail: one sentence: what was expected and what came.
-        facts: further members of the problem document (`expected`, `got`, `stream`,
-            `epoch`, `position`, `tag`, ...), plain JSON values.
+        facts: extension members of the problem document (`expected`, `got`, `stream`, `epoch`,
+            `position`, `tag`, ...), as JSON values.
     """
 
     code: ClassVar[str] = ""
@@ -87,18 +87,18 @@ class CarryError(Exception):
         self.facts: Mapping[str, Any] = facts
 
     def without_position(self) -> Self:
-        """The same error of a chunk without a position: one that may have been applied must not
-        be sent again."""
+        """The same error for a chunk without a position, which must not be sent again if it may
+        have been applied."""
         if not self.needs_position:
             return self
         facts = {name: fact for name, fact in self.facts.items() if name != "retry_after_s"}
-        told = type(self)(
+        error = type(self)(
             f"{self.detail}; without a position it could be applied twice if it is sent again",
             **facts,
         )
-        told.retryable = False
-        told.__cause__ = self.__cause__
-        return told
+        error.retryable = False
+        error.__cause__ = self.__cause__
+        return error
 
 
 class BadRequest(CarryError):
@@ -240,11 +240,11 @@ class MethodNotAllowed(NotFound):
     remedy = "Use one of the methods in the Allow header."
 
 
-class Refused(CarryError):
+class StreamRejection(CarryError):
     """The request is valid, but conflicts with the stream's head or state; nothing changed."""
 
 
-class EpochMismatch(Refused):
+class EpochMismatch(StreamRejection):
     code = "epoch_mismatch"
     title = "The stream is in another epoch"
     remedy = (
@@ -252,49 +252,49 @@ class EpochMismatch(Refused):
     )
 
 
-class PositionAhead(Refused):
+class PositionAhead(StreamRejection):
     code = "position_ahead"
     title = "The chunk would skip events"
     remedy = "Send the events from the expected position on."
 
 
-class PositionBehind(Refused):
+class PositionBehind(StreamRejection):
     code = "position_behind"
     title = "The chunk would repeat events"
     remedy = "Omit the events before the expected position."
 
 
-class AlreadyApplied(Refused):
+class AlreadyApplied(StreamRejection):
     code = "already_applied"
     title = "The chunk was applied and its reply is no longer stored"
     remedy = "Continue from the position in the problem; the outputs of this chunk are lost."
 
 
-class InputKindMismatch(Refused):
+class InputKindMismatch(StreamRejection):
     code = "input_kind_mismatch"
     title = "The stream takes the other kind of input"
     remedy = "Send `events` or `inputs`, as in the stream's first chunk."
 
 
-class StreamFinal(Refused):
+class StreamFinal(StreamRejection):
     code = "stream_final"
     title = "The stream is closed"
     remedy = "A final chunk closed it: send later events to another stream, or delete this one."
 
 
-class StateChanged(Refused):
+class StateChanged(StreamRejection):
     code = "state_changed"
     title = "The stream head does not match If-Match"
     remedy = "Read the stream and decide again."
 
 
-class StreamExists(Refused):
+class StreamExists(StreamRejection):
     code = "stream_exists"
     title = "The stream exists"
     remedy = "Send If-Match with the stream's ETag to overwrite it, or delete it first."
 
 
-class StateIncompatible(Refused):
+class StateIncompatible(StreamRejection):
     code = "state_incompatible"
     title = "The state belongs to another version of the model"
     remedy = (
@@ -303,24 +303,24 @@ class StateIncompatible(Refused):
     )
 
 
-class PreviousFailed(Refused):
+class PreviousFailed(StreamRejection):
     code = "previous_failed"
     title = "An earlier item of this stream failed"
     remedy = "Correct the earlier item and send both again."
 
 
-class Conflict(Refused):
+class Conflict(StreamRejection):
     code = "conflict"
     title = "Other clients kept advancing the stream"
     retryable = True
     remedy = "Send it again; one client per stream avoids this."
 
 
-class Failed(CarryError):
+class ServiceFailure(CarryError):
     """The service could not process a valid request."""
 
 
-class StateDamaged(Failed):
+class StateDamaged(ServiceFailure):
     """The stored bytes of a stream are not a valid state.
 
     Attributes:
@@ -334,27 +334,27 @@ class StateDamaged(Failed):
     head: StreamHead | None = None
 
 
-class NotFinite(Failed):
+class NotFinite(ServiceFailure):
     code = "output_not_finite"
     title = "The network computed numbers that are not finite"
     remedy = "Check the size of the inputs, and the model; the stream has not changed."
 
 
-class StoreUnavailable(Failed):
+class StoreUnavailable(ServiceFailure):
     code = "store_unavailable"
     title = "The state store does not answer"
     retryable = True
     remedy = "Send it again after Retry-After, with a position; nothing was applied."
 
 
-class StoreRefused(Failed):
+class StoreRefused(ServiceFailure):
     code = "store_refused"
     title = "The state store rejects writes"
     retryable = True
     remedy = "Operators: check the store's memory, disk, replication and permissions."
 
 
-class OutcomeUnknown(Failed):
+class OutcomeUnknown(ServiceFailure):
     code = "outcome_unknown"
     title = "It is unknown whether the chunk was applied"
     retryable = True
@@ -365,7 +365,7 @@ class OutcomeUnknown(Failed):
     )
 
 
-class NotDurable(Failed):
+class NotDurable(ServiceFailure):
     code = "not_durable"
     title = "The chunk is not yet as durable as CARRY_DURABILITY requires"
     retryable = True
@@ -376,7 +376,7 @@ class NotDurable(Failed):
     )
 
 
-class DeadlineExceeded(Failed):
+class DeadlineExceeded(ServiceFailure):
     code = "deadline_exceeded"
     title = "The deadline expired before the request was done"
     retryable = True
@@ -385,7 +385,7 @@ class DeadlineExceeded(Failed):
     )
 
 
-class Overloaded(Failed):
+class Overloaded(ServiceFailure):
     code = "overloaded"
     title = "More work is waiting than can be done in time"
     retryable = True
@@ -401,21 +401,21 @@ class StreamOverloaded(Overloaded):
     )
 
 
-class TooManyConnections(Failed):
+class TooManyConnections(ServiceFailure):
     code = "too_many_connections"
     title = "The worker has reached its limit of connections"
     retryable = True
     remedy = "Send it again later; keep fewer connections open, or raise CARRY_MAX_CONNECTIONS."
 
 
-class ShuttingDown(Failed):
+class ShuttingDown(ServiceFailure):
     code = "shutting_down"
     title = "The service is stopping"
     retryable = True
     remedy = "Send it again, to another worker or after the restart."
 
 
-class InternalError(Failed):
+class InternalError(ServiceFailure):
     code = "internal_error"
     title = "An unexpected failure"
     retryable = True

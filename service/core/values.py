@@ -1,8 +1,8 @@
-"""The values that travel through the service: what is sent, what is kept, what is answered.
+"""The values of the domain: streams, chunks, replies, forecasts.
 
-Plain frozen values without behaviour of their own; no transport, store or runtime types. What
-every chunk makes anew is a named tuple: it is made, hashed and compared in C, at a third of the
-cost of a frozen dataclass.
+Frozen values without behaviour, independent of transports, stores and runtimes. Values that are
+created for every chunk are named tuples: they are created, hashed and compared in C, at a third of
+the cost of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ EPOCH_BYTES = 8
 TAG_BYTES = 16
 DIGEST_BYTES = 16
 FIRST_TAG = bytes(TAG_BYTES)
-"""The tag of a stream at the beginning of an epoch."""
+"""The tag of a stream at the start of an epoch."""
 
 
 class StreamKey(NamedTuple):
-    """A stream under its model."""
+    """The name of a stream and its model."""
 
     model: str
     stream: str
 
 
 class Feed(StrEnum):
-    """How a stream is fed; fixed by its first chunk."""
+    """The kind of input of a stream; fixed by its first chunk."""
 
     EVENTS = "events"
     INPUTS = "inputs"
 
 
 class StreamHead(NamedTuple):
-    """Names one state of one stream: epoch and tag; the position alone would not.
+    """The version of a stream: epoch and tag identify one state, which a position alone does not.
 
     Attributes:
-        epoch: 8 random bytes, new when the stream begins.
+        epoch: 8 random bytes, new when the stream is created, restored or forked.
         tag: 16 bytes, the hash chain over the commits of the epoch.
-        position: events consumed.
+        position: number of events consumed.
     """
 
     epoch: bytes
@@ -61,13 +61,13 @@ class StreamHead(NamedTuple):
 
 
 class LastChunk(NamedTuple):
-    """What a retry of the stream's last chunk is recognised by.
+    """Identifies a stream's last chunk, to recognise a retry of it.
 
     Attributes:
         start: position of its first event.
         digest: the first 16 bytes of its digest.
-        stream_existed: whether it starts at 0 in a stream that existed, restored or forked at
-            position 0; False for a chunk that starts later.
+        stream_existed: whether it starts at 0 in a stream that was restored or forked at position
+            0; False for a chunk that starts later.
     """
 
     start: int
@@ -81,10 +81,10 @@ class LastChunk(NamedTuple):
 
 
 class StreamState(NamedTuple):
-    """One stream as the store keeps it.
+    """One stream as it is stored.
 
     Attributes:
-        fingerprint: 16 bytes, of the model that wrote the state.
+        fingerprint: 16 bytes, the fingerprint of the model that wrote the state.
         last: the last chunk; None after a restore or a fork.
         updated_ms: wall clock of the last commit, epoch milliseconds.
     """
@@ -98,11 +98,11 @@ class StreamState(NamedTuple):
 
 
 class Tombstone(NamedTuple):
-    """The marker that a deleted stream leaves for a while; to clients the stream does not exist.
+    """The temporary marker of a deleted stream; to clients the stream does not exist.
 
     Attributes:
         head: identifies this deletion: a random epoch, at position 0. A commit that creates the
-            stream again expects it, so that one sent before the deletion conflicts.
+            stream again expects it, so a commit that was sent before the deletion conflicts.
     """
 
     head: StreamHead
@@ -112,7 +112,7 @@ class StoredReply(NamedTuple):
     """The outputs of a stream's last chunk, kept for retries.
 
     Attributes:
-        head: the stream after that chunk; a reply under another head is not this chunk's.
+        head: the stream head after that chunk; a reply with another head is of another chunk.
         outputs: float32 [T, O], packed by the model's output layout.
     """
 
@@ -121,13 +121,13 @@ class StoredReply(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """T >= 1 consecutive events, either as validated columns or as encoded rows.
+    """T consecutive events, either as validated columns or as encoded rows.
 
-    T is 0 in a final chunk alone, which may say nothing but that the stream is at its end.
+    T >= 1, except in a final chunk, which may only close the stream.
 
     Attributes:
-        columns: the events, when the feed is `events`.
-        rows: float32 [T, F], when the feed is `inputs`; finite, codes in range.
+        columns: the events, if `feed` is `events`.
+        rows: float32 [T, F], if `feed` is `inputs`; finite, category codes in range.
     """
 
     feed: Feed
@@ -138,13 +138,13 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Precondition:
-    """An If-Match header: the ETags that are accepted, or any existing stream (`*`)."""
+    """An If-Match header: one of several ETags, or any existing stream (`*`)."""
 
     etags: tuple[str, ...] = ()
     any_state: bool = False
 
     def holds(self, head: StreamHead | None) -> bool:
-        """Whether a stream at `head` (None: no stream) satisfies it."""
+        """Whether a stream with this head satisfies it; None if there is no stream."""
         return head is not None and (self.any_state or head.etag in self.etags)
 
 
@@ -152,10 +152,10 @@ class Chunk(NamedTuple):
     """Events of one stream, sent together.
 
     Attributes:
-        position: index of the first event, or None to append where the stream stands.
-        epoch: the epoch the client believes in, or None.
         digest: SHA-256 over the canonical form (see `delivery`), 32 bytes.
-        final: no event follows these; for models with blocks.
+        position: index of the first event; None to append at the current position.
+        epoch: the epoch that the client expects, or None.
+        final: whether it closes the stream; for models with blocks.
     """
 
     key: StreamKey
@@ -168,7 +168,7 @@ class Chunk(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Where a chunk's time went, in seconds; all zero where nothing was computed."""
+    """The times of a chunk by stage, in seconds; all zero if nothing was computed."""
 
     queue_s: float = 0.0
     load_s: float = 0.0
@@ -177,16 +177,16 @@ class Timing(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What one chunk is answered with.
+    """The reply to one chunk.
 
     Attributes:
-        head: the stream after the chunk.
+        head: the stream head after the chunk.
         outputs: float32 [T, O], packed.
         state: the stream's state after the chunk.
-        replayed: the outputs are those of an earlier application of the same chunk.
-        created: the chunk began the stream.
-        output_position: index of the event of the first output, for models with blocks, whose T
-            is not the chunk's.
+        replayed: whether the outputs are those of an earlier delivery of the same chunk.
+        created: whether the chunk created the stream.
+        output_position: index of the event of the first output, for models with blocks, whose
+            outputs are not one for each event of the chunk.
     """
 
     key: StreamKey
@@ -200,22 +200,22 @@ class Reply(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A whole sequence from the zero state, nothing stored: outputs [T, O] and the last state."""
+    """The stateless prediction of a whole sequence: outputs [T, O] and the last state."""
 
     outputs: FloatRows
     state: State
 
 
 class ForecastRequest(NamedTuple):
-    """How a decoder is to look ahead.
+    """The parameters of a forecast.
 
     Attributes:
-        horizon: steps.
-        samples: paths to draw.
-        seed: of the draws.
-        future: what is known of the coming steps, one event each; None where nothing is told.
-        position: where the stream is expected to stand; None where it may stand anywhere.
-        precondition: the state that the stream must be in; None for any.
+        horizon: number of steps.
+        samples: number of sample paths.
+        seed: seed of the sample paths.
+        future: known future covariates, one event for each step; None if none are given.
+        position: expected position of the stream; None for any.
+        precondition: state that the stream must be in; None for any.
     """
 
     horizon: int
@@ -227,11 +227,11 @@ class ForecastRequest(NamedTuple):
 
 
 class ForecastReply(NamedTuple):
-    """What was seen ahead of one state of a stream.
+    """The forecast from one state of a stream.
 
     Attributes:
-        head: the stream, which stands as it stood.
-        times_ms: epoch milliseconds of the coming steps, where the events have a timestamp.
+        head: the stream head at the forecast origin; a forecast does not change it.
+        times_ms: epoch milliseconds of the forecast steps; None if the events have no timestamp.
     """
 
     key: StreamKey
@@ -249,7 +249,7 @@ class StreamPage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One readiness check: its name, whether it holds, and what was found."""
+    """The result of one readiness check."""
 
     name: str
     ok: bool

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.core.errors import (
     CarryError,
-    Failed,
     InternalError,
     MethodNotAllowed,
     Overloaded,
     RouteNotFound,
+    ServiceFailure,
 )
 from service.transports.http.context import api_of
 from service.transports.http.problems import problem_response
@@ -81,7 +81,7 @@ def log_client_disconnect(method: str) -> None:
 
 def log_failure(error: CarryError) -> None:
     """Log an error that this side caused; load shedding is logged elsewhere, once for all."""
-    if isinstance(error, Failed) and not isinstance(error, Overloaded):
+    if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
 
 

@@ -31,7 +31,7 @@ MessagePack if the client accepts it). Use `code`, which is stable; `detail` is 
 | `request_id` | as in the reply's `X-Request-ID` and the service's log |
 | `at`, `expected`, `got` | the place in the request, the expected and the actual value |
 | `errors` | `at`, `expected`, `got` of the first few errors, if there are several |
-| `stream`, `epoch`, `position`, `tag` | the stream and its head, if a stream refuses the request |
+| `stream`, `epoch`, `position`, `tag` | the stream and its head, if its state rejects the request |
 | `retry_after_s` | seconds to wait; also in the header `Retry-After` |
 
 A rejected request changes nothing: the stream keeps its head after every error of the first three
@@ -42,8 +42,8 @@ request for many streams each item has its own `status` and `error`.
 _HEADINGS = {
     "BadRequest": "Invalid requests",
     "NotFound": "Unknown addresses",
-    "Refused": "Refusals of a stream",
-    "Failed": "Failures of the service",
+    "StreamRejection": "Rejections by the stream",
+    "ServiceFailure": "Failures of the service",
 }
 
 

@@ -32,7 +32,7 @@ def test_every_error_has_exactly_one_status() -> None:
         assert kind.title, kind
         assert kind.remedy, kind
         status = status_of(kind("x"))
-        failed = issubclass(kind, errors.Failed) and not issubclass(kind, errors.Overloaded)
+        failed = issubclass(kind, errors.ServiceFailure) and not issubclass(kind, errors.Overloaded)
         assert (status >= 500) == failed
         assert 400 <= status < 600
 
