@@ -1,8 +1,8 @@
-"""The `carry` command: one thin function per task.
+"""The `carry` command-line interface: one thin function per command.
 
-Nothing heavy is imported before the task that needs it is chosen, so that `carry --help` is
-quick and a lean installation misses only what it lacks. What goes wrong on purpose ends in one
-line on stderr and exit status 1; a wrong call ends in 2.
+A command imports what it needs when it runs, so that `carry --help` is quick and every command
+works whose dependencies are installed. Expected errors end in one line on stderr and exit status 1;
+usage errors exit with 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.replay.command import replay
 
 app = typer.Typer(
     name="carry",
-    help="Serve stateful stacked LSTMs over event streams.",
+    help="Serve stateful recurrent networks over event streams.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,12 +34,12 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's
 DataFile = Annotated[
     Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turn expected failures into one line and exit status 1."""
+    """Turn expected errors into one line and exit status 1."""
     try:
         yield
     except (ModelsError, ModuleNotFoundError) as error:
@@ -54,18 +54,18 @@ def _one_line_errors() -> Iterator[None]:
 def serve_command(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes on the port.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of worker processes.")] = None,
     redis_url: Annotated[
-        str | None, typer.Option(help="Where states are kept; without it, an embedded Valkey.")
+        str | None, typer.Option(help="Address of the state store; default: an embedded Valkey.")
     ] = None,
     models: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="One artifact, or a directory of them.")
+        Path | None, typer.Option(metavar="DIR", help="An artifact, or a directory of artifacts.")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the embedded Valkey keeps its data.")
+        Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
     ] = None,
 ) -> None:
-    """Serve models over HTTP. Every setting is also a CARRY_ variable; a flag wins."""
+    """Serve models over HTTP. Every setting is also a CARRY_ variable; flags take precedence."""
     from service.core.errors import CarryError
     from service.engine.runtimes.loading import RuntimeUnavailableError
     from service.ops.logs import configure_logs
@@ -103,10 +103,10 @@ def serve_command(
 def init_command(
     spec: SpecFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed of the weights.")] = 1,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an artifact with fresh, seeded weights, for trials and benchmarks."""
+    """Write an artifact with random weights, for tests and benchmarks."""
     with _one_line_errors():
         from models.networks.initial_artifact import initialise_artifact
         from models.spec.spec_file import read_spec
@@ -120,14 +120,14 @@ def train_command(
     spec: SpecFile,
     data: DataFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     trees: Annotated[
-        bool, typer.Option("--trees/--no-trees", help="Compare with boosted trees too.")
+        bool, typer.Option("--trees/--no-trees", help="Also train boosted trees as a baseline.")
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a model, compare it with baselines, write the artifact, its report and plots."""
+    """Train a model, compare it with baselines, write the artifact, a report and plots."""
     with _one_line_errors():
         from models.training import commands
 
@@ -140,13 +140,13 @@ def train_command(
 def evaluate_command(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
     data: DataFile,
-    chunk: Annotated[int, typer.Option(min=1, help="Longest chunk; sizes are random.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of the cuts.")] = 1,
+    chunk: Annotated[int, typer.Option(min=1, help="Longest chunk; chunk sizes are random.")] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed of the chunk sizes.")] = 1,
     since: Annotated[
-        str | None, typer.Option(help="Score events from this RFC 3339 moment on.")
+        str | None, typer.Option(help="Score events from this RFC 3339 time on.")
     ] = None,
 ) -> None:
-    """Score an artifact on data by running it as the service would, chunk by chunk."""
+    """Score an artifact on data, chunk by chunk as the service computes it."""
     with _one_line_errors():
         from models.training import commands
 
@@ -158,7 +158,9 @@ def evaluate_command(
 def import_command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A saved Keras model.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
-    name: Annotated[str | None, typer.Option(help="The model's name; by the file's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name; default: from the file name.")
+    ] = None,
     overwrite: Overwrite = False,
     memory_mib: Annotated[
         int, typer.Option(min=1, help="Memory limit for reading and verifying the model, in MiB.")
@@ -168,7 +170,7 @@ def import_command(
         typer.Option(min=1, help="Time limit for reading and verifying the model, in seconds."),
     ] = 600.0,
 ) -> None:
-    """Package a Keras model, verified against the original on random sequences."""
+    """Import a Keras model as an artifact, and verify it against the original."""
     with _one_line_errors():
         from models.importing.isolation import Limits
         from models.importing.keras_model import import_keras_model
@@ -190,7 +192,7 @@ def graph_command(
         list[Path], typer.Argument(metavar="ARTIFACT...", help="The models' directories.")
     ],
 ) -> None:
-    """Rewrite the ONNX graphs of artifacts, for other programs; the service does not read them."""
+    """Write the ONNX graphs of artifacts, for other programs; the service does not read them."""
     with _one_line_errors():
         from models.artifact.artifact import add_graph
 

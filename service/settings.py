@@ -266,23 +266,23 @@ class Settings(BaseSettings):
         """The settings from flags, the environment and the defaults, in this order.
 
         Args:
-            flags: values by setting name; None counts as not given.
+            flags: values by setting name; None counts as not set.
 
         Raises:
-            SettingsError: a `CARRY_` variable is no setting, or a value does not fit.
+            SettingsError: a `CARRY_` variable is unknown, or a value is invalid.
         """
-        refuse_unknown(os.environ)
-        given = {name: value for name, value in (flags or {}).items() if value is not None}
+        reject_unknown(os.environ)
+        flag_values = {name: value for name, value in (flags or {}).items() if value is not None}
         try:
-            settings = cls(**given)
+            settings = cls(**flag_values)
         except ValidationError as error:
-            raise SettingsError(_explain(error, given)) from None
-        settings._flags = frozenset(given)
+            raise SettingsError(_explain(error, flag_values)) from None
+        settings._flags = frozenset(flag_values)
         return settings
 
     @field_validator("redis_url")
     @classmethod
-    def _usable_address(cls, url: str | None) -> str | None:
+    def _check_redis_url(cls, url: str | None) -> str | None:
         if url is not None:
             check_address(url)
         return url
@@ -323,8 +323,8 @@ def _is_service_link(name: str, value: str) -> bool:
     return _SERVICE_LINK(f"{name}={value}") is not None
 
 
-def refuse_unknown(environ: Mapping[str, str]) -> None:
-    """Refuse `CARRY_` variables that are no setting, each with the nearest one that is.
+def reject_unknown(environ: Mapping[str, str]) -> None:
+    """Reject unknown `CARRY_` variables, with a suggestion for each.
 
     Raises:
         SettingsError: naming them all.
@@ -341,7 +341,7 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
     hints = []
     for name in unknown:
         nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)
-        hints.append(f"{name} is no setting; did you mean {nearest[0]}?")
+        hints.append(f"{name} is not a setting; did you mean {nearest[0]}?")
     raise SettingsError(" ".join(hints))
 
 

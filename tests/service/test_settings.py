@@ -74,7 +74,7 @@ def test_an_unknown_variable_is_refused_and_the_nearest_one_is_named(
     monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError) as caught:
         Settings.load()
-    assert str(caught.value) == f"{name} is no setting; did you mean {nearest}?"
+    assert str(caught.value) == f"{name} is not a setting; did you mean {nearest}?"
 
 
 def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

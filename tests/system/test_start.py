@@ -61,7 +61,7 @@ def test_a_data_directory_in_use_is_reported(service: Service) -> None:
 
 def test_an_invalid_setting_is_reported(tmp_path: Path) -> None:
     done = serve("--data-dir", str(tmp_path), CARRY_PROT="9000")
-    assert "CARRY_PROT is no setting; did you mean CARRY_PORT?" in last_line(done)
+    assert "CARRY_PROT is not a setting; did you mean CARRY_PORT?" in last_line(done)
 
 
 def test_a_directory_without_models_is_reported(tmp_path: Path) -> None:
