@@ -56,7 +56,7 @@ def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
     uvloop.run(storm())
 
 
-def test_sixteen_appends_at_once_are_all_applied() -> None:
+def test_sixteen_concurrent_appends_are_all_applied() -> None:
     seed = new_seed()
     print(f"seed {seed}")
 

@@ -26,7 +26,7 @@ def values(settings: Settings) -> dict[str, str]:
     return {setting.name: setting.value for setting in settings.effective()}
 
 
-def test_the_defaults_listen_on_this_machine_only_and_need_no_redis() -> None:
+def test_defaults_listen_on_loopback_and_need_no_redis() -> None:
     settings = Settings.load()
     assert settings.host == "127.0.0.1"
     assert settings.redis_url is None
@@ -35,13 +35,13 @@ def test_the_defaults_listen_on_this_machine_only_and_need_no_redis() -> None:
     assert set(origins(settings).values()) == {"default"}
 
 
-def test_the_default_models_are_those_of_the_package() -> None:
+def test_default_models_are_those_of_the_package() -> None:
     directory = Settings.load().models_dir
     assert directory.parts[-2:] == ("models", "pretrained")
     assert directory.is_absolute()
 
 
-def test_a_flag_wins_over_the_environment_which_wins_over_the_default(
+def test_flags_override_environment_overrides_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CARRY_PORT", "8001")
@@ -52,7 +52,7 @@ def test_a_flag_wins_over_the_environment_which_wins_over_the_default(
     assert (found["port"], found["workers"], found["host"]) == ("flag", "env", "default")
 
 
-def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARRY_REDIS_URL", "")
     settings = Settings.load()
     assert settings.redis_url is None
@@ -68,7 +68,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
         ("carry_wrokers", "CARRY_WORKERS"),
     ],
 )
-def test_an_unknown_variable_is_refused_and_the_nearest_one_is_named(
+def test_unknown_variable_is_rejected_with_a_suggestion(
     monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -77,13 +77,13 @@ def test_an_unknown_variable_is_refused_and_the_nearest_one_is_named(
     assert str(caught.value) == f"{name} is not a setting; did you mean {nearest}?"
 
 
-def test_variables_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_without_the_prefix_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CARRYING_PORT", "x")
     monkeypatch.setenv("PORT", "x")
     Settings.load()
 
 
-def test_every_value_that_does_not_fit_is_named_with_its_source(
+def test_invalid_values_are_reported_with_their_source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CARRY_LOG_LEVEL", "loud")
@@ -110,7 +110,7 @@ def test_every_value_that_does_not_fit_is_named_with_its_source(
         ("port", "80.5"),
     ],
 )
-def test_values_out_of_range_are_refused(
+def test_values_out_of_range_are_rejected(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"CARRY_{name.upper()}", value)
@@ -118,7 +118,7 @@ def test_values_out_of_range_are_refused(
         Settings.load()
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     settings = Settings.load()
     with pytest.raises(ValidationError):
         settings.port = 1
@@ -133,7 +133,7 @@ def test_no_representation_shows_the_password() -> None:
     assert values(settings)["redis_url"] == "redis://ann:***@cache.test:6379/0?password=***"
 
 
-def test_a_refused_url_does_not_show_its_password() -> None:
+def test_error_for_a_malformed_url_hides_the_password() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({"redis_url": "http://:s3cr3t@cache.test"})
     assert "s3cr3t" not in str(caught.value)
@@ -185,7 +185,7 @@ def test_variables_that_resemble_service_links_are_rejected(
         Settings.load()
 
 
-def test_settings_travel_to_worker_processes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_passed_to_worker_processes_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings.load({"port": 0, "data_dir": Path("there")})
     monkeypatch.setenv("CARRY_PORT", "1234")
     copy = pickle.loads(pickle.dumps(settings))
@@ -193,7 +193,7 @@ def test_settings_travel_to_worker_processes_as_they_are(monkeypatch: pytest.Mon
     assert copy.effective() == settings.effective()
 
 
-def test_every_setting_says_how_to_choose_it() -> None:
+def test_every_setting_has_help() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.rstrip().endswith("."), name

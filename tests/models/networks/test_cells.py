@@ -53,7 +53,7 @@ def test_every_combination_equals_the_oracle_in_any_cut(options: dict[str, Any])
 
 
 @pytest.mark.parametrize("options", [OPTIONS, {"peepholes": True}], ids=["all", "peepholes"])
-def test_the_state_stands_still_beyond_a_length(options: dict[str, Any]) -> None:
+def test_state_does_not_change_beyond_a_rows_length(options: dict[str, Any]) -> None:
     network = network_of(one_layer(**options))
     random = np.random.default_rng(5)
     rows = random.normal(size=(3, 6, 2)).astype(np.float32)

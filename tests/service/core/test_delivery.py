@@ -1,4 +1,4 @@
-"""The idempotency table, row by row; the digest and the tag from their definitions."""
+"""The idempotency table, row by row; digest and tag against their definitions."""
 
 from __future__ import annotations
 
@@ -64,41 +64,41 @@ FIRST = chunk(0)
 STREAM = after(FIRST)
 
 
-def test_a_stream_begins_without_a_position_or_at_0() -> None:
+def test_first_chunk_creates_a_stream_without_position_or_at_0() -> None:
     assert evaluate_chunk(chunk(None), None) == Process(None)
     assert evaluate_chunk(chunk(0), None) == Process(None)
 
 
-def test_a_stream_that_is_not_there_expects_position_0() -> None:
+def test_missing_stream_expects_position_0() -> None:
     with pytest.raises(PositionAhead) as caught:
         evaluate_chunk(chunk(9), None)
     assert caught.value.facts["expected"] == 0
     assert caught.value.facts["got"] == 9
 
 
-def test_the_next_chunk_and_an_append_continue_the_stream() -> None:
+def test_next_chunk_and_append_continue_the_stream() -> None:
     assert evaluate_chunk(chunk(4, seed=1), STREAM) == Process(STREAM)
     assert evaluate_chunk(chunk(None), STREAM) == Process(STREAM)
 
 
-def test_the_last_chunk_again_is_a_replay() -> None:
+def test_retry_of_the_last_chunk_is_replayed() -> None:
     assert evaluate_chunk(FIRST, STREAM) == Replay(STREAM)
 
 
-def test_an_equal_append_is_never_a_replay() -> None:
+def test_equal_append_is_never_replayed() -> None:
     steps = rows(4)
     append = Chunk(KEY, steps, chunk_digest(None, steps, b"n" * 16))
     stream = after(append)
     assert evaluate_chunk(append, stream) == Process(stream)
 
 
-def test_the_same_start_with_other_events_repeats_events() -> None:
+def test_other_events_at_the_last_start_are_position_behind() -> None:
     with pytest.raises(PositionBehind) as caught:
         evaluate_chunk(chunk(0, seed=1), STREAM)
     assert caught.value.facts["expected"] == 4
 
 
-def test_a_chunk_before_the_last_repeats_events() -> None:
+def test_chunk_before_the_last_is_position_behind() -> None:
     second = after(chunk(4, seed=1), STREAM)
     with pytest.raises(PositionBehind) as caught:
         evaluate_chunk(FIRST, second)
@@ -106,20 +106,20 @@ def test_a_chunk_before_the_last_repeats_events() -> None:
     assert caught.value.facts["tag"] == second.head.tag.hex()
 
 
-def test_a_gap_is_refused() -> None:
+def test_gap_is_position_ahead() -> None:
     with pytest.raises(PositionAhead) as caught:
         evaluate_chunk(chunk(5), STREAM)
     assert caught.value.facts["expected"] == 4
 
 
 @pytest.mark.parametrize("found", [None, STREAM])
-def test_another_epoch_is_refused_before_anything_else(found: StreamState | None) -> None:
+def test_epoch_mismatch_takes_precedence(found: StreamState | None) -> None:
     with pytest.raises(EpochMismatch):
         evaluate_chunk(chunk(0, epoch=OTHER_EPOCH), found)
     assert evaluate_chunk(chunk(4, epoch=EPOCH), STREAM) == Process(STREAM)
 
 
-def test_if_match_is_judged_after_the_replay_rows() -> None:
+def test_replay_takes_precedence_over_if_match() -> None:
     stale = Precondition((StreamHead(EPOCH, b"\x09" * 16, 0).etag,))
     assert evaluate_chunk(chunk(0, precondition=stale), STREAM) == Replay(STREAM)
     with pytest.raises(StateChanged):
@@ -130,7 +130,7 @@ def test_if_match_is_judged_after_the_replay_rows() -> None:
     assert evaluate_chunk(chunk(4, seed=1, precondition=current), STREAM) == Process(STREAM)
 
 
-def test_a_stream_keeps_its_kind_of_feed() -> None:
+def test_stream_keeps_its_kind_of_input() -> None:
     schema = EventSchema.model_validate({"fields": [{"kind": "boolean", "name": "late"}]})
     columns = columns_from_events(schema, [{"late": True}])
     steps = Steps(Feed.EVENTS, 1, columns=columns)
@@ -138,7 +138,7 @@ def test_a_stream_keeps_its_kind_of_feed() -> None:
         evaluate_chunk(Chunk(KEY, steps, chunk_digest(schema, steps), position=4), STREAM)
 
 
-def test_digest_and_tag_are_those_of_the_definition() -> None:
+def test_digest_and_tag_match_their_definition() -> None:
     steps = rows(4)
     assert steps.rows is not None
     kind_and_count = b"I" + (4).to_bytes(8, "little")
@@ -149,14 +149,14 @@ def test_digest_and_tag_are_those_of_the_definition() -> None:
     assert chunk_digest(None, steps, b"a" * 16) != chunk_digest(None, steps, b"b" * 16)
 
 
-def test_advance_moves_position_tag_and_last_chunk_together() -> None:
+def test_applied_chunk_changes_position_tag_and_last_chunk() -> None:
     second = chunk(4, count=3, seed=1)
     moved = after(second, STREAM)
     assert moved.head == StreamHead(EPOCH, next_tag(STREAM.head.tag, 4, second.digest), 7)
     assert moved.last == LastChunk(4, second.digest[:16])
 
 
-def test_a_restored_stream_begins_an_epoch_without_a_last_chunk() -> None:
+def test_restored_stream_starts_an_epoch_without_last_chunk() -> None:
     begun = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9)
     assert begun.head.position == 4
     assert begun.head.epoch != EPOCH

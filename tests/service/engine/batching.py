@@ -1,4 +1,4 @@
-"""A batcher under test, with batches that wait until they are let go."""
+"""A batcher under test, whose batches wait for a gate."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ UP_TO_8 = BatchLimits(8, 1000)
 
 
 class Runs:
-    """Records the batches; each waits until it is let go.
+    """Records the batches; each waits for the gate.
 
     Attributes:
-        releasing: whether a batch lets the next jobs of its streams go on before it ends.
-        refusals: how often a job is given back to be done again.
+        releasing: whether a batch releases its streams before it ends.
+        retries: how often the batch of a job returns it to be retried, by payload.
     """
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.releasing = False
-        self.refusals: dict[str, int] = {}
+        self.retries: dict[str, int] = {}
         self.gate = asyncio.Event()
         self._began = asyncio.Condition()
 
@@ -42,16 +42,16 @@ class Runs:
             for job in jobs:
                 control.release_stream(job.key)
         await self.gate.wait()
-        again = [job for job in jobs if job.attempts < self.refusals.get(job.payload, 0)]
+        to_retry = [job for job in jobs if job.attempts < self.retries.get(job.payload, 0)]
         for job in jobs:
             if job.payload.startswith("poison"):
                 raise RuntimeError("poisoned")
-            if job not in again:
+            if job not in to_retry:
                 job.resolve(job.payload.upper())
-        return again
+        return to_retry
 
-    async def began(self, count: int) -> None:
-        """Wait until so many batches began."""
+    async def wait_for_batches(self, count: int) -> None:
+        """Wait until this many batches have started."""
         async with asyncio.timeout(5), self._began:
             await self._began.wait_for(lambda: len(self.batches) >= count)
 
@@ -64,7 +64,7 @@ def no_room(admission: Admission, *_: object) -> Rejection:
 async def submit(
     batcher: Batcher[str, str], payload: str, key: str, steps: int, deadline_s: float = math.inf
 ) -> str:
-    """One job, its failure raised."""
+    """Submit one job; raises its error."""
     [result] = await batcher.submit([JobRequest(payload, key, steps)], deadline_s)
     if isinstance(result, CarryError):
         raise result
@@ -80,7 +80,7 @@ async def batching(
     limits: BatchLimits = UP_TO_8,
     **options: Any,
 ) -> AsyncIterator[Batcher[str, str]]:
-    """A batcher, of batches of 8 unless told otherwise, drained at the end."""
+    """A batcher with batches of 8 by default, drained at the end."""
     batcher: Batcher[str, str] = Batcher(
         runs,
         limits,

@@ -74,7 +74,7 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000, max_wait_s=4.0) as batcher:
         hot = enqueue(batcher, ["hot"] * 14)
-        await runs.began(4)
+        await runs.wait_for_batches(4)
         assert refused(hot[3:]) == []
         rejection = batcher.check_admission("hot", 60)
         assert isinstance(rejection, StreamOverloaded)
@@ -106,7 +106,7 @@ async def test_items_of_another_request_do_not_count_as_waiting_before_a_lone_ch
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, queue=1000) as batcher:
         many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(60)])
-        await runs.began(4)
+        await runs.wait_for_batches(4)
         assert batcher.check_admission("lone", 0.1) is None
         lone = batcher.enqueue([JobRequest("lone", "lone", 1)], runs.now_s + 0.1)
         assert not lone.done()
@@ -124,7 +124,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART + 3)]
     async with batching(runs, queue=3 * ITEMS_PER_PART) as batcher:
         many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         await turns()
         assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
         assert refused(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
@@ -137,7 +137,7 @@ async def test_a_cancelled_request_queues_no_more_parts() -> None:
     names = [f"s{n}" for n in range(5 * ITEMS_PER_PART)]
     async with batching(runs) as batcher, asyncio.timeout(5):
         many = asyncio.create_task(batcher.submit([JobRequest(name, name, 1) for name in names]))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         many.cancel()
         await turns()
         runs.gate.set()

@@ -1,4 +1,4 @@
-"""The batcher: full batches under load, order within a stream, failures that stay alone."""
+"""The batcher: full batches under load, order within a stream, isolated failures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.service.engine.batching import Jobs, Runs, batching, submit
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
 
 
-async def test_what_waits_while_a_batch_runs_forms_the_next_one() -> None:
+async def test_jobs_queued_during_a_batch_form_the_next_batch() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         rest = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bcd"]
         await asyncio.sleep(0)
         runs.gate.set()
@@ -36,12 +36,12 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_a_batch_waits_for_the_answers_of_one_in_flight() -> None:
+async def test_small_batch_lingers_while_a_batch_is_in_flight() -> None:
     """What they bring is in it."""
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
         many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         late = asyncio.create_task(submit(batcher, "e", "e", 1))
         await turns()
         assert runs.batches == [["a", "b", "c", "d"]]
@@ -52,20 +52,20 @@ async def test_a_batch_waits_for_the_answers_of_one_in_flight() -> None:
     assert runs.batches[1:] == [["e", "f", "g", "h"]]
 
 
-async def test_it_does_not_wait_for_them_for_long() -> None:
+async def test_linger_is_bounded() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
         many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         late = asyncio.create_task(submit(batcher, "e", "e", 1))
-        await runs.began(2)
+        await runs.wait_for_batches(2)
         assert runs.batches == [["a", "b", "c", "d"], ["e"]]
         runs.gate.set()
         assert await asyncio.gather(*many, late) == ["A", "B", "C", "D", "E"]
 
 
 @pytest.mark.usefixtures("patient")
-async def test_it_does_not_wait_for_those_of_a_long_job() -> None:
+async def test_no_linger_for_a_long_job_in_flight() -> None:
     runs, short = Runs(), Runs()
     short.gate.set()
 
@@ -75,7 +75,7 @@ async def test_it_does_not_wait_for_those_of_a_long_job() -> None:
     async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         batcher._run = run
         long = asyncio.create_task(submit(batcher, "long", "long", 1000))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         await asyncio.gather(*(submit(batcher, name, name, 1) for name in "bc"))
         assert await submit(batcher, "d", "d", 1) == "D"
         runs.gate.set()
@@ -84,11 +84,11 @@ async def test_it_does_not_wait_for_those_of_a_long_job() -> None:
 
 
 @pytest.mark.usefixtures("patient")
-async def test_it_does_not_wait_for_them_where_it_is_as_large() -> None:
+async def test_no_linger_if_the_batch_is_as_large_as_the_last() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
         first = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         second = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "cd"]
         await turns()
         assert runs.batches == [["a", "b"], ["c", "d"]]
@@ -96,7 +96,7 @@ async def test_it_does_not_wait_for_them_where_it_is_as_large() -> None:
         assert await asyncio.gather(*first, *second) == ["A", "B", "C", "D"]
 
 
-async def test_where_none_is_in_flight_it_waits_a_few_turns_for_company() -> None:
+async def test_small_batch_waits_a_few_loop_turns_if_none_is_in_flight() -> None:
     runs = Runs()
     runs.gate.set()
     async with batching(runs) as batcher:
@@ -118,7 +118,7 @@ async def test_a_stream_never_has_two_jobs_in_flight() -> None:
     async with batching(runs, in_flight=3) as batcher:
         tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
         other = asyncio.create_task(submit(batcher, "b", "b", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         for _ in range(20):
             await asyncio.sleep(0)
         assert runs.batches == [["a1", "b"]]
@@ -127,12 +127,12 @@ async def test_a_stream_never_has_two_jobs_in_flight() -> None:
     assert runs.batches == [["a1", "b"], ["a2"]]
 
 
-async def test_a_released_stream_goes_on_before_its_batch_ends() -> None:
+async def test_released_stream_continues_before_its_batch_ends() -> None:
     runs = Runs()
     runs.releasing = True
     async with batching(runs, in_flight=2) as batcher:
         tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
-        await runs.began(2)
+        await runs.wait_for_batches(2)
         assert runs.batches == [["a1"], ["a2"]]
         runs.gate.set()
         assert await asyncio.gather(*tasks) == ["A1", "A2"]
@@ -157,7 +157,7 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
         tasks = [
             asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
         ]
-        await runs.began(2)
+        await runs.wait_for_batches(2)
         gates["a1"].set()
         await turns()
         assert runs.batches == [["a1"], ["a2"]]
@@ -166,25 +166,25 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
     assert runs.batches == [["a1"], ["a2"], ["a3"]]
 
 
-async def test_what_is_done_again_takes_its_old_place() -> None:
+async def test_retried_job_returns_to_its_old_place() -> None:
     runs = Runs()
     runs.releasing = True
-    runs.refusals = {"a1": 1, "a2": 1}
+    runs.retries = {"a1": 1, "a2": 1}
     async with batching(runs, in_flight=2) as batcher:
         tasks = [
             asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
         ]
-        await runs.began(2)
+        await runs.wait_for_batches(2)
         runs.gate.set()
         assert await asyncio.gather(*tasks) == ["A1", "A2", "A3"]
     assert [name for batch in runs.batches for name in batch] == ["a1", "a2", "a1", "a2", "a3"]
 
 
-async def test_those_begun_behind_what_is_done_again_are_told() -> None:
+async def test_jobs_started_after_a_retried_one_are_out_of_order() -> None:
     """Later jobs of the same stream that are in batches; no others."""
     runs, seen = Runs(), {}
     runs.releasing = True
-    runs.refusals = {"a1": 1}
+    runs.retries = {"a1": 1}
     gates = {name: asyncio.Event() for name in ("a1", "a2", "b")}
     began = {name: asyncio.Event() for name in gates}
 
@@ -217,7 +217,7 @@ async def test_those_begun_behind_what_is_done_again_are_told() -> None:
         assert await asyncio.gather(*tasks) == ["A1", "A2", "B"]
 
 
-async def test_one_caller_waits_for_all_its_jobs_and_gets_them_in_order() -> None:
+async def test_results_come_in_the_order_of_the_requests() -> None:
     runs = Runs()
     runs.gate.set()
     async with batching(runs) as batcher:
@@ -231,7 +231,7 @@ async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         bad = asyncio.create_task(submit(batcher, "poison", "p", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         good = asyncio.create_task(submit(batcher, "b", "b", 1))
         await asyncio.sleep(0)
         runs.gate.set()
@@ -240,11 +240,11 @@ async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
         assert await good == "B"
 
 
-async def test_a_caller_that_left_is_dropped_and_its_neighbours_are_not() -> None:
+async def test_cancelled_job_is_dropped_without_its_neighbours() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         leaver = asyncio.create_task(submit(batcher, "b", "b", 1))
         stays = asyncio.create_task(submit(batcher, "c", "c", 1))
         await asyncio.sleep(0)
@@ -255,22 +255,22 @@ async def test_a_caller_that_left_is_dropped_and_its_neighbours_are_not() -> Non
     assert runs.batches == [["a"], ["c"]]
 
 
-async def test_a_caller_that_leaves_a_running_batch_leaves_it_running() -> None:
+async def test_cancelling_a_caller_does_not_stop_its_running_batch() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         leaver = asyncio.create_task(submit(batcher, "a", "a", 1))
         stays = asyncio.create_task(submit(batcher, "b", "b", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         leaver.cancel()
         runs.gate.set()
         assert await stays == "B"
 
 
-async def test_a_full_queue_refuses_at_once() -> None:
+async def test_full_queue_rejects_at_once() -> None:
     runs = Runs()
     async with batching(runs, queue=1) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         second = asyncio.create_task(submit(batcher, "b", "b", 1))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
@@ -279,11 +279,11 @@ async def test_a_full_queue_refuses_at_once() -> None:
         assert await asyncio.gather(first, second) == ["A", "B"]
 
 
-async def test_drain_finishes_what_was_accepted_and_takes_no_more() -> None:
+async def test_drain_finishes_accepted_jobs_and_rejects_new_ones() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         draining = asyncio.create_task(batcher.drain(5))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
@@ -299,7 +299,7 @@ async def test_drain_is_bounded() -> None:
         runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1, on_depth=lambda _: None
     )
     tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
-    await runs.began(1)
+    await runs.wait_for_batches(1)
     await batcher.drain(0.01)
     for task in tasks:
         with pytest.raises(ShuttingDown):
@@ -326,12 +326,12 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-async def test_nothing_is_looked_for_where_nothing_may_run(looks: list[int]) -> None:
+async def test_no_batch_is_formed_while_none_may_start(looks: list[int]) -> None:
     """What waits for a slot or for its stream is not looked through at every arrival."""
     runs = Runs()
     async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
-        await runs.began(2)
+        await runs.wait_for_batches(2)
         tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
         await turns()
         assert looks == [5, 4]
@@ -341,13 +341,13 @@ async def test_nothing_is_looked_for_where_nothing_may_run(looks: list[int]) -> 
             await turns()
         assert looks == [5, 4]
         tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
-        await runs.began(3)
+        await runs.wait_for_batches(3)
         assert runs.batches == [["a"], ["b"], ["s"]]
         runs.gate.set()
         await asyncio.gather(*tasks)
 
 
-async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: list[int]) -> None:
+async def test_retried_short_job_runs_beside_a_long_one(looks: list[int]) -> None:
     class LongOnesWait(Runs):
         async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
             if jobs[0].steps > 64:
@@ -362,7 +362,7 @@ async def test_a_short_job_that_was_given_back_runs_beside_a_long_one(looks: lis
     runs = LongOnesWait()
     async with batching(runs, in_flight=2, limits=LONG_BEYOND_64) as batcher:
         long = asyncio.create_task(submit(batcher, "a", "a", 1000))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         async with asyncio.timeout(5):
             assert await submit(batcher, "s", "s", 1) == "done"
         assert runs.batches == [["a"], ["s"], ["s"]]
@@ -378,13 +378,13 @@ async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
     async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         long_ones = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcd"]
         short = asyncio.create_task(submit(batcher, "s", "s", 1))
-        await runs.began(3)
+        await runs.wait_for_batches(3)
         assert runs.batches == [["a"], ["b"], ["s"]]
         runs.gate.set()
         assert await asyncio.gather(*long_ones, short) == ["A", "B", "C", "D", "S"]
 
 
-async def test_a_failure_while_forming_fails_who_waits_and_not_who_comes_later() -> None:
+async def test_failure_while_forming_fails_queued_jobs_only() -> None:
     runs = Runs()
     broken = iter([None, ZeroDivisionError()])
 

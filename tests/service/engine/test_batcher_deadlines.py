@@ -1,4 +1,4 @@
-"""The batcher's deadlines, and how it refuses what it could not do in time."""
+"""The batcher's deadlines, and load shedding by expected waiting time."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ async def room(batcher: Batcher[str, str]) -> None:
     await until_async(there, "room")
 
 
-async def test_what_was_not_begun_in_time_is_never_begun() -> None:
+async def test_expired_queued_jobs_never_start() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         stays = asyncio.create_task(submit(batcher, "b", "b", 1))
         with pytest.raises(DeadlineExceeded, match="before it started"):
             await submit(batcher, "late", "late", 1, soon())
@@ -43,7 +43,7 @@ async def test_what_was_not_begun_in_time_is_never_begun() -> None:
     assert runs.batches == [["a"], ["b"]]
 
 
-async def test_a_deadline_that_passed_already_is_not_begun_by_an_idle_batcher() -> None:
+async def test_idle_batcher_does_not_start_an_expired_job() -> None:
     runs = Runs()
     runs.gate.set()
     async with batching(runs) as batcher:
@@ -53,11 +53,11 @@ async def test_a_deadline_that_passed_already_is_not_begun_by_an_idle_batcher() 
     assert runs.batches == [["a"]]
 
 
-async def test_the_earliest_deadline_is_looked_after_whatever_comes_first() -> None:
+async def test_earliest_deadline_sets_the_timer() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         patient = asyncio.create_task(submit(batcher, "b", "b", 1, time.monotonic() + 3600))
         await asyncio.sleep(0)
         async with asyncio.timeout(5):
@@ -68,7 +68,7 @@ async def test_the_earliest_deadline_is_looked_after_whatever_comes_first() -> N
         assert await asyncio.gather(first, patient) == ["A", "B"]
 
 
-async def test_a_running_batch_keeps_no_caller_beyond_its_deadline() -> None:
+async def test_running_job_fails_at_its_deadline() -> None:
     """It runs on, and its result is nobody's; its neighbours get theirs."""
     runs, told = Runs(), []
 
@@ -80,7 +80,7 @@ async def test_a_running_batch_keeps_no_caller_beyond_its_deadline() -> None:
         deadline_s = soon()
         late = asyncio.create_task(submit(batcher, "late", "late", 1, deadline_s))
         stays = asyncio.create_task(submit(batcher, "b", "b", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         with pytest.raises(StoreRefused, match="before it was done"):
             await late
         assert time.monotonic() >= deadline_s + DEADLINE_GRACE_S
@@ -91,9 +91,9 @@ async def test_a_running_batch_keeps_no_caller_beyond_its_deadline() -> None:
     assert told == [("late", DeadlineExceeded)]
 
 
-async def test_what_is_done_again_and_again_ends_at_its_deadline() -> None:
+async def test_endlessly_retried_job_fails_at_its_deadline() -> None:
     runs = Runs()
-    runs.refusals = {"late": 10**9}
+    runs.retries = {"late": 10**9}
     runs.gate.set()
     async with batching(runs) as batcher, asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded, match="before it started"):
@@ -102,11 +102,11 @@ async def test_what_is_done_again_and_again_ends_at_its_deadline() -> None:
     assert len(runs.batches) > 2
 
 
-async def test_those_who_left_make_room_while_every_batch_is_held_up() -> None:
+async def test_cancelled_jobs_free_the_queue_while_all_batches_hang() -> None:
     runs = Runs()
     async with batching(runs, queue=2) as batcher:
         first = asyncio.create_task(submit(batcher, "a", "a", 1))
-        await runs.began(1)
+        await runs.wait_for_batches(1)
         leavers = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bc"]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
@@ -144,11 +144,11 @@ class Paced(Runs):
 async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:
     """That many jobs, of which those batches are done or begun."""
     tasks = [asyncio.create_task(submit(batcher, f"j{i}", f"j{i}", 1)) for i in range(jobs)]
-    await runs.began(batches)
+    await runs.wait_for_batches(batches)
     return tasks
 
 
-async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_queue_length_is_limited_by_the_drain_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 20 jobs a second and 2 seconds, 40 wait; for whom 1 second is left, 20 are too many."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
@@ -177,7 +177,9 @@ async def test_a_queue_is_as_long_as_it_can_drain_in_time(monkeypatch: pytest.Mo
         assert await submit(batcher, "o", "o", 1) == "O"
 
 
-async def test_a_queue_that_is_drained_refuses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_load_shedding_stops_once_the_queue_is_drained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     refusing: list[bool] = []
@@ -190,7 +192,7 @@ async def test_a_queue_that_is_drained_refuses_no_more(monkeypatch: pytest.Monke
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_one_may_always_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_job_is_always_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the queue was: an empty one takes no time."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)

@@ -1,4 +1,4 @@
-"""Streams in blocks through both runtimes: any cuts, any company, the definition's numbers."""
+"""Models with blocks on both runtimes: any chunk boundaries, any batch, the defined outputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def streamed(
     return [np.concatenate(parts) for parts in outputs]
 
 
-async def test_outputs_depend_on_the_stream_alone(runtime: Runtime, artifact: Artifact) -> None:
+async def test_outputs_depend_on_the_stream_only(runtime: Runtime, artifact: Artifact) -> None:
     random = np.random.default_rng(1)
     lengths = (1, 2, 3, 4, 7, 8, 20, 31)
     streams = [random.normal(size=(n, 2)).astype(np.float32) for n in lengths]

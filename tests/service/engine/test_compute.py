@@ -1,4 +1,4 @@
-"""Slices of a long chunk: the same numbers, and room for others between them."""
+"""Time slicing of long chunks: the same outputs, and other batches run between slices."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-async def test_alone_a_long_chunk_never_rests(rests: list[float]) -> None:
+async def test_lone_long_chunk_never_pauses(rests: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     outputs, states, finite = await infer(compute, runtime, 4 * SLICES)
     compute.close()
@@ -68,7 +68,7 @@ async def test_alone_a_long_chunk_never_rests(rests: list[float]) -> None:
     assert rests == [0] * (SLICES - 1)
 
 
-async def test_two_long_chunks_take_turns_without_rests(rests: list[float]) -> None:
+async def test_two_long_chunks_alternate_without_pauses(rests: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     await infer(compute, runtime, 4)
     await asyncio.gather(
@@ -79,7 +79,7 @@ async def test_two_long_chunks_take_turns_without_rests(rests: list[float]) -> N
     assert runtime.rows[1:9] == [1, 2] * 4
 
 
-async def test_pieces_of_one_call_count_as_others(rests: list[float]) -> None:
+async def test_single_call_slices_count_as_other_work(rests: list[float]) -> None:
     """Whoever has slices to give, but only one each, needs one call as others do."""
     compute, runtime = Compute(), Summing()
     await infer(compute, runtime, 4)
@@ -92,7 +92,7 @@ async def test_pieces_of_one_call_count_as_others(rests: list[float]) -> None:
     assert any(seconds >= module.MIN_YIELD_S for seconds in rests)
 
 
-async def test_beside_others_it_rests_between_its_slices(rests: list[float]) -> None:
+async def test_long_chunk_pauses_between_slices_if_others_compute(rests: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     # The first call of a size is timed in the thread; all others run on the loop.
     await infer(compute, runtime, 4)

@@ -1,4 +1,4 @@
-"""The decoder behind each runtime, against the float64 oracle from a state that is not zero."""
+"""The decoder on each runtime, against the float64 oracle from a state that is not zero."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) 
     return decoding.forecast()
 
 
-def test_equals_the_oracle(opened: Opened) -> None:
+def test_forecast_matches_the_oracle(opened: Opened) -> None:
     spec, weights, known = opened.artifact.spec, opened.artifact.weights, known_of(opened.artifact)
     found = decoded(opened, known)
     noise = Distribution(spec).noise(SEED, HORIZON, SAMPLES)
@@ -89,7 +89,7 @@ def test_equals_the_oracle(opened: Opened) -> None:
     assert np.abs(np.diff(found.paths, axis=0)).min() > 1e-3
 
 
-def test_the_same_numbers_twice_and_a_shorter_one_begins_alike(opened: Opened) -> None:
+def test_forecast_is_deterministic_and_a_shorter_one_is_its_prefix(opened: Opened) -> None:
     known = known_of(opened.artifact)
     once, twice, shorter = (decoded(opened, rows) for rows in (known, known, known[:3]))
     for name in ("point", "quantiles", "paths"):
@@ -98,7 +98,7 @@ def test_the_same_numbers_twice_and_a_shorter_one_begins_alike(opened: Opened) -
     np.testing.assert_array_equal(once.point[:3], shorter.point)
 
 
-def test_the_encoder_remembers_the_last_value_of_each_target(opened: Opened) -> None:
+def test_encoder_keeps_the_last_value_of_each_target(opened: Opened) -> None:
     artifact, runtime = opened.artifact, opened.encoder
     spec, layout = artifact.spec, state_spec(artifact.spec)
     assert spec.events is not None
@@ -128,7 +128,7 @@ def test_the_encoder_remembers_the_last_value_of_each_target(opened: Opened) -> 
     assert "rain" not in events[8]
 
 
-def test_both_graphs_are_packaged_and_written_anew(tmp_path: Path) -> None:
+def test_both_graphs_are_packaged_and_regenerated(tmp_path: Path) -> None:
     spec = decoder_spec()
     made = write_artifact(tmp_path / "m", spec, contracting_weights(spec, 1))
     assert made.graphs.decoder is not None

@@ -94,7 +94,7 @@ async def test_drain_waits_for_detached_jobs_within_its_timeout() -> None:
             await late
 
 
-async def test_a_job_behind_a_detached_one_is_marked_as_overtaking_when_that_is_retried() -> None:
+async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
     """Its stream was released before it was detached, as it is while its commit is awaited."""
     runs, seen = Detaching(), {}
     hold = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The rate at which a queue drains: measured while something waits, and never guessed."""
+"""The drain rate of a queue: measured while jobs wait, otherwise unknown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from service.engine.drain_rate import WINDOW_S, DrainRate
 
 
-def test_there_is_no_rate_before_a_window_has_passed() -> None:
+def test_no_rate_before_the_first_window_has_passed() -> None:
     rate = DrainRate()
     rate.note(0.0, 5)
     rate.done += 20
@@ -18,7 +18,7 @@ def test_there_is_no_rate_before_a_window_has_passed() -> None:
     assert rate.per_s == pytest.approx(40 / WINDOW_S)
 
 
-def test_it_follows_what_is_done_and_keeps_half_of_the_window_before() -> None:
+def test_rate_averages_the_last_two_windows() -> None:
     rate = DrainRate()
     rate.note(0.0, 5)
     for done, now_s in ((100, 1.0), (300, 2.0), (300, 3.0)):
@@ -27,7 +27,7 @@ def test_it_follows_what_is_done_and_keeps_half_of_the_window_before() -> None:
     assert rate.per_s == pytest.approx((100 + 300) / 4 + 300 / 2)
 
 
-def test_a_time_in_which_nothing_was_done_changes_nothing() -> None:
+def test_window_without_progress_keeps_the_rate() -> None:
     """The store is away: how fast work goes is not known any better for it."""
     rate = DrainRate()
     rate.note(0.0, 5)
@@ -40,7 +40,7 @@ def test_a_time_in_which_nothing_was_done_changes_nothing() -> None:
     assert rate.per_s == pytest.approx(50)
 
 
-def test_where_nothing_waits_there_is_no_rate() -> None:
+def test_empty_queue_has_no_rate() -> None:
     rate = DrainRate()
     rate.note(0.0, 5)
     rate.done += 50

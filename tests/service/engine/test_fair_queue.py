@@ -171,7 +171,7 @@ async def test_a_job_put_back_waits_while_its_stream_is_held() -> None:
     assert waiting.take() == ["a1"]
 
 
-async def test_a_short_job_that_a_long_one_is_put_back_before_does_not_overtake_it() -> None:
+async def test_short_job_behind_a_put_back_long_job_keeps_its_place() -> None:
     waiting = Waiting(LONG_BEYOND_16)
     waiting.push("a", steps=1000)
     waiting.push("a", "b")

@@ -1,4 +1,4 @@
-"""Whether the next batch waits for company."""
+"""The batching delay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.engine.policy import MAX_DELAY_TURNS, NO_LINGER_ROWS, BatchDelay, b
         (0, 16, 1, 0, BatchDelay.NONE),
     ],
 )
-def test_a_batch_smaller_than_the_last_is_put_off(
+def test_batch_smaller_than_the_last_is_delayed(
     waiting: int, last: int, in_flight: int, turns: int, expected: BatchDelay
 ) -> None:
     assert batching_delay(waiting, last, in_flight, turns) is expected

@@ -1,4 +1,4 @@
-"""What every runtime promises, each against the float64 oracle and against itself.
+"""The contract of a runtime: every runtime against the float64 oracle, and against itself.
 
 Weights are random and distinct, states are not zero. Equal means |a-b| <= 1e-5 + 1e-5 |b| to
 the oracle, and |a-b| <= 1e-6 + 1e-6 |b| between two ways through the same runtime.
@@ -223,7 +223,7 @@ def same_state(opened: Opened, found: Floats, expected: Floats) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[1], [16], [1, 9, 16, 3, 16, 2], [64, 1]], ids=str)
-def test_a_ragged_batch_equals_the_oracle(opened: Opened, lengths: list[int]) -> None:
+def test_ragged_batch_matches_the_oracle(opened: Opened, lengths: list[int]) -> None:
     random = np.random.default_rng(len(lengths))
     rows = [encoded(random, opened.spec, length) for length in lengths]
     states = opened.states(random, len(rows))
@@ -235,7 +235,7 @@ def test_a_ragged_batch_equals_the_oracle(opened: Opened, lengths: list[int]) ->
         equals_the_oracle(opened, row, states[index], outputs[index], after[index])
 
 
-def test_cuts_are_invisible_or_the_chunks_that_the_model_sees(opened: Opened) -> None:
+def test_chunk_boundaries_are_invisible_or_as_the_models_chunking_says(opened: Opened) -> None:
     random = np.random.default_rng(1)
     rows = encoded(random, opened.spec, 40)
     state = opened.states(random, 1)[0]
@@ -251,7 +251,7 @@ def test_cuts_are_invisible_or_the_chunks_that_the_model_sees(opened: Opened) ->
             assert np.abs(outputs - whole).max() > 1e-3
 
 
-async def test_the_longest_chunk_is_one_call_where_the_model_sees_it_as_a_whole(
+async def test_longest_chunk_is_one_call_if_the_model_sees_chunks_whole(
     opened: Opened,
 ) -> None:
     limit = opened.spec.chunk_limit
@@ -271,7 +271,7 @@ async def test_the_longest_chunk_is_one_call_where_the_model_sees_it_as_a_whole(
         equals_the_oracle(opened, row, states[index], *found)
 
 
-def test_company_is_invisible(opened: Opened) -> None:
+def test_batched_outputs_equal_single_outputs(opened: Opened) -> None:
     random = np.random.default_rng(2)
     rows = [encoded(random, opened.spec, length) for length in (5, 12, 1, 16, 2, 7, 16, 3, 11)]
     states = opened.states(random, len(rows))
@@ -284,7 +284,7 @@ def test_company_is_invisible(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize(("more_rows", "more_steps"), [(6, 0), (0, 40), (7, 13)])
-def test_padding_is_invisible(opened: Opened, more_rows: int, more_steps: int) -> None:
+def test_padding_does_not_change_outputs(opened: Opened, more_rows: int, more_steps: int) -> None:
     random = np.random.default_rng(3)
     rows = [encoded(random, opened.spec, length) for length in (4, 16)]
     states = opened.states(random, 2)
@@ -297,7 +297,7 @@ def test_padding_is_invisible(opened: Opened, more_rows: int, more_steps: int) -
         same(found, expected)
 
 
-def test_the_state_stands_still_beyond_a_length(opened: Opened) -> None:
+def test_state_does_not_change_beyond_a_rows_length(opened: Opened) -> None:
     random = np.random.default_rng(4)
     rows = encoded(random, opened.spec, 16)
     state = opened.states(random, 1)
@@ -322,7 +322,7 @@ def test_results_are_not_overwritten_by_the_next_call(opened: Opened) -> None:
     np.testing.assert_array_equal(after, kept_after)
 
 
-def test_it_says_what_it_is(opened: Opened) -> None:
+def test_runtime_reports_its_name_and_limits(opened: Opened) -> None:
     runtime = opened.runtime
     assert runtime.name in RUNTIMES
     for rows, steps in ((1, 1), (2, 3), (runtime.max_batch, 1), (1, runtime.max_steps)):
@@ -332,7 +332,7 @@ def test_it_says_what_it_is(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"peepholes": True}, {"projection": 15}], ids=str)
-def test_cuts_do_not_show_in_a_chaotic_network_on_onnxruntime(
+def test_chunk_boundaries_are_bitwise_invisible_on_onnxruntime(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """Recurrent weights so large that one digit more or less would show after a few steps.

@@ -1,4 +1,4 @@
-"""Which runtime is taken, and what a start says that cannot have one."""
+"""Which runtime is chosen, and the errors if it cannot be opened."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def chosen(*artifacts: Artifact, wanted: str = "auto") -> tuple[object, str]:
     return opened[0], line["reason"]
 
 
-def test_auto_takes_onnxruntime_where_every_model_has_a_graph(
+def test_auto_chooses_onnxruntime_if_every_model_has_a_graph(
     drawn: Artifact, odd: Artifact, installed: Any
 ) -> None:
     installed("onnxruntime", "tensorflow")

@@ -1,4 +1,4 @@
-"""The tensorflow runtime: at every rung, and from the first ones alone, the oracle's numbers."""
+"""The TensorFlow runtime matches the oracle at every rung, and with the first rungs only."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ async def check(runtime: TensorflowRuntime, artifact: Artifact, lengths: list[in
         (1024, [1, 4, 16, 64, 256, 1024]),
     ],
 )
-def test_the_ladder_reaches_the_longest_call(most: int, steps: list[int]) -> None:
+def test_ladder_reaches_the_longest_call(most: int, steps: list[int]) -> None:
     rungs = rungs_up_to(most)
     assert list(dict.fromkeys(step for _, step in rungs)) == steps
     assert rungs[-1] == (TensorflowRuntime.max_batch, most)
     assert len(set(rungs)) == len(rungs)
 
 
-async def test_ready_after_the_first_rungs_and_the_same_after_all(
+async def test_outputs_are_equal_after_the_first_rungs_and_after_all(
     artifact: Artifact, tmp_path: Path
 ) -> None:
     runtime = TensorflowRuntime(artifact, threads=0)

@@ -1,4 +1,4 @@
-"""The loop's thread gives way while any queue refuses, and at no other time."""
+"""The event loop's thread has low priority while any queue sheds load, and only then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def in_a_thread(check: Callable[[], None]) -> None:
         executor.submit(checked).result()
 
 
-def test_it_gives_way_until_the_last_queue_is_empty() -> None:
+def test_priority_is_low_until_the_last_queue_is_drained() -> None:
     def check() -> None:
         loop_priority = LoopPriority()
         seen = [os.sched_getscheduler(0)]
@@ -38,7 +38,7 @@ def test_it_gives_way_until_the_last_queue_is_empty() -> None:
     in_a_thread(check)
 
 
-def test_what_an_operator_chose_is_left() -> None:
+def test_operators_scheduling_policy_is_kept() -> None:
     def check() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         loop_priority = LoopPriority()
@@ -49,7 +49,7 @@ def test_what_an_operator_chose_is_left() -> None:
     in_a_thread(check)
 
 
-def test_a_kernel_that_forbids_it_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forbidden_policy_change_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise PermissionError
 

@@ -1,4 +1,4 @@
-"""A batch that is alone is committed in parts, and each is settled by itself."""
+"""A batch that runs alone is committed in parts, each with its own outcome."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PartsStore(RedisStore):
     ("error", "told"),
     [(StoreRefused("no room"), StoreRefused), (ZeroDivisionError("unforeseen"), InternalError)],
 )
-async def test_a_part_fails_alone(
+async def test_commit_parts_fail_independently(
     store_url: str, tmp_path: Path, error: Exception, told: type[Exception]
 ) -> None:
     """And a retry of the whole request applies what was not applied, and nothing twice."""

@@ -1,4 +1,4 @@
-"""Deadlines through the whole pipeline: what a caller is told is what happened to its stream."""
+"""Deadlines through the whole pipeline: errors say what happened to the stream."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def later() -> float:
 
 
 @pytest.mark.parametrize("position", [0, None])
-async def test_a_commit_that_was_begun_is_unknown_at_the_deadline(
+async def test_sent_commit_is_outcome_unknown_at_the_deadline(
     store_url: str, artifact: Artifact, clock: ManualClock, position: int | None
 ) -> None:
     """It was written. With a position a retry finds it; without one nobody is told to try."""
@@ -106,7 +106,7 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-async def test_what_was_loading_at_the_deadline_is_never_applied(
+async def test_chunk_loading_at_its_deadline_is_never_applied(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(41), 6)
@@ -138,7 +138,7 @@ class LateRuntime(NumpyRuntime):
         return super().step(*arguments)
 
 
-async def test_what_was_computed_too_late_is_not_committed(
+async def test_chunk_computed_after_its_deadline_is_not_committed(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(42), 6)
@@ -157,7 +157,7 @@ async def test_what_was_computed_too_late_is_not_committed(
             await one.streams.read(StreamKey("probe", "late"))
 
 
-async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
+async def test_chain_continues_after_a_chunk_that_expired_while_committing(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """The chunks behind it were computed from what it left, and are applied where it was."""
@@ -184,7 +184,7 @@ async def test_a_chain_goes_on_over_a_link_whose_time_was_up(
         close(np.concatenate(kept), np.concatenate([expected[:4], expected[8:]]))
 
 
-async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
+async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     rows = rows_of(np.random.default_rng(44), 12)
@@ -217,7 +217,7 @@ async def test_a_chain_over_a_link_that_was_never_written_is_judged_anew(
         assert caught.value.facts["expected"] == 4
 
 
-async def test_a_commit_that_was_refused_counts_as_not_begun(
+async def test_conflicting_commit_counts_as_not_sent(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """An append that lost a race, and had no time for a second try, may be sent again."""
@@ -258,7 +258,7 @@ class ShortStore(RedisStore):
         return [NotDurable("not yet", stream=c.key.stream, retry_after_s=1) for c in commits]
 
 
-async def test_what_is_not_durable_is_retryable_with_a_position_only(
+async def test_not_durable_is_retryable_with_a_position_only(
     store_url: str, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(45), 4)
@@ -281,7 +281,7 @@ def own_server() -> RealServer:
         yield server
 
 
-async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
+async def test_unavailable_store_is_awaited_until_each_deadline(
     own_server: RealServer, artifact: Artifact
 ) -> None:
     """Those whose time is up are told so, also behind batches that are held up; the others go on
@@ -313,7 +313,7 @@ async def test_a_store_that_is_away_is_waited_for_until_each_deadline(
         assert not any(reply.replayed for reply in again)
 
 
-async def test_time_that_was_merely_short_is_not_the_stores_fault(
+async def test_short_deadline_is_not_reported_as_store_unavailable(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
     """With the deadline passing at each reading of the clock in turn."""
@@ -327,7 +327,7 @@ async def test_time_that_was_merely_short_is_not_the_stores_fault(
             assert readings or isinstance(result, DeadlineExceeded)
 
 
-async def test_a_hung_store_leaves_the_outcome_open_when_the_service_stops(
+async def test_hanging_store_at_shutdown_is_outcome_unknown(
     store_url: str, artifact: Artifact, tmp_path: Path
 ) -> None:
     rows = rows_of(np.random.default_rng(48), 4)

@@ -30,7 +30,7 @@ class OvertakenStore(RedisStore):
 
 
 @pytest.mark.parametrize("reply_max_bytes", [16, 65_536])
-async def test_a_duplicate_gets_the_stored_or_the_own_reply(
+async def test_duplicate_gets_the_stored_or_the_computed_reply(
     store_url: str, artifact: Artifact, reply_max_bytes: int
 ) -> None:
     """Where no reply is kept, only a worker that computed the very chunk has one."""

@@ -1,4 +1,4 @@
-"""A stream whose numbers overflow is refused, and its neighbours in the batch are not."""
+"""A chunk whose outputs overflow fails; the others of its batch do not."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ async def test_many_chunks_in_one_request(store_url: str, artifact: Artifact) ->
         assert isinstance(blocked[1], PreviousFailed)
 
 
-async def test_nothing_of_a_stream_passes_an_item_that_was_held_back(
+async def test_no_item_passes_a_blocked_item_of_its_stream(
     store_url: str, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(21), 12)

@@ -1,4 +1,4 @@
-"""Streams whose state another version of their model wrote: refused, or begun anew."""
+"""Streams whose state another model version wrote: rejected, or reset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifa
     return make_artifact(folder, seed=1), make_artifact(folder, seed=2)
 
 
-async def test_it_is_refused_and_stays_as_it_is(
+async def test_stream_of_another_version_is_rejected_and_unchanged(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
     old, new = versions
@@ -41,7 +41,7 @@ async def test_it_is_refused_and_stays_as_it_is(
         await before.process(chunk_of("s", rows[4:], 4))
 
 
-async def test_a_stream_begins_anew_at_position_0_only(
+async def test_reset_stream_starts_over_at_position_0_only(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
     old, new = versions
@@ -75,7 +75,7 @@ async def test_a_stream_begins_anew_at_position_0_only(
             await before.process(chunk_of("s", rows[:4], 0))
 
 
-async def test_many_that_begin_it_anew_at_once_begin_it_once(
+async def test_concurrent_resets_reset_the_stream_once(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
     """Sixteen appends at two workers: all in one epoch, and each applied."""
@@ -95,7 +95,7 @@ async def test_many_that_begin_it_anew_at_once_begin_it_once(
         assert [reply.created for reply in replies].count(True) == 1
 
 
-async def test_a_stream_that_moved_on_meanwhile_is_not_taken_for_the_old_one(
+async def test_stream_changed_during_a_reset_is_not_overwritten(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
     """Begun anew by compare-and-set on the old state: whoever was first is kept."""
@@ -114,7 +114,7 @@ async def test_a_stream_that_moved_on_meanwhile_is_not_taken_for_the_old_one(
         assert first.replayed != second.replayed
 
 
-async def test_a_stream_of_another_version_is_not_forked(
+async def test_stream_of_another_version_is_not_forked(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
     old, new = versions

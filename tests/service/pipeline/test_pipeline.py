@@ -1,4 +1,4 @@
-"""The pipeline over a real store: exact under any cuts and company, and each chunk once."""
+"""The pipeline on a real store: exact outputs under any chunking and batching, exactly-once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2**20])
-async def test_chunking_batching_and_workers_are_invisible(
+async def test_chunking_batching_and_workers_do_not_change_outputs(
     store_url: str, artifact: Artifact, cache_bytes: int
 ) -> None:
     random = np.random.default_rng(3)
@@ -83,7 +83,7 @@ async def test_chunking_batching_and_workers_are_invisible(
         assert parts[-1].head.position == len(rows), name
 
 
-async def test_the_tag_chain_is_that_of_the_protocol(store_url: str, artifact: Artifact) -> None:
+async def test_tag_chain_matches_the_protocol(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(4)
     pieces = cut(random, rows_of(random, 40), 9)
     async with worker(store_url, artifact) as one:
@@ -96,7 +96,7 @@ async def test_the_tag_chain_is_that_of_the_protocol(store_url: str, artifact: A
     assert len({reply.head.epoch for reply in replies}) == 1
 
 
-async def test_the_last_chunk_again_gets_the_stored_reply(
+async def test_retry_of_the_last_chunk_gets_the_stored_reply(
     store_url: str, artifact: Artifact
 ) -> None:
     random = np.random.default_rng(5)
@@ -117,7 +117,7 @@ async def test_the_last_chunk_again_gets_the_stored_reply(
         assert caught.value.facts["expected"] == 12
 
 
-async def test_a_reply_that_is_too_large_is_not_kept(store_url: str, artifact: Artifact) -> None:
+async def test_too_large_reply_is_not_kept(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(6), 5)
     async with worker(store_url, artifact, reply_max_bytes=16) as one:
         await one.process(chunk_of("large", rows, 0))
@@ -157,7 +157,9 @@ async def test_duplicates_at_two_workers_are_applied_once(
     assert counts.seen["replays"] == 100
 
 
-async def test_sixteen_appends_at_once_are_all_applied(store_url: str, artifact: Artifact) -> None:
+async def test_sixteen_concurrent_appends_are_all_applied(
+    store_url: str, artifact: Artifact
+) -> None:
     random = np.random.default_rng(8)
     same, counts = rows_of(random, 3), Counts()
     async with (
@@ -174,7 +176,9 @@ async def test_sixteen_appends_at_once_are_all_applied(store_url: str, artifact:
     close(np.concatenate([r.outputs for r in replies]), whole(artifact, np.tile(same, (16, 1))))
 
 
-async def test_a_streams_queue_goes_on_from_memory(store_url: str, artifact: Artifact) -> None:
+async def test_queued_chunks_of_a_stream_are_computed_speculatively(
+    store_url: str, artifact: Artifact
+) -> None:
     """Its chunks neither load the stream again nor wait for each other's commits."""
     random = np.random.default_rng(31)
     rows, counts = rows_of(random, 48), Counts()
@@ -211,7 +215,7 @@ class FailingStore(RedisStore):
         ]
 
 
-async def test_what_follows_a_failed_commit_is_judged_anew(
+async def test_chunks_after_a_failed_commit_are_re_evaluated(
     store_url: str, artifact: Artifact
 ) -> None:
     random = np.random.default_rng(32)
@@ -231,7 +235,7 @@ async def test_what_follows_a_failed_commit_is_judged_anew(
     close(np.concatenate(outputs), whole(artifact, rows))
 
 
-async def test_a_conflict_in_a_chain_loses_none_of_it(store_url: str, artifact: Artifact) -> None:
+async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(33)
     rows, counts = rows_of(random, 20), Counts()
     store = FailingStore(StoreSettings(store_url, wait_s=5), 8, None)
@@ -244,7 +248,7 @@ async def test_a_conflict_in_a_chain_loses_none_of_it(store_url: str, artifact: 
     close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
 
 
-async def test_a_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:
+async def test_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(9)
     good = rows_of(random, 4)
     bad = np.sign(artifact.weights["heads.steep.kernel"]).T * np.full((4, 3), 1e30, np.float32)
@@ -283,7 +287,7 @@ async def test_a_chunk_that_cannot_be_encoded_fails_alone(
     assert counts.largest_batch == 3
 
 
-async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(
+async def test_damaged_stream_fails_alone_and_can_be_restored(
     store_url: str, artifact: Artifact, damage: Callable[[str], None]
 ) -> None:
     random = np.random.default_rng(10)
@@ -312,7 +316,7 @@ async def test_a_damaged_neighbour_fails_alone_and_can_be_restored(
         await one.process(chunk_of("broken", rows_of(random, 4), 4))
 
 
-async def test_a_stale_copy_in_the_cache_is_never_used(store_url: str, artifact: Artifact) -> None:
+async def test_stale_cached_state_is_never_used(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(11)
     rows, counts = rows_of(random, 30), Counts()
     async with worker(store_url, artifact, counts) as one, worker(store_url, artifact) as two:
@@ -323,7 +327,7 @@ async def test_a_stale_copy_in_the_cache_is_never_used(store_url: str, artifact:
     close(np.concatenate([part.outputs for part in parts]), whole(artifact, rows))
 
 
-async def test_a_deleted_stream_is_not_revived_from_a_cache(
+async def test_deleted_stream_is_not_revived_from_a_cache(
     store_url: str, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(12), 8)
@@ -340,7 +344,9 @@ async def test_a_deleted_stream_is_not_revived_from_a_cache(
             await two.streams.delete(StreamKey("probe", "never"))
 
 
-async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Artifact) -> None:
+async def test_cached_state_does_not_keep_its_batch_alive(
+    store_url: str, artifact: Artifact
+) -> None:
     random = np.random.default_rng(22)
     async with worker(store_url, artifact) as one:
         replies = await asyncio.gather(
@@ -349,7 +355,7 @@ async def test_a_kept_state_does_not_keep_its_batch(store_url: str, artifact: Ar
     assert all(reply.state.floats.base is None for reply in replies)
 
 
-async def test_fork_and_restore_begin_an_epoch(store_url: str, artifact: Artifact) -> None:
+async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifact) -> None:
     rows = rows_of(np.random.default_rng(14), 20)
     key = StreamKey("probe", "source")
     async with worker(store_url, artifact) as one:
@@ -400,7 +406,7 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
         assert (await one.streams.page("probe", "", None, 10)).streams == ()
 
 
-async def test_a_caller_that_leaves_changes_nothing_for_its_neighbours(
+async def test_cancelled_caller_does_not_affect_its_neighbours(
     store_url: str, artifact: Artifact
 ) -> None:
     random = np.random.default_rng(17)
@@ -417,7 +423,7 @@ async def test_a_caller_that_leaves_changes_nothing_for_its_neighbours(
         close(again.outputs, whole(artifact, rows["leaves"]))
 
 
-async def test_stop_finishes_what_was_accepted(store_url: str, artifact: Artifact) -> None:
+async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact) -> None:
     random = np.random.default_rng(18)
     sent = {f"stop{i}": rows_of(random, 10) for i in range(20)}
     async with worker(store_url, artifact) as one:

@@ -1,4 +1,4 @@
-"""Encoding the chunks of a batch together: the same as alone, and each fails alone."""
+"""Encoding the chunks of a batch together: equal to single encoding, with errors per chunk."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def state_of(served: ServedModel, clock: Clock, seed: int) -> State:
     return State(floats, clock.into_ints(served.state, zero.ints))
 
 
-def test_chunks_together_are_the_chunks_alone(served: ServedModel) -> None:
+def test_batch_encoding_equals_single_encoding(served: ServedModel) -> None:
     rows = np.random.default_rng(3).normal(size=(2, served.input_features)).astype(np.float32)
     items = [
         (steps_at(NOON_MS, NOON_MS + 5), state_of(served, Clock(), 1)),
@@ -69,7 +69,7 @@ def test_chunks_together_are_the_chunks_alone(served: ServedModel) -> None:
     assert served.encode_many([]) == []
 
 
-def test_what_is_wrong_with_one_chunk_is_its_own(served: ServedModel) -> None:
+def test_encoding_errors_are_per_chunk(served: ServedModel) -> None:
     good = (steps_at(NOON_MS), state_of(served, Clock(NOON_MS - 1000, 4, 1), 1))
     too_large = (steps_at(NOON_MS, load=1e39), state_of(served, Clock(), 2))
     damaged = (steps_at(NOON_MS), state_of(served, Clock(NOON_MS, -1, 0), 3))
