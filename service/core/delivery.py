@@ -5,7 +5,7 @@ compare-and-set on the stream head (epoch and tag). In the order in which a chun
 
     evaluate_chunk      process it, replay the stored reply, or reject it
     apply_chunk         the stream after a processed chunk
-    resolve_conflict    its commit was refused: another commit changed the stream first
+    resolve_conflict    a version conflict: another commit changed the stream first
     resolve_duplicate   the chunk is a retry of one that was applied
 
 The model checker in `tests/protocol` explores these same functions.
@@ -202,7 +202,7 @@ def is_continuation(chunk: Chunk, copy: StreamState) -> bool:
 
 
 def resolve_conflict(chunk: Chunk, new: StreamHead, current: StreamHead | None) -> Resolution:
-    """Resolve a version conflict: the commit of `new` found the stream at `current` instead.
+    """Resolve a version conflict: the commit of `new` met `current` instead.
 
     If `current` is `new`, this very chunk was applied. A chunk without a position has a nonce, so
     that only this commit can have written it (its response was lost); a chunk with a position may

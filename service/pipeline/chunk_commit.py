@@ -40,7 +40,7 @@ from service.store.base import COMMITTED, Commit, CommitResult, Conflicted, Stat
 
 MAX_PARTS: Final = 3
 MIN_PART_ROWS: Final = 4
-"""A batch that runs alone is committed in at most `MAX_PARTS` parts of at least so many streams."""
+"""A batch that runs alone is committed in up to `MAX_PARTS` parts, of `MIN_PART_ROWS` or more."""
 
 
 class ChunkCommitter:

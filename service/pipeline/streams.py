@@ -197,7 +197,7 @@ class Streams:
 
         Raises:
             StreamExists, StateChanged: the stream must not be replaced.
-            StateDamaged: whether the precondition names this state cannot be told.
+            StateDamaged: it is unknown whether the precondition names this state.
         """
         was_damaged = False
         try:
