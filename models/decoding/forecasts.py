@@ -1,12 +1,12 @@
-"""The numbers around a decoder's step: where it starts, what it is told, what it feeds back.
+"""Forecast decoding around a decoder's step: initial state, inputs, feedback, sample paths.
 
     previous_0 = the last observed values, state_0 = the encoder's
     parameters_k, state_k = step(previous_(k-1), known_k, state_(k-1))        k = 1..H
     previous_k = the median (for a Gaussian its mean, the same), or a value drawn
 
-A forecast is one such path along the medians, beside it the quantiles of every step given the
-path before it, and as many drawn paths as are wanted. Draws depend on the seed alone: equal
-seeds, states and known columns give equal paths, and a shorter horizon the beginning of them.
+A forecast has one such path along the medians, the quantiles of every step given the path before
+it, and any number of sample paths. Sample paths depend on the seed only: equal seeds, states and
+covariates give equal paths, and a shorter horizon gives their prefixes.
 
     quantiles   q_1..q_Q at levels p_1..p_Q, drawn by inverting the distribution that is linear
                 between them and falls off exponentially beyond, without a jump in density:
@@ -15,7 +15,7 @@ seeds, states and known columns give equal paths, and a shorter horizon the begi
     gaussian    mu + sigma z, sigma = exp(clip(s, -7, 7))
 
 Values are standardised inside and in their fields' own units outside. Pure NumPy in float64:
-the step itself is a runtime's, and `Decoding` only says what it needs next and takes what came.
+the step itself is computed by a runtime, which the caller of `Decoding` runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SMALLEST = 2.0**-53
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:
-    """H coming steps of D targets, in the fields' units, float32.
+    """The forecast of H steps of D targets, in the fields' units, float32.
 
     Attributes:
         point: [H, D].
@@ -66,11 +66,11 @@ class Forecast:
 
 
 class FutureCovariates(NamedTuple):
-    """What is known of the coming steps.
+    """The known future covariates of a forecast.
 
     Attributes:
         rows: float32 [H, K], encoded.
-        times_ms: epoch milliseconds of each, where there is a timestamp.
+        times_ms: epoch milliseconds of each step; None without a timestamp.
     """
 
     rows: FloatRows
@@ -78,7 +78,7 @@ class FutureCovariates(NamedTuple):
 
 
 def decoder_of(spec: ModelSpec) -> tuple[DecoderSpec, ModelSpec, EventSchema]:
-    """A model's decoder, its step network and the events; SpecError where there is none."""
+    """The decoder of a model, its step network and the events; SpecError if it has none."""
     if spec.decoder is None or spec.decoder_network is None or spec.events is None:
         raise SpecError(f"model {spec.name!r}: expected a `decoder`")
     return spec.decoder, spec.decoder_network, spec.events
@@ -114,17 +114,17 @@ def start(spec: ModelSpec, floats: FloatRows) -> tuple[FloatRows, FloatRows]:
 def encode_covariates(
     spec: ModelSpec, clock: Clock, horizon: int, future: EventColumns | None
 ) -> FutureCovariates:
-    """Encode what is known of the H steps after those the clock has seen.
+    """Encode the known future covariates of the H steps after a stream's last event.
 
     Args:
         spec: a fitted model with a decoder.
-        clock: the stream's.
+        clock: the clock of the stream.
         horizon: H.
         future: H events under `known_schema(..., timed=False)`, or None.
 
     Raises:
-        DataError: something is not known that has to be, or a timestamp is not that of its
-            step; it names step and field.
+        DataError: a covariate is missing, or a timestamp is not that of its step; names step and
+            field.
     """
     decoder, _, events = decoder_of(spec)
     schema = known_schema(events, decoder, timed=True)
@@ -149,7 +149,7 @@ def encode_covariates(
 def _times_ms(
     name: str, decoder: DecoderSpec, clock: Clock, horizon: int, future: EventColumns
 ) -> NDArray[np.int64]:
-    """Epoch milliseconds of the coming steps: derived, given, or both and then equal."""
+    """Epoch milliseconds of the forecast steps: derived, given, or both, which must be equal."""
     given = future.values.get(name, np.zeros(horizon, np.int64))
     there = future.present.get(name, np.zeros(horizon, np.bool_))
     if decoder.step_ms is None or clock.seen == 0:
@@ -176,7 +176,7 @@ def _times_ms(
 
 
 class Distribution:
-    """What the parameters [..., P] of a step mean; values are standardised, [..., D]."""
+    """The predictive distribution with parameters [..., P]; values [..., D] are standardised."""
 
     def __init__(self, spec: ModelSpec):
         self._decoder, _, self._events = decoder_of(spec)
@@ -198,17 +198,17 @@ class Distribution:
         return np.asarray(quantiles[..., self._median])
 
     def noise(self, seed: int, horizon: int, samples: int) -> Floats:
-        """What paths are drawn from, [H, S, D]."""
+        """The random numbers of the sample paths, [H, S, D]."""
         random = np.random.Generator(np.random.PCG64(seed))
         shape = (horizon, samples, self._count)
         if isinstance(self._decoder.head, QuantilesHead):
             return np.asarray(np.clip(random.random(shape), _SMALLEST, 1 - _SMALLEST))
         return np.asarray(random.standard_normal(shape))
 
-    def drawn(self, parameters: FloatRows, noise: Floats) -> Floats:
-        """Values [S, D] from parameters [S, P] and noise [S, D]."""
+    def sample(self, parameters: FloatRows, noise: Floats) -> Floats:
+        """Sample values [S, D] from parameters [S, P] and noise [S, D]."""
         if isinstance(self._decoder.head, QuantilesHead):
-            return _inverted(self.levels, self.quantiles(parameters), noise)
+            return _invert(self.levels, self.quantiles(parameters), noise)
         mean, deviation = _gaussian(self._by_target(parameters))
         return np.asarray(mean + deviation * noise)
 
@@ -240,7 +240,7 @@ def _gaussian(values: Floats) -> tuple[Floats, Floats]:
     return values[..., 0], np.exp(bounded)
 
 
-def _inverted(levels: Floats, quantiles: Floats, uniform: Floats) -> Floats:
+def _invert(levels: Floats, quantiles: Floats, uniform: Floats) -> Floats:
     """The distribution's inverse at `uniform` [..., D]; see the module."""
     slopes = np.diff(quantiles, axis=-1) / np.diff(levels)
     at = np.clip(np.searchsorted(levels, uniform), 1, len(levels) - 1)[..., np.newaxis]
@@ -255,16 +255,16 @@ def _inverted(levels: Floats, quantiles: Floats, uniform: Floats) -> Floats:
 
 
 class Decoding:
-    """One forecast under way: H rounds of `rows` and `states` into a step, `take` out of it.
+    """The decoding of one forecast: H times, run a step on `rows` and `states`, then `advance`.
 
-    Row 0 is the path along the medians, rows 1..S are drawn paths.
+    Row 0 is the path along the medians, rows 1..S are sample paths.
 
     Args:
         spec: a fitted model with a decoder.
         floats: float32 [N], the stream's state.
         known: float32 [H, K], H >= 1.
         samples: S >= 0.
-        seed: of the draws.
+        seed: seed of the sample paths.
     """
 
     def __init__(
@@ -280,18 +280,18 @@ class Decoding:
         self._quantiles: list[Floats] = []
 
     @property
-    def done(self) -> bool:
-        """Whether all steps have been taken."""
+    def is_done(self) -> bool:
+        """Whether all steps are decoded."""
         return len(self._values) == len(self._known)
 
     @property
     def rows(self) -> FloatRows:
-        """What the next step reads, float32 [1 + S, F]: previous values and known columns."""
+        """The input of the next step, float32 [1 + S, F]: previous values and covariates."""
         known = np.tile(self._known[len(self._values)], (len(self._previous), 1))
         return np.concatenate([self._previous.astype(np.float32), known], axis=1)
 
-    def take(self, parameters: FloatRows, states: FloatRows) -> None:
-        """Go on by one step.
+    def advance(self, parameters: FloatRows, states: FloatRows) -> None:
+        """Record the results of one step, and go to the next.
 
         Args:
             parameters: float32 [1 + S, P], the step's outputs.
@@ -301,14 +301,14 @@ class Decoding:
         point = self._distribution.point(along)
         self._previous = point[np.newaxis]
         if len(parameters) > 1:
-            drawn = self._distribution.drawn(parameters[1:], self._noise[len(self._values)])
+            drawn = self._distribution.sample(parameters[1:], self._noise[len(self._values)])
             self._previous = np.concatenate([self._previous, drawn])
         self._values.append(self._previous)
         self._quantiles.append(along)
         self.states = states
 
     def forecast(self) -> Forecast:
-        """What came of it, once `done`."""
+        """The forecast, once `is_done`."""
         values = np.stack(self._values)
         return Forecast(
             self._distribution.in_units(values[:, 0]),

@@ -1,4 +1,4 @@
-"""What the examples' commands do: train from nothing, compare, write; or show the report."""
+"""The commands of the examples: train from scratch, compare with baselines, show the report."""
 
 from __future__ import annotations
 

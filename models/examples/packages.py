@@ -1,4 +1,4 @@
-"""Files of data that installed packages carry, found without importing the packages."""
+"""Locates data files of installed packages without importing the packages."""
 
 from __future__ import annotations
 

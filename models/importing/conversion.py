@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from models.errors import ImportedModelError
 from models.importing.graph import translate
-from models.importing.proof import prove
 from models.importing.reading import read_keras_model
 from models.importing.result import Conversion
+from models.importing.verification import prove
 
 
 def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, NDArray[np.float32]]]:

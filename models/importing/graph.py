@@ -1,4 +1,4 @@
-"""A Keras model's graph of layers as a `ModelSpec`.
+"""Converts the layer graph of a Keras model to a `ModelSpec`.
 
 The walk follows the model's nodes from its one input to its outputs, nested models
 included, and collects everything that cannot be carried before it refuses: the message

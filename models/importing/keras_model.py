@@ -1,9 +1,9 @@
-"""`carry import`: package a Keras model as an artifact, proven equal to the original.
+"""`carry import`: import a Keras model as an artifact, verified against the original.
 
 A separate process with resource limits (`models.importing.isolation`) reads the model without
 running its code, translates it layer by layer, and compares it with the original on random
-sequences (`models.importing.proof`). This process takes specification and weights from there as
-untrusted data, and packages them. Nothing is written unless every output agrees.
+sequences (`models.importing.verification`). This process takes specification and weights from there
+as untrusted data, and packages them. Nothing is written unless every output agrees.
 
 It refuses what cannot be carried, naming each layer by class and name with the reason,
 and a packaged model whose outputs differ from the original's by more than

@@ -1,4 +1,4 @@
-"""One Keras layer as one layer of a `ModelSpec`, with its weights.
+"""Converts one Keras layer, with its weights, to a layer of a `ModelSpec`.
 
 `carry_layer` knows the Keras layers that work step by step and mean the same with carried
 state, and `Bidirectional`, which makes a model of whole sequences; everything else, and every

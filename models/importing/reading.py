@@ -1,4 +1,4 @@
-"""Reading a Keras model file without running code that it contains.
+"""Reads a Keras model file without running code that it contains.
 
 The reader is chosen as Keras chooses it, by the file extension. The configuration is checked before
 Keras builds anything. Every object in it must be a class of Keras that only computes; code (Lambda

@@ -1,4 +1,4 @@
-"""Where a recurrent Keras layer starts: from its own state, or from one handed on in the call.
+"""Initial states of recurrent Keras layers: their own state, or one passed within the call.
 
 Keras takes an `initial_state` from anywhere. What can be carried is a hand-off: all the states
 that one recurrent layer returned, in the order in which it returned them, to a layer with the

@@ -1,4 +1,4 @@
-"""Activations by name, as the network's Keras layers take them.
+"""Keras activations by name, with a correctly rounded tanh.
 
 They are Keras' own, except for tanh: XLA's float32 tanh is off by up to four units in the
 last place, which five steps of a small LSTM carry into the eighth decimal. Through float64

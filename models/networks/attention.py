@@ -1,7 +1,7 @@
 """Attention with context, over a chunk and over a stream, as TensorFlow ops.
 
-Yang et al., "Hierarchical attention networks for document classification", 2016. With h_t what
-the layer reads at step t:
+Yang et al., "Hierarchical attention networks for document classification", 2016. With h_t the
+layer's input at step t:
 
     u_t = tanh(h_t W + b)      s_t = u_t . context
 
@@ -9,17 +9,17 @@ Over the chunk, i and j running over its valid steps:
 
     a_i = exp(s_i) / sum_j exp(s_j)        v = sum_i a_i h_i
 
-which is given at every step. Over the stream v_t is the same with j and i from the stream's first
-event to t, kept as Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018:
+which is the output at every step. Over the stream v_t is the same with j and i from the stream's
+first event to t, kept as Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018:
 
     m_t = max(m_(t-1), s_t)
     n_t = n_(t-1) exp(m_(t-1) - m_t) + exp(s_t - m_t)
     w_t = w_(t-1) exp(m_(t-1) - m_t) + h_t exp(s_t - m_t)          v_t = w_t / n_t
 
 Deviations from the recurrence: the steps of a block are summed at once, from the state before it;
-n and w are accumulated in float64 and kept as two float32 parts, high + low, since float32 alone
-loses what a step adds to a long sum; and m is kept as 0 where nothing was seen, which n = 0 says,
-so that the zero state is finite and means a stream's beginning (after any step n >= 1).
+n and w are accumulated in float64 and stored as two float32 parts, high + low, since float32 alone
+loses what one step adds to a long sum; and m is stored as 0 before the first step (n = 0), so that
+the zero state is finite and is the state of a new stream (after any step n >= 1).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from models.spec.layers import EMPTY_MAXIMUM, MASKED_SCORE, AttentionLayer
 Tensor = Any
 
 BLOCK_STEPS = 64
-"""Steps that are summed at once: memory grows with a block's square, and no further."""
+"""Steps that are summed at once; memory grows with the square of this, not of the chunk."""
 
 _tanh: Any = activation_of("tanh")
 
 
 class StreamState(NamedTuple):
-    """What attention over the stream keeps, as it lies in the packed state.
+    """The state of attention over the stream, in the layout of the packed state.
 
     Attributes:
         maximum: float32 [B, 1].
@@ -56,7 +56,7 @@ class StreamState(NamedTuple):
 
 
 class Attention:
-    """The weights of one attention layer, and what they do to a sequence of `width` values."""
+    """One attention layer over a sequence of `width` values."""
 
     def __init__(self, layer: AttentionLayer, width: int):
         def variable(kind: str, *shape: int) -> Any:
@@ -86,12 +86,12 @@ class Attention:
     def over_stream(
         self, x: Tensor, lengths: Tensor, state: StreamState
     ) -> tuple[Tensor, StreamState]:
-        """Attend over everything up to each step.
+        """Attend over all steps of the stream up to each step.
 
         Args:
             x: float32 [B, T, W], T known while tracing.
             lengths: int32 [B]; a row of length 0 keeps its state.
-            state: that before the chunk.
+            state: the state before the chunk.
 
         Returns:
             The values float32 [B, T, W], and the state after each row's last valid step.
@@ -101,16 +101,18 @@ class Attention:
         blocks = []
         for begin in range(0, x.shape[1], BLOCK_STEPS):
             block = slice(begin, begin + BLOCK_STEPS)
-            blocks.append(_accumulated(scores[:, block], exact[:, block], before))
+            blocks.append(_accumulate(scores[:, block], exact[:, block], before))
             before = blocks[-1][:, -1:]
         sums = tf.concat(blocks, axis=1)
         values = tf.cast(sums[..., 2:] / sums[..., 1:2], tf.float32)
         last = tf.gather(sums, tf.maximum(lengths - 1, 0), axis=1, batch_dims=1)
         after = StreamState(
-            tf.cast(last[:, :1], tf.float32), _parts(last[:, 1:2]), _parts(last[:, 2:])
+            tf.cast(last[:, :1], tf.float32),
+            _split_float64(last[:, 1:2]),
+            _split_float64(last[:, 2:]),
         )
-        moved = (lengths > 0)[:, tf.newaxis]
-        kept = [tf.where(moved, new, old) for new, old in zip(after, state, strict=True)]
+        has_steps = (lengths > 0)[:, tf.newaxis]
+        kept = [tf.where(has_steps, new, old) for new, old in zip(after, state, strict=True)]
         return values, StreamState(*kept)
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ class Attention:
         return tf.concat(joined, axis=-1)[:, tf.newaxis, :]
 
 
-def _accumulated(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
+def _accumulate(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
     """Maximum, normaliser and sum after each step of a block.
 
     Args:
@@ -152,8 +154,8 @@ def _accumulated(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
     return tf.concat([maximum, normaliser, total], axis=-1)
 
 
-def _parts(value: Tensor) -> Tensor:
-    """A float64 [B, n] as float32 [B, 2 n]: what float32 holds of it, and the rest."""
+def _split_float64(value: Tensor) -> Tensor:
+    """A float64 [B, n] as float32 [B, 2 n]: the rounded value, and the remainder."""
     high = tf.cast(value, tf.float32)
     low = tf.cast(value - tf.cast(high, tf.float64), tf.float32)
     return tf.concat([high, low], axis=-1)

@@ -1,13 +1,12 @@
 """Bidirectional layers over Keras cells: Keras' `Bidirectional`, with its states explicit.
 
-Schuster & Paliwal, "Bidirectional recurrent neural networks" (1997): at step t the forward cell
-has read steps 1..t, the backward cell steps T..t, T the last valid step of the row; `merge` joins
-both. Where Keras' wrapper returns five tensors (the sequence, h and c forward, h and c backward),
-this gives the sequence and these states in that order.
+Schuster & Paliwal, "Bidirectional recurrent neural networks" (1997): at step t the forward cell has
+read steps 1..t, the backward cell steps T..t, T the last valid step of the row; `merge` combines
+both. States are in the order of Keras' wrapper: h and c forward, h and c backward.
 
 In blocks (`models.spec.blocks`) the steps are those of a window. A forward cell runs over the block
-and on over the lookahead, and its state after the block is what it returns; a backward cell begins
-from zero at the window's end, and what it returns is no part of any state.
+and the lookahead, and returns its state after the block; a backward cell starts from zero at the
+end of the window, and its final state is discarded.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def run_forward(
     training: bool,
     blocks: BlockSpec | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A forward cell over a batch; arguments as for `run_bidirectional`, for the one cell.
+    """Run a forward cell over a batch; arguments as for `run_bidirectional`, for the one cell.
 
     Returns:
         The sequence [B, T, H], and the states after the last step, or in blocks after the block.
@@ -60,7 +59,7 @@ def run_bidirectional(
     training: bool,
     blocks: BlockSpec | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Both directions over a batch.
+    """Run both directions over a batch.
 
     Args:
         cells: the Keras layers, forward and backward, each returning sequence and states.
@@ -77,13 +76,13 @@ def run_bidirectional(
     forward, backward = cells
     half = len(initial) // 2
     ahead, after = run_forward(forward, x, initial[:half], mask, training, blocks)
-    begins = list(initial[half:])
+    backward_initial = list(initial[half:])
     if blocks is not None:
-        begins = [tf.zeros((tf.shape(x)[0], layer.units)) for _ in begins]
-    # Reversed as a whole: what was padding comes first, and is masked until the last step.
+        backward_initial = [tf.zeros((tf.shape(x)[0], layer.units)) for _ in backward_initial]
+    # reversed as a whole, so the padding comes first, where it is masked
     back, *after_back = backward(
         tf.reverse(x, [1]),
-        initial_state=begins,
+        initial_state=backward_initial,
         mask=tf.reverse(mask, [1]),
         training=training,
     )

@@ -2,16 +2,15 @@
 
     step(rows [B,T,F], lengths [B], state [B,N]) -> (outputs [B,T,O], state' [B,N])
 
-Every recurrent layer gets its own part of the packed state as `initial_state` and gives it
-back through `return_state`; one with `starts_from` gets what another returned in this call.
-`return_sequences` joins the layers. There is no
-`stateful=True`, no `predict()` and nothing hidden in a layer: the same arguments give the
-same results, in any order of calls. Steps at or beyond a row's length are masked: its state
-stands still whatever the padding holds, and a row of length 0 keeps its state.
+Every recurrent layer gets its part of the packed state as `initial_state` and returns it through
+`return_state`; a layer with `starts_from` gets the state that another one returned in this call.
+There is no `stateful=True`, no `predict()` and no hidden state in a layer: equal arguments give
+equal results, in any order of calls. Steps at or beyond a row's length are masked: padding never
+changes a state, and a row of length 0 keeps its state.
 
 Shapes and names follow `models.spec.layout`; the step runs eagerly and under
-`tf.function(jit_compile=True)`. It refuses a schema that is not fitted and weights that do
-not fit. It does not look for values that are not finite: its callers do.
+`tf.function(jit_compile=True)`. A schema that is not fitted and weights of other shapes are
+rejected. Callers check that results are finite.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from models.networks.attention import Attention, StreamState
 from models.networks.bidirectional import run_bidirectional, run_forward
 from models.networks.cells import recurrent_layer
 from models.networks.decoder_network import last_observed
-from models.networks.fresh import fresh_weights
 from models.networks.heads import (
     Tensor,
     anomaly_forecast,
@@ -39,6 +37,7 @@ from models.networks.heads import (
     head_output,
     mean_losses,
 )
+from models.networks.initial_weights import draw_weights
 from models.spec.decoder import LAST, add_decoder_prefix
 from models.spec.heads import AnomalyHead
 from models.spec.layers import (
@@ -81,7 +80,7 @@ Traced = TypeVar("Traced", bound=Callable[..., Any])
 
 
 def _plain_python(function: Traced) -> Traced:
-    """Keep AutoGraph from rewriting the function: its loops and matches run at trace time."""
+    """Exclude the function from AutoGraph: its loops and matches run at trace time."""
     return cast(Traced, tf.autograph.experimental.do_not_convert(function))
 
 
@@ -92,7 +91,7 @@ class Forward:
     Attributes:
         raw: head name -> raw values, float32 [B, T, U]; see `models.networks.heads`.
         state: the state after each row's last valid step, float32 [B, N].
-        attention: by layer that attends over the chunk, the weight of each step [B, T].
+        attention: layer that attends over the chunk -> the weight of each step [B, T].
     """
 
     raw: dict[str, Tensor]
@@ -107,16 +106,16 @@ class StepNetwork:
         spec: the specification it was built from.
         state_size: N, values in a packed state.
         output_size: O, values in a packed output row.
-        decoder: the network of a decoder's step, whose weights are among this one's; None
-            where the model has no decoder.
+        decoder: the network of the decoder's step, which shares the weights of this one; None
+            for a model without decoder.
     """
 
     def __init__(self, spec: ModelSpec, *, unroll: bool = False):
-        """Build the layers; the weights are Keras' own draw until they are set.
+        """Build the layers; Keras initialises the weights until they are set.
 
         Args:
-            unroll: lay the steps out one after the other instead of looping over them, which
-                is shorter where there is one; their number is then fixed when it is traced.
+            unroll: unroll the steps instead of looping over them, which is cheaper for one step;
+                their number is then fixed at trace time.
 
         Raises:
             SpecError: the event schema is not fitted, or Keras runs another backend than
@@ -172,11 +171,11 @@ class StepNetwork:
         its block, [B, C, O], and the state is that after the block.
 
         Returns:
-            Outputs float32 [B, T, O], of which steps beyond a row's length mean nothing, and
-            the new state float32 [B, N].
+            Outputs float32 [B, T, O], undefined beyond a row's length, and the new state float32
+            [B, N].
         """
         done = self.forward(rows, lengths, state, training)
-        _, rows = _padding_zeroed(rows, lengths)
+        _, rows = _zero_padding(rows, lengths)
         if self.spec.blocks is not None:
             rows = rows[:, : self.spec.blocks.size]
         outputs = []
@@ -192,10 +191,9 @@ class StepNetwork:
     ) -> Forward:
         """The pass without the heads' outputs; arguments as for `step`.
 
-        Training takes the raw values from here to `losses`, and the state on to the next
-        window.
+        Training passes the raw values to `losses`, and the state to the next window.
         """
-        mask, rows = _padding_zeroed(rows, lengths)
+        mask, rows = _zero_padding(rows, lengths)
         values = {FEATURES: self._features(rows)}
         parts: dict[str, Tensor] = {}
         attention: dict[str, Tensor] = {}
@@ -208,20 +206,22 @@ class StepNetwork:
                     if layer.starts_from is None:
                         initial = [self._part(state, name) for name in names]
                     else:
-                        given = returned_state(layer)
-                        initial = [parts[f"{layer.starts_from}.{part}"] for part in given]
+                        initial = [
+                            parts[f"{layer.starts_from}.{part}"] for part in returned_state(layer)
+                        ]
                     values[layer.name], after = self._recurrent(
                         layer, read[0], initial, mask, training
                     )
                     parts.update(zip(names, after, strict=True))
                 case AttentionLayer(over="chunk"):
-                    found = keras_layer.over_chunk(read[0], mask)
-                    values[layer.name], attention[layer.name] = found
+                    values[layer.name], attention[layer.name] = keras_layer.over_chunk(
+                        read[0], mask
+                    )
                 case AttentionLayer():
                     names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
                     before = StreamState(*(self._part(state, name) for name in names))
-                    values[layer.name], since = keras_layer.over_stream(read[0], lengths, before)
-                    parts.update(zip(names, since, strict=True))
+                    values[layer.name], after = keras_layer.over_stream(read[0], lengths, before)
+                    parts.update(zip(names, after, strict=True))
                 case MergeLayer():
                     values[layer.name] = keras_layer(read)
                 case DropoutLayer():
@@ -271,16 +271,16 @@ class StepNetwork:
         """Training losses of a pass, one scalar per head with targets.
 
         Args:
-            raw: what `forward` gave.
+            raw: the raw values from `forward`.
             next_rows: float32 [B, T, F], the encoded event after each step.
             mask: bool [B, T], True where a step and the event after it exist.
-            labels: label head -> float32 [B, T], NaN where a step has none that counts.
+            labels: label head -> float32 [B, T], NaN for steps without a label that counts.
         """
         return mean_losses(self.spec, raw, next_rows, mask, labels or {})
 
     @property
     def trainable_variables(self) -> list[Variable]:
-        """What training changes, in the order of `models.spec.layout.weight_shapes`."""
+        """The trainable variables, in the order of `models.spec.layout.weight_shapes`."""
         return [variable for variable in self._variables.values() if variable.trainable]
 
     def get_weights(self) -> dict[str, NDArray[np.float32]]:
@@ -290,7 +290,7 @@ class StepNetwork:
         }
 
     def set_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        """Take all weights by name; nothing changes unless all of them fit.
+        """Set all weights by name; nothing changes unless all of them are valid.
 
         Raises:
             ArtifactError: a name is missing or unknown, a shape differs, or a value is not a
@@ -302,7 +302,7 @@ class StepNetwork:
             raise ArtifactError(
                 f"model {self.spec.name!r}: weights missing {missing}, unknown {unknown}"
             )
-        taken: dict[str, NDArray[np.float32]] = {}
+        accepted: dict[str, NDArray[np.float32]] = {}
         for name, variable in self._variables.items():
             value = np.asarray(weights[name])
             if value.shape != tuple(variable.shape) or value.dtype.kind != "f":
@@ -311,18 +311,18 @@ class StepNetwork:
                     f"got {value.dtype} {list(value.shape)}"
                 )
             with np.errstate(over="ignore"):
-                taken[name] = value.astype(np.float32)
-            if not np.isfinite(taken[name]).all():
+                accepted[name] = value.astype(np.float32)
+            if not np.isfinite(accepted[name]).all():
                 raise ArtifactError(f"weight {name!r}: expected finite float32 values")
         for name, variable in self._variables.items():
-            variable.assign(taken[name])
+            variable.assign(accepted[name])
 
     def initialise(self, seed: int) -> None:
-        """Set fresh weights; the same seed gives the same weights."""
-        self.set_weights(fresh_weights(self.spec, seed))
+        """Initialise the weights; equal seeds give equal weights."""
+        self.set_weights(draw_weights(self.spec, seed))
 
     def reseed(self, seed: int) -> None:
-        """Start the dropout masks anew, so that what follows depends on `seed` alone."""
+        """Reset the dropout random generators, so that later masks depend on `seed` only."""
         for index, layer in enumerate(self._layers.values()):
             owner = getattr(layer, "cell", layer)
             generator = getattr(owner, "seed_generator", None)
@@ -373,7 +373,7 @@ class StepNetwork:
         return found
 
 
-def _padding_zeroed(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _zero_padding(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Which steps are valid, bool [B, T], and the rows with zeros in all others.
 
     Whatever padding holds would do no harm to the states, but an arbitrary number is no code

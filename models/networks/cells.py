@@ -2,8 +2,8 @@
 
 A plain LSTM and the GRU are Keras' own. An LSTM with peepholes, layer normalisation or a
 projection is `LstmCell` in `keras.layers.RNN`, which takes the mask and the initial state and
-gives the state back as it does for Keras' own cells. The weights are made here and filled by
-name from outside (`models.networks.fresh`, an artifact); nothing here is saved by Keras.
+returns the state as for Keras' own cells. The weights are created here and set by name from outside
+(`models.networks.initial_weights`, an artifact); Keras saves nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensor = Any
 
 
 class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no types
-    """One step of an LSTM, with what its layer asks for.
+    """One step of an LSTM with the optional parts of its layer.
 
         i = s(N_x(x W)_i + N_h(h U)_i + p_i c + b_i)
         f = s(N_x(x W)_f + N_h(h U)_f + p_f c + b_f)
@@ -35,8 +35,8 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
     - `layer_normalization`: N(z) = gamma (z - mean(z)) / sqrt(var(z) + 1e-3), N_x and N_h over
       all four gates at once and N_c over the carry (Ba et al., "Layer normalization", 2016,
       equations 20 to 22). The paper's offsets of N_x and N_h are only ever added to b, which
-      stands for all three; N_c has its own, beta. The carry itself, which is what peepholes see
-      and the next step goes on from, is not normalised. Without: N(z) = z.
+      covers all three; N_c has its own, beta. The carry itself, which the peepholes and
+      the next step use, is not normalised. Without: N(z) = z.
     - `projection`: V [U, P] (Sak et al., "Long short-term memory recurrent neural network
       architectures for large scale acoustic modeling", 2014). The hidden part h, which is also
       the output, has P values, the carry U. The paper's second, non-recurrent projection is a
@@ -62,7 +62,7 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
         self.output_size = layer.width
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the weights for inputs [B, in]."""
+        """Create the weights for inputs [B, in]."""
         layer, gates = self._layer, 4 * self.units
         self.kernel = self._weight("kernel", input_shape[-1], gates)
         self.recurrent_kernel = self._weight("recurrent_kernel", layer.width, gates)
@@ -92,8 +92,8 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
         read = _product(inputs, self.kernel, masks[0])
         recalled = _product(hidden, self.recurrent_kernel, masks[1])
         if layer.layer_normalization:
-            read = _normalised(read) * self.kernel_gamma
-            recalled = _normalised(recalled) * self.recurrent_gamma
+            read = _normalise(read) * self.kernel_gamma
+            recalled = _normalise(recalled) * self.recurrent_gamma
         gates = read + recalled
         if layer.use_bias:
             gates += self.bias
@@ -108,7 +108,7 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
             in_o += peep_o * carry
         seen = carry
         if layer.layer_normalization:
-            seen = _normalised(carry) * self.carry_gamma + self.carry_beta
+            seen = _normalise(carry) * self.carry_gamma + self.carry_beta
         hidden = self.recurrent_activation(in_o) * self.activation(seen)
         if layer.projection is not None:
             hidden = tf.matmul(hidden, self.projection)
@@ -119,7 +119,7 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
 
 
 def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
-    """The layer, not yet built: it gives the sequence and the state parts in their order."""
+    """The Keras layer, not yet built; returns the sequence and the state parts in order."""
     returned: dict[str, Any] = {
         "name": name,
         "dtype": "float32",
@@ -134,7 +134,7 @@ def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
         "use_bias": layer.use_bias,
         "dropout": layer.dropout,
         "recurrent_dropout": layer.recurrent_dropout,
-        # cuDNN's kernel cannot be compiled by XLA and takes no step's mask.
+        # XLA cannot compile cuDNN's kernel, which supports no mask either
         "use_cudnn": False,
         **returned,
     }
@@ -152,7 +152,7 @@ def _product(x: Tensor, kernel: Tensor, mask: Tensor | list[Tensor] | None) -> T
     return tf.matmul(x if mask is None else x * mask, kernel)
 
 
-def _normalised(x: Tensor) -> Tensor:
+def _normalise(x: Tensor) -> Tensor:
     """(x - mean) / sqrt(var + epsilon) over the last axis."""
     centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
     variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What the encoder's step remembers for a decoder: the last observed value of each target."""
+"""The encoder's state for a decoder: the last observed value of each target."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def last_observed(spec: ModelSpec, rows: Tensor, mask: Tensor, before: Tensor) -
     index = spec.events.column_index
     targets = spec.decoder.targets
     values = tf.gather(rows, [index[name] for name in targets], axis=2)
-    there = []
+    present = []
     for name in targets:
         missing = index.get(f"{name}.missing")
-        there.append(mask if missing is None else mask & (rows[..., missing] < 0.5))
+        present.append(mask if missing is None else mask & (rows[..., missing] < 0.5))
     steps = tf.range(1, tf.shape(rows)[1] + 1)[tf.newaxis, :, tf.newaxis]
-    at = tf.reduce_max(tf.where(tf.stack(there, axis=-1), steps, 0), axis=1)
+    at = tf.reduce_max(tf.where(tf.stack(present, axis=-1), steps, 0), axis=1)
     series = tf.concat([before[:, tf.newaxis, :], values], axis=1)
     return tf.gather(tf.transpose(series, [0, 2, 1]), at, batch_dims=2)

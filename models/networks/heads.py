@@ -1,16 +1,16 @@
-"""What each head does with its layer's sequence: raw values, outputs, losses.
+"""The heads of a network: raw values, outputs, training losses.
 
-A head's raw values [B, T, U] are what its weights give at every step: predictions of the
-event after it. From them come two things, both TensorFlow ops without a loop:
+The raw values [B, T, U] of a head are what its weights compute at every step: predictions of the
+next event. Two functions use them, both TensorFlow ops without a loop:
 
 - `head_output`: the output of the step, packed [B, T, size] as `models.spec.layout.output_spec`
-  says. An anomaly head looks one step back: event t is judged by the raw values of t - 1,
-  and the first event of a chunk by the state part `<head>.forecast`.
+  says. An anomaly head scores event t under the raw values of t - 1, and the first event of a
+  chunk under the state part `<head>.forecast`.
 - `head_loss`: the training loss per step against the next event (a label head's against the
   step's own label), and which steps count.
 
-Both read encoded columns (categorical = its code as float32), never raw events. Rows beyond
-a chunk's length give values that nobody reads.
+Both read encoded columns (categorical = its code as float32), never raw events. Values beyond a
+chunk's length are undefined.
 
 Equations, with y a head's raw values, z an encoded (standardised) value, u = softplus:
 
@@ -23,7 +23,7 @@ Equations, with y a head's raw values, z an encoded (standardised) value, u = so
                       categorical  -log softmax(y)[code]
                       boolean      u(y) - z y
                     a numeric or boolean target that is absent adds 0; an absent categorical
-                    has a code of its own and is judged by it.
+                    has a code of its own and is scored like any other.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def anomaly_forecast(raw: Tensor, lengths: Tensor, forecast: Tensor) -> Tensor:
 
     Args:
         raw: float32 [B, T, P].
-        lengths: int32 [B]; a row of length 0 keeps what it had.
+        lengths: int32 [B]; a row of length 0 keeps its forecast.
         forecast: float32 [B, P], the part before the chunk.
 
     Returns:
@@ -143,22 +143,22 @@ def anomaly_nats(
         spec: the model.
         head: the anomaly head.
         parameters: float32 [B, T, P], targets side by side in the head's order.
-        rows: float32 [B, T, F], the events to judge.
+        rows: float32 [B, T, F], the events to score.
 
     Returns:
-        Nats and how many targets were judged, both float32 [B, T].
+        Nats and the number of scored targets, both float32 [B, T].
     """
     nats = tf.zeros(tf.shape(rows)[:2], tf.float32)
-    judged = tf.zeros_like(nats)
+    scored = tf.zeros_like(nats)
     start = 0
     for name in head.targets:
         field = event_field(spec, name)
         stop = start + anomaly_width(field)
         present = _present(_schema(spec), field, rows)
         nats += present * field_nats(field, parameters[..., start:stop], _value(spec, name, rows))
-        judged += present
+        scored += present
         start = stop
-    return nats, judged
+    return nats, scored
 
 
 def field_nats(field: EventField, parameters: Tensor, value: Tensor) -> Tensor:
@@ -295,18 +295,18 @@ def mean_losses(
     Returns:
         head name -> float32 scalar; 0 where nothing counted. Heads without targets are absent.
     """
-    found = {}
+    losses = {}
     next_rows = tf.where(mask[..., tf.newaxis], next_rows, 0.0)
     for head in spec.heads:
         if isinstance(head, LabelHead):
-            total, judged = map(tf.reduce_sum, _label(head, raw[head.name], labels[head.name]))
+            total, count = map(tf.reduce_sum, _label(head, raw[head.name], labels[head.name]))
         else:
             loss = head_loss(spec, head, raw[head.name], next_rows)
             if loss is None:
                 continue
-            total, judged = (tf.reduce_sum(tf.where(mask, part, 0.0)) for part in loss)
-        found[head.name] = total / tf.maximum(judged, 1.0)
-    return found
+            total, count = (tf.reduce_sum(tf.where(mask, part, 0.0)) for part in loss)
+        losses[head.name] = total / tf.maximum(count, 1.0)
+    return losses
 
 
 def build_head(head: Head, units: int, width: int) -> keras.layers.Dense | None:

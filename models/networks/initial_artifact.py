@@ -1,7 +1,7 @@
-"""An artifact with fresh, seeded weights, for trials and benchmarks.
+"""Writes an artifact with initial weights from a seed, for tests and benchmarks.
 
-It needs no data and no runtime, but a schema whose numbers are known: without them events
-could not be encoded. The same spec and seed give the same fingerprint.
+Needs no data and no runtime, but a fitted schema: without its statistics events cannot be encoded.
+Equal specs and seeds give equal fingerprints.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from models.events.schema import (
     NumericField,
     TimestampField,
 )
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.spec.model import ModelSpec
 
 
 def initialise_artifact(spec: ModelSpec, out: Path, seed: int, overwrite: bool = False) -> Artifact:
-    """Write the model with fresh weights to the directory `out`.
+    """Write the model with initial weights to the directory `out`.
 
     Args:
         spec: the model; its event schema, if it has one, must be fitted.
-        out: the directory to make.
+        out: the directory to create.
         seed: any integer >= 0.
-        overwrite: whether an artifact that is already there is replaced.
+        overwrite: whether an existing artifact is replaced.
 
     Raises:
-        SpecError: the schema lacks numbers; the message names each field and what it lacks.
-        ArtifactError: `out` is occupied.
+        SpecError: the schema is not fitted; the message names each field and what is missing.
+        ArtifactError: `out` exists.
     """
     if spec.events is not None:
         open_fields = [
@@ -42,13 +42,13 @@ def initialise_artifact(spec: ModelSpec, out: Path, seed: int, overwrite: bool =
         ]
         if open_fields:
             raise SpecError(
-                f"model {spec.name!r}: fresh weights need a fitted schema, and without data "
-                f"these are not known: {', '.join(open_fields)}; state them in the spec, or train"
+                f"model {spec.name!r}: initial weights need a fitted schema, and without data "
+                f"these are unknown: {', '.join(open_fields)}; state them in the spec, or train"
             )
     return write_artifact(
         out,
         spec,
-        fresh_weights(spec, seed),
+        draw_weights(spec, seed),
         training={"initialised": {"seed": seed}},
         overwrite=overwrite,
     )

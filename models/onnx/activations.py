@@ -1,4 +1,4 @@
-"""Keras' activations by name, as nodes, and as the functions inside ONNX' recurrent operators.
+"""Keras activations as ONNX nodes, and as functions of ONNX recurrent operators.
 
 As nodes all of them can be written. Inside LSTM and GRU an activation is one of the operator's
 own functions, and some have none there: those are refused.

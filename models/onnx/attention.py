@@ -1,4 +1,4 @@
-"""Attention with context as nodes; the equations are those of `models.networks.attention`.
+"""Attention with context as ONNX nodes; equations in `models.networks.attention`.
 
 Sequences are [T, B, W], state parts [1, B, size]. Over the stream all steps of a call are summed
 at once, in float64, from the state before it: memory grows with T squared. Calls are short where

@@ -1,4 +1,4 @@
-"""Bidirectional layers as two operators, one of them with direction `reverse`.
+"""Bidirectional layers as two ONNX operators, one of them with direction `reverse`.
 
 The operators reverse by each row's length, as Keras does under a mask. Two operators in place of
 one with direction `bidirectional`: each direction keeps its own state value, and the two

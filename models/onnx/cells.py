@@ -1,4 +1,4 @@
-"""LSTM and GRU layers as the ONNX operators of these names.
+"""LSTM and GRU layers as ONNX operators.
 
 Keras and ONNX compute the same cells with their gates in another order. Where a weight holds
 its gates side by side, [..., gates * H], `_gates` puts them as ONNX wants them:

@@ -1,4 +1,4 @@
-"""The decoder's memory of the encoder's steps, as nodes; see `models.networks.decoder_network`."""
+"""The encoder's state for a decoder, as ONNX nodes; see `models.networks.decoder_network`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outputs of the heads, and what they remember, as nodes.
+"""The outputs and states of the heads, as ONNX nodes.
 
 The equations are those of `models.networks.heads`, in the same order of operations. Sequences
 are [T, B, width], an anomaly head's part of the state is [1, B, P]. Values beyond a row's

@@ -1,4 +1,4 @@
-"""ONNX Runtime with its telemetry off; the one place where it is imported.
+"""Imports ONNX Runtime with telemetry disabled; the only place that imports it.
 
 Its official builds send events about the machine and the models to Microsoft, and write a machine
 identifier into the user's cache directory, unless this variable is set before the library is

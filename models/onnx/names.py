@@ -1,4 +1,4 @@
-"""What the graph of a model and the runtime that opens it agree on: names, marks, format.
+"""The interface between a model's graph and its runtime: tensor names, metadata, format version.
 
 Imports nothing, so that a runtime can read it where the `onnx` package is not installed.
 """

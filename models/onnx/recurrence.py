@@ -1,4 +1,4 @@
-"""A recurrent layer as an explicit loop: for cells that no ONNX operator computes.
+"""A recurrent layer as an explicit ONNX loop, for cells without an ONNX operator.
 
 `Scan` runs one step's nodes for every event. What does not depend on the state, the product
 of the inputs and its normalisation, is computed before it for all steps at once. A step at or

@@ -1,4 +1,4 @@
-"""What training needs to go on after a stop, in one file, replaced whole after every epoch.
+"""Training checkpoints: one file, replaced atomically after every epoch, to resume from.
 
 The file holds the weights, their average, the optimiser's moments, the best weights so far,
 the states in which segments ended, and as metadata the epochs done. It belongs to one spec

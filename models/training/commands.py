@@ -1,4 +1,4 @@
-"""What `carry train` and `carry evaluate` do, without a command line.
+"""Implements `carry train` and `carry evaluate`, without the command line.
 
 Both print to a rich console, which `quiet` silences, and raise `ModelsError` where spec, table
 or artifact are refused. An artifact that is written is complete: weights, report and plots.

@@ -1,4 +1,4 @@
-"""From a table to encoded streams.
+"""Converts a table of events to encoded streams.
 
 `models.training.files` reads the table from a file, and `models.events.frame` its columns as
 fields, the same for training, evaluation and replay. Rows of one stream are put in the order of

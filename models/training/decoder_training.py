@@ -1,4 +1,4 @@
-"""A decoder in training: unrolled over the horizon from the encoder's states.
+"""Trains a decoder: unrolled over the horizon from the encoder's states.
 
 The encoder goes through a window in pieces, each from the state of the piece before, which
 changes none of its numbers and gives the states in between. At the end of every piece, an

@@ -1,4 +1,4 @@
-"""Scores an artifact by running it as the service does: chunk by chunk, from carried states.
+"""Scores an artifact as the service runs it: chunk by chunk, with the state of each stream.
 
 Every stream starts in the zero state with its clock at zero, and its events come in chunks of
 random lengths (those of training, for a network that looks at a chunk as a whole); each chunk is

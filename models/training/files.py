@@ -1,4 +1,4 @@
-"""Reads a table from a file: CSV, JSON Lines and Parquet give the same rows.
+"""Reads a table from a CSV, JSON Lines or Parquet file, with equal rows from each.
 
 Errors name the file, the column and the row (data rows counted from 1). A column that is named
 twice is rejected, because the libraries would silently rename or drop one.

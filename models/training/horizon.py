@@ -1,4 +1,4 @@
-"""A decoder's forecasts on held-out events, by step of the horizon, beside naive baselines.
+"""Scores a decoder's forecasts on held-out events by step of the horizon, with naive baselines.
 
 From the state after every `stride`-th event the decoder looks ahead along its medians, told
 what was known of the coming steps and nothing else. What it said is compared with what came,

@@ -1,4 +1,4 @@
-"""Baselines of labels: their frequencies, and classifiers that know nothing of a state.
+"""Baselines of label heads: label frequencies, and stateless classifiers.
 
     base rate            how often each class was in training
     logistic regression  on the event itself, standardised; its penalty chosen by validation

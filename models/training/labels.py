@@ -1,4 +1,4 @@
-"""The labels of a table: what label heads are trained on, column by column.
+"""The labels of a table, on which label heads are trained.
 
 A label is a value of the event itself that the event does not carry
 (`models.spec.heads.LabelHead`). Here each becomes a number: the index of its class, or 1 and 0

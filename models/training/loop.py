@@ -1,4 +1,4 @@
-"""One network in training: windows in, weights out.
+"""The training loop of one network.
 
 Truncated back-propagation through time: a window's loss is differentiated within the window,
 and the state it leaves begins the next one, its gradient stopped (Williams and Peng, 1990).

@@ -1,4 +1,4 @@
-"""Which steps are trained on and which are validated, and in which order they run.
+"""Plans training: which steps are for training or validation, and in which order they run.
 
 Invariant: nothing at or after `validate_ms` is trained on, neither as an event nor as the
 event to be predicted, and nothing at or after `test_ms` is validated on. A label belongs to

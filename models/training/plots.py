@@ -1,4 +1,4 @@
-"""Pictures of a report: learning curve, skill against baselines, calibration.
+"""Plots of a report: learning curve, skill against baselines, calibration.
 
 PNG bytes out of the report's plain data, drawn without a display. Nothing is computed here.
 """

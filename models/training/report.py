@@ -1,4 +1,4 @@
-"""The report of a trained model: its skill on held-out events beside baselines.
+"""The report of a trained model: its skill on held-out events compared with baselines.
 
 The model is run as the service runs it (`models.training.evaluate`), and everything is scored
 on the same events: those from `test_from` on. Beside a model in blocks stands the same network

@@ -1,4 +1,4 @@
-"""How good outputs are: a loss per event, so that means, days and differences can be taken.
+"""Scores of outputs: a loss per event, from which means and differences by day are computed.
 
 Every head is scored on the events it speaks about, each seen from the event before it in its
 stream; a stream's first event is nobody's target. A label head speaks about the event itself.

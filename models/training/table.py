@@ -1,4 +1,4 @@
-"""What baselines are fitted on, and what comes of them."""
+"""The table on which baselines are fitted, and their predictions."""
 
 from __future__ import annotations
 

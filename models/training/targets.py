@@ -1,4 +1,4 @@
-"""Checks of training targets before anything is trained.
+"""Validates training targets before training starts.
 
 A head is trained on the values of its column before `validate_from`, and its best epoch is chosen
 on those from there to `test_from`. If a table has no values in one of these ranges, or a single

@@ -30,9 +30,9 @@ from models.training.checkpoint import (
     write_checkpoint,
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
+from models.training.ensemble import check_members, merged
 from models.training.labels import labels_of
 from models.training.loop import Loop
-from models.training.members import check_members, merged
 from models.training.plan import plan_of, trained_network
 from models.training.targets import check_targets
 

@@ -1,4 +1,4 @@
-"""Lays streams out for truncated back-propagation through time, carrying their states.
+"""Arranges streams for truncated back-propagation through time with carried states.
 
 A stream's events are cut into *segments* of at most `segment_steps`, a segment into *windows*
 of nearly equal length, at most `window_steps`. Segments of about the same length run side by

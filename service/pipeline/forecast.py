@@ -62,7 +62,7 @@ class ForecastRunner:
         """Decode one forecast; None if its caller has cancelled it or was answered already."""
         decoding = Decoding(self._spec, *job.payload)
         slicer = self._compute.time_slicer()
-        while not decoding.done:
+        while not decoding.is_done:
             if job.is_resolved or job.ticket.future.done():
                 return None
             parameters, states = await self._step(decoding.rows, decoding.states, slicer)
@@ -70,7 +70,7 @@ class ForecastRunner:
                 return NotFinite(
                     "expected finite parameters and states of a decoder, got NaN or infinity"
                 )
-            decoding.take(parameters, states)
+            decoding.advance(parameters, states)
         forecast = decoding.forecast()
         if not all(np.isfinite(part).all() for part in (forecast.quantiles, forecast.paths)):
             return NotFinite("expected a forecast within float32, got one beyond")

@@ -1,4 +1,4 @@
-"""`python -m models.examples.customers`: train the example from nothing and compare it.
+"""`python -m models.examples.customers`: train the example from scratch and compare it.
 
 Trains `spec.yaml` on the purchases up to September 1997, chooses the epoch by October to
 December, scores January to June 1998 beside baselines, and writes the artifact with report and

@@ -1,4 +1,4 @@
-"""What is usually done to foretell whether a customer buys again, as baselines of `again`.
+"""Customary predictors of repeat purchases, as baselines of the head `again`.
 
     own mean gap       m, the mean of the customer's gaps so far; 1 - exp(-30 / m), made a chance
                        by isotonic regression. At a first purchase the rate of first purchases.

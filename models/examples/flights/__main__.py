@@ -1,4 +1,4 @@
-"""`python -m models.examples.flights`: train the example from nothing and compare it.
+"""`python -m models.examples.flights`: train the example from scratch and compare it.
 
 Prepares the departures, trains `spec.yaml` on January to September, chooses the epoch by
 October, scores November and December beside three baselines, and writes the artifact with

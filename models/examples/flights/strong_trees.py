@@ -1,4 +1,4 @@
-"""`python -m models.examples.flights.strong_trees`: the strongest trees we know how to make.
+"""`python -m models.examples.flights.strong_trees`: gradient-boosted trees, tuned as far as we can.
 
 The report's trees see what any spec gives them. These are made by hand for the departures: the
 last K of them with their delay, gap, minute of the day and destination as plain numbers, the

@@ -1,4 +1,4 @@
-"""`python -m models.examples.forecast`: train the example from nothing and compare it.
+"""`python -m models.examples.forecast`: train the example from scratch and compare it.
 
 Trains `spec.yaml` on January to September 2013, chooses the epoch by October, forecasts the
 temperature of 24 hours from every seventh hour of November and December beside baselines, and

@@ -1,4 +1,4 @@
-"""The decoder's forecasts beside baselines, by how many hours ahead they look.
+"""The decoder's forecasts compared with baselines, by step of the horizon.
 
 Forecasts are those that `models.training.horizon` makes: from the state after every seventh event,
 along the medians. Truth and baselines go by the clock; an hour that is missing is not scored.

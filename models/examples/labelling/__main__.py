@@ -1,4 +1,4 @@
-"""`python -m models.examples.labelling`: train the example from nothing and compare it.
+"""`python -m models.examples.labelling`: train the example from scratch and compare it.
 
 Trains `spec.yaml` on the days from January to July 2013, chooses the epoch by August to October,
 scores November and December beside baselines, and writes the artifact with report and plots to

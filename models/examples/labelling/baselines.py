@@ -1,4 +1,4 @@
-"""A network that hears the day in one direction alone, as a baseline of the labels.
+"""A unidirectional network, as a baseline of the labels.
 
 It is `one_way.yaml`, trained on the same table in the same way: two stacked LSTMs of as many
 units as both directions have together. When an hour is labelled it has seen that hour and

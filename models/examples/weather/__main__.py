@@ -1,4 +1,4 @@
-"""`python -m models.examples.weather`: train the example from nothing and compare it.
+"""`python -m models.examples.weather`: train the example from scratch and compare it.
 
 Trains `spec.yaml` on January to September 2013, chooses the epoch by October, scores November
 and December beside baselines, and writes the artifact with report and plots to

@@ -100,7 +100,7 @@ def test_drawn_values_have_the_quantiles_that_are_told(head: str) -> None:
         one = np.sort(one.reshape(2, 4), axis=1).ravel()
     quantiles = distribution.quantiles(one)
     noise = distribution.noise(1, 1, 40_000)[0]
-    drawn = distribution.drawn(np.tile(one, (40_000, 1)), noise)
+    drawn = distribution.sample(np.tile(one, (40_000, 1)), noise)
     for level, value in zip(distribution.levels, quantiles.T, strict=True):
         share = (drawn <= value).mean(axis=0)
         np.testing.assert_allclose(share, level, atol=0.01)
@@ -128,9 +128,9 @@ def test_a_decoding_is_done_after_its_horizon() -> None:
     decoding = Decoding(spec, random_state(spec), known, samples=0, seed=0)
     assert decoding.rows.shape == (1, 10)
     for _ in range(2):
-        assert not decoding.done
-        decoding.take(np.zeros((1, 8), np.float32), decoding.states)
-    assert decoding.done
+        assert not decoding.is_done
+        decoding.advance(np.zeros((1, 8), np.float32), decoding.states)
+    assert decoding.is_done
     forecast = decoding.forecast()
     assert (forecast.point.shape, forecast.quantiles.shape) == ((2, 2), (2, 2, 4))
     assert forecast.paths.shape == (0, 2, 2)

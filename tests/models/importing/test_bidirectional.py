@@ -12,7 +12,7 @@ from keras import layers as kl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
-from models.importing import proof
+from models.importing import verification
 from models.importing.graph import translate
 from models.networks.build import StepNetwork
 from models.spec.layout import output_spec
@@ -103,7 +103,7 @@ def test_a_stateful_one_is_proven_as_it_is_served(
         def step(self, rows: Any, lengths: Any, state: Any, training: bool = False) -> Any:
             return super().step(rows, lengths, state * 0, training)
 
-    monkeypatch.setattr(proof, "StepNetwork", FromZero)
+    monkeypatch.setattr(verification, "StepNetwork", FromZero)
     model = keras.Sequential(
         [
             kl.Input(batch_shape=(2, 4, 2)),

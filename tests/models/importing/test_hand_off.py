@@ -13,7 +13,7 @@ from keras import layers as kl
 from numpy.typing import NDArray
 
 from models.artifact.artifact import load_artifact
-from models.importing import proof
+from models.importing import verification
 from models.networks.build import StepNetwork
 from tests.models.importing.saving import imported, refusal
 
@@ -113,7 +113,7 @@ def test_a_state_that_is_lost_is_found_by_the_proof(
                 initial = [value * 0 for value in initial]
             return super()._recurrent(layer, x, initial, mask, training)
 
-    monkeypatch.setattr(proof, "StepNetwork", Forgetful)
+    monkeypatch.setattr(verification, "StepNetwork", Forgetful)
     rows = kl.Input((None, 2))
     sequence, *states = CELLS["lstm"](return_state=True)(rows)
     model = keras.Model(rows, CELLS["lstm"]()(sequence, initial_state=states))

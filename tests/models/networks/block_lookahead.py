@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.onnx.graph import write_graph
 from models.onnx.library import onnxruntime
 from models.spec.blocks import BlockSpec, cut_blocks
@@ -43,7 +43,7 @@ def outputs(spec: ModelSpec, rows: Floats) -> Floats:
     """What a stream of these rows is answered, [T, O], or the whole sequence."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    graph = write_graph(spec, fresh_weights(spec, SEED))
+    graph = write_graph(spec, draw_weights(spec, SEED))
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     state = np.zeros((1, network_state(spec).float_size), np.float32)
     windows = [rows] if spec.blocks is None else cut_blocks(spec.blocks, rows, final=True).windows

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from models.errors import SpecError
 from models.networks.build import StepNetwork
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.spec.layout import output_spec, state_spec, weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
@@ -95,7 +95,7 @@ def test_a_wider_projection_is_refused() -> None:
 
 def test_fresh_peepholes_are_closed_and_fresh_gains_are_one() -> None:
     spec = one_layer(**OPTIONS)
-    weights = fresh_weights(spec, 1)
+    weights = draw_weights(spec, 1)
     np.testing.assert_array_equal(weights["cell.peepholes"], np.zeros(15))
     np.testing.assert_array_equal(weights["cell.carry_beta"], np.zeros(5))
     for name in ("kernel_gamma", "recurrent_gamma", "carry_gamma"):

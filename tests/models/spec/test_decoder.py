@@ -9,7 +9,7 @@ import pytest
 
 from models.artifact.fingerprint import compute_fingerprint
 from models.errors import SpecError
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.spec.layout import state_spec, weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from tests.support.decoders import decoder_spec
@@ -51,7 +51,7 @@ def test_decoder_weights_have_a_prefix() -> None:
     assert shapes["decoder.heads.distribution.kernel"] == (5, 8)
     gaussian = weight_shapes(decoder_spec(head={"kind": "gaussian"}))
     assert gaussian["decoder.heads.distribution.kernel"] == (5, 4)
-    fresh = fresh_weights(decoder_spec(), 1)
+    fresh = draw_weights(decoder_spec(), 1)
     assert {name: array.shape for name, array in fresh.items()} == shapes
     assert fresh["decoder.lstm_1.bias"][4:8].tolist() == [1] * 4
     own, encoder = fresh["decoder.lstm_1.recurrent_kernel"], fresh["lstm_1.recurrent_kernel"]

@@ -15,13 +15,13 @@ pytest.importorskip("tensorflow")
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import DataError, SpecError
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.spec.blocks import BlockSpec
 from models.spec.layout import network_state
 from models.training.commands import evaluate_command, train_command
 from models.training.data import Streams, streams_of
+from models.training.ensemble import merged
 from models.training.evaluate import run_chunks
-from models.training.members import merged
 from models.training.report import MODEL, WHOLE
 from models.training.trainer import train
 from tests.support.oracle import oracle_in_blocks, oracle_step
@@ -146,7 +146,7 @@ def test_the_report_states_what_is_served_and_what_the_blocks_cost(
 
 def test_members_are_merged_in_blocks(tmp_path: Path, artifact: Artifact) -> None:
     spec = artifact.spec
-    joined, weights = merged(spec, [artifact.weights, fresh_weights(spec, 2)])
+    joined, weights = merged(spec, [artifact.weights, draw_weights(spec, 2)])
     assert joined.blocks == spec.blocks
     assert write_artifact(tmp_path / "model", joined, weights).spec == joined
 

@@ -5,10 +5,10 @@ pytest.importorskip("tensorflow")
 
 from models.errors import SpecError
 from models.networks.build import StepNetwork
-from models.networks.fresh import fresh_weights
+from models.networks.initial_weights import draw_weights
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import fitted_spec, streams_of
-from models.training.members import merged
+from models.training.ensemble import merged
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 
@@ -56,7 +56,7 @@ def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
     members = [
         {
             name: value + random.normal(0, 0.2, value.shape).astype(np.float32)
-            for name, value in fresh_weights(spec, seed).items()
+            for name, value in draw_weights(spec, seed).items()
         }
         for seed in range(count)
     ]
@@ -98,6 +98,6 @@ def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
 def test_what_cannot_lie_side_by_side_is_refused(layers, named):
     streams = streams_of(with_layers(layers), latch_frame())
     spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
-    weights = [fresh_weights(spec, seed) for seed in range(2)]
+    weights = [draw_weights(spec, seed) for seed in range(2)]
     with pytest.raises(SpecError, match=named):
         merged(spec, weights)

@@ -65,13 +65,13 @@ def decoded(opened: Opened, known: NDArray[np.float32], samples: int = SAMPLES) 
     decoding = Decoding(spec, random_state(spec), known, samples, SEED)
     count = samples + 1
     lengths = np.ones(runtime.padded_shape(count, 1)[0], np.int32)
-    while not decoding.done:
+    while not decoding.is_done:
         rows = np.zeros((len(lengths), 1, decoding.rows.shape[1]), np.float32)
         rows[:count, 0] = decoding.rows
         states = np.zeros((len(lengths), decoding.states.shape[1]), np.float32)
         states[:count] = decoding.states
         outputs, after = runtime.step(rows, lengths, states)
-        decoding.take(outputs[:count, 0], after[:count])
+        decoding.advance(outputs[:count, 0], after[:count])
     return decoding.forecast()
 
 

@@ -1,4 +1,4 @@
-"""The packaged model beside the original, on random sequences of several lengths.
+"""Verifies the imported model against the original on random sequences of several lengths.
 
 What is compared follows from the packaged model's chunking:
 

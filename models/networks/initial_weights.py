@@ -1,11 +1,10 @@
-"""Fresh, seeded weights for a specification: pure NumPy, no runtime.
+"""Initialises the weights of a specification from a seed: pure NumPy, no runtime.
 
-The draws follow Keras' defaults (Glorot uniform kernels and projections, orthogonal recurrent
-kernels, a forget gate opened by a bias of 1, gains of 1, embeddings uniform within 0.05), from
-NumPy's generator; peepholes are closed until training opens them, as offsets are 0. And
-every weight has a stream of its own, seeded by (seed, its name), so that adding a layer
-changes no other layer's weights. It trains nothing and needs no fitted schema, only one
-whose vocabularies are known.
+The distributions are Keras' defaults (Glorot uniform kernels and projections, orthogonal recurrent
+kernels, a forget gate bias of 1, gains of 1, embeddings uniform within 0.05), drawn from NumPy's
+generator; peepholes and offsets are 0. Every weight has a random generator of its own, seeded by
+(seed, name), so that adding a layer changes no other weight. Needs no fitted schema, only the
+vocabularies.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ FORGET_GATE = 1
 """Which block of units in an LSTM's bias belongs to the forget gate, in the order i, f, c, o."""
 
 
-def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32]]:
+def draw_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32]]:
     """Draw every weight of the network.
 
     Args:
@@ -36,15 +35,15 @@ def fresh_weights(spec: ModelSpec, seed: int) -> Mapping[str, NDArray[np.float32
     Returns:
         name -> float32 array, the names and shapes of `models.spec.layout.weight_shapes`.
     """
-    weights = _drawn(spec, seed, "")
+    weights = _draw(spec, seed, "")
     if spec.decoder_network is not None:
         lead = f"{DECODER}."
-        weights.update(add_decoder_prefix(_drawn(spec.decoder_network, seed, lead)))
+        weights.update(add_decoder_prefix(_draw(spec.decoder_network, seed, lead)))
     return weights
 
 
-def _drawn(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32]]:
-    """The weights of one network; `lead` is put before a name where it seeds."""
+def _draw(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32]]:
+    """Draw the weights of one network; `lead` is the prefix of the names that seed them."""
     cells = [
         cell
         for layer in spec.layers

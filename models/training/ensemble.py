@@ -1,4 +1,4 @@
-"""Several networks trained from different seeds, merged into one that averages them.
+"""Ensembles: networks trained from different seeds, merged into one that averages them.
 
 Networks that differ by their seed alone err differently, and the mean of their raw values
 errs less (Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
