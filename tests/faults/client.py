@@ -2,9 +2,9 @@
 
 A client retries blindly: a request that fails without naming the stream's head is repeated
 unchanged, at any worker, until it is answered. Some chunks go to two workers at once. An answer
-that names another position moves the client there, and it sends from there in other cuts. Some clients
-send If-Match, some the epoch, some neither; those notice by the tag that a history was replaced.
-One chunk of a stream is in flight at a time.
+that names another position moves the client there, and it sends from there in other cuts. Some
+clients send If-Match, some the epoch, some neither; those notice by the tag that a history was
+replaced. One chunk of a stream is in flight at a time.
 """
 
 from __future__ import annotations
