@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple
 import structlog
 
 from service.core.errors import Overloaded, StreamOverloaded
+from service.engine.drain_rate import DrainRate
 from service.engine.fair_queue import Backlog, FairQueue
-from service.engine.policy import DrainRate
 
 MAX_RETRY_AFTER_S: Final = 60.0
 

@@ -34,27 +34,11 @@ from service.core.errors import (
     Overloaded,
     ShuttingDown,
 )
-from service.engine.fair_queue import (
-    BatchControl,
-    FairQueue,
-    Job,
-    JobRequest,
-    P,
-    R,
-    Results,
-    Run,
-    Ticket,
-    Work,
-)
-from service.engine.policy import (
-    LINGER_TICKS,
-    Admission,
-    BatchDelay,
-    BatchLimits,
-    DrainRate,
-    batching_delay,
-    shared_error,
-)
+from service.engine.admission import Admission, shared_error
+from service.engine.drain_rate import DrainRate
+from service.engine.fair_queue import FairQueue
+from service.engine.jobs import BatchControl, Job, JobRequest, P, R, Results, Run, Ticket, Work
+from service.engine.policy import LINGER_TICKS, BatchDelay, BatchLimits, batching_delay
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. Whatever its batch waits for ends at the

@@ -17,8 +17,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any, Final, Generic
 
-from service.engine.fair_queue import Job, P, R, Ticket
-from service.engine.policy import BatchLimits, DrainRate
+from service.engine.drain_rate import DrainRate
+from service.engine.jobs import Job, P, R, Ticket
+from service.engine.policy import BatchLimits
 
 MAX_SKIPPED: Final = 64
 """How many jobs that do not fit into a batch may be skipped in favour of smaller ones."""
