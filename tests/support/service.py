@@ -100,6 +100,15 @@ def _is_ready(client: httpx.Client) -> bool:
         return False
 
 
+def compile_cache(folder: Path) -> dict[str, str]:
+    """The environment in which TensorFlow keeps compiled programs for the next start.
+
+    XLA compares the features of the machine in two spellings and warns about the difference.
+    """
+    flags = f"--tf_xla_persistent_cache_directory={folder / 'compiled'}"
+    return {"TF_XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
 @contextmanager
 def running(
     folder: Path, models: Path, *options: str, redis_url: str | None = None, **environment: str

@@ -23,7 +23,7 @@ from models.artifact.graphs import ONNXRUNTIME
 from models.spec.model import parse_spec
 from service.engine.runtimes.loading import RUNTIMES
 from tests.support.oracle import contracting_weights, joined, oracle_step
-from tests.support.service import running
+from tests.support.service import compile_cache, running
 
 NETWORKS: dict[str, list[dict[str, Any]]] = {
     "peepholes": [
@@ -102,6 +102,11 @@ class Stream:
         return number
 
 
+KILLS = {"onnxruntime": ((2, False), (4, True)), "tensorflow": ((3, True),)}
+"""The chunks sent before each kill, and whether it also kills the store. TensorFlow starts slowly:
+its one kill ends both."""
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> None:
     streams: list[Stream] = []
@@ -116,9 +121,10 @@ def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> N
             artifact.path.rename(tmp_path / "models" / name)
             streams.append(Stream(artifact, seed))
 
-    with running(tmp_path, tmp_path / "models", CARRY_RUNTIME=runtime) as service:
+    environment = {"CARRY_RUNTIME": runtime, **compile_cache(tmp_path)}
+    with running(tmp_path, tmp_path / "models", **environment) as service:
         sent: dict[str, list[dict[str, Any]]] = {stream.url: [] for stream in streams}
-        for until, kills_store in ((2, False), (4, True), (len(CUTS), False)):
+        for until, kills_store in (*KILLS[runtime], (len(CUTS), False)):
             with httpx.Client(base_url=service.url, timeout=60) as client:
                 for stream in streams:
                     replies = sent[stream.url]
@@ -131,6 +137,6 @@ def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> N
                 service.kill()
                 if kills_store:
                     os.kill(valkey, signal.SIGKILL)
-                service.start(CARRY_RUNTIME=runtime)
+                service.start(**environment)
                 assert f'"runtime":"{runtime}"' in service.log()
                 assert (service.valkey_pid() != valkey) == kills_store
