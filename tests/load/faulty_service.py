@@ -58,15 +58,19 @@ class FaultyService:
 
         async def forward(method: str, path: str, body: bytes) -> Answer:
             sent: list[Any] = []
+            unread = [body]
 
-            async def receive() -> Any:
-                return {"type": "http.request", "body": body, "more_body": False}
+            async def receive_body() -> Any:
+                """The body once, then the client's disconnect, which a slow request waits for."""
+                if unread:
+                    return {"type": "http.request", "body": unread.pop(), "more_body": False}
+                return await receive()
 
             async def send(message: Any) -> None:
                 sent.append(message)
 
             request = {**scope, "method": method, "path": path, "raw_path": path.encode()}
-            await self.correct(request, receive, send)
+            await self.correct(request, receive_body, send)
             content = b"".join(message.get("body", b"") for message in sent[1:])
             return sent[0]["status"], orjson.loads(content) if content else {}
 

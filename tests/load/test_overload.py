@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.load.overload import MOST_GROWTH, Measurement, Result, overload, pinned_service
 
 
+@pytest.mark.alone
 def test_overload_keeps_goodput_and_rejects_the_rest(tmp_path: Path) -> None:
     """Bounds for a busy machine; `make overload` has the real ones."""
     with pinned_service(tmp_path, units=64) as service:

@@ -57,6 +57,7 @@ def test_a_huge_body_is_rejected_while_other_requests_are_served(
     assert memory.growth <= MOST_MEMORY * len(content)
 
 
+@pytest.mark.alone
 def test_eight_concurrent_huge_bodies_are_rejected(tmp_path: Path, model_dir: Path) -> None:
     bodies = [*ATTACK, *ATTACK][:8]
     contents = {body.name: body.make() for body in ATTACK}
