@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ from models.artifact.artifact import write_artifact
 from tests.support.post_tables import post_model
 from tests.support.service import Service, running
 from tests.support.turns import turn
+
+# Several workers share the cores: OpenMP's threads (scikit-learn) would spin while they wait, and
+# TensorFlow would split small operations among threads. Subprocesses inherit both.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

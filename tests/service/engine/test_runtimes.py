@@ -105,7 +105,7 @@ def test_a_missing_library_is_named_with_its_extra(
     drawn: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, extra in (("onnxruntime", "onnx"), ("tensorflow", "tensorflow")):
-        module = f"service.engine.{'onnx' if name == 'onnxruntime' else name}_runtime"
+        module = f"service.engine.runtimes.{'onnx' if name == 'onnxruntime' else name}"
         for loaded in (module, "models.onnx.library"):
             monkeypatch.delitem(sys.modules, loaded, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
