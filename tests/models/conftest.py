@@ -1,4 +1,4 @@
-"""The artifact that the tests of artifacts begin from."""
+"""The artifact that the tests damage and rewrite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A good artifact."""
+    """A valid artifact."""
     path = tmp_path / "models" / "small"
     write_artifact(
         path,

@@ -138,7 +138,7 @@ def test_an_inconsistent_manifest_is_rejected(made: Path, edit: Edit, words: lis
     refusal(made, "manifest.json", *words)
 
 
-def test_a_link_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path) -> None:
+def test_a_symlink_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.json"
     outside.write_bytes((made / "report.json").read_bytes())
     (made / "report.json").unlink()
@@ -147,7 +147,7 @@ def test_a_link_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path)
     refusal(made, "inside the artifact", "report.json")
 
 
-def test_a_linked_directory_and_links_inside_it_are_followed(made: Path, tmp_path: Path) -> None:
+def test_symlinks_to_and_inside_the_directory_are_followed(made: Path, tmp_path: Path) -> None:
     (made / "report.json").rename(made / "kept.json")
     (made / "report.json").symlink_to("kept.json")
     (tmp_path / "link").symlink_to(made)
@@ -201,7 +201,7 @@ def test_an_oversized_manifest_is_rejected_before_it_is_read(made: Path) -> None
 
 
 def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked and loaded are the same bytes: nothing is looked at by its path twice."""
+    """The loaded bytes are the verified ones: no path is opened twice."""
     opened: list[str] = []
     real = os.open
 

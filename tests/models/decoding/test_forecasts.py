@@ -1,4 +1,4 @@
-"""What a forecast starts from, is told and feeds back, without a runtime."""
+"""Decoding without a runtime: start state, covariates, feedback and sample paths."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.decoders import (
 )
 
 
-def told(spec: ModelSpec, events: list[dict[str, object]]) -> EventColumns:
+def covariates(spec: ModelSpec, events: list[dict[str, object]]) -> EventColumns:
     assert spec.events is not None
     assert spec.decoder is not None
     schema = known_schema(spec.events, spec.decoder, timed=False)
@@ -31,7 +31,7 @@ def told(spec: ModelSpec, events: list[dict[str, object]]) -> EventColumns:
     return columns_from_events(schema, events)
 
 
-def test_starts_from_the_layers_that_it_names_and_from_zero_elsewhere() -> None:
+def test_decoder_layers_start_from_the_named_layers_or_from_zero() -> None:
     spec = decoder_spec(
         layers=[
             {"kind": "gru", "units": 2},
@@ -44,13 +44,13 @@ def test_starts_from_the_layers_that_it_names_and_from_zero_elsewhere() -> None:
     assert previous.tolist() == [12, 13]
 
 
-def test_known_columns_are_those_that_the_events_themselves_will_have() -> None:
+def test_covariates_are_encoded_as_in_the_events_themselves() -> None:
     spec = decoder_spec()
     assert spec.events is not None
     events = hourly_events(5 + 6)
     rows, _ = encode(spec.events, columns_from_events(spec.events, events), Clock())
     future = [{k: e[k] for k in ("holiday", "tariff", "wind") if k in e} for e in events[5:]]
-    found = encode_covariates(spec, clock(5), 6, told(spec, future))
+    found = encode_covariates(spec, clock(5), 6, covariates(spec, future))
     wanted = ["at.hour_sin", "at.hour_cos", "at.weekday_sin", "at.weekday_cos"]
     wanted += ["holiday", "tariff", "wind", "wind.missing"]
     index = spec.events.column_index
@@ -58,32 +58,32 @@ def test_known_columns_are_those_that_the_events_themselves_will_have() -> None:
     assert found.times_ms == tuple(START_MS + HOUR_MS * k for k in range(5, 11))
 
 
-def test_a_timestamp_may_be_given_and_is_held_to_the_step() -> None:
+def test_a_timestamp_of_the_future_must_agree_with_the_step() -> None:
     spec = decoder_spec()
     future = future_of(2)
     future[0]["at"] = START_MS + 5 * HOUR_MS
-    assert encode_covariates(spec, clock(5), 2, told(spec, future)).times_ms is not None
+    assert encode_covariates(spec, clock(5), 2, covariates(spec, future)).times_ms is not None
     future[1]["at"] = START_MS + 7 * HOUR_MS
     with pytest.raises(DataError, match=r"3600\.0 s after the one before") as caught:
-        encode_covariates(spec, clock(5), 2, told(spec, future))
+        encode_covariates(spec, clock(5), 2, covariates(spec, future))
     assert (caught.value.index, caught.value.field) == (1, "at")
 
 
 @pytest.mark.parametrize("regular", [True, False])
-def test_timestamps_that_cannot_be_derived_have_to_be_given(regular: bool) -> None:
+def test_timestamps_that_cannot_be_derived_are_required(regular: bool) -> None:
     spec = decoder_spec(step_s=3600 if regular else None)
     seen = Clock() if regular else clock(5)
     future = future_of(3)
     for number in (0, 2):
         future[number]["at"] = START_MS + number * HOUR_MS
     with pytest.raises(DataError, match="the timestamp of the step") as caught:
-        encode_covariates(spec, seen, 3, told(spec, future))
+        encode_covariates(spec, seen, 3, covariates(spec, future))
     assert (caught.value.index, caught.value.field) == (1, "at")
     future[1]["at"] = START_MS + HOUR_MS
-    assert encode_covariates(spec, seen, 3, told(spec, future)).rows.shape == (3, 8)
+    assert encode_covariates(spec, seen, 3, covariates(spec, future)).rows.shape == (3, 8)
 
 
-def test_what_has_to_be_known_is_named() -> None:
+def test_a_missing_covariate_is_named() -> None:
     with pytest.raises(DataError) as caught:
         encode_covariates(decoder_spec(), clock(), 3, None)
     assert (caught.value.index, caught.value.field) == (0, "holiday")
@@ -91,7 +91,7 @@ def test_what_has_to_be_known_is_named() -> None:
 
 
 @pytest.mark.parametrize("head", ["quantiles", "gaussian"])
-def test_drawn_values_have_the_quantiles_that_are_told(head: str) -> None:
+def test_sampled_values_have_the_predicted_quantiles(head: str) -> None:
     spec = decoder_spec(head={"kind": head, "quantiles": [0.1, 0.5, 0.8, 0.95]})
     distribution = Distribution(spec)
     size = 8 if head == "quantiles" else 4
@@ -108,13 +108,13 @@ def test_drawn_values_have_the_quantiles_that_are_told(head: str) -> None:
     assert (drawn > quantiles[:, -1]).any()
 
 
-def test_a_shorter_horizon_is_the_beginning_of_a_longer_one() -> None:
+def test_a_shorter_horizon_is_a_prefix_of_a_longer_one() -> None:
     distribution = Distribution(decoder_spec())
     np.testing.assert_array_equal(distribution.noise(9, 3, 5), distribution.noise(9, 7, 5)[:3])
     assert not np.array_equal(distribution.noise(9, 3, 5), distribution.noise(10, 3, 5))
 
 
-def test_units_and_transforms_come_back() -> None:
+def test_forecasts_are_in_the_units_of_their_fields() -> None:
     spec = decoder_spec()
     distribution = Distribution(spec)
     values = distribution.in_units(np.array([[0.5, (np.log1p(2.5) - 0.4) / 0.7]]))
@@ -122,9 +122,9 @@ def test_units_and_transforms_come_back() -> None:
     assert np.isfinite(distribution.in_units(np.array([[0.0, 1e9]]))).all()
 
 
-def test_a_decoding_is_done_after_its_horizon() -> None:
+def test_decoding_ends_after_its_horizon() -> None:
     spec = decoder_spec()
-    known = encode_covariates(spec, clock(), 2, told(spec, future_of(2))).rows
+    known = encode_covariates(spec, clock(), 2, covariates(spec, future_of(2))).rows
     decoding = Decoding(spec, random_state(spec), known, samples=0, seed=0)
     assert decoding.rows.shape == (1, 10)
     for _ in range(2):

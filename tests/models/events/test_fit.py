@@ -1,4 +1,4 @@
-"""Fitting of a schema: fitted numbers, and given ones that are kept."""
+"""Fitting of a schema: statistics of the data, and those that the specification states."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_fitted_numbers_standardise_encoded_values() -> None:
     assert encoded[:, fitted.column_index["same"]] == pytest.approx(0, abs=1e-6)
 
 
-def test_given_numbers_are_kept() -> None:
+def test_statistics_of_the_specification_are_kept() -> None:
     given = schema(
         at={"gap_std": 9.0},
         load={"mean": 5.0},

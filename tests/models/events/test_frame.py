@@ -60,7 +60,7 @@ def refusal(kind: str, values: Any, *, dtype: Any = None, optional: bool = False
     return caught.value
 
 
-def test_numbers() -> None:
+def test_columns_of_numbers_are_read() -> None:
     assert one("numeric", [1, 2], dtype=pl.Int16) == ([1.0, 2.0], [True, True])
     assert one("numeric", [1.5, None, float("nan")], optional=True) == (
         [1.5, 0.0, 0.0],
@@ -73,7 +73,7 @@ def test_numbers() -> None:
     assert "numbers" in refusal("numeric", [True]).expected
 
 
-def test_categories() -> None:
+def test_columns_of_categories_are_read() -> None:
     assert one("categorical", ["a", None], optional=True) == (["a", ""], [True, False])
     assert one("categorical", ["b", "a"], dtype=pl.Categorical)[0] == ["b", "a"]
     assert one("categorical", ["b", "a"], dtype=pl.Enum(["a", "b"]))[0] == ["b", "a"]
@@ -85,7 +85,7 @@ def test_categories() -> None:
     assert "strings" in refusal("categorical", [1.5]).expected
 
 
-def test_booleans() -> None:
+def test_columns_of_booleans_are_read() -> None:
     assert one("boolean", [True, None], optional=True) == ([True, False], [True, False])
     assert one("boolean", [1, 0, None], optional=True) == (
         [True, False, False],
@@ -121,7 +121,7 @@ def test_milliseconds_before_1970_are_rounded_down() -> None:
     assert one("timestamp", [moment], dtype=pl.Datetime("us", "UTC"))[0] == [-1]
 
 
-def test_strings_with_and_without_offset() -> None:
+def test_strings_with_and_without_offset_are_read() -> None:
     values = ["2013-07-01T12:00:00.001999Z", "2013-07-01 08:00:00.001", "2013-07-01", None]
 
     moments, present = one("timestamp", values, optional=True)
@@ -175,7 +175,7 @@ def test_a_missing_column_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("kind", ["numeric", "categorical", "boolean", "timestamp"])
-def test_a_column_of_nulls(kind: str) -> None:
+def test_a_column_of_nulls_is_absent(kind: str) -> None:
     values, present = one(kind, [None, None], optional=True)
 
     assert present == [False, False]

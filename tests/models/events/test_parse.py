@@ -220,14 +220,14 @@ def test_the_json_schema_agrees_with_the_type(
     schema: EventSchema,
 ) -> None:
     document = event_json_schema(schema)
-    judge = jsonschema.Draft202012Validator(document)
+    validator = jsonschema.Draft202012Validator(document)
     example = example_event(schema)
 
     assert document["examples"] == [example]
     event_adapter(schema).validate_json(json.dumps(example))
-    judge.validate(example)
+    validator.validate(example)
     for wrong in ({**example, "extra": 1}, {**example, "load": "3"}, {**example, "at": 1.5}):
-        assert not judge.is_valid(wrong)
+        assert not validator.is_valid(wrong)
 
 
 def test_the_json_schema_describes_every_field() -> None:

@@ -31,7 +31,7 @@ def test_columns_follow_the_fields_in_order() -> None:
     assert sum(column.width for column in FULL_SCHEMA.columns) == 11 + 3 + 8
 
 
-def test_codes_of_a_categorical() -> None:
+def test_categorical_codes_follow_the_vocabulary() -> None:
     field = CategoricalField(name="c", optional=True, vocabulary=("b", "a"))
 
     assert field.code_of == {"b": 1, "a": 2}

@@ -41,7 +41,7 @@ def test_offsets_equal_zoneinfo(zone: str, utc_ms: int) -> None:
 
 
 @pytest.mark.parametrize("zone", ZONES)
-def test_offsets_change_at_the_very_millisecond(zone: str) -> None:
+def test_offsets_change_at_the_exact_millisecond(zone: str) -> None:
     starts = zone_table(zone).starts_ms[1:]
     around = np.concatenate((starts - 1, starts))
 
@@ -111,7 +111,7 @@ def test_local_times_map_to_their_utc_time_or_an_earlier_one(zone: str, utc_ms: 
     assert moments[0] + offset_ms(zone, int(moments[0])) == shown
 
 
-def test_a_local_day_begins_at_local_midnight() -> None:
+def test_a_local_day_starts_at_local_midnight() -> None:
     """In New York on the second of July 2013, at 04:00 UTC."""
     midnight = int(datetime(2013, 7, 2, 4, tzinfo=UTC).timestamp()) * 1000
     moments = np.array([midnight - 1, midnight, midnight + DAY_MS - 1], np.int64)

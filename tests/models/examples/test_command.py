@@ -1,4 +1,4 @@
-"""The command that every example shares: train, write, show, and one line where it cannot."""
+"""The command of the examples: trains, writes, prints reports, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.training import latch_frame, latch_spec
 FEW = trees.Grid((0,), (2,), (7,), (5,), 0.1, 20)
 
 
-def test_it_trains_writes_and_shows(tmp_path, monkeypatch, capsys) -> None:
+def test_example_trains_writes_and_prints_its_report(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(trees, "FULL", FEW)
     monkeypatch.setattr(trees, "SHORT", FEW)
     spec, out = tmp_path / "spec.yaml", tmp_path / "model"
@@ -50,7 +50,7 @@ def test_it_trains_writes_and_shows(tmp_path, monkeypatch, capsys) -> None:
     assert (tmp_path / "other" / "plots" / "none.png").exists()
 
 
-def test_what_is_missing_is_one_line(tmp_path, monkeypatch) -> None:
+def test_a_missing_package_is_a_one_line_error(tmp_path, monkeypatch) -> None:
     def missing() -> None:
         package_folder("no_such_package")
 

@@ -51,14 +51,14 @@ def test_a_label_says_whether_a_purchase_followed_within_thirty_days(events):
 
 
 @pytest.mark.parametrize("border", BORDERS[:2])
-def test_no_label_knows_what_comes_after_a_border(events, border, monkeypatch):
-    """Made from what was bought before a border, all labels before it are the same."""
+def test_labels_do_not_leak_across_the_splits(events, border, monkeypatch):
+    """Labels before a split do not change if later purchases are removed."""
     read = data._read()
     monkeypatch.setattr(data, "_read", lambda: read.filter(pl.col("bought") < border))
     assert purchase_events().equals(events.filter(pl.col("bought") < border))
 
 
-def test_the_spec_names_the_borders_and_fits_the_events(events):
+def test_spec_names_the_splits_and_fits_the_events(events):
     spec = read_spec(SPEC)
     assert spec.training is not None
     assert spec.events is not None
@@ -70,8 +70,8 @@ def test_the_spec_names_the_borders_and_fits_the_events(events):
     assert streams.encoded(fitted.events).shape == (2000, fitted.input_features)
 
 
-def test_bg_nbd_finds_the_customers_that_it_describes():
-    """Customers simulated as the model says: its parameters and its chances come out."""
+def test_bg_nbd_recovers_the_parameters_of_simulated_customers():
+    """Fitted on simulated customers, it finds their parameters and probabilities."""
     random = np.random.default_rng(4)
     truth = BgNbd(r=0.7, alpha=20.0, a=0.8, b=2.5)
     count, whole = 20_000, 300.0

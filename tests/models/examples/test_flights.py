@@ -30,19 +30,19 @@ def test_streams_are_airports_and_carriers_in_the_order_of_departure(events):
     assert (since >= 0).sum() == events.height - 35
 
 
-def test_streams_of_aircraft_hold_the_same_departures(events):
+def test_streams_by_aircraft_contain_the_same_departures(events):
     other = flight_events("aircraft")
     assert other["stream"].n_unique() == 4037
     keys = ["departed", "origin", "carrier", "destination", "dep_delay"]
     assert other.select(keys).sort(keys).equals(events.select(keys).sort(keys))
 
 
-def test_the_same_frame_every_time(events):
+def test_the_table_is_deterministic(events):
     assert flight_events().equals(events)
 
 
-def test_moments_match_the_clock_on_the_wall(events):
-    """`dep_time` is what the clock showed: across midnight and both changes of the clocks."""
+def test_departures_match_the_local_clock(events):
+    """`dep_time` is the local time, also across midnight and both clock changes."""
     flights, _ = data._read()
     wall = pl.col("departed").dt.convert_time_zone("America/New_York")
     got = (
@@ -61,8 +61,8 @@ def test_moments_match_the_clock_on_the_wall(events):
     assert got.equals(expected)
 
 
-def test_no_event_knows_what_comes_after_it(events, monkeypatch):
-    """Rebuilt from what had happened by noon of a day, the events up to then are the same."""
+def test_events_do_not_leak_the_future(events, monkeypatch):
+    """Events up to a time do not change if later departures and weather are removed."""
     now = pl.datetime(2013, 7, 23, 16, 0, time_unit="ms", time_zone="UTC")
     flights, weather = data._read()
     planned = data._utc("time_hour") + pl.duration(minutes=pl.col("minute"))
@@ -77,7 +77,7 @@ def test_no_event_knows_what_comes_after_it(events, monkeypatch):
     assert rebuilt.equals(events.filter(pl.col("departed") <= now))
 
 
-def test_weather_is_known_when_its_hour_is_over():
+def test_weather_is_that_of_the_last_completed_hour():
     departed = (
         pl.datetime_range(
             pl.datetime(2013, 5, 1, 9),
@@ -121,6 +121,6 @@ def test_the_spec_encodes_every_departure(events):
     assert clock.seen == 2000
 
 
-def test_other_streams_are_refused():
+def test_other_kinds_of_streams_are_rejected():
     with pytest.raises(ModelsError, match="got 'gate'"):
         flight_events("gate")

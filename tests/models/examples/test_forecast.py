@@ -17,7 +17,7 @@ from models.training.table import Table
 
 ORIGIN = datetime(2013, 11, 20, 6, tzinfo=UTC)
 HORIZON = 2
-"""Hours ahead: the linear baseline is fitted anew for each, which takes a second."""
+"""Hours ahead: the linear baseline is fitted for each of them, which takes a second."""
 
 
 def table_of(events: pl.DataFrame) -> tuple[Table, np.ndarray]:
@@ -40,7 +40,7 @@ def events() -> pl.DataFrame:
     return weather_events()
 
 
-def test_what_comes_is_told_by_the_clock(events):
+def test_future_hours_are_selected_by_timestamp(events):
     table, value = table_of(events)
     truth = _ahead(table, value, 3)
     moments, stream = table.streams.moments_ms, table.stream_of
@@ -55,8 +55,8 @@ def test_what_comes_is_told_by_the_clock(events):
     assert absent > 0
 
 
-def test_no_baseline_knows_what_comes_after_its_origin(events):
-    """Whatever the held-out hours after an origin were, its forecasts are the same."""
+def test_baselines_do_not_use_values_after_the_forecast_origin(events):
+    """A forecast does not change with the held-out hours after its origin."""
     later = pl.col("observed") > ORIGIN
     changed = events.with_columns(
         pl.when(later).then(pl.col(name) + 40).otherwise(name).alias(name)
@@ -75,7 +75,7 @@ def test_no_baseline_knows_what_comes_after_its_origin(events):
         np.testing.assert_array_equal(points, said[1][name])
 
 
-def test_yesterday_is_a_day_before_the_hour_that_is_foretold(events):
+def test_seasonal_baseline_uses_the_hour_a_day_before_the_predicted_one(events):
     table, value = table_of(events)
     found = _baselines(table, value, _ahead(table, value, HORIZON))["same hour yesterday"]
     moments, stream = table.streams.moments_ms, table.stream_of

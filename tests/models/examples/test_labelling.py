@@ -16,7 +16,7 @@ def events() -> pl.DataFrame:
     return labelled_days()
 
 
-def test_every_hour_is_labelled_by_what_it_does_not_carry(events):
+def test_labels_are_not_fields_of_their_events(events):
     weather = weather_events()
     joined = events.join(weather, on=["airport", "observed"], how="inner", validate="1:1")
     assert joined.height == events.height == weather.height
@@ -30,7 +30,7 @@ def test_every_hour_is_labelled_by_what_it_does_not_carry(events):
 
 
 @pytest.mark.parametrize("spec", [SPEC, ONE_WAY], ids=["both ways", "one way"])
-def test_a_day_is_one_window_and_lies_in_one_split(events, spec):
+def test_a_day_is_one_window_in_one_split(events, spec):
     read = read_spec(spec)
     assert events.group_by("day").len()["len"].max() == read.training.window_steps
     for name in ("validate_from", "test_from"):
@@ -40,7 +40,7 @@ def test_a_day_is_one_window_and_lies_in_one_split(events, spec):
         assert 0.1 < after["after"].mean() < 0.5
 
 
-def test_the_baseline_differs_by_its_layers_alone():
+def test_baseline_differs_in_its_layers_only():
     both, one = (read_spec(path) for path in (SPEC, ONE_WAY))
     assert one.events == both.events
     assert one.training == both.training

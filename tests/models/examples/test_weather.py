@@ -48,8 +48,8 @@ def test_values_are_plausible_and_only_pressure_may_be_absent(events):
     assert speed.max() < 25
 
 
-def test_the_wind_blows_towards_where_its_components_say(events):
-    """On the first of January 2013, 07:00 at Newark the wind came from 250 degrees, 8.05 mph."""
+def test_wind_components_point_downwind(events):
+    """At Newark on 1 January 2013, 07:00, the wind came from 250 degrees, 8.05 mph."""
     hour = events.filter(
         (pl.col("airport") == "EWR")
         & (pl.col("observed").dt.to_string("%Y-%m-%dT%H") == "2013-01-01T07")
@@ -59,7 +59,7 @@ def test_the_wind_blows_towards_where_its_components_say(events):
     assert hour["wind_north"][0] == pytest.approx(speed * np.cos(np.radians(70)))
 
 
-def test_baselines_look_back_by_the_clock(table):
+def test_baselines_select_past_hours_by_timestamp(table):
     value = table.encoded("pressure")
     moments, stream = table.streams.moments_ms, table.stream_of
     hours = local_hours(table)

@@ -15,7 +15,7 @@ from models.importing.keras_model import ImportReport, package, slug
 
 
 def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:
-    """The model on disk, with weights that are all different and not small."""
+    """Save a model with weights that are all different and not small; returns its path."""
     random = np.random.default_rng(seed)
     for weight in model.weights:
         shape = tuple(weight.shape)
@@ -34,12 +34,12 @@ def import_here(path: Path, out: Path, name: str | None = None) -> ImportReport:
 
 
 def imported(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
-    """What importing the model reports; the artifact is `folder / "out"`."""
+    """Import a model and return the report; the artifact is `folder / "out"`."""
     return import_here(saved(model, folder / "My Model.keras", seed), folder / "out")
 
 
 def refusal(model: keras.Model, folder: Path) -> str:
-    """What is said when the model is refused; nothing may have been written."""
+    """The error of a rejected import; checks that nothing was written."""
     with pytest.raises(ImportedModelError) as caught:
         imported(model, folder)
     assert not (folder / "out").exists()

@@ -51,7 +51,9 @@ def random_rows(steps: int, features: int) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("options", [LSTM, GRU, OLD_GRU], ids=["lstm", "gru", "old_gru"])
 @pytest.mark.parametrize("merge", ["concat", "sum", "mul", "ave"])
-def test_every_merge_and_cell_agrees(tmp_path: Path, options: dict[str, Any], merge: str) -> None:
+def test_every_merge_mode_and_cell_equals_the_original(
+    tmp_path: Path, options: dict[str, Any], merge: str
+) -> None:
     both = kl.Bidirectional(cell(options, use_bias=merge != "sum"), merge_mode=merge, name="both")
     model = keras.Sequential([kl.Input((None, 2)), both])
     report = imported(model, tmp_path, seed=len(merge))
@@ -66,7 +68,7 @@ def test_every_merge_and_cell_agrees(tmp_path: Path, options: dict[str, Any], me
     )
 
 
-def test_between_other_layers_and_with_a_last_step(tmp_path: Path) -> None:
+def test_bidirectional_layers_between_others_equal_the_original(tmp_path: Path) -> None:
     model = keras.Sequential(
         [
             kl.Input((None, 2)),
@@ -87,7 +89,7 @@ def test_between_other_layers_and_with_a_last_step(tmp_path: Path) -> None:
     assert any(note.startswith(said) for note in report.notes)
 
 
-def test_the_five_tensors_are_outputs_and_state_parts(tmp_path: Path) -> None:
+def test_the_five_returned_tensors_are_outputs_and_state_parts(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     both = kl.Bidirectional(cell(LSTM, return_state=True), name="both")
     report = imported(keras.Model(rows, both(rows)), tmp_path)
@@ -96,7 +98,7 @@ def test_the_five_tensors_are_outputs_and_state_parts(tmp_path: Path) -> None:
         assert f"output {index} is the state part 'both.{part}', not an output" in report.notes
 
 
-def test_a_stateful_one_is_proven_as_it_is_served(
+def test_a_stateful_model_is_verified_from_the_zero_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FromZero(StepNetwork):
@@ -116,7 +118,7 @@ def test_a_stateful_one_is_proven_as_it_is_served(
     assert "stateful=True is left out: each sequence begins in the zero state" in report.notes
 
 
-def test_long_sequences_that_the_original_asks_for_are_taken() -> None:
+def test_max_chunk_steps_covers_the_fixed_steps_of_the_original() -> None:
     model = keras.Sequential([kl.Input((1100, 1)), kl.Bidirectional(cell(GRU, units=1))])
     assert translate(model, "long").spec.chunk_limit == 1100
 
@@ -128,7 +130,7 @@ def test_h5_file_is_read(tmp_path: Path) -> None:
     assert report.artifact.spec.layers[0].kind == "bidirectional"
 
 
-def test_swapped_directions_are_not_written(
+def test_swapped_directions_fail_the_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def swapped(network: StepNetwork, weights: dict[str, NDArray[np.float32]]) -> None:
@@ -170,12 +172,12 @@ def test_swapped_directions_are_not_written(
     ],
     ids=["last", "go_backwards", "float64", "two_cells", "two_options"],
 )
-def test_what_cannot_be_carried_is_named(tmp_path: Path, wrapper: Any, said: str) -> None:
+def test_unsupported_options_are_named(tmp_path: Path, wrapper: Any, said: str) -> None:
     model = keras.Sequential([kl.Input((None, 2)), wrapper()])
     assert f"Bidirectional 'both': {said}" in refusal(model, tmp_path)
 
 
-def test_sequences_left_apart_are_refused(tmp_path: Path) -> None:
+def test_unmerged_directions_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     both = kl.Bidirectional(cell(LSTM), merge_mode=None, name="both")
     said = refusal(keras.Model(rows, both(rows)), tmp_path)

@@ -1,4 +1,4 @@
-"""Importing Keras models that hand states on: `initial_state` of another layer's return."""
+"""Importing Keras models whose layers start from the states that another layer returned."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_each_chunk_is_one_call_from_the_carried_state(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("merge", ["concat", "ave"])
-def test_all_states_of_a_bidirectional_layer_are_handed_on(
+def test_all_states_of_a_bidirectional_layer_are_passed_on(
     tmp_path: Path, kind: str, merge: str
 ) -> None:
     rows = kl.Input((None, 2))
@@ -81,7 +81,7 @@ def test_all_states_of_a_bidirectional_layer_are_handed_on(
     np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_states_go_on_and_on_and_into_nested_models(tmp_path: Path) -> None:
+def test_states_are_passed_through_several_layers_and_nested_models(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     _, *states = kl.LSTM(3, return_state=True, name="first")(rows)
     _, *states = kl.LSTM(3, return_state=True, name="second")(rows, states)
@@ -93,7 +93,7 @@ def test_states_go_on_and_on_and_into_nested_models(tmp_path: Path) -> None:
     assert starts == [None, "first", "second", None]
 
 
-def test_a_fixed_number_of_steps_is_the_chunk(tmp_path: Path) -> None:
+def test_verification_uses_the_fixed_steps_of_the_original(tmp_path: Path) -> None:
     rows = kl.Input(batch_shape=(2, 5, 2))
     sequence, state = CELLS["gru"](return_state=True, stateful=True, unroll=True)(rows)
     model = keras.Model(rows, CELLS["gru"](stateful=True)(sequence, initial_state=state))
@@ -102,7 +102,7 @@ def test_a_fixed_number_of_steps_is_the_chunk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["handed", "carried"])
-def test_a_state_that_is_lost_is_found_by_the_proof(
+def test_verification_detects_a_lost_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     class Forgetful(StepNetwork):
@@ -201,12 +201,14 @@ def _own_state_given(rows: Any) -> Any:
         (_own_state_given, "LSTM 'above': output 1 of the model is its returned state"),
     ],
 )
-def test_other_states_are_refused(tmp_path: Path, network: Callable[[Any], Any], said: str) -> None:
+def test_other_initial_states_are_rejected(
+    tmp_path: Path, network: Callable[[Any], Any], said: str
+) -> None:
     rows = kl.Input((None, 2))
     assert said in refusal(keras.Model(rows, network(rows)), tmp_path)
 
 
-def test_states_given_as_inputs_are_refused(tmp_path: Path) -> None:
+def test_states_as_inputs_of_the_model_are_rejected(tmp_path: Path) -> None:
     rows, hidden, carry = kl.Input((None, 2)), kl.Input((3,), name="h"), kl.Input((3,), name="c")
     outputs = CELLS["lstm"](name="above")(rows, initial_state=[hidden, carry])
     said = refusal(keras.Model([rows, hidden, carry], outputs), tmp_path)
@@ -214,7 +216,7 @@ def test_states_given_as_inputs_are_refused(tmp_path: Path) -> None:
     assert "LSTM 'above': its initial_state is given as inputs ['h', 'c']" in said
 
 
-def test_states_of_a_refused_layer_are_not_refused_again(tmp_path: Path) -> None:
+def test_states_of_a_rejected_layer_are_not_reported_again(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     sequence, *states = CELLS["lstm"](return_state=True, go_backwards=True, name="back")(rows)
     said = refusal(keras.Model(rows, CELLS["lstm"](name="above")(sequence, states)), tmp_path)

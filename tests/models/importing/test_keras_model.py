@@ -1,4 +1,4 @@
-"""Importing real, small Keras models: what is carried agrees, what is not is named."""
+"""Importing small Keras models: outputs equal the original's, unsupported layers are named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_sequential_model_is_packaged_and_agrees(tmp_path: Path) -> None:
+def test_sequential_model_equals_the_original(tmp_path: Path) -> None:
     model = keras.Sequential(
         [
             kl.Input((None, 3)),
@@ -80,7 +80,7 @@ def test_stateful_model_carries_its_state_like_the_original(tmp_path: Path) -> N
     assert report.largest_difference < 1e-5
 
 
-def test_functional_model_with_residuals_and_two_outputs(tmp_path: Path) -> None:
+def test_functional_model_with_residuals_and_two_outputs_is_imported(tmp_path: Path) -> None:
     rows = kl.Input((None, 4))
     first = kl.LSTM(4, return_sequences=True, name="first")(rows)
     added = kl.Add(name="residual")([rows, first])
@@ -126,7 +126,7 @@ def test_h5_file_is_read(tmp_path: Path) -> None:
     assert report.largest_difference < 1e-5
 
 
-def test_everything_that_cannot_be_carried_is_named(tmp_path: Path) -> None:
+def test_all_unsupported_layers_are_named(tmp_path: Path) -> None:
     said = refusal(_much_refused(), tmp_path)
     for wanted in (
         "Masking 'skip': it would skip steps",
@@ -176,7 +176,7 @@ PLAIN_ONLY: list[tuple[kl.Layer, str]] = [
 def test_options_that_change_outputs_are_rejected(
     tmp_path: Path, layer: kl.Layer, words: str
 ) -> None:
-    """Including options whose effect the random sequences of the proof would miss."""
+    """Including options whose effect the random sequences of the verification would miss."""
     model = keras.Sequential([kl.Input((4, 3)), kl.LSTM(3, return_sequences=True), layer])
     assert words in refusal(model, tmp_path)
 
@@ -188,7 +188,7 @@ def test_activations_with_default_options_are_imported(tmp_path: Path) -> None:
     assert kinds == ["relu", "tanh", "elu", "leaky_relu"]
 
 
-def test_shared_layers_and_constants_are_refused(tmp_path: Path) -> None:
+def test_shared_layers_and_constants_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 3))
     shared = kl.GRU(3, return_sequences=True, name="shared")
     sequence = kl.GRU(3, return_sequences=True, name="fine")(shared(shared(rows)))
@@ -198,31 +198,31 @@ def test_shared_layers_and_constants_are_refused(tmp_path: Path) -> None:
     assert "'fine'" not in said
 
 
-def test_broadcasting_merges_are_refused(tmp_path: Path) -> None:
+def test_broadcasting_merges_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 3))
     wide = kl.LSTM(4, return_sequences=True)(rows)
     model = keras.Model(rows, kl.Add(name="spread")([wide, kl.Dense(1)(rows)]))
     assert "Add 'spread': it broadcasts widths [4, 1]" in refusal(model, tmp_path)
 
 
-def test_model_without_a_recurrent_layer_is_refused(tmp_path: Path) -> None:
+def test_model_without_a_recurrent_layer_is_rejected(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.Dense(2)])
     assert "at least one recurrent layer" in refusal(model, tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(3,), (None, None), (2, 4, 3)])
-def test_other_inputs_are_refused(tmp_path: Path, shape: tuple[int | None, ...]) -> None:
+def test_other_inputs_are_rejected(tmp_path: Path, shape: tuple[int | None, ...]) -> None:
     model = keras.Sequential([kl.Input(shape), kl.Activation("relu")])
     assert "expected one input of shape [batch, steps, features]" in refusal(model, tmp_path)
 
 
-def test_two_inputs_are_refused(tmp_path: Path) -> None:
+def test_two_inputs_are_rejected(tmp_path: Path) -> None:
     one, two = kl.Input((None, 2)), kl.Input((None, 2))
     model = keras.Model([one, two], kl.LSTM(2, return_sequences=True)(kl.Add()([one, two])))
     assert "expected one input" in refusal(model, tmp_path)
 
 
-def test_code_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+def test_code_is_rejected_before_it_is_loaded(tmp_path: Path) -> None:
     model = keras.Sequential(
         [
             kl.Input((None, 3)),
@@ -236,7 +236,7 @@ def test_code_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     assert "Masking 'skip'" in said
 
 
-def test_classes_outside_keras_are_refused_before_they_are_imported(tmp_path: Path) -> None:
+def test_classes_outside_keras_are_rejected_before_they_are_imported(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True, name="cell")])
     path = saved(model, tmp_path / "m.keras")
     changed = tmp_path / "changed.keras"
@@ -254,7 +254,7 @@ def test_classes_outside_keras_are_refused_before_they_are_imported(tmp_path: Pa
 
 
 class OwnLayer(kl.Layer):
-    """A layer that no other program knows."""
+    """A custom layer."""
 
     def call(self, rows: object) -> object:
         return rows
@@ -262,7 +262,7 @@ class OwnLayer(kl.Layer):
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_a_layer_of_ones_own_is_named_with_the_others(tmp_path: Path, suffix: str) -> None:
+def test_custom_layers_are_named_with_other_unsupported_ones(tmp_path: Path, suffix: str) -> None:
     model = keras.Sequential(
         [
             kl.Input((None, 3)),
@@ -279,14 +279,14 @@ def test_a_layer_of_ones_own_is_named_with_the_others(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"\x89HDF\r\n\x1a\n broken"])
-def test_broken_files_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.keras"
     path.write_bytes(content)
     with pytest.raises(ImportedModelError, match=r"m\.keras"):
         import_here(path, tmp_path / "out")
 
 
-def test_weights_missing_from_the_file_are_refused(tmp_path: Path) -> None:
+def test_weights_missing_from_the_file_are_rejected(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
     path = saved(model, tmp_path / "m.keras")
     changed = tmp_path / "changed.keras"
@@ -298,7 +298,7 @@ def test_weights_missing_from_the_file_are_refused(tmp_path: Path) -> None:
         import_here(changed, tmp_path / "out")
 
 
-def test_packaged_numbers_that_differ_are_refused(
+def test_verification_detects_different_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def off(network: StepNetwork, weights: dict[str, np.ndarray]) -> None:
@@ -328,7 +328,7 @@ def test_verification_detects_state_that_is_reset_between_chunks(
     assert "the packaged model gives" in refusal(keras.Model(rows, sequence), tmp_path)
 
 
-def test_original_that_overflows_is_refused(tmp_path: Path) -> None:
+def test_original_that_overflows_is_rejected(tmp_path: Path) -> None:
     model = keras.Sequential(
         [kl.Input((None, 3)), kl.LSTM(3, return_sequences=True), kl.Dense(1), kl.Dense(1)]
     )

@@ -1,4 +1,4 @@
-"""Running a network as a service would: streams cut into chunks, batched, padded."""
+"""Runs a network as the service does: streams cut into chunks, batched, padded."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_a_long_stream_equals_float64(runtime: Runtime, artifact: Artifact) -> N
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_step_is_not_lost_beside_a_sum_of_many(runtime: Runtime, artifact: Artifact) -> None:
+def test_a_step_changes_the_sum_of_a_long_stream(runtime: Runtime, artifact: Artifact) -> None:
     """After 3e7 steps a float32 sum would move by 2 or not at all."""
     layout, rows = artifact.state, rows_of(200)
     state = layout.zero()
@@ -66,7 +66,7 @@ def test_a_step_is_not_lost_beside_a_sum_of_many(runtime: Runtime, artifact: Art
 
 
 @pytest.mark.parametrize("rising", [True, False])
-def test_scores_far_apart_leave_numbers(tmp_path: Path, rising: bool) -> None:
+def test_extreme_scores_give_finite_outputs(tmp_path: Path, rising: bool) -> None:
     """A context of thousands: exp of a difference under- or overflows unless it is rescaled."""
     weights = contracting_weights(SPEC, 6)
     weights["past.context"] = np.full(4, 4000, np.float32)
@@ -102,7 +102,7 @@ def test_a_call_of_several_blocks_equals_its_steps() -> None:
 
 
 @pytest.mark.parametrize("over", ["chunk", "stream"])
-def test_gradients_are_those_of_finite_differences(over: str) -> None:
+def test_gradients_equal_finite_differences(over: str) -> None:
     layers = [
         {"kind": "gru", "units": 3},
         {"kind": "attention", "name": "focus", "over": over, "units": 2},

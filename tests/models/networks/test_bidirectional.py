@@ -34,7 +34,7 @@ def two_way(cell: str = "lstm", units: int = 4, **more: Any) -> dict[str, Any]:
 
 @st.composite
 def networks(draw: st.DrawFn) -> ModelSpec:
-    """Two to four layers, of which the first and others are bidirectional; some hand on."""
+    """Two to four layers, the first and others bidirectional; some start from another."""
     cell, units = draw(st.sampled_from(CELLS)), draw(st.integers(1, 4))
     options = {"use_bias": draw(st.booleans())}
     if cell == "gru":
@@ -93,7 +93,7 @@ def test_the_graph_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: 
 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_posts_tensors_are_those_of_keras(cell: str, merge: str) -> None:
+def test_returned_tensors_equal_those_of_keras(cell: str, merge: str) -> None:
     """Keras' wrapper returns the sequence, then h and c forward, then h and c backward; the
     second layer starts from all of them."""
     spec = spec_of(
@@ -123,7 +123,7 @@ def test_the_posts_tensors_are_those_of_keras(cell: str, merge: str) -> None:
     np.testing.assert_allclose(after, np.concatenate(states, axis=-1), **CLOSE)
 
 
-def test_the_state_has_a_part_for_each_cell_of_what_starts_by_itself() -> None:
+def test_state_has_a_part_for_each_cell_without_starts_from() -> None:
     spec = spec_of(two_way(), two_way(starts_from="bidirectional_1"), two_way("gru"))
     one, two = "bidirectional_1", "bidirectional_3"
     assert [part.name for part in state_spec(spec).parts] == [
@@ -145,7 +145,7 @@ def test_the_state_has_a_part_for_each_cell_of_what_starts_by_itself() -> None:
         ([two_way(merge="avg")], "merge"),
     ],
 )
-def test_what_cannot_be_is_refused(layers: list[dict[str, Any]], said: str) -> None:
+def test_invalid_bidirectional_layers_are_rejected(layers: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         spec_of(*layers)
 

@@ -81,7 +81,7 @@ def rows_of(seed: int, length: int) -> Floats:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
-def test_the_keras_step_is_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
+def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
     network = StepNetwork(spec)
     network.set_weights(contracting_weights(spec, seed))
     rows = rows_of(seed, length)
@@ -92,7 +92,7 @@ def test_the_keras_step_is_the_definition(spec: ModelSpec, length: int, seed: in
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
-def test_the_graph_is_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
+def test_the_graph_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
     weights = contracting_weights(spec, seed)
     session = session_of(spec, weights)
     rows = rows_of(seed, length)
@@ -103,7 +103,7 @@ def test_the_graph_is_the_definition(spec: ModelSpec, length: int, seed: int) ->
 STACK = [two_way(), {"kind": "gru", "units": 4}, two_way("gru", units=2)]
 
 
-def test_windows_of_any_length_and_state_side_by_side() -> None:
+def test_batched_windows_of_any_length_equal_the_oracle() -> None:
     """Rows of a batch end anywhere: in the lookahead, with the block, within it; the states
     are not zero; both networks, the Keras one compiled."""
     spec = spec_of(STACK, 3, 2)
@@ -129,7 +129,7 @@ def test_windows_of_any_length_and_state_side_by_side() -> None:
                 np.testing.assert_allclose(np.asarray(after)[b], kept, **CLOSE)
 
 
-def test_without_lookahead_a_block_sees_itself_alone() -> None:
+def test_a_block_without_lookahead_depends_on_itself_only() -> None:
     spec = spec_of(STACK, 4, 0)
     weights = contracting_weights(spec, 6)
     session = session_of(spec, weights)
@@ -141,7 +141,7 @@ def test_without_lookahead_a_block_sees_itself_alone() -> None:
         np.testing.assert_allclose(whole(spec, rows, ran), wanted, **CLOSE)
 
 
-def test_a_window_over_the_whole_stream_is_the_whole_network() -> None:
+def test_a_window_over_the_whole_stream_equals_the_network_without_blocks() -> None:
     spec = spec_of(STACK, 16, 3)
     whole_spec = parse_spec({**spec.model_dump(mode="json"), "blocks": None})
     weights = contracting_weights(spec, 7)
@@ -151,7 +151,7 @@ def test_a_window_over_the_whole_stream_is_the_whole_network() -> None:
     np.testing.assert_allclose(oracle_in_blocks(spec, weights, rows), wanted, **CLOSE)
 
 
-def test_the_state_has_forward_parts_and_what_waits() -> None:
+def test_the_state_has_forward_parts_and_pending_rows() -> None:
     spec = spec_of([two_way(), {"kind": "gru", "units": 4}], 3, 2)
     parts = {part.name: (part.shape, part.dtype) for part in state_spec(spec).parts}
     assert parts == {
@@ -175,7 +175,7 @@ def test_the_state_has_forward_parts_and_what_waits() -> None:
         ([two_way()], {"max_chunk_steps": 9}, "max_chunk_steps"),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_networks_without_support_for_blocks_are_rejected(
     layers: list[dict[str, Any]], change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(SpecError, match=said):

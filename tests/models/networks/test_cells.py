@@ -39,7 +39,7 @@ def network_of(spec: ModelSpec, seed: int = 3) -> StepNetwork:
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
-def test_every_combination_equals_the_oracle_in_any_cut(options: dict[str, Any]) -> None:
+def test_every_combination_equals_the_oracle_with_any_chunking(options: dict[str, Any]) -> None:
     spec = one_layer(**options)
     network = network_of(spec)
     random = np.random.default_rng(4)
@@ -86,14 +86,14 @@ def test_layout_of_state_outputs_and_weights() -> None:
     }
 
 
-def test_a_wider_projection_is_refused() -> None:
+def test_a_wider_projection_is_rejected() -> None:
     with pytest.raises(
         SpecError, match=r"layers\.0\.lstm: .*projection: expected at most `units` \(5\), got 6"
     ):
         one_layer(projection=6)
 
 
-def test_fresh_peepholes_are_closed_and_fresh_gains_are_one() -> None:
+def test_initial_peepholes_are_zero_and_gains_are_one() -> None:
     spec = one_layer(**OPTIONS)
     weights = draw_weights(spec, 1)
     np.testing.assert_array_equal(weights["cell.peepholes"], np.zeros(15))
@@ -106,7 +106,7 @@ def test_fresh_peepholes_are_closed_and_fresh_gains_are_one() -> None:
     assert np.abs(weights["cell.projection"]).max() > 0.1
 
 
-def test_closed_peepholes_give_keras_own_lstm() -> None:
+def test_zero_peepholes_equal_the_lstm_of_keras() -> None:
     """Dropout included: the same seed draws the same masks in both."""
     layer = {"units": 4, "dropout": 0.4, "recurrent_dropout": 0.3}
     plain, peeping = one_layer(**layer), one_layer(**layer, peepholes=True)
@@ -138,7 +138,7 @@ def test_gradients_reach_every_weight() -> None:
         assert np.abs(np.asarray(gradient)).max() > 0
 
 
-def test_residuals_are_an_add_layer_and_widths_and_cells_differ_by_layer() -> None:
+def test_layers_differ_in_cell_and_width_with_a_residual() -> None:
     spec = parse_spec(
         {
             "name": "mixed",
@@ -175,7 +175,7 @@ def test_residuals_are_an_add_layer_and_widths_and_cells_differ_by_layer() -> No
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
-def test_keras_runs_the_cell_like_any_other(options: dict[str, Any]) -> None:
+def test_cell_runs_in_keras_rnn(options: dict[str, Any]) -> None:
     """Through `keras.layers.RNN`, with its mask, `initial_state` and `return_state`."""
     network = network_of(one_layer(**options))
     layer = network._layers["cell"]

@@ -1,4 +1,4 @@
-"""Heads over event schemas: outputs, the anomaly's memory, and training losses."""
+"""Heads over event schemas: outputs, the state of the anomaly head, and training losses."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_compiled_heads_equal_the_oracle() -> None:
         np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
 
 
-def test_first_event_of_a_new_stream_is_judged_by_the_zero_forecast() -> None:
+def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:
     spec = model()
     network = network_of(spec, 4)
     rows = encoded(np.random.default_rng(4), spec, 1)
@@ -194,7 +194,7 @@ def test_scores_stay_finite_for_any_finite_row_and_forecast() -> None:
     assert np.isfinite(after).all()
 
 
-def test_quantiles_rise_whatever_the_weights() -> None:
+def test_quantiles_increase_for_any_weights() -> None:
     spec = model()
     network = network_of(spec, 6)
     weights = {name: 5 * value for name, value in network.get_weights().items()}

@@ -33,7 +33,7 @@ def test_same_seed_gives_the_same_fingerprint(tmp_path: Path) -> None:
     assert first.manifest["training"] == {"initialised": {"seed": 3}}
 
 
-def test_options_of_a_cell_are_drawn_and_packaged_too(tmp_path: Path) -> None:
+def test_options_of_a_cell_are_initialised_and_packaged(tmp_path: Path) -> None:
     spec = raw_model()
     first, *rest = spec.model_dump()["layers"]
     options = {"peepholes": True, "layer_normalization": True, "projection": 3}
@@ -49,7 +49,7 @@ def test_options_of_a_cell_are_drawn_and_packaged_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(made.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
 
 
-def test_another_layer_changes_no_other_weights(tmp_path: Path) -> None:
+def test_adding_a_layer_keeps_the_initial_weights_of_the_others(tmp_path: Path) -> None:
     spec = raw_model()
     more = spec.model_dump() | {
         "layers": [
@@ -72,7 +72,7 @@ def test_occupied_directory_is_kept_unless_overwritten(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "a").fingerprint == replaced.fingerprint != first.fingerprint
 
 
-def test_every_number_that_is_not_known_is_named(tmp_path: Path) -> None:
+def test_all_unfitted_statistics_are_named(tmp_path: Path) -> None:
     spec = parse_spec(
         {
             "name": "m",

@@ -40,7 +40,9 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("kind", TABLES)
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("way", [eager, compiled])
-def test_printed_outputs_and_states(kind: str, cuts: list[int], way: Callable[..., Any]) -> None:
+def test_printed_outputs_and_states_are_reproduced(
+    kind: str, cuts: list[int], way: Callable[..., Any]
+) -> None:
     spec, weights = post_model(kind)
     network = StepNetwork(spec)
     network.set_weights(weights)
@@ -83,7 +85,7 @@ def test_a_gru_returns_its_sequence_and_one_state_which_is_its_output() -> None:
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_the_oracle_gives_the_printed_numbers_too(kind: str) -> None:
+def test_the_oracle_reproduces_the_printed_numbers(kind: str) -> None:
     spec, weights = post_model(kind)
     wanted, wanted_state = TABLES[kind]
     rows = np.array(INPUT).reshape(5, 1)

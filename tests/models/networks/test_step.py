@@ -1,4 +1,4 @@
-"""The Keras step against the oracle, and the promises that chunking and batching keep."""
+"""The Keras step against the oracle, and invariance to chunking, batching and padding."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def two_layers(**changes: object) -> ModelSpec:
     st.lists(st.integers(1, 11), min_size=1, max_size=4),
     st.integers(0, 2**32 - 1),
 )
-def test_step_equals_the_oracle_in_any_cut_batch_and_padding(
+def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
     spec: ModelSpec, lengths: list[int], seed: int
 ) -> None:
     random = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def test_step_equals_the_oracle_in_any_cut_batch_and_padding(
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(stacks(), st.integers(0, 2**32 - 1))
-def test_chunks_batches_and_padding_change_nothing(spec: ModelSpec, seed: int) -> None:
+def test_chunks_batches_and_padding_do_not_change_outputs(spec: ModelSpec, seed: int) -> None:
     random = np.random.default_rng(seed)
     network = network_of(spec, seed)
     streams = sequences(random, [9, 4, 7], spec.input_features)
@@ -146,7 +146,7 @@ def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_every_activation_in_a_cell_a_layer_and_a_head(name: str) -> None:
+def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str) -> None:
     spec = two_layers(
         layers=[
             {"kind": "lstm", "units": 3, "activation": name, "recurrent_activation": name},
@@ -214,7 +214,7 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed(
     assert np.abs(first - served).max() > 1e-3
 
 
-def test_weights_come_back_by_name_and_in_order() -> None:
+def test_weights_round_trip_by_name_and_in_order() -> None:
     spec = two_layers()
     weights = contracting_weights(spec, 11)
     network = StepNetwork(spec)
@@ -236,7 +236,7 @@ def test_weights_come_back_by_name_and_in_order() -> None:
         ({"lstm_1.bias": np.full(16, 1e39)}, "lstm_1.bias.*finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_and_none_is_taken(
+def test_invalid_weights_are_rejected_and_none_is_set(
     change: dict[str, np.ndarray | None], said: str
 ) -> None:
     network = network_of(two_layers(), 12)
@@ -249,7 +249,7 @@ def test_weights_that_do_not_fit_are_refused_and_none_is_taken(
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_initialise_is_deterministic_and_open() -> None:
+def test_initialise_is_deterministic_and_opens_the_forget_gate() -> None:
     networks = [StepNetwork(two_layers()) for _ in range(3)]
     for network, seed in zip(networks, [1, 1, 2], strict=True):
         network.initialise(seed)
@@ -262,7 +262,7 @@ def test_initialise_is_deterministic_and_open() -> None:
     np.testing.assert_array_equal(one["lstm_1.bias"], [0] * 4 + [1] * 4 + [0] * 8)
 
 
-def test_schema_without_fitted_numbers_is_refused() -> None:
+def test_unfitted_schema_is_rejected() -> None:
     fields = [{"kind": "numeric", "name": "delay"}, {"kind": "boolean", "name": "late"}]
     spec = two_layers(features=None, events={"fields": fields})
     with pytest.raises(SpecError, match=r"\['delay'\]"):

@@ -1,4 +1,4 @@
-"""The written graph: valid ONNX, the oracle's numbers for any network, clear refusals."""
+"""The written graph: valid ONNX, the oracle's numbers for any network, clear rejections."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_any_network_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
-def test_every_choice_of_an_lstms_options_equals_the_oracle(options: dict[str, Any]) -> None:
+def test_every_combination_of_lstm_options_equals_the_oracle(options: dict[str, Any]) -> None:
     layer = {"kind": "lstm", "units": 5, **options}
     heads = [{"kind": "sequence", "name": "h"}]
     spec = parse_spec({"name": "m", "features": 2, "layers": [layer], "heads": heads})
@@ -110,12 +110,12 @@ def check_one_step(layers: list[dict[str, Any]], head: str) -> None:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_activations_inside_a_cell(name: str) -> None:
+def test_activations_inside_a_cell_equal_the_oracle(name: str) -> None:
     check_one_step(cells(name), "linear")
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_activations_of_layers_and_heads(name: str) -> None:
+def test_activations_of_layers_and_heads_equal_the_oracle(name: str) -> None:
     layers = [
         {"kind": "gru", "units": 3},
         {"kind": "dense", "units": 3, "activation": name},
@@ -129,7 +129,7 @@ def test_activations_of_layers_and_heads(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() - set(CELLS)))
 @pytest.mark.parametrize("kind", [0, 1], ids=["lstm", "gru"])
-def test_activations_that_no_cell_has_are_refused(name: str, kind: int) -> None:
+def test_activations_unsupported_in_onnx_cells_are_rejected(name: str, kind: int) -> None:
     heads = [{"kind": "sequence", "name": "h"}]
     spec = parse_spec({"name": "m", "features": 1, "layers": [cells(name)[kind]], "heads": heads})
     with pytest.raises(GraphUnsupportedError, match=rf"'(lstm|gru)_1'.*'{name}'.*'softsign'"):
@@ -137,7 +137,7 @@ def test_activations_that_no_cell_has_are_refused(name: str, kind: int) -> None:
 
 
 @pytest.mark.parametrize("over", ["lstm", "chunk"])
-def test_attention_over_the_stream_is_for_short_calls(over: str) -> None:
+def test_attention_over_the_stream_with_long_chunks_is_rejected(over: str) -> None:
     """Its memory grows with the square of a call's steps, and such a call is never sliced."""
     handed = {"kind": "lstm", "units": 2, "starts_from": "lstm_1"}
     attention = {"kind": "attention", "over": "chunk", "units": 2}
@@ -159,14 +159,16 @@ def test_attention_over_the_stream_is_for_short_calls(over: str) -> None:
         write_graph(longer, random_weights(longer))
 
 
-def test_more_weights_than_a_file_takes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_over_the_size_limit_of_a_file_are_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spec = small_spec()
     monkeypatch.setattr(graph_module, "MAX_CONSTANT_BYTES", 1000)
     with pytest.raises(GraphUnsupportedError, match="at most 1000 bytes of weights"):
         write_graph(spec, random_weights(spec))
 
 
-def test_the_graph_is_valid_and_says_whose_it_is() -> None:
+def test_the_graph_is_valid_and_has_the_fingerprint_of_its_model() -> None:
     spec, weights = small_spec(), random_weights(small_spec())
     data = write_graph(spec, weights)
     model = onnx.load_from_string(data)
@@ -194,7 +196,7 @@ def test_the_graph_is_valid_and_says_whose_it_is() -> None:
     [(30, 2), (-30, 2), (7.5, 2), (-7.5, 2), (6.5, 2), (0, 1e30), (0, -1e30), (-30, 3e38)],
 )
 def test_an_anomaly_heads_deviations_are_bounded(log_deviation: float, value: float) -> None:
-    """In both networks: without the bounds they overflow, or believe in any deviation."""
+    """In both networks: without bounds they overflow, or fit any deviation."""
     head = {"kind": "anomaly", "name": "odd", "targets": ["load"]}
     data = {"events": FULL_SCHEMA.model_dump(mode="json"), "layers": [{"kind": "gru", "units": 2}]}
     spec = parse_spec({"name": "m", **data, "heads": [head]})

@@ -34,7 +34,7 @@ HELD = BlockStateLayout(BLOCKS, LAYOUT)
 def test_windows_and_pending_rows_do_not_depend_on_chunking(
     size: int, lookahead: int, cuts: list[int]
 ) -> None:
-    """Every window is [kC, kC + C + R) of the stream, whatever the chunks; each comes once."""
+    """Every window is [kC, kC + C + R) of the stream, for any chunks; each occurs once."""
     blocks = BlockSpec(size=size, lookahead=lookahead)
     total = sum(cuts)
     rows = np.arange(total, dtype=np.float32)[:, np.newaxis]

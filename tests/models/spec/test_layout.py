@@ -87,7 +87,7 @@ def test_packed_rows_are_split_into_outputs() -> None:
     )
 
 
-def test_layer_widths() -> None:
+def test_widths_follow_the_layers() -> None:
     assert layer_widths(SPEC) == {
         "features": WIDTH,
         "lstm_1": 3,
@@ -99,7 +99,7 @@ def test_layer_widths() -> None:
     }
 
 
-def test_weights_of_every_layer_and_head() -> None:
+def test_every_layer_and_head_has_its_weights() -> None:
     assert weight_shapes(SPEC) == {
         "embedding.carrier": (5, 3),
         "embedding.gate": (4, 8),
@@ -163,7 +163,7 @@ def test_a_dense_head_without_bias_has_none() -> None:
     assert "heads.d.bias" not in shapes
 
 
-def test_sizes_of_heads() -> None:
+def test_sizes_follow_the_heads() -> None:
     assert [head_units(SPEC, head) for head in SPEC.heads] == [0, 1, 6, 1, 5, 8]
     anomaly = SPEC.heads[-1]
     assert isinstance(anomaly, AnomalyHead)

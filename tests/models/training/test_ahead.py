@@ -1,4 +1,4 @@
-"""Networks that look ahead in their chunk: what they may learn, and the cuts they are judged on."""
+"""Networks that look ahead in their chunk: allowed heads, and the chunks of their scores."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def spec(
         {"kind": "classification", "name": "next", "target": "flag"},
     ],
 )
-def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head) -> None:
+def test_next_event_heads_on_lookahead_layers_are_rejected(tmp_path, head) -> None:
     with pytest.raises(SpecError, match="'next' foretells the next event, and layer 'above'"):
         train_frame(spec(head, LABEL), frame(), tmp_path / "model", quiet=True)
     below = spec({**head, "input": "below"}, LABEL)
@@ -105,7 +105,7 @@ def test_a_head_that_would_be_shown_what_it_foretells_is_refused(tmp_path, head)
     assert plan.trained.any()
 
 
-def test_attention_over_the_chunk_learns_where_to_look(tmp_path) -> None:
+def test_attention_over_the_chunk_learns_the_informative_event(tmp_path) -> None:
     """One value for all four events, whose label is the flag of the one loud event."""
     random = np.random.default_rng(2)
     data = frame().sort("id", "at")
@@ -124,7 +124,9 @@ def test_attention_over_the_chunk_learns_where_to_look(tmp_path) -> None:
     assert output_spec(done.artifact.spec).outputs[0].per == "chunk"
 
 
-def test_what_comes_later_in_the_chunk_is_learnt_and_compared_fairly(tmp_path, monkeypatch) -> None:
+def test_later_events_of_the_chunk_are_learned_and_given_to_the_baselines(
+    tmp_path, monkeypatch
+) -> None:
     few = label_baselines.Grid((0,), (STEPS,), (7,), (5,), 0.2, 40)
     monkeypatch.setattr(label_baselines, "SINGLE", few)
     monkeypatch.setattr(label_baselines, "SEVERAL", few)
@@ -135,7 +137,7 @@ def test_what_comes_later_in_the_chunk_is_learnt_and_compared_fairly(tmp_path, m
     loss = {name: score["log_loss"]["value"] for name, score in scores.items()}
     assert loss["model"] < 0.3
     assert loss[BOTH] < 0.3
-    # The last of the four events gives it away; at the others it is a coin.
+    # The last of the four events determines the label; the others say nothing about it.
     assert loss[BASE] > 0.6
     assert loss[LAST_EVENTS] > 0.4
     # Whatever chunks are asked for, such a network gets those of its training.

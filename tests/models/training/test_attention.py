@@ -1,4 +1,4 @@
-"""Attention over the stream in training: its sums go from window to window, and it learns."""
+"""Attention over the stream in training: sums are carried between windows, and it learns."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def attending_spec(**training: Any) -> ModelSpec:
     return parse_spec({**data, "layers": ATTENDING, "heads": heads})
 
 
-def test_windows_carry_the_sums_as_one_whole_run_does() -> None:
+def test_carried_sums_equal_one_run_over_the_stream() -> None:
     spec = attending_spec(learning_rate=1e-30, weight_decay=0.0)
     streams = streams_of(spec, latch_frame())
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
@@ -64,7 +64,7 @@ def test_windows_carry_the_sums_as_one_whole_run_does() -> None:
     assert later > 0
 
 
-def test_what_lies_windows_back_is_learned_and_served(tmp_path: Path) -> None:
+def test_dependencies_across_windows_are_learned_and_served(tmp_path: Path) -> None:
     """The first event decides every later mark, and a window is 4 events."""
     done = train(
         attending_spec(epochs=25, patience=25), latch_frame(60), tmp_path / "a", quiet=True

@@ -39,7 +39,7 @@ def frame() -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Path:
-    """A specification, its data, and what the command makes of them."""
+    """A specification, its data, and the artifact that `carry train` writes for them."""
     folder = tmp_path_factory.mktemp("blocks")
     frame.write_parquet(folder / "events.parquet")
     (folder / "SPEC.yaml").write_text(both_ways_spec(blocks=BLOCKS).model_dump_json())
@@ -68,7 +68,7 @@ def each(artifact: Artifact, streams: Streams) -> list[NDArray[np.float32]]:
     return [rows[start:stop] for start, stop in streams.spans]
 
 
-def test_the_weights_are_those_of_whole_sequences(
+def test_weights_equal_those_trained_on_whole_sequences(
     artifact: Artifact, whole: Artifact, tmp_path: Path
 ) -> None:
     assert artifact.spec.blocks is not None
@@ -86,7 +86,7 @@ def test_the_weights_are_those_of_whole_sequences(
 
 
 @pytest.mark.parametrize("batch", [64, 5])
-def test_what_is_scored_are_the_outputs_of_the_blocks(
+def test_outputs_of_the_blocks_are_scored(
     artifact: Artifact, frame: pl.DataFrame, batch: int
 ) -> None:
     streams = streams_of(artifact.spec, frame)
@@ -100,10 +100,10 @@ def test_what_is_scored_are_the_outputs_of_the_blocks(
     assert sum(done) == streams.events
 
 
-def test_whole_sequences_are_scored_as_such(
+def test_whole_sequences_are_scored_in_one_call(
     whole: Artifact, artifact: Artifact, frame: pl.DataFrame
 ) -> None:
-    """A stream is one call, which says another thing where there are events beyond a window."""
+    """One call per stream; outputs differ from those of the blocks if it exceeds a window."""
     streams = streams_of(whole.spec, frame)
     found = run_chunks(whole, streams, chunk=2)
     zero = np.zeros(network_state(whole.spec).float_size)
@@ -121,7 +121,7 @@ def test_whole_sequences_are_scored_as_such(
         run_chunks(replace(whole, spec=shorter), streams)
 
 
-def test_the_report_states_what_is_served_and_what_the_blocks_cost(
+def test_the_report_compares_blocks_with_whole_sequences(
     folder: Path, artifact: Artifact, whole: Artifact, frame: pl.DataFrame
 ) -> None:
     report = json.loads((folder / "model" / "report.json").read_bytes())
@@ -144,7 +144,7 @@ def test_the_report_states_what_is_served_and_what_the_blocks_cost(
         assert artifact.manifest["metrics"]["held_out"]["up"][metric] == pytest.approx(value)
 
 
-def test_members_are_merged_in_blocks(tmp_path: Path, artifact: Artifact) -> None:
+def test_merged_members_keep_their_blocks(tmp_path: Path, artifact: Artifact) -> None:
     spec = artifact.spec
     joined, weights = merged(spec, [artifact.weights, draw_weights(spec, 2)])
     assert joined.blocks == spec.blocks
@@ -158,10 +158,10 @@ def test_members_are_merged_in_blocks(tmp_path: Path, artifact: Artifact) -> Non
         (None, r"training\.window_steps: .* expected at least 70, the events of 'long', .* got 64"),
     ],
 )
-def test_a_stream_that_is_longer_than_a_window_is_refused_at_its_line(
+def test_a_stream_longer_than_a_window_is_rejected_with_the_line_of_the_setting(
     tmp_path: Path, frame: pl.DataFrame, window_steps: int | None, said: str
 ) -> None:
-    """Also where the setting has its default, at the line of `training`."""
+    """Also if the setting has its default, at the line of `training`."""
     plain = both_ways_spec(blocks=BLOCKS).model_dump(mode="json")
     plain["training"].pop("window_steps")
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in plain["training"].items())

@@ -45,7 +45,7 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, frame, name, moments):
     np.testing.assert_array_equal(got.encoded(fitted), expected.encoded(fitted))
 
 
-def test_streams_stand_in_the_order_of_their_moments(frame):
+def test_events_of_a_stream_are_in_the_order_of_time(frame):
     streams = streams_of(latch_spec(), frame)
     for start, stop in streams.spans:
         assert (np.diff(streams.moments_ms[start:stop]) > 0).all()
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
         read_data(tmp_path / name, latch_spec())
 
 
-def test_a_broken_file_is_named(tmp_path):
+def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"t\.parquet"):
         read_data(tmp_path / "t.parquet", latch_spec())
@@ -106,7 +106,7 @@ def test_moments_without_a_zone_are_local():
         moment_ms(schema, "soon", "x")
 
 
-def test_nothing_held_out_reaches_training(frame):
+def test_held_out_events_do_not_leak_into_training(frame):
     """Whatever happens from the split on, the fitted schema and the training rows stay."""
     spec, cut = latch_spec(), 16 * HOUR_MS
     changed = frame.with_columns(
@@ -127,12 +127,12 @@ def test_nothing_held_out_reaches_training(frame):
     assert (streams.moments_ms[read] < cut).all()
     predicted = plan.following[np.flatnonzero(plan.trained)]
     assert (streams.moments_ms[predicted] < cut).all()
-    judged = streams.moments_ms[plan.following[np.flatnonzero(plan.validated)]]
-    assert ((judged >= cut) & (judged < 22 * HOUR_MS)).all()
+    validated_ms = streams.moments_ms[plan.following[np.flatnonzero(plan.validated)]]
+    assert ((validated_ms >= cut) & (validated_ms < 22 * HOUR_MS)).all()
     assert not (plan.trained & plan.validated).any()
 
 
-def test_an_event_out_of_order_moves_no_training_past_the_split(frame):
+def test_out_of_order_events_do_not_leak_past_the_split(frame):
     """Ordered by another column, moments may go back; what follows a held-out event is late."""
     spec = latch_spec(order_by="rank")
     data = frame.sort("id", "at").with_columns(rank=pl.int_range(pl.len()).over("id"))
@@ -146,7 +146,7 @@ def test_an_event_out_of_order_moves_no_training_past_the_split(frame):
     assert not plan.trained[start + 15 : stop].any()
 
 
-def test_a_split_without_events_on_both_sides_is_refused(frame):
+def test_a_split_without_events_on_both_sides_is_rejected(frame):
     spec = latch_spec()
     streams = streams_of(spec, frame)
     with pytest.raises(DataError, match="before `validate_from`"):

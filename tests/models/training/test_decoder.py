@@ -1,4 +1,4 @@
-"""A decoder in training: where it is unrolled, what is fed back, and that it learns."""
+"""Training of a decoder: forecast origins, feedback, and that it learns."""
 
 from __future__ import annotations
 
@@ -115,14 +115,14 @@ def window_of(plan: Plan) -> Window:
     return next(iter(windows_of([plan.segments[0], plan.segments[-1]], 3, 24)))
 
 
-def test_steps_ahead_end_where_a_side_or_the_regular_step_ends() -> None:
+def test_steps_ahead_end_at_a_split_or_an_irregular_step() -> None:
     side = np.array([True, True, True, False, True, True, False])
     moments = np.array([0, 1, 2, 3, 0, 1, 5]) * HOUR_MS
     assert steps_ahead(side, moments, None).tolist() == [3, 2, 1, 0, 2, 1, 0]
     assert steps_ahead(side, moments, HOUR_MS).tolist() == [3, 2, 1, 0, 1, 0, 0]
 
 
-def test_the_share_of_truth_falls_through_one_half() -> None:
+def test_the_share_of_true_values_decays_through_one_half() -> None:
     for kind in ("linear", "inverse_sigmoid"):
         training = DecoderTraining(feedback=kind, half_at=0.4, floor=0.1)
         shares = [truth_share(training, p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)]
@@ -133,7 +133,7 @@ def test_the_share_of_truth_falls_through_one_half() -> None:
     assert truth_share(DecoderTraining(feedback="teacher"), 1.0) == 1.0
 
 
-def test_anchors_see_the_rows_that_follow_them_on_their_side(
+def test_targets_are_the_rows_that_follow_a_forecast_origin_in_its_split(
     trainer: tuple[StepNetwork, Plan, DecoderTrainer],
 ) -> None:
     _, plan, decoder = trainer
@@ -142,12 +142,12 @@ def test_anchors_see_the_rows_that_follow_them_on_their_side(
     for number in range(20):
         anchors = decoder.anchors(window, number, 0.5)
         firsts.add(int(anchors.cuts[0]))
-        lanes = len(window.lengths)
+        batch_size = len(window.lengths)
         for at in range(len(anchors.values)):
-            lane, cut = at % lanes, int(anchors.cuts[at // lanes])
-            row = int(window.index[lane, cut - 1])
+            slot, cut = at % batch_size, int(anchors.cuts[at // batch_size])
+            row = int(window.index[slot, cut - 1])
             for step in range(decoder.horizon):
-                counts = cut <= window.lengths[lane] and bool(
+                counts = cut <= window.lengths[slot] and bool(
                     plan.trained[row : row + step + 1].all()
                 )
                 assert bool(anchors.there[at, step, 0]) == counts
@@ -161,7 +161,7 @@ def test_anchors_see_the_rows_that_follow_them_on_their_side(
     assert not decoder.anchors(window, 0, None).there.any()
 
 
-def test_pieces_of_a_window_change_no_number(
+def test_cutting_a_window_at_forecast_origins_does_not_change_outputs(
     trainer: tuple[StepNetwork, Plan, DecoderTrainer],
 ) -> None:
     network, plan, decoder = trainer
@@ -180,7 +180,7 @@ def test_pieces_of_a_window_change_no_number(
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_truth_is_fed_back_or_the_point(
+def test_decoder_feeds_back_the_true_value_or_the_point(
     trainer: tuple[StepNetwork, Plan, DecoderTrainer], share: float
 ) -> None:
     network, plan, decoder = trainer
@@ -208,7 +208,7 @@ def test_the_truth_is_fed_back_or_the_point(
 
 
 @pytest.mark.parametrize("head", ["quantiles", "gaussian"])
-def test_it_learns_and_is_scored_by_step(tmp_path: Path, head: str) -> None:
+def test_decoder_learns_and_is_scored_by_step(tmp_path: Path, head: str) -> None:
     frame = tides(gap=head == "gaussian")
     spec = tide_spec(head)
     train_frame(spec, frame, tmp_path / "m", trees=False, quiet=True)

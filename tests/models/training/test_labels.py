@@ -1,4 +1,4 @@
-"""Labels: read from a column, trained on their own side of the splits, scored beside baselines."""
+"""Labels: read from a column, used in their own split only, scored beside baselines."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def labelled(streams: int = 24) -> pl.DataFrame:
     )
 
 
-def test_cells_become_classes() -> None:
+def test_cells_are_parsed_to_classes() -> None:
     frame = pl.DataFrame(
         {"up": ["true", None, "0", " False "], "state": ["on", "off", None, "none"]}
     )
@@ -82,12 +82,14 @@ def test_a_wrong_cell_or_column_is_named(column: str, cells: list[str], message:
         ({**STATE, "classes": ["on", "on"]}, "two or more distinct classes"),
     ],
 )
-def test_a_label_that_the_event_carries_is_refused(head: dict[str, Any], message: str) -> None:
+def test_labels_that_are_event_fields_or_have_one_class_are_rejected(
+    head: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         label_spec(head)
 
 
-def test_labels_stay_on_their_side_of_the_splits() -> None:
+def test_labels_are_used_in_their_own_split_only() -> None:
     spec = label_spec(UP)
     streams = streams_of(spec, labelled())
     labels = labels_of(spec, streams.frame)
@@ -102,8 +104,8 @@ def test_labels_stay_on_their_side_of_the_splits() -> None:
     np.testing.assert_array_equal(held_out, np.flatnonzero(known & (moments >= TEST)))
 
 
-def test_a_label_that_depends_on_the_past_is_learnt_and_beats_what_knows_none(tmp_path) -> None:
-    """The flag is seen once, at the first event; only a state still knows it."""
+def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tmp_path) -> None:
+    """The flag is in the first event only, so a later label needs a state."""
     frame = labelled(60)
     spec = label_spec(UP, STATE, epochs=8, learning_rate=0.03)
     few = label_baselines.Grid((0,), (1,), (7,), (5,), 0.1, 20)
@@ -139,15 +141,15 @@ def test_a_label_that_depends_on_the_past_is_learnt_and_beats_what_knows_none(tm
     assert found["scored"] == report["data"]["held_out"]
 
 
-def test_labels_that_end_before_the_test_begins_leave_no_report(tmp_path) -> None:
-    """A head without targets, which speaks about every event, holds none of them out."""
+def test_no_report_without_held_out_labels(tmp_path) -> None:
+    """A head without targets does not cause a report either."""
     spec = label_spec(UP, {"kind": "sequence", "name": "hidden"}, epochs=1)
     frame = labelled(8).with_columns(up=pl.when(pl.col("at") < TEST).then("up"))
     artifact = train_frame(spec, frame, tmp_path / "model", trees=False, quiet=True)
     assert not (artifact.path / "report.json").exists()
 
 
-def test_a_checkpoint_of_other_labels_is_refused(tmp_path) -> None:
+def test_a_checkpoint_of_other_labels_is_rejected(tmp_path) -> None:
     class Stopped(Exception):
         pass
 
@@ -162,7 +164,7 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path) -> None:
         train(spec, other, tmp_path / "model", quiet=True, resume=True)
 
 
-def test_trees_see_what_is_asked_for_and_no_other_stream() -> None:
+def test_tree_features_cover_the_requested_events_of_one_stream() -> None:
     spec = label_spec(UP)
     streams = streams_of(spec, labelled(4))
     fitted = fitted_spec(spec, streams, VALIDATE)
@@ -194,7 +196,7 @@ def test_padding_has_no_labels() -> None:
     assert padded > 0
 
 
-def test_baselines_see_the_event_that_is_labelled(monkeypatch) -> None:
+def test_label_baselines_see_the_labelled_event(monkeypatch) -> None:
     few = label_baselines.Grid((0,), (2,), (7,), (5,), 0.2, 60)
     monkeypatch.setattr(label_baselines, "SINGLE", few)
     monkeypatch.setattr(label_baselines, "SEVERAL", few)

@@ -49,7 +49,7 @@ BOTH_WAYS = [
 
 @pytest.mark.parametrize("layers", [STACKED, STACKED[:1], HANDED, BOTH_WAYS])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
+def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
     streams = streams_of(with_layers(layers), latch_frame())
     spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
     random = np.random.default_rng(1)
@@ -95,7 +95,7 @@ def test_the_merged_network_gives_the_mean_of_its_members(layers, count):
         ),
     ],
 )
-def test_what_cannot_lie_side_by_side_is_refused(layers, named):
+def test_networks_that_cannot_be_merged_are_rejected(layers, named):
     streams = streams_of(with_layers(layers), latch_frame())
     spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
     weights = [draw_weights(spec, seed) for seed in range(2)]

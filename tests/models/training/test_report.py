@@ -47,7 +47,7 @@ def table() -> Table:
     return table_of(latch_frame(60))
 
 
-def test_a_target_that_stays_is_foretold_by_its_last_value(table):
+def test_a_constant_target_is_predicted_by_its_last_value(table):
     up, noise, odd = table.spec.heads
     found = {b.name: b.scored for b in baselines_of(table, up, trees=True)}
     assert list(found) == [LAST, RUNNING, TREES]
@@ -58,7 +58,7 @@ def test_a_target_that_stays_is_foretold_by_its_last_value(table):
         assert names == [LAST, RUNNING]
 
 
-def test_the_running_mean_of_noise_is_as_good_as_noise_allows(table):
+def test_the_running_mean_of_noise_has_the_expected_loss(table):
     noise = table.spec.heads[1]
     found = {b.name: b for b in baselines_of(table, noise, trees=False)}
     last, running = (np.nanmean(found[n].scored.losses["mae"]) for n in (LAST, RUNNING))
@@ -74,7 +74,7 @@ def test_the_running_mean_of_noise_is_as_good_as_noise_allows(table):
 
 
 def test_no_baseline_is_fitted_on_held_out_events(table):
-    """Held-out events of other streams change nothing that is said about one stream."""
+    """Held-out events of other streams do not change the predictions for a stream."""
     frame = latch_frame(60)
     other = (pl.col("at") >= TEST) & (pl.col("id") != "s00")
     changed = table_of(
@@ -95,7 +95,7 @@ def test_no_baseline_is_fitted_on_held_out_events(table):
                 np.testing.assert_array_equal(loss[own], two.scored.losses[metric][own])
 
 
-def test_trees_look_back_within_the_stream_alone(table):
+def test_tree_lags_stay_within_the_stream(table):
     features, categories = tree_features(table.spec, table.rows, table.streams.spans, 5)
     assert features.shape[0] == table.streams.events
     assert sum(categories) == 1
@@ -113,7 +113,7 @@ def test_trees_look_back_within_the_stream_alone(table):
     assert np.isnan(features[start : start + 4, held[0]]).all()
 
 
-def test_trees_learn_what_lies_within_their_reach():
+def test_trees_learn_a_threshold_on_a_lag():
     random = np.random.default_rng(3)
     x = random.normal(size=(2000, 1)).astype(np.float32)
     truth = np.append([0.0], (x[:-1, 0] > 0.3).astype(float))
@@ -125,7 +125,7 @@ def test_trees_learn_what_lies_within_their_reach():
     assert np.mean((said > 0.5) == truth[rows[1500:]]) > 0.98
 
 
-def test_a_trained_artifact_brings_its_report_and_plots(tmp_path):
+def test_training_writes_report_and_plots(tmp_path):
     latch_frame(24).write_csv(tmp_path / "events.csv")
     spec = latch_spec(epochs=1).model_dump(mode="json")
     (tmp_path / "SPEC.yaml").write_text(json.dumps(spec))
@@ -156,14 +156,14 @@ def test_a_trained_artifact_brings_its_report_and_plots(tmp_path):
         train_frame(latch_spec(), latch_frame(), out, quiet=True)
 
 
-def test_without_held_out_events_there_is_no_report(tmp_path):
+def test_no_report_without_held_out_events(tmp_path):
     spec = latch_spec(epochs=1, test_from="1970-02-01")
     train_frame(spec, latch_frame(), tmp_path / "model", quiet=True)
     assert not (tmp_path / "model" / "report.json").exists()
     assert load_artifact(tmp_path / "model").manifest["training"]["best_epochs"] == [1]
 
 
-def test_the_last_value_is_the_last_that_is_known(table):
+def test_the_last_value_skips_absent_ones(table):
     noise = table.encoded("noise")
     holed = np.where(np.arange(len(noise)) % 3 == 0, noise, np.nan)
     last = table.last_known(holed)

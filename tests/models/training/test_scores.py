@@ -6,30 +6,30 @@ from models.training.scores import DayDraws, auc, interval, score_chance, score_
 
 
 @pytest.fixture
-def judged():
+def scored_pairs():
     random = np.random.default_rng(7)
     truth = random.integers(0, 2, 300).astype(float)
     chance = np.round(np.clip(0.3 * truth + random.uniform(0, 0.7, 300), 0.01, 0.99), 1)
     return chance, truth
 
 
-def test_chances_are_scored_as_scikit_learn_does(judged):
-    chance, truth = judged
+def test_probabilities_are_scored_as_in_scikit_learn(scored_pairs):
+    chance, truth = scored_pairs
     scored = score_chance(chance, truth)
     assert scored.losses["log_loss"].mean() == pytest.approx(log_loss(truth, chance))
     assert scored.losses["brier"].mean() == pytest.approx(brier_score_loss(truth, chance))
     assert auc(chance, truth) == pytest.approx(roc_auc_score(truth, chance))
 
 
-def test_weights_count_events_as_often(judged):
-    chance, truth = judged
+def test_weighted_events_count_like_repeated_ones(scored_pairs):
+    chance, truth = scored_pairs
     weight = np.random.default_rng(8).integers(0, 4, 300).astype(float)
     again = np.repeat(np.arange(300), weight.astype(int))
     assert auc(chance, truth, weight) == pytest.approx(roc_auc_score(truth[again], chance[again]))
 
 
-def test_absent_targets_do_not_count(judged):
-    chance, truth = judged
+def test_absent_targets_do_not_count(scored_pairs):
+    chance, truth = scored_pairs
     holes = truth.copy()
     holes[::3] = np.nan
     kept = ~np.isnan(holes)
@@ -40,14 +40,14 @@ def test_absent_targets_do_not_count(judged):
     assert auc(chance, holes) == pytest.approx(roc_auc_score(truth[kept], chance[kept]))
 
 
-def test_pinball_by_hand():
+def test_pinball_loss_equals_a_hand_calculation():
     scored = score_forecast((0.1, 0.5), np.array([[[1.0, 4.0]]]), np.array([[3.0]]))
     # 2 above the first quantile: 0.1 * 2; 1 below the second: 0.5 * 1.
     assert scored.losses["pinball"][0] == pytest.approx((0.2 + 0.5) / 2)
     assert scored.losses["mae"][0] == 1.0
 
 
-def test_days_are_drawn_whole():
+def test_the_bootstrap_draws_whole_days():
     days = np.repeat([11, 12, 13], [5, 1, 4])
     loss = np.repeat([1.0, 10.0, 100.0], [5, 1, 4])
     draws = DayDraws.make(days, 50, seed=3)

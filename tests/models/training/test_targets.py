@@ -117,10 +117,10 @@ def test_a_single_class_is_rejected(
     ids=["forecast", "anomaly", "dense", "above"],
 )
 @pytest.mark.parametrize("cells", ["no column", "none", "before", "after"])
-def test_a_target_without_values_is_refused(
+def test_a_target_without_values_is_rejected(
     tmp_path: Path, head: dict[str, Any], column: str, cells: str
 ) -> None:
-    """Whether its optional column is away, empty, or empty on one side of the split."""
+    """If its optional column is missing, empty, or empty on one side of the split."""
     frame, value = table(), pl.col(column)
     side, got = TRAINING, "none"
     match cells:
@@ -141,8 +141,8 @@ def test_a_target_without_values_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_label_without_values_is_refused(tmp_path: Path) -> None:
-    """Next to a head that has targets."""
+def test_a_label_without_values_is_rejected(tmp_path: Path) -> None:
+    """Also if another head has targets."""
     frame = table().with_columns(up=pl.lit(None, pl.Boolean))
     with pytest.raises(DataError, match=rf"values for head 'up' {TRAINING}, got none$"):
         train(spec_of(classes("flag"), UP), frame, tmp_path / "out", quiet=True)
@@ -179,7 +179,7 @@ def test_a_stream_without_timestamps_is_reported() -> None:
 def test_heads_without_held_out_targets_are_not_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So is the AUC where they are of one class."""
+    """Nor is the AUC if they have a single class."""
     frame = table().with_columns(
         extra=pl.when(before(TEST_MS)).then(pl.col("extra")),
         up=before(TEST_MS) & pl.col("up"),
@@ -197,7 +197,7 @@ def test_heads_without_held_out_targets_are_not_scored(
 
 
 @pytest.mark.parametrize("unused", [False, True], ids=["read", "not read"])
-def test_a_csv_file_that_names_a_column_twice_is_refused(tmp_path: Path, unused: bool) -> None:
+def test_a_csv_file_with_a_duplicate_column_is_rejected(tmp_path: Path, unused: bool) -> None:
     path = tmp_path / "t.csv"
     name = "other" if unused else "noise"
     frame = table().with_columns(other=pl.lit(1), again=pl.lit(2))
@@ -215,7 +215,7 @@ def test_unnamed_columns_are_ignored(tmp_path: Path) -> None:
     streams_of(spec_of(UP), read_data(path, spec_of(UP)))
 
 
-def test_a_json_row_with_a_member_twice_is_refused(tmp_path: Path) -> None:
+def test_a_json_row_with_a_duplicate_member_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     lines = table().write_ndjson().splitlines()
     lines[6] = lines[6].replace('"extra"', '"noise"')
@@ -225,7 +225,7 @@ def test_a_json_row_with_a_member_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
-def test_epoch_seconds_are_refused(tmp_path: Path, name: str) -> None:
+def test_epoch_seconds_are_rejected(tmp_path: Path, name: str) -> None:
     frame = table().with_columns(at=pl.col("at") // 1000)
     path = tmp_path / name
     {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[

@@ -15,11 +15,11 @@ from tests.support.training import HOUR_MS, latch_frame, latch_spec  # noqa: E40
 
 
 class Stopped(Exception):
-    """Raised in the midst of a training."""
+    """Raised by a test to interrupt a training."""
 
 
 def looped(frame, **training) -> Loop:
-    """A loop over the frame, with dropout unless told otherwise."""
+    """A loop over the frame, with dropout by default."""
     spec = latch_spec(**training)
     streams = streams_of(spec, frame)
     fitted = fitted_spec(spec, streams, 16 * HOUR_MS)
@@ -40,8 +40,8 @@ RECURRENT = [
 
 
 @pytest.mark.parametrize("recurrent", RECURRENT, ids=["lstm", "options", "gru"])
-def test_windows_carry_the_state_as_one_whole_run_does(frame, recurrent):
-    """With weights that stand still, every segment ends where the whole stream would."""
+def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
+    """With constant weights, a segment ends in the state of one run over the stream so far."""
     loop = looped(frame, dropout=0.0, recurrent=recurrent, learning_rate=1e-30, weight_decay=0.0)
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
@@ -59,7 +59,7 @@ def test_windows_carry_the_state_as_one_whole_run_does(frame, recurrent):
 
 
 def test_the_gradient_stops_between_windows(frame):
-    """One window's step depends on the state that came in, not on how it came about."""
+    """The gradient of a window depends on its initial state, not on the windows before it."""
     loop = looped(frame)
     window = next(loop._cut(loop.plan.groups[0]))
     tensors = loop._tensors(window, loop.plan.trained, {})
@@ -75,7 +75,7 @@ def test_the_gradient_stops_between_windows(frame):
     assert float(loss) > 0
 
 
-def test_a_resumed_training_ends_as_one_that_never_stopped(frame, tmp_path):
+def test_resumed_training_equals_uninterrupted_training(frame, tmp_path):
     whole = train(latch_spec(), frame, tmp_path / "whole", quiet=True)
     assert [record["epoch"] for record in whole.history] == [1, 2, 3, 4]
 
@@ -95,7 +95,7 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(frame, tmp_path):
     assert other.artifact.fingerprint != whole.artifact.fingerprint
 
 
-def test_a_checkpoint_of_another_run_is_refused(frame, tmp_path):
+def test_a_checkpoint_of_another_run_is_rejected(frame, tmp_path):
     def stop(record):
         raise Stopped
 
@@ -137,7 +137,7 @@ def test_training_stops_after_patience_epochs_without_a_better_loss(
     assert {value for w in done.artifact.weights.values() for value in w.ravel()} == {best}
 
 
-def test_what_lies_windows_back_is_learned_and_served(frame, tmp_path):
+def test_dependencies_across_windows_are_learned_and_served(frame, tmp_path):
     """The first event decides every later mark; windows are 4 events, streams up to 40.
 
     The mark itself is hidden (its column is nearly 0), so only a carried state can tell it.
@@ -169,7 +169,7 @@ def test_an_lstm_with_its_options_trains_and_is_packaged_for_both_runtimes(frame
     assert done.history[1]["validation"]["loss"] < done.history[0]["validation"]["loss"]
 
 
-def test_chunks_change_no_output(frame, tmp_path):
+def test_outputs_do_not_depend_on_chunks(frame, tmp_path):
     done = train(latch_spec(epochs=1), frame, tmp_path / "a", quiet=True)
     artifact = load_artifact(tmp_path / "a")
     assert artifact.fingerprint == done.artifact.fingerprint
@@ -181,7 +181,7 @@ def test_chunks_change_no_output(frame, tmp_path):
     assert np.abs(whole).max() > 0
 
 
-def test_specs_that_cannot_be_trained_are_refused(frame, tmp_path):
+def test_specs_that_cannot_be_trained_are_rejected(frame, tmp_path):
     with pytest.raises(SpecError, match="at or after validate_from"):
         train(latch_spec(test_from="1970-01-01"), frame, tmp_path / "a", quiet=True)
     bare = latch_spec().model_copy(update={"training": None})
@@ -191,7 +191,7 @@ def test_specs_that_cannot_be_trained_are_refused(frame, tmp_path):
         latch_spec(loss_weights={"none": 1.0})
 
 
-def test_members_are_resumed_too(frame, tmp_path):
+def test_members_are_resumed(frame, tmp_path):
     spec = latch_spec(members=2, epochs=2)
     whole = train(spec, frame, tmp_path / "whole", quiet=True)
     assert [(r["member"], r["epoch"]) for r in whole.history] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -206,7 +206,7 @@ def test_members_are_resumed_too(frame, tmp_path):
     assert resumed.artifact.fingerprint == whole.artifact.fingerprint
 
 
-def test_a_share_of_the_categories_is_shown_as_unknown(frame):
+def test_unknown_rate_hides_a_share_of_the_categories(frame):
     loop = looped(frame, unknown_rate=0.4)
     rows = loop.plan.rows[:300].reshape(3, 100, -1)
     kind = [column.name for column in loop.spec.columns].index("kind")
@@ -221,7 +221,7 @@ def test_a_share_of_the_categories_is_shown_as_unknown(frame):
 
 
 @pytest.mark.parametrize("weigh", ["steps", "windows"])
-def test_steps_or_windows_weigh_the_same(frame, weigh):
+def test_steps_or_windows_have_equal_weight(frame, weigh):
     loop = looped(frame, weigh=weigh)
     shares, counts = [], []
     for group in loop.plan.groups:

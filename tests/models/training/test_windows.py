@@ -6,33 +6,33 @@ from models.training.windows import groups_of, segments_of, windows_of
 SPANS = [(0, 37), (37, 38), (38, 38), (38, 120), (120, 133)]
 
 
-def run(segment_steps: int, lanes: int, window_steps: int) -> list[list[np.ndarray]]:
+def run(segment_steps: int, batch_size: int, window_steps: int) -> list[list[np.ndarray]]:
     """Rows read, window by window, of every segment."""
     segments = segments_of(SPANS, segment_steps)
     read: list[list[np.ndarray]] = [[] for _ in segments]
-    for group in groups_of(segments, lanes):
+    for group in groups_of(segments, batch_size):
         chosen = [segments[index] for index in group]
-        for window in windows_of(chosen, lanes, window_steps):
-            assert window.index.shape[0] == lanes
+        for window in windows_of(chosen, batch_size, window_steps):
+            assert window.index.shape[0] == batch_size
             assert window.index.shape[1] <= window_steps
             assert (window.lengths[len(group) :] == 0).all()
-            for lane, index in enumerate(group):
-                read[index].append(window.index[lane, : window.lengths[lane]])
+            for slot, index in enumerate(group):
+                read[index].append(window.index[slot, : window.lengths[slot]])
     return read
 
 
 @pytest.mark.parametrize("segment_steps", [1, 8, 1000])
-@pytest.mark.parametrize("lanes", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("window_steps", [1, 7, 64])
-def test_every_step_is_read_once_and_in_order(segment_steps, lanes, window_steps):
+def test_every_step_is_read_once_and_in_order(segment_steps, batch_size, window_steps):
     segments = segments_of(SPANS, segment_steps)
-    read = run(segment_steps, lanes, window_steps)
+    read = run(segment_steps, batch_size, window_steps)
     for segment, parts in zip(segments, read, strict=True):
         np.testing.assert_array_equal(np.concatenate(parts), np.arange(segment.start, segment.stop))
     assert sum(segment.steps for segment in segments) == 133
 
 
-def test_a_segment_follows_the_one_before_it_in_its_own_stream():
+def test_segments_follow_one_another_within_a_stream():
     segments = segments_of(SPANS, 8)
     starts = {start for start, stop in SPANS if stop > start}
     for segment in segments:
@@ -43,7 +43,7 @@ def test_a_segment_follows_the_one_before_it_in_its_own_stream():
             assert segment.start not in starts
 
 
-def test_padding_is_little():
+def test_padding_is_bounded():
     spans = [(at * 81, at * 81 + 81) for at in range(100)]
     segments = segments_of(spans, 1024)
     padded = used = 0
