@@ -9,7 +9,7 @@ in flight until its batch releases the stream; a job that has to be retried retu
 in the queue. Jobs whose caller cancelled, or whose deadline passed, are dropped while a batch is
 formed. A batch that fails, fails its own jobs only. Each job is resolved exactly once.
 
-Jobs that would wait too long are rejected at once (`admission`). One timer, set to the earliest
+Jobs that would wait too long are rejected at once (`policy`). One timer, set to the earliest
 deadline, enforces all deadlines.
 
 Use from one event loop: `submit` from any task, `drain` once at the end.
@@ -34,11 +34,27 @@ from service.core.errors import (
     Overloaded,
     ShuttingDown,
 )
-from service.engine.admission import Admission, shared_error
-from service.engine.drain_rate import DrainRate
-from service.engine.fair_queue import FairQueue
-from service.engine.jobs import BatchControl, Job, JobRequest, P, R, Results, Run, Ticket, Work
-from service.engine.policy import LINGER_TICKS, BatchDelay, BatchLimits, batching_delay
+from service.engine.fair_queue import (
+    BatchControl,
+    FairQueue,
+    Job,
+    JobRequest,
+    P,
+    R,
+    Results,
+    Run,
+    Ticket,
+    Work,
+)
+from service.engine.policy import (
+    LINGER_TICKS,
+    Admission,
+    BatchDelay,
+    BatchLimits,
+    DrainRate,
+    batching_delay,
+    shared_error,
+)
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. Whatever its batch waits for ends at the

@@ -1,4 +1,7 @@
-"""Fair queue of one model's jobs: FIFO within a stream, round robin between requests.
+"""Jobs, and the fair queue of one model: FIFO within a stream, round robin between requests.
+
+A caller submits requests, which become jobs and one ticket. A job is resolved exactly once, by
+whichever part gets to it first. The ticket's future is completed when all its jobs are resolved.
 
 At most one job of a stream is ready, its oldest, and none while a batch holds the stream. A batch
 takes ready jobs round robin, one of each request at a time, as a router serves its flows. So a
@@ -13,16 +16,145 @@ request starves, however many steps its job has.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable
-from typing import Any, Final, Generic
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from dataclasses import dataclass
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from service.engine.drain_rate import DrainRate
-from service.engine.jobs import Job, P, R, Ticket
-from service.engine.policy import BatchLimits
+from service.core.errors import CarryError
+from service.engine.policy import BatchLimits, DrainRate
 
 MAX_SKIPPED: Final = 64
 """How many jobs that do not fit into a batch may be skipped in favour of smaller ones."""
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class JobRequest(NamedTuple, Generic[P]):
+    """A unit of work that a caller submits.
+
+    Attributes:
+        key: the stream; None for work without a stream.
+        steps: its steps, on which the size of a batch depends.
+    """
+
+    payload: P
+    key: Hashable | None
+    steps: int
+
+
+Results = asyncio.Future[list[R | CarryError]]
+
+
+class Ticket(Generic[R]):
+    """One caller, which waits for the results of all of its jobs.
+
+    Attributes:
+        jobs: how many jobs the caller waits for.
+        deadline_s: how long the caller waits, on the monotonic clock.
+    """
+
+    __slots__ = ("_left", "_results", "deadline_s", "future", "jobs")
+
+    def __init__(self, jobs: int, deadline_s: float):
+        self.jobs = jobs
+        self.deadline_s = deadline_s
+        self.future: Results[R] = asyncio.get_running_loop().create_future()
+        self._results: list[R | CarryError | None] = [None] * jobs
+        self._left = jobs
+
+    def resolve(self, index: int, result: R | CarryError) -> None:
+        """Set one result; the last one completes the future, unless it was cancelled."""
+        self._results[index] = result
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result([each for each in self._results if each is not None])
+
+
+@dataclass(slots=True, eq=False)
+class Job(Generic[P, R]):
+    """One request in the queue or in a batch.
+
+    Attributes:
+        number: position in the order of all jobs.
+        submitted_s: time of submission, on the monotonic clock.
+        attempts: number of batches that it was in before.
+        is_committing: its commit was sent, so it may have been applied even if it fails.
+        is_out_of_order: an earlier job of its stream is being retried, so it has to be retried too.
+    """
+
+    payload: P
+    key: Hashable | None
+    steps: int
+    number: int
+    submitted_s: float
+    ticket: Ticket[R]
+    index: int
+    attempts: int = 0
+    is_resolved: bool = False
+    is_committing: bool = False
+    is_out_of_order: bool = False
+
+    @property
+    def deadline_s(self) -> float:
+        """Time until which its caller waits, on the monotonic clock."""
+        return self.ticket.deadline_s
+
+    def resolve(self, result: R | CarryError) -> None:
+        """Resolve the job with a result or an error; only the first call has an effect."""
+        if not self.is_resolved:
+            self.is_resolved = True
+            self.ticket.resolve(self.index, result)
+
+
+Work = Coroutine[Any, Any, list[Job[Any, Any]]]
+
+
+class BatchControl:
+    """What a running batch can ask of the batcher: release streams early, detach jobs."""
+
+    __slots__ = ("_detach", "_held", "_is_alone", "_on_release")
+
+    def __init__(
+        self,
+        held: set[Hashable],
+        on_release: Callable[[Hashable], None],
+        is_alone: Callable[[], bool],
+        detach: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
+    ):
+        self._held = held
+        self._on_release = on_release
+        self._is_alone = is_alone
+        self._detach = detach
+
+    def release_stream(self, key: Hashable) -> None:
+        """Let the next job of a stream run before this batch ends."""
+        if key in self._held:
+            self._held.discard(key)
+            self._on_release(key)
+
+    def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
+        """Remove jobs from the batch and continue them in a task of its own, which needs no slot.
+
+        Args:
+            work: resolves the jobs; returns those to be retried.
+
+        Returns:
+            The task of the work.
+        """
+        return self._detach(jobs, work)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other batch is running and the queue is empty."""
+        return self._is_alone()
+
+
+Run = Callable[[list[Job[P, R]], BatchControl], Awaitable[list[Job[P, R]]]]
+"""Runs a batch: resolves its jobs, each of another stream, and returns those to be retried. May
+release a stream before it ends, once the stream's next job can be computed."""
 
 
 class Backlog(Generic[P, R]):

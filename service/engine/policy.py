@@ -1,9 +1,48 @@
-"""Batching policy: the limits of a batch, and the batching delay; pure functions."""
+"""Policies of a batcher: batch limits, batching delay, admission control.
+
+Admission control accepts a job into the queue or rejects it (backpressure, load shedding). The
+queue is bounded by its length and by waiting time: at the current drain rate, a new job must start
+before its deadline and within `max_wait_s`. Otherwise it is rejected at once, with the time that
+the queue needs to drain as `Retry-After`. What counts is the number of jobs that start before the
+new one: one job of each ready request, and the backlog of its own stream, at the stream's own rate.
+The backlog of a stream is limited to a share of the free places (dynamic threshold), and a request
+to what it leaves to others. So a backlog affects its own callers only.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Hashable
 from enum import Enum
-from typing import Final, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import structlog
+
+from service.core.errors import Overloaded, StreamOverloaded
+
+if TYPE_CHECKING:
+    from service.engine.fair_queue import Backlog, FairQueue
+
+MAX_DELAY_TURNS: Final = 16
+"""Longest batching delay while no batch is in flight, in turns of the event loop."""
+
+LINGER_TICKS: Final = 2
+"""Longest batching delay (linger) while a batch is in flight, in milliseconds."""
+
+NO_LINGER_ROWS: Final = 32
+"""A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
+in flight it keeps both the event loop and the store busy."""
+
+WINDOW_S: Final = 0.2
+"""Length of one measurement; the rate is the mean of the new and the previous one."""
+
+MAX_RETRY_AFTER_S: Final = 60.0
+
+STREAM_SHARE: Final = 4
+"""A stream's backlog may take 1 / `STREAM_SHARE` of the free places in the queue."""
+
+log = structlog.get_logger(__name__)
 
 
 class BatchLimits(NamedTuple):
@@ -18,17 +57,6 @@ class BatchLimits(NamedTuple):
     max_rows: int
     max_padded_steps: int
     long_steps: int = 2**31
-
-
-MAX_DELAY_TURNS: Final = 16
-"""Longest batching delay while no batch is in flight, in turns of the event loop."""
-
-LINGER_TICKS: Final = 2
-"""Longest batching delay (linger) while a batch is in flight, in milliseconds."""
-
-NO_LINGER_ROWS: Final = 32
-"""A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
-in flight it keeps both the event loop and the store busy."""
 
 
 class BatchDelay(Enum):
@@ -57,3 +85,155 @@ def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> Batch
     if in_flight:
         return BatchDelay.LINGER if waiting < NO_LINGER_ROWS else BatchDelay.NONE
     return BatchDelay.LOOP_TURN if turns < MAX_DELAY_TURNS else BatchDelay.NONE
+
+
+class DrainRate:
+    """The drain rate of one queue; use from one task at a time.
+
+    Attributes:
+        done: number of jobs done so far, counted by the owner.
+        per_s: jobs done per second; None if unknown.
+    """
+
+    __slots__ = ("_before", "_since_s", "done", "per_s")
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.per_s: float | None = None
+        self._before = 0
+        self._since_s: float | None = None
+
+    def note(self, now_s: float, waiting: int) -> None:
+        """Note the number of waiting jobs; call after starting all jobs that may start."""
+        if not waiting:
+            self.per_s = self._since_s = None
+            return
+        if self._since_s is not None:
+            seconds, done = now_s - self._since_s, self.done - self._before
+            if seconds < WINDOW_S:
+                return
+            if done:
+                rate = done / seconds
+                self.per_s = rate if self.per_s is None else (self.per_s + rate) / 2
+        self._since_s, self._before = now_s, self.done
+
+
+class Rejection(NamedTuple):
+    """Why a job is not admitted.
+
+    Attributes:
+        waiting: number of jobs that start before it.
+        per_s: jobs that start per second; None if unknown.
+        of_stream: whether these jobs are the backlog of its own stream.
+    """
+
+    waiting: int
+    per_s: float | None
+    of_stream: bool
+
+    def error(self) -> Overloaded:
+        """The error for the caller."""
+        kind = StreamOverloaded if self.of_stream else Overloaded
+        what = "chunks of this stream" if self.of_stream else "chunks"
+        if self.per_s is None:
+            return kind(f"{self.waiting} {what} are waiting, which is the limit", retry_after_s=1)
+        drained_s = min(MAX_RETRY_AFTER_S, max(1.0, round(self.waiting / self.per_s, 1)))
+        return kind(
+            f"{self.waiting} {what} are waiting, and {self.per_s:.0f} are done per second",
+            retry_after_s=drained_s,
+        )
+
+
+shared_error = lru_cache(maxsize=64)(Rejection.error)
+"""`Rejection.error` with one shared object for equal rejections."""
+
+
+class Admission:
+    """Admission control of one batcher.
+
+    Args:
+        queue: the waiting jobs.
+        rate: how fast the queue drains.
+        max_queue, max_wait_s, on_shedding: as the batcher's.
+    """
+
+    def __init__(
+        self,
+        queue: FairQueue[Any, Any],
+        rate: DrainRate,
+        *,
+        max_queue: int,
+        max_wait_s: float,
+        on_shedding: Callable[[bool], None],
+    ):
+        self._queue = queue
+        self._rate = rate
+        self._max_queue = max_queue
+        self._max_wait_s = max_wait_s
+        self._on_shedding = on_shedding
+        self._is_shedding = False
+
+    def check_admission(
+        self, key: Hashable | None, left_s: float, index: int = 0
+    ) -> Rejection | None:
+        """Decide whether a job is admitted; returns why not, or None if it is.
+
+        Args:
+            left_s: time until the job's deadline.
+            index: number of jobs of the same request before it.
+        """
+        queue, rate = self._queue, self._rate.per_s
+        waiting = len(queue)
+        room = self._max_queue - waiting
+        if room <= index:
+            self._report_shedding(waiting)
+            return Rejection(waiting, rate, False)
+        if rate is not None and waiting >= (max_before := self._max_before(left_s, rate)):
+            # round robin: before a request's n-th job, every other request starts up to n jobs
+            before = min(queue.ready(), queue.requests * (index + 1))
+            if before >= max_before:
+                self._report_shedding(before)
+                return Rejection(before, rate, False)
+        backlog = queue.backlog(key)
+        if backlog is None:
+            return None
+        waiting, rate = len(backlog.jobs), backlog.per_s
+        max_backlog = max(1, room // STREAM_SHARE)
+        if waiting < max_backlog and (rate is None or waiting < self._max_before(left_s, rate)):
+            return None
+        self._report_stream_shedding(backlog)
+        return Rejection(waiting, rate, True)
+
+    def _max_before(self, left_s: float, per_s: float) -> float:
+        """How many jobs can start at a rate before a job that has `left_s` until its deadline."""
+        wait_s = min(self._max_wait_s, left_s)
+        if wait_s == math.inf:
+            return math.inf
+        # at least one, since a job in an empty queue does not wait
+        return max(1, int(wait_s * per_s))
+
+    def stop_shedding(self) -> None:
+        """Report the end of load shedding: the queue is drained, or the batcher stops."""
+        if self._is_shedding:
+            self._is_shedding = False
+            self._on_shedding(False)
+
+    def _report_shedding(self, waiting: int) -> None:
+        """Report the start of load shedding, once until the queue is drained."""
+        if not self._is_shedding:
+            self._is_shedding = True
+            self._on_shedding(True)
+            rate = self._rate.per_s
+            log.warning("overloaded", waiting=waiting, done_per_s=rate and round(rate, 1))
+
+    def _report_stream_shedding(self, backlog: Backlog[Any, Any]) -> None:
+        """Log that a stream is overloaded, once until its backlog is empty."""
+        if not backlog.is_shedding:
+            backlog.is_shedding = True
+            rate = backlog.per_s
+            log.warning(
+                "stream_overloaded",
+                stream=getattr(backlog.key, "stream", backlog.key),
+                waiting=len(backlog.jobs),
+                done_per_s=rate and round(rate, 1),
+            )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamKey, StreamState, Timing
-from service.engine.jobs import Job
+from service.engine.fair_queue import Job
 
 ChunkJob = Job[Chunk, Reply]
 

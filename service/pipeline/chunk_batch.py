@@ -17,7 +17,7 @@ from collections.abc import Callable
 from service.core.delivery import stream_facts
 from service.core.errors import Conflict
 from service.engine.compute import Compute
-from service.engine.jobs import BatchControl
+from service.engine.fair_queue import BatchControl
 from service.engine.state_cache import StateCache
 from service.pipeline.batch_item import BatchItem, ChunkJob, StageTimes
 from service.pipeline.chunk_commit import ChunkCommitter

@@ -28,7 +28,7 @@ from service.core.errors import (
     StoreUnavailable,
 )
 from service.core.values import Reply, StoredReply, StreamState, Timing
-from service.engine.jobs import BatchControl
+from service.engine.fair_queue import BatchControl
 from service.engine.state_cache import StateCache
 from service.pipeline.batch_item import BatchItem, ChunkJob, Computed, StageTimes, last_deadline_s
 from service.pipeline.chunk_load import ChunkLoader

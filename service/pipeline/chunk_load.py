@@ -26,7 +26,7 @@ from service.core.delivery import (
 from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
 from service.core.values import Chunk, Reply, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
-from service.engine.jobs import BatchControl
+from service.engine.fair_queue import BatchControl
 from service.engine.state_cache import StateCache
 from service.pipeline.batch_item import BatchItem, StageTimes, first_deadline_s
 from service.pipeline.recorder import Recorder

@@ -16,7 +16,7 @@ from models.decoding.forecasts import Decoding, Forecast
 from service.core.errors import NotFinite
 from service.core.values import FloatRows
 from service.engine.compute import Compute, TimeSlicer
-from service.engine.jobs import BatchControl, Job
+from service.engine.fair_queue import BatchControl, Job
 from service.engine.runtimes.base import Runtime
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel

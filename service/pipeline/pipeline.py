@@ -41,7 +41,7 @@ from service.core.values import (
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
-from service.engine.jobs import Job, JobRequest, Results, Run
+from service.engine.fair_queue import Job, JobRequest, Results, Run
 from service.engine.policy import BatchLimits
 from service.engine.runtimes.base import Runtime
 from service.engine.state_cache import StateCache

@@ -15,7 +15,7 @@ from models.spec.state import State
 from service.core.errors import CarryError, InternalError, NotFinite
 from service.core.values import Prediction, Steps
 from service.engine.compute import Compute
-from service.engine.jobs import BatchControl, Job
+from service.engine.fair_queue import BatchControl, Job
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import Encoded, ServedModel

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import StreamKey
-from service.engine.jobs import BatchControl
+from service.engine.fair_queue import BatchControl
 from service.pipeline.batch_item import BatchItem, ChunkJob
 from service.store.base import StateStore
 

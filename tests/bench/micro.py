@@ -48,8 +48,7 @@ from service.core.values import (
     StreamKey,
     StreamState,
 )
-from service.engine.fair_queue import FairQueue
-from service.engine.jobs import Job, Ticket
+from service.engine.fair_queue import FairQueue, Job, Ticket
 from service.engine.policy import BatchLimits
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from service.ops.logs import configure_logs

@@ -9,10 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from service.core.errors import CarryError
-from service.engine.admission import Admission, Rejection
 from service.engine.batcher import Batcher
-from service.engine.jobs import BatchControl, Job, JobRequest
-from service.engine.policy import BatchLimits
+from service.engine.fair_queue import BatchControl, Job, JobRequest
+from service.engine.policy import Admission, BatchLimits, Rejection
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)

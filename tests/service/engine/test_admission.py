@@ -9,10 +9,9 @@ import pytest
 import structlog
 
 from service.core.errors import Overloaded, StreamOverloaded
-from service.engine.admission import STREAM_SHARE
 from service.engine.batcher import ITEMS_PER_PART, Batcher
-from service.engine.jobs import JobRequest, Results
-from service.engine.policy import BatchLimits
+from service.engine.fair_queue import JobRequest, Results
+from service.engine.policy import STREAM_SHARE, BatchLimits
 from tests.service.engine.batching import UP_TO_8, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced

@@ -9,8 +9,7 @@ import pytest
 
 from service.core.errors import InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import FairQueue
-from service.engine.jobs import BatchControl, JobRequest
+from service.engine.fair_queue import BatchControl, FairQueue, JobRequest
 from service.engine.policy import MAX_DELAY_TURNS, BatchLimits
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 

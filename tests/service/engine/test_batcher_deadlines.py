@@ -10,7 +10,7 @@ import structlog
 
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from service.engine.batcher import DEADLINE_GRACE_S, Batcher
-from service.engine.jobs import BatchControl, Job
+from service.engine.fair_queue import BatchControl, Job
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.support.servers import until_async
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
-from service.engine.jobs import BatchControl
+from service.engine.fair_queue import BatchControl
 from tests.service.engine.batching import Jobs, Runs, batching, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.engine.fair_queue import MAX_SKIPPED, FairQueue
-from service.engine.jobs import Job, Ticket
+from service.engine.fair_queue import MAX_SKIPPED, FairQueue, Job, Ticket
 from service.engine.policy import BatchLimits
 
 LIMITS = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=200)

@@ -15,7 +15,7 @@ import pytest
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, StoreUnavailable
 from service.core.values import Reply
-from service.engine.jobs import BatchControl, Job, Ticket, Work
+from service.engine.fair_queue import BatchControl, Job, Ticket, Work
 from service.pipeline.batch_item import BatchItem, ChunkJob
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.pipeline import Pipeline

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from service.core.values import StreamKey
-from service.engine.admission import Admission
+from service.engine.policy import Admission
 from service.transports.http.connection.connections import ConnectionLimits
 from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,

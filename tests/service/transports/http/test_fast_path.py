@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from models.artifact.artifact import Artifact
 from service import app
-from service.engine.admission import Admission
+from service.engine.policy import Admission
 from service.transports.http.connection.fast_path import FastPath, FastRequest
 from service.transports.http.connection.framing import check_head
 from service.transports.http.connection.http_protocol import HttpProtocol, HttpState
