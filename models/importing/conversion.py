@@ -12,7 +12,7 @@ from models.errors import ImportedModelError
 from models.importing.graph import translate
 from models.importing.reading import read_keras_model
 from models.importing.result import Conversion
-from models.importing.verification import prove
+from models.importing.verification import verify
 
 
 def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, NDArray[np.float32]]]:
@@ -36,7 +36,7 @@ def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, ND
         translation = translate(model, name)
     except ImportedModelError as error:
         raise ImportedModelError(f"{where}: {error}") from error
-    lengths, sequences, largest = prove(model, translation, where)
+    lengths, sequences, largest = verify(model, translation, where)
     conversion = Conversion(
         spec=translation.spec.model_dump(mode="json"),
         keras=keras.__version__,

@@ -1,8 +1,7 @@
 """Converts the layer graph of a Keras model to a `ModelSpec`.
 
-The walk follows the model's nodes from its one input to its outputs, nested models
-included, and collects everything that cannot be carried before it refuses: the message
-names each layer by class and name, with the reason.
+The walk follows the model's nodes from its one input to its outputs, nested models included, and
+collects all unsupported layers: the error names each of them by class and name, with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import ImportedModelError, SpecError
-from models.importing.layers import CannotCarryError, Carried, carry_layer
+from models.importing.layers import ConvertedLayer, UnsupportedLayerError, convert_layer
 from models.importing.states import (
     Call,
     Value,
@@ -92,28 +91,27 @@ def translate(model: Any, name: str) -> Translation:
 
     Raises:
         ImportedModelError: it has another number of inputs than one, an input that is not
-            [batch, steps, features], or layers that cannot be carried.
+            [batch, steps, features], or unsupported layers.
     """
     graph = functional_of(model)
     features = _input_features(graph)
     walk = _Walk()
-    given = tuple(graph.inputs[0].shape)
-    outputs = _walk_graph(walk, graph, [Value(FEATURES, given, "the input")])
-    heads, found = _heads(walk, graph, outputs)
+    shape = tuple(graph.inputs[0].shape)
+    outputs = _walk_graph(walk, graph, [Value(FEATURES, shape, "the input")])
+    heads, model_outputs = _heads(walk, graph, outputs)
     if walk.refused:
         raise ImportedModelError(
-            "the model holds what cannot be carried:\n"
-            + "\n".join(f"  {line}" for line in walk.refused)
+            "the model has unsupported layers:\n" + "\n".join(f"  {line}" for line in walk.refused)
         )
     data = {"name": name, "features": features, "layers": walk.layers, "heads": heads}
-    spec = _parsed(data)
-    if spec.chunk_limit is not None and (given[1] or 0) > DEFAULT_CHUNK_STEPS:
-        spec = _parsed({**data, "max_chunk_steps": given[1]})
+    spec = _parse(data)
+    if spec.chunk_limit is not None and (shape[1] or 0) > DEFAULT_CHUNK_STEPS:
+        spec = _parse({**data, "max_chunk_steps": shape[1]})
     notes = (*walk.notes, *_chunking_notes(spec, model))
-    return Translation(spec, walk.weights, found, tuple(walk.table), notes)
+    return Translation(spec, walk.weights, model_outputs, tuple(walk.table), notes)
 
 
-def _parsed(data: dict[str, Any]) -> ModelSpec:
+def _parse(data: dict[str, Any]) -> ModelSpec:
     try:
         return parse_spec(data, "the imported model")
     except SpecError as error:
@@ -121,7 +119,7 @@ def _parsed(data: dict[str, Any]) -> ModelSpec:
 
 
 def _chunking_notes(spec: ModelSpec, model: Any) -> list[str]:
-    """What the model's chunking means to who knows the original."""
+    """Notes on how the model's chunking relates to the original."""
     if spec.chunking == "per_chunk":
         handed = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]
         starts = " and ".join(
@@ -164,9 +162,9 @@ def _input_features(graph: Any) -> int:
     return int(shapes[0][2])
 
 
-def _walk_graph(walk: _Walk, graph: Any, given: list[Value]) -> list[Value]:
-    """Carry every node of the graph, inputs first; the values of its outputs."""
-    values = {id(tensor): value for tensor, value in zip(graph.inputs, given, strict=True)}
+def _walk_graph(walk: _Walk, graph: Any, inputs: list[Value]) -> list[Value]:
+    """Convert every node of the graph, inputs first; returns the values of its outputs."""
+    values = {id(tensor): value for tensor, value in zip(graph.inputs, inputs, strict=True)}
     nodes = [
         node
         for depth in sorted(graph._nodes_by_depth, reverse=True)
@@ -178,7 +176,7 @@ def _walk_graph(walk: _Walk, graph: Any, given: list[Value]) -> list[Value]:
         operation = node.operation
         if isinstance(operation, keras.Model):
             reads = [values[id(tensor)] for tensor in node.input_tensors]
-            found = _nested(walk, operation, reads)
+            results = _walk_nested(walk, operation, reads)
         else:
             tensors = call_of(node)
             call = replace(
@@ -186,12 +184,12 @@ def _walk_graph(walk: _Walk, graph: Any, given: list[Value]) -> list[Value]:
                 reads=[values[id(tensor)] for tensor in tensors.reads],
                 initial=[None if t is None else values[id(t)] for t in tensors.initial],
             )
-            found = _carry(walk, operation, call, node.outputs, calls[id(operation)])
-        values.update({id(t): v for t, v in zip(node.outputs, found, strict=True)})
+            results = _add_layer(walk, operation, call, node.outputs, calls[id(operation)])
+        values.update({id(t): v for t, v in zip(node.outputs, results, strict=True)})
     return [values[id(tensor)] for tensor in graph.outputs]
 
 
-def _nested(walk: _Walk, model: Any, reads: list[Value]) -> list[Value]:
+def _walk_nested(walk: _Walk, model: Any, reads: list[Value]) -> list[Value]:
     graph = functional_of(model)
     if len(graph.inputs) != len(reads):
         raise ImportedModelError(
@@ -201,22 +199,24 @@ def _nested(walk: _Walk, model: Any, reads: list[Value]) -> list[Value]:
     return _walk_graph(walk, graph, reads)
 
 
-def _carry(walk: _Walk, operation: Any, call: Call, outputs: list[Any], calls: int) -> list[Value]:
-    """Add one layer to the walk; a refused one is passed over, so that the walk goes on."""
+def _add_layer(
+    walk: _Walk, operation: Any, call: Call, outputs: list[Any], calls: int
+) -> list[Value]:
+    """Add one layer to the walk; an unsupported one is skipped, so that the walk continues."""
     kind = type(operation).__name__
     owner = f"{kind} {operation.name!r}"
     shapes = [tuple(tensor.shape) for tensor in outputs]
     name = call.reads[0].name
     refused = False
     try:
-        carried = _translated(operation, call, calls)
-    except CannotCarryError as error:
+        carried = _convert(operation, call, calls)
+    except UnsupportedLayerError as error:
         walk.refused.append(f"{owner}: {error}")
-        carried, refused = Carried(), True
+        carried, refused = ConvertedLayer(), True
     if carried.note:
         walk.notes.append(f"{owner}: {carried.note}")
     if carried.data:
-        name = _free_name(walk.names, operation.name)
+        name = _unique_name(walk.names, operation.name)
         walk.layers.append({"name": name, "inputs": [v.name for v in call.reads], **carried.data})
         walk.weights.update({f"{name}.{part}": w for part, w in carried.weights.items()})
     if "starts_from" in carried.data:
@@ -229,32 +229,34 @@ def _carry(walk: _Walk, operation: Any, call: Call, outputs: list[Any], calls: i
     ]
 
 
-def _translated(operation: Any, call: Call, calls: int) -> Carried:
+def _convert(operation: Any, call: Call, calls: int) -> ConvertedLayer:
     kind, reads = type(operation).__name__, call.reads
     merging = type(operation).__module__.startswith("keras.") and kind in _MERGING_OPERATIONS
     if merging and not isinstance(operation, keras.layers.Layer):
-        carried = Carried({"kind": _MERGING_OPERATIONS[kind]})
+        carried = ConvertedLayer({"kind": _MERGING_OPERATIONS[kind]})
         if len(reads) < 2:
-            raise CannotCarryError("it merges a layer with a constant; use a layer for it")
+            raise UnsupportedLayerError("it merges a layer with a constant; use a layer for it")
     else:
-        carried = carry_layer(operation, len(reads[0].shape))
+        carried = convert_layer(operation, len(reads[0].shape))
     if calls > 1:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"it is used {calls} times in the model, and each use would need its own state "
             "and weights"
         )
     merges = carried.data.get("kind") in ("add", "multiply", "average", "concatenate")
     if len(reads) > 1 and not merges:
-        raise CannotCarryError("it reads more than one tensor")
+        raise UnsupportedLayerError("it reads more than one tensor")
     if call.masked:
-        raise CannotCarryError("it is called with a mask; every event of a stream counts")
+        raise UnsupportedLayerError("it is called with a mask; every event of a stream counts")
     if any(value.part for value in reads):
-        raise CannotCarryError("it reads a layer's returned state; only sequences are passed on")
+        raise UnsupportedLayerError(
+            "it reads a layer's returned state; only sequences are passed on"
+        )
     if len({len(value.shape) for value in reads}) > 1:
-        raise CannotCarryError("it merges whole sequences with a last step")
+        raise UnsupportedLayerError("it merges whole sequences with a last step")
     if merges and carried.data["kind"] != "concatenate" and len({v.shape[-1] for v in reads}) > 1:
         widths = [value.shape[-1] for value in reads]
-        raise CannotCarryError(f"it broadcasts widths {widths}; expected equal ones")
+        raise UnsupportedLayerError(f"it broadcasts widths {widths}; expected equal ones")
     if call.initial:
         handed = {**carried.data, "starts_from": starts_from(operation, call.initial)}
         return replace(carried, data=handed)
@@ -265,7 +267,7 @@ def _heads(
     walk: _Walk, graph: Any, outputs: Sequence[Value]
 ) -> tuple[list[dict[str, Any]], tuple[ModelOutput, ...]]:
     heads: list[dict[str, Any]] = []
-    found: list[ModelOutput] = []
+    model_outputs: list[ModelOutput] = []
     sequences = sum(value.part is None for value in outputs)
     names: set[str] = set()
     for index, value in enumerate(outputs):
@@ -277,26 +279,26 @@ def _heads(
             continue
         if value.part is not None:
             part = f"{value.name}.{value.part}"
-            found.append(ModelOutput(index, part=part))
+            model_outputs.append(ModelOutput(index, part=part))
             walk.notes.append(f"output {index} is the state part {part!r}, not an output")
             continue
-        given = "output" if sequences == 1 else str(graph.output_names[index])
-        head = _free_name(names, given)
+        keras_name = "output" if sequences == 1 else str(graph.output_names[index])
+        head = _unique_name(names, keras_name)
         heads.append({"kind": "sequence", "name": head, "input": value.name})
-        found.append(ModelOutput(index, head=head, last_only=len(value.shape) == 2))
+        model_outputs.append(ModelOutput(index, head=head, last_only=len(value.shape) == 2))
     if not heads:
         walk.refused.append("the model: expected an output that is not a layer's state")
-    return heads, tuple(found)
+    return heads, tuple(model_outputs)
 
 
-def _free_name(taken: set[str], given: str) -> str:
-    """The Keras name as a layer name of ours, not yet taken."""
-    name = re.sub(r"[^a-z0-9_]+", "_", given.lower()).strip("_")[:56] or "layer"
+def _unique_name(used: set[str], keras_name: str) -> str:
+    """A valid, unused name that resembles the Keras name."""
+    name = re.sub(r"[^a-z0-9_]+", "_", keras_name.lower()).strip("_")[:56] or "layer"
     if not name[0].isalpha():
         name = f"layer_{name}"
     free, number = name, 1
-    while free in taken:
+    while free in used:
         number += 1
         free = f"{name}_{number}"
-    taken.add(free)
+    used.add(free)
     return free

@@ -5,9 +5,8 @@ running its code, translates it layer by layer, and compares it with the origina
 sequences (`models.importing.verification`). This process takes specification and weights from there
 as untrusted data, and packages them. Nothing is written unless every output agrees.
 
-It refuses what cannot be carried, naming each layer by class and name with the reason,
-and a packaged model whose outputs differ from the original's by more than
-|a - b| <= 1e-5 + 1e-5 |b|.
+Models with unsupported layers are rejected, with each layer's class, name and reason, and so is an
+imported model whose outputs differ from the original's by more than |a - b| <= 1e-5 + 1e-5 |b|.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from models.spec.model import parse_spec
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What was imported and how well it agrees with the original.
+    """What was imported and how closely it matches the original.
 
     Attributes:
         artifact: the artifact that was written.
-        layers: Keras name, Keras class and name in the spec ("" where it was left out).
-        notes: what the user should know, one sentence each.
+        layers: Keras name, Keras class and name in the spec ("" if it was omitted).
+        notes: notes for the user, one sentence each.
         lengths_steps: lengths of the random sequences it was verified on, in order.
         sequences: how many sequences of each length.
         largest_difference: largest |a - b| over all outputs of all sequences.
@@ -63,7 +62,7 @@ def import_keras_model(
         limits: resource limits for reading and verifying the model.
 
     Raises:
-        ImportedModelError: the file cannot be read, holds layers that cannot be carried, gives
+        ImportedModelError: the file cannot be read, has unsupported layers, gives
             other numbers than the packaged model, or reached a limit.
         ArtifactError: `out` is occupied.
     """

@@ -1,9 +1,9 @@
 """Converts one Keras layer, with its weights, to a layer of a `ModelSpec`.
 
-`carry_layer` knows the Keras layers that work step by step and mean the same with carried
-state, and `Bidirectional`, which makes a model of whole sequences; everything else, and every
-option that would change a number, it refuses with the reason. Only exact Keras classes are taken:
-a subclass may compute anything.
+`convert_layer` supports the Keras layers that work step by step with equal results under carried
+state, and `Bidirectional`, which makes a model of whole sequences. Everything else, and every
+option that would change results, is rejected with the reason. Only exact Keras classes are
+supported: a subclass may compute anything.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LEAKY_RELU_SLOPE = 0.2
 """The slope of `leaky_relu`, which is the default of `keras.activations.leaky_relu`."""
 
 
-class CannotCarryError(Exception):
-    """The reason why a layer is refused; never leaves this package."""
+class UnsupportedLayerError(Exception):
+    """The reason why a layer is unsupported; internal to this package."""
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
-    """A layer that can be carried.
+class ConvertedLayer:
+    """A converted layer.
 
     Attributes:
-        data: the layer as plain spec data without name and inputs; empty where the layer
-            changes nothing in serving and is left out.
+        data: the layer as plain spec data without name and inputs; empty if the layer has no
+            effect in serving and is omitted.
         weights: its weights by kind, such as `kernel`.
-        note: what the user should know, or empty.
+        note: a note for the user, or empty.
     """
 
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Carried:
     note: str = ""
 
 
-def carry_layer(layer: Any, rank: int) -> Carried:
+def convert_layer(layer: Any, rank: int) -> ConvertedLayer:
     """Translate one built Keras layer.
 
     Args:
@@ -51,25 +51,25 @@ def carry_layer(layer: Any, rank: int) -> Carried:
         rank: axes of the tensors it reads, 3 for [batch, steps, features].
 
     Raises:
-        CannotCarryError: the reason why it cannot be carried.
+        UnsupportedLayerError: the reason why it is not supported.
     """
     kind = type(layer)
     if not isinstance(layer, keras.layers.Layer):
-        raise CannotCarryError("it is not a layer; use the layer of the same effect")
-    if kind not in _CARRIED:
-        raise CannotCarryError(why_not(kind.__name__))
+        raise UnsupportedLayerError("it is not a layer; use the layer of the same effect")
+    if kind not in _CONVERTERS:
+        raise UnsupportedLayerError(reason_unsupported(kind.__name__))
     _expect_float32(layer)
-    return _CARRIED[kind](layer, rank)
+    return _CONVERTERS[kind](layer, rank)
 
 
-def why_not(class_name: str) -> str:
-    """Why layers of that class are refused."""
-    return _REASONS.get(class_name, "layers of this class cannot be carried")
+def reason_unsupported(class_name: str) -> str:
+    """Why layers of that class are unsupported."""
+    return _REASONS.get(class_name, "layers of this class are not supported")
 
 
 def is_known(class_name: str) -> bool:
     """Whether a layer of that class may be carried, its options aside."""
-    return class_name in {kind.__name__ for kind in _CARRIED} | {"InputLayer"}
+    return class_name in {kind.__name__ for kind in _CONVERTERS} | {"InputLayer"}
 
 
 _STEPS = "it looks at several steps at once, and a stream has only those that came"
@@ -105,40 +105,42 @@ _REASONS = {
 }
 
 
-def _recurrent(layer: Any, rank: int) -> Carried:
+def _recurrent(layer: Any, rank: int) -> ConvertedLayer:
     if layer.go_backwards:
-        raise CannotCarryError("go_backwards=True reads the sequence from its end")
+        raise UnsupportedLayerError("go_backwards=True reads the sequence from its end")
     note = ""
     if not layer.return_sequences:
         note = "return_sequences=False: served with an output for every step, the last one equal"
     data = {"kind": type(layer).__name__.lower(), **_cell_options(layer)}
-    return Carried(data, _cell_weights(layer), note)
+    return ConvertedLayer(data, _cell_weights(layer), note)
 
 
-def _bidirectional(layer: Any, rank: int) -> Carried:
+def _bidirectional(layer: Any, rank: int) -> ConvertedLayer:
     ahead, back = layer.forward_layer, layer.backward_layer
     for direction in (ahead, back):
         if type(direction) not in (kl.LSTM, kl.GRU) or type(direction) is not type(ahead):
-            raise CannotCarryError(
+            raise UnsupportedLayerError(
                 f"it wraps {type(direction).__name__} {direction.name!r}; expected two LSTM or "
                 "two GRU"
             )
         _expect_float32(direction)
     if ahead.go_backwards:
-        raise CannotCarryError("go_backwards=True: its first layer would read from the end")
+        raise UnsupportedLayerError("go_backwards=True: its first layer would read from the end")
     if layer.merge_mode not in _MERGE_MODES:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"merge_mode={layer.merge_mode}: expected one of {list(_MERGE_MODES)}"
         )
     if not layer.return_sequences:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             "return_sequences=False joins the forward layer's last step with the backward "
             "layer's first, which is the output of no step; expected return_sequences=True"
         )
     options, others = _cell_options(ahead), _cell_options(back)
     differ = [name for name, value in options.items() if others[name] != value]
     if differ:
-        raise CannotCarryError(f"its backward_layer differs in {differ}; expected equal options")
+        raise UnsupportedLayerError(
+            f"its backward_layer differs in {differ}; expected equal options"
+        )
     data = {
         "kind": "bidirectional",
         "cell": type(ahead).__name__.lower(),
@@ -150,7 +152,7 @@ def _bidirectional(layer: Any, rank: int) -> Carried:
         for name, direction in (("forward", ahead), ("backward", back))
         for kind, value in _cell_weights(direction).items()
     }
-    return Carried(data, weights)
+    return ConvertedLayer(data, weights)
 
 
 def _cell_options(layer: Any) -> dict[str, Any]:
@@ -171,22 +173,22 @@ def _cell_weights(layer: Any) -> dict[str, NDArray[np.float32]]:
     return _weights(layer.cell, "kernel", "recurrent_kernel", "bias")
 
 
-def _dense(layer: Any, rank: int) -> Carried:
+def _dense(layer: Any, rank: int) -> ConvertedLayer:
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
-        raise CannotCarryError("expected plain float32 weights, neither LoRA nor quantised")
+        raise UnsupportedLayerError("expected plain float32 weights, neither LoRA nor quantised")
     data = {
         "kind": "dense",
         "units": layer.units,
         "activation": _activation(layer.activation),
         "use_bias": layer.use_bias,
     }
-    return Carried(data, _weights(layer, "kernel", "bias"))
+    return ConvertedLayer(data, _weights(layer, "kernel", "bias"))
 
 
-def _normalization(layer: Any, rank: int) -> Carried:
+def _normalization(layer: Any, rank: int) -> ConvertedLayer:
     _expect_features_axis(layer.axis, rank)
     if getattr(layer, "rms_scaling", False):
-        raise CannotCarryError("rms_scaling=True is not carried")
+        raise UnsupportedLayerError("rms_scaling=True is not carried")
     batch = isinstance(layer, kl.BatchNormalization)
     data = {
         "kind": "batch_normalization" if batch else "layer_normalization",
@@ -197,73 +199,73 @@ def _normalization(layer: Any, rank: int) -> Carried:
     kinds = ["gamma"] if layer.scale else []
     kinds += ["beta"] if layer.center else []
     kinds += ["moving_mean", "moving_variance"] if batch else []
-    return Carried(data, _weights(layer, *kinds))
+    return ConvertedLayer(data, _weights(layer, *kinds))
 
 
-def _activation_layer(layer: Any, rank: int) -> Carried:
-    return Carried({"kind": "activation", "activation": _activation(layer.activation)})
+def _activation_layer(layer: Any, rank: int) -> ConvertedLayer:
+    return ConvertedLayer({"kind": "activation", "activation": _activation(layer.activation)})
 
 
-def _relu(layer: Any, rank: int) -> Carried:
+def _relu(layer: Any, rank: int) -> ConvertedLayer:
     if layer.max_value is not None or layer.threshold:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"max_value={layer.max_value}, threshold={layer.threshold}: expected a plain ReLU"
         )
     return _leaky(float(layer.negative_slope))
 
 
-def _leaky_relu(layer: Any, rank: int) -> Carried:
+def _leaky_relu(layer: Any, rank: int) -> ConvertedLayer:
     return _leaky(float(layer.negative_slope))
 
 
-def _leaky(slope: float) -> Carried:
+def _leaky(slope: float) -> ConvertedLayer:
     if slope == 0.0:
-        return Carried({"kind": "activation", "activation": "relu"})
+        return ConvertedLayer({"kind": "activation", "activation": "relu"})
     if not np.isclose(slope, LEAKY_RELU_SLOPE, rtol=1e-6):
-        raise CannotCarryError(f"negative_slope={slope}: expected {LEAKY_RELU_SLOPE} or 0")
-    return Carried({"kind": "activation", "activation": "leaky_relu"})
+        raise UnsupportedLayerError(f"negative_slope={slope}: expected {LEAKY_RELU_SLOPE} or 0")
+    return ConvertedLayer({"kind": "activation", "activation": "leaky_relu"})
 
 
-def _elu(layer: Any, rank: int) -> Carried:
+def _elu(layer: Any, rank: int) -> ConvertedLayer:
     if layer.alpha != 1.0:
-        raise CannotCarryError(f"alpha={layer.alpha}: expected 1")
-    return Carried({"kind": "activation", "activation": "elu"})
+        raise UnsupportedLayerError(f"alpha={layer.alpha}: expected 1")
+    return ConvertedLayer({"kind": "activation", "activation": "elu"})
 
 
-def _softmax(layer: Any, rank: int) -> Carried:
+def _softmax(layer: Any, rank: int) -> ConvertedLayer:
     _expect_features_axis(layer.axis, rank)
-    return Carried({"kind": "activation", "activation": "softmax"})
+    return ConvertedLayer({"kind": "activation", "activation": "softmax"})
 
 
-def _dropout(layer: Any, rank: int) -> Carried:
+def _dropout(layer: Any, rank: int) -> ConvertedLayer:
     if not 0 <= layer.rate < 1 or layer.noise_shape is not None:
         return _identity(layer, rank)
-    return Carried({"kind": "dropout", "rate": float(layer.rate)})
+    return ConvertedLayer({"kind": "dropout", "rate": float(layer.rate)})
 
 
-def _identity(layer: Any, rank: int) -> Carried:
-    return Carried(note="active in training only, left out")
+def _identity(layer: Any, rank: int) -> ConvertedLayer:
+    return ConvertedLayer(note="active in training only, left out")
 
 
-def _merge(layer: Any, rank: int) -> Carried:
+def _merge(layer: Any, rank: int) -> ConvertedLayer:
     if isinstance(layer, kl.Concatenate):
         _expect_features_axis(layer.axis, rank)
-    return Carried({"kind": type(layer).__name__.lower()})
+    return ConvertedLayer({"kind": type(layer).__name__.lower()})
 
 
-def _time_distributed(layer: Any, rank: int) -> Carried:
+def _time_distributed(layer: Any, rank: int) -> ConvertedLayer:
     inner = layer.layer
     if type(inner) not in _PER_STEP:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"it wraps {type(inner).__name__} {inner.name!r}; expected one of "
             f"{sorted(kind.__name__ for kind in _PER_STEP)}"
         )
-    return carry_layer(inner, rank - 1)
+    return convert_layer(inner, rank - 1)
 
 
 def _expect_float32(layer: Any) -> None:
     if layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"it computes in {layer.compute_dtype} with {layer.variable_dtype} weights, "
             "expected float32"
         )
@@ -272,14 +274,14 @@ def _expect_float32(layer: Any) -> None:
 def _expect_features_axis(axis: Any, rank: int) -> None:
     axes = list(axis) if isinstance(axis, (list, tuple)) else [axis]
     if [index % rank for index in axes] != [rank - 1]:
-        raise CannotCarryError(f"axis={axis}: expected the last axis, the features")
+        raise UnsupportedLayerError(f"axis={axis}: expected the last axis, the features")
 
 
 def _activation(function: Callable[[Any], Any]) -> str:
     name = keras.activations.serialize(function)
     name = name if isinstance(name, str) else getattr(function, "__name__", repr(function))
     if name not in get_args(ActivationName) or keras.activations.get(name) is not function:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"activation {name!r}: expected one of {sorted(get_args(ActivationName))}"
         )
     return name
@@ -287,15 +289,15 @@ def _activation(function: Callable[[Any], Any]) -> str:
 
 def _weights(owner: Any, *kinds: str) -> dict[str, NDArray[np.float32]]:
     """Copies of the owner's variables of those kinds; a kind it does not use is left out."""
-    found = {kind: getattr(owner, kind, None) for kind in kinds}
+    variables = {kind: getattr(owner, kind, None) for kind in kinds}
     return {
         kind: np.array(variable.value.numpy(), np.float32)
-        for kind, variable in found.items()
+        for kind, variable in variables.items()
         if variable is not None
     }
 
 
-_PER_STEP: dict[type, Callable[[Any, int], Carried]] = {
+_PER_STEP: dict[type, Callable[[Any, int], ConvertedLayer]] = {
     kl.Dense: _dense,
     kl.Activation: _activation_layer,
     kl.ReLU: _relu,
@@ -307,7 +309,7 @@ _PER_STEP: dict[type, Callable[[Any, int], Carried]] = {
     kl.BatchNormalization: _normalization,
     kl.Identity: _identity,
 }
-_CARRIED: dict[type, Callable[[Any, int], Carried]] = {
+_CONVERTERS: dict[type, Callable[[Any, int], ConvertedLayer]] = {
     **_PER_STEP,
     kl.LSTM: _recurrent,
     kl.GRU: _recurrent,

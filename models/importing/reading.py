@@ -21,7 +21,7 @@ import h5py
 import keras
 
 from models.errors import ImportedModelError
-from models.importing.layers import is_known, why_not
+from models.importing.layers import is_known, reason_unsupported
 
 MAX_CONFIG_BYTES = 16 * 2**20
 
@@ -85,10 +85,10 @@ def read_keras_model(path: Path, where: str) -> Any:
         raise ImportedModelError(f"{where}: {error}") from error
     if foreign:
         named = {line.partition(":")[0] for line in foreign}
-        others = {f"{kind} {name!r}": why_not(kind) for kind, name in unknown}
+        others = {f"{kind} {name!r}": reason_unsupported(kind) for kind, name in unknown}
         refused = foreign + [f"{who}: {why}" for who, why in others.items() if who not in named]
         raise ImportedModelError(
-            f"{where}: the model holds what cannot be carried:\n"
+            f"{where}: the model has unsupported layers:\n"
             + "\n".join(f"  {line}" for line in refused)
         )
     try:
@@ -148,11 +148,11 @@ def _why_foreign(kind: str, module: Any, registered: Any) -> str:
     if not isinstance(layer, type):
         return "it is a class of its own, which is not loaded"
     harmless = kind != "Lambda" and layer.__module__.startswith(_LAYERS)
-    return "" if harmless else why_not(kind)
+    return "" if harmless else reason_unsupported(kind)
 
 
 def _unknown(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Class and name of every layer whose class cannot be carried, nested models included."""
+    """Class and name of every layer whose class is not supported, nested models included."""
     inner = config.get("config")
     entries = inner.get("layers", []) if isinstance(inner, dict) else inner
     for entry in entries if isinstance(entries, list) else []:

@@ -1,8 +1,8 @@
 """Initial states of recurrent Keras layers: their own state, or one passed within the call.
 
-Keras takes an `initial_state` from anywhere. What can be carried is a hand-off: all the states
-that one recurrent layer returned, in the order in which it returned them, to a layer with the
-same states. That is `starts_from` in a `ModelSpec`; everything else is refused with the reason.
+Keras accepts any tensor as `initial_state`. Supported is a hand-off: all states that one recurrent
+layer returned, in its order, passed to a layer with the same states. That is `starts_from` in a
+`ModelSpec`; everything else is unsupported, with the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import keras
 from keras import layers as kl
 
-from models.importing.layers import CannotCarryError
+from models.importing.layers import UnsupportedLayerError
 
 _FROM_ELSEWHERE = (
     "a layer starts from its own state of the stream, or from the states that another returned "
@@ -28,11 +28,11 @@ class Value:
     """One tensor of the Keras model.
 
     Attributes:
-        name: the layer of ours that gives it.
-        shape: as Keras says it.
+        name: the layer of the `ModelSpec` that computes it.
+        shape: the Keras shape.
         owner: class and name of the Keras layer, for messages.
         part: which part of a recurrent layer's returned state it is, or None.
-        refused: whether its layer cannot be carried.
+        refused: whether its layer is unsupported.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Call:
     """The tensors of one call of a layer.
 
     Attributes:
-        reads: the sequences, or what is made of them.
+        reads: the input tensors.
         initial: each tensor of its `initial_state`; None where it is not one of the model's.
         masked: whether it was called with a `mask`.
     """
@@ -58,17 +58,17 @@ class Call:
 
 
 def call_of(node: Any) -> Call:
-    """What a node's operation is called with."""
+    """The tensors that a node's operation is called with."""
     if not isinstance(node.operation, (kl.RNN, kl.Bidirectional)):
         return Call(node.input_tensors)
     signature = inspect.signature(node.operation.call)
-    given = signature.bind(*node.arguments.args, **node.arguments.kwargs).arguments
-    initial = given.get("initial_state")
+    arguments = signature.bind(*node.arguments.args, **node.arguments.kwargs).arguments
+    initial = arguments.get("initial_state")
     states = [] if initial is None else keras.tree.flatten(initial)
     return Call(
-        [given["sequences"]],
+        [arguments["sequences"]],
         [state if isinstance(state, keras.KerasTensor) else None for state in states],
-        given.get("mask") is not None,
+        arguments.get("mask") is not None,
     )
 
 
@@ -83,45 +83,45 @@ def state_parts(layer: Any) -> tuple[str, ...]:
 
 
 def starts_from(layer: Any, initial: Sequence[Value | None]) -> str:
-    """The layer of ours whose returned state a Keras layer is called with.
+    """The layer of the `ModelSpec` whose returned state a Keras layer is called with.
 
     Args:
         layer: the Keras layer.
         initial: the tensors of its `initial_state`; None for one that is no layer's.
 
     Raises:
-        CannotCarryError: they are anything else than one layer's whole state in its order.
+        UnsupportedLayerError: they are anything else than one layer's whole state in its order.
     """
     states = [value for value in initial if value is not None]
     if len(states) < len(initial):
-        raise CannotCarryError(f"its initial_state is a constant; {_FROM_ELSEWHERE}")
+        raise UnsupportedLayerError(f"its initial_state is a constant; {_FROM_ELSEWHERE}")
     for value in states:
         if value.part is None and not value.refused:
-            raise CannotCarryError(
+            raise UnsupportedLayerError(
                 f"its initial_state is the output of {value.owner}; {_FROM_ELSEWHERE} "
                 "(return_state=True)"
             )
     owners = list(dict.fromkeys(value.owner for value in states))
     if len(owners) > 1:
-        raise CannotCarryError(
+        raise UnsupportedLayerError(
             f"its initial_state comes from {' and '.join(owners)}; expected one layer's"
         )
-    given, wanted = [value.part for value in states], list(state_parts(layer))
-    if given != wanted and not any(value.refused for value in states):
-        raise CannotCarryError(
-            f"its initial_state is {given} of {owners[0]}; expected its {wanted}, in this order"
+    actual, expected = [value.part for value in states], list(state_parts(layer))
+    if actual != expected and not any(value.refused for value in states):
+        raise UnsupportedLayerError(
+            f"its initial_state is {actual} of {owners[0]}; expected its {expected}, in this order"
         )
     return states[0].name
 
 
 def initial_inputs(graph: Any) -> Iterator[str]:
-    """For each layer that starts from inputs of the model, why it is refused."""
+    """For each layer that starts from inputs of the model, why it is unsupported."""
     names = {id(tensor): tensor.name for tensor in graph.inputs}
     for nodes in graph._nodes_by_depth.values():
         for node in nodes:
             if node.is_input:
                 continue
-            found = [names[id(t)] for t in call_of(node).initial if id(t) in names]
-            if found:
+            inputs = [names[id(t)] for t in call_of(node).initial if id(t) in names]
+            if inputs:
                 owner = f"{type(node.operation).__name__} {node.operation.name!r}"
-                yield f"{owner}: its initial_state is given as inputs {found}; {_FROM_ELSEWHERE}"
+                yield f"{owner}: its initial_state is given as inputs {inputs}; {_FROM_ELSEWHERE}"

@@ -1,11 +1,11 @@
 """Verifies the imported model against the original on random sequences of several lengths.
 
-What is compared follows from the packaged model's chunking:
+What is compared depends on the chunking of the imported model:
 
-    invisible   one call of the original against chunks cut at random, the state carried from
-                chunk to chunk
-    per_chunk   chunks cut at random, each one call of both: the layers of the original that
-                start by themselves are made `stateful` for it, so that it goes on like a stream
+    invisible   one call of the original against random chunks, with the state carried from chunk
+                to chunk
+    per_chunk   random chunks, each one call of both: the recurrent layers of the original without
+                `initial_state` are made `stateful`, so that it continues like a stream
     whole       one call of both, from the zero state
 """
 
@@ -27,22 +27,25 @@ from models.spec.state import State
 ABSOLUTE_TOLERANCE = 1e-5
 RELATIVE_TOLERANCE = 1e-5
 LENGTHS_STEPS = (1, 2, 7, 33)
-"""Lengths of the random sequences, where the model does not fix the number of steps."""
+"""Lengths of the random sequences, unless the model fixes the number of steps."""
 BATCH = 3
 SEED = 20240229
 
 Floats = NDArray[np.float32]
 
 
-def prove(model: Any, translation: Translation, where: str) -> tuple[tuple[int, ...], int, float]:
-    """Run both on random sequences; lengths, sequences of each, and the largest difference.
+def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int, ...], int, float]:
+    """Run both models on random sequences and compare their outputs.
 
-    A model with `stateful=True` keeps its state from one sequence to the next, and so does
-    the packaged one beside it, unless it takes whole sequences. `model` is not to be used
-    afterwards: its layers may have become stateful.
+    A model with `stateful=True` keeps its state from one sequence to the next, and so does the
+    imported one, unless it takes whole sequences. Do not use `model` afterwards: its layers may
+    have become stateful.
+
+    Returns:
+        The lengths, the number of sequences of each, and the largest difference.
 
     Raises:
-        ImportedModelError: they differ, or the original gives no finite numbers.
+        ImportedModelError: the outputs differ, or those of the original are not finite.
     """
     network = StepNetwork(translation.spec)
     network.set_weights(translation.weights)
@@ -50,39 +53,39 @@ def prove(model: Any, translation: Translation, where: str) -> tuple[tuple[int, 
     fixed_batch, fixed_steps, features = tuple(functional_of(model).inputs[0].shape)
     batch = int(fixed_batch or BATCH)
     lengths = (int(fixed_steps),) * 3 if fixed_steps else LENGTHS_STEPS
-    goes_on = _reset(model) and chunking != "whole"
+    is_stateful = _reset(model) and chunking != "whole"
     if chunking == "per_chunk":
         _keep_states(model, batch)
-        goes_on = fixed_steps is not None  # the sequences are the chunks then
+        is_stateful = fixed_steps is not None  # the sequences are the chunks then
     random = np.random.default_rng(SEED)
     zero = np.zeros((batch, network.state_size), np.float32)
     state, largest = zero, 0.0
     for length in lengths:
         rows = random.standard_normal((batch, length, features)).astype(np.float32)
-        if not goes_on:
+        if not is_stateful:
             _reset(model)
             state = zero
         cut = chunking == "per_chunk" and fixed_steps is None
-        for call in _cuts(rows, random) if cut else [rows]:
-            wanted = _original(model, call)
-            chunks = _cuts(call, random) if chunking == "invisible" else [call]
-            outputs, state = _packaged(network, chunks, state)
+        for call in _split(rows, random) if cut else [rows]:
+            expected = _run_original(model, call)
+            chunks = _split(call, random) if chunking == "invisible" else [call]
+            outputs, state = _run_imported(network, chunks, state)
             for output in translation.outputs:
-                found = _found(translation, output.head, output.part, outputs, state)
+                actual = _output_of(translation, output.head, output.part, outputs, state)
                 if output.last_only:
-                    found = found[:, -1]
-                gap = _difference(found, wanted[output.index], call.shape[1], where)
+                    actual = actual[:, -1]
+                gap = _difference(actual, expected[output.index], call.shape[1], where)
                 largest = max(largest, gap)
     return lengths, batch, largest
 
 
-def _original(model: Any, rows: Floats) -> list[Floats]:
-    given = keras.tree.map_structure(lambda _: rows, functional_of(model).input)
-    return [np.asarray(value) for value in keras.tree.flatten(model(given, training=False))]
+def _run_original(model: Any, rows: Floats) -> list[Floats]:
+    inputs = keras.tree.map_structure(lambda _: rows, functional_of(model).input)
+    return [np.asarray(value) for value in keras.tree.flatten(model(inputs, training=False))]
 
 
-def _cuts(rows: Floats, random: np.random.Generator) -> Iterator[Floats]:
-    """The rows in chunks of 1 to 5 steps."""
+def _split(rows: Floats, random: np.random.Generator) -> Iterator[Floats]:
+    """Split rows into random chunks of 1 to 5 steps."""
     at = 0
     while at < rows.shape[1]:
         chunk = rows[:, at : at + int(random.integers(1, 6))]
@@ -90,8 +93,8 @@ def _cuts(rows: Floats, random: np.random.Generator) -> Iterator[Floats]:
         at += chunk.shape[1]
 
 
-def _packaged(network: StepNetwork, chunks: Any, state: Floats) -> tuple[Floats, Floats]:
-    """The packaged model over chunks that follow one another."""
+def _run_imported(network: StepNetwork, chunks: Any, state: Floats) -> tuple[Floats, Floats]:
+    """Run the imported model on consecutive chunks."""
     parts = []
     for chunk in chunks:
         lengths = np.full(len(chunk), chunk.shape[1], np.int32)
@@ -101,7 +104,7 @@ def _packaged(network: StepNetwork, chunks: Any, state: Floats) -> tuple[Floats,
     return np.concatenate(parts, axis=1), state
 
 
-def _found(
+def _output_of(
     translation: Translation, head: str | None, part: str | None, outputs: Floats, state: Floats
 ) -> Floats:
     if head is not None:
@@ -111,39 +114,39 @@ def _found(
     return np.stack([layout.by_name(State(row, ints))[str(part)] for row in state])
 
 
-def _difference(found: Floats, wanted: Floats, length: int, where: str) -> float:
-    if found.shape != wanted.shape or not np.isfinite(wanted).all():
+def _difference(actual: Floats, expected: Floats, length: int, where: str) -> float:
+    if actual.shape != expected.shape or not np.isfinite(expected).all():
         raise ImportedModelError(
-            f"{where}: expected finite outputs of shape {list(found.shape)} on a random "
-            f"sequence of {length} steps, the original gives {list(wanted.shape)}"
+            f"{where}: expected finite outputs of shape {list(actual.shape)} on a random "
+            f"sequence of {length} steps, the original gives {list(expected.shape)}"
         )
-    gap = np.abs(np.float64(found) - wanted)
-    excess = gap / (ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(wanted))
+    gap = np.abs(np.float64(actual) - expected)
+    excess = gap / (ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * np.abs(expected))
     if not (excess <= 1).all():
         worst = np.unravel_index(np.argmax(excess), excess.shape)
         raise ImportedModelError(
-            f"{where}: the packaged model gives {found[worst]!r} where the original gives "
-            f"{wanted[worst]!r} (sequence of {length} steps, largest difference "
+            f"{where}: the packaged model gives {actual[worst]!r} where the original gives "
+            f"{expected[worst]!r} (sequence of {length} steps, largest difference "
             f"{gap.max():.3g}); expected |a - b| <= 1e-5 + 1e-5 |b|. Large recurrent weights "
-            "make a network chaotic: any two float32 programs part there"
+            "make a network chaotic: any two float32 programs diverge there"
         )
     return float(gap.max())
 
 
 def _reset(model: Any) -> bool:
-    """Zero the states of `stateful=True` layers, nested ones included; whether there are any."""
-    found = False
+    """Zero the states of all `stateful=True` layers; returns whether any of them is recurrent."""
+    is_stateful = False
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
             layer.reset_state()
-            found = found or isinstance(layer, keras.layers.RNN)
-    return found
+            is_stateful = is_stateful or isinstance(layer, keras.layers.RNN)
+    return is_stateful
 
 
 def _keep_states(model: Any, batch: int) -> None:
     """Make the recurrent layers stateful, from the zero state.
 
-    A layer that is called with an `initial_state` starts from it all the same.
+    A layer that is called with an `initial_state` still starts from it.
     """
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.RNN):

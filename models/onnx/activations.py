@@ -1,7 +1,7 @@
 """Keras activations as ONNX nodes, and as functions of ONNX recurrent operators.
 
-As nodes all of them can be written. Inside LSTM and GRU an activation is one of the operator's
-own functions, and some have none there: those are refused.
+All of them exist as nodes. Inside LSTM and GRU an activation is one of the operator's functions;
+activations without one are rejected.
 """
 
 from __future__ import annotations

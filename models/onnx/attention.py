@@ -1,8 +1,8 @@
 """Attention with context as ONNX nodes; equations in `models.networks.attention`.
 
 Sequences are [T, B, W], state parts [1, B, size]. Over the stream all steps of a call are summed
-at once, in float64, from the state before it: memory grows with T squared. Calls are short where
-the engine may slice them; where it may not, T is bounded by `MOST_STEPS`.
+at once, in float64, from the state before it: memory grows with T squared. Calls are short if
+the engine may slice them; otherwise T is limited to `MAX_STEPS`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from models.spec.layers import EMPTY_MAXIMUM, MASKED_SCORE, AttentionLayer
 
 Weights = Mapping[str, NDArray[np.float32]]
 
-MOST_STEPS = 2048
+MAX_STEPS = 2048
 """T of the longest call with attention over the stream. Each pair of its steps takes 24 bytes while
 they are summed: 100 MB a row."""
 
 
 def check_steps(layer: AttentionLayer, chunk_limit: int | None) -> None:
-    """Refuse attention over the stream in calls that would take the memory of a machine.
+    """Reject attention over the stream in calls that would exhaust the memory.
 
     Args:
         chunk_limit: of the model.
@@ -34,10 +34,10 @@ def check_steps(layer: AttentionLayer, chunk_limit: int | None) -> None:
     Raises:
         GraphUnsupportedError
     """
-    if chunk_limit is not None and chunk_limit > MOST_STEPS:
+    if chunk_limit is not None and chunk_limit > MAX_STEPS:
         raise GraphUnsupportedError(
             f"layer {layer.name!r}: a graph holds attention over the stream for calls of at most "
-            f"{MOST_STEPS} steps, got max_chunk_steps {chunk_limit}"
+            f"{MAX_STEPS} steps, got max_chunk_steps {chunk_limit}"
         )
 
 

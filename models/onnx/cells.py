@@ -1,7 +1,7 @@
 """LSTM and GRU layers as ONNX operators.
 
-Keras and ONNX compute the same cells with their gates in another order. Where a weight holds
-its gates side by side, [..., gates * H], `_gates` puts them as ONNX wants them:
+Keras and ONNX compute the same cells with their gates in another order. If a weight has
+its gates side by side, [..., gates * H], `_gates` reorders them for ONNX:
 
     LSTM        Keras i, f, c, o    ONNX i, o, f, c
     peepholes         i, f, o            i, o, f
@@ -11,7 +11,7 @@ ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to 
 h R. Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has
 the first, and the second is zero.
 
-Sequences are [T, B, width] and state parts [1, B, H]: what the operators take and give.
+Sequences are [T, B, width] and state parts [1, B, H], as the operators expect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Floats = NDArray[np.float32]
 LSTM_GATES = (0, 3, 1, 2)
 GRU_GATES = (0, 1, 2)
 PEEPHOLE_GATES = (0, 2, 1)
-"""Where ONNX' gates stand among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
+"""Order of ONNX' gates among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
 
 
 def lstm(

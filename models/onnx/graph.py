@@ -9,9 +9,9 @@ initial states and the length of each row. B and T are free: one graph serves ev
 and dtypes are in `models.onnx.names`, the packing in `models.spec.layout`.
 
 Written from the specification alone, with neither TensorFlow nor ONNX Runtime; the same model
-gives the same bytes. What a graph cannot hold is refused: an activation that the recurrent
-operators do not have, more weights than one file takes. Rows of length 0 are not for this
-graph, and values beyond a row's length must be zero, as the engine lays them out.
+gives equal bytes. Models that a graph cannot represent are rejected: those with an activation that
+the recurrent operators lack, or with more weights than fit in one file. Rows of length 0 are not
+supported, and values beyond a row's length must be zero, as the engine pads them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The interface between a model's graph and its runtime: tensor names, metadata, format version.
 
-Imports nothing, so that a runtime can read it where the `onnx` package is not installed.
+Imports nothing, so that a runtime can use it without the `onnx` package.
 """
 
 from __future__ import annotations
 
 GRAPH_FORMAT = "1"
-"""Raised when the same names come to mean something else; an older graph is written anew."""
+"""Increased when the meaning of a name changes; older graphs are then regenerated."""
 
 ROWS = "rows"
 """Input float32 [B, T, F], B >= 1, T >= 1; a categorical column holds its code."""

@@ -1,7 +1,7 @@
 """The nodes and constants of a graph under construction.
 
-A value is known by its name, which is made here and never read by anyone else: adding a layer
-to a specification may rename every value of its graph. Constants with equal content are kept
+A value is identified by its name, which is generated here and internal to the graph: adding a layer
+to a specification may rename every value of its graph. Constants with equal content are stored
 once. Nothing is computed.
 """
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from models.onnx.messages import Tensor, node
 
 Value: TypeAlias = str
-"""The name of a tensor in the graph; "" stands for an optional input that is left out."""
+"""The name of a tensor in the graph; "" for an omitted optional input."""
 
 
 class Nodes:
-    """What has been added so far, in the order in which it will run."""
+    """The nodes and constants added so far, in execution order."""
 
     def __init__(self) -> None:
         self.nodes: list[bytes] = []

@@ -46,7 +46,7 @@ def test_import_packages_the_model(tmp_path: Path, suffix: str) -> None:
 
 def test_errors_name_the_original_file(tmp_path: Path) -> None:
     path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
-    assert refused(path).startswith(f"{path}: the model holds what cannot be carried:")
+    assert refused(path).startswith(f"{path}: the model has unsupported layers:")
 
 
 def test_import_fails_at_the_memory_limit(tmp_path: Path) -> None:
