@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamKey, StreamState, Timing
+from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamKey, StreamState
 from service.engine.fair_queue import Job
 
 ChunkJob = Job[Chunk, Reply]
@@ -49,22 +47,3 @@ class StageTimes:
     load_s: float = 0.0
     infer_s: float = 0.0
     commit_s: float = 0.0
-
-    def of(self, item: BatchItem) -> Timing:
-        """The times of one item: those of the batch, and its own in the queue."""
-        queue_s = self.began_s - item.job.submitted_s
-        return Timing(queue_s, self.load_s, self.infer_s, self.commit_s)
-
-
-def first_deadline_s(items: Iterable[BatchItem]) -> float | None:
-    """The earliest deadline of the items; None if none of them has one."""
-    return _finite(min(item.job.deadline_s for item in items))
-
-
-def last_deadline_s(items: Iterable[BatchItem]) -> float | None:
-    """The latest deadline of the items; None if one of them has none."""
-    return _finite(max(item.job.deadline_s for item in items))
-
-
-def _finite(deadline_s: float) -> float | None:
-    return None if deadline_s == math.inf else deadline_s

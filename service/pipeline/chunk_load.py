@@ -12,8 +12,11 @@ of shards that do not answer are detached from the batch (`shards`).
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from typing import NamedTuple
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 from models.errors import StateError
 from service.core.delivery import (
@@ -24,16 +27,88 @@ from service.core.delivery import (
     resolve_duplicate,
 )
 from service.core.errors import CarryError, DeadlineExceeded, StateDamaged, StoreUnavailable
-from service.core.values import Chunk, Reply, StreamState, Tombstone
+from service.core.values import Chunk, Reply, StreamKey, StreamState, Tombstone
 from service.engine.batcher import DEADLINE_TICK_S
 from service.engine.fair_queue import BatchControl
-from service.engine.state_cache import StateCache
-from service.pipeline.batch_item import BatchItem, StageTimes, first_deadline_s
+from service.pipeline.batch_item import BatchItem, StageTimes
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
 from service.pipeline.shards import Shards
-from service.pipeline.store_responsiveness import StoreResponsiveness
 from service.store.base import Loaded, StateStore
+
+OVERHEAD_BYTES: Final = 1024
+"""Memory of one entry besides its arrays: objects, keys, dictionary (944 by tracemalloc)."""
+
+STORE_UNRESPONSIVE_AFTER_S: Final = 0.1
+"""A deadline that expires after this much store silence is reported as `store_unavailable`,
+otherwise as `deadline_exceeded`."""
+
+
+class StateCache:
+    """LRU cache of the states of this worker's recent streams, which saves their load.
+
+    A cached state may be stale or not yet committed: the compare-and-set of the commit detects
+    that, and the chunk is then retried from the store. So the cache only ever provides the initial
+    state of a computation.
+
+    Args:
+        max_bytes: bound on the memory of the states; 0 keeps none.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._entries: OrderedDict[StreamKey, StreamState] = OrderedDict()
+
+    def get(self, key: StreamKey) -> StreamState | None:
+        """The cached state of a stream, or None."""
+        state = self._entries.get(key)
+        if state is not None:
+            self._entries.move_to_end(key)
+        return state
+
+    def put(self, key: StreamKey, state: StreamState) -> None:
+        """Cache a state whose commit has been sent; evicts the least recently used ones."""
+        self.drop(key)
+        self._entries[key] = state
+        self._bytes += _size_bytes(state)
+        while self._bytes > self._max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self._bytes -= _size_bytes(oldest)
+
+    def drop(self, key: StreamKey) -> None:
+        """Invalidate the cached state of a stream, if there is one."""
+        state = self._entries.pop(key, None)
+        if state is not None:
+            self._bytes -= _size_bytes(state)
+
+
+def _size_bytes(state: StreamState) -> int:
+    return state.state.floats.nbytes + state.state.ints.nbytes + OVERHEAD_BYTES
+
+
+class StoreResponsiveness:
+    """How long the oldest unanswered request of one model's batches has waited for the store."""
+
+    def __init__(self) -> None:
+        self._waiting_since_s: float | None = None
+
+    def note_request(self) -> None:
+        """Note that a request is sent to the store."""
+        if self._waiting_since_s is None:
+            self._waiting_since_s = time.monotonic()
+
+    def note_response(self) -> None:
+        """Note that the store answered any request."""
+        self._waiting_since_s = None
+
+    def silence_s(self) -> float:
+        """Seconds since the store owes an answer; 0 if it owes none."""
+        return 0.0 if self._waiting_since_s is None else time.monotonic() - self._waiting_since_s
+
+    def is_unresponsive(self) -> bool:
+        """Whether a deadline that expires now is the store's fault."""
+        return self.silence_s() > STORE_UNRESPONSIVE_AFTER_S
 
 
 class Evaluated(NamedTuple):
@@ -131,7 +206,7 @@ class ChunkLoader:
             False if the stream changed in the meantime, so that the chunk has to be retried.
         """
         try:
-            state, kept = await self._store.load_with_reply(item.key, first_deadline_s([item]))
+            state, kept = await self._store.load_with_reply(item.key, _first_deadline_s([item]))
             resolution = resolve_duplicate(
                 item.chunk, state, kept, own.head if own else None, closed=self._is_closed(state)
             )
@@ -171,7 +246,7 @@ class ChunkLoader:
             self._responsiveness.note_request()
             try:
                 states = await self._store.load(
-                    [item.key for item in remaining], first_deadline_s(remaining)
+                    [item.key for item in remaining], _first_deadline_s(remaining)
                 )
                 self._responsiveness.note_response()
             except CarryError as error:
@@ -234,3 +309,9 @@ class ChunkLoader:
         if self._blocks is None or state is None or not self._served.is_compatible(state):
             return False
         return self._blocks.is_closed(state.state)
+
+
+def _first_deadline_s(items: Iterable[BatchItem]) -> float | None:
+    """The earliest deadline of the items; None if none of them has one."""
+    deadline_s = min(item.job.deadline_s for item in items)
+    return None if deadline_s == math.inf else deadline_s

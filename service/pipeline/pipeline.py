@@ -44,9 +44,9 @@ from service.engine.compute import Compute
 from service.engine.fair_queue import Job, JobRequest, Results, Run
 from service.engine.policy import BatchLimits
 from service.engine.runtimes.base import Runtime
-from service.engine.state_cache import StateCache
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
+from service.pipeline.chunk_load import StateCache
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
 from service.pipeline.predict import PredictRunner
 from service.pipeline.recorder import Recorder

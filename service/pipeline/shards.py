@@ -38,25 +38,26 @@ class Shards:
 
     Args:
         max_detached: most chunks that may wait for unresponsive shards.
+
+    Attributes:
+        unresponsive: the unresponsive shards, with the number of tasks that wait for each.
     """
 
     def __init__(self, store: StateStore, max_detached: int):
         self._store = store
         self._max_detached = max_detached
         self._detached = 0
-        self._unresponsive: Counter[Hashable] = Counter()
+        self.unresponsive: Counter[Hashable] = Counter()
 
     def is_unresponsive(self, key: StreamKey) -> bool:
         """Whether detached work is waiting for the shard of a stream."""
-        return bool(self._unresponsive) and self._store.shard(key) in self._unresponsive
+        return bool(self.unresponsive) and self._store.shard(key) in self.unresponsive
 
     def detach_unresponsive(self, items: list[BatchItem], control: BatchControl) -> list[BatchItem]:
         """Detach the items whose shards are unresponsive; returns the others."""
-        if not self._unresponsive:
-            return items
         responsive: list[BatchItem] = []
         for shard, group in self._group_by_shard(items, lambda item: item.key).items():
-            if shard in self._unresponsive:
+            if shard in self.unresponsive:
                 self.detach_until_answer(shard, group, control)
             else:
                 responsive += group
@@ -145,14 +146,14 @@ class Shards:
         Args:
             work: returns the jobs to be retried.
         """
-        self._unresponsive[shard] += 1
+        self.unresponsive[shard] += 1
         self._detached += len(items)
 
         def done(_: object) -> None:
             self._detached -= len(items)
-            self._unresponsive[shard] -= 1
-            if not self._unresponsive[shard]:
-                del self._unresponsive[shard]
+            self.unresponsive[shard] -= 1
+            if not self.unresponsive[shard]:
+                del self.unresponsive[shard]
 
         control.detach([item.job for item in items], work).add_done_callback(done)
 

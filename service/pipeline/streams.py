@@ -24,7 +24,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
-from service.engine.state_cache import StateCache
+from service.pipeline.chunk_load import StateCache
 from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, Committed, StateStore
 

@@ -8,7 +8,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.engine import batcher
-from service.pipeline import chunk_batch, chunk_commit, chunk_load, store_responsiveness
+from service.pipeline import chunk_batch, chunk_load
 from service.transports.http import request_fields
 from service.transports.http.connection import fast_path
 from tests.support.clock import ManualClock
@@ -44,9 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     for module in (
         batcher,
         chunk_batch,
-        chunk_commit,
         chunk_load,
-        store_responsiveness,
         fast_path,
         request_fields,
     ):
