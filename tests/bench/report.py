@@ -24,7 +24,7 @@ def write_report(results: Results, folder: Path) -> None:
     filled = {
         **results.about,
         "targets": _table(
-            ["target", "bound", "found", "verdict"],
+            ["target", "bound", "measured", "verdict"],
             [[target.text, target.limit, shown, word] for target, shown, word in verdicts(results)],
         ),
         "notes": "\n".join(f"- {note}" for note in results.notes) or NOTHING,
