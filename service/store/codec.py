@@ -1,4 +1,14 @@
-"""Binary codec of a stream's state and of its last reply.
+"""Names and bytes of a stream in the store: its keys, and the codec of its state and last reply.
+
+    {namespace}{pNNNN}:s:{model}:{stream}     the state
+    {namespace}{pNNNN}:r:{model}:{stream}     the last reply
+    {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
+    {namespace}:meta                          format and number of partitions of the store
+
+The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
+stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
+colon, so a key can be parsed unambiguously. Names are not escaped: the service accepts none that
+would need it.
 
 A state, all little-endian, with M int64 values and N float32 values:
 
@@ -45,8 +55,10 @@ bytes.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -62,6 +74,7 @@ from service.core.values import (
     LastChunk,
     StoredReply,
     StreamHead,
+    StreamKey,
     StreamState,
     Tombstone,
 )
@@ -70,6 +83,10 @@ FORMAT: Final = 1
 STATE_MAGIC: Final = b"CRRY"
 REPLY_MAGIC: Final = b"CRRP"
 FINGERPRINT_BYTES: Final = 16
+
+_NAMESPACE: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_GLOB: Final = re.compile(r"([*?\[\]\\^])")
+MAX_PARTITIONS: Final = 65_536
 
 # LEAD is the part before the checksum, REST the part behind it.
 _STATE_LEAD = struct.Struct("<4sBBHI")
@@ -95,6 +112,69 @@ _DELETED: Final = 4
 _STREAM_EXISTED: Final = 8
 TOMBSTONE_PREFIX: Final = STATE_MAGIC + bytes((FORMAT, _DELETED))
 """The first bytes of every tombstone, and of no state."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpace:
+    """Maps streams to keys and back.
+
+    Attributes:
+        namespace: 1 to 32 of `a-z 0-9 _ -`; several services may share one server.
+        partitions: P, 1 to 65,536; fixed when a store is created.
+    """
+
+    namespace: str
+    partitions: int
+
+    def __post_init__(self) -> None:
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ValueError(f"namespace: expected 1 to 32 of a-z 0-9 _ -, got {self.namespace!r}")
+        if not 1 <= self.partitions <= MAX_PARTITIONS:
+            raise ValueError(f"partitions: expected 1 to {MAX_PARTITIONS}, got {self.partitions}")
+
+    @property
+    def meta(self) -> str:
+        """The key of the store's format and number of partitions."""
+        return f"{self.namespace}:meta"
+
+    def partition(self, key: StreamKey) -> int:
+        """The stream's partition, 0 to P-1; the same on every machine and version."""
+        return zlib.crc32(f"{key.model}/{key.stream}".encode()) % self.partitions
+
+    def state(self, key: StreamKey) -> str:
+        """The key of the stream's state."""
+        return self.pair(key)[0]
+
+    def reply(self, key: StreamKey) -> str:
+        """The key of the stream's last reply."""
+        return self.pair(key)[1]
+
+    def pair(self, key: StreamKey) -> tuple[str, str]:
+        """The keys of the stream's state and of its last reply."""
+        model, stream = key
+        prefix = self.partition_prefix(self.partition(key))
+        return f"{prefix}:s:{model}:{stream}", f"{prefix}:r:{model}:{stream}"
+
+    def partition_prefix(self, partition: int) -> str:
+        """The prefix of all keys of a partition, with the hash tag."""
+        return f"{self.namespace}{{p{partition:04d}}}"
+
+    def probe(self, partition: int, name: str) -> str:
+        """A key for a trial commit in the slot of a partition; never a stream's key."""
+        return f"{self.partition_prefix(partition)}:probe:{name}"
+
+    def pattern(self, model: str, prefix: str) -> str:
+        """The glob pattern of the state keys of a model's streams with a name prefix."""
+        escaped = _GLOB.sub(r"\\\1", f":s:{model}:{prefix}")
+        return f"{self.namespace}{{p*}}{escaped}*"
+
+    def parse(self, key: str) -> StreamKey | None:
+        """Parse a state key; None for any other key."""
+        match = re.fullmatch(r"(.*?)\{p(\d{4,})\}:s:([^:]+):(.+)", key, re.DOTALL)
+        if match is None or match[1] != self.namespace:
+            return None
+        stream = StreamKey(match[3], match[4])
+        return stream if self.state(stream) == key else None
 
 
 class CodecError(Exception):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-from service.store.redis.keys import KeySpace
+from service.store.codec import KeySpace
 
 CLUSTER_SCHEMES: Final = ("redis+cluster", "rediss+cluster")
 REDIS_SCHEMES: Final = ("redis", "rediss", "unix", *CLUSTER_SCHEMES)
@@ -28,7 +28,7 @@ class StoreSettings:
         url: address of the server (`redis://`, `rediss://` for TLS, or `unix://`), or of a
             cluster (`redis+cluster://` or `rediss+cluster://`) with some of its nodes.
         namespace: prefix of every key; give each service on a shared server its own.
-        partitions: P, fixed when the store is created; see `keys`.
+        partitions: P, fixed when the store is created; see `KeySpace`.
         idle_ttl_ms: TTL of a state after its last commit; 0 for none.
         reply_ttl_ms: TTL of the last reply, which is stored for retries; 0 stores none.
         reply_max_bytes: larger replies are not stored.

@@ -25,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from service.core.values import StreamKey
-from service.store.redis.keys import KeySpace
+from service.store.codec import KeySpace
 from tests.faults.network import MODEL
 from tests.faults.proxy import Connection, Proxy, Target, Watcher
 from tests.faults.records import Loss

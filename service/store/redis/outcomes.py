@@ -12,7 +12,7 @@ from service.core.values import StreamHead, StreamKey
 from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
 from service.store.codec import CodecError, raw_head
 from service.store.redis.connections import RETRY_AFTER_S
-from service.store.redis.store_request import ReplyLost
+from service.store.redis.pipelined_connection import ReplyLost
 
 _CONCURRENT_WRITES: Final = "other writes changed the stream meanwhile"
 

@@ -1,5 +1,8 @@
 """A pipelined connection: requests are written at once and replies are matched in order.
 
+A request keeps what is known of its earlier attempts wherever it is sent next: over a new
+connection, or to another node of a cluster. Its future never fails; an error is a result.
+
 A request does not wait for the reply to the one before it. The server executes requests in the
 order in which they were enqueued, so a commit sees every earlier commit, and a load behind a commit
 sees what that commit wrote.
@@ -18,11 +21,14 @@ Use from one event loop. Errors of the client library do not leave this module.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Final, Protocol
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final, NamedTuple, Protocol
 
 import hiredis
 import structlog
@@ -31,7 +37,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from service.core.errors import StoreRefused
+from service.core.errors import CarryError, StoreRefused
 from service.store.redis.connections import (
     ConnectionFactory,
     abort,
@@ -41,12 +47,127 @@ from service.store.redis.connections import (
     is_transient,
     writer_of,
 )
-from service.store.redis.store_request import Reply, ReplyLost, StoreRequest
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
+
+
+Command = tuple[str | bytes | int, ...]
+
+
+class ReplyLost(Exception):
+    """The request may have been executed: it was sent, and no reply tells.
+
+    Either no attempt was answered in time, or a later attempt was rejected, which says nothing
+    about the earlier ones.
+    """
+
+
+class Reply(NamedTuple):
+    """The server's reply.
+
+    Attributes:
+        value: the decoded RESP value: bytes, int, None or a list of these.
+        is_retry: an earlier attempt of the same request may have been executed.
+        is_durable: what the request wrote is as durable as the settings require; always True where
+            they require nothing beyond the server's memory.
+    """
+
+    value: Any
+    is_retry: bool
+    is_durable: bool = True
+
+
+Outcome = Reply | ReplyLost | CarryError
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script and its SHA-1, which identifies it to EVALSHA."""
+
+    text: bytes
+    sha: str
+
+    @classmethod
+    def load(cls, name: str) -> Script:
+        """Read `lua/{name}.lua` of this package."""
+        text = files("service.store.redis").joinpath("lua", f"{name}.lua").read_bytes()
+        return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+
+
+@dataclass(slots=True, eq=False)
+class StoreRequest:
+    """One request and the state of its delivery.
+
+    Attributes:
+        fallback: the command to send if the server does not know the script (NOSCRIPT).
+        slot: the hash slot of its keys in a cluster.
+        is_sent: it was sent at least once since it was last known not to have been executed.
+        is_retry: it was sent again after an attempt that may have been executed.
+        needs_asking: the next attempt must follow ASKING, on the node that imports the slot.
+        is_asking: it is the ASKING command of another request, whose future it shares.
+        is_connection_bound: it has a meaning on its present connection only and is never resent.
+        redirect_count: how often a node redirected or deferred it.
+        redirect_error: the error reply of the last redirect.
+        connection: the connection of the last attempt.
+        generation: which incarnation of that connection carried it (`PipelinedConnection`).
+        sequence: its place among the requests that were written on that connection.
+    """
+
+    command: Command
+    future: asyncio.Future[Outcome]
+    fallback: Command | None = None
+    slot: int = 0
+    is_sent: bool = False
+    is_retry: bool = False
+    needs_asking: bool = False
+    is_asking: bool = False
+    is_connection_bound: bool = False
+    redirect_count: int = 0
+    redirect_error: Exception | None = None
+    connection: PipelinedConnection | None = None
+    generation: int = 0
+    sequence: int = 0
+
+    @classmethod
+    def for_command(cls, *command: str | bytes | int, slot: int = 0) -> StoreRequest:
+        """Make the request of a plain command; inside a running event loop."""
+        return cls(command, asyncio.get_running_loop().create_future(), slot=slot)
+
+    @classmethod
+    def for_script(
+        cls,
+        script: Script,
+        keys: list[str],
+        arguments: list[str | bytes | int],
+        slot: int = 0,
+    ) -> StoreRequest:
+        """Make the request of a script call; inside a running event loop."""
+        rest = (len(keys), *keys, *arguments)
+        return cls(
+            ("EVALSHA", script.sha, *rest),
+            asyncio.get_running_loop().create_future(),
+            ("EVAL", script.text, *rest),
+            slot,
+        )
+
+    @property
+    def keys(self) -> Command:
+        """The keys of a script; empty for other commands."""
+        if self.command[0] not in ("EVALSHA", "EVAL"):
+            return ()
+        return self.command[3 : 3 + int(self.command[2])]
+
+    def mark_not_executed(self) -> None:
+        """Record that the server certainly did not execute the last attempt."""
+        self.is_sent = self.is_retry
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Set the outcome, unless the caller has cancelled the request."""
+        if not self.future.done():
+            self.future.set_result(outcome)
 
 
 class RedirectHandler(Protocol):
@@ -75,6 +196,7 @@ class PipelinedConnection:
         self._factory = factory
         self._redirect_handler = redirect_handler
         self._connection: AbstractConnection = factory.create_connection()
+        self._writer: asyncio.StreamWriter | None = None
         self._is_open = False
         self._has_replied = False
         self._pending: deque[StoreRequest] = deque()
@@ -161,7 +283,7 @@ class PipelinedConnection:
         It does not wait for the server: a cancelled caller must not close a shared connection.
         Unsent bytes are bounded by what callers wait for and by the response timeout.
         """
-        writer = writer_of(self._connection)
+        writer = self._writer
         # Never to a closing transport: some versions of CPython would register its socket again,
         # whose file descriptor the next connection may reuse (python/cpython#136234).
         if writer is None or writer.is_closing() or not self._unwritten:
@@ -197,6 +319,7 @@ class PipelinedConnection:
             try:
                 async with asyncio.timeout(self._factory.response_timeout_s):
                     await self._connection.connect()
+                self._writer = writer_of(self._connection)
                 drop_unsent_on_close(self._connection)
                 async with asyncio.timeout(None) as self._read_timeout:
                     self._resend()
@@ -211,6 +334,7 @@ class PipelinedConnection:
                 log.exception("store_connection_failed", store=self.redacted_url)
                 self._reject_all(error)
             finally:
+                self._writer = None
                 self._is_open = False
                 self._reply_due_since_s = None
                 await abort(self._connection)

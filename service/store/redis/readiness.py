@@ -24,6 +24,7 @@ import structlog
 
 from service.core.errors import CarryError, StoreRefused
 from service.core.values import Check
+from service.store.redis.pipelined_connection import Command, Script
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
 from service.store.redis.server_checks import (
@@ -33,7 +34,6 @@ from service.store.redis.server_checks import (
     parse_info,
     read_fsync_options,
 )
-from service.store.redis.store_request import Command, Script
 from service.store.settings import Durability, StoreSettings
 
 PROBE_TIMEOUT_S: Final = 1.0

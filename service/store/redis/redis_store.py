@@ -65,11 +65,11 @@ from service.store.redis.outcomes import (
     resolve_retried_deletion,
     state_damaged_error,
 )
+from service.store.redis.pipelined_connection import Outcome, Reply, ReplyLost, Script, StoreRequest
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import Router, SingleServerRouter, first_error
 from service.store.redis.scan import list_streams
 from service.store.redis.server_checks import check_servers
-from service.store.redis.store_request import Outcome, Reply, ReplyLost, Script, StoreRequest
 from service.store.settings import Durability, StoreSettings
 
 DELETE_ATTEMPTS: Final = 6

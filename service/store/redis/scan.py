@@ -14,8 +14,7 @@ from typing import Final, NamedTuple
 
 from service.core.errors import InvalidInput
 from service.core.values import StreamKey, StreamPage
-from service.store.codec import TOMBSTONE_PREFIX
-from service.store.redis.keys import KeySpace
+from service.store.codec import TOMBSTONE_PREFIX, KeySpace
 from service.store.redis.redis_server import RedisServer
 from service.store.redis.router import Router
 from service.store.settings import StoreSettings

@@ -10,8 +10,7 @@ import redis
 from service.core.errors import CarryError
 from service.core.values import Check, StoredReply, StreamHead, StreamKey, StreamPage, StreamState
 from service.store.base import Commit, CommitResult, Loaded, StateStore
-from service.store.codec import TOMBSTONE_PREFIX, decode_state, encode_state
-from service.store.redis.keys import KeySpace
+from service.store.codec import TOMBSTONE_PREFIX, KeySpace, decode_state, encode_state
 
 
 class StoredStates(MutableMapping[StreamKey, StreamState]):
