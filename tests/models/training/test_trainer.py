@@ -31,6 +31,12 @@ def frame():
     return latch_frame()
 
 
+@pytest.fixture(scope="module")
+def whole(frame, tmp_path_factory):
+    """One training from beginning to end."""
+    return train(latch_spec(), frame, tmp_path_factory.mktemp("whole") / "model", quiet=True)
+
+
 OPTIONS = {"peepholes": True, "layer_normalization": True, "projection": 5}
 RECURRENT = [
     {"kind": "lstm", "units": 8},
@@ -75,8 +81,7 @@ def test_the_gradient_stops_between_windows(frame):
     assert float(loss) > 0
 
 
-def test_resumed_training_equals_uninterrupted_training(frame, tmp_path):
-    whole = train(latch_spec(), frame, tmp_path / "whole", quiet=True)
+def test_resumed_training_equals_uninterrupted_training(frame, whole, tmp_path):
     assert [record["epoch"] for record in whole.history] == [1, 2, 3, 4]
 
     def stop(record):
@@ -169,16 +174,15 @@ def test_an_lstm_with_its_options_trains_and_is_packaged_for_both_runtimes(frame
     assert done.history[1]["validation"]["loss"] < done.history[0]["validation"]["loss"]
 
 
-def test_outputs_do_not_depend_on_chunks(frame, tmp_path):
-    done = train(latch_spec(epochs=1), frame, tmp_path / "a", quiet=True)
-    artifact = load_artifact(tmp_path / "a")
-    assert artifact.fingerprint == done.artifact.fingerprint
+def test_outputs_do_not_depend_on_chunks(frame, whole):
+    artifact = load_artifact(whole.artifact.path)
+    assert artifact.fingerprint == whole.artifact.fingerprint
     streams = streams_of(artifact.spec, frame)
-    whole = run_chunks(artifact, streams, chunk=1000, batch=1)
+    uncut = run_chunks(artifact, streams, chunk=1000, batch=1)
     for chunk, seed, batch in ((1, 0, 64), (7, 1, 3), (64, 2, 5)):
         cut = run_chunks(artifact, streams, chunk=chunk, seed=seed, batch=batch)
-        np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
-    assert np.abs(whole).max() > 0
+        np.testing.assert_allclose(cut, uncut, rtol=1e-5, atol=1e-5)
+    assert np.abs(uncut).max() > 0
 
 
 def test_specs_that_cannot_be_trained_are_rejected(frame, tmp_path):
