@@ -52,7 +52,7 @@ def run_example(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", nargs="?", type=Path, default=out, help=f"default: {out}")
-    parser.add_argument("--resume", action="store_true", help="go on with a stopped training")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted training")
     parser.add_argument("--show", action="store_true", help="print the report that is there")
     options = parser.parse_args()
     if options.show:

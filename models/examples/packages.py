@@ -9,13 +9,13 @@ from models.errors import ModelsError
 
 
 def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
-    """Where a package lies.
+    """The directory of an installed package.
 
     Nothing of it is imported: some of these packages need modules that newer Pythons lack, and
     all that is wanted are their data.
 
     Raises:
-        ModelsError: it is not installed; `extras` is what the message says to install.
+        ModelsError: it is not installed; the message names `extras` to install.
     """
     found = find_spec(package)
     if found is None or not found.submodule_search_locations:

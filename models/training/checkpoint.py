@@ -1,9 +1,9 @@
 """Training checkpoints: one file, replaced atomically after every epoch, to resume from.
 
 The file holds the weights, their average, the optimiser's moments, the best weights so far,
-the states in which segments ended, and as metadata the epochs done. It belongs to one spec
-and one table: another pair is refused. Invariant: a run that stops after any epoch and is
-resumed ends with the weights of one that was never stopped.
+the states in which segments ended, and as metadata the finished epochs. It belongs to one spec
+and one table; others are rejected. Invariant: a run that is interrupted after any epoch and resumed
+ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations

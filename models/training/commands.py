@@ -47,7 +47,7 @@ def train_command(
         spec: the specification's file.
         data: `.csv`, `.jsonl`, `.ndjson` or `.parquet`, one row per event.
         out: the artifact's directory.
-        resume: go on from the checkpoint of a run that was stopped.
+        resume: continue from the checkpoint of an interrupted run.
         overwrite: replace an artifact that is there.
         trees: compare with boosted trees too, which takes minutes on large tables.
         quiet: print nothing.

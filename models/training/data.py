@@ -98,8 +98,8 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
 
     Raises:
         DataError: no rows, a column that is not there, a stream without a name, or a value
-            that the schema refuses.
-        SpecError: nothing says when an event was.
+            that the schema rejects.
+        SpecError: the events have no time.
     """
     schema, training = schema_of(spec), training_of(spec)
     if frame.height == 0:
@@ -181,7 +181,7 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
     known = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
     if known.height == 0:
         raise DataError(expected="events before `validate_from`", got="none")
-    # The rows already stand in the order of their streams and moments.
+    # the rows are already in the order of streams and times
     schema = fit_schema(schema_of(spec), known, stream=training.stream)
     return spec.model_copy(update={"events": schema})
 

@@ -1,12 +1,12 @@
 """Trains a decoder: unrolled over the horizon from the encoder's states.
 
-The encoder goes through a window in pieces, each from the state of the piece before, which
-changes none of its numbers and gives the states in between. At the end of every piece, an
-*anchor*, the decoder starts and is unrolled over the H steps that really followed. Gradients go
-through the decoder into the encoder, as far back as the window. Where the first piece ends is
-drawn anew for each window, so that anchors fall on every hour and not on the grid of windows.
+The encoder runs over a window in pieces, each from the state after the piece before, which gives
+equal results and the states in between. At the end of every piece, an *anchor*, the decoder is
+unrolled over the H steps that followed. Gradients flow through the decoder into the encoder, back
+to the start of the window. The end of the first piece is random for each window, so that anchors
+are on every hour and not only on the grid of windows.
 
-What is fed back is the true value or the decoder's own point (Bengio et al. 2015, "Scheduled
+The decoder is fed the true value or its own point forecast (Bengio et al. 2015, "Scheduled
 sampling for sequence prediction with recurrent neural networks"): per anchor and step the truth
 with chance s, which falls over the training's progress p from 0 to 1:
 
@@ -53,7 +53,7 @@ class Anchors(NamedTuple):
 
     Attributes:
         cuts: int32 [n], where the pieces of the window end; A = n B.
-        values: float32 [A, H, D], the true coming values, encoded.
+        values: float32 [A, H, D], the true future values, encoded.
         there: bool [A, H, D], which of them exist and count.
         known: float32 [A, H, K], encoded.
         share: float32, chance of feeding back the truth.
@@ -140,8 +140,8 @@ class DecoderTrainer:
         ahead = self._ahead[progress is not None][at]
         ahead = np.where(cuts[:, np.newaxis] <= window.lengths, ahead, 0)
         counts = np.arange(self.horizon) < ahead[..., np.newaxis]
-        coming = at[..., np.newaxis] + 1 + np.arange(self.horizon)
-        rows = self._plan.rows[np.where(counts, coming, 0)]
+        ahead_rows = at[..., np.newaxis] + 1 + np.arange(self.horizon)
+        rows = self._plan.rows[np.where(counts, ahead_rows, 0)]
         there = np.stack(
             [
                 counts if missing is None else counts & (rows[..., missing] < 0.5)
@@ -240,12 +240,12 @@ class Unroller:
             loss, point = self._judged(done.raw[DISTRIBUTION], truth)
             total = tf.reduce_sum(tf.where(there, loss, 0.0))
             count = tf.reduce_sum(tf.cast(there, tf.float32))
-            told = there & (coins[:, step, tf.newaxis] < anchors.share)
-            coming = tf.where(told, truth, point)
+            is_true = there & (coins[:, step, tf.newaxis] < anchors.share)
+            next_value = tf.where(is_true, truth, point)
             return (
                 step + 1,
                 done.state,
-                tf.ensure_shape(coming, previous.shape),
+                tf.ensure_shape(next_value, previous.shape),
                 sums.write(step, total),
                 counts.write(step, count),
             )

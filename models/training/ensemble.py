@@ -1,15 +1,15 @@
 """Ensembles: networks trained from different seeds, merged into one that averages them.
 
-Networks that differ by their seed alone err differently, and the mean of their raw values
-errs less (Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
+Networks that differ in their seed only make different errors, and the mean of their raw values
+makes smaller ones (Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation
 using deep ensembles", average the probabilities instead). The merged network is an ordinary
 one: every member's layers side by side, embeddings joined, and heads that read all members
-with their kernels divided by the number of members. So it is served like any other, with a
-state as many times as large.
+with their kernels divided by the number of members. So it is served like any other; its state
+is as many times as large.
 
-Invariant: the merged network's raw values are the mean of its members'. A spec in which a
-layer cannot be laid side by side (one that mixes or normalises the features themselves, and
-a head without weights) is refused.
+Invariant: the merged network's raw values are the mean of its members'. A spec whose
+layers cannot be merged (one that mixes or normalises the features themselves, or a head without
+weights) is rejected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WITH_KERNELS = (LstmLayer, GruLayer, BidirectionalLayer, DenseLayer)
 
 
 def check_members(spec: ModelSpec) -> None:
-    """Refuse a spec whose network cannot be merged; SpecError names the layer or head."""
+    """Reject a spec whose network cannot be merged; SpecError names the layer or head."""
     if spec.decoder is not None:
         raise SpecError("training.members: a model with a decoder cannot be merged; expected 1")
     mixed = {FEATURES}

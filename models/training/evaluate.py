@@ -138,7 +138,7 @@ def _run_blocks(
     batch: int,
     advance: Advance | None,
 ) -> NDArray[np.float32]:
-    """As `run_chunks`, block by block, for streams that are told their ends."""
+    """As `run_chunks`, block by block, for streams whose ends are known."""
     rows = streams.encoded(schema_of(network.spec))
     outputs = np.zeros((streams.events, network.output_size), np.float32)
     longest_first = sorted(streams.spans, key=lambda span: span[0] - span[1])
@@ -168,7 +168,7 @@ def _run_blocks(
 
 
 def cuts_of(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
-    """What `run_chunks` cut streams by, plain data: `blocks`, or `chunk` and `seed`."""
+    """How `run_chunks` split the streams, as plain data: `blocks`, or `chunk` and `seed`."""
     if spec.blocks is not None:
         return {"blocks": spec.blocks.model_dump()}
     return {"chunk": chunk, "seed": seed}

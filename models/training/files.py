@@ -56,7 +56,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
 
 
 def check_duplicate_names(path: Path) -> None:
-    """Refuse a CSV file that names a column twice, or JSON Lines with a member twice in a row.
+    """Reject a CSV file that names a column twice, or JSON Lines with a member twice in a row.
 
     Raises:
         DataError: the file names one twice.

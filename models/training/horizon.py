@@ -1,7 +1,7 @@
 """Scores a decoder's forecasts on held-out events by step of the horizon, with naive baselines.
 
-From the state after every `stride`-th event the decoder looks ahead along its medians, told
-what was known of the coming steps and nothing else. What it said is compared with what came,
+From the state after every `stride`-th event the decoder forecasts along its medians, given the
+known future covariates and nothing else. What it said is compared with what came,
 in the fields' own units:
 
     last value      the last one observed
@@ -52,9 +52,9 @@ class Ahead:
 
     @property
     def rows(self) -> Rows:
-        """The rows of the coming steps, int64 [A, H]; 0 where there is none."""
-        coming = self.at[:, np.newaxis] + 1 + np.arange(self.counts.shape[1])
-        return np.asarray(np.where(self.counts, coming, 0), np.int64)
+        """The rows of the forecast steps, int64 [A, H]; 0 where there is none."""
+        rows = self.at[:, np.newaxis] + 1 + np.arange(self.counts.shape[1])
+        return np.asarray(np.where(self.counts, rows, 0), np.int64)
 
 
 def horizon_report(
@@ -71,7 +71,7 @@ def horizon_report(
         artifact: a model with a decoder.
         streams: the events.
         rows: float32 [rows, F], the same encoded.
-        from_ms: moment from which coming steps are scored; None scores all of them.
+        from_ms: moment from which forecast steps are scored; None scores all of them.
         train_before_ms: moment before which the baselines learn their errors; without it they
             give points alone.
         stride: events between two forecasts.
@@ -191,8 +191,8 @@ def forecasts_at(
     step = tf.function(network.decoder.step, autograph=False)
     ones = np.ones(len(floats), np.int32)
     points, quantiles = [], []
-    for coming in anchors.rows.T:
-        row = np.concatenate([previous, known[coming]], axis=1)
+    for step_rows in anchors.rows.T:
+        row = np.concatenate([previous, known[step_rows]], axis=1)
         outputs, after = step(row[:, np.newaxis], ones, state)
         state = after.numpy()
         found = distribution.quantiles(outputs.numpy()[:, 0])
@@ -236,7 +236,7 @@ def _states(
 def _baseline(
     spec: ModelSpec, streams: Streams, values: Floats, anchors: Ahead, kind: str
 ) -> Floats | None:
-    """What a naive forecast says of the coming steps [A, H]; NaN where it cannot say."""
+    """A naive forecast of the steps [A, H]; NaN where it has none."""
     horizon = anchors.counts.shape[1]
     if kind == LAST_VALUE:
         latest = _latest(streams, values)

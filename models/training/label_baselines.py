@@ -39,7 +39,7 @@ THIS, LAST_EVENTS, BOTH = "trees, this event", "trees, last events", "trees, bot
 
 
 def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> list[Baseline]:
-    """The baselines of one label head; `trees` says whether those with trees are fitted."""
+    """The baselines of one label head; `trees`: whether those with trees are fitted."""
     truth = table.labels[head.name].astype(np.float64)
     count = len(head.classes) or 2
     share = np.bincount(truth[table.train].astype(np.int64), minlength=count) + 1.0

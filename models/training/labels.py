@@ -38,7 +38,7 @@ def labels_of(
 
     Args:
         spec: the model.
-        frame: one row per event; the labels stand in its order.
+        frame: one row per event; the labels are in its order.
         source: what errors call the table.
         rows: int64, index of each row in the table, for errors; by default the frame is the
             table.

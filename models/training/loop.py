@@ -1,15 +1,15 @@
 """The training loop of one network.
 
-Truncated back-propagation through time: a window's loss is differentiated within the window,
-and the state it leaves begins the next one, its gradient stopped (Williams and Peng, 1990).
+Truncated back-propagation through time: the loss of a window is differentiated within the window,
+and its final state starts the next one, with the gradient stopped (Williams and Peng, 1990).
 The optimiser is AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization"):
 
     m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
     w = w - rate (m^ / (sqrt(v^) + eps) + decay w),  m^ = m / (1 - b1^k),  v^ = v / (1 - b2^k)
 
-with g clipped to a global norm, and decay on matrices alone. What is validated and kept is an
-exponential average of the weights. Everything that the next epoch depends on is in
-`arrays()`: the dropout masks and the order of groups follow from seed and epoch.
+with g clipped to a global norm, and decay on matrices only. An exponential average of the weights
+is validated and kept. `arrays()` has everything that the next epoch depends on: the dropout masks
+and the order of groups follow from seed and epoch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from models.training.windows import Window, groups_of, windows_of
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 WARM_UP_WINDOWS = 50
-"""The learning rate rises over so many windows, and the average's decay with it."""
+"""Number of windows over which the learning rate and the decay of the average rise."""
 SCORING_WINDOW_STEPS = 256
 
 FloatArray = NDArray[np.float32]
@@ -46,7 +46,7 @@ class Loop:
     """Trains one network, epoch by epoch; one thread only."""
 
     def __init__(self, spec: ModelSpec, plan: Plan, seed: int):
-        """Build the network with fresh weights; the seed also decides orders and dropout."""
+        """Build the network with initial weights; the seed also determines orders and dropout."""
         self._seed = seed
         self.spec, self.plan = spec, plan
         self._training = training_of(spec)

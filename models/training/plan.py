@@ -1,9 +1,8 @@
 """Plans training: which steps are for training or validation, and in which order they run.
 
 Invariant: nothing at or after `validate_ms` is trained on, neither as an event nor as the
-event to be predicted, and nothing at or after `test_ms` is validated on. A label belongs to
-its own event's moment: one that is known only later must be left out of the table by whoever
-makes it.
+event to be predicted, and nothing at or after `test_ms` is validated on. A label belongs to the
+time of its own event: omit labels from the table that are known only later.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ def trained_network(spec: ModelSpec) -> ModelSpec:
 class Plan:
     """Which steps are trained and which are validated.
 
-    A step belongs to the side on which the event *after* it lies: that is what it predicts.
-    Its label belongs to the side on which the step itself lies.
+    A step belongs to the side of the event *after* it, which it predicts. Its label belongs to the
+    side of the step itself.
 
     Attributes:
         rows: float32 [rows, F], encoded.
@@ -80,7 +79,7 @@ def plan_of(
 
     Raises:
         DataError: there is nothing to train on, or nothing to validate on.
-        SpecError: a head would be shown the event that it is to foretell, or a stream is longer
+        SpecError: a head would see the event that it has to predict, or a stream is longer
             than a window, and the network reads it as a whole.
     """
     training = training_of(spec)
@@ -137,18 +136,18 @@ def plan_of(
 
 
 def _check_foresight(spec: ModelSpec) -> None:
-    """Refuse a head that would be shown what it is to foretell."""
+    """Reject a head that would see the event that it has to predict."""
     seen = non_causal_layers(spec.layers)
     for head in spec.heads:
         if has_targets(head) and not isinstance(head, LabelHead) and head.input in seen:
             raise SpecError(
-                f"head {head.name!r} foretells the next event, and layer {head.input!r} has seen "
+                f"head {head.name!r} predicts the next event, and layer {head.input!r} has seen "
                 "it: expected a label head, or a layer that does not look ahead in its chunk"
             )
 
 
 def _check_lengths(spec: ModelSpec, streams: Streams) -> None:
-    """Refuse streams that are too long to be one window each."""
+    """Reject streams that are too long for one window each."""
     most = training_of(spec).window_steps
     longest, name = max(
         (stop - start, name)

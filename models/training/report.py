@@ -1,11 +1,11 @@
 """The report of a trained model: its skill on held-out events compared with baselines.
 
-The model is run as the service runs it (`models.training.evaluate`), and everything is scored
-on the same events: those from `test_from` on. Beside a model in blocks stands the same network
-without them, which has read each stream to its end: what the bounded lookahead costs.
+The model is run as the service runs it (`models.training.evaluate`), and everything is scored on
+the same events: those from `test_from` on. A model with blocks is compared with the same network
+without them, which reads each stream to its end: the cost of the bounded lookahead.
 
 Intervals are 95%, by resampling days of the schema's time zone; differences to the model are
-paired. The report is plain data (`report.json`) and holds all that the plots show.
+paired. The report is plain data (`report.json`) with everything that the plots show.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_report(
         chunk, seed: how the model's run is cut.
         draws: resamples of days.
         source: what errors call the table.
-        say: told what comes next.
+        say: called with progress messages.
 
     Returns:
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with

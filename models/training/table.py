@@ -100,7 +100,7 @@ def gaussian_nats(error: Floats, log_deviation: Floats) -> Floats:
 def rows_around(table: Table, before: int, after: int) -> NDArray[np.float32]:
     """Every row with those around it in its stream, NaN beyond its ends: [rows, F * offsets].
 
-    The earliest stands first.
+    The earliest comes first.
     """
     spans = table.streams.spans
     age = np.concatenate([np.arange(stop - start) for start, stop in spans])

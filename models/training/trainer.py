@@ -1,9 +1,8 @@
 """Trains a specification on a table and writes the artifact.
 
-The best epoch by validation loss is kept; training stops when it has not been bettered for
-`patience` epochs. A checkpoint beside the artifact is replaced after every epoch, and
-`resume` goes on from it to the same weights. It scores nothing on held-out events: that is
-`models.training.report`.
+Keeps the best epoch by validation loss, and stops early after `patience` epochs without an
+improvement. A checkpoint beside the artifact is replaced after every epoch; `resume` continues from
+it to equal weights. `models.training.report` scores held-out events.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def train(
             trained on whole sequences and packaged with them.
         frame: one row per event, as `read_data` gives it.
         out: the artifact's directory.
-        resume: go on from the checkpoint of a run that was stopped.
+        resume: continue from the checkpoint of an interrupted run.
         quiet: no progress bar.
         overwrite: whether an artifact at `out` is replaced.
         source: what errors call the table.
@@ -167,7 +166,7 @@ class _Run:
     def train_member(
         self, loop: Loop, member: int, progress: Progress, after_epoch: AfterEpoch | None
     ) -> None:
-        """Train one member from where it stands to its end, a checkpoint after every epoch."""
+        """Train one member to its end, with a checkpoint after every epoch."""
         training = training_of(loop.spec)
         epochs, patience = training.epochs, training.patience
         done = self.of(member)

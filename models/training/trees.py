@@ -270,7 +270,7 @@ def _columns(
 
 
 def _alphabetic(field: CategoricalField) -> NDArray[np.float32]:
-    """Code -> place in the alphabet: times of day, say, then stand in their order."""
+    """Code -> rank in alphabetical order, so that times of day, for example, keep their order."""
     order = np.argsort(np.array(field.labels), kind="stable")
     places = np.empty(len(order), np.float32)
     places[order] = np.arange(len(order), dtype=np.float32)

@@ -1,10 +1,10 @@
 """Arranges streams for truncated back-propagation through time with carried states.
 
-A stream's events are cut into *segments* of at most `segment_steps`, a segment into *windows*
+A stream's events are split into *segments* of at most `segment_steps`, a segment into *windows*
 of nearly equal length, at most `window_steps`. Segments of about the same length run side by
 side as one *group*: its windows follow one another, each from the state the last one left, and
-gradients stop between them. A segment begins in the state in which the segment before it
-ended when it last ran; a stream's first segment begins in the zero state. So every event is
+gradients stop between them. A segment starts from the state in which the segment before it
+last ended; a stream's first segment starts from the zero state. So every event is
 seen once per epoch, from its stream's own past, and streams of any lengths share full batches.
 
 Pure NumPy. Invariant: within an epoch each step is in exactly one window, and a window's rows
@@ -58,7 +58,7 @@ class Window:
 
 
 def segments_of(spans: Sequence[tuple[int, int]], segment_steps: int) -> list[Segment]:
-    """Cut each stream's rows [start, stop) into segments; empty streams give none."""
+    """Split each stream's rows [start, stop) into segments; empty streams have none."""
     found: list[Segment] = []
     for start, stop in spans:
         before: int | None = None

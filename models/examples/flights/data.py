@@ -8,7 +8,7 @@ are not known then and are left out. Cancelled flights have no moment of departu
 data do not say when they were cancelled: they are left out.
 
 Invariant: an event depends on nothing later than its own `departed`, and a stream's events
-stand in the order of `departed`. The same data give the same frame, row for row.
+are in the order of `departed`. Equal data give equal frames, row for row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
         328,521 rows, sorted by stream and moment: `stream`, `departed` (UTC, milliseconds),
         `dep_delay` (minutes, negative if early), `scheduled` (the local time, rounded down to
         ten minutes, like `17:20`), `origin`, `carrier`, `destination`, `distance` (miles) and
-        the weather (`WEATHER`, null where unknown). Departures of one minute stand in the
+        the weather (`WEATHER`, null where unknown). Departures of one minute are in the
         order of their schedule and flight number.
 
     Raises:

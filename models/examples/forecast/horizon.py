@@ -118,7 +118,7 @@ def comparison_lines(found: Comparison) -> list[str]:
 
 
 def _ahead(table: Table, value: Floats, horizon: int) -> Floats:
-    """The value so many hours after every row, by the clock: [rows, H], NaN where missing."""
+    """The values 1..H hours after every row, by the clock: [rows, H], NaN where missing."""
     columns = [hours_ago(table, value, -hours) for hours in range(1, horizon + 1)]
     return np.stack(columns, axis=1)
 
@@ -126,7 +126,7 @@ def _ahead(table: Table, value: Floats, horizon: int) -> Floats:
 def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
     """Points of every baseline at every row, [rows, H]."""
     horizon = truth.shape[1]
-    # Where the value of an hour is missing, that of the origin stands in for it.
+    # the value at the origin replaces a missing value of an hour
     last = np.repeat(value[:, np.newaxis], horizon, axis=1)
 
     def day_before(series: Floats) -> Floats:
@@ -156,6 +156,6 @@ def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
 
 
 def _best(candidates: list[Floats], table: Table, truth: Floats) -> Floats:
-    judged = table.validate
-    losses = [float(np.nanmean(np.abs(truth[judged] - said[judged]))) for said in candidates]
+    validate = table.validate
+    losses = [float(np.nanmean(np.abs(truth[validate] - said[validate]))) for said in candidates]
     return candidates[int(np.argmin(losses))]

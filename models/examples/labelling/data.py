@@ -3,9 +3,9 @@
 The hours are those of `models.examples.weather`, without the rain gauge and without the gusts:
 what is left tells of them too, by the fall of the temperature onto the dew point, by pressure,
 wind and visibility. A stream is one day of one airport, a sequence that is complete when it is
-labelled: the labels may be told from the hours after it as from those before.
+labelled: the hours after it help to predict the labels as much as those before.
 
-Invariant: no hour of a day lies in another split than the rest of it; the splits of `spec.yaml`
+Invariant: all hours of a day are in the same split; the splits of `spec.yaml`
 begin at local midnights. The same data give the same frame.
 """
 

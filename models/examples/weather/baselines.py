@@ -98,7 +98,7 @@ def same_hour_mean(table: Table, value: Floats, days: int, *, including: bool = 
 
 
 def hours_ago(table: Table, value: Floats, hours: int) -> Floats:
-    """The value so many hours before every row, by the clock; float64 [rows].
+    """The value a number of hours before every row, by the clock; float64 [rows].
 
     NaN where that hour is missing; hours below 0 look ahead.
     """

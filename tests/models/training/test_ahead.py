@@ -95,7 +95,7 @@ def spec(
     ],
 )
 def test_next_event_heads_on_lookahead_layers_are_rejected(tmp_path, head) -> None:
-    with pytest.raises(SpecError, match="'next' foretells the next event, and layer 'above'"):
+    with pytest.raises(SpecError, match="'next' predicts the next event, and layer 'above'"):
         train_frame(spec(head, LABEL), frame(), tmp_path / "model", quiet=True)
     below = spec({**head, "input": "below"}, LABEL)
     streams = streams_of(below, frame())
