@@ -143,9 +143,9 @@ class Settings(BaseSettings):
     to exclude the fast path while debugging."""
 
     max_connections: Annotated[int, Field(ge=1)] = 10_000
-    """Most concurrent connections of one worker; further ones are answered `too_many_connections`
-    and closed. Lowered at start, with a warning, to what the limit on open files (`ulimit -n`)
-    allows. More than all clients together keep open."""
+    """Maximum concurrent connections of one worker; further ones are answered
+    `too_many_connections` and closed. Lowered at start, with a warning, to what the limit on open
+    files (`ulimit -n`) allows. More than all clients together keep open."""
 
     keep_alive_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
     """How long an idle connection stays open, in seconds. Longer than the idle timeout of a proxy
@@ -165,35 +165,35 @@ class Settings(BaseSettings):
     the connection is closed. Longer than a client pauses between reads."""
 
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
-    """Most bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
+    """Maximum bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
     are answered `overloaded`. Several times `CARRY_MAX_BODY_BYTES`, and well below the memory of
     the worker: a body takes up to three times its size."""
 
     max_pending_reply_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
-    """Most bytes of replies that a worker buffers for clients that do not read them. Beyond it the
-    connections that have waited longest are closed. Well below the memory of the worker."""
+    """Maximum bytes of replies that a worker buffers for clients that do not read them. Beyond it
+    the connections that have waited longest are closed. Well below the memory of the worker."""
 
     max_chunk_steps: Annotated[int, Field(ge=1)] = 10_000
-    """Most events in one chunk. A long chunk is computed in slices between other streams, so
+    """Maximum events in one chunk. A long chunk is computed in slices between other streams, so
     this bounds memory and the wait for its reply."""
 
     max_items: Annotated[int, Field(ge=1)] = 1_000
-    """Most items in one request for many streams."""
+    """Maximum items in one request for many streams."""
 
     max_predict_steps: Annotated[int, Field(ge=1)] = 100_000
-    """Most events in one predict request, all its sequences together."""
+    """Maximum events in one predict request, all its sequences together."""
 
     max_forecast_samples: Annotated[int, Field(ge=0)] = 1_000
-    """Most sample paths of one forecast; 0 forbids them. Each is a row of the network's calls at
+    """Maximum sample paths of one forecast; 0 forbids them. Each is a row of the network's calls at
     every step of the horizon, between other streams' chunks."""
 
     max_batch_rows: Annotated[int, Field(ge=1, le=4096)] = 128
-    """Most streams in one call of the network, if its runtime supports as many. More raises the
+    """Maximum streams in one call of the network, if its runtime supports as many. More raises the
     throughput until the core is busy, and the duration of each call."""
 
     max_batch_steps: Annotated[int, Field(ge=1)] = 4_096
-    """Most steps in one call of the network, rows times the longest, padding included. It
-    bounds the duration of a call, and so the wait of a new chunk for the previous call."""
+    """Maximum steps in one call of the network, rows times the longest, padding included. It bounds
+    the duration of a call, and so the wait of a new chunk for the previous call."""
 
     timeout_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Deadline of a request without `Carry-Timeout`, in seconds. Work that has not started by then
@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     """Longest deadline of any request, in seconds; it caps `Carry-Timeout`."""
 
     max_queue: Annotated[int, Field(ge=1)] = 4_096
-    """Most chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
+    """Maximum chunks of one model that wait in a worker; beyond it the answer is `overloaded` at
     once. The chunks of one stream may take a quarter of the free places (`stream_overloaded`), the
     items of one request half of them, 256 at a time. It bounds the memory of waiting chunks."""
 
