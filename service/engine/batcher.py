@@ -326,7 +326,7 @@ class Batcher(Generic[P, R]):
 
     def _fail_expired(self, job: Job[P, R], when: str, now_s: float) -> None:
         waited_s = now_s - job.submitted_s
-        error = DeadlineExceeded(f"the time for the chunk was up {when}, after {waited_s:.3f} s")
+        error = DeadlineExceeded(f"the deadline expired {when}, after {waited_s:.3f} s")
         job.resolve(self._map_error(job, error))
 
     def _set_timer(self, next_deadline_s: float, now_s: float) -> None:

@@ -252,7 +252,7 @@ class ChunkCommitter:
         """Whether the chunk may still be committed: its deadline has not passed, and its caller
         has not been answered with an error."""
         if job.deadline_s <= now_s:
-            job.resolve(DeadlineExceeded("the time for the chunk was up before its commit"))
+            job.resolve(DeadlineExceeded("the deadline expired before its commit"))
         return not job.is_resolved
 
     async def _resolve_uncommitted(

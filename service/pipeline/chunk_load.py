@@ -262,9 +262,7 @@ class ChunkLoader:
                 elif self._responsiveness.is_unresponsive():
                     item.job.resolve(state)
                 else:
-                    item.job.resolve(
-                        DeadlineExceeded("the time for the chunk was up before it was loaded")
-                    )
+                    item.job.resolve(DeadlineExceeded("the deadline expired before it was loaded"))
             # if no deadline expired, the store itself gave up
             remaining = [] if len(waiting) == len(remaining) else waiting
         return [loaded[item] for item in items]

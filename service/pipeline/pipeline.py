@@ -362,7 +362,7 @@ class Pipeline:
                 got=request.horizon,
             )
         if deadline_s <= time.monotonic():
-            raise DeadlineExceeded("the time for the forecast was up before it started")
+            raise DeadlineExceeded("the deadline expired before it started")
         stored = await self.streams.read(key, deadline_s, request.precondition)
         if not served.is_compatible(stored):
             raise served.incompatible(key.stream, stored)

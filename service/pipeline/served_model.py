@@ -89,7 +89,7 @@ class ServedModel:
 
     @cached_property
     def chunk_limit(self) -> int | None:
-        """Most steps of one chunk; None if a chunk may be split anywhere."""
+        """Maximum steps of one chunk; None if a chunk may be split anywhere."""
         return self.artifact.spec.chunk_limit
 
     def check_length(self, steps: Steps) -> None:

@@ -1,6 +1,6 @@
 """Explore the model of the protocol: `make model`, or `python -m tests.protocol --help`.
 
-Prints the worlds, transitions and depth of each scenario, compares every script call with a real
+Prints the states, transitions and depth of each scenario, compares every script call with a real
 Valkey, and lets the model find each planted bug. Ends with 1 where an invariant is violated or a
 planted bug is not found.
 """
@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     failures, totals = 0, [0, 0, 0, 0.0]
-    print(f"{'scenario':12}{'worlds':>10}{'transitions':>13}{'steps':>7}{'calls':>7}{'time':>8}")
+    print(f"{'scenario':12}{'states':>10}{'transitions':>13}{'steps':>7}{'calls':>7}{'time':>8}")
     with real_server("valkey") as server, server.client() as client:
         for scenario in SCENARIOS:
             if not scenario.name.startswith(options.only):
@@ -47,7 +47,7 @@ def main() -> int:
                 failures += 1
                 print(format_trace(result))
             calls = uvloop.run(compare_script_calls(result.values, server.url, client))
-            counts = (result.worlds, result.transitions, calls, result.seconds)
+            counts = (result.states, result.transitions, calls, result.seconds)
             totals = [total + count for total, count in zip(totals, counts, strict=True)]
             steps = f"{result.depth}{'' if result.is_complete else '+'}"
             _print_row(scenario.name.partition(":")[0], steps, *counts)
@@ -63,8 +63,8 @@ def main() -> int:
 
 
 def _print_row(name: str, steps: str, *counts: float) -> None:
-    worlds, transitions, calls, seconds = counts
-    row = f"{name:12}{worlds:10,}{transitions:13,}{steps:>7}{calls:7,}{seconds:7.1f}s"
+    states, transitions, calls, seconds = counts
+    row = f"{name:12}{states:10,}{transitions:13,}{steps:>7}{calls:7,}{seconds:7.1f}s"
     print(row, flush=True)
 
 

@@ -26,7 +26,7 @@ class Exploration:
     """What a search saw.
 
     Attributes:
-        worlds: how many different ones.
+        states: number of different states of the model.
         depth: the longest of the shortest paths.
         is_complete: nothing is left to explore; else the depth ended it.
         violation: the invariant that does not hold, or None.
@@ -35,7 +35,7 @@ class Exploration:
 
     scenario: Scenario
     values: Values
-    worlds: int = 0
+    states: int = 0
     transitions: int = 0
     depth: int = 0
     is_complete: bool = False
@@ -80,7 +80,7 @@ def _search(result: Exploration, limit: int) -> None:
                     while index > 0:
                         index, move = arrivals[index]
                         result.path.insert(0, move)
-                    result.worlds = len(seen)
+                    result.states = len(seen)
                     return
                 canonical = _canonical(after)
                 if canonical not in seen:
@@ -88,7 +88,7 @@ def _search(result: Exploration, limit: int) -> None:
                     following.append((len(arrivals), after))
                     arrivals.append((index, move))
         frontier = following
-    result.worlds, result.is_complete = len(seen), not frontier
+    result.states, result.is_complete = len(seen), not frontier
 
 
 def _canonical(world: World) -> World:

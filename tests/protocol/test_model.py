@@ -20,7 +20,7 @@ from tests.protocol.trace import format_trace
 from tests.protocol.world import Scenario
 from tests.support.servers import RealServer, real_server
 
-LEAST_WORLDS = 1_000
+MIN_STATES = 1_000
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ async def test_invariants_hold_and_scripts_match_the_model(
 ) -> None:
     result = explore(scenario)
     assert result.violation is None, format_trace(result)
-    assert result.worlds >= LEAST_WORLDS
+    assert result.states >= MIN_STATES
     with valkey.client() as client:
         assert await compare_script_calls(result.values, valkey.url, client) > 0
 

@@ -27,11 +27,11 @@ class Runtime(Protocol):
 
     @property
     def max_batch(self) -> int:
-        """Most rows B of one call."""
+        """Maximum rows B of one call."""
 
     @property
     def max_steps(self) -> int:
-        """Most steps T of one call. A longer chunk takes several calls if the model processes it
+        """Maximum steps T of one call. A longer chunk takes several calls if the model processes it
         step by step; a model that sees a chunk as a whole takes chunks up to its `chunk_limit`,
         which one call can take."""
 

@@ -54,7 +54,7 @@ from service.store.redis.topology import (
 from service.store.settings import StoreSettings
 
 REFRESH_INTERVAL_S: Final = 0.1
-"""Least time between two reads of the topology; half of it is jitter."""
+"""Minimum time between two reads of the topology; half of it is jitter."""
 
 TOPOLOGY_TIMEOUT_S: Final = 1.0
 """How long one node may take to return the topology before another is asked."""

@@ -34,7 +34,7 @@ class ApiLimits:
 
     @property
     def max_waiting_bytes(self) -> int:
-        """Most bytes of long bodies that wait for validation in one worker."""
+        """Maximum bytes of long bodies that wait for validation in one worker."""
         return 8 * self.max_body_bytes
 
     def effective_timeout_s(self, requested_s: float | None) -> float:

@@ -38,7 +38,7 @@ _TIMEOUT_EXPECTED = "decimal seconds above 0, such as 2.5"
 SECONDS = r"^[0-9]{1,9}(?:\.[0-9]{0,9})?$"
 _SECONDS = re.compile(SECONDS, re.ASCII)
 MAX_PARAMETERS = 16
-"""Most parameters of a query."""
+"""Maximum parameters of a query."""
 MAX_PRECONDITION = 8 * 1024
 """Longest list of ETags, in characters."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}

@@ -21,7 +21,7 @@ CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of all connections."""
 
 LOG_INTERVAL_S: Final = 10.0
-"""Least time between two log lines about connections that were rejected or closed."""
+"""Minimum time between two log lines about connections that were rejected or closed."""
 
 BODY_BYTES_PER_S: Final = 16 * 1024
 """Minimum rate of an upload: this many bytes of a body extend its timeout by a second."""

@@ -27,13 +27,13 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """Largest head of a request, and largest trailer section."""
 
 MAX_HEADERS: Final = 128
-"""Most header lines of a request."""
+"""Maximum header lines of a request."""
 
 PIECE_BYTES: Final = 8 * 1024
-"""Most bytes given to the parser at once: uvicorn allocates an object for every request in them."""
+"""Maximum bytes given to the parser at once: uvicorn allocates an object for each request."""
 
 MAX_DRAIN_BYTES: Final = 1024 * 1024
-"""Most bytes that are discarded of a body whose request was answered early."""
+"""Maximum bytes that are discarded of a body whose request was answered early."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 

@@ -32,7 +32,7 @@ class Checkpoint:
         """
         await asyncio.sleep(0)
         if time.monotonic() > self._deadline_s:
-            raise DeadlineExceeded("the time for the request was up while its body was validated")
+            raise DeadlineExceeded("the deadline expired while the body was validated")
 
 
 class LongBodyAdmission:
@@ -69,7 +69,7 @@ class LongBodyAdmission:
                 await self._lock.acquire()
         except TimeoutError as error:
             raise DeadlineExceeded(
-                "the time for the request was up before its long body was validated"
+                "the deadline expired before the long body was validated"
             ) from error
         finally:
             self._waiting_bytes -= len(body)

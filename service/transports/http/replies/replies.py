@@ -20,7 +20,7 @@ from service.transports.http.replies.pieces import LONG_VALUES, count_values, en
 Header = tuple[bytes, bytes]
 
 WRITE_BYTES: Final = 32 * 1024
-"""Least number of bytes that a long response writes at once."""
+"""Minimum number of bytes that a long response writes at once."""
 
 _CONTENT_TYPE = {media: (b"content-type", media.value.encode()) for media in Media}
 

@@ -346,7 +346,7 @@ class ModelDetail(TypedDict):
     blocks: BlocksInfo | None
     """How a bidirectional network follows a stream; null where events are answered at once."""
     max_chunk_steps: int | None
-    """Most steps of what the model sees as a whole; null where it has no limit."""
+    """Maximum steps of what the model sees as a whole; null where it has no limit."""
     runtimes: list[str]
     forecast: ForecastInfo | None
     """Null for a model without a decoder."""
