@@ -137,7 +137,7 @@ def _measure_compute(steps: int, batches: Sequence[int], seconds: float) -> dict
         arguments = (rows.astype(np.float32), np.full(padded, steps, np.int32), states)
         runtime.step(*arguments)
         calls, started_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
-        while (passed_s := time.perf_counter() - started_s) < seconds:
+        while (passed_s := time.perf_counter() - started_s) < seconds or not calls:
             runtime.step(*arguments)
             calls += 1
         cpu_s = time.process_time() - cpu_before_s
