@@ -74,6 +74,22 @@ def _ssl_context() -> SSLContext:
     return httpx.create_ssl_context()
 
 
+def _base_url(url: str) -> str:
+    """A service's address without a trailing slash.
+
+    Raises:
+        Problem: it is no address of HTTP.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        detail = f"expected an address such as http://127.0.0.1:8000, got {url!r}"
+        raise Problem(0, "invalid_url", detail)
+    return url.rstrip("/")
+
+
 def _timeout(timeout_s: float) -> httpx.Timeout:
     return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
 
@@ -82,8 +98,12 @@ class Carry:
     """A service, from any number of threads."""
 
     def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S, encoding: Encoding = "json"):
-        """Nothing is requested yet."""
-        self.url = url.rstrip("/")
+        """Nothing is requested yet.
+
+        Raises:
+            Problem: the address is invalid.
+        """
+        self.url = _base_url(url)
         self._requests = _Requests(encoding)
         self._client = httpx.Client(
             base_url=self.url, timeout=_timeout(timeout_s), verify=_ssl_context()
@@ -142,8 +162,12 @@ class AsyncCarry:
     """
 
     def __init__(self, url: str, *, timeout_s: float = _TIMEOUT_S, encoding: Encoding = "json"):
-        """Nothing is requested yet."""
-        self.url = url.rstrip("/")
+        """Nothing is requested yet.
+
+        Raises:
+            Problem: the address is invalid.
+        """
+        self.url = _base_url(url)
         self._requests = _Requests(encoding)
         self._timeout = _timeout(timeout_s)
         self._idle: list[httpx.AsyncClient] = []

@@ -10,7 +10,7 @@ import uvloop
 from rich.console import Console
 
 from models.artifact.artifact import Artifact
-from service.client import ModelDescription
+from service.client import ModelDescription, Problem
 from service.replay.client import connect
 from service.replay.metrics import Counted, MetricsWatch
 from service.replay.options import ReplayError, ReplayOptions
@@ -45,7 +45,7 @@ def run_replay(options: ReplayOptions) -> int:
         if options.report is not None:
             data = orjson.dumps(summary.as_data(), option=orjson.OPT_INDENT_2)
             options.report.write_bytes(data + b"\n")
-    except (ReplayError, OSError) as error:
+    except (ReplayError, OSError, Problem) as error:
         errors.print(f"carry replay: {error}", markup=False, highlight=False, soft_wrap=True)
         return EXIT_UNFINISHED
     except KeyboardInterrupt:

@@ -16,7 +16,10 @@ class Service:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self._carry = Carry(self.url, timeout_s=TIMEOUT_S)
+        try:
+            self._carry = Carry(self.url, timeout_s=TIMEOUT_S)
+        except Problem as problem:
+            raise LoadError(f"--url: {problem.detail}") from problem
 
     def close(self) -> None:
         """Close the connections."""

@@ -7,7 +7,15 @@ from random import Random
 import orjson
 import pytest
 
-from service.client import Problem, Retry, read_problem, read_response, stream_path
+from service.client import (
+    AsyncCarry,
+    Carry,
+    Problem,
+    Retry,
+    read_problem,
+    read_response,
+    stream_path,
+)
 
 BUSY = read_problem(503, {"code": "overloaded", "retryable": True})
 
@@ -99,3 +107,13 @@ def test_stream_name_that_a_url_would_lose_is_rejected(name: str) -> None:
     assert stream_path("m", "a b") == "/v1/models/m/streams/a%20b"
     with pytest.raises(Problem, match="not a valid stream name"):
         stream_path("m", name)
+
+
+@pytest.mark.parametrize("client", [Carry, AsyncCarry])
+@pytest.mark.parametrize("url", ["ftp://here", "here:8000", "http://", "http://[", ""])
+def test_an_invalid_address_is_rejected_before_any_request(
+    client: type[Carry] | type[AsyncCarry], url: str
+) -> None:
+    with pytest.raises(Problem, match="expected an address such as http") as raised:
+        client(url)
+    assert not raised.value.is_retryable
