@@ -54,7 +54,7 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
     models = sorted(api.pipeline.models)
     types = {name: api.wire(name).reader.strict.types[Media.JSON] for name in models}
     components = {
-        **document["components"]["schemas"],
+        **_with_integer_bounds(document["components"]["schemas"]),
         **_schemas([StateBody, ForkBody]),
         **_schemas([kind for body_types in types.values() for kind in _kinds(body_types)]),
     }
@@ -72,6 +72,20 @@ def openapi_document(app: FastAPI, api: ApiContext) -> dict[str, Any]:
         content = document["paths"][path]["post"]["requestBody"]["content"]
         content[Media.JSON.value]["examples"] = examples
     return document
+
+
+def _with_integer_bounds(schema: Any) -> Any:
+    """The schema with whole bounds of integers: FastAPI writes every bound as a float, which tools
+    reject for an integer, and which is rounded above 2^53."""
+    if isinstance(schema, list):
+        return [_with_integer_bounds(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    converted = {name: _with_integer_bounds(inner) for name, inner in schema.items()}
+    if schema.get("type") == "integer":
+        bounds = {"minimum", "maximum"} & schema.keys()
+        converted.update({name: int(schema[name]) for name in bounds})
+    return converted
 
 
 def _schemas(kinds: list[type[BaseModel]]) -> dict[str, Any]:

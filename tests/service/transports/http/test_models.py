@@ -76,6 +76,17 @@ def references(value: Any) -> Iterator[str]:
             yield from references(inner)
 
 
+def integer_schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Every schema of an integer in a document."""
+    if isinstance(value, dict):
+        if value.get("type") == "integer":
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from integer_schemas(inner)
+
+
 async def test_openapi_document_describes_each_model(api: Harness) -> None:
     document = (await api.client.get("/openapi.json")).json()
     components = document["components"]["schemas"]
@@ -91,6 +102,15 @@ async def test_openapi_document_describes_each_model(api: Harness) -> None:
     ]
     for component in components.values():
         jsonschema.Draft202012Validator.check_schema(component)
+
+
+async def test_openapi_document_bounds_integers_by_integers(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    position = document["components"]["schemas"]["ChunkReply"]["properties"]["position"]
+    assert (position["minimum"], position["maximum"]) == (0, 2**62)
+    for schema in integer_schemas(document):
+        bounds = [schema[name] for name in ("minimum", "maximum") if name in schema]
+        assert all(type(bound) is int for bound in bounds), schema
 
 
 async def test_examples_of_the_document_are_accepted(api: Harness) -> None:
