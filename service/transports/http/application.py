@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.responses import HTMLResponse
 
+from service.ops.logs import RequestIds
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.recorder import Recorder
 from service.transports.http.connection.connections import ConnectionLimits, Connections
@@ -29,7 +30,7 @@ from service.transports.http.long_bodies.admission import LongBodyAdmission
 from service.transports.http.openapi.document import DESCRIPTION, openapi_document
 from service.transports.http.openapi.error_reference import reference_html
 from service.transports.http.problems import REFERENCE
-from service.transports.http.request_log import RequestIds, RequestLogMiddleware
+from service.transports.http.request_log import RequestLogMiddleware
 from service.transports.http.routes import chunks, forecast, health, models, streams
 from service.transports.http.routes.health import RenderMetrics
 

@@ -42,6 +42,7 @@ class ApiContext:
     Attributes:
         now_ms: wall clock in epoch milliseconds, for the age of streams.
         long_bodies: admission of long bodies.
+        wires: readers and writers that `wire` built, by model; a model may have changed since.
     """
 
     pipeline: Pipeline
@@ -49,7 +50,7 @@ class ApiContext:
     recorder: Recorder
     now_ms: Callable[[], int]
     long_bodies: LongBodyAdmission
-    _wires: dict[str, ModelWire] = field(default_factory=dict)
+    wires: dict[str, ModelWire] = field(default_factory=dict)
 
     def wire(self, model: str) -> ModelWire:
         """Reader and writer of a served model, built on first use and when the model changes.
@@ -58,9 +59,9 @@ class ApiContext:
             ModelNotFound
         """
         served = self.pipeline.model(model)
-        wire = self._wires.get(model)
+        wire = self.wires.get(model)
         if wire is None or wire.served is not served:
-            wire = self._wires[model] = ModelWire(served, self.limits)
+            wire = self.wires[model] = ModelWire(served, self.limits)
         return wire
 
 

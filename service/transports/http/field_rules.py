@@ -9,7 +9,6 @@ import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
-from typing_extensions import TypeIs
 
 STREAM_NAME: Final = (
     r"^(?:[A-Za-z0-9._:@-]{3,256}|[A-Za-z0-9_:@-][A-Za-z0-9._:@-]?|\.[A-Za-z0-9_:@-])$"
@@ -31,19 +30,6 @@ EXAMPLE_FINGERPRINT: Final = "9c04e2d1b8a75f6631c2d4e8f9a0b7c6"
 is_stream_name = re.compile(STREAM_NAME[1:-1]).fullmatch
 is_stream_prefix = re.compile(r"[A-Za-z0-9._:@-]{0,256}").fullmatch
 is_bare_etag = re.compile(f"{EPOCH}-{TAG}").fullmatch
-_is_epoch = re.compile(EPOCH).fullmatch
-
-
-def is_optional_position(value: object) -> TypeIs[int | None]:
-    """Whether a parsed value is a position, or none."""
-    # not a bool, which is an int too
-    return value is None or (type(value) is int and 0 <= value <= MAX_POSITION)
-
-
-def is_optional_epoch(value: object) -> TypeIs[str | None]:
-    """Whether a parsed value is an epoch, or none."""
-    return value is None or (type(value) is str and _is_epoch(value) is not None)
-
 
 StreamName = Annotated[str, Field(pattern=STREAM_NAME, examples=[EXAMPLE_STREAM])]
 ModelName = Annotated[str, Field(description="The model's slug.", examples=["flights"])]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import orjson
@@ -55,11 +55,16 @@ _PAIR = b"\x92"
 _END_PACKED = ormsgpack.packb(_END)
 
 
+encode_json: Final = partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
+"""`dumps` in JSON."""
+
+encode_msgpack: Final = partial(ormsgpack.packb, option=ormsgpack.OPT_SERIALIZE_NUMPY)
+"""`dumps` in MessagePack."""
+
+
 def dumps(media: Media, value: Any) -> bytes:
     """Encode a value of dictionaries, lists, NumPy arrays (C order, not 0-d) and scalars."""
-    if media is Media.JSON:
-        return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    return ormsgpack.packb(value, option=ormsgpack.OPT_SERIALIZE_NUMPY)
+    return encode_json(value) if media is Media.JSON else encode_msgpack(value)
 
 
 def loads(media: Media, body: bytes) -> Any:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
-from service.ops.logs import log_request
+from service.ops.logs import RequestIds, log_request
 
 REQUEST_ID_HEADER = b"x-request-id"
 is_request_id = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}").fullmatch
-_ID_LIMIT = 2**64
 
 PROBES = ("/health/live", "/health/ready", "/metrics")
 """Routes that probes request every few seconds; logged at `debug`."""
@@ -28,18 +26,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-class RequestIds:
-    """Consecutive ids from a random start: unique without a system call for each."""
-
-    def __init__(self) -> None:
-        self._next = secrets.randbelow(_ID_LIMIT)
-
-    def next(self) -> bytes:
-        """A new id."""
-        self._next = (self._next + 1) % _ID_LIMIT
-        return b"%016x" % self._next
 
 
 class RequestLogMiddleware:

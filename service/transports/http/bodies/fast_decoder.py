@@ -1,9 +1,10 @@
 """Fast decoder: from the bytes of a valid body to steps in one pass, or None.
 
-The usual chunk in JSON is decoded by `json_rows`. For all else each model has msgspec types, whose
-decoders check members, numbers, widths and lengths while they parse, in C. All the rows of a body
-then become one float32 buffer. The decoder accepts only what the strict validator accepts, with
-the same values, and never makes an error: where it returns None, the strict validator decides.
+The usual chunk in JSON, of rows, is decoded by simdjson (`JsonRowsDecoder`). For all else each
+model has msgspec types, whose decoders check members, numbers, widths and lengths while they parse,
+in C. All the rows of a body then become one float32 buffer. The decoder accepts only what the
+strict validator accepts, with the same values, and never makes an error: where it returns None, the
+strict validator decides.
 
 A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
 and in JSON the texts, are counted and compared with the body: in JSON each is a pair of quotation
@@ -16,11 +17,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
-from typing import Annotated, Any, NamedTuple
+from itertools import chain, permutations
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
+import simdjson
 from msgspec import Meta
 
 from models.errors import DataError
@@ -29,13 +31,36 @@ from models.events.reader import EventReader
 from service.core.values import Feed, FloatRows, Steps
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.duplicates import HEADER_BYTES, find_duplicate, packed_length
-from service.transports.http.bodies.json_rows import JsonRowsDecoder, RowsChunk
 from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
 
 _F4 = np.dtype("<f4")
 _QUOTE = np.uint8(ord('"'))
+
+MAX_BYTES: Final = 256 * 1024
+"""Longest body that simdjson parses: its parser keeps its memory."""
+
+_F8: Final = np.dtype(np.float64)
+_INPUTS: Final = b'"inputs"'
+_NEAR_BEGIN: Final = 96
+"""`inputs` is searched in this many bytes, which tells rows from events."""
+
+_MEMBERS: Final = frozenset(
+    names
+    for names in chain.from_iterable(
+        permutations(("inputs", "position", "epoch"), count) for count in (1, 2, 3)
+    )
+    if "inputs" in names
+)
+_LARGEST_SQUARES: Final = 1e76
+"""A sum of squares below this has no member that overflows float32."""
+
+_PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError, msgspec.MsgspecError)
+"""What simdjson raises, about the text and about what it is asked for, and msgspec."""
+
+_Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None
+_Epoch = Annotated[str, Meta(pattern=rf"^{EPOCH}\Z")] | None
 
 
 class DecodedSteps(msgspec.Struct):
@@ -106,6 +131,82 @@ def count_parts(media: Media, body: bytes) -> int:
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return 0
     return len(decoded.chunks) + len(decoded.sequences)
+
+
+class _StreamHead(msgspec.Struct, array_like=True, gc=False):
+    """Position and epoch of a chunk; simdjson does not validate them."""
+
+    position: _Position
+    epoch: _Epoch
+
+
+class RowsChunk(NamedTuple):
+    """A chunk of rows.
+
+    Attributes:
+        rows: float32 [T, F], finite.
+    """
+
+    rows: FloatRows
+    position: int | None
+    epoch: str | None
+
+
+class JsonRowsDecoder:
+    """Decodes chunks of rows in JSON with simdjson: into one array, without an object per number.
+
+    For the usual chunk of one model: `inputs`, with `position` and `epoch` or without. simdjson
+    flattens any list, so the shape is checked here: as many lists as rows, each as wide as the
+    model's rows, and no list within a row. Use from one thread.
+
+    Args:
+        features: F, numbers in a row.
+        max_rows: most rows in one text.
+    """
+
+    def __init__(self, features: int, max_rows: int):
+        self._features = features
+        self._max_rows = max_rows
+        self._parser = simdjson.Parser()
+
+    def decode_chunk(self, body: bytes) -> RowsChunk | None:
+        """The chunk of a body; None if it is not a valid chunk of rows in the usual form."""
+        # simdjson would skip a byte order mark
+        is_usual = body[:1] == b"{" and body.find(_INPUTS, 0, _NEAR_BEGIN) > 0
+        if not is_usual or len(body) > MAX_BYTES:
+            return None
+        try:
+            members = self._parser.parse(body)
+            if not isinstance(members, simdjson.Object):
+                return None
+            # no duplicate member is in any of these
+            names = tuple(members)
+            if names not in _MEMBERS:
+                return None
+            position = members["position"] if "position" in names else None
+            epoch = members["epoch"] if "epoch" in names else None
+            stream_head = msgspec.convert((position, epoch), _StreamHead)
+            rows = self._array(members["inputs"], body)
+        except _PARSER_ERRORS:
+            return None
+        return None if rows is None else RowsChunk(rows, stream_head.position, stream_head.epoch)
+
+    def _array(self, value: object, text: bytes) -> FloatRows | None:
+        if not isinstance(value, simdjson.Array):
+            return None
+        count = len(value)
+        # the other members were checked and hold no such bracket
+        if not 0 < count <= self._max_rows or text.count(b"[") != count + 1:
+            return None
+        if set(map(len, value)) != {self._features}:  # type: ignore[arg-type]
+            return None
+        numbers = np.frombuffer(value.as_buffer(of_type="d"), _F8)
+        if numbers.size != count * self._features:
+            return None
+        with np.errstate(over="ignore"):
+            if not numbers.dot(numbers) < _LARGEST_SQUARES:
+                return None
+        return numbers.astype(_F4).reshape(count, self._features)
 
 
 class FastDecoder:
@@ -250,8 +351,8 @@ class FastDecoder:
         steps: list[Any] = [("inputs", inputs | None, None), ("events", events, None)]
         chunk = [
             *steps,
-            ("position", Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None, None),
-            ("epoch", Annotated[str, Meta(pattern=rf"^{EPOCH}\Z")] | None, None),
+            ("position", _Position, None),
+            ("epoch", _Epoch, None),
         ]
         item = _struct(DecodedItem, [*chunk, ("stream", str), ("if_match", str | None, None)])
         items = Annotated[list[item], Meta(max_length=limits.max_items)]  # type: ignore[valid-type]

@@ -23,8 +23,12 @@ from service.transports.http.bodies.body_types import (
     known_future_schema,
 )
 from service.transports.http.bodies.duplicates import find_duplicates
-from service.transports.http.bodies.fast_decoder import DecodedChunk, FastDecoder, count_parts
-from service.transports.http.bodies.json_rows import RowsChunk
+from service.transports.http.bodies.fast_decoder import (
+    DecodedChunk,
+    FastDecoder,
+    RowsChunk,
+    count_parts,
+)
 from service.transports.http.bodies.strict_validator import StrictValidator, validate_body
 from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.limits import ApiLimits

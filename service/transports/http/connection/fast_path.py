@@ -15,26 +15,26 @@ import asyncio
 import logging
 import re
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Chunk, Reply, StreamKey
-from service.ops.logs import log_request
+from service.ops.logs import RequestIds, log_request
 from service.transports.http.connection.framing import is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.field_rules import STREAM_NAME
-from service.transports.http.limits import LONG_BYTES
+from service.transports.http.limits import LONG_BYTES, ApiLimits
 from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
-from service.transports.http.replies.replies import server_timing
+from service.transports.http.replies.reply_writer import server_timing
 from service.transports.http.request_fields import TIMEOUT_HEADER, parse_timeout
-from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds, is_request_id
+from service.transports.http.request_log import REQUEST_ID_HEADER, is_request_id
 from service.transports.http.statuses import STATUS
 
 MAX_REQUEST_BYTES: Final = LONG_BYTES
@@ -114,13 +114,18 @@ class FastRequest(NamedTuple):
 
 
 class _Headers(NamedTuple):
-    """Parsed headers of a request; None for a header that is absent."""
+    """Parsed headers of a request.
+
+    Attributes:
+        request_id: None if there is no such header.
+        timeout_s: the effective timeout of the request.
+    """
 
     length: int
     media: Media
     reply_media: Media
     request_id: bytes | None
-    timeout_s: float | None
+    timeout_s: float
 
 
 class FastPath:
@@ -135,6 +140,8 @@ class FastPath:
         self._api = api
         self._ids = ids
         self._overload_responses = OverloadResponses()
+        # cached, since clients repeat their headers
+        self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, api.limits))
 
     def parse(self, data: bytes) -> FastRequest | RejectedRequest | IncompleteRequest | None:
         """The request at the beginning of these bytes; None sends it to the slow path."""
@@ -145,7 +152,7 @@ class FastPath:
         if end < 0:
             return None
         block = data[start.end() : end]
-        headers = None if len(block) > MAX_HEADERS_BYTES else _parse_headers(block)
+        headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
         total_bytes = end + 4 + headers.length
@@ -156,12 +163,14 @@ class FastPath:
         received_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
         pipeline = self._api.pipeline
-        if model not in pipeline.models:
+        served = pipeline.models.get(model)
+        if served is None:
             return None
-        wire = self._api.wire(model)
-        timeout_s = self._api.limits.effective_timeout_s(headers.timeout_s)
+        wire = self._api.wires.get(model)
+        if wire is None or wire.served is not served:
+            wire = self._api.wire(model)
         request_id = headers.request_id or self._ids.next()
-        error = pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
+        error = pipeline.check_admission(model, StreamKey(model, stream), headers.timeout_s)
         if error is not None:
             return RejectedRequest(
                 wire, error, headers.reply_media, request_id, received_s, total_bytes
@@ -170,7 +179,7 @@ class FastPath:
         if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
             # the slow path encodes long replies in pieces
             return None
-        deadline_s = received_s + timeout_s
+        deadline_s = received_s + headers.timeout_s
         return FastRequest(
             wire, chunk, headers.reply_media, request_id, received_s, deadline_s, total_bytes
         )
@@ -228,12 +237,8 @@ def _log(request: FastRequest | RejectedRequest, status: int) -> None:
     log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
 
 
-@lru_cache(maxsize=4096)
-def _parse_headers(block: bytes) -> _Headers | None:
-    """The headers in a block of lines, or None if they are for the slow path.
-
-    Cached, since clients repeat their headers.
-    """
+def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
+    """The headers in a block of lines, or None if they are for the slow path."""
     values: dict[bytes, bytes] = {}
     for text in block.split(b"\r\n"):
         line = _HEADER_LINE.fullmatch(text)
@@ -259,6 +264,7 @@ def _parse_headers(block: bytes) -> _Headers | None:
         timeout_s = parse_timeout(timeout)
         if timeout_s is None:
             return None
+    timeout_s = limits.effective_timeout_s(timeout_s)
     return _Headers(int(length), media, reply_media, request_id, timeout_s)
 
 

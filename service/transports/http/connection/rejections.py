@@ -9,11 +9,11 @@ from typing import Final
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Overloaded, TooManyConnections
-from service.ops.logs import log_request
+from service.ops.logs import RequestIds, log_request
 from service.pipeline.recorder import Recorder
 from service.transports.http.media import Media
 from service.transports.http.problems import problem_answer, status_of
-from service.transports.http.request_log import REQUEST_ID_HEADER, RequestIds
+from service.transports.http.request_log import REQUEST_ID_HEADER
 
 CLOSE: Final = b"connection: close\r\n"
 """Header line of a response after which the connection is closed."""

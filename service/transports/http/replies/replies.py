@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.core.values import StreamHead, Timing
+from service.core.values import StreamHead
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.pieces import LONG_VALUES, count_values, encode_pieces
@@ -132,16 +132,3 @@ def reply(
 def etag(head: StreamHead) -> Header:
     """The ETag header of a stream's state."""
     return b"etag", f'"{head.etag}"'.encode()
-
-
-def server_timing(timing: Timing) -> str:
-    """The value of Server-Timing: milliseconds of a chunk by stage."""
-    return _TIMES % (
-        timing.queue_s * 1000,
-        timing.load_s * 1000,
-        timing.infer_s * 1000,
-        timing.commit_s * 1000,
-    )
-
-
-_TIMES = "queue;dur=%.3f, load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f"

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from models.spec.state import State
 from service.core.errors import InvalidInput
-from service.core.values import FloatRows, ForecastReply, ForecastRequest, Prediction, Reply
+from service.core.values import FloatRows, ForecastReply, ForecastRequest, Prediction, Reply, Timing
 from service.pipeline.served_model import ServedModel
-from service.transports.http.media import Media, dumps
+from service.transports.http.media import Media, encode_json, encode_msgpack
 from service.transports.http.replies import reply_types
 
 
@@ -38,12 +38,23 @@ class ReplyOptions:
 
 
 EVERY_STEP = ReplyOptions()
+_TIMES = "queue;dur=%.3f, load;dur=%.3f, infer;dur=%.3f, commit;dur=%.3f"
 _ENDS = {
     (False, False): b'"replayed":false}',
     (True, False): b'"replayed":true}',
     (False, True): b'"replayed":false,"created":true}',
     (True, True): b'"replayed":true,"created":true}',
 }
+
+
+def server_timing(timing: Timing) -> str:
+    """The value of Server-Timing: milliseconds of a chunk by stage."""
+    return _TIMES % (
+        timing.queue_s * 1000,
+        timing.load_s * 1000,
+        timing.infer_s * 1000,
+        timing.commit_s * 1000,
+    )
 
 
 class ReplyWriter:
@@ -58,7 +69,7 @@ class ReplyWriter:
         is_usual = one_axis and outputs[0].per == "step" and not served.outputs.attention
         self._only = outputs[0].name if is_usual else None
         self._once = frozenset(output.name for output in outputs if output.per == "chunk")
-        self._begin = dumps(Media.JSON, {"model": self._name, "version": self._version})[:-1]
+        self._begin = encode_json({"model": self._name, "version": self._version})[:-1]
 
     def reply(self, reply: Reply, options: ReplyOptions) -> reply_types.ChunkReply:
         """The reply to a chunk."""
@@ -86,7 +97,8 @@ class ReplyWriter:
     def reply_bytes(self, reply: Reply, media: Media) -> bytes:
         """The bytes of `reply`, of every step and without the state."""
         if media is not Media.JSON or self._only is None or reply.output_position is not None:
-            return dumps(media, self.reply(reply, EVERY_STEP))
+            encode = encode_json if media is Media.JSON else encode_msgpack
+            return encode(self.reply(reply, EVERY_STEP))
         epoch, tag, position = reply.head
         # A stream's name needs no escapes.
         return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
@@ -95,7 +107,7 @@ class ReplyWriter:
             epoch.hex().encode(),
             position,
             tag.hex().encode(),
-            dumps(media, {self._only: np.ascontiguousarray(reply.outputs)}),
+            encode_json({self._only: np.ascontiguousarray(reply.outputs)}),
             _ENDS[reply.replayed, reply.created],
         )
 

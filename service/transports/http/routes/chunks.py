@@ -20,14 +20,14 @@ from service.transports.http.context import ApiContext, ModelWire, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.openapi import operations
 from service.transports.http.problems import problem
-from service.transports.http.replies.replies import etag, reply, server_timing
+from service.transports.http.replies.replies import etag, reply
 from service.transports.http.replies.reply_types import (
     AppliedItem,
     FailedItem,
     ManyReply,
     PredictReply,
 )
-from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions
+from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions, server_timing
 from service.transports.http.request_fields import (
     body_media,
     deadline,

@@ -20,13 +20,13 @@ from uvicorn.server import ServerState
 
 from models.artifact.artifact import Artifact
 from service.core.values import StreamKey
+from service.ops.logs import RequestIds
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.http.application import ApiLimits, create_api
 from service.transports.http.connection.fast_path import FastPath
 from service.transports.http.connection.http_protocol import HTTP_STATE, HttpProtocol, HttpState
-from service.transports.http.request_log import RequestIds
 from tests.service.transports.http.faulty_store import FaultyStore, StoredStates
 from tests.support.numpy_runtime import numpy_served
 from tests.support.pipelines import Counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.transports.http.bodies.json_rows import MAX_BYTES, JsonRowsDecoder
+from service.transports.http.bodies.fast_decoder import MAX_BYTES, JsonRowsDecoder
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from service.core.errors import (
 from service.core.values import Precondition, Timing
 from service.pipeline.served_model import ServedModel
 from service.transports.http.media import Media, accepted, dumps, loads, media_of
-from service.transports.http.replies.replies import server_timing
+from service.transports.http.replies.reply_writer import server_timing
 from service.transports.http.request_fields import parse_if_match, read_body
 from tests.service.transports.http.harness import harness
 from tests.support.numpy_runtime import NumpyRuntime
