@@ -1,4 +1,4 @@
-"""`make bench`: Carry beside the floors and hand-written services, in one run, in turns.
+"""`make bench`: Carry and its baselines, interleaved in one run.
 
     python -m tests.bench [--only peak,many,...] [--jsonl FILE] [--report]
     python -m tests.bench --beside ../before --rounds 40 --seconds 0.5

@@ -88,7 +88,7 @@ class Case(NamedTuple):
     call: Callable[[], object]
 
     def best_us(self, seconds: float) -> float:
-        """The least time per chunk over the repetitions, which together take about `seconds`."""
+        """The minimum time per chunk over the repetitions, which together take about `seconds`."""
         timer = timeit.Timer(self.call)
         once_s = max(min(timer.repeat(3, 1)), 1e-8)
         number = max(1, int(seconds / REPEATS / once_s))

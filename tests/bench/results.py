@@ -93,7 +93,7 @@ class Results:
         return median(self.values(row, name))
 
     def figure(self, name: str, values: Sequence[float]) -> None:
-        """Keep the median, least and largest of some values."""
+        """Keep the median, minimum and maximum of some values."""
         self.figures[name] = Figure(median(values), min(values), max(values))
 
     def ratios(self, name: str, above: Sequence[float], below: Sequence[float]) -> None:

@@ -38,7 +38,7 @@ FIRST_REPLY_WITHIN_S = 180.0
 
 
 def measure_peak(bench: Bench) -> None:
-    """Every server side by side: closed loop, 32 connections and 1, in turns."""
+    """Every server: closed loop, 32 connections and 1, interleaved."""
     baselines, carry = bench.available(bench.options.baselines), bench.carry_kinds()
     reply_bytes, results = FLOOR_REPLY_BYTES, bench.results
     with bench.store() as store, bench.driver() as driver, ExitStack() as stack:
@@ -68,10 +68,10 @@ def measure_peak(bench: Bench) -> None:
 
 
 def measure_beside(bench: Bench) -> None:
-    """This checkout beside another one, in short turns, on one store.
+    """This checkout compared with another one, interleaved, on one store.
 
     A machine that others use too is now faster, now slower, for seconds at a time. So rounds are
-    short, each turn has one of both, and the result is the mean of the ratios within the turns,
+    short, each pair has one of both, and the result is the mean of the ratios within the turns,
     with its standard error: 40 rounds of half a second tell two per cent.
     """
     results, other = bench.results, bench.options.beside

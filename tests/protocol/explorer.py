@@ -1,4 +1,4 @@
-"""Breadth-first search through every world that a scenario can reach.
+"""Breadth-first search through every state (`World`) that a scenario can reach.
 
 No shorter path leads to the violation that is found. Worlds are compared whole, not by hash; two
 that differ only in the order of the workers are one.

@@ -1,4 +1,4 @@
-"""Settings: where each comes from, what is refused, and that no password is ever shown."""
+"""Settings: their sources, rejected values, and redacted passwords."""
 
 from __future__ import annotations
 

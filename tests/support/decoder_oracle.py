@@ -86,7 +86,7 @@ def oracle_decode(
 
 
 def _at_level(levels: Floats, values: Floats, level: float) -> float:
-    """The value below which a share `level` lies: linear between, exponential beyond."""
+    """The quantile at `level`: linear between the given ones, exponential beyond."""
     if level < levels[0]:
         density = (levels[1] - levels[0]) / (values[1] - values[0])
         return values[0] + levels[0] / density * log(level / levels[0])

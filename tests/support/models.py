@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
         "test_from": "2013-11-01T00:00:00Z",
     },
 }
-"""As it stands in a `SPEC.yaml`: names and inputs are left to be filled in."""
+"""As in a `SPEC.yaml`: names and inputs are resolved by the parser."""
 
 
 def small_spec() -> ModelSpec:

@@ -15,11 +15,11 @@ BUSY = (429, 503, 504)
 
 
 class Sender:
-    """One stream's events, sent in cuts, each sent again until it is answered.
+    """One stream's events, sent in chunks, each sent again until it is answered.
 
     Attributes:
-        position: how far the stream was acknowledged.
-        rewinds: how often it was found to stand further back than that.
+        position: the last acknowledged position.
+        rewinds: how often the service reported an earlier position.
     """
 
     def __init__(self, name: str, seed: int, events: int = 60):
@@ -42,7 +42,7 @@ class Sender:
                     has_reply.set()
 
     async def _send(self, client: httpx.AsyncClient, piece: NDArray[np.float32]) -> None:
-        """Send one chunk until it is answered, or the stream is found to stand elsewhere."""
+        """Send one chunk until it is answered, or another position is reported."""
         body = {"position": self.position, "inputs": piece.tolist()}
         while True:
             try:

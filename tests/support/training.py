@@ -13,7 +13,7 @@ HOUR_MS = 3_600_000
 
 
 def latch_frame(streams: int = 24, seed: int = 0) -> pl.DataFrame:
-    """Streams whose `mark` repeats their first `flag` for ever, behind random `noise`."""
+    """Streams whose `mark` repeats their first `flag` in every event, beside random `noise`."""
     random = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for stream in range(streams):

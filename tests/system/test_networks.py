@@ -93,10 +93,10 @@ class Stream:
         np.testing.assert_allclose(joined(spec, floats), joined(spec, state), **CLOSE)
         return reply
 
-    def goes_on(self, client: httpx.Client, sent: list[dict[str, Any]]) -> int:
-        """Where it stands after a kill: at the end of a chunk, whose retry is a replay."""
-        stands = client.get(self.url).raise_for_status().json()["position"]
-        number = self.starts.index(stands)
+    def check_resumes(self, client: httpx.Client, sent: list[dict[str, Any]]) -> int:
+        """Its position after a kill is the end of a chunk, whose retry is replayed."""
+        position = client.get(self.url).raise_for_status().json()["position"]
+        number = self.starts.index(position)
         again = self.send(client, number - 1)
         assert again == {**sent[number - 1], "replayed": True}
         return number
@@ -129,7 +129,7 @@ def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> N
                 for stream in streams:
                     replies = sent[stream.url]
                     if replies:
-                        del replies[stream.goes_on(client, replies) :]
+                        del replies[stream.check_resumes(client, replies) :]
                     for number in range(len(replies), until):
                         replies.append(stream.send(client, number))
             if until < len(CUTS):

@@ -80,8 +80,8 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
     own_service.start()
     with httpx.Client(base_url=own_service.url) as client:
         for sender in senders:
-            stands = client.get(sender.path.removesuffix("/chunks")).json()["position"]
-            assert stands >= sender.position
+            position = client.get(sender.path.removesuffix("/chunks")).json()["position"]
+            assert position >= sender.position
     await send_all(own_service.url, senders, 150)
     for sender in senders:
         expected = whole(probe, sender.rows)

@@ -1,4 +1,4 @@
-"""The lowest floor: a bare ASGI application that reads the body and answers a fixed one.
+"""The fastest baseline: a bare ASGI application that reads the body and answers a fixed one.
 
 BENCH_REPLY_BYTES=1800 uvicorn tests.bench.baselines.echo_asgi:app
 """

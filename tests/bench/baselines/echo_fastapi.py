@@ -1,4 +1,4 @@
-"""The floor that Carry is held against: a bare FastAPI route.
+"""The baseline of the targets: a bare FastAPI route.
 
     BENCH_REPLY_BYTES=1800 uvicorn tests.bench.baselines.echo_fastapi:app
 

@@ -26,7 +26,7 @@ def enqueue(batcher: Batcher[str, str], keys: Sequence[str]) -> list[Results[str
     return [batcher.enqueue([JobRequest(f"{key}{n}", key, 1)]) for n, key in enumerate(keys)]
 
 
-def refused(results: Sequence[Results[str]]) -> list[type]:
+def rejected(results: Sequence[Results[str]]) -> list[type]:
     """Types of the errors of rejected requests."""
     return [type(found.result()[0]) for found in results if found.done()]
 
@@ -37,8 +37,8 @@ async def test_an_overloaded_stream_rejects_its_own_callers_only() -> None:
         with structlog.testing.capture_logs() as logged:
             hot = enqueue(batcher, ["hot"] * 500)
             others = enqueue(batcher, [f"other{n}" for n in range(40)])
-        assert refused(hot) == [StreamOverloaded] * (500 - MOST_OF_ONE)
-        assert refused(others) == []
+        assert rejected(hot) == [StreamOverloaded] * (500 - MOST_OF_ONE)
+        assert rejected(others) == []
         assert isinstance(batcher.check_admission("hot", 60), StreamOverloaded)
         assert batcher.check_admission("hot", 60) is batcher.check_admission("hot", 60)
         assert batcher.check_admission("other99", 60) is None
@@ -54,8 +54,8 @@ async def test_many_streams_with_many_callers_leave_room_for_others() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
         hot = enqueue(batcher, [f"hot{n % 10}" for n in range(1000)])
-        assert set(refused(hot)) == {StreamOverloaded}
-        assert refused(enqueue(batcher, [f"other{n}" for n in range(20)])) == []
+        assert set(rejected(hot)) == {StreamOverloaded}
+        assert rejected(enqueue(batcher, [f"other{n}" for n in range(20)])) == []
         runs.gate.set()
 
 
@@ -63,7 +63,7 @@ async def test_a_full_queue_rejects_every_stream() -> None:
     runs = Runs()
     async with batching(runs, queue=QUEUE) as batcher:
         results = enqueue(batcher, [f"s{n}" for n in range(QUEUE + 2)])
-        assert refused(results) == [Overloaded] * 2
+        assert rejected(results) == [Overloaded] * 2
         runs.gate.set()
 
 
@@ -74,7 +74,7 @@ async def test_a_stream_is_admitted_by_its_own_rate(monkeypatch: pytest.MonkeyPa
     async with batching(runs, queue=1000, max_wait_s=4.0) as batcher:
         hot = enqueue(batcher, ["hot"] * 14)
         await runs.wait_for_batches(4)
-        assert refused(hot[3:]) == []
+        assert rejected(hot[3:]) == []
         rejection = batcher.check_admission("hot", 60)
         assert isinstance(rejection, StreamOverloaded)
         assert rejection.detail.startswith("10 chunks of this stream are waiting")
@@ -88,7 +88,7 @@ async def test_a_request_with_many_items_leaves_room_for_others() -> None:
     async with batching(runs, queue=QUEUE, limits=BatchLimits(1, 1000)) as batcher:
         many = batcher.enqueue([JobRequest("a", f"m{n}", 1) for n in range(QUEUE)])
         more = batcher.enqueue([JobRequest("a", f"n{n}", 1) for n in range(QUEUE)])
-        assert refused(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
+        assert rejected(enqueue(batcher, [f"s{n}" for n in range(20)])) == []
         runs.gate.set()
         outcomes = [await many, await more]
         assert [sum(isinstance(each, Overloaded) for each in found) for found in outcomes] == [
@@ -126,7 +126,7 @@ async def test_few_items_of_a_request_are_queued_at_a_time() -> None:
         await runs.wait_for_batches(1)
         await turns()
         assert len(batcher._queue) == 2 * ITEMS_PER_PART - UP_TO_8.max_rows
-        assert refused(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
+        assert rejected(enqueue(batcher, [f"lone{n}" for n in range(ITEMS_PER_PART)])) == []
         runs.gate.set()
         assert await many == [name.upper() for name in names]
 

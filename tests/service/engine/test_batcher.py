@@ -29,14 +29,14 @@ async def test_jobs_queued_during_a_batch_form_the_next_batch() -> None:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches wait for answers for ever."""
+def no_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disable the time limit of the batching delay."""
     monkeypatch.setattr("service.engine.batcher.LINGER_TICK_S", 60)
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_time_limit")
 async def test_small_batch_lingers_while_a_batch_is_in_flight() -> None:
-    """What they bring is in it."""
+    """Requests that follow the replies join the batch."""
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
         many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
@@ -63,7 +63,7 @@ async def test_linger_is_bounded() -> None:
         assert await asyncio.gather(*many, late) == ["A", "B", "C", "D", "E"]
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_time_limit")
 async def test_no_linger_for_a_long_job_in_flight() -> None:
     runs, short = Runs(), Runs()
     short.gate.set()
@@ -82,7 +82,7 @@ async def test_no_linger_for_a_long_job_in_flight() -> None:
     assert short.batches == [["b", "c"], ["d"]]
 
 
-@pytest.mark.usefixtures("patient")
+@pytest.mark.usefixtures("no_time_limit")
 async def test_no_linger_if_the_batch_is_as_large_as_the_last() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
@@ -138,7 +138,7 @@ async def test_released_stream_continues_before_its_batch_ends() -> None:
 
 
 async def test_a_batch_does_not_release_a_stream_twice() -> None:
-    """Another batch holds the stream by then."""
+    """By then another batch holds the stream."""
     runs = Runs()
     gates = {name: asyncio.Event() for name in ("a1", "a2")}
 
@@ -306,14 +306,14 @@ async def test_drain_is_bounded() -> None:
 
 
 async def turns() -> None:
-    """Enough of the loop's for what may begin to begin."""
+    """Run the event loop until every batch that may start has started."""
     for _ in range(MAX_DELAY_TURNS + 4):
         await asyncio.sleep(0)
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many jobs were ready, each time that a batch was to be formed."""
+def ready_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of ready jobs at each attempt to form a batch."""
     found: list[int] = []
     take = FairQueue.take
 
@@ -325,20 +325,20 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-async def test_no_batch_is_formed_while_none_may_start(looks: list[int]) -> None:
-    """What waits for a slot or for its stream is not looked through at every arrival."""
+async def test_no_batch_is_formed_while_none_may_start(ready_counts: list[int]) -> None:
+    """Jobs that wait for a slot or for their stream are not searched at every arrival."""
     runs = Runs()
     async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
         await runs.wait_for_batches(2)
         tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
         await turns()
-        assert looks == [5, 4]
+        assert ready_counts == [5, 4]
         for name in "gh":
             tasks.append(asyncio.create_task(submit(batcher, name, name, 1000)))
             tasks.append(asyncio.create_task(submit(batcher, name, "a", 1)))
             await turns()
-        assert looks == [5, 4]
+        assert ready_counts == [5, 4]
         tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
         await runs.wait_for_batches(3)
         assert runs.batches == [["a"], ["b"], ["s"]]
@@ -346,7 +346,7 @@ async def test_no_batch_is_formed_while_none_may_start(looks: list[int]) -> None
         await asyncio.gather(*tasks)
 
 
-async def test_retried_short_job_runs_beside_a_long_one(looks: list[int]) -> None:
+async def test_retried_short_job_runs_beside_a_long_one(ready_counts: list[int]) -> None:
     class LongOnesWait(Runs):
         async def __call__(self, jobs: Jobs, control: BatchControl) -> Jobs:
             if jobs[0].steps > 64:
@@ -367,7 +367,7 @@ async def test_retried_short_job_runs_beside_a_long_one(looks: list[int]) -> Non
         assert runs.batches == [["a"], ["s"], ["s"]]
         next_one = asyncio.create_task(submit(batcher, "b", "b", 1000))
         await turns()
-        assert looks == [1, 1, 1]
+        assert ready_counts == [1, 1, 1]
         runs.gate.set()
         assert await asyncio.gather(long, next_one) == ["A", "B"]
 

@@ -21,13 +21,13 @@ def soon() -> float:
     return time.monotonic() + SHORT_S
 
 
-async def room(batcher: Batcher[str, str]) -> None:
-    """Wait until one more may wait."""
+async def wait_for_capacity(batcher: Batcher[str, str]) -> None:
+    """Wait until admission control accepts one more job."""
 
-    async def there() -> bool:
+    async def has_capacity() -> bool:
         return batcher.check_admission("new", 60) is None
 
-    await until_async(there, "room")
+    await until_async(has_capacity, "capacity")
 
 
 async def test_expired_queued_jobs_never_start() -> None:
@@ -69,7 +69,7 @@ async def test_earliest_deadline_sets_the_timer() -> None:
 
 
 async def test_running_job_fails_at_its_deadline() -> None:
-    """It runs on, and its result is nobody's; its neighbours get theirs."""
+    """The batch continues; the late result is discarded, other jobs get theirs."""
     runs, told = Runs(), []
 
     def tell(job: Job[str, str], error: CarryError) -> CarryError:
@@ -113,14 +113,14 @@ async def test_cancelled_jobs_free_the_queue_while_all_batches_hang() -> None:
             await submit(batcher, "d", "d", 1)
         for leaver in leavers:
             leaver.cancel()
-        await room(batcher)
+        await wait_for_capacity(batcher)
         runs.gate.set()
         assert await asyncio.gather(first, submit(batcher, "e", "e", 1)) == ["A", "E"]
     assert runs.batches == [["a"], ["e"]]
 
 
 class Paced(Runs):
-    """Each batch of 8 takes 0.4 s of a clock of its own; the last ones wait to be let go."""
+    """Each batch of 8 takes 0.4 s of a simulated clock; the last ones wait for the gate."""
 
     def __init__(self, batches: int) -> None:
         super().__init__()
@@ -142,18 +142,18 @@ class Paced(Runs):
 
 
 async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:
-    """That many jobs, of which those batches are done or begun."""
+    """Submit jobs, and wait until `batches` batches have started."""
     tasks = [asyncio.create_task(submit(batcher, f"j{i}", f"j{i}", 1)) for i in range(jobs)]
     await runs.wait_for_batches(batches)
     return tasks
 
 
 async def test_queue_length_is_limited_by_the_drain_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 20 jobs a second and 2 seconds, 40 wait; for whom 1 second is left, 20 are too many."""
+    """At 20 jobs/s and at most 2 s, 40 may wait; 20 are too many for a deadline in 1 s."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
-    refusing: list[bool] = []
-    async with batching(runs, max_wait_s=2.0, on_shedding=refusing.append) as batcher:
+    shedding: list[bool] = []
+    async with batching(runs, max_wait_s=2.0, on_shedding=shedding.append) as batcher:
         with structlog.testing.capture_logs() as logged:
             tasks = await fill(batcher, runs, 60, 4)
             assert batcher.check_admission("new", 60) is None
@@ -168,12 +168,12 @@ async def test_queue_length_is_limited_by_the_drain_rate(monkeypatch: pytest.Mon
                 await submit(batcher, "n", "n", 1)
             assert caught.value.facts["retry_after_s"] == pytest.approx(40 / 20)
         assert [line["event"] for line in logged] == ["overloaded"]
-        assert refusing == [True]
+        assert shedding == [True]
         runs.gate.set()
         await asyncio.gather(*tasks, *more)
         # Empty: nothing is known of its rate any more, and nothing is refused for it.
         assert batcher.check_admission("new", 0.001) is None
-        assert refusing == [True, False]
+        assert shedding == [True, False]
         assert await submit(batcher, "o", "o", 1) == "O"
 
 
@@ -182,18 +182,18 @@ async def test_load_shedding_stops_once_the_queue_is_drained(
 ) -> None:
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
-    refusing: list[bool] = []
-    async with batching(runs, max_wait_s=0.001, on_shedding=refusing.append) as batcher:
+    shedding: list[bool] = []
+    async with batching(runs, max_wait_s=0.001, on_shedding=shedding.append) as batcher:
         tasks = await fill(batcher, runs, 33, 4)
         with pytest.raises(Overloaded):
             await submit(batcher, "a", "a", 1)
         await batcher.drain(0)
-        assert refusing == [True, False]
+        assert shedding == [True, False]
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_one_job_is_always_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However slow the queue was: an empty one takes no time."""
+    """Even if the queue drained slowly: an empty queue has no wait."""
     runs = Paced(3)
     monkeypatch.setattr("service.engine.batcher.time", runs)
     async with batching(runs, max_wait_s=0.001) as batcher:
@@ -201,7 +201,7 @@ async def test_one_job_is_always_admitted(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(Overloaded):
             await submit(batcher, "a", "a", 1)
         last.cancel()
-        await room(batcher)
+        await wait_for_capacity(batcher)
         one = asyncio.create_task(submit(batcher, "b", "b", 1))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):

@@ -50,7 +50,7 @@ def runtime(request: pytest.FixtureRequest, artifact: Artifact) -> Runtime:
 async def streamed(
     runtime: Runtime, artifact: Artifact, streams: list[np.ndarray], random: np.random.Generator
 ) -> list[np.ndarray]:
-    """All streams side by side, each in cuts of its own, single events and none among them."""
+    """All streams in one batch, each in chunks of its own, also of one event or none."""
     layout = ServedModel(artifact, runtime).blocks
     compute = Compute()
     states: list[State] = [artifact.state.zero()] * len(streams)

@@ -42,8 +42,8 @@ async def infer(compute: Compute, runtime: Any, steps: int, count: int = 1) -> A
 
 
 @pytest.fixture
-def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the module under test slept each time; others sleep as they do."""
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Durations of the sleeps of the module under test; other modules sleep as usual."""
     found: list[float] = []
 
     class Noting:
@@ -58,29 +58,29 @@ def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-async def test_lone_long_chunk_never_pauses(rests: list[float]) -> None:
+async def test_lone_long_chunk_never_pauses(sleeps: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     outputs, states, finite = await infer(compute, runtime, 4 * SLICES)
     compute.close()
     assert finite
     assert outputs[0][:, 0].tolist() == list(range(1, 4 * SLICES + 1))
     assert states.tolist() == [[4 * SLICES]]
-    assert rests == [0] * (SLICES - 1)
+    assert sleeps == [0] * (SLICES - 1)
 
 
-async def test_two_long_chunks_alternate_without_pauses(rests: list[float]) -> None:
+async def test_two_long_chunks_alternate_without_pauses(sleeps: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     await infer(compute, runtime, 4)
     await asyncio.gather(
         infer(compute, runtime, 4 * SLICES), infer(compute, runtime, 4 * SLICES, count=2)
     )
     compute.close()
-    assert rests == [0] * 2 * (SLICES - 1)
+    assert sleeps == [0] * 2 * (SLICES - 1)
     assert runtime.rows[1:9] == [1, 2] * 4
 
 
-async def test_single_call_slices_count_as_other_work(rests: list[float]) -> None:
-    """Whoever has slices to give, but only one each, needs one call as others do."""
+async def test_single_call_slices_count_as_other_work(sleeps: list[float]) -> None:
+    """A batch whose rows have one slice each is one call, like a batch of short rows."""
     compute, runtime = Compute(), Summing()
     await infer(compute, runtime, 4)
     rows, states = inputs(4)
@@ -89,10 +89,10 @@ async def test_single_call_slices_count_as_other_work(rests: list[float]) -> Non
         await compute.infer_slices(runtime, [rows], states, lambda *_: None)
         await asyncio.sleep(0)
     compute.close()
-    assert any(seconds >= module.MIN_YIELD_S for seconds in rests)
+    assert any(seconds >= module.MIN_YIELD_S for seconds in sleeps)
 
 
-async def test_long_chunk_pauses_between_slices_if_others_compute(rests: list[float]) -> None:
+async def test_long_chunk_pauses_between_slices_if_others_compute(sleeps: list[float]) -> None:
     compute, runtime = Compute(), Summing()
     # The first call of a size is timed in the thread; all others run on the loop.
     await infer(compute, runtime, 4)
@@ -105,8 +105,8 @@ async def test_long_chunk_pauses_between_slices_if_others_compute(rests: list[fl
     compute.close()
     assert (await long).states.tolist() == [[4 * SLICES]]
     assert runtime.rows.count(1) == SLICES
-    own = [seconds for seconds in rests if seconds >= module.MIN_YIELD_S]
-    assert len(own) >= SLICES - 3, "it rests as soon as others compute too"
+    own = [seconds for seconds in sleeps if seconds >= module.MIN_YIELD_S]
+    assert len(own) >= SLICES - 3, "it pauses as soon as others compute too"
 
 
 class Overflowing(Summing):

@@ -28,7 +28,7 @@ def test_rate_averages_the_last_two_windows() -> None:
 
 
 def test_window_without_progress_keeps_the_rate() -> None:
-    """The store is away: how fast work goes is not known any better for it."""
+    """A time without progress (the store is unavailable) says nothing about the rate."""
     rate = DrainRate()
     rate.note(0.0, 5)
     rate.done += 50

@@ -74,7 +74,7 @@ async def test_a_stream_with_a_backlog_is_served_round_robin() -> None:
 
 
 async def test_requests_share_a_batch_evenly() -> None:
-    """A request of many items gets as many places as others, and those that nobody else needs."""
+    """A request of many items gets as many places as others, and the unused ones."""
     waiting, many = Waiting(), Ticket(9, math.inf)
     waiting.push("a", "b", "c", "d", "e", "f", ticket=many)
     waiting.push("lone", "other")

@@ -335,9 +335,8 @@ def test_runtime_reports_its_name_and_limits(opened: Opened) -> None:
 def test_chunk_boundaries_are_bitwise_invisible_on_onnxruntime(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Recurrent weights so large that one digit more or less would show after a few steps.
-
-    XLA's programs of two shapes do part there, by their last digits.
+    """Recurrent weights so large that a difference in the last digit is visible after a few steps,
+    as it is between XLA's programs of two shapes.
     """
     spec = parse_spec(
         {

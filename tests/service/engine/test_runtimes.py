@@ -44,13 +44,13 @@ def drawn(tmp_path: Path) -> Artifact:
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Artifact:
-    """One that no graph can hold."""
+    """An artifact without a graph."""
     return artifact(tmp_path / "odd", activation="selu")
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says which libraries are there; what is opened is only noted."""
+    """Pretend which libraries are installed; record what would be opened."""
 
     def only(*names: str) -> None:
         monkeypatch.setattr(loading, "find_spec", lambda name: name in names or None)
@@ -114,7 +114,7 @@ def test_a_missing_library_is_named_with_its_extra(
 
 
 def endless(found: Artifact, _: Any) -> bytes:
-    """A loop that no run comes to the end of."""
+    """A loop that does not terminate."""
     number, truth = onnx.TensorProto.INT64, onnx.TensorProto.BOOL
     body = helper.make_graph(
         [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["x", "x"], ["y"])],

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="scheduling poli
 
 
 def in_a_thread(check: Callable[[], None]) -> None:
-    """The policy is a thread's: that of the tests stays as it is, and is not taken over."""
+    """Run a check in a thread of its own, since a policy belongs to a thread."""
 
     def checked() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
@@ -29,8 +29,8 @@ def test_priority_is_low_until_the_last_queue_is_drained() -> None:
     def check() -> None:
         loop_priority = LoopPriority()
         seen = [os.sched_getscheduler(0)]
-        for refusing in (True, True, False, False, True):
-            loop_priority.note_shedding(is_shedding=refusing)
+        for shedding in (True, True, False, False, True):
+            loop_priority.note_shedding(is_shedding=shedding)
             seen.append(os.sched_getscheduler(0))
         other, batch = os.SCHED_OTHER, os.SCHED_BATCH
         assert seen == [other, batch, batch, batch, other, batch]
@@ -42,8 +42,8 @@ def test_operators_scheduling_policy_is_kept() -> None:
     def check() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         loop_priority = LoopPriority()
-        for refusing in (True, False):
-            loop_priority.note_shedding(is_shedding=refusing)
+        for shedding in (True, False):
+            loop_priority.note_shedding(is_shedding=shedding)
             assert os.sched_getscheduler(0) == os.SCHED_IDLE
 
     in_a_thread(check)

@@ -41,7 +41,7 @@ class PartsStore(RedisStore):
 async def test_commit_parts_fail_independently(
     store_url: str, tmp_path: Path, error: Exception, told: type[Exception]
 ) -> None:
-    """And a retry of the whole request applies what was not applied, and nothing twice."""
+    """A retry of the whole request then applies only what was not applied."""
     artifact, rows = make_artifact(tmp_path), rows_of(np.random.default_rng(51), 4)
     store = PartsStore(StoreSettings(store_url, wait_s=5), error)
     chunks = [chunk_of(f"p{index}", rows, 0) for index in range(8)]

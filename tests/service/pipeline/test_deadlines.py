@@ -35,7 +35,7 @@ class HeldStore(RedisStore):
     """A store that holds loads or commits back, for fault injection only.
 
     Attributes:
-        loading, committing: how often each stream was asked for, and written.
+        loading, committing: number of loads and commits of each stream.
     """
 
     def __init__(self, url: str, wait_s: float = 5):
@@ -61,7 +61,7 @@ class HeldStore(RedisStore):
 
 
 async def counted(counter: Counter[str], stream: str, times: int = 1) -> None:
-    """Wait until a stream was counted so often."""
+    """Wait until the counter of a stream reaches a number."""
 
     async def reached() -> bool:
         return counter[stream] >= times
@@ -78,7 +78,7 @@ def later() -> float:
 async def test_sent_commit_is_outcome_unknown_at_the_deadline(
     store_url: str, artifact: Artifact, clock: ManualClock, position: int | None
 ) -> None:
-    """It was written. With a position a retry finds it; without one nobody is told to try."""
+    """The commit was written: with a position it is retryable and replayed, without one not."""
     rows = rows_of(np.random.default_rng(40), 6)
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
@@ -160,7 +160,7 @@ async def test_chunk_computed_after_its_deadline_is_not_committed(
 async def test_chain_continues_after_a_chunk_that_expired_while_committing(
     store_url: str, artifact: Artifact, clock: ManualClock
 ) -> None:
-    """The chunks behind it were computed from what it left, and are applied where it was."""
+    """Later chunks were computed from its state, and are applied after it."""
     rows = rows_of(np.random.default_rng(43), 16)
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store) as one:
@@ -190,7 +190,7 @@ async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
     rows = rows_of(np.random.default_rng(44), 12)
 
     class Losing(HeldStore):
-        """Loses the commit of one position, unanswered until it is let go."""
+        """Loses the commit of one position, and answers once `commits` is set."""
 
         async def commit(
             self, commits: Sequence[Commit], deadline_s: float | None = None
@@ -224,7 +224,7 @@ async def test_conflicting_commit_counts_as_not_sent(
     rows = rows_of(np.random.default_rng(53), 4)
 
     class Racing(HeldStore):
-        """Lets the first commit of all lose, and holds up what is loaded for the next try."""
+        """Its first commit conflicts, and the load of the retry is blocked."""
 
         async def commit(
             self, commits: Sequence[Commit], deadline_s: float | None = None
@@ -249,7 +249,7 @@ async def test_conflicting_commit_counts_as_not_sent(
 
 
 class ShortStore(RedisStore):
-    """Writes, and says that it is not as durable as asked."""
+    """Writes, and reports that the write is not durable yet."""
 
     async def commit(
         self, commits: Sequence[Commit], deadline_s: float | None = None
@@ -284,8 +284,8 @@ def own_server() -> RealServer:
 async def test_unavailable_store_is_awaited_until_each_deadline(
     own_server: RealServer, artifact: Artifact
 ) -> None:
-    """Those whose time is up are told so, also behind batches that are held up; the others go on
-    when it is back."""
+    """Expired chunks fail, also behind blocked batches; the others continue when the store
+    returns."""
     random = np.random.default_rng(46)
     rows = {name: rows_of(random, 5) for name in ("patient", "b", "c", "d", "e", "f")}
     store = HeldStore(own_server.url, wait_s=1)

@@ -16,7 +16,7 @@ from tests.support.pipelines import chunk_of, rows_of, whole, worker
 
 
 class OvertakenStore(RedisStore):
-    """Something else happens before its next commit; for the race alone."""
+    """Runs a callback before its next commit, to simulate a race."""
 
     first: Callable[[], Awaitable[object]] | None = None
 

@@ -98,7 +98,7 @@ async def test_concurrent_resets_reset_the_stream_once(
 async def test_stream_changed_during_a_reset_is_not_overwritten(
     store_url: str, versions: tuple[Artifact, Artifact]
 ) -> None:
-    """Begun anew by compare-and-set on the old state: whoever was first is kept."""
+    """A reset is a compare-and-set on the old state: the first one wins."""
     old, new = versions
     rows = rows_of(np.random.default_rng(52), 8)
     async with (

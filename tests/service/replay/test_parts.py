@@ -1,4 +1,4 @@
-"""The pure parts: options, cuts, order, descriptions, wire, judgement, metrics."""
+"""The pure parts: options, chunks, order, descriptions, wire, checks, metrics."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def test_replay_survives_a_sigkill_of_the_store(tmp_path: Path) -> None:
 
 
 def kill_store(service: Service, position: int) -> bool:
-    """SIGKILL the embedded server once the longest stream stands beyond a position."""
+    """SIGKILL the embedded server once the longest stream is beyond a position."""
     with httpx.Client(base_url=service.url) as client:
         path = "/v1/models/small/streams/s0"
         until(lambda: client.get(path).json()["position"] > position, "the stream", 60)

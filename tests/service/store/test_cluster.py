@@ -73,7 +73,7 @@ class Move:
             self.carry(*found)
 
     def end(self) -> None:
-        """Give the slot to its new node, and tell everybody."""
+        """Assign the slot to its new node, on every node."""
         for node in (self.target, self.source, *self.cluster.nodes):
             try:
                 node.ask("CLUSTER", "SETSLOT", self.slot, "NODE", self.target.name)
@@ -216,7 +216,7 @@ async def test_resharding_under_load_loses_and_duplicates_nothing(
 
 
 class Writers:
-    """What was acknowledged to some streams' writers."""
+    """Writers of streams, and what was acknowledged to them."""
 
     def __init__(self) -> None:
         self.last: dict[str, Commit] = {}
@@ -224,7 +224,7 @@ class Writers:
         self.tasks: list[asyncio.Task[None]] = []
 
     async def more(self, commits: int) -> None:
-        """Wait for so many more commits."""
+        """Wait for this many more commits."""
         goal = self.count + commits
         while self.count < goal:
             await asyncio.sleep(0.001)
@@ -241,7 +241,7 @@ class Writers:
 
 @asynccontextmanager
 async def writing(store: StateStore, streams: Streams, count: int) -> AsyncIterator[Writers]:
-    """Writers, each with a stream of its own, that go on until the end of the block."""
+    """Writers, each with a stream of its own, that write until the end of the block."""
     writers, stop = Writers(), asyncio.Event()
 
     async def write(name: str) -> None:

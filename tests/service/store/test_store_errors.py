@@ -40,7 +40,7 @@ def configured(server: RealServer, **options: str | int) -> Iterator[None]:
 async def refused_until_it_passes(
     store: StateStore, streams: Streams, trouble: AbstractContextManager[None], word: str
 ) -> None:
-    """While there is trouble every stream gets the server's words, and reads go on."""
+    """During the fault commits fail with the server's message, and reads succeed."""
     first = streams.creation(key("a"))
     await committed(store, first)
     second, new = streams.next(first), streams.creation(key("b"))
