@@ -62,7 +62,7 @@ def sample(outputs: list[Floats], *positions: int) -> list[Sampled]:
     return replies
 
 
-def whole(artifact: Artifact, rows: FloatRows) -> Floats:
+def oracle_outputs(artifact: Artifact, rows: FloatRows) -> Floats:
     zero = artifact.network_state.zero().floats
     return oracle_step(artifact.spec, artifact.weights, rows, zero)[0][:, :8]
 
@@ -75,10 +75,10 @@ def in_cuts(artifact: Artifact) -> Floats:
 @pytest.mark.parametrize("name", [n for n in KINDS if n.startswith(("lstm", "gru"))])
 def test_stack_is_compared_with_one_whole_run(name: str, load: Callable[[str], Artifact]) -> None:
     artifact = load(name)
-    outputs = np.split(whole(artifact, np.concatenate(SENT)), CHUNKS)
+    outputs = np.split(oracle_outputs(artifact, np.concatenate(SENT)), CHUNKS)
     assert check(artifact, sample(outputs)) == 16 * CHUNKS
     with pytest.raises(WrongOutputsError, match="differ"):
-        check(artifact, sample([whole(artifact, rows) for rows in SENT]))
+        check(artifact, sample([oracle_outputs(artifact, rows) for rows in SENT]))
     with pytest.raises(WrongOutputsError, match="missing"):
         check(artifact, sample(outputs)[1:])
 
@@ -87,7 +87,7 @@ def test_hand_off_is_compared_with_its_own_cuts(load: Callable[[str], Artifact])
     artifact = load("hand-off")
     assert check(artifact, sample(np.split(in_cuts(artifact), CHUNKS))) == 16 * CHUNKS
     with pytest.raises(WrongOutputsError, match="differ"):
-        check(artifact, sample(np.split(whole(artifact, np.concatenate(SENT)), CHUNKS)))
+        check(artifact, sample(np.split(oracle_outputs(artifact, np.concatenate(SENT)), CHUNKS)))
 
 
 def test_attention_over_the_chunk_is_one_value_a_chunk(load: Callable[[str], Artifact]) -> None:
@@ -122,7 +122,7 @@ def test_predictions_are_of_each_sequence_alone(load: Callable[[str], Artifact])
     np.testing.assert_array_equal(np.float32(sequence["inputs"]), BODIES.rows[0], strict=True)
     replies = [
         Sampled(0, n, orjson.dumps({"predictions": [{"outputs": {"out": value.tolist()}}]}))
-        for n, value in enumerate(whole(artifact, rows)[-1] for rows in SENT)
+        for n, value in enumerate(oracle_outputs(artifact, rows)[-1] for rows in SENT)
     ]
     assert check(artifact, replies) == CHUNKS
     with pytest.raises(WrongOutputsError, match="differ"):

@@ -11,7 +11,7 @@ from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
+def artifact_dir(tmp_path: Path) -> Path:
     """A valid artifact."""
     path = tmp_path / "models" / "small"
     write_artifact(

@@ -145,7 +145,7 @@ def chunk_of(
     return Chunk(StreamKey(model, stream), steps, chunk_digest(None, steps, nonce), position, epoch)
 
 
-def whole(
+def oracle_outputs(
     artifact: Artifact, rows: NDArray[np.float32], state: State | None = None
 ) -> NDArray[np.float64]:
     """The oracle on the whole sequence: outputs [T, O]."""

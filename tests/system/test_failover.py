@@ -12,7 +12,7 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from tests.support.cluster import Cluster, ClusterNode, breakable_cluster, own_cluster
-from tests.support.pipelines import make_artifact, whole
+from tests.support.pipelines import make_artifact, oracle_outputs
 from tests.support.sender import Sender, send_all
 from tests.support.servers import until_async
 from tests.support.service import running
@@ -41,7 +41,9 @@ def check(artifact: Artifact, sent: list[Sender]) -> None:
     """Every output is that of the whole sequence, nothing left out and nothing twice."""
     for one in sent:
         assert one.position == EVENTS
-        np.testing.assert_allclose(one.outputs, whole(artifact, one.rows), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            one.outputs, oracle_outputs(artifact, one.rows), rtol=1e-5, atol=1e-5
+        )
 
 
 async def test_failover_loses_no_acknowledged_replicated_chunk(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
-from tests.support.pipelines import make_artifact, rows_of, whole
+from tests.support.pipelines import make_artifact, oracle_outputs, rows_of
 from tests.support.sender import LONG_S, Sender, send_all
 from tests.support.servers import real_server, until
 from tests.support.service import Service, running
@@ -84,7 +84,7 @@ async def test_kills_and_a_graceful_shutdown_lose_nothing(
             assert position >= sender.position
     await send_all(own_service.url, senders, 150)
     for sender in senders:
-        expected = whole(probe, sender.rows)
+        expected = oracle_outputs(probe, sender.rows)
         np.testing.assert_allclose(sender.outputs, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -19,10 +19,10 @@ from tests.models.artifact.artifacts import METRICS, SPEC, WEIGHTS, manifest_of
 from tests.support.models import random_weights
 
 
-def test_an_artifact_round_trips(made: Path) -> None:
-    artifact = load_artifact(made)
+def test_an_artifact_round_trips(artifact_dir: Path) -> None:
+    artifact = load_artifact(artifact_dir)
 
-    assert artifact.path == made
+    assert artifact.path == artifact_dir
     assert artifact.spec == SPEC
     assert artifact.fingerprint == compute_fingerprint(SPEC, WEIGHTS)
     assert artifact.version == artifact.fingerprint.hex()[:12]
@@ -47,8 +47,8 @@ def test_write_artifact_returns_the_loaded_artifact(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_manifest_contains_the_derived_layouts(made: Path) -> None:
-    manifest = manifest_of(made)
+def test_the_manifest_contains_the_derived_layouts(artifact_dir: Path) -> None:
+    manifest = manifest_of(artifact_dir)
 
     assert manifest["format"] == 1
     assert manifest["name"] == "small"
@@ -105,25 +105,25 @@ def test_a_model_of_raw_features_needs_no_events(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "raw").spec == spec
 
 
-def test_unlisted_files_and_renames_are_ignored(made: Path, tmp_path: Path) -> None:
-    (made / "notes.txt").write_text("mine")
+def test_unlisted_files_and_renames_are_ignored(artifact_dir: Path, tmp_path: Path) -> None:
+    (artifact_dir / "notes.txt").write_text("mine")
     moved = tmp_path / "elsewhere"
-    shutil.move(made, moved)
+    shutil.move(artifact_dir, moved)
 
     assert load_artifact(moved).spec == SPEC
 
 
-def test_an_artifact_is_replaced_only_on_request(made: Path) -> None:
+def test_an_artifact_is_replaced_only_on_request(artifact_dir: Path) -> None:
     other = random_weights(SPEC, seed=8)
 
     with pytest.raises(ArtifactError, match="is an artifact already"):
-        write_artifact(made, SPEC, other)
-    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
+        write_artifact(artifact_dir, SPEC, other)
+    assert load_artifact(artifact_dir).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
 
-    write_artifact(made, SPEC, other, overwrite=True)
-    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, other)
-    assert [entry.name for entry in made.parent.iterdir()] == ["small"]
-    assert not (made / "report.json").exists()
+    write_artifact(artifact_dir, SPEC, other, overwrite=True)
+    assert load_artifact(artifact_dir).fingerprint == compute_fingerprint(SPEC, other)
+    assert [entry.name for entry in artifact_dir.parent.iterdir()] == ["small"]
+    assert not (artifact_dir / "report.json").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -146,18 +146,18 @@ def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_artifact(
-    made: Path, monkeypatch: pytest.MonkeyPatch
+    artifact_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_artifact(made, SPEC, random_weights(SPEC, seed=8), overwrite=True)
+        write_artifact(artifact_dir, SPEC, random_weights(SPEC, seed=8), overwrite=True)
 
     monkeypatch.undo()
-    assert load_artifact(made).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
-    assert [entry.name for entry in made.parent.iterdir()] == ["small"]
+    assert load_artifact(artifact_dir).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
+    assert [entry.name for entry in artifact_dir.parent.iterdir()] == ["small"]
 
 
 @pytest.mark.parametrize(

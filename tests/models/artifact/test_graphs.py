@@ -47,22 +47,22 @@ def test_a_model_without_a_graph_states_the_reason(tmp_path: Path) -> None:
     assert set(artifact.manifest["files"]) == {"weights.safetensors"}
 
 
-def test_add_graph_keeps_the_rest_of_an_artifact(made: Path) -> None:
-    written = load_artifact(made)
-    (made / "notes.txt").write_text("mine")
-    before = graphless(made)
-    assert load_artifact(made).graphs == written.graphs
+def test_add_graph_keeps_the_rest_of_an_artifact(artifact_dir: Path) -> None:
+    written = load_artifact(artifact_dir)
+    (artifact_dir / "notes.txt").write_text("mine")
+    before = graphless(artifact_dir)
+    assert load_artifact(artifact_dir).graphs == written.graphs
 
-    artifact = add_graph(made)
+    artifact = add_graph(artifact_dir)
 
-    assert (made / "graph.onnx").read_bytes() == artifact.graphs.data
+    assert (artifact_dir / "graph.onnx").read_bytes() == artifact.graphs.data
     assert artifact.version == written.version
     assert artifact.manifest == written.manifest
     kept = {key: value for key, value in before.items() if key not in ("checksum", "files")}
     assert kept.items() <= artifact.manifest.items()
-    assert (made / "notes.txt").read_text() == "mine"
-    assert not [entry.name for entry in made.iterdir() if entry.name.startswith(".")]
-    assert add_graph(made).manifest == written.manifest
+    assert (artifact_dir / "notes.txt").read_text() == "mine"
+    assert not [entry.name for entry in artifact_dir.iterdir() if entry.name.startswith(".")]
+    assert add_graph(artifact_dir).manifest == written.manifest
 
 
 def test_add_graph_records_why_there_is_none(tmp_path: Path) -> None:
@@ -76,39 +76,39 @@ def test_add_graph_records_why_there_is_none(tmp_path: Path) -> None:
     assert load_artifact(path).manifest == written.manifest
 
 
-def test_add_graph_is_crash_safe(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_graph_is_crash_safe(artifact_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
     replace = Path.replace
 
     def watched(source: Path, target: Path) -> Path:
-        seen.append(load_artifact(made).manifest.get("graph"))
+        seen.append(load_artifact(artifact_dir).manifest.get("graph"))
         done = replace(source, target)
-        seen.append(load_artifact(made).manifest.get("graph"))
+        seen.append(load_artifact(artifact_dir).manifest.get("graph"))
         return done
 
     monkeypatch.setattr(Path, "replace", watched)
-    add_graph(made)
+    add_graph(artifact_dir)
 
     assert seen == ["graph.onnx", None, None, None, None, "graph.onnx"]
 
 
-def test_graphs_are_derived_from_weights_and_not_read_from_files(made: Path) -> None:
+def test_graphs_are_derived_from_weights_and_not_read_from_files(artifact_dir: Path) -> None:
     other = random_weights(SPEC, seed=9)
     marks = [compute_fingerprint(SPEC, weights).hex().encode() for weights in (other, WEIGHTS)]
-    (made / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))
-    seal(made, manifest_of(made))
+    (artifact_dir / "graph.onnx").write_bytes(write_graph(SPEC, other).replace(*marks))
+    seal(artifact_dir, manifest_of(artifact_dir))
 
-    artifact = load_artifact(made)
+    artifact = load_artifact(artifact_dir)
 
     assert artifact.fingerprint == compute_fingerprint(SPEC, WEIGHTS)
     assert artifact.graphs.data == write_graph(SPEC, WEIGHTS)
     assert artifact.differing_graphs == ["graph.onnx"]
-    assert add_graph(made).differing_graphs == []
+    assert add_graph(artifact_dir).differing_graphs == []
 
 
-def test_adding_a_graph_removes_no_other_file(made: Path) -> None:
-    manifest = manifest_of(made)
+def test_adding_a_graph_removes_no_other_file(artifact_dir: Path) -> None:
+    manifest = manifest_of(artifact_dir)
     manifest["graph"] = "report.json"
-    seal(made, manifest)
+    seal(artifact_dir, manifest)
 
-    assert "report.json" in add_graph(made).manifest["files"]
+    assert "report.json" in add_graph(artifact_dir).manifest["files"]

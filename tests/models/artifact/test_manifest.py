@@ -19,22 +19,22 @@ from tests.models.artifact.artifacts import WEIGHTS, manifest_of, refusal, seal
 from tests.support.models import SMALL
 
 
-def test_an_unfitted_spec_is_neither_written_nor_loaded(made: Path, tmp_path: Path) -> None:
+def test_an_unfitted_spec_is_neither_written_nor_loaded(artifact_dir: Path, tmp_path: Path) -> None:
     data = json.loads(json.dumps(SMALL))
     data["events"]["fields"][0]["std"] = None
     spec = parse_spec(data)
     with pytest.raises(ArtifactError, match=r"fitted event schema.*\['load'\]"):
         write_artifact(tmp_path / "b", spec, WEIGHTS)
 
-    manifest = manifest_of(made)
+    manifest = manifest_of(artifact_dir)
     manifest["spec"] = spec.model_dump(mode="json")
-    seal(made, manifest)
-    refusal(made, "manifest.json", "fitted", "['load']")
+    seal(artifact_dir, manifest)
+    refusal(artifact_dir, "manifest.json", "fitted", "['load']")
 
 
-def test_paths_without_an_artifact_are_rejected(made: Path, tmp_path: Path) -> None:
+def test_paths_without_an_artifact_are_rejected(artifact_dir: Path, tmp_path: Path) -> None:
     refusal(tmp_path / "none", "none", "expected a directory")
-    refusal(made / "report.json", "expected a directory")
+    refusal(artifact_dir / "report.json", "expected a directory")
     refusal(tmp_path, "manifest.json", "No such file")
 
 
@@ -54,34 +54,36 @@ def test_paths_without_an_artifact_are_rejected(made: Path, tmp_path: Path) -> N
         (b'{"format": 1, "x": NaN}', ["finite"]),
     ],
 )
-def test_invalid_manifests_are_rejected(made: Path, content: bytes, words: list[str]) -> None:
-    (made / "manifest.json").write_bytes(content)
+def test_invalid_manifests_are_rejected(
+    artifact_dir: Path, content: bytes, words: list[str]
+) -> None:
+    (artifact_dir / "manifest.json").write_bytes(content)
 
-    refusal(made, "manifest.json", *words)
+    refusal(artifact_dir, "manifest.json", *words)
 
 
-def test_a_changed_manifest_fails_its_checksum(made: Path) -> None:
-    manifest = manifest_of(made)
+def test_a_changed_manifest_fails_its_checksum(artifact_dir: Path) -> None:
+    manifest = manifest_of(artifact_dir)
     manifest["metrics"]["auc"] = 0.99
-    (made / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (artifact_dir / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
-    refusal(made, "manifest.json", "changed since it was written", manifest["checksum"])
+    refusal(artifact_dir, "manifest.json", "changed since it was written", manifest["checksum"])
 
 
 FILES = ["weights.safetensors", "graph.onnx", "report.json", "plots/skill.png"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_listed_file_is_verified(made: Path, name: str) -> None:
-    file = made / name
+def test_every_listed_file_is_verified(artifact_dir: Path, name: str) -> None:
+    file = artifact_dir / name
     content = file.read_bytes()
 
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    refusal(made, name, "SHA-256")
+    refusal(artifact_dir, name, "SHA-256")
     file.write_bytes(content + b"x")
-    refusal(made, name, f"expected {len(content)} bytes, got {len(content) + 1}")
+    refusal(artifact_dir, name, f"expected {len(content)} bytes, got {len(content) + 1}")
     file.unlink()
-    refusal(made, name, "No such file")
+    refusal(artifact_dir, name, "No such file")
 
 
 Edit = Callable[[dict[str, Any]], None]
@@ -130,27 +132,31 @@ EDITS: dict[str, tuple[Edit, list[str]]] = {
 
 
 @pytest.mark.parametrize(("edit", "words"), EDITS.values(), ids=EDITS.keys())
-def test_an_inconsistent_manifest_is_rejected(made: Path, edit: Edit, words: list[str]) -> None:
-    manifest = manifest_of(made)
+def test_an_inconsistent_manifest_is_rejected(
+    artifact_dir: Path, edit: Edit, words: list[str]
+) -> None:
+    manifest = manifest_of(artifact_dir)
     edit(manifest)
-    seal(made, manifest)
+    seal(artifact_dir, manifest)
 
-    refusal(made, "manifest.json", *words)
+    refusal(artifact_dir, "manifest.json", *words)
 
 
-def test_a_symlink_out_of_the_directory_is_not_followed(made: Path, tmp_path: Path) -> None:
+def test_a_symlink_out_of_the_directory_is_not_followed(artifact_dir: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.json"
-    outside.write_bytes((made / "report.json").read_bytes())
-    (made / "report.json").unlink()
-    (made / "report.json").symlink_to(outside)
+    outside.write_bytes((artifact_dir / "report.json").read_bytes())
+    (artifact_dir / "report.json").unlink()
+    (artifact_dir / "report.json").symlink_to(outside)
 
-    refusal(made, "inside the artifact", "report.json")
+    refusal(artifact_dir, "inside the artifact", "report.json")
 
 
-def test_symlinks_to_and_inside_the_directory_are_followed(made: Path, tmp_path: Path) -> None:
-    (made / "report.json").rename(made / "kept.json")
-    (made / "report.json").symlink_to("kept.json")
-    (tmp_path / "link").symlink_to(made)
+def test_symlinks_to_and_inside_the_directory_are_followed(
+    artifact_dir: Path, tmp_path: Path
+) -> None:
+    (artifact_dir / "report.json").rename(artifact_dir / "kept.json")
+    (artifact_dir / "report.json").symlink_to("kept.json")
+    (tmp_path / "link").symlink_to(artifact_dir)
 
     assert load_artifact(tmp_path / "link").path == tmp_path / "link"
 
@@ -186,21 +192,21 @@ def sparse(path: Path) -> None:
     ids=["fifo", "folder", "device", "loop", "sparse"],
 )
 def test_irregular_files_are_rejected_before_they_are_read(
-    made: Path, name: str, make: Callable[[Path], None], word: str
+    artifact_dir: Path, name: str, make: Callable[[Path], None], word: str
 ) -> None:
-    (made / name).unlink()
-    make(made / name)
+    (artifact_dir / name).unlink()
+    make(artifact_dir / name)
 
-    refusal(made, name, word)
-
-
-def test_an_oversized_manifest_is_rejected_before_it_is_read(made: Path) -> None:
-    (made / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
-
-    refusal(made, "manifest.json", "at most 16777216 bytes, got 16777217")
+    refusal(artifact_dir, name, word)
 
 
-def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_oversized_manifest_is_rejected_before_it_is_read(artifact_dir: Path) -> None:
+    (artifact_dir / "manifest.json").write_bytes(b" " * (16 * 2**20 + 1))
+
+    refusal(artifact_dir, "manifest.json", "at most 16777216 bytes, got 16777217")
+
+
+def test_a_file_is_opened_once(artifact_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loaded bytes are the verified ones: no path is opened twice."""
     opened: list[str] = []
     real = os.open
@@ -210,13 +216,13 @@ def test_a_file_is_opened_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", counted)
-    load_artifact(made)
+    load_artifact(artifact_dir)
 
     assert sorted(opened) == sorted(["manifest.json", *(Path(n).name for n in FILES)])
 
 
-def test_the_checksum_covers_the_canonical_manifest(made: Path) -> None:
-    manifest = manifest_of(made)
+def test_the_checksum_covers_the_canonical_manifest(artifact_dir: Path) -> None:
+    manifest = manifest_of(artifact_dir)
     checksum = manifest.pop("checksum")
 
     assert checksum == hashlib.sha256(canonical_json(manifest)).hexdigest()

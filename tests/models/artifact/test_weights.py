@@ -57,32 +57,32 @@ MISFITS = {
 
 @pytest.mark.parametrize(("weights", "message"), MISFITS.values(), ids=MISFITS.keys())
 def test_weights_of_another_spec_are_neither_written_nor_loaded(
-    made: Path, tmp_path: Path, weights: dict[str, Any], message: str
+    artifact_dir: Path, tmp_path: Path, weights: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ArtifactError) as caught:
         write_artifact(tmp_path / "b", SPEC, weights)
     assert message in str(caught.value)
     assert not (tmp_path / "b").exists()
 
-    (made / "weights.safetensors").write_bytes(safetensors.numpy.save(weights))
-    seal(made, manifest_of(made))
-    refusal(made, "weights.safetensors", message)
+    (artifact_dir / "weights.safetensors").write_bytes(safetensors.numpy.save(weights))
+    seal(artifact_dir, manifest_of(artifact_dir))
+    refusal(artifact_dir, "weights.safetensors", message)
 
 
-def test_invalid_safetensors_are_rejected(made: Path) -> None:
+def test_invalid_safetensors_are_rejected(artifact_dir: Path) -> None:
     for content in (b"", b"\x08\0\0\0\0\0\0\0{}", b"\xff" * 64):
-        (made / "weights.safetensors").write_bytes(content)
-        seal(made, manifest_of(made))
-        refusal(made, "weights.safetensors")
+        (artifact_dir / "weights.safetensors").write_bytes(content)
+        seal(artifact_dir, manifest_of(artifact_dir))
+        refusal(artifact_dir, "weights.safetensors")
 
 
-def test_changed_weights_fail_the_fingerprint(made: Path) -> None:
+def test_changed_weights_fail_the_fingerprint(artifact_dir: Path) -> None:
     swapped = {
         **WEIGHTS,
         "lstm_1.kernel": WEIGHTS["gru_1.kernel"],
         "gru_1.kernel": WEIGHTS["lstm_1.kernel"],
     }
-    (made / "weights.safetensors").write_bytes(safetensors.numpy.save(swapped))
-    seal(made, manifest_of(made))
+    (artifact_dir / "weights.safetensors").write_bytes(safetensors.numpy.save(swapped))
+    seal(artifact_dir, manifest_of(artifact_dir))
 
-    refusal(made, "`fingerprint`")
+    refusal(artifact_dir, "`fingerprint`")

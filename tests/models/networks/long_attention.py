@@ -49,7 +49,7 @@ Floats = NDArray[np.float32]
 Exact = NDArray[np.float64]
 
 
-def made(folder: Path) -> Artifact:
+def make_artifact(folder: Path) -> Artifact:
     """The model: attention over the rows themselves, so that nothing else adds an error."""
     return write_artifact(folder / "long", SPEC, contracting_weights(SPEC, 5))
 
@@ -134,7 +134,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="write the errors as a picture, .svg or .png")
     options = parser.parse_args(given)
     with tempfile.TemporaryDirectory() as folder:
-        marks, errors, promised = measured(made(Path(folder)), options.steps)
+        marks, errors, promised = measured(make_artifact(Path(folder)), options.steps)
     print("| steps | promised | " + " | ".join(errors) + " |")
     print("| --- | --- |" + " --- |" * len(errors))
     decades = [int(np.searchsorted(marks, 10**n)) for n in range(1, 7) if 10**n <= options.steps]

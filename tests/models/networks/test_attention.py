@@ -17,7 +17,7 @@ from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import RUNTIMES, open_runtime
 from tests.models.networks.long_attention import (
     SPEC,
-    made,
+    make_artifact,
     rows_of,
     run,
     scores_of,
@@ -29,7 +29,7 @@ from tests.support.stepping import step
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return made(tmp_path_factory.mktemp("attention"))
+    return make_artifact(tmp_path_factory.mktemp("attention"))
 
 
 @pytest.fixture(scope="module", params=RUNTIMES)

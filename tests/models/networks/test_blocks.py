@@ -62,7 +62,7 @@ def networks(draw: st.DrawFn) -> ModelSpec:
     return spec_of(layers, draw(st.integers(1, 4)), draw(st.integers(1, 4)))
 
 
-def whole(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
+def run_stream(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
     """A stream from beginning to end, one window after another, padded as the engine pads."""
     state = np.zeros((1, network_state(spec).float_size), np.float32)
     outputs = []
@@ -85,7 +85,7 @@ def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed
     network = StepNetwork(spec)
     network.set_weights(contracting_weights(spec, seed))
     rows = rows_of(seed, length)
-    found = whole(spec, rows, lambda *given: step(network, *given))
+    found = run_stream(spec, rows, lambda *given: step(network, *given))
     wanted = oracle_in_blocks(spec, network.get_weights(), rows)
     np.testing.assert_allclose(found, wanted, **CLOSE)
 
@@ -96,7 +96,7 @@ def test_the_graph_equals_the_definition(spec: ModelSpec, length: int, seed: int
     weights = contracting_weights(spec, seed)
     session = session_of(spec, weights)
     rows = rows_of(seed, length)
-    found = whole(spec, rows, lambda *given: run(session, *given))
+    found = run_stream(spec, rows, lambda *given: run(session, *given))
     np.testing.assert_allclose(found, oracle_in_blocks(spec, weights, rows), **CLOSE)
 
 
@@ -138,7 +138,7 @@ def test_a_block_without_lookahead_depends_on_itself_only() -> None:
     rows = rows_of(6, 11)
     wanted = oracle_in_blocks(spec, weights, rows)
     for ran in (lambda *given: run(session, *given), lambda *given: step(network, *given)):
-        np.testing.assert_allclose(whole(spec, rows, ran), wanted, **CLOSE)
+        np.testing.assert_allclose(run_stream(spec, rows, ran), wanted, **CLOSE)
 
 
 def test_a_window_over_the_whole_stream_equals_the_network_without_blocks() -> None:

@@ -37,15 +37,15 @@ def artifact(folder: Path, *, activation: str = "tanh", seed: int = 1) -> Artifa
 
 
 @pytest.fixture
-def drawn(tmp_path: Path) -> Artifact:
+def with_graph(tmp_path: Path) -> Artifact:
     """An artifact with a graph."""
-    return artifact(tmp_path / "drawn")
+    return artifact(tmp_path / "with_graph")
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> Artifact:
+def without_graph(tmp_path: Path) -> Artifact:
     """An artifact without a graph."""
-    return artifact(tmp_path / "odd", activation="selu")
+    return artifact(tmp_path / "without_graph", activation="selu")
 
 
 @pytest.fixture
@@ -70,39 +70,42 @@ def chosen(*artifacts: Artifact, wanted: str = "auto") -> tuple[object, str]:
 
 
 def test_auto_chooses_onnxruntime_if_every_model_has_a_graph(
-    drawn: Artifact, odd: Artifact, installed: Any
+    with_graph: Artifact, without_graph: Artifact, installed: Any
 ) -> None:
     installed("onnxruntime", "tensorflow")
-    assert chosen(drawn, drawn) == ("onnxruntime", "installed, and every model has a graph")
-    name, reason = chosen(drawn, odd)
+    assert chosen(with_graph, with_graph) == (
+        "onnxruntime",
+        "installed, and every model has a graph",
+    )
+    name, reason = chosen(with_graph, without_graph)
     assert name == "tensorflow"
     assert "'selu'" in reason
 
 
-def test_auto_selects_an_installed_runtime(drawn: Artifact, installed: Any) -> None:
+def test_auto_selects_an_installed_runtime(with_graph: Artifact, installed: Any) -> None:
     installed("tensorflow")
-    assert chosen(drawn) == ("tensorflow", "onnxruntime is not installed")
+    assert chosen(with_graph) == ("tensorflow", "onnxruntime is not installed")
     installed("onnxruntime")
-    assert chosen(drawn)[0] == "onnxruntime"
+    assert chosen(with_graph)[0] == "onnxruntime"
     installed()
     with pytest.raises(RuntimeMissingError, match=r"carry\[onnx\].*carry\[tensorflow\]"):
-        open_runtimes("auto", [drawn], 1)
+        open_runtimes("auto", [with_graph], 1)
 
 
-def test_the_requested_runtime_is_used(drawn: Artifact, installed: Any) -> None:
+def test_the_requested_runtime_is_used(with_graph: Artifact, installed: Any) -> None:
     installed("onnxruntime", "tensorflow")
-    assert chosen(drawn, wanted="tensorflow") == ("tensorflow", "as configured")
+    assert chosen(with_graph, wanted="tensorflow") == ("tensorflow", "as configured")
     with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
-        open_runtimes("torch", [drawn], 1)
+        open_runtimes("torch", [with_graph], 1)
 
 
-def test_a_model_without_a_graph_is_unsupported(odd: Artifact) -> None:
+def test_a_model_without_a_graph_is_unsupported(without_graph: Artifact) -> None:
     with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*'selu'"):
-        open_runtimes("onnxruntime", [odd], 1)
+        open_runtimes("onnxruntime", [without_graph], 1)
 
 
 def test_a_missing_library_is_named_with_its_extra(
-    drawn: Artifact, monkeypatch: pytest.MonkeyPatch
+    with_graph: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, extra in (("onnxruntime", "onnx"), ("tensorflow", "tensorflow")):
         module = f"service.engine.runtimes.{'onnx' if name == 'onnxruntime' else name}"
@@ -110,7 +113,7 @@ def test_a_missing_library_is_named_with_its_extra(
             monkeypatch.delitem(sys.modules, loaded, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(RuntimeMissingError, match=rf"'{name}' needs .*carry\[{extra}\]"):
-            open_runtime(name, drawn, 1)
+            open_runtime(name, with_graph, 1)
 
 
 def endless(found: Artifact, _: Any) -> bytes:
@@ -168,23 +171,26 @@ EXCHANGED = {
 
 
 @pytest.mark.parametrize("exchanged", EXCHANGED.values(), ids=EXCHANGED.keys())
-def test_a_replaced_graph_file_is_not_run(drawn: Artifact, exchanged: Any) -> None:
+def test_a_replaced_graph_file_is_not_run(with_graph: Artifact, exchanged: Any) -> None:
     """It has the model's fingerprint in it, and the manifest its checksum."""
-    other = contracting_weights(drawn.spec, 2)
-    (drawn.path / "graph.onnx").write_bytes(exchanged(drawn, other))
-    seal(drawn.path, manifest_of(drawn.path))
+    other = contracting_weights(with_graph.spec, 2)
+    (with_graph.path / "graph.onnx").write_bytes(exchanged(with_graph, other))
+    seal(with_graph.path, manifest_of(with_graph.path))
 
     with capture_logs() as logs:
-        (runtime,) = open_runtimes("onnxruntime", [load_artifact(drawn.path)], 1)
+        (runtime,) = open_runtimes("onnxruntime", [load_artifact(with_graph.path)], 1)
 
     (line,) = [entry for entry in logs if entry["event"] == "graph_differs"]
     assert line["files"] == ["graph.onnx"]
-    assert f"carry graph {drawn.path}" in line["hint"]
+    assert f"carry graph {with_graph.path}" in line["hint"]
     rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
-    state = np.zeros(drawn.state.float_size, np.float32)
+    state = np.zeros(with_graph.state.float_size, np.float32)
     (outputs,), _ = step(runtime, [rows], state[np.newaxis])
     np.testing.assert_allclose(
-        outputs, oracle_step(drawn.spec, drawn.weights, rows, state)[0], rtol=1e-5, atol=1e-5
+        outputs,
+        oracle_step(with_graph.spec, with_graph.weights, rows, state)[0],
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

@@ -13,7 +13,7 @@ from service.core.values import Reply
 from service.store.base import Commit, CommitResult
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, rows_of, worker
 
 
 class PartsStore(RedisStore):
@@ -53,4 +53,6 @@ async def test_commit_parts_fail_independently(
     replies = [reply for reply in again if isinstance(reply, Reply)]
     assert [reply.replayed for reply in replies] == [True] * 4 + [False] * 4
     for reply in replies:
-        np.testing.assert_allclose(reply.outputs, whole(artifact, rows), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            reply.outputs, oracle_outputs(artifact, rows), rtol=1e-5, atol=1e-5
+        )

@@ -27,7 +27,7 @@ from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.clock import ManualClock
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, rows_of, whole, worker
+from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
 from tests.support.servers import RealServer, real_server, until_async
 
 
@@ -60,13 +60,13 @@ class HeldStore(RedisStore):
         return results
 
 
-async def counted(counter: Counter[str], stream: str, times: int = 1) -> None:
+async def wait_for_count(counter: Counter[str], stream: str, times: int = 1) -> None:
     """Wait until the counter of a stream reaches a number."""
 
-    async def reached() -> bool:
+    async def is_reached() -> bool:
         return counter[stream] >= times
 
-    await until_async(reached, f"{times} of {stream!r}")
+    await until_async(is_reached, f"{times} of {stream!r}")
 
 
 def later() -> float:
@@ -86,7 +86,7 @@ async def test_sent_commit_is_outcome_unknown_at_the_deadline(
         chunk = chunk_of("open", rows, position)
         waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
         late = asyncio.create_task(one.process(chunk, clock.soon()))
-        await counted(store.committing, "open")
+        await wait_for_count(store.committing, "open")
         clock.expire()
         with pytest.raises(OutcomeUnknown) as caught:
             await late
@@ -94,15 +94,15 @@ async def test_sent_commit_is_outcome_unknown_at_the_deadline(
         assert caught.value.facts["stream"] == "open"
         assert not waiting.done()
         store.commits.set()
-        close((await waiting).outputs, whole(artifact, rows))
+        assert_close((await waiting).outputs, oracle_outputs(artifact, rows))
         assert (await one.streams.read(chunk.key)).head.position == 6
         if position == 0:
             again = await one.process(chunk, clock.later())
             assert again.replayed
-            close(again.outputs, whole(artifact, rows))
+            assert_close(again.outputs, oracle_outputs(artifact, rows))
 
 
-def close(got: np.ndarray, expected: np.ndarray) -> None:
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -115,13 +115,13 @@ async def test_chunk_loading_at_its_deadline_is_never_applied(
         store.loads.clear()
         waiting = asyncio.create_task(one.process(chunk_of("mate", rows, 0), clock.later()))
         late = asyncio.create_task(one.process(chunk_of("late", rows, 0), clock.soon()))
-        await counted(store.loading, "late")
+        await wait_for_count(store.loading, "late")
         clock.expire()
         with pytest.raises(DeadlineExceeded) as caught:
             await late
         assert caught.value.retryable
         store.loads.set()
-        close((await waiting).outputs, whole(artifact, rows))
+        assert_close((await waiting).outputs, oracle_outputs(artifact, rows))
         with pytest.raises(StreamNotFound):
             await one.streams.read(StreamKey("probe", "late"))
         assert not (await one.process(chunk_of("late", rows, 0), clock.later())).replayed
@@ -152,7 +152,7 @@ async def test_chunk_computed_after_its_deadline_is_not_committed(
             return_exceptions=True,
         )
         assert isinstance(late, DeadlineExceeded)
-        close(mate.outputs, whole(artifact, rows))
+        assert_close(mate.outputs, oracle_outputs(artifact, rows))
         with pytest.raises(StreamNotFound):
             await one.streams.read(StreamKey("probe", "late"))
 
@@ -173,15 +173,15 @@ async def test_chain_continues_after_a_chunk_that_expired_while_committing(
             )
             for at in (8, 12)
         ]
-        await counted(store.committing, "chain", 2)
+        await wait_for_count(store.committing, "chain", 2)
         clock.expire()
         with pytest.raises(OutcomeUnknown):
             await second
         store.commits.set()
         replies = await asyncio.gather(*rest)
         kept = [first.outputs, *(reply.outputs for reply in replies)]
-        expected = whole(artifact, rows)
-        close(np.concatenate(kept), np.concatenate([expected[:4], expected[8:]]))
+        expected = oracle_outputs(artifact, rows)
+        assert_close(np.concatenate(kept), np.concatenate([expected[:4], expected[8:]]))
 
 
 async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
@@ -207,7 +207,7 @@ async def test_chain_is_re_evaluated_after_a_chunk_that_was_not_written(
         store.commits.clear()
         second = asyncio.create_task(one.process(chunk_of("chain", rows[4:8], 4), clock.soon()))
         third = asyncio.create_task(one.process(chunk_of("chain", rows[8:], 8), clock.later()))
-        await counted(store.committing, "chain", 2)
+        await wait_for_count(store.committing, "chain", 2)
         clock.expire()
         with pytest.raises(OutcomeUnknown):
             await second
@@ -238,7 +238,7 @@ async def test_conflicting_commit_counts_as_not_sent(
     store = Racing(store_url)
     async with worker(store_url, artifact, store=store) as one:
         late = asyncio.create_task(one.process(chunk_of("raced", rows), clock.soon()))
-        await counted(store.loading, "raced", 2)
+        await wait_for_count(store.loading, "raced", 2)
         clock.expire()
         with pytest.raises(DeadlineExceeded) as caught:
             await late
@@ -293,7 +293,7 @@ async def test_unavailable_store_is_awaited_until_each_deadline(
         await one.process(chunk_of("known", rows["b"], 0))
         own_server.kill()
         patient = asyncio.create_task(one.process(chunk_of("patient", rows["patient"], 0), later()))
-        await counted(store.loading, "patient")
+        await wait_for_count(store.loading, "patient")
         hasty = []
         for name in "bcdef":
             deadline_s = time.monotonic() + 1.2
@@ -308,7 +308,7 @@ async def test_unavailable_store_is_awaited_until_each_deadline(
         assert time.monotonic() < deadline_s + 5
         assert not patient.done()
         own_server.start()
-        close((await patient).outputs, whole(artifact, rows["patient"]))
+        assert_close((await patient).outputs, oracle_outputs(artifact, rows["patient"]))
         again = [await one.process(chunk_of(name, rows[name], 0), later()) for name in "bcdef"]
         assert not any(reply.replayed for reply in again)
 
@@ -335,7 +335,7 @@ async def test_hanging_store_at_shutdown_is_outcome_unknown(
     async with worker(store_url, artifact, store=store, drain_s=0.05) as one:
         store.commits.clear()
         begun = asyncio.create_task(one.process(chunk_of("begun", rows, 0)))
-        await counted(store.committing, "begun")
+        await wait_for_count(store.committing, "begun")
         store.loads.clear()
         loading = asyncio.create_task(one.process(chunk_of("loading", rows, 0)))
         await asyncio.sleep(0)
@@ -356,7 +356,7 @@ async def test_many_chunks_share_one_deadline(
         chunks = [chunk_of("s", rows[:4], 0), chunk_of("s", rows[4:], 4), chunk_of("t", rows, 0)]
         late = asyncio.create_task(one.process_many(chunks, clock.soon()))
         for stream in "st":
-            await counted(store.committing, stream)
+            await wait_for_count(store.committing, stream)
         clock.expire()
         results = await late
         assert [type(result).__name__ for result in results] == [

@@ -11,7 +11,7 @@ from models.artifact.artifact import Artifact
 from service.core.errors import NotFinite
 from service.core.values import Feed, Reply, Steps
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, rows_of, whole, worker
+from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
 
 
 class Padding(NumpyRuntime):
@@ -41,7 +41,7 @@ async def test_overflow_fails_its_own_stream_only(
                 continue
             assert isinstance(outcome, Reply)
             np.testing.assert_allclose(
-                outcome.outputs, whole(artifact, rows[index]), rtol=1e-5, atol=1e-5
+                outcome.outputs, oracle_outputs(artifact, rows[index]), rtol=1e-5, atol=1e-5
             )
         with pytest.raises(NotFinite):
             await one.predict("probe", [Steps(Feed.INPUTS, len(r), rows=r) for r in rows])

@@ -32,7 +32,7 @@ from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import Counts, chunk_of, rows_of, whole, worker
+from tests.support.pipelines import Counts, chunk_of, oracle_outputs, rows_of, worker
 
 
 def cut(
@@ -58,7 +58,7 @@ async def feed(
     return replies
 
 
-def close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
+def assert_close(got: NDArray[np.float32], expected: NDArray[np.float64]) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -79,7 +79,9 @@ async def test_chunking_batching_and_workers_do_not_change_outputs(
     assert counts.largest_batch > 1
     assert (counts.seen["hits"] > 0) == (cache_bytes > 0)
     for (name, rows), parts in zip(streams.items(), replies, strict=True):
-        close(np.concatenate([part.outputs for part in parts]), whole(artifact, rows))
+        assert_close(
+            np.concatenate([part.outputs for part in parts]), oracle_outputs(artifact, rows)
+        )
         assert parts[-1].head.position == len(rows), name
 
 
@@ -173,7 +175,10 @@ async def test_sixteen_concurrent_appends_are_all_applied(
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
     assert len({reply.head.tag for reply in replies}) == 16
     assert counts.seen["conflicts"] > 0
-    close(np.concatenate([r.outputs for r in replies]), whole(artifact, np.tile(same, (16, 1))))
+    assert_close(
+        np.concatenate([r.outputs for r in replies]),
+        oracle_outputs(artifact, np.tile(same, (16, 1))),
+    )
 
 
 async def test_queued_chunks_of_a_stream_are_computed_speculatively(
@@ -188,7 +193,9 @@ async def test_queued_chunks_of_a_stream_are_computed_speculatively(
         )
     assert [reply.head.position for reply in replies] == list(range(3, 51, 3))
     assert (counts.seen["misses"], counts.seen["conflicts"]) == (1, 0)
-    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
+    assert_close(
+        np.concatenate([reply.outputs for reply in replies]), oracle_outputs(artifact, rows)
+    )
 
 
 class FailingStore(RedisStore):
@@ -232,7 +239,7 @@ async def test_chunks_after_a_failed_commit_are_re_evaluated(
         assert outcomes[2].facts["expected"] == 4
         rest = [await one.process(chunk_of("chain", rows[at : at + 4], at)) for at in (4, 8)]
     outputs = [reply.outputs for reply in (outcomes[0], *rest)]
-    close(np.concatenate(outputs), whole(artifact, rows))
+    assert_close(np.concatenate(outputs), oracle_outputs(artifact, rows))
 
 
 async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Artifact) -> None:
@@ -245,7 +252,9 @@ async def test_conflict_in_a_chain_loses_no_chunk(store_url: str, artifact: Arti
         )
     assert counts.seen["conflicts"] >= 2
     assert [reply.head.position for reply in replies] == [4, 8, 12, 16, 20]
-    close(np.concatenate([reply.outputs for reply in replies]), whole(artifact, rows))
+    assert_close(
+        np.concatenate([reply.outputs for reply in replies]), oracle_outputs(artifact, rows)
+    )
 
 
 async def test_poisoned_chunk_fails_alone(store_url: str, artifact: Artifact) -> None:
@@ -324,7 +333,7 @@ async def test_stale_cached_state_is_never_used(store_url: str, artifact: Artifa
         parts.append(await two.process(chunk_of("stale", rows[10:20])))
         parts.append(await one.process(chunk_of("stale", rows[20:])))
     assert counts.seen["conflicts"] == 1
-    close(np.concatenate([part.outputs for part in parts]), whole(artifact, rows))
+    assert_close(np.concatenate([part.outputs for part in parts]), oracle_outputs(artifact, rows))
 
 
 async def test_deleted_stream_is_not_revived_from_a_cache(
@@ -364,7 +373,7 @@ async def test_fork_and_restore_start_an_epoch(store_url: str, artifact: Artifac
         assert forked.head.position == 8
         assert forked.head.epoch != first.head.epoch
         rest = await one.process(chunk_of("copy", rows[8:], 8))
-        close(np.concatenate([first.outputs, rest.outputs]), whole(artifact, rows))
+        assert_close(np.concatenate([first.outputs, rest.outputs]), oracle_outputs(artifact, rows))
         with pytest.raises(StreamExists):
             await one.streams.fork(key, "copy", None)
         with pytest.raises(StateChanged):
@@ -402,7 +411,7 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
             "probe", [Steps(Feed.INPUTS, len(rows), rows=rows) for rows in sequences]
         )
         for rows, prediction in zip(sequences, predictions, strict=True):
-            close(prediction.outputs, whole(artifact, rows))
+            assert_close(prediction.outputs, oracle_outputs(artifact, rows))
         assert (await one.streams.page("probe", "", None, 10)).streams == ()
 
 
@@ -416,11 +425,11 @@ async def test_cancelled_caller_does_not_affect_its_neighbours(
         leaves = asyncio.create_task(one.process(chunk_of("leaves", rows["leaves"], 0)))
         await asyncio.sleep(0)
         leaves.cancel()
-        close((await stays).outputs, whole(artifact, rows["stays"]))
+        assert_close((await stays).outputs, oracle_outputs(artifact, rows["stays"]))
         # Applied or not, the same chunk again is applied once in all.
         again = await one.process(chunk_of("leaves", rows["leaves"], 0))
         assert again.head.position == 12
-        close(again.outputs, whole(artifact, rows["leaves"]))
+        assert_close(again.outputs, oracle_outputs(artifact, rows["leaves"]))
 
 
 async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact) -> None:
@@ -433,5 +442,5 @@ async def test_stop_finishes_accepted_chunks(store_url: str, artifact: Artifact)
         await asyncio.sleep(0)
         await one.stop()
         for task, rows in zip(tasks, sent.values(), strict=True):
-            close((await task).outputs, whole(artifact, rows))
+            assert_close((await task).outputs, oracle_outputs(artifact, rows))
         tasks.clear()

@@ -49,8 +49,8 @@ def names(url: str, stream: str) -> tuple[str, str]:
     return StoreSettings(url, partitions=PARTITIONS).keys.pair(key(stream))
 
 
-class Move:
-    """One slot on its way from its node to the next, step by step."""
+class SlotMigration:
+    """Migration of a slot from its node to another, step by step."""
 
     def __init__(self, cluster: Cluster, name: str):
         self.cluster = cluster
@@ -58,21 +58,21 @@ class Move:
         at = cluster.owner(name)
         self.source, self.target = cluster.primaries[at], cluster.primaries[at - 1]
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self.target.ask("CLUSTER", "SETSLOT", self.slot, "IMPORTING", self.source.name)
         self.source.ask("CLUSTER", "SETSLOT", self.slot, "MIGRATING", self.target.name)
 
-    def carry(self, *found: str | bytes) -> None:
-        """Move some keys."""
+    def migrate_keys(self, *found: str | bytes) -> None:
+        """Migrate some keys."""
         if found:
             to = ("127.0.0.1", self.target.port, "", 0, 5000, "KEYS", *found)
             self.source.ask("MIGRATE", *to)
 
-    def carry_all(self) -> None:
+    def migrate_all_keys(self) -> None:
         while found := self.source.ask("CLUSTER", "GETKEYSINSLOT", self.slot, 10):
-            self.carry(*found)
+            self.migrate_keys(*found)
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Assign the slot to its new node, on every node."""
         for node in (self.target, self.source, *self.cluster.nodes):
             try:
@@ -81,20 +81,20 @@ class Move:
                 # Replicas learn it from their primaries.
                 assert node in self.cluster.replicas
 
-    def back(self) -> Move:
+    def reversed(self) -> SlotMigration:
         """The reverse migration, not started."""
-        other = Move(self.cluster, "any")
+        other = SlotMigration(self.cluster, "any")
         other.slot, other.source, other.target = self.slot, self.target, self.source
         return other
 
-    def whole(self) -> None:
-        """All of it at once."""
-        self.begin()
-        self.carry_all()
-        self.end()
+    def run(self) -> None:
+        """Start, migrate all keys, and finish."""
+        self.start()
+        self.migrate_all_keys()
+        self.finish()
 
 
-# Slots that move
+# Migration of slots
 
 
 async def test_moved_updates_the_topology_and_retries(
@@ -103,8 +103,8 @@ async def test_moved_updates_the_topology_and_retries(
     """MOVED, for a commit and for a load, before the topology was read again."""
     first = streams.creation(key("a"))
     await committed(store, first)
-    move = Move(cluster, names(cluster.url, "a")[0])
-    move.whole()
+    migration = SlotMigration(cluster, names(cluster.url, "a")[0])
+    migration.run()
     try:
         second = streams.next(first)
         await committed(store, second)
@@ -112,7 +112,7 @@ async def test_moved_updates_the_topology_and_retries(
         assert same_stream(state, second.new)
         assert same_reply(reply, second.reply)
     finally:
-        move.back().whole()
+        migration.reversed().run()
     async with opened(cluster.url, partitions=PARTITIONS) as other:
         assert await other.load([key("none")]) == [None]
     (found,) = await store.load([key("a")])
@@ -125,21 +125,21 @@ async def test_ask_is_followed_once_with_asking(
     """ASK: both keys of the stream have moved, but the old node still owns the slot."""
     first = streams.creation(key("a"))
     await committed(store, first)
-    move = Move(cluster, names(cluster.url, "a")[0])
-    move.begin()
-    move.carry_all()
+    migration = SlotMigration(cluster, names(cluster.url, "a")[0])
+    migration.start()
+    migration.migrate_all_keys()
     try:
         # The new node replies NOSCRIPT: the request is resent as EVAL, with ASKING again.
-        move.target.ask("SCRIPT", "FLUSH")
+        migration.target.ask("SCRIPT", "FLUSH")
         second = streams.next(first)
         await committed(store, second)
         state, reply = await store.load_with_reply(key("a"))
         assert same_stream(state, second.new)
         assert same_reply(reply, second.reply)
-        assert move.source.ask("CLUSTER", "COUNTKEYSINSLOT", move.slot) == 0
+        assert migration.source.ask("CLUSTER", "COUNTKEYSINSLOT", migration.slot) == 0
     finally:
-        move.end()
-        move.back().whole()
+        migration.finish()
+        migration.reversed().run()
 
 
 async def test_tryagain_is_retried_until_the_migration_ends(
@@ -149,9 +149,9 @@ async def test_tryagain_is_retried_until_the_migration_ends(
     first = streams.creation(key("a"))
     await committed(store, first)
     state_key, reply_key = names(cluster.url, "a")
-    move = Move(cluster, state_key)
-    move.begin()
-    move.carry(state_key)
+    migration = SlotMigration(cluster, state_key)
+    migration.start()
+    migration.migrate_keys(state_key)
     second = streams.next(first)
     commit = asyncio.create_task(store.commit([second]))
     load = asyncio.create_task(store.load_with_reply(key("a")))
@@ -159,15 +159,15 @@ async def test_tryagain_is_retried_until_the_migration_ends(
         done, _ = await asyncio.wait({commit, load}, timeout=0.1)
         assert not done
         with pytest.raises(redis.exceptions.TryAgainError):
-            move.source.ask("MGET", state_key, reply_key)
+            migration.source.ask("MGET", state_key, reply_key)
     finally:
-        move.carry(reply_key)
-        move.end()
+        migration.migrate_keys(reply_key)
+        migration.finish()
     assert await commit == [Committed()]
     state, reply = await load
     assert any(same_stream(state, each.new) for each in (first, second))
     assert any(same_reply(reply, each.reply) for each in (first, second))
-    move.back().whole()
+    migration.reversed().run()
 
 
 async def test_tryagain_until_the_timeout_applies_nothing(
@@ -179,20 +179,20 @@ async def test_tryagain_until_the_timeout_applies_nothing(
         assert cluster.owner(names("", "b")[0]) != cluster.owner(names("", "a")[0])
         await committed(store, first)
         state_key, reply_key = names(cluster.url, "a")
-        move = Move(cluster, state_key)
-        move.begin()
-        move.carry(state_key)
+        migration = SlotMigration(cluster, state_key)
+        migration.start()
+        migration.migrate_keys(state_key)
         try:
             refused, written = await store.commit([streams.next(first), elsewhere])
             assert isinstance(refused, StoreUnavailable)
             assert "TRYAGAIN" in refused.detail
             assert written == Committed()
         finally:
-            move.carry(reply_key)
-            move.end()
+            migration.migrate_keys(reply_key)
+            migration.finish()
         (found,) = await store.load([key("a")])
         assert same_stream(found, first.new)
-        move.back().whole()
+        migration.reversed().run()
 
 
 async def test_resharding_under_load_loses_and_duplicates_nothing(
@@ -201,18 +201,18 @@ async def test_resharding_under_load_loses_and_duplicates_nothing(
     async with writing(store, streams, 24) as done:
         for _ in range(2):
             for partition in range(0, PARTITIONS, 5):
-                move = Move(cluster, f"{{p{partition:04d}}}")
-                move.begin()
+                migration = SlotMigration(cluster, f"{{p{partition:04d}}}")
+                migration.start()
                 await asyncio.sleep(0)
-                await asyncio.to_thread(move.carry_all)
-                await asyncio.to_thread(move.end)
-                await done.more(60)
-                await asyncio.to_thread(move.back().whole)
-                await done.more(60)
+                await asyncio.to_thread(migration.migrate_all_keys)
+                await asyncio.to_thread(migration.finish)
+                await done.wait_for_more(60)
+                await asyncio.to_thread(migration.reversed().run)
+                await done.wait_for_more(60)
     await done.check(store)
 
 
-# Nodes that go
+# Unavailable nodes
 
 
 class Writers:
@@ -223,7 +223,7 @@ class Writers:
         self.count = 0
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def more(self, commits: int) -> None:
+    async def wait_for_more(self, commits: int) -> None:
         """Wait for this many more commits."""
         goal = self.count + commits
         while self.count < goal:
@@ -277,11 +277,11 @@ async def test_failover_keeps_every_acknowledged_replicated_commit(
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20, **durably) as store:
         victim, heir = own_cluster.primaries[0], own_cluster.replicas[0]
         async with writing(store, streams, 16) as done:
-            await done.more(300)
+            await done.wait_for_more(300)
             victim.kill()
             await until_async(lambda: _is_primary(heir), "the replica's promotion")
             victim.start()
-            await done.more(300)
+            await done.wait_for_more(300)
         await done.check(store)
         await asyncio.to_thread(own_cluster.wait_until_synced)
         (check,) = await store.check()
@@ -320,10 +320,10 @@ async def test_a_manual_failover_loses_nothing(own_cluster: Cluster, streams: St
     async with opened(own_cluster.url, partitions=PARTITIONS, wait_s=20) as store:
         old, heir = own_cluster.primaries[1], own_cluster.replicas[1]
         async with writing(store, streams, 16) as done:
-            await done.more(200)
+            await done.wait_for_more(200)
             heir.ask("CLUSTER", "FAILOVER")
             await until_async(lambda: _is_primary(heir), "the replica's promotion")
-            await done.more(200)
+            await done.wait_for_more(200)
         await done.check(store)
         own_cluster.primaries[1], own_cluster.replicas[1] = heir, old
         await asyncio.to_thread(own_cluster.wait_until_synced)
@@ -421,12 +421,12 @@ async def test_a_listing_restarts_after_a_slot_moved(
                 if cluster.primaries[cluster.owner(f"{{p{partition:04d}}}")] is order[2]
                 and (slot := key_slot(b"{p%04d}" % partition))
             )
-            move = Move(cluster, "any")
-            move.slot, move.source, move.target = slot, order[2], order[0]
-            move.whole()
+            migration = SlotMigration(cluster, "any")
+            migration.slot, migration.source, migration.target = slot, order[2], order[0]
+            migration.run()
             moved = True
         cursor = page.cursor
-    move.back().whole()
+    migration.reversed().run()
     assert moved
     assert names_ == {f"s{i}" for i in range(40)}
 

@@ -21,7 +21,7 @@ from tests.support.streams import Streams, absence, committed, key, same_stream
 
 
 @asynccontextmanager
-async def holding(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateStore]]:
+async def delayed_store(server: RealServer) -> AsyncIterator[tuple[LossyPath, StateStore]]:
     """A store behind a path that can hold its requests."""
     async with LossyPath.to(server.socket, server.folder) as path, opened(path.url) as store:
         yield path, store
@@ -37,7 +37,7 @@ async def create_again(store: StateStore, streams: Streams) -> Commit:
 async def test_a_late_deletion_does_not_delete_a_stream_created_since(
     server: RealServer, streams: Streams
 ) -> None:
-    async with holding(server) as (path, store):
+    async with delayed_store(server) as (path, store):
         await committed(store, streams.creation(key("a")))
         path.holds = 1
         assert await store.delete(key("a")) == Committed()
@@ -51,7 +51,7 @@ async def test_a_late_deletion_does_not_delete_a_stream_created_since(
 async def test_a_late_creation_does_not_restore_a_deleted_stream(
     server: RealServer, streams: Streams
 ) -> None:
-    async with holding(server) as (path, store):
+    async with delayed_store(server) as (path, store):
         path.holds = 1
         await committed(store, streams.creation(key("a")))
         assert await store.delete(key("a")) == Committed()
@@ -67,7 +67,7 @@ async def test_a_commit_behind_an_abandoned_one_is_not_rejected_and_then_applied
     """The second commit expects the first; delivered late, both would be written."""
     first = streams.creation(key("a"))
     second = streams.next(first)
-    async with holding(server) as (path, store):
+    async with delayed_store(server) as (path, store):
         path.holds = 1
         abandoned = asyncio.create_task(store.commit([first]))
         awaited = asyncio.create_task(store.commit([second]))

@@ -20,7 +20,7 @@ from tests.support.streams import OpenStore, Streams, committed, key
 PARTITIONS = 16
 
 
-async def found(store: StateStore) -> Check:
+async def store_check(store: StateStore) -> Check:
     (check,) = await store.check()
     return check
 
@@ -28,12 +28,12 @@ async def found(store: StateStore) -> Check:
 async def test_full_store_is_not_ready(store: StateStore, server: RealServer) -> None:
     server.configure("maxmemory", 1)
     try:
-        check = await found(store)
+        check = await store_check(store)
         assert not check.ok
         assert f"{server.url} refuses commits: OOM" in check.detail
     finally:
         server.configure("maxmemory", 0)
-    assert (await found(store)).ok
+    assert (await store_check(store)).ok
 
 
 @pytest.mark.parametrize("command", ["eval", "set"])
@@ -43,9 +43,9 @@ async def test_a_store_that_denies_commits_is_not_ready(server: RealServer, comm
         try:
             store = open_store(StoreSettings(server.url.replace("unix://", "unix://carry:pass@")))
             await store.start()
-            assert (await found(store)).ok
+            assert (await store_check(store)).ok
             client.execute_command("ACL", "SETUSER", "carry", f"-{command}")
-            check = await found(store)
+            check = await store_check(store)
             assert not check.ok
             assert "permissions" in check.detail
             await store.close()
@@ -59,7 +59,7 @@ async def test_trial_commits_expire(
     await committed(store, streams.creation(key("a")))
     with server.client() as client:
         keys = client.dbsize()
-        assert (await found(store)).ok
+        assert (await store_check(store)).ok
         assert (await store.streams("flights", "", None, 10)).streams == ("a",)
         await asyncio.to_thread(until, lambda: client.dbsize() == keys, "the probe's end")
 
@@ -72,13 +72,13 @@ async def test_enabling_eviction_after_start_fails_readiness(
         server.configure("maxmemory-policy", "allkeys-lru")
         try:
             for _ in range(2):
-                check = await found(strict)
+                check = await store_check(strict)
                 assert not check.ok
                 assert "maxmemory-policy allkeys-lru, expected noeviction" in check.detail
-            assert (await found(lenient)).ok
+            assert (await store_check(lenient)).ok
         finally:
             server.configure("maxmemory-policy", "noeviction")
-        assert (await found(strict)).ok
+        assert (await store_check(strict)).ok
     assert [(line["event"], line["log_level"]) for line in lines] == [
         ("store_degraded", "error"),
         ("store_recovered", "info"),
@@ -106,8 +106,10 @@ async def test_concurrent_readiness_requests_share_one_check(
     store: StateStore, server: RealServer
 ) -> None:
     with server.client() as client:
-        before = client.info("commandstats")["cmdstat_eval"]["calls"] if await found(store) else 0
-        checks = await asyncio.gather(*(found(store) for _ in range(20)))
+        before = (
+            client.info("commandstats")["cmdstat_eval"]["calls"] if await store_check(store) else 0
+        )
+        checks = await asyncio.gather(*(store_check(store) for _ in range(20)))
         assert all(check.ok for check in checks)
         assert client.info("commandstats")["cmdstat_eval"]["calls"] == before + 1
 
@@ -126,7 +128,7 @@ async def test_an_unavailable_shard_does_not_fail_readiness(lasting_cluster: Clu
         with capture_logs() as lines:
             victim.pause()
             try:
-                check = await found(store)
+                check = await store_check(store)
             finally:
                 victim.resume()
         assert check.ok
@@ -143,7 +145,7 @@ async def test_the_store_starts_with_an_unavailable_shard(lasting_cluster: Clust
         victim.pause()
         try:
             async with opened(lasting_cluster.url, partitions=PARTITIONS, wait_s=1) as store:
-                assert (await found(store)).ok
+                assert (await store_check(store)).ok
         finally:
             victim.resume()
     (reason,) = [line["reason"] for line in lines if line["event"] == "primary_unavailable"]
@@ -154,12 +156,12 @@ async def test_a_shard_that_may_evict_fails_readiness(own_cluster: Cluster) -> N
     async with opened(own_cluster.url, partitions=PARTITIONS) as store:
         own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
         try:
-            check = await found(store)
+            check = await store_check(store)
             assert not check.ok
             assert str(own_cluster.primaries[2].port) in check.detail
         finally:
             own_cluster.primaries[2].ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-        assert (await found(store)).ok
+        assert (await store_check(store)).ok
 
 
 async def test_readiness_runs_a_trial_commit_on_every_shard(own_cluster: Cluster) -> None:
@@ -167,13 +169,13 @@ async def test_readiness_runs_a_trial_commit_on_every_shard(own_cluster: Cluster
         for node in own_cluster.primaries:
             node.ask("CONFIG", "SET", "maxmemory", "1")
         try:
-            check = await found(store)
+            check = await store_check(store)
             assert not check.ok
             assert check.detail.count("refuses commits: OOM") == len(own_cluster.primaries)
         finally:
             for node in own_cluster.primaries:
                 node.ask("CONFIG", "SET", "maxmemory", "0")
-        check = await found(store)
+        check = await store_check(store)
         assert check.ok, check.detail
 
 

@@ -24,7 +24,7 @@ from service.store.codec import KeySpace
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster
-from tests.support.pipelines import chunk_of, make_artifact, rows_of, whole, worker
+from tests.support.pipelines import chunk_of, make_artifact, oracle_outputs, rows_of, worker
 
 PARTITIONS = 16
 DOWN = 2
@@ -64,7 +64,9 @@ def one_shard_down(cluster: Cluster) -> Iterator[None]:
         cluster.wait_until_synced()
 
 
-def named(cluster: Cluster, keys: KeySpace, prefix: str, count: int, *, down: bool) -> list[str]:
+def stream_names(
+    cluster: Cluster, keys: KeySpace, prefix: str, count: int, *, down: bool
+) -> list[str]:
     """Names of streams on the shard that is paused (`down`), or on the others."""
     found: list[str] = []
     number = 0
@@ -101,8 +103,8 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
 
     monkeypatch.setattr(ChunkBatchRunner, "__call__", noting)
     rows = rows_of(np.random.default_rng(56), 8)
-    *late, short = named(own_cluster, settings.keys, "late", 21, down=True)
-    good = named(own_cluster, settings.keys, "good", 20, down=False)
+    *late, short = stream_names(own_cluster, settings.keys, "late", 21, down=True)
+    good = stream_names(own_cluster, settings.keys, "good", 20, down=False)
     if is_known:
         for name in (*late, *good):
             await pipeline.process(chunk_of(name, rows[:4], 0), later())
@@ -123,7 +125,7 @@ async def test_an_unresponsive_shard_holds_no_batch_slots(
     for reply in await asyncio.gather(*waiting):
         assert not reply.replayed
         np.testing.assert_allclose(
-            reply.outputs, whole(artifact, rows)[start:], rtol=1e-5, atol=1e-5
+            reply.outputs, oracle_outputs(artifact, rows)[start:], rtol=1e-5, atol=1e-5
         )
     assert attempts == {0}
 
@@ -144,8 +146,8 @@ async def test_chunks_waiting_for_an_unresponsive_shard_are_bounded(
 
     monkeypatch.setattr(Shards, "detach", noting)
     rows = rows_of(np.random.default_rng(57), 4)
-    late = named(own_cluster, settings.keys, "late", 40, down=True)
-    (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
+    late = stream_names(own_cluster, settings.keys, "late", 40, down=True)
+    (good,) = stream_names(own_cluster, settings.keys, "good", 1, down=False)
     async with worker("", artifact, store=RedisStore(settings), in_flight=2, queue=20) as one:
         with one_shard_down(own_cluster):
             sent = [
@@ -202,8 +204,8 @@ async def test_shutdown_waits_for_an_unresponsive_shard_within_its_drain_time(
     own_cluster: Cluster, settings: StoreSettings, artifact: Artifact
 ) -> None:
     rows = rows_of(np.random.default_rng(58), 4)
-    (late,) = named(own_cluster, settings.keys, "late", 1, down=True)
-    (good,) = named(own_cluster, settings.keys, "good", 1, down=False)
+    (late,) = stream_names(own_cluster, settings.keys, "late", 1, down=True)
+    (good,) = stream_names(own_cluster, settings.keys, "good", 1, down=False)
     store = RedisStore(settings)
     async with worker("", artifact, store=store, in_flight=2, drain_s=0.1) as one:
         with one_shard_down(own_cluster):

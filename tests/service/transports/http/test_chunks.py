@@ -25,13 +25,13 @@ from tests.service.transports.http.harness import (
     rows,
 )
 from tests.support.oracle import oracle_step
-from tests.support.pipelines import whole
+from tests.support.pipelines import oracle_outputs
 
 
 async def test_outputs_do_not_depend_on_how_the_sequence_is_cut(api: Harness) -> None:
     given = rows(12)
     expected = api.models["probe"].outputs.by_name(
-        whole(api.models["probe"], given).astype(np.float32)
+        oracle_outputs(api.models["probe"], given).astype(np.float32)
     )
     at = 0
     for size in (1, 4, 7):

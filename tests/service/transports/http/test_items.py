@@ -14,7 +14,7 @@ from service.core.errors import StateDamaged
 from service.core.values import StreamKey
 from service.transports.http.replies.reply_types import ManyReply, PredictReply
 from tests.service.transports.http.harness import EVENT, LATER, MSGPACK, Harness, problem, rows
-from tests.support.pipelines import whole
+from tests.support.pipelines import oracle_outputs
 
 
 async def send(api: Harness, chunks: Any, *, model: str = "probe", query: str = "") -> Any:
@@ -51,7 +51,7 @@ async def test_each_item_has_the_reply_it_would_have_alone(api: Harness) -> None
     results = await send(api, chunks)
     assert [found["reply"]["stream"] for found in results] == ["a", "b", "a"]
     assert [found["status"] for found in results] == [200, 200, 200]
-    expected = whole(api.models["probe"], np.concatenate((given["a"], more)))
+    expected = oracle_outputs(api.models["probe"], np.concatenate((given["a"], more)))
     out = api.models["probe"].outputs.slices["out"]
     np.testing.assert_allclose(
         results[0]["reply"]["outputs"]["out"] + results[2]["reply"]["outputs"]["out"],
@@ -246,7 +246,7 @@ async def test_predictions_start_from_zero_and_store_nothing(api: Harness) -> No
     document = response.json()
     out = api.models["probe"].outputs.slices["out"]
     for values, found in zip(given, document["predictions"], strict=True):
-        expected = whole(api.models["probe"], values)[:, out]
+        expected = oracle_outputs(api.models["probe"], values)[:, out]
         np.testing.assert_allclose(found["outputs"]["out"], expected, rtol=1e-5, atol=1e-6)
         assert len(found["state"]["lstm_1.hidden"]) == 5
     assert document["model"] == "probe"
