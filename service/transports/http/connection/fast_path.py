@@ -23,7 +23,7 @@ from structlog.contextvars import bound_contextvars
 from service.core.errors import CarryError, Overloaded
 from service.core.values import Chunk, Reply, StreamKey
 from service.ops.logs import RequestIds, log_request
-from service.transports.http.connection.framing import is_host
+from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.error_handling import log_client_disconnect, log_failure
@@ -240,7 +240,10 @@ def _log(request: FastRequest | RejectedRequest, status: int) -> None:
 def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     """The headers in a block of lines, or None if they are for the slow path."""
     values: dict[bytes, bytes] = {}
-    for text in block.split(b"\r\n"):
+    lines = block.split(b"\r\n")
+    if len(lines) > MAX_HEADERS:
+        return None
+    for text in lines:
         line = _HEADER_LINE.fullmatch(text)
         if line is None or (name := line[1].lower()) in values:
             return None

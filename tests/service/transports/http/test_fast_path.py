@@ -23,7 +23,7 @@ from models.artifact.artifact import Artifact
 from service import app
 from service.engine.policy import Admission
 from service.transports.http.connection.fast_path import FastPath, FastRequest
-from service.transports.http.connection.framing import check_head
+from service.transports.http.connection.framing import MAX_HEADERS, check_head
 from service.transports.http.connection.http_protocol import HttpProtocol, HttpState
 from tests.service.engine.batching import no_room
 from tests.service.transports.http.harness import Harness
@@ -180,6 +180,23 @@ async def test_an_ambiguous_head_is_rejected_and_the_connection_closed(
     assert document["code"] == ("duplicate_field" if name == "two hosts" else "malformed_request")
     assert f"x-request-id: {document['request_id']}".encode() in head
     assert not ports.parsed
+
+
+async def test_the_limit_on_header_lines_holds_on_both_paths(ports: Ports) -> None:
+    # Host, Content-Length and
+    sent = request(chunk(), *(f"X-{at}: 1" for at in range(1, MAX_HEADERS)))
+    assert sent.partition(b"\r\n\r\n")[0].count(b"\r\n") == MAX_HEADERS + 1
+    for port in (ports.fast, ports.slow):
+        reader, writer = await asyncio.open_connection(HOST, port)
+        writer.write(sent)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+        assert head.startswith(b"HTTP/1.1 431 ")
+        assert orjson.loads(body)["code"] == "head_too_large"
+        [reply] = await converse(port, sent.replace(b"X-1: 1\r\n", b""))
+        assert reply.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert len(ports.parsed) == 1
 
 
 async def test_a_stream_continues_over_both_paths(ports: Ports) -> None:
