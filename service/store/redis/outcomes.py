@@ -1,22 +1,50 @@
-"""Resolves retried writes, and makes the errors of lost and rejected ones; pure except for logs."""
+"""Outcomes of requests: replies, lost replies and errors, and what they mean for a write.
+
+Resolves retried writes, and makes the errors of lost and rejected ones; pure except for logs.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import structlog
 
 from service.core.delivery import stream_facts
-from service.core.errors import InternalError, OutcomeUnknown, StateDamaged
+from service.core.errors import CarryError, InternalError, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamKey
 from service.store.base import COMMITTED, Commit, CommitResult, Conflicted
 from service.store.codec import CodecError, raw_head
 from service.store.redis.connections import RETRY_AFTER_S
-from service.store.redis.pipelined_connection import ReplyLost
 
 _CONCURRENT_WRITES: Final = "other writes changed the stream meanwhile"
 
 log = structlog.get_logger(__name__)
+
+
+class ReplyLost(Exception):
+    """The request may have been executed: it was sent, and no reply tells.
+
+    Either no attempt was answered in time, or a later attempt was rejected, which says nothing
+    about the earlier ones.
+    """
+
+
+class Reply(NamedTuple):
+    """The server's reply.
+
+    Attributes:
+        value: the decoded RESP value: bytes, int, None or a list of these.
+        is_retry: an earlier attempt of the same request may have been executed.
+        is_durable: what the request wrote is as durable as the settings require; always True where
+            they require nothing beyond the server's memory.
+    """
+
+    value: Any
+    is_retry: bool
+    is_durable: bool = True
+
+
+Outcome = Reply | ReplyLost | CarryError
 
 
 def resolve_retried_commit(commit: Commit, result: Conflicted) -> CommitResult:

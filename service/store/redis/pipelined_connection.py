@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 import hiredis
 import structlog
@@ -37,7 +37,7 @@ from redis.backoff import EqualJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from service.core.errors import CarryError, StoreRefused
+from service.core.errors import StoreRefused
 from service.store.redis.connections import (
     ConnectionFactory,
     abort,
@@ -47,40 +47,14 @@ from service.store.redis.connections import (
     is_transient,
     writer_of,
 )
+from service.store.redis.outcomes import Outcome, Reply, ReplyLost
 
 BACKOFF_BASE_S: Final = 0.01
 BACKOFF_CAP_S: Final = 0.5
 
 log = structlog.get_logger(__name__)
 
-
 Command = tuple[str | bytes | int, ...]
-
-
-class ReplyLost(Exception):
-    """The request may have been executed: it was sent, and no reply tells.
-
-    Either no attempt was answered in time, or a later attempt was rejected, which says nothing
-    about the earlier ones.
-    """
-
-
-class Reply(NamedTuple):
-    """The server's reply.
-
-    Attributes:
-        value: the decoded RESP value: bytes, int, None or a list of these.
-        is_retry: an earlier attempt of the same request may have been executed.
-        is_durable: what the request wrote is as durable as the settings require; always True where
-            they require nothing beyond the server's memory.
-    """
-
-    value: Any
-    is_retry: bool
-    is_durable: bool = True
-
-
-Outcome = Reply | ReplyLost | CarryError
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,13 +59,16 @@ from service.store.codec import (
 from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
 from service.store.redis.outcomes import (
+    Outcome,
+    Reply,
+    ReplyLost,
     encoding_error,
     outcome_unknown_error,
     resolve_retried_commit,
     resolve_retried_deletion,
     state_damaged_error,
 )
-from service.store.redis.pipelined_connection import Outcome, Reply, ReplyLost, Script, StoreRequest
+from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import Router, SingleServerRouter, first_error
 from service.store.redis.scan import list_streams

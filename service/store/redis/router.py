@@ -23,13 +23,8 @@ from typing import NamedTuple
 
 from service.core.errors import CarryError, StoreUnavailable
 from service.store.redis.connections import ATTEMPTS_PER_CALL, RETRY_AFTER_S, describe_error
-from service.store.redis.pipelined_connection import (
-    Outcome,
-    PipelinedConnection,
-    Reply,
-    ReplyLost,
-    StoreRequest,
-)
+from service.store.redis.outcomes import Outcome, Reply, ReplyLost
+from service.store.redis.pipelined_connection import PipelinedConnection, StoreRequest
 from service.store.redis.redis_server import RedisServer
 from service.store.settings import Durability, StoreSettings
 

@@ -10,8 +10,7 @@ from service.core.errors import Conflict, OutcomeUnknown, StateDamaged
 from service.core.values import StreamHead, StreamState, Tombstone
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.codec import HEADER_BYTES
-from service.store.redis.outcomes import resolve_retried_deletion
-from service.store.redis.pipelined_connection import Outcome
+from service.store.redis.outcomes import Outcome, resolve_retried_deletion
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from tests.support.cluster import Cluster

@@ -12,7 +12,7 @@ import pytest
 from service.core.errors import Conflict, OutcomeUnknown, StoreUnavailable
 from service.store.base import Commit, Committed, Conflicted, StateStore
 from service.store.codec import encode_state
-from service.store.redis.pipelined_connection import Outcome, Reply
+from service.store.redis.outcomes import Outcome, Reply
 from service.store.redis.redis_store import DELETE_ATTEMPTS, RedisStore
 from service.store.settings import StoreSettings
 from tests.support.lossy_path import LossyPath

@@ -14,13 +14,8 @@ import pytest
 
 from service.core.errors import OutcomeUnknown
 from service.store.redis.connections import ConnectionFactory, writer_of
-from service.store.redis.pipelined_connection import (
-    PipelinedConnection,
-    Reply,
-    ReplyLost,
-    Script,
-    StoreRequest,
-)
+from service.store.redis.outcomes import Reply, ReplyLost
+from service.store.redis.pipelined_connection import PipelinedConnection, Script, StoreRequest
 from service.store.settings import StoreSettings
 from tests.support.servers import (
     KINDS,
