@@ -92,12 +92,12 @@ def start_parts(spec: ModelSpec) -> list[slice | int]:
     """
     decoder, network, _ = decoder_of(spec)
     encoder = state_spec(spec).slices
-    found: list[slice | int] = []
+    sources: list[slice | int] = []
     for part in state_spec(network).parts:
         layer, _, kind = part.name.rpartition(".")
         source = decoder.starts_from.get(layer)
-        found.append(part.size if source is None else encoder[f"{source}.{kind}"])
-    return found
+        sources.append(part.size if source is None else encoder[f"{source}.{kind}"])
+    return sources
 
 
 def start(spec: ModelSpec, floats: FloatRows) -> tuple[FloatRows, FloatRows]:
@@ -150,7 +150,7 @@ def _times_ms(
     name: str, decoder: DecoderSpec, clock: Clock, horizon: int, future: EventColumns
 ) -> NDArray[np.int64]:
     """Epoch milliseconds of the forecast steps: derived, given, or both, which must be equal."""
-    given = future.values.get(name, np.zeros(horizon, np.int64))
+    times_ms = future.values.get(name, np.zeros(horizon, np.int64))
     there = future.present.get(name, np.zeros(horizon, np.bool_))
     if decoder.step_ms is None or clock.seen == 0:
         if not there.all():
@@ -161,16 +161,16 @@ def _times_ms(
                 expected=f"the timestamp of the step, since {why}",
                 got="none",
             )
-        return np.asarray(given, np.int64)
+        return np.asarray(times_ms, np.int64)
     derived = clock.last_ms + decoder.step_ms * np.arange(1, horizon + 1, dtype=np.int64)
-    wrong = there & (given != derived)
-    if wrong.any():
-        at = int(np.argmax(wrong))
+    differs = there & (times_ms != derived)
+    if differs.any():
+        at = int(np.argmax(differs))
         raise DataError(
             index=at,
             field=name,
             expected=f"{int(derived[at])}, {decoder.step_s} s after the one before",
-            got=str(int(given[at])),
+            got=str(int(times_ms[at])),
         )
     return derived
 
@@ -287,8 +287,8 @@ class Decoding:
     @property
     def rows(self) -> FloatRows:
         """The input of the next step, float32 [1 + S, F]: previous values and covariates."""
-        known = np.tile(self._known[len(self._values)], (len(self._previous), 1))
-        return np.concatenate([self._previous.astype(np.float32), known], axis=1)
+        covariates = np.tile(self._known[len(self._values)], (len(self._previous), 1))
+        return np.concatenate([self._previous.astype(np.float32), covariates], axis=1)
 
     def advance(self, parameters: FloatRows, states: FloatRows) -> None:
         """Record the results of one step, and go to the next.
@@ -301,8 +301,8 @@ class Decoding:
         point = self._distribution.point(along)
         self._previous = point[np.newaxis]
         if len(parameters) > 1:
-            drawn = self._distribution.sample(parameters[1:], self._noise[len(self._values)])
-            self._previous = np.concatenate([self._previous, drawn])
+            samples = self._distribution.sample(parameters[1:], self._noise[len(self._values)])
+            self._previous = np.concatenate([self._previous, samples])
         self._values.append(self._previous)
         self._quantiles.append(along)
         self.states = states

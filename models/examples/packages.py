@@ -17,7 +17,7 @@ def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
     Raises:
         ModelsError: it is not installed; the message names `extras` to install.
     """
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    module = find_spec(package)
+    if module is None or not module.submodule_search_locations:
         raise ModelsError(f"expected the package `{package}` for its data: pip install {extras}")
-    return Path(next(iter(found.submodule_search_locations)))
+    return Path(next(iter(module.submodule_search_locations)))

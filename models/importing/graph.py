@@ -121,9 +121,9 @@ def _parse(data: dict[str, Any]) -> ModelSpec:
 def _chunking_notes(spec: ModelSpec, model: Any) -> list[str]:
     """Notes on how the model's chunking relates to the original."""
     if spec.chunking == "per_chunk":
-        handed = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]
+        recurrent = [layer for layer in spec.layers if isinstance(layer, RECURRENT)]
         starts = " and ".join(
-            f"{to.name!r} from {to.starts_from!r}" for to in handed if to.starts_from
+            f"{to.name!r} from {to.starts_from!r}" for to in recurrent if to.starts_from
         )
         return [
             f"chunking per_chunk: states are handed on within a call ({starts}), so a chunk, of at "
@@ -155,9 +155,9 @@ def functional_of(model: Any) -> Any:
 def _input_features(graph: Any) -> int:
     shapes = [tuple(tensor.shape) for tensor in graph.inputs]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][2] is None:
-        said = f"expected one input of shape [batch, steps, features], got {shapes}"
+        problem = f"expected one input of shape [batch, steps, features], got {shapes}"
         raise ImportedModelError(
-            "\n".join([said, *(f"  {line}" for line in initial_inputs(graph))])
+            "\n".join([problem, *(f"  {line}" for line in initial_inputs(graph))])
         )
     return int(shapes[0][2])
 
@@ -258,8 +258,8 @@ def _convert(operation: Any, call: Call, calls: int) -> ConvertedLayer:
         widths = [value.shape[-1] for value in reads]
         raise UnsupportedLayerError(f"it broadcasts widths {widths}; expected equal ones")
     if call.initial:
-        handed = {**carried.data, "starts_from": starts_from(operation, call.initial)}
-        return replace(carried, data=handed)
+        data = {**carried.data, "starts_from": starts_from(operation, call.initial)}
+        return replace(carried, data=data)
     return carried
 
 

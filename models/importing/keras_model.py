@@ -92,7 +92,7 @@ def package(
         arrays = read_weights(spec, weights, str(path))
     except (SpecError, ArtifactError) as error:
         raise ImportedModelError(str(error)) from error
-    imported = {
+    origin = {
         "file": path.name,
         "keras": conversion.keras,
         "layers": conversion.layers,
@@ -103,9 +103,7 @@ def package(
             "largest_difference": conversion.largest_difference,
         },
     }
-    artifact = write_artifact(
-        out, spec, arrays, training={"imported": imported}, overwrite=overwrite
-    )
+    artifact = write_artifact(out, spec, arrays, training={"imported": origin}, overwrite=overwrite)
     return ImportReport(
         artifact,
         conversion.layers,

@@ -65,8 +65,8 @@ def verify(model: Any, translation: Translation, where: str) -> tuple[tuple[int,
         if not is_stateful:
             _reset(model)
             state = zero
-        cut = chunking == "per_chunk" and fixed_steps is None
-        for call in _split(rows, random) if cut else [rows]:
+        in_chunks = chunking == "per_chunk" and fixed_steps is None
+        for call in _split(rows, random) if in_chunks else [rows]:
             expected = _run_original(model, call)
             chunks = _split(call, random) if chunking == "invisible" else [call]
             outputs, state = _run_imported(network, chunks, state)

@@ -112,8 +112,8 @@ class Attention:
             _split_float64(last[:, 2:]),
         )
         has_steps = (lengths > 0)[:, tf.newaxis]
-        kept = [tf.where(has_steps, new, old) for new, old in zip(after, state, strict=True)]
-        return values, StreamState(*kept)
+        parts = [tf.where(has_steps, new, old) for new, old in zip(after, state, strict=True)]
+        return values, StreamState(*parts)
 
     def _scores(self, x: Tensor) -> Tensor:
         """s_t: float32 [B, T]."""
@@ -125,9 +125,9 @@ class Attention:
         maximum, normaliser, total = (tf.cast(part, tf.float64) for part in state)
         maximum = tf.where(normaliser[:, :1] > 0, maximum, EMPTY_MAXIMUM)
         width = self._width
-        joined = [maximum, normaliser[:, :1] + normaliser[:, 1:]]
-        joined.append(total[:, :width] + total[:, width:])
-        return tf.concat(joined, axis=-1)[:, tf.newaxis, :]
+        columns = [maximum, normaliser[:, :1] + normaliser[:, 1:]]
+        columns.append(total[:, :width] + total[:, width:])
+        return tf.concat(columns, axis=-1)[:, tf.newaxis, :]
 
 
 def _accumulate(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
@@ -148,9 +148,9 @@ def _accumulate(scores: Tensor, x: Tensor, before: Tensor) -> Tensor:
     # the result does not depend on it, so neither does its gradient
     maximum = tf.stop_gradient(tf.maximum(start, tf.reduce_max(pairs, axis=-1, keepdims=True)))
     shares = tf.exp(pairs - maximum)
-    kept = tf.exp(start - maximum)
-    normaliser = kept * before[..., 1:2] + tf.reduce_sum(shares, axis=-1, keepdims=True)
-    total = kept * before[..., 2:] + tf.linalg.matmul(shares, x)
+    decay = tf.exp(start - maximum)
+    normaliser = decay * before[..., 1:2] + tf.reduce_sum(shares, axis=-1, keepdims=True)
+    total = decay * before[..., 2:] + tf.linalg.matmul(shares, x)
     return tf.concat([maximum, normaliser, total], axis=-1)
 
 

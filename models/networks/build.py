@@ -174,16 +174,16 @@ class StepNetwork:
             Outputs float32 [B, T, O], undefined beyond a row's length, and the new state float32
             [B, N].
         """
-        done = self.forward(rows, lengths, state, training)
+        result = self.forward(rows, lengths, state, training)
         _, rows = _zero_padding(rows, lengths)
         if self.spec.blocks is not None:
             rows = rows[:, : self.spec.blocks.size]
         outputs = []
         for head in self.spec.heads:
             forecast = self._part(state, f"{head.name}.forecast")
-            outputs.append(head_output(self.spec, head, done.raw[head.name], rows, forecast))
-        outputs.extend(weights[..., tf.newaxis] for weights in done.attention.values())
-        return tf.concat(outputs, axis=-1), done.state
+            outputs.append(head_output(self.spec, head, result.raw[head.name], rows, forecast))
+        outputs.extend(weights[..., tf.newaxis] for weights in result.attention.values())
+        return tf.concat(outputs, axis=-1), result.state
 
     @_plain_python
     def forward(
@@ -198,7 +198,7 @@ class StepNetwork:
         parts: dict[str, Tensor] = {}
         attention: dict[str, Tensor] = {}
         for layer in self.spec.layers:
-            read = [values[name] for name in layer.inputs]
+            sources = [values[name] for name in layer.inputs]
             keras_layer: Any = self._layers.get(layer.name)
             match layer:
                 case LstmLayer() | GruLayer() | BidirectionalLayer():
@@ -210,26 +210,26 @@ class StepNetwork:
                             parts[f"{layer.starts_from}.{part}"] for part in returned_state(layer)
                         ]
                     values[layer.name], after = self._recurrent(
-                        layer, read[0], initial, mask, training
+                        layer, sources[0], initial, mask, training
                     )
                     parts.update(zip(names, after, strict=True))
                 case AttentionLayer(over="chunk"):
                     values[layer.name], attention[layer.name] = keras_layer.over_chunk(
-                        read[0], mask
+                        sources[0], mask
                     )
                 case AttentionLayer():
                     names = [f"{layer.name}.{part}" for part in ("maximum", "normaliser", "sum")]
                     before = StreamState(*(self._part(state, name) for name in names))
-                    values[layer.name], after = keras_layer.over_stream(read[0], lengths, before)
+                    values[layer.name], after = keras_layer.over_stream(sources[0], lengths, before)
                     parts.update(zip(names, after, strict=True))
                 case MergeLayer():
-                    values[layer.name] = keras_layer(read)
+                    values[layer.name] = keras_layer(sources)
                 case DropoutLayer():
-                    values[layer.name] = keras_layer(read[0], training=training)
+                    values[layer.name] = keras_layer(sources[0], training=training)
                 case BatchNormalizationLayer():
-                    values[layer.name] = keras_layer(read[0], training=training, mask=mask)
+                    values[layer.name] = keras_layer(sources[0], training=training, mask=mask)
                 case _:
-                    values[layer.name] = keras_layer(read[0])
+                    values[layer.name] = keras_layer(sources[0])
         if self.spec.blocks is not None:
             values = {name: value[:, : self.spec.blocks.size] for name, value in values.items()}
         raw: dict[str, Tensor] = {}
@@ -349,11 +349,11 @@ class StepNetwork:
 
     def _part(self, state: Tensor, name: str) -> Tensor:
         """The part's columns of the packed state; empty for a part the model does not have."""
-        found = self._slices.get(name, slice(0, 0))
-        return state[:, found.start : found.stop]
+        columns = self._slices.get(name, slice(0, 0))
+        return state[:, columns.start : columns.stop]
 
     def _named_variables(self) -> dict[str, Variable]:
-        found: dict[str, Variable] = {}
+        variables: dict[str, Variable] = {}
         owners = {name: getattr(layer, "cell", layer) for name, layer in self._layers.items()}
         owners.update({f"heads.{name}": layer for name, layer in self._heads.items()})
         decoding = {} if self.decoder is None else add_decoder_prefix(self.decoder._variables)
@@ -369,8 +369,8 @@ class StepNetwork:
                 raise SpecError(
                     f"weight {name!r}: the layout says {list(shape)}, Keras {list(variable.shape)}"
                 )
-            found[name] = variable
-        return found
+            variables[name] = variable
+        return variables
 
 
 def _zero_padding(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -394,32 +394,32 @@ def _build_layer(layer: Layer, widths: Mapping[str, int], unroll: bool = False) 
     common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
     match layer:
         case LstmLayer() | GruLayer():
-            built = recurrent_layer(layer, layer.name)
-            built.unroll = unroll
+            keras_layer = recurrent_layer(layer, layer.name)
+            keras_layer.unroll = unroll
         case DenseLayer():
-            built = keras.layers.Dense(
+            keras_layer = keras.layers.Dense(
                 layer.units,
                 activation=activation_of(layer.activation),
                 use_bias=layer.use_bias,
                 **common,
             )
         case ActivationLayer():
-            built = keras.layers.Activation(activation_of(layer.activation), **common)
+            keras_layer = keras.layers.Activation(activation_of(layer.activation), **common)
         case DropoutLayer():
-            built = keras.layers.Dropout(layer.rate, **common)
+            keras_layer = keras.layers.Dropout(layer.rate, **common)
         case LayerNormalizationLayer():
-            built = keras.layers.LayerNormalization(
+            keras_layer = keras.layers.LayerNormalization(
                 epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
             )
         case BatchNormalizationLayer():
-            built = keras.layers.BatchNormalization(
+            keras_layer = keras.layers.BatchNormalization(
                 epsilon=layer.epsilon, center=layer.center, scale=layer.scale, **common
             )
         case AttentionLayer():
             return Attention(layer, widths[layer.inputs[0]])
         case MergeLayer():
-            built = _MERGES[layer.kind](**common)
-            built.build([(None, None, widths[name]) for name in layer.inputs])
-            return built
-    built.build((None, None, widths[layer.inputs[0]]))
-    return built
+            keras_layer = _MERGES[layer.kind](**common)
+            keras_layer.build([(None, None, widths[name]) for name in layer.inputs])
+            return keras_layer
+    keras_layer.build((None, None, widths[layer.inputs[0]]))
+    return keras_layer

@@ -89,12 +89,12 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
             masks[0] = self.get_dropout_mask(inputs)
         if training and self.recurrent_dropout > 0:
             masks[1] = self.get_recurrent_dropout_mask(hidden)
-        read = _product(inputs, self.kernel, masks[0])
-        recalled = _product(hidden, self.recurrent_kernel, masks[1])
+        x_part = _product(inputs, self.kernel, masks[0])
+        h_part = _product(hidden, self.recurrent_kernel, masks[1])
         if layer.layer_normalization:
-            read = _normalise(read) * self.kernel_gamma
-            recalled = _normalise(recalled) * self.recurrent_gamma
-        gates = read + recalled
+            x_part = _normalise(x_part) * self.kernel_gamma
+            h_part = _normalise(h_part) * self.recurrent_gamma
+        gates = x_part + h_part
         if layer.use_bias:
             gates += self.bias
         in_i, in_f, in_g, in_o = tf.split(gates, 4, axis=-1)
@@ -106,10 +106,10 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
         carry = f * carry + i * self.activation(in_g)
         if layer.peepholes:
             in_o += peep_o * carry
-        seen = carry
+        exposed = carry
         if layer.layer_normalization:
-            seen = _normalise(carry) * self.carry_gamma + self.carry_beta
-        hidden = self.recurrent_activation(in_o) * self.activation(seen)
+            exposed = _normalise(carry) * self.carry_gamma + self.carry_beta
+        hidden = self.recurrent_activation(in_o) * self.activation(exposed)
         if layer.projection is not None:
             hidden = tf.matmul(hidden, self.projection)
         return hidden, [hidden, carry]
@@ -120,14 +120,14 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
 
 def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
     """The Keras layer, not yet built; returns the sequence and the state parts in order."""
-    returned: dict[str, Any] = {
+    options: dict[str, Any] = {
         "name": name,
         "dtype": "float32",
         "return_sequences": True,
         "return_state": True,
     }
     if isinstance(layer, LstmLayer) and not layer.is_standard:
-        return keras.layers.RNN(LstmCell(layer), **returned)
+        return keras.layers.RNN(LstmCell(layer), **options)
     common = {
         "activation": activation_of(layer.activation),
         "recurrent_activation": activation_of(layer.recurrent_activation),
@@ -136,7 +136,7 @@ def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
         "recurrent_dropout": layer.recurrent_dropout,
         # XLA cannot compile cuDNN's kernel, which supports no mask either
         "use_cudnn": False,
-        **returned,
+        **options,
     }
     if isinstance(layer, GruLayer):
         return keras.layers.GRU(layer.units, reset_after=layer.reset_after, **common)

@@ -224,11 +224,11 @@ def _regression(
     quantiles: tuple[float, ...],
     next_rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    wanted = tf.stack([_value(spec, name, next_rows) for name in targets], axis=-1)
+    truth = tf.stack([_value(spec, name, next_rows) for name in targets], axis=-1)
     present = tf.stack(
         [_present(_schema(spec), event_field(spec, name), next_rows) for name in targets], axis=-1
     )
-    error = wanted[..., tf.newaxis] - values
+    error = truth[..., tf.newaxis] - values
     if quantiles:
         level = tf.constant(quantiles, tf.float32)
         loss = tf.maximum(level * error, (level - 1.0) * error)

@@ -57,11 +57,11 @@ def initialise_artifact(spec: ModelSpec, out: Path, seed: int, overwrite: bool =
 def _lacking(field: EventField) -> list[str]:
     match field:
         case NumericField():
-            wanted = {"mean": field.mean, "std": field.std}
+            statistics = {"mean": field.mean, "std": field.std}
         case CategoricalField():
             return [] if field.vocabulary is not None else ["vocabulary"]
         case TimestampField():
-            wanted = {"gap_mean": field.gap_mean, "gap_std": field.gap_std}
+            statistics = {"gap_mean": field.gap_mean, "gap_std": field.gap_std}
         case BooleanField():
-            wanted = {}
-    return [name for name, value in wanted.items() if value is None]
+            statistics = {}
+    return [name for name, value in statistics.items() if value is None]

@@ -76,10 +76,10 @@ def cell_function(layer: str, name: ActivationName) -> CellFunction:
     Raises:
         GraphUnsupportedError: the operators have none like it; `layer` is named.
     """
-    found = _CELL_FUNCTIONS.get(name)
-    if found is None:
+    function = _CELL_FUNCTIONS.get(name)
+    if function is None:
         raise GraphUnsupportedError(
             f"layer {layer!r}: ONNX' recurrent operators have no activation {name!r}, "
             f"expected one of {sorted(_CELL_FUNCTIONS)}"
         )
-    return found
+    return function

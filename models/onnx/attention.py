@@ -97,14 +97,14 @@ def over_stream(
     maximum = nodes.add("ReduceMax", pairs, nodes.integers(2), keepdims=1)
     maximum = nodes.add("Max", maximum, start)
     shares = nodes.add("Exp", nodes.add("Sub", pairs, maximum))
-    kept = nodes.add("Exp", nodes.add("Sub", start, maximum))
+    decay = nodes.add("Exp", nodes.add("Sub", start, maximum))
     normaliser = nodes.add(
         "Add",
-        nodes.add("Mul", kept, normaliser_before),
+        nodes.add("Mul", decay, normaliser_before),
         nodes.add("ReduceSum", shares, nodes.integers(2), keepdims=1),
     )
     total = nodes.add(
-        "Add", nodes.add("Mul", kept, total_before), nodes.add("MatMul", shares, exact)
+        "Add", nodes.add("Mul", decay, total_before), nodes.add("MatMul", shares, exact)
     )
     values = nodes.add("Cast", nodes.add("Div", total, normaliser), to=DataType.FLOAT)
     sums = nodes.concat([maximum, normaliser, total], axis=2)
@@ -112,10 +112,10 @@ def over_stream(
     last = nodes.add("Sub", last, nodes.integers(1))
     last = nodes.add("Unsqueeze", last, nodes.integers(1, 2))
     last = nodes.add("Expand", last, nodes.integers(1, 1, 2 + width))
-    ended = nodes.split(nodes.add("GatherElements", sums, last, axis=1), [1, 1, width], axis=2)
+    final = nodes.split(nodes.add("GatherElements", sums, last, axis=1), [1, 1, width], axis=2)
     after = [
-        nodes.add("Cast", ended[0], to=DataType.FLOAT),
-        *(_parts(nodes, value) for value in ended[1:]),
+        nodes.add("Cast", final[0], to=DataType.FLOAT),
+        *(_parts(nodes, value) for value in final[1:]),
     ]
     return nodes.add("Transpose", values, perm=[1, 0, 2]), [
         nodes.add("Transpose", part, perm=[1, 0, 2]) for part in after
@@ -135,8 +135,10 @@ def _exact(nodes: Nodes, state: list[Value], width: int) -> tuple[Value, Value, 
         _double(nodes, nodes.add("Transpose", part, perm=[1, 0, 2])) for part in state
     )
     high, low = nodes.split(normaliser, [1, 1], axis=2)
-    seen = nodes.add("Greater", high, nodes.constant(np.array(0, np.float64)))
-    maximum = nodes.add("Where", seen, maximum, nodes.constant(np.array(EMPTY_MAXIMUM, np.float64)))
+    started = nodes.add("Greater", high, nodes.constant(np.array(0, np.float64)))
+    maximum = nodes.add(
+        "Where", started, maximum, nodes.constant(np.array(EMPTY_MAXIMUM, np.float64))
+    )
     highs, lows = nodes.split(total, [width, width], axis=2)
     return maximum, nodes.add("Add", high, low), nodes.add("Add", highs, lows)
 

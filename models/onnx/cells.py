@@ -111,8 +111,8 @@ def _constants(
     width = len(order) * layer.units
     biases = np.zeros((2, width), np.float32)
     if layer.use_bias:
-        given = weights[f"{layer.name}.bias"]
-        biases[: 1 if given.ndim == 1 else 2] = given
+        bias = weights[f"{layer.name}.bias"]
+        biases[: 1 if bias.ndim == 1 else 2] = bias
     matrices = [weights[f"{layer.name}.{kind}"] for kind in ("kernel", "recurrent_kernel")]
     return [
         *(nodes.constant(_gates(matrix, order).T[np.newaxis]) for matrix in matrices),
@@ -124,8 +124,8 @@ def _peepholes(nodes: Nodes, layer: LstmLayer, weights: Mapping[str, Floats]) ->
     """The operator's P [1, 3 * H], where there is one."""
     if not layer.peepholes:
         return []
-    given = weights[f"{layer.name}.peepholes"][np.newaxis]
-    return [nodes.constant(_gates(given, PEEPHOLE_GATES))]
+    peepholes = weights[f"{layer.name}.peepholes"][np.newaxis]
+    return [nodes.constant(_gates(peepholes, PEEPHOLE_GATES))]
 
 
 def _gates(weight: Floats, order: tuple[int, ...]) -> Floats:

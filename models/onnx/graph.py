@@ -162,8 +162,8 @@ class _Step:
             pieces.append(nodes.part(rows, plain, len(columns), axis=2))
         return nodes.concat(pieces, axis=2)
 
-    def _layer(self, layer: Layer, read: list[Value]) -> Value:
-        nodes, weights, x = self.nodes, self._weights, read[0]
+    def _layer(self, layer: Layer, sources: list[Value]) -> Value:
+        nodes, weights, x = self.nodes, self._weights, sources[0]
         match layer:
             case LstmLayer() | GruLayer():
                 x, after = forward(nodes, layer, weights, x, self._steps, self._initial(layer))
@@ -192,17 +192,17 @@ class _Step:
             case BatchNormalizationLayer():
                 x = self._batch_normalization(layer, x)
             case MergeLayer():
-                x = self._merge(layer, read)
+                x = self._merge(layer, sources)
         return x
 
     def _initial(self, layer: Recurrent) -> list[Value]:
         """What a recurrent layer starts from: its own state, or what another returned."""
-        source, found = layer.starts_from, self._before
+        source, states = layer.starts_from, self._before
         if source is not None:
-            found = self._after
+            states = self._after
         names = [f"{source or layer.name}.{part}" for part in returned_state(layer)]
         # In blocks a backward cell has no part: left out, the operator begins from zero.
-        return [found.get(name, "") for name in names]
+        return [states.get(name, "") for name in names]
 
     def _keep(self, layer: Recurrent, after: list[Value]) -> None:
         names = [f"{layer.name}.{part}" for part in returned_state(layer)]
@@ -234,15 +234,15 @@ class _Step:
         product = self.nodes.add("Mul", x, self.nodes.constant(factor.astype(np.float32)))
         return self.nodes.add("Add", product, self.nodes.constant(offset.astype(np.float32)))
 
-    def _merge(self, layer: MergeLayer, read: list[Value]) -> Value:
+    def _merge(self, layer: MergeLayer, sources: list[Value]) -> Value:
         if layer.kind == "concatenate":
-            return self.nodes.concat(read, axis=2)
-        merged = read[0]
-        for other in read[1:]:
-            merged = self.nodes.add("Mul" if layer.kind == "multiply" else "Add", merged, other)
+            return self.nodes.concat(sources, axis=2)
+        total = sources[0]
+        for other in sources[1:]:
+            total = self.nodes.add("Mul" if layer.kind == "multiply" else "Add", total, other)
         if layer.kind == "average":
-            merged = self.nodes.add("Div", merged, self.nodes.number(len(read)))
-        return merged
+            total = self.nodes.add("Div", total, self.nodes.number(len(sources)))
+        return total
 
     def _heads(self, values: Mapping[str, Value], rows: Value) -> Value:
         nodes, outputs = self.nodes, []

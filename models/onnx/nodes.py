@@ -113,8 +113,8 @@ class Nodes:
         outputs: Sequence[Value],
         attributes: Mapping[str, Any],
     ) -> None:
-        given = {name: value for name, value in attributes.items() if value is not None}
-        self.nodes.append(node(operator, inputs, outputs, given))
+        present = {name: value for name, value in attributes.items() if value is not None}
+        self.nodes.append(node(operator, inputs, outputs, present))
 
     def name(self) -> Value:
         """A name that no value has yet, for a value that another graph makes."""

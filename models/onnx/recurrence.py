@@ -36,17 +36,17 @@ def lstm_loop(
         for name, weight in weights.items()
         if name.rpartition(".")[0] == layer.name
     }
-    read = nodes.add("MatMul", x, own["kernel"])
+    x_part = nodes.add("MatMul", x, own["kernel"])
     if layer.layer_normalization:
-        read = _normalised(nodes, read, own["kernel_gamma"])
+        x_part = _normalised(nodes, x_part, own["kernel_gamma"])
     if layer.use_bias:
-        read = nodes.add("Add", read, own["bias"])
+        x_part = nodes.add("Add", x_part, own["bias"])
     squeezed = [nodes.add("Squeeze", part, nodes.integers(0)) for part in state]
     names = {
-        part: nodes.name() for part in ("hidden", "carry", "read", "valid", "h", "c", "sequence")
+        part: nodes.name() for part in ("hidden", "carry", "x_part", "valid", "h", "c", "sequence")
     }
     body = nodes.inner()
-    hidden, carry = _lstm_step(body, layer, own, names["read"], names["hidden"], names["carry"])
+    hidden, carry = _lstm_step(body, layer, own, names["x_part"], names["hidden"], names["carry"])
     body.add("Where", names["valid"], hidden, names["hidden"], name=names["h"])
     body.add("Where", names["valid"], carry, names["carry"], name=names["c"])
     body.add("Identity", names["h"], name=names["sequence"])
@@ -57,7 +57,7 @@ def lstm_loop(
         inputs=[
             tensor_value(names["hidden"], floats, ["B", width]),
             tensor_value(names["carry"], floats, ["B", units]),
-            tensor_value(names["read"], floats, ["B", 4 * units]),
+            tensor_value(names["x_part"], floats, ["B", 4 * units]),
             tensor_value(names["valid"], DataType.BOOL, ["B", 1]),
         ],
         outputs=[
@@ -69,7 +69,7 @@ def lstm_loop(
     after, carry_after, sequence = nodes.add_many(
         "Scan",
         *squeezed,
-        read,
+        x_part,
         _valid(nodes, x, lengths),
         count=3,
         body=Graph(b"".join(one_step)),
@@ -83,30 +83,30 @@ def _lstm_step(
     body: Nodes,
     layer: LstmLayer,
     own: Mapping[str, Value],
-    read: Value,
+    x_part: Value,
     hidden: Value,
     carry: Value,
 ) -> tuple[Value, Value]:
-    """h', c' of one step; `read` is the normalised x W + b, [B, 4 * U]."""
+    """h', c' of one step; `x_part` is the normalised x W + b, [B, 4 * U]."""
     gate, squash = layer.recurrent_activation, layer.activation
-    recalled = body.add("MatMul", hidden, own["recurrent_kernel"])
+    h_part = body.add("MatMul", hidden, own["recurrent_kernel"])
     if layer.layer_normalization:
-        recalled = _normalised(body, recalled, own["recurrent_gamma"])
-    in_i, in_f, in_g, in_o = body.split(body.add("Add", read, recalled), [layer.units] * 4, axis=1)
+        h_part = _normalised(body, h_part, own["recurrent_gamma"])
+    in_i, in_f, in_g, in_o = body.split(body.add("Add", x_part, h_part), [layer.units] * 4, axis=1)
     peeps: list[Value] = []
     if layer.peepholes:
         peeps = body.split(own["peepholes"], [layer.units] * 3, axis=0)
         in_i = body.add("Add", in_i, body.add("Mul", peeps[0], carry))
         in_f = body.add("Add", in_f, body.add("Mul", peeps[1], carry))
-    kept = body.add("Mul", activation(body, gate, in_f), carry)
-    taken = body.add("Mul", activation(body, gate, in_i), activation(body, squash, in_g))
-    carry = body.add("Add", kept, taken)
+    retained = body.add("Mul", activation(body, gate, in_f), carry)
+    added = body.add("Mul", activation(body, gate, in_i), activation(body, squash, in_g))
+    carry = body.add("Add", retained, added)
     if layer.peepholes:
         in_o = body.add("Add", in_o, body.add("Mul", peeps[2], carry))
-    seen = carry
+    exposed = carry
     if layer.layer_normalization:
-        seen = _normalised(body, carry, own["carry_gamma"], own["carry_beta"])
-    hidden = body.add("Mul", activation(body, gate, in_o), activation(body, squash, seen))
+        exposed = _normalised(body, carry, own["carry_gamma"], own["carry_beta"])
+    hidden = body.add("Mul", activation(body, gate, in_o), activation(body, squash, exposed))
     if layer.projection is not None:
         hidden = body.add("MatMul", hidden, own["projection"])
     return hidden, carry

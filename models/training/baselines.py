@@ -113,28 +113,28 @@ def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baselin
         table, value, "value"
     )
     running, running_settings = _best(table, candidates, fit, "log_loss")
-    found = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
+    baselines = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
     if trees:
         model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
         chance = model.chances(table.test)[:, 1]
-        found.append(Baseline(TREES, score_chance(chance, truth[table.test]), model.settings))
-    return found
+        baselines.append(Baseline(TREES, score_chance(chance, truth[table.test]), model.settings))
+    return baselines
 
 
 def _isotonic(
     series: Floats, truth: Floats, train: NDArray[np.int64], at: NDArray[np.int64]
 ) -> Floats:
     """Chances at `at` from the series one event earlier, fitted on the training targets."""
-    known = train[~np.isnan(truth[train])]
-    rate = float(truth[known].mean())
-    usable = known[~np.isnan(series[known - 1])]
-    said = series[at - 1]
+    labelled = train[~np.isnan(truth[train])]
+    rate = float(truth[labelled].mean())
+    usable = labelled[~np.isnan(series[labelled - 1])]
+    predictor = series[at - 1]
     chance = np.full(len(at), rate)
     if len(usable) >= 2:
         curve = IsotonicRegression(out_of_bounds="clip", increasing="auto")
         curve.fit(series[usable - 1], truth[usable])
-        there = ~np.isnan(said)
-        chance[there] = curve.predict(said[there])
+        there = ~np.isnan(predictor)
+        chance[there] = curve.predict(predictor[there])
     # Isotonic regression may say 0 or 1; one more event of the base rate keeps it finite.
     size = max(1.0, float(np.sqrt(len(usable))))
     return (chance * size + rate) / (size + 1)
@@ -150,7 +150,7 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
     np.add.at(pairs, (codes[table.train - 1], codes[table.train]), 1.0)
     moves = (pairs + base) / (pairs.sum(axis=1, keepdims=True) + 1.0)
     last = score_classes(moves[codes[table.test - 1]], codes[table.test].astype(np.float64))
-    found = [Baseline(LAST, last, {})]
+    baselines = [Baseline(LAST, last, {})]
     best: tuple[float, float | None, float] | None = None
     means: dict[float | None, Floats] = {}
     for life in HALF_LIVES:
@@ -169,15 +169,15 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
         chances = (1 - share) * means[life][table.test - 1] + share * base
         scored = score_classes(chances, codes[table.test].astype(np.float64))
         settings = {"half_life_events": life, "base_share": share, "validation": loss_}
-        found.append(Baseline(RUNNING, scored, settings))
+        baselines.append(Baseline(RUNNING, scored, settings))
     if trees and count <= MAX_TREE_CLASSES:
         truth = codes.astype(np.float64)
         model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
-        known = np.full((len(table.test), count), 1e-6)
-        known[:, model.classes] = model.chances(table.test)
-        known /= known.sum(axis=1, keepdims=True)
-        found.append(Baseline(TREES, score_classes(known, truth[table.test]), model.settings))
-    return found
+        chance = np.full((len(table.test), count), 1e-6)
+        chance[:, model.classes] = model.chances(table.test)
+        chance /= chance.sum(axis=1, keepdims=True)
+        baselines.append(Baseline(TREES, score_classes(chance, truth[table.test]), model.settings))
+    return baselines
 
 
 def _forecast(
@@ -201,14 +201,14 @@ def _forecast(
     }
 
     def score(space: str, life: Any, at: NDArray[np.int64]) -> Scored:
-        known, back = spaces[space]
+        scaled, back = spaces[space]
         values = []
         for target in targets:
-            series = known[:, target]
-            said = table.last_known(series) if life == "last" else table.running(series, life)
-            spread = np.nanquantile(series[table.train] - said[table.train - 1], levels)
+            series = scaled[:, target]
+            predicted = table.last_known(series) if life == "last" else table.running(series, life)
+            spread = np.nanquantile(series[table.train] - predicted[table.train - 1], levels)
             middle = float(np.nanmedian(series[table.train]))
-            near = np.where(np.isnan(said[at - 1]), middle, said[at - 1])
+            near = np.where(np.isnan(predicted[at - 1]), middle, predicted[at - 1])
             values.append(near[:, None] + spread)
         return score_forecast(quantiles, back(values), truth[at])
 
@@ -224,7 +224,7 @@ def _forecast(
             settings["half_life_events"] = life
         return Baseline(name, score(space, life, table.test), settings)
 
-    found = [chosen(LAST, ("last",)), chosen(RUNNING, HALF_LIVES)]
+    baselines = [chosen(LAST, ("last",)), chosen(RUNNING, HALF_LIVES)]
     if trees:
         settings: dict[str, Any] = {}
         values = []
@@ -233,11 +233,11 @@ def _forecast(
                 "quantile", table.features, encoded[:, target], table.train, table.validate
             )
             settings[name] = model.settings
-            said = [model.again(level).values(table.test) for level in levels]
-            values.append(np.sort(np.stack(said, axis=1), axis=1))
+            predicted = [model.again(level).values(table.test) for level in levels]
+            values.append(np.sort(np.stack(predicted, axis=1), axis=1))
         scored = score_forecast(quantiles, in_units(values), truth[table.test])
-        found.append(Baseline(TREES, scored, settings))
-    return found
+        baselines.append(Baseline(TREES, scored, settings))
+    return baselines
 
 
 def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
@@ -262,7 +262,7 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
         for life in HALF_LIVES
     ]
     loss, life = min(tried, key=lambda item: item[0])
-    found = [
+    baselines = [
         Baseline(LAST, score(last, table.test), {}),
         Baseline(
             RUNNING,
@@ -277,35 +277,35 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
             truth = table.encoded(name)
             mean = Trees.tuned("squared_error", table.features, truth, table.train, table.validate)
             every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
-            said = np.full(table.streams.events, np.nan)
-            said[every] = mean.values(every)
+            predicted = np.full(table.streams.events, np.nan)
+            predicted[every] = mean.values(every)
             # A second ensemble says how far off the first one is, as log squared error.
-            error = np.log(np.square(truth - said) + 1e-4)
+            error = np.log(np.square(truth - predicted) + 1e-4)
             spread = Trees.tuned(
                 "squared_error", table.features, error, table.train, table.validate
             )
             log_deviation = np.full(table.streams.events, np.nan)
             log_deviation[every] = 0.5 * spread.values(every)
             # The training errors that both were fitted on are smaller than those to come.
-            known = table.validate[~np.isnan(truth[table.validate])]
-            ratio = np.square(truth - said)[known] / np.exp(2 * log_deviation[known])
+            usable = table.validate[~np.isnan(truth[table.validate])]
+            ratio = np.square(truth - predicted)[usable] / np.exp(2 * log_deviation[usable])
             log_deviation += 0.5 * np.log(ratio.mean())
-            nats += gaussian_nats(truth - said, log_deviation)[table.test]
+            nats += gaussian_nats(truth - predicted, log_deviation)[table.test]
             settings[name] = {"mean": mean.settings, "spread": spread.settings}
-        found.append(Baseline(TREES, Scored({"nll": nats}), settings))
-    return found
+        baselines.append(Baseline(TREES, Scored({"nll": nats}), settings))
+    return baselines
 
 
 def _gaussian(
     value: Floats, series: Floats, train: NDArray[np.int64], at: NDArray[np.int64]
 ) -> Floats:
     """Nats of the values at `at`: mean linear in the series one event earlier, one deviation."""
-    known = train[~np.isnan(value[train]) & ~np.isnan(series[train - 1])]
-    slope, offset = np.polyfit(series[known - 1], value[known], 1)
-    deviation = float(np.std(value[known] - slope * series[known - 1] - offset))
-    middle = float(value[known].mean())
-    said = np.where(np.isnan(series[at - 1]), middle, slope * series[at - 1] + offset)
-    return gaussian_nats(value[at] - said, np.full(len(at), np.log(max(deviation, 1e-3))))
+    usable = train[~np.isnan(value[train]) & ~np.isnan(series[train - 1])]
+    slope, offset = np.polyfit(series[usable - 1], value[usable], 1)
+    deviation = float(np.std(value[usable] - slope * series[usable - 1] - offset))
+    middle = float(value[usable].mean())
+    means = np.where(np.isnan(series[at - 1]), middle, slope * series[at - 1] + offset)
+    return gaussian_nats(value[at] - means, np.full(len(at), np.log(max(deviation, 1e-3))))
 
 
 def _frequency_nats(table: Table, name: str) -> Floats:
@@ -315,14 +315,14 @@ def _frequency_nats(table: Table, name: str) -> Floats:
     present = np.ones(len(column), np.bool_)
     if isinstance(field, BooleanField):
         present = table.streams.columns.present[name]
-    seen = column[table.train][present[table.train]]
-    share = np.bincount(seen, minlength=count) + 1.0
+    codes = column[table.train][present[table.train]]
+    share = np.bincount(codes, minlength=count) + 1.0
     return np.where(present, -np.log(share / share.sum())[column], 0.0)
 
 
 def _units(spec: ModelSpec, head: ForecastHead, values: Floats) -> Floats:
     """Undo standardisation and transform: [n, targets, quantiles]."""
-    found = np.empty_like(values)
+    converted = np.empty_like(values)
     for index, name in enumerate(head.targets):
         field = event_field(spec, name)
         if not isinstance(field, NumericField) or field.mean is None or field.std is None:
@@ -330,5 +330,5 @@ def _units(spec: ModelSpec, head: ForecastHead, values: Floats) -> Floats:
         value = values[:, index] * field.std + field.mean
         if field.transform == "signed_log1p":
             value = np.sign(value) * np.expm1(np.abs(value))
-        found[:, index] = value
-    return found
+        converted[:, index] = value
+    return converted

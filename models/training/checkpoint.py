@@ -68,12 +68,12 @@ def write_checkpoint(path: Path, key: str, checkpoint: Checkpoint) -> None:
     metadata = {"format": FORMAT, "key": key, "history": json.dumps(list(checkpoint.history))}
     arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f"{path.name}.tmp")
-    with made.open("wb") as stream:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as stream:
         stream.write(save(arrays, metadata))
         stream.flush()
         os.fsync(stream.fileno())
-    made.replace(path)
+    temporary.replace(path)
 
 
 def read_checkpoint(path: Path, key: str) -> Checkpoint:

@@ -55,11 +55,11 @@ def train_command(
     Raises:
         SpecError: with the line of what cannot be trained, as for what cannot be read.
     """
-    read = read_spec(spec)
+    parsed = read_spec(spec)
     try:
         return train_frame(
-            read,
-            read_data(data, read),
+            parsed,
+            read_data(data, parsed),
             out,
             resume=resume,
             overwrite=overwrite,
@@ -94,11 +94,11 @@ def train_frame(
     console = Console(quiet=quiet)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ArtifactError(f"{out}: holds something already; expected a free path")
-    done = train(spec, frame, out, resume=resume, quiet=quiet, overwrite=overwrite, source=source)
+    result = train(spec, frame, out, resume=resume, quiet=quiet, overwrite=overwrite, source=source)
     console.print(
-        f"kept epoch {', '.join(map(str, done.best_epochs))}; {done.seconds:.0f} s of training"
+        f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of training"
     )
-    artifact = done.artifact
+    artifact = result.artifact
     training, schema = training_of(artifact.spec), schema_of(artifact.spec)
     if not _has_events_from(artifact, frame, moment_ms(schema, training.test_from, "test_from")):
         console.print(f"no events from {training.test_from} on: nothing held out, no report")
@@ -106,7 +106,7 @@ def train_frame(
     report = make_report(
         artifact,
         frame,
-        history=done.history,
+        history=result.history,
         trees=trees,
         further=further,
         source=source,
@@ -174,11 +174,11 @@ def _has_events_from(artifact: Artifact, frame: pl.DataFrame, moment: int) -> bo
 
 
 def _values(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    found = {
+    metrics = {
         name: {metric: score["value"] for metric, score in head["scores"]["model"].items()}
         for name, head in report["heads"].items()
     }
     for name, target in report.get("decoder", {}).get("targets", {}).items():
         scored = [value for value in target["mae"]["model"] if value is not None]
-        found[f"{DECODER}.{name}"] = {"mae": float(np.mean(scored))} if scored else {}
-    return found
+        metrics[f"{DECODER}.{name}"] = {"mae": float(np.mean(scored))} if scored else {}
+    return metrics

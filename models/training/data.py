@@ -60,9 +60,9 @@ class Streams:
     @cached_property
     def has_next(self) -> NDArray[np.bool_]:
         """Whether an event is followed by another of its stream, bool [rows]."""
-        found = np.ones(self.events, np.bool_)
-        found[[stop - 1 for _, stop in self.spans]] = False
-        return found
+        followed = np.ones(self.events, np.bool_)
+        followed[[stop - 1 for _, stop in self.spans]] = False
+        return followed
 
     def encoded(self, schema: EventSchema) -> NDArray[np.float32]:
         """Rows float32 [rows, F], every stream encoded from its beginning."""
@@ -178,11 +178,11 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
         DataError: there are no such events.
     """
     training = training_of(spec)
-    known = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
-    if known.height == 0:
+    training_frame = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
+    if training_frame.height == 0:
         raise DataError(expected="events before `validate_from`", got="none")
     # the rows are already in the order of streams and times
-    schema = fit_schema(schema_of(spec), known, stream=training.stream)
+    schema = fit_schema(schema_of(spec), training_frame, stream=training.stream)
     return spec.model_copy(update={"events": schema})
 
 
@@ -223,8 +223,8 @@ def _moments(
             f"training.order_by: expected a plain column name, got {training.order_by!r}"
         )
     only = EventSchema(timezone=schema.timezone, fields=(field,))
-    read = columns_from_frame(only, frame)
-    return read.values[field.name], read.present[field.name]
+    parsed = columns_from_frame(only, frame)
+    return parsed.values[field.name], parsed.present[field.name]
 
 
 def _filled(
@@ -238,9 +238,9 @@ def _filled(
         return moments_ms
     filled = moments_ms.copy()
     for start, stop in spans:
-        known = np.flatnonzero(present[start:stop])
-        last = np.searchsorted(known, np.arange(stop - start), side="right") - 1
-        filled[start:stop] = moments_ms[start:stop][known[np.maximum(last, 0)]]
+        present_rows = np.flatnonzero(present[start:stop])
+        last = np.searchsorted(present_rows, np.arange(stop - start), side="right") - 1
+        filled[start:stop] = moments_ms[start:stop][present_rows[np.maximum(last, 0)]]
     return filled
 
 

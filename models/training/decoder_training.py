@@ -179,15 +179,15 @@ class DecoderTrainer:
         """The encoder's pass over a window, and its states [A, N] at the anchors."""
         steps = rows.shape[1]
         if self._network.spec.chunk_limit is not None or steps == 1:
-            done = self._network.forward(rows, lengths, state, training)
-            return done, done.state
+            result = self._network.forward(rows, lengths, state, training)
+            return result, result.state
         count = anchors.cuts.shape[0]
         begins = [0, *(anchors.cuts[at] for at in range(count))]
         ends = [*begins[1:], steps]
         pieces: list[Forward] = []
         for begin, end in zip(begins, ends, strict=True):
-            left = tf.clip_by_value(lengths - begin, 0, end - begin)
-            piece = self._network.forward(rows[:, begin:end], left, state, training)
+            remaining = tf.clip_by_value(lengths - begin, 0, end - begin)
+            piece = self._network.forward(rows[:, begin:end], remaining, state, training)
             pieces.append(piece)
             state = piece.state
         raw = {
@@ -230,21 +230,21 @@ class Unroller:
             tf.stack([tf.shape(state)[0], self._horizon]), anchors.seed
         )
         values = tf.convert_to_tensor(anchors.values)
-        wanted = tf.convert_to_tensor(anchors.there)
-        known = tf.convert_to_tensor(anchors.known)
+        present = tf.convert_to_tensor(anchors.there)
+        covariates = tf.convert_to_tensor(anchors.known)
 
         def one(step: Tensor, state: Tensor, previous: Tensor, sums: Any, counts: Any) -> Any:
-            row = tf.concat([previous, known[:, step]], axis=-1)
-            done = self._network.forward(row[:, tf.newaxis], ones, state, training)
-            truth, there = values[:, step], wanted[:, step]
-            loss, point = self._judged(done.raw[DISTRIBUTION], truth)
+            row = tf.concat([previous, covariates[:, step]], axis=-1)
+            result = self._network.forward(row[:, tf.newaxis], ones, state, training)
+            truth, there = values[:, step], present[:, step]
+            loss, point = self._judged(result.raw[DISTRIBUTION], truth)
             total = tf.reduce_sum(tf.where(there, loss, 0.0))
             count = tf.reduce_sum(tf.cast(there, tf.float32))
             is_true = there & (coins[:, step, tf.newaxis] < anchors.share)
             next_value = tf.where(is_true, truth, point)
             return (
                 step + 1,
-                done.state,
+                result.state,
                 tf.ensure_shape(next_value, previous.shape),
                 sums.write(step, total),
                 counts.write(step, count),

@@ -86,13 +86,13 @@ def merged(
         return spec, dict(members[0])
     check_members(spec)
     count = len(members)
-    joined = _merged_spec(spec, count)
+    merged_spec = _merged_spec(spec, count)
     weights: dict[str, NDArray[np.float32]] = {}
     for column in spec.columns:
         if column.embedding is not None:
             name = f"embedding.{column.name}"
             weights[name] = np.concatenate([member[name] for member in members], axis=1)
-    widths = layer_widths(joined)
+    widths = layer_widths(merged_spec)
     for index, member in enumerate(members):
         places: dict[str, Places] = {FEATURES: _feature_places(spec, index, count)}
         for layer in spec.layers:
@@ -102,7 +102,7 @@ def merged(
         weights[f"heads.{head.name}.kernel"] = np.concatenate(kernels) / np.float32(count)
         if (bias := f"heads.{head.name}.bias") in members[0]:
             weights[bias] = np.mean([member[bias] for member in members], axis=0, dtype=np.float32)
-    return joined, weights
+    return merged_spec, weights
 
 
 def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
@@ -134,17 +134,17 @@ def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
 
 def _feature_places(spec: ModelSpec, index: int, count: int) -> Places:
     """Where a member's features lie among the merged network's."""
-    found: list[int] = []
+    places: list[int] = []
     start = 0
     for column in spec.columns:
         if column.embedding is None:
-            found.append(start)
+            places.append(start)
             start += 1
         else:
             first = start + index * column.embedding
-            found.extend(range(first, first + column.embedding))
+            places.extend(range(first, first + column.embedding))
             start += count * column.embedding
-    return np.array(found, np.int64)
+    return np.array(places, np.int64)
 
 
 def _place(
@@ -164,21 +164,21 @@ def _place(
     own = np.arange(layer_widths(spec)[layer.name])
     match layer:
         case LstmLayer() | GruLayer() | BidirectionalLayer() | DenseLayer():
-            read = layer.inputs[0]
-            width = widths[read if read == FEATURES else _named(read, index)]
+            source = layer.inputs[0]
+            width = widths[source if source == FEATURES else _named(source, index)]
             for owner in owners:
                 kernel = member[f"{owner}.kernel"]
                 wide = np.zeros((width, kernel.shape[1]), np.float32)
-                wide[places[read]] = kernel
+                wide[places[source]] = kernel
                 weights[f"{name}{owner.removeprefix(layer.name)}.kernel"] = wide
             places[layer.name] = own
         case DropoutLayer():
             places[layer.name] = places[layer.inputs[0]]
         case MergeLayer(kind="concatenate"):
             parts, start = [], 0
-            for read in layer.inputs:
-                parts.append(places[read] + start)
-                start += widths[read if read == FEATURES else _named(read, index)]
+            for source in layer.inputs:
+                parts.append(places[source] + start)
+                start += widths[source if source == FEATURES else _named(source, index)]
             places[layer.name] = np.concatenate(parts)
         case _:
             places[layer.name] = own

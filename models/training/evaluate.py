@@ -93,8 +93,8 @@ def run_chunks(
             at[lane], stop[lane] = waiting.pop()
             state[lane] = 0
             clocks[lane] = Clock()
-        drawn = random.integers(1, chunk + 1, lanes) if fixed is None else fixed
-        lengths = np.minimum(drawn, stop - at).astype(np.int32)
+        chunk_lengths = random.integers(1, chunk + 1, lanes) if fixed is None else fixed
+        lengths = np.minimum(chunk_lengths, stop - at).astype(np.int32)
         if not lengths.any():
             return outputs
         steps = SMALLEST_STEPS
@@ -105,10 +105,10 @@ def run_chunks(
             part = slice(int(at[lane]), int(at[lane] + lengths[lane]))
             encoded, clocks[lane] = encode(schema, streams.columns[part], clocks[lane])
             rows[lane, : lengths[lane]] = encoded
-        given, after = step(rows, lengths, state)
-        found, state = given.numpy(), np.array(after)
+        computed, after = step(rows, lengths, state)
+        values, state = computed.numpy(), np.array(after)
         for lane in np.flatnonzero(lengths):
-            outputs[at[lane] : at[lane] + lengths[lane]] = found[lane, : lengths[lane]]
+            outputs[at[lane] : at[lane] + lengths[lane]] = values[lane, : lengths[lane]]
         at += lengths
         if advance is not None:
             advance(int(lengths.sum()))
@@ -150,20 +150,20 @@ def _run_blocks(
         ]
         state = np.zeros((lanes, network.state_size), np.float32)
         for number in range(len(windows[0])):
-            given = np.zeros((lanes, blocks.window, rows.shape[1]), np.float32)
+            padded = np.zeros((lanes, blocks.window, rows.shape[1]), np.float32)
             lengths = np.zeros(lanes, np.int32)
             for lane, own in enumerate(windows):
                 if number < len(own):
                     lengths[lane] = len(own[number])
-                    given[lane, : lengths[lane]] = own[number]
-            computed, after = step(given, lengths, state)
-            found, state = computed.numpy(), np.array(after)
-            done = np.minimum(lengths, blocks.size)
+                    padded[lane, : lengths[lane]] = own[number]
+            computed, after = step(padded, lengths, state)
+            values, state = computed.numpy(), np.array(after)
+            scored = np.minimum(lengths, blocks.size)
             for lane, (start, _) in enumerate(group):
                 at = start + number * blocks.size
-                outputs[at : at + done[lane]] = found[lane, : done[lane]]
+                outputs[at : at + scored[lane]] = values[lane, : scored[lane]]
             if advance is not None:
-                advance(int(done.sum()))
+                advance(int(scored.sum()))
     return outputs
 
 
@@ -195,15 +195,15 @@ def spoken_rows(
 
 
 def _within(
-    streams: Streams, wanted: NDArray[np.bool_], from_ms: int | None, to_ms: int | None
+    streams: Streams, candidates: NDArray[np.bool_], from_ms: int | None, to_ms: int | None
 ) -> NDArray[np.int64]:
     """The wanted rows in [from_ms, to_ms)."""
-    found = wanted.copy()
+    selected = candidates.copy()
     if from_ms is not None:
-        found &= streams.moments_ms >= from_ms
+        selected &= streams.moments_ms >= from_ms
     if to_ms is not None:
-        found &= streams.moments_ms < to_ms
-    return np.flatnonzero(found)
+        selected &= streams.moments_ms < to_ms
+    return np.flatnonzero(selected)
 
 
 def evaluate(
@@ -286,13 +286,13 @@ def head_metrics(
     from_ms: int | None,
 ) -> dict[str, dict[str, float]]:
     """`Scored.means` of every head that has a target from a moment on."""
-    named = output_spec(spec).by_name(outputs)
-    found: dict[str, dict[str, float]] = {}
+    outputs_by_head = output_spec(spec).by_name(outputs)
+    metrics: dict[str, dict[str, float]] = {}
     for head in spec.heads:
         if not has_targets(head):
             continue
         at = spoken_rows(head, streams, labels, from_ms)
-        scored = score_outputs(spec, head, named[head.name], streams.columns, labels, at)
+        scored = score_outputs(spec, head, outputs_by_head[head.name], streams.columns, labels, at)
         if scored.has_losses:
-            found[head.name] = scored.means()
-    return found
+            metrics[head.name] = scored.means()
+    return metrics

@@ -113,21 +113,21 @@ def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame
         column = frame[field.name]
         match field:
             case NumericField():
-                cast, wanted = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
+                cast, kind = column.str.strip_chars().cast(pl.Float64, strict=False), "a number"
             case BooleanField():
                 lower = column.str.strip_chars().str.to_lowercase()
                 cast = lower.replace_strict(_TRUTH, default=None, return_dtype=pl.Boolean)
-                wanted = "true or false"
+                kind = "true or false"
             case TimestampField() if column.drop_nulls().head(1).str.contains(r"^-?\d+$").all():
-                cast, wanted = column.cast(pl.Int64, strict=False), "epoch milliseconds"
+                cast, kind = column.cast(pl.Int64, strict=False), "epoch milliseconds"
             case TimestampField() | CategoricalField():
                 continue
-        wrong = column.is_not_null() & cast.is_null()
-        if wrong.any():
-            row = int(wrong.arg_true()[0])
+        invalid = column.is_not_null() & cast.is_null()
+        if invalid.any():
+            row = int(invalid.arg_true()[0])
             raise DataError(
                 field=field.name,
-                expected=f"{path}, row {row + 1}: {wanted}",
+                expected=f"{path}, row {row + 1}: {kind}",
                 got=repr(column[row]),
             )
         frame = frame.with_columns(cast.alias(field.name))

@@ -88,27 +88,27 @@ def horizon_report(
     if len(anchors.at) == 0:
         return {}
     points, quantiles = forecasts_at(artifact, streams, rows, anchors, stride)
-    trained = None
+    origins = None
     if train_before_ms is not None:
-        trained = ahead_of(spec, streams, None, train_before_ms, 1)
+        origins = ahead_of(spec, streams, None, train_before_ms, 1)
     levels = np.array(decoder.head.quantiles)
     targets = {}
     for index, name in enumerate(decoder.targets):
         values = np.where(streams.columns.present[name], streams.columns.values[name], np.nan)
         truth = np.where(anchors.counts, values[anchors.rows], np.nan)
-        said = {MODEL: (points[..., index], quantiles[..., index, :])}
+        forecasts = {MODEL: (points[..., index], quantiles[..., index, :])}
         for baseline in (LAST_VALUE, SEASONAL):
             near = _baseline(spec, streams, values, anchors, baseline)
             if near is None:
                 continue
             spread = np.full((near.shape[1], len(levels)), np.nan)
-            if trained is not None and len(trained.at):
-                known = _baseline(spec, streams, values, trained, baseline)
-                if known is not None:
-                    errors = np.where(trained.counts, values[trained.rows], np.nan) - known
+            if origins is not None and len(origins.at):
+                naive = _baseline(spec, streams, values, origins, baseline)
+                if naive is not None:
+                    errors = np.where(origins.counts, values[origins.rows], np.nan) - naive
                     spread = _quantiles(errors, levels)
-            said[baseline] = (near, near[..., np.newaxis] + spread)
-        targets[name] = _scored(truth, said, levels)
+            forecasts[baseline] = (near, near[..., np.newaxis] + spread)
+        targets[name] = _scored(truth, forecasts, levels)
     return {
         "horizon": decoder.max_horizon,
         "stride": stride,
@@ -123,15 +123,15 @@ def horizon_lines(report: dict[str, Any]) -> list[str]:
     if not report:
         return lines
     horizon = report["horizon"]
-    shown = sorted({1, *(horizon * part // 4 for part in (1, 2, 3, 4))} - {0})
+    steps = sorted({1, *(horizon * part // 4 for part in (1, 2, 3, 4))} - {0})
     for name, target in report["targets"].items():
         lines += ["", f"{name}, by step ahead ({report['forecasts']:,} forecasts), MAE", ""]
-        lines.append("| | " + " | ".join(map(str, shown)) + " | all |")
-        lines.append("| --- |" + " --- |" * (len(shown) + 1))
+        lines.append("| | " + " | ".join(map(str, steps)) + " | all |")
+        lines.append("| --- |" + " --- |" * (len(steps) + 1))
         for model, values in target["mae"].items():
-            cells = [_cell(values[step - 1]) for step in shown]
-            known = [value for value in values if value is not None]
-            cells.append(_cell(float(np.mean(known)) if known else None))
+            cells = [_cell(values[step - 1]) for step in steps]
+            present = [value for value in values if value is not None]
+            cells.append(_cell(float(np.mean(present)) if present else None))
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines
 
@@ -187,19 +187,19 @@ def forecasts_at(
     )
     distribution = Distribution(spec)
     state, previous = start(spec, floats)
-    known = rows[:, [events.column_index[name] for name in known_columns(spec, decoder)]]
+    covariates = rows[:, [events.column_index[name] for name in known_columns(spec, decoder)]]
     step = tf.function(network.decoder.step, autograph=False)
     ones = np.ones(len(floats), np.int32)
     points, quantiles = [], []
     for step_rows in anchors.rows.T:
-        row = np.concatenate([previous, known[step_rows]], axis=1)
+        row = np.concatenate([previous, covariates[step_rows]], axis=1)
         outputs, after = step(row[:, np.newaxis], ones, state)
         state = after.numpy()
-        found = distribution.quantiles(outputs.numpy()[:, 0])
-        point = distribution.point(found)
+        predicted = distribution.quantiles(outputs.numpy()[:, 0])
+        point = distribution.point(predicted)
         previous = point.astype(np.float32)
         points.append(distribution.in_units(point))
-        quantiles.append(distribution.in_units(found, axis=-2))
+        quantiles.append(distribution.in_units(predicted, axis=-2))
     return np.stack(points, 1).astype(np.float64), np.stack(quantiles, 1).astype(np.float64)
 
 
@@ -214,23 +214,23 @@ def _states(
     """The encoder's states [A, N] after the rows `at`, each stream run from its beginning."""
     place = np.full(streams.events, -1)
     place[at] = np.arange(len(at))
-    found = np.zeros((len(at), size), np.float32)
+    collected = np.zeros((len(at), size), np.float32)
     for first in range(0, len(streams.spans), LANES):
         group = streams.spans[first : first + LANES]
         begins = np.array([begin for begin, _ in group])
         ends = np.array([end for _, end in group])
         state = np.zeros((len(group), size), np.float32)
-        for done in range(0, int((ends - begins).max()), stride):
-            lengths = np.clip(ends - begins - done, 0, stride).astype(np.int32)
-            index = begins[:, np.newaxis] + done + np.arange(stride)
+        for consumed in range(0, int((ends - begins).max()), stride):
+            lengths = np.clip(ends - begins - consumed, 0, stride).astype(np.int32)
+            index = begins[:, np.newaxis] + consumed + np.arange(stride)
             index = np.minimum(index, ends[:, np.newaxis] - 1)
             _, after = step(rows[index], lengths, state)
             state = after.numpy()
             for lane in np.flatnonzero(lengths == stride):
-                anchor = place[begins[lane] + done + stride - 1]
+                anchor = place[begins[lane] + consumed + stride - 1]
                 if anchor >= 0:
-                    found[anchor] = state[lane]
-    return found
+                    collected[anchor] = state[lane]
+    return collected
 
 
 def _baseline(
@@ -251,48 +251,48 @@ def _baseline(
     first = np.repeat([begin for begin, _ in streams.spans], [e - b for b, e in streams.spans])
     inside = rows >= first[anchors.at][:, np.newaxis]
     rows = np.where(inside, rows, 0)
-    wanted = streams.moments_ms[anchors.at][:, np.newaxis] + (ahead - back) * decoder.step_ms
-    same = inside & (streams.moments_ms[rows] == wanted)
+    expected_ms = streams.moments_ms[anchors.at][:, np.newaxis] + (ahead - back) * decoder.step_ms
+    same = inside & (streams.moments_ms[rows] == expected_ms)
     return np.where(same, values[rows], np.nan)
 
 
 def _latest(streams: Streams, values: Floats) -> Floats:
     """At each row the latest value of its stream so far; NaN before any."""
     rows = np.arange(len(values))
-    known = np.where(np.isnan(values), -1, rows)
-    found = np.full(len(values), np.nan)
+    present_rows = np.where(np.isnan(values), -1, rows)
+    latest = np.full(len(values), np.nan)
     for begin, end in streams.spans:
-        last = np.maximum.accumulate(known[begin:end])
-        found[begin:end] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
-    return found
+        last = np.maximum.accumulate(present_rows[begin:end])
+        latest[begin:end] = np.where(last >= 0, values[np.maximum(last, 0)], np.nan)
+    return latest
 
 
 def _quantiles(errors: Floats, levels: Floats) -> Floats:
     """Quantiles of errors [A, H], by step: [H, Q]; NaN where there are none."""
-    found = np.full((errors.shape[1], len(levels)), np.nan)
+    result = np.full((errors.shape[1], len(levels)), np.nan)
     for step, column in enumerate(errors.T):
-        known = column[~np.isnan(column)]
-        if len(known):
-            found[step] = np.quantile(known, levels)
-    return found
+        present = column[~np.isnan(column)]
+        if len(present):
+            result[step] = np.quantile(present, levels)
+    return result
 
 
 def _scored(
-    truth: Floats, said: dict[str, tuple[Floats, Floats]], levels: Floats
+    truth: Floats, forecasts: dict[str, tuple[Floats, Floats]], levels: Floats
 ) -> dict[str, Any]:
     """Scores by model and step, of the values that all of them have."""
     compared = ~np.isnan(truth)
-    for point, _ in said.values():
+    for point, _ in forecasts.values():
         compared &= ~np.isnan(point)
     mae, pinballs = {}, {}
-    for name, (point, quantiles) in said.items():
+    for name, (point, quantiles) in forecasts.items():
         mae[name] = _means(np.abs(truth - point), compared)
         error = truth[..., np.newaxis] - quantiles
         loss = pinball(levels, error).mean(axis=-1)
         if not np.isnan(loss[compared]).all():
             pinballs[name] = _means(loss, compared)
     below = {
-        str(level): _means((truth <= said[MODEL][1][..., at]).astype(np.float64), compared)
+        str(level): _means((truth <= forecasts[MODEL][1][..., at]).astype(np.float64), compared)
         for at, level in enumerate(levels.tolist())
     }
     steps = np.count_nonzero(compared, axis=0).tolist()

@@ -46,17 +46,17 @@ def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> lis
     share /= share.sum()
 
     def score(chances: Floats, at: NDArray[np.int64]) -> Scored:
-        said = chances if head.classes else chances[:, 1]
-        return score_label(head, said, table.labels[head.name][at])
+        predicted = chances if head.classes else chances[:, 1]
+        return score_label(head, predicted, table.labels[head.name][at])
 
     base = score(np.tile(share, (len(table.test), 1)), table.test)
-    found = [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
+    baselines = [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
     if trees:
-        found.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
-        found.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
+        baselines.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
+        baselines.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
         if head.input in non_causal_layers(table.spec.layers):
-            found.append(_trees(table, BOTH, truth, count, SEVERAL, score, ahead=True))
-    return found
+            baselines.append(_trees(table, BOTH, truth, count, SEVERAL, score, ahead=True))
+    return baselines
 
 
 Score = Callable[[Floats, NDArray[np.int64]], Scored]
@@ -75,21 +75,21 @@ def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline
         )
         loss = float(score(judged, table.validate).losses["log_loss"].mean())
         tried.append((loss, penalty, tested))
-    loss, penalty, said = min(tried, key=lambda item: item[0])
+    loss, penalty, chances = min(tried, key=lambda item: item[0])
     settings = {"inverse_penalty": penalty, "validation": loss}
-    return Baseline(LOGISTIC, score(said, table.test), settings)
+    return Baseline(LOGISTIC, score(chances, table.test), settings)
 
 
 def _plain(table: Table) -> NDArray[np.float64]:
     """The encoded columns, each category as a column of its own."""
-    found = []
+    columns = []
     for index, column in enumerate(table.spec.columns):
         values = table.rows[:, index]
         if column.codes is None:
-            found.append(values[:, None])
+            columns.append(values[:, None])
         elif column.codes <= MOST_CATEGORIES:
-            found.append(values[:, None] == np.arange(column.codes))
-    return np.concatenate(found, axis=1).astype(np.float64)
+            columns.append(values[:, None] == np.arange(column.codes))
+    return np.concatenate(columns, axis=1).astype(np.float64)
 
 
 def _trees(
@@ -103,17 +103,17 @@ def _trees(
     ahead: bool,
 ) -> Baseline:
     def features(events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
-        seen = rows_around(table, events - 1, events - 1 if ahead else 0)
+        around = rows_around(table, events - 1, events - 1 if ahead else 0)
         # `Trees` reads the row before its target: here that is the target's own.
-        return np.roll(seen, -1, axis=0), [False] * seen.shape[1]
+        return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
     model = Trees.tuned("log_loss", features, truth, table.train, table.validate, grid)
-    said = _of_all(model.chances(table.test), model.classes, count)
-    return Baseline(name, score(said, table.test), model.settings)
+    chances = _of_all(model.chances(table.test), model.classes, count)
+    return Baseline(name, score(chances, table.test), model.settings)
 
 
 def _of_all(chances: Floats, classes: NDArray[np.int64], count: int) -> Floats:
     """Chances of all classes, those that training never saw included."""
-    known = np.full((len(chances), count), 1e-6)
-    known[:, classes] = chances
-    return np.asarray(known / known.sum(axis=1, keepdims=True), np.float64)
+    all_chances = np.full((len(chances), count), 1e-6)
+    all_chances[:, classes] = chances
+    return np.asarray(all_chances / all_chances.sum(axis=1, keepdims=True), np.float64)

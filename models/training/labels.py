@@ -60,20 +60,20 @@ def _column(
             got=f"{frame.columns}",
         )
     if head.classes:
-        known = {name: float(at) for at, name in enumerate(head.classes)}
+        codes = {name: float(at) for at, name in enumerate(head.classes)}
         text = frame[head.source].cast(pl.String)
     else:
-        known = _TRUTH
+        codes = _TRUTH
         text = frame[head.source].cast(pl.String).str.strip_chars().str.to_lowercase()
-    read = text.replace_strict(known, default=None, return_dtype=pl.Float32)
-    wrong = text.is_not_null() & read.is_null()
-    if wrong.any():
-        at = wrong.arg_true().to_numpy()
+    labels = text.replace_strict(codes, default=None, return_dtype=pl.Float32)
+    invalid = text.is_not_null() & labels.is_null()
+    if invalid.any():
+        at = invalid.arg_true().to_numpy()
         numbers = at if rows is None else rows[at]
         first = int(np.argmin(numbers))
         raise DataError(
             field=head.source,
-            expected=f"{source}, row {numbers[first] + 1}: one of {list(known)}, or nothing",
+            expected=f"{source}, row {numbers[first] + 1}: one of {list(codes)}, or nothing",
             got=repr(text[int(at[first])]),
         )
-    return read.fill_null(float("nan")).to_numpy().astype(np.float32)
+    return labels.fill_null(float("nan")).to_numpy().astype(np.float32)

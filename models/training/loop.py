@@ -145,9 +145,9 @@ class Loop:
                     sums[name] += float(value) * int(np.count_nonzero(counted))
         for variable, value in zip(self._trainable, raw, strict=True):
             variable.assign(value)
-        found = {name: value / max(1, counts[name]) for name, value in sums.items()}
-        found["loss"] = sum(self._weights[name] * value for name, value in found.items())
-        return found
+        means = {name: value / max(1, counts[name]) for name, value in sums.items()}
+        means["loss"] = sum(self._weights[name] * value for name, value in means.items())
+        return means
 
     def averaged(self) -> dict[str, FloatArray]:
         """All weights, trainable ones as their average."""
@@ -158,15 +158,15 @@ class Loop:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All that the next epoch depends on, by name."""
-        found: dict[str, NDArray[Any]] = {
+        arrays: dict[str, NDArray[Any]] = {
             f"weights/{name}": value for name, value in self.network.get_weights().items()
         }
         for kind, variables in self._slots():
             for name, variable in zip(self._names, variables, strict=True):
-                found[f"{kind}/{name}"] = variable.numpy()
-        found["ended"] = self._ended
-        found["windows"] = np.array([self._windows], np.int64)
-        return found
+                arrays[f"{kind}/{name}"] = variable.numpy()
+        arrays["ended"] = self._ended
+        arrays["windows"] = np.array([self._windows], np.int64)
+        return arrays
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take back what `arrays` gave."""
@@ -182,12 +182,12 @@ class Loop:
 
     def _steps_per_window(self) -> dict[str, float]:
         """How many steps of each head's a window holds, on average."""
-        found = {}
+        counts = {}
         for name in self._weights:
-            known = self.plan.trained_labels.get(name)
-            steps = self.plan.trained if known is None else np.isfinite(known)
-            found[name] = max(1.0, float(np.count_nonzero(steps)) / self.windows_per_epoch)
-        return found
+            labels = self.plan.trained_labels.get(name)
+            steps = self.plan.trained if labels is None else np.isfinite(labels)
+            counts[name] = max(1.0, float(np.count_nonzero(steps)) / self.windows_per_epoch)
+        return counts
 
     def _share(self, name: str, mask: Any, labels: Any) -> Any:
         """What a head's mean loss over a window counts for."""
@@ -212,7 +212,7 @@ class Loop:
         return tf.constant(state)
 
     def _tensors(
-        self, window: Window, wanted: NDArray[np.bool_], labels: Labels
+        self, window: Window, counted: NDArray[np.bool_], labels: Labels
     ) -> tuple[FloatArray, FloatArray, NDArray[np.int32], NDArray[np.bool_], Labels]:
         valid = np.arange(window.index.shape[1]) < window.lengths[:, None]
         following = self.plan.rows[self.plan.following[window.index]]
@@ -220,10 +220,10 @@ class Loop:
             self.plan.rows[window.index],
             following,
             window.lengths,
-            valid & wanted[window.index],
+            valid & counted[window.index],
             {
-                name: np.where(valid, known[window.index], np.float32(np.nan))
-                for name, known in labels.items()
+                name: np.where(valid, values[window.index], np.float32(np.nan))
+                for name, values in labels.items()
             },
         )
 
@@ -232,8 +232,8 @@ class Loop:
         columns = np.array([column.codes is not None for column in self.spec.columns])
         if not self._training.unknown_rate or not columns.any():
             return rows
-        drawn = tf.random.stateless_uniform(tf.shape(rows), seed)
-        return tf.where(columns & (drawn < self._training.unknown_rate), float(UNKNOWN_CODE), rows)
+        draws = tf.random.stateless_uniform(tf.shape(rows), seed)
+        return tf.where(columns & (draws < self._training.unknown_rate), float(UNKNOWN_CODE), rows)
 
     def _train_window(
         self,
@@ -248,11 +248,11 @@ class Loop:
         anchors: Anchors | None = None,
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
-            shown = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
-            done, ahead = self._pass(shown, lengths, tf.stop_gradient(state), anchors, True)
-            losses = self.network.losses(done.raw, following, mask, labels)
-            if ahead is not None:
-                losses[DECODER] = mean_loss(*ahead)
+            masked = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
+            result, decoded = self._pass(masked, lengths, tf.stop_gradient(state), anchors, True)
+            losses = self.network.losses(result.raw, following, mask, labels)
+            if decoded is not None:
+                losses[DECODER] = mean_loss(*decoded)
             loss = tf.add_n(
                 [self._share(name, mask, labels) * value for name, value in losses.items()]
             )
@@ -275,7 +275,7 @@ class Loop:
                 change += self._training.weight_decay * weight
             weight.assign(weight - rates[0] * change)
             average.assign(rates[1] * average + (1 - rates[1]) * weight)
-        return loss, done.state
+        return loss, result.state
 
     def _judge_window(
         self,
@@ -287,8 +287,8 @@ class Loop:
         anchors: Anchors | None,
         state: Any,
     ) -> tuple[dict[str, Any], tuple[Any, Any] | None, Any]:
-        done, ahead = self._pass(rows, lengths, state, anchors, False)
-        return self.network.losses(done.raw, following, mask, labels), ahead, done.state
+        result, decoded = self._pass(rows, lengths, state, anchors, False)
+        return self.network.losses(result.raw, following, mask, labels), decoded, result.state
 
     def _pass(
         self, rows: Any, lengths: Any, state: Any, anchors: Anchors | None, training: bool
@@ -296,8 +296,8 @@ class Loop:
         """The network over a window; sums and counts of the decoder's losses, where it has one."""
         if self._decoder is None or anchors is None:
             return self.network.forward(rows, lengths, state, training=training), None
-        done, states = self._decoder.forward(rows, lengths, state, anchors, training)
-        return done, self._decoder.losses(states, anchors, training)
+        result, states = self._decoder.forward(rows, lengths, state, anchors, training)
+        return result, self._decoder.losses(states, anchors, training)
 
     def _anchors(self, window: Window, number: int, progress: float | None) -> Anchors | None:
         return None if self._decoder is None else self._decoder.anchors(window, number, progress)

@@ -99,10 +99,10 @@ def plan_of(
     trained_labels = _within(labels, latest < validate_ms)
     validated_labels = _within(labels, (latest >= validate_ms) & (latest < test_ms))
     trains, validates = trained.copy(), validated.copy()
-    for known in trained_labels.values():
-        trains |= ~np.isnan(known)
-    for known in validated_labels.values():
-        validates |= ~np.isnan(known)
+    for values in trained_labels.values():
+        trains |= ~np.isnan(values)
+    for values in validated_labels.values():
+        validates |= ~np.isnan(values)
     steps = training.window_steps * training.segment_windows
     segments = segments_of(spans, steps)
     last = {segment.stop: index for index, segment in enumerate(segments)}
@@ -137,9 +137,9 @@ def plan_of(
 
 def _check_foresight(spec: ModelSpec) -> None:
     """Reject a head that would see the event that it has to predict."""
-    seen = non_causal_layers(spec.layers)
+    non_causal = non_causal_layers(spec.layers)
     for head in spec.heads:
-        if has_targets(head) and not isinstance(head, LabelHead) and head.input in seen:
+        if has_targets(head) and not isinstance(head, LabelHead) and head.input in non_causal:
             raise SpecError(
                 f"head {head.name!r} predicts the next event, and layer {head.input!r} has seen "
                 "it: expected a label head, or a layer that does not look ahead in its chunk"

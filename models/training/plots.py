@@ -18,17 +18,17 @@ DPI = 90
 
 def plot_report(report: dict[str, Any]) -> dict[str, bytes]:
     """File name -> PNG, for what the report holds."""
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     if report["history"]:
-        found["plots/learning.png"] = _png(_learning(report["history"]))
+        files["plots/learning.png"] = _png(_learning(report["history"]))
     if report["heads"]:
-        found["plots/skill.png"] = _png(_skill(report["heads"]))
+        files["plots/skill.png"] = _png(_skill(report["heads"]))
     if report.get("decoder"):
-        found["plots/horizon.png"] = _png(_horizon(report["decoder"]["targets"]))
+        files["plots/horizon.png"] = _png(_horizon(report["decoder"]["targets"]))
     calibrated = {name: head for name, head in report["heads"].items() if "calibration" in head}
     if calibrated:
-        found["plots/calibration.png"] = _png(_calibration(calibrated))
-    return found
+        files["plots/calibration.png"] = _png(_calibration(calibrated))
+    return files
 
 
 def _learning(history: list[dict[str, Any]]) -> Figure:
@@ -88,11 +88,11 @@ def _calibration(heads: dict[str, Any]) -> Figure:
     for axes, (name, head) in zip(
         figure.subplots(1, len(heads), squeeze=False)[0], heads.items(), strict=True
     ):
-        said = [part["said"] for part in head["calibration"]]
+        predicted = [part["said"] for part in head["calibration"]]
         happened = [part["happened"] for part in head["calibration"]]
-        top = max(*said, *happened, 0.01)
+        top = max(*predicted, *happened, 0.01)
         axes.plot([0, top], [0, top], color="tab:gray", linewidth=1)
-        axes.plot(said, happened, "o-")
+        axes.plot(predicted, happened, "o-")
         axes.set(xlabel="said", ylabel="happened", title=f"{name}: calibration")
     return figure
 

@@ -109,15 +109,15 @@ def make_report(
         raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
     pieces = "chunk by chunk" if spec.blocks is None else "block by block"
     tell(f"running the model over all events, {pieces}")
-    named = output_spec(spec).by_name
-    outputs = named(run_chunks(artifact, streams, chunk=chunk, seed=seed))
+    by_name = output_spec(spec).by_name
+    outputs = by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
     whole = None
     if spec.blocks is not None:
         tell("running it over whole sequences, without blocks")
-        whole = named(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
+        whole = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
     moments = streams.moments_ms
     days = zone_table(schema.timezone).days(moments)
-    found = {}
+    head_reports = {}
     for head in heads:
         table = tables[head.name]
         scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
@@ -129,16 +129,18 @@ def make_report(
         if further is not None:
             baselines += further(table, head)
         if whole is not None:
-            read = score_outputs(spec, head, whole[head.name], streams.columns, labels, table.test)
-            baselines.insert(0, Baseline(WHOLE, read, {}))
+            unblocked = score_outputs(
+                spec, head, whole[head.name], streams.columns, labels, table.test
+            )
+            baselines.insert(0, Baseline(WHOLE, unblocked, {}))
         resampled = DayDraws.make(days[table.test], draws, seed)
-        found[head.name] = {
+        head_reports[head.name] = {
             "kind": head.kind,
             **_compared(scored, baselines, resampled),
             **_calibrated(scored, getattr(head, "quantiles", ())),
         }
         if isinstance(head, ForecastHead):
-            found[head.name]["quantiles"] = list(head.quantiles)
+            head_reports[head.name]["quantiles"] = list(head.quantiles)
     return {
         "model": spec.name,
         "version": artifact.version,
@@ -155,7 +157,7 @@ def make_report(
             "test_from": training.test_from,
         },
         "run": {"seed": seed, "draws": draws, **cuts_of(spec, chunk, seed)},
-        "heads": found,
+        "heads": head_reports,
         **_decoded(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),
     }
@@ -177,14 +179,14 @@ def _decoded(
 
 
 def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
-    drawn = {MODEL: _drawn(scored, days)}
+    draws = {MODEL: _drawn(scored, days)}
     exact = {MODEL: scored.means()}
     for baseline in baselines:
-        drawn[baseline.name] = _drawn(baseline.scored, days)
+        draws[baseline.name] = _drawn(baseline.scored, days)
         exact[baseline.name] = baseline.scored.means()
     scores = {
         name: {
-            metric: {"value": value, "interval": interval(drawn[name][metric])}
+            metric: {"value": value, "interval": interval(draws[name][metric])}
             for metric, value in values.items()
         }
         for name, values in exact.items()
@@ -193,7 +195,7 @@ def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict
         name: {
             metric: {
                 "value": value - exact[MODEL][metric],
-                "interval": interval(drawn[name][metric] - drawn[MODEL][metric]),
+                "interval": interval(draws[name][metric] - draws[MODEL][metric]),
             }
             for metric, value in values.items()
             if metric in exact[MODEL]
@@ -206,17 +208,17 @@ def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict
 
 
 def _drawn(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
-    found = {name: days.means(loss) for name, loss in scored.losses.items()}
+    draws = {name: days.means(loss) for name, loss in scored.losses.items()}
     if scored.chance is not None and scored.truth is not None and scored.has_both_classes:
-        found["auc"] = days.aucs(scored.chance, scored.truth)
-    return found
+        draws["auc"] = days.aucs(scored.chance, scored.truth)
+    return draws
 
 
 def _calibrated(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
     """Tenths of the events by chance, or the share of values at or below each quantile."""
     if scored.chance is not None and scored.truth is not None:
-        known = ~np.isnan(scored.truth)
-        chance, truth = scored.chance[known], scored.truth[known]
+        present = ~np.isnan(scored.truth)
+        chance, truth = scored.chance[present], scored.truth[present]
         order = np.argsort(chance, kind="stable")
         bins = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
         return {

@@ -110,14 +110,14 @@ def truth_of(spec: ModelSpec, head: Head, columns: EventColumns, at: NDArray[np.
             return categorical_codes(target, present, values).astype(np.float64)
         above = values > head.above if head.above is not None else values
         return np.where(present, np.asarray(above, np.float64), np.nan)
-    found = []
+    truths = []
     for name in getattr(head, "targets", ()):
         target = event_field(spec, name)
         values = np.where(columns.present[name][at], columns.values[name][at], np.nan)
         if isinstance(head, DenseHead) and isinstance(target, NumericField):
             values = np.where(np.isnan(values), np.nan, standardise(target, values))
-        found.append(np.asarray(values, np.float64))
-    return np.stack(found, axis=1)
+        truths.append(np.asarray(values, np.float64))
+    return np.stack(truths, axis=1)
 
 
 def score_chance(chance: Floats, truth: Floats) -> Scored:
@@ -134,9 +134,9 @@ def score_chance(chance: Floats, truth: Floats) -> Scored:
 
 def score_classes(chances: Floats, truth: Floats) -> Scored:
     """More classes: chances [n, K] and codes [n]."""
-    given = chances[np.arange(len(truth)), truth.astype(np.int64)]
-    brier = np.square(chances).sum(axis=1) - 2 * given + 1
-    return Scored({"log_loss": -np.log(np.maximum(given, SMALLEST_CHANCE)), "brier": brier})
+    true_chance = chances[np.arange(len(truth)), truth.astype(np.int64)]
+    brier = np.square(chances).sum(axis=1) - 2 * true_chance + 1
+    return Scored({"log_loss": -np.log(np.maximum(true_chance, SMALLEST_CHANCE)), "brier": brier})
 
 
 def pinball(levels: Floats, error: Floats) -> Floats:
@@ -178,22 +178,26 @@ def score_outputs(
         return Scored({"nll": np.asarray(output[at], np.float64)})
     if isinstance(head, LabelHead):
         return score_label(head, np.asarray(output[at], np.float64), labels[head.name][at])
-    said = np.asarray(output[at - 1], np.float64)
+    previous = np.asarray(output[at - 1], np.float64)
     truth = truth_of(spec, head, columns, at)
     match head:
         case ClassificationHead():
-            return score_chance(said, truth) if said.ndim == 1 else score_classes(said, truth)
+            return (
+                score_chance(previous, truth)
+                if previous.ndim == 1
+                else score_classes(previous, truth)
+            )
         case ForecastHead():
-            values = said if head.quantiles else said[..., None]
+            values = previous if head.quantiles else previous[..., None]
             return score_forecast(head.quantiles, values, truth)
         case _:
-            return score_forecast((), said[..., None], truth)
+            return score_forecast((), previous[..., None], truth)
 
 
-def score_label(head: LabelHead, said: Floats, label: NDArray[np.float32]) -> Scored:
+def score_label(head: LabelHead, predictions: Floats, label: NDArray[np.float32]) -> Scored:
     """Probabilities [n] or [n, K] of labels [n], every one of them known."""
     truth = label.astype(np.float64)
-    return score_classes(said, truth) if head.classes else score_chance(said, truth)
+    return score_classes(predictions, truth) if head.classes else score_chance(predictions, truth)
 
 
 def auc(chance: Floats, truth: Floats, weight: Floats | None = None) -> float:
@@ -219,9 +223,9 @@ class RankedChances:
 
     def auc(self, weight: Floats) -> float:
         """The area with each event counted `weight` [n] times."""
-        kept = weight[self._kept]
-        positive = np.bincount(self._group, kept * self._truth, self._groups)
-        negative = np.bincount(self._group, kept * (1 - self._truth), self._groups)
+        weights = weight[self._kept]
+        positive = np.bincount(self._group, weights * self._truth, self._groups)
+        negative = np.bincount(self._group, weights * (1 - self._truth), self._groups)
         total = positive.sum() * negative.sum()
         if total == 0:
             return float("nan")
@@ -252,10 +256,10 @@ class DayDraws:
 
     def means(self, loss: Floats) -> Floats:
         """The mean loss of every draw, [draws]."""
-        kept = ~np.isnan(loss)
+        present = ~np.isnan(loss)
         days = self.counts.shape[1]
-        sums = np.bincount(self.day[kept], loss[kept], days)
-        sizes = np.bincount(self.day[kept], minlength=days)
+        sums = np.bincount(self.day[present], loss[present], days)
+        sizes = np.bincount(self.day[present], minlength=days)
         return np.asarray((self.counts @ sums) / (self.counts @ sizes), np.float64)
 
     def aucs(self, chance: Floats, truth: Floats) -> Floats:
@@ -264,7 +268,7 @@ class DayDraws:
         return np.array([ranked.auc(count[self.day]) for count in self.counts])
 
 
-def interval(drawn: Floats) -> list[float]:
+def interval(draws: Floats) -> list[float]:
     """The middle 95% of the draws."""
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
     return [float(low), float(high)]

@@ -57,9 +57,9 @@ class Table:
     def last_known(self, series: Floats) -> Floats:
         """The latest value of each stream up to each row that is not absent; NaN before any."""
         frame = pl.DataFrame({"s": self.stream_of, "x": series})
-        known = pl.col("x").fill_nan(None).forward_fill().over("s")
-        found = frame.select(known)["x"]
-        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+        filled = pl.col("x").fill_nan(None).forward_fill().over("s")
+        latest = frame.select(filled)["x"]
+        return latest.fill_null(float("nan")).to_numpy().astype(np.float64)
 
     def running(self, series: Floats, half_life: float | None) -> Floats:
         """Running mean of each stream up to each row, without absent values; NaN before any."""
@@ -67,12 +67,12 @@ class Table:
             pl.col("x").fill_nan(None)
         )
         if half_life is None:
-            known = pl.col("x").is_not_null().cum_sum()
-            mean = pl.col("x").fill_null(0.0).cum_sum() / known
+            count = pl.col("x").is_not_null().cum_sum()
+            mean = pl.col("x").fill_null(0.0).cum_sum() / count
         else:
             mean = pl.col("x").ewm_mean(half_life=half_life, ignore_nulls=True).forward_fill()
-        found = frame.select(mean.over("s").alias("mean"))["mean"]
-        return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+        means = frame.select(mean.over("s").alias("mean"))["mean"]
+        return means.fill_null(float("nan")).to_numpy().astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def rows_around(table: Table, before: int, after: int) -> NDArray[np.float32]:
     """
     spans = table.streams.spans
     age = np.concatenate([np.arange(stop - start) for start, stop in spans])
-    left = np.concatenate([np.arange(stop - start)[::-1] for start, stop in spans])
-    found = []
+    remaining = np.concatenate([np.arange(stop - start)[::-1] for start, stop in spans])
+    columns = []
     for offset in range(-before, after + 1):
-        seen = np.roll(table.rows, -offset, axis=0)
-        seen[(age < -offset) | (left < offset)] = np.nan
-        found.append(seen)
-    return np.concatenate(found, axis=1)
+        shifted = np.roll(table.rows, -offset, axis=0)
+        shifted[(age < -offset) | (remaining < offset)] = np.nan
+        columns.append(shifted)
+    return np.concatenate(columns, axis=1)

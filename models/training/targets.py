@@ -55,16 +55,16 @@ def check_targets(
             for span in ((None, validate_ms), (validate_ms, test_ms))
         )
         name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"
-        for column, known in _target_masks(head, streams, labels):
+        for column, has_value in _target_masks(head, streams, labels):
             for rows, range_ in ((train_rows, train_range), (validation_rows, validation_range)):
-                if not known[rows].any():
+                if not has_value[rows].any():
                     raise DataError(
                         field=column,
                         expected=f"{source}: values for {name} {range_}",
                         got="none" if column in streams.frame.columns else "no such column",
                     )
             if isinstance(head, ClassificationHead | LabelHead):
-                classes = _classes(spec, head, streams, labels, train_rows[known[train_rows]])
+                classes = _classes(spec, head, streams, labels, train_rows[has_value[train_rows]])
                 if len(classes) < 2:
                     raise DataError(
                         field=column,

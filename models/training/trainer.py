@@ -111,11 +111,11 @@ def train(
             run.train_member(
                 Loop(network, plan, training.seed + member), member, progress, after_epoch
             )
-    made, weights = merged(spec, [run.kept(member) for member in range(training.members)])
+    network_spec, weights = merged(spec, [run.kept(member) for member in range(training.members)])
     bests = [best_epoch(run.of(member)) for member in range(training.members)]
     artifact = write_artifact(
         Path(out),
-        made,
+        network_spec,
         weights,
         metrics={
             "validation": [
@@ -169,16 +169,16 @@ class _Run:
         """Train one member to its end, with a checkpoint after every epoch."""
         training = training_of(loop.spec)
         epochs, patience = training.epochs, training.patience
-        done = self.of(member)
-        if _finished(done, epochs, patience):
+        records = self.of(member)
+        if _finished(records, epochs, patience):
             return
-        if done:
+        if records:
             loop.restore(self._loop_arrays)
-        while not _finished(done, epochs, patience):
-            record = {"member": member + 1, **_epoch(loop, done, member, progress)}
+        while not _finished(records, epochs, patience):
+            record = {"member": member + 1, **_epoch(loop, records, member, progress)}
             self.history.append(record)
-            done = self.of(member)
-            if best_epoch(done) == record["epoch"]:
+            records = self.of(member)
+            if best_epoch(records) == record["epoch"]:
                 for name, value in loop.averaged().items():
                     self._kept[f"{KEPT}{member}/{name}"] = value
             arrays = {**loop.arrays(), **self._kept}
@@ -205,10 +205,10 @@ def _epoch(
     start = time.monotonic()
     training = training_of(loop.spec)
     epoch = len(history)
-    named = f"network {member + 1} of {training.members}, " if training.members > 1 else ""
+    prefix = f"network {member + 1} of {training.members}, " if training.members > 1 else ""
     note = f"best {min(r['validation']['loss'] for r in history):.4f}" if history else ""
     task = progress.add_task(
-        f"{named}epoch {epoch + 1} of {training.epochs}",
+        f"{prefix}epoch {epoch + 1} of {training.epochs}",
         total=loop.windows_per_epoch,
         loss="",
         note=note,

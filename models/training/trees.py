@@ -96,20 +96,20 @@ class Trees:
             train, validate: int64, target rows; their features are those of the row before.
             grid: what is tried; `FULL` for chances and `SHORT` for numbers by default.
         """
-        made = cls(kind, features, 0.5, grid)
-        made._truth, made._train = truth, train[~np.isnan(truth[train])]
+        trees_model = cls(kind, features, 0.5, grid)
+        trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
         judged = validate[~np.isnan(truth[validate])]
-        tried = made._grid.options
-        chosen = {name: options[0] for name, options in tried.items()}
-        best = made._attempt(chosen, judged)
+        tried = trees_model._grid.options
+        best_settings = {name: options[0] for name, options in tried.items()}
+        best = trees_model._attempt(best_settings, judged)
         for name, options in tried.items():
             for option in options[1:]:
-                attempt = made._attempt({**chosen, name: option}, judged)
+                attempt = trees_model._attempt({**best_settings, name: option}, judged)
                 if attempt[0] < best[0]:
-                    best, chosen = attempt, {**chosen, name: option}
-        loss, made._model, trees = best
-        made.settings = {**chosen, "trees": trees, "validation": loss}
-        return made
+                    best, best_settings = attempt, {**best_settings, name: option}
+        loss, trees_model._model, trees = best
+        trees_model.settings = {**best_settings, "trees": trees, "validation": loss}
+        return trees_model
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -120,10 +120,10 @@ class Trees:
         """The same settings fitted to another quantile."""
         if self._kind != "quantile" or level == self._level:
             return self
-        made = Trees(self._kind, self._features, level, self._grid)
-        made._truth, made._train, made.settings = self._truth, self._train, dict(self.settings)
-        made._fit(made.settings, int(made.settings["trees"]))
-        return made
+        trees = Trees(self._kind, self._features, level, self._grid)
+        trees._truth, trees._train, trees.settings = self._truth, self._train, dict(self.settings)
+        trees._fit(trees.settings, int(trees.settings["trees"]))
+        return trees
 
     def chances(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Probabilities of the classes at target rows, [n, classes]."""
@@ -140,11 +140,11 @@ class Trees:
         return self._features(int(settings["events"]), bool(settings["categories"]))
 
     def _stage(self, rows: NDArray[np.float32], method: str) -> Any:
-        wanted = int(self.settings["trees"])
-        for count, said in enumerate(getattr(self._model, method)(rows), start=1):
-            if count == wanted:
-                return said
-        raise ValueError(f"expected at least {wanted} trees")
+        stages = int(self.settings["trees"])
+        for count, prediction in enumerate(getattr(self._model, method)(rows), start=1):
+            if count == stages:
+                return prediction
+        raise ValueError(f"expected at least {stages} trees")
 
     def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
         rows, categories = self._looked(settings)
@@ -165,10 +165,10 @@ class Trees:
             )
         else:
             self._model = HistGradientBoostingRegressor(loss="squared_error", **shared)
-        given = rows[self._train - 1]
+        inputs = rows[self._train - 1]
         # features absent from every training event cannot be binned
-        given[:, np.isnan(given).all(axis=0)] = 0
-        self._model.fit(given, self._truth[self._train])
+        inputs[:, np.isnan(inputs).all(axis=0)] = 0
+        self._model.fit(inputs, self._truth[self._train])
         return rows
 
     def _attempt(
@@ -180,18 +180,18 @@ class Trees:
         method = "staged_predict_proba" if self._kind == "log_loss" else "staged_predict"
         losses: dict[int, float] = {}
         stages = getattr(self._model, method)(rows[judged - 1])
-        for count, said in enumerate(stages, start=1):
+        for count, prediction in enumerate(stages, start=1):
             if count % TREES_STEP == 0:
-                losses[count] = self._loss(truth, said)
+                losses[count] = self._loss(truth, prediction)
         trees = min(losses, key=losses.__getitem__)
         return losses[trees], self._model, trees
 
-    def _loss(self, truth: NDArray[np.float64], said: Any) -> float:
+    def _loss(self, truth: NDArray[np.float64], prediction: Any) -> float:
         if self._kind == "log_loss":
-            return float(log_loss(truth, said, labels=self._model.classes_))
+            return float(log_loss(truth, prediction, labels=self._model.classes_))
         if self._kind == "quantile":
-            return float(mean_absolute_error(truth, said))
-        return float(mean_squared_error(truth, said))
+            return float(mean_absolute_error(truth, prediction))
+        return float(mean_squared_error(truth, prediction))
 
 
 def tree_features(
@@ -221,7 +221,7 @@ def tree_features(
         for name in (*getattr(head, "targets", ()), getattr(head, "target", None))
         if name is not None
     }
-    found: list[NDArray[np.float32]] = []
+    features: list[NDArray[np.float32]] = []
     categories: list[bool] = []
     for values, moving, category in _columns(spec, rows, targets):
         steady = bool(np.all((values[1:] == values[:-1]) | (age[1:] == 0)))
@@ -231,9 +231,9 @@ def tree_features(
             late = np.full(len(values), np.nan, np.float32)
             late[lag:] = values[: len(values) - lag]
             late[age < lag] = np.nan
-            found.append(late)
+            features.append(late)
             categories.append(category and categorical and lag == 0)
-    return np.stack(found, axis=1), categories
+    return np.stack(features, axis=1), categories
 
 
 def _columns(
@@ -241,7 +241,7 @@ def _columns(
 ) -> list[tuple[NDArray[np.float32], bool, bool]]:
     """Values, whether older events are looked at too, and whether they are categories."""
     index = {column.name: at for at, column in enumerate(spec.columns)}
-    found = []
+    columns = []
     for name in dict.fromkeys(column.field for column in spec.columns if column.field):
         field = event_field(spec, name)
         missing = index.get(f"{name}.missing")
@@ -261,12 +261,12 @@ def _columns(
             parts = [(rows[:, index[name]], categorical or numeric_target or name in targets)]
             category = isinstance(field, CategoricalField) and field.codes <= MAX_CATEGORIES
         for values, moving in parts:
-            taken = values.astype(np.float32)
+            column_values = values.astype(np.float32)
             if isinstance(field, CategoricalField):
-                taken = _alphabetic(field)[values.astype(np.int64)]
-            taken[absent] = np.nan
-            found.append((taken, moving, category))
-    return found
+                column_values = _alphabetic(field)[values.astype(np.int64)]
+            column_values[absent] = np.nan
+            columns.append((column_values, moving, category))
+    return columns
 
 
 def _alphabetic(field: CategoricalField) -> NDArray[np.float32]:

@@ -59,13 +59,13 @@ class Window:
 
 def segments_of(spans: Sequence[tuple[int, int]], segment_steps: int) -> list[Segment]:
     """Split each stream's rows [start, stop) into segments; empty streams have none."""
-    found: list[Segment] = []
+    segments: list[Segment] = []
     for start, stop in spans:
         before: int | None = None
         for begin in range(start, stop, segment_steps):
-            found.append(Segment(begin, min(begin + segment_steps, stop), before))
-            before = len(found) - 1
-    return found
+            segments.append(Segment(begin, min(begin + segment_steps, stop), before))
+            before = len(segments) - 1
+    return segments
 
 
 def groups_of(segments: Sequence[Segment], lanes: int) -> list[list[int]]:

@@ -49,15 +49,15 @@ def customer_baselines(table: Table, head: Head) -> list[Baseline]:
         return []
     history = _history(table)
     truth = table.labels[head.name].astype(np.float64)
-    found = {
+    chances = {
         "own mean gap": _own_gap(history, truth, table.train, table.test),
         "recency-frequency": _cells(history, truth, table.train, table.test),
     }
-    settings: dict[str, dict[str, float]] = {name: {} for name in found}
-    found["BG/NBD"], settings["BG/NBD"] = _bg_nbd(table, history)
+    settings: dict[str, dict[str, float]] = {name: {} for name in chances}
+    chances["BG/NBD"], settings["BG/NBD"] = _bg_nbd(table, history)
     return [
         Baseline(name, score_chance(chance, truth[table.test]), settings[name])
-        for name, chance in found.items()
+        for name, chance in chances.items()
     ]
 
 
@@ -76,12 +76,12 @@ def _own_gap(
 ) -> Floats:
     first = history["x"].to_numpy() == 0
     mean = (history["age"] / history["x"]).fill_nan(1.0).to_numpy()
-    said = 1 - np.exp(-WITHIN_DAYS / np.maximum(mean, 1.0))
-    known = train[~first[train]]
-    curve = IsotonicRegression(out_of_bounds="clip").fit(said[known], truth[known])
+    raw = 1 - np.exp(-WITHIN_DAYS / np.maximum(mean, 1.0))
+    with_gap = train[~first[train]]
+    curve = IsotonicRegression(out_of_bounds="clip").fit(raw[with_gap], truth[with_gap])
     # Isotonic regression may say 0 or 1; a little of the base rate keeps the loss finite.
-    size = float(np.sqrt(len(known)))
-    chance = (curve.predict(said[test]) * size + truth[known].mean()) / (size + 1)
+    size = float(np.sqrt(len(with_gap)))
+    chance = (curve.predict(raw[test]) * size + truth[with_gap].mean()) / (size + 1)
     rate = truth[train[first[train]]].mean()
     return np.asarray(np.where(first[test], rate, chance), np.float64)
 

@@ -50,9 +50,9 @@ def purchase_events(borders: Sequence[date] = (VALIDATE_FROM, TEST_FROM, END)) -
     next_border = pl.coalesce(
         pl.when(pl.col("bought") < border).then(pl.lit(border)) for border in sorted(borders)
     )
-    known = pl.col("bought") + timedelta(days=WITHIN_DAYS) < next_border
+    is_known = pl.col("bought") + timedelta(days=WITHIN_DAYS) < next_border
     return ordered.with_columns(
-        again=pl.when(known).then((until_next <= WITHIN_DAYS).fill_null(value=False))
+        again=pl.when(is_known).then((until_next <= WITHIN_DAYS).fill_null(value=False))
     )
 
 

@@ -70,29 +70,29 @@ def main() -> None:
     test = scored_rows(streams, test_ms)
     late = (frame["dep_delay"].to_numpy() > LATE_MINUTES).astype(np.float64)
 
-    said = output_spec(artifact.spec).by_name(run_chunks(artifact, streams, chunk=64, seed=0))
-    model = said["late"][test - 1].astype(np.float64)
+    outputs = output_spec(artifact.spec).by_name(run_chunks(artifact, streams, chunk=64, seed=0))
+    model = outputs["late"][test - 1].astype(np.float64)
     loss = score_chance(model, late[test]).losses["log_loss"]
     moments = streams.moments_ms[test]
     local_days = zone_table(schema.timezone).days(moments)
     days = DayDraws.make(local_days, DRAWS, 0)
     print(f"model: log loss {loss.mean():.4f}, AUC {auc(model, late[test]):.4f}", flush=True)
     for events, leaves in SETTINGS:
-        known = columns(frame, events)
+        features = columns(frame, events)
         trees = HistGradientBoostingClassifier(
             max_iter=MOST_TREES,
             early_stopping=False,
             learning_rate=0.05,
             max_leaf_nodes=leaves,
             min_samples_leaf=100,
-        ).fit(known[train - 1], late[train])
-        stages = islice(trees.staged_predict_proba(known[validate - 1]), STEP - 1, None, STEP)
+        ).fit(features[train - 1], late[train])
+        stages = islice(trees.staged_predict_proba(features[validate - 1]), STEP - 1, None, STEP)
         by_stage = [
             score_chance(stage[:, 1], late[validate]).losses["log_loss"].mean() for stage in stages
         ]
         count = STEP * (int(np.argmin(by_stage)) + 1)
-        chosen = islice(trees.staged_predict_proba(known[test - 1]), count - 1, count)
-        chance = next(chosen)[:, 1]
+        last_stage = islice(trees.staged_predict_proba(features[test - 1]), count - 1, count)
+        chance = next(last_stage)[:, 1]
         own = score_chance(chance, late[test]).losses["log_loss"]
         less, more = interval(days.means(own) - days.means(loss))
         below, above = interval(days.aucs(chance, late[test]) - days.aucs(model, late[test]))

@@ -36,15 +36,15 @@ def main() -> None:
 
 def _by_horizon(artifact: Artifact, frame: pl.DataFrame) -> dict[str, bytes]:
     """The comparison by hours ahead, as text and as a plot."""
-    found = compare(artifact, frame)
-    text = "\n".join(comparison_lines(found)) + "\n"
-    return {"horizon.md": text.encode(), "plots/baselines.png": _plot(found)}
+    comparison = compare(artifact, frame)
+    text = "\n".join(comparison_lines(comparison)) + "\n"
+    return {"horizon.md": text.encode(), "plots/baselines.png": _plot(comparison)}
 
 
-def _plot(found: Comparison) -> bytes:
+def _plot(comparison: Comparison) -> bytes:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, loss in found.pinball.items():
+    for name, loss in comparison.pinball.items():
         by_hour = np.nanmean(loss, axis=0)
         color = "tab:blue" if name == MODEL else None
         axes.plot(range(1, len(by_hour) + 1), by_hour, label=name, color=color)

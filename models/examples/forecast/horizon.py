@@ -75,14 +75,14 @@ def compare(artifact: Artifact, frame: pl.DataFrame) -> Comparison:
     anchors = ahead_of(spec, streams, test_ms, None, STRIDE)
     _, quantiles = forecasts_at(artifact, streams, table.rows, anchors, STRIDE)
     origins = anchors.at
-    said = {MODEL: quantiles[:, :, 0]}
+    forecasts = {MODEL: quantiles[:, :, 0]}
     for name, points in _baselines(table, value, truth).items():
         errors = truth[table.train] - points[table.train]
         spread = np.nanquantile(errors, levels, axis=0)
-        said[name] = points[origins][..., np.newaxis] + spread.T
+        forecasts[name] = points[origins][..., np.newaxis] + spread.T
     middle = int(np.argmin(np.abs(levels - 0.5)))
     pinballs, mae = {}, {}
-    for name, quantiles in said.items():
+    for name, quantiles in forecasts.items():
         error = truth[origins][..., np.newaxis] - quantiles
         pinballs[name] = pinball(levels, error).mean(axis=-1)
         mae[name] = np.abs(error[..., middle])
@@ -91,14 +91,14 @@ def compare(artifact: Artifact, frame: pl.DataFrame) -> Comparison:
     return Comparison(pinballs, mae, days)
 
 
-def comparison_lines(found: Comparison) -> list[str]:
+def comparison_lines(comparison: Comparison) -> list[str]:
     """The comparison as Markdown: pinball loss by horizon, with the model's lead over all."""
-    draws = DayDraws.make(found.days, DRAWS, 0)
+    draws = DayDraws.make(comparison.days, DRAWS, 0)
     lines = []
-    for title, losses in (("pinball loss", found.pinball), ("absolute error", found.mae)):
+    for title, losses in (("pinball loss", comparison.pinball), ("absolute error", comparison.mae)):
         lines += [
             "",
-            f"{title} in degrees Celsius, {len(found.days)} origins, by hours ahead; the last "
+            f"{title} in degrees Celsius, {len(comparison.days)} origins, by hours ahead; the last "
             "column is minus the encoder/decoder over all hours (95% interval, by days)",
             "",
             "| | " + " | ".join(f"{hours} h" for hours in SHOWN) + " | all | minus model |",
@@ -130,20 +130,20 @@ def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
     last = np.repeat(value[:, np.newaxis], horizon, axis=1)
 
     def day_before(series: Floats) -> Floats:
-        found = np.stack(
+        shifted = np.stack(
             [hours_ago(table, series, 24 - ahead) for ahead in range(1, horizon + 1)], axis=1
         )
-        return np.where(np.isnan(found), last, found)
+        return np.where(np.isnan(shifted), last, shifted)
 
     # The mean of an hour as it was at its last occurrence, that one included.
     means = [same_hour_mean(table, value, days, including=True) for days in DAYS]
     best = _best([day_before(mean) for mean in means], table, truth)
-    seen = np.nan_to_num(rows_around(table, HOURS - 1, 0))
+    features = np.nan_to_num(rows_around(table, HOURS - 1, 0))
     lines = []
     for ahead in range(horizon):
-        known = table.train[~np.isnan(truth[table.train, ahead])]
+        usable = table.train[~np.isnan(truth[table.train, ahead])]
         fits = [
-            Ridge(penalty).fit(seen[known], truth[known, ahead]).predict(seen)
+            Ridge(penalty).fit(features[usable], truth[usable, ahead]).predict(features)
             for penalty in PENALTIES
         ]
         lines.append(_best(fits, table, truth[:, ahead]))
@@ -157,5 +157,5 @@ def _baselines(table: Table, value: Floats, truth: Floats) -> dict[str, Floats]:
 
 def _best(candidates: list[Floats], table: Table, truth: Floats) -> Floats:
     validate = table.validate
-    losses = [float(np.nanmean(np.abs(truth[validate] - said[validate]))) for said in candidates]
+    losses = [float(np.nanmean(np.abs(truth[validate] - fit[validate]))) for fit in candidates]
     return candidates[int(np.argmin(losses))]

