@@ -50,7 +50,7 @@ def _set_limit(which: int, most: int) -> None:
     _, hard = resource.getrlimit(which)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard - (which == resource.RLIMIT_CPU))
-    # the soft limit on CPU time sends SIGXCPU, which can be told from the hard one's SIGKILL
+    # the soft limit on CPU time sends SIGXCPU, which differs from the hard one's SIGKILL
     resource.setrlimit(which, (most, most + (which == resource.RLIMIT_CPU)))
 
 

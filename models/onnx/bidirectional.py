@@ -93,7 +93,7 @@ def bidirectional(
     ahead_cell, back_cell = layer.directions
     ahead, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
     back, after_back = _run(nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse")
-    return _merged(nodes, layer, ahead, back), [*after, *after_back]
+    return _merge(nodes, layer, ahead, back), [*after, *after_back]
 
 
 def _run(
@@ -110,7 +110,7 @@ def _run(
     return gru(nodes, cell, weights, x, lengths, initial, direction)
 
 
-def _merged(nodes: Nodes, layer: BidirectionalLayer, ahead: Value, back: Value) -> Value:
+def _merge(nodes: Nodes, layer: BidirectionalLayer, ahead: Value, back: Value) -> Value:
     match layer.merge:
         case "concat":
             return nodes.concat([ahead, back], axis=2)

@@ -38,7 +38,7 @@ def lstm_loop(
     }
     x_part = nodes.add("MatMul", x, own["kernel"])
     if layer.layer_normalization:
-        x_part = _normalised(nodes, x_part, own["kernel_gamma"])
+        x_part = _normalise(nodes, x_part, own["kernel_gamma"])
     if layer.use_bias:
         x_part = nodes.add("Add", x_part, own["bias"])
     squeezed = [nodes.add("Squeeze", part, nodes.integers(0)) for part in state]
@@ -91,7 +91,7 @@ def _lstm_step(
     gate, squash = layer.recurrent_activation, layer.activation
     h_part = body.add("MatMul", hidden, own["recurrent_kernel"])
     if layer.layer_normalization:
-        h_part = _normalised(body, h_part, own["recurrent_gamma"])
+        h_part = _normalise(body, h_part, own["recurrent_gamma"])
     in_i, in_f, in_g, in_o = body.split(body.add("Add", x_part, h_part), [layer.units] * 4, axis=1)
     peeps: list[Value] = []
     if layer.peepholes:
@@ -105,14 +105,14 @@ def _lstm_step(
         in_o = body.add("Add", in_o, body.add("Mul", peeps[2], carry))
     exposed = carry
     if layer.layer_normalization:
-        exposed = _normalised(body, carry, own["carry_gamma"], own["carry_beta"])
+        exposed = _normalise(body, carry, own["carry_gamma"], own["carry_beta"])
     hidden = body.add("Mul", activation(body, gate, in_o), activation(body, squash, exposed))
     if layer.projection is not None:
         hidden = body.add("MatMul", hidden, own["projection"])
     return hidden, carry
 
 
-def _normalised(nodes: Nodes, x: Value, gamma: Value, beta: Value = "") -> Value:
+def _normalise(nodes: Nodes, x: Value, gamma: Value, beta: Value = "") -> Value:
     inputs = [x, gamma, beta] if beta else [x, gamma]
     return nodes.add("LayerNormalization", *inputs, axis=-1, epsilon=NORMALISATION_EPSILON)
 

@@ -115,7 +115,7 @@ def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baselin
     running, running_settings = _best(table, candidates, fit, "log_loss")
     baselines = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
     if trees:
-        model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
+        model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
         chance = model.chances(table.test)[:, 1]
         baselines.append(Baseline(TREES, score_chance(chance, truth[table.test]), model.settings))
     return baselines
@@ -172,7 +172,7 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
         baselines.append(Baseline(RUNNING, scored, settings))
     if trees and count <= MAX_TREE_CLASSES:
         truth = codes.astype(np.float64)
-        model = Trees.tuned("log_loss", table.features, truth, table.train, table.validate)
+        model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
         chance = np.full((len(table.test), count), 1e-6)
         chance[:, model.classes] = model.chances(table.test)
         chance /= chance.sum(axis=1, keepdims=True)
@@ -212,7 +212,7 @@ def _forecast(
             values.append(near[:, None] + spread)
         return score_forecast(quantiles, back(values), truth[at])
 
-    def chosen(name: str, lives: tuple[Any, ...]) -> Baseline:
+    def choose(name: str, lives: tuple[Any, ...]) -> Baseline:
         tried = [
             (float(np.nanmean(score(space, life, table.validate).losses[metric])), space, life)
             for space in spaces
@@ -224,16 +224,16 @@ def _forecast(
             settings["half_life_events"] = life
         return Baseline(name, score(space, life, table.test), settings)
 
-    baselines = [chosen(LAST, ("last",)), chosen(RUNNING, HALF_LIVES)]
+    baselines = [choose(LAST, ("last",)), choose(RUNNING, HALF_LIVES)]
     if trees:
         settings: dict[str, Any] = {}
         values = []
         for target, name in enumerate(head.targets):
-            model = Trees.tuned(
+            model = Trees.tune(
                 "quantile", table.features, encoded[:, target], table.train, table.validate
             )
             settings[name] = model.settings
-            predicted = [model.again(level).values(table.test) for level in levels]
+            predicted = [model.refit(level).values(table.test) for level in levels]
             values.append(np.sort(np.stack(predicted, axis=1), axis=1))
         scored = score_forecast(quantiles, in_units(values), truth[table.test])
         baselines.append(Baseline(TREES, scored, settings))
@@ -275,15 +275,13 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
         settings: dict[str, Any] = {}
         for name in numeric:
             truth = table.encoded(name)
-            mean = Trees.tuned("squared_error", table.features, truth, table.train, table.validate)
+            mean = Trees.tune("squared_error", table.features, truth, table.train, table.validate)
             every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
             predicted = np.full(table.streams.events, np.nan)
             predicted[every] = mean.values(every)
             # A second ensemble says how far off the first one is, as log squared error.
             error = np.log(np.square(truth - predicted) + 1e-4)
-            spread = Trees.tuned(
-                "squared_error", table.features, error, table.train, table.validate
-            )
+            spread = Trees.tune("squared_error", table.features, error, table.train, table.validate)
             log_deviation = np.full(table.streams.events, np.nan)
             log_deviation[every] = 0.5 * spread.values(every)
             # The training errors that both were fitted on are smaller than those to come.

@@ -151,8 +151,8 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
         spans,
         frame[rank],
         rank,
-        _taken(columns, rank),
-        _filled(moments[0][rank], present, spans),
+        _select_rows(columns, rank),
+        _fill_moments(moments[0][rank], present, spans),
     )
 
 
@@ -227,7 +227,7 @@ def _moments(
     return parsed.values[field.name], parsed.present[field.name]
 
 
-def _filled(
+def _fill_moments(
     moments_ms: NDArray[np.int64],
     present: NDArray[np.bool_],
     spans: tuple[tuple[int, int], ...],
@@ -244,7 +244,7 @@ def _filled(
     return filled
 
 
-def _taken(columns: EventColumns, rows: NDArray[Any]) -> EventColumns:
+def _select_rows(columns: EventColumns, rows: NDArray[Any]) -> EventColumns:
     return EventColumns(
         len(rows),
         {name: array[rows] for name, array in columns.present.items()},

@@ -87,7 +87,7 @@ def steps_ahead(
     """How many steps that count follow each row, one regular step after the other.
 
     Args:
-        side: bool [rows], whether the step after a row exists and lies on the wanted side.
+        side: bool [rows], whether the step after a row exists and belongs to the split.
         moments_ms: int64 [rows].
         step_ms: between two of them; None where any time may lie between.
     """
@@ -237,7 +237,7 @@ class Unroller:
             row = tf.concat([previous, covariates[:, step]], axis=-1)
             result = self._network.forward(row[:, tf.newaxis], ones, state, training)
             truth, there = values[:, step], present[:, step]
-            loss, point = self._judged(result.raw[DISTRIBUTION], truth)
+            loss, point = self._loss_and_point(result.raw[DISTRIBUTION], truth)
             total = tf.reduce_sum(tf.where(there, loss, 0.0))
             count = tf.reduce_sum(tf.cast(there, tf.float32))
             is_true = there & (coins[:, step, tf.newaxis] < anchors.share)
@@ -272,7 +272,7 @@ class Unroller:
         )
         return sums.stack(), counts.stack()
 
-    def _judged(self, raw: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_point(self, raw: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and points [A, D] of raw values [A, 1, U]."""
         if isinstance(self._head, ForecastHead):
             values = forecast_standardised(self._head, raw)[:, 0]

@@ -67,7 +67,7 @@ def check_members(spec: ModelSpec) -> None:
             )
 
 
-def merged(
+def merge_members(
     spec: ModelSpec, members: Sequence[Weights]
 ) -> tuple[ModelSpec, dict[str, NDArray[np.float32]]]:
     """One network out of several of the same fitted spec.
@@ -116,13 +116,15 @@ def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
     layers = []
     for index in range(count):
         for layer in spec.layers:
-            inputs = [name if name == FEATURES else _named(name, index) for name in layer.inputs]
-            own = {**layer.model_dump(), "name": _named(layer.name, index), "inputs": inputs}
+            inputs = [
+                name if name == FEATURES else _member_name(name, index) for name in layer.inputs
+            ]
+            own = {**layer.model_dump(), "name": _member_name(layer.name, index), "inputs": inputs}
             if own.get("starts_from") is not None:
-                own["starts_from"] = _named(own["starts_from"], index)
+                own["starts_from"] = _member_name(own["starts_from"], index)
             layers.append(own)
     for name in dict.fromkeys(head.input for head in spec.heads):
-        inputs = [_named(name, index) for index in range(count)]
+        inputs = [_member_name(name, index) for index in range(count)]
         layers.append({"kind": "concatenate", "name": _all(name), "inputs": inputs})
     heads = [{**head.model_dump(), "input": _all(head.input)} for head in spec.heads]
     plain = spec.model_dump()
@@ -156,8 +158,8 @@ def _place(
     widths: Mapping[str, int],
     weights: dict[str, NDArray[np.float32]],
 ) -> None:
-    """Copy one member's layer, its kernel's rows to where what it reads now lies."""
-    name = _named(layer.name, index)
+    """Copy one member's layer; kernel rows follow their inputs' positions in the merged network."""
+    name = _member_name(layer.name, index)
     owners = [layer.name]
     if isinstance(layer, BidirectionalLayer):
         owners = [cell.name for cell in layer.directions]
@@ -165,7 +167,7 @@ def _place(
     match layer:
         case LstmLayer() | GruLayer() | BidirectionalLayer() | DenseLayer():
             source = layer.inputs[0]
-            width = widths[source if source == FEATURES else _named(source, index)]
+            width = widths[source if source == FEATURES else _member_name(source, index)]
             for owner in owners:
                 kernel = member[f"{owner}.kernel"]
                 wide = np.zeros((width, kernel.shape[1]), np.float32)
@@ -178,7 +180,7 @@ def _place(
             parts, start = [], 0
             for source in layer.inputs:
                 parts.append(places[source] + start)
-                start += widths[source if source == FEATURES else _named(source, index)]
+                start += widths[source if source == FEATURES else _member_name(source, index)]
             places[layer.name] = np.concatenate(parts)
         case _:
             places[layer.name] = own
@@ -187,7 +189,7 @@ def _place(
             weights.setdefault(f"{name}{key.removeprefix(layer.name)}", value)
 
 
-def _named(name: str, index: int) -> str:
+def _member_name(name: str, index: int) -> str:
     return f"{name}_m{index + 1}"
 
 

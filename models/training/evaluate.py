@@ -6,8 +6,8 @@ encoded against the clock that the chunk before it left and runs from the state 
 batches with other streams, padded and masked. What is scored are the outputs of these steps.
 
 A network that takes whole sequences gets every stream as one. One in blocks goes from block to
-block, each with its lookahead and no more, and the last one ends where the stream ends, as if told
-so by a `final` chunk: what its outputs are does not depend on chunks.
+block, each with its lookahead and no more, and the last one ends where the stream ends, as after a
+`final` chunk: what its outputs are does not depend on chunks.
 """
 
 from __future__ import annotations

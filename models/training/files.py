@@ -52,7 +52,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
-    return _typed(path, schema_of(spec), frame)
+    return _parse_columns(path, schema_of(spec), frame)
 
 
 def check_duplicate_names(path: Path) -> None:
@@ -106,7 +106,7 @@ def _check_members(path: Path) -> None:
                 )
 
 
-def _typed(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
+def _parse_columns(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
     for field in schema.fields:
         if field.name not in frame.columns:
             continue

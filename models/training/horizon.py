@@ -108,7 +108,7 @@ def horizon_report(
                     errors = np.where(origins.counts, values[origins.rows], np.nan) - naive
                     spread = _quantiles(errors, levels)
             forecasts[baseline] = (near, near[..., np.newaxis] + spread)
-        targets[name] = _scored(truth, forecasts, levels)
+        targets[name] = _score_forecasts(truth, forecasts, levels)
     return {
         "horizon": decoder.max_horizon,
         "stride": stride,
@@ -277,7 +277,7 @@ def _quantiles(errors: Floats, levels: Floats) -> Floats:
     return result
 
 
-def _scored(
+def _score_forecasts(
     truth: Floats, forecasts: dict[str, tuple[Floats, Floats]], levels: Floats
 ) -> dict[str, Any]:
     """Scores by model and step, of the values that all of them have."""

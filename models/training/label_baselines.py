@@ -69,11 +69,11 @@ def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline
         model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
         model.fit(features[table.train], truth[table.train])
         classes = model.classes_.astype(np.int64)
-        judged, tested = (
+        validated, tested = (
             _of_all(model.predict_proba(features[at]), classes, count)
             for at in (table.validate, table.test)
         )
-        loss = float(score(judged, table.validate).losses["log_loss"].mean())
+        loss = float(score(validated, table.validate).losses["log_loss"].mean())
         tried.append((loss, penalty, tested))
     loss, penalty, chances = min(tried, key=lambda item: item[0])
     settings = {"inverse_penalty": penalty, "validation": loss}
@@ -107,7 +107,7 @@ def _trees(
         # `Trees` reads the row before its target: here that is the target's own.
         return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
-    model = Trees.tuned("log_loss", features, truth, table.train, table.validate, grid)
+    model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid)
     chances = _of_all(model.chances(table.test), model.classes, count)
     return Baseline(name, score(chances, table.test), model.settings)
 

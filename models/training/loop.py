@@ -73,7 +73,7 @@ class Loop:
         # what windows hold on average.
         self._typical = self._steps_per_window() if self._training.weigh == "steps" else {}
         self._step = tf.function(self._train_window, autograph=False)
-        self._judge = tf.function(self._judge_window, autograph=False)
+        self._validate_window = tf.function(self._validation_window, autograph=False)
 
     @cached_property
     def windows_per_epoch(self) -> int:
@@ -133,7 +133,7 @@ class Loop:
                 )
                 anchors = self._anchors(window, numbers, None)
                 numbers += 1
-                losses, ahead, state = self._judge(
+                losses, ahead, state = self._validate_window(
                     rows, following, lengths, mask, labels, anchors, state
                 )
                 if ahead is not None:
@@ -149,7 +149,7 @@ class Loop:
         means["loss"] = sum(self._weights[name] * value for name, value in means.items())
         return means
 
-    def averaged(self) -> dict[str, FloatArray]:
+    def averaged_weights(self) -> dict[str, FloatArray]:
         """All weights, trainable ones as their average."""
         weights = self.network.get_weights()
         for name, average in zip(self._names, self._average, strict=True):
@@ -277,7 +277,7 @@ class Loop:
             average.assign(rates[1] * average + (1 - rates[1]) * weight)
         return loss, result.state
 
-    def _judge_window(
+    def _validation_window(
         self,
         rows: Any,
         following: Any,

@@ -136,8 +136,8 @@ def make_report(
         resampled = DayDraws.make(days[table.test], draws, seed)
         head_reports[head.name] = {
             "kind": head.kind,
-            **_compared(scored, baselines, resampled),
-            **_calibrated(scored, getattr(head, "quantiles", ())),
+            **_compare(scored, baselines, resampled),
+            **_calibration(scored, getattr(head, "quantiles", ())),
         }
         if isinstance(head, ForecastHead):
             head_reports[head.name]["quantiles"] = list(head.quantiles)
@@ -158,12 +158,12 @@ def make_report(
         },
         "run": {"seed": seed, "draws": draws, **cuts_of(spec, chunk, seed)},
         "heads": head_reports,
-        **_decoded(artifact, streams, rows, test_ms, validate_ms, tell),
+        **_decoder_report(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),
     }
 
 
-def _decoded(
+def _decoder_report(
     artifact: Artifact,
     streams: Streams,
     rows: NDArray[np.float32],
@@ -178,11 +178,11 @@ def _decoded(
     return {"decoder": horizon_report(artifact, streams, rows, test_ms, validate_ms)}
 
 
-def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
-    draws = {MODEL: _drawn(scored, days)}
+def _compare(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[str, Any]:
+    draws = {MODEL: _resample(scored, days)}
     exact = {MODEL: scored.means()}
     for baseline in baselines:
-        draws[baseline.name] = _drawn(baseline.scored, days)
+        draws[baseline.name] = _resample(baseline.scored, days)
         exact[baseline.name] = baseline.scored.means()
     scores = {
         name: {
@@ -207,14 +207,14 @@ def _compared(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict
     return {"scores": scores, "difference": difference, "settings": settings}
 
 
-def _drawn(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
+def _resample(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
     draws = {name: days.means(loss) for name, loss in scored.losses.items()}
     if scored.chance is not None and scored.truth is not None and scored.has_both_classes:
         draws["auc"] = days.aucs(scored.chance, scored.truth)
     return draws
 
 
-def _calibrated(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
+def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
     """Tenths of the events by chance, or the share of values at or below each quantile."""
     if scored.chance is not None and scored.truth is not None:
         present = ~np.isnan(scored.truth)

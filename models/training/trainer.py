@@ -29,7 +29,7 @@ from models.training.checkpoint import (
     write_checkpoint,
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
-from models.training.ensemble import check_members, merged
+from models.training.ensemble import check_members, merge_members
 from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.plan import plan_of, trained_network
@@ -111,7 +111,9 @@ def train(
             run.train_member(
                 Loop(network, plan, training.seed + member), member, progress, after_epoch
             )
-    network_spec, weights = merged(spec, [run.kept(member) for member in range(training.members)])
+    network_spec, weights = merge_members(
+        spec, [run.best_weights(member) for member in range(training.members)]
+    )
     bests = [best_epoch(run.of(member)) for member in range(training.members)]
     artifact = write_artifact(
         Path(out),
@@ -158,7 +160,7 @@ class _Run:
         """The epochs of one member."""
         return [record for record in self.history if record["member"] == member + 1]
 
-    def kept(self, member: int) -> dict[str, NDArray[np.float32]]:
+    def best_weights(self, member: int) -> dict[str, NDArray[np.float32]]:
         """The best weights of one member."""
         prefix = f"{KEPT}{member}/"
         return {n.removeprefix(prefix): v for n, v in self._kept.items() if n.startswith(prefix)}
@@ -179,7 +181,7 @@ class _Run:
             self.history.append(record)
             records = self.of(member)
             if best_epoch(records) == record["epoch"]:
-                for name, value in loop.averaged().items():
+                for name, value in loop.averaged_weights().items():
                     self._kept[f"{KEPT}{member}/{name}"] = value
             arrays = {**loop.arrays(), **self._kept}
             write_checkpoint(self.path, self._key, Checkpoint(arrays, tuple(self.history)))

@@ -68,7 +68,7 @@ class Trees:
     """One fitted ensemble with what was chosen for it."""
 
     def __init__(self, kind: str, features: Features, level: float, grid: Grid | None = None):
-        """Use `tuned`."""
+        """Use `tune`."""
         self._kind, self._features, self._level = kind, features, level
         self._truth: NDArray[np.float64] = np.zeros(0)
         self._train: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -77,7 +77,7 @@ class Trees:
         self.settings: dict[str, Any] = {}
 
     @classmethod
-    def tuned(
+    def tune(
         cls,
         kind: str,
         features: Features,
@@ -98,13 +98,13 @@ class Trees:
         """
         trees_model = cls(kind, features, 0.5, grid)
         trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
-        judged = validate[~np.isnan(truth[validate])]
+        validation_rows = validate[~np.isnan(truth[validate])]
         tried = trees_model._grid.options
         best_settings = {name: options[0] for name, options in tried.items()}
-        best = trees_model._attempt(best_settings, judged)
+        best = trees_model._attempt(best_settings, validation_rows)
         for name, options in tried.items():
             for option in options[1:]:
-                attempt = trees_model._attempt({**best_settings, name: option}, judged)
+                attempt = trees_model._attempt({**best_settings, name: option}, validation_rows)
                 if attempt[0] < best[0]:
                     best, best_settings = attempt, {**best_settings, name: option}
         loss, trees_model._model, trees = best
@@ -116,7 +116,7 @@ class Trees:
         """The classes in the order of `chances`."""
         return np.asarray(self._model.classes_, np.int64)
 
-    def again(self, level: float) -> Trees:
+    def refit(self, level: float) -> Trees:
         """The same settings fitted to another quantile."""
         if self._kind != "quantile" or level == self._level:
             return self
@@ -134,9 +134,9 @@ class Trees:
         return np.asarray(self._stage(self._rows(at), "staged_predict"))
 
     def _rows(self, at: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._looked(self.settings)[0][at - 1]
+        return self._features_of(self.settings)[0][at - 1]
 
-    def _looked(self, settings: dict[str, Any]) -> tuple[NDArray[np.float32], list[bool]]:
+    def _features_of(self, settings: dict[str, Any]) -> tuple[NDArray[np.float32], list[bool]]:
         return self._features(int(settings["events"]), bool(settings["categories"]))
 
     def _stage(self, rows: NDArray[np.float32], method: str) -> Any:
@@ -147,7 +147,7 @@ class Trees:
         raise ValueError(f"expected at least {stages} trees")
 
     def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
-        rows, categories = self._looked(settings)
+        rows, categories = self._features_of(settings)
         shared: dict[str, Any] = {
             "learning_rate": self._grid.rate,
             "max_iter": trees,
@@ -172,14 +172,14 @@ class Trees:
         return rows
 
     def _attempt(
-        self, settings: dict[str, Any], judged: NDArray[np.int64]
+        self, settings: dict[str, Any], validation_rows: NDArray[np.int64]
     ) -> tuple[float, Any, int]:
         """Loss, model and number of trees of the best stage."""
         rows = self._fit(settings, self._grid.most_trees)
-        truth = self._truth[judged]
+        truth = self._truth[validation_rows]
         method = "staged_predict_proba" if self._kind == "log_loss" else "staged_predict"
         losses: dict[int, float] = {}
-        stages = getattr(self._model, method)(rows[judged - 1])
+        stages = getattr(self._model, method)(rows[validation_rows - 1])
         for count, prediction in enumerate(stages, start=1):
             if count % TREES_STEP == 0:
                 losses[count] = self._loss(truth, prediction)

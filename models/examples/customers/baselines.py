@@ -109,7 +109,7 @@ class BgNbd:
     b: float
 
     @classmethod
-    def fitted(cls, x: Floats, last: Floats, age: Floats) -> BgNbd:
+    def fit(cls, x: Floats, last: Floats, age: Floats) -> BgNbd:
         """By maximum likelihood.
 
         Args:
@@ -150,6 +150,6 @@ def _bg_nbd(table: Table, history: pl.DataFrame) -> tuple[Floats, dict[str, floa
         .group_by("s")
         .agg(pl.col("x").max(), last=pl.col("age").max(), age=end - pl.col("day").min())
     )
-    model = BgNbd.fitted(*(customers[name].to_numpy() for name in ("x", "last", "age")))
+    model = BgNbd.fit(*(customers[name].to_numpy() for name in ("x", "last", "age")))
     x, age = (history[name].to_numpy()[table.test] for name in ("x", "age"))
     return model.chance(x, age), asdict(model)

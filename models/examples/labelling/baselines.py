@@ -39,12 +39,12 @@ class OneWay:
         if not isinstance(head, LabelHead):
             return []
         if self._outputs is None:
-            self._outputs = self._trained(table)
+            self._outputs = self._train(table)
         chances = np.asarray(self._outputs[head.name][table.test], np.float64)
         scored = score_label(head, chances, table.labels[head.name][table.test])
         return [Baseline(ONE_WAY, scored, {"epoch": self._epoch})]
 
-    def _trained(self, table: Table) -> Mapping[str, NDArray[Any]]:
+    def _train(self, table: Table) -> Mapping[str, NDArray[Any]]:
         """Train it; its outputs at every row."""
         with TemporaryDirectory() as folder:
             out = Path(folder) / "one_way"

@@ -1,8 +1,8 @@
 """Days of weather at New York's airports, each hour labelled with rain and gusts.
 
 The hours are those of `models.examples.weather`, without the rain gauge and without the gusts:
-what is left tells of them too, by the fall of the temperature onto the dew point, by pressure,
-wind and visibility. A stream is one day of one airport, a sequence that is complete when it is
+the other sensors still indicate both: the temperature falls to the dew point, and pressure, wind
+and visibility change. A stream is one day of one airport, a sequence that is complete when it is
 labelled: the hours after it help to predict the labels as much as those before.
 
 Invariant: all hours of a day are in the same split; the splits of `spec.yaml`

@@ -89,7 +89,7 @@ def test_bg_nbd_recovers_the_parameters_of_simulated_customers():
         going &= ~stopped & (now <= whole)
         x[going] += 1
         last[going] = now[going]
-    found = BgNbd.fitted(x, last, np.full(count, whole))
+    found = BgNbd.fit(x, last, np.full(count, whole))
     assert found.r == pytest.approx(truth.r, rel=0.1)
     assert found.alpha == pytest.approx(truth.alpha, rel=0.1)
     assert found.a / (found.a + found.b) == pytest.approx(0.8 / 3.3, rel=0.1)

@@ -20,7 +20,7 @@ from models.spec.blocks import BlockSpec
 from models.spec.layout import network_state
 from models.training.commands import evaluate_command, train_command
 from models.training.data import Streams, streams_of
-from models.training.ensemble import merged
+from models.training.ensemble import merge_members
 from models.training.evaluate import run_chunks
 from models.training.report import MODEL, WHOLE
 from models.training.trainer import train
@@ -146,7 +146,7 @@ def test_the_report_compares_blocks_with_whole_sequences(
 
 def test_merged_members_keep_their_blocks(tmp_path: Path, artifact: Artifact) -> None:
     spec = artifact.spec
-    joined, weights = merged(spec, [artifact.weights, draw_weights(spec, 2)])
+    joined, weights = merge_members(spec, [artifact.weights, draw_weights(spec, 2)])
     assert joined.blocks == spec.blocks
     assert write_artifact(tmp_path / "model", joined, weights).spec == joined
 

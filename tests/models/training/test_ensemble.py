@@ -8,7 +8,7 @@ from models.networks.build import StepNetwork
 from models.networks.initial_weights import draw_weights
 from models.spec.model import ModelSpec, parse_spec
 from models.training.data import fitted_spec, streams_of
-from models.training.ensemble import merged
+from models.training.ensemble import merge_members
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 
@@ -70,7 +70,7 @@ def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
         state = np.zeros((2, network.state_size), np.float32)
         for name, value in network.forward(rows, lengths, state).raw.items():
             raw[name].append(value.numpy())
-    joined, weights = merged(spec, members)
+    joined, weights = merge_members(spec, members)
     network = StepNetwork(joined)
     network.set_weights(weights)
     state = np.zeros((2, network.state_size), np.float32)
@@ -100,4 +100,4 @@ def test_networks_that_cannot_be_merged_are_rejected(layers, named):
     spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
     weights = [draw_weights(spec, seed) for seed in range(2)]
     with pytest.raises(SpecError, match=named):
-        merged(spec, weights)
+        merge_members(spec, weights)

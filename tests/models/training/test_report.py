@@ -118,7 +118,7 @@ def test_trees_learn_a_threshold_on_a_lag():
     x = random.normal(size=(2000, 1)).astype(np.float32)
     truth = np.append([0.0], (x[:-1, 0] > 0.3).astype(float))
     rows = np.arange(1, 2000)
-    model = Trees.tuned(
+    model = Trees.tune(
         "log_loss", lambda k, categorical: (x, [False]), truth, rows[:1500], rows[1500:]
     )
     said = model.chances(rows[1500:])[:, 1]

@@ -123,7 +123,7 @@ def test_training_stops_after_patience_epochs_without_a_better_loss(
 ):
     """An equal loss is not an improvement; the weights of the best epoch are kept."""
     losses = [3.0, 2.0, 2.5, 2.0, 1.0, 1.5]
-    averaged = Loop.averaged
+    averaged = Loop.averaged_weights
     validated = []
 
     def validate(loop):
@@ -135,7 +135,7 @@ def test_training_stops_after_patience_epochs_without_a_better_loss(
 
     monkeypatch.setattr(Loop, "train_epoch", lambda loop, epoch: iter([0.0]))
     monkeypatch.setattr(Loop, "validate", validate)
-    monkeypatch.setattr(Loop, "averaged", marked)
+    monkeypatch.setattr(Loop, "averaged_weights", marked)
     done = train(latch_spec(epochs=6, patience=patience), frame, tmp_path / "a", quiet=True)
     assert [record["validation"]["loss"] for record in done.history] == losses[:epochs]
     assert done.best_epochs == (best,)

@@ -21,7 +21,7 @@ def test_features_absent_from_training_are_ignored() -> None:
     def chances(second: float) -> np.ndarray:
         seen = features.copy()
         seen[:200, 1] = second
-        model = Trees.tuned(
+        model = Trees.tune(
             "log_loss", lambda *_: (seen, [False, False]), truth, train, validate, grid
         )
         return model.chances(test)
