@@ -1,7 +1,7 @@
 """Days of weather at New York's airports, each hour labelled with rain and gusts.
 
-The hours are those of `models.examples.weather`, without the rain gauge and without the gusts:
-the other sensors still indicate both: the temperature falls to the dew point, and pressure, wind
+The hours are those of `models.examples.weather`, without the rain gauge and without the gusts.
+The other sensors still indicate both: the temperature falls to the dew point, and pressure, wind
 and visibility change. A stream is one day of one airport, a sequence that is complete when it is
 labelled: the hours after it help to predict the labels as much as those before.
 
