@@ -312,7 +312,7 @@ class _Worker:
         self.process.join()
 
     def has_drained(self) -> bool:
-        """Whether it has exited after `terminate`; kills it once its time is up."""
+        """Whether it has exited after `terminate`; kills it once its drain time is over."""
         if self.has_exited():
             return True
         if self._kill_at_s is not None and time.monotonic() >= self._kill_at_s:

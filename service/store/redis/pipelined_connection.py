@@ -163,7 +163,7 @@ class PipelinedConnection:
     Attributes:
         generation: the sequence number of the first request on the present connection. Requests
             are numbered as they are written, again at each attempt.
-        last_error: the last error, for callers whose time is up.
+        last_error: the last error, for callers whose deadline expires.
     """
 
     def __init__(self, factory: ConnectionFactory, redirect_handler: RedirectHandler | None = None):

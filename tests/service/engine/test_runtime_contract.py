@@ -112,7 +112,7 @@ HANDED: dict[str, Any] = {
     ],
     "max_chunk_steps": 70,
 }
-"""Both kinds handed on, a state handed on twice, and a name that is not the layer before."""
+"""Both kinds passed on, a state passed on twice, and a name that is not the layer before."""
 ATTENDING: dict[str, Any] = {
     "layers": [
         {"kind": "lstm", "units": 5},
