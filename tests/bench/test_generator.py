@@ -104,7 +104,7 @@ def test_streams_are_sent_consecutive_positions_and_their_bodies_in_turn() -> No
             )
 
 
-def test_load_continues_until_sampled_streams_have_enough() -> None:
+def test_load_continues_until_sampled_streams_have_enough_chunks() -> None:
     spec = BODIES.traffic("a", 5, sampled=2)
     load = run_closed(accept_chunk, spec, 2, 0.0, least=3)
     assert {(reply.stream, reply.chunk) for reply in load.sampled} >= {
@@ -154,7 +154,7 @@ def test_one_request_for_many_streams(media: str) -> None:
             assert rows.size == 6
 
 
-def test_one_chunk_in_messagepack_reads_back() -> None:
+def test_messagepack_request_round_trips() -> None:
     spec = BODIES.traffic("a", 1, media="msgpack", position=300)
     request, ticket = Traffic(spec).request()
     head, _, body = request.partition(b"\r\n\r\n")
@@ -200,7 +200,7 @@ def test_wrong_position_ends_the_run(items: int) -> None:
         b"",
     ],
 )
-def test_reply_that_is_no_whole_ok_ends_the_run(reply: bytes) -> None:
+def test_invalid_reply_ends_the_run(reply: bytes) -> None:
     with pytest.raises(WrongReplyError):
         run_closed(lambda path, body: reply, BODIES.traffic("a", 1), 1, 5)
 
@@ -212,7 +212,7 @@ def test_item_without_a_position_ends_the_run() -> None:
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_long_reply_is_put_together(is_chunked: bool) -> None:
+def test_chunked_reply_is_joined(is_chunked: bool) -> None:
     filling = b"0\r\n\r\n" * 200_000
 
     def answer(path: str, body: bytes) -> bytes:
@@ -234,7 +234,7 @@ def test_first_replies_of_sampled_streams_are_in_order() -> None:
             assert json.loads(reply.reply)["position"] == 3 * (reply.chunk + 1)
 
 
-def test_arrivals_are_fixed_by_the_seed_and_come_at_the_rate() -> None:
+def test_arrivals_follow_the_seed_and_the_rate() -> None:
     moments = draw_arrivals(1000, 20, 7)
     np.testing.assert_array_equal(moments, draw_arrivals(1000, 20, 7))
     gaps = np.diff(moments)
@@ -244,7 +244,7 @@ def test_arrivals_are_fixed_by_the_seed_and_come_at_the_rate() -> None:
     assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1)
 
 
-def test_open_loop_charges_a_stall_with_everyone_who_came_during_it() -> None:
+def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     stalled, never = threading.Event(), threading.Event()
 
     def answer(path: str, body: bytes) -> bytes:
@@ -273,7 +273,7 @@ def test_percentiles_are_in_milliseconds() -> None:
     assert load.chunks_per_s == 50
 
 
-def test_driver_raises_what_its_process_found_wrong() -> None:
+def test_driver_raises_the_error_of_its_process() -> None:
     with stub(lambda path, body: ok(b'{"position":4}')) as port, Driver(()) as driver:
         driver.traffic("t", BODIES.traffic("a", 1))
         with pytest.raises(WrongReplyError, match="expected position 3"):

@@ -115,7 +115,7 @@ def test_stack_counts_for_its_innermost_known_frame(inner: str, stage: str) -> N
     assert stage_of(f"<module> (service/cli.py:1);{outer}{inner}") == stage
 
 
-def test_shares_are_of_samples_that_do_not_wait() -> None:
+def test_shares_exclude_waiting_samples() -> None:
     outer = "Thread.run (threading.py:1018);_worker (concurrent/futures/thread.py:90)"
     waiting = f"{outer} 7\nEvent.wait (threading.py:655);Condition.wait (threading.py:363) 5\n"
     stacks = read_stacks(

@@ -73,7 +73,9 @@ def in_cuts(artifact: Artifact) -> Floats:
 
 
 @pytest.mark.parametrize("name", [n for n in KINDS if n.startswith(("lstm", "gru"))])
-def test_stack_is_compared_with_one_whole_run(name: str, load: Callable[[str], Artifact]) -> None:
+def test_stacked_layers_are_compared_with_one_run(
+    name: str, load: Callable[[str], Artifact]
+) -> None:
     artifact = load(name)
     outputs = np.split(oracle_outputs(artifact, np.concatenate(SENT)), CHUNKS)
     assert check(artifact, sample(outputs)) == 16 * CHUNKS
@@ -83,7 +85,7 @@ def test_stack_is_compared_with_one_whole_run(name: str, load: Callable[[str], A
         check(artifact, sample(outputs)[1:])
 
 
-def test_hand_off_is_compared_with_its_own_cuts(load: Callable[[str], Artifact]) -> None:
+def test_passed_on_states_are_compared_chunk_by_chunk(load: Callable[[str], Artifact]) -> None:
     artifact = load("hand-off")
     assert check(artifact, sample(np.split(in_cuts(artifact), CHUNKS))) == 16 * CHUNKS
     with pytest.raises(WrongOutputsError, match="differ"):
@@ -97,7 +99,7 @@ def test_attention_over_the_chunk_is_one_value_a_chunk(load: Callable[[str], Art
         check(load("attention-chunk"), sample(values[::-1]))
 
 
-def test_blocks_are_compared_with_their_own_grid(load: Callable[[str], Artifact]) -> None:
+def test_blocks_are_compared_with_the_oracle_in_blocks(load: Callable[[str], Artifact]) -> None:
     artifact = load("bidirectional-blocks")
     outputs = oracle_in_blocks(artifact.spec, artifact.weights, np.concatenate(SENT))
     due = [outputs[:0], outputs[:16], outputs[16:32]]

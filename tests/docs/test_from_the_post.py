@@ -41,7 +41,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @needs_tools("curl")
-def test_every_command_gives_what_the_page_shows(service: Service) -> None:
+def test_commands_give_the_replies_of_the_page(service: Service) -> None:
     got: list[Any] = []
     shown = 0
     for language, text in blocks(PAGE):
@@ -53,7 +53,7 @@ def test_every_command_gives_what_the_page_shows(service: Service) -> None:
     assert shown == len(got) > 0
 
 
-def test_the_specifications_are_those_that_are_packaged() -> None:
+def test_specifications_equal_the_packaged_ones() -> None:
     packaged = {path.name: path.read_text() for path in HERE.glob("*.yaml")}
     found = [text for language, text in blocks(PAGE) if language == "yaml"]
     assert sorted(found) == sorted(packaged.values())
@@ -61,7 +61,7 @@ def test_the_specifications_are_those_that_are_packaged() -> None:
         assert yaml.safe_load(text)["name"].startswith("post-")
 
 
-def test_the_keras_code_of_the_page_is_python() -> None:
+def test_keras_code_of_the_page_compiles() -> None:
     for language, text in blocks(PAGE):
         if language == "python":
             compile(text, str(Path(PAGE)), "exec")

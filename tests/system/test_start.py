@@ -46,7 +46,7 @@ def test_a_port_in_use_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "192.0.2.1"])
-def test_a_host_of_another_machine_is_a_clear_error(host: str, tmp_path: Path) -> None:
+def test_a_host_of_another_machine_is_reported(host: str, tmp_path: Path) -> None:
     done = serve("--host", host, "--port", "0", "--data-dir", str(tmp_path))
     assert f"carry: cannot listen on {host}:0" in last_line(done)
     assert last_line(done).endswith(

@@ -122,8 +122,8 @@ def test_an_invalid_long_body_is_rejected(reader: RequestReader, body: bytes) ->
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_a_damaged_long_body_is_read_as_at_once(reader: RequestReader, data: Any) -> None:
-    """With blocks so small that any place may be where one is cut."""
+def test_long_and_short_reader_agree_on_damaged_bodies(reader: RequestReader, data: Any) -> None:
+    """With small blocks, so that a block may end anywhere in the body."""
     body = bytearray(orjson.dumps({"position": 1, "inputs": rows(40)}))
     for _ in range(data.draw(st.integers(0, 2))):
         at = data.draw(st.integers(0, len(body) - 1))

@@ -339,7 +339,9 @@ async def test_an_empty_precondition_is_rejected(api: Harness) -> None:
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1"])
-async def test_a_weight_out_of_range_accepts_nothing(api: Harness, weight: str) -> None:
+async def test_a_media_type_with_an_invalid_weight_is_not_acceptable(
+    api: Harness, weight: str
+) -> None:
     response = await api.client.get(ADDRESS, headers={"accept": f"application/json;q={weight}"})
     problem(response, 406, "not_acceptable")
 

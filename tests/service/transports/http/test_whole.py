@@ -95,6 +95,6 @@ async def test_restoring_a_state_is_rejected(api: Harness, tagger: Artifact) -> 
     assert api.position(model="tagger") is None
 
 
-async def test_the_model_detail_says_whole(api: Harness) -> None:
+async def test_the_model_detail_reports_chunking_whole(api: Harness) -> None:
     model = (await api.client.get("/v1/models/tagger")).json()
     assert (model["chunking"], model["max_chunk_steps"], model["blocks"]) == ("whole", 25, None)
