@@ -101,7 +101,7 @@ class ModelDescription:
 
 
 def read_description(document: Any) -> ModelDescription:
-    """The description out of its document; ValueError where it is not one."""
+    """The description out of its document; ValueError if it is invalid."""
     try:
         labels = {
             column["field"]: tuple(

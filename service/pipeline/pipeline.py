@@ -274,7 +274,7 @@ class Pipeline:
 
         Items of one stream are applied in order. After one that failed, later items of the stream
         fail with `previous_failed`; after `already_applied` and `position_behind`, however, items
-        with a position go on, so that a whole request can be retried.
+        with a position continue, so that a whole request can be retried.
 
         Args:
             items: chunks, or the errors of items that could not be parsed (the fact `stream` names

@@ -32,7 +32,7 @@ class Sent:
 
 
 def excess(ours: FloatRows, wanted: FloatRows) -> NDArray[np.float64]:
-    """|a - b| - 1e-5 |b| in float64; the contract holds where it is at most 1e-5."""
+    """|a - b| - 1e-5 |b| in float64; the contract holds if it is at most 1e-5."""
     a, b = ours.astype(np.float64), wanted.astype(np.float64)
     return np.asarray(np.abs(a - b) - RELATIVE * np.abs(b))
 
@@ -90,7 +90,7 @@ def check_duplicates(first: Sent, second: Sent, stream: str, start: int) -> str 
 
 
 def next_position(first: Answer, others: list[Answer]) -> int | None:
-    """The position of the stream by the answers to one chunk; None where none names it.
+    """The position of the stream by the answers to one chunk; None if no answer names it.
 
     A reply moves the stream to its end. Only where another copy of the chunk was refused as
     ahead did the stream fall back behind that reply since.

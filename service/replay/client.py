@@ -100,7 +100,7 @@ class Service:
         return int(document["position"])
 
     async def metrics(self, url: str) -> str | None:
-        """The text of /metrics at one URL; None where it is not available."""
+        """The text of /metrics at one URL; None if it is not available."""
         try:
             return await self._services[self.urls.index(url)].text("/metrics")
         except Problem:

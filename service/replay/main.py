@@ -32,7 +32,7 @@ EXIT_INTERRUPTED = 130
 
 
 def run_replay(options: ReplayOptions) -> int:
-    """Replay events through a running service and print what came of it.
+    """Replay events through a running service and print the summary.
 
     The summary goes to standard output, progress and errors to standard error.
 
@@ -85,7 +85,7 @@ async def _run(options: ReplayOptions, errors: Console) -> Summary:
 
 
 def _artifact(options: ReplayOptions, served: ModelDescription) -> Artifact | None:
-    """The served model's artifact; None where it is neither asked for nor at hand."""
+    """The served model's artifact; None if it is neither required nor available."""
     try:
         return open_artifact(options.artifact, options.model, served.version)
     except ReplayError:

@@ -1,4 +1,4 @@
-"""What a replay is asked to do, and the one error that it gives up with."""
+"""Options of a replay, and the error that ends it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReplayOptions:
         speed: times real time by the events' timestamps; None for as fast as possible.
         duplicates: share of chunks, 0 to 1, that are sent twice at once.
         format: encoding of the bodies.
-        patience_s: how long one request is tried again before the replay gives up.
+        patience_s: how long one request is retried before the replay fails.
         verify: compare every output with one Keras call over the whole stream.
         artifact: the model's directory, for skill and `verify`; None for the pretrained one of
             its name.
@@ -67,7 +67,7 @@ class ReplayOptions:
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """`A..B` or `N` as the smallest and largest chunk; ReplayError where it is neither."""
+    """`A..B` or `N` as the smallest and largest chunk; ReplayError if it is neither."""
     low, dots, high = text.partition("..")
     if not low.isdecimal() or (dots and not high.isdecimal()):
         raise ReplayError(f"--chunk: expected A..B, for example 1..64, got {text!r}")

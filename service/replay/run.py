@@ -59,7 +59,7 @@ class Tally:
         problems: how often each problem came, by code.
         duplicates: chunks sent twice at once.
         replayed: replies that were marked so.
-        fell_back: how often a stream stood before what was acknowledged, `lost` in events.
+        fell_back: how often a stream was behind its acknowledged position, `lost` in events.
         skipped: events whose outputs were not received, because their stored reply had expired.
         faults: what the service said that cannot be true, the first hundred.
         fault_count: how many there were.
@@ -309,7 +309,7 @@ class Replay:
             await asyncio.sleep(REPORT_PERIOD_S)
 
     async def _wait(self, problem: Problem, retry: Retry, what: str) -> None:
-        """Wait before the next attempt; ReplayError where there is none."""
+        """Wait before the next attempt; ReplayError if no attempt is left."""
         try:
             delay_s = retry.next_delay_s(problem)
         except Problem:

@@ -114,7 +114,7 @@ class Schedule:
             await self._until_change()
 
     def give_back(self, cursor: Cursor) -> None:
-        """The stream's chunk is settled; it comes up again if it has more events."""
+        """The stream's chunk is answered; it is scheduled again if it has more events."""
         self._out -= 1
         if cursor.remaining:
             self._push(cursor)

@@ -47,7 +47,7 @@ def skill_of(spec: ModelSpec, streams: Sequence[tuple[EventColumns, FloatRows]])
 
     Args:
         spec: the model, with a fitted schema.
-        streams: events and their outputs float32 [T, O], NaN where none was received.
+        streams: events and their outputs float32 [T, O], NaN if none was received.
     """
     slices = output_spec(spec).slices
     found = []

@@ -31,7 +31,7 @@ class Summary:
 
     Attributes:
         streams: how many there were.
-        resumed: how many stood beyond 0 before.
+        resumed: how many streams had a position above 0 at the start.
         positions_checked: whether every stream's final position was asked for.
     """
 

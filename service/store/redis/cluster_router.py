@@ -236,7 +236,7 @@ class ClusterRouter(Router):
                 self._apply(topology)
                 return None
             errors.append(StoreUnavailable(f"{address} knows of no node that has slots"))
-        # An unavailable node may return it later; nodes that all reject will go on to reject.
+        # An unavailable node may return it later; nodes that all reject will keep rejecting.
         self._topology_error = next(
             (error for error in errors if isinstance(error, StoreUnavailable)), errors[0]
         )

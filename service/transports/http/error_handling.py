@@ -41,7 +41,7 @@ class InternalErrorMiddleware:
     """ASGI middleware: an unexpected exception becomes `internal_error`.
 
     It is outside of the handlers above. A client that disconnected gets no response. Once a
-    response has started it cannot be replaced, and the exception goes on to the server.
+    response has started it cannot be replaced, and the exception is passed to the server.
     """
 
     def __init__(self, app: ASGIApp):

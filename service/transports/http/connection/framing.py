@@ -220,7 +220,7 @@ class FramingProtocol(HttpToolsProtocol):
             self._drained_bytes += len(body)
             if self._drained_bytes > MAX_DRAIN_BYTES:
                 self._stop_parser(
-                    MalformedRequest("the body of a request that was answered goes on")
+                    MalformedRequest("the body of a request that was answered continues")
                 )
         super().on_body(body)
 

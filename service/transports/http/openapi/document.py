@@ -27,7 +27,7 @@ TAGS = [
     {"name": "chunks", "description": "Send events, get outputs."},
     {"name": "streams", "description": "Look at, forget, restore and fork streams."},
     {"name": "models", "description": "What is served."},
-    {"name": "health", "description": "For whoever routes traffic and watches."},
+    {"name": "health", "description": "For load balancers and monitoring."},
 ]
 DESCRIPTION = """\
 Serves recurrent networks over event streams. Every stream has its own state; events arrive in

@@ -71,7 +71,7 @@ _TIMEOUT = _parameter(
     {**_TEXT, "pattern": SECONDS, "examples": ["2.5"]},
 )
 _REQUEST_ID = _parameter(
-    "header", "X-Request-ID", "An id for logs and problems; made where there is none.", _TEXT
+    "header", "X-Request-ID", "An id for logs and problems; generated if absent.", _TEXT
 )
 _OPTIONS = [
     _parameter(

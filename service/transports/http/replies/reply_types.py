@@ -259,7 +259,7 @@ class OutputInfo(TypedDict):
     """Shape of one step."""
     per: Literal["step", "chunk", "block"]
     labels: list[str]
-    """Names along the last axis, where it has any."""
+    """Names along the last axis, if it has any."""
 
 
 @closed
@@ -346,7 +346,7 @@ class ModelDetail(TypedDict):
     blocks: BlocksInfo | None
     """How a bidirectional network follows a stream; null where events are answered at once."""
     max_chunk_steps: int | None
-    """Maximum steps of what the model sees as a whole; null where it has no limit."""
+    """Maximum steps of what the model sees as a whole; null if there is no limit."""
     runtimes: list[str]
     forecast: ForecastInfo | None
     """Null for a model without a decoder."""

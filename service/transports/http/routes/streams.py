@@ -113,8 +113,8 @@ async def get_state(request: Request, model: ModelPath, stream: StreamPath) -> R
 async def put_state(request: Request, model: ModelPath, stream: StreamPath) -> Response:
     """Accepts what `GET` returned, of this stream or another. The stream gets a new epoch.
 
-    A stream that exists is overwritten only under `If-Match` with its ETag. 201 where the
-    stream was created, 200 where it was overwritten.
+    A stream that exists is overwritten only under `If-Match` with its ETag. 201 if the stream was
+    created, 200 if it was overwritten.
     """
     query(request)
     api = api_of(request)
@@ -165,7 +165,7 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
     """The new stream has this one's state, position and kind of feed, and an epoch of its own.
 
     An existing stream of that name is overwritten only under `If-Match` with *its* ETag, that
-    of the stream `to`. 201 where it was created, 200 where it was overwritten.
+    of the stream `to`. 201 if it was created, 200 if it was overwritten.
     """
     query(request)
     api = api_of(request)
@@ -183,7 +183,7 @@ async def post_fork(request: Request, model: ModelPath, stream: StreamPath) -> R
 
 @router.get("/v1/models/{model}/streams", summary="List streams", **operations.STREAMS)
 async def get_streams(request: Request, model: ModelPath) -> Response:
-    """One page of names, in no order; go on with its `cursor` until that is null.
+    """One page of names, in no order; continue with its `cursor` until that is null.
 
     A stream that exists throughout a listing comes at least once; a name may come twice, and a
     page may be empty before the last.
