@@ -107,14 +107,19 @@ def is_packed_array(value: bytes | memoryview) -> bool:
 
 def packed_pairs(value: bytes | memoryview) -> list[tuple[str, msgspec.Raw]]:
     """Names and values of a map in MessagePack, including those of duplicate members."""
+    parts = packed_parts(value)
+    return [(_name(parts[at]), parts[at + 1]) for at in range(0, len(parts), 2)]
+
+
+def packed_parts(value: bytes | memoryview) -> list[msgspec.Raw]:
+    """Names and values of a map in MessagePack, in turn, undecoded."""
     counted = packed_length(value)
     if counted is None:
         raise ValueError("expected a map")
     count, start = counted
     # A map is an array of its names and values under another header.
     header = _ARRAY32.to_bytes() + (2 * count).to_bytes(4, "big")
-    parts = _ELEMENTS.decode(b"".join((header, value[start:])))
-    return [(_name(parts[at]), parts[at + 1]) for at in range(0, len(parts), 2)]
+    return _ELEMENTS.decode(b"".join((header, value[start:])))
 
 
 def _json_tree(body: bytes) -> Any:

@@ -22,6 +22,7 @@ from service.transports.http.bodies.duplicates import (
     is_packed_map,
     packed_length,
     packed_pairs,
+    packed_parts,
 )
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.http.long_bodies.json_structure import JsonStructure, is_blank
@@ -35,7 +36,16 @@ MORE: Final = "more"
 
 _UNKNOWN: Final = re.compile("unknown field `(.*)`")
 _MEMBER: Final = re.compile(r"length.* at `\$\.(.*)`$")
-_OBJECT: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_MAX_NAME: Final = 4096
+"""Longest member name, in characters, that is decoded: no accepted body has a longer one, and the
+whole body may be one name."""
+_SHOWN_NAME_BYTES: Final = 256
+
+_OBJECT: Final = msgspec.msgpack.Decoder(
+    dict[Annotated[str, msgspec.Meta(max_length=_MAX_NAME)], msgspec.Raw]
+)
+_TEXT_HEADERS: Final = {0xDA: 3, 0xDB: 5}
+"""Sizes of the headers of long texts in MessagePack, by their first byte."""
 _LIST: Final = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
@@ -127,6 +137,9 @@ async def _split_packed(
         few = counted[0] <= 2 * len(limits.members)
         names = [name for name, _ in packed_pairs(value)] if few else []
         raise _too_many_members(limits, names, inside)
+    if name := _long_name(value):
+        raise _unknown(limits, name, inside)
+    await checkpoint()
     try:
         _bounded(tuple(limits.members), limits.max_elements).decode(value)
     except msgspec.ValidationError as error:
@@ -150,6 +163,26 @@ async def _split_packed(
         else:
             split.members[name] = part
     return split
+
+
+def _long_name(value: memoryview) -> str | None:
+    """The beginning of the first name of a MessagePack object that is too long to be decoded.
+
+    Other errors are left to the decoders that follow: msgspec would copy the name twice for its
+    error.
+    """
+    try:
+        _OBJECT.decode(value)
+    except msgspec.ValidationError as error:
+        if "length" not in str(error):
+            return None
+        for raw in packed_parts(value)[::2]:
+            name = memoryview(raw)
+            if len(name) > _MAX_NAME and (header := _TEXT_HEADERS.get(name[0])):
+                return bytes(name[header:][:_SHOWN_NAME_BYTES]).decode(errors="replace")
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    return None
 
 
 @lru_cache(maxsize=256)

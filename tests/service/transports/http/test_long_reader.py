@@ -196,6 +196,17 @@ def test_long_member_name_is_an_unknown_member(readers: Mapping[str, RequestRead
         assert name.startswith(long[2]["at"])
 
 
+def test_long_member_name_in_messagepack_is_an_unknown_member(
+    readers: Mapping[str, RequestReader],
+) -> None:
+    reader, name = readers["probe"], "n" * 5000
+    for value in ({name: 1, "inputs": b""}, {"inputs": b"", name: 1}, {"final": None, name: 1}):
+        body = ormsgpack.packb(value)
+        short, long = (way(reader, "chunk", Media.MSGPACK, body) for way in (read, read_long))
+        assert short[0] is long[0] is InvalidInput
+        assert long[2]["at"] == name[:256]
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_commas_in_strings_are_not_separators(data: st.DataObject) -> None:

@@ -54,6 +54,11 @@ def _unknown_members() -> bytes:
     return b"{%b}" % b",".join([b'"m%07d":0' % at for at in range(1_290_000)])
 
 
+def _one_name() -> bytes:
+    length = MAX_BYTES - 16
+    return b"\x81\xdb" + length.to_bytes(4, "big") + b"a" * length + b"\xc0"
+
+
 def _state(value: bytes) -> bytes:
     lead = b'{"fingerprint":"%b","feed":"inputs","position":0,"state":' % (b"0" * 32)
     return _filled(lead + b'{"lstm_1_m1.hidden":[', value, b"]}}")
@@ -93,6 +98,7 @@ def _messagepack() -> Iterator[HugeBody]:
         lambda: events + b"\x91\xdf" + pairs.to_bytes(4, "big") + member * pairs,
         422, "invalid_input",
     )  # fmt: skip
+    yield HugeBody("one name", CHUNK, MSGPACK, _one_name, 422, "invalid_input")
     yield body("fork of nils", FORK, b"\x81\xa2to", b"\xc0")
 
 
