@@ -22,16 +22,18 @@ CHUNK_EVENTS = 8
 def main(url: str = "http://127.0.0.1:8000") -> None:
     """Send the departures; a second run finds that all of them are applied."""
     departures = json.loads(Path(__file__).with_name("departures.json").read_bytes())
-    with Carry(url) as carry:
-        for name, events in departures.items():
-            stream = Stream(carry, "flights", name)
-            try:
+    try:
+        with Carry(url) as carry:
+            for name, events in departures.items():
+                stream = Stream(carry, "flights", name)
                 for start, outputs in stream.send_all(events, CHUNK_EVENTS):
                     print(name, start, json.dumps(outputs)[:100])
-            except Problem as problem:
-                raise SystemExit(f"{name}: {problem}") from problem
-            print(f"{name} is at position {stream.position}")
+                print(f"{name} is at position {stream.position}")
+    except Problem as problem:
+        raise SystemExit(str(problem)) from problem
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        raise SystemExit("usage: python examples/client.py [URL]")
     main(*sys.argv[1:])

@@ -18,14 +18,14 @@ from service.replay.options import (
 
 
 class By(StrEnum):
-    """What a stream of flights is."""
+    """Which departures form one stream."""
 
     AIRPORT_CARRIER = "airport-carrier"
     AIRCRAFT = "aircraft"
 
 
 class Encoding(StrEnum):
-    """How bodies are written."""
+    """Encoding of the bodies."""
 
     JSON = "json"
     MSGPACK = "msgpack"
@@ -34,25 +34,31 @@ class Encoding(StrEnum):
 def replay(
     url: Annotated[
         list[str] | None,
-        typer.Option(help=f"Where the service listens; may be repeated. [{DEFAULT_URL}]"),
+        typer.Option(help=f"Address of the service; may be repeated. [default: {DEFAULT_URL}]"),
     ] = None,
-    model: Annotated[str, typer.Option(help="The model to replay through.")] = "flights",
-    by: Annotated[By, typer.Option(help="What a stream of flights is.")] = By.AIRPORT_CARRIER,
+    model: Annotated[str, typer.Option(help="The model's name.")] = "flights",
+    by: Annotated[By, typer.Option(help="Which departures form one stream.")] = By.AIRPORT_CARRIER,
     data: Annotated[
         Path | None,
-        typer.Option(help="A .csv, .jsonl or .parquet file instead of the flights."),
+        typer.Option(help="Events to replay (.csv, .jsonl or .parquet) instead of the departures."),
     ] = None,
     stream_column: Annotated[
         str, typer.Option(help="The column of --data that names the stream.")
     ] = "stream",
     prefix: Annotated[
-        str, typer.Option(help="Put before every stream's name, to replay as new streams.")
+        str,
+        typer.Option(help="Prefix of every stream's name, to replay the events as new streams."),
     ] = "",
     events: Annotated[
-        int | None, typer.Option(min=1, help="How many events, the earliest; all by default.")
+        int | None,
+        typer.Option(min=1, help="Replay only this many events, the earliest; default: all."),
     ] = None,
-    chunk: Annotated[str, typer.Option(help="Events per chunk: A..B, drawn evenly.")] = "1..64",
-    seed: Annotated[int, typer.Option(help="Of the cuts and the duplicates.")] = 1,
+    chunk: Annotated[
+        str, typer.Option(help="Events per chunk: N, or A..B, drawn evenly.")
+    ] = "1..64",
+    seed: Annotated[
+        int, typer.Option(help="Random seed of the chunk sizes and the duplicates.")
+    ] = 1,
     streams_in_flight: Annotated[
         int, typer.Option(min=1, max=4096, help="Streams with a chunk in flight at once.")
     ] = 64,
@@ -60,24 +66,29 @@ def replay(
         int, typer.Option(min=1, max=1000, help="Streams that share one request.")
     ] = 1,
     speed: Annotated[
-        str, typer.Option(help="`max`, or times real time by the events' timestamps.")
+        str, typer.Option(help="`max`, or a factor of real time by the events' timestamps.")
     ] = "max",
     duplicates: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of chunks that are sent twice at once.")
+        float,
+        typer.Option(min=0, max=1, help="Share of the chunks that are sent twice at once, 0 to 1."),
     ] = 0.0,
     encoding: Annotated[
-        Encoding, typer.Option("--format", help="How bodies are written.")
+        Encoding, typer.Option("--format", help="Encoding of the bodies.")
     ] = Encoding.JSON,
     patience_s: Annotated[
-        float, typer.Option(min=0, help="How long to try again while the service is away.")
+        float,
+        typer.Option(
+            min=0, help="How long to retry a failing chunk before the replay stops, in seconds."
+        ),
     ] = 60.0,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare with one Keras call per whole stream.")
+        bool,
+        typer.Option("--verify", help="Compare every output with one Keras call per whole stream."),
     ] = False,
     artifact: Annotated[
         Path | None,
         typer.Option(
-            help="The model's directory, for skill and --verify; the pretrained one if absent."
+            help="The model's directory, for skill and --verify; default: the pretrained one."
         ),
     ] = None,
     report: Annotated[
@@ -87,9 +98,9 @@ def replay(
 ) -> None:
     """Replay events through a running service as live streams.
 
-    Without --data the departures from New York in 2013 are replayed. A second run continues
-    where the streams stand. Exits with 1 where the service broke its contract, with 2 where
-    the replay could not be finished.
+    Without --data it replays the departures from New York in 2013. A second run continues
+    from the streams' positions. Exit status: 0 if every guarantee held, 1 if the service broke
+    one, 2 if the replay could not be finished.
     """
     try:
         chunk_min, chunk_max = parse_range(chunk)

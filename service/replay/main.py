@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 
 import orjson
 import uvloop
@@ -41,6 +42,8 @@ def run_replay(options: ReplayOptions) -> int:
     """
     errors = Console(stderr=True)
     try:
+        if options.report is not None:
+            _check_report_path(options.report)
         summary = uvloop.run(_run(options, errors))
         if options.report is not None:
             data = orjson.dumps(summary.as_data(), option=orjson.OPT_INDENT_2)
@@ -53,6 +56,12 @@ def run_replay(options: ReplayOptions) -> int:
         return EXIT_INTERRUPTED
     summary.print(Console(soft_wrap=True))
     return EXIT_FAILED if summary.failed else 0
+
+
+def _check_report_path(report: Path) -> None:
+    """Check before the replay that its report can be written after it."""
+    if report.is_dir() or not report.parent.is_dir():
+        raise ReplayError(f"--report: expected a file in an existing directory, got {report}")
 
 
 async def _run(options: ReplayOptions, errors: Console) -> Summary:

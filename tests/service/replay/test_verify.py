@@ -176,3 +176,13 @@ def test_verify_of_a_cut_dependent_model_sends_nothing(
     assert run_replay(options) == EXIT_UNFINISHED
     assert "'small' depend on how a stream is cut into chunks" in capsys.readouterr().err
     assert standin.seen == []
+
+
+def test_report_without_a_directory_stops_before_replaying(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ReplayOptions(
+        urls=("http://127.0.0.1:1",), patience_s=0, report=tmp_path / "absent" / "report.json"
+    )
+    assert run_replay(options) == EXIT_UNFINISHED
+    assert "--report: expected a file in an existing directory" in capsys.readouterr().err
