@@ -308,7 +308,7 @@ def _check_target(path: Path, overwrite: bool) -> None:
     if not (path / MANIFEST_NAME).is_file():
         raise ArtifactError(f"{path}: exists and is not an artifact; expected a new path")
     if not overwrite:
-        raise ArtifactError(f"{path}: is an artifact already; expected a new path")
+        raise ArtifactError(f"{path}: is an artifact already; expected a new path, or --overwrite")
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:

@@ -93,7 +93,7 @@ def train_frame(
 
     console = Console(quiet=quiet)
     if out.exists() and any(out.iterdir()) and not overwrite:
-        raise ArtifactError(f"{out}: holds something already; expected a free path")
+        raise ArtifactError(f"{out}: is not empty; expected a new path, or --overwrite")
     result = train(spec, frame, out, resume=resume, quiet=quiet, overwrite=overwrite, source=source)
     console.print(
         f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of training"

@@ -237,7 +237,7 @@ def evaluate(
     """
     spec = artifact.spec
     streams = streams_of(spec, frame, source)
-    from_ms = None if since is None else moment_ms(schema_of(spec), since, "since")
+    from_ms = None if since is None else moment_ms(schema_of(spec), since, "--since")
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     scored = events_to_score(spec, streams, labels, from_ms)
     if scored == 0:

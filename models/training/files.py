@@ -6,6 +6,7 @@ twice is rejected, because the libraries would silently rename or drop one.
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
     kind = path.suffix.lower()
     if kind not in READERS:
         raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
+    if not path.exists():
+        raise DataError(expected="an existing file", got=str(path))
     try:
         check_duplicate_names(path)
         if kind == ".parquet":
@@ -50,8 +53,10 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
         else:
             return pl.read_ndjson(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
+        if kind == ".csv":
+            _check_cells(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=reason) from error
+        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=repr(reason)) from error
     return _parse_columns(path, schema_of(spec), frame)
 
 
@@ -80,6 +85,19 @@ def _check_header(path: Path) -> None:
                 expected=f"{path}, line 1: columns of different names",
                 got=f"{name!r} as columns {at}",
             )
+
+
+def _check_cells(path: Path) -> None:
+    """Reject the first row of a CSV file that has more cells than the header, by its number."""
+    with path.open(newline="", errors="replace") as lines:
+        rows = csv.reader(lines)
+        columns = len(next(rows, ()))
+        for number, row in enumerate(rows, start=1):
+            if len(row) > columns:
+                raise DataError(
+                    expected=f"{path}, row {number}: {columns} cells, as in the header",
+                    got=str(len(row)),
+                )
 
 
 def _check_members(path: Path) -> None:

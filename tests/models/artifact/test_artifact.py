@@ -116,7 +116,7 @@ def test_unlisted_files_and_renames_are_ignored(artifact_dir: Path, tmp_path: Pa
 def test_an_artifact_is_replaced_only_on_request(artifact_dir: Path) -> None:
     other = random_weights(SPEC, seed=8)
 
-    with pytest.raises(ArtifactError, match="is an artifact already"):
+    with pytest.raises(ArtifactError, match=r"is an artifact already; .* --overwrite"):
         write_artifact(artifact_dir, SPEC, other)
     assert load_artifact(artifact_dir).fingerprint == compute_fingerprint(SPEC, WEIGHTS)
 

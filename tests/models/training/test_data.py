@@ -132,6 +132,23 @@ def test_held_out_events_do_not_leak_into_training(frame):
     assert not (plan.trained & plan.validated).any()
 
 
+def test_a_row_with_too_many_cells_is_rejected_with_its_number(tmp_path, frame):
+    path = tmp_path / "t.csv"
+    frame.write_csv(path)
+    lines = path.read_text().splitlines()
+    lines[5] += ",1"
+    path.write_text("\n".join(lines))
+    cells = len(frame.columns)
+    message = rf"t\.csv, row 5: {cells} cells, as in the header, got {cells + 1}"
+    with pytest.raises(DataError, match=message):
+        read_data(path, latch_spec())
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"expected an existing file, got .*t\.csv"):
+        read_data(tmp_path / "t.csv", latch_spec())
+
+
 def test_out_of_order_events_do_not_leak_past_the_split(frame):
     """Ordered by another column, moments may go back; what follows a held-out event is late."""
     spec = latch_spec(order_by="rank")
