@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 from hashlib import sha256
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from service.client import Field, ModelDescription
-from tests.load.scenarios import LoadError
+from tests.load.target import LoadError
 
 FIRST_MS = 1_356_998_400_000
 GAP_MS = 61_000
@@ -32,13 +32,11 @@ class Chunk(NamedTuple):
     """Consecutive events of one stream.
 
     Attributes:
-        kind: index of the scenario's kind of chunks.
         offset: of the first event in the feed.
         steps: T, the number of events.
         sent: events of the stream before it, from which its timestamps follow.
     """
 
-    kind: int
     offset: int
     steps: int
     sent: int
@@ -53,27 +51,13 @@ class Chunk(NamedTuple):
         return slice(self.offset, self.offset + self.steps)
 
 
-class Feed(Protocol):
-    """Where chunks are cut from.
+class InputsFeed:
+    """Rows of encoded values: codes drawn evenly, other columns from a normal distribution.
 
     Attributes:
-        member: of a body, `inputs` or `events`.
+        member: of a body, that has the events.
         event_bytes: estimated size of one event in a body.
     """
-
-    member: str
-    event_bytes: int
-    length: int
-
-    def events(self, chunk: Chunk) -> list[Any]:
-        """The events as a body holds them."""
-
-    def canonical(self, chunk: Chunk) -> bytes:
-        """The events in canonical bytes."""
-
-
-class InputsFeed:
-    """Rows of encoded values: codes drawn evenly, other columns from a normal distribution."""
 
     member = "inputs"
 
@@ -89,9 +73,11 @@ class InputsFeed:
         self.event_bytes = len(orjson.dumps(self._events)) // length + 1
 
     def events(self, chunk: Chunk) -> list[Any]:
+        """The events as a body holds them."""
         return self._events[chunk.part]
 
     def canonical(self, chunk: Chunk) -> bytes:
+        """The events in canonical bytes."""
         return self._rows[chunk.part].tobytes()
 
 
@@ -144,6 +130,9 @@ class EventsFeed:
         numbers = np.where(present, values, 0)
         dtype = "<f8" if field.kind == "numeric" else "u1"
         return bytes(present.tobytes() + numbers.astype(dtype).tobytes())
+
+
+Feed = InputsFeed | EventsFeed
 
 
 def _values(field: Field, length: int, random: np.random.Generator) -> list[Any]:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.client import ModelDescription, stream_path
 from tests.load.feeds import BODY_SHARE
-from tests.load.results import Compared
-from tests.load.scenarios import LoadError
-from tests.load.sender import Load
-from tests.load.stream import Applied, Fault, LoadStream
+from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError
+from tests.load.target import LoadError
 
 Recompute = Callable[[LoadStream, Sequence[Applied]], NDArray[Any]]
 """The outputs [T, O] of a stream's first chunks, computed a second time."""
@@ -30,6 +28,20 @@ Request = Callable[[str, Any], Any]
 """Posts a document to a path of the service and returns the reply; raises LoadError."""
 
 BOUND = 1e-5
+
+
+class Compared(NamedTuple):
+    """Outputs compared with a second computation of the same events.
+
+    Attributes:
+        how: what computed them.
+        excess: the largest |a-b| - 1e-5 |b|; correct up to 1e-5.
+    """
+
+    how: str
+    streams: int = 0
+    events: int = 0
+    excess: float = 0.0
 
 
 def by_service(request: Request, model: ModelDescription) -> tuple[str, Recompute]:
@@ -92,11 +104,11 @@ def by_oracle(folder: Path, model: ModelDescription) -> tuple[str, Recompute]:
 
 
 def compare(
-    load: Load, method: tuple[str, Recompute], max_streams: int, max_events: int
+    streams: Streams, method: tuple[str, Recompute], max_streams: int, max_events: int
 ) -> Compared:
     """Check every stream's history, and compare the outputs of some streams.
 
-    Faults are added to the load's results.
+    Wrong answers are added to those of the streams.
 
     Args:
         max_streams: compared at most, drawn evenly from all.
@@ -104,36 +116,38 @@ def compare(
     """
     how, recompute = method
     histories = {}
-    for stream in load.streams:
-        history = stream.history()
-        if isinstance(history, Fault):
-            load.results.add_fault(history)
-        elif any(each.outputs is not None for each in history):
-            histories[stream] = history
+    for stream in streams.every:
+        try:
+            histories[stream] = stream.history()
+        except WrongAnswerError as error:
+            streams.add_failure(error)
+    candidates = [stream for stream, history in histories.items() if history]
     count, events, excess = 0, 0, 0.0
-    for stream in load.random.sample(list(histories), min(max_streams, len(histories))):
-        limit = min(max_events, _max_events(stream, load.model))
+    for stream in streams.random.sample(candidates, min(max_streams, len(candidates))):
+        limit = min(max_events, _max_events(stream, streams.model))
         history = [each for each in histories[stream] if each.end <= limit]
         received = [each for each in history if each.outputs is not None]
         if not received:
             continue
         wanted = np.asarray(recompute(stream, history), np.float64)
-        worst, where = 0.0, 0
-        for each in received:
-            b = wanted[each.start : each.end]
-            over = np.abs(each.outputs - b) - BOUND * np.abs(b)
-            events += each.chunk.steps
-            if over.size and over.max() > worst:
-                worst, where = float(over.max()), each.start
         count += 1
+        events += sum(each.chunk.steps for each in received)
+        worst, where = max(
+            (_excess(each.outputs, wanted[each.start : each.end]), each.start) for each in received
+        )
         excess = max(excess, worst)
         if worst > BOUND:
             detail = (
                 f"stream {stream.name!r}, chunk at {where}: |a-b| - 1e-5|b| is {worst:.2e}, "
                 f"expected at most 1e-5, by {how}"
             )
-            load.results.add_fault(Fault("wrong_outputs", detail))
+            streams.add_failure(WrongAnswerError("wrong_outputs", detail))
     return Compared(how, count, events, excess)
+
+
+def _excess(a: Any, b: NDArray[Any]) -> float:
+    excess = np.where(np.isfinite(b), np.abs(a - b) - BOUND * np.abs(b), np.inf)
+    return float(np.max(excess, initial=0.0))
 
 
 def _max_events(stream: LoadStream, model: ModelDescription) -> int:

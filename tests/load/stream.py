@@ -1,24 +1,40 @@
-"""One stream of a load: checks each reply against what its client knows, and keeps the history."""
+"""Streams of a load: deliver chunks, check each reply, keep the history.
+
+With a position a chunk is repeated after every retryable problem, until the time limit. Without
+one it is repeated only where it was certainly not applied. `position_ahead`, `position_behind` and
+`already_applied` are wrong answers to a client that has its streams to itself and got every reply.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.client import ModelDescription
+from service.client import POSITION_CODES, ModelDescription, Problem, Retry, stream_path
 from tests.load.feeds import FIRST_TAG, Chunk, Feed, next_tag
 
+NEW_STREAM_SHARE = 0.5
+"""How often a new stream is created, while there may be more, instead of taking the one that has
+waited longest: so that even a short run loads states that were not used for long."""
+EXAMPLES_PER_CODE, EXAMPLE_CHARS = 3, 500
 
-class Fault(NamedTuple):
+Post = Callable[[str, bytes], Any]
+"""Sends a body to a path and returns the document; raises `Problem`."""
+
+
+class WrongAnswerError(Exception):
     """A wrong answer: a stable code, and what was expected and received."""
 
-    code: str
-    detail: str
+    def __init__(self, code: str, detail: str):
+        super().__init__(f"{code}: {detail}")
+        self.code, self.detail = code, detail
 
 
 class Applied(NamedTuple):
@@ -53,6 +69,7 @@ class LoadStream:
         is_closed: no more chunks are sent, because of its age or a failure.
     """
 
+    model: ModelDescription
     name: str
     feed: Feed
     appends: bool
@@ -64,94 +81,107 @@ class LoadStream:
     is_closed: bool = False
     applied: list[Applied] = field(default_factory=list)
 
-    def body(self, chunk: Chunk) -> bytes:
-        """The body of the request with the next chunk."""
-        position = {} if self.appends else {"position": self.position}
-        return orjson.dumps({**position, self.feed.member: self.feed.events(chunk)})
+    def send(self, chunk: Chunk, post: Post, retry: Retry) -> None:
+        """Send a chunk until it is applied.
 
-    def accept(
-        self, model: ModelDescription, chunk: Chunk, reply: Mapping[str, Any], *, is_retry: bool
-    ) -> Fault | None:
-        """Record a reply, or return what is wrong with it and close the stream.
-
-        Args:
-            is_retry: an earlier attempt failed, so that this may be the stored reply.
+        Raises:
+            Problem: it was rejected or abandoned.
+            WrongAnswerError
         """
-        try:
-            fault = self._check(model, chunk, reply, is_retry)
-        except (KeyError, TypeError, ValueError) as error:
-            fault = Fault("unreadable", f"{type(error).__name__}: {error}")
-        if fault is None:
-            return None
-        self.is_closed = True
-        return Fault(fault.code, f"stream {self.name!r}: {fault.detail}")
+        position = {} if self.appends else {"position": self.position}
+        body = orjson.dumps({**position, self.feed.member: self.feed.events(chunk)})
+        path = f"{stream_path(self.model.name, self.name)}/chunks"
 
-    def _check(
-        self, model: ModelDescription, chunk: Chunk, reply: Mapping[str, Any], is_retry: bool
-    ) -> Fault | None:
-        position, epoch = int(reply["position"]), str(reply["epoch"])
-        start = position - chunk.steps if self.appends else self.position
-        names = (reply["model"], reply["stream"])
-        if names != (model.name, self.name):
-            return Fault("wrong_stream", f"expected a reply of that stream, got one of {names}")
-        if position != start + chunk.steps or start < 0:
-            return Fault("wrong_position", f"expected {start + chunk.steps}, got {position}")
-        if self.epoch and epoch != self.epoch:
-            return Fault("wrong_epoch", f"expected epoch {self.epoch}, got {epoch}")
-        if reply["replayed"] and not is_retry:
-            return Fault("wrong_replay", f"the chunk at {start} was sent once and is `replayed`")
-        created = bool(reply.get("created"))
-        if created != (start == 0) and not (start == 0 and reply["replayed"]):
-            return Fault("wrong_beginning", f"created is {created} at position {start}")
-        tag = b"" if self.appends else next_tag(self.tag, start, self.feed, chunk)
-        if tag and reply["tag"] != tag.hex():
-            return Fault("wrong_tag", f"expected {tag.hex()} at {position}, got {reply['tag']}")
+        def attempt() -> Any:
+            try:
+                return post(path, body)
+            except Problem as problem:
+                problem.is_retryable &= problem.code not in POSITION_CODES
+                problem.is_retryable &= problem.was_not_applied or not self.appends
+                raise
+
         try:
-            outputs = model.pack(reply["outputs"], chunk.steps)
-        except ValueError as error:
-            return Fault("wrong_outputs", f"at position {start}: {error}")
-        if not np.isfinite(outputs).all():
-            return Fault("wrong_outputs", f"at position {start}: expected finite numbers")
+            reply = retry.run(attempt)
+        except Problem as problem:
+            if problem.code in POSITION_CODES:
+                # the rejection itself is the last failure
+                self._accept_position(chunk, problem, is_retry=retry.failures > 1)
+            else:
+                self.unknown_appends += self.appends and not problem.was_not_applied
+                raise
+        else:
+            self._accept(chunk, reply, is_retry=retry.failures > 0)
+
+    def _accept(self, chunk: Chunk, reply: Mapping[str, Any], *, is_retry: bool) -> None:
+        """Record a correct reply, which may be the stored one after a retry."""
+        try:
+            position, epoch = int(reply["position"]), str(reply["epoch"])
+            start = position - chunk.steps if self.appends else self.position
+            tag = b"" if self.appends else next_tag(self.tag, start, self.feed, chunk)
+            replayed, created = reply["replayed"], bool(reply.get("created"))
+            names = (reply["model"], reply["stream"])
+            may_be_created = created == (start == 0) or (start == 0 and replayed)
+            for code, is_right, received in (
+                ("wrong_stream", names == (self.model.name, self.name), names),
+                ("wrong_position", position == start + chunk.steps and start >= 0, position),
+                ("wrong_epoch", self.epoch in ("", epoch), epoch),
+                ("wrong_replay", is_retry or not replayed, replayed),
+                ("wrong_beginning", may_be_created, created),
+                ("wrong_tag", not tag or reply["tag"] == tag.hex(), reply["tag"]),
+            ):
+                if not is_right:
+                    raise self._wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
+            outputs = self._outputs(chunk, start, reply["outputs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._wrong("unreadable", f"{type(error).__name__}: {error}") from error
         self.epoch = epoch
         self._append(Applied(chunk, start, tag, outputs))
-        return None
 
-    def skip(self, chunk: Chunk) -> None:
-        """The chunk was applied, and its reply is no longer stored."""
-        tag = next_tag(self.tag, self.position, self.feed, chunk)
-        self._append(Applied(chunk, self.position, tag, None))
+    def _outputs(self, chunk: Chunk, start: int, outputs: Any) -> NDArray[np.float32]:
+        try:
+            packed = self.model.pack(outputs, chunk.steps)
+        except ValueError as error:
+            raise self._wrong("wrong_outputs", f"at position {start}: {error}") from error
+        if not np.isfinite(packed).all():
+            raise self._wrong("wrong_outputs", f"at position {start}: expected finite numbers")
+        return packed
+
+    def _accept_position(self, chunk: Chunk, problem: Problem, *, is_retry: bool) -> None:
+        """Accept that a repeated chunk was applied, and its reply is no longer stored."""
+        may_be_applied = problem.code == "already_applied" and is_retry and not self.appends
+        if may_be_applied and problem.position == self.position + chunk.steps:
+            tag = next_tag(self.tag, self.position, self.feed, chunk)
+            self._append(Applied(chunk, self.position, tag, None))
+            return
+        detail = f"chunk at {self.position}: {problem.detail}"
+        if problem.code == "position_ahead" and not self.appends:
+            self._rewind(problem.position or 0, str(problem.document.get("tag") or ""))
+        raise self._wrong(problem.code, detail)
 
     def _append(self, applied: Applied) -> None:
         self.applied.append(applied)
-        self.position = applied.end
-        self.tag = applied.tag
+        self.position, self.tag = applied.end, applied.tag
 
-    def rewind(self, position: int, tag: str) -> Fault | None:
-        """Return to the state that a 409 `position_ahead` names.
-
-        A state that no prefix of the stream's chunks gives is a fault, and closes the stream.
-        """
+    def _rewind(self, position: int, tag: str) -> None:
+        """Return to the state that a 409 `position_ahead` names, a prefix of the chunks."""
         while self.applied and self.position != position:
             self.applied.pop()
             last = self.applied[-1] if self.applied else None
             self.position, self.tag = (last.end, last.tag) if last else (0, FIRST_TAG)
-        if self.position == position and (not self.applied or tag == self.tag.hex()):
-            if not self.applied:
-                self.epoch = ""
-            self.sent = sum(each.chunk.steps for each in self.applied)
-            return None
-        self.is_closed = True
-        return Fault(
-            "no_prefix",
-            f"stream {self.name!r}: is at {position} with tag {tag}, which no prefix of its "
-            "events gives",
-        )
+        if self.position != position or (self.applied and tag != self.tag.hex()):
+            raise self._wrong("no_prefix", f"is at {position} with tag {tag}: no prefix gives it")
+        if not self.applied:
+            self.epoch = ""
+        self.sent = sum(each.chunk.steps for each in self.applied)
 
-    def history(self) -> list[Applied] | Fault:
+    def history(self) -> list[Applied]:
         """The acknowledged chunks from position 0, without a gap.
 
         Those of appends must be contiguous in the order of their positions; after an append of
         unknown outcome the history ends at the first gap.
+
+        Raises:
+            WrongAnswerError
         """
         history: list[Applied] = []
         position = 0
@@ -159,11 +189,91 @@ class LoadStream:
             if each.start > position and self.unknown_appends:
                 break
             if each.start != position:
-                return Fault(
-                    "lost_chunk" if each.start > position else "doubled_chunk",
-                    f"stream {self.name!r}: chunks end at {position}, the next acknowledged one "
-                    f"begins at {each.start}",
-                )
+                code = "lost_chunk" if each.start > position else "doubled_chunk"
+                detail = f"chunks end at {position}, the next acknowledged one is at {each.start}"
+                raise self._wrong(code, detail)
             history.append(each)
             position = each.end
         return history
+
+    def _wrong(self, code: str, detail: str) -> WrongAnswerError:
+        return WrongAnswerError(code, f"stream {self.name!r}: {detail}")
+
+
+@dataclass(slots=True)
+class Streams:
+    """All streams of a scenario, and its failures.
+
+    Attributes:
+        prefix: of every stream's name.
+        stream_events: a stream is replaced by a new one after this many events.
+        appends: all users send to the same streams at once, without positions.
+        capacity: streams that a user keeps in turn; that all users share where they append.
+        wrong_answers: how many, by code.
+        examples: the first failures, by code.
+    """
+
+    model: ModelDescription
+    feeds: list[Feed]
+    prefix: str
+    random: Random
+    stream_events: int
+    appends: bool
+    capacity: int
+    retry_s: float = 30.0
+    every: list[LoadStream] = field(default_factory=list)
+    shared: deque[LoadStream] = field(default_factory=deque)
+    wrong_answers: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def new_turns(self) -> deque[LoadStream]:
+        """The streams that a new user keeps in turn."""
+        return self.shared if self.appends else deque()
+
+    def take_turn(self, turns: deque[LoadStream]) -> LoadStream:
+        """The next stream in turn: one that has waited longest, or a new one."""
+        while turns and turns[0].is_closed:
+            turns.popleft()
+        has_room = len(turns) < self.capacity
+        if not turns or (has_room and self.random.random() < NEW_STREAM_SHARE):
+            number = len(self.every)
+            feed = self.feeds[number % len(self.feeds)]
+            turns.append(LoadStream(self.model, f"{self.prefix}{number}", feed, self.appends))
+            self.every.append(turns[-1])
+        else:
+            turns.rotate(-1)
+        return turns[-1]
+
+    def send(
+        self, turns: deque[LoadStream], steps: tuple[int, int], post: Post, **retry: Any
+    ) -> None:
+        """Send a chunk of the next stream, and record a failure before it is raised.
+
+        Args:
+            steps: shortest and longest chunk.
+            retry: `clock` and `sleep` of `Retry`.
+
+        Raises:
+            Problem, WrongAnswerError: as `LoadStream.send`.
+        """
+        stream = self.take_turn(turns)
+        count = self.random.randint(*steps)
+        offset = self.random.randint(0, stream.feed.length - count)
+        chunk = Chunk(offset, count, stream.sent)
+        stream.sent += count
+        stream.is_closed = stream.sent >= self.stream_events
+        try:
+            stream.send(chunk, post, Retry(self.retry_s, self.random, **retry))
+        except (Problem, WrongAnswerError) as failure:
+            # a stream that was rolled back continues from the position that it has
+            stream.is_closed |= failure.code != "position_ahead" or stream.appends
+            self.add_failure(failure)
+            raise
+
+    def add_failure(self, failure: Problem | WrongAnswerError) -> None:
+        """Count a wrong answer, and keep an example of any failure."""
+        if isinstance(failure, WrongAnswerError):
+            self.wrong_answers[failure.code] += 1
+        examples = self.examples.setdefault(failure.code, [])
+        if len(examples) < EXAMPLES_PER_CODE:
+            examples.append(failure.detail[:EXAMPLE_CHARS])

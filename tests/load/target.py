@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from service.client import Carry, ModelDescription, Problem, Retry, model_path, read_description
-from tests.load.scenarios import LoadError
 
 TIMEOUT_S = 120.0
 RETRY_S = 30.0
 
 
-class Service:
+class LoadError(Exception):
+    """The load cannot be run; the message is one sentence for the person who started it."""
+
+
+class Target:
     """A running service at one address; every failure is a LoadError."""
 
     def __init__(self, url: str):

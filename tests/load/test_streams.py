@@ -1,0 +1,369 @@
+"""Every wrong answer of a service is detected, and no correct one is reported as wrong.
+
+The streams are fed here without Locust, and answered by a service in memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from random import Random
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from service.client import ModelDescription, Output, Problem, read_problem
+from tests.load.feeds import Chunk, InputsFeed, longest_chunk, make_feeds
+from tests.load.recompute import Compared, by_service, compare
+from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError
+from tests.load.target import LoadError
+
+MODEL = ModelDescription(
+    name="probe",
+    version="0123456789ab",
+    runtimes=("numpy",),
+    codes=(0, 4),
+    fields=None,
+    outputs=(Output("out", (2,), False),),
+    is_cut_invariant=True,
+    max_body_bytes=100_000,
+    max_chunk_steps=50,
+    max_predict_steps=1000,
+)
+FEED = InputsFeed(MODEL, 200, 1)
+EVERY = 3
+Json = dict[str, Any]
+
+
+def problem(status: int, code: str, **members: Any) -> Problem:
+    retryable = status == 503 or code == "conflict"
+    return read_problem(status, {"code": code, "retryable": retryable, **members})
+
+
+NO_ANSWER = Problem(0, "no_answer", is_retryable=True)
+OVERLOADED = problem(503, "overloaded")
+
+
+@dataclass
+class StoredStream:
+    """A stream of the service: its events so far, its tag, and the last reply."""
+
+    rows: list[Any] = field(default_factory=list)
+    tag: bytes = bytes(16)
+    reply: Json = field(default_factory=dict)
+
+
+class Service:
+    """A service in memory, whose outputs are sums of the events so far; one client feeds it.
+
+    Attributes:
+        script: what answers the first chunks, instead of `answer`.
+        answer: what answers the others.
+    """
+
+    def __init__(
+        self,
+        *script: Problem | Callable[[str, Json], Any],
+        appends: bool = False,
+        capacity: int = 1,
+    ):
+        self.script = list(script)
+        self.answer: Callable[[str, Json], Any] = self.apply
+        self.stored: dict[str, StoredStream] = {}
+        self.bodies: list[bytes] = []
+        self.slept: list[float] = []
+        self.failures: list[str] = []
+        self.streams = Streams(MODEL, [FEED], "s", Random(5), 1000, appends, capacity)
+
+    def run(self, chunks: int, steps: tuple[int, int] = (4, 4)) -> LoadStream:
+        """Send chunks; the first stream."""
+        turns = self.streams.new_turns()
+        for _ in range(chunks):
+            try:
+                self.streams.send(turns, steps, self.post, sleep=self.slept.append)
+            except (Problem, WrongAnswerError) as failure:
+                self.failures.append(failure.code)
+        return self.streams.every[0]
+
+    def compare(self, model: ModelDescription = MODEL) -> Compared:
+        return compare(self.streams, by_service(self.request, model), 16, 10_000)
+
+    def post(self, path: str, body: bytes) -> Any:
+        self.bodies.append(body)
+        step = self.script.pop(0) if self.script else self.answer
+        if isinstance(step, Problem):
+            raise replace(step)
+        return step(path, orjson.loads(body))
+
+    def request(self, path: str, document: Json) -> Any:
+        """What the second computation asks for."""
+        if path.endswith("/chunks"):
+            return self.apply(path, document)
+        rows = document["sequences"][0]["inputs"]
+        return {"predictions": [{"outputs": {"out": np.cumsum(rows, axis=0).tolist()}}]}
+
+    def apply(self, path: str, document: Json) -> Json:
+        """The correct reply to a chunk, its tag by the protocol's reference."""
+        stream = self.stored.setdefault(path, StoredStream())
+        rows, start = document["inputs"], len(stream.rows)
+        position = document.get("position", start)
+        if position == start - len(rows) and stream.reply:
+            return {**stream.reply, "replayed": True}
+        if position != start:
+            raise problem(409, "position_ahead", position=start, tag=stream.tag.hex())
+        digest = sha256(b"I" + struct.pack("<Q", len(rows)) + np.array(rows, "<f4").tobytes())
+        stream.tag = sha256(stream.tag + struct.pack("<Q", start) + digest.digest()).digest()[:16]
+        stream.rows += rows
+        stream.reply = {
+            "model": "probe",
+            "stream": path.split("/")[-2],
+            "epoch": "ab" * 8,
+            "position": start + len(rows),
+            "tag": stream.tag.hex(),
+            "outputs": {"out": np.cumsum(stream.rows, axis=0)[start:].tolist()},
+            "replayed": False,
+            **({"created": True} if start == 0 else {}),
+        }
+        return stream.reply
+
+    def is_due(self, path: str) -> bool:
+        """Whether this chunk goes wrong: every third, but not a stream's first."""
+        return len(self.bodies) % EVERY == 0 and path in self.stored
+
+
+def nudge(service: Service, path: str, reply: Json) -> Json:
+    first, *others = reply["outputs"]["out"]
+    return {"outputs": {"out": [[first[0] + 1e-3, first[1]], *others]}}
+
+
+def swap(service: Service, path: str, reply: Json) -> Json:
+    return {"outputs": next(s.reply["outputs"] for p, s in service.stored.items() if p != path)}
+
+
+def lose_stream(service: Service, path: str, reply: Json) -> Json:
+    del service.stored[path]
+    return {}
+
+
+def put(**members: Any) -> Callable[[Service, str, Json], Json]:
+    return lambda service, path, reply: members
+
+
+WRONG_ANSWERS: dict[str, tuple[Callable[[Service, str, Json], Json], str]] = {
+    "a wrong output": (nudge, "wrong_outputs"),
+    "another stream's outputs": (swap, "wrong_outputs"),
+    "one output too few": (
+        lambda service, path, reply: {"outputs": {"out": reply["outputs"]["out"][1:]}},
+        "wrong_outputs",
+    ),
+    "an infinite output": (put(outputs={"out": [[float("inf"), 0.0]] * 4}), "wrong_outputs"),
+    "a position too far": (
+        lambda service, path, reply: {"position": reply["position"] + 1},
+        "wrong_position",
+    ),
+    "another stream's name": (put(stream="other"), "wrong_stream"),
+    "another epoch": (put(epoch="0" * 16), "wrong_epoch"),
+    "another history": (put(tag="0" * 32), "wrong_tag"),
+    "a replay of nothing": (put(replayed=True), "wrong_replay"),
+    "a second beginning": (put(created=True), "wrong_beginning"),
+    "no outputs at all": (put(outputs=None), "unreadable"),
+    "a lost stream": (lose_stream, "position_ahead"),
+}
+"""What a reply is changed by, and the code of the wrong answer that must be detected."""
+
+
+@pytest.mark.parametrize("name", WRONG_ANSWERS)
+def test_wrong_answer_is_detected(name: str) -> None:
+    change, code = WRONG_ANSWERS[name]
+    service = Service(capacity=3)
+
+    def answer(path: str, document: Json) -> Json:
+        is_due = service.is_due(path)
+        reply = service.apply(path, document)
+        return {**reply, **change(service, path, reply)} if is_due else reply
+
+    service.answer = answer
+    service.run(30)
+    service.compare()
+    assert set(service.streams.wrong_answers) == {code}
+    assert service.streams.examples[code]
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("is_cut_invariant", [False, True])
+def test_correct_service_has_no_wrong_answers(appends: bool, is_cut_invariant: bool) -> None:
+    service = Service(appends=appends, capacity=3)
+    service.streams.stream_events = 100
+    service.run(40, (1, 50))
+    compared = service.compare(replace(MODEL, is_cut_invariant=is_cut_invariant))
+    assert service.streams.wrong_answers == {}
+    assert service.failures == []
+    assert len(service.streams.every) > 3
+    assert compared.events == sum(stream.sent for stream in service.streams.every)
+    assert compared.excess < 1e-6
+    assert any(path.endswith(".again/chunks") for path in service.stored) != is_cut_invariant
+
+
+def test_lost_update_of_an_append_is_detected() -> None:
+    service = Service(appends=True)
+
+    def answer(path: str, document: Json) -> Json:
+        is_due = service.is_due(path)
+        return service.stored[path].reply if is_due else service.apply(path, document)
+
+    service.answer = answer
+    service.run(21)
+    service.compare()
+    assert set(service.streams.wrong_answers) == {"doubled_chunk"}
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_unknown_outcome_is_resolved_by_position_and_append_is_not_repeated(appends: bool) -> None:
+    service = Service(appends=appends)
+
+    def answer(path: str, document: Json) -> Json:
+        is_due = service.is_due(path)
+        reply = service.apply(path, document)
+        if is_due:
+            raise problem(503, "outcome_unknown")
+        return reply
+
+    service.answer = answer
+    service.run(20)
+    compared = service.compare()
+    assert service.streams.wrong_answers == {}
+    if appends:
+        assert service.slept == []
+        assert set(service.failures) == {"outcome_unknown"}
+    else:
+        assert len(service.slept) == len(service.bodies) - 20 > 5
+        assert compared.events == 80
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OVERLOADED,
+        NO_ANSWER,
+        problem(503, "outcome_unknown"),
+        problem(409, "conflict"),
+        read_problem(429, None),
+        read_problem(502, None),
+    ],
+)
+def test_chunk_with_position_is_repeated_unchanged(failure: Problem) -> None:
+    service = Service(failure, failure)
+    service.run(1)
+    assert len(set(service.bodies)) == 1
+    assert len(service.bodies) == 3
+    assert 0 < service.slept[0] < service.slept[1]
+    assert service.failures == []
+
+
+@pytest.mark.parametrize(("failure", "repeated"), [(OVERLOADED, True), (NO_ANSWER, False)])
+def test_append_is_repeated_only_if_it_was_not_applied(failure: Problem, repeated: bool) -> None:
+    service = Service(failure, appends=True)
+    stream = service.run(1)
+    assert len(service.bodies) == 1 + repeated
+    assert (service.failures == [], stream.unknown_appends) == (repeated, not repeated)
+
+
+@pytest.mark.parametrize(("status", "code"), [(422, "invalid_input"), (404, "model_not_found")])
+def test_problem_that_is_not_retryable_is_an_error_at_once(status: int, code: str) -> None:
+    service = Service(problem(status, code))
+    stream = service.run(1)
+    assert len(service.bodies) == 1
+    assert service.failures == [code]
+    assert service.streams.wrong_answers == {}
+    assert stream.is_closed
+
+
+def test_chunk_whose_reply_was_lost_and_expired_counts_as_applied() -> None:
+    def expire(path: str, document: Json) -> Any:
+        service.apply(path, document)
+        raise problem(409, "already_applied", position=4)
+
+    service = Service(NO_ANSWER, expire)
+    stream = service.run(2)
+    assert service.failures == []
+    assert [each.outputs is None for each in stream.applied] == [True, False]
+
+
+@pytest.mark.parametrize("code", ["already_applied", "position_behind"])
+def test_impossible_position_problem_is_a_wrong_answer(code: str) -> None:
+    service = Service()
+    service.script = [service.apply, problem(409, code, position=3)]
+    stream = service.run(2)
+    assert service.streams.wrong_answers == {code: 1}
+    assert stream.is_closed
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_stream_that_was_rolled_back_continues_from_its_position(kept: int) -> None:
+    def roll_back(path: str, document: Json) -> Any:
+        stored, first = service.stored[path], stream_of(service).applied[0]
+        del stored.rows[kept * 4 :]
+        stored.tag, stored.reply = first.tag if kept else bytes(16), {}
+        return service.apply(path, document)
+
+    service = Service()
+    service.script = [service.apply] * 3 + [roll_back]
+    stream = service.run(5)
+    assert service.streams.wrong_answers == {"position_ahead": 1}
+    assert [each.start for each in stream.applied] == [0, 4][: kept + 1]
+    assert not stream.is_closed
+
+
+def stream_of(service: Service) -> LoadStream:
+    return service.streams.every[0]
+
+
+@pytest.mark.parametrize("position", [1, 10_000])
+def test_position_that_no_prefix_gives_is_a_wrong_answer(position: int) -> None:
+    service = Service()
+    rejection = problem(409, "position_ahead", position=position, tag="ab" * 16)
+    service.script = [service.apply, service.apply, rejection]
+    stream = service.run(3)
+    assert service.streams.wrong_answers == {"no_prefix": 1}
+    assert stream.is_closed
+
+
+def appended(*spans: tuple[int, int], unknown: int = 0) -> LoadStream:
+    stream = LoadStream(MODEL, "s", FEED, appends=True, unknown_appends=unknown)
+    stream.applied = [Applied(Chunk(0, end - start, 0), start, b"", None) for start, end in spans]
+    return stream
+
+
+def test_appends_must_be_contiguous() -> None:
+    assert [each.start for each in appended((4, 6), (0, 4), (6, 9)).history()] == [0, 4, 6]
+    with pytest.raises(WrongAnswerError, match="lost_chunk"):
+        appended((0, 4), (5, 6)).history()
+    assert len(appended((0, 4), (5, 6), unknown=1).history()) == 1
+
+
+@pytest.mark.parametrize("appends", [False, True])
+def test_streams_take_turns_and_are_replaced_when_closed(appends: bool) -> None:
+    """Without positions two users share the streams; with positions each has its own."""
+    streams = Service(appends=appends, capacity=6 if appends else 3).streams
+    users = [streams.new_turns(), streams.new_turns()]
+    seen: list[set[str]] = [set(), set()]
+    for turn in range(300):
+        stream = streams.take_turn(users[turn % 2])
+        assert not stream.is_closed
+        seen[turn % 2].add(stream.name)
+        stream.sent += 1
+        stream.is_closed = stream.sent == 10
+    assert (seen[0] & seen[1] != set()) == appends
+    assert 30 <= len(streams.every) <= 36
+
+
+def test_feeds_fit_the_model() -> None:
+    with pytest.raises(LoadError, match="takes no events"):
+        make_feeds(MODEL, 10, "events", 1)
+    (feed,) = make_feeds(MODEL, 10, "both", 1)
+    assert feed.member == "inputs"
+    assert longest_chunk(MODEL) == MODEL.max_chunk_steps
