@@ -14,9 +14,9 @@ import sys
 
 import uvloop
 
-from tests.faults.plan import KINDS
-from tests.faults.report import describe_failures, failures, report
-from tests.faults.run import PLANTED_BUGS, Outcome, RunOptions, new_seed, run, temporary_folder
+from tests.faults.faults import KINDS
+from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
+from tests.faults.run import RunOptions, describe_failures, new_seed, report, run
 
 KILLS_PER_STAGE = 5
 
@@ -29,52 +29,34 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=110, help="faults (110)")
     parser.add_argument("--streams", type=int, default=48, help="streams (48)")
     parser.add_argument("--seed", type=int, help="a new one")
-    parser.add_argument("--plant", choices=planted_bugs(), help="plant a bug in the workers")
+    parser.add_argument(
+        "--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="cluster: acknowledge when the replicas have it"
     )
     parser.add_argument(
         "--verbose", action="store_true", help="print each fault before it is injected"
     )
-    given = parser.parse_args()
-    seed = new_seed() if given.seed is None else given.seed
+    options = vars(parser.parse_args())
+    stores, is_strict = options.pop("store"), options.pop("strict")
+    if options["seed"] is None:
+        options["seed"] = new_seed()
     code = 0
-    for store in given.store or sorted(KINDS, reverse=True):
+    for store in stores or sorted(KINDS, reverse=True):
         if store != "valkey" and shutil.which("redis-server") is None:
             print(f"{store}: redis-server is not on the PATH", flush=True)
             code = 1
             continue
-        print(f"{store}: seed {seed}", flush=True)
-        options = RunOptions(
-            store,
-            seed,
-            given.events,
-            given.faults,
-            given.streams,
-            kills_per_stage=KILLS_PER_STAGE,
-            plant=given.plant,
-            strict=given.strict and store == "cluster",
-            verbose=given.verbose,
-        )
-        outcome = uvloop.run(_in_folder(options))
-        found = failures(outcome, whole=True)
-        print(report(outcome))
-        if found:
-            print(f"  FAILED\n{describe_failures(outcome, found)}", flush=True)
-        else:
-            print("  passed", flush=True)
-        code |= bool(found)
+        print(f"{store}: seed {options['seed']}", flush=True)
+        strict = is_strict and store == "cluster"
+        one = RunOptions(store, kills_per_stage=KILLS_PER_STAGE, strict=strict, **options)
+        history, findings = uvloop.run(run(one))
+        reasons = describe_failures(one, history, findings, whole=True)
+        print(*report(one, history, findings), sep="\n")
+        print(*(["  FAILED", *reasons] if reasons else ["  passed"]), sep="\n", flush=True)
+        code |= bool(reasons)
     return code
-
-
-def planted_bugs() -> list[str]:
-    """The bugs that can be planted."""
-    return sorted(path.parent.name for path in PLANTED_BUGS.glob("*/sitecustomize.py"))
-
-
-async def _in_folder(options: RunOptions) -> Outcome:
-    async with temporary_folder() as folder:
-        return await run(options, folder)
 
 
 if __name__ == "__main__":

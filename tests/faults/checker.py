@@ -10,276 +10,283 @@ acknowledged in it. Then
                stream's epoch that comes back
     doubled    outputs as if one chunk of the chain had been applied twice
     lost       an acknowledged chunk outside the history of its epoch, unless a fault that may
-               take it away came between and its client noticed; an epoch that ended otherwise
+               take it came between and its client noticed; an epoch that ended otherwise
                than by such a fault or because the stream was removed; outputs as if one chunk
                of the chain were missing; two appends acknowledged for one place; a rejection that
                denies what was acknowledged before
 
 The outputs of every acknowledged chunk, also of those that were rolled back, are compared bit by
-bit with whole-number arithmetic (`network.Reference`): what an undisturbed service computes.
+bit with whole-number arithmetic (`network.compute`): what an undisturbed service computes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.faults.appends import check_burst
-from tests.faults.network import Reference
-from tests.faults.records import (
-    FIRST_TAG,
-    Ack,
-    Head,
-    History,
-    Rejection,
-    Sent,
-    StreamLog,
-    next_tag,
-)
-from tests.faults.result import DOUBLED, LOST, MIXED, CheckResult, Finding, Node
+from tests.faults.history import FIRST_TAG, Burst, History, Loss, Reply, Sent, StreamLog, next_tag
+from tests.faults.network import ZERO, Outputs, compute, turn
 
+LOST: Final = "lost"
+DOUBLED: Final = "doubled"
+MIXED: Final = "mixed"
+CHECKED: Final = "replies checked"
+ROLLED_BACK: Final = "acknowledged chunks rolled back by a fault, noticed"
+REMOVED: Final = "acknowledged chunks removed with their stream, noticed"
 _MOST_STATES: Final = 200_000
 _LOOK_BACK: Final = 400
 """Chunks that are tried as the missing or doubled one."""
 
+Finding = tuple[str, str]
+"""The kind of a violation, and what was seen."""
 
-def check(history: History) -> CheckResult:
-    """Check all streams and all bursts of appends of a run."""
-    result = CheckResult()
-    reference = Reference()
+
+def check(history: History) -> list[Finding]:
+    """The violations in a run; `seen` counts what was checked."""
+    findings: list[Finding] = []
     for log in history.streams:
-        _StreamCheck(log, history, reference, result).run()
+        findings += [(kind, f"{log.name}: {what}") for kind, what in _StreamCheck(log, history)]
     for burst in history.bursts:
-        check_burst(burst, history.losses, reference, result)
-    return result
+        # not while a fault may have taken acknowledged chunks
+        span = burst.span
+        if not any(
+            loss.since_s <= span.until_s and span.from_s <= loss.done_s for loss in history.losses
+        ):
+            history.seen["bursts of appends checked"] += 1
+            findings += [(kind, f"{burst.name}: {what}") for kind, what in check_burst(burst)]
+    return findings
 
 
+def check_burst(burst: Burst) -> Iterator[Finding]:
+    """Check that each acknowledged append has a place of its own, after the ones before it.
+
+    Where chunks got no reply, the stream may be longer than the acknowledged ones.
+    """
+    acks = sorted(burst.acks, key=lambda ack: ack.position)
+    places = [(ack.position - len(ack.sent.rows), ack.position) for ack in acks]
+    for before, after in pairwise(places):
+        if after[0] < before[1]:
+            yield LOST, f"two appends were acknowledged for {before} and {after}"
+            return
+    if len({ack.epoch for ack in acks}) > 1 or len({ack.tag for ack in acks}) < len(acks):
+        yield MIXED, "appends were acknowledged in two epochs, or under one tag"
+    applied = sum(len(ack.sent.rows) for ack in acks)
+    position = burst.final.position if burst.final is not None else 0
+    if position < applied or (position > applied and not burst.unknown):
+        kind = LOST if position < applied else DOUBLED
+        yield kind, f"is at {position} after {applied} events were acknowledged"
+    state, at = ZERO, 0
+    for ack, (start, end) in zip(acks, places, strict=True):
+        if start != at:
+            return
+        outputs = compute(state, ack.sent.rows)
+        if (ack.outputs != outputs).any():
+            yield MIXED, f"the append at {start} has outputs that do not follow"
+            return
+        state, at = outputs[-1], end
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class _Node:
+    """A state that the stream may have had: the chunks that lead to it.
+
+    Attributes:
+        outputs: int64 [T, H] of the last chunk, once they were computed.
+    """
+
+    tag: bytes
+    position: int
+    before: _Node | None = None
+    sent: Sent | None = None
+    outputs: NDArray[np.int64] | None = None
+
+    def chain(self) -> list[_Node]:
+        """The states from the first chunk's to this one, with outputs."""
+        chain, at = [], self
+        while at.before is not None:
+            chain.append(at)
+            at = at.before
+        return chain[::-1]
+
+    def compute(self) -> NDArray[np.int64]:
+        """Outputs of the last chunk; each chunk of the chain is computed once."""
+        missing, at = [], self
+        while at.outputs is None:
+            missing.append(at)
+            at = at.before
+        for node in reversed(missing):
+            node.outputs = compute(node.before.outputs[-1], node.sent.rows)
+        return self.outputs
+
+
+@dataclass(slots=True)
 class _StreamCheck:
-    def __init__(self, log: StreamLog, history: History, reference: Reference, result: CheckResult):
-        self._log = log
-        self._losses = history.losses
-        self._began_s = history.began_s
-        self._reference = reference
-        self._result = result
-        self._nodes: dict[bytes, Node] = {}
+    """Iterates over the violations in one stream."""
 
-    def run(self) -> None:
+    log: StreamLog
+    history: History
+    nodes: dict[bytes, _Node] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Finding]:
         self._find_states()
-        chains = self._histories()
-        for ack in self._log.acks:
-            self._check_ack(ack)
-        self._check_survival(chains)
-        self._check_removed()
-        self._check_refusals()
-
-    def _find(self, kind: str, what: str) -> None:
-        self._result.findings.append(Finding(kind, self._log.name, what))
+        for ack in self.log.acks:
+            yield from self._check_ack(ack)
+        yield from self._check_survival()
+        yield from self._check_removed()
+        yield from self._check_rejections()
 
     def _find_states(self) -> None:
-        """Every state that was seen; where the end cannot be reached by them, every one that
-        can have been."""
-        log = self._log
-        seen = {ack.tag for ack in log.acks} | {rejection.tag for rejection in log.rejections}
-        if log.final is not None:
-            seen.add(log.final.tag)
-        self._nodes = _states(log.sents, seen)
-        wanted = {ack.tag for ack in log.acks}
-        if log.final is not None:
-            wanted.add(log.final.tag)
-        if not wanted <= self._nodes.keys():
-            self._nodes = _states(log.sents, None)
+        """Every state that was seen; where these do not lead to all acknowledged ones, every
+        state that can have been."""
+        final = set() if self.log.final is None else {self.log.final.tag}
+        wanted = {ack.tag for ack in self.log.acks} | final
+        self.nodes = _states(self.log.sents, wanted | {each.tag for each in self.log.rejections})
+        if not wanted <= self.nodes.keys():
+            self.nodes = _states(self.log.sents, None)
 
-    def _histories(self) -> dict[str, set[bytes]]:
-        """The tags on the chain to the last state of each epoch."""
-        final = self._log.final
-        ends = {ack.epoch: ack.tag for ack in sorted(self._log.acks, key=lambda ack: ack.at_s)}
+    def _check_ack(self, ack: Reply) -> Iterator[Finding]:
+        """Tag, position and outputs against the chunks that lead to the tag."""
+        self.history.seen[CHECKED] += 1
+        self.history.seen["events checked"] += len(ack.sent.rows)
+        node = self.nodes.get(ack.tag)
+        what = self._describe(ack)
+        if node is None:
+            yield MIXED, f"{what}: its tag is that of no chain of sent chunks"
+        elif ack.position != node.position or ack.sent.digest != node.sent.digest:
+            yield MIXED, f"{what} with {ack.position}: its tag is another chunk's"
+        elif not np.array_equal(ack.outputs, node.compute()):
+            kind, why = _explain(node, ack.outputs)
+            yield kind, f"{what}: its outputs {why}"
+
+    def _check_survival(self) -> Iterator[Finding]:
+        """Every missing acknowledged chunk was rolled back or removed, and its client noticed."""
+        log, final = self.log, self.log.final
+        ends = {ack.epoch: ack.tag for ack in sorted(log.acks, key=lambda ack: ack.at_s)}
         if final is not None:
             ends[final.epoch] = final.tag
-            node = self._nodes.get(final.tag)
-            if node is None:
-                self._find(MIXED, f"is at {_place(final)}, which no chain of sent chunks gives")
-            elif node.position != final.position:
-                self._find(MIXED, f"is at {_place(final)}, its chunks end at {node.position}")
-        found = {}
-        for epoch, tag in ends.items():
-            chain = list(_chain(self._nodes[tag])) if tag in self._nodes else []
-            found[epoch] = {node.tag for node in chain}
-        return found
-
-    def _check_ack(self, ack: Ack) -> None:
-        """Tag, position and outputs against the chunks that lead to the tag."""
-        result = self._result
-        result.checked_chunks += 1
-        result.checked_events += len(ack.sent.rows)
-        node = self._nodes.get(ack.tag)
-        what = self._chunk(ack)
-        if node is None:
-            self._find(MIXED, f"{what}: its tag is that of no chain of sent chunks")
-            return
-        if ack.position != node.position or ack.sent.digest != node.sent.digest:
-            self._find(MIXED, f"{what} with {ack.position}: its tag is another chunk's")
-            return
-        outputs = _outputs(node, self._reference)
-        if ack.outputs.shape == outputs.shape and (ack.outputs == outputs).all():
-            return
-        kind, why = _explain(node, ack.outputs, self._reference)
-        self._find(kind, f"{what}: its outputs {why}")
-
-    def _check_survival(self, chains: dict[str, set[bytes]]) -> None:
-        """Check that every missing acknowledged chunk was rolled back or removed."""
-        final = self._log.final
-        for ack in self._log.acks:
+            node = self.nodes.get(final.tag)
+            if node is None or node.position != final.position:
+                yield MIXED, f"is at {final}, which no chain of sent chunks gives"
+        chains = {
+            epoch: {node.tag for node in self.nodes[tag].chain()} if tag in self.nodes else set()
+            for epoch, tag in ends.items()
+        }
+        for ack in log.acks:
             in_epoch = ack.tag in chains[ack.epoch]
             if in_epoch and final is not None and ack.epoch == final.epoch:
                 continue
-            removed = in_epoch and self._was_removed_after(ack)
-            what = f"{self._chunk(ack)}, did not survive"
-            if not (removed or self._may_be_rolled_back(ack)):
-                self._find(LOST, what)
-            elif not any(at_s >= ack.at_s for at_s in self._log.noticed_s):
-                self._find(LOST, f"{what}, and its client did not notice")
-            elif removed:
-                self._result.removed += 1
+            removed = in_epoch and self._may_be_removed(ack)
+            what = f"{self._describe(ack)}, did not survive"
+            if not removed and not self._may_be_rolled_back(ack):
+                yield LOST, what
+            elif not any(at_s >= ack.at_s for at_s in log.noticed_s):
+                yield LOST, f"{what}, and its client did not notice"
             else:
-                self._result.rolled_back += 1
+                self.history.seen[REMOVED if removed else ROLLED_BACK] += 1
 
-    def _chunk(self, ack: Ack) -> str:
-        return f"chunk at {ack.sent.start}, acknowledged by {ack.worker} {self._at(ack.at_s)}"
+    def _check_removed(self) -> Iterator[Finding]:
+        """The epoch of a removed stream does not come back, unless the store rolled back."""
+        ended: dict[str, float] = {}
+        for span in self.log.removed:
+            for ack in self.log.acks if span.sure else ():
+                if ack.at_s <= span.from_s:
+                    ended[ack.epoch] = span.until_s
+        for ack in self.log.acks:
+            ended_s = ended.get(ack.epoch)
+            if ended_s is None or ack.sent_s <= ended_s or ack.replayed:
+                continue
+            if not any(loss.since_s <= ended_s <= loss.done_s for loss in self._losses):
+                yield MIXED, f"{self._describe(ack)}, in the epoch of a stream that was removed"
 
-    def _at(self, moment_s: float) -> str:
-        return f"at {moment_s - self._began_s:.2f} s"
+    def _check_rejections(self) -> Iterator[Finding]:
+        """No rejection denies what was acknowledged before it was asked for."""
+        acks = sorted(self.log.acks, key=lambda ack: ack.at_s)
+        for rejection in self.log.rejections:
+            last = None
+            for ack in acks:
+                if ack.at_s >= rejection.sent_s:
+                    break
+                last = ack
+            if last is None or (
+                rejection.epoch == last.epoch and rejection.position >= last.position
+            ):
+                continue
+            if self._may_be_rolled_back(last, rejection.at_s) or self._may_be_removed(
+                last, rejection.at_s
+            ):
+                continue
+            yield (
+                LOST,
+                f"{rejection.worker} answered {rejection.code} with position {rejection.position} "
+                f"{self._at(rejection.at_s)} after the {self._describe(last)}",
+            )
 
-    def _may_be_rolled_back(self, ack: Ack, until_s: float = float("inf")) -> bool:
+    @property
+    def _losses(self) -> list[Loss]:
+        return self.history.losses
+
+    def _may_be_rolled_back(self, ack: Reply, until_s: float = float("inf")) -> bool:
         """Whether a fault before `until_s` may have rolled it back."""
         return any(
             loss.since_s <= ack.at_s and ack.sent_s <= loss.until_s and loss.struck_s <= until_s
             for loss in self._losses
         )
 
-    def _was_removed_after(self, ack: Ack, until_s: float = float("inf")) -> bool:
+    def _may_be_removed(self, ack: Reply, until_s: float = float("inf")) -> bool:
         return any(
-            ack.sent_s <= span.until_s and span.from_s <= until_s for span in self._log.removed
+            ack.sent_s <= span.until_s and span.from_s <= until_s for span in self.log.removed
         )
 
-    def _check_removed(self) -> None:
-        """The epoch of a removed stream does not come back, unless the store rolled back."""
-        ended: dict[str, float] = {}
-        for span in self._log.removed:
-            for ack in self._log.acks if span.sure else ():
-                if ack.at_s <= span.from_s:
-                    ended[ack.epoch] = span.until_s
-        for ack in self._log.acks:
-            ended_s = ended.get(ack.epoch)
-            if ended_s is None or ack.sent_s <= ended_s or ack.replayed:
-                continue
-            if not any(loss.since_s <= ended_s <= loss.done_s for loss in self._losses):
-                self._find(MIXED, f"{self._chunk(ack)}, in the epoch of a stream that was removed")
+    def _describe(self, ack: Reply) -> str:
+        return f"chunk at {ack.sent.start}, acknowledged by {ack.worker} {self._at(ack.at_s)}"
 
-    def _check_refusals(self) -> None:
-        """No refusal denies what was acknowledged before it was asked for."""
-        acks = sorted(self._log.acks, key=lambda ack: ack.at_s)
-        for rejection in self._log.rejections:
-            last = _last_before(acks, rejection)
-            if last is None or (
-                rejection.epoch == last.epoch and rejection.position >= last.position
-            ):
-                continue
-            if self._may_be_rolled_back(last, rejection.at_s) or self._was_removed_after(
-                last, rejection.at_s
-            ):
-                continue
-            self._find(
-                LOST,
-                f"{rejection.worker} answered {rejection.code} with position {rejection.position} "
-                f"{self._at(rejection.at_s)}, after {last.position} was acknowledged by "
-                f"{last.worker} {self._at(last.at_s)}",
-            )
+    def _at(self, moment_s: float) -> str:
+        return f"at {moment_s - self.history.began_s:.2f} s"
 
 
-def _states(sents: Iterable[Sent], seen: set[bytes | None] | None) -> dict[bytes, Node]:
+def _states(sents: Iterable[Sent], seen: set[bytes | None] | None) -> dict[bytes, _Node]:
     """The states that chunks lead to, by tag.
 
     Args:
         seen: tags that were seen. Acknowledged chunks lead to no other; None: to any.
     """
     by_start: dict[int, dict[bytes, Sent]] = defaultdict(dict)
-    for sent in sents:
-        known = by_start[sent.start].setdefault(sent.digest, sent)
-        if known.acked and not sent.acked:
-            by_start[sent.start][sent.digest] = sent
-    root = Node(FIRST_TAG, 0)
+    # of equal chunks, one that was not acknowledged comes first: it may lead anywhere
+    for sent in sorted(sents, key=lambda sent: sent.acked):
+        by_start[sent.start].setdefault(sent.digest, sent)
+    root = _Node(FIRST_TAG, 0, outputs=ZERO[np.newaxis])
     nodes = {FIRST_TAG: root}
-    at = {0: [root]}
+    at = defaultdict(list, {0: [root]})
     for start in sorted(by_start):
-        for node in at.get(start, []):
+        for node in at[start]:
             for chunk, sent in by_start[start].items():
                 tag = next_tag(node.tag, start, chunk)
                 if tag in nodes or (seen is not None and sent.acked and tag not in seen):
                     continue
                 if len(nodes) >= _MOST_STATES:
                     return nodes
-                following = Node(tag, start + len(sent.rows), node, sent)
-                nodes[tag] = following
-                at.setdefault(following.position, []).append(following)
+                nodes[tag] = _Node(tag, start + len(sent.rows), node, sent)
+                at[nodes[tag].position].append(nodes[tag])
     return nodes
 
 
-def _chain(node: Node) -> Iterable[Node]:
-    """From the first chunk to this one."""
-    chain = []
-    at: Node | None = node
-    while at is not None and at.sent is not None:
-        chain.append(at)
-        at = at.before
-    return reversed(chain)
-
-
-def _outputs(node: Node, reference: Reference) -> NDArray[np.int64]:
-    """Outputs of the last chunk of the chain; each chunk is computed once."""
-    missing = []
-    at: Node | None = node
-    while at is not None and at.sent is not None and at.outputs is None:
-        missing.append(at)
-        at = at.before
-    for each in reversed(missing):
-        before = each.before
-        state = reference.zero() if before.outputs is None else before.outputs[-1]
-        each.outputs = reference.outputs(state, each.sent.rows)
-    return node.outputs
-
-
-def _explain(node: Node, found: NDArray[np.float32], reference: Reference) -> tuple[str, str]:
+def _explain(node: _Node, seen: Outputs) -> Finding:
     """Which kind of mistake gives these outputs: the difference says it, since nothing fades."""
-    outputs = _outputs(node, reference)
-    if found.shape != outputs.shape:
-        return MIXED, f"are of shape {list(found.shape)}, expected {list(outputs.shape)}"
-    difference = found[-1].astype(np.int64) - outputs[-1]
-    chain = list(_chain(node))
-    for each in chain[-_LOOK_BACK:]:
+    outputs = node.compute()
+    if seen.shape != outputs.shape:
+        return MIXED, f"are of shape {list(seen.shape)}, expected {list(outputs.shape)}"
+    difference = seen[-1].astype(np.int64) - outputs[-1]
+    for each in node.chain()[-_LOOK_BACK:]:
         state, later = each.outputs[-1], node.position - each.position
-        twice = reference.outputs(state, each.sent.rows)[-1]
-        if (difference == reference.turned(twice - state, later)).all():
+        twice = compute(state, each.sent.rows)[-1]
+        if (difference == turn(twice - state, later)).all():
             return DOUBLED, f"are as if the chunk at {each.sent.start} were applied twice"
-        first = each.before.outputs is None
-        without = reference.zero() if first else each.before.outputs[-1]
-        if (difference == reference.turned(without - state, later)).all():
+        if (difference == turn(each.before.outputs[-1] - state, later)).all():
             return LOST, f"are as if the chunk at {each.sent.start} were missing"
     return MIXED, f"differ by up to {np.abs(difference).max()}"
-
-
-def _last_before(acks: list[Ack], rejection: Rejection) -> Ack | None:
-    """The last answer that came before a refusal was asked for."""
-    found = None
-    for ack in acks:
-        if ack.at_s >= rejection.sent_s:
-            break
-        found = ack
-    return found
-
-
-def _place(head: Head) -> str:
-    return f"position {head.position} of epoch {head.epoch}"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifact.artifact import write_artifact
-from models.spec.model import ModelSpec, parse_spec
+from models.spec.model import parse_spec
 
 MODEL: Final = "keeps-all"
 OUTPUT: Final = "state"
@@ -44,8 +44,26 @@ Outputs = NDArray[np.float32]
 """[T, H]: one row per event."""
 
 
-def spec() -> ModelSpec:
-    """The layer and a head that shows all of its units."""
+def _make_turn() -> NDArray[np.int64]:
+    """R, [H, H]: one cycle after the other, each with one sign changed."""
+    turn, first = np.zeros((UNITS, UNITS), np.int64), 0
+    for length in CYCLES:
+        cycle = np.roll(np.eye(length, dtype=np.int64), 1, axis=1)
+        cycle[-1] *= -1
+        turn[first : first + length, first : first + length] = cycle
+        first += length
+    return turn
+
+
+TURN: Final = _make_turn()
+ENTERING: Final = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS)) * (
+    np.random.default_rng(12).choice([-1, 1], (FEATURES, UNITS))
+)
+"""W, [F, H]: small whole numbers, no column like another, each cycle fed by each value."""
+
+
+def write(folder: Path) -> Path:
+    """The artifact below a folder of models; returns that folder."""
     layer = {
         "kind": "lstm",
         "name": "cell",
@@ -54,46 +72,18 @@ def spec() -> ModelSpec:
         "recurrent_activation": "hard_sigmoid",
     }
     heads = [{"kind": "sequence", "name": OUTPUT}]
-    return parse_spec({"name": MODEL, "features": FEATURES, "layers": [layer], "heads": heads})
-
-
-def turning() -> NDArray[np.float32]:
-    """R, [H, H]: one cycle after the other, each with one sign changed."""
-    turn = np.zeros((UNITS, UNITS), np.float32)
-    first = 0
-    for length in CYCLES:
-        for place in range(length):
-            sign = -1 if place == length - 1 else 1
-            turn[first + place, first + (place + 1) % length] = sign
-        first += length
-    return turn
-
-
-def entering() -> NDArray[np.float32]:
-    """W, [F, H]: small whole numbers, no column like another, each cycle fed by each value."""
-    numbers = np.random.default_rng(11).integers(1, 4, (FEATURES, UNITS))
-    signs = np.random.default_rng(12).choice([-1, 1], (FEATURES, UNITS))
-    return (numbers * signs).astype(np.float32)
-
-
-def weights() -> dict[str, NDArray[np.float32]]:
-    """In Keras' order of gates: input, forget, candidate, output."""
-    closed = np.zeros((FEATURES, UNITS), np.float32)
-    still = np.zeros((UNITS, UNITS), np.float32)
-    bias = np.full((4, UNITS), _OPEN, np.float32)
-    bias[2] = 0
-    return {
-        "cell.kernel": np.concatenate([closed, closed, entering(), closed], axis=1),
-        "cell.recurrent_kernel": np.concatenate(
-            [still, still, turning() - np.eye(UNITS, dtype=np.float32), still], axis=1
-        ),
-        "cell.bias": bias.reshape(-1),
+    spec = parse_spec({"name": MODEL, "features": FEATURES, "layers": [layer], "heads": heads})
+    # by gate: input, forget, candidate, output
+    kernel, recurrent = np.zeros((4, FEATURES, UNITS)), np.zeros((4, UNITS, UNITS))
+    bias = np.full((4, UNITS), _OPEN)
+    # the open forget gate adds the cell's own state
+    kernel[2], recurrent[2], bias[2] = ENTERING, TURN - np.eye(UNITS), 0
+    weights = {
+        "cell.kernel": np.hstack(kernel).astype(np.float32),
+        "cell.recurrent_kernel": np.hstack(recurrent).astype(np.float32),
+        "cell.bias": bias.reshape(-1).astype(np.float32),
     }
-
-
-def write(folder: Path) -> Path:
-    """The artifact below a folder of models; returns that folder."""
-    write_artifact(folder / MODEL, spec(), weights())
+    write_artifact(folder / MODEL, spec, weights)
     return folder
 
 
@@ -104,32 +94,20 @@ def random_events(random: np.random.Generator, count: int) -> Rows:
     return rows
 
 
-class Reference:
-    """c' = c R + x W in whole numbers, without the service and without a runtime."""
+ZERO: Final = np.zeros(UNITS, np.int64)
+"""The state [H] of a stream without events."""
 
-    def __init__(self) -> None:
-        turn = turning().astype(np.int64)
-        # c R takes each unit from one other, perhaps with its sign changed
-        self._source = np.abs(turn).argmax(axis=0)
-        self._sign = turn.sum(axis=0)
-        self._entering = entering().astype(np.int64)
 
-    def zero(self) -> NDArray[np.int64]:
-        """The state of a stream without events, [H]."""
-        return np.zeros(UNITS, np.int64)
+def compute(state: NDArray[np.int64], rows: Rows) -> NDArray[np.int64]:
+    """c' = c R + x W in whole numbers, without the service and without a runtime: what a chunk of
+    rows [T, F] gives from a state [H], as [T, H]; the last row is the next state."""
+    outputs = rows.astype(np.int64) @ ENTERING
+    for row in outputs:
+        row += state @ TURN
+        state = row
+    return outputs
 
-    def outputs(self, state: NDArray[np.int64], rows: Rows) -> NDArray[np.int64]:
-        """What a chunk of rows [T, F] gives from a state [H]: [T, H]; the last is the next
-        state."""
-        added = rows.astype(np.int64) @ self._entering
-        found = np.empty_like(added)
-        for step, entry in enumerate(added):
-            state = state[self._source] * self._sign + entry
-            found[step] = state
-        return found
 
-    def turned(self, difference: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
-        """A difference [H] of two states after `steps` more events that they share."""
-        for _ in range(steps % PERIOD):
-            difference = difference[self._source] * self._sign
-        return difference
+def turn(difference: NDArray[np.int64], steps: int) -> NDArray[np.int64]:
+    """A difference [H] of two states after `steps` more events that they share."""
+    return difference @ np.linalg.matrix_power(TURN, steps % PERIOD)

@@ -8,29 +8,20 @@ connection. For one event loop.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 Direction = Literal["request", "reply"]
 Target = tuple[str, int] | str
 """Host and port, or the path of a unix socket."""
 Choice = Callable[["Connection", bytes], bool]
 """Whether a cut applies to these bytes of a connection."""
+Watch = Callable[["Connection", Direction, bytes], None]
+"""Receives all bytes before they are forwarded."""
 
-_HOST = "127.0.0.1"
-_numbers = itertools.count()
-
-
-class Watcher(Protocol):
-    """Sees all bytes before they are forwarded."""
-
-    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
-        """Bytes of one connection, in their order."""
-
-    def closed(self, connection: Connection) -> None:
-        """The client closed its end of a connection."""
+_MOST_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,133 +37,40 @@ class Hold:
     silent: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """Cuts, or holds back, the next bytes in a direction that `choice` selects."""
+
     direction: Direction
     choice: Choice
     hold: Hold | None
-    done: asyncio.Future[None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    done: asyncio.Semaphore
 
 
-@dataclass(slots=True)
-class _Side(asyncio.Protocol):
-    """One side of a connection."""
-
-    made: Callable[[Any], None] = lambda transport: None
-    received: Callable[[bytes], None] = lambda data: None
-    lost: Callable[[], None] = lambda: None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.received(data)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.lost()
-
-
+@dataclass(slots=True, eq=False)
 class Connection:
     """One connection through a proxy.
 
     Attributes:
-        number: different for every connection of the run.
+        owner: name of the process that made it; None until it is known.
         notes: the watcher's own.
-        owner: name of the process that made it, once it is known.
-        front, back: to the client, and to the server once it is connected.
-        hold: set once its requests are held back.
+        hold, held: set once its requests are held back.
         ended: set once all bytes have passed.
     """
 
-    def __init__(self, proxy: Proxy, front: asyncio.Transport):
-        self.proxy = proxy
-        self.number = next(_numbers)
-        self.notes: Any = None
-        self.owner: str | None = None
-        self.front = front
-        self.back: asyncio.Transport | None = None
-        self.is_closed = False
-        self.ended = asyncio.Event()
-        self.hold: Hold | None = None
-        self._held: list[bytes] = []
-        self._early: list[bytes] = []
-
-    async def connect(self, target: Target) -> None:
-        """Connect to the target; one that is unavailable ends the connection."""
-        loop = asyncio.get_running_loop()
-        side = _Side(received=lambda data: self.forward("reply", data), lost=self.close)
-        try:
-            if isinstance(target, str):
-                back, _ = await loop.create_unix_connection(lambda: side, target)
-            else:
-                back, _ = await loop.create_connection(lambda: side, *target)
-        except OSError:
-            self.abort()
-            return
-        self.back = back
-        if self.is_closed:
-            back.abort()
-            return
-        back.writelines(self._early)
-        self._early = []
-
-    def forward(self, direction: Direction, data: bytes) -> None:
-        """Pass bytes on, unless they are to be cut or held back."""
-        if self.is_closed:
-            return
-        cut = None if self.hold else self.proxy.pop_cut(direction, self, data)
-        if cut is not None and cut.hold is not None:
-            self.hold = cut.hold
-            if not cut.hold.silent:
-                self.front.abort()
-        if self.hold is not None and direction == "request":
-            self._held.append(data)
-            return
-        if cut:
-            data = data[: len(data) // 2]
-        else:
-            self.proxy.watcher.passing(self, direction, data)
-        if direction == "reply":
-            self.front.write(data)
-        elif self.back is not None:
-            self.back.write(data)
-        else:
-            self._early.append(data)
-        if cut:
-            # not aborted: the half that was written must arrive
-            self.close()
-
-    def client_closed(self) -> None:
-        """The client ended the connection; what it wrote still reaches the server."""
-        self.proxy.watcher.closed(self)
-        if self.hold is None or self.is_closed:
-            self.close()
-        else:
-            self.is_closed = True
-            asyncio.get_running_loop().call_later(self.hold.late_s, self._deliver_held)
-
-    def _deliver_held(self) -> None:
-        if self.back is not None and not self.back.is_closing():
-            self.back.writelines(self._held)
-        self.close()
-
-    def close(self) -> None:
-        """End both sides once what was written is sent."""
-        self._end(lambda side: side.close())
+    front: asyncio.StreamWriter
+    owner: str | None
+    back: asyncio.StreamWriter | None = None
+    notes: Any = None
+    hold: Hold | None = None
+    held: list[bytes] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def abort(self) -> None:
         """End both sides at once."""
-        self._end(lambda side: side.abort())
-
-    def _end(self, end: Callable[[asyncio.Transport], None]) -> None:
-        self.is_closed = True
-        self.ended.set()
-        self.proxy.connections.discard(self)
         for side in (self.front, self.back):
             if side is not None:
-                end(side)
+                side.transport.abort()
 
 
 class Proxy:
@@ -180,75 +78,105 @@ class Proxy:
 
     Args:
         target: where the server is now; None while it is unavailable.
-        owner: name of the process whose connections these are, for the watcher.
+        owner: name of the process whose connections these are, if they are one process's.
     """
 
-    def __init__(self, target: Callable[[], Target | None], watcher: Watcher, owner: str = ""):
-        self.watcher = watcher
+    def __init__(self, target: Callable[[], Target | None], watch: Watch, owner: str | None = None):
         self.owner = owner
         self.connections: set[Connection] = set()
         self.port = 0
         self._target = target
+        self._watch = watch
+        self._cuts: list[Cut] = []
         self._listener: asyncio.Server | None = None
-        self._cuts: list[_Cut] = []
-        self._connecting: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
+    async def open(self) -> Proxy:
         """Listen on a free port of the loopback."""
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._new_side, _HOST, 0)
+        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_MOST_BYTES)
         self.port = self._listener.sockets[0].getsockname()[1]
+        return self
 
     async def close(self) -> None:
         """End the listener and every connection."""
-        if self._listener is not None:
-            self._listener.close()
-        for connection in list(self.connections):
-            connection.abort()
-        await asyncio.gather(*self._connecting, return_exceptions=True)
+        self._listener.close()
+        while self.connections:
+            for connection in self.connections:
+                connection.hold = None
+                connection.abort()
+            await self.drained(lambda _: True)
 
     async def drained(self, choice: Callable[[Connection], bool]) -> None:
         """Wait until the chosen ones of the present connections have ended."""
         chosen = [each for each in self.connections if choice(each)]
         await asyncio.gather(*(connection.ended.wait() for connection in chosen))
 
-    def _new_side(self) -> _Side:
-        side = _Side()
-
-        def made(front: asyncio.Transport) -> None:
-            connection = Connection(self, front)
-            self.connections.add(connection)
-            side.received = lambda data: connection.forward("request", data)
-            side.lost = connection.client_closed
-            target = self._target()
-            if target is None:
-                connection.abort()
-                return
-            task = asyncio.get_running_loop().create_task(connection.connect(target))
-            self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
-
-        side.made = made
-        return side
-
-    def cut(
-        self, direction: Direction, choice: Choice, hold: Hold | None = None
-    ) -> asyncio.Future[None]:
-        """Cut, or hold back, the next bytes in this direction that `choice` selects."""
-        cut = _Cut(direction, choice, hold)
+    def cut(self, cut: Cut) -> None:
+        """Add a cut."""
         self._cuts.append(cut)
-        return cut.done
-
-    def pop_cut(self, direction: Direction, connection: Connection, data: bytes) -> _Cut | None:
-        """Remove and return the cut that selects these bytes, if any."""
-        for cut in self._cuts:
-            if cut.direction == direction and cut.choice(connection, data):
-                self._cuts.remove(cut)
-                if not cut.done.done():
-                    cut.done.set_result(None)
-                return cut
-        return None
 
     def forget_cuts(self) -> None:
         """Cut nothing that is still to come."""
         self._cuts = []
+
+    async def _serve(self, requests: asyncio.StreamReader, front: asyncio.StreamWriter) -> None:
+        connection = Connection(front, self.owner)
+        self.connections.add(connection)
+        pumps: list[asyncio.Task[None]] = []
+        # the server is unavailable, or a peer was killed
+        with contextlib.suppress(OSError):
+            replies, connection.back = await self._connect()
+            pumps = [
+                asyncio.create_task(self._pump(connection, "request", requests)),
+                asyncio.create_task(self._pump(connection, "reply", replies)),
+            ]
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            if connection.hold is not None and not pumps[1].done():
+                await asyncio.wait(pumps[1:], timeout=connection.hold.late_s)
+                if not connection.back.is_closing():
+                    connection.back.writelines(connection.held)
+        for side in (connection.front, connection.back):
+            if side is not None:
+                # not aborted: what was written must arrive
+                side.close()
+        for pump in pumps:
+            pump.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+        self.connections.discard(connection)
+        connection.ended.set()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        target = self._target()
+        if target is None:
+            raise ConnectionRefusedError
+        if isinstance(target, str):
+            return await asyncio.open_unix_connection(target, limit=_MOST_BYTES)
+        return await asyncio.open_connection(*target, limit=_MOST_BYTES)
+
+    async def _pump(
+        self, connection: Connection, direction: Direction, source: asyncio.StreamReader
+    ) -> None:
+        """Forward bytes until the source ends or the connection is cut."""
+        sink = connection.back if direction == "request" else connection.front
+        while data := await source.read(_MOST_BYTES):
+            cut = None if connection.hold else self._pop_cut(connection, direction, data)
+            if cut is not None and cut.hold is not None:
+                connection.hold = cut.hold
+                if not cut.hold.silent:
+                    connection.front.transport.abort()
+            if connection.hold is not None and direction == "request":
+                connection.held.append(data)
+                continue
+            if cut is not None:
+                sink.write(data[: len(data) // 2])
+                return
+            self._watch(connection, direction, data)
+            sink.write(data)
+
+    def _pop_cut(self, connection: Connection, direction: Direction, data: bytes) -> Cut | None:
+        """Remove and return the cut that selects these bytes, if any."""
+        for cut in self._cuts:
+            if cut.direction == direction and cut.choice(connection, data):
+                self._cuts.remove(cut)
+                cut.done.release()
+                return cut
+        return None

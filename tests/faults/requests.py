@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, Final
 
 import numpy as np
 
 from service.client import AsyncCarry, Problem, encode_body, stream_path
 from service.client.http import Encoding
+from tests.faults.history import Head, Reply, Sent
 from tests.faults.network import MODEL, OUTPUT, Outputs, Rows
-from tests.faults.records import Head
 
+TIMEOUT_S: Final = 2.5
 _MEDIA: Final[dict[Encoding, str]] = {"json": "application/json", "msgpack": "application/msgpack"}
 
 
 class WorkerClient:
     """A client of the worker behind one port; a connection is dropped on any failure."""
 
-    def __init__(self, port: int, timeout_s: float):
+    def __init__(self, port: int, timeout_s: float = TIMEOUT_S):
         self._carry = AsyncCarry(f"http://127.0.0.1:{port}", timeout_s=2 * timeout_s)
         self._timeout_s = timeout_s
+        self.close = self._carry.close
 
     async def send(
         self,
@@ -65,10 +68,6 @@ class WorkerClient:
         """Delete a stream."""
         await self._request("DELETE", stream_path(MODEL, stream), etag=etag)
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._carry.close()
-
     async def _request(
         self,
         method: str,
@@ -77,9 +76,8 @@ class WorkerClient:
         etag: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> Any:
-        headers = dict(headers or {})
         if etag is not None:
-            headers["if-match"] = f'"{etag}"'
+            headers = {**(headers or {}), "if-match": f'"{etag}"'}
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._carry.request(method, path, body, headers=headers)
@@ -90,3 +88,22 @@ class WorkerClient:
 def outputs_of(document: dict[str, Any]) -> Outputs:
     """The outputs of a reply, float32 [T, H]."""
     return np.asarray(document["outputs"][OUTPUT], np.float32)
+
+
+def read_reply(
+    document: dict[str, Any], sent: Sent, worker: str, sent_s: float, code: str = ""
+) -> Reply:
+    """The record of a reply's document, or of a problem's that names the stream's head."""
+    tag = document.get("tag")
+    return Reply(
+        document.get("epoch"),
+        None if tag is None else bytes.fromhex(tag),
+        document.get("position") or 0,
+        sent,
+        worker,
+        sent_s,
+        time.monotonic(),
+        None if code else outputs_of(document),
+        bool(document.get("replayed")),
+        code,
+    )

@@ -1,40 +1,67 @@
-"""One run of the fault tests: a store, its workers, clients, faults, and the check."""
+"""One run of the fault tests: a store, its workers, clients, faults, the check, and the report."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tests.faults import network
-from tests.faults.appends import Appender
-from tests.faults.checker import check
-from tests.faults.client import SHORT_LIVED, Behavior, Client
-from tests.faults.cluster_store import ClusterStore
-from tests.faults.injector import FaultInjector
-from tests.faults.plan import Fault, make_plan, more_kills
-from tests.faults.records import History
-from tests.faults.result import CheckResult
-from tests.faults.stores import RedisStore, Store, ValkeyStore
-from tests.faults.traffic import STAGES, ClientTraffic, StoreTraffic
-from tests.faults.workers import Worker
+from tests.faults.checker import DOUBLED, LOST, MIXED, Finding, check
+from tests.faults.client import SHORT_LIVED, Appender, Client
+from tests.faults.faults import (
+    KILLED,
+    KINDS,
+    WARM_ROLLBACKS,
+    Fault,
+    FaultInjector,
+    Kind,
+    make_fault,
+    make_plan,
+)
+from tests.faults.history import History
+from tests.faults.proxy import Connection
+from tests.faults.stores import (
+    ClusterStore,
+    Deployment,
+    EmbeddedValkey,
+    SingleStore,
+    Store,
+    Worker,
+    has_connection,
+)
+from tests.faults.traffic import STAGES, Traffic
 
 WORKERS = ("a", "b")
-PLANTED_BUGS = Path(__file__).parent / "planted_bugs"
-ROOT = Path(__file__).parents[2]
-FINISH_S = 60.0
-MORE_KILLS = 20
-SHORT_LIVED_REMOVALS, SHORT_LIVED_REST_S = 0.04, 0.4
-_POLL_S = 0.02
+_PLANTED_BUGS = Path(__file__).parent / "planted_bugs"
+_ROOT = Path(__file__).parents[2]
+_SETTINGS = {
+    "CARRY_RUNTIME": "onnxruntime",
+    "CARRY_STORE_WAIT_S": "3",
+    # no longer than a client assumes of an abandoned request
+    "CARRY_TIMEOUT_S": "3",
+    "CARRY_DRAIN_S": "2",
+}
+"""The workers' time limits are shorter than the pauses of a run."""
+_FINISH_S = 60.0
+_MORE_KILLS = 20
+_SHOWN = 12
+_EXPECTED = (
+    *("conflicts", "replays", "resends", "blind retries", "deleted", "expired", "appends"),
+    *("refused position_ahead", "refused state_changed", "refused epoch_mismatch"),
+    *("failed deadline_exceeded", "failed outcome_unknown"),
+)
+_EXPECTED_OF_ROLLBACKS = (
+    *(WARM_ROLLBACKS, "advanced by others", "noticed by a tag that does not follow"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +72,7 @@ class RunOptions:
         events: acknowledged at least, before it ends; faults are spread over them.
         kills_per_stage: further kills follow until each stage was hit this often.
         plan: the faults; None to make them from the seed.
-        plant: a bug that is planted in the workers, by its folder in `planted_bugs`.
+        plant: a bug that is planted in the workers.
         strict: chunks are acknowledged when the replicas have them.
         removals: share of chunks before which the stream is deleted or expires.
         short_lived: one stream of this many is deleted and created all the time; 0: none.
@@ -55,9 +82,9 @@ class RunOptions:
     """
 
     store: str
-    seed: int
-    events: int
-    faults: int
+    seed: int = 0
+    events: int = 0
+    faults: int = 0
     streams: int = 48
     kills_per_stage: int = 0
     plan: tuple[Fault, ...] | None = None
@@ -65,171 +92,131 @@ class RunOptions:
     strict: bool = False
     removals: float = 0.003
     short_lived: int = 7
-    pause_s: float = 0.06
     appenders: int = 2
     append_pause_s: float = 0.3
     longest_s: float = 10.0
     verbose: bool = False
 
 
-@dataclass(slots=True, repr=False)
-class Outcome:
-    """Everything that one run recorded.
-
-    Attributes:
-        events: that were acknowledged.
-        stuck: clients that did not end.
-    """
-
-    options: RunOptions
-    history: History
-    result: CheckResult
-    seconds: float
-    events: int
-    stuck: list[str]
-
-
-@dataclass(slots=True)
-class Deployment:
-    """Workers on a store, with the proxies between all processes."""
-
-    store: Store
-    workers: list[Worker]
-    clients: ClientTraffic
-    stores: StoreTraffic
-
-    @property
-    def ports(self) -> dict[str, int]:
-        """The port of each worker's proxy, for clients."""
-        return {worker.name: worker.proxy.port for worker in self.workers}
-
-
-def make_store(options: RunOptions, folder: Path, models: Path, settings: dict[str, str]) -> Store:
-    """The store of a run, not yet started."""
-    match options.store:
-        case "valkey":
-            return ValkeyStore(folder, models, settings)
-        case "redis":
-            return RedisStore(folder)
-        case "cluster":
-            return ClusterStore(folder, strict=options.strict)
-    raise ValueError(f"expected valkey, redis or cluster, got {options.store!r}")
-
-
-def environment(options: RunOptions) -> dict[str, str]:
-    """The workers' settings: time limits shorter than the pauses of a run."""
-    found = {
-        "CARRY_RUNTIME": "onnxruntime",
-        "CARRY_STORE_WAIT_S": "3",
-        # no longer than a client assumes of an abandoned request
-        "CARRY_TIMEOUT_S": "3",
-        "CARRY_DRAIN_S": "2",
-    }
-    if options.strict:
-        found["CARRY_DURABILITY"] = "replicated"
-    if options.plant is not None:
-        found["PYTHONPATH"] = f"{PLANTED_BUGS / options.plant}{os.pathsep}{ROOT}"
-    return found
-
-
 @asynccontextmanager
-async def deploy(options: RunOptions, folder: Path) -> AsyncIterator[Deployment]:
+async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
     """Two workers that serve on a store; they are ended in any case."""
-    models = network.write(folder / "models")
-    settings = environment(options)
-    store = make_store(options, folder / "store", models, settings)
-    store.folder.mkdir()
-    client_traffic, store_traffic = ClientTraffic(), StoreTraffic(store.owner_of)
-    workers: dict[str, Worker] = {}
+    settings, workers = dict(_SETTINGS), []
+    if options.strict:
+        settings["CARRY_DURABILITY"] = "replicated"
+    if options.plant is not None:
+        settings["PLANTED_BUG"] = options.plant
+        settings["PYTHONPATH"] = f"{_PLANTED_BUGS}{os.pathsep}{_ROOT}"
+
+    def find_owner(connection: Connection) -> str:
+        up = [each for each in workers if each.process is not None]
+        return next((each.name for each in up if has_connection(each.process.pid, connection)), "")
+
+    traffic = Traffic(find_owner)
     async with AsyncExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(temporary))
+        models = network.write(folder / "models")
+        (folder / "store").mkdir()
+        store: Store
+        match options.store:
+            case "valkey":
+                server = EmbeddedValkey(folder / "store", models, settings)
+                store = SingleStore(server, traffic, WORKERS)
+            case "redis":
+                store = SingleStore.redis(folder / "store", traffic, WORKERS)
+            case _:
+                store = ClusterStore(folder / "store", traffic, strict=options.strict)
         stack.push_async_callback(asyncio.to_thread, store.stop)
-        await store.open_proxies(store_traffic, WORKERS, workers)
         for proxy in store.proxies:
+            await proxy.open()
             stack.push_async_callback(proxy.close)
         await asyncio.to_thread(store.start)
-        for name in WORKERS:
-            url = store.url(name)
-            worker = Worker(name, folder / name, models, url, client_traffic, settings)
-            workers[name] = worker
+        for number, name in enumerate(WORKERS):
+            worker = Worker(name, folder / name, models, store.url(number), traffic, settings)
+            workers.append(worker)
             await worker.proxy.open()
             stack.push_async_callback(worker.proxy.close)
-            stack.callback(worker.stop)
-        await asyncio.gather(*(worker.start() for worker in workers.values()))
-        yield Deployment(store, list(workers.values()), client_traffic, store_traffic)
+            worker.restart()
+            stack.callback(worker.kill)
+        for worker in workers:
+            await worker.started()
+        yield Deployment(store, workers, traffic)
 
 
-async def run(options: RunOptions, folder: Path) -> Outcome:
+async def run(options: RunOptions) -> tuple[History, list[Finding]]:
     """Run a plan of faults, and check what the clients saw."""
-    began_s = time.monotonic()
-    random = np.random.default_rng(options.seed)
     history = History()
-    async with deploy(options, folder) as deployment:
-        events, stuck = await _drive(options, deployment, history, random)
-    history.unexpected += [line for worker in deployment.workers for line in worker.logged()]
-    result = await asyncio.to_thread(check, history)
-    return Outcome(options, history, result, time.monotonic() - began_s, events, stuck)
+    async with deploy(options) as deployment:
+        await _drive(options, deployment, history)
+        for worker in deployment.workers:
+            history.unexpected += [
+                f"{worker.name} logged {line}"
+                for line in worker.whole_log().splitlines()
+                if '"exception":' in line
+            ]
+    return history, await asyncio.to_thread(check, history)
 
 
-async def _drive(
-    options: RunOptions, deployment: Deployment, history: History, random: np.random.Generator
-) -> tuple[int, list[str]]:
-    """Let clients send while faults are injected: acknowledged events, and stuck clients."""
-    behavior = Behavior(removals=options.removals, pause_s=options.pause_s)
-    removals = max(options.removals, SHORT_LIVED_REMOVALS)
-    short = replace(behavior, removals=removals, expires=0, rest_s=SHORT_LIVED_REST_S)
+async def _drive(options: RunOptions, deployment: Deployment, history: History) -> None:
+    """Let clients send while faults are injected."""
+    random = np.random.default_rng(options.seed)
+    ports = deployment.ports
 
     async def expire(stream: str) -> None:
         # streams live longer than a network holds bytes
         await injector.wait_for_held_writes()
         await asyncio.to_thread(deployment.store.expire, stream)
 
-    def client(number: int) -> Client:
+    clients = []
+    for number in range(options.streams):
         brief = options.short_lived and number % options.short_lived == 0
-        name, how = (f"{SHORT_LIVED}{number:03d}", short) if brief else (f"s{number:03d}", behavior)
-        return Client(name, number, deployment.ports, history, how, _child(random), expire)
-
-    clients = [client(number) for number in range(options.streams)]
+        name = f"{SHORT_LIVED if brief else 's'}{number:03d}"
+        clients.append(
+            Client(name, number, ports, history, _child(random), options.removals, expire)
+        )
     appenders = [
-        Appender(f"append{n}", deployment.ports, history, _child(random), behavior.timeout_s)
-        for n in range(options.appenders)
+        Appender(f"append{n}", ports, history, _child(random)) for n in range(options.appenders)
     ]
-    traffic = (deployment.clients, deployment.stores)
-    injector = FaultInjector(
-        deployment.store, deployment.workers, traffic, clients, history, _child(random)
-    )
+    injector = FaultInjector(deployment, clients, history, _child(random))
     plan = options.plan
     if plan is None:
         plan = tuple(make_plan(options.store, options.faults, random, options.longest_s))
-
-    async def fire(fault: Fault) -> None:
-        if options.verbose:
-            print(
-                f"  {time.monotonic() - began_s:7.2f} s {events():8d} events  {fault}", flush=True
-            )
-        await injector.run(fault)
+    history.began_s = time.monotonic()
 
     def events() -> int:
         return sum(client.applied for client in clients)
 
-    began_s = history.began_s = time.monotonic()
+    async def wait_for_events(count: int) -> None:
+        while events() < count:
+            for task in tasks:
+                if task.done():
+                    task.result()
+            await asyncio.sleep(0.02)
+
+    async def inject(fault: Fault) -> None:
+        if options.verbose:
+            now_s = time.monotonic() - history.began_s
+            print(f"  {now_s:7.2f} s {events():8d} events  {fault}", flush=True)
+        await injector.run(fault)
+
     stop = asyncio.Event()
     tasks = [asyncio.create_task(client.run(stop)) for client in clients]
     tasks += [asyncio.create_task(each.run(stop, options.append_pause_s)) for each in appenders]
     try:
         for place, fault in enumerate(plan):
-            await _until_events(events, options.events * place // max(1, len(plan)), tasks)
-            await fire(fault)
-        for _ in range(MORE_KILLS):
-            missing = [s for s in STAGES if history.kills[s] < options.kills_per_stage]
-            if not missing:
-                break
-            for fault in more_kills(missing, random):
-                await fire(fault)
-        await _until_events(events, options.events, tasks)
+            await wait_for_events(options.events * place // max(1, len(plan)))
+            await inject(fault)
+        for _ in range(_MORE_KILLS):
+            for stage in STAGES:
+                if history.seen[KILLED[stage]] < options.kills_per_stage:
+                    await inject(make_fault(Kind.WORKER_KILL, stage, random))
+        await wait_for_events(options.events)
         await injector.resolve()
         stop.set()
-        stuck = await _finish(tasks)
-        stuck += await _finish([asyncio.create_task(client.finish()) for client in clients])
+        await _finish(tasks, history)
+        tasks = [asyncio.create_task(client.finish()) for client in clients]
+        await _finish(tasks, history)
     finally:
         for task in tasks:
             task.cancel()
@@ -237,42 +224,68 @@ async def _drive(
         await injector.resolve()
         for each in (*clients, *appenders):
             await each.close()
-    history.seen["conflicts"] = deployment.stores.conflicts
-    return events(), stuck
+    history.seen["conflicts"] = deployment.traffic.conflicts
+    history.seen["events"] = events()
+    history.seen["seconds"] = round(time.monotonic() - history.began_s)
 
 
-async def _until_events(events: object, count: int, tasks: list[asyncio.Task[None]]) -> None:
-    """Wait until `count` events were acknowledged; a client that failed ends the run."""
-    while events() < count:
-        for task in tasks:
-            if task.done() and task.exception() is not None:
-                raise task.exception()
-        await asyncio.sleep(_POLL_S)
-
-
-async def _finish(tasks: list[asyncio.Task[None]]) -> list[str]:
-    """Wait for the clients' tasks; what did not end in time is cancelled and reported."""
-    done, pending = await asyncio.wait(tasks, timeout=FINISH_S)
+async def _finish(tasks: list[asyncio.Task[None]], history: History) -> None:
+    """Wait for the clients' tasks; one that does not end in time fails the run."""
+    done, pending = await asyncio.wait(tasks, timeout=_FINISH_S)
     for task in pending:
         task.cancel()
     await asyncio.gather(*done)
-    return [f"a client did not end within {FINISH_S} s"] * len(pending)
+    history.unexpected += [f"a client did not end within {_FINISH_S} s"] * len(pending)
 
 
 def _child(random: np.random.Generator) -> np.random.Generator:
     return np.random.default_rng(int(random.integers(1 << 62)))
 
 
-@asynccontextmanager
-async def temporary_folder() -> AsyncIterator[Path]:
-    """A folder with a short name, removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="carry-faults-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def new_seed() -> int:
-    """A seed for a run that was given none."""
-    return secrets.randbelow(1 << 31)
+    """A seed, printed: it repeats the faults of a run."""
+    seed = secrets.randbelow(1 << 31)
+    print(f"seed {seed}", flush=True)
+    return seed
+
+
+def report(options: RunOptions, history: History, findings: list[Finding]) -> list[str]:
+    """The counts of a run, as lines."""
+    kinds = [kind for kind, _ in findings]
+    return [
+        f"{options.store}: seed {options.seed}",
+        "  " + ", ".join(f"{kind} {kinds.count(kind)}" for kind in (LOST, DOUBLED, MIXED)),
+        *(f"  {count:6d}  {name}" for name, count in sorted(history.seen.items())),
+    ]
+
+
+def describe_failures(
+    options: RunOptions, history: History, findings: list[Finding], *, whole: bool
+) -> list[str]:
+    """The reasons why a run failed, and when acknowledged chunks may have been rolled back; empty
+    if it passed.
+
+    Args:
+        whole: whether everything that can occur on the store must have occurred.
+    """
+    reasons = [f"{kind}: {what}" for kind, what in findings]
+    reasons += [f"unexpected: {each}" for each in history.unexpected]
+    # with `strict`, what the stopped replica does not have was never acknowledged
+    names = _EXPECTED if options.strict else (*_EXPECTED, *_EXPECTED_OF_ROLLBACKS)
+    expected = dict.fromkeys((*KINDS[options.store], *names), 1)
+    expected |= dict.fromkeys((KILLED[stage] for stage in STAGES), options.kills_per_stage)
+    reasons += [
+        f"{name}: {history.seen[name]} times, expected {count} at least"
+        for name, count in expected.items()
+        if whole and history.seen[name] < count
+    ]
+    if not reasons:
+        return []
+    more = [f"... and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
+    losses = [
+        f"{loss.what}: from {loss.since_s - history.began_s:.2f}, "
+        f"struck {loss.struck_s - history.began_s:.2f}, "
+        f"until {loss.until_s - history.began_s:.2f}, done {loss.done_s - history.began_s:.2f} s"
+        for loss in history.losses
+    ]
+    return [*reasons[:_SHOWN], *more, *losses]

@@ -1,116 +1,117 @@
-"""The stores under test as things that break: killed, stopped, filled, put back in time.
+"""The stores under test, and the workers on them, as things that break.
 
-Real servers, started and reached as the service's users do: the embedded Valkey through a
-`carry serve` of its own, a Redis with an append-only file; the cluster is in `cluster_store`.
-Blocking calls; the injector runs them in threads. A fault that may roll back acknowledged chunks
-returns between which moments.
+Real processes, started and reached as the service's users do: the embedded Valkey through a
+`carry serve` of its own, a Redis with an append-only file, a cluster of six nodes. Calls of a store
+block; the injector runs them in threads. They return when the store serves again, a fault that may
+roll back acknowledged chunks with the moments between which it can have.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import shutil
 import signal
-import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
+import psutil
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from service.core.values import StreamKey
 from service.store.codec import KeySpace
+from tests.faults.history import Loss
 from tests.faults.network import MODEL
-from tests.faults.proxy import Connection, Proxy, Target, Watcher
-from tests.faults.records import Loss
+from tests.faults.proxy import Connection, Proxy, Target
+from tests.faults.traffic import PendingChunk, Traffic
+from tests.support.cluster import Cluster, ClusterNode
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
 
 SERVES_S: Final = 60.0
+DOWN_S: Final = 0.2
 LATE_WRITES_S: Final = 3.0
 """With `everysec` a server postpones writes to its file while a sync is in progress, for up to two
 seconds: a SIGKILL may take them."""
-
-DOWN_S: Final = 0.2
-ONE_BYTE: Final = "1"
+LAG_S: Final = 0.5
+"""How far a replica that runs may be behind its primary."""
+STALE_S: Final = 3.0
+"""How long a primary that was stopped may act as one before it learns of the promotion."""
 ERRORS: Final = (redis.RedisError, OSError, ValueError)
+_NO_REWRITE: Final = ("--auto-aof-rewrite-percentage", "0")
+"""A rewrite would replace files while they are copied."""
+_NO_RECORD: Final = (OSError, ValueError, KeyError, TypeError, psutil.Error)
+_STARTS: Final = 20
 
 
-class HasPid(Protocol):
-    """A worker, as far as a store looks at it."""
+class Worker(Service):
+    """A `carry serve` behind a proxy; `serves` while it is up."""
 
-    @property
-    def pid(self) -> int | None:
-        """Its process."""
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        models: Path,
+        url: str,
+        traffic: Traffic,
+        settings: dict[str, str],
+    ):
+        folder.mkdir()
+        super().__init__(folder, models, redis_url=url)
+        self.name = name
+        self.serves = False
+        self.proxy = Proxy(self._target, traffic.watch_clients, name)
+        self._settings = settings
+        self._starting: asyncio.Task[None] | None = None
+
+    def restart(self) -> None:
+        """Start it in the background."""
+        self._starting = asyncio.create_task(self._start())
+
+    async def started(self) -> None:
+        """Wait for a restart."""
+        await self._starting
+
+    def pending_chunks(self) -> list[PendingChunk]:
+        """The chunks whose replies it owes."""
+        notes = (connection.notes for connection in self.proxy.connections)
+        return [pending for pending in notes if pending is not None]
+
+    def strike(self) -> tuple[list[PendingChunk], float]:
+        """SIGKILL now; the chunks whose replies it owes, and the moment."""
+        self.serves = False
+        pending, killed_s = self.pending_chunks(), time.monotonic()
+        self.process.kill()
+        return pending, killed_s
+
+    async def _start(self) -> None:
+        """An unavailable store may keep it from starting, as a supervisor would see."""
+        for attempt in range(1, _STARTS + 1):
+            try:
+                await asyncio.to_thread(self.start, **self._settings)
+                break
+            except AssertionError:
+                if attempt == _STARTS or not self.ended():
+                    raise
+        self.serves = True
+
+    def _target(self) -> Target | None:
+        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
 
 
-class Store(ABC):
-    """A store and the proxies to it.
+class Store:
+    """A store of one or several servers, and the proxies to it. `pick` chooses a server."""
 
-    `kill` kills a server and starts it some moments later, `pause` stops and continues one, `fill`
-    keeps its memory full for a while. `prepare_rollback` returns the moment before which nothing
-    can be lost, and `roll_back` sets the store back to it. All return when the store serves again,
-    with the loss that they may have caused. `pick` chooses a server.
-    """
-
-    name: str
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.keys = KeySpace("carry", 1024)
-        self.proxies: list[Proxy] = []
-
-    @abstractmethod
-    async def open_proxies(
-        self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
-    ) -> None:
-        """Open the proxies for workers of these names, before the store is started.
-
-        Args:
-            workers: by name; filled later.
-        """
-
-    @abstractmethod
-    def start(self) -> None: ...
-
-    @abstractmethod
-    def stop(self) -> None: ...
-
-    @abstractmethod
-    def url(self, worker: str) -> str: ...
-
-    @abstractmethod
-    def kill(self, pick: int) -> Loss | None: ...
-
-    @abstractmethod
-    def pause(self, seconds: float, pick: int) -> Loss | None: ...
-
-    @abstractmethod
-    def fill(self, seconds: float) -> None: ...
-
-    @abstractmethod
-    def prepare_rollback(self, pick: int) -> float: ...
-
-    @abstractmethod
-    def roll_back(self, since_s: float) -> Loss: ...
-
-    @abstractmethod
-    def ask(self, *command: str | int) -> Any:
-        """The reply to a command about a stream's key, past the proxies."""
-
-    def owner_of(self, connection: Connection) -> str:
-        """The worker that made a connection; empty where none did."""
-        return connection.proxy.owner
+    proxies: list[Proxy]
 
     def expire(self, stream: str) -> None:
         """Let a stream's keys expire now; returns when they have expired."""
-        pair = self.keys.pair(StreamKey(MODEL, stream))
+        pair = KeySpace("carry", 1024).pair(StreamKey(MODEL, stream))
         while True:
             try:
                 for key in pair:
@@ -120,212 +121,276 @@ class Store(ABC):
             except ERRORS:
                 time.sleep(0.05)
 
-
-class SingleStore(Store):
-    """A store with one server on a unix socket; each worker has a path of its own to it."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self._copy = folder
-
-    @abstractmethod
-    def target(self) -> Target | None:
-        """Where the server listens now."""
-
-    @abstractmethod
-    def pid(self) -> int:
-        """The server's process."""
-
-    @abstractmethod
-    def files(self) -> Path:
-        """The folder of its append-only file."""
-
-    @abstractmethod
-    def end(self) -> None:
-        """End the server so that it stays down."""
-
-    async def open_proxies(
-        self, watcher: Watcher, names: Sequence[str], workers: Mapping[str, HasPid]
-    ) -> None:
-        for worker in names:
-            proxy = Proxy(self.target, watcher, worker)
-            await proxy.open()
-            self.proxies.append(proxy)
-
-    def url(self, worker: str) -> str:
-        proxy = next(proxy for proxy in self.proxies if proxy.owner == worker)
-        return f"redis://127.0.0.1:{proxy.port}"
-
-    def client(self, timeout_s: float = 30.0) -> redis.Redis:
-        """A plain client past the paths."""
-        return redis.Redis(
-            unix_socket_path=str(self.target()),
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=timeout_s,
-        )
-
-    def ask(self, *command: str | int) -> Any:
-        with self.client() as client:
-            return client.execute_command(*command)
+    def kill(self, pick: int) -> Loss | None:
+        """Kill a server; a primary is down for less than it takes to be voted out, mostly."""
+        server = self._choose(pick)
+        struck_s = time.monotonic()
+        server.kill()
+        time.sleep(DOWN_S)
+        server.start()
+        return self._find_loss("killed", struck_s)
 
     def pause(self, seconds: float, pick: int) -> Loss | None:
-        pid = self.pid()
-        os.kill(pid, signal.SIGSTOP)
+        """Stop a server; where that is a primary, and for long, its replica is promoted."""
+        server = self._choose(pick)
+        struck_s = time.monotonic()
+        server._process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
-        os.kill(pid, signal.SIGCONT)
-        return None
+        server._process.send_signal(signal.SIGCONT)
+        return self._find_loss("stopped", struck_s)
 
     def fill(self, seconds: float) -> None:
-        with self.client() as client:
-            client.config_set("maxmemory", ONE_BYTE)
-            time.sleep(seconds)
-            client.config_set("maxmemory", "0")
+        """Keep the memory of all servers full for a while."""
+        self.configure("maxmemory", 1)
+        time.sleep(seconds)
+        self.configure("maxmemory", 0)
+
+
+class EmbeddedValkey(RealServer):
+    """The Valkey of one `carry serve`, which starts it again after a kill."""
+
+    def __init__(self, folder: Path, models: Path, settings: dict[str, str]):
+        self.owner = Service(folder, models)
+        self.folder = self.owner.data_dir
+        self.kind = "valkey"
+        self._settings = settings
+        self._killed = 0
+
+    @property
+    def socket(self) -> str:
+        return str(json.loads((self.folder / "valkey.json").read_text())["socket"])
+
+    @property
+    def _process(self) -> psutil.Process:
+        return psutil.Process(self.owner.valkey_pid())
+
+    def kill(self) -> None:
+        self._killed = self._process.pid
+        os.kill(self._killed, signal.SIGKILL)
+
+    def start(self) -> None:
+        if self.owner.process is None or self.owner.ended():
+            self.owner.start(**self._settings)
+        until(self._is_back, "the Valkey", SERVES_S)
+        self.configure(_NO_REWRITE[0][2:], 0)
+
+    def stop(self) -> None:
+        if self.owner.process is not None and not self.owner.ended():
+            self.owner.stop()
+        elif self.owner.process is not None:
+            with contextlib.suppress(*_NO_RECORD):
+                self._process.kill()
+
+    def _is_back(self) -> bool:
+        with contextlib.suppress(*_NO_RECORD):
+            return self._process.pid != self._killed and self.answers()
+        return False
+
+
+class SingleStore(Store):
+    """One server on a unix socket; each worker has a proxy of its own to it.
+
+    `redis-server` writes each command to its file before it answers: a kill loses nothing. The
+    embedded Valkey postpones writes while a sync is in progress, for up to two seconds.
+    """
+
+    def __init__(self, server: RealServer, traffic: Traffic, workers: Sequence[str]):
+        self.proxies = [
+            Proxy(lambda: server.socket, traffic.watch_store, worker) for worker in workers
+        ]
+        self.server = server
+        self.start, self.stop, self.configure = server.start, server.stop, server.configure
+
+    @classmethod
+    def redis(cls, folder: Path, *arguments: Any) -> SingleStore:
+        """A `redis-server` in a folder."""
+        return cls(RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE), *arguments)
+
+    def url(self, number: int) -> str:
+        """The address for a worker."""
+        return f"redis://127.0.0.1:{self.proxies[number].port}"
+
+    def ask(self, *command: str | int) -> Any:
+        """The reply to a command, past the proxies."""
+        with self.server.client() as client:
+            return client.execute_command(*command)
 
     def prepare_rollback(self, pick: int) -> float:
-        """Copy the append-only file. The server keeps writing: the copy is a prefix
-        of the file, as a crash would leave it."""
-        since_s = self._written_s()
-        self._copy = Path(tempfile.mkdtemp(prefix="copy-", dir=self.folder)) / "files"
-        shutil.copytree(self.files(), self._copy)
-        return since_s
+        """Copy the append-only file; the moment before which nothing can be lost. The server keeps
+        writing: the copy is a prefix of the file, as a crash would leave it."""
+        while True:
+            asked_s = time.monotonic()
+            if self.ask("INFO", "persistence")["aof_buffer_length"] == 0:
+                break
+        files, copy = self._files()
+        shutil.copytree(files, copy)
+        return asked_s
 
     def roll_back(self, since_s: float) -> Loss:
         """End the server, put the copy back, start it."""
+        files, copy = self._files()
         struck_s = time.monotonic()
-        self.end()
+        self.stop()
         ended_s = time.monotonic()
-        shutil.rmtree(self.files())
-        shutil.move(self._copy, self.files())
+        shutil.rmtree(files)
+        copy.rename(files)
         self.start()
         return Loss("rolled back", since_s, struck_s, ended_s, time.monotonic())
-
-    def _written_s(self) -> float:
-        """A moment of which all that was acknowledged before it is in the file by now."""
-        with self.client() as client:
-            while True:
-                asked_s = time.monotonic()
-                if client.info("persistence")["aof_buffer_length"] == 0:
-                    return asked_s
-
-    def await_serving(self) -> None:
-        """Wait until it answers."""
-        until(self._serves, f"{self.name} serving", SERVES_S)
-
-    def _serves(self) -> bool:
-        try:
-            with self.client(1.0) as client:
-                return client.get("none") is None
-        except ERRORS:
-            return False
-
-
-class RedisStore(SingleStore):
-    """`redis-server` that writes each command to its file before it answers: a kill loses
-    nothing."""
-
-    name = "redis"
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        # a unix socket's path must be short
-        self._home = Path(tempfile.mkdtemp(prefix="carry-faults-"))
-        self._server = RealServer(
-            "redis", self._home, "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"
-        )
-
-    def start(self) -> None:
-        self._server.launch()
-        self.await_serving()
-
-    def stop(self) -> None:
-        self._server.stop()
-        shutil.rmtree(self._home, ignore_errors=True)
-
-    def target(self) -> Target | None:
-        return self._server.socket
-
-    def pid(self) -> int:
-        return self._server._process.pid
-
-    def end(self) -> None:
-        self._server.kill()
-
-    def kill(self, pick: int) -> Loss | None:
-        self._server.kill()
-        time.sleep(DOWN_S)
-        self.start()
-        return None
-
-    def files(self) -> Path:
-        return self._home / "appendonlydir"
-
-
-class ValkeyStore(SingleStore):
-    """The embedded Valkey of one `carry serve`, which the other workers use by its socket."""
-
-    name = "valkey"
-
-    def __init__(self, folder: Path, models: Path, environment: dict[str, str]):
-        super().__init__(folder)
-        self.owner = Service(folder, models)
-        self._environment = environment
-
-    def start(self) -> None:
-        self.owner.start(**self._environment)
-        self._keep_file()
-
-    def stop(self) -> None:
-        if self.owner.process is None:
-            return
-        if not self.owner.ended():
-            self.owner.stop()
-        elif (self.owner.data_dir / "valkey.json").exists():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid(), signal.SIGKILL)
-
-    def target(self) -> Target | None:
-        try:
-            record = json.loads((self.owner.data_dir / "valkey.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return str(record["socket"])
-
-    def pid(self) -> int:
-        return self.owner.valkey_pid()
-
-    def end(self) -> None:
-        self.owner.stop()
-
-    def kill(self, pick: int) -> Loss | None:
-        before, killed_s = self.pid(), time.monotonic()
-        os.kill(before, signal.SIGKILL)
-        until(lambda: self._pid_or_none() not in (None, before), "a new Valkey", SERVES_S)
-        self.await_serving()
-        self._keep_file()
-        done_s = time.monotonic()
-        return Loss("killed", killed_s - LATE_WRITES_S, killed_s, done_s, done_s)
-
-    def files(self) -> Path:
-        return self.owner.data_dir / "appendonlydir"
 
     def restart_owner(self, *, kill: bool) -> None:
         """End the service that holds the Valkey, by SIGKILL (the Valkey keeps running, and is taken
         over) or by SIGTERM (it ends too), and start it again."""
         if kill:
-            self.owner.kill()
+            self.server.owner.kill()
             time.sleep(DOWN_S)
         else:
-            self.owner.stop()
+            self.stop()
         self.start()
 
-    def _pid_or_none(self) -> int | None:
-        try:
-            return self.pid()
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def _files(self) -> tuple[Path, Path]:
+        return self.server.folder / "appendonlydir", self.server.folder / "copy"
 
-    def _keep_file(self) -> None:
-        # a rewrite would replace files while they are copied
-        with self.client() as client:
-            client.config_set("auto-aof-rewrite-percentage", "0")
+    def _choose(self, pick: int) -> RealServer:
+        return self.server
+
+    def _find_loss(self, what: str, struck_s: float) -> Loss | None:
+        if what != "killed" or self.server.kind == "redis":
+            return None
+        done_s = time.monotonic()
+        return Loss(what, struck_s - LATE_WRITES_S, struck_s, done_s, done_s)
+
+
+class ClusterStore(Store):
+    """Three primaries and their replicas.
+
+    Every node announces the port of a proxy instead of its own, so all that workers ask of it
+    passes there. Replicas follow their primaries through the proxies too.
+
+    Replication is asynchronous: every fault that may cause a promotion may lose the last writes.
+    With `replicated` durability a chunk is acknowledged only when the replica has it: then only a
+    promotion of a replica that was stopped could lose any, and such a chunk was not acknowledged.
+    """
+
+    def __init__(self, folder: Path, traffic: Traffic, *, strict: bool):
+        self._cluster = Cluster("valkey", folder, _NO_REWRITE)
+        self._nodes = self._cluster.nodes
+        self.proxies = [
+            Proxy(lambda port=node.port: ("127.0.0.1", port), traffic.watch_store)
+            for node in self._nodes
+        ]
+        self._strict = strict
+        self._loop = asyncio.get_running_loop()
+        self._down: set[ClusterNode] = set()
+        self._lost: list[ClusterNode] = []
+        self.stop, self.configure = self._cluster.stop, self._cluster.configure
+
+    def start(self) -> None:
+        for node, proxy in zip(self._nodes, self.proxies, strict=True):
+            node._options = (*node._options, "--cluster-announce-port", str(proxy.port))
+        self._cluster.form()
+
+    def url(self, number: int) -> str:
+        """The address for a worker."""
+        addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:3])
+        return f"redis+cluster://{','.join(addresses)}"
+
+    def ask(self, *command: str | int) -> Any:
+        for node in self._nodes:
+            if node not in self._down:
+                with contextlib.suppress(redis.exceptions.MovedError):
+                    return node.ask(*command)
+        raise OSError("no node that serves has the key")
+
+    def fail_over(self, pick: int) -> Loss | None:
+        """Kill a primary until its replica is promoted; it comes back as a replica."""
+        node = self._choose(pick)
+        replica = self._replica_of(node)
+        killed_s = time.monotonic()
+        node.kill()
+        until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
+        node.start()
+        return self._find_loss("lost", killed_s)
+
+    def prepare_rollback(self, pick: int) -> float:
+        """Stop the replica of a primary that is to be lost, and end its connection to it: what
+        the primary sent would otherwise be read from the socket when the replica continues."""
+        primary = self._choose(pick)
+        replica = self._replica_of(primary)
+        self._down = {primary, replica}
+        self._lost = [primary, replica]
+        since_s = time.monotonic() - LAG_S
+        replica.pause()
+        for connection in list(self.proxies[self._nodes.index(primary)].connections):
+            if has_connection(replica._process.pid, connection):
+                self._loop.call_soon_threadsafe(connection.abort)
+        return since_s
+
+    def roll_back(self, since_s: float) -> Loss:
+        """Kill the primary, continue its replica, which is promoted with the data it had."""
+        primary, replica = self._lost
+        killed_s = time.monotonic()
+        primary.kill()
+        ended_s = time.monotonic()
+        replica.resume()
+        until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
+        primary.start()
+        self._wait_until_whole()
+        return Loss("lossy failover", since_s, killed_s, ended_s, time.monotonic())
+
+    def _choose(self, pick: int) -> ClusterNode:
+        """A primary that is about to be down."""
+        primaries = [node for node in self._nodes if _role(node) == "master"]
+        node = primaries[pick % len(primaries)]
+        self._down = {node}
+        return node
+
+    def _find_loss(self, what: str, struck_s: float) -> Loss | None:
+        until_s = time.monotonic() + STALE_S
+        self._wait_until_whole()
+        if self._strict:
+            return None
+        return Loss(f"a primary was {what}", struck_s - LAG_S, struck_s, until_s, time.monotonic())
+
+    def _wait_until_whole(self) -> None:
+        def is_whole() -> bool:
+            with contextlib.suppress(AssertionError, *ERRORS):
+                self._cluster.wait_until_synced()
+                return True
+            return False
+
+        until(is_whole, "a whole cluster", SERVES_S)
+        self._down = set()
+
+    def _replica_of(self, primary: ClusterNode) -> ClusterNode:
+        lines = [each.split() for each in primary.ask("CLUSTER", "NODES").decode().splitlines()]
+        (name,) = (line[0] for line in lines if line[3] == primary.name)
+        return next(node for node in self._nodes if node.name == name)
+
+
+@dataclass(slots=True)
+class Deployment:
+    """Workers on a store, with proxies between all processes."""
+
+    store: Store
+    workers: list[Worker]
+    traffic: Traffic
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The port of each worker's proxy, for clients."""
+        return {worker.name: worker.proxy.port for worker in self.workers}
+
+
+def _role(node: ClusterNode) -> str:
+    with contextlib.suppress(*ERRORS):
+        return str(node.facts("replication")["role"])
+    return ""
+
+
+def has_connection(pid: int | None, connection: Connection) -> bool:
+    """Whether a process has the other end of a connection."""
+    port = connection.front.get_extra_info("peername")[1]
+    with contextlib.suppress(psutil.Error):
+        connections = psutil.Process(pid).net_connections(kind="tcp")
+        return any(each.laddr and each.laddr.port == port for each in connections)
+    return False

@@ -1,34 +1,30 @@
-"""The checker itself: what it lets pass, and that no mistake passes."""
+"""The checker itself: what it accepts, and that it rejects every mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.faults.appends import check_burst
-from tests.faults.checker import check
-from tests.faults.network import Reference, Rows, random_events
-from tests.faults.records import (
+from tests.faults.checker import CHECKED, DOUBLED, LOST, MIXED, ROLLED_BACK, check, check_burst
+from tests.faults.history import (
     FIRST_TAG,
-    Ack,
-    AppendAck,
-    AppendBurst,
+    Burst,
     Head,
     History,
     Loss,
-    Rejection,
+    Reply,
     Sent,
     Span,
     StreamLog,
     digest,
     next_tag,
 )
-from tests.faults.result import DOUBLED, LOST, MIXED, CheckResult
+from tests.faults.network import ZERO, Rows, compute, random_events
 
-CHUNKS = 12
 OTHERS = random_events(np.random.default_rng(9), 5)
 EPOCH, OTHER = "aa" * 8, "bb" * 8
 
@@ -36,78 +32,68 @@ EPOCH, OTHER = "aa" * 8, "bb" * 8
 class Stream:
     """A stream as a faultless service would serve it; one chunk a second."""
 
-    def __init__(self, seed: int = 3):
-        self.random = np.random.default_rng(seed)
+    def __init__(self, chunks: int = 12):
+        self.random = np.random.default_rng(3)
         self.log = StreamLog("s")
         self.now_s = 0.0
-        self.heads = [(FIRST_TAG, 0, Reference().zero())]
+        self.heads = [(FIRST_TAG, 0, ZERO)]
+        for _ in range(chunks):
+            self.chunk()
 
-    def chunk(self, rows: Rows | None = None, epoch: str = EPOCH) -> Ack:
+    def chunk(self, epoch: str = EPOCH) -> None:
         """One more chunk, applied and acknowledged."""
         tag, position, state = self.heads[-1]
-        rows = random_events(self.random, 5) if rows is None else rows
+        rows = random_events(self.random, 5)
         self.now_s += 1
-        sent = Sent(position, rows, digest(rows), self.now_s, acked=True)
-        outputs = Reference().outputs(state, rows)
-        after = next_tag(tag, position, sent.digest)
-        self.heads.append((after, position + len(rows), outputs[-1]))
-        ack = Ack(
-            sent,
-            "a",
-            epoch,
-            after,
-            position + len(rows),
-            outputs.astype(np.float32),
-            False,
-            self.now_s,
-            self.now_s + 0.5,
-        )
+        sent = Sent(position, rows, digest(rows), acked=True)
+        outputs = compute(state, rows)
+        head = (next_tag(tag, position, sent.digest), position + len(rows), outputs[-1])
+        self.heads.append(head)
+        times_s = (self.now_s, self.now_s + 0.5)
+        ack = Reply(epoch, *head[:2], sent, "a", *times_s, outputs.astype(np.float32))
         self.log.sents.append(sent)
         self.log.acks.append(ack)
-        self.log.final = Head(epoch, after, ack.position)
-        return ack
+        self.log.final = Head(epoch, *head[:2])
 
     def back(self, chunks: int) -> None:
         """The store loses the last chunks."""
         del self.heads[-chunks:]
 
-    def rejection(
-        self, code: str = "position_ahead", worker: str = "a", epoch: str = EPOCH
-    ) -> None:
-        """A refusal that says the truth."""
-        tag, position, _ = self.heads[-1]
+    def reject(self) -> None:
+        """A rejection that names the present head."""
         self.now_s += 1
-        self.log.rejections.append(
-            Rejection(code, worker, epoch, tag, position, self.now_s, self.now_s + 0.5)
-        )
+        head, times_s = self.heads[-1][:2], (self.now_s, self.now_s + 0.5)
+        rejection = Reply(EPOCH, *head, self.log.sents[-1], "b", *times_s, code="position_ahead")
+        self.log.rejections.append(rejection)
         self.log.noticed_s.append(self.now_s)
 
+    def remove(self) -> None:
+        """The stream is deleted, and its client notices."""
+        self.now_s += 1
+        self.log.removed.append(Span(self.now_s, self.now_s + 0.5))
+        self.log.noticed_s.append(self.now_s + 1)
+        self.heads = self.heads[:1]
 
-def served(chunks: int = CHUNKS) -> Stream:
+    def kinds(self, *losses: Loss) -> set[str]:
+        """Kinds of the checker's findings."""
+        return {kind for kind, _ in check(History([self.log], losses=list(losses)))}
+
+
+def rolled_back() -> tuple[Stream, Loss]:
+    """A stream whose last two chunks are rolled back at 12.5 s."""
     stream = Stream()
-    for _ in range(chunks):
-        stream.chunk()
-    return stream
-
-
-def kinds(stream: Stream, *losses: Loss) -> set[str]:
-    result = check(History(streams=[stream.log], losses=list(losses)))
-    return {finding.kind for finding in result.findings}
+    stream.back(2)
+    return stream, Loss("rolled back", since_s=10.8, struck_s=12.5, until_s=12.6, done_s=12.7)
 
 
 def test_correct_history_passes() -> None:
-    stream = served()
-    result = check(History(streams=[stream.log]))
-    assert not result.findings
-    assert result.checked_chunks == CHUNKS
-    assert result.checked_events == sum(len(sent.rows) for sent in stream.log.sents)
-
-
-def test_chunk_that_was_applied_without_a_reply_passes() -> None:
-    stream = served()
+    stream = Stream()
+    history = History([stream.log])
+    assert not check(history)
+    assert history.seen[CHECKED] == 12
     stream.log.acks.pop(4)
     stream.log.sents[4].acked = False
-    assert kinds(stream) == set()
+    assert not stream.kinds()
 
 
 @pytest.mark.parametrize(
@@ -116,10 +102,7 @@ def test_chunk_that_was_applied_without_a_reply_passes() -> None:
         (lambda chunks: [*chunks[:3], chunks[3], chunks[3], *chunks[4:]], DOUBLED),
         (lambda chunks: [*chunks[:3], *chunks[4:]], LOST),
         (lambda chunks: [*chunks[:3], chunks[4], chunks[3], *chunks[5:]], MIXED),
-        (
-            lambda chunks: [*chunks[:3], OTHERS, *chunks[4:]],
-            MIXED,
-        ),
+        (lambda chunks: [*chunks[:3], OTHERS, *chunks[4:]], MIXED),
         (lambda chunks: [OTHERS, *chunks], MIXED),
     ],
     ids=["doubled", "lost", "swapped", "wrong", "another's state"],
@@ -127,170 +110,131 @@ def test_chunk_that_was_applied_without_a_reply_passes() -> None:
 def test_outputs_of_another_state_are_detected_many_chunks_later(
     state_after: Callable[[list[Rows]], list[Rows]], kind: str
 ) -> None:
-    stream = served(40)
+    stream = Stream(40)
+    rows = np.concatenate(state_after([each.sent.rows for each in stream.log.acks]))
     ack = stream.log.acks[-1]
-    chunks = [each.sent.rows for each in stream.log.acks]
-    rows = np.concatenate(state_after(chunks))
-    wrong = Reference().outputs(Reference().zero(), rows)[-len(ack.sent.rows) :]
+    wrong = compute(ZERO, rows)[-len(ack.sent.rows) :]
     stream.log.acks[-1] = replace(ack, outputs=wrong.astype(np.float32))
-    assert kinds(stream) == {kind}
+    assert stream.kinds() == {kind}
 
 
-def test_one_wrong_number_is_detected() -> None:
-    stream = served()
-    outputs = stream.log.acks[5].outputs.copy()
-    outputs[2, 7] += 1
-    stream.log.acks[5] = replace(stream.log.acks[5], outputs=outputs)
-    assert kinds(stream) == {MIXED}
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ack: {"outputs": ack.outputs + (np.arange(16) == 7)},
+        lambda ack: {"tag": bytes(range(16))},
+        lambda ack: {"position": 7},
+    ],
+    ids=["one output", "tag", "position"],
+)
+def test_wrong_reply_is_detected(change: Callable[[Reply], dict[str, Any]]) -> None:
+    stream = Stream()
+    stream.log.acks[5] = replace(stream.log.acks[5], **change(stream.log.acks[5]))
+    assert MIXED in stream.kinds()
 
 
-def test_tag_or_position_of_no_sent_chunk_is_detected() -> None:
-    stream = served()
-    stream.log.acks[5] = replace(stream.log.acks[5], tag=bytes(range(16)))
-    assert MIXED in kinds(stream)
-    stream = served()
-    stream.log.acks[5] = replace(stream.log.acks[5], position=7)
-    assert kinds(stream) == {MIXED}
-    stream = served()
+def test_final_tag_of_no_sent_chunk_is_detected() -> None:
+    stream = Stream()
     stream.log.final = replace(stream.log.final, tag=bytes(range(16)))
-    assert MIXED in kinds(stream)
+    assert MIXED in stream.kinds()
 
 
-def rolled_back() -> tuple[Stream, Loss]:
-    """Two chunks are rolled back, and others replace them."""
-    stream = served()
-    stream.back(2)
-    loss = Loss(
-        "rolled back",
-        stream.now_s - 1.2,
-        stream.now_s + 0.5,
-        stream.now_s + 0.6,
-        stream.now_s + 0.7,
-    )
-    return stream, loss
-
-
-def test_rollback_explains_missing_chunks_if_the_client_noticed() -> None:
+@pytest.mark.parametrize(
+    ("is_known_loss", "is_noticed", "more", "expected"),
+    [
+        (True, True, 0, set()),
+        (False, True, 0, {LOST}),
+        (True, False, 0, {LOST}),
+        (True, True, 1, {LOST}),
+    ],
+    ids=["explained", "no rollback", "client did not notice", "before the rollback"],
+)
+def test_missing_chunk_is_lost_unless_rolled_back_and_noticed(
+    is_known_loss: bool, is_noticed: bool, more: int, expected: set[str]
+) -> None:
     stream, loss = rolled_back()
-    stream.rejection()
+    if more:
+        stream.back(more)
+    if is_noticed:
+        stream.reject()
     stream.chunk()
-    assert kinds(stream, loss) == set()
-    assert check(History([stream.log], losses=[loss])).rolled_back == 2
-
-
-def test_missing_chunk_without_a_rollback_is_lost() -> None:
-    stream, _ = rolled_back()
-    stream.rejection()
-    stream.chunk()
-    assert kinds(stream) == {LOST}
-
-
-def test_missing_chunk_is_lost_if_the_client_did_not_notice() -> None:
-    stream, loss = rolled_back()
-    stream.chunk()
-    assert kinds(stream, loss) == {LOST}
-
-
-def test_rollback_explains_nothing_before_it() -> None:
-    stream, loss = rolled_back()
-    stream.back(1)
-    stream.rejection()
-    stream.chunk()
-    assert kinds(stream, loss) == {LOST}
+    history = History([stream.log], losses=[loss] if is_known_loss else [])
+    assert {kind for kind, _ in check(history)} == expected
+    assert expected or history.seen[ROLLED_BACK] == 2
 
 
 def test_continued_stale_history_is_detected() -> None:
     """Others advanced the stream after a rollback; a worker continues from its cache."""
     stream, loss = rolled_back()
-    stale = list(stream.heads), [*served().heads]
-    stream.rejection()
+    stream.reject()
     stream.chunk()
     stream.chunk()
-    stream.heads = stale[1]
+    stream.heads = Stream().heads
     stream.chunk()
-    assert kinds(stream, loss) == {LOST}
+    assert stream.kinds(loss) == {LOST}
 
 
 def test_rejection_that_denies_an_acknowledged_chunk_is_detected() -> None:
-    stream = served()
+    stream = Stream()
     heads = list(stream.heads)
     stream.back(3)
-    stream.rejection(worker="b")
+    stream.reject()
     stream.heads = heads
     stream.chunk()
-    assert kinds(stream) == {LOST}
-
-
-def test_removed_stream_starts_a_new_epoch_and_does_not_return() -> None:
-    stream = served()
-    stream.now_s += 1
-    stream.log.removed.append(Span(stream.now_s, stream.now_s + 0.5))
-    heads = list(stream.heads)
-    stream.heads = stream.heads[:1]
-    stream.log.noticed_s.append(stream.now_s + 1)
-    stream.chunk(epoch=OTHER)
-    assert kinds(stream) == set()
-    stream.heads = heads
-    stream.chunk(epoch=EPOCH)
-    assert MIXED in kinds(stream)
-
-
-def test_chunk_lost_before_its_stream_was_removed_is_detected() -> None:
-    """Removal explains the end of an epoch, but no missing chunk before it."""
-    stream = served()
-    stream.back(1)
-    stream.log.noticed_s.append(stream.now_s + 1)
-    stream.chunk()
-    stream.now_s += 1
-    stream.log.removed.append(Span(stream.now_s, stream.now_s + 0.5))
-    stream.log.noticed_s.append(stream.now_s + 1)
-    stream.heads = stream.heads[:1]
-    stream.chunk(epoch=OTHER)
-    assert kinds(stream) == {LOST}
+    assert stream.kinds() == {LOST}
 
 
 def test_rejection_before_a_rollback_is_not_explained_by_it() -> None:
     stream, loss = rolled_back()
-    stream.rejection()
+    stream.reject()
     stream.chunk()
-    assert kinds(stream, replace(loss, until_s=20.0, struck_s=13.0)) == set()
-    assert kinds(stream, replace(loss, until_s=20.0, struck_s=14.0)) == {LOST}
+    assert stream.kinds(replace(loss, until_s=20.0, struck_s=13.0)) == set()
+    assert stream.kinds(replace(loss, until_s=20.0, struck_s=14.0)) == {LOST}
 
 
-def burst(places: list[int], unknown: int = 0, head: int | None = None) -> AppendBurst:
-    """Appends of three events, acknowledged at these places."""
-    random, reference = np.random.default_rng(4), Reference()
-    state, acks = reference.zero(), []
-    for number, start in enumerate(places):
-        rows = random_events(random, 3)
-        outputs = reference.outputs(state, rows)
-        state = outputs[-1]
-        tag = bytes([number] * 16)
-        acks.append(AppendAck(rows, EPOCH, tag, start + 3, outputs.astype(np.float32)))
-    final = Head(EPOCH, bytes(16), 3 * len(places) if head is None else head)
-    return AppendBurst("e", Span(1.0, 2.0), unknown, acks, final)
+def test_removed_stream_starts_a_new_epoch_and_does_not_return() -> None:
+    stream = Stream()
+    heads = list(stream.heads)
+    stream.remove()
+    stream.chunk(epoch=OTHER)
+    assert stream.kinds() == set()
+    stream.heads = heads
+    stream.chunk(epoch=EPOCH)
+    assert MIXED in stream.kinds()
+
+
+def test_chunk_lost_before_its_stream_was_removed_is_detected() -> None:
+    """Removal explains the end of an epoch, but no missing chunk before it."""
+    stream = Stream()
+    stream.back(1)
+    stream.log.noticed_s.append(stream.now_s + 1)
+    stream.chunk()
+    stream.remove()
+    stream.chunk(epoch=OTHER)
+    assert stream.kinds() == {LOST}
 
 
 @pytest.mark.parametrize(
-    ("seen", "expected"),
+    ("starts", "unknown", "head", "wrong", "expected"),
     [
-        (burst([0, 3, 6]), set()),
-        (burst([0, 3, 9], unknown=1, head=12), set()),
-        (burst([0, 3, 3], head=6), {LOST}),
-        (burst([0, 3, 6], head=6), {LOST}),
-        (burst([0, 3, 6], head=12), {DOUBLED}),
+        ([0, 3, 6], 0, 9, 0, set()),
+        ([0, 3, 9], 1, 12, 0, set()),
+        ([0, 3, 3], 0, 6, 0, {LOST}),
+        ([0, 3, 6], 0, 6, 0, {LOST}),
+        ([0, 3, 6], 0, 12, 0, {DOUBLED}),
+        ([0, 3, 6], 0, 9, 1, {MIXED}),
     ],
-    ids=["all", "one without answer", "one place twice", "too short", "too long"],
+    ids=["all", "one without answer", "one place twice", "too short", "too long", "other state"],
 )
-def test_appends_have_distinct_places(seen: AppendBurst, expected: set[str]) -> None:
-    result = CheckResult()
-    check_burst(seen, [], Reference(), result)
-    assert {finding.kind for finding in result.findings} == expected
-
-
-def test_append_from_another_state_is_detected() -> None:
-    seen = burst([0, 3, 6])
-    seen.acks[1] = replace(seen.acks[1], outputs=seen.acks[1].outputs + 1)
-    result = CheckResult()
-    check_burst(seen, [], Reference(), result)
-    assert {finding.kind for finding in result.findings} == {MIXED}
+def test_appends_have_distinct_places(
+    starts: list[int], unknown: int, head: int, wrong: int, expected: set[str]
+) -> None:
+    random, state, acks = np.random.default_rng(4), ZERO, []
+    for number, start in enumerate(starts):
+        sent, tag = Sent(-1, random_events(random, 3), b""), bytes([number] * 16)
+        outputs = compute(state, sent.rows)
+        state = outputs[-1]
+        wrong_outputs = outputs.astype(np.float32) + (wrong if number == 1 else 0)
+        acks.append(Reply(EPOCH, tag, start + 3, sent, "a", 1.0, 2.0, wrong_outputs))
+    burst = Burst("e", Span(1.0, 2.0), unknown, acks, Head(EPOCH, bytes(16), head))
+    assert {kind for kind, _ in check_burst(burst)} == expected

@@ -8,7 +8,7 @@ import pytest
 from models.artifact.artifact import Artifact, load_artifact
 from service.engine.runtimes.onnx import OnnxRuntime
 from tests.faults import network
-from tests.faults.network import MODEL, PERIOD, Reference, random_events
+from tests.faults.network import MODEL, PERIOD, ZERO, compute, random_events
 from tests.support.stepping import in_cuts, step
 
 EVENTS = 3 * PERIOD
@@ -21,16 +21,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_runtime_equals_the_reference_bit_by_bit(artifact: Artifact) -> None:
-    runtime, reference = OnnxRuntime(artifact), Reference()
+    runtime = OnnxRuntime(artifact)
     random = np.random.default_rng(5)
     rows = [random_events(random, length) for length in (40, 7, 64, 1)]
     states = np.zeros((4, artifact.state.float_size), np.float32)
     for _ in range(60):
         outputs, states = step(runtime, [each.astype(np.float32) for each in rows], states)
     for index, each in enumerate(rows):
-        state = reference.zero()
+        state = ZERO
         for _ in range(60):
-            expected = reference.outputs(state, each)
+            expected = compute(state, each)
             state = expected[-1]
         assert (outputs[index] == expected).all()
 
@@ -39,7 +39,7 @@ def test_outputs_do_not_depend_on_cuts(artifact: Artifact) -> None:
     rows = random_events(np.random.default_rng(6), 90)
     zero = np.zeros(artifact.state.float_size, np.float32)
     cut, _ = in_cuts(OnnxRuntime(artifact), rows.astype(np.float32), zero, (1, 30, 2, 57))
-    assert (cut == Reference().outputs(Reference().zero(), rows)).all()
+    assert (cut == compute(ZERO, rows)).all()
 
 
 @pytest.mark.parametrize("mistake", ["wrong", "missing", "doubled", "swapped", "moved"])
@@ -65,7 +65,6 @@ def test_mistake_changes_every_later_output(mistake: str, seed: int) -> None:
             far = place + int(random.integers(2, PERIOD))
             changed[[place, far]] = rows[[far, place]]
             assert (changed != rows).any()
-    reference = Reference()
-    right = reference.outputs(reference.zero(), np.concatenate([rows, later]))[-LATER:]
-    wrong = reference.outputs(reference.zero(), np.concatenate([changed, later]))[-LATER:]
+    right = compute(ZERO, np.concatenate([rows, later]))[-LATER:]
+    wrong = compute(ZERO, np.concatenate([changed, later]))[-LATER:]
     assert np.abs(right - wrong).max(axis=1).min() >= 1

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections import Counter
 
 import pytest
 
+from tests.faults.proxy import Connection
 from tests.faults.traffic import (
     BEFORE_LOAD,
     COMMIT_SENT,
     COMPUTING,
     REPLY_UNSENT,
-    ClientTraffic,
     PendingChunk,
-    StoreTimes,
-    StoreTraffic,
-    count_stages,
-    stage,
+    Traffic,
 )
 
 STATE, REPLY = "carry{p0017}:s:keeps-all:s001", "carry{p0017}:r:keeps-all:s001"
-
-
-def connection(number: int = 1, owner: str = "a") -> SimpleNamespace:
-    return SimpleNamespace(number=number, notes=None, proxy=SimpleNamespace(owner=owner))
 
 
 def command(*parts: str) -> bytes:
@@ -38,12 +31,21 @@ LOADED = b"*1\r\n$-1\r\n"
 WRITTEN, REFUSED = b"*1\r\n*1\r\n:1\r\n", b"*1\r\n*2\r\n:0\r\n$1\r\nx\r\n"
 
 
-def seen(*passing: tuple[str, bytes], owner: str = "a") -> tuple[StoreTraffic, StoreTimes]:
-    traffic, one = StoreTraffic(lambda connection: connection.proxy.owner), connection(owner=owner)
+LATER_S = float("inf")
+
+
+def observe(*passing: tuple[str, bytes], owner: str = "a") -> Traffic:
+    """Bytes between a worker and the store, one at a time."""
+    traffic, one = Traffic(), Connection(None, owner)
     for direction, data in passing:
-        for byte in range(len(data)):
-            traffic.passing(one, direction, data[byte : byte + 1])
-    return traffic, traffic.store_times(owner, "s001")
+        for byte in data:
+            traffic.watch_store(one, direction, bytes([byte]))
+    return traffic
+
+
+def stages(traffic: Traffic, since_s: float = 1e-9, killed_s: float = LATER_S) -> list[str]:
+    """The stage of a chunk that was pending since a moment."""
+    return list(traffic.count_stages("a", [PendingChunk("s001", since_s)], killed_s))
 
 
 @pytest.mark.parametrize(
@@ -61,44 +63,29 @@ def seen(*passing: tuple[str, bytes], owner: str = "a") -> tuple[StoreTraffic, S
     ],
 )
 def test_stages(passing: tuple[tuple[str, bytes], ...], expected: str) -> None:
-    traffic, store_times = seen(*passing)
-    killed_s = float("inf")
-    assert stage(PendingChunk("s001", since_s=1e-9), store_times, killed_s) == expected
+    traffic = observe(*passing)
+    assert stages(traffic) == [expected]
     assert traffic.conflicts == (("reply", REFUSED) in passing)
 
 
-def test_traffic_before_the_request_does_not_count() -> None:
-    _, store_times = seen(("request", COMMIT), ("reply", WRITTEN))
-    assert (
-        stage(PendingChunk("s001", since_s=store_times.written_s + 1), store_times, float("inf"))
-        == BEFORE_LOAD
-    )
-
-
-def test_commit_answered_after_the_kill_counts_as_sent() -> None:
-    _, store_times = seen(("request", COMMIT), ("reply", WRITTEN))
-    assert (
-        stage(PendingChunk("s001", since_s=1e-9), store_times, store_times.written_s - 1e-9)
-        == COMMIT_SENT
-    )
+def test_only_traffic_between_request_and_kill_counts() -> None:
+    traffic = observe(("request", COMMIT), ("reply", WRITTEN))
+    written_s = traffic.times["a", "s001"][REPLY_UNSENT]
+    assert stages(traffic, since_s=written_s + 1) == [BEFORE_LOAD]
+    assert stages(traffic, killed_s=written_s - 1e-9) == [COMMIT_SENT]
 
 
 def test_connections_of_no_worker_are_ignored() -> None:
-    traffic, store_times = seen(("request", b"\x00 no command"), owner="")
-    assert store_times == StoreTimes()
-    assert not traffic.is_workers(connection(owner=""))
+    assert not observe(("request", b"\x00 no command"), owner="").times
 
 
 def test_chunk_is_pending_until_its_reply_begins() -> None:
-    traffic = ClientTraffic()
-    traffic.passing(
-        connection(1), "request", b"POST /v1/models/keeps-all/streams/s001/chunks HTTP/1.1\r\n"
-    )
-    traffic.passing(connection(2), "request", b"GET /v1/models/keeps-all/streams/s001 HTTP/1.1\r\n")
-    (pending,) = traffic.in_flight("a")
-    assert pending.stream == "s001"
-    traffic.passing(connection(1), "reply", b"H")
-    assert pending.begun
-    assert not traffic.in_flight("a")
-    store, _ = seen(("request", COMMIT))
-    assert not count_stages(store, "a", [pending], float("inf"))
+    traffic, chunk, read = Traffic(), Connection(None, "a"), Connection(None, "a")
+    path = b" /v1/models/keeps-all/streams/s001"
+    traffic.watch_clients(chunk, "request", b"POST" + path + b"/chunks HTTP/1.1\r\n")
+    traffic.watch_clients(read, "request", b"GET" + path + b" HTTP/1.1\r\n")
+    pending = chunk.notes
+    assert (pending.stream, read.notes) == ("s001", None)
+    traffic.watch_clients(chunk, "reply", b"H")
+    assert chunk.notes is None
+    assert traffic.count_stages("a", [pending], LATER_S) == Counter()

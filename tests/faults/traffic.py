@@ -1,9 +1,9 @@
-"""Traffic monitors: the stage of each chunk when its worker was killed.
+"""Traffic monitor: the stage of each chunk when its worker was killed.
 
-A killed worker says nothing any more, and nothing in the service helps to find out. But all it
-does for a chunk passes here: the request goes in, the load of the stream goes to the store and
-is answered, the commit goes out and is answered, the HTTP reply goes out. So of every request
-that a dead worker owed a reply,
+A killed worker reports nothing, and nothing in the service helps to find out. But all it does for a
+chunk passes here: the request goes in, the load of the stream goes to the store and is answered,
+the commit goes out and is answered, the HTTP reply goes out. So of every request that a killed
+worker owed a reply,
 
     before load    neither a load nor a commit of its stream was asked of the store since
     computing      its load was answered, and no commit came
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -36,143 +36,145 @@ STAGES: Final = (BEFORE_LOAD, COMPUTING, COMMIT_SENT, REPLY_UNSENT)
 
 _CHUNK: Final = re.compile(rb"^POST /v1/models/[^/ ]+/streams/([^/ ]+)/chunks")
 _STATE_KEY: Final = re.compile(rb"\}:s:[^:]+:(.+)$", re.DOTALL)
-_NEVER: Final = 0.0
+_MORE: Final = object()
 
 
 @dataclass(slots=True)
-class StoreTimes:
-    """What the store was asked for one stream by one worker, as times; 0 where it was not."""
+class PendingChunk:
+    """A chunk that was sent to a worker; `replied` once its reply begins."""
 
-    loaded_s: float = _NEVER
-    commit_s: float = _NEVER
-    written_s: float = _NEVER
+    stream: str
+    since_s: float
+    replied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """A request to a server that was not yet answered: a load's or a commit's streams."""
+    """A load's or a commit's streams."""
 
     commit: bool
     streams: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _StoreNotes:
-    """Of one connection to the store."""
-
-    requests: Any = field(default_factory=lambda: hiredis.Reader(notEnoughData=_MORE))
-    replies: Any = field(
-        default_factory=lambda: hiredis.Reader(
-            notEnoughData=_MORE, protocolError=_Broken, replyError=_Error
-        )
-    )
-    request: deque[StoreRequest | None] = field(default_factory=deque)
 
 
 class _Error(Exception):
     """An error reply."""
 
 
-class _Broken(Exception):
-    """Bytes that are no reply."""
+def _reader() -> Any:
+    return hiredis.Reader(notEnoughData=_MORE, replyError=_Error)
 
 
-_MORE: Final = object()
+@dataclass(slots=True)
+class _StoreNotes:
+    """Of one connection to the store: parsers, and what has no answer yet."""
 
-Hook = Callable[[str, str, str], None]
-"""Told of worker, stream and stage when a chunk reaches the stage."""
+    requests: Any = field(default_factory=_reader)
+    replies: Any = field(default_factory=_reader)
+    unanswered: deque[StoreRequest | None] = field(default_factory=deque)
 
 
-class StoreTraffic:
-    """Monitors the traffic from workers to the store.
+class Traffic:
+    """Monitors the proxies of all workers and of the store.
 
     Attributes:
-        conflicts: commits that the store refused because the stream had moved on.
-        hook: called at every load's answer, commit and commit's answer.
+        conflicts: commits that the store rejected because the stream had moved on.
+        hook: called with worker and stage when a chunk reaches the stage.
+        times: by worker and stream, when each stage after the first was reached last.
     """
 
-    def __init__(self, owner_of: Callable[[Connection], str]):
+    def __init__(self, find_owner: Callable[[Connection], str] = lambda _: ""):
         self.conflicts = 0
-        self.hook: Hook | None = None
-        self._owner_of = owner_of
-        self._store_times: dict[tuple[str, str], StoreTimes] = {}
+        self.hook: Callable[[str, str], None] | None = None
+        self.times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        self._find_owner = find_owner
 
-    def store_times(self, worker: str, stream: str) -> StoreTimes:
-        """What that worker did for that stream last."""
-        found = self._store_times.get((worker, stream))
-        if found is None:
-            found = self._store_times[worker, stream] = StoreTimes()
-        return found
+    def watch_clients(self, connection: Connection, direction: Direction, data: bytes) -> None:
+        """A reply's first byte ends what is owed on its connection."""
+        if direction == "reply":
+            if connection.notes is not None:
+                connection.notes.replied = True
+            connection.notes = None
+        elif match := _CHUNK.match(data):
+            connection.notes = PendingChunk(match[1].decode(), time.monotonic())
+            if self.hook is not None:
+                self.hook(connection.owner, BEFORE_LOAD)
 
-    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
-        """Read commands and replies; what is no worker's is not looked at."""
-        worker = self._owner_of(connection)
+    def owner_of(self, connection: Connection) -> str:
+        """The worker that made a connection to the store, looked up once; empty for others."""
+        if connection.owner is None:
+            connection.owner = self._find_owner(connection)
+        return connection.owner
+
+    def watch_store(self, connection: Connection, direction: Direction, data: bytes) -> None:
+        """Read commands and replies of workers."""
+        worker = self.owner_of(connection)
         if not worker:
             return
         if connection.notes is None:
             connection.notes = _StoreNotes()
         notes: _StoreNotes = connection.notes
-        if direction == "request":
-            notes.requests.feed(data)
-            for command in _all(notes.requests):
-                request = _asked(command)
-                notes.request.append(request)
+        reader = notes.requests if direction == "request" else notes.replies
+        reader.feed(data)
+        for value in iter(reader.gets, _MORE):
+            if direction == "request":
+                request = _read_command(value)
+                notes.unanswered.append(request)
                 if request is not None and request.commit:
-                    self._note(worker, request.streams, "commit_s", COMMIT_SENT)
-            return
-        notes.replies.feed(data)
-        for value in _all(notes.replies):
-            request = notes.request.popleft() if notes.request else None
-            if request is not None:
-                self._answered(worker, request, value)
-
-    def closed(self, connection: Connection) -> None:
-        """A broken connection answers nothing more."""
-
-    def is_workers(self, connection: Connection) -> bool:
-        """Whether a worker made the connection."""
-        return bool(self._owner_of(connection))
+                    self._note(worker, request.streams, COMMIT_SENT)
+            elif notes.unanswered and (request := notes.unanswered.popleft()) is not None:
+                self._read_answer(worker, request, value)
 
     def has_pending_commit(self, connection: Connection) -> bool:
         """Whether a commit on this connection has no answer yet."""
         return connection.notes is not None and any(
-            request is not None and request.commit for request in connection.notes.request
+            request is not None and request.commit for request in connection.notes.unanswered
         )
 
-    def _answered(self, worker: str, request: StoreRequest, value: Any) -> None:
+    def count_stages(
+        self, worker: str, pending: Iterable[PendingChunk], killed_s: float
+    ) -> Counter[str]:
+        """Of what a worker owed when it was killed, how many chunks were at each stage.
+
+        To be asked once all it wrote before its end has passed.
+        """
+        return Counter(
+            _stage(each.since_s, self.times[worker, each.stream], killed_s)
+            for each in pending
+            if not each.replied
+        )
+
+    def _read_answer(self, worker: str, request: StoreRequest, value: Any) -> None:
         if not request.commit:
             if not isinstance(value, _Error):
-                self._note(worker, request.streams, "loaded_s", COMPUTING)
+                self._note(worker, request.streams, COMPUTING)
             return
-        if isinstance(value, _Error) or not isinstance(value, list):
-            # the script as a whole: nothing was written, and it will be sent again
-            self._reset(worker, request.streams)
-            return
-        for stream, outcome in zip(request.streams, value, strict=False):
+        # a script that failed wrote nothing, and will be sent again
+        outcomes = value if isinstance(value, list) else [[None]] * len(request.streams)
+        for stream, outcome in zip(request.streams, outcomes, strict=False):
             if outcome == [1]:
-                self._note(worker, (stream,), "written_s", REPLY_UNSENT)
+                self._note(worker, (stream,), REPLY_UNSENT)
             else:
                 self.conflicts += outcome[0] == 0
-                self._reset(worker, (stream,))
+                self.times.pop((worker, stream), None)
 
-    def _note(self, worker: str, streams: tuple[str, ...], what: str, stage: str) -> None:
-        now_s = time.monotonic()
+    def _note(self, worker: str, streams: tuple[str, ...], stage: str) -> None:
         for stream in streams:
-            setattr(self.store_times(worker, stream), what, now_s)
-            if self.hook is not None:
-                self.hook(worker, stream, stage)
-
-    def _reset(self, worker: str, streams: tuple[str, ...]) -> None:
-        for stream in streams:
-            self._store_times.pop((worker, stream), None)
+            self.times[worker, stream][stage] = time.monotonic()
+        if streams and self.hook is not None:
+            self.hook(worker, stage)
 
 
-def _all(reader: Any) -> Iterator[Any]:
-    while (found := reader.gets()) is not _MORE:
-        yield found
+def _stage(since_s: float, times: dict[str, float], killed_s: float) -> str:
+    """The stage of a chunk when its worker was killed."""
+    loaded_s, commit_s, written_s = (times.get(stage, 0.0) for stage in STAGES[1:])
+    if since_s <= written_s <= killed_s and written_s >= commit_s:
+        return REPLY_UNSENT
+    if commit_s >= since_s:
+        return COMMIT_SENT
+    return COMPUTING if since_s <= loaded_s <= killed_s else BEFORE_LOAD
 
 
-def _asked(command: Any) -> StoreRequest | None:
+def _read_command(command: Any) -> StoreRequest | None:
     """The streams that a command loads or commits; None for any other command."""
     if not isinstance(command, list) or not command:
         return None
@@ -181,89 +183,11 @@ def _asked(command: Any) -> StoreRequest | None:
         keys = command[3 : 3 + int(command[2])]
         # a commit has two common arguments, then two keys and three arguments for each stream
         commit = 2 * (len(command) - 3 - len(keys) - 2) == 3 * len(keys)
-        return StoreRequest(True, _streams(keys)) if commit else None
+        return StoreRequest(True, tuple(_streams(keys))) if commit else None
     if name in (b"MGET", b"GET"):
-        return StoreRequest(False, _streams(command[1:]))
+        return StoreRequest(False, tuple(_streams(command[1:])))
     return None
 
 
-def _streams(keys: list[bytes]) -> tuple[str, ...]:
-    found = (_STATE_KEY.search(key) for key in keys)
-    return tuple(match[1].decode() for match in found if match is not None)
-
-
-@dataclass(slots=True)
-class PendingChunk:
-    """A chunk that was sent to a worker.
-
-    Attributes:
-        begun: its reply has begun; it is owed no more.
-    """
-
-    stream: str
-    since_s: float
-    begun: bool = False
-
-
-class ClientTraffic:
-    """Monitors the traffic from clients to workers, one request at a time on each connection.
-
-    Attributes:
-        hook: called when a request for a chunk comes.
-    """
-
-    def __init__(self) -> None:
-        self.hook: Hook | None = None
-        self.pending: dict[str, dict[int, PendingChunk]] = {}
-
-    def passing(self, connection: Connection, direction: Direction, data: bytes) -> None:
-        """A reply's first byte ends what is owed on its connection."""
-        pending = self.pending.setdefault(connection.proxy.owner, {})
-        if direction == "reply":
-            found = pending.pop(connection.number, None)
-            if found is not None:
-                found.begun = True
-            return
-        match = _CHUNK.match(data)
-        if match is not None:
-            stream = match[1].decode()
-            pending[connection.number] = PendingChunk(stream, time.monotonic())
-            if self.hook is not None:
-                self.hook(connection.proxy.owner, stream, BEFORE_LOAD)
-
-    def closed(self, connection: Connection) -> None:
-        """A client that left is owed nothing."""
-        self.pending.get(connection.proxy.owner, {}).pop(connection.number, None)
-
-    def in_flight(self, worker: str) -> list[PendingChunk]:
-        """What the worker owes now."""
-        return list(self.pending.get(worker, {}).values())
-
-
-def stage(pending: PendingChunk, store_times: StoreTimes, killed_s: float) -> str:
-    """How far a chunk had come when its worker was killed."""
-    since_s = pending.since_s
-    if (
-        since_s <= store_times.written_s <= killed_s
-        and store_times.written_s >= store_times.commit_s
-    ):
-        return REPLY_UNSENT
-    if store_times.commit_s >= since_s:
-        return COMMIT_SENT
-    if since_s <= store_times.loaded_s <= killed_s:
-        return COMPUTING
-    return BEFORE_LOAD
-
-
-def count_stages(
-    store: StoreTraffic, worker: str, pending: list[PendingChunk], killed_s: float
-) -> Counter[str]:
-    """Of what a worker owed when it was killed, how many chunks were at each stage.
-
-    To be asked once all it wrote before its end has passed.
-    """
-    return Counter(
-        stage(each, store.store_times(worker, each.stream), killed_s)
-        for each in pending
-        if not each.begun
-    )
+def _streams(keys: list[bytes]) -> Iterator[str]:
+    return (match[1].decode() for key in keys if (match := _STATE_KEY.search(key)))

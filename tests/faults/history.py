@@ -1,4 +1,4 @@
-"""Records of what the clients saw, for the checker. Times are those of the monotonic clock."""
+"""Records of what the clients observed, for the checker. Times are those of the monotonic clock."""
 
 from __future__ import annotations
 
@@ -25,53 +25,38 @@ def next_tag(tag: bytes, start: int, chunk: bytes) -> bytes:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Sent:
-    """A chunk that was sent, once or many times.
-
-    Attributes:
-        start: its position.
-        rows: its events, [T, F].
-        acked: some reply to it came.
-    """
+    """A chunk of rows [T, F] that was sent, once or many times; `acked` after a reply."""
 
     start: int
     rows: Rows
     digest: bytes
-    sent_s: float
     acked: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A stream's head. Position 0 and no tag: it does not exist."""
+
+    epoch: str | None
+    tag: bytes | None
+    position: int
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Ack:
-    """A reply to a chunk: its events are applied, says the service.
+class Reply(Head):
+    """A reply that names the stream's head: an acknowledgement, or a rejection with its code.
 
     Attributes:
-        sent_s: when the try was sent that this answers.
-        expected_tag: what the tag had to be by what the client knew; None where it knew nothing.
+        sent_s, at_s: when the attempt was sent that this answers, and when it was answered.
     """
 
     sent: Sent
     worker: str
-    epoch: str
-    tag: bytes
-    position: int
-    outputs: Outputs
-    replayed: bool
     sent_s: float
     at_s: float
-    expected_tag: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A problem that names the stream's head; position 0 and no tag: it does not exist."""
-
-    code: str
-    worker: str
-    epoch: str | None
-    tag: bytes | None
-    position: int
-    sent_s: float
-    at_s: float
+    outputs: Outputs | None = None
+    replayed: bool = False
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +73,6 @@ class Loss:
     """A fault that may roll back acknowledged chunks, and when.
 
     Attributes:
-        what: the fault.
         since_s: what was acknowledged before this moment must have survived.
         struck_s: nothing is missing before this moment.
         until_s: what was sent after this moment must have survived.
@@ -102,15 +86,6 @@ class Loss:
     done_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A stream's head."""
-
-    epoch: str
-    tag: bytes
-    position: int
-
-
 @dataclass(slots=True)
 class StreamLog:
     """Log of one stream.
@@ -119,31 +94,20 @@ class StreamLog:
         noticed_s: when its client noticed that the history it knew was replaced: by a rejection, by
             If-Match, or by a tag that does not follow.
         removed: when the stream was deleted or expired on purpose.
-        final: where it stood at the end; None where it did not exist.
+        final: its head at the end; None where it did not exist.
     """
 
     name: str
     sents: list[Sent] = field(default_factory=list)
-    acks: list[Ack] = field(default_factory=list)
-    rejections: list[Rejection] = field(default_factory=list)
+    acks: list[Reply] = field(default_factory=list)
+    rejections: list[Reply] = field(default_factory=list)
     noticed_s: list[float] = field(default_factory=list)
     removed: list[Span] = field(default_factory=list)
     final: Head | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class AppendAck:
-    """A reply to a chunk without a position."""
-
-    rows: Rows
-    epoch: str
-    tag: bytes
-    position: int
-    outputs: Outputs
-
-
 @dataclass(slots=True)
-class AppendBurst:
+class Burst:
     """Chunks without a position, sent at once to one new stream.
 
     Attributes:
@@ -153,7 +117,7 @@ class AppendBurst:
     name: str
     span: Span
     unknown: int
-    acks: list[AppendAck]
+    acks: list[Reply]
     final: Head | None
 
 
@@ -162,18 +126,14 @@ class History:
     """Records of one run.
 
     Attributes:
-        seen: events of the run, by name.
-        faults: injected faults, by kind.
-        kills, chunks_killed: kills of workers, and their chunks in flight, by stage.
+        unexpected: problems, logged exceptions and clients that did not end.
+        seen: what occurred in the run and was checked, by name.
         began_s: moments are reported in seconds after this one.
     """
 
     streams: list[StreamLog] = field(default_factory=list)
-    bursts: list[AppendBurst] = field(default_factory=list)
+    bursts: list[Burst] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    kills: Counter[str] = field(default_factory=Counter)
-    chunks_killed: Counter[str] = field(default_factory=Counter)
     began_s: float = 0.0

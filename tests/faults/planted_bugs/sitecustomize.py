@@ -1,0 +1,91 @@
+"""Plants the bug that `PLANTED_BUG` names in a worker; the service knows nothing of it.
+
+A run puts this folder on the workers' PYTHONPATH. `SCRIPTS` are changes of the store's Lua scripts;
+`CODE` calls functions of the service's modules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = {
+    # A late commit of a worker that caches a removed stream brings it back.
+    "raised-stream": (("commit", "if expected ~= '' then", "if false then"),),
+    # A deletion from an abandoned connection deletes a stream that was created since its retry.
+    "unconditional-delete": (
+        (
+            "delete",
+            "if head ~= '' and (expected == '' or string.sub(head, 1, #expected) ~= expected) then",
+            "if false then",
+        ),
+    ),
+    # A creation from an abandoned connection that arrives after a deletion brings the stream back.
+    "no-tombstone": (("delete", "redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])", ""),),
+    # After a rollback a stream may come to the same position with other events; a worker that
+    # caches the old state there continues from it.
+    "position-only": (
+        ("commit", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
+        ("delete", "string.sub(header, 33, 56)", "string.sub(header, 57, 64)"),
+    ),
+}
+
+
+def compare_positions() -> None:
+    """A commit compares the position alone, not epoch and tag."""
+    from service.core.values import StreamHead
+    from service.store import codec
+
+    codec.head_bytes = lambda head: head.position.to_bytes(8, "little")
+    codec.raw_head = lambda value: StreamHead(b"", b"", int.from_bytes(value[56:64], "little"))
+
+
+def share_tags() -> None:
+    """Of two equal appends that race, the loser takes the other's commit for its own."""
+    from service.core import delivery
+
+    delivery.new_nonce = lambda: b""
+
+
+def evaluate_cached() -> None:
+    """Chunks are evaluated against the cached state, which another worker may have replaced."""
+    from service.pipeline.chunk_load import ChunkLoader
+
+    load = ChunkLoader._load
+
+    async def load_cached(self: Any, members: Any) -> Any:
+        stored = await load(self, members)
+        copies = [self._cache.get(member.key) for member in members]
+        return [copy or one for copy, one in zip(copies, stored, strict=True)]
+
+    ChunkLoader._load = load_cached
+
+
+CODE: dict[str, Callable[[], None]] = {
+    "position-only": compare_positions,
+    "equal-tags": share_tags,
+    "cached-refusal": evaluate_cached,
+}
+
+
+def plant(bug: str) -> None:
+    """Change the code at once, and each script where it is read."""
+    CODE.get(bug, lambda: None)()
+    read = Path.read_bytes
+
+    def read_changed(path: Path) -> bytes:
+        text = read(path)
+        for script, old, new in SCRIPTS.get(bug, ()):
+            if path.name == f"{script}.lua":
+                if text.count(old.encode()) != 1:
+                    raise ValueError(f"{path}: expected {old!r} once")
+                text = text.replace(old.encode(), new.encode())
+        return text
+
+    Path.read_bytes = read_changed
+
+
+if "PLANTED_BUG" in os.environ:
+    plant(os.environ["PLANTED_BUG"])
