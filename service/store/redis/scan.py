@@ -79,7 +79,8 @@ async def list_streams(
         start = ScanCursor() if cursor is None else ScanCursor.parse(cursor)
     except ValueError as error:
         raise InvalidInput(
-            f"cursor: expected the one of the last page, got {cursor!r}", at="cursor"
+            f"cursor: expected the `cursor` of the previous page, or none, got {cursor!r}",
+            at="cursor",
         ) from error
     keys = settings.keys
     pattern = keys.pattern(model, prefix)

@@ -86,7 +86,8 @@ async def test_namespaces_are_isolated(open_on: OpenStore, streams: Streams) -> 
 
 @pytest.mark.parametrize("cursor", ["", "x", "-1", "1.5", "²", str(2**64)])
 async def test_an_invalid_cursor_is_rejected(store: StateStore, cursor: str) -> None:
-    with pytest.raises(InvalidInput, match="cursor"):
+    expected = "cursor: expected the `cursor` of the previous page"
+    with pytest.raises(InvalidInput, match=expected):
         await store.streams("flights", "", cursor, 10)
 
 
