@@ -50,12 +50,12 @@ def test_covariates_are_encoded_as_in_the_events_themselves() -> None:
     events = hourly_events(5 + 6)
     rows, _ = encode(spec.events, columns_from_events(spec.events, events), Clock())
     future = [{k: e[k] for k in ("holiday", "tariff", "wind") if k in e} for e in events[5:]]
-    found = encode_covariates(spec, clock(5), 6, covariates(spec, future))
-    wanted = ["at.hour_sin", "at.hour_cos", "at.weekday_sin", "at.weekday_cos"]
-    wanted += ["holiday", "tariff", "wind", "wind.missing"]
+    encoded = encode_covariates(spec, clock(5), 6, covariates(spec, future))
+    columns = ["at.hour_sin", "at.hour_cos", "at.weekday_sin", "at.weekday_cos"]
+    columns += ["holiday", "tariff", "wind", "wind.missing"]
     index = spec.events.column_index
-    np.testing.assert_array_equal(found.rows, rows[5:, [index[name] for name in wanted]])
-    assert found.times_ms == tuple(START_MS + HOUR_MS * k for k in range(5, 11))
+    np.testing.assert_array_equal(encoded.rows, rows[5:, [index[name] for name in columns]])
+    assert encoded.times_ms == tuple(START_MS + HOUR_MS * k for k in range(5, 11))
 
 
 def test_a_timestamp_of_the_future_must_agree_with_the_step() -> None:
@@ -72,15 +72,15 @@ def test_a_timestamp_of_the_future_must_agree_with_the_step() -> None:
 @pytest.mark.parametrize("regular", [True, False])
 def test_timestamps_that_cannot_be_derived_are_required(regular: bool) -> None:
     spec = decoder_spec(step_s=3600 if regular else None)
-    seen = Clock() if regular else clock(5)
+    before = Clock() if regular else clock(5)
     future = future_of(3)
     for number in (0, 2):
         future[number]["at"] = START_MS + number * HOUR_MS
     with pytest.raises(DataError, match="the timestamp of the step") as caught:
-        encode_covariates(spec, seen, 3, covariates(spec, future))
+        encode_covariates(spec, before, 3, covariates(spec, future))
     assert (caught.value.index, caught.value.field) == (1, "at")
     future[1]["at"] = START_MS + HOUR_MS
-    assert encode_covariates(spec, seen, 3, covariates(spec, future)).rows.shape == (3, 8)
+    assert encode_covariates(spec, before, 3, covariates(spec, future)).rows.shape == (3, 8)
 
 
 def test_a_missing_covariate_is_named() -> None:
@@ -100,12 +100,12 @@ def test_sampled_values_have_the_predicted_quantiles(head: str) -> None:
         one = np.sort(one.reshape(2, 4), axis=1).ravel()
     quantiles = distribution.quantiles(one)
     noise = distribution.noise(1, 1, 40_000)[0]
-    drawn = distribution.sample(np.tile(one, (40_000, 1)), noise)
+    samples = distribution.sample(np.tile(one, (40_000, 1)), noise)
     for level, value in zip(distribution.levels, quantiles.T, strict=True):
-        share = (drawn <= value).mean(axis=0)
+        share = (samples <= value).mean(axis=0)
         np.testing.assert_allclose(share, level, atol=0.01)
-    assert (drawn < quantiles[:, 0]).any()
-    assert (drawn > quantiles[:, -1]).any()
+    assert (samples < quantiles[:, 0]).any()
+    assert (samples > quantiles[:, -1]).any()
 
 
 def test_a_shorter_horizon_is_a_prefix_of_a_longer_one() -> None:
@@ -124,8 +124,8 @@ def test_forecasts_are_in_the_units_of_their_fields() -> None:
 
 def test_decoding_ends_after_its_horizon() -> None:
     spec = decoder_spec()
-    known = encode_covariates(spec, clock(), 2, covariates(spec, future_of(2))).rows
-    decoding = Decoding(spec, random_state(spec), known, samples=0, seed=0)
+    known_rows = encode_covariates(spec, clock(), 2, covariates(spec, future_of(2))).rows
+    decoding = Decoding(spec, random_state(spec), known_rows, samples=0, seed=0)
     assert decoding.rows.shape == (1, 10)
     for _ in range(2):
         assert not decoding.is_done

@@ -39,11 +39,11 @@ def test_example_trains_writes_and_prints_its_report(tmp_path, monkeypatch, caps
         )
         return capsys.readouterr().out
 
-    trained = run()
-    assert "model latch, version" in trained
+    training_output = run()
+    assert "model latch, version" in training_output
     assert load_artifact(out).spec.name == "latch"
-    shown = run("--show")
-    for text in (trained, shown):
+    shown_report = run("--show")
+    for text in (training_output, shown_report):
         assert f"latch: {latch_frame(24).height} events" in text
         assert "| boosted trees |" in text
     assert run(str(tmp_path / "other")).endswith(" s\n")

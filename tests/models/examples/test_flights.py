@@ -45,7 +45,7 @@ def test_departures_match_the_local_clock(events):
     """`dep_time` is the local time, also across midnight and both clock changes."""
     flights, _ = data._read()
     wall = pl.col("departed").dt.convert_time_zone("America/New_York")
-    got = (
+    clock_counts = (
         events.select(shown=wall.dt.hour().cast(pl.Int64) * 100 + wall.dt.minute())
         .group_by("shown")
         .len()
@@ -58,7 +58,7 @@ def test_departures_match_the_local_clock(events):
         .len()
         .sort("shown")
     )
-    assert got.equals(expected)
+    assert clock_counts.equals(expected)
 
 
 def test_events_do_not_leak_the_future(events, monkeypatch):
@@ -66,8 +66,8 @@ def test_events_do_not_leak_the_future(events, monkeypatch):
     now = pl.datetime(2013, 7, 23, 16, 0, time_unit="ms", time_zone="UTC")
     flights, weather = data._read()
     planned = data._utc("time_hour") + pl.duration(minutes=pl.col("minute"))
-    left = planned + pl.duration(minutes=pl.col("dep_delay"))
-    known_flights = flights.filter(left <= now).with_columns(
+    departed = planned + pl.duration(minutes=pl.col("dep_delay"))
+    known_flights = flights.filter(departed <= now).with_columns(
         arr_time=None, arr_delay=None, air_time=None
     )
     known_weather = weather.filter(data._utc("time_hour") + pl.duration(hours=1) <= now)
@@ -98,9 +98,9 @@ def test_weather_is_that_of_the_last_completed_hour():
             "visib": [10.0, None, 1.0],
         }
     )
-    got = with_weather(departures, weather)
-    hours = [moment.strftime("%H:%M") for moment in got["departed"]]
-    assert dict(zip(hours, got["wind_speed"], strict=True)) == {
+    departures_with_weather = with_weather(departures, weather)
+    hours = [moment.strftime("%H:%M") for moment in departures_with_weather["departed"]]
+    assert dict(zip(hours, departures_with_weather["wind_speed"], strict=True)) == {
         "09:00": None,
         "09:59": None,
         "10:58": 1.0,

@@ -48,10 +48,10 @@ def test_future_hours_are_selected_by_timestamp(events):
     absent = 0
     for row in np.random.default_rng(1).integers(0, len(value), 500):
         for hours in (1, 2, 3):
-            found = at.get((stream[row], moments[row] + hours * HOUR_MS))
-            absent += found is None
-            wanted = np.nan if found is None else value[found]
-            np.testing.assert_equal(truth[row, hours - 1], wanted)
+            later = at.get((stream[row], moments[row] + hours * HOUR_MS))
+            absent += later is None
+            expected = np.nan if later is None else value[later]
+            np.testing.assert_equal(truth[row, hours - 1], expected)
     assert absent > 0
 
 
@@ -62,25 +62,25 @@ def test_baselines_do_not_use_values_after_the_forecast_origin(events):
         pl.when(later).then(pl.col(name) + 40).otherwise(name).alias(name)
         for name in ("temperature", "dew_point")
     )
-    said = []
+    at_origin = []
     for frame in (events, changed):
         table, value = table_of(frame)
-        found = _baselines(table, value, _ahead(table, value, HORIZON))
+        forecasts = _baselines(table, value, _ahead(table, value, HORIZON))
         rows = np.flatnonzero(table.streams.moments_ms == ORIGIN.timestamp() * 1000)
         assert len(rows) == 3
-        said.append({name: points[rows] for name, points in found.items()})
-    assert len(said[0]) == 4
-    for name, points in said[0].items():
+        at_origin.append({name: points[rows] for name, points in forecasts.items()})
+    assert len(at_origin[0]) == 4
+    for name, points in at_origin[0].items():
         assert np.isfinite(points).all()
-        np.testing.assert_array_equal(points, said[1][name])
+        np.testing.assert_array_equal(points, at_origin[1][name])
 
 
 def test_seasonal_baseline_uses_the_hour_a_day_before_the_predicted_one(events):
     table, value = table_of(events)
-    found = _baselines(table, value, _ahead(table, value, HORIZON))["same hour yesterday"]
+    forecasts = _baselines(table, value, _ahead(table, value, HORIZON))["same hour yesterday"]
     moments, stream = table.streams.moments_ms, table.stream_of
     at = {(s, m): row for row, (s, m) in enumerate(zip(stream, moments, strict=True))}
     for row in np.random.default_rng(3).integers(0, len(value), 300):
         for ahead in range(1, HORIZON + 1):
             before = at.get((stream[row], moments[row] + (ahead - 24) * HOUR_MS), row)
-            assert found[row, ahead - 1] == value[before]
+            assert forecasts[row, ahead - 1] == value[before]

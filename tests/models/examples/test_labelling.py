@@ -31,10 +31,10 @@ def test_labels_are_not_fields_of_their_events(events):
 
 @pytest.mark.parametrize("spec", [SPEC, ONE_WAY], ids=["both ways", "one way"])
 def test_a_day_is_one_window_in_one_split(events, spec):
-    read = read_spec(spec)
-    assert events.group_by("day").len()["len"].max() == read.training.window_steps
+    parsed = read_spec(spec)
+    assert events.group_by("day").len()["len"].max() == parsed.training.window_steps
     for name in ("validate_from", "test_from"):
-        border = moment_ms(read.events, getattr(read.training, name), name)
+        border = moment_ms(parsed.events, getattr(parsed.training, name), name)
         after = events.with_columns(after=pl.col("observed").dt.timestamp("ms") >= border)
         assert (after.group_by("day").agg(pl.col("after").n_unique())["after"] == 1).all()
         assert 0.1 < after["after"].mean() < 0.5

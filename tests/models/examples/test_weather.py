@@ -67,12 +67,12 @@ def test_baselines_select_past_hours_by_timestamp(table):
     before, mean = hours_ago(table, value, 24), same_hour_mean(table, value, 3)
     absent = 0
     for row in np.random.default_rng(2).integers(0, len(value), 800):
-        found = at.get((stream[row], moments[row] - 24 * 3_600_000))
-        wanted = np.nan if found is None else value[found]
-        absent += np.isnan(wanted)
-        np.testing.assert_equal(before[row], wanted)
+        earlier = at.get((stream[row], moments[row] - 24 * 3_600_000))
+        expected = np.nan if earlier is None else value[earlier]
+        absent += np.isnan(expected)
+        np.testing.assert_equal(before[row], expected)
         same = (stream == stream[row]) & (hours == hours[row]) & (moments < moments[row])
         last = value[np.flatnonzero(same)[-3:]]
-        wanted = np.nanmean(last) if np.isfinite(last).any() else np.nan
-        np.testing.assert_allclose(mean[row], wanted)
+        expected = np.nanmean(last) if np.isfinite(last).any() else np.nan
+        np.testing.assert_allclose(mean[row], expected)
     assert absent > 20

@@ -12,7 +12,7 @@ import h5py
 import keras
 from keras import layers as kl
 
-from tests.models.importing.saving import saved
+from tests.models.importing.saving import save_model
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -24,20 +24,20 @@ def recurrent() -> keras.Model:
     )
 
 
-def edited(path: Path, edit: Edit) -> Path:
-    """The saved model `recurrent` with another configuration, at `path`.
+def save_edited(path: Path, edit: Edit) -> Path:
+    """Save the model `recurrent` with another configuration; returns its path.
 
     Args:
         edit: changes the configuration of the LSTM layer, in place.
     """
-    given = saved(recurrent(), path.with_name(f"given{path.suffix}"))
+    original = save_model(recurrent(), path.with_name(f"given{path.suffix}"))
     if path.suffix == ".keras":
-        with zipfile.ZipFile(given) as old, zipfile.ZipFile(path, "w") as new:
+        with zipfile.ZipFile(original) as old, zipfile.ZipFile(path, "w") as new:
             for name in old.namelist():
                 data = old.read(name)
                 new.writestr(name, _edited(data, edit) if name == "config.json" else data)
         return path
-    given.rename(path)
+    original.rename(path)
     with h5py.File(path, "r+") as file:
         file.attrs["model_config"] = _edited(file.attrs["model_config"], edit).decode()
     return path
@@ -53,7 +53,7 @@ def _edited(data: bytes | str, edit: Edit) -> bytes:
 def two_models(path: Path, code: kl.Lambda) -> Path:
     """HDF5 of a model with code, and behind it a ZIP archive with the configuration of another."""
     keras.Sequential([kl.Input((None, 3)), code, kl.LSTM(3, return_sequences=True)]).save(path)
-    harmless = saved(recurrent(), path.with_name("harmless.keras"))
+    harmless = save_model(recurrent(), path.with_name("harmless.keras"))
     with zipfile.ZipFile(harmless) as good, zipfile.ZipFile(path, "a") as behind:
         behind.writestr("config.json", good.read("config.json"))
     return path

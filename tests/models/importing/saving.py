@@ -14,7 +14,7 @@ from models.importing.conversion import convert
 from models.importing.keras_model import ImportReport, package, slug
 
 
-def saved(model: keras.Model, path: Path, seed: int = 17) -> Path:
+def save_model(model: keras.Model, path: Path, seed: int = 17) -> Path:
     """Save a model with weights that are all different and not small; returns its path."""
     random = np.random.default_rng(seed)
     for weight in model.weights:
@@ -33,14 +33,14 @@ def import_here(path: Path, out: Path, name: str | None = None) -> ImportReport:
     return package(path, conversion, weights_bytes(weights), out)
 
 
-def imported(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
+def import_model(model: keras.Model, folder: Path, seed: int = 17) -> ImportReport:
     """Import a model and return the report; the artifact is `folder / "out"`."""
-    return import_here(saved(model, folder / "My Model.keras", seed), folder / "out")
+    return import_here(save_model(model, folder / "My Model.keras", seed), folder / "out")
 
 
-def refusal(model: keras.Model, folder: Path) -> str:
+def import_error(model: keras.Model, folder: Path) -> str:
     """The error of a rejected import; checks that nothing was written."""
     with pytest.raises(ImportedModelError) as caught:
-        imported(model, folder)
+        import_model(model, folder)
     assert not (folder / "out").exists()
     return str(caught.value)

@@ -16,7 +16,7 @@ from models.importing import verification
 from models.importing.graph import translate
 from models.networks.build import StepNetwork
 from models.spec.layout import output_spec
-from tests.models.importing.saving import import_here, imported, refusal, saved
+from tests.models.importing.saving import import_error, import_here, import_model, save_model
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -30,8 +30,8 @@ OLD_GRU: dict[str, Any] = {"kind": kl.GRU, "reset_after": False}
 
 def cell(options: dict[str, Any], units: int = 3, **more: Any) -> Any:
     """A Keras layer that gives its sequence."""
-    given = {"return_sequences": True, **options, **more}
-    return given.pop("kind")(units, **given)
+    options_of_layer = {"return_sequences": True, **options, **more}
+    return options_of_layer.pop("kind")(units, **options_of_layer)
 
 
 def predicted(folder: Path, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -56,7 +56,7 @@ def test_every_merge_mode_and_cell_equals_the_original(
 ) -> None:
     both = kl.Bidirectional(cell(options, use_bias=merge != "sum"), merge_mode=merge, name="both")
     model = keras.Sequential([kl.Input((None, 2)), both])
-    report = imported(model, tmp_path, seed=len(merge))
+    report = import_model(model, tmp_path, seed=len(merge))
     layer = report.artifact.spec.layers[0]
     assert (layer.kind, layer.name) == ("bidirectional", "both")
     assert report.artifact.spec.chunking == "whole"
@@ -80,19 +80,19 @@ def test_bidirectional_layers_between_others_equal_the_original(tmp_path: Path) 
             kl.Dense(2, activation="softmax"),
         ]
     )
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     rows = random_rows(6, 2)
     np.testing.assert_allclose(
         predicted(tmp_path, rows)["output"][:, -1], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
     )
-    said = "chunking whole: it takes whole sequences of at most 1024 steps (predict)"
-    assert any(note.startswith(said) for note in report.notes)
+    prefix = "chunking whole: it takes whole sequences of at most 1024 steps (predict)"
+    assert any(note.startswith(prefix) for note in report.notes)
 
 
 def test_the_five_returned_tensors_are_outputs_and_state_parts(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     both = kl.Bidirectional(cell(LSTM, return_state=True), name="both")
-    report = imported(keras.Model(rows, both(rows)), tmp_path)
+    report = import_model(keras.Model(rows, both(rows)), tmp_path)
     parts = ("forward.hidden", "forward.carry", "backward.hidden", "backward.carry")
     for index, part in enumerate(parts, start=1):
         assert f"output {index} is the state part 'both.{part}', not an output" in report.notes
@@ -113,7 +113,7 @@ def test_a_stateful_model_is_verified_from_the_zero_state(
             kl.Bidirectional(cell(LSTM, stateful=True)),
         ]
     )
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert report.lengths_steps == (4, 4, 4)
     assert "stateful=True is left out: each sequence begins in the zero state" in report.notes
 
@@ -126,26 +126,26 @@ def test_max_chunk_steps_covers_the_fixed_steps_of_the_original() -> None:
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_h5_file_is_read(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 2)), kl.Bidirectional(cell(GRU))])
-    report = import_here(saved(model, tmp_path / "m.h5"), tmp_path / "out")
+    report = import_here(save_model(model, tmp_path / "m.h5"), tmp_path / "out")
     assert report.artifact.spec.layers[0].kind == "bidirectional"
 
 
 def test_swapped_directions_fail_the_verification(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swapped(network: StepNetwork, weights: dict[str, NDArray[np.float32]]) -> None:
+    def swap_directions(network: StepNetwork, weights: dict[str, NDArray[np.float32]]) -> None:
         other = {"forward": "backward", "backward": "forward"}
         names = {name: name.split(".") for name in weights}
-        given(network, {n: weights[f"{a}.{other[b]}.{c}"] for n, (a, b, c) in names.items()})
+        set_weights(network, {n: weights[f"{a}.{other[b]}.{c}"] for n, (a, b, c) in names.items()})
 
-    given = StepNetwork.set_weights
-    monkeypatch.setattr(StepNetwork, "set_weights", swapped)
+    set_weights = StepNetwork.set_weights
+    monkeypatch.setattr(StepNetwork, "set_weights", swap_directions)
     model = keras.Sequential([kl.Input((None, 2)), kl.Bidirectional(cell(LSTM), merge_mode="sum")])
-    assert "the packaged model gives" in refusal(model, tmp_path)
+    assert "the packaged model gives" in import_error(model, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "said"),
+    ("wrapper", "message"),
     [
         (lambda: kl.Bidirectional(kl.LSTM(3), name="both"), "return_sequences=False joins"),
         (
@@ -172,13 +172,13 @@ def test_swapped_directions_fail_the_verification(
     ],
     ids=["last", "go_backwards", "float64", "two_cells", "two_options"],
 )
-def test_unsupported_options_are_named(tmp_path: Path, wrapper: Any, said: str) -> None:
+def test_unsupported_options_are_named(tmp_path: Path, wrapper: Any, message: str) -> None:
     model = keras.Sequential([kl.Input((None, 2)), wrapper()])
-    assert f"Bidirectional 'both': {said}" in refusal(model, tmp_path)
+    assert f"Bidirectional 'both': {message}" in import_error(model, tmp_path)
 
 
 def test_unmerged_directions_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     both = kl.Bidirectional(cell(LSTM), merge_mode=None, name="both")
-    said = refusal(keras.Model(rows, both(rows)), tmp_path)
-    assert "Bidirectional 'both': merge_mode=None: expected one of" in said
+    error = import_error(keras.Model(rows, both(rows)), tmp_path)
+    assert "Bidirectional 'both': merge_mode=None: expected one of" in error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.artifact.artifact import load_artifact
 from models.importing import verification
 from models.networks.build import StepNetwork
-from tests.models.importing.saving import imported, refusal
+from tests.models.importing.saving import import_error, import_model
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 CELLS = {
-    "lstm": lambda **given: kl.LSTM(3, return_sequences=True, **given),
-    "gru": lambda **given: kl.GRU(3, return_sequences=True, **given),
-    "old_gru": lambda **given: kl.GRU(3, return_sequences=True, reset_after=False, **given),
+    "lstm": lambda **options: kl.LSTM(3, return_sequences=True, **options),
+    "gru": lambda **options: kl.GRU(3, return_sequences=True, **options),
+    "old_gru": lambda **options: kl.GRU(3, return_sequences=True, reset_after=False, **options),
 }
 Floats = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ def test_each_chunk_is_one_call_from_the_carried_state(tmp_path: Path, kind: str
     below, above = CELLS[kind](return_state=True, name="below"), CELLS[kind](name="above")
     rows = kl.Input((None, 2))
     sequence, *states = below(rows)
-    report = imported(keras.Model(rows, above(sequence, initial_state=states)), tmp_path)
+    report = import_model(keras.Model(rows, above(sequence, initial_state=states)), tmp_path)
     assert report.artifact.spec.chunking == "per_chunk"
     assert report.artifact.graphs.data is not None
     assert any("('above' from 'below')" in note for note in report.notes)
@@ -47,15 +47,17 @@ def test_each_chunk_is_one_call_from_the_carried_state(tmp_path: Path, kind: str
     artifact = load_artifact(tmp_path / "out")
     network = StepNetwork(artifact.spec)
     network.set_weights(artifact.weights)
-    kept: Any = [np.zeros((2, 3), np.float32)] * len(states)
+    layer_states: Any = [np.zeros((2, 3), np.float32)] * len(states)
     state: Any = np.zeros((2, network.state_size), np.float32)
     for steps in (4, 1, 6):
         chunk = random_rows(steps)
-        sequence, *kept = below(chunk, initial_state=kept)
-        wanted = np.asarray(above(sequence, initial_state=kept))
+        sequence, *layer_states = below(chunk, initial_state=layer_states)
+        expected = np.asarray(above(sequence, initial_state=layer_states))
         outputs, state = network.step(chunk, np.full(2, steps, np.int32), state)
-        np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(state, np.concatenate(kept, axis=-1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            state, np.concatenate(layer_states, axis=-1), rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("kind", CELLS)
@@ -69,7 +71,7 @@ def test_all_states_of_a_bidirectional_layer_are_passed_on(
     sequence, *states = below(rows)
     assert len(states) == (4 if kind == "lstm" else 2)
     model = keras.Model(rows, [sequence, above(sequence, initial_state=states)])
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert report.artifact.spec.chunking == "whole"
 
     network = StepNetwork(report.artifact.spec)
@@ -77,8 +79,8 @@ def test_all_states_of_a_bidirectional_layer_are_passed_on(
     chunk = random_rows(7)
     zero = np.zeros((2, network.state_size), np.float32)
     outputs, _ = network.step(chunk, np.full(2, 7, np.int32), zero)
-    wanted = np.concatenate([np.asarray(value) for value in model(chunk)], axis=-1)
-    np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
+    expected = np.concatenate([np.asarray(value) for value in model(chunk)], axis=-1)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_states_are_passed_through_several_layers_and_nested_models(tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_states_are_passed_through_several_layers_and_nested_models(tmp_path: Pa
     inputs = [kl.Input((None, 2)), kl.Input((3,)), kl.Input((3,))]
     last = kl.LSTM(3, name="last")(inputs[0], initial_state=inputs[1:])
     outputs = keras.Model(inputs, last)([rows, *states])
-    report = imported(keras.Model(rows, kl.Dense(2)(outputs)), tmp_path)
+    report = import_model(keras.Model(rows, kl.Dense(2)(outputs)), tmp_path)
     starts = [getattr(layer, "starts_from", None) for layer in report.artifact.spec.layers]
     assert starts == [None, "first", "second", None]
 
@@ -97,7 +99,7 @@ def test_verification_uses_the_fixed_steps_of_the_original(tmp_path: Path) -> No
     rows = kl.Input(batch_shape=(2, 5, 2))
     sequence, state = CELLS["gru"](return_state=True, stateful=True, unroll=True)(rows)
     model = keras.Model(rows, CELLS["gru"](stateful=True)(sequence, initial_state=state))
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert (report.lengths_steps, report.sequences) == ((5, 5, 5), 2)
 
 
@@ -117,7 +119,7 @@ def test_verification_detects_a_lost_state(
     rows = kl.Input((None, 2))
     sequence, *states = CELLS["lstm"](return_state=True)(rows)
     model = keras.Model(rows, CELLS["lstm"]()(sequence, initial_state=states))
-    assert "the packaged model gives" in refusal(model, tmp_path)
+    assert "the packaged model gives" in import_error(model, tmp_path)
 
 
 def _below(rows: Any) -> Any:
@@ -166,13 +168,13 @@ def _mask(rows: Any) -> Any:
     return CELLS["gru"](name="above")(rows, mask=keras.ops.ones((3, 7), "bool"))
 
 
-def _own_state_given(rows: Any) -> Any:
+def _state_as_output(rows: Any) -> Any:
     sequence, *states = _below(rows)
     return CELLS["lstm"](return_state=True, name="above")(sequence, initial_state=states)
 
 
 @pytest.mark.parametrize(
-    ("network", "said"),
+    ("network", "message"),
     [
         (
             _swapped,
@@ -198,27 +200,27 @@ def _own_state_given(rows: Any) -> Any:
         (_dense, "GRU 'above': its initial_state is the output of Dense 'start'; a layer starts"),
         (_constant, "GRU 'above': its initial_state is a constant; a layer starts from"),
         (_mask, "GRU 'above': it is called with a mask"),
-        (_own_state_given, "LSTM 'above': output 1 of the model is its returned state"),
+        (_state_as_output, "LSTM 'above': output 1 of the model is its returned state"),
     ],
 )
 def test_other_initial_states_are_rejected(
-    tmp_path: Path, network: Callable[[Any], Any], said: str
+    tmp_path: Path, network: Callable[[Any], Any], message: str
 ) -> None:
     rows = kl.Input((None, 2))
-    assert said in refusal(keras.Model(rows, network(rows)), tmp_path)
+    assert message in import_error(keras.Model(rows, network(rows)), tmp_path)
 
 
 def test_states_as_inputs_of_the_model_are_rejected(tmp_path: Path) -> None:
     rows, hidden, carry = kl.Input((None, 2)), kl.Input((3,), name="h"), kl.Input((3,), name="c")
     outputs = CELLS["lstm"](name="above")(rows, initial_state=[hidden, carry])
-    said = refusal(keras.Model([rows, hidden, carry], outputs), tmp_path)
-    assert "expected one input" in said
-    assert "LSTM 'above': its initial_state is given as inputs ['h', 'c']" in said
+    error = import_error(keras.Model([rows, hidden, carry], outputs), tmp_path)
+    assert "expected one input" in error
+    assert "LSTM 'above': its initial_state is given as inputs ['h', 'c']" in error
 
 
 def test_states_of_a_rejected_layer_are_not_reported_again(tmp_path: Path) -> None:
     rows = kl.Input((None, 2))
     sequence, *states = CELLS["lstm"](return_state=True, go_backwards=True, name="back")(rows)
-    said = refusal(keras.Model(rows, CELLS["lstm"](name="above")(sequence, states)), tmp_path)
-    assert "LSTM 'back': go_backwards=True" in said
-    assert "'above'" not in said
+    error = import_error(keras.Model(rows, CELLS["lstm"](name="above")(sequence, states)), tmp_path)
+    assert "LSTM 'back': go_backwards=True" in error
+    assert "'above'" not in error

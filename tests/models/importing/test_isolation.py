@@ -16,8 +16,8 @@ from models.errors import ImportedModelError
 from models.importing import isolation
 from models.importing.isolation import Limits
 from models.importing.keras_model import import_keras_model
-from tests.models.importing.hostile import edited, recurrent, two_models
-from tests.models.importing.saving import saved
+from tests.models.importing.hostile import recurrent, save_edited, two_models
+from tests.models.importing.saving import save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def refused(path: Path, limits: Limits | None = None) -> str:
+def import_failure(path: Path, limits: Limits | None = None) -> str:
     """The error of a failed import; checks that nothing was written."""
     out = path.parent / "out"
     with pytest.raises(ImportedModelError) as caught:
@@ -36,23 +36,23 @@ def refused(path: Path, limits: Limits | None = None) -> str:
 
 @pytest.mark.parametrize("suffix", ["keras", "hdf5"])
 def test_import_packages_the_model(tmp_path: Path, suffix: str) -> None:
-    report = import_keras_model(saved(recurrent(), tmp_path / f"m.{suffix}"), tmp_path / "out")
+    report = import_keras_model(save_model(recurrent(), tmp_path / f"m.{suffix}"), tmp_path / "out")
     assert (report.artifact.spec.name, report.lengths_steps) == ("m", (1, 2, 7, 33))
     assert 0 < report.largest_difference < 1e-5
-    imported = load_artifact(tmp_path / "out").manifest["training"]["imported"]
-    assert imported["file"] == f"m.{suffix}"
-    assert imported["verified"]["largest_difference"] == report.largest_difference
+    origin = load_artifact(tmp_path / "out").manifest["training"]["imported"]
+    assert origin["file"] == f"m.{suffix}"
+    assert origin["verified"]["largest_difference"] == report.largest_difference
 
 
 def test_errors_name_the_original_file(tmp_path: Path) -> None:
     path = two_models(tmp_path / "m.h5", kl.Lambda(abs, name="code", output_shape=(None, 3)))
-    assert refused(path).startswith(f"{path}: the model has unsupported layers:")
+    assert import_failure(path).startswith(f"{path}: the model has unsupported layers:")
 
 
 def test_import_fails_at_the_memory_limit(tmp_path: Path) -> None:
-    path = edited(tmp_path / "m.keras", lambda layer: layer["config"].update(units=40_000))
-    said = refused(path, Limits(memory_bytes=4 * 2**30))
-    assert re.search("more than 4096 MiB of memory|OOM|allocat", said), said
+    path = save_edited(tmp_path / "m.keras", lambda layer: layer["config"].update(units=40_000))
+    error = import_failure(path, Limits(memory_bytes=4 * 2**30))
+    assert re.search("more than 4096 MiB of memory|OOM|allocat", error), error
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_import_fails_at_the_memory_limit(tmp_path: Path) -> None:
     ids=["time", "memory", "files", "size"],
 )
 def test_every_limit_is_a_one_line_error(tmp_path: Path, limits: Limits, words: str) -> None:
-    said = refused(saved(recurrent(), tmp_path / "m.keras"), limits)
-    assert words in said
-    assert "\n" not in said
+    error = import_failure(save_model(recurrent(), tmp_path / "m.keras"), limits)
+    assert words in error
+    assert "\n" not in error
 
 
 ENDINGS = {
@@ -93,40 +93,40 @@ def test_a_misbehaving_worker_process_is_an_error(
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     path = tmp_path / "m.keras"
     path.write_bytes(b"PK")
-    assert words in refused(path, Limits(time_s=2))
+    assert words in import_failure(path, Limits(time_s=2))
 
 
 def test_processes_and_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = tmp_path / "seen"
-    child = ["sh", "-c", f"echo $$ $PWD | tee {seen}; exec sleep 100"]
+    process_file = tmp_path / "seen"
+    child = ["sh", "-c", f"echo $$ $PWD | tee {process_file}; exec sleep 100"]
     program = (
         f"import subprocess\nsubprocess.Popen({child!r}, stdout=subprocess.PIPE).stdout.readline()"
     )
     monkeypatch.setattr(isolation, "WORKER_ARGUMENTS", ("-c", program))
     (tmp_path / "m.keras").write_bytes(b"PK")
-    assert "left no result" in refused(tmp_path / "m.keras")
-    number, folder = seen.read_text().split()
+    assert "left no result" in import_failure(tmp_path / "m.keras")
+    number, folder = process_file.read_text().split()
     assert not Path(folder).exists()
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(number)).wait(30)
 
 
 def test_content_must_match_the_file_extension(tmp_path: Path) -> None:
-    archive, tree = (saved(recurrent(), tmp_path / name) for name in ("a.keras", "b.h5"))
-    for given, name, words in (
+    archive, tree = (save_model(recurrent(), tmp_path / name) for name in ("a.keras", "b.h5"))
+    for source, name, words in (
         (archive, "m.h5", "expected HDF5"),
         (tree, "m.keras", "expected a ZIP archive"),
         (archive, "m.zip", "expected a .keras or .h5 file"),
     ):
         path = tmp_path / name
-        path.write_bytes(given.read_bytes())
-        assert words in refused(path)
+        path.write_bytes(source.read_bytes())
+        assert words in import_failure(path)
 
 
 @pytest.mark.timeout(60)
 def test_paths_that_are_not_regular_files_are_rejected(tmp_path: Path) -> None:
-    assert "there is none" in refused(tmp_path / "none.keras")
+    assert "there is none" in import_failure(tmp_path / "none.keras")
     (tmp_path / "folder.keras").mkdir()
     os.mkfifo(tmp_path / "fifo.keras")
     for name in ("folder.keras", "fifo.keras"):
-        assert "expected a regular file" in refused(tmp_path / name)
+        assert "expected a regular file" in import_failure(tmp_path / name)

@@ -14,7 +14,7 @@ from keras import layers as kl
 from models.artifact.artifact import load_artifact
 from models.errors import ImportedModelError
 from models.networks.build import StepNetwork
-from tests.models.importing.saving import import_here, imported, refusal, saved
+from tests.models.importing.saving import import_error, import_here, import_model, save_model
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -38,7 +38,7 @@ def test_sequential_model_equals_the_original(tmp_path: Path) -> None:
             kl.Softmax(),
         ]
     )
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert report.artifact.spec.name == "my-model"
     assert report.largest_difference < 1e-5
     assert report.lengths_steps == (1, 2, 7, 33)
@@ -74,7 +74,7 @@ def test_stateful_model_carries_its_state_like_the_original(tmp_path: Path) -> N
             kl.Dense(2),
         ]
     )
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert report.lengths_steps == (6, 6, 6)
     assert report.sequences == 4
     assert report.largest_difference < 1e-5
@@ -90,7 +90,7 @@ def test_functional_model_with_residuals_and_two_outputs_is_imported(tmp_path: P
     mixed = kl.Concatenate()([kl.Average()([plus, second]), kl.Multiply()([times, added]), rows])
     one = kl.Dense(2, name="One")(mixed)
     two = kl.Dense(1, activation="sigmoid", name="two")(first)
-    report = imported(keras.Model(rows, [one, two]), tmp_path)
+    report = import_model(keras.Model(rows, [one, two]), tmp_path)
     assert [head.name for head in report.artifact.spec.heads] == ["one", "two"]
     assert report.largest_difference < 1e-5
 
@@ -101,7 +101,7 @@ def test_returned_states_and_last_steps_are_noted(tmp_path: Path) -> None:
         3, return_sequences=True, return_state=True, name="inner", stateful=False
     )(rows)
     last = kl.Dense(2)(kl.GRU(3)(sequence))
-    report = imported(keras.Model(rows, [last, hidden, carry]), tmp_path)
+    report = import_model(keras.Model(rows, [last, hidden, carry]), tmp_path)
     assert [head.name for head in report.artifact.spec.heads] == ["output"]
     assert "output 1 is the state part 'inner.hidden', not an output" in report.notes
     assert "output 2 is the state part 'inner.carry', not an output" in report.notes
@@ -113,7 +113,7 @@ def test_nested_models_are_flattened(tmp_path: Path) -> None:
     model = keras.Sequential(
         [kl.Input((None, 3)), kl.GRU(3, return_sequences=True, name="cell"), inner, kl.Dense(1)]
     )
-    report = imported(model, tmp_path)
+    report = import_model(model, tmp_path)
     assert [layer.name for layer in report.artifact.spec.layers][:2] == ["cell", "cell_2"]
     assert report.largest_difference < 1e-5
 
@@ -121,14 +121,14 @@ def test_nested_models_are_flattened(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_h5_file_is_read(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 2)), kl.LSTM(3, return_sequences=True)])
-    report = import_here(saved(model, tmp_path / "m.h5"), tmp_path / "out", name="from-h5")
+    report = import_here(save_model(model, tmp_path / "m.h5"), tmp_path / "out", name="from-h5")
     assert report.artifact.spec.name == "from-h5"
     assert report.largest_difference < 1e-5
 
 
 def test_all_unsupported_layers_are_named(tmp_path: Path) -> None:
-    said = refusal(_much_refused(), tmp_path)
-    for wanted in (
+    error = import_error(_model_of_unsupported_layers(), tmp_path)
+    for reason in (
         "Masking 'skip': it would skip steps",
         "Conv1D 'window': it looks at several steps",
         "Bidirectional 'both': it wraps SimpleRNN",
@@ -139,11 +139,11 @@ def test_all_unsupported_layers_are_named(tmp_path: Path) -> None:
         "LayerNormalization 'over_steps': axis=",
         "Dense 'double': it computes in float64",
     ):
-        assert wanted in said
-    assert "'fine'" not in said
+        assert reason in error
+    assert "'fine'" not in error
 
 
-def _much_refused() -> keras.Model:
+def _model_of_unsupported_layers() -> keras.Model:
     return keras.Sequential(
         [
             kl.Input((8, 3)),
@@ -178,12 +178,12 @@ def test_options_that_change_outputs_are_rejected(
 ) -> None:
     """Including options whose effect the random sequences of the verification would miss."""
     model = keras.Sequential([kl.Input((4, 3)), kl.LSTM(3, return_sequences=True), layer])
-    assert words in refusal(model, tmp_path)
+    assert words in import_error(model, tmp_path)
 
 
 def test_activations_with_default_options_are_imported(tmp_path: Path) -> None:
     layers = [kl.ReLU(), kl.LSTM(3, return_sequences=True), kl.ELU(), kl.ReLU(negative_slope=0.2)]
-    report = imported(keras.Sequential([kl.Input((None, 3)), *layers]), tmp_path)
+    report = import_model(keras.Sequential([kl.Input((None, 3)), *layers]), tmp_path)
     kinds = [getattr(layer, "activation", "") for layer in report.artifact.spec.layers]
     assert kinds == ["relu", "tanh", "elu", "leaky_relu"]
 
@@ -192,34 +192,34 @@ def test_shared_layers_and_constants_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 3))
     shared = kl.GRU(3, return_sequences=True, name="shared")
     sequence = kl.GRU(3, return_sequences=True, name="fine")(shared(shared(rows)))
-    said = refusal(keras.Model(rows, sequence * 0.5), tmp_path)
-    assert "GRU 'shared': it is used 2 times" in said
-    assert "Multiply" in said
-    assert "'fine'" not in said
+    error = import_error(keras.Model(rows, sequence * 0.5), tmp_path)
+    assert "GRU 'shared': it is used 2 times" in error
+    assert "Multiply" in error
+    assert "'fine'" not in error
 
 
 def test_broadcasting_merges_are_rejected(tmp_path: Path) -> None:
     rows = kl.Input((None, 3))
     wide = kl.LSTM(4, return_sequences=True)(rows)
     model = keras.Model(rows, kl.Add(name="spread")([wide, kl.Dense(1)(rows)]))
-    assert "Add 'spread': it broadcasts widths [4, 1]" in refusal(model, tmp_path)
+    assert "Add 'spread': it broadcasts widths [4, 1]" in import_error(model, tmp_path)
 
 
 def test_model_without_a_recurrent_layer_is_rejected(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.Dense(2)])
-    assert "at least one recurrent layer" in refusal(model, tmp_path)
+    assert "at least one recurrent layer" in import_error(model, tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(3,), (None, None), (2, 4, 3)])
 def test_other_inputs_are_rejected(tmp_path: Path, shape: tuple[int | None, ...]) -> None:
     model = keras.Sequential([kl.Input(shape), kl.Activation("relu")])
-    assert "expected one input of shape [batch, steps, features]" in refusal(model, tmp_path)
+    assert "expected one input of shape [batch, steps, features]" in import_error(model, tmp_path)
 
 
 def test_two_inputs_are_rejected(tmp_path: Path) -> None:
     one, two = kl.Input((None, 2)), kl.Input((None, 2))
     model = keras.Model([one, two], kl.LSTM(2, return_sequences=True)(kl.Add()([one, two])))
-    assert "expected one input" in refusal(model, tmp_path)
+    assert "expected one input" in import_error(model, tmp_path)
 
 
 def test_code_is_rejected_before_it_is_loaded(tmp_path: Path) -> None:
@@ -231,16 +231,16 @@ def test_code_is_rejected_before_it_is_loaded(tmp_path: Path) -> None:
             kl.LSTM(3, return_sequences=True),
         ]
     )
-    said = refusal(model, tmp_path)
-    assert "Lambda 'code': it holds code" in said
-    assert "Masking 'skip'" in said
+    error = import_error(model, tmp_path)
+    assert "Lambda 'code': it holds code" in error
+    assert "Masking 'skip'" in error
 
 
 def test_classes_outside_keras_are_rejected_before_they_are_imported(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True, name="cell")])
-    path = saved(model, tmp_path / "m.keras")
-    changed = tmp_path / "changed.keras"
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+    path = save_model(model, tmp_path / "m.keras")
+    hostile = tmp_path / "changed.keras"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(hostile, "w") as new:
         for item in old.namelist():
             data = old.read(item)
             if item == "config.json":
@@ -250,7 +250,7 @@ def test_classes_outside_keras_are_rejected_before_they_are_imported(tmp_path: P
                 data = json.dumps(config).encode()
             new.writestr(item, data)
     with pytest.raises(ImportedModelError, match="Popper 'cell': "):
-        import_here(changed, tmp_path / "out")
+        import_here(hostile, tmp_path / "out")
 
 
 class OwnLayer(kl.Layer):
@@ -271,7 +271,7 @@ def test_custom_layers_are_named_with_other_unsupported_ones(tmp_path: Path, suf
             kl.Conv1D(3, 2, padding="causal", name="window"),
         ]
     )
-    path = saved(model, tmp_path / f"m.{suffix}")
+    path = save_model(model, tmp_path / f"m.{suffix}")
     with pytest.raises(ImportedModelError) as caught:
         import_here(path, tmp_path / "out")
     assert "OwnLayer 'own': " in str(caught.value)
@@ -288,26 +288,26 @@ def test_damaged_files_are_rejected(tmp_path: Path, content: bytes) -> None:
 
 def test_weights_missing_from_the_file_are_rejected(tmp_path: Path) -> None:
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
-    path = saved(model, tmp_path / "m.keras")
-    changed = tmp_path / "changed.keras"
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(changed, "w") as new:
+    path = save_model(model, tmp_path / "m.keras")
+    weightless = tmp_path / "changed.keras"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(weightless, "w") as new:
         for item in old.namelist():
             if not item.endswith(".h5"):
                 new.writestr(item, old.read(item))
     with pytest.raises(ImportedModelError, match="Keras cannot load it"):
-        import_here(changed, tmp_path / "out")
+        import_here(weightless, tmp_path / "out")
 
 
 def test_verification_detects_different_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def off(network: StepNetwork, weights: dict[str, np.ndarray]) -> None:
-        given(network, {name: value * 1.001 for name, value in weights.items()})
+    def scale_weights(network: StepNetwork, weights: dict[str, np.ndarray]) -> None:
+        set_weights(network, {name: value * 1.001 for name, value in weights.items()})
 
-    given = StepNetwork.set_weights
-    monkeypatch.setattr(StepNetwork, "set_weights", off)
+    set_weights = StepNetwork.set_weights
+    monkeypatch.setattr(StepNetwork, "set_weights", scale_weights)
     model = keras.Sequential([kl.Input((None, 3)), kl.LSTM(3, return_sequences=True)])
-    assert "the packaged model gives" in refusal(model, tmp_path)
+    assert "the packaged model gives" in import_error(model, tmp_path)
 
 
 @pytest.mark.parametrize("chunking", ["invisible", "per_chunk"])
@@ -325,14 +325,14 @@ def test_verification_detects_state_that_is_reset_between_chunks(
     sequence, *states = kl.LSTM(3, return_sequences=True, return_state=True)(rows)
     if chunking == "per_chunk":
         sequence = kl.LSTM(3, return_sequences=True)(sequence, initial_state=states)
-    assert "the packaged model gives" in refusal(keras.Model(rows, sequence), tmp_path)
+    assert "the packaged model gives" in import_error(keras.Model(rows, sequence), tmp_path)
 
 
 def test_original_that_overflows_is_rejected(tmp_path: Path) -> None:
     model = keras.Sequential(
         [kl.Input((None, 3)), kl.LSTM(3, return_sequences=True), kl.Dense(1), kl.Dense(1)]
     )
-    path = saved(model, tmp_path / "m.keras")
+    path = save_model(model, tmp_path / "m.keras")
     model.layers[-2].kernel.assign(np.full((3, 1), 1e30))
     model.layers[-1].kernel.assign([[1e30]])
     model.save(path)

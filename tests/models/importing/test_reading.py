@@ -13,8 +13,8 @@ import pytest
 from keras import layers as kl
 
 from models.errors import ImportedModelError
-from tests.models.importing.hostile import Edit, edited, recurrent, two_models
-from tests.models.importing.saving import import_here, saved
+from tests.models.importing.hostile import Edit, recurrent, save_edited, two_models
+from tests.models.importing.saving import import_here, save_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),
@@ -22,32 +22,35 @@ pytestmark = [
 ]
 
 
-def put(**given: Any) -> Edit:
-    return lambda layer: layer.update(given)
+def change(**members: Any) -> Edit:
+    return lambda layer: layer.update(members)
 
 
-def activation(given: Any) -> Edit:
-    return lambda layer: layer["config"].update(activation=given)
+def activation(value: Any) -> Edit:
+    return lambda layer: layer["config"].update(activation=value)
 
 
 CODE = {"class_name": "__lambda__", "config": {"value": "4wAAAA=="}}
 DOWNLOAD = {"module": "keras.utils", "class_name": "get_file", "config": {"origin": "file:///x"}}
 FUNCTION = {"module": "builtins", "class_name": "function", "config": "exec"}
 OBJECTS: dict[str, tuple[Edit, str]] = {
-    "layer of code": (put(class_name="Lambda"), "Lambda 'cell': it holds code"),
-    "layer that loads a SavedModel": (put(class_name="TFSMLayer"), "TFSMLayer 'cell'"),
-    "layer that reads a vocabulary": (put(class_name="StringLookup"), "StringLookup 'cell'"),
-    "layer of another library": (put(class_name="TorchModuleWrapper"), "TorchModuleWrapper"),
-    "registered class": (put(registered_name="own>Evil"), "LSTM 'cell': it is a class of its own"),
-    "class that is none": (put(class_name="Popper"), "Popper 'cell': it is a class of its own"),
-    "function of a namespace": (put(class_name="deserialize"), "deserialize 'cell'"),
-    "class that is no text": (put(class_name=["LSTM"]), "['LSTM'] 'cell'"),
+    "layer of code": (change(class_name="Lambda"), "Lambda 'cell': it holds code"),
+    "layer that loads a SavedModel": (change(class_name="TFSMLayer"), "TFSMLayer 'cell'"),
+    "layer that reads a vocabulary": (change(class_name="StringLookup"), "StringLookup 'cell'"),
+    "layer of another library": (change(class_name="TorchModuleWrapper"), "TorchModuleWrapper"),
+    "registered class": (
+        change(registered_name="own>Evil"),
+        "LSTM 'cell': it is a class of its own",
+    ),
+    "class that is none": (change(class_name="Popper"), "Popper 'cell': it is a class of its own"),
+    "function of a namespace": (change(class_name="deserialize"), "deserialize 'cell'"),
+    "class that is no text": (change(class_name=["LSTM"]), "['LSTM'] 'cell'"),
     "lambda": (activation(CODE), "__lambda__ 'cell'"),
     "downloading function": (activation(DOWNLOAD), "get_file 'cell'"),
     "function": (activation(FUNCTION), "function 'cell': it comes from 'builtins'"),
     "in a list": (activation([[{"a": CODE}]]), "__lambda__ 'cell'"),
-    "to compile": (put(compile_config={"loss": FUNCTION}), "function 'cell'"),
-    "to build": (put(build_config={"x": CODE}), "__lambda__ 'cell'"),
+    "to compile": (change(compile_config={"loss": FUNCTION}), "function 'cell'"),
+    "to build": (change(build_config={"x": CODE}), "__lambda__ 'cell'"),
 }
 
 
@@ -57,7 +60,7 @@ def test_objects_that_are_not_on_the_allowlist_are_not_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, edit: Edit, words: str
 ) -> None:
     monkeypatch.setattr(keras.saving, "load_model", None)  # calling it would be a TypeError
-    path = edited(tmp_path / f"m{suffix}", edit)
+    path = save_edited(tmp_path / f"m{suffix}", edit)
     with pytest.raises(ImportedModelError) as caught:
         import_here(path, tmp_path / "out")
     assert words in str(caught.value)
@@ -73,8 +76,8 @@ def test_the_file_that_is_checked_is_the_one_that_is_loaded(
         import_here(path, tmp_path / "out")
 
 
-def own_loss(wanted: Any, given: Any) -> Any:
-    return keras.ops.mean(keras.ops.abs(wanted - given))
+def custom_loss(truth: Any, predictions: Any) -> Any:
+    return keras.ops.mean(keras.ops.abs(truth - predictions))
 
 
 def test_a_compiled_model_is_imported(tmp_path: Path) -> None:
@@ -85,8 +88,8 @@ def test_a_compiled_model_is_imported(tmp_path: Path) -> None:
     )
     model.optimizer.build(model.trainable_variables)
     outer = keras.Sequential([kl.Input((None, 3)), model])
-    outer.compile("adam", own_loss, metrics=[keras.metrics.MeanSquaredError()])
-    report = import_here(saved(outer, tmp_path / "m.keras"), tmp_path / "out")
+    outer.compile("adam", custom_loss, metrics=[keras.metrics.MeanSquaredError()])
+    report = import_here(save_model(outer, tmp_path / "m.keras"), tmp_path / "out")
     assert report.largest_difference < 1e-5
 
 
@@ -127,30 +130,30 @@ def test_a_configuration_that_is_not_text_is_rejected(tmp_path: Path) -> None:
 
 def biases(file: h5py.File) -> list[str]:
     """The LSTM's bias, 12 numbers."""
-    found: list[str] = []
+    names: list[str] = []
     file.visititems(
-        lambda name, item: found.append(name) if getattr(item, "shape", None) == (12,) else None
+        lambda name, item: names.append(name) if getattr(item, "shape", None) == (12,) else None
     )
-    return found
+    return names
 
 
-def linked(group: h5py.Group, secret: Path) -> None:
+def link_externally(group: h5py.Group, secret: Path) -> None:
     """A name that leads to an object in another file."""
     group["bias"] = h5py.ExternalLink(str(secret), "/bias")
 
 
-def stored_outside(group: h5py.Group, secret: Path) -> None:
+def store_externally(group: h5py.Group, secret: Path) -> None:
     """A dataset whose bytes are in another file."""
     place = (str(secret), 0, h5py.h5f.UNLIMITED)
     group.create_dataset("bias", shape=(12,), dtype="f4", external=[place])
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-@pytest.mark.parametrize("name_it", [linked, stored_outside])
+@pytest.mark.parametrize("name_it", [link_externally, store_externally])
 def test_weights_linked_from_another_file_are_rejected(
     tmp_path: Path, suffix: str, name_it: Callable[[h5py.Group, Path], None]
 ) -> None:
-    path, secret = saved(recurrent(), tmp_path / f"m{suffix}"), tmp_path / "secret.h5"
+    path, secret = save_model(recurrent(), tmp_path / f"m{suffix}"), tmp_path / "secret.h5"
     with h5py.File(secret, "w") as file:
         file["bias"] = [1.0] * 12
     tree = path

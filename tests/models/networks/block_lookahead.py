@@ -40,7 +40,7 @@ def network(blocks: BlockSpec | None) -> ModelSpec:
 
 
 def outputs(spec: ModelSpec, rows: Floats) -> Floats:
-    """What a stream of these rows is answered, [T, O], or the whole sequence."""
+    """The outputs [T, O] of a stream of these rows, or of the whole sequence."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     graph = write_graph(spec, draw_weights(spec, SEED))
@@ -48,14 +48,14 @@ def outputs(spec: ModelSpec, rows: Floats) -> Floats:
     state = np.zeros((1, network_state(spec).float_size), np.float32)
     windows = [rows] if spec.blocks is None else cut_blocks(spec.blocks, rows, final=True).windows
     steps = len(rows) if spec.blocks is None else spec.blocks.window
-    found = []
+    outputs_by_window = []
     for window in windows:
         padded = np.zeros((1, steps, FEATURES), np.float32)
         padded[0, : len(window)] = window
-        given = {"rows": padded, "lengths": np.array([len(window)], np.int32), "states": state}
-        output, state = session.run(["outputs", "states_after"], given)
-        found.append(output[0, : len(window)])
-    return np.concatenate(found)
+        inputs = {"rows": padded, "lengths": np.array([len(window)], np.int32), "states": state}
+        output, state = session.run(["outputs", "states_after"], inputs)
+        outputs_by_window.append(output[0, : len(window)])
+    return np.concatenate(outputs_by_window)
 
 
 def differences(steps: int = STEPS) -> dict[int, list[float]]:
@@ -78,7 +78,7 @@ def _blocks(size: int, lookahead: int) -> BlockSpec:
     return BlockSpec(size=size, lookahead=lookahead)
 
 
-def draw(found: dict[int, list[float]], path: Path) -> None:
+def draw(errors: dict[int, list[float]], path: Path) -> None:
     """The plot of the table."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def draw(found: dict[int, list[float]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "carry"
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    for size, values in found.items():
+    for size, values in errors.items():
         axes.plot(LOOKAHEADS, values, "o-", label=f"C = {size}")
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_yscale("log")
@@ -102,14 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--plot", type=Path)
     plot: Path | None = parser.parse_args().plot
-    found = differences()
+    errors = differences()
     print("| R | " + " | ".join(f"C = {size}" for size in SIZES) + " |")
     print("| --- |" + " --- |" * len(SIZES))
     for index, ahead in enumerate(LOOKAHEADS):
-        cells = " | ".join(f"{values[index]:.1e}" for values in found.values())
+        cells = " | ".join(f"{values[index]:.1e}" for values in errors.values())
         print(f"| {ahead} | {cells} |")
     if plot is not None:
-        draw(found, plot)
+        draw(errors, plot)
 
 
 if __name__ == "__main__":

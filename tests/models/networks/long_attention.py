@@ -79,16 +79,16 @@ def run(runtime: Runtime, artifact: Artifact, rows: Floats) -> Floats:
     """The values of one stream, in chunks of 1 to 64 steps, [steps, 3]."""
     random = np.random.default_rng(12)
     state = artifact.state.zero().floats[np.newaxis]
-    found, at = [], 0
+    outputs, at = [], 0
     while at < len(rows):
         length = int(random.integers(1, MOST_STEPS + 1))
         (values,), state = step(runtime, [rows[at : at + length]], state)
-        found.append(values)
+        outputs.append(values)
         at += length
-    return np.concatenate(found)
+    return np.concatenate(outputs)
 
 
-def measured(artifact: Artifact, steps: int) -> tuple[Exact, dict[str, Exact], Exact]:
+def measure_errors(artifact: Artifact, steps: int) -> tuple[Exact, dict[str, Exact], Exact]:
     """By way of computing, the largest error so far after each of some steps.
 
     Returns:
@@ -96,7 +96,7 @@ def measured(artifact: Artifact, steps: int) -> tuple[Exact, dict[str, Exact], E
     """
     rows = rows_of(steps)
     scores = scores_of(artifact, rows)
-    wanted = weighted_means(scores, rows, np.longdouble)
+    expected = weighted_means(scores, rows, np.longdouble)
     ways = {PLAIN: weighted_means(scores, rows, np.float32)}
     for name in RUNTIMES:
         runtime = open_runtime(name, artifact, threads=0 if name == "tensorflow" else 1)
@@ -104,14 +104,14 @@ def measured(artifact: Artifact, steps: int) -> tuple[Exact, dict[str, Exact], E
         ways[name] = run(runtime, artifact, rows).astype(np.float64)
     marks = np.unique(np.geomspace(1, steps, 61).astype(int))
     errors = {
-        name: np.maximum.accumulate(np.abs(values - wanted).max(axis=1))[marks - 1]
+        name: np.maximum.accumulate(np.abs(values - expected).max(axis=1))[marks - 1]
         for name, values in ways.items()
     }
-    promised = (1e-5 + 1e-5 * np.abs(wanted)).min(axis=1)
+    promised = (1e-5 + 1e-5 * np.abs(expected)).min(axis=1)
     return marks.astype(float), errors, np.minimum.accumulate(promised)[marks - 1]
 
 
-def plotted(marks: Exact, errors: dict[str, Exact], promised: Exact, path: Path) -> None:
+def plot_errors(marks: Exact, errors: dict[str, Exact], promised: Exact, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,13 +128,13 @@ def plotted(marks: Exact, errors: dict[str, Exact], promised: Exact, path: Path)
     pyplot.close(figure)
 
 
-def main(given: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10**6)
     parser.add_argument("--plot", type=Path, help="write the errors as a picture, .svg or .png")
-    options = parser.parse_args(given)
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        marks, errors, promised = measured(make_artifact(Path(folder)), options.steps)
+        marks, errors, promised = measure_errors(make_artifact(Path(folder)), options.steps)
     print("| steps | promised | " + " | ".join(errors) + " |")
     print("| --- | --- |" + " --- |" * len(errors))
     decades = [int(np.searchsorted(marks, 10**n)) for n in range(1, 7) if 10**n <= options.steps]
@@ -142,7 +142,7 @@ def main(given: Sequence[str] | None = None) -> None:
         cells = " | ".join(f"{values[at]:.1e}" for values in errors.values())
         print(f"| {int(marks[at]):,} | {promised[at]:.1e} | {cells} |")
     if options.plot is not None:
-        plotted(marks, errors, promised, options.plot)
+        plot_errors(marks, errors, promised, options.plot)
 
 
 if __name__ == "__main__":

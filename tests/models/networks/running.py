@@ -48,9 +48,9 @@ def run_in_chunks(
         batch = np.full((len(waiting), steps, streams[0].shape[1]), filler, np.float32)
         for row, b in enumerate(waiting):
             batch[row, : lengths[row]] = streams[b][at[b] : at[b] + lengths[row]]
-        found, after = step(network, batch, lengths, states[waiting])
+        values, after = step(network, batch, lengths, states[waiting])
         for row, b in enumerate(waiting):
-            outputs[b].append(found[row, : lengths[row]])
+            outputs[b].append(values[row, : lengths[row]])
             states[b] = after[row]
             at[b] += lengths[row]
             cuts[b].append(lengths[row])

@@ -80,12 +80,15 @@ def _plain_recurrent(draw: st.DrawFn) -> dict[str, Any]:
 
 def options(draw: st.DrawFn, units: int) -> dict[str, Any]:
     """Options of an LSTM, alone and together; none of them in a third of the draws."""
-    found: dict[str, Any] = {}
+    chosen_options: dict[str, Any] = {}
     if draw(st.integers(0, 2)):
-        found = {"peepholes": draw(st.booleans()), "layer_normalization": draw(st.booleans())}
+        chosen_options = {
+            "peepholes": draw(st.booleans()),
+            "layer_normalization": draw(st.booleans()),
+        }
         if draw(st.booleans()):
-            found["projection"] = draw(st.integers(1, units))
-    return found
+            chosen_options["projection"] = draw(st.integers(1, units))
+    return chosen_options
 
 
 def _whole(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -34,16 +34,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module", params=RUNTIMES)
 def runtime(request: pytest.FixtureRequest, artifact: Artifact) -> Iterator[Runtime]:
-    opened = open_runtime(request.param, artifact, threads=0)
-    opened.warm()
-    return opened
+    backend = open_runtime(request.param, artifact, threads=0)
+    backend.warm()
+    return backend
 
 
 def test_a_long_stream_equals_float64(runtime: Runtime, artifact: Artifact) -> None:
     rows = rows_of(20_000)
-    wanted = weighted_means(scores_of(artifact, rows), rows, np.longdouble)
-    found = run(runtime, artifact, rows)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    expected = weighted_means(scores_of(artifact, rows), rows, np.longdouble)
+    outputs = run(runtime, artifact, rows)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_changes_the_sum_of_a_long_stream(runtime: Runtime, artifact: Artifact) -> None:
@@ -74,16 +74,16 @@ def test_extreme_scores_give_finite_outputs(tmp_path: Path, rising: bool) -> Non
     artifact = write_artifact(tmp_path / "steep", SPEC, weights)
     rows = np.repeat(np.linspace(-2, 2, 30)[:, np.newaxis], 3, axis=1).astype(np.float32)
     rows = rows if rising else rows[::-1].copy()
-    wanted, _ = oracle_step(SPEC, weights, rows, artifact.state.zero().floats)
+    expected, _ = oracle_step(SPEC, weights, rows, artifact.state.zero().floats)
     for name in RUNTIMES:
-        opened = open_runtime(name, artifact, threads=0)
-        opened.warm()
+        runtime = open_runtime(name, artifact, threads=0)
+        runtime.warm()
         state = artifact.state.zero().floats[np.newaxis]
-        found = []
-        for cut in (rows[:1], rows[1:13], rows[13:]):
-            (values,), state = step(opened, [cut], state)
-            found.append(values)
-        np.testing.assert_allclose(np.concatenate(found), wanted, rtol=1e-5, atol=1e-5)
+        outputs = []
+        for chunk in (rows[:1], rows[1:13], rows[13:]):
+            (values,), state = step(runtime, [chunk], state)
+            outputs.append(values)
+        np.testing.assert_allclose(np.concatenate(outputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_call_of_several_blocks_equals_its_steps() -> None:
@@ -95,10 +95,10 @@ def test_a_call_of_several_blocks_equals_its_steps() -> None:
     zero = np.zeros((3, network.state_size), np.float32)
     outputs, after = network.step(batch, np.array(lengths, np.int32), zero)
     for b, length in enumerate(lengths):
-        wanted, state = oracle_step(SPEC, network.get_weights(), rows[:length], zero[b])
-        np.testing.assert_allclose(outputs[b, :length], wanted, rtol=1e-5, atol=1e-5)
-        found = joined(SPEC, np.asarray(after)[b])
-        np.testing.assert_allclose(found, joined(SPEC, state), rtol=1e-5, atol=1e-5)
+        expected, state = oracle_step(SPEC, network.get_weights(), rows[:length], zero[b])
+        np.testing.assert_allclose(outputs[b, :length], expected, rtol=1e-5, atol=1e-5)
+        state_after = joined(SPEC, np.asarray(after)[b])
+        np.testing.assert_allclose(state_after, joined(SPEC, state), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("over", ["chunk", "stream"])
@@ -115,25 +115,27 @@ def test_gradients_equal_finite_differences(over: str) -> None:
     rows = random.normal(size=(2, 6, 2)).astype(np.float32)
     lengths = np.array([6, 4], np.int32)
     state = np.zeros((2, network.state_size), np.float32)
-    wished = random.normal(size=(2, 6, 3)).astype(np.float32)
+    targets = random.normal(size=(2, 6, 3)).astype(np.float32)
     counts = (np.arange(6) < lengths[:, np.newaxis])[..., np.newaxis]
 
     def loss() -> tf.Tensor:
-        given = network.forward(rows, lengths, state).raw["y"]
-        return tf.reduce_sum(tf.where(counts, tf.square(given - wished), 0.0))
+        outputs = network.forward(rows, lengths, state).raw["y"]
+        return tf.reduce_sum(tf.where(counts, tf.square(outputs - targets), 0.0))
 
     network.set_weights(weights)
     with tf.GradientTape() as tape:
         value = loss()
     names = ["focus.kernel", "focus.bias", "focus.context", "gru_1.kernel"]
-    found = dict(zip(list(weights), tape.gradient(value, network.trainable_variables), strict=True))
+    gradients = dict(
+        zip(list(weights), tape.gradient(value, network.trainable_variables), strict=True)
+    )
     for name in names:
         place = tuple(random.integers(0, size) for size in weights[name].shape)
         sides = []
         for sign in (1, -1):
-            moved = {key: array.copy() for key, array in weights.items()}
-            moved[name][place] += sign * 1e-2
-            network.set_weights(moved)
+            shifted = {key: array.copy() for key, array in weights.items()}
+            shifted[name][place] += sign * 1e-2
+            network.set_weights(shifted)
             sides.append(float(loss()))
         slope = (sides[0] - sides[1]) / 2e-2
-        assert np.asarray(found[name])[place] == pytest.approx(slope, rel=2e-2, abs=6e-4)
+        assert np.asarray(gradients[name])[place] == pytest.approx(slope, rel=2e-2, abs=6e-4)

@@ -71,9 +71,9 @@ def check(spec: ModelSpec, seed: int, lengths: list[int], ran: Any) -> None:
     outputs, after = ran(rows, lengths, states)
     for b, length in enumerate(lengths):
         weights = contracting_weights(spec, seed)
-        wanted, wanted_state = oracle_step(spec, weights, rows[b, :length], states[b])
-        np.testing.assert_allclose(outputs[b, :length], wanted, **CLOSE)
-        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+        expected, expected_state = oracle_step(spec, weights, rows[b, :length], states[b])
+        np.testing.assert_allclose(outputs[b, :length], expected, **CLOSE)
+        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -117,9 +117,9 @@ def test_returned_tensors_equal_those_of_keras(cell: str, merge: str) -> None:
         layer.set_weights([value for name, value in weights.items() if name.startswith(prefix)])
     sequence, *states = first(rows)
     assert len(states) == {"lstm": 4, "gru": 2}[cell]
-    wanted, *_ = second(sequence, initial_state=states)
+    expected, *_ = second(sequence, initial_state=states)
     outputs, after = step(network, rows, [7, 7], np.zeros((2, network.state_size), np.float32))
-    np.testing.assert_allclose(outputs, wanted, **CLOSE)
+    np.testing.assert_allclose(outputs, expected, **CLOSE)
     np.testing.assert_allclose(after, np.concatenate(states, axis=-1), **CLOSE)
 
 
@@ -134,7 +134,7 @@ def test_state_has_a_part_for_each_cell_without_starts_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"),
+    ("layers", "message"),
     [
         ([two_way(starts_from="other")], "expected a recurrent layer before it"),
         ([two_way(), two_way(units=5, starts_from="bidirectional_1")], r"forward.hidden \[5\]"),
@@ -145,8 +145,10 @@ def test_state_has_a_part_for_each_cell_without_starts_from() -> None:
         ([two_way(merge="avg")], "merge"),
     ],
 )
-def test_invalid_bidirectional_layers_are_rejected(layers: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(SpecError, match=said):
+def test_invalid_bidirectional_layers_are_rejected(
+    layers: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
         spec_of(*layers)
 
 
@@ -155,10 +157,10 @@ def test_dropout_follows_its_seed_in_both_directions() -> None:
     rows, lengths = np.ones((2, 5, 3), np.float32), np.array([5, 5], np.int32)
     state = np.zeros((2, network.state_size), np.float32)
 
-    def trained(seed: int) -> Floats:
+    def training_outputs(seed: int) -> Floats:
         network.reseed(seed)
         return np.asarray(network.step(rows, lengths, state, training=True)[0])
 
-    first, again, other = trained(1), trained(1), trained(2)
-    np.testing.assert_array_equal(first, again)
+    first, repeated, other = training_outputs(1), training_outputs(1), training_outputs(2)
+    np.testing.assert_array_equal(first, repeated)
     assert (np.abs(first - other).reshape(10, 2, 8).max(axis=(0, 2)) > 1e-3).all()

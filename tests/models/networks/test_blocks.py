@@ -31,8 +31,8 @@ Step = Callable[[Floats, list[int], Floats], tuple[Floats, Floats]]
 def spec_of(layers: list[dict[str, Any]], size: int, lookahead: int, **more: Any) -> ModelSpec:
     heads = [{"kind": "sequence", "name": "output"}]
     blocks = {"size": size, "lookahead": lookahead}
-    given = {"features": 2, "layers": layers, "heads": heads, "blocks": blocks}
-    return parse_spec({"name": "m", **given, **more})
+    fields = {"features": 2, "layers": layers, "heads": heads, "blocks": blocks}
+    return parse_spec({"name": "m", **fields, **more})
 
 
 def two_way(cell: str = "lstm", units: int = 3, **more: Any) -> dict[str, Any]:
@@ -69,9 +69,9 @@ def run_stream(spec: ModelSpec, rows: Floats, ran: Step) -> Floats:
     for window in cut_blocks(spec.blocks, rows, final=True).windows:
         padded = np.zeros((1, spec.blocks.window, rows.shape[1]), np.float32)
         padded[0, : len(window)] = window
-        found, state = ran(padded, [len(window)], state)
-        assert found.shape[1] == spec.blocks.size
-        outputs.append(found[0, : len(window)])
+        values, state = ran(padded, [len(window)], state)
+        assert values.shape[1] == spec.blocks.size
+        outputs.append(values[0, : len(window)])
     return np.concatenate(outputs)
 
 
@@ -85,9 +85,9 @@ def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed
     network = StepNetwork(spec)
     network.set_weights(contracting_weights(spec, seed))
     rows = rows_of(seed, length)
-    found = run_stream(spec, rows, lambda *given: step(network, *given))
-    wanted = oracle_in_blocks(spec, network.get_weights(), rows)
-    np.testing.assert_allclose(found, wanted, **CLOSE)
+    outputs = run_stream(spec, rows, lambda *batch: step(network, *batch))
+    expected = oracle_in_blocks(spec, network.get_weights(), rows)
+    np.testing.assert_allclose(outputs, expected, **CLOSE)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,8 +96,8 @@ def test_the_graph_equals_the_definition(spec: ModelSpec, length: int, seed: int
     weights = contracting_weights(spec, seed)
     session = session_of(spec, weights)
     rows = rows_of(seed, length)
-    found = run_stream(spec, rows, lambda *given: run(session, *given))
-    np.testing.assert_allclose(found, oracle_in_blocks(spec, weights, rows), **CLOSE)
+    outputs = run_stream(spec, rows, lambda *batch: run(session, *batch))
+    np.testing.assert_allclose(outputs, oracle_in_blocks(spec, weights, rows), **CLOSE)
 
 
 STACK = [two_way(), {"kind": "gru", "units": 4}, two_way("gru", units=2)]
@@ -123,10 +123,12 @@ def test_batched_windows_of_any_length_equal_the_oracle() -> None:
             compiled(*map(tf.constant, (rows, np.array(lengths, np.int32), states))),
         ):
             for b, length in enumerate(lengths):
-                wanted, kept = oracle_step(spec, weights, rows[b, :length], states[b])
-                assert len(wanted) == min(length, 3)
-                np.testing.assert_allclose(np.asarray(outputs)[b, : len(wanted)], wanted, **CLOSE)
-                np.testing.assert_allclose(np.asarray(after)[b], kept, **CLOSE)
+                expected, expected_state = oracle_step(spec, weights, rows[b, :length], states[b])
+                assert len(expected) == min(length, 3)
+                np.testing.assert_allclose(
+                    np.asarray(outputs)[b, : len(expected)], expected, **CLOSE
+                )
+                np.testing.assert_allclose(np.asarray(after)[b], expected_state, **CLOSE)
 
 
 def test_a_block_without_lookahead_depends_on_itself_only() -> None:
@@ -136,9 +138,9 @@ def test_a_block_without_lookahead_depends_on_itself_only() -> None:
     network = StepNetwork(spec)
     network.set_weights(weights)
     rows = rows_of(6, 11)
-    wanted = oracle_in_blocks(spec, weights, rows)
-    for ran in (lambda *given: run(session, *given), lambda *given: step(network, *given)):
-        np.testing.assert_allclose(run_stream(spec, rows, ran), wanted, **CLOSE)
+    expected = oracle_in_blocks(spec, weights, rows)
+    for ran in (lambda *batch: run(session, *batch), lambda *batch: step(network, *batch)):
+        np.testing.assert_allclose(run_stream(spec, rows, ran), expected, **CLOSE)
 
 
 def test_a_window_over_the_whole_stream_equals_the_network_without_blocks() -> None:
@@ -147,8 +149,8 @@ def test_a_window_over_the_whole_stream_equals_the_network_without_blocks() -> N
     weights = contracting_weights(spec, 7)
     rows = rows_of(7, 16)
     state = np.zeros(network_state(whole_spec).float_size)
-    wanted, _ = oracle_step(whole_spec, weights, rows, state)
-    np.testing.assert_allclose(oracle_in_blocks(spec, weights, rows), wanted, **CLOSE)
+    expected, _ = oracle_step(whole_spec, weights, rows, state)
+    np.testing.assert_allclose(oracle_in_blocks(spec, weights, rows), expected, **CLOSE)
 
 
 def test_the_state_has_forward_parts_and_pending_rows() -> None:
@@ -166,7 +168,7 @@ def test_the_state_has_forward_parts_and_pending_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "change", "said"),
+    ("layers", "change", "message"),
     [
         ([{"kind": "lstm", "units": 3}], {}, "expected a bidirectional layer"),
         ([two_way(), two_way(starts_from="bidirectional_1")], {}, "no `starts_from`"),
@@ -176,7 +178,7 @@ def test_the_state_has_forward_parts_and_pending_rows() -> None:
     ],
 )
 def test_networks_without_support_for_blocks_are_rejected(
-    layers: list[dict[str, Any]], change: dict[str, Any], said: str
+    layers: list[dict[str, Any]], change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         spec_of(layers, **{"size": 3, "lookahead": 2, **change})

@@ -47,9 +47,9 @@ def test_every_combination_equals_the_oracle_with_any_chunking(options: dict[str
     states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
-        wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
-        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
+        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
+        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, {"peepholes": True}], ids=["all", "peepholes"])
@@ -117,11 +117,11 @@ def test_zero_peepholes_equal_the_lstm_of_keras() -> None:
     rows = np.random.default_rng(6).normal(size=(3, 7, 2)).astype(np.float32)
     lengths, state = np.array([7, 2, 5], np.int32), np.full((3, 8), 0.3, np.float32)
     for training in (False, True):
-        found = []
+        results = []
         for network in (ours, keras_own):
             network.reseed(9)
-            found.append(network.step(rows, lengths, state, training=training))
-        for one, other in zip(*found, strict=True):
+            results.append(network.step(rows, lengths, state, training=training))
+        for one, other in zip(*results, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
@@ -161,9 +161,9 @@ def test_layers_differ_in_cell_and_width_with_a_residual() -> None:
     outputs, after, _ = run_in_chunks(network, streams, states, random)
     slices = state_spec(spec).slices
     for b, rows in enumerate(streams):
-        wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
-        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
+        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
+        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
     assert {name: part.stop - part.start for name, part in slices.items()} == {
         "first.hidden": 4,
         "second.hidden": 4,

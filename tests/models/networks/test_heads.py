@@ -112,9 +112,9 @@ def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: in
     states = random.uniform(-1, 1, (len(lengths), network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
-        wanted, wanted_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
-        np.testing.assert_allclose(after[b], wanted_state, **CLOSE)
+        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
+        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
+        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
 
 
 def test_compiled_heads_equal_the_oracle() -> None:
@@ -127,9 +127,9 @@ def test_compiled_heads_equal_the_oracle() -> None:
     compiled = tf.function(network.step, jit_compile=True)
     outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
     for b, length in enumerate(lengths):
-        wanted = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
-        np.testing.assert_allclose(outputs[b, :length], wanted[0], **CLOSE)
-        np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
+        expected = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
+        np.testing.assert_allclose(outputs[b, :length], expected[0], **CLOSE)
+        np.testing.assert_allclose(after[b], expected[1], **CLOSE)
 
 
 def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:
@@ -140,9 +140,9 @@ def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:
     rows[0, where["price.missing"]] = rows[0, where["sold.missing"]] = 1
     rows[0, where["price"]] = rows[0, where["sold"]] = 0
     outputs, _ = step(network, rows[np.newaxis], [1], np.zeros((1, network.state_size), "f4"))
-    found = output_spec(spec).by_name(outputs)["odd"][0, 0]
+    score = output_spec(spec).by_name(outputs)["odd"][0, 0]
     normal = np.log(2 * np.pi) / 2 + rows[0, where["size"]] ** 2 / 2
-    assert found == pytest.approx(np.log(4) + normal + np.log(2), abs=1e-5)
+    assert score == pytest.approx(np.log(4) + normal + np.log(2), abs=1e-5)
 
 
 def test_a_row_of_length_0_keeps_its_forecast() -> None:
@@ -173,9 +173,9 @@ def test_one_trace_serves_every_batch_and_length() -> None:
         state = random.uniform(-1, 1, (batch, network.state_size)).astype(np.float32)
         outputs, after = traced(rows, np.full(batch, steps, np.int32), state)
         for b in range(batch):
-            wanted = oracle_step(spec, network.get_weights(), rows[b], state[b])
-            np.testing.assert_allclose(outputs[b], wanted[0], **CLOSE)
-            np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
+            expected = oracle_step(spec, network.get_weights(), rows[b], state[b])
+            np.testing.assert_allclose(outputs[b], expected[0], **CLOSE)
+            np.testing.assert_allclose(after[b], expected[1], **CLOSE)
 
 
 def test_scores_stay_finite_for_any_finite_row_and_forecast() -> None:
@@ -213,7 +213,7 @@ def test_losses_equal_numpy() -> None:
     lengths = [9, 3, 1]
     rows = np.stack([encoded(random, spec, 10) for _ in lengths])
     state = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
-    done = network.forward(rows[:, :-1], np.array(lengths, np.int32), state)
+    result = network.forward(rows[:, :-1], np.array(lengths, np.int32), state)
     next_rows = rows[:, 1:]
     mask = np.arange(9) < np.array(lengths)[:, np.newaxis]
     labels = {
@@ -221,12 +221,12 @@ def test_losses_equal_numpy() -> None:
         for name, count in (("faulty", 2), ("phase", 3))
     }
     labels = {name: value.astype(np.float32) for name, value in labels.items()}
-    found = network.losses(done.raw, next_rows, mask, labels)
-    raw = {name: np.float64(value) for name, value in done.raw.items()}
-    wanted = {**_numpy_losses(spec, raw, next_rows, mask), **_numpy_label_losses(raw, labels)}
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert float(found[name]) == pytest.approx(value, rel=1e-5), name
+    losses = network.losses(result.raw, next_rows, mask, labels)
+    raw = {name: np.float64(value) for name, value in result.raw.items()}
+    expected = {**_numpy_losses(spec, raw, next_rows, mask), **_numpy_label_losses(raw, labels)}
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(losses[name]) == pytest.approx(value, rel=1e-5), name
 
 
 def _numpy_losses(
@@ -238,8 +238,8 @@ def _numpy_losses(
     where = {column.name: index for index, column in enumerate(spec.columns)}
     losses: dict[str, list[tuple[float, float]]] = {}
 
-    def add(name: str, loss: float, judged: float = 1.0) -> None:
-        losses.setdefault(name, []).append((loss, judged))
+    def add(name: str, loss: float, counted: float = 1.0) -> None:
+        losses.setdefault(name, []).append((loss, counted))
 
     def huber(error: float) -> float:
         return error**2 / 2 if abs(error) <= 1 else abs(error) - 0.5
@@ -278,7 +278,7 @@ def _numpy_losses(
         add("odd", nats(spec, odd, y["odd"], row), 3 + prices + (not at["sold.missing"]))
         add("odd_kind", nats(spec, odd_kind, y["odd_kind"], row))
     return {
-        name: sum(loss for loss, _ in parts) / sum(judged for _, judged in parts)
+        name: sum(loss for loss, _ in parts) / sum(counted for _, counted in parts)
         for name, parts in losses.items()
     }
 
@@ -286,13 +286,13 @@ def _numpy_losses(
 def _numpy_label_losses(
     raw: dict[str, NDArray[np.float64]], labels: dict[str, NDArray[np.float32]]
 ) -> dict[str, float]:
-    found: dict[str, list[float]] = {name: [] for name in labels}
+    losses_by_head: dict[str, list[float]] = {name: [] for name in labels}
     for name, steps in labels.items():
         for b, t in zip(*np.nonzero(~np.isnan(steps)), strict=True):
             y, label = raw[name][b, t], int(steps[b, t])
             p = softmax(y) if len(y) > 1 else np.array([1 - sigmoid(y[0]), sigmoid(y[0])])
-            found[name].append(-float(np.log(p[label])))
-    return {name: sum(losses) / len(losses) for name, losses in found.items()}
+            losses_by_head[name].append(-float(np.log(p[label])))
+    return {name: sum(losses) / len(losses) for name, losses in losses_by_head.items()}
 
 
 def test_a_value_equal_to_the_threshold_is_not_above_it() -> None:
@@ -321,8 +321,8 @@ def test_losses_of_a_window_without_targets_are_zero_and_have_gradients() -> Non
     rows = np.zeros((2, 4, spec.input_features), np.float32)
     state = np.zeros((2, network.state_size), np.float32)
     with tf.GradientTape() as tape:
-        done = network.forward(rows, np.array([4, 2], np.int32), state, training=True)
-        losses = network.losses(done.raw, rows, np.zeros((2, 4), bool), no_labels((2, 4)))
+        result = network.forward(rows, np.array([4, 2], np.int32), state, training=True)
+        losses = network.losses(result.raw, rows, np.zeros((2, 4), bool), no_labels((2, 4)))
         total = tf.add_n(list(losses.values()))
     assert float(total) == 0
     gradients = tape.gradient(total, [v.value for v in network.trainable_variables])

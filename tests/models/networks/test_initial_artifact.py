@@ -26,9 +26,9 @@ def raw_model(units: int = 4) -> ModelSpec:
 
 def test_same_seed_gives_the_same_fingerprint(tmp_path: Path) -> None:
     first = initialise_artifact(raw_model(), tmp_path / "a", 3)
-    again = initialise_artifact(raw_model(), tmp_path / "b", 3)
+    second = initialise_artifact(raw_model(), tmp_path / "b", 3)
     other = initialise_artifact(raw_model(), tmp_path / "c", 4)
-    assert first.fingerprint == again.fingerprint == load_artifact(tmp_path / "a").fingerprint
+    assert first.fingerprint == second.fingerprint == load_artifact(tmp_path / "a").fingerprint
     assert other.fingerprint != first.fingerprint
     assert first.manifest["training"] == {"initialised": {"seed": 3}}
 
@@ -37,16 +37,16 @@ def test_options_of_a_cell_are_initialised_and_packaged(tmp_path: Path) -> None:
     spec = raw_model()
     first, *rest = spec.model_dump()["layers"]
     options = {"peepholes": True, "layer_normalization": True, "projection": 3}
-    changed = {**spec.model_dump(), "layers": [{**first, **options}, *rest]}
-    made = initialise_artifact(parse_spec(changed), tmp_path / "a", 3)
+    with_options = {**spec.model_dump(), "layers": [{**first, **options}, *rest]}
+    artifact = initialise_artifact(parse_spec(with_options), tmp_path / "a", 3)
     plain = initialise_artifact(spec, tmp_path / "b", 3)
-    assert made.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
-    assert {part.name: part.shape for part in made.state.parts} == {
+    assert artifact.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
+    assert {part.name: part.shape for part in artifact.state.parts} == {
         "lstm_1.hidden": (3,),
         "lstm_1.carry": (4,),
         "gru_1.hidden": (2,),
     }
-    np.testing.assert_array_equal(made.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
+    np.testing.assert_array_equal(artifact.weights["lstm_1.kernel"], plain.weights["lstm_1.kernel"])
 
 
 def test_adding_a_layer_keeps_the_initial_weights_of_the_others(tmp_path: Path) -> None:
@@ -91,6 +91,6 @@ def test_all_unfitted_statistics_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(SpecError) as caught:
         initialise_artifact(spec, tmp_path / "a", 1)
-    said = str(caught.value)
-    assert "delay (std), carrier (vocabulary), at (gap_mean, gap_std);" in said
+    error = str(caught.value)
+    assert "delay (std), carrier (vocabulary), at (gap_mean, gap_std);" in error
     assert not (tmp_path / "a").exists()

@@ -51,16 +51,16 @@ def test_printed_outputs_and_states_are_reproduced(
     outputs: list[float] = []
     for length in cuts:
         rows = np.array(INPUT[len(outputs) : len(outputs) + length], np.float32)
-        found, state = step(
+        values, state = step(
             tf.constant(rows.reshape(1, length, 1)), tf.constant([length], tf.int32), state
         )
-        outputs.extend(found[0, :, 0].numpy())
-    wanted, wanted_state = TABLES[kind]
-    np.testing.assert_allclose(np.float64(outputs), wanted, rtol=0, atol=PRINTED)
-    np.testing.assert_allclose(np.float64(state[0]), wanted_state, rtol=0, atol=PRINTED)
+        outputs.extend(values[0, :, 0].numpy())
+    expected, expected_state = TABLES[kind]
+    np.testing.assert_allclose(np.float64(outputs), expected, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(np.float64(state[0]), expected_state, rtol=0, atol=PRINTED)
 
 
-def returned(kind: str) -> list[np.ndarray]:
+def layer_outputs(kind: str) -> list[np.ndarray]:
     """What the network's own Keras layer returns for the post's input."""
     spec, weights = post_model(kind)
     network = StepNetwork(spec)
@@ -70,7 +70,7 @@ def returned(kind: str) -> list[np.ndarray]:
 
 
 def test_an_lstm_returns_its_sequence_and_two_states() -> None:
-    sequence, state_h, state_c = returned("lstm")
+    sequence, state_h, state_c = layer_outputs("lstm")
     np.testing.assert_allclose(sequence[0, :, 0], LSTM_OUTPUTS, rtol=0, atol=PRINTED)
     np.testing.assert_allclose(state_h, [[LSTM_HIDDEN]], rtol=0, atol=PRINTED)
     np.testing.assert_allclose(state_c, [[LSTM_CARRY]], rtol=0, atol=PRINTED)
@@ -78,7 +78,7 @@ def test_an_lstm_returns_its_sequence_and_two_states() -> None:
 
 
 def test_a_gru_returns_its_sequence_and_one_state_which_is_its_output() -> None:
-    sequence, state = returned("gru")
+    sequence, state = layer_outputs("gru")
     np.testing.assert_allclose(sequence[0, :, 0], GRU_OUTPUTS, rtol=0, atol=PRINTED)
     np.testing.assert_allclose(state, [[GRU_HIDDEN]], rtol=0, atol=PRINTED)
     np.testing.assert_array_equal(sequence[:, -1], state)
@@ -87,8 +87,8 @@ def test_a_gru_returns_its_sequence_and_one_state_which_is_its_output() -> None:
 @pytest.mark.parametrize("kind", TABLES)
 def test_the_oracle_reproduces_the_printed_numbers(kind: str) -> None:
     spec, weights = post_model(kind)
-    wanted, wanted_state = TABLES[kind]
+    expected, expected_state = TABLES[kind]
     rows = np.array(INPUT).reshape(5, 1)
-    outputs, state = oracle_step(spec, weights, rows, np.zeros(len(wanted_state)))
-    np.testing.assert_allclose(outputs[:, 0], wanted, rtol=0, atol=PRINTED)
-    np.testing.assert_allclose(state, wanted_state, rtol=0, atol=PRINTED)
+    outputs, state = oracle_step(spec, weights, rows, np.zeros(len(expected_state)))
+    np.testing.assert_allclose(outputs[:, 0], expected, rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(state, expected_state, rtol=0, atol=PRINTED)

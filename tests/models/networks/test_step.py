@@ -65,9 +65,11 @@ def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
     outputs, after, cuts = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
         whole = [len(rows)] if spec.chunking == "invisible" else cuts[b]
-        wanted, wanted_state = oracle_in_cuts(spec, network.get_weights(), rows, states[b], whole)
-        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
-        np.testing.assert_allclose(joined(spec, after[b]), joined(spec, wanted_state), **CLOSE)
+        expected, expected_state = oracle_in_cuts(
+            spec, network.get_weights(), rows, states[b], whole
+        )
+        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
+        np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -108,9 +110,9 @@ def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
     compiled = tf.function(network.step, jit_compile=True)
     outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
     for b, length in enumerate(lengths):
-        wanted = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
-        np.testing.assert_allclose(outputs[b, :length], wanted[0], **CLOSE)
-        np.testing.assert_allclose(after[b], wanted[1], **CLOSE)
+        expected = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
+        np.testing.assert_allclose(outputs[b, :length], expected[0], **CLOSE)
+        np.testing.assert_allclose(after[b], expected[1], **CLOSE)
 
 
 def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
@@ -163,9 +165,9 @@ def test_every_activation_equals_the_oracle_in_cell_layer_and_head(name: str) ->
     rows = np.random.default_rng(8).normal(size=(1, 1, 3)).astype(np.float32)
     state = np.linspace(-0.4, 0.3, network.state_size, dtype=np.float32)[np.newaxis]
     outputs, after = step(network, rows, [1], state)
-    wanted, wanted_state = oracle_step(spec, network.get_weights(), rows[0], state[0])
-    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
-    np.testing.assert_allclose(after[0], wanted_state, **CLOSE)
+    expected, expected_state = oracle_step(spec, network.get_weights(), rows[0], state[0])
+    np.testing.assert_allclose(outputs[0], expected, **CLOSE)
+    np.testing.assert_allclose(after[0], expected_state, **CLOSE)
 
 
 def test_global_dtype_policy_does_not_reach_the_network() -> None:
@@ -178,8 +180,8 @@ def test_global_dtype_policy_does_not_reach_the_network() -> None:
     finally:
         keras.config.set_dtype_policy(before)
     zero = np.zeros(network.state_size)
-    wanted, _ = oracle_step(network.spec, network.get_weights(), rows[0], zero)
-    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
+    expected, _ = oracle_step(network.spec, network.get_weights(), rows[0], zero)
+    np.testing.assert_allclose(outputs[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -202,12 +204,12 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed(
     lengths = np.array([5, 5], np.int32)
     state = np.zeros((2, network.state_size), np.float32)
 
-    def trained(seed: int) -> np.ndarray:
+    def training_outputs(seed: int) -> np.ndarray:
         network.reseed(seed)
         return np.asarray(network.step(rows, lengths, state, training=True)[0])
 
-    first, again, other = trained(1), trained(1), trained(2)
-    np.testing.assert_array_equal(first, again)
+    first, repeated, other = training_outputs(1), training_outputs(1), training_outputs(2)
+    np.testing.assert_array_equal(first, repeated)
     assert np.abs(first - other).max() > 1e-3
     served = step(network, rows, [5, 5], state)[0]
     np.testing.assert_array_equal(served, step(network, rows, [5, 5], state)[0])
@@ -219,15 +221,15 @@ def test_weights_round_trip_by_name_and_in_order() -> None:
     weights = contracting_weights(spec, 11)
     network = StepNetwork(spec)
     network.set_weights(weights)
-    found = network.get_weights()
-    assert list(found) == list(weight_shapes(spec))
+    read_back = network.get_weights()
+    assert list(read_back) == list(weight_shapes(spec))
     for name, value in weights.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(read_back[name], value)
     assert len(network.trainable_variables) == len(weights)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"lstm_1.kernel": None}, "missing \\['lstm_1.kernel'\\]"),
         ({"lstm_9.kernel": np.zeros((3, 16), np.float32)}, "unknown \\['lstm_9.kernel'\\]"),
@@ -237,14 +239,14 @@ def test_weights_round_trip_by_name_and_in_order() -> None:
     ],
 )
 def test_invalid_weights_are_rejected_and_none_is_set(
-    change: dict[str, np.ndarray | None], said: str
+    change: dict[str, np.ndarray | None], message: str
 ) -> None:
     network = network_of(two_layers(), 12)
     before = network.get_weights()
-    wrong = {name: value + 1 for name, value in before.items()} | change
-    wrong = {name: value for name, value in wrong.items() if value is not None}
-    with pytest.raises(ArtifactError, match=said):
-        network.set_weights(wrong)
+    invalid = {name: value + 1 for name, value in before.items()} | change
+    invalid = {name: value for name, value in invalid.items() if value is not None}
+    with pytest.raises(ArtifactError, match=message):
+        network.set_weights(invalid)
     for name, value in network.get_weights().items():
         np.testing.assert_array_equal(value, before[name])
 
@@ -279,5 +281,5 @@ def test_a_row_of_length_0_keeps_its_state() -> None:
     rows[:, :, 0] = random.normal(size=(2, 6))
     _, after = step(network, rows, [0, 6], states)
     np.testing.assert_array_equal(after[0], states[0])
-    _, wanted = oracle_step(spec, network.get_weights(), rows[1], states[1])
-    np.testing.assert_allclose(joined(spec, after[1]), joined(spec, wanted), **CLOSE)
+    _, expected = oracle_step(spec, network.get_weights(), rows[1], states[1])
+    np.testing.assert_allclose(joined(spec, after[1]), joined(spec, expected), **CLOSE)

@@ -49,8 +49,8 @@ def session_of(spec: ModelSpec, weights: Mapping[str, Floats]) -> onnxruntime.In
 def run(
     session: onnxruntime.InferenceSession, rows: Floats, lengths: list[int], states: Floats
 ) -> tuple[Floats, Floats]:
-    given = {"rows": rows, "lengths": np.array(lengths, np.int32), "states": states}
-    outputs, after = session.run(["outputs", "states_after"], given)
+    inputs = {"rows": rows, "lengths": np.array(lengths, np.int32), "states": states}
+    outputs, after = session.run(["outputs", "states_after"], inputs)
     return outputs, after
 
 
@@ -82,9 +82,9 @@ def check_batch(spec: ModelSpec, lengths: list[int], seed: int) -> None:
         rows[b, : len(stream)] = stream
     outputs, after = run(session_of(spec, weights), rows, lengths, states)
     for b, stream in enumerate(streams):
-        wanted, wanted_state = oracle_step(spec, weights, stream, states[b])
-        np.testing.assert_allclose(outputs[b, : len(stream)], wanted, **CLOSE)
-        np.testing.assert_allclose(joined(spec, after[b]), joined(spec, wanted_state), **CLOSE)
+        expected, expected_state = oracle_step(spec, weights, stream, states[b])
+        np.testing.assert_allclose(outputs[b, : len(stream)], expected, **CLOSE)
+        np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
 
 
 def cells(name: str) -> list[dict[str, Any]]:
@@ -104,9 +104,9 @@ def check_one_step(layers: list[dict[str, Any]], head: str) -> None:
     size = state_spec(spec).float_size
     states = np.linspace(-0.4, 0.3, size, dtype=np.float32)[np.newaxis]
     outputs, after = run(session_of(spec, weights), rows, [1], states)
-    wanted, wanted_state = oracle_step(spec, weights, rows[0], states[0])
-    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
-    np.testing.assert_allclose(after[0], wanted_state, **CLOSE)
+    expected, expected_state = oracle_step(spec, weights, rows[0], states[0])
+    np.testing.assert_allclose(outputs[0], expected, **CLOSE)
+    np.testing.assert_allclose(after[0], expected_state, **CLOSE)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -209,7 +209,7 @@ def test_an_anomaly_heads_deviations_are_bounded(log_deviation: float, value: fl
     network.set_weights(weights)
     outputs, _ = run(session_of(spec, weights), rows, [1], state)
     others, _ = network.step(rows, np.ones(1, np.int32), state)
-    wanted, _ = oracle_step(spec, weights, rows[0], state[0])
+    expected, _ = oracle_step(spec, weights, rows[0], state[0])
     assert np.isfinite(outputs).all()
-    np.testing.assert_allclose(outputs[0], wanted, **CLOSE)
-    np.testing.assert_allclose(others[0], wanted, **CLOSE)
+    np.testing.assert_allclose(outputs[0], expected, **CLOSE)
+    np.testing.assert_allclose(others[0], expected, **CLOSE)

@@ -117,11 +117,11 @@ def test_attention_over_the_chunk_learns_the_informative_event(tmp_path) -> None
     )
     plain = spec(LABEL, layers=FOCUSED).model_dump()
     longer = {**plain["training"], "epochs": 40, "patience": 40}
-    done = train(parse_spec({**plain, "training": longer}), data, tmp_path / "model", quiet=True)
-    losses = [record["validation"]["up"] for record in done.history]
+    result = train(parse_spec({**plain, "training": longer}), data, tmp_path / "model", quiet=True)
+    losses = [record["validation"]["up"] for record in result.history]
     assert losses[0] > 0.5
     assert min(losses) < 0.2
-    assert output_spec(done.artifact.spec).outputs[0].per == "chunk"
+    assert output_spec(result.artifact.spec).outputs[0].per == "chunk"
 
 
 def test_later_events_of_the_chunk_are_learned_and_given_to_the_baselines(

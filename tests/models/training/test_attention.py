@@ -48,7 +48,7 @@ def test_carried_sums_equal_one_run_over_the_stream() -> None:
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
             pass
-    ended = loop.arrays()["ended"]
+    end_states = loop.arrays()["ended"]
     later = 0
     for at, segment in enumerate(loop.plan.segments):
         first = segment
@@ -59,18 +59,21 @@ def test_carried_sums_equal_one_run_over_the_stream() -> None:
         state = np.zeros((1, loop.network.state_size), np.float32)
         whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
         np.testing.assert_allclose(
-            joined(fitted, ended[at]), joined(fitted, whole.state.numpy()[0]), rtol=1e-5, atol=1e-5
+            joined(fitted, end_states[at]),
+            joined(fitted, whole.state.numpy()[0]),
+            rtol=1e-5,
+            atol=1e-5,
         )
     assert later > 0
 
 
 def test_dependencies_across_windows_are_learned_and_served(tmp_path: Path) -> None:
     """The first event decides every later mark, and a window is 4 events."""
-    done = train(
+    result = train(
         attending_spec(epochs=25, patience=25), latch_frame(60), tmp_path / "a", quiet=True
     )
-    losses = [record["validation"]["up"] for record in done.history]
+    losses = [record["validation"]["up"] for record in result.history]
     assert losses[0] > 0.5
     assert min(losses) < 0.1
-    scores = evaluate(done.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
+    scores = evaluate(result.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
     assert scores["heads"]["up"]["auc"] > 0.97

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Pat
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Artifact:
+def whole_artifact(tmp_path_factory: pytest.TempPathFactory, frame: pl.DataFrame) -> Artifact:
     """The same specification without blocks, trained."""
     out = tmp_path_factory.mktemp("whole") / "model"
     return train(both_ways_spec(), frame, out, quiet=True).artifact
@@ -61,7 +61,7 @@ def artifact(folder: Path) -> Artifact:
     return load_artifact(folder / "model")
 
 
-def each(artifact: Artifact, streams: Streams) -> list[NDArray[np.float32]]:
+def encoded_streams(artifact: Artifact, streams: Streams) -> list[NDArray[np.float32]]:
     """The encoded rows of every stream."""
     assert artifact.spec.events is not None
     rows = streams.encoded(artifact.spec.events)
@@ -69,20 +69,20 @@ def each(artifact: Artifact, streams: Streams) -> list[NDArray[np.float32]]:
 
 
 def test_weights_equal_those_trained_on_whole_sequences(
-    artifact: Artifact, whole: Artifact, tmp_path: Path
+    artifact: Artifact, whole_artifact: Artifact, tmp_path: Path
 ) -> None:
     assert artifact.spec.blocks is not None
     assert artifact.spec.blocks.model_dump() == BLOCKS
-    assert (artifact.spec.chunking, whole.spec.chunking) == ("invisible", "whole")
-    assert artifact.fingerprint != whole.fingerprint
-    assert artifact.weights.keys() == whole.weights.keys()
+    assert (artifact.spec.chunking, whole_artifact.spec.chunking) == ("invisible", "whole")
+    assert artifact.fingerprint != whole_artifact.fingerprint
+    assert artifact.weights.keys() == whole_artifact.weights.keys()
     for name, value in artifact.weights.items():
-        np.testing.assert_array_equal(value, whole.weights[name])
-    packaged = whole.spec.model_copy(update={"blocks": BlockSpec(**BLOCKS)})
-    again = write_artifact(tmp_path / "model", packaged, whole.weights)
-    assert again.fingerprint == artifact.fingerprint
+        np.testing.assert_array_equal(value, whole_artifact.weights[name])
+    with_blocks = whole_artifact.spec.model_copy(update={"blocks": BlockSpec(**BLOCKS)})
+    repackaged = write_artifact(tmp_path / "model", with_blocks, whole_artifact.weights)
+    assert repackaged.fingerprint == artifact.fingerprint
     validated = artifact.manifest["metrics"]["validation"]
-    assert validated == whole.manifest["metrics"]["validation"]
+    assert validated == whole_artifact.manifest["metrics"]["validation"]
 
 
 @pytest.mark.parametrize("batch", [64, 5])
@@ -91,38 +91,46 @@ def test_outputs_of_the_blocks_are_scored(
 ) -> None:
     streams = streams_of(artifact.spec, frame)
     assert {stop - start for start, stop in streams.spans} == set(range(1, LONGEST + 1))
-    done: list[int] = []
-    found = run_chunks(artifact, streams, batch=batch, advance=done.append)
-    wanted = [
-        oracle_in_blocks(artifact.spec, artifact.weights, rows) for rows in each(artifact, streams)
+    advanced: list[int] = []
+    outputs = run_chunks(artifact, streams, batch=batch, advance=advanced.append)
+    expected = [
+        oracle_in_blocks(artifact.spec, artifact.weights, rows)
+        for rows in encoded_streams(artifact, streams)
     ]
-    np.testing.assert_allclose(found, np.concatenate(wanted), **CLOSE)
-    assert sum(done) == streams.events
+    np.testing.assert_allclose(outputs, np.concatenate(expected), **CLOSE)
+    assert sum(advanced) == streams.events
 
 
 def test_whole_sequences_are_scored_in_one_call(
-    whole: Artifact, artifact: Artifact, frame: pl.DataFrame
+    whole_artifact: Artifact, artifact: Artifact, frame: pl.DataFrame
 ) -> None:
     """One call per stream; outputs differ from those of the blocks if it exceeds a window."""
-    streams = streams_of(whole.spec, frame)
-    found = run_chunks(whole, streams, chunk=2)
-    zero = np.zeros(network_state(whole.spec).float_size)
-    wanted = [
-        oracle_step(whole.spec, whole.weights, rows, zero)[0] for rows in each(whole, streams)
+    streams = streams_of(whole_artifact.spec, frame)
+    outputs = run_chunks(whole_artifact, streams, chunk=2)
+    zero = np.zeros(network_state(whole_artifact.spec).float_size)
+    expected = [
+        oracle_step(whole_artifact.spec, whole_artifact.weights, rows, zero)[0]
+        for rows in encoded_streams(whole_artifact, streams)
     ]
-    np.testing.assert_allclose(found, np.concatenate(wanted), **CLOSE)
-    apart = np.abs(found - run_chunks(artifact, streams)).max(axis=1)
+    np.testing.assert_allclose(outputs, np.concatenate(expected), **CLOSE)
+    difference = np.abs(outputs - run_chunks(artifact, streams)).max(axis=1)
     for start, stop in streams.spans:
         longer = stop - start > sum(BLOCKS.values())
-        assert (apart[start:stop].max() > 1e-4) if longer else (apart[start:stop].max() < 1e-6)
-    training = whole.spec.training.model_copy(update={"window_steps": LONGEST - 1})
-    shorter = whole.spec.model_copy(update={"max_chunk_steps": LONGEST - 1, "training": training})
+        assert (
+            (difference[start:stop].max() > 1e-4)
+            if longer
+            else (difference[start:stop].max() < 1e-6)
+        )
+    training = whole_artifact.spec.training.model_copy(update={"window_steps": LONGEST - 1})
+    shorter = whole_artifact.spec.model_copy(
+        update={"max_chunk_steps": LONGEST - 1, "training": training}
+    )
     with pytest.raises(DataError, match=r"at most `max_chunk_steps` \(8\) events.* got 9 of 's"):
-        run_chunks(replace(whole, spec=shorter), streams)
+        run_chunks(replace(whole_artifact, spec=shorter), streams)
 
 
 def test_the_report_compares_blocks_with_whole_sequences(
-    folder: Path, artifact: Artifact, whole: Artifact, frame: pl.DataFrame
+    folder: Path, artifact: Artifact, whole_artifact: Artifact, frame: pl.DataFrame
 ) -> None:
     report = json.loads((folder / "model" / "report.json").read_bytes())
     assert report["run"]["blocks"] == BLOCKS
@@ -130,36 +138,39 @@ def test_the_report_compares_blocks_with_whole_sequences(
     assert list(head["scores"])[:2] == [MODEL, WHOLE]
     since = both_ways_spec().training.test_from
     data = folder / "events.parquet"
-    served = evaluate_command(folder / "model", data, since=since, quiet=True)
-    alike = evaluate_command(whole.path, data, since=since, quiet=True)
-    assert served["blocks"] == BLOCKS
-    assert "chunk" not in served
-    for metric, value in served["heads"]["up"].items():
+    block_scores = evaluate_command(folder / "model", data, since=since, quiet=True)
+    whole_scores = evaluate_command(whole_artifact.path, data, since=since, quiet=True)
+    assert block_scores["blocks"] == BLOCKS
+    assert "chunk" not in block_scores
+    for metric, value in block_scores["heads"]["up"].items():
         assert head["scores"][MODEL][metric]["value"] == pytest.approx(value, rel=1e-5)
-        ahead = alike["heads"]["up"][metric]
-        assert head["scores"][WHOLE][metric]["value"] == pytest.approx(ahead, rel=1e-5)
-        assert abs(ahead - value) > 1e-3
+        whole_value = whole_scores["heads"]["up"][metric]
+        assert head["scores"][WHOLE][metric]["value"] == pytest.approx(whole_value, rel=1e-5)
+        assert abs(whole_value - value) > 1e-3
         difference = head["difference"][WHOLE][metric]["value"]
-        assert difference == pytest.approx(ahead - value, rel=1e-4)
+        assert difference == pytest.approx(whole_value - value, rel=1e-4)
         assert artifact.manifest["metrics"]["held_out"]["up"][metric] == pytest.approx(value)
 
 
 def test_merged_members_keep_their_blocks(tmp_path: Path, artifact: Artifact) -> None:
     spec = artifact.spec
-    joined, weights = merge_members(spec, [artifact.weights, draw_weights(spec, 2)])
-    assert joined.blocks == spec.blocks
-    assert write_artifact(tmp_path / "model", joined, weights).spec == joined
+    merged_spec, weights = merge_members(spec, [artifact.weights, draw_weights(spec, 2)])
+    assert merged_spec.blocks == spec.blocks
+    assert write_artifact(tmp_path / "model", merged_spec, weights).spec == merged_spec
 
 
 @pytest.mark.parametrize(
-    ("window_steps", "said"),
+    ("window_steps", "message"),
     [
-        (LONGEST - 1, r"training\.window_steps: the network reads each stream as a whole, in one "),
+        (
+            LONGEST - 1,
+            r"training\.window_steps: the network reads each stream as a whole, in one ",
+        ),
         (None, r"training\.window_steps: .* expected at least 70, the events of 'long', .* got 64"),
     ],
 )
 def test_a_stream_longer_than_a_window_is_rejected_with_the_line_of_the_setting(
-    tmp_path: Path, frame: pl.DataFrame, window_steps: int | None, said: str
+    tmp_path: Path, frame: pl.DataFrame, window_steps: int | None, message: str
 ) -> None:
     """Also if the setting has its default, at the line of `training`."""
     plain = both_ways_spec(blocks=BLOCKS).model_dump(mode="json")
@@ -175,7 +186,7 @@ def test_a_stream_longer_than_a_window_is_rejected_with_the_line_of_the_setting(
     (tmp_path / "SPEC.yaml").write_text(text)
     line = text[: text.index("window_steps" if window_steps else "training:")].count("\n") + 1
     frame.write_parquet(tmp_path / "events.parquet")
-    with pytest.raises(SpecError, match=rf"SPEC\.yaml:{line}: {said}"):
+    with pytest.raises(SpecError, match=rf"SPEC\.yaml:{line}: {message}"):
         train_command(
             tmp_path / "SPEC.yaml", tmp_path / "events.parquet", tmp_path / "model", quiet=True
         )

@@ -30,19 +30,19 @@ def test_files_of_every_kind_give_the_same_rows(tmp_path, frame, name, moments):
     spec = latch_spec()
     moment = pl.from_epoch("at", "ms")
     if moments == "text":
-        shown = frame.with_columns(at=moment.dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
+        table = frame.with_columns(at=moment.dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
     elif moments == "local":
-        shown = frame.with_columns(at=moment.dt.strftime("%Y-%m-%d %H:%M:%S%.3f"))
+        table = frame.with_columns(at=moment.dt.strftime("%Y-%m-%d %H:%M:%S%.3f"))
     else:
-        shown = frame
-    write(shown, tmp_path / name)
+        table = frame
+    write(table, tmp_path / name)
     expected = streams_of(spec, frame)
-    got = streams_of(spec, read_data(tmp_path / name, spec))
+    streams = streams_of(spec, read_data(tmp_path / name, spec))
     fitted = fitted_spec(spec, expected, 16 * HOUR_MS).events
-    assert got.names == expected.names
-    assert got.spans == expected.spans
-    np.testing.assert_array_equal(got.moments_ms, expected.moments_ms)
-    np.testing.assert_array_equal(got.encoded(fitted), expected.encoded(fitted))
+    assert streams.names == expected.names
+    assert streams.spans == expected.spans
+    np.testing.assert_array_equal(streams.moments_ms, expected.moments_ms)
+    np.testing.assert_array_equal(streams.encoded(fitted), expected.encoded(fitted))
 
 
 def test_events_of_a_stream_are_in_the_order_of_time(frame):
@@ -62,9 +62,9 @@ def test_events_of_a_stream_are_in_the_order_of_time(frame):
 )
 def test_a_wrong_cell_is_named(tmp_path, frame, cell, expected):
     path = tmp_path / "t.csv"
-    shown = frame.cast(pl.String)
-    wrong = pl.when(pl.int_range(pl.len()) == 2).then(pl.lit("seven")).otherwise(pl.col(cell))
-    shown.with_columns(wrong.alias(cell)).write_csv(path)
+    table = frame.cast(pl.String)
+    cells = pl.when(pl.int_range(pl.len()) == 2).then(pl.lit("seven")).otherwise(pl.col(cell))
+    table.with_columns(cells.alias(cell)).write_csv(path)
     with pytest.raises(DataError, match=expected) as caught:
         streams_of(latch_spec(), read_data(path, latch_spec()), str(path))
     assert str(path) in str(caught.value)

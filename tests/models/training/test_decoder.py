@@ -169,10 +169,10 @@ def test_cutting_a_window_at_forecast_origins_does_not_change_outputs(
     rows = plan.rows[window.index]
     state = np.random.default_rng(1).uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     anchors = decoder.anchors(window, 3, 0.5)
-    done, states = decoder.forward(rows, window.lengths, state, anchors, False)
+    result, states = decoder.forward(rows, window.lengths, state, anchors, False)
     whole = network.forward(rows, window.lengths, state)
-    np.testing.assert_allclose(done.state, whole.state, atol=1e-6)
-    np.testing.assert_allclose(done.raw["memory"], whole.raw["memory"], atol=1e-6)
+    np.testing.assert_allclose(result.state, whole.state, atol=1e-6)
+    np.testing.assert_allclose(result.raw["memory"], whole.raw["memory"], atol=1e-6)
     for number, cut in enumerate(anchors.cuts):
         lengths = np.minimum(window.lengths, cut).astype(np.int32)
         until = network.forward(rows, lengths, state).state
@@ -185,25 +185,27 @@ def test_decoder_feeds_back_the_true_value_or_the_point(
 ) -> None:
     network, plan, decoder = trainer
     assert network.decoder is not None
-    given = decoder.anchors(window_of(plan), 1, 0.5)
-    anchors = Anchors(*given[:4], np.float32(share), given.seed)
+    drawn_anchors = decoder.anchors(window_of(plan), 1, 0.5)
+    anchors = Anchors(*drawn_anchors[:4], np.float32(share), drawn_anchors.seed)
     random = np.random.default_rng(4)
-    states = random.uniform(-1, 1, (len(given.values), network.state_size)).astype(np.float32)
+    states = random.uniform(-1, 1, (len(drawn_anchors.values), network.state_size)).astype(
+        np.float32
+    )
     sums, counts = decoder.losses(states, anchors, False)
     state, previous = states[:, :12], states[:, 12:]
-    wanted = []
+    expected = []
     for step in range(decoder.horizon):
-        row = np.concatenate([previous, given.known[:, step]], axis=1)[:, None]
+        row = np.concatenate([previous, drawn_anchors.known[:, step]], axis=1)[:, None]
         outputs, after = network.decoder.step(row, np.ones(len(row), np.int32), state)
         state, quantiles = np.asarray(after), np.asarray(outputs)[:, 0]
-        truth, there = given.values[:, step], given.there[:, step]
+        truth, there = drawn_anchors.values[:, step], drawn_anchors.there[:, step]
         error = truth - quantiles
         levels = np.array([0.1, 0.5, 0.9])
         loss = np.maximum(levels * error, (levels - 1) * error).mean(axis=1, keepdims=True)
-        wanted.append(loss[there].sum())
+        expected.append(loss[there].sum())
         previous = np.where(there & (share == 1.0), truth, quantiles[:, 1:2])
-    np.testing.assert_allclose(sums, wanted, rtol=1e-4)
-    np.testing.assert_array_equal(counts, given.there.sum(axis=(0, 2)))
+    np.testing.assert_allclose(sums, expected, rtol=1e-4)
+    np.testing.assert_array_equal(counts, drawn_anchors.there.sum(axis=(0, 2)))
     assert float(mean_loss(sums, counts)) > 0
 
 
@@ -217,9 +219,9 @@ def test_decoder_learns_and_is_scored_by_step(tmp_path: Path, head: str) -> None
     assert artifact.manifest["metrics"]["held_out"]["decoder.level"]["mae"] < 0.7
     frame.write_parquet(tmp_path / "tides.parquet")
     since = f"1970-01-{VALIDATED + 1:02d}T00:00:00Z"
-    found = evaluate_command(tmp_path / "m", tmp_path / "tides.parquet", since=since, quiet=True)
-    level = found["decoder"]["targets"]["level"]
-    assert found["decoder"]["forecasts"] > 20
+    report = evaluate_command(tmp_path / "m", tmp_path / "tides.parquet", since=since, quiet=True)
+    level = report["decoder"]["targets"]["level"]
+    assert report["decoder"]["forecasts"] > 20
     assert all(steps > 20 for steps in level["steps"])
     model, last, season = (level["mae"][n] for n in ("model", "last value", "seasonal naive"))
     assert model[5] < 0.5 * last[5]

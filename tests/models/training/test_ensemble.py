@@ -70,16 +70,16 @@ def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
         state = np.zeros((2, network.state_size), np.float32)
         for name, value in network.forward(rows, lengths, state).raw.items():
             raw[name].append(value.numpy())
-    joined, weights = merge_members(spec, members)
-    network = StepNetwork(joined)
+    merged_spec, weights = merge_members(spec, members)
+    network = StepNetwork(merged_spec)
     network.set_weights(weights)
     state = np.zeros((2, network.state_size), np.float32)
     for name, value in network.forward(rows, lengths, state).raw.items():
         for row, length in enumerate(lengths):
             mean = np.mean([member[row, :length] for member in raw[name]], axis=0)
             np.testing.assert_allclose(value.numpy()[row, :length], mean, atol=1e-5)
-    assert joined.training is not None
-    assert joined.training.members == 1
+    assert merged_spec.training is not None
+    assert merged_spec.training.members == 1
 
 
 @pytest.mark.parametrize(

@@ -41,11 +41,11 @@ STATE = {"kind": "label", "name": "state", "classes": ["off", "on", "none"]}
 
 def labelled(streams: int = 24) -> pl.DataFrame:
     """`up` and `state` say what the first flag of the stream was, half of the time."""
-    known = pl.int_range(pl.len()) % 2 == 0
+    has_label = pl.int_range(pl.len()) % 2 == 0
     up = pl.col("mark") > 0
     return latch_frame(streams).with_columns(
-        up=pl.when(known).then(up),
-        state=pl.when(known).then(pl.when(up).then(pl.lit("on")).otherwise(pl.lit("off"))),
+        up=pl.when(has_label).then(up),
+        state=pl.when(has_label).then(pl.when(up).then(pl.lit("on")).otherwise(pl.lit("off"))),
     )
 
 
@@ -96,12 +96,12 @@ def test_labels_are_used_in_their_own_split_only() -> None:
     plan = plan_of(fitted_spec(spec, streams, VALIDATE), streams, labels, VALIDATE, TEST)
     trained = ~np.isnan(plan.trained_labels["up"])
     validated = ~np.isnan(plan.validated_labels["up"])
-    known, moments = ~np.isnan(labels["up"]), streams.moments_ms
-    np.testing.assert_array_equal(trained, known & (moments < VALIDATE))
-    np.testing.assert_array_equal(validated, known & (moments >= VALIDATE) & (moments < TEST))
+    has_label, moments = ~np.isnan(labels["up"]), streams.moments_ms
+    np.testing.assert_array_equal(trained, has_label & (moments < VALIDATE))
+    np.testing.assert_array_equal(validated, has_label & (moments >= VALIDATE) & (moments < TEST))
     head = spec.heads[0]
     held_out = spoken_rows(head, streams, labels, TEST)
-    np.testing.assert_array_equal(held_out, np.flatnonzero(known & (moments >= TEST)))
+    np.testing.assert_array_equal(held_out, np.flatnonzero(has_label & (moments >= TEST)))
 
 
 def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tmp_path) -> None:
@@ -115,7 +115,7 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
         train_frame(spec, frame, tmp_path / "model", quiet=True)
     artifact = load_artifact(tmp_path / "model")
     frame.write_csv(tmp_path / "events.csv")
-    found = evaluate_command(
+    evaluation = evaluate_command(
         tmp_path / "model",
         tmp_path / "events.csv",
         since="1970-01-01T22:00:00Z",
@@ -124,7 +124,7 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
     )
     held_out = artifact.manifest["metrics"]["held_out"]
     for name in ("up", "state"):
-        loss = found["heads"][name]["log_loss"]
+        loss = evaluation["heads"][name]["log_loss"]
         assert loss == pytest.approx(held_out[name]["log_loss"], rel=1e-4)
         assert loss < 0.2
     report = orjson.loads((tmp_path / "model" / "report.json").read_bytes())
@@ -138,7 +138,7 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
         ]
         for baseline in (label_baselines.BASE, label_baselines.LOGISTIC, label_baselines.THIS):
             assert scores[baseline]["log_loss"]["value"] > 0.5
-    assert found["scored"] == report["data"]["held_out"]
+    assert evaluation["scored"] == report["data"]["held_out"]
 
 
 def test_no_report_without_held_out_labels(tmp_path) -> None:
@@ -171,13 +171,13 @@ def test_tree_features_cover_the_requested_events_of_one_stream() -> None:
     assert fitted.events is not None
     rows = streams.encoded(fitted.events)
     table = Table(fitted, streams, rows, np.arange(0), np.arange(0), np.arange(0), {})
-    seen = rows_around(table, 2, 1).reshape(len(rows), 4, -1)
+    features = rows_around(table, 2, 1).reshape(len(rows), 4, -1)
     for start, stop in streams.spans:
         for at in range(start, stop):
             for place, offset in enumerate((-2, -1, 0, 1)):
                 other = at + offset
-                wanted = rows[other] if start <= other < stop else np.full(rows.shape[1], np.nan)
-                np.testing.assert_array_equal(seen[at, place], wanted)
+                expected = rows[other] if start <= other < stop else np.full(rows.shape[1], np.nan)
+                np.testing.assert_array_equal(features[at, place], expected)
 
 
 def test_padding_has_no_labels() -> None:
@@ -188,11 +188,13 @@ def test_padding_has_no_labels() -> None:
     loop = Loop(fitted, plan_of(fitted, streams, labels, VALIDATE, TEST), 1)
     padded = 0
     for window in (window for group in loop.plan.groups for window in loop._cut(group)):
-        *_, lengths, _, given = loop._tensors(window, loop.plan.trained, labels)
-        beyond = np.arange(given["up"].shape[1]) >= lengths[:, None]
+        *_, lengths, _, window_labels = loop._tensors(window, loop.plan.trained, labels)
+        beyond = np.arange(window_labels["up"].shape[1]) >= lengths[:, None]
         padded += int(beyond.sum())
-        assert np.isnan(given["up"][beyond]).all()
-        np.testing.assert_array_equal(given["up"][~beyond], labels["up"][window.index[~beyond]])
+        assert np.isnan(window_labels["up"][beyond]).all()
+        np.testing.assert_array_equal(
+            window_labels["up"][~beyond], labels["up"][window.index[~beyond]]
+        )
     assert padded > 0
 
 
@@ -211,9 +213,9 @@ def test_label_baselines_see_the_labelled_event(monkeypatch) -> None:
         for start, stop in ((None, VALIDATE), (VALIDATE, TEST), (TEST, None))
     ]
     table = Table(fitted, streams, streams.encoded(fitted.events), *rows, labels)
-    found = {
+    losses = {
         baseline.name: float(baseline.scored.losses["log_loss"].mean())
         for baseline in label_baselines.label_baselines(table, fitted.heads[0])
     }
-    assert found.pop(label_baselines.BASE) > 0.6
-    assert all(loss < 0.1 for loss in found.values()), found
+    assert losses.pop(label_baselines.BASE) > 0.6
+    assert all(loss < 0.1 for loss in losses.values()), losses

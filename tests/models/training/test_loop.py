@@ -50,7 +50,7 @@ def adamw(loop: Loop, schedule: str, average_decay: float) -> list[Arrays]:
         rate = 0.1 * count / WARM_UP_WINDOWS
         if schedule == "cosine":
             rate *= 0.5 * (1 + cos(pi * count / total))
-        kept = min(average_decay, count / (count + 10)) if average_decay else 0.0
+        decay = min(average_decay, count / (count + 10)) if average_decay else 0.0
         for name, weight in part(before, "weights").items():
             second = BETA_2 * v[name] + (1 - BETA_2) * np.square(gradients[name])
             np.testing.assert_allclose(part(after, "v")[name], second, rtol=1e-3, atol=1e-12)
@@ -60,7 +60,7 @@ def adamw(loop: Loop, schedule: str, average_decay: float) -> list[Arrays]:
                 change += 0.5 * weight
             expected = weight - rate * change
             np.testing.assert_allclose(part(after, "weights")[name], expected, rtol=1e-4, atol=1e-6)
-            average = kept * part(before, "average")[name] + (1 - kept) * expected
+            average = decay * part(before, "average")[name] + (1 - decay) * expected
             np.testing.assert_allclose(part(after, "average")[name], average, rtol=1e-4, atol=1e-6)
         before = after
     return used
@@ -88,13 +88,13 @@ def test_validation_uses_averaged_weights_and_keeps_the_raw_ones() -> None:
     before = {name: value.copy() for name, value in loop.arrays().items()}
     raw, averaged = part(before, "weights"), part(before, "average")
     assert norm({name: value - averaged[name] for name, value in raw.items()}) > 0.01
-    found = loop.validate()
+    losses = loop.validate()
     for name, value in loop.arrays().items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
     loop.restore({**before, **{f"weights/{name}": value for name, value in averaged.items()}})
-    assert loop.validate() == found
+    assert loop.validate() == losses
     loop.restore({**before, **{f"average/{name}": value for name, value in raw.items()}})
-    assert loop.validate() != found
+    assert loop.validate() != losses
 
 
 def epoch_of(loop: Loop, epoch: int) -> dict[tuple[int, ...], float]:
@@ -127,5 +127,5 @@ def test_order_and_dropout_differ_between_epochs_and_seeds() -> None:
             assert list(one) != list(other)
             assert all(one[window] != other[window] for window in one)
     loops[0].restore(arrays)
-    again = epoch_of(loops[0], 1)
-    assert list(again.items()) == list(ran[1].items())
+    repeated = epoch_of(loops[0], 1)
+    assert list(repeated.items()) == list(ran[1].items())

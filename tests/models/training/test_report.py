@@ -49,9 +49,9 @@ def table() -> Table:
 
 def test_a_constant_target_is_predicted_by_its_last_value(table):
     up, noise, odd = table.spec.heads
-    found = {b.name: b.scored for b in baselines_of(table, up, trees=True)}
-    assert list(found) == [LAST, RUNNING, TREES]
-    for scored in found.values():
+    scores = {b.name: b.scored for b in baselines_of(table, up, trees=True)}
+    assert list(scores) == [LAST, RUNNING, TREES]
+    for scored in scores.values():
         assert np.nanmean(scored.losses["log_loss"]) < 0.1
     for head in (noise, odd):
         names = [baseline.name for baseline in baselines_of(table, head, trees=False)]
@@ -60,8 +60,8 @@ def test_a_constant_target_is_predicted_by_its_last_value(table):
 
 def test_the_running_mean_of_noise_has_the_expected_loss(table):
     noise = table.spec.heads[1]
-    found = {b.name: b for b in baselines_of(table, noise, trees=False)}
-    last, running = (np.nanmean(found[n].scored.losses["mae"]) for n in (LAST, RUNNING))
+    baselines = {b.name: b for b in baselines_of(table, noise, trees=False)}
+    last, running = (np.nanmean(baselines[n].scored.losses["mae"]) for n in (LAST, RUNNING))
     # E|x| of a standard normal is 0.80; of the difference of two it is 1.13.
     assert running == pytest.approx(0.80, abs=0.08)
     assert last > running + 0.15
@@ -104,13 +104,13 @@ def test_tree_lags_stay_within_the_stream(table):
     np.testing.assert_array_equal(plain, features)
     start, stop = table.streams.spans[1]
     noise = table.rows[:, [column.name for column in table.spec.columns].index("noise")]
-    held = [
+    columns_of_lag = [
         at
         for at in range(features.shape[1])
         if np.array_equal(features[start + 4 : stop, at], noise[start : stop - 4])
     ]
-    assert len(held) == 1
-    assert np.isnan(features[start : start + 4, held[0]]).all()
+    assert len(columns_of_lag) == 1
+    assert np.isnan(features[start : start + 4, columns_of_lag[0]]).all()
 
 
 def test_trees_learn_a_threshold_on_a_lag():
@@ -121,8 +121,8 @@ def test_trees_learn_a_threshold_on_a_lag():
     model = Trees.tune(
         "log_loss", lambda k, categorical: (x, [False]), truth, rows[:1500], rows[1500:]
     )
-    said = model.chances(rows[1500:])[:, 1]
-    assert np.mean((said > 0.5) == truth[rows[1500:]]) > 0.98
+    chances = model.chances(rows[1500:])[:, 1]
+    assert np.mean((chances > 0.5) == truth[rows[1500:]]) > 0.98
 
 
 def test_training_writes_report_and_plots(tmp_path):
@@ -146,12 +146,14 @@ def test_training_writes_report_and_plots(tmp_path):
     assert any("| model |" in line for line in report_lines(report))
     for plot in ("learning", "skill", "calibration"):
         assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
-    again = evaluate_command(
+    evaluated = evaluate_command(
         out, tmp_path / "events.csv", since="1970-01-01T22:00:00Z", chunk=3, quiet=True
     )
     held_out = artifact.manifest["metrics"]["held_out"]
-    assert again["heads"]["up"]["log_loss"] == pytest.approx(held_out["up"]["log_loss"], rel=1e-5)
-    assert again["scored"] == report["data"]["held_out"]
+    assert evaluated["heads"]["up"]["log_loss"] == pytest.approx(
+        held_out["up"]["log_loss"], rel=1e-5
+    )
+    assert evaluated["scored"] == report["data"]["held_out"]
     with pytest.raises(ArtifactError, match=r"is not empty; .* --overwrite"):
         train_frame(latch_spec(), latch_frame(), out, quiet=True)
 
@@ -168,7 +170,7 @@ def test_the_last_value_skips_absent_ones(table):
     holed = np.where(np.arange(len(noise)) % 3 == 0, noise, np.nan)
     last = table.last_known(holed)
     for start, stop in table.streams.spans:
-        wanted = np.nan
+        expected = np.nan
         for at in range(start, stop):
-            wanted = noise[at] if at % 3 == 0 else wanted
-            np.testing.assert_equal(last[at], wanted)
+            expected = noise[at] if at % 3 == 0 else expected
+            np.testing.assert_equal(last[at], expected)

@@ -24,20 +24,22 @@ def test_probabilities_are_scored_as_in_scikit_learn(scored_pairs):
 def test_weighted_events_count_like_repeated_ones(scored_pairs):
     chance, truth = scored_pairs
     weight = np.random.default_rng(8).integers(0, 4, 300).astype(float)
-    again = np.repeat(np.arange(300), weight.astype(int))
-    assert auc(chance, truth, weight) == pytest.approx(roc_auc_score(truth[again], chance[again]))
+    repeats = np.repeat(np.arange(300), weight.astype(int))
+    assert auc(chance, truth, weight) == pytest.approx(
+        roc_auc_score(truth[repeats], chance[repeats])
+    )
 
 
 def test_absent_targets_do_not_count(scored_pairs):
     chance, truth = scored_pairs
     holes = truth.copy()
     holes[::3] = np.nan
-    kept = ~np.isnan(holes)
+    present = ~np.isnan(holes)
     scored = score_chance(chance, holes)
     assert np.nanmean(scored.losses["log_loss"]) == pytest.approx(
-        log_loss(truth[kept], chance[kept])
+        log_loss(truth[present], chance[present])
     )
-    assert auc(chance, holes) == pytest.approx(roc_auc_score(truth[kept], chance[kept]))
+    assert auc(chance, holes) == pytest.approx(roc_auc_score(truth[present], chance[present]))
 
 
 def test_pinball_loss_equals_a_hand_calculation():

@@ -90,7 +90,7 @@ VALIDATION = r"from 2023-11-15T12:00:00Z to before 2023-11-15T18:00:00Z \(test_f
 
 
 @pytest.mark.parametrize(
-    ("head", "column", "cells", "got"),
+    ("head", "column", "cells", "actual"),
     [
         (UP, "up", pl.lit(True), "true alone"),
         (UP, "up", ~before(VALIDATE_MS), "false alone"),
@@ -102,10 +102,12 @@ VALIDATION = r"from 2023-11-15T12:00:00Z to before 2023-11-15T18:00:00Z \(test_f
     ids=["label", "label before the split", "classes", "boolean", "category", "above"],
 )
 def test_a_single_class_is_rejected(
-    tmp_path: Path, head: dict[str, Any], column: str, cells: pl.Expr, got: str
+    tmp_path: Path, head: dict[str, Any], column: str, cells: pl.Expr, actual: str
 ) -> None:
     frame = table().with_columns(cells.alias(column))
-    with pytest.raises(DataError, match=rf"t\.csv: two classes.*{TRAINING}, got {got}$") as caught:
+    with pytest.raises(
+        DataError, match=rf"t\.csv: two classes.*{TRAINING}, got {actual}$"
+    ) as caught:
         train(spec_of(head), frame, tmp_path / "out", quiet=True, source="t.csv")
     assert caught.value.field == column
     assert not list(tmp_path.iterdir())
@@ -122,10 +124,10 @@ def test_a_target_without_values_is_rejected(
 ) -> None:
     """If its optional column is missing, empty, or empty on one side of the split."""
     frame, value = table(), pl.col(column)
-    side, got = TRAINING, "none"
+    side, actual = TRAINING, "none"
     match cells:
         case "no column":
-            frame, got = frame.drop(column), "no such column"
+            frame, actual = frame.drop(column), "no such column"
         case "none":
             frame = frame.with_columns(pl.lit(None, pl.Float64).alias(column))
         case "before":
@@ -134,7 +136,7 @@ def test_a_target_without_values_is_rejected(
             frame = frame.with_columns(pl.when(before(VALIDATE_MS)).then(value).alias(column))
             side = VALIDATION
     with pytest.raises(
-        DataError, match=rf"t\.csv: values for head .* {side}, got {got}$"
+        DataError, match=rf"t\.csv: values for head .* {side}, got {actual}$"
     ) as caught:
         train(spec_of(head), frame, tmp_path / "out", quiet=True, source="t.csv")
     assert caught.value.field == column
@@ -188,9 +190,9 @@ def test_heads_without_held_out_targets_are_not_scored(
     artifact = train_frame(spec, frame, tmp_path / "out", trees=False)
     assert set(artifact.manifest["metrics"]["held_out"]) == {"up"}
     assert set(artifact.manifest["metrics"]["held_out"]["up"]) == {"log_loss", "brier"}
-    said = capsys.readouterr().out
-    assert "next is not scored: none of its targets from 2023-11-15T18:00:00Z on" in said
-    assert "nan" not in said
+    printed = capsys.readouterr().out
+    assert "next is not scored: none of its targets from 2023-11-15T18:00:00Z on" in printed
+    assert "nan" not in printed
     scores = evaluate(artifact, frame, since="2023-11-15T18:00:00Z")
     assert scores["heads"] == {"up": scores["heads"]["up"]}
     assert set(scores["heads"]["up"]) == {"log_loss", "brier"}

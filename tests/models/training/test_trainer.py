@@ -32,7 +32,7 @@ def frame():
 
 
 @pytest.fixture(scope="module")
-def whole(frame, tmp_path_factory):
+def uninterrupted(frame, tmp_path_factory):
     """One training from beginning to end."""
     return train(latch_spec(), frame, tmp_path_factory.mktemp("whole") / "model", quiet=True)
 
@@ -52,7 +52,7 @@ def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
             pass
-    ended = loop.arrays()["ended"]
+    end_states = loop.arrays()["ended"]
     for at, segment in enumerate(loop.plan.segments):
         first = segment
         while first.before is not None:
@@ -61,7 +61,7 @@ def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
         rows = loop.plan.rows[start : segment.stop][None]
         state = np.zeros((1, loop.network.state_size), np.float32)
         whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
-        np.testing.assert_allclose(ended[at], whole.state.numpy()[0], atol=1e-6)
+        np.testing.assert_allclose(end_states[at], whole.state.numpy()[0], atol=1e-6)
 
 
 def test_the_gradient_stops_between_windows(frame):
@@ -81,8 +81,8 @@ def test_the_gradient_stops_between_windows(frame):
     assert float(loss) > 0
 
 
-def test_resumed_training_equals_uninterrupted_training(frame, whole, tmp_path):
-    assert [record["epoch"] for record in whole.history] == [1, 2, 3, 4]
+def test_resumed_training_equals_uninterrupted_training(frame, uninterrupted, tmp_path):
+    assert [record["epoch"] for record in uninterrupted.history] == [1, 2, 3, 4]
 
     def stop(record):
         if record["epoch"] == 2:
@@ -92,12 +92,12 @@ def test_resumed_training_equals_uninterrupted_training(frame, whole, tmp_path):
         train(latch_spec(), frame, tmp_path / "cut", quiet=True, after_epoch=stop)
     assert not (tmp_path / "cut").exists()
     resumed = train(latch_spec(), frame, tmp_path / "cut", quiet=True, resume=True)
-    assert resumed.artifact.fingerprint == whole.artifact.fingerprint
-    for one, two in zip(whole.history, resumed.history, strict=True):
+    assert resumed.artifact.fingerprint == uninterrupted.artifact.fingerprint
+    for one, two in zip(uninterrupted.history, resumed.history, strict=True):
         assert one["validation"] == two["validation"]
     assert not checkpoint_path(tmp_path / "cut").exists()
     other = train(latch_spec(seed=2), frame, tmp_path / "other", quiet=True)
-    assert other.artifact.fingerprint != whole.artifact.fingerprint
+    assert other.artifact.fingerprint != uninterrupted.artifact.fingerprint
 
 
 def test_a_checkpoint_of_another_run_is_rejected(frame, tmp_path):
@@ -136,10 +136,10 @@ def test_training_stops_after_patience_epochs_without_a_better_loss(
     monkeypatch.setattr(Loop, "train_epoch", lambda loop, epoch: iter([0.0]))
     monkeypatch.setattr(Loop, "validate", validate)
     monkeypatch.setattr(Loop, "averaged_weights", marked)
-    done = train(latch_spec(epochs=6, patience=patience), frame, tmp_path / "a", quiet=True)
-    assert [record["validation"]["loss"] for record in done.history] == losses[:epochs]
-    assert done.best_epochs == (best,)
-    assert {value for w in done.artifact.weights.values() for value in w.ravel()} == {best}
+    result = train(latch_spec(epochs=6, patience=patience), frame, tmp_path / "a", quiet=True)
+    assert [record["validation"]["loss"] for record in result.history] == losses[:epochs]
+    assert result.best_epochs == (best,)
+    assert {value for w in result.artifact.weights.values() for value in w.ravel()} == {best}
 
 
 def test_dependencies_across_windows_are_learned_and_served(frame, tmp_path):
@@ -155,28 +155,28 @@ def test_dependencies_across_windows_are_learned_and_served(frame, tmp_path):
     )
     schema = spec.events.model_copy(update={"fields": fields})
     spec = spec.model_copy(update={"events": schema})
-    done = train(spec, latch_frame(60), tmp_path / "a", quiet=True)
-    losses = [record["validation"]["up"] for record in done.history]
+    result = train(spec, latch_frame(60), tmp_path / "a", quiet=True)
+    losses = [record["validation"]["up"] for record in result.history]
     assert losses[0] > 0.5
     assert min(losses) < 0.1
-    scores = evaluate(done.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
+    scores = evaluate(result.artifact, latch_frame(60), chunk=5, since="1970-01-01T22:00:00Z")
     assert scores["heads"]["up"]["auc"] > 0.97
 
 
 def test_an_lstm_with_its_options_trains_and_is_packaged_for_both_runtimes(frame, tmp_path):
     recurrent = {"kind": "lstm", "units": 8, "dropout": 0.1, "recurrent_dropout": 0.1, **OPTIONS}
-    done = train(latch_spec(recurrent=recurrent, epochs=2), frame, tmp_path / "a", quiet=True)
+    result = train(latch_spec(recurrent=recurrent, epochs=2), frame, tmp_path / "a", quiet=True)
     artifact = load_artifact(tmp_path / "a")
     assert artifact.manifest["runtimes"] == ["onnxruntime", "tensorflow"]
     for name in ("peepholes", "kernel_gamma", "recurrent_gamma", "carry_gamma", "carry_beta"):
         weight = artifact.weights[f"lstm_1.{name}"]
         assert np.abs(weight - (1.0 if name.endswith("gamma") else 0.0)).max() > 1e-4
-    assert done.history[1]["validation"]["loss"] < done.history[0]["validation"]["loss"]
+    assert result.history[1]["validation"]["loss"] < result.history[0]["validation"]["loss"]
 
 
-def test_outputs_do_not_depend_on_chunks(frame, whole):
-    artifact = load_artifact(whole.artifact.path)
-    assert artifact.fingerprint == whole.artifact.fingerprint
+def test_outputs_do_not_depend_on_chunks(frame, uninterrupted):
+    artifact = load_artifact(uninterrupted.artifact.path)
+    assert artifact.fingerprint == uninterrupted.artifact.fingerprint
     streams = streams_of(artifact.spec, frame)
     uncut = run_chunks(artifact, streams, chunk=1000, batch=1)
     for chunk, seed, batch in ((1, 0, 64), (7, 1, 3), (64, 2, 5)):
@@ -214,14 +214,14 @@ def test_unknown_rate_hides_a_share_of_the_categories(frame):
     loop = looped(frame, unknown_rate=0.4)
     rows = loop.plan.rows[:300].reshape(3, 100, -1)
     kind = [column.name for column in loop.spec.columns].index("kind")
-    shown = loop._forgetful(tf.constant(rows), tf.constant([1, 7])).numpy()
-    hidden = shown[..., kind] == 0
+    masked = loop._forgetful(tf.constant(rows), tf.constant([1, 7])).numpy()
+    hidden = masked[..., kind] == 0
     assert 0.3 < hidden.mean() < 0.5
     assert (rows[..., kind] > 0).all()
-    np.testing.assert_array_equal(shown[~hidden], rows[~hidden])
-    np.testing.assert_array_equal(np.delete(shown, kind, -1), np.delete(rows, kind, -1))
-    again = loop._forgetful(tf.constant(rows), tf.constant([1, 8])).numpy()
-    assert not np.array_equal(shown, again)
+    np.testing.assert_array_equal(masked[~hidden], rows[~hidden])
+    np.testing.assert_array_equal(np.delete(masked, kind, -1), np.delete(rows, kind, -1))
+    other_rows = loop._forgetful(tf.constant(rows), tf.constant([1, 8])).numpy()
+    assert not np.array_equal(masked, other_rows)
 
 
 @pytest.mark.parametrize("weigh", ["steps", "windows"])
@@ -235,5 +235,5 @@ def test_steps_or_windows_have_equal_weight(frame, weigh):
             counts.append(np.count_nonzero(mask))
     assert len(shares) == loop.windows_per_epoch
     assert len(set(counts)) > 1
-    wanted = np.divide(counts, np.mean(counts)) if weigh == "steps" else np.ones(len(counts))
-    np.testing.assert_allclose(shares, wanted, rtol=1e-5)
+    expected = np.divide(counts, np.mean(counts)) if weigh == "steps" else np.ones(len(counts))
+    np.testing.assert_allclose(shares, expected, rtol=1e-5)

@@ -19,10 +19,10 @@ def test_features_absent_from_training_are_ignored() -> None:
     grid = Grid((0,), (1,), (7,), (5,), 0.3, 20)
 
     def chances(second: float) -> np.ndarray:
-        seen = features.copy()
-        seen[:200, 1] = second
+        history = features.copy()
+        history[:200, 1] = second
         model = Trees.tune(
-            "log_loss", lambda *_: (seen, [False, False]), truth, train, validate, grid
+            "log_loss", lambda *_: (history, [False, False]), truth, train, validate, grid
         )
         return model.chances(test)
 

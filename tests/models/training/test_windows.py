@@ -11,8 +11,8 @@ def run(segment_steps: int, batch_size: int, window_steps: int) -> list[list[np.
     segments = segments_of(SPANS, segment_steps)
     read: list[list[np.ndarray]] = [[] for _ in segments]
     for group in groups_of(segments, batch_size):
-        chosen = [segments[index] for index in group]
-        for window in windows_of(chosen, batch_size, window_steps):
+        group_segments = [segments[index] for index in group]
+        for window in windows_of(group_segments, batch_size, window_steps):
             assert window.index.shape[0] == batch_size
             assert window.index.shape[1] <= window_steps
             assert (window.lengths[len(group) :] == 0).all()
