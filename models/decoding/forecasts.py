@@ -85,7 +85,7 @@ def decoder_of(spec: ModelSpec) -> tuple[DecoderSpec, ModelSpec, EventSchema]:
 
 
 def start_parts(spec: ModelSpec) -> list[slice | int]:
-    """Where each part of the decoder's packed state [M] comes from, in their order.
+    """The sources of the parts of the decoder's packed state [M], in their order.
 
     Returns:
         The columns of the encoder's packed state [N], or how many zeros there are.
@@ -219,7 +219,7 @@ class Distribution:
         return np.asarray(exact.reshape(*parameters.shape[:-1], self._count, width))
 
     def in_units(self, values: Floats, axis: int = -1) -> FloatRows:
-        """Undo standardisation and transform; the targets lie along `axis`."""
+        """Undo standardisation and transform; `axis` is that of the targets."""
         columns = np.moveaxis(values, axis, 0).copy()
         for at, name in enumerate(self._decoder.targets):
             field = self._events.field(name)

@@ -16,7 +16,7 @@ from models.importing.verification import verify
 
 
 def convert(path: Path, name: str, where: str) -> tuple[Conversion, dict[str, NDArray[np.float32]]]:
-    """Read a `.keras` or `.h5` file, translate its model and prove the translation.
+    """Read a `.keras` or `.h5` file, translate its model and verify the translation.
 
     Args:
         path: the file; no other process may write to it.

@@ -36,7 +36,7 @@ _MERGING_OPERATIONS = {"Add": "add", "Multiply": "multiply"}
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """Where one output of the Keras model is found in the packaged model.
+    """The source of one output of the Keras model in the packaged model.
 
     Attributes:
         index: its place among the Keras model's outputs, flattened.
@@ -53,11 +53,11 @@ class ModelOutput:
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """A Keras model in our terms.
+    """A Keras model as a specification and its weights.
 
     Attributes:
         spec: the model.
-        weights: name -> float32, as `models.spec.layout.weight_shapes` wants them.
+        weights: name -> float32, as `models.spec.layout.weight_shapes` requires.
         outputs: the Keras model's outputs, in their order.
         layers: Keras name, Keras class and our layer's name ("" where it was left out).
         notes: what the user should know.
@@ -78,7 +78,7 @@ class _Walk:
     notes: list[str] = field(default_factory=list)
     names: set[str] = field(default_factory=lambda: {FEATURES})
     table: list[tuple[str, str, str]] = field(default_factory=list)
-    handed: set[str] = field(default_factory=set)
+    without_state: set[str] = field(default_factory=set)
     """Layers that start from another one, and keep no state of their own."""
 
 
@@ -209,19 +209,19 @@ def _add_layer(
     name = call.reads[0].name
     refused = False
     try:
-        carried = _convert(operation, call, calls)
+        converted = _convert(operation, call, calls)
     except UnsupportedLayerError as error:
         walk.refused.append(f"{owner}: {error}")
-        carried, refused = ConvertedLayer(), True
-    if carried.note:
-        walk.notes.append(f"{owner}: {carried.note}")
-    if carried.data:
+        converted, refused = ConvertedLayer(), True
+    if converted.note:
+        walk.notes.append(f"{owner}: {converted.note}")
+    if converted.data:
         name = _unique_name(walk.names, operation.name)
-        walk.layers.append({"name": name, "inputs": [v.name for v in call.reads], **carried.data})
-        walk.weights.update({f"{name}.{part}": w for part, w in carried.weights.items()})
-    if "starts_from" in carried.data:
-        walk.handed.add(name)
-    walk.table.append((operation.name, kind, name if carried.data else ""))
+        walk.layers.append({"name": name, "inputs": [v.name for v in call.reads], **converted.data})
+        walk.weights.update({f"{name}.{part}": w for part, w in converted.weights.items()})
+    if "starts_from" in converted.data:
+        walk.without_state.add(name)
+    walk.table.append((operation.name, kind, name if converted.data else ""))
     states = state_parts(operation) if getattr(operation, "return_state", False) else ()
     parts = [*[None] * (len(shapes) - len(states)), *states]
     return [
@@ -233,17 +233,17 @@ def _convert(operation: Any, call: Call, calls: int) -> ConvertedLayer:
     kind, reads = type(operation).__name__, call.reads
     merging = type(operation).__module__.startswith("keras.") and kind in _MERGING_OPERATIONS
     if merging and not isinstance(operation, keras.layers.Layer):
-        carried = ConvertedLayer({"kind": _MERGING_OPERATIONS[kind]})
+        converted = ConvertedLayer({"kind": _MERGING_OPERATIONS[kind]})
         if len(reads) < 2:
             raise UnsupportedLayerError("it merges a layer with a constant; use a layer for it")
     else:
-        carried = convert_layer(operation, len(reads[0].shape))
+        converted = convert_layer(operation, len(reads[0].shape))
     if calls > 1:
         raise UnsupportedLayerError(
             f"it is used {calls} times in the model, and each use would need its own state "
             "and weights"
         )
-    merges = carried.data.get("kind") in ("add", "multiply", "average", "concatenate")
+    merges = converted.data.get("kind") in ("add", "multiply", "average", "concatenate")
     if len(reads) > 1 and not merges:
         raise UnsupportedLayerError("it reads more than one tensor")
     if call.masked:
@@ -254,13 +254,13 @@ def _convert(operation: Any, call: Call, calls: int) -> ConvertedLayer:
         )
     if len({len(value.shape) for value in reads}) > 1:
         raise UnsupportedLayerError("it merges whole sequences with a last step")
-    if merges and carried.data["kind"] != "concatenate" and len({v.shape[-1] for v in reads}) > 1:
+    if merges and converted.data["kind"] != "concatenate" and len({v.shape[-1] for v in reads}) > 1:
         widths = [value.shape[-1] for value in reads]
         raise UnsupportedLayerError(f"it broadcasts widths {widths}; expected equal ones")
     if call.initial:
-        data = {**carried.data, "starts_from": starts_from(operation, call.initial)}
-        return replace(carried, data=data)
-    return carried
+        data = {**converted.data, "starts_from": starts_from(operation, call.initial)}
+        return replace(converted, data=data)
+    return converted
 
 
 def _heads(
@@ -271,7 +271,7 @@ def _heads(
     sequences = sum(value.part is None for value in outputs)
     names: set[str] = set()
     for index, value in enumerate(outputs):
-        if value.part is not None and value.name in walk.handed:
+        if value.part is not None and value.name in walk.without_state:
             walk.refused.append(
                 f"{value.owner}: output {index} of the model is its returned state, and a layer "
                 "that starts from another one keeps none"

@@ -68,7 +68,7 @@ def reason_unsupported(class_name: str) -> str:
 
 
 def is_known(class_name: str) -> bool:
-    """Whether a layer of that class may be carried, its options aside."""
+    """Whether a layer of that class can be imported, its options aside."""
     return class_name in {kind.__name__ for kind in _CONVERTERS} | {"InputLayer"}
 
 
@@ -116,15 +116,15 @@ def _recurrent(layer: Any, rank: int) -> ConvertedLayer:
 
 
 def _bidirectional(layer: Any, rank: int) -> ConvertedLayer:
-    ahead, back = layer.forward_layer, layer.backward_layer
-    for direction in (ahead, back):
-        if type(direction) not in (kl.LSTM, kl.GRU) or type(direction) is not type(ahead):
+    forward, backward = layer.forward_layer, layer.backward_layer
+    for direction in (forward, backward):
+        if type(direction) not in (kl.LSTM, kl.GRU) or type(direction) is not type(forward):
             raise UnsupportedLayerError(
                 f"it wraps {type(direction).__name__} {direction.name!r}; expected two LSTM or "
                 "two GRU"
             )
         _expect_float32(direction)
-    if ahead.go_backwards:
+    if forward.go_backwards:
         raise UnsupportedLayerError("go_backwards=True: its first layer would read from the end")
     if layer.merge_mode not in _MERGE_MODES:
         raise UnsupportedLayerError(
@@ -135,7 +135,7 @@ def _bidirectional(layer: Any, rank: int) -> ConvertedLayer:
             "return_sequences=False joins the forward layer's last step with the backward "
             "layer's first, which is the output of no step; expected return_sequences=True"
         )
-    options, others = _cell_options(ahead), _cell_options(back)
+    options, others = _cell_options(forward), _cell_options(backward)
     differ = [name for name, value in options.items() if others[name] != value]
     if differ:
         raise UnsupportedLayerError(
@@ -143,13 +143,13 @@ def _bidirectional(layer: Any, rank: int) -> ConvertedLayer:
         )
     data = {
         "kind": "bidirectional",
-        "cell": type(ahead).__name__.lower(),
+        "cell": type(forward).__name__.lower(),
         "merge": layer.merge_mode,
         **options,
     }
     weights = {
         f"{name}.{kind}": value
-        for name, direction in (("forward", ahead), ("backward", back))
+        for name, direction in (("forward", forward), ("backward", backward))
         for kind, value in _cell_weights(direction).items()
     }
     return ConvertedLayer(data, weights)

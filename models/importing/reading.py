@@ -84,9 +84,11 @@ def read_keras_model(path: Path, where: str) -> Any:
     except ImportedModelError as error:
         raise ImportedModelError(f"{where}: {error}") from error
     if foreign:
-        named = {line.partition(":")[0] for line in foreign}
+        named_layers = {line.partition(":")[0] for line in foreign}
         others = {f"{kind} {name!r}": reason_unsupported(kind) for kind, name in unknown}
-        refused = foreign + [f"{who}: {why}" for who, why in others.items() if who not in named]
+        refused = foreign + [
+            f"{who}: {why}" for who, why in others.items() if who not in named_layers
+        ]
         raise ImportedModelError(
             f"{where}: the model has unsupported layers:\n"
             + "\n".join(f"  {line}" for line in refused)

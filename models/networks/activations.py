@@ -18,7 +18,7 @@ Activation: TypeAlias = str | Callable[[Any], Any]
 
 
 def activation_of(name: ActivationName) -> Activation:
-    """What a Keras layer's `activation` argument takes for that name."""
+    """The value of a Keras layer's `activation` argument for that name."""
     return _tanh if name == "tanh" else name
 
 

@@ -46,8 +46,8 @@ def run_forward(
         return sequence, after
     size = blocks.size
     block, after = run_forward(cell, x[:, :size], initial, mask[:, :size], training, None)
-    ahead, _ = run_forward(cell, x[:, size:], after, mask[:, size:], training, None)
-    return tf.concat([block, ahead], axis=1), after
+    lookahead, _ = run_forward(cell, x[:, size:], after, mask[:, size:], training, None)
+    return tf.concat([block, lookahead], axis=1), after
 
 
 def run_bidirectional(
@@ -75,15 +75,16 @@ def run_bidirectional(
     """
     forward, backward = cells
     half = len(initial) // 2
-    ahead, after = run_forward(forward, x, initial[:half], mask, training, blocks)
+    forward_outputs, after = run_forward(forward, x, initial[:half], mask, training, blocks)
     backward_initial = list(initial[half:])
     if blocks is not None:
         backward_initial = [tf.zeros((tf.shape(x)[0], layer.units)) for _ in backward_initial]
     # reversed as a whole, so the padding comes first, where it is masked
-    back, *after_back = backward(
+    backward_outputs, *after_back = backward(
         tf.reverse(x, [1]),
         initial_state=backward_initial,
         mask=tf.reverse(mask, [1]),
         training=training,
     )
-    return _MERGES[layer.merge](ahead, tf.reverse(back, [1])), [*after, *after_back]
+    outputs = _MERGES[layer.merge](forward_outputs, tf.reverse(backward_outputs, [1]))
+    return outputs, [*after, *after_back]

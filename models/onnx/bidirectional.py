@@ -33,13 +33,13 @@ class WindowSteps(NamedTuple):
     Attributes:
         lengths: of the whole row.
         block: of its block; "" where there are no blocks, or no lookahead.
-        ahead: of its lookahead.
+        lookahead: of its lookahead.
         size: C, where the lookahead begins.
     """
 
     lengths: Value
     block: Value = ""
-    ahead: Value = ""
+    lookahead: Value = ""
     size: int = 0
 
     @classmethod
@@ -49,8 +49,8 @@ class WindowSteps(NamedTuple):
             return cls(lengths)
         size, zero = (nodes.constant(np.array(n, np.int32)) for n in (blocks.size, 0))
         block = nodes.add("Min", lengths, size)
-        ahead = nodes.add("Max", nodes.add("Sub", lengths, size), zero)
-        return cls(lengths, block, ahead, blocks.size)
+        lookahead = nodes.add("Max", nodes.add("Sub", lengths, size), zero)
+        return cls(lengths, block, lookahead, blocks.size)
 
 
 def forward(
@@ -64,9 +64,9 @@ def forward(
     """A forward cell: the sequence, and the states after the last step, or after the block."""
     if not steps.block:
         return _run(nodes, cell, weights, x, steps.lengths, initial)
-    block, ahead = nodes.part(x, 0, steps.size, axis=0), nodes.part(x, steps.size, MOST, axis=0)
+    block, lookahead = nodes.part(x, 0, steps.size, axis=0), nodes.part(x, steps.size, MOST, axis=0)
     first, after = _run(nodes, cell, weights, block, steps.block, initial)
-    second, _ = _run(nodes, cell, weights, ahead, steps.ahead, after)
+    second, _ = _run(nodes, cell, weights, lookahead, steps.lookahead, after)
     return nodes.concat([first, second], axis=0), after
 
 
@@ -91,9 +91,11 @@ def bidirectional(
     """
     half = len(initial) // 2
     ahead_cell, back_cell = layer.directions
-    ahead, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
-    back, after_back = _run(nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse")
-    return _merge(nodes, layer, ahead, back), [*after, *after_back]
+    forward_outputs, after = forward(nodes, ahead_cell, weights, x, steps, initial[:half])
+    backward_outputs, after_back = _run(
+        nodes, back_cell, weights, x, steps.lengths, initial[half:], "reverse"
+    )
+    return _merge(nodes, layer, forward_outputs, backward_outputs), [*after, *after_back]
 
 
 def _run(
@@ -110,11 +112,13 @@ def _run(
     return gru(nodes, cell, weights, x, lengths, initial, direction)
 
 
-def _merge(nodes: Nodes, layer: BidirectionalLayer, ahead: Value, back: Value) -> Value:
+def _merge(
+    nodes: Nodes, layer: BidirectionalLayer, forward_outputs: Value, backward_outputs: Value
+) -> Value:
     match layer.merge:
         case "concat":
-            return nodes.concat([ahead, back], axis=2)
+            return nodes.concat([forward_outputs, backward_outputs], axis=2)
         case "mul":
-            return nodes.add("Mul", ahead, back)
-    total = nodes.add("Add", ahead, back)
+            return nodes.add("Mul", forward_outputs, backward_outputs)
+    total = nodes.add("Add", forward_outputs, backward_outputs)
     return total if layer.merge == "sum" else nodes.add("Div", total, nodes.number(2.0))

@@ -135,7 +135,7 @@ def _merged_spec(spec: ModelSpec, count: int) -> ModelSpec:
 
 
 def _feature_places(spec: ModelSpec, index: int, count: int) -> Places:
-    """Where a member's features lie among the merged network's."""
+    """The positions of a member's features among the merged network's."""
     places: list[int] = []
     start = 0
     for column in spec.columns:

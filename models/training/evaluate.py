@@ -182,10 +182,10 @@ def scored_rows(
     return _within(streams, followed, from_ms, to_ms)
 
 
-def spoken_rows(
+def target_rows(
     head: Head, streams: Streams, labels: Labels, from_ms: int | None, to_ms: int | None = None
 ) -> NDArray[np.int64]:
-    """The events in [from_ms, to_ms) that a head speaks about, int64 [n].
+    """The events in [from_ms, to_ms) that a head predicts or labels, int64 [n].
 
     Those with a label, for a label head; those with a predecessor for any other.
     """
@@ -197,7 +197,7 @@ def spoken_rows(
 def _within(
     streams: Streams, candidates: NDArray[np.bool_], from_ms: int | None, to_ms: int | None
 ) -> NDArray[np.int64]:
-    """The wanted rows in [from_ms, to_ms)."""
+    """The candidate rows in [from_ms, to_ms)."""
     selected = candidates.copy()
     if from_ms is not None:
         selected &= streams.moments_ms >= from_ms
@@ -264,17 +264,15 @@ def evaluate(
 
 
 def events_to_score(spec: ModelSpec, streams: Streams, labels: Labels, from_ms: int | None) -> int:
-    """How many events from a moment on a head with targets, or the decoder, speaks about."""
-    spoken = [
-        spoken_rows(head, streams, labels, from_ms) for head in spec.heads if has_targets(head)
-    ]
+    """The number of events from a moment on that a head or the decoder predicts or labels."""
+    rows = [target_rows(head, streams, labels, from_ms) for head in spec.heads if has_targets(head)]
     if spec.decoder is not None:
-        spoken.append(scored_rows(streams, from_ms))
-    return distinct_rows(spoken)
+        rows.append(scored_rows(streams, from_ms))
+    return distinct_rows(rows)
 
 
 def distinct_rows(rows: Iterable[NDArray[np.int64]]) -> int:
-    """How many events are spoken about by one head or more."""
+    """The number of events that one head or more predict or label."""
     return len(set().union(*(at.tolist() for at in rows)))
 
 
@@ -291,7 +289,7 @@ def head_metrics(
     for head in spec.heads:
         if not has_targets(head):
             continue
-        at = spoken_rows(head, streams, labels, from_ms)
+        at = target_rows(head, streams, labels, from_ms)
         scored = score_outputs(spec, head, outputs_by_head[head.name], streams.columns, labels, at)
         if scored.has_losses:
             metrics[head.name] = scored.means()

@@ -119,8 +119,8 @@ class Loop:
             variable.assign(average)
         lanes = self._training.batch_streams
         # Where the cuts are part of what is computed, they are those of training.
-        cut = self.spec.chunking != "invisible"
-        steps = self._training.window_steps if cut else SCORING_WINDOW_STEPS
+        has_fixed_cuts = self.spec.chunking != "invisible"
+        steps = self._training.window_steps if has_fixed_cuts else SCORING_WINDOW_STEPS
         sums = dict.fromkeys(self._weights, 0.0)
         counts = dict.fromkeys(self._weights, 0)
         numbers = 0
@@ -133,12 +133,12 @@ class Loop:
                 )
                 anchors = self._anchors(window, numbers, None)
                 numbers += 1
-                losses, ahead, state = self._validate_window(
+                losses, decoded, state = self._validate_window(
                     rows, following, lengths, mask, labels, anchors, state
                 )
-                if ahead is not None:
-                    sums[DECODER] += float(np.sum(ahead[0]))
-                    counts[DECODER] += int(np.sum(ahead[1]))
+                if decoded is not None:
+                    sums[DECODER] += float(np.sum(decoded[0]))
+                    counts[DECODER] += int(np.sum(decoded[1]))
                 for name, value in losses.items():
                     counted = np.isfinite(labels[name]) if name in labels else mask
                     counts[name] += int(np.count_nonzero(counted))
@@ -169,7 +169,7 @@ class Loop:
         return arrays
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `arrays` gave."""
+        """Restore the state that `arrays` returned."""
         marker = "weights/"
         self.network.set_weights(
             {n[len(marker) :]: v for n, v in arrays.items() if n.startswith(marker)}

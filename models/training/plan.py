@@ -24,7 +24,7 @@ from models.training.windows import Segment, groups_of, segments_of
 
 
 def trained_network(spec: ModelSpec) -> ModelSpec:
-    """What training runs: a network in blocks without them, each sequence as a whole.
+    """The network that training runs: without its blocks, each sequence as a whole.
 
     Its weights are those of the network in blocks, and a sequence is at most a window long.
     """

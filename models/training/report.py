@@ -30,7 +30,7 @@ from models.training.evaluate import (
     distinct_rows,
     events_to_score,
     run_chunks,
-    spoken_rows,
+    target_rows,
 )
 from models.training.horizon import horizon_lines, horizon_report
 from models.training.labels import labels_of
@@ -97,9 +97,9 @@ def make_report(
             spec,
             streams,
             rows,
-            spoken_rows(head, streams, labels, None, validate_ms),
-            spoken_rows(head, streams, labels, validate_ms, test_ms),
-            spoken_rows(head, streams, labels, test_ms),
+            target_rows(head, streams, labels, None, validate_ms),
+            target_rows(head, streams, labels, validate_ms, test_ms),
+            target_rows(head, streams, labels, test_ms),
             labels,
         )
         for head in heads
@@ -111,10 +111,10 @@ def make_report(
     tell(f"running the model over all events, {pieces}")
     by_name = output_spec(spec).by_name
     outputs = by_name(run_chunks(artifact, streams, chunk=chunk, seed=seed))
-    whole = None
+    whole_outputs = None
     if spec.blocks is not None:
         tell("running it over whole sequences, without blocks")
-        whole = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
+        whole_outputs = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
     moments = streams.moments_ms
     days = zone_table(schema.timezone).days(moments)
     head_reports = {}
@@ -128,9 +128,9 @@ def make_report(
         baselines = baselines_of(table, head, trees=trees)
         if further is not None:
             baselines += further(table, head)
-        if whole is not None:
+        if whole_outputs is not None:
             unblocked = score_outputs(
-                spec, head, whole[head.name], streams.columns, labels, table.test
+                spec, head, whole_outputs[head.name], streams.columns, labels, table.test
             )
             baselines.insert(0, Baseline(WHOLE, unblocked, {}))
         resampled = DayDraws.make(days[table.test], draws, seed)

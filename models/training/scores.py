@@ -1,7 +1,7 @@
 """Scores of outputs: a loss per event, from which means and differences by day are computed.
 
-Every head is scored on the events it speaks about, each seen from the event before it in its
-stream; a stream's first event is nobody's target. A label head speaks about the event itself.
+Every head is scored on the events that it predicts, each seen from the event before it in its
+stream; a stream's first event is nobody's target. A label head labels the event itself.
 Less is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
 
     classification  `log_loss` (nats), `brier`; AUC where there are two classes
@@ -171,8 +171,8 @@ def score_outputs(
         output: [rows, ...], the head's output at every row.
         columns: the events of all rows.
         labels: of all rows.
-        at: int64 [n], the events spoken about; each has its label where the head is of labels,
-            and a predecessor in its stream where it is not.
+        at: int64 [n], the events predicted or labelled; each has its label if the head is a label
+            head, otherwise a predecessor in its stream.
     """
     if isinstance(head, AnomalyHead):
         return Scored({"nll": np.asarray(output[at], np.float64)})

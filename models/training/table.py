@@ -19,14 +19,14 @@ from models.training.trees import tree_features
 
 @dataclass(frozen=True)
 class Table:
-    """What baselines are fitted on and scored on.
+    """The encoded streams on which baselines are fitted and scored.
 
     Attributes:
         spec: the fitted spec.
         streams: the data.
         rows: float32 [rows, F], encoded.
-        train, validate, test: int64, rows that the head speaks about. For a label head they are
-            the rows that carry the label; for any other each has a predecessor.
+        train, validate, test: int64, rows that the head predicts or labels. For a label head
+            they are the rows that have a label; for any other each has a predecessor.
         labels: of all rows.
     """
 

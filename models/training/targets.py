@@ -17,7 +17,7 @@ from models.spec.heads import ClassificationHead, Head, LabelHead
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
 from models.training.data import Streams, training_of
-from models.training.evaluate import scored_rows, spoken_rows
+from models.training.evaluate import scored_rows, target_rows
 from models.training.labels import Labels
 from models.training.scores import Floats, has_targets, truth_of
 
@@ -51,7 +51,7 @@ def check_targets(
         train_rows, validation_rows = (
             scored_rows(streams, *span)
             if isinstance(head, DecoderSpec)
-            else spoken_rows(head, streams, labels, *span)
+            else target_rows(head, streams, labels, *span)
             for span in ((None, validate_ms), (validate_ms, test_ms))
         )
         name = "the decoder" if isinstance(head, DecoderSpec) else f"head {head.name!r}"

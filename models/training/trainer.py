@@ -41,7 +41,7 @@ KEPT = "kept/"
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What training did.
+    """The outcome of a training.
 
     Attributes:
         artifact: the model, as it was written.

@@ -65,7 +65,7 @@ TREES_STEP = 20
 
 
 class Trees:
-    """One fitted ensemble with what was chosen for it."""
+    """A fitted ensemble with the settings chosen for it."""
 
     def __init__(self, kind: str, features: Features, level: float, grid: Grid | None = None):
         """Use `tune`."""

@@ -44,7 +44,7 @@ GAPS_DAYS = (7, 14, 28, 56, 112, 224)
 
 
 def customer_baselines(table: Table, head: Head) -> list[Baseline]:
-    """The three of `again`; none of another head."""
+    """The three baselines of the head `again`; empty for any other head."""
     if head.name != "again":
         return []
     history = _history(table)
@@ -110,7 +110,7 @@ class BgNbd:
 
     @classmethod
     def fit(cls, x: Floats, last: Floats, age: Floats) -> BgNbd:
-        """By maximum likelihood.
+        """Fit the four parameters by maximum likelihood.
 
         Args:
             x: repeat purchases of every customer, [n].

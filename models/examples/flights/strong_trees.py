@@ -35,7 +35,7 @@ LATE_MINUTES = 15
 
 
 def columns(frame: pl.DataFrame, events: int) -> NDArray[np.float64]:
-    """What the trees see at every departure, [rows, features]; NaN before a stream begins."""
+    """The trees' features at every departure, [rows, features]; NaN before a stream begins."""
     local = pl.col("departed").dt.convert_time_zone("America/New_York")
     gap = pl.col("departed").diff().over("stream").dt.total_seconds().fill_null(0)
     numbered = [

@@ -35,7 +35,7 @@ class OneWay:
         self._epoch = 0
 
     def __call__(self, table: Table, head: Head) -> list[Baseline]:
-        """The one of a label head; none of another."""
+        """The baseline of a label head; empty for any other head."""
         if not isinstance(head, LabelHead):
             return []
         if self._outputs is None:
@@ -45,7 +45,7 @@ class OneWay:
         return [Baseline(ONE_WAY, scored, {"epoch": self._epoch})]
 
     def _train(self, table: Table) -> Mapping[str, NDArray[Any]]:
-        """Train it; its outputs at every row."""
+        """Train the network; returns its outputs at every row."""
         with TemporaryDirectory() as folder:
             out = Path(folder) / "one_way"
             result = train(read_spec(SPEC), table.streams.frame, out, quiet=True)

@@ -31,7 +31,7 @@ CLIMATOLOGY, YESTERDAY, LINEAR = "climatology", "same hour yesterday", "linear, 
 
 
 def weather_baselines(table: Table, head: Head) -> list[Baseline]:
-    """The three of an anomaly head over numeric fields; none of another head."""
+    """The three baselines of an anomaly head over numeric fields; empty for any other head."""
     if not isinstance(head, AnomalyHead):
         return []
     hours = local_hours(table)

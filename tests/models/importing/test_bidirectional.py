@@ -29,13 +29,13 @@ OLD_GRU: dict[str, Any] = {"kind": kl.GRU, "reset_after": False}
 
 
 def cell(options: dict[str, Any], units: int = 3, **more: Any) -> Any:
-    """A Keras layer that gives its sequence."""
+    """A Keras layer that returns its sequence."""
     options_of_layer = {"return_sequences": True, **options, **more}
     return options_of_layer.pop("kind")(units, **options_of_layer)
 
 
-def predicted(folder: Path, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """The packaged model's outputs for whole sequences, from the zero state."""
+def predict_whole(folder: Path, rows: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """Return the packaged model's outputs for whole sequences, from the zero state."""
     artifact = load_artifact(folder / "out")
     network = StepNetwork(artifact.spec)
     network.set_weights(artifact.weights)
@@ -64,7 +64,7 @@ def test_every_merge_mode_and_cell_equals_the_original(
     assert report.lengths_steps == (1, 2, 7, 33)
     rows = random_rows(9, 2)
     np.testing.assert_allclose(
-        predicted(tmp_path, rows)["output"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
+        predict_whole(tmp_path, rows)["output"], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
     )
 
 
@@ -83,7 +83,10 @@ def test_bidirectional_layers_between_others_equal_the_original(tmp_path: Path) 
     report = import_model(model, tmp_path)
     rows = random_rows(6, 2)
     np.testing.assert_allclose(
-        predicted(tmp_path, rows)["output"][:, -1], np.asarray(model(rows)), rtol=1e-5, atol=1e-5
+        predict_whole(tmp_path, rows)["output"][:, -1],
+        np.asarray(model(rows)),
+        rtol=1e-5,
+        atol=1e-5,
     )
     prefix = "chunking whole: it takes whole sequences of at most 1024 steps (predict)"
     assert any(note.startswith(prefix) for note in report.notes)

@@ -138,12 +138,12 @@ def biases(file: h5py.File) -> list[str]:
 
 
 def link_externally(group: h5py.Group, secret: Path) -> None:
-    """A name that leads to an object in another file."""
+    """Add a link to an object in another file."""
     group["bias"] = h5py.ExternalLink(str(secret), "/bias")
 
 
 def store_externally(group: h5py.Group, secret: Path) -> None:
-    """A dataset whose bytes are in another file."""
+    """Add a dataset whose bytes are in another file."""
     place = (str(secret), 0, h5py.h5f.UNLIMITED)
     group.create_dataset("bias", shape=(12,), dtype="f4", external=[place])
 

@@ -69,7 +69,7 @@ def scores_of(artifact: Artifact, rows: Floats) -> Exact:
 
 
 def weighted_means(scores: Exact, rows: Floats, kind: type[np.floating[Any]]) -> Exact:
-    """What attention over everything so far gives at every step, its sums in that precision."""
+    """Attention over all steps so far, at every step, with sums in that precision."""
     shares = np.exp(scores - scores.max()).astype(kind)
     total = np.cumsum(shares[:, np.newaxis] * rows.astype(kind), axis=0, dtype=kind)
     return (total / np.cumsum(shares, dtype=kind)[:, np.newaxis]).astype(np.float64)
@@ -89,7 +89,7 @@ def run(runtime: Runtime, artifact: Artifact, rows: Floats) -> Floats:
 
 
 def measure_errors(artifact: Artifact, steps: int) -> tuple[Exact, dict[str, Exact], Exact]:
-    """By way of computing, the largest error so far after each of some steps.
+    """Measure the largest error so far after each of some steps, by implementation.
 
     Returns:
         The steps, the errors of each way, and by those steps the least that was promised.

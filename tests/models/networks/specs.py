@@ -100,10 +100,10 @@ def _whole(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str
             "name": name,
             "units": draw(st.integers(1, 4)),
         }
-    return _handed(draw, before, name)
+    return _state_passing(draw, before, name)
 
 
-def _handed(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
+def _state_passing(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A layer of the kind and size of one before it, which it starts from."""
     source = draw(st.sampled_from([layer for layer in before if layer["kind"] in ("lstm", "gru")]))
     kind, units = source["kind"], source["units"]

@@ -55,7 +55,9 @@ def networks(draw: st.DrawFn) -> ModelSpec:
     return spec_of(*layers, features=draw(st.integers(1, 3)))
 
 
-def ragged(random: np.random.Generator, spec: ModelSpec, lengths: list[int]) -> tuple[Any, Any]:
+def ragged_batch(
+    random: np.random.Generator, spec: ModelSpec, lengths: list[int]
+) -> tuple[Any, Any]:
     """Rows [B, T + 2, F], zero beyond each length, and states that are not zero."""
     rows = random.normal(size=(len(lengths), max(lengths) + 2, spec.input_features))
     for b, length in enumerate(lengths):
@@ -67,7 +69,7 @@ def ragged(random: np.random.Generator, spec: ModelSpec, lengths: list[int]) -> 
 def check(spec: ModelSpec, seed: int, lengths: list[int], ran: Any) -> None:
     """Outputs and states of each row, against the oracle on the row alone."""
     random = np.random.default_rng(seed)
-    rows, states = ragged(random, spec, lengths)
+    rows, states = ragged_batch(random, spec, lengths)
     outputs, after = ran(rows, lengths, states)
     for b, length in enumerate(lengths):
         weights = contracting_weights(spec, seed)

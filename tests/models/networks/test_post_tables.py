@@ -61,7 +61,7 @@ def test_printed_outputs_and_states_are_reproduced(
 
 
 def layer_outputs(kind: str) -> list[np.ndarray]:
-    """What the network's own Keras layer returns for the post's input."""
+    """The return values of the network's own Keras layer for the post's input."""
     spec, weights = post_model(kind)
     network = StepNetwork(spec)
     network.set_weights(weights)

@@ -64,9 +64,9 @@ def test_step_equals_the_oracle_with_any_chunking_batch_and_padding(
     states = random_states(spec, random, len(lengths))
     outputs, after, cuts = run_in_chunks(network, streams, states, random)
     for b, rows in enumerate(streams):
-        whole = [len(rows)] if spec.chunking == "invisible" else cuts[b]
+        chunk_lengths = [len(rows)] if spec.chunking == "invisible" else cuts[b]
         expected, expected_state = oracle_in_cuts(
-            spec, network.get_weights(), rows, states[b], whole
+            spec, network.get_weights(), rows, states[b], chunk_lengths
         )
         np.testing.assert_allclose(outputs[b], expected, **CLOSE)
         np.testing.assert_allclose(joined(spec, after[b]), joined(spec, expected_state), **CLOSE)
@@ -211,9 +211,9 @@ def test_dropout_is_active_in_training_only_and_follows_its_seed(
     first, repeated, other = training_outputs(1), training_outputs(1), training_outputs(2)
     np.testing.assert_array_equal(first, repeated)
     assert np.abs(first - other).max() > 1e-3
-    served = step(network, rows, [5, 5], state)[0]
-    np.testing.assert_array_equal(served, step(network, rows, [5, 5], state)[0])
-    assert np.abs(first - served).max() > 1e-3
+    inference = step(network, rows, [5, 5], state)[0]
+    np.testing.assert_array_equal(inference, step(network, rows, [5, 5], state)[0])
+    assert np.abs(first - inference).max() > 1e-3
 
 
 def test_weights_round_trip_by_name_and_in_order() -> None:

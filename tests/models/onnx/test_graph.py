@@ -139,7 +139,7 @@ def test_activations_unsupported_in_onnx_cells_are_rejected(name: str, kind: int
 @pytest.mark.parametrize("over", ["lstm", "chunk"])
 def test_attention_over_the_stream_with_long_chunks_is_rejected(over: str) -> None:
     """Its memory grows with the square of a call's steps, and such a call is never sliced."""
-    handed = {"kind": "lstm", "units": 2, "starts_from": "lstm_1"}
+    second_lstm = {"kind": "lstm", "units": 2, "starts_from": "lstm_1"}
     attention = {"kind": "attention", "over": "chunk", "units": 2}
     data = {
         "name": "m",
@@ -147,7 +147,7 @@ def test_attention_over_the_stream_with_long_chunks_is_rejected(over: str) -> No
         "layers": [
             {"kind": "lstm", "units": 2},
             {"kind": "attention", "over": "stream", "units": 2, "name": "past"},
-            handed if over == "lstm" else attention,
+            second_lstm if over == "lstm" else attention,
         ],
         "heads": [{"kind": "sequence", "name": "h"}],
         "max_chunk_steps": 2048,

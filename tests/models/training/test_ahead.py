@@ -27,11 +27,11 @@ from tests.support.training import HOUR_MS
 
 STEPS = 4
 LABEL = {"kind": "label", "name": "up"}
-HANDED = [
+STATE_PASSING = [
     {"kind": "lstm", "name": "below", "units": 8},
     {"kind": "lstm", "name": "above", "units": 8, "starts_from": "below"},
 ]
-FOCUSED = [
+CHUNK_ATTENTION = [
     {"kind": "lstm", "name": "below", "units": 8},
     {"kind": "attention", "name": "above", "over": "chunk", "units": 8},
 ]
@@ -57,7 +57,7 @@ def frame(streams: int = 120) -> pl.DataFrame:
 
 
 def spec(
-    *heads: dict[str, Any], window_steps: int = STEPS, layers: list[dict[str, Any]] = HANDED
+    *heads: dict[str, Any], window_steps: int = STEPS, layers: list[dict[str, Any]] = STATE_PASSING
 ) -> ModelSpec:
     """A stack whose upper layer starts from where the lower one ended in the same chunk."""
     return parse_spec(
@@ -115,7 +115,7 @@ def test_attention_over_the_chunk_learns_the_informative_event(tmp_path) -> None
     data = data.with_columns(
         noise=loud.ravel().astype(float), up=np.repeat((flags & loud).any(axis=1), STEPS)
     )
-    plain = spec(LABEL, layers=FOCUSED).model_dump()
+    plain = spec(LABEL, layers=CHUNK_ATTENTION).model_dump()
     longer = {**plain["training"], "epochs": 40, "patience": 40}
     result = train(parse_spec({**plain, "training": longer}), data, tmp_path / "model", quiet=True)
     losses = [record["validation"]["up"] for record in result.history]

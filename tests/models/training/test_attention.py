@@ -57,10 +57,10 @@ def test_carried_sums_equal_one_run_over_the_stream() -> None:
             later += 1
         rows = loop.plan.rows[first.start : segment.stop][None]
         state = np.zeros((1, loop.network.state_size), np.float32)
-        whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
+        one_run = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
         np.testing.assert_allclose(
             joined(fitted, end_states[at]),
-            joined(fitted, whole.state.numpy()[0]),
+            joined(fitted, one_run.state.numpy()[0]),
             rtol=1e-5,
             atol=1e-5,
         )

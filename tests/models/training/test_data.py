@@ -107,28 +107,28 @@ def test_moments_without_a_zone_are_local():
 
 
 def test_held_out_events_do_not_leak_into_training(frame):
-    """Whatever happens from the split on, the fitted schema and the training rows stay."""
-    spec, cut = latch_spec(), 16 * HOUR_MS
-    changed = frame.with_columns(
-        noise=pl.when(pl.col("at") >= cut).then(pl.col("noise") * 100 + 7).otherwise("noise"),
-        kind=pl.when(pl.col("at") >= cut).then(pl.lit("new")).otherwise("kind"),
+    """Events from the split on change neither the fitted schema nor the training rows."""
+    spec, split_ms = latch_spec(), 16 * HOUR_MS
+    changed_frame = frame.with_columns(
+        noise=pl.when(pl.col("at") >= split_ms).then(pl.col("noise") * 100 + 7).otherwise("noise"),
+        kind=pl.when(pl.col("at") >= split_ms).then(pl.lit("new")).otherwise("kind"),
     )
     plans = []
-    for data in (frame, changed):
+    for data in (frame, changed_frame):
         streams = streams_of(spec, data)
-        fitted = fitted_spec(spec, streams, cut)
-        plan = plan_of(fitted, streams, {}, cut, 22 * HOUR_MS)
+        fitted = fitted_spec(spec, streams, split_ms)
+        plan = plan_of(fitted, streams, {}, split_ms, 22 * HOUR_MS)
         plans.append((fitted, plan, streams))
     (first, plan, streams), (second, other, _) = plans
     assert first == second
     np.testing.assert_array_equal(plan.trained, other.trained)
-    read = np.concatenate([np.arange(s.start, s.stop) for s in plan.segments])
-    np.testing.assert_array_equal(plan.rows[read], other.rows[read])
-    assert (streams.moments_ms[read] < cut).all()
-    predicted = plan.following[np.flatnonzero(plan.trained)]
-    assert (streams.moments_ms[predicted] < cut).all()
+    training_rows = np.concatenate([np.arange(s.start, s.stop) for s in plan.segments])
+    np.testing.assert_array_equal(plan.rows[training_rows], other.rows[training_rows])
+    assert (streams.moments_ms[training_rows] < split_ms).all()
+    target_rows = plan.following[np.flatnonzero(plan.trained)]
+    assert (streams.moments_ms[target_rows] < split_ms).all()
     validated_ms = streams.moments_ms[plan.following[np.flatnonzero(plan.validated)]]
-    assert ((validated_ms >= cut) & (validated_ms < 22 * HOUR_MS)).all()
+    assert ((validated_ms >= split_ms) & (validated_ms < 22 * HOUR_MS)).all()
     assert not (plan.trained & plan.validated).any()
 
 

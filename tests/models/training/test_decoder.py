@@ -90,7 +90,7 @@ def tide_spec(head: str = "quantiles", **decoder: Any) -> ModelSpec:
     )
 
 
-def planned(frame: pl.DataFrame, spec: ModelSpec) -> tuple[ModelSpec, Plan]:
+def plan_for(frame: pl.DataFrame, spec: ModelSpec) -> tuple[ModelSpec, Plan]:
     streams = streams_of(spec, frame)
     assert spec.training is not None
     schema = schema_of(spec)
@@ -104,7 +104,7 @@ def planned(frame: pl.DataFrame, spec: ModelSpec) -> tuple[ModelSpec, Plan]:
 
 @pytest.fixture(scope="module")
 def trainer() -> tuple[StepNetwork, Plan, DecoderTrainer]:
-    spec, plan = planned(tides(), tide_spec())
+    spec, plan = plan_for(tides(), tide_spec())
     assert spec.training is not None
     network = StepNetwork(spec)
     network.set_weights(contracting_weights(spec, 2))
@@ -170,9 +170,9 @@ def test_cutting_a_window_at_forecast_origins_does_not_change_outputs(
     state = np.random.default_rng(1).uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     anchors = decoder.anchors(window, 3, 0.5)
     result, states = decoder.forward(rows, window.lengths, state, anchors, False)
-    whole = network.forward(rows, window.lengths, state)
-    np.testing.assert_allclose(result.state, whole.state, atol=1e-6)
-    np.testing.assert_allclose(result.raw["memory"], whole.raw["memory"], atol=1e-6)
+    uncut = network.forward(rows, window.lengths, state)
+    np.testing.assert_allclose(result.state, uncut.state, atol=1e-6)
+    np.testing.assert_allclose(result.raw["memory"], uncut.raw["memory"], atol=1e-6)
     for number, cut in enumerate(anchors.cuts):
         lengths = np.minimum(window.lengths, cut).astype(np.int32)
         until = network.forward(rows, lengths, state).state

@@ -33,7 +33,7 @@ STACKED = [
 ]
 
 
-HANDED = [
+STATE_PASSING = [
     {"kind": "lstm", "units": 5},
     {"kind": "attention", "over": "stream", "units": 3},
     {"kind": "lstm", "units": 5, "starts_from": "lstm_1"},
@@ -47,7 +47,7 @@ BOTH_WAYS = [
 ]
 
 
-@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], HANDED, BOTH_WAYS])
+@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], STATE_PASSING, BOTH_WAYS])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
     streams = streams_of(with_layers(layers), latch_frame())
@@ -83,7 +83,7 @@ def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
 
 
 @pytest.mark.parametrize(
-    ("layers", "named"),
+    ("layers", "message"),
     [
         ([{"kind": "layer_normalization"}, {"kind": "lstm", "units": 3}], "layer_normalization_1"),
         (
@@ -95,9 +95,9 @@ def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
         ),
     ],
 )
-def test_networks_that_cannot_be_merged_are_rejected(layers, named):
+def test_networks_that_cannot_be_merged_are_rejected(layers, message):
     streams = streams_of(with_layers(layers), latch_frame())
     spec = fitted_spec(with_layers(layers), streams, 16 * HOUR_MS)
     weights = [draw_weights(spec, seed) for seed in range(2)]
-    with pytest.raises(SpecError, match=named):
+    with pytest.raises(SpecError, match=message):
         merge_members(spec, weights)

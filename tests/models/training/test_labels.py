@@ -17,7 +17,7 @@ from models.spec.model import ModelSpec, parse_spec
 from models.training import label_baselines
 from models.training.commands import evaluate_command, train_frame
 from models.training.data import fitted_spec, streams_of
-from models.training.evaluate import spoken_rows
+from models.training.evaluate import target_rows
 from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.plan import plan_of
@@ -39,7 +39,7 @@ UP = {"kind": "label", "name": "up"}
 STATE = {"kind": "label", "name": "state", "classes": ["off", "on", "none"]}
 
 
-def labelled(streams: int = 24) -> pl.DataFrame:
+def labelled_frame(streams: int = 24) -> pl.DataFrame:
     """`up` and `state` say what the first flag of the stream was, half of the time."""
     has_label = pl.int_range(pl.len()) % 2 == 0
     up = pl.col("mark") > 0
@@ -91,7 +91,7 @@ def test_labels_that_are_event_fields_or_have_one_class_are_rejected(
 
 def test_labels_are_used_in_their_own_split_only() -> None:
     spec = label_spec(UP)
-    streams = streams_of(spec, labelled())
+    streams = streams_of(spec, labelled_frame())
     labels = labels_of(spec, streams.frame)
     plan = plan_of(fitted_spec(spec, streams, VALIDATE), streams, labels, VALIDATE, TEST)
     trained = ~np.isnan(plan.trained_labels["up"])
@@ -100,13 +100,13 @@ def test_labels_are_used_in_their_own_split_only() -> None:
     np.testing.assert_array_equal(trained, has_label & (moments < VALIDATE))
     np.testing.assert_array_equal(validated, has_label & (moments >= VALIDATE) & (moments < TEST))
     head = spec.heads[0]
-    held_out = spoken_rows(head, streams, labels, TEST)
+    held_out = target_rows(head, streams, labels, TEST)
     np.testing.assert_array_equal(held_out, np.flatnonzero(has_label & (moments >= TEST)))
 
 
 def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tmp_path) -> None:
     """The flag is in the first event only, so a later label needs a state."""
-    frame = labelled(60)
+    frame = labelled_frame(60)
     spec = label_spec(UP, STATE, epochs=8, learning_rate=0.03)
     few = label_baselines.Grid((0,), (1,), (7,), (5,), 0.1, 20)
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +144,7 @@ def test_labels_of_past_events_are_learned_better_than_by_stateless_baselines(tm
 def test_no_report_without_held_out_labels(tmp_path) -> None:
     """A head without targets does not cause a report either."""
     spec = label_spec(UP, {"kind": "sequence", "name": "hidden"}, epochs=1)
-    frame = labelled(8).with_columns(up=pl.when(pl.col("at") < TEST).then("up"))
+    frame = labelled_frame(8).with_columns(up=pl.when(pl.col("at") < TEST).then("up"))
     artifact = train_frame(spec, frame, tmp_path / "model", trees=False, quiet=True)
     assert not (artifact.path / "report.json").exists()
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_other_labels_is_rejected(tmp_path) -> None:
     def stop(_: dict[str, Any]) -> None:
         raise Stopped
 
-    spec, frame = label_spec(UP, epochs=1), labelled(8)
+    spec, frame = label_spec(UP, epochs=1), labelled_frame(8)
     with pytest.raises(Stopped):
         train(spec, frame, tmp_path / "model", quiet=True, after_epoch=stop)
     other = frame.with_columns(up=~pl.col("up"))
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_other_labels_is_rejected(tmp_path) -> None:
 
 def test_tree_features_cover_the_requested_events_of_one_stream() -> None:
     spec = label_spec(UP)
-    streams = streams_of(spec, labelled(4))
+    streams = streams_of(spec, labelled_frame(4))
     fitted = fitted_spec(spec, streams, VALIDATE)
     assert fitted.events is not None
     rows = streams.encoded(fitted.events)
@@ -182,7 +182,7 @@ def test_tree_features_cover_the_requested_events_of_one_stream() -> None:
 
 def test_padding_has_no_labels() -> None:
     spec = label_spec(UP)
-    streams = streams_of(spec, labelled(5))
+    streams = streams_of(spec, labelled_frame(5))
     labels = labels_of(spec, streams.frame)
     fitted = fitted_spec(spec, streams, VALIDATE)
     loop = Loop(fitted, plan_of(fitted, streams, labels, VALIDATE, TEST), 1)
@@ -209,7 +209,7 @@ def test_label_baselines_see_the_labelled_event(monkeypatch) -> None:
     labels = labels_of(spec, streams.frame)
     fitted = fitted_spec(spec, streams, VALIDATE)
     rows = [
-        spoken_rows(spec.heads[0], streams, labels, start, stop)
+        target_rows(spec.heads[0], streams, labels, start, stop)
         for start, stop in ((None, VALIDATE), (VALIDATE, TEST), (TEST, None))
     ]
     table = Table(fitted, streams, streams.encoded(fitted.events), *rows, labels)

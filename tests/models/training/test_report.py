@@ -77,7 +77,7 @@ def test_no_baseline_is_fitted_on_held_out_events(table):
     """Held-out events of other streams do not change the predictions for a stream."""
     frame = latch_frame(60)
     other = (pl.col("at") >= TEST) & (pl.col("id") != "s00")
-    changed = table_of(
+    changed_frame = table_of(
         frame.with_columns(
             noise=pl.when(other).then(50.0).otherwise("noise"),
             mark=pl.when(other).then(-pl.col("mark")).otherwise("mark"),
@@ -88,7 +88,7 @@ def test_no_baseline_is_fitted_on_held_out_events(table):
     assert own.any()
     for head in table.spec.heads:
         before = baselines_of(table, head, trees=head.name == "up")
-        after = baselines_of(changed, head, trees=head.name == "up")
+        after = baselines_of(changed_frame, head, trees=head.name == "up")
         for one, two in zip(before, after, strict=True):
             assert one.settings == two.settings
             for metric, loss in one.scored.losses.items():

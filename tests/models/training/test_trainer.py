@@ -18,7 +18,7 @@ class Stopped(Exception):
     """Raised by a test to interrupt a training."""
 
 
-def looped(frame, **training) -> Loop:
+def loop_over(frame, **training) -> Loop:
     """A loop over the frame, with dropout by default."""
     spec = latch_spec(**training)
     streams = streams_of(spec, frame)
@@ -48,7 +48,7 @@ RECURRENT = [
 @pytest.mark.parametrize("recurrent", RECURRENT, ids=["lstm", "options", "gru"])
 def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
     """With constant weights, a segment ends in the state of one run over the stream so far."""
-    loop = looped(frame, dropout=0.0, recurrent=recurrent, learning_rate=1e-30, weight_decay=0.0)
+    loop = loop_over(frame, dropout=0.0, recurrent=recurrent, learning_rate=1e-30, weight_decay=0.0)
     for epoch in range(4):
         for _ in loop.train_epoch(epoch):
             pass
@@ -60,13 +60,13 @@ def test_the_carried_state_equals_one_run_over_the_stream(frame, recurrent):
         start = first.start
         rows = loop.plan.rows[start : segment.stop][None]
         state = np.zeros((1, loop.network.state_size), np.float32)
-        whole = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
-        np.testing.assert_allclose(end_states[at], whole.state.numpy()[0], atol=1e-6)
+        one_run = loop.network.forward(rows, np.array([rows.shape[1]], np.int32), state)
+        np.testing.assert_allclose(end_states[at], one_run.state.numpy()[0], atol=1e-6)
 
 
 def test_the_gradient_stops_between_windows(frame):
     """The gradient of a window depends on its initial state, not on the windows before it."""
-    loop = looped(frame)
+    loop = loop_over(frame)
     window = next(loop._cut(loop.plan.groups[0]))
     tensors = loop._tensors(window, loop.plan.trained, {})
     state = tf.constant(
@@ -197,8 +197,13 @@ def test_specs_that_cannot_be_trained_are_rejected(frame, tmp_path):
 
 def test_members_are_resumed(frame, tmp_path):
     spec = latch_spec(members=2, epochs=2)
-    whole = train(spec, frame, tmp_path / "whole", quiet=True)
-    assert [(r["member"], r["epoch"]) for r in whole.history] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    uninterrupted = train(spec, frame, tmp_path / "whole", quiet=True)
+    assert [(r["member"], r["epoch"]) for r in uninterrupted.history] == [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        (2, 2),
+    ]
 
     def stop(record):
         if (record["member"], record["epoch"]) == (2, 1):
@@ -207,11 +212,11 @@ def test_members_are_resumed(frame, tmp_path):
     with pytest.raises(Stopped):
         train(spec, frame, tmp_path / "cut", quiet=True, after_epoch=stop)
     resumed = train(spec, frame, tmp_path / "cut", quiet=True, resume=True)
-    assert resumed.artifact.fingerprint == whole.artifact.fingerprint
+    assert resumed.artifact.fingerprint == uninterrupted.artifact.fingerprint
 
 
 def test_unknown_rate_hides_a_share_of_the_categories(frame):
-    loop = looped(frame, unknown_rate=0.4)
+    loop = loop_over(frame, unknown_rate=0.4)
     rows = loop.plan.rows[:300].reshape(3, 100, -1)
     kind = [column.name for column in loop.spec.columns].index("kind")
     masked = loop._forgetful(tf.constant(rows), tf.constant([1, 7])).numpy()
@@ -226,7 +231,7 @@ def test_unknown_rate_hides_a_share_of_the_categories(frame):
 
 @pytest.mark.parametrize("weigh", ["steps", "windows"])
 def test_steps_or_windows_have_equal_weight(frame, weigh):
-    loop = looped(frame, weigh=weigh)
+    loop = loop_over(frame, weigh=weigh)
     shares, counts = [], []
     for group in loop.plan.groups:
         for window in loop._cut(group):

@@ -9,7 +9,7 @@ SPANS = [(0, 37), (37, 38), (38, 38), (38, 120), (120, 133)]
 def run(segment_steps: int, batch_size: int, window_steps: int) -> list[list[np.ndarray]]:
     """Rows read, window by window, of every segment."""
     segments = segments_of(SPANS, segment_steps)
-    read: list[list[np.ndarray]] = [[] for _ in segments]
+    rows_read: list[list[np.ndarray]] = [[] for _ in segments]
     for group in groups_of(segments, batch_size):
         group_segments = [segments[index] for index in group]
         for window in windows_of(group_segments, batch_size, window_steps):
@@ -17,8 +17,8 @@ def run(segment_steps: int, batch_size: int, window_steps: int) -> list[list[np.
             assert window.index.shape[1] <= window_steps
             assert (window.lengths[len(group) :] == 0).all()
             for slot, index in enumerate(group):
-                read[index].append(window.index[slot, : window.lengths[slot]])
-    return read
+                rows_read[index].append(window.index[slot, : window.lengths[slot]])
+    return rows_read
 
 
 @pytest.mark.parametrize("segment_steps", [1, 8, 1000])
@@ -26,8 +26,8 @@ def run(segment_steps: int, batch_size: int, window_steps: int) -> list[list[np.
 @pytest.mark.parametrize("window_steps", [1, 7, 64])
 def test_every_step_is_read_once_and_in_order(segment_steps, batch_size, window_steps):
     segments = segments_of(SPANS, segment_steps)
-    read = run(segment_steps, batch_size, window_steps)
-    for segment, parts in zip(segments, read, strict=True):
+    rows_read = run(segment_steps, batch_size, window_steps)
+    for segment, parts in zip(segments, rows_read, strict=True):
         np.testing.assert_array_equal(np.concatenate(parts), np.arange(segment.start, segment.stop))
     assert sum(segment.steps for segment in segments) == 133
 
