@@ -6,7 +6,7 @@ forgets; how many events the trees look back on, how large and how many they are
 by their loss on the validation events. None of them sees a held-out event before it is
 scored.
 
-The two plain ones become chances through isotonic regression, quantiles through the
+The two plain ones become probabilities through isotonic regression, quantiles through the
 quantiles of their training errors, and densities through a Gaussian of their training
 errors. An anomaly's categorical and boolean targets have their training frequencies in all
 three baselines. Those of labels are in `models.training.label_baselines`.
@@ -38,7 +38,7 @@ from models.training.scores import (
     Floats,
     Scored,
     is_binary,
-    score_chance,
+    score_binary,
     score_classes,
     score_forecast,
     truth_of,
@@ -106,7 +106,7 @@ def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baselin
     value = table.encoded(head.target)
 
     def fit(series: Floats, at: NDArray[np.int64]) -> Scored:
-        return score_chance(_isotonic(series, truth, table.train, at), truth[at])
+        return score_binary(_isotonic(series, truth, table.train, at), truth[at])
 
     last, last_settings = _best(table, [(value, {})], fit, "log_loss")
     candidates = _running_candidates(table, truth, "target") + _running_candidates(
@@ -116,28 +116,30 @@ def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baselin
     baselines = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
     if trees:
         model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
-        chance = model.chances(table.test)[:, 1]
-        baselines.append(Baseline(TREES, score_chance(chance, truth[table.test]), model.settings))
+        probability = model.probabilities(table.test)[:, 1]
+        baselines.append(
+            Baseline(TREES, score_binary(probability, truth[table.test]), model.settings)
+        )
     return baselines
 
 
 def _isotonic(
     series: Floats, truth: Floats, train: NDArray[np.int64], at: NDArray[np.int64]
 ) -> Floats:
-    """Chances at `at` from the series one event earlier, fitted on the training targets."""
+    """Probabilities at `at` from the series one event earlier, fitted on the training targets."""
     labelled = train[~np.isnan(truth[train])]
     rate = float(truth[labelled].mean())
     usable = labelled[~np.isnan(series[labelled - 1])]
     predictor = series[at - 1]
-    chance = np.full(len(at), rate)
+    probability = np.full(len(at), rate)
     if len(usable) >= 2:
         curve = IsotonicRegression(out_of_bounds="clip", increasing="auto")
         curve.fit(series[usable - 1], truth[usable])
         there = ~np.isnan(predictor)
-        chance[there] = curve.predict(predictor[there])
+        probability[there] = curve.predict(predictor[there])
     # Isotonic regression may say 0 or 1; one more event of the base rate keeps it finite.
     size = max(1.0, float(np.sqrt(len(usable))))
-    return (chance * size + rate) / (size + 1)
+    return (probability * size + rate) / (size + 1)
 
 
 def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
@@ -159,24 +161,26 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
             axis=1,
         )
         for share in (0.02, 0.1, 0.3, 0.6):
-            chances = (1 - share) * means[life][table.validate - 1] + share * base
-            loss = score_classes(chances, codes[table.validate].astype(np.float64))
+            probabilities = (1 - share) * means[life][table.validate - 1] + share * base
+            loss = score_classes(probabilities, codes[table.validate].astype(np.float64))
             mean = float(loss.losses["log_loss"].mean())
             if best is None or mean < best[0]:
                 best = (mean, life, share)
     if best is not None:
         loss_, life, share = best
-        chances = (1 - share) * means[life][table.test - 1] + share * base
-        scored = score_classes(chances, codes[table.test].astype(np.float64))
+        probabilities = (1 - share) * means[life][table.test - 1] + share * base
+        scored = score_classes(probabilities, codes[table.test].astype(np.float64))
         settings = {"half_life_events": life, "base_share": share, "validation": loss_}
         baselines.append(Baseline(RUNNING, scored, settings))
     if trees and count <= MAX_TREE_CLASSES:
         truth = codes.astype(np.float64)
         model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
-        chance = np.full((len(table.test), count), 1e-6)
-        chance[:, model.classes] = model.chances(table.test)
-        chance /= chance.sum(axis=1, keepdims=True)
-        baselines.append(Baseline(TREES, score_classes(chance, truth[table.test]), model.settings))
+        probability = np.full((len(table.test), count), 1e-6)
+        probability[:, model.classes] = model.probabilities(table.test)
+        probability /= probability.sum(axis=1, keepdims=True)
+        baselines.append(
+            Baseline(TREES, score_classes(probability, truth[table.test]), model.settings)
+        )
     return baselines
 
 

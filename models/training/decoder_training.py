@@ -8,7 +8,7 @@ are on every hour and not only on the grid of windows.
 
 The decoder is fed the true value or its own point forecast (Bengio et al. 2015, "Scheduled
 sampling for sequence prediction with recurrent neural networks"): per anchor and step the truth
-with chance s, which falls over the training's progress p from 0 to 1:
+with probability s, which falls over the training's progress p from 0 to 1:
 
     teacher          s = 1                                  (teacher forcing, Williams 1989)
     linear           s = max(floor, 1 - p / (2 half_at))
@@ -49,14 +49,14 @@ LATEST = 100.0
 
 
 class Anchors(NamedTuple):
-    """Where the decoder is unrolled in one window: A anchors, the first of all lanes first.
+    """Where the decoder is unrolled in one window: A anchors, the first of all slots first.
 
     Attributes:
         cuts: int32 [n], where the pieces of the window end; A = n B.
         values: float32 [A, H, D], the true future values, encoded.
         there: bool [A, H, D], which of them exist and count.
         known: float32 [A, H, K], encoded.
-        share: float32, chance of feeding back the truth.
+        share: float32, probability of feeding back the truth.
         seed: int32 [2], of the draws of it.
     """
 
@@ -69,7 +69,7 @@ class Anchors(NamedTuple):
 
 
 def truth_share(training: DecoderTraining, progress: float) -> float:
-    """The chance that the truth is fed back, at a share of the training."""
+    """The probability that the truth is fed back, at a share of the training."""
     at = progress / training.half_at
     match training.feedback:
         case "teacher":
@@ -91,11 +91,11 @@ def steps_ahead(
         moments_ms: int64 [rows].
         step_ms: between two of them; None where any time may lie between.
     """
-    goes_on = side.copy()
+    is_followed = side.copy()
     if step_ms is not None:
-        goes_on[:-1] &= np.diff(moments_ms) == step_ms
+        is_followed[:-1] &= np.diff(moments_ms) == step_ms
     rows = np.arange(len(side))
-    stops = np.where(goes_on, len(side), rows)
+    stops = np.where(is_followed, len(side), rows)
     nearest = np.minimum.accumulate(stops[::-1])[::-1]
     return np.asarray(nearest - rows, np.int64)
 
@@ -133,7 +133,7 @@ class DecoderTrainer:
             number: of the window, which decides the draws.
             progress: of the training; None validates, from the other side of the split.
         """
-        lanes, steps = window.index.shape
+        batch_size, steps = window.index.shape
         random = np.random.default_rng([self._seed, number, progress is not None])
         cuts = self._cuts(steps, random)
         at = window.index[:, cuts - 1].T
@@ -150,7 +150,7 @@ class DecoderTrainer:
             axis=-1,
         )
         share = 0.0 if progress is None else truth_share(self._training, progress)
-        flat = (len(cuts) * lanes, self.horizon)
+        flat = (len(cuts) * batch_size, self.horizon)
         return Anchors(
             cuts.astype(np.int32),
             rows[..., self._targets].reshape(*flat, -1),

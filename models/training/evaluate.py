@@ -52,9 +52,9 @@ def run_chunks(
     Args:
         artifact: the model.
         streams: its events.
-        chunk: most events in a chunk; lengths are drawn evenly from 1 to it. A network that looks
-            at a chunk as a whole gets the windows of its training, one that takes whole sequences
-            whole streams, and one in blocks its own windows.
+        chunk: maximum events of a chunk; lengths are drawn uniformly from 1 to it. A network that
+            depends on the chunk gets the windows of its training, one that takes whole sequences
+            gets whole streams, and one in blocks its own windows.
         seed: of the lengths.
         batch: most streams in a batch.
         advance: called with the number of events done, after every batch.
@@ -80,35 +80,35 @@ def run_chunks(
     random = np.random.default_rng(seed)
     outputs = np.zeros((streams.events, network.output_size), np.float32)
     fixed = _fixed_steps(spec, streams)
-    lanes = min(batch, len(streams.spans))
+    batch_size = min(batch, len(streams.spans))
     waiting = sorted(streams.spans, key=lambda span: (span[1] - span[0], -span[0]))
-    at = np.zeros(lanes, np.int64)
-    stop = np.zeros(lanes, np.int64)
-    state = np.zeros((lanes, network.state_size), np.float32)
-    clocks = [Clock()] * lanes
+    at = np.zeros(batch_size, np.int64)
+    stop = np.zeros(batch_size, np.int64)
+    state = np.zeros((batch_size, network.state_size), np.float32)
+    clocks = [Clock()] * batch_size
     while True:
-        for lane in np.flatnonzero(at == stop):
+        for slot in np.flatnonzero(at == stop):
             if not waiting:
                 break
-            at[lane], stop[lane] = waiting.pop()
-            state[lane] = 0
-            clocks[lane] = Clock()
-        chunk_lengths = random.integers(1, chunk + 1, lanes) if fixed is None else fixed
+            at[slot], stop[slot] = waiting.pop()
+            state[slot] = 0
+            clocks[slot] = Clock()
+        chunk_lengths = random.integers(1, chunk + 1, batch_size) if fixed is None else fixed
         lengths = np.minimum(chunk_lengths, stop - at).astype(np.int32)
         if not lengths.any():
             return outputs
         steps = SMALLEST_STEPS
         while steps < lengths.max():
             steps *= 2
-        rows = np.zeros((lanes, steps, spec.input_features), np.float32)
-        for lane in np.flatnonzero(lengths):
-            part = slice(int(at[lane]), int(at[lane] + lengths[lane]))
-            encoded, clocks[lane] = encode(schema, streams.columns[part], clocks[lane])
-            rows[lane, : lengths[lane]] = encoded
+        rows = np.zeros((batch_size, steps, spec.input_features), np.float32)
+        for slot in np.flatnonzero(lengths):
+            part = slice(int(at[slot]), int(at[slot] + lengths[slot]))
+            encoded, clocks[slot] = encode(schema, streams.columns[part], clocks[slot])
+            rows[slot, : lengths[slot]] = encoded
         computed, after = step(rows, lengths, state)
         values, state = computed.numpy(), np.array(after)
-        for lane in np.flatnonzero(lengths):
-            outputs[at[lane] : at[lane] + lengths[lane]] = values[lane, : lengths[lane]]
+        for slot in np.flatnonzero(lengths):
+            outputs[at[slot] : at[slot] + lengths[slot]] = values[slot, : lengths[slot]]
         at += lengths
         if advance is not None:
             advance(int(lengths.sum()))
@@ -142,32 +142,32 @@ def _run_blocks(
     rows = streams.encoded(schema_of(network.spec))
     outputs = np.zeros((streams.events, network.output_size), np.float32)
     longest_first = sorted(streams.spans, key=lambda span: span[0] - span[1])
-    lanes = min(batch, len(longest_first))
-    for first in range(0, len(longest_first), lanes):
-        group = longest_first[first : first + lanes]
+    batch_size = min(batch, len(longest_first))
+    for first in range(0, len(longest_first), batch_size):
+        group = longest_first[first : first + batch_size]
         windows = [
             cut_blocks(blocks, rows[start:stop], final=True).windows for start, stop in group
         ]
-        state = np.zeros((lanes, network.state_size), np.float32)
+        state = np.zeros((batch_size, network.state_size), np.float32)
         for number in range(len(windows[0])):
-            padded = np.zeros((lanes, blocks.window, rows.shape[1]), np.float32)
-            lengths = np.zeros(lanes, np.int32)
-            for lane, own in enumerate(windows):
+            padded = np.zeros((batch_size, blocks.window, rows.shape[1]), np.float32)
+            lengths = np.zeros(batch_size, np.int32)
+            for slot, own in enumerate(windows):
                 if number < len(own):
-                    lengths[lane] = len(own[number])
-                    padded[lane, : lengths[lane]] = own[number]
+                    lengths[slot] = len(own[number])
+                    padded[slot, : lengths[slot]] = own[number]
             computed, after = step(padded, lengths, state)
             values, state = computed.numpy(), np.array(after)
             scored = np.minimum(lengths, blocks.size)
-            for lane, (start, _) in enumerate(group):
+            for slot, (start, _) in enumerate(group):
                 at = start + number * blocks.size
-                outputs[at : at + scored[lane]] = values[lane, : scored[lane]]
+                outputs[at : at + scored[slot]] = values[slot, : scored[slot]]
             if advance is not None:
                 advance(int(scored.sum()))
     return outputs
 
 
-def cuts_of(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
+def chunk_settings(spec: ModelSpec, chunk: int, seed: int) -> dict[str, Any]:
     """How `run_chunks` split the streams, as plain data: `blocks`, or `chunk` and `seed`."""
     if spec.blocks is not None:
         return {"blocks": spec.blocks.model_dump()}
@@ -228,9 +228,9 @@ def evaluate(
         source: what errors call the table.
 
     Returns:
-        `events`, `streams`, `scored` (events), `since`, what `cuts_of` gives, and `heads`: by
-        head, its metrics; `decoder` for a model that has one, as `horizon_report` gives it, with
-        the points of the baselines alone.
+        `events`, `streams`, `scored` (events), `since`, the members of `chunk_settings`, and
+        `heads`: by head, its metrics; for a model with a decoder also `decoder`, as from
+        `horizon_report`, with the points of the baselines alone.
 
     Raises:
         SpecError, DataError: the model has nothing to score, or the table does not fit it.
@@ -257,7 +257,7 @@ def evaluate(
         "streams": len(streams.names),
         "scored": scored,
         "since": since,
-        **cuts_of(spec, chunk, seed),
+        **chunk_settings(spec, chunk, seed),
         "heads": head_metrics(spec, outputs, streams, labels, from_ms),
         **decoded,
     }

@@ -1,7 +1,7 @@
 """Scores a decoder's forecasts on held-out events by step of the horizon, with naive baselines.
 
 From the state after every `stride`-th event the decoder forecasts along its medians, given the
-known future covariates and nothing else. What it said is compared with what came,
+known future covariates and nothing else. Predictions are compared with the observed values,
 in the fields' own units:
 
     last value      the last one observed
@@ -226,10 +226,10 @@ def _states(
             index = np.minimum(index, ends[:, np.newaxis] - 1)
             _, after = step(rows[index], lengths, state)
             state = after.numpy()
-            for lane in np.flatnonzero(lengths == stride):
-                anchor = place[begins[lane] + consumed + stride - 1]
+            for slot in np.flatnonzero(lengths == stride):
+                anchor = place[begins[slot] + consumed + stride - 1]
                 if anchor >= 0:
-                    collected[anchor] = state[lane]
+                    collected[anchor] = state[slot]
     return collected
 
 

@@ -45,8 +45,8 @@ def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> lis
     share = np.bincount(truth[table.train].astype(np.int64), minlength=count) + 1.0
     share /= share.sum()
 
-    def score(chances: Floats, at: NDArray[np.int64]) -> Scored:
-        predicted = chances if head.classes else chances[:, 1]
+    def score(probabilities: Floats, at: NDArray[np.int64]) -> Scored:
+        predicted = probabilities if head.classes else probabilities[:, 1]
         return score_label(head, predicted, table.labels[head.name][at])
 
     base = score(np.tile(share, (len(table.test), 1)), table.test)
@@ -70,14 +70,14 @@ def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline
         model.fit(features[table.train], truth[table.train])
         classes = model.classes_.astype(np.int64)
         validated, tested = (
-            _of_all(model.predict_proba(features[at]), classes, count)
+            _for_all_classes(model.predict_proba(features[at]), classes, count)
             for at in (table.validate, table.test)
         )
         loss = float(score(validated, table.validate).losses["log_loss"].mean())
         tried.append((loss, penalty, tested))
-    loss, penalty, chances = min(tried, key=lambda item: item[0])
+    loss, penalty, probabilities = min(tried, key=lambda item: item[0])
     settings = {"inverse_penalty": penalty, "validation": loss}
-    return Baseline(LOGISTIC, score(chances, table.test), settings)
+    return Baseline(LOGISTIC, score(probabilities, table.test), settings)
 
 
 def _plain(table: Table) -> NDArray[np.float64]:
@@ -108,12 +108,12 @@ def _trees(
         return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
     model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid)
-    chances = _of_all(model.chances(table.test), model.classes, count)
-    return Baseline(name, score(chances, table.test), model.settings)
+    probabilities = _for_all_classes(model.probabilities(table.test), model.classes, count)
+    return Baseline(name, score(probabilities, table.test), model.settings)
 
 
-def _of_all(chances: Floats, classes: NDArray[np.int64], count: int) -> Floats:
-    """Chances of all classes, those that training never saw included."""
-    all_chances = np.full((len(chances), count), 1e-6)
-    all_chances[:, classes] = chances
-    return np.asarray(all_chances / all_chances.sum(axis=1, keepdims=True), np.float64)
+def _for_all_classes(probabilities: Floats, classes: NDArray[np.int64], count: int) -> Floats:
+    """Probabilities of all classes, those that training never saw included."""
+    all_probabilities = np.full((len(probabilities), count), 1e-6)
+    all_probabilities[:, classes] = probabilities
+    return np.asarray(all_probabilities / all_probabilities.sum(axis=1, keepdims=True), np.float64)

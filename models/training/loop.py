@@ -117,17 +117,17 @@ class Loop:
         raw = [variable.numpy() for variable in self._trainable]
         for variable, average in zip(self._trainable, self._average, strict=True):
             variable.assign(average)
-        lanes = self._training.batch_streams
+        batch_size = self._training.batch_streams
         # Where the cuts are part of what is computed, they are those of training.
         has_fixed_cuts = self.spec.chunking != "invisible"
         steps = self._training.window_steps if has_fixed_cuts else SCORING_WINDOW_STEPS
         sums = dict.fromkeys(self._weights, 0.0)
         counts = dict.fromkeys(self._weights, 0)
         numbers = 0
-        for group in groups_of(self.plan.validation, lanes):
+        for group in groups_of(self.plan.validation, batch_size):
             segments = [self.plan.validation[index] for index in group]
             state = self._begin([segment.before for segment in segments])
-            for window in windows_of(segments, lanes, steps):
+            for window in windows_of(segments, batch_size, steps):
                 rows, following, lengths, mask, labels = self._tensors(
                     window, self.plan.validated, self.plan.validated_labels
                 )
@@ -206,9 +206,9 @@ class Loop:
 
     def _begin(self, before: list[int | None]) -> Any:
         state = np.zeros((self._training.batch_streams, self.network.state_size), np.float32)
-        for lane, index in enumerate(before):
+        for slot, index in enumerate(before):
             if index is not None:
-                state[lane] = self._ended[index]
+                state[slot] = self._ended[index]
         return tf.constant(state)
 
     def _tensors(
@@ -227,7 +227,7 @@ class Loop:
             },
         )
 
-    def _forgetful(self, rows: Any, seed: Any) -> Any:
+    def _hide_categories(self, rows: Any, seed: Any) -> Any:
         """The rows with a share of their categories replaced by the unknown one."""
         columns = np.array([column.codes is not None for column in self.spec.columns])
         if not self._training.unknown_rate or not columns.any():
@@ -248,7 +248,7 @@ class Loop:
         anchors: Anchors | None = None,
     ) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
-            masked = self._forgetful(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
+            masked = self._hide_categories(rows, tf.stack([self._seed, tf.cast(count, tf.int32)]))
             result, decoded = self._pass(masked, lengths, tf.stop_gradient(state), anchors, True)
             losses = self.network.losses(result.raw, following, mask, labels)
             if decoded is not None:

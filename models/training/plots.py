@@ -61,7 +61,7 @@ def _skill(heads: dict[str, Any]) -> Figure:
             axes.plot(scores[metric]["value"], at, "o", color=color)
         axes.set_yticks(range(len(rows)), [model for model, _ in rows])
         axes.margins(y=0.2)
-        axes.set_title(f"{name}: {metric} on held-out events, less is better", fontsize="medium")
+        axes.set_title(f"{name}: {metric} on held-out events, lower is better", fontsize="medium")
     return figure
 
 
@@ -93,7 +93,7 @@ def _calibration(heads: dict[str, Any]) -> Figure:
         top = max(*predicted, *happened, 0.01)
         axes.plot([0, top], [0, top], color="tab:gray", linewidth=1)
         axes.plot(predicted, happened, "o-")
-        axes.set(xlabel="said", ylabel="happened", title=f"{name}: calibration")
+        axes.set(xlabel="predicted", ylabel="observed", title=f"{name}: calibration")
     return figure
 
 

@@ -26,7 +26,7 @@ from models.spec.layout import output_spec
 from models.training.baselines import baselines_of
 from models.training.data import Streams, moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import (
-    cuts_of,
+    chunk_settings,
     distinct_rows,
     events_to_score,
     run_chunks,
@@ -156,7 +156,7 @@ def make_report(
             "validate_from": training.validate_from,
             "test_from": training.test_from,
         },
-        "run": {"seed": seed, "draws": draws, **cuts_of(spec, chunk, seed)},
+        "run": {"seed": seed, "draws": draws, **chunk_settings(spec, chunk, seed)},
         "heads": head_reports,
         **_decoder_report(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),
@@ -209,22 +209,22 @@ def _compare(scored: Scored, baselines: list[Baseline], days: DayDraws) -> dict[
 
 def _resample(scored: Scored, days: DayDraws) -> dict[str, NDArray[np.float64]]:
     draws = {name: days.means(loss) for name, loss in scored.losses.items()}
-    if scored.chance is not None and scored.truth is not None and scored.has_both_classes:
-        draws["auc"] = days.aucs(scored.chance, scored.truth)
+    if scored.probability is not None and scored.truth is not None and scored.has_both_classes:
+        draws["auc"] = days.aucs(scored.probability, scored.truth)
     return draws
 
 
 def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]:
-    """Tenths of the events by chance, or the share of values at or below each quantile."""
-    if scored.chance is not None and scored.truth is not None:
+    """Tenths of the events by probability, or the share of values at or below each quantile."""
+    if scored.probability is not None and scored.truth is not None:
         present = ~np.isnan(scored.truth)
-        chance, truth = scored.chance[present], scored.truth[present]
-        order = np.argsort(chance, kind="stable")
+        probability, truth = scored.probability[present], scored.truth[present]
+        order = np.argsort(probability, kind="stable")
         bins = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
         return {
             "calibration": [
                 {
-                    "said": float(chance[part].mean()),
+                    "said": float(probability[part].mean()),
                     "happened": float(truth[part].mean()),
                     "events": len(part),
                 }

@@ -2,7 +2,7 @@
 
 Every head is scored on the events that it predicts, each seen from the event before it in its
 stream; a stream's first event is nobody's target. A label head labels the event itself.
-Less is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
+Lower is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
 
     classification  `log_loss` (nats), `brier`; AUC where there are two classes
     label           the same
@@ -41,7 +41,7 @@ from models.spec.model import ModelSpec
 from models.training.labels import Labels
 
 Floats = NDArray[np.float64]
-SMALLEST_CHANCE = 1e-6
+MIN_PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Scored:
 
     Attributes:
         losses: by metric, float64 [n]; NaN where the event has no such target.
-        chance: for two classes, the probability given to the second, float64 [n].
+        probability: for two classes, the probability given to the second, float64 [n].
         truth: for two classes, 1, 0 or NaN; for forecasts, the values [n, targets].
         values: for forecasts, [n, targets, quantiles or 1].
     """
 
     losses: Mapping[str, Floats]
-    chance: Floats | None = None
+    probability: Floats | None = None
     truth: Floats | None = None
     values: Floats | None = field(default=None, repr=False)
 
@@ -68,15 +68,15 @@ class Scored:
     @property
     def has_both_classes(self) -> bool:
         """Whether the head is binary and both classes occur."""
-        if self.chance is None or self.truth is None:
+        if self.probability is None or self.truth is None:
             return False
         return len(np.unique(self.truth[~np.isnan(self.truth)])) == 2
 
     def means(self) -> dict[str, float]:
         """Mean losses over the events that have a target, and `auc` if both classes occur."""
         means = {name: float(np.nanmean(loss)) for name, loss in self.losses.items()}
-        if self.chance is not None and self.truth is not None and self.has_both_classes:
-            means["auc"] = auc(self.chance, self.truth)
+        if self.probability is not None and self.truth is not None and self.has_both_classes:
+            means["auc"] = auc(self.probability, self.truth)
         return means
 
 
@@ -120,23 +120,25 @@ def truth_of(spec: ModelSpec, head: Head, columns: EventColumns, at: NDArray[np.
     return np.stack(truths, axis=1)
 
 
-def score_chance(chance: Floats, truth: Floats) -> Scored:
+def score_binary(probability: Floats, truth: Floats) -> Scored:
     """Two classes; both [n]."""
-    safe = np.clip(chance, SMALLEST_CHANCE, 1 - SMALLEST_CHANCE)
+    safe = np.clip(probability, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
     log_loss = -np.where(truth > 0.5, np.log(safe), np.log1p(-safe))
     missing = np.isnan(truth)
     losses = {
         "log_loss": np.where(missing, np.nan, log_loss),
-        "brier": np.square(chance - truth),
+        "brier": np.square(probability - truth),
     }
-    return Scored(losses, chance=chance, truth=truth)
+    return Scored(losses, probability=probability, truth=truth)
 
 
-def score_classes(chances: Floats, truth: Floats) -> Scored:
-    """More classes: chances [n, K] and codes [n]."""
-    true_chance = chances[np.arange(len(truth)), truth.astype(np.int64)]
-    brier = np.square(chances).sum(axis=1) - 2 * true_chance + 1
-    return Scored({"log_loss": -np.log(np.maximum(true_chance, SMALLEST_CHANCE)), "brier": brier})
+def score_classes(probabilities: Floats, truth: Floats) -> Scored:
+    """More classes: probabilities [n, K] and codes [n]."""
+    true_probability = probabilities[np.arange(len(truth)), truth.astype(np.int64)]
+    brier = np.square(probabilities).sum(axis=1) - 2 * true_probability + 1
+    return Scored(
+        {"log_loss": -np.log(np.maximum(true_probability, MIN_PROBABILITY)), "brier": brier}
+    )
 
 
 def pinball(levels: Floats, error: Floats) -> Floats:
@@ -183,7 +185,7 @@ def score_outputs(
     match head:
         case ClassificationHead():
             return (
-                score_chance(previous, truth)
+                score_binary(previous, truth)
                 if previous.ndim == 1
                 else score_classes(previous, truth)
             )
@@ -197,27 +199,29 @@ def score_outputs(
 def score_label(head: LabelHead, predictions: Floats, label: NDArray[np.float32]) -> Scored:
     """Probabilities [n] or [n, K] of labels [n], every one of them known."""
     truth = label.astype(np.float64)
-    return score_classes(predictions, truth) if head.classes else score_chance(predictions, truth)
+    return score_classes(predictions, truth) if head.classes else score_binary(predictions, truth)
 
 
-def auc(chance: Floats, truth: Floats, weight: Floats | None = None) -> float:
+def auc(probability: Floats, truth: Floats, weight: Floats | None = None) -> float:
     """Area under the ROC curve, ties counted half; NaN where a class is missing.
 
     Args:
-        chance: [n].
+        probability: [n].
         truth: 1, 0, or NaN to leave the event out, [n].
         weight: [n], how often each event counts; once by default.
     """
-    return RankedChances(chance, truth).auc(np.ones(len(truth)) if weight is None else weight)
+    return RankedProbabilities(probability, truth).auc(
+        np.ones(len(truth)) if weight is None else weight
+    )
 
 
-class RankedChances:
-    """Chances sorted once, for many weightings."""
+class RankedProbabilities:
+    """Probabilities sorted once, for many weightings."""
 
-    def __init__(self, chance: Floats, truth: Floats):
+    def __init__(self, probability: Floats, truth: Floats):
         """Sort; arguments as for `auc`."""
         self._kept = np.flatnonzero(~np.isnan(truth))
-        values, self._group = np.unique(chance[self._kept], return_inverse=True)
+        values, self._group = np.unique(probability[self._kept], return_inverse=True)
         self._groups = len(values)
         self._truth = truth[self._kept]
 
@@ -262,9 +266,9 @@ class DayDraws:
         sizes = np.bincount(self.day[present], minlength=days)
         return np.asarray((self.counts @ sums) / (self.counts @ sizes), np.float64)
 
-    def aucs(self, chance: Floats, truth: Floats) -> Floats:
+    def aucs(self, probability: Floats, truth: Floats) -> Floats:
         """The AUC of every draw, [draws]."""
-        ranked = RankedChances(chance, truth)
+        ranked = RankedProbabilities(probability, truth)
         return np.array([ranked.auc(count[self.day]) for count in self.counts])
 
 

@@ -94,7 +94,7 @@ class Trees:
                 of every row, and which of them are categories.
             truth: float64 [rows], the target at its own row; NaN where absent.
             train, validate: int64, target rows; their features are those of the row before.
-            grid: what is tried; `FULL` for chances and `SHORT` for numbers by default.
+            grid: what is tried; `FULL` for probabilities and `SHORT` for numbers by default.
         """
         trees_model = cls(kind, features, 0.5, grid)
         trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
@@ -113,7 +113,7 @@ class Trees:
 
     @property
     def classes(self) -> NDArray[np.int64]:
-        """The classes in the order of `chances`."""
+        """The classes in the order of `probabilities`."""
         return np.asarray(self._model.classes_, np.int64)
 
     def refit(self, level: float) -> Trees:
@@ -125,7 +125,7 @@ class Trees:
         trees._fit(trees.settings, int(trees.settings["trees"]))
         return trees
 
-    def chances(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
+    def probabilities(self, at: NDArray[np.int64]) -> NDArray[np.float64]:
         """Probabilities of the classes at target rows, [n, classes]."""
         return np.asarray(self._stage(self._rows(at), "staged_predict_proba"))
 

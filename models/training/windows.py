@@ -46,11 +46,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One window of a group, padded to T steps and B lanes.
+    """One window of a group, padded to T steps and B slots of a batch.
 
     Attributes:
         index: int64 [B, T], the row that each step reads; padding repeats row 0.
-        lengths: int32 [B], valid steps of each lane; 0 where a lane is empty or has ended.
+        lengths: int32 [B], valid steps of each slot; 0 where a slot is empty or has ended.
     """
 
     index: NDArray[np.int64]
@@ -68,18 +68,18 @@ def segments_of(spans: Sequence[tuple[int, int]], segment_steps: int) -> list[Se
     return segments
 
 
-def groups_of(segments: Sequence[Segment], lanes: int) -> list[list[int]]:
-    """Indices of segments, `lanes` to a group, those of about the same length together."""
+def groups_of(segments: Sequence[Segment], batch_size: int) -> list[list[int]]:
+    """Indices of segments, `batch_size` to a group, those of about the same length together."""
     order = sorted(range(len(segments)), key=lambda i: (-segments[i].steps, i))
-    return [order[at : at + lanes] for at in range(0, len(order), lanes)]
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
-def windows_of(group: Sequence[Segment], lanes: int, window_steps: int) -> Iterator[Window]:
+def windows_of(group: Sequence[Segment], batch_size: int, window_steps: int) -> Iterator[Window]:
     """The windows of one group, in order.
 
     Args:
-        group: at most `lanes` segments; lane i carries segment i.
-        lanes: B.
+        group: at most `batch_size` segments; slot i carries segment i.
+        batch_size: B.
         window_steps: most steps of a window; the longest segment's are nearly equal.
     """
     longest = max(segment.steps for segment in group)
@@ -87,8 +87,8 @@ def windows_of(group: Sequence[Segment], lanes: int, window_steps: int) -> Itera
     grain = max(1, window_steps // LENGTHS_PER_WINDOW)
     steps = min(window_steps, ceil(ceil(longest / count) / grain) * grain)
     offsets = np.arange(steps, dtype=np.int64)
-    starts = np.zeros(lanes, np.int64)
-    stops = np.zeros(lanes, np.int64)
+    starts = np.zeros(batch_size, np.int64)
+    stops = np.zeros(batch_size, np.int64)
     starts[: len(group)] = [segment.start for segment in group]
     stops[: len(group)] = [segment.stop for segment in group]
     for begin in range(0, longest, steps):

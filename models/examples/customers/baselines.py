@@ -1,12 +1,12 @@
 """Customary predictors of repeat purchases, as baselines of the head `again`.
 
-    own mean gap       m, the mean of the customer's gaps so far; 1 - exp(-30 / m), made a chance
-                       by isotonic regression. At a first purchase the rate of first purchases.
+    own mean gap       m, the mean of the customer's gaps so far; 1 - exp(-30 / m), calibrated by
+                       isotonic regression. At a first purchase the rate of first purchases.
     recency-frequency  the share that bought again among training purchases with as many before
                        (1, 2, 3, 4 to 5, 6 to 9, more) and as long a gap before (in weeks)
     BG/NBD             Fader, Hardie and Lee, "Counting your customers" the easy way, 2005: each
                        customer buys at a rate drawn from a gamma distribution and stops after a
-                       purchase with a chance drawn from a beta distribution
+                       purchase with a probability drawn from a beta distribution
 
 BG/NBD is fitted by maximum likelihood on every customer's number of repeat purchases x, moment
 of the last t and age T at the end of the training months, in days:
@@ -14,7 +14,7 @@ of the last t and age T at the end of the training months, in days:
     L = B(a, b+x) G(r+x) A^r / (B(a, b) G(r) (A+T)^(r+x))
       + [x > 0] B(a+1, b+x-1) G(r+x) A^r / (B(a, b) G(r) (A+t)^(r+x))
 
-At the moment of a purchase t = T, and the chance of another within d days is that of going on
+At the moment of a purchase t = T, and the probability of another within d days is that of going on
 times that of a purchase in time, whose rate is gamma distributed given what was seen:
 
     (b+x-1) / (a+b+x-1) [1 where x = 0] * (1 - ((A+T) / (A+T+d))^(r+x))
@@ -35,7 +35,7 @@ from models.events.zones import DAY_MS
 from models.examples.customers.data import WITHIN_DAYS
 from models.spec.heads import Head
 from models.training.data import moment_ms, schema_of, training_of
-from models.training.scores import Floats, score_chance
+from models.training.scores import Floats, score_binary
 from models.training.table import Baseline, Table
 
 FREQUENCIES = (1, 2, 3, 5, 9)
@@ -49,15 +49,15 @@ def customer_baselines(table: Table, head: Head) -> list[Baseline]:
         return []
     history = _history(table)
     truth = table.labels[head.name].astype(np.float64)
-    chances = {
+    probabilities = {
         "own mean gap": _own_gap(history, truth, table.train, table.test),
         "recency-frequency": _cells(history, truth, table.train, table.test),
     }
-    settings: dict[str, dict[str, float]] = {name: {} for name in chances}
-    chances["BG/NBD"], settings["BG/NBD"] = _bg_nbd(table, history)
+    settings: dict[str, dict[str, float]] = {name: {} for name in probabilities}
+    probabilities["BG/NBD"], settings["BG/NBD"] = _bg_nbd(table, history)
     return [
-        Baseline(name, score_chance(chance, truth[table.test]), settings[name])
-        for name, chance in chances.items()
+        Baseline(name, score_binary(probability, truth[table.test]), settings[name])
+        for name, probability in probabilities.items()
     ]
 
 
@@ -81,9 +81,9 @@ def _own_gap(
     curve = IsotonicRegression(out_of_bounds="clip").fit(raw[with_gap], truth[with_gap])
     # Isotonic regression may say 0 or 1; a little of the base rate keeps the loss finite.
     size = float(np.sqrt(len(with_gap)))
-    chance = (curve.predict(raw[test]) * size + truth[with_gap].mean()) / (size + 1)
+    probability = (curve.predict(raw[test]) * size + truth[with_gap].mean()) / (size + 1)
     rate = truth[train[first[train]]].mean()
-    return np.asarray(np.where(first[test], rate, chance), np.float64)
+    return np.asarray(np.where(first[test], rate, probability), np.float64)
 
 
 def _cells(
@@ -129,16 +129,16 @@ class BgNbd:
         best = minimize(loss, np.log([0.5, 10.0, 0.5, 2.0]), method="Nelder-Mead")
         return cls(*(float(value) for value in np.exp(best.x)))
 
-    def chance(self, x: Floats, age: Floats) -> Floats:
+    def probability(self, x: Floats, age: Floats) -> Floats:
         """Chance of another purchase within 30 days, at the moment of one.
 
         Args:
             x: repeat purchases so far, this one included, [n].
             age: days since the first purchase, [n].
         """
-        goes_on = np.where(x > 0, (self.b + x - 1) / (self.a + self.b + x - 1), 1.0)
+        stays_active = np.where(x > 0, (self.b + x - 1) / (self.a + self.b + x - 1), 1.0)
         waits = ((self.alpha + age) / (self.alpha + age + WITHIN_DAYS)) ** (self.r + x)
-        return np.asarray(goes_on * (1 - waits), np.float64)
+        return np.asarray(stays_active * (1 - waits), np.float64)
 
 
 def _bg_nbd(table: Table, history: pl.DataFrame) -> tuple[Floats, dict[str, float]]:
@@ -152,4 +152,4 @@ def _bg_nbd(table: Table, history: pl.DataFrame) -> tuple[Floats, dict[str, floa
     )
     model = BgNbd.fit(*(customers[name].to_numpy() for name in ("x", "last", "age")))
     x, age = (history[name].to_numpy()[table.test] for name in ("x", "age"))
-    return model.chance(x, age), asdict(model)
+    return model.probability(x, age), asdict(model)

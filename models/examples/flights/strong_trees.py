@@ -25,7 +25,7 @@ from models.spec.layout import output_spec
 from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import run_chunks, scored_rows
 from models.training.report import DRAWS
-from models.training.scores import DayDraws, auc, interval, score_chance
+from models.training.scores import DayDraws, auc, interval, score_binary
 
 SETTINGS = ((5, 31), (20, 63))
 """Events looked back on, and leaves of a tree."""
@@ -72,7 +72,7 @@ def main() -> None:
 
     outputs = output_spec(artifact.spec).by_name(run_chunks(artifact, streams, chunk=64, seed=0))
     model = outputs["late"][test - 1].astype(np.float64)
-    loss = score_chance(model, late[test]).losses["log_loss"]
+    loss = score_binary(model, late[test]).losses["log_loss"]
     moments = streams.moments_ms[test]
     local_days = zone_table(schema.timezone).days(moments)
     days = DayDraws.make(local_days, DRAWS, 0)
@@ -88,18 +88,18 @@ def main() -> None:
         ).fit(features[train - 1], late[train])
         stages = islice(trees.staged_predict_proba(features[validate - 1]), STEP - 1, None, STEP)
         by_stage = [
-            score_chance(stage[:, 1], late[validate]).losses["log_loss"].mean() for stage in stages
+            score_binary(stage[:, 1], late[validate]).losses["log_loss"].mean() for stage in stages
         ]
         count = STEP * (int(np.argmin(by_stage)) + 1)
         last_stage = islice(trees.staged_predict_proba(features[test - 1]), count - 1, count)
-        chance = next(last_stage)[:, 1]
-        own = score_chance(chance, late[test]).losses["log_loss"]
+        probability = next(last_stage)[:, 1]
+        own = score_binary(probability, late[test]).losses["log_loss"]
         less, more = interval(days.means(own) - days.means(loss))
-        below, above = interval(days.aucs(chance, late[test]) - days.aucs(model, late[test]))
+        below, above = interval(days.aucs(probability, late[test]) - days.aucs(model, late[test]))
         print(
             f"last {events} events, {count} trees of {leaves} leaves: log loss {own.mean():.4f}, "
             f"minus model {own.mean() - loss.mean():+.4f} ({less:+.4f} to {more:+.4f}); "
-            f"AUC {auc(chance, late[test]):.4f} ({below:+.4f} to {above:+.4f})",
+            f"AUC {auc(probability, late[test]):.4f} ({below:+.4f} to {above:+.4f})",
             flush=True,
         )
 

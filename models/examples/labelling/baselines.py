@@ -40,8 +40,8 @@ class OneWay:
             return []
         if self._outputs is None:
             self._outputs = self._train(table)
-        chances = np.asarray(self._outputs[head.name][table.test], np.float64)
-        scored = score_label(head, chances, table.labels[head.name][table.test])
+        probabilities = np.asarray(self._outputs[head.name][table.test], np.float64)
+        scored = score_label(head, probabilities, table.labels[head.name][table.test])
         return [Baseline(ONE_WAY, scored, {"epoch": self._epoch})]
 
     def _train(self, table: Table) -> Mapping[str, NDArray[Any]]:

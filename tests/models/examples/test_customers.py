@@ -94,7 +94,7 @@ def test_bg_nbd_recovers_the_parameters_of_simulated_customers():
     assert estimate.alpha == pytest.approx(truth.alpha, rel=0.1)
     assert estimate.a / (estimate.a + estimate.b) == pytest.approx(0.8 / 3.3, rel=0.1)
     purchases, age, bought = np.concatenate(histories, axis=1)
-    chance = truth.chance(purchases, age)
+    probability = truth.probability(purchases, age)
     for group in (
         purchases == 0,
         (purchases == 1) & (age < 50),
@@ -104,4 +104,4 @@ def test_bg_nbd_recovers_the_parameters_of_simulated_customers():
     ):
         assert group.sum() > 1000
         error = 3 * np.sqrt(0.25 / group.sum())
-        assert chance[group].mean() == pytest.approx(bought[group].mean(), abs=error)
+        assert probability[group].mean() == pytest.approx(bought[group].mean(), abs=error)

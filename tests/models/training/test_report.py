@@ -121,8 +121,8 @@ def test_trees_learn_a_threshold_on_a_lag():
     model = Trees.tune(
         "log_loss", lambda k, categorical: (x, [False]), truth, rows[:1500], rows[1500:]
     )
-    chances = model.chances(rows[1500:])[:, 1]
-    assert np.mean((chances > 0.5) == truth[rows[1500:]]) > 0.98
+    probabilities = model.probabilities(rows[1500:])[:, 1]
+    assert np.mean((probabilities > 0.5) == truth[rows[1500:]]) > 0.98
 
 
 def test_training_writes_report_and_plots(tmp_path):

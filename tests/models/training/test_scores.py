@@ -2,44 +2,46 @@ import numpy as np
 import pytest
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
-from models.training.scores import DayDraws, auc, interval, score_chance, score_forecast
+from models.training.scores import DayDraws, auc, interval, score_binary, score_forecast
 
 
 @pytest.fixture
 def scored_pairs():
     random = np.random.default_rng(7)
     truth = random.integers(0, 2, 300).astype(float)
-    chance = np.round(np.clip(0.3 * truth + random.uniform(0, 0.7, 300), 0.01, 0.99), 1)
-    return chance, truth
+    probability = np.round(np.clip(0.3 * truth + random.uniform(0, 0.7, 300), 0.01, 0.99), 1)
+    return probability, truth
 
 
 def test_probabilities_are_scored_as_in_scikit_learn(scored_pairs):
-    chance, truth = scored_pairs
-    scored = score_chance(chance, truth)
-    assert scored.losses["log_loss"].mean() == pytest.approx(log_loss(truth, chance))
-    assert scored.losses["brier"].mean() == pytest.approx(brier_score_loss(truth, chance))
-    assert auc(chance, truth) == pytest.approx(roc_auc_score(truth, chance))
+    probability, truth = scored_pairs
+    scored = score_binary(probability, truth)
+    assert scored.losses["log_loss"].mean() == pytest.approx(log_loss(truth, probability))
+    assert scored.losses["brier"].mean() == pytest.approx(brier_score_loss(truth, probability))
+    assert auc(probability, truth) == pytest.approx(roc_auc_score(truth, probability))
 
 
 def test_weighted_events_count_like_repeated_ones(scored_pairs):
-    chance, truth = scored_pairs
+    probability, truth = scored_pairs
     weight = np.random.default_rng(8).integers(0, 4, 300).astype(float)
     repeats = np.repeat(np.arange(300), weight.astype(int))
-    assert auc(chance, truth, weight) == pytest.approx(
-        roc_auc_score(truth[repeats], chance[repeats])
+    assert auc(probability, truth, weight) == pytest.approx(
+        roc_auc_score(truth[repeats], probability[repeats])
     )
 
 
 def test_absent_targets_do_not_count(scored_pairs):
-    chance, truth = scored_pairs
+    probability, truth = scored_pairs
     holes = truth.copy()
     holes[::3] = np.nan
     present = ~np.isnan(holes)
-    scored = score_chance(chance, holes)
+    scored = score_binary(probability, holes)
     assert np.nanmean(scored.losses["log_loss"]) == pytest.approx(
-        log_loss(truth[present], chance[present])
+        log_loss(truth[present], probability[present])
     )
-    assert auc(chance, holes) == pytest.approx(roc_auc_score(truth[present], chance[present]))
+    assert auc(probability, holes) == pytest.approx(
+        roc_auc_score(truth[present], probability[present])
+    )
 
 
 def test_pinball_loss_equals_a_hand_calculation():

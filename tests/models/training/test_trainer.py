@@ -219,13 +219,13 @@ def test_unknown_rate_hides_a_share_of_the_categories(frame):
     loop = loop_over(frame, unknown_rate=0.4)
     rows = loop.plan.rows[:300].reshape(3, 100, -1)
     kind = [column.name for column in loop.spec.columns].index("kind")
-    masked = loop._forgetful(tf.constant(rows), tf.constant([1, 7])).numpy()
+    masked = loop._hide_categories(tf.constant(rows), tf.constant([1, 7])).numpy()
     hidden = masked[..., kind] == 0
     assert 0.3 < hidden.mean() < 0.5
     assert (rows[..., kind] > 0).all()
     np.testing.assert_array_equal(masked[~hidden], rows[~hidden])
     np.testing.assert_array_equal(np.delete(masked, kind, -1), np.delete(rows, kind, -1))
-    other_rows = loop._forgetful(tf.constant(rows), tf.constant([1, 8])).numpy()
+    other_rows = loop._hide_categories(tf.constant(rows), tf.constant([1, 8])).numpy()
     assert not np.array_equal(masked, other_rows)
 
 

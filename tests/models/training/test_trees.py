@@ -18,14 +18,14 @@ def test_features_absent_from_training_are_ignored() -> None:
     train, validate, test = (np.arange(*span) for span in ((1, 200), (200, 250), (250, 300)))
     grid = Grid((0,), (1,), (7,), (5,), 0.3, 20)
 
-    def chances(second: float) -> np.ndarray:
+    def probabilities(second: float) -> np.ndarray:
         history = features.copy()
         history[:200, 1] = second
         model = Trees.tune(
             "log_loss", lambda *_: (history, [False, False]), truth, train, validate, grid
         )
-        return model.chances(test)
+        return model.probabilities(test)
 
-    without = chances(np.nan)
-    np.testing.assert_array_equal(without, chances(0.0))
+    without = probabilities(np.nan)
+    np.testing.assert_array_equal(without, probabilities(0.0))
     assert ((without[:, 1] > 0.5) == (truth[test] == 1)).mean() > 0.9
