@@ -22,16 +22,17 @@ import struct
 import sys
 import tempfile
 import time
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from tests.bench.generator import draw_arrivals
 from tests.bench.workloads import FEATURES, standard_model
 from tests.support.machine import Cores, describe_machine, pin_process, read_commit
 from tests.support.service import Service, running
@@ -127,7 +128,7 @@ class Measurement:
 
     seconds: float
     statuses: Counter[int] = field(default_factory=Counter)
-    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    latencies_s: list[float] = field(default_factory=list)
     offered: int = 0
     unsent: int = 0
     rss_bytes: list[int] = field(default_factory=list)
@@ -140,7 +141,7 @@ class Measurement:
 
     @property
     def per_cpu_s(self) -> float:
-        """Chunks accepted in a second of the service's CPU time."""
+        """Chunks accepted in a second of the service's CPU time, which other processes share."""
         return self.statuses[200] / self.cpu_s
 
     def percentile_s(self, percent: float) -> float:
@@ -153,6 +154,21 @@ class Measurement:
         quarter = max(1, len(self.rss_bytes) // 4)
         return max(self.rss_bytes[-quarter:]) / max(self.rss_bytes[:quarter]) - 1
 
+    def failures(self, peak: float) -> list[str]:
+        """Every condition that failed, beside a peak of so many chunks a second."""
+        share, reasons = self.goodput / peak, []
+        if other := {status: n for status, n in self.statuses.items() if status not in (200, 429)}:
+            reasons.append(f"other statuses than 200 and 429: {other}")
+        if not self.statuses[429]:
+            reasons.append("nothing was rejected")
+        if share < LEAST_GOODPUT:
+            reasons.append(f"goodput is {share:.1%} of its peak, not {LEAST_GOODPUT:.0%}")
+        if self.percentile_s(99) > MOST_P99_S:
+            reasons.append(f"p99 is {self.percentile_s(99):.2f} s, above {MOST_P99_S} s")
+        if self.growth > MOST_GROWTH:
+            reasons.append(f"memory grew by {self.growth:.1%}, more than {MOST_GROWTH:.0%}")
+        return reasons
+
 
 class Generator:
     """Load generator: many connections to one service, one stream each."""
@@ -160,87 +176,57 @@ class Generator:
     def __init__(self, service: Service, connections: int, steps: int):
         self._process = psutil.Process(service.process.pid)
         port = int(service.url.rsplit(":", 1)[1])
-        random = np.random.default_rng(1)
-        rows = random.normal(size=(steps, FEATURES)).astype("<f4").tobytes()
-        self._connections = [
-            StreamConnection(port, f"s{i}", steps, rows) for i in range(connections)
-        ]
-        self._by_fd = {connection.sock.fileno(): connection for connection in self._connections}
+        rows = np.random.default_rng(1).normal(size=(steps, FEATURES)).astype("<f4").tobytes()
         self._epoll = select.epoll()
-        for fd in self._by_fd:
-            self._epoll.register(fd, select.EPOLLIN)
+        self._by_fd: dict[int, StreamConnection] = {}
+        for number in range(connections):
+            self._register(StreamConnection(port, f"s{number}", steps, rows))
 
     def close(self) -> None:
-        """Close them."""
+        """Close the connections."""
         self._epoll.close()
-        for connection in self._connections:
+        for connection in self._by_fd.values():
             connection.sock.close()
 
-    def closed(self, seconds: float, connections: int) -> Measurement:
-        """Each connection sends its next chunk when the last one is answered."""
+    def run(self, seconds: float, rate_per_s: float | None = None) -> Measurement:
+        """Send chunks for some seconds, and wait until everything is answered.
+
+        Args:
+            rate_per_s: chunks are due at the moments of a Poisson process, independent of the
+                answers. Without it some connections send the next chunk when one is answered.
+        """
         began_s = time.perf_counter()
-        for connection in self._connections[:connections]:
-            connection.send(began_s)
-
-        def answered(connection: StreamConnection, now_s: float) -> None:
-            if now_s < began_s + seconds:
-                connection.send(now_s)
-
-        return self._run(Measurement(seconds), began_s, lambda _: None, answered)
-
-    def open(self, seconds: float, rate_per_s: float, seed: int) -> Measurement:
-        """Chunks are due at the moments of a Poisson process, independent of the answers."""
-        random = np.random.default_rng(seed)
-        gaps = random.exponential(1 / rate_per_s, int(rate_per_s * seconds * 1.2) + 100)
-        moments = np.cumsum(gaps)
-        began_s = time.perf_counter()
-        left = iter((moments[moments < seconds] + began_s).tolist())
-        measurement, idle = Measurement(seconds), list(self._connections)
-        following = next(left, None)
-
-        def send_due(now_s: float) -> float | None:
-            nonlocal following
-            while following is not None and following <= now_s:
+        ends_s, sampled_s = began_s + seconds, began_s
+        measurement = Measurement(seconds, cpu_s=-self._cpu_s())
+        idle = list(self._by_fd.values())
+        moments = iter(())
+        if rate_per_s is not None:
+            moments = iter((began_s + draw_arrivals(rate_per_s, seconds, seed=1)).tolist())
+        else:
+            for connection in idle[:PEAK_CONNECTIONS]:
+                connection.send(began_s)
+        due_s = next(moments, inf)
+        while (now_s := time.perf_counter()) < ends_s + ANSWERS_WITHIN_S:
+            while due_s <= now_s:
                 measurement.offered += 1
                 if idle:
-                    idle.pop().send(following)
+                    idle.pop().send(due_s)
                 else:
                     measurement.unsent += 1
-                following = next(left, None)
-            return following
-
-        return self._run(
-            measurement, began_s, send_due, lambda connection, _: idle.append(connection)
-        )
-
-    def _run(
-        self,
-        measurement: Measurement,
-        began_s: float,
-        send_due: Callable[[float], float | None],
-        answered: Callable[[StreamConnection, float], None],
-    ) -> Measurement:
-        """Send what is due and read replies, until everything is answered."""
-        ends_s = began_s + measurement.seconds
-        sampled_s = began_s
-        cpu_s = self._cpu_s()
-        while (now_s := time.perf_counter()) < ends_s + ANSWERS_WITHIN_S:
-            following_s = send_due(now_s)
-            if now_s >= sampled_s and now_s < ends_s:
+                due_s = next(moments, inf)
+            if sampled_s <= now_s < ends_s:
                 measurement.rss_bytes.append(self._process.memory_info().rss)
                 sampled_s = now_s + SAMPLED_EVERY_S
-            pause_s = 0.05 if following_s is None else max(0.0, following_s - now_s)
-            ready = self._epoll.poll(min(pause_s, 0.05))
-            if not ready and now_s > ends_s and self._is_quiet():
-                measurement.cpu_s = self._cpu_s() - cpu_s
+            ready = self._epoll.poll(min(max(0.0, due_s - now_s), 0.05))
+            if not ready and now_s > ends_s and not any(c.due_s for c in self._by_fd.values()):
+                measurement.cpu_s += self._cpu_s()
                 return measurement
             for fd, _ in ready:
                 connection = self._by_fd[fd]
                 status = connection.receive()
-                if status is None:
-                    continue
                 if status == 0:
                     self._reopen(connection)
+                if not status:
                     continue
                 now_s = time.perf_counter()
                 if now_s < ends_s:
@@ -248,25 +234,28 @@ class Generator:
                     if status == 200:
                         measurement.latencies_s.append(now_s - connection.due_s)
                 connection.due_s = 0.0
-                answered(connection, now_s)
+                if rate_per_s is not None:
+                    idle.append(connection)
+                elif now_s < ends_s:
+                    connection.send(now_s)
         raise WrongAnswerError(f"chunks were not answered within {ANSWERS_WITHIN_S} s")
+
+    def _register(self, connection: StreamConnection) -> None:
+        self._by_fd[connection.sock.fileno()] = connection
+        self._epoll.register(connection.sock.fileno(), select.EPOLLIN)
 
     def _reopen(self, connection: StreamConnection) -> None:
         """Reconnect, and send the chunk in flight again, which is safe with its position."""
         del self._by_fd[connection.sock.fileno()]
         connection.sock.close()
         connection.open()
-        self._by_fd[connection.sock.fileno()] = connection
-        self._epoll.register(connection.sock.fileno(), select.EPOLLIN)
+        self._register(connection)
         if connection.due_s:
             connection.send(connection.due_s)
 
     def _cpu_s(self) -> float:
         times = self._process.cpu_times()
         return times.user + times.system
-
-    def _is_quiet(self) -> bool:
-        return all(connection.due_s == 0.0 for connection in self._connections)
 
 
 @contextmanager
@@ -276,16 +265,15 @@ def pinned_service(folder: Path, units: int) -> Iterator[Service]:
     Args:
         units: of each of the network's two layers.
     """
-    settings = {
-        "CARRY_RUNTIME": "onnxruntime",
-        "CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S),
-    }
+    settings = {"CARRY_RUNTIME": "onnxruntime", "CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S)}
     models = standard_model(folder / "models", units).path.parent
     cores = Cores.first_and_last()
     with running(folder, models, **settings) as service:
         server = psutil.Process(service.process.pid)
         for process in (server, *server.children(recursive=True)):
-            _move(process, cores.servers if process == server else cores.others)
+            chosen = cores.servers if process == server else cores.others
+            for thread in process.threads() if chosen else ():
+                os.sched_setaffinity(thread.id, chosen)
         pin_process(cores.others)
         try:
             yield service
@@ -293,61 +281,15 @@ def pinned_service(folder: Path, units: int) -> Iterator[Service]:
             pin_process(cores.everything)
 
 
-def _move(process: psutil.Process, cores: Sequence[int]) -> None:
-    """Move all threads of a process to these cores, if they can be chosen."""
-    if cores:
-        for thread in process.threads():
-            os.sched_setaffinity(thread.id, cores)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """An overload run, compared with the peaks before and after it.
-
-    Attributes:
-        peak: the higher goodput of both.
-        efficiency: chunks accepted in a second of CPU time, as a share of the peaks' mean. Other
-            processes on the cores do not change it.
-    """
-
-    peak: float
-    over: Measurement
-    efficiency: float = 1.0
-
-    @property
-    def goodput(self) -> float:
-        """As a share of the peak."""
-        return self.over.goodput / self.peak
-
-    def failures(self) -> list[str]:
-        """Every condition that failed."""
-        over = self.over
-        reasons = []
-        if other := {status: n for status, n in over.statuses.items() if status not in (200, 429)}:
-            reasons.append(f"other statuses than 200 and 429: {other}")
-        if not over.statuses[429]:
-            reasons.append("nothing was rejected")
-        if self.goodput < LEAST_GOODPUT:
-            reasons.append(f"goodput is {self.goodput:.1%} of its peak, not {LEAST_GOODPUT:.0%}")
-        if over.percentile_s(99) > MOST_P99_S:
-            reasons.append(f"p99 is {over.percentile_s(99):.2f} s, above {MOST_P99_S} s")
-        if over.growth > MOST_GROWTH:
-            reasons.append(f"memory grew by {over.growth:.1%}, more than {MOST_GROWTH:.0%}")
-        return reasons
-
-
 def overload(
     service: Service, *, steps: int, times: float, seconds: float, peak_s: float
-) -> Result:
+) -> tuple[Measurement, Measurement, Measurement]:
     """Measure the peak, a multiple of it, and the peak again."""
     generator = Generator(service, CONNECTIONS, steps)
     try:
-        generator.closed(min(WARM_S, peak_s), PEAK_CONNECTIONS)
-        before = generator.closed(peak_s, PEAK_CONNECTIONS)
-        over = generator.open(seconds, times * before.goodput, seed=1)
-        after = generator.closed(peak_s, PEAK_CONNECTIONS)
-        efficiency = 2 * over.per_cpu_s / (before.per_cpu_s + after.per_cpu_s)
-        return Result(max(before.goodput, after.goodput), over, efficiency)
+        generator.run(min(WARM_S, peak_s))
+        before = generator.run(peak_s)
+        return before, generator.run(seconds, times * before.goodput), generator.run(peak_s)
     finally:
         generator.close()
 
@@ -360,36 +302,33 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64, help="events in a chunk (64)")
     parser.add_argument("--units", type=int, default=256, help="of each LSTM layer (256)")
     options = parser.parse_args()
+    times, seconds, steps = options.times, options.seconds, options.steps
     with (
         tempfile.TemporaryDirectory(prefix="carry-overload-") as folder,
         pinned_service(Path(folder), options.units) as service,
     ):
-        result = overload(
-            service,
-            steps=options.steps,
-            times=options.times,
-            seconds=options.seconds,
-            peak_s=PEAK_S,
+        before, over, after = overload(
+            service, steps=steps, times=times, seconds=seconds, peak_s=PEAK_S
         )
-    over, failures = result.over, result.failures()
-    print(f"{describe_machine()}, commit {read_commit()}; {Cores.first_and_last().describe()}")
-    print(f"two LSTM({options.units}), chunks of {options.steps} events")
-    print(f"{options.times:g} times the peak for {options.seconds:g} s")
-    print(f"peak             {result.peak:,.0f} chunks/s")
-    print(f"offered          {over.offered / over.seconds:,.0f} chunks/s")
-    print(f"goodput          {over.goodput:,.0f} chunks/s, {result.goodput:.1%} of the peak")
-    print(f"rejected at once {over.statuses[429] / over.seconds:,.0f} chunks/s")
-    print(f"not sent         {over.unsent / over.seconds:,.0f} chunks/s: all connections waited")
+    peak = max(before.goodput, after.goodput)
+    p50_ms, p99_ms, max_ms = (over.percentile_s(percent) * 1000 for percent in (50, 99, 100))
+    first_mib, last_mib = (over.rss_bytes[at] / 2**20 for at in (0, -1))
+    failures = over.failures(peak)
     print(
-        f"accepted, ms     p50 {over.percentile_s(50) * 1000:.0f}, "
-        f"p99 {over.percentile_s(99) * 1000:.0f}, max {over.percentile_s(100) * 1000:.0f}"
+        f"{describe_machine()}, commit {read_commit()}; {Cores.first_and_last().describe()}",
+        f"two LSTM({options.units}), chunks of {steps} events",
+        f"{times:g} times the peak for {seconds:g} s",
+        f"peak             {peak:,.0f} chunks/s",
+        f"offered          {over.offered / seconds:,.0f} chunks/s",
+        f"goodput          {over.goodput:,.0f} chunks/s, {over.goodput / peak:.1%} of the peak",
+        f"rejected at once {over.statuses[429] / seconds:,.0f} chunks/s",
+        f"not sent         {over.unsent / seconds:,.0f} chunks/s: all connections waited",
+        f"accepted, ms     p50 {p50_ms:.0f}, p99 {p99_ms:.0f}, max {max_ms:.0f}",
+        f"memory, MiB      {first_mib:.0f} at first, {last_mib:.0f} at last, "
+        f"{over.growth:+.1%} from quarter to quarter",
+        *(f"FAILED: {failure}" for failure in failures),
+        sep="\n",
     )
-    print(
-        f"memory, MiB      {over.rss_bytes[0] / 2**20:.0f} at first, "
-        f"{over.rss_bytes[-1] / 2**20:.0f} at last, {over.growth:+.1%} from quarter to quarter"
-    )
-    for failure in failures:
-        print(f"FAILED: {failure}")
     return 1 if failures else 0
 
 
