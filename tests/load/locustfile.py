@@ -12,6 +12,7 @@ its reply; `rest` is what remains of it: HTTP on both sides, the network and the
 from __future__ import annotations
 
 import secrets
+import signal
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
@@ -25,7 +26,7 @@ from locust import FastHttpUser, LoadTestShape, constant, constant_throughput, e
 from locust.env import Environment
 from locust.stats import StatsEntry
 
-from service.client import Problem, read_response
+from service.client import Problem, model_path, read_response
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.recompute import by_oracle, by_service, compare
 from tests.load.stream import Streams, WrongAnswerError
@@ -251,7 +252,7 @@ def add_options(parser: Any, **_: Any) -> None:
     add("--url", env_var="CARRY_LOAD_URL", default="http://127.0.0.1:8000", help="the service")
     add("--model", help="its model; may be left out where it serves one")
     add("--scenario", action="append", default=[], help="may be repeated; every one by default")
-    add("--duration-s", type=_seconds, default=30.0, help="of each scenario")
+    add("--duration-s", type=_positive, default=30.0, help="of each scenario")
     add(
         "--threshold",
         action="append",
@@ -261,9 +262,9 @@ def add_options(parser: Any, **_: Any) -> None:
     )
     add("--feed", choices=("both", "inputs", "events"), default="both", help="what streams send")
     add("--artifact", type=Path, help="the model's directory: compare with a float64 network")
-    add("--compare-streams", type=int, default=64, help="how many are compared")
-    add("--compare-events", type=int, default=10_000, help="of each stream, at most")
-    add("--patience-s", type=_seconds, default=30.0, help="how long one chunk is tried")
+    add("--compare-streams", type=_positive, default=64, help="how many are compared")
+    add("--compare-events", type=_positive, default=10_000, help="of each stream, at most")
+    add("--patience-s", type=_positive, default=30.0, help="how long one chunk is tried")
     add("--seed", type=int, default=1, help="of the events and the cuts")
     add("--summary", default=".carry/load-summary.json", help="a JSON file; - for the output")
     add("--keep", action="store_true", help="leave the streams in the service")
@@ -275,21 +276,22 @@ def prepare(environment: Environment, **_: Any) -> None:
     options = environment.parsed_options
     # until there is a verdict
     environment.process_exit_code = 2
+    # Locust itself handles SIGTERM only after the shape has ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     environment.stop_timeout = options.patience_s + ScenarioUser.network_timeout
     try:
-        service = Target(options.url)
-        _prepare(environment, options, service)
+        _prepare(environment, options, Target(options.url))
     except LoadError as error:
         print(f"load: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _prepare(environment: Environment, options: Namespace, service: Target) -> None:
+def _prepare(environment: Environment, options: Namespace, target: Target) -> None:
     unknown = [name for name in options.scenario if name not in SCENARIOS]
     if unknown:
         raise LoadError(f"--scenario {unknown[0]}: expected one of {', '.join(SCENARIOS)}")
     chosen = [SCENARIOS[name] for name in options.scenario or SCENARIOS]
-    model = service.describe(options.model)
+    model = target.describe(options.model)
     prefix = f"load-{secrets.token_hex(4)}-"
     for each in chosen:
         each.limits = change_limits(each.scenario(), each.limits, options.threshold)
@@ -317,50 +319,55 @@ def _prepare(environment: Environment, options: Namespace, service: Target) -> N
             capacity=each.stream_count if each.appends else max(1, each.stream_count // height),
             retry_s=options.patience_s,
         )
-    environment.host = service.url
+    environment.host = target.url
     environment.user_classes = chosen
     InTurn.waiting, InTurn.duration_s = [*chosen], options.duration_s
     method = (
-        by_service(service.post, model)
+        by_service(target.post, model)
         if options.artifact is None
         else by_oracle(options.artifact, model)
     )
     run = {
         **describe_run(),
-        "url": service.url,
+        "url": target.url,
         "model": {"name": model.name, "version": model.version, "runtimes": model.runtimes},
         "seed": options.seed,
     }
     print(f"{run['date']}, commit {run['commit']}, {run['machine']}")
-    print(f"{service.url}: model {model.name} {model.version} on {', '.join(model.runtimes)}")
+    print(f"{target.url}: model {model.name} {model.version} on {', '.join(model.runtimes)}")
     summary: dict[str, Any] = {}
 
     def finish(**_: Any) -> None:
         """Compare outputs, delete the streams, and decide."""
         try:
-            documents = [_check(environment, each, method, options) for each in chosen]
-        finally:
-            if not options.keep:
-                service.delete_streams(model.name, prefix)
-            service.close()
+            try:
+                documents = [_check(environment, each, method, options) for each in chosen]
+            finally:
+                if not options.keep:
+                    target.request("DELETE", f"{model_path(model.name)}/streams", prefix=prefix)
+        except LoadError as error:
+            print(f"load: {error}", file=sys.stderr)
+            return
         crashes = [each["msg"] for each in environment.runner.exceptions.values()]
-        passed = not crashes and all(each["passed"] for each in documents)
-        statistics = [entry.to_dict() for entry in environment.stats.entries.values()]
+        failed = [each["scenario"] for each in documents if not each["passed"]]
+        failed += ["the load test itself"] * bool(crashes)
         summary.update(
-            run, passed=passed, crashes=crashes, scenarios=documents, statistics=statistics
+            run,
+            passed=not failed,
+            failed=failed,
+            crashes=crashes,
+            scenarios=documents,
+            statistics=[entry.to_dict() for entry in environment.stats.entries.values()],
         )
-        if InTurn.waiting:
-            environment.process_exit_code = 130
-        else:
-            environment.process_exit_code = 0 if passed else 1
+        environment.process_exit_code = 130 if InTurn.waiting else int(bool(failed))
 
     def report(**_: Any) -> None:
         """Print the verdict after Locust's statistics."""
         if summary:
             print("\n".join(_describe(summary)))
             _write(options.summary, summary)
-            failed = [each["scenario"] for each in summary["scenarios"] if not each["passed"]]
-            verdict = f"FAILED: {', '.join(failed)}" if failed else "every threshold passed"
+            verdict = f"FAILED: {', '.join(summary['failed'])}"
+            verdict = verdict if summary["failed"] else "every threshold passed"
             print("load: interrupted" if InTurn.waiting else f"load: {verdict}")
 
     environment.events.quitting.add_listener(finish)
@@ -372,7 +379,7 @@ def _check(
 ) -> dict[str, Any]:
     """Compare a scenario's outputs, check its thresholds, and return its document."""
     streams, name = user_class.streams, user_class.scenario()
-    compared = compare(streams, method, options.compare_streams, options.compare_events)
+    compared = compare(streams, method, int(options.compare_streams), int(options.compare_events))
     entries = [environment.stats.get(f"{name} {kind}", "chunk") for kind in user_class.kinds]
     attempts = environment.stats.get(name, "POST").num_requests
     chunks = sum(entry.num_requests for entry in entries)
@@ -436,10 +443,10 @@ def _write(path: str, summary: dict[str, Any]) -> None:
     if path == "-":
         print(text)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text + "\n", encoding="utf-8")
-    print(f"summary: {target}")
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n", encoding="utf-8")
+    print(f"summary: {file}")
 
 
 def read_server_timing_ms(header: str | None) -> dict[str, float]:
@@ -449,8 +456,8 @@ def read_server_timing_ms(header: str | None) -> dict[str, float]:
     return stages if len(stages) == len(STAGES) else {}
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise ArgumentTypeError("expected seconds above 0")
+        raise ArgumentTypeError("expected a number above 0")
     return value

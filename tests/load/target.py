@@ -1,4 +1,4 @@
-"""The service under load: its model's description, second computations, and the clean-up."""
+"""Target: the service under load, asked for its model, for second computations and to clean up."""
 
 from __future__ import annotations
 
@@ -24,39 +24,24 @@ class Target:
         except Problem as problem:
             raise LoadError(f"--url: {problem.detail}") from problem
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._carry.close()
-
     def describe(self, model: str | None) -> ModelDescription:
         """The model of that name; without one, the only one that is served."""
         try:
-            served = [each["name"] for each in self._request("GET", "/v1/models")["models"]]
-        except (KeyError, TypeError) as error:
-            raise LoadError(f"what answers at {self.url} does not list its models") from error
-        if model is None and len(served) != 1:
-            raise LoadError(f"--model: choose one of {', '.join(served) or 'none that is served'}")
-        if model is not None and model not in served:
-            raise LoadError(f"--model {model}: served are {', '.join(served) or 'none'}")
-        try:
-            return read_description(self._request("GET", model_path(model or served[0])))
-        except ValueError as error:
-            raise LoadError(str(error)) from error
+            served = [each["name"] for each in self.request("GET", "/v1/models")["models"]]
+            if model not in served and (model or len(served) != 1):
+                wanted = f"--model {model}: served are" if model else "--model: choose one of"
+                raise LoadError(f"{wanted} {', '.join(served) or 'none'}")
+            return read_description(self.request("GET", model_path(model or served[0])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoadError(f"{self.url} does not describe its models: {error}") from error
 
-    def post(self, path: str, body: Any) -> Any:
-        """The reply to a POST, which is repeated while the service is busy."""
-        return self._request("POST", path, body)
+    def request(self, method: str, path: str, body: Any = None, **params: str | int) -> Any:
+        """The reply, where the service is there; it is asked again while it is busy."""
 
-    def delete_streams(self, model: str, prefix: str) -> None:
-        """Delete every stream whose name begins with `prefix`."""
-        self._request("DELETE", f"{model_path(model)}/streams", prefix=prefix)
-
-    def _request(self, method: str, path: str, body: Any = None, **params: str | int) -> Any:
         def attempt() -> Any:
             try:
                 return self._carry.request(method, path, body, params=params)
             except Problem as problem:
-                # a service that is not there is not waited for
                 problem.is_retryable &= problem.status > 0
                 raise
 
@@ -69,3 +54,7 @@ class Target:
                     "`make run`, or name another address with --url"
                 ) from problem
             raise LoadError(f"{method} {path}: status {problem.status}: {problem}") from problem
+
+    def post(self, path: str, body: Any) -> Any:
+        """The reply to a POST."""
+        return self.request("POST", path, body)

@@ -19,7 +19,7 @@ from models.artifact.artifact import write_artifact
 from tests.support.models import small_spec
 from tests.support.oracle import contracting_weights
 from tests.support.pipelines import SPEC
-from tests.support.servers import free_port
+from tests.support.servers import free_port, until
 from tests.support.service import running
 
 WARNINGS = ("-W", "error", "-W", "ignore::ResourceWarning")
@@ -90,9 +90,20 @@ def wrong_outputs(url: str) -> Iterator[str]:
         server.shutdown()
 
 
+def command(*options: str) -> list[str]:
+    return [sys.executable, *WARNINGS, "-m", "tests.load", *options]
+
+
+def streams_left(url: str) -> list[str]:
+    """Names of the streams of load tests that the service has."""
+    page = httpx.get(f"{url}/v1/models/small/streams?prefix=load-").json()
+    names: list[str] = page["streams"]
+    return names
+
+
 def load(*options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *WARNINGS, "-m", "tests.load", *options],
+        command(*options),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -129,8 +140,16 @@ def test_every_scenario_passes_against_a_correct_service(url: str, tmp_path: Pat
         stages_ms = sum(row["avg_response_time"] for row in stages)
         assert stages_ms == pytest.approx(rows["POST", name]["avg_response_time"], rel=0.1)
     assert rows["chunk", "long long"]["num_requests"] > 0
-    page = httpx.get(f"{url}/v1/models/small/streams?prefix=load-").json()
-    assert page["streams"] == []
+    assert streams_left(url) == []
+
+
+def test_terminated_load_deletes_its_streams(url: str, tmp_path: Path) -> None:
+    options = ("--url", url, "--model", "small", "--summary", str(tmp_path / "summary.json"))
+    process = subprocess.Popen(command(*options), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    until(lambda: streams_left(url), "streams of the load")
+    process.terminate()
+    assert process.wait(60) == 130
+    assert streams_left(url) == []
 
 
 @pytest.mark.parametrize(
