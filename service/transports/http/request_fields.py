@@ -252,7 +252,10 @@ def required(parameters: dict[str, str], name: str, why: str) -> str:
     """A required parameter; it may be empty."""
     text = parameters.get(name)
     if text is None:
-        raise _invalid_query(name, f"the parameter, {why}", "nothing")
+        at, expected, got = f"?{name}", f"this parameter, {why}", "nothing"
+        raise InvalidInput(
+            f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got
+        )
     return text
 
 

@@ -214,7 +214,7 @@ async def delete_streams(request: Request, model: ModelPath) -> Response:
     api = api_of(request)
     name = api.pipeline.model(model).name
     prefix = stream_prefix(
-        required(parameters, "prefix", "since it says which streams go (?prefix= for all)")
+        required(parameters, "prefix", "which selects the streams to delete (?prefix= for all)")
     )
     deleted = await api.pipeline.streams.delete_prefix(name, prefix)
     document: Deleted = {"model": name, "deleted": deleted}

@@ -113,6 +113,10 @@ async def test_deleting_many_streams_requires_a_prefix(api: Harness) -> None:
         await api.chunk({"inputs": rows(1).tolist()}, stream=name)
     document = problem(await api.client.delete(ADDRESS), 422, "invalid_input")
     assert document["at"] == "?prefix"
+    assert document["detail"] == (
+        "?prefix: expected this parameter, which selects the streams to delete "
+        "(?prefix= for all), got nothing"
+    )
     assert len(api.store.states) == 3
     response = await api.client.delete(f"{ADDRESS}?prefix=a:")
     TypeAdapter(Deleted).validate_json(response.content)
