@@ -380,13 +380,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each case")
     options = parser.parse_args(arguments)
+    groups = options.only.split(",")
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        parser.error(f"--only: expected some of {','.join(GROUPS)}, got {','.join(unknown)}")
     configure_logs("error", "json")
     with (
         tempfile.TemporaryDirectory(prefix="carry-bench-") as folder,
         closing(uvloop.new_event_loop()) as loop,
     ):
         setup = Setup(Path(folder), standard_model(Path(folder)), loop)
-        for group in options.only.split(","):
+        for group in groups:
             for case in GROUPS[group](setup):
                 name = f"{group}, {case.name}"
                 print(f"{name:56} {case.best_us(options.seconds):10.2f} us/chunk", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bench import run, server_sections, workload_sections
+from tests.bench import micro, run, server_sections, workload_sections
 from tests.bench.__main__ import BESIDE, SECTIONS, main
 from tests.bench.results import Results
 from tests.bench.run import Bench, Options, find_missing
@@ -120,3 +120,9 @@ def test_cores_are_the_first_and_the_last() -> None:
         assert cores.everything == ()
     else:
         assert (cores.servers, cores.others) == ((available[0],), (available[-1],))
+
+
+def test_micro_names_the_groups_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        micro.main(["--only", "codec,none"])
+    assert "--only: expected some of codec,queue" in capsys.readouterr().err
