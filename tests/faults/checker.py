@@ -30,7 +30,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.faults.history import FIRST_TAG, Burst, History, Loss, Reply, Sent, StreamLog, next_tag
+from tests.faults.history import FIRST_TAG, Burst, History, Reply, Sent, StreamLog, next_tag
 from tests.faults.network import ZERO, Outputs, compute, turn
 
 LOST: Final = "lost"
@@ -201,41 +201,27 @@ class _StreamCheck:
             ended_s = ended.get(ack.epoch)
             if ended_s is None or ack.sent_s <= ended_s or ack.replayed:
                 continue
-            if not any(loss.since_s <= ended_s <= loss.done_s for loss in self._losses):
+            if not any(loss.since_s <= ended_s <= loss.done_s for loss in self.history.losses):
                 yield MIXED, f"{self._describe(ack)}, in the epoch of a stream that was removed"
 
     def _check_rejections(self) -> Iterator[Finding]:
         """No rejection denies what was acknowledged before it was asked for."""
-        acks = sorted(self.log.acks, key=lambda ack: ack.at_s)
         for rejection in self.log.rejections:
-            last = None
-            for ack in acks:
-                if ack.at_s >= rejection.sent_s:
-                    break
-                last = ack
-            if last is None or (
-                rejection.epoch == last.epoch and rejection.position >= last.position
-            ):
+            at_s = rejection.at_s
+            before = [ack for ack in self.log.acks if ack.at_s < rejection.sent_s]
+            last = max(before, key=lambda ack: ack.at_s, default=rejection)
+            if rejection.epoch == last.epoch and rejection.position >= last.position:
                 continue
-            if self._may_be_rolled_back(last, rejection.at_s) or self._may_be_removed(
-                last, rejection.at_s
-            ):
-                continue
-            yield (
-                LOST,
-                f"{rejection.worker} answered {rejection.code} with position {rejection.position} "
-                f"{self._at(rejection.at_s)} after the {self._describe(last)}",
-            )
-
-    @property
-    def _losses(self) -> list[Loss]:
-        return self.history.losses
+            if not self._may_be_rolled_back(last, at_s) and not self._may_be_removed(last, at_s):
+                answer = f"{rejection.worker} answered {rejection.code} {self._at(at_s)}"
+                where = f"with position {rejection.position} after the {self._describe(last)}"
+                yield LOST, f"{answer} {where}"
 
     def _may_be_rolled_back(self, ack: Reply, until_s: float = float("inf")) -> bool:
         """Whether a fault before `until_s` may have rolled it back."""
         return any(
             loss.since_s <= ack.at_s and ack.sent_s <= loss.until_s and loss.struck_s <= until_s
-            for loss in self._losses
+            for loss in self.history.losses
         )
 
     def _may_be_removed(self, ack: Reply, until_s: float = float("inf")) -> bool:

@@ -233,8 +233,11 @@ class Client:
         """Count a problem; one that no retry could resolve fails the run."""
         seen, unexpected = self._history.seen, self._history.unexpected
         seen[f"failed {problem.code}" if problem.status else "no reply"] += 1
-        is_expected = problem.is_retryable and problem.code != "internal_error"
-        if not is_expected and len(unexpected) < _UNEXPECTED_KEPT:
+        may_pass = problem.status == 0 or problem.document.get("retryable")
+        if (
+            not (may_pass and problem.code != "internal_error")
+            and len(unexpected) < _UNEXPECTED_KEPT
+        ):
             unexpected.append(f"{self.log.name}: {problem.status} {dict(problem.document)}")
 
     async def _read_head(self, worker: str) -> Head | None:

@@ -132,11 +132,11 @@ class Store:
 
     def pause(self, seconds: float, pick: int) -> Loss | None:
         """Stop a server; where that is a primary, and for long, its replica is promoted."""
-        server = self._choose(pick)
+        process = self._choose(pick)._process
         struck_s = time.monotonic()
-        server._process.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGSTOP)
         time.sleep(seconds)
-        server._process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         return self._find_loss("stopped", struck_s)
 
     def fill(self, seconds: float) -> None:

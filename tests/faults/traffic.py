@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ STAGES: Final = (BEFORE_LOAD, COMPUTING, COMMIT_SENT, REPLY_UNSENT)
 _CHUNK: Final = re.compile(rb"^POST /v1/models/[^/ ]+/streams/([^/ ]+)/chunks")
 _STATE_KEY: Final = re.compile(rb"\}:s:[^:]+:(.+)$", re.DOTALL)
 _MORE: Final = object()
+_Streams = tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -46,14 +47,6 @@ class PendingChunk:
     stream: str
     since_s: float
     replied: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
-    """A load's or a commit's streams."""
-
-    commit: bool
-    streams: tuple[str, ...]
 
 
 class _Error(Exception):
@@ -70,7 +63,7 @@ class _StoreNotes:
 
     requests: Any = field(default_factory=_reader)
     replies: Any = field(default_factory=_reader)
-    unanswered: deque[StoreRequest | None] = field(default_factory=deque)
+    unanswered: deque[tuple[bool, _Streams]] = field(default_factory=deque)
 
 
 class Traffic:
@@ -117,18 +110,17 @@ class Traffic:
         reader.feed(data)
         for value in iter(reader.gets, _MORE):
             if direction == "request":
-                request = _read_command(value)
-                notes.unanswered.append(request)
-                if request is not None and request.commit:
-                    self._note(worker, request.streams, COMMIT_SENT)
-            elif notes.unanswered and (request := notes.unanswered.popleft()) is not None:
-                self._read_answer(worker, request, value)
+                is_commit, streams = _read_command(value)
+                notes.unanswered.append((is_commit, streams))
+                if is_commit:
+                    self._note(worker, streams, COMMIT_SENT)
+            elif notes.unanswered:
+                self._read_answer(worker, *notes.unanswered.popleft(), value)
 
     def has_pending_commit(self, connection: Connection) -> bool:
         """Whether a commit on this connection has no answer yet."""
-        return connection.notes is not None and any(
-            request is not None and request.commit for request in connection.notes.unanswered
-        )
+        notes = connection.notes
+        return notes is not None and any(is_commit for is_commit, _ in notes.unanswered)
 
     def count_stages(
         self, worker: str, pending: Iterable[PendingChunk], killed_s: float
@@ -143,21 +135,21 @@ class Traffic:
             if not each.replied
         )
 
-    def _read_answer(self, worker: str, request: StoreRequest, value: Any) -> None:
-        if not request.commit:
+    def _read_answer(self, worker: str, is_commit: bool, streams: _Streams, value: Any) -> None:
+        if not is_commit:
             if not isinstance(value, _Error):
-                self._note(worker, request.streams, COMPUTING)
+                self._note(worker, streams, COMPUTING)
             return
         # a script that failed wrote nothing, and will be sent again
-        outcomes = value if isinstance(value, list) else [[None]] * len(request.streams)
-        for stream, outcome in zip(request.streams, outcomes, strict=False):
+        outcomes = value if isinstance(value, list) else [[None]] * len(streams)
+        for stream, outcome in zip(streams, outcomes, strict=False):
             if outcome == [1]:
                 self._note(worker, (stream,), REPLY_UNSENT)
             else:
                 self.conflicts += outcome[0] == 0
                 self.times.pop((worker, stream), None)
 
-    def _note(self, worker: str, streams: tuple[str, ...], stage: str) -> None:
+    def _note(self, worker: str, streams: _Streams, stage: str) -> None:
         for stream in streams:
             self.times[worker, stream][stage] = time.monotonic()
         if streams and self.hook is not None:
@@ -174,20 +166,15 @@ def _stage(since_s: float, times: dict[str, float], killed_s: float) -> str:
     return COMPUTING if since_s <= loaded_s <= killed_s else BEFORE_LOAD
 
 
-def _read_command(command: Any) -> StoreRequest | None:
-    """The streams that a command loads or commits; None for any other command."""
-    if not isinstance(command, list) or not command:
-        return None
-    name = command[0].upper()
+def _read_command(command: Any) -> tuple[bool, _Streams]:
+    """Whether a command is a commit, and the streams that it loads or commits."""
+    name = command[0].upper() if isinstance(command, list) and command else b""
+    keys: list[bytes] = command[1:] if name in (b"MGET", b"GET") else []
     if name in (b"EVALSHA", b"EVAL"):
-        keys = command[3 : 3 + int(command[2])]
+        scripted = command[3 : 3 + int(command[2])]
         # a commit has two common arguments, then two keys and three arguments for each stream
-        commit = 2 * (len(command) - 3 - len(keys) - 2) == 3 * len(keys)
-        return StoreRequest(True, tuple(_streams(keys))) if commit else None
-    if name in (b"MGET", b"GET"):
-        return StoreRequest(False, tuple(_streams(command[1:])))
-    return None
-
-
-def _streams(keys: list[bytes]) -> Iterator[str]:
-    return (match[1].decode() for key in keys if (match := _STATE_KEY.search(key)))
+        if 2 * (len(command) - 3 - len(scripted) - 2) == 3 * len(scripted):
+            keys = scripted
+    matches = (_STATE_KEY.search(key) for key in keys)
+    streams = tuple(match[1].decode() for match in matches if match is not None)
+    return name.startswith(b"EVAL") and bool(keys), streams
