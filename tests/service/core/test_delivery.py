@@ -157,10 +157,10 @@ def test_applied_chunk_changes_position_tag_and_last_chunk() -> None:
 
 
 def test_restored_stream_starts_an_epoch_without_last_chunk() -> None:
-    begun = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9)
-    assert begun.head.position == 4
-    assert begun.head.epoch != EPOCH
-    assert begun.head.tag == bytes(16)
-    assert begun.last is None
+    restarted = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=9)
+    assert restarted.head.position == 4
+    assert restarted.head.epoch != EPOCH
+    assert restarted.head.tag == bytes(16)
+    assert restarted.last is None
     with pytest.raises(PositionBehind):
-        evaluate_chunk(FIRST, begun)
+        evaluate_chunk(FIRST, restarted)

@@ -334,13 +334,13 @@ async def test_hanging_store_at_shutdown_is_outcome_unknown(
     store = HeldStore(store_url)
     async with worker(store_url, artifact, store=store, drain_s=0.05) as one:
         store.commits.clear()
-        begun = asyncio.create_task(one.process(chunk_of("begun", rows, 0)))
-        await wait_for_count(store.committing, "begun")
+        sent = asyncio.create_task(one.process(chunk_of("sent", rows, 0)))
+        await wait_for_count(store.committing, "sent")
         store.loads.clear()
         loading = asyncio.create_task(one.process(chunk_of("loading", rows, 0)))
         await asyncio.sleep(0)
         await one.stop()
-        outcomes = await asyncio.gather(begun, loading, return_exceptions=True)
+        outcomes = await asyncio.gather(sent, loading, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown, ShuttingDown]
         store.loads.set()
 

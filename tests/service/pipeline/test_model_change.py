@@ -61,12 +61,12 @@ async def test_reset_stream_starts_over_at_position_0_only(
             await after.process(chunk)
         # The very chunk that was the old version's last one is no replay.
         assert (await before.streams.read(KEY)).head == first.head
-        anew = await after.process(chunk_of("s", rows[:4], 0))
-        assert (anew.replayed, anew.created) == (False, True)
-        assert anew.head.epoch != first.head.epoch
+        reset = await after.process(chunk_of("s", rows[:4], 0))
+        assert (reset.replayed, reset.created) == (False, True)
+        assert reset.head.epoch != first.head.epoch
         rest = await after.process(chunk_of("s", rows[4:], 4))
         np.testing.assert_allclose(
-            np.concatenate([anew.outputs, rest.outputs]),
+            np.concatenate([reset.outputs, rest.outputs]),
             oracle_outputs(new, rows),
             rtol=1e-5,
             atol=1e-5,

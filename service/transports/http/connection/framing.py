@@ -9,6 +9,7 @@ request is framed as one without it. Heads, trailers and bytes after an early re
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -98,7 +99,7 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
         )
 
 
-class FramingProtocol(HttpToolsProtocol):
+class FramingProtocol(HttpToolsProtocol, ABC):
     """uvicorn's protocol up to the boundaries of requests.
 
     A subclass decides what happens between requests, and how a request is failed.
@@ -114,18 +115,18 @@ class FramingProtocol(HttpToolsProtocol):
         self._framing_error: CarryError | None = None
 
     @property
+    @abstractmethod
     def _is_blocked(self) -> bool:
         """Whether the next request has to wait for the current one."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def _stops_reading(self) -> bool:
         """Whether no further request of this connection is processed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fail(self, error: CarryError) -> None:
         """Answer the request that is being read with an error, and close the connection."""
-        raise NotImplementedError
 
     def _parse(self, data: bytes) -> bytes:
         """Parse as far as possible now; returns the bytes of the next request.

@@ -69,7 +69,7 @@ class FaultyStore:
         self.checks: list[Check] | None = None
         """Answers `check` in the store's place."""
         self.held: asyncio.Event | None = None
-        """While it is there and not set, loads are not begun and commits not answered."""
+        """While it exists and is not set, loads do not start and commits are not answered."""
         self.holds = 0
         """How many calls were held so far."""
         self._store = store

@@ -145,11 +145,11 @@ async def test_graceful_shutdown_starts_no_request_that_it_would_not_answer(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that did not read gets responses to its processed requests; the rest are dropped."""
-    begun: list[FastRequest] = []
+    started: list[FastRequest] = []
     start = FastPath.start
 
     def watched(fast_path: FastPath, request: FastRequest) -> PendingReply:
-        begun.append(request)
+        started.append(request)
         return start(fast_path, request)
 
     monkeypatch.setattr(FastPath, "start", watched)
@@ -158,10 +158,10 @@ async def test_graceful_shutdown_starts_no_request_that_it_would_not_answer(
         client.writer.write(request(chunk(None), stream="stopped") * FEW)
         await becomes(lambda: client.connection.flow.write_paused, "too much to send")
         client.connection.shutdown()
-        owed = len(begun)
+        owed = len(started)
         assert set(await client.statuses(owed)) == {b"200"}
         await client.is_cut_off()
-    assert len(begun) == owed < FEW
+    assert len(started) == owed < FEW
     assert api.position("stopped") == 4 * owed
 
 

@@ -356,7 +356,7 @@ async def test_a_damaged_state_is_not_used_and_can_be_deleted_or_overwritten(
     damage: Callable[[str], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its stream is named in the log; a deletion or a restore begins it anew."""
+    """Its stream is named in the log; a deletion or a restore replaces it."""
     async with harness(pipeline_server, models, state_cache_bytes=0) as api:
         body = {"position": 0, "inputs": rows(3).tolist()}
         for way_out in ("delete", "restore"):
