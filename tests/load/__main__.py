@@ -8,6 +8,7 @@ Takes the options of Locust's command line and those of `locustfile.py`.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from locust.main import main
@@ -18,4 +19,7 @@ if __name__ == "__main__":
         *("make load", "--locustfile", locustfile, "--headless", "--only-summary"),
         *("--loglevel", "WARNING", *sys.argv[1:]),
     ]
+    if {"-h", "--help"} & set(sys.argv):
+        # Locust prints its help before it reads the locustfile, whose options would be missing
+        import_module("tests.load.locustfile")
     main()
