@@ -8,8 +8,8 @@ VENV ?= .venv
 PORT ?=
 # example that `make example` trains
 NAME ?= flights
-# worker processes of the tests: a number, or `logical` for one per core
-WORKERS ?= logical
+# worker processes of the tests: one more than cores, since many tests wait for servers
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 # additional options of the task's command
 ARGS ?=
 

@@ -14,6 +14,7 @@ chunk is no part of the service's capacity.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import select
@@ -26,7 +27,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +175,19 @@ class Generator:
 
     def __init__(self, service: Service, connections: int, steps: int):
         self._process = psutil.Process(service.process.pid)
-        port = int(service.url.rsplit(":", 1)[1])
-        rows = np.random.default_rng(1).normal(size=(steps, FEATURES)).astype("<f4").tobytes()
+        self._port = int(service.url.rsplit(":", 1)[1])
+        self._steps = steps
+        rows = np.random.default_rng(1).normal(size=(steps, FEATURES))
+        self._rows = rows.astype("<f4").tobytes()
         self._epoll = select.epoll()
         self._by_fd: dict[int, StreamConnection] = {}
-        for number in range(connections):
-            self._register(StreamConnection(port, f"s{number}", steps, rows))
+        self.open(connections)
+
+    def open(self, connections: int) -> None:
+        """Open connections until there are that many."""
+        for number in range(len(self._by_fd), connections):
+            stream = f"s{number}"
+            self._register(StreamConnection(self._port, stream, self._steps, self._rows))
 
     def close(self) -> None:
         """Close the connections."""
@@ -205,7 +212,7 @@ class Generator:
         else:
             for connection in idle[:PEAK_CONNECTIONS]:
                 connection.send(began_s)
-        due_s = next(moments, inf)
+        due_s = next(moments, math.inf)
         while (now_s := time.perf_counter()) < ends_s + ANSWERS_WITHIN_S:
             while due_s <= now_s:
                 measurement.offered += 1
@@ -213,7 +220,7 @@ class Generator:
                     idle.pop().send(due_s)
                 else:
                     measurement.unsent += 1
-                due_s = next(moments, inf)
+                due_s = next(moments, math.inf)
             if sampled_s <= now_s < ends_s:
                 measurement.rss_bytes.append(self._process.memory_info().rss)
                 sampled_s = now_s + SAMPLED_EVERY_S
@@ -289,6 +296,8 @@ def overload(
     try:
         generator.run(min(WARM_S, peak_s))
         before = generator.run(peak_s)
+        # each has one chunk in flight: more than the queue takes within its longest wait
+        generator.open(math.ceil(2 * QUEUE_WAIT_S * before.goodput))
         return before, generator.run(seconds, times * before.goodput), generator.run(peak_s)
     finally:
         generator.close()
