@@ -129,18 +129,12 @@ class Batcher(Generic[P, R]):
         self._drained = asyncio.Event()
 
     def enqueue(
-        self,
-        requests: Sequence[JobRequest[P]],
-        deadline_s: float = math.inf,
-        *,
-        is_admitted: bool = False,
+        self, requests: Sequence[JobRequest[P]], deadline_s: float = math.inf
     ) -> Results[R]:
         """Queue one or more jobs without waiting for them.
 
         Args:
             deadline_s: time until which the caller waits, on the monotonic clock.
-            is_admitted: whether `check_admission` admitted the one request, with nothing enqueued
-                since.
 
         Returns:
             A future of the results in the order of the requests. A result is Overloaded if the
@@ -154,10 +148,7 @@ class Batcher(Generic[P, R]):
         for index, (payload, key, steps) in enumerate(requests):
             if self._stopping:
                 ticket.resolve(index, ShuttingDown("the service is stopping and accepts no work"))
-            elif (
-                not is_admitted
-                and (rejection := self._admission.check_admission(key, left_s, index)) is not None
-            ):
+            elif (rejection := self._admission.check_admission(key, left_s, index)) is not None:
                 ticket.resolve(index, rejection.error())
             else:
                 job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)

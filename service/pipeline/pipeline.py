@@ -241,20 +241,14 @@ class Pipeline:
         """
         return self._chunks[model].check_admission(key, left_s)
 
-    def enqueue(
-        self, chunk: Chunk, deadline_s: float = math.inf, *, is_admitted: bool = False
-    ) -> Results[Reply]:
+    def enqueue(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
         """Queue a chunk as `process` does; returns a future of the one result.
-
-        Args:
-            is_admitted: whether `check_admission` admitted it, with nothing enqueued since.
 
         Raises:
             ModelNotFound
         """
         batcher = self._chunks[self.model(chunk.key.model).name]
-        requests = [JobRequest(chunk, chunk.key, chunk.steps.length)]
-        return batcher.enqueue(requests, deadline_s, is_admitted=is_admitted)
+        return batcher.enqueue([JobRequest(chunk, chunk.key, chunk.steps.length)], deadline_s)
 
     def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
         """Cancel an enqueued chunk whose client disconnected; it is dropped if still queued."""

@@ -185,8 +185,8 @@ class FastPath:
         )
 
     def start(self, request: FastRequest) -> PendingReply:
-        """Hand the chunk to the pipeline, in the turn of the event loop in which it was parsed."""
-        return self._api.pipeline.enqueue(request.chunk, request.deadline_s, is_admitted=True)
+        """Hand the chunk to the pipeline."""
+        return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: FastRequest, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
