@@ -143,9 +143,12 @@ class RealServer:
         )
 
 
-PORTS = range(12_000, 32_000)
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+PORTS = range(12_000 + _WORKER, 32_000, _WORKERS)
 """Ports below the ephemeral range: an outgoing connection could take an ephemeral port between
-the check that it is free and the start of its server."""
+the check that it is free and the start of its server. Parallel test workers have disjoint ports,
+so that none takes the port of a server that another one restarts."""
 _used_ports: set[int] = set()
 
 
