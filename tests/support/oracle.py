@@ -489,8 +489,8 @@ def nats(spec: ModelSpec, head: AnomalyHead, parameters: Floats, row: Floats) ->
             found = -np.log(softmax(logits)[int(value)])
             start += field.codes
         else:
-            p = sigmoid(parameters[start])
-            found = -np.log(p if value else 1 - p)
+            # -z log p - (1 - z) log(1 - p), also for a z that is neither 0 nor 1
+            found = softplus(parameters[start]) - value * parameters[start]
             start += 1
         total += 0.0 if absent else found
     return total
