@@ -30,11 +30,10 @@ from service.client import Problem, model_path, read_response
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.recompute import by_oracle, by_service, compare
 from tests.load.stream import Streams, WrongAnswerError
-from tests.load.target import LoadError, Target
+from tests.load.target import LoadError, Target, read_server_timing_ms
 from tests.load.thresholds import DEFAULTS, Limits, change_limits, check_limits
 from tests.support.machine import describe_run
 
-STAGES = ("queue", "load", "infer", "commit")
 SPAWNED_PER_S = 100
 HEADERS = {
     "Content-Type": "application/json",
@@ -447,13 +446,6 @@ def _write(path: str, summary: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n", encoding="utf-8")
     print(f"summary: {file}")
-
-
-def read_server_timing_ms(header: str | None) -> dict[str, float]:
-    """The service's stages in a Server-Timing header, in milliseconds; empty unless it has all."""
-    entries = (entry.strip().partition(";dur=") for entry in (header or "").split(","))
-    stages = {name: float(ms) for name, _, ms in entries if name in STAGES and ms}
-    return stages if len(stages) == len(STAGES) else {}
 
 
 def _positive(text: str) -> float:

@@ -8,6 +8,14 @@ from service.client import Carry, ModelDescription, Problem, Retry, model_path, 
 
 TIMEOUT_S = 120.0
 RETRY_S = 30.0
+STAGES = ("queue", "load", "infer", "commit")
+
+
+def read_server_timing_ms(header: str | None) -> dict[str, float]:
+    """The service's stages in a Server-Timing header, in milliseconds; empty unless it has all."""
+    entries = (entry.strip().partition(";dur=") for entry in (header or "").split(","))
+    stages = {name: float(ms) for name, _, ms in entries if name in STAGES and ms}
+    return stages if len(stages) == len(STAGES) else {}
 
 
 class LoadError(Exception):

@@ -153,17 +153,23 @@ def test_terminated_load_deletes_its_streams(url: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "failed"), [("small", "max_wrong_answers"), ("small", None), ("probe", "max_p95_ms")]
+    ("model", "feed", "failed"),
+    [
+        ("small", "events", "max_wrong_answers"),
+        ("small", "events", None),
+        ("small", "inputs", None),
+        ("probe", "inputs", "max_p95_ms"),
+    ],
 )
 def test_float64_network_and_thresholds_decide(
-    url: str, folder: Path, tmp_path: Path, model: str, failed: str | None
+    url: str, folder: Path, tmp_path: Path, model: str, feed: str, failed: str | None
 ) -> None:
     def run(url: str) -> subprocess.CompletedProcess[str]:
         return load(
             *("--url", url, "--model", model, "--scenario", "steady", "--users", "3"),
             *("--duration-s", "2", "--summary", str(tmp_path / "summary.json"), *PATIENT),
             *("--artifact", str(folder / "models" / model), "--compare-events", "60"),
-            *(("--feed", "events") if model == "small" else ()),
+            *("--feed", feed),
             *(("--threshold", "steady.max_p95_ms=0.1") if failed == "max_p95_ms" else ()),
         )
 

@@ -20,7 +20,8 @@ from service.client import ModelDescription, Output, Problem, read_problem
 from tests.load.feeds import Chunk, InputsFeed, longest_chunk, make_feeds
 from tests.load.recompute import Compared, by_service, compare
 from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError
-from tests.load.target import LoadError
+from tests.load.target import LoadError, read_server_timing_ms
+from tests.load.thresholds import check_limits
 
 MODEL = ModelDescription(
     name="probe",
@@ -354,3 +355,33 @@ def test_feeds_fit_the_model() -> None:
     (feed,) = make_feeds(MODEL, 10, "both", 1)
     assert feed.member == "inputs"
     assert longest_chunk(MODEL) == MODEL.max_chunk_steps
+
+
+def test_stages_are_read_from_the_server_timing_header() -> None:
+    header = "queue;dur=0.5, load;dur=1.25,infer;dur=2, commit;dur=3.0, other;dur=9, cache"
+    stages_ms = {"queue": 0.5, "load": 1.25, "infer": 2.0, "commit": 3.0}
+    assert read_server_timing_ms(header) == stages_ms
+    assert read_server_timing_ms("queue;dur=0.5, load;dur=1.25") == {}
+    assert read_server_timing_ms(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "passing", "failing"),
+    [("max_p95_ms", 96, 96.1), ("max_error_share", 0.25, 0.26), ("min_chunks_per_s", 7, 6.9)],
+)
+def test_a_value_passes_a_threshold_up_to_its_limit(
+    name: str, passing: float, failing: float
+) -> None:
+    def passes(value: float | None) -> bool:
+        wrong, check = check_limits({name: passing}, {"max_wrong_answers": 0, name: value})
+        assert wrong.passed
+        return check.passed
+
+    assert passes(passing)
+    assert not passes(failing)
+    assert not passes(None)
+
+
+def test_a_wrong_answer_fails_without_any_threshold() -> None:
+    (wrong,) = check_limits({}, {"max_wrong_answers": 1})
+    assert not wrong.passed
