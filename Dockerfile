@@ -20,9 +20,10 @@ RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
 FROM locked-lean AS built
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY client client
 COPY models models
 COPY service service
-RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --target /opt/carry .
+RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --target /opt/carry ./client .
 
 FROM locked-lean AS stripped-lean
 RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers pathspec pluggy pip

@@ -5,7 +5,7 @@
 A chunk names the position of its first event. Without an answer, or after a problem that is
 retryable, the same chunk is sent again with the same position. A problem that names the stream's
 position moves the client there: back where the store lost commits, forward where another client
-sent some. `service/client` does this; keep the events until they are applied.
+sent some. `carry_client` does this; keep the events until they are applied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from service.client import Carry, Problem, Stream
+from carry_client import Carry, Problem, Stream
 
 CHUNK_EVENTS = 8
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from service.client import Carry
+    from carry_client import Carry
 
 CONCURRENT_REQUESTS = 8
 """Number of concurrent requests when a command acts on many streams."""
@@ -46,7 +46,7 @@ Action = Callable[["Carry", str], str]
 def _service(url: str) -> Iterator[Carry]:
     """Open a client; a problem prints one line and exits with status 1."""
     # Imported here: it would take a third of the start-up time of every other command.
-    from service.client import Carry, Problem
+    from carry_client import Carry, Problem
 
     try:
         with Carry(url) as client:
@@ -80,7 +80,7 @@ def _request(
         accept: codes of problems whose documents are returned to the caller.
         if_match: value of the If-Match header.
     """
-    from service.client import Problem
+    from carry_client import Problem
 
     headers = {} if if_match is None else {"if-match": if_match}
     try:
@@ -92,7 +92,7 @@ def _request(
 
 
 def _path(model: str, stream: str | None = None) -> str:
-    from service.client import model_path, stream_path
+    from carry_client import model_path, stream_path
 
     return f"{model_path(model)}/streams" if stream is None else stream_path(model, stream)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.client import (
+from carry_client import (
     AsyncCarry,
     ModelDescription,
     Problem,

@@ -10,8 +10,8 @@ import orjson
 import uvloop
 from rich.console import Console
 
+from carry_client import ModelDescription, Problem
 from models.artifact.artifact import Artifact
-from service.client import ModelDescription, Problem
 from service.replay.client import connect
 from service.replay.metrics import Counted, MetricsWatch
 from service.replay.options import ReplayError, ReplayOptions

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from service.client import ModelDescription, Problem, Retry
+from carry_client import ModelDescription, Problem, Retry
 from service.replay.checks import Sent, agree, check_duplicates, check_reply, next_position
 from service.replay.client import FloatRows, Reply, Service
 from service.replay.options import ReplayError, ReplayOptions

@@ -20,13 +20,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from carry_client import ModelDescription
 from models.errors import DataError, ModelsError
 from models.events.columns import EventColumns
 from models.events.frame import columns_from_frame
 from models.events.schema import EventSchema
 from models.examples.flights.data import flight_events
 from models.training.files import check_duplicate_names
-from service.client import ModelDescription
 from service.replay.options import ReplayError, ReplayOptions
 
 STREAM_NAME = re.compile(r"^[A-Za-z0-9._:@-]{1,256}$")

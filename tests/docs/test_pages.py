@@ -20,7 +20,7 @@ _LINK = re.compile(r"\[(?:[^\]]|\](?=\]))*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+?)\s*$", re.MULTILINE)
 _ANCHOR = re.compile(r'<a id="([^"]+)">')
 _CODE_SPAN = re.compile(r"`([^`\n]+)`")
-_FILE = re.compile(r"(?:service|models|tests|docs|scripts|examples|\.ci)/[\w./-]*[\w/]")
+_FILE = re.compile(r"(?:client|service|models|tests|docs|scripts|examples|\.ci)/[\w./-]*[\w/]")
 
 each_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()

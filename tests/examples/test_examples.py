@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from carry_client import Carry, Problem, Stream
 from examples.client import CHUNK_EVENTS
 from models.events.columns import canonical_bytes, columns_from_events
 from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
 from models.examples.flights.data import flight_events
 from models.spec.spec_file import read_spec
-from service.client import Carry, Problem, Stream
 from service.replay.source import StreamEvents
 from tests.service.replay.standin import Standin
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
-from service.client import Problem
+from carry_client import Problem
 from tests.faults.history import (
     FIRST_TAG,
     Burst,

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.client import AsyncCarry, Problem, encode_body, stream_path
-from service.client.http import Encoding
+from carry_client import AsyncCarry, Problem, encode_body, stream_path
+from carry_client.http import Encoding
 from tests.faults.history import Head, Reply, Sent
 from tests.faults.network import MODEL, OUTPUT, Outputs, Rows
 

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.client import Field, ModelDescription
+from carry_client import Field, ModelDescription
 from tests.load.target import LoadError
 
 FIRST_MS = 1_356_998_400_000

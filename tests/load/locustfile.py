@@ -26,7 +26,7 @@ from locust import FastHttpUser, LoadTestShape, constant, constant_throughput, e
 from locust.env import Environment
 from locust.stats import StatsEntry
 
-from service.client import Problem, model_path, read_response
+from carry_client import Problem, model_path, read_response
 from tests.load.feeds import longest_chunk, make_feeds
 from tests.load.recompute import by_oracle, by_service, compare
 from tests.load.stream import Streams, WrongAnswerError

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from service.client import ModelDescription, stream_path
+from carry_client import ModelDescription, stream_path
 from tests.load.feeds import BODY_SHARE
 from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError
 from tests.load.target import LoadError

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.client import POSITION_CODES, ModelDescription, Problem, Retry, stream_path
+from carry_client import POSITION_CODES, ModelDescription, Problem, Retry, stream_path
 from tests.load.feeds import FIRST_TAG, Chunk, Feed, next_tag
 
 NEW_STREAM_SHARE = 0.5

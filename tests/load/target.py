@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.client import Carry, ModelDescription, Problem, Retry, model_path, read_description
+from carry_client import Carry, ModelDescription, Problem, Retry, model_path, read_description
 
 TIMEOUT_S = 120.0
 RETRY_S = 30.0

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 import pytest
 
-from service.client import ModelDescription, Output, Problem, read_problem
+from carry_client import ModelDescription, Output, Problem, read_problem
 from tests.load.feeds import Chunk, InputsFeed, longest_chunk, make_feeds
 from tests.load.recompute import Compared, by_service, compare
 from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError

@@ -26,6 +26,7 @@ LIGHT: list[tuple[set[str], list[str]]] = [
     (
         NETWORKS | TABLES | WEB | STORES,
         [
+            "carry_client",
             "models.artifact.artifact",
             "models.events.columns",
             "models.events.encode",

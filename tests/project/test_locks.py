@@ -51,13 +51,15 @@ def wanted(lock: Path) -> list[Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     groups = project["dependency-groups"]
-    if lock == LOAD:
-        return [Requirement(text) for text in groups["load"]]
-    texts = [*project["project"]["dependencies"], *groups["build"]]
-    texts += [text for extra in EXTRAS.get(lock, extras) for text in extras[extra]]
+    client = tomllib.loads((REPOSITORY / "client" / "pyproject.toml").read_text())["project"]
+    texts = [*client["dependencies"], *groups["load" if lock == LOAD else "build"]]
+    if lock != LOAD:
+        texts += project["project"]["dependencies"]
+        texts += [text for extra in EXTRAS.get(lock, extras) for text in extras[extra]]
     if lock == DEV:
         texts += [text for text in (*groups["dev"], *groups["load"]) if isinstance(text, str)]
-    return [Requirement(text) for text in texts]
+    # of this repository: installed beside the service
+    return [Requirement(text) for text in texts if text != "carry-client"]
 
 
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)

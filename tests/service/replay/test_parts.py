@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from carry_client import ModelDescription, Output, Problem, read_description
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from service.client import ModelDescription, Output, Problem, read_description
 from service.replay.checks import Sent, agree, check_duplicates, next_position
 from service.replay.client import Reply, read_items, read_reply
 from service.replay.metrics import CounterGrowth, counted

@@ -7,7 +7,7 @@ from random import Random
 import orjson
 import pytest
 
-from service.client import (
+from carry_client import (
     AsyncCarry,
     Carry,
     Problem,

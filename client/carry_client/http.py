@@ -6,16 +6,20 @@ repeated is the caller's choice, by way of `Retry`.
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from ssl import SSLContext
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import quote
 
 import httpx
-import orjson
+import msgpack
 
-from service.client.problem import Problem, no_answer, read_response
+from carry_client.problem import Problem, no_answer, read_response
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Encoding = Literal["json", "msgpack"]
 
@@ -43,10 +47,10 @@ def stream_path(model: str, stream: str) -> str:
 def encode_body(encoding: Encoding, document: Any) -> bytes:
     """The bytes of a request's body."""
     if encoding == "json":
-        return orjson.dumps(document)
-    import ormsgpack
-
-    return ormsgpack.packb(document)
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode()
+    packed: bytes = msgpack.packb(document)
+    return packed
 
 
 class _Requests:

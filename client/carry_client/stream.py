@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from service.client.http import Carry, stream_path
-from service.client.problem import Problem
-from service.client.retry import Retry
+from carry_client.http import Carry, stream_path
+from carry_client.problem import Problem
+from carry_client.retry import Retry
 
 
 class Stream:

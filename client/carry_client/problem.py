@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import orjson
+import msgpack
 
 NO_ANSWER: Final = "no_answer"
 POSITION_CODES: Final = ("position_ahead", "position_behind", "already_applied")
@@ -100,8 +101,5 @@ def _decode(content_type: str, body: bytes) -> Any:
     if not body:
         return None
     if content_type.startswith("application/msgpack"):
-        # not installed where the load tests run
-        import ormsgpack
-
-        return ormsgpack.unpackb(body)
-    return orjson.loads(body)
+        return msgpack.unpackb(body)
+    return json.loads(body)
