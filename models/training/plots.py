@@ -88,11 +88,11 @@ def _calibration(heads: dict[str, Any]) -> Figure:
     for axes, (name, head) in zip(
         figure.subplots(1, len(heads), squeeze=False)[0], heads.items(), strict=True
     ):
-        predicted = [part["said"] for part in head["calibration"]]
-        happened = [part["happened"] for part in head["calibration"]]
-        top = max(*predicted, *happened, 0.01)
+        predicted = [part["predicted"] for part in head["calibration"]]
+        observed = [part["observed"] for part in head["calibration"]]
+        top = max(*predicted, *observed, 0.01)
         axes.plot([0, top], [0, top], color="tab:gray", linewidth=1)
-        axes.plot(predicted, happened, "o-")
+        axes.plot(predicted, observed, "o-")
         axes.set(xlabel="predicted", ylabel="observed", title=f"{name}: calibration")
     return figure
 

@@ -224,8 +224,8 @@ def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]
         return {
             "calibration": [
                 {
-                    "said": float(probability[part].mean()),
-                    "happened": float(truth[part].mean()),
+                    "predicted": float(probability[part].mean()),
+                    "observed": float(truth[part].mean()),
                     "events": len(part),
                 }
                 for part in bins
@@ -235,7 +235,7 @@ def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]
         below = np.nanmean(scored.truth[..., None] <= scored.values, axis=(0, 1))
         return {
             "calibration": [
-                {"said": level, "happened": float(share), "events": len(scored.truth)}
+                {"predicted": level, "observed": float(share), "events": len(scored.truth)}
                 for level, share in zip(quantiles, below, strict=True)
             ]
         }
