@@ -123,7 +123,7 @@ def _summary(
         model=served.name,
         version=served.version,
         streams=len(replay.progress),
-        resumed=sum(stream_progress.began > 0 for stream_progress in replay.progress.values()),
+        resumed=sum(stream_progress.start > 0 for stream_progress in replay.progress.values()),
         tally=replay.tally,
         counted=counted,
         skill=skill,

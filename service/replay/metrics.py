@@ -33,7 +33,7 @@ class CounterGrowth:
     def sample(self, text: str) -> None:
         """Take one scrape in Prometheus' text format; one that cannot be parsed is skipped."""
         try:
-            found = {
+            samples = {
                 (sample.name, tuple(sorted(sample.labels.items()))): sample.value
                 for family in text_string_to_metric_families(text)
                 for sample in family.samples
@@ -42,21 +42,21 @@ class CounterGrowth:
         except ValueError:
             return
         if self._last is not None:
-            for key, value in found.items():
+            for key, value in samples.items():
                 before = self._last.get(key, 0.0)
                 self.grown[key] += value if value < before else value - before
-        self._last = found
+        self._last = samples
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What the run saw of the service; None where the service does not tell.
+    """The growth of the service's counters during the run; None for those it does not report.
 
     Attributes:
         mean_batch: streams per batch.
         largest_batch: no batch was larger; the upper bound of the largest used bucket.
         shared_batches: batches of more than one stream.
-        refusals: by code.
+        refusals: counts by error code.
     """
 
     chunks: float | None = None

@@ -21,7 +21,7 @@ class ReplayOptions:
     """All options of a replay.
 
     Attributes:
-        urls: where the service listens; requests take turns among them, and the two copies of
+        urls: the service's addresses; requests take turns among them, and the two copies of
             a duplicated chunk go to different ones.
         model: the model's name.
         by: what a stream of flights is; not read with `data`.
@@ -71,14 +71,14 @@ def parse_range(text: str) -> tuple[int, int]:
     low, dots, high = text.partition("..")
     if not low.isdecimal() or (dots and not high.isdecimal()):
         raise ReplayError(f"--chunk: expected A..B, for example 1..64, got {text!r}")
-    found = int(low), int(high if dots else low)
-    if not 1 <= found[0] <= found[1]:
+    smallest, largest = int(low), int(high if dots else low)
+    if not 1 <= smallest <= largest:
         raise ReplayError(f"--chunk: expected 1 <= A <= B, got {text!r}")
-    return found
+    return smallest, largest
 
 
 def parse_speed(text: str) -> float | None:
-    """`max` as None, or a factor above 0; ReplayError where it is neither."""
+    """`max` as None, or a factor above 0; ReplayError if it is neither."""
     if text == "max":
         return None
     try:

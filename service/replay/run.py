@@ -1,10 +1,10 @@
-"""The replay itself: streams side by side, each with one chunk in flight, until all is sent.
+"""The replay: sends all streams concurrently, one chunk of each in flight, until all are sent.
 
-Every stream's position is asked first, so that a second replay resumes where the first ended.
+It asks for every stream's position first, so that a second replay resumes where the first ended.
 A chunk without an answer is sent again unchanged; a problem that names the stream's position
-moves it there, back (the store lost commits) or forward (its reply is no longer kept).
-Any other problem ends the replay. What the service says that cannot
-be true becomes a fault, and the replay continues, so that one run shows all of them.
+moves it there, back (the store lost commits) or forward (its reply is no longer stored).
+Any other problem ends the replay. A reply that cannot be correct is counted as a fault, and the
+replay continues, so that one run shows all of them.
 
 Everything here runs in one event loop.
 """
@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from carry_client import ModelDescription, Problem, Retry
-from service.replay.checks import Sent, agree, check_duplicates, check_reply, next_position
+from service.replay.checks import FinalAnswer, agree, check_duplicates, check_reply, next_position
 from service.replay.client import FloatRows, Reply, Service
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.schedule import Cursor, Schedule
@@ -38,13 +38,13 @@ class StreamProgress:
 
     Attributes:
         cursor: its position and next chunk.
-        outputs: float32 [T, O], NaN where this run received none.
-        began: its position before the replay.
+        outputs: float32 [T, O], NaN if this run received none.
+        start: its position before the replay.
     """
 
     cursor: Cursor
     outputs: FloatRows
-    began: int = 0
+    start: int = 0
 
 
 @dataclass(slots=True)
@@ -52,17 +52,17 @@ class Tally:
     """Counts of one replay.
 
     Attributes:
-        events: applied events, those of a chunk that had to be sent again after the store
-            fell back counted again.
-        chunks: applied chunks, which are the cuts.
+        events: applied events; those that were sent again after the store lost them count twice.
+        chunks: applied chunks.
         retries: attempts that failed with a retryable problem.
-        problems: how often each problem came, by code.
+        problems: number of problems, by code.
         duplicates: chunks sent twice at once.
-        replayed: replies that were marked so.
-        fell_back: how often a stream was behind its acknowledged position, `lost` in events.
+        replayed: replies marked `replayed`.
+        fell_back: how often a stream was behind its acknowledged position.
+        lost: by how many events in all.
         skipped: events whose outputs were not received, because their stored reply had expired.
-        faults: what the service said that cannot be true, the first hundred.
-        fault_count: how many there were.
+        faults: descriptions of incorrect replies, the first hundred.
+        fault_count: number of all incorrect replies.
         latencies_s: of every answered request.
         silence_s: the longest time in which no request was answered.
     """
@@ -84,7 +84,7 @@ class Tally:
     wall_s: float = 0.0
 
     def fault(self, text: str | None) -> None:
-        """Note a fault; None is none."""
+        """Record a fault, unless it is None."""
         if text is not None:
             self.fault_count += 1
             if len(self.faults) < MAX_FAULTS:
@@ -95,7 +95,7 @@ class Watcher(Protocol):
     """Shows a running replay."""
 
     def begin(self, total: int, done: int) -> None:
-        """`done` of `total` events were there before."""
+        """`done` of `total` events were consumed before the replay."""
 
     def show(self, done: int, tally: Tally) -> None:
         """`done` events are consumed now."""
@@ -131,7 +131,7 @@ class Replay:
         self._options = options
         self._clock = clock
         self._random = Random(options.seed)  # noqa: S311
-        self._heard_s = 0.0
+        self._last_answer_s = 0.0
         self.tally = Tally()
         self.progress = {
             stream.name: StreamProgress(
@@ -163,15 +163,15 @@ class Replay:
     async def check_positions(self) -> None:
         """Ask for every stream's position; one that is not at its end is a fault."""
         for name, position in (await self._positions()).items():
-            wanted = len(self.progress[name].cursor.events)
-            if position != wanted:
-                self.tally.fault(f"stream {name!r}: expected position {wanted}, got {position}")
+            end = len(self.progress[name].cursor.events)
+            if position != end:
+                self.tally.fault(f"stream {name!r}: expected position {end}, got {position}")
 
     async def _ask_positions(self) -> None:
         for name, position in (await self._positions()).items():
             stream_progress = self.progress[name]
             stream_progress.cursor.move(position)
-            stream_progress.began = position
+            stream_progress.start = position
 
     async def _positions(self) -> dict[str, int]:
         slots = asyncio.Semaphore(self._options.streams_in_flight)
@@ -188,10 +188,10 @@ class Replay:
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                asked = {name: tasks.create_task(ask(name)) for name in self.progress}
+                requests = {name: tasks.create_task(ask(name)) for name in self.progress}
         except ExceptionGroup as group:
             raise _first(group) from group
-        return {name: task.result() for name, task in asked.items()}
+        return {name: task.result() for name, task in requests.items()}
 
     async def _send_all(self) -> None:
         options = self._options
@@ -199,12 +199,12 @@ class Replay:
         most = max(1, min(options.per_request, options.streams_in_flight))
         slots = asyncio.Semaphore(max(1, options.streams_in_flight // most))
         schedule = Schedule(cursors, options.speed, self._clock)
-        start_s = self._heard_s = self._clock()
+        start_s = self._last_answer_s = self._clock()
 
-        async def resolve(taken: list[Cursor]) -> None:
+        async def deliver(due: list[Cursor]) -> None:
             try:
-                await self._deliver(taken)
-                for cursor in taken:
+                await self._deliver(due)
+                for cursor in due:
                     schedule.give_back(cursor)
             finally:
                 slots.release()
@@ -213,28 +213,28 @@ class Replay:
             async with asyncio.TaskGroup() as tasks:
                 while True:
                     await slots.acquire()
-                    taken = await schedule.take(most)
-                    if not taken:
+                    due = await schedule.take(most)
+                    if not due:
                         break
-                    tasks.create_task(resolve(taken))
+                    tasks.create_task(deliver(due))
         finally:
             self.tally.wall_s = self._clock() - start_s
 
     async def _deliver(self, cursors: list[Cursor]) -> None:
         """Send the next chunk of each stream, some twice at once, and move the streams."""
-        twice = [c for c in cursors if self._random.random() < self._options.duplicates]
+        duplicates = [c for c in cursors if self._random.random() < self._options.duplicates]
         turn = self._service.next_turn()
-        self.tally.duplicates += len(twice)
-        sending = [self._send(cursors, turn), *(self._send([c], turn + 1) for c in twice)]
-        first, *copies = await asyncio.gather(*sending)
-        seconds = {cursor.name: sent[0] for cursor, sent in zip(twice, copies, strict=True)}
-        for cursor, sent in zip(cursors, first, strict=True):
-            self._accept(cursor, sent, seconds.get(cursor.name))
+        self.tally.duplicates += len(duplicates)
+        requests = [self._send(cursors, turn), *(self._send([c], turn + 1) for c in duplicates)]
+        answers, *copies = await asyncio.gather(*requests)
+        second_of = {c.name: copy[0] for c, copy in zip(duplicates, copies, strict=True)}
+        for cursor, answer in zip(cursors, answers, strict=True):
+            self._accept(cursor, answer, second_of.get(cursor.name))
 
-    async def _send(self, cursors: list[Cursor], turn: int) -> list[Sent]:
+    async def _send(self, cursors: list[Cursor], turn: int) -> list[FinalAnswer]:
         """Send until each chunk has a reply or a problem that names the stream's position."""
         tally, retry = self.tally, self._retry()
-        sent: dict[str, Sent] = {}
+        final: dict[str, FinalAnswer] = {}
         waiting = cursors
         while waiting:
             sent_s = self._clock()
@@ -246,7 +246,7 @@ class Replay:
                 if isinstance(answer, Problem):
                     tally.problems[answer.code] += 1
                 if isinstance(answer, Reply) or answer.has_stream_position:
-                    sent[cursor.name] = Sent(answer, retry.failures, latency_s)
+                    final[cursor.name] = FinalAnswer(answer, retry.failures, latency_s)
                 elif answer.is_retryable:
                     failed = answer
                 else:
@@ -256,15 +256,15 @@ class Replay:
                     )
             if not all(isinstance(a, Problem) and a.status == 0 for a in answers):
                 tally.latencies_s.append(latency_s)
-                tally.silence_s = max(tally.silence_s, sent_s + latency_s - self._heard_s)
-                self._heard_s = sent_s + latency_s
-            waiting = [cursor for cursor in waiting if cursor.name not in sent]
+                tally.silence_s = max(tally.silence_s, sent_s + latency_s - self._last_answer_s)
+                self._last_answer_s = sent_s + latency_s
+            waiting = [cursor for cursor in waiting if cursor.name not in final]
             if failed is not None:
                 turn = self._service.next_turn()
                 await self._wait(failed, retry, "a chunk")
-        return [sent[cursor.name] for cursor in cursors]
+        return [final[cursor.name] for cursor in cursors]
 
-    def _accept(self, cursor: Cursor, first: Sent, second: Sent | None) -> None:
+    def _accept(self, cursor: Cursor, first: FinalAnswer, second: FinalAnswer | None) -> None:
         """Check the answers to one chunk and move the stream; never awaits."""
         tally, start, steps = self.tally, cursor.position, cursor.size
         answers = [first.answer] if second is None else [first.answer, second.answer]
@@ -277,7 +277,7 @@ class Replay:
                 tally.replayed += answer.replayed
                 reply = answer
         if reply is not None:
-            self._keep(cursor, start, reply.outputs)
+            self._store_outputs(cursor, start, reply.outputs)
             tally.chunks += 1
             tally.events += steps
         now = next_position(answers[0], answers[1:])
@@ -293,15 +293,15 @@ class Replay:
         else:
             cursor.move(position)
 
-    def _keep(self, cursor: Cursor, start: int, outputs: FloatRows) -> None:
-        kept = self.progress[cursor.name].outputs[start : start + len(outputs)]
-        before = ~np.isnan(kept).any(axis=1)
-        if not agree(outputs[before], kept[before]):
+    def _store_outputs(self, cursor: Cursor, start: int, outputs: FloatRows) -> None:
+        stored = self.progress[cursor.name].outputs[start : start + len(outputs)]
+        is_stored = ~np.isnan(stored).any(axis=1)
+        if not agree(outputs[is_stored], stored[is_stored]):
             self.tally.fault(
                 f"stream {cursor.name!r}, chunk at {start}: other outputs than before for "
                 "the same events"
             )
-        kept[:] = outputs
+        stored[:] = outputs
 
     async def _show(self, watcher: Watcher) -> None:
         while True:
@@ -347,7 +347,7 @@ def _first(group: ExceptionGroup) -> Exception:
 
 
 def _flat(group: ExceptionGroup) -> list[Exception]:
-    found: list[Exception] = []
+    errors: list[Exception] = []
     for error in group.exceptions:
-        found.extend(_flat(error) if isinstance(error, ExceptionGroup) else [error])
-    return found
+        errors.extend(_flat(error) if isinstance(error, ExceptionGroup) else [error])
+    return errors

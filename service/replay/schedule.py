@@ -1,10 +1,10 @@
-"""Which chunk goes next: cuts, positions, and the order of events across streams.
+"""Chooses the next chunk to send: chunk sizes, positions, and the order of events across streams.
 
-Chunks leave in the order in which their last events happened, as live streams would send
-them; with a speed they also wait for that moment. A stream is handed out with one chunk and
-not again before it is given back, so that one chunk of a stream is in flight at a time.
+Chunks are sent in the order in which their last events happened, as live streams would send
+them; with a speed they also wait for that moment. `take` returns a stream with one chunk, and again
+only after `give_back`, so that one chunk of a stream is in flight at a time.
 
-The schedule is for one event loop: one task takes, any task gives back.
+The schedule is for one event loop: one task calls `take`, any task calls `give_back`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Schedule:
         """Start now.
 
         Args:
-            cursors: streams at the positions where the service has them.
+            cursors: streams at their positions in the service.
             speed: times real time, or None to wait for nothing.
             clock: seconds on a clock that never goes back.
         """
@@ -96,26 +96,26 @@ class Schedule:
         self._heap: list[tuple[int, str, Cursor]] = []
         for cursor in waiting:
             self._push(cursor)
-        self._out = 0
+        self._in_flight = 0
         self._changed = asyncio.Event()
 
     async def take(self, most: int) -> list[Cursor]:
         """The next 1 to `most` streams whose chunks are due; empty when all is done."""
         while True:
             self._changed.clear()
-            taken: list[Cursor] = []
-            while self._heap and len(taken) < most and self._wait_s(self._heap[0][2]) <= 0:
-                taken.append(heapq.heappop(self._heap)[2])
-            if taken:
-                self._out += len(taken)
-                return taken
-            if not self._heap and not self._out:
+            due: list[Cursor] = []
+            while self._heap and len(due) < most and self._wait_s(self._heap[0][2]) <= 0:
+                due.append(heapq.heappop(self._heap)[2])
+            if due:
+                self._in_flight += len(due)
+                return due
+            if not self._heap and not self._in_flight:
                 return []
             await self._until_change()
 
     def give_back(self, cursor: Cursor) -> None:
         """The stream's chunk is answered; it is scheduled again if it has more events."""
-        self._out -= 1
+        self._in_flight -= 1
         if cursor.remaining:
             self._push(cursor)
         self._changed.set()

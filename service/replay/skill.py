@@ -1,12 +1,12 @@
-"""How good the outputs were: each output against the event that came after it.
+"""Scores of the outputs: each output against the event that came after it.
 
     classification of two    AUC, log loss, Brier score, and how often it happened
     classification of many   log loss and accuracy
     forecast                 mean pinball loss per target over the quantiles, in the field's
                              own unit; mean absolute error without quantiles
 
-An output counts where it was received and its stream's next event, with the target present,
-is among the replayed ones. Other heads predict nothing that could be scored. Pure NumPy.
+An output counts if it was received and its stream's next event was replayed and has the target.
+Other heads predict nothing that could be scored. Pure NumPy.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def skill_of(spec: ModelSpec, streams: Sequence[tuple[EventColumns, FloatRows]])
         streams: events and their outputs float32 [T, O], NaN if none was received.
     """
     slices = output_spec(spec).slices
-    found = []
+    skills = []
     for head in spec.heads:
         if not isinstance(head, (ClassificationHead, ForecastHead)):
             continue
-        scores = _score(spec, head, [(c, o[:, slices[head.name]]) for c, o in streams if len(c)])
-        if scores is not None:
-            found.append(scores)
-    return found
+        skill = _score(spec, head, [(c, o[:, slices[head.name]]) for c, o in streams if len(c)])
+        if skill is not None:
+            skills.append(skill)
+    return skills
 
 
 def _score(
@@ -72,7 +72,7 @@ def _score(
     outputs = np.concatenate([rows for rows, _ in pairs]).astype(np.float64) if pairs else None
     if outputs is None or len(outputs) == 0:
         return None
-    values = np.concatenate([wanted[0] for _, wanted in pairs])
+    values = np.concatenate([targets[0] for _, targets in pairs])
     if isinstance(field, CategoricalField):
         codes = categorical_codes(field, np.ones(len(values), np.bool_), values)
         return Skill(head.name, len(values), multiclass_scores(codes, outputs))
@@ -95,14 +95,14 @@ def _forecast(
     scores: dict[str, float] = {}
     count = 0
     for index, target in enumerate(head.targets):
-        cut = slice(index * width, (index + 1) * width)
-        pairs = [_next(columns, rows[:, cut], (target,)) for columns, rows in streams]
+        columns_of_target = slice(index * width, (index + 1) * width)
+        pairs = [_next(columns, rows[:, columns_of_target], (target,)) for columns, rows in streams]
         if not sum(len(rows) for rows, _ in pairs):
             continue
         outputs = np.concatenate([rows for rows, _ in pairs]).astype(np.float64)
-        wanted = np.concatenate([values[0] for _, values in pairs]).astype(np.float64)
-        count = max(count, len(wanted))
-        error = wanted[:, None] - outputs
+        truth = np.concatenate([values[0] for _, values in pairs]).astype(np.float64)
+        count = max(count, len(truth))
+        error = truth[:, None] - outputs
         if head.quantiles:
             level = np.array(head.quantiles)
             scores[f"pinball({target})"] = float(
@@ -157,8 +157,8 @@ def multiclass_scores(codes: NDArray[np.int64], probabilities: Floats) -> dict[s
         codes: int64 [n].
         probabilities: float64 [n, codes].
     """
-    given = probabilities[np.arange(len(codes)), codes]
+    of_true_class = probabilities[np.arange(len(codes)), codes]
     return {
-        "log_loss": float(-np.log(np.clip(given, SMALLEST, 1)).mean()),
+        "log_loss": float(-np.log(np.clip(of_true_class, SMALLEST, 1)).mean()),
         "accuracy": float((probabilities.argmax(axis=1) == codes).mean()),
     }

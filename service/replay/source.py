@@ -2,10 +2,10 @@
 
 Events are read under the model's own schema (`models.events.frame`), so that what is sent is
 exactly the schema's fields and what is verified afterwards are the same values. A stream's
-events go by the timestamp field, ties and schemas without one by the order of the rows.
+events are ordered by the timestamp field; ties, and schemas without one, by the order of the rows.
 
-Refused: a file that cannot be read, a missing column, one that is named twice, values that the
-schema refuses, and stream names that the service would not take.
+It rejects a file that cannot be read, a missing or duplicate column, values that the schema
+rejects, and stream names that the service does not accept.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class StreamEvents:
     """One stream's events.
 
     Attributes:
-        name: as it is sent, prefix included.
+        name: the stream's name in requests, prefix included.
         columns: its T events in order.
         ranks: int64 [T], each event's place in the order of all streams' events.
-        times_ms: int64 [T], epoch milliseconds; None where the schema has no timestamp.
+        times_ms: int64 [T], epoch milliseconds; None if the schema has no timestamp.
     """
 
     name: str
@@ -54,15 +54,15 @@ class StreamEvents:
         return self.columns.steps
 
     def events(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Events start..stop-1 as the wire has them: timestamps as epoch milliseconds, absent
-        values left out."""
-        cut = self.columns[start:stop]
-        names = list(cut.values)
+        """Events start..stop-1 as a request has them: timestamps as epoch milliseconds, without
+        absent values."""
+        events = self.columns[start:stop]
+        names = list(events.values)
         columns = []
         for name in names:
-            values = cut.values[name].tolist()
-            present = cut.present[name].tolist()
-            columns.append([v if there else None for v, there in zip(values, present, strict=True)])
+            values = events.values[name].tolist()
+            present = events.present[name].tolist()
+            columns.append([v if has else None for v, has in zip(values, present, strict=True)])
         return [
             {name: value for name, value in zip(names, row, strict=True) if value is not None}
             for row in zip(*columns, strict=True)
@@ -70,7 +70,7 @@ class StreamEvents:
 
 
 def event_schema(model: ModelDescription) -> EventSchema:
-    """The model's event schema as its description has it: not fitted, which is enough to send."""
+    """The event schema in the model's description: not fitted, which is enough to send events."""
     fields = [
         {"name": field.name, "kind": field.kind, "optional": field.is_optional}
         for field in model.fields or ()
@@ -82,7 +82,7 @@ def load_streams(schema: EventSchema, options: ReplayOptions) -> list[StreamEven
     """The streams to replay, in the order of their first events.
 
     Raises:
-        ReplayError: see the module.
+        ReplayError: one of the reasons in the module's docstring.
     """
     frame = _read_frame(options)
     stream = "stream" if options.data is None else options.stream_column
@@ -109,14 +109,14 @@ def split_streams(
     """Cut a table of events into streams.
 
     Args:
-        schema: whose timestamp field orders the events.
+        schema: its timestamp field orders the events.
         columns: T events.
         names: T stream names, one per event.
         limit: keep only this many of the earliest events.
         prefix: put before every name.
 
     Raises:
-        ReplayError: a name that the service would not take.
+        ReplayError: a name that the service does not accept.
     """
     field = schema.timestamp
     times = None if field is None else np.asarray(columns.values[field.name], np.int64)
@@ -126,7 +126,7 @@ def split_streams(
     for rank, row in enumerate(order[:limit].tolist()):
         rows_of.setdefault(names[row], []).append(row)
         ranks_of.setdefault(names[row], []).append(rank)
-    found = []
+    streams = []
     for name, rows in rows_of.items():
         full = prefix + name
         if not STREAM_NAME.match(full) or full in (".", ".."):
@@ -134,14 +134,14 @@ def split_streams(
                 f"stream {full!r}: expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and "
                 "neither . nor .."
             )
-        taken = EventColumns(
+        events = EventColumns(
             len(rows),
             {key: values[rows] for key, values in columns.present.items()},
             {key: values[rows] for key, values in columns.values.items()},
         )
         ranks = np.array(ranks_of[name], np.int64)
-        found.append(StreamEvents(full, taken, ranks, None if times is None else times[rows]))
-    return found
+        streams.append(StreamEvents(full, events, ranks, None if times is None else times[rows]))
+    return streams
 
 
 def _read_frame(options: ReplayOptions) -> pl.DataFrame:

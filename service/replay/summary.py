@@ -1,6 +1,6 @@
-"""What a replay found, as plain data, as text, and as an exit status.
+"""The result of a replay, as plain data, as text, and as an exit status.
 
-Exit statuses: 0 all is well; 1 an output beyond the contract, a wrong position or another
+Exit statuses: 0 no fault; 1 an output beyond the contract, a wrong position or another
 fault; 2 the replay could not be finished.
 """
 
@@ -47,7 +47,7 @@ class Summary:
 
     @property
     def failed(self) -> bool:
-        """Whether anything was found that breaks the service's contract."""
+        """Whether the service broke its contract."""
         beyond = self.verification is not None and not self.verification.holds
         return beyond or self.tally.fault_count > 0
 
@@ -72,12 +72,12 @@ class Summary:
         }
 
     def print(self, console: Console) -> None:
-        """Print two columns: what, and how much."""
+        """Print a table of two columns: name and figure."""
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for what, value in self._rows():
-            table.add_row(what, value)
+        for name, value in self._rows():
+            table.add_row(name, value)
         console.print(table, markup=False)
         for fault in self.tally.faults[:SHOWN_FAULTS]:
             console.print(f"fault: {fault}", markup=False, highlight=False)
@@ -98,8 +98,8 @@ class Summary:
             f"p99 {percentile_ms(tally.latencies_s, 99):.1f} ms",
         )
         yield "sent twice", f"{tally.duplicates:,} chunks; {tally.replayed:,} replies replayed"
-        came = ", ".join(f"{code} {count}" for code, count in sorted(tally.problems.items()))
-        yield "retries", f"{tally.retries:,}" + (f" ({came})" if came else "")
+        by_code = ", ".join(f"{code} {count}" for code, count in sorted(tally.problems.items()))
+        yield "retries", f"{tally.retries:,}" + (f" ({by_code})" if by_code else "")
         yield "silence", f"no answer for {tally.silence_s:.1f} s at the longest"
         if tally.fell_back:
             yield "fell back", f"{tally.fell_back:,} times, {tally.lost:,} events sent again"
@@ -112,17 +112,19 @@ class Summary:
         yield from self._verify_rows()
 
     def _service_rows(self) -> Iterator[tuple[str, str]]:
-        seen = self.counted
-        if seen.conflicts is not None and seen.replays is not None:
-            yield "conflicts", f"{seen.conflicts:,.0f}; {seen.replays:,.0f} replays"
-        if seen.cache_hits is not None and seen.cache_misses is not None:
-            asked = seen.cache_hits + seen.cache_misses
-            share = f", {seen.cache_hits / asked:.1%}" if asked else ""
-            yield "cache", f"{seen.cache_hits:,.0f} hits of {asked:,.0f}{share}"
-        if seen.batches and seen.mean_batch is not None:
-            shared = "" if seen.shared_batches is None else f", {seen.shared_batches:,.0f} shared"
-            most = "" if seen.largest_batch is None else f", none above {seen.largest_batch:g}"
-            yield "batches", f"{seen.batches:,.0f}{shared}, {seen.mean_batch:.2f} streams{most}"
+        growth = self.counted
+        if growth.conflicts is not None and growth.replays is not None:
+            yield "conflicts", f"{growth.conflicts:,.0f}; {growth.replays:,.0f} replays"
+        if growth.cache_hits is not None and growth.cache_misses is not None:
+            lookups = growth.cache_hits + growth.cache_misses
+            share = f", {growth.cache_hits / lookups:.1%}" if lookups else ""
+            yield "cache", f"{growth.cache_hits:,.0f} hits of {lookups:,.0f}{share}"
+        if growth.batches and growth.mean_batch is not None:
+            shared = (
+                "" if growth.shared_batches is None else f", {growth.shared_batches:,.0f} shared"
+            )
+            most = "" if growth.largest_batch is None else f", none above {growth.largest_batch:g}"
+            yield "batches", f"{growth.batches:,.0f}{shared}, {growth.mean_batch:.2f} streams{most}"
 
     def _verify_rows(self) -> Iterator[tuple[str, str]]:
         if self.positions_checked:
@@ -131,11 +133,11 @@ class Summary:
         if self.verification is None:
             return
         for check in self.verification.outputs:
-            where = f" at {check.stream}[{check.step}]" if check.stream else ""
+            place = f" at {check.stream}[{check.step}]" if check.stream else ""
             verdict = "within" if check.holds else f"BEYOND, {check.beyond:,} values"
             yield (
                 f"verify {check.name}",
-                f"{verdict}: |a-b| - 1e-5|b| at most {check.excess:.2e} (bound 1e-5){where}, "
+                f"{verdict}: |a-b| - 1e-5|b| at most {check.excess:.2e} (bound 1e-5){place}, "
                 f"|a-b| at most {check.difference:.2e}",
             )
         missing = self.verification.missing
@@ -173,7 +175,7 @@ class ProgressBar:
         self._progress.stop()
 
     def begin(self, total: int, done: int) -> None:
-        """`done` of `total` events were there before."""
+        """`done` of `total` events were consumed before the replay."""
         self._task = self._progress.add_task(
             "replay", total=total, completed=done, rate="", latency=""
         )

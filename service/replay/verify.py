@@ -1,8 +1,8 @@
-"""Every output against one Keras call over its stream's whole sequence.
+"""Compares every output with one Keras call over its stream's whole sequence.
 
 Independent of how the service computes: the stream's events are encoded in one go from a
 fresh clock, and the artifact's Keras layers run once over all steps from the zero state, with
-no cuts, no carried state and no batch-mates of its own choosing. Streams of similar length
+no chunks and no carried state. Streams of similar length
 share a call to save time; padding is masked.
 
     |a - b| <= 1e-5 + 1e-5 |b|        a: received, b: the whole-sequence call
@@ -40,12 +40,12 @@ Whole = Callable[[list[FloatRows]], list[FloatRows]]
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """One stream as the replay got it.
+    """One stream's events and the outputs that the replay received.
 
     Attributes:
         name: the stream.
-        columns: its whole events, from event 0 to the position where the replay ended.
-        outputs: float32 [T, O]; NaN where this run received none.
+        columns: its whole events, from event 0 to the position at the end of the replay.
+        outputs: float32 [T, O]; NaN if this run received none.
     """
 
     name: str
@@ -60,7 +60,7 @@ class OutputCheck:
     Attributes:
         excess: the largest |a - b| - 1e-5 |b|; the contract bounds it by 1e-5.
         difference: the largest |a - b|.
-        stream, step: where the largest excess is.
+        stream, step: the place of the largest excess.
         beyond: how many values are outside the contract.
     """
 
@@ -116,7 +116,7 @@ def open_artifact(path: Path | None, model: str, version: str) -> Artifact:
 
 
 def require_reference() -> None:
-    """Refuse what `keras_whole` would, before a replay begins and without importing TensorFlow.
+    """Check, before a replay starts, that `keras_whole` will work; does not import TensorFlow.
 
     Raises:
         ReplayError: TensorFlow, the reference for every runtime, is not installed.
@@ -135,7 +135,7 @@ def keras_whole(artifact: Artifact) -> Whole:
         ReplayError: TensorFlow is not installed.
     """
     require_reference()
-    # TensorFlow's start-up chatter goes to stderr from C++; errors still do.
+    # TensorFlow logs its start to stderr from C++; errors are still logged.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
@@ -168,33 +168,34 @@ def verify(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verifi
     Args:
         spec: the model, with a fitted event schema.
         whole: `keras_whole(artifact)`.
-        streams: those without any received output are not computed.
+        streams: a stream without a received output is not computed.
     """
     layout = output_spec(spec)
     worst = {output.name: OutputCheck(output.name, 0.0, 0.0, "", 0, 0) for output in layout.outputs}
     compared = missing = 0
     for group in _groups(streams):
-        wanted = whole([_encoded(spec, stream.columns) for stream in group])
-        for stream, expected in zip(group, wanted, strict=True):
-            there = ~np.isnan(stream.outputs).any(axis=1)
-            compared += int(there.sum())
-            steps = np.flatnonzero(there)
-            for name, cut in layout.slices.items():
-                check = _check(name, stream, steps, expected[there][:, cut], cut)
+        sequences = whole([_encoded(spec, stream.columns) for stream in group])
+        for stream, expected in zip(group, sequences, strict=True):
+            is_received = ~np.isnan(stream.outputs).any(axis=1)
+            compared += int(is_received.sum())
+            steps = np.flatnonzero(is_received)
+            for name, columns in layout.slices.items():
+                rows = expected[is_received][:, columns]
+                check = _check(name, stream, steps, rows, columns)
                 worst[name] = _worse(worst[name], check)
     missing = sum(int(np.isnan(stream.outputs).any(axis=1).sum()) for stream in streams)
     return Verification(tuple(worst.values()), compared, missing)
 
 
 def _check(
-    name: str, stream: Received, steps: np.ndarray, expected: FloatRows, cut: slice
+    name: str, stream: Received, steps: np.ndarray, expected: FloatRows, columns: slice
 ) -> OutputCheck:
-    ours = stream.outputs[steps][:, cut]
-    over = excess(ours, expected)
+    actual = stream.outputs[steps][:, columns]
+    over = excess(actual, expected)
     # A value that is not a number would compare as within any bound.
     over = np.where(np.isfinite(over), over, np.inf)
     at = int(np.argmax(np.max(over, axis=1)))
-    difference = np.max(np.abs(ours.astype(np.float64) - expected))
+    difference = np.max(np.abs(actual.astype(np.float64) - expected))
     beyond = int((over > ABSOLUTE).sum())
     return OutputCheck(
         name, float(np.max(over)), float(difference), stream.name, int(steps[at]), beyond

@@ -14,7 +14,7 @@ import pytest
 from carry_client import ModelDescription, Output, Problem, read_description
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from service.replay.checks import Sent, agree, check_duplicates, next_position
+from service.replay.checks import FinalAnswer, agree, check_duplicates, next_position
 from service.replay.client import Reply, read_items, read_reply
 from service.replay.metrics import CounterGrowth, counted
 from service.replay.options import ReplayError, ReplayOptions, parse_range, parse_speed
@@ -270,8 +270,8 @@ def test_answers_to_a_duplicated_chunk_must_agree(
     second: Reply | Problem, failures: int, fault: str | None
 ) -> None:
     for pair in (
-        (Sent(_reply(), 0, 0.1), Sent(second, failures, 0.1)),
-        (Sent(second, failures, 0.1), Sent(_reply(), 0, 0.1)),
+        (FinalAnswer(_reply(), 0, 0.1), FinalAnswer(second, failures, 0.1)),
+        (FinalAnswer(second, failures, 0.1), FinalAnswer(_reply(), 0, 0.1)),
     ):
         found = check_duplicates(*pair, "s", 4)
         assert (found is None) if fault is None else (found is not None and fault in found)
@@ -279,10 +279,13 @@ def test_answers_to_a_duplicated_chunk_must_agree(
 
 def test_two_replayed_answers_are_a_fault_unless_an_attempt_failed() -> None:
     replayed = _reply(replayed=True)
-    found = check_duplicates(Sent(replayed, 0, 0.1), Sent(replayed, 0, 0.1), "s", 4)
+    found = check_duplicates(FinalAnswer(replayed, 0, 0.1), FinalAnswer(replayed, 0, 0.1), "s", 4)
     assert found is not None
     assert "both were replayed" in found
-    assert check_duplicates(Sent(replayed, 1, 0.1), Sent(replayed, 0, 0.1), "s", 4) is None
+    assert (
+        check_duplicates(FinalAnswer(replayed, 1, 0.1), FinalAnswer(replayed, 0, 0.1), "s", 4)
+        is None
+    )
 
 
 def test_next_position_follows_from_all_answers() -> None:

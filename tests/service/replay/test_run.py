@@ -104,9 +104,9 @@ async def test_second_replay_resumes_where_the_first_was_rejected(
     assert replay.tally.events == EVENTS - sum(stood.values())
     assert min(position for name, position, _ in standin.seen if name == "s:3") == stood["s:3"]
     for name, stream_progress in replay.progress.items():
-        assert stream_progress.began == stood.get(name, 0)
-        assert np.isnan(stream_progress.outputs[: stream_progress.began]).all()
-        assert np.isfinite(stream_progress.outputs[stream_progress.began :]).all()
+        assert stream_progress.start == stood.get(name, 0)
+        assert np.isnan(stream_progress.outputs[: stream_progress.start]).all()
+        assert np.isfinite(stream_progress.outputs[stream_progress.start :]).all()
 
 
 async def test_position_request_is_repeated(replayed: Replayed, standin: Standin) -> None:
