@@ -41,9 +41,9 @@ class CannotServeError(Exception):
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT; with one worker also until SIGHUP, where that is not ignored.
+    """Serve until SIGTERM or SIGINT; with one worker also until SIGHUP, unless that is ignored.
 
-    The effective settings are handed to the workers through the environment.
+    The workers get the effective settings through the environment.
 
     Raises:
         CannotServeError: the port is taken, the store is not usable, or no worker starts.

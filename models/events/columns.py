@@ -164,8 +164,8 @@ def canonical_bytes(schema: EventSchema, columns: EventColumns) -> bytes:
     Two different chunks of T events never share them. For each field, in the order of the
     schema, with all numbers little-endian and nothing aligned or padded:
 
-    1. presence: T bytes, 1 where the field has a value, 0 where it is absent or null;
-    2. values, 0 (for a categorical: length 0) where absent:
+    1. presence: T bytes, 1 if the field has a value, 0 if it is absent or null;
+    2. values, 0 (for a categorical: length 0) if absent:
        - numeric: T float64 (IEEE 754), -0.0 written as 0.0;
        - timestamp: T int64, epoch milliseconds; finer digits are cut off, to the past;
        - boolean: T bytes, 1 for true, 0 for false;

@@ -43,7 +43,7 @@ class NumericField(Frozen):
     """A number, standardised as (transform(value) - mean) / std.
 
     `transform` is applied before standardising: `signed_log1p` is sign(v) * log(1 + |v|).
-    An `optional` field adds the column `<name>.missing` (1 where absent; the value is then 0).
+    An `optional` field adds the column `<name>.missing` (1 if absent; the value is then 0).
     """
 
     kind: Literal["numeric"] = "numeric"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Beside = Callable[[Artifact, pl.DataFrame], dict[str, bytes]]
 BUILT = Path("build/examples")
-"""Where examples write their artifacts, from where the command is run."""
+"""Directory of the examples' artifacts, relative to the working directory."""
 
 
 def run_example(
@@ -41,7 +41,7 @@ def run_example(
         name: the example's module under `models.examples`.
         spec: its specification.
         events: prepares its table.
-        out: where the artifact goes unless a path is given.
+        out: the artifact's directory, unless a path is given.
         description: of the command.
         further: baselines that only these data allow, see `make_report`.
         beside: further files of the artifact's folder; those that end in `.md` are printed.

@@ -59,7 +59,7 @@ class Translation:
         spec: the model.
         weights: name -> float32, as `models.spec.layout.weight_shapes` requires.
         outputs: the Keras model's outputs, in their order.
-        layers: Keras name, Keras class and our layer's name ("" where it was left out).
+        layers: Keras name, Keras class and our layer's name ("" if it was left out).
         notes: what the user should know.
     """
 
@@ -126,9 +126,9 @@ def _chunking_notes(spec: ModelSpec, model: Any) -> list[str]:
             f"{to.name!r} from {to.starts_from!r}" for to in recurrent if to.starts_from
         )
         return [
-            f"chunking per_chunk: states are handed on within a call ({starts}), so a chunk, of at "
+            f"chunking per_chunk: states are passed on within a call ({starts}), so a chunk, of at "
             f"most {spec.chunk_limit} steps, is one call of the original that goes on from the "
-            "stream's state; other cuts give other outputs"
+            "stream's state; other chunk boundaries give other outputs"
         ]
     notes = []
     if spec.chunking == "whole":

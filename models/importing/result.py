@@ -20,7 +20,7 @@ class Conversion(BaseModel):
     Attributes:
         spec: the specification.
         keras: the version of Keras.
-        layers: Keras name, Keras class and name in the spec ("" where it was left out).
+        layers: Keras name, Keras class and name in the spec ("" if it was left out).
         notes: what the user should know, one sentence each.
         lengths_steps: lengths of the random sequences it was verified on, in order.
         sequences: how many sequences of each length.

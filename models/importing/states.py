@@ -48,7 +48,7 @@ class Call:
 
     Attributes:
         reads: the input tensors.
-        initial: each tensor of its `initial_state`; None where it is not one of the model's.
+        initial: each tensor of its `initial_state`; None if it is not one of the model's.
         masked: whether it was called with a `mask`.
     """
 

@@ -16,7 +16,7 @@ Equations, with y a head's raw values, z an encoded (standardised) value, u = so
 
     forecast        q_1 = y_1, q_k = q_(k-1) + u(y_k);  output = inverse(q * std + mean)
     classification  softmax(y), or sigmoid(y) for a boolean or `value > above`
-    label           softmax(y), or sigmoid(y) where there are no `classes`
+    label           softmax(y), or sigmoid(y) if there are no `classes`
     anomaly         sum over targets of -log p(event), in nats:
                       numeric      log sqrt(2 pi) + s + d^2 / 2,  d = (z - y_1) exp(-s),
                                    s = clip(y_2, -7, 7)
@@ -68,7 +68,7 @@ def head_output(spec: ModelSpec, head: Head, raw: Tensor, rows: Tensor, forecast
     """The head's outputs, packed.
 
     Args:
-        spec: the model, with a fitted schema where it has one.
+        spec: the model, with a fitted schema if it has one.
         head: one of its heads.
         raw: float32 [B, T, U], its raw values.
         rows: float32 [B, T, F], the encoded rows.
@@ -254,7 +254,7 @@ def _classification(
 
 
 def _label(head: LabelHead, raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each step's own label, and 1 where it has one, both float32 [B, T]."""
+    """Cross-entropy of each step's own label, and 1 if it has one, else 0; both float32 [B, T]."""
     present = tf.math.is_finite(labels)
     value = tf.where(present, labels, 0.0)
     if head.classes:
@@ -290,10 +290,10 @@ def mean_losses(
             hold anything.
         mask: bool [B, T], True where step t and the event after it exist.
         labels: label head -> float32 [B, T], each step's label as its class or 1 and 0; NaN
-            where there is none, or none that counts.
+            if there is none, or none that counts.
 
     Returns:
-        head name -> float32 scalar; 0 where nothing counted. Heads without targets are absent.
+        head name -> float32 scalar; 0 if nothing counted. Heads without targets are absent.
     """
     losses = {}
     next_rows = tf.where(mask[..., tf.newaxis], next_rows, 0.0)
@@ -310,7 +310,7 @@ def mean_losses(
 
 
 def build_head(head: Head, units: int, width: int) -> keras.layers.Dense | None:
-    """The head's Dense layer over `width` values per step, or None where it has no weights."""
+    """The head's Dense layer over `width` values per step, or None if it has no weights."""
     if units == 0:
         return None
     layer = keras.layers.Dense(
@@ -335,7 +335,7 @@ def _value(spec: ModelSpec, name: str, rows: Tensor) -> Tensor:
 
 
 def _present(schema: EventSchema, field: EventField, rows: Tensor) -> Tensor:
-    """1 where the field is in the event, 0 where it is missing; float32 [B, T]."""
+    """1 if the field is in the event, 0 if it is missing; float32 [B, T]."""
     missing = schema.column_index.get(f"{field.name}.missing")
     if missing is None:
         return tf.ones_like(rows[..., 0])

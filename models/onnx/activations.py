@@ -32,7 +32,7 @@ _NODES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class CellFunction:
-    """A function inside a recurrent operator; the numbers only where it takes them."""
+    """A function inside a recurrent operator; the numbers only if it takes them."""
 
     name: str
     alpha: float | None = None

@@ -32,7 +32,7 @@ class WindowSteps(NamedTuple):
 
     Attributes:
         lengths: of the whole row.
-        block: of its block; "" where there are no blocks, or no lookahead.
+        block: of its block; "" if there are no blocks, or no lookahead.
         lookahead: of its lookahead.
         size: C, where the lookahead begins.
     """

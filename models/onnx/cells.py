@@ -121,7 +121,7 @@ def _constants(
 
 
 def _peepholes(nodes: Nodes, layer: LstmLayer, weights: Mapping[str, Floats]) -> list[Value]:
-    """The operator's P [1, 3 * H], where there is one."""
+    """The operator's P [1, 3 * H], if there is one."""
     if not layer.peepholes:
         return []
     peepholes = weights[f"{layer.name}.peepholes"][np.newaxis]

@@ -83,7 +83,7 @@ def head_output(
 
 
 def dense(nodes: Nodes, weights: Mapping[str, NDArray[np.float32]], name: str, x: Value) -> Value:
-    """x W + b over the last axis; b where the model has one."""
+    """x W + b over the last axis; b if the model has one."""
     product = nodes.add("MatMul", x, nodes.constant(weights[f"{name}.kernel"]))
     bias = weights.get(f"{name}.bias")
     return product if bias is None else nodes.add("Add", product, nodes.constant(bias))

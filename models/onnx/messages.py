@@ -3,7 +3,7 @@
 It covers the messages and fields that Carry's graphs use, by onnx.proto of ONNX 1.18 and the
 protobuf encoding: fields in the order of their numbers, each repeated value with its own tag. The
 library `onnx` would write the same bytes (the tests compare them). It is not used, because the
-service derives the graph of every model that it loads, even where only ONNX Runtime is installed,
+service derives the graph of every model that it loads, even if only ONNX Runtime is installed,
 and because the bytes must not depend on the version of a library.
 
 There is no decoder.

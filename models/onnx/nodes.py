@@ -44,7 +44,7 @@ class Nodes:
         Args:
             operator: an operator of the default ONNX domain.
             inputs: its inputs in order.
-            name: the output's name where the graph's contract fixes it.
+            name: the output's name if the graph's contract fixes it.
             attributes: the node's attributes; None leaves one out.
         """
         output = name or self.name()

@@ -112,7 +112,7 @@ class OutputSpec:
         return slices
 
     def by_name(self, rows: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
-        """Split packed rows [..., O] into named arrays [..., *shape] (views where possible)."""
+        """Split packed rows [..., O] into named arrays [..., *shape] (views if possible)."""
         lead = rows.shape[:-1]
         return {
             output.name: rows[..., self.slices[output.name]].reshape((*lead, *output.shape))

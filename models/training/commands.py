@@ -1,6 +1,6 @@
 """Implements `carry train` and `carry evaluate`, without the command line.
 
-Both print to a rich console, which `quiet` silences, and raise `ModelsError` where spec, table
+Both print to a rich console, which `quiet` silences, and raise `ModelsError` if spec, table
 or artifact are refused. An artifact that is written is complete: weights, report and plots.
 """
 

@@ -73,14 +73,14 @@ class Streams:
 
 
 def schema_of(spec: ModelSpec) -> EventSchema:
-    """The spec's event schema; SpecError where the model takes raw rows."""
+    """The spec's event schema; SpecError if the model takes raw rows."""
     if spec.events is None:
         raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
     return spec.events
 
 
 def training_of(spec: ModelSpec) -> TrainingSpec:
-    """The spec's `training`; SpecError where there is none."""
+    """The spec's `training`; SpecError if there is none."""
     if spec.training is None:
         raise SpecError(
             f"model {spec.name!r}: expected `training`, which names the stream's column"
@@ -187,7 +187,7 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
 
 
 def _order(schema: EventSchema, name: str, columns: EventColumns, frame: pl.DataFrame) -> pl.Series:
-    """What sorts a stream's rows: moments and numbers by value, also where they are text."""
+    """What sorts a stream's rows: moments and numbers by value, also if they are text."""
     if schema.timestamp is not None and name == schema.timestamp.name:
         present = columns.present[name]
         if not present.all():

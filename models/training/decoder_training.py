@@ -89,7 +89,7 @@ def steps_ahead(
     Args:
         side: bool [rows], whether the step after a row exists and belongs to the split.
         moments_ms: int64 [rows].
-        step_ms: between two of them; None where any time may lie between.
+        step_ms: between two of them; None if any time may pass between them.
     """
     is_followed = side.copy()
     if step_ms is not None:
@@ -290,5 +290,5 @@ class Unroller:
 
 
 def mean_loss(sums: Any, counts: Any) -> Any:
-    """The loss of all steps together; 0 where nothing counted."""
+    """The loss of all steps together; 0 if nothing counted."""
     return tf.reduce_sum(sums) / tf.maximum(tf.reduce_sum(counts), 1.0)

@@ -77,7 +77,7 @@ def merge_members(
         members: their weights, by name.
 
     Returns:
-        The merged network's spec and weights; those given, where there is one member.
+        The merged network's spec and weights; the given ones, if there is one member.
 
     Raises:
         SpecError: the network cannot be merged.

@@ -115,7 +115,7 @@ def run_chunks(
 
 
 def _fixed_steps(spec: ModelSpec, streams: Streams) -> int | None:
-    """How many steps a chunk must have; None where any number will do."""
+    """How many steps a chunk must have; None if any number will do."""
     if spec.chunking == "invisible":
         return None
     if spec.chunking == "per_chunk":

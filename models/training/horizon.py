@@ -52,7 +52,7 @@ class Ahead:
 
     @property
     def rows(self) -> Rows:
-        """The rows of the forecast steps, int64 [A, H]; 0 where there is none."""
+        """The rows of the forecast steps, int64 [A, H]; 0 if there is none."""
         rows = self.at[:, np.newaxis] + 1 + np.arange(self.counts.shape[1])
         return np.asarray(np.where(self.counts, rows, 0), np.int64)
 
@@ -80,7 +80,7 @@ def horizon_report(
         `horizon`, `stride`, `forecasts`, and `targets`: by name, `steps` (how many were scored,
         by step of the horizon), `mae`, `pinball` (by model, a list over the horizon) and
         `below` (by quantile, the share of values at or below it, over the horizon). A value is
-        None where nothing was scored. Empty where no forecast could be scored.
+        None if nothing was scored. Empty if no forecast could be scored.
     """
     spec = artifact.spec
     decoder, _, _ = decoder_of(spec)
@@ -236,7 +236,7 @@ def _states(
 def _baseline(
     spec: ModelSpec, streams: Streams, values: Floats, anchors: Ahead, kind: str
 ) -> Floats | None:
-    """A naive forecast of the steps [A, H]; NaN where it has none."""
+    """A naive forecast of the steps [A, H]; NaN if it has none."""
     horizon = anchors.counts.shape[1]
     if kind == LAST_VALUE:
         latest = _latest(streams, values)
@@ -268,7 +268,7 @@ def _latest(streams: Streams, values: Floats) -> Floats:
 
 
 def _quantiles(errors: Floats, levels: Floats) -> Floats:
-    """Quantiles of errors [A, H], by step: [H, Q]; NaN where there are none."""
+    """Quantiles of errors [A, H], by step: [H, Q]; NaN if there are none."""
     result = np.full((errors.shape[1], len(levels)), np.nan)
     for step, column in enumerate(errors.T):
         present = column[~np.isnan(column)]
@@ -300,7 +300,7 @@ def _score_forecasts(
 
 
 def _means(losses: Floats, compared: NDArray[np.bool_]) -> list[float | None]:
-    """The mean of each step of the horizon; None where nothing was compared."""
+    """The mean of each step of the horizon; None if nothing was compared."""
     return [
         float(column[there].mean()) if there.any() else None
         for column, there in zip(losses.T, compared.T, strict=True)

@@ -2,7 +2,7 @@
 
 A label is a value of the event itself that the event does not carry
 (`models.spec.heads.LabelHead`). Here each becomes a number: the index of its class, or 1 and 0
-where there are no classes; NaN where the cell is empty.
+if there are no classes; NaN if the cell is empty.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def labels_of(
 
     Raises:
         DataError: a column is not there, or a cell is neither empty nor a class of its head
-            (true, false, 1 or 0 where it has no classes).
+            (true, false, 1 or 0 if it has no classes).
     """
     return {head.name: _column(head, frame, source, rows) for head in label_heads(spec)}
 

@@ -293,7 +293,7 @@ class Loop:
     def _pass(
         self, rows: Any, lengths: Any, state: Any, anchors: Anchors | None, training: bool
     ) -> tuple[Forward, tuple[Any, Any] | None]:
-        """The network over a window; sums and counts of the decoder's losses, where it has one."""
+        """The network over a window; sums and counts of the decoder's losses, if it has one."""
         if self._decoder is None or anchors is None:
             return self.network.forward(rows, lengths, state, training=training), None
         result, states = self._decoder.forward(rows, lengths, state, anchors, training)

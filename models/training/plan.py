@@ -44,7 +44,7 @@ class Plan:
     Attributes:
         rows: float32 [rows, F], encoded.
         trained, validated: bool [rows].
-        trained_labels, validated_labels: label head -> float32 [rows], NaN where there is none
+        trained_labels, validated_labels: label head -> float32 [rows], NaN if there is none
             on that side.
         segments: of the training part of every stream.
         groups: indices into `segments`.

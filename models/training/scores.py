@@ -4,7 +4,7 @@ Every head is scored on the events that it predicts, each seen from the event be
 stream; a stream's first event is nobody's target. A label head labels the event itself.
 Lower is better in every loss, and only the area under the ROC curve (AUC) is better when larger.
 
-    classification  `log_loss` (nats), `brier`; AUC where there are two classes
+    classification  `log_loss` (nats), `brier`; AUC if there are two classes
     label           the same
     forecast        `pinball`, the mean over quantiles of max(q e, (q - 1) e), and `mae` of the
                     median or point, both in the fields' own units; `pinball` needs quantiles
@@ -49,7 +49,7 @@ class Scored:
     """One model's losses on n events.
 
     Attributes:
-        losses: by metric, float64 [n]; NaN where the event has no such target.
+        losses: by metric, float64 [n]; NaN if the event has no such target.
         probability: for two classes, the probability given to the second, float64 [n].
         truth: for two classes, 1, 0 or NaN; for forecasts, the values [n, targets].
         values: for forecasts, [n, targets, quantiles or 1].
@@ -97,7 +97,7 @@ def has_targets(head: Head) -> bool:
 
 
 def truth_of(spec: ModelSpec, head: Head, columns: EventColumns, at: NDArray[np.int64]) -> Floats:
-    """What happened at the rows `at`: NaN where absent.
+    """The true values at the rows `at`: NaN if absent.
 
     Returns:
         Classification: 1 or 0, or the code, [n]. Forecast: values in their units
@@ -203,7 +203,7 @@ def score_label(head: LabelHead, predictions: Floats, label: NDArray[np.float32]
 
 
 def auc(probability: Floats, truth: Floats, weight: Floats | None = None) -> float:
-    """Area under the ROC curve, ties counted half; NaN where a class is missing.
+    """Area under the ROC curve, ties counted half; NaN if a class is missing.
 
     Args:
         probability: [n].

@@ -45,7 +45,7 @@ class Table:
         return np.repeat(np.arange(len(sizes)), sizes)
 
     def encoded(self, name: str) -> Floats:
-        """A field's encoded values at every row, NaN where absent."""
+        """A field's encoded values at every row, NaN if absent."""
         at = [column.name for column in self.spec.columns].index(name)
         values = self.rows[:, at].astype(np.float64)
         return np.where(self.streams.columns.present[name], values, np.nan)
@@ -91,7 +91,7 @@ class Baseline:
 
 
 def gaussian_nats(error: Floats, log_deviation: Floats) -> Floats:
-    """-log of a Gaussian's density; 0 where there is no value, as the anomaly head has it."""
+    """-log of a Gaussian's density; 0 if there is no value, as in the anomaly head."""
     nats = 0.5 * np.log(2 * np.pi) + log_deviation
     nats = nats + 0.5 * np.square(error * np.exp(-log_deviation))
     return np.where(np.isnan(error), 0.0, nats)

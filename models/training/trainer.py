@@ -150,7 +150,7 @@ class _Run:
         self._loop_arrays: dict[str, NDArray[Any]] = {}
 
     def resume(self) -> None:
-        """Take over the checkpoint; ArtifactError where there is none that fits."""
+        """Take over the checkpoint; ArtifactError if there is none that fits."""
         checkpoint = read_checkpoint(self.path, self._key)
         self.history = list(checkpoint.history)
         for name, value in checkpoint.arrays.items():

@@ -92,7 +92,7 @@ class Trees:
             kind: `log_loss` (classes), `quantile` (the median) or `squared_error`.
             features: events to look back on and whether categories are given as such -> features
                 of every row, and which of them are categories.
-            truth: float64 [rows], the target at its own row; NaN where absent.
+            truth: float64 [rows], the target at its own row; NaN if absent.
             train, validate: int64, target rows; their features are those of the row before.
             grid: what is tried; `FULL` for probabilities and `SHORT` for numbers by default.
         """

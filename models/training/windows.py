@@ -50,7 +50,7 @@ class Window:
 
     Attributes:
         index: int64 [B, T], the row that each step reads; padding repeats row 0.
-        lengths: int32 [B], valid steps of each slot; 0 where a slot is empty or has ended.
+        lengths: int32 [B], valid steps of each slot; 0 if a slot is empty or has ended.
     """
 
     index: NDArray[np.int64]

@@ -33,7 +33,7 @@ ROWS = np.random.default_rng(3).normal(size=(23, 3)).astype(np.float32)
 CUTS = [2, 1, 6, 1, 5, 8]
 """Before the first kill nothing was emitted; before the second, rows of two blocks are pending."""
 KILLS = {1: False, 3: True}
-"""Chunks after which the service is killed: whether the store is, too."""
+"""Index of a chunk after which the service is killed: whether the store is killed too."""
 URL = "/v1/models/tagger/streams/one"
 
 
@@ -61,8 +61,8 @@ def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
                     os.kill(valkey, signal.SIGKILL)
                 service.start(CARRY_RUNTIME=runtime)
                 with httpx.Client(base_url=service.url, timeout=60) as client:
-                    again = send(client, position, count)
-                    assert again == {**reply, "replayed": True}
+                    retry = send(client, position, count)
+                    assert retry == {**reply, "replayed": True}
             position += count
         with httpx.Client(base_url=service.url, timeout=60) as client:
             last = send(client, position, 0, final=True)
@@ -74,5 +74,5 @@ def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
             refused = client.post(f"{URL}/chunks", json=body)
             assert (refused.status_code, refused.json()["code"]) == (409, "stream_final")
     outputs += last["outputs"]["output"]
-    wanted = oracle_in_blocks(SPEC, weights, ROWS)
-    np.testing.assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
+    expected = oracle_in_blocks(SPEC, weights, ROWS)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)

@@ -33,18 +33,18 @@ def carry(*words: str | Path) -> str:
 
 def streamed(client: httpx.Client, name: str, events: list[dict[str, Any]]) -> list[float]:
     """Send a stream in chunks, the last one final."""
-    said: list[float] = []
+    outputs: list[float] = []
     at = 0
     for count in CUTS:
         piece = events[at : at + count]
         body = {"position": at, "events": piece, "final": at + count >= len(events)}
         reply = client.post(f"/v1/models/tagger/streams/{name}/chunks", json=body)
         found = reply.raise_for_status().json()
-        assert found["output_position"] == len(said)
-        said += found["outputs"]["up"]
+        assert found["output_position"] == len(outputs)
+        outputs += found["outputs"]["up"]
         at += count
         if at >= len(events):
-            return said
+            return outputs
     raise AssertionError(f"{len(events)} events, and cuts for {at}")
 
 

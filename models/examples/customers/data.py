@@ -5,7 +5,7 @@ known: all purchases up to June 1998 of the 23,570 customers who first bought in
 quarter of 1997. An event is a day on which a customer bought something, a stream a customer.
 
 `again` is a label: whether the customer bought again within 30 days. It is known only 30 days
-later, so an event is left without it where those days reach past a border of the splits: no
+later, so an event has none if those days reach past a border of the splits: no
 label of a training event looks into the months that choose the epoch, none of theirs into those
 held out, and none past the end of the data.
 
@@ -36,7 +36,7 @@ def purchase_events(borders: Sequence[date] = (VALIDATE_FROM, TEST_FROM, END)) -
     Returns:
         67,591 rows, sorted by customer and day: `customer`, `bought` (a day), `discs` (how many
         CDs that day), `dollars` (what they cost), `wait` (days since the customer's purchase
-        before, null at the first) and `again` (bought again within 30 days; null where that is
+        before, null at the first) and `again` (bought again within 30 days; null if that is
         not known before the next border).
 
     Raises:

@@ -55,7 +55,7 @@ def flight_events(by: By = "airport-carrier") -> pl.DataFrame:
         328,521 rows, sorted by stream and moment: `stream`, `departed` (UTC, milliseconds),
         `dep_delay` (minutes, negative if early), `scheduled` (the local time, rounded down to
         ten minutes, like `17:20`), `origin`, `carrier`, `destination`, `distance` (miles) and
-        the weather (`WEATHER`, null where unknown). Departures of one minute are in the
+        the weather (`WEATHER`, null if unknown). Departures of one minute are in the
         order of their schedule and flight number.
 
     Raises:

@@ -42,7 +42,7 @@ class Comparison:
     """Losses of every method at n origins and H hours ahead.
 
     Attributes:
-        pinball: method -> [n, H], degrees, the mean over the quantiles; NaN where the hour is
+        pinball: method -> [n, H], degrees, the mean over the quantiles; NaN if the hour is
             missing.
         mae: method -> [n, H], degrees, of the median.
         days: the local day of each origin, [n].
@@ -118,7 +118,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
 
 
 def _ahead(table: Table, value: Floats, horizon: int) -> Floats:
-    """The values 1..H hours after every row, by the clock: [rows, H], NaN where missing."""
+    """The values 1..H hours after every row, by the clock: [rows, H], NaN if missing."""
     columns = [hours_ago(table, value, -hours) for hours in range(1, horizon + 1)]
     return np.stack(columns, axis=1)
 

@@ -85,7 +85,7 @@ def local_hours(table: Table) -> NDArray[np.int64]:
 
 
 def same_hour_mean(table: Table, value: Floats, days: int, *, including: bool = False) -> Floats:
-    """Mean of the same hour over the `days` before, NaN where none is known; float64 [rows].
+    """Mean of the same hour over the `days` before, NaN if none is known; float64 [rows].
 
     Args:
         including: count each row's own value as the latest of them.
@@ -100,7 +100,7 @@ def same_hour_mean(table: Table, value: Floats, days: int, *, including: bool = 
 def hours_ago(table: Table, value: Floats, hours: int) -> Floats:
     """The value a number of hours before every row, by the clock; float64 [rows].
 
-    NaN where that hour is missing; hours below 0 look ahead.
+    NaN if that hour is missing; hours below 0 look ahead.
     """
     frame = pl.DataFrame({"s": table.stream_of, "at": table.streams.moments_ms, "x": value})
     earlier = frame.select("s", at=pl.col("at") - hours * HOUR_MS)

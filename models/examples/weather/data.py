@@ -37,7 +37,7 @@ def weather_events() -> pl.DataFrame:
     Returns:
         26,115 rows, sorted by airport and hour: `airport`, `observed` (UTC, milliseconds; the
         hour's beginning), `temperature` and `dew_point` (degrees Celsius), `pressure` (hPa, null
-        where unknown), `wind_east` and `wind_north` (m/s towards east and north, 0 in a calm),
+        if unknown), `wind_east` and `wind_north` (m/s towards east and north, 0 in a calm),
         `visibility` (miles, at most 10), `precipitation` (mm) and `gusts` (whether the wind's
         speed rose and fell so much within minutes that gusts were reported).
 

@@ -58,7 +58,7 @@ _ERROR_CODES: Final[Mapping[type[RedisError], str]] = {
 for them."""
 
 _KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Idle seconds before the first probe, seconds between probes, and number of probes; each where the
+"""Idle seconds before the first probe, seconds between probes, and number of probes; each if the
 platform supports it."""
 
 

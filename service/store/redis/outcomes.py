@@ -35,7 +35,7 @@ class Reply(NamedTuple):
     Attributes:
         value: the decoded RESP value: bytes, int, None or a list of these.
         is_retry: an earlier attempt of the same request may have been executed.
-        is_durable: what the request wrote is as durable as the settings require; always True where
+        is_durable: what the request wrote is as durable as the settings require; always True if
             they require nothing beyond the server's memory.
     """
 

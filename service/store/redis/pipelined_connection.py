@@ -7,7 +7,7 @@ A request does not wait for the reply to the one before it. The server executes 
 order in which they were enqueued, so a commit sees every earlier commit, and a load behind a commit
 sees what that commit wrote.
 
-If the connection breaks, or owes a reply for longer than the response timeout, it is opened again
+If the connection breaks, or a reply takes longer than the response timeout, it is opened again
 with exponential backoff and jitter, and every unanswered request that a caller still waits for is
 resent in order. The same happens if the server replies that it is loading or busy with a script.
 The reply to a request that may have been executed at an earlier attempt says so (`is_retry`).

@@ -111,7 +111,9 @@ class Readiness:
         self._log_changes(faults)
         detail = "; ".join(each.detail for each in faults)
         return Check(
-            "store", is_serving and is_safe, detail or f"{self._router.redacted_url} takes commits"
+            "store",
+            is_serving and is_safe,
+            detail or f"{self._router.redacted_url} accepts commits",
         )
 
     def _probes(self, servers: Collection[RedisServer]) -> dict[RedisServer, Command]:

@@ -86,7 +86,7 @@ def test_a_state_that_matches_its_position_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "position", "said"),
+    ("parts", "position", "message"),
     [
         ({COUNT: 5}, 7, "expected 0 to 4 pending rows"),
         ({COUNT: -1}, 7, "expected 0 to 4 pending rows"),
@@ -98,7 +98,7 @@ def test_a_state_that_matches_its_position_is_accepted() -> None:
     ],
 )
 def test_invalid_block_parts_are_rejected(
-    parts: dict[str, object], position: int, said: str
+    parts: dict[str, object], position: int, message: str
 ) -> None:
-    with pytest.raises(StateError, match=said):
+    with pytest.raises(StateError, match=message):
         HELD.check_at(changed(**parts), position)

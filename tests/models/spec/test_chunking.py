@@ -105,11 +105,13 @@ def test_per_chunk_outputs_depend_on_the_chunking() -> None:
     whole, after = oracle_in_cuts(spec, weights, rows, state, [9])
     cut, end = oracle_in_cuts(spec, weights, rows, state, [4, 5])
     assert np.abs(cut - whole).max() > 1e-3
-    np.testing.assert_allclose(end, after, atol=1e-12, err_msg="what is carried is cut anywhere")
+    np.testing.assert_allclose(
+        end, after, atol=1e-12, err_msg="the carried state does not depend on the cuts"
+    )
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"),
+    ("layers", "message"),
     [
         ([BELOW, {**ABOVE, "starts_from": "none"}], r"'above' starts from 'none'.*\['below'\]"),
         ([BELOW, {**ABOVE, "starts_from": "above"}], "'above' starts from 'above'"),
@@ -126,8 +128,8 @@ def test_per_chunk_outputs_depend_on_the_chunking() -> None:
         ),
     ],
 )
-def test_invalid_starts_from_is_rejected(layers: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(SpecError, match=said):
+def test_invalid_starts_from_is_rejected(layers: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         spec_of(*layers)
 
 

@@ -91,7 +91,7 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda d: d["decoder"].update(targets=["holiday"]), "expected a numeric target"),
         (lambda d: d["decoder"].update(targets=["warm"]), "expected targets among"),
@@ -132,8 +132,8 @@ def _layers(**starts: str | None) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_an_invalid_decoder_section_is_rejected(change: Any, said: str) -> None:
-    assert said in refusal(change)
+def test_an_invalid_decoder_section_is_rejected(change: Any, message: str) -> None:
+    assert message in refusal(change)
 
 
 SEQUENCE = {"kind": "sequence", "name": "out"}

@@ -40,7 +40,7 @@ training:
 
 
 def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
-    """The lines of what is said, the file's own path cut off."""
+    """The lines of the error message, without the path of the file."""
     path = tmp_path / "SPEC.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SpecError) as caught:
@@ -51,7 +51,7 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("units: 4", "units: 0", ":11: layers.1.units: expected greater than or equal to 1, got 0"),
         ("units: 8", "unit: 8", ":9: layers.0.units: expected a value, got none"),
@@ -85,13 +85,13 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ("name: pumps", "name: !!python/name:os.system x", ":2: expected YAML, got could not"),
     ],
 )
-def test_errors_have_line_numbers(tmp_path: Path, old: str, new: str, said: str) -> None:
+def test_errors_have_line_numbers(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert GOOD.count(old) == 1, old
-    assert any(line.startswith(said) for line in refusal(tmp_path, GOOD.replace(old, new)))
+    assert any(line.startswith(message) for line in refusal(tmp_path, GOOD.replace(old, new)))
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("starts_from: lstm_1}", "starts_from: second}", ":29: decoder.layers.1: layer 'lstm_1'"),
         ("units: 8, starts", "units: 9, starts", ":29: decoder.layers.1: layer 'lstm_1' starts"),
@@ -103,7 +103,7 @@ def test_errors_have_line_numbers(tmp_path: Path, old: str, new: str, said: str)
     ],
 )
 def test_errors_in_a_decoder_have_line_numbers(
-    tmp_path: Path, old: str, new: str, said: str
+    tmp_path: Path, old: str, new: str, message: str
 ) -> None:
     decoder = """\
 decoder:
@@ -119,21 +119,23 @@ decoder:
     path.write_text(GOOD + decoder)
     assert read_spec(path).decoder is not None
     (line,) = refusal(tmp_path, GOOD + decoder.replace(old, new))
-    assert line.startswith(said)
+    assert line.startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"),
+    ("layers", "message"),
     [
         ("[{kind: gru, units: 0}]", ":3: layers.0.units: expected greater than or equal to 1, g"),
         ("[]", ":3: layers: expected 1 or more, got 0"),
     ],
 )
-def test_too_short_is_reported_only_for_short_lists(tmp_path: Path, layers: str, said: str) -> None:
-    """And not because everything in it is wrong."""
+def test_too_short_is_reported_only_for_short_lists(
+    tmp_path: Path, layers: str, message: str
+) -> None:
+    """A list whose every element is invalid is not reported as too short."""
     heads = "heads: [{kind: sequence, name: last}]"
     (line,) = refusal(tmp_path, f"name: m\nfeatures: 2\nlayers: {layers}\n{heads}\n")
-    assert line.startswith(said)
+    assert line.startswith(message)
 
 
 def test_errors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_an_overridden_merge_key_has_the_line_of_the_override(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("found", "message"),
     [
         ("training.test_from: expected a day", ":23: training.test_from: expected a day"),
         ("training.window_steps: too few", ":20: training.window_steps: too few"),
@@ -171,10 +173,10 @@ def test_an_overridden_merge_key_has_the_line_of_the_override(tmp_path: Path) ->
         ("model 'pumps' is wrong", ": model 'pumps' is wrong"),
     ],
 )
-def test_later_errors_have_line_numbers(tmp_path: Path, found: str, said: str) -> None:
+def test_later_errors_have_line_numbers(tmp_path: Path, found: str, message: str) -> None:
     path = tmp_path / "SPEC.yaml"
     path.write_text(GOOD)
-    assert str(add_line_number(path, SpecError(found))) == f"{path}{said}"
+    assert str(add_line_number(path, SpecError(found))) == f"{path}{message}"
     path.write_text("name: [")
     assert str(add_line_number(path, SpecError(found))) == f"{path}: {found}"
 

@@ -13,7 +13,8 @@
 --   {0, header}  not written, with at most the first 96 bytes of the stored value; for a value
 --                that is not a string, 32 zeros and the server's error message
 --
--- UNLINK comes first: a server whose memory is full lets a script write that has freed memory.
+-- UNLINK comes first: a server whose memory is full rejects writes of a script until the script has
+-- freed memory.
 
 local header = redis.pcall('GETRANGE', KEYS[1], 0, 95)
 if type(header) == 'table' then

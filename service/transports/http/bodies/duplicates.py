@@ -3,7 +3,7 @@
 Decoders silently keep the last of duplicate members, so that two readers may see two different
 requests in one body (RFC 8259, section 4). This module parses a body again that a decoder has
 accepted, so it costs as much as the decoder: the fast decoder first compares counts and calls it
-only where they differ, and long bodies pass their parts.
+only if they differ, and long bodies pass their parts.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
 The usual chunk in JSON, of rows, is decoded by simdjson (`JsonRowsDecoder`). For all else each
 model has msgspec types, whose decoders check members, numbers, widths and lengths while they parse,
 in C. All the rows of a body then become one float32 buffer. The decoder accepts only what the
-strict validator accepts, with the same values, and never makes an error: where it returns None, the
+strict validator accepts, with the same values, and never makes an error: if it returns None, the
 strict validator decides.
 
 A decoder silently keeps the last of duplicate members. To detect them, the members that it found,
 and in JSON the texts, are counted and compared with the body: in JSON each is a pair of quotation
 marks, in MessagePack the header of a map gives its length. A duplicate, a null or a quotation mark
-within a text can only increase the count of the body; only where it is larger is the body searched.
+within a text can only increase the count of the body; only if it is larger is the body searched.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class RequestReader:
         Args:
             first: index in the request of the body's first item.
 
-        An item's error has the fact `stream` where the item names one.
+        An item's error has the fact `stream` if the item names one.
 
         Raises:
             MalformedBody, InvalidInput: the body as a whole is not a request.

@@ -32,7 +32,7 @@ Exceeded = Callable[[str], CarryError]
 """Makes the error for a list with too many elements, from the place of the list."""
 
 MORE: Final = "more"
-"""`got` of an error, where counting stopped at the limit."""
+"""`got` of an error if counting stopped at the limit."""
 
 _UNKNOWN: Final = re.compile("unknown field `(.*)`")
 _MEMBER: Final = re.compile(r"length.* at `\$\.(.*)`$")

@@ -38,7 +38,7 @@ _TIMING = {
 }
 _RETRY_AFTER = {
     "Retry-After": {
-        "description": "Seconds to wait before the same request is sent again, where it may be.",
+        "description": "Seconds to wait before the same request is sent again, if it may be.",
         "schema": {"type": "integer", "minimum": 1},
     }
 }
@@ -60,7 +60,7 @@ _TEXT = {"type": "string"}
 _IF_MATCH = _parameter(
     "header",
     "If-Match",
-    "Apply only where the stream is in one of the states these strong ETags name; `*` for any.",
+    "Apply only if the stream is in one of the states that these strong ETags name; `*` for any.",
     _TEXT,
 )
 _TIMEOUT = _parameter(

@@ -33,7 +33,7 @@ Outputs = Annotated[
     dict[str, Any],
     Field(
         description="Each output by its name: one value (of the output's shape) per event, or "
-        "one for the whole chunk where the output is `per: chunk`.",
+        "one for the whole chunk if the output is `per: chunk`.",
         examples=[{"late": [0.18, 0.47]}],
     ),
 ]
@@ -181,7 +181,7 @@ class ForecastReply(TypedDict):
     position: PositionNumber
     tag: TagText
     times_ms: NotRequired[list[int]]
-    """Epoch milliseconds of the coming steps, where events have a timestamp."""
+    """Epoch milliseconds of the coming steps, if events have a timestamp."""
     levels: Annotated[list[float], Field(examples=[[0.1, 0.5, 0.9]])]
     """Of the quantiles."""
     forecast: dict[str, TargetForecast]
@@ -298,7 +298,7 @@ class ForecastInfo(TypedDict):
     known: list[str]
     """Members of each element of `future`: known future covariates."""
     step_s: float | None
-    """Seconds between timestamps, where regular."""
+    """Seconds between timestamps, if regular."""
     levels: list[float]
     """Of the quantiles."""
     max_horizon: int
@@ -344,7 +344,7 @@ class ModelDetail(TypedDict):
     """What cuts mean: nothing; or the model sees each chunk as a whole; or it accepts whole
     sequences only."""
     blocks: BlocksInfo | None
-    """How a bidirectional network follows a stream; null where events are answered at once."""
+    """How a bidirectional network follows a stream; null if events are answered at once."""
     max_chunk_steps: int | None
     """Maximum steps of what the model sees as a whole; null if there is no limit."""
     runtimes: list[str]

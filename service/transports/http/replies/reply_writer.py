@@ -126,7 +126,7 @@ class ReplyWriter:
 
     def outputs(self, rows: FloatRows, options: ReplyOptions) -> dict[str, Any]:
         """Named outputs [T, ...] of packed rows [T, O], or [...] of the last step alone (None
-        where there is no step); [...] of an output that holds once for the whole chunk."""
+        if there is no step); [...] of an output that holds once for the whole chunk."""
         if not len(rows) and not options.return_sequences:
             # in blocks a chunk may bring no output, and so no last one
             return dict.fromkeys(self._served.outputs.slices)

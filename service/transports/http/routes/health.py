@@ -52,7 +52,7 @@ def metrics_router(render: RenderMetrics) -> APIRouter:
     """The route /metrics over a renderer."""
     metrics = APIRouter(tags=["health"])
 
-    # Not a coroutine: it reads files where several workers share their numbers.
+    # Not a coroutine: it reads files if several workers share their counters.
     @metrics.get(
         "/metrics",
         summary="Metrics for Prometheus",

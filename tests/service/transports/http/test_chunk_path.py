@@ -52,17 +52,17 @@ def test_chunk_passes_at_most_twenty_files() -> None:
 async def test_chunk_passes_the_listed_files_and_no_others(
     pipeline_server: RealServer, tmp_path: Path
 ) -> None:
-    called: list[set[str]] = []
+    files_called: list[set[str]] = []
 
     def note_file(frame: FrameType, event: str, argument: object) -> None:
-        called[-1].add(frame.f_code.co_filename)
+        files_called[-1].add(frame.f_code.co_filename)
 
     artifact = make_artifact(tmp_path)
     async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
         reader, writer = await asyncio.open_connection(HOST, port_of(server))
         for number in range(WARM_UP_CHUNKS + TRACED_CHUNKS):
             if number >= WARM_UP_CHUNKS:
-                called.append(set())
+                files_called.append(set())
                 sys.setprofile(note_file)
             try:
                 writer.write(request(chunk(number * len(INPUTS))))
@@ -75,8 +75,8 @@ async def test_chunk_passes_the_listed_files_and_no_others(
     service = str(ROOT / "service") + "/"
     paths = {
         str(Path(name).relative_to(ROOT))
-        for name in set.intersection(*called)
+        for name in set.intersection(*files_called)
         if name.startswith(service)
     }
-    passed = {path for path in paths if not path.startswith(LEFT_OUT)}
-    assert passed == set(listed_files()) - {RUNTIME}
+    traced = {path for path in paths if not path.startswith(LEFT_OUT)}
+    assert traced == set(listed_files()) - {RUNTIME}

@@ -1,4 +1,4 @@
-"""The pages that tell clients what to send: recomputed and replayed as they stand."""
+"""Reference pages for clients: their examples are recomputed, their requests sent as printed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def flights_spec() -> ModelSpec:
 
 
 def exchanges() -> Iterator[tuple[str, bool, str]]:
-    """Each request of api.md, whether it is abridged, and its reply ("" where there is none)."""
+    """Each request of http-api.md, whether it is abridged, and its reply ("" if it has none)."""
     text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     blocks = re.findall(
         r'^```http title="(request abridged|request|reply)"\n(.*?)^```$',
@@ -106,24 +106,24 @@ def parts(block: str) -> tuple[str, dict[str, str], str]:
     return first, dict(line.split(": ", 1) for line in lines), body.strip()
 
 
-def compare(shown: Any, got: Any, learned: dict[str, str], at: str = "reply") -> None:
-    """Members and kinds agree; texts that differ (epochs, tags) are learned for later requests."""
+def compare(shown: Any, got: Any, actual_of: dict[str, str], at: str = "reply") -> None:
+    """Check that members and types agree; records epochs and tags, which differ, in `actual_of`."""
     if isinstance(shown, dict):
         assert isinstance(got, dict), at
-        # a state is cut short on the page
+        # the page shows a part of a state
         assert (
             shown.keys() <= got.keys() if at.endswith(".state") else shown.keys() == got.keys()
         ), at
         for name, value in shown.items():
-            compare(value, got[name], learned, f"{at}.{name}")
+            compare(value, got[name], actual_of, f"{at}.{name}")
     elif isinstance(shown, list):
         assert isinstance(got, list), at
         for index, value in enumerate(shown):
-            compare(value, got[index], learned, f"{at}[{index}]")
+            compare(value, got[index], actual_of, f"{at}[{index}]")
     elif isinstance(shown, str):
         assert isinstance(got, str), at
         if len(shown) >= 12 and re.fullmatch(r"[0-9a-f]+", shown):
-            learned[shown] = got
+            actual_of[shown] = got
         elif not shown.endswith("..."):
             assert got == shown, at
     elif isinstance(shown, bool | int) and not at.endswith(("_ms", "_bytes", ".last_ms")):
@@ -137,17 +137,17 @@ async def test_every_exchange_of_the_api_page_is_current(
 ) -> None:
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
-    learned: dict[str, str] = {}
-    kept = ""
-    seen = 0
+    actual_of: dict[str, str] = {}
+    state_body = ""
+    compared = 0
     async with harness(pipeline_server, {"flights": artifact}) as api:
-        api.store.checks = [Check("store", True, "unix:///run/carry/valkey.sock takes commits")]
+        api.store.checks = [Check("store", True, "unix:///run/carry/valkey.sock accepts commits")]
         for request, abridged, reply in exchanges():
             first, headers, body = parts(request)
             method, address = first.split(" ")
             if abridged and method == "PUT":
-                body = kept
-            for shown, real in learned.items():
+                body = state_body
+            for shown, real in actual_of.items():
                 headers = {name: text.replace(shown, real) for name, text in headers.items()}
             response = await api.client.request(
                 method, address, headers=headers, content=body or None
@@ -160,15 +160,15 @@ async def test_every_exchange_of_the_api_page_is_current(
             assert response.status_code == int(status), (first, response.text)
             assert bool(shown_body) == bool(response.content), first
             if shown_body:
-                compare(json.loads(shown_body), response.json(), learned, first)
+                compare(json.loads(shown_body), response.json(), actual_of, first)
             for name, text in shown_headers.items():
                 assert name in response.headers, (first, name)
                 if name in ("Location", "Content-Type"):
                     assert response.headers[name] == text
             if address.endswith("/state"):
-                kept = response.text
-            seen += 1
-    assert seen == 15
+                state_body = response.text
+            compared += 1
+    assert compared == 15
 
 
 @pytest.mark.parametrize("page", ["http-api.md", "errors.md", "protocol.md"])

@@ -174,7 +174,7 @@ def without_holiday() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("body", "at", "said"),
+    ("body", "at", "message"),
     [
         (changed(horizon=None), "horizon", "horizon"),
         (changed(horizon=0), "horizon", "greater than or equal to 1"),
@@ -198,12 +198,12 @@ def without_holiday() -> list[dict[str, Any]]:
     ],
 )
 async def test_invalid_forecasts_are_rejected_with_their_place(
-    api: Harness, body: dict[str, Any], at: str, said: str
+    api: Harness, body: dict[str, Any], at: str, message: str
 ) -> None:
     await send(api, EVENTS)
     found = problem(await look(api, body), 422, "invalid_input")
     assert found["at"] == at
-    assert said in found["detail"]
+    assert message in found["detail"]
     assert api.position(model="weather") == 9
 
 
