@@ -35,6 +35,8 @@ from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
 from service.transports.http.connection.http_protocol import HTTP_STATE
+from service.transports.kserve.http_routes import add_kserve
+from service.transports.kserve.inference import Inference
 
 LATE_S = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -114,7 +116,7 @@ def create_app() -> FastAPI:
         max_pending_body_bytes=settings.max_pending_body_bytes,
         max_pending_reply_bytes=settings.max_pending_reply_bytes,
     )
-    return create_api(
+    api = create_api(
         pipeline,
         limits,
         recorder,
@@ -123,6 +125,9 @@ def create_app() -> FastAPI:
         fast_path=settings.http_fast_path,
         metrics=lambda: (recorder.render(), recorder.content_type),
     )
+    inference = Inference(api.state.api, delete_at_end=settings.sequence_end == "delete")
+    add_kserve(api, inference, recorder.statistics)
+    return api
 
 
 def _tune_garbage_collector() -> None:

@@ -227,6 +227,10 @@ class Settings(BaseSettings):
     `state_incompatible`, or reset it to position 0 (`reset`). Not `reset` while two versions are
     served at once: they would reset each other's streams."""
 
+    sequence_end: Literal["keep", "delete"] = "keep"
+    """What `sequence_end` of the V2 protocol (KServe, Triton) does to the stream: `keep` keeps its
+    state, `delete` deletes it after the chunk."""
+
     state_cache_bytes: Annotated[int, Field(ge=0)] = 64 * MIB
     """Size of each worker's cache of recent states, which saves their load; 0 disables it. About
     the number of live streams times the size of a state."""

@@ -143,15 +143,13 @@ def evaluate_chunk(
             PositionBehind: the chunk is rejected; the stream is unchanged.
     """
     stream, head = chunk.key.stream, stored.head if stored else None
-    facts = stream_facts(stream, head)
-    if chunk.epoch is not None and (head is None or chunk.epoch != head.epoch):
-        current = "it does not exist" if head is None else f"it is in epoch {head.epoch.hex()}"
-        raise EpochMismatch(
-            f"expected stream {stream!r} in epoch {chunk.epoch.hex()}; {current}", **facts
-        )
+    if chunk.starts_over:
+        return _evaluate_start(chunk, stored)
+    _check_epoch(chunk, head)
     if stored is not None and _is_last(chunk, stored):
         return Replay(stored)
     check_precondition(chunk, head)
+    facts = stream_facts(stream, head)
     if closed:
         raise StreamFinal(f"stream {stream!r} was ended by a final chunk", **facts)
     if stored is not None and stored.feed is not chunk.steps.feed:
@@ -164,6 +162,33 @@ def evaluate_chunk(
         )
     check_position(stream, chunk.position, head)
     return Process(stored)
+
+
+def _evaluate_start(chunk: Chunk, stored: StreamState | None) -> Process | Replay:
+    """Process or replay a chunk that starts its stream over.
+
+    It is a retry if the stream's last chunk is this one and created the stream: from the zero state
+    it leads to the same state. Its epoch is the one that it ends, so with an epoch a late duplicate
+    cannot end the next one.
+    """
+    last = stored.last if stored else None
+    if stored is not None and last is not None and last.created and _is_last(chunk, stored):
+        return Replay(stored)
+    head = stored.head if stored else None
+    _check_epoch(chunk, head)
+    check_precondition(chunk, head)
+    return Process(None)
+
+
+def _check_epoch(chunk: Chunk, head: StreamHead | None) -> None:
+    if chunk.epoch is None or (head is not None and chunk.epoch == head.epoch):
+        return
+    stream = chunk.key.stream
+    current = "it does not exist" if head is None else f"it is in epoch {head.epoch.hex()}"
+    raise EpochMismatch(
+        f"expected stream {stream!r} in epoch {chunk.epoch.hex()}; {current}",
+        **stream_facts(stream, head),
+    )
 
 
 def check_position(stream: str, given: int | None, head: StreamHead | None) -> None:
@@ -198,6 +223,7 @@ def is_continuation(chunk: Chunk, copy: StreamState) -> bool:
         and copy.feed is chunk.steps.feed
         and (chunk.epoch is None or chunk.epoch == head.epoch)
         and chunk.precondition is None
+        and not chunk.starts_over
     )
 
 

@@ -156,6 +156,8 @@ class Chunk(NamedTuple):
         position: index of the first event; None to append at the current position.
         epoch: the epoch that the client expects, or None.
         final: whether it closes the stream; for models with blocks.
+        starts_over: whether it starts the stream over: from the zero state, in a new epoch,
+            whatever is stored. Its position is 0 or None.
     """
 
     key: StreamKey
@@ -165,6 +167,7 @@ class Chunk(NamedTuple):
     epoch: bytes | None = None
     precondition: Precondition | None = None
     final: bool = False
+    starts_over: bool = False
 
 
 class Timing(NamedTuple):

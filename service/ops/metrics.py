@@ -32,6 +32,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from service.core.values import Timing
+from service.pipeline.recorder import ModelStatistics
 
 MULTIPROCESS_DIR = "PROMETHEUS_MULTIPROC_DIR"
 UNKNOWN_MODEL = "-"
@@ -41,6 +42,14 @@ SECONDS = (
 )  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STAGES = ("queue", "load", "infer", "commit")
+
+_STATISTICS = (
+    "carry_chunks_total",
+    "carry_batch_rows_count",
+    "carry_refusals_total",
+    "carry_chunk_stage_seconds_sum",
+)
+"""The samples that `statistics` adds up."""
 
 
 class _Series(NamedTuple):
@@ -218,13 +227,37 @@ class PrometheusRecorder:
 
     def render(self) -> bytes:
         """Render the metrics of all workers in Prometheus' text format."""
+        return generate_latest(self._of_all_workers())
+
+    def statistics(self) -> dict[str, ModelStatistics]:
+        """The totals of every served model, of all workers together.
+
+        Call it in a thread: it reads files where several workers share their numbers.
+        """
+        totals: dict[str, Tally[str]] = {}
+        for metric in self._of_all_workers().collect():
+            for sample in metric.samples:
+                if sample.name in _STATISTICS:
+                    model, name = sample.labels["model"], sample.labels.get("stage", sample.name)
+                    totals.setdefault(model, Tally()).update({name: sample.value})
+        return {
+            model: ModelStatistics(
+                int(of_model["carry_chunks_total"]),
+                int(of_model["carry_batch_rows_count"]),
+                int(of_model["carry_refusals_total"]),
+                *[of_model[stage] for stage in STAGES],
+            )
+            for model, of_model in totals.items()
+        }
+
+    def _of_all_workers(self) -> CollectorRegistry:
         directory = os.environ.get(MULTIPROCESS_DIR)
         if not directory:
-            return generate_latest(self._registry)
+            return self._registry
         _drop_gauges_of_dead_workers(Path(directory))
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=directory)
-        return generate_latest(registry)
+        return registry
 
 
 def observe_all(histogram: Histogram, values: Sequence[float]) -> None:

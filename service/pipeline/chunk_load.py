@@ -288,7 +288,7 @@ class ChunkLoader:
         if self._served.is_compatible(stored):
             self._check_waiting(stored)
             return stored
-        if self._reset:
+        if self._reset or (chunk.starts_over and chunk.epoch is None):
             return None
         if chunk.epoch is not None and chunk.epoch != stored.head.epoch:
             return stored  # epoch_mismatch takes precedence

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from service.core.values import Timing
+
+
+class ModelStatistics(NamedTuple):
+    """Totals of one model's chunks since the service started.
+
+    Attributes:
+        chunks: committed chunks.
+        batches: calls of the network.
+        errors: requests, or items of one, that were answered with an error.
+        queue_s, load_s, infer_s, commit_s: times of the chunks by stage, in seconds.
+    """
+
+    chunks: int = 0
+    batches: int = 0
+    errors: int = 0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    infer_s: float = 0.0
+    commit_s: float = 0.0
 
 
 class Recorder(Protocol):

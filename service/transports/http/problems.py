@@ -56,29 +56,32 @@ def problem(error: CarryError) -> Problem:
     return cast(Problem, document)
 
 
+def problem_headers(document: Problem) -> list[Header]:
+    """The ETag of a problem that names a state, and `Retry-After` of a temporary one."""
+    headers: list[Header] = []
+    if "retry_after_s" in document:
+        seconds = max(1, math.ceil(document["retry_after_s"]))
+        headers.append((b"retry-after", b"%d" % seconds))
+    epoch, tag = document.get("epoch"), document.get("tag")
+    if epoch and tag:
+        headers.append((b"etag", f'"{epoch}-{tag}"'.encode()))
+    return headers
+
+
 def problem_answer(error: CarryError, media: Media, headers: Iterable[Header] = ()) -> Answer:
     """The response to a request that failed as a whole.
-
-    A problem that names a state has its ETag, a temporary one has `Retry-After`.
 
     Args:
         media: media type of the response.
         headers: further ones, their names in lower case.
     """
     document = problem(error)
-    sent = [*headers]
-    if "retry_after_s" in document:
-        seconds = max(1, math.ceil(document["retry_after_s"]))
-        sent.append((b"retry-after", b"%d" % seconds))
-    epoch, tag = document.get("epoch"), document.get("tag")
-    if epoch and tag:
-        sent.append((b"etag", f'"{epoch}-{tag}"'.encode()))
     content_type = PROBLEM_JSON if media is Media.JSON else media.value
     return Answer(
         dumps(media, document),
         (b"content-type", content_type.encode()),
         document["status"],
-        sent,
+        [*headers, *problem_headers(document)],
     )
 
 

@@ -52,13 +52,21 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         UnsupportedMediaType: it is compressed.
         ClientDisconnect: the client disconnected while sending.
     """
-    headers = request.headers
-    encoding = headers.get("content-encoding", "identity")
+    encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMediaType(
             f"Content-Encoding: expected none, got {encoding!r}", expected="none", got=encoding
         )
-    length = headers.get("content-length", "")
+    return await read_encoded_body(request, limit_bytes)
+
+
+async def read_encoded_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body as it was sent, whatever its Content-Encoding.
+
+    Raises:
+        BodyTooLarge, ClientDisconnect: as `read_body`.
+    """
+    length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > limit_bytes:
         raise _too_large(limit_bytes, int(length))
     # A BytesIO grows in place; joining a list of parts would hold the body twice.

@@ -18,6 +18,7 @@ from service.core.delivery import (
     apply_chunk,
     chunk_digest,
     evaluate_chunk,
+    is_continuation,
     next_tag,
     start_epoch,
 )
@@ -164,3 +165,38 @@ def test_restored_stream_starts_an_epoch_without_last_chunk() -> None:
     assert restarted.last is None
     with pytest.raises(PositionBehind):
         evaluate_chunk(FIRST, restarted)
+
+
+def test_start_over_applies_from_the_zero_state_whatever_is_stored() -> None:
+    for stored in (None, STREAM, STREAM._replace(feed=Feed.EVENTS)):
+        for position in (None, 0):
+            begin = chunk(position, seed=7, starts_over=True)
+            assert evaluate_chunk(begin, stored) == Process(None)
+    assert evaluate_chunk(chunk(0, seed=7, starts_over=True), STREAM, closed=True) == Process(None)
+
+
+def test_retry_of_a_start_over_is_replayed() -> None:
+    begin = chunk(0, seed=7, starts_over=True)
+    stream = after(begin)
+    assert evaluate_chunk(begin, stream) == Replay(stream)
+    assert evaluate_chunk(begin._replace(epoch=OTHER_EPOCH), stream) == Replay(stream)
+
+
+def test_start_over_is_no_retry_of_a_chunk_that_continued_a_state() -> None:
+    begin = chunk(0, seed=7, starts_over=True)
+    restored = start_epoch(STREAM, fingerprint=FINGERPRINT, now_ms=7, position=0)
+    assert evaluate_chunk(begin, after(begin, restored)) == Process(None)
+    without_position = chunk(None, seed=7, starts_over=True)
+    assert evaluate_chunk(without_position, after(begin)) == Process(None)
+
+
+def test_start_over_with_an_epoch_ends_that_epoch_only() -> None:
+    assert evaluate_chunk(chunk(0, starts_over=True, seed=1, epoch=EPOCH), STREAM) == Process(None)
+    for stored in (None, STREAM):
+        with pytest.raises(EpochMismatch):
+            evaluate_chunk(chunk(0, starts_over=True, seed=1, epoch=OTHER_EPOCH), stored)
+
+
+def test_start_over_never_continues_a_cached_state() -> None:
+    assert is_continuation(chunk(None), STREAM)
+    assert not is_continuation(chunk(None, starts_over=True), STREAM)

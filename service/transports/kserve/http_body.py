@@ -1,0 +1,239 @@
+"""Bodies of V2 inference over HTTP: JSON, and JSON followed by tensors in the binary format.
+
+`Inference-Header-Content-Length` is the length of the JSON, if tensors follow it. Their order is
+that of the inputs or outputs with `binary_data_size`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from service.core.errors import BodyTooLarge, InvalidInput, MalformedBody
+from service.transports.http.bodies.duplicates import find_duplicate
+from service.transports.http.media import Media, encode_json
+from service.transports.kserve.values import (
+    BYTES,
+    InferReply,
+    InferRequest,
+    InputTensor,
+    Parameter,
+    invalid,
+)
+
+MAX_JSON_BYTES: Final = 1024 * 1024
+"""Longest JSON of a request: it is parsed at once, and longer JSON would block other requests.
+Tensors in the binary format may be longer."""
+
+MAX_RANK: Final = 8
+HEADER_LENGTH: Final = "inference-header-content-length"
+BINARY_OUTPUT: Final = "binary_data_output"
+
+COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
+"""The arguments of zlib by Content-Encoding."""
+
+_ABSENT: Final = msgspec.Raw(b"")
+_Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class _InputParameters(msgspec.Struct, forbid_unknown_fields=True):
+    binary_data_size: Annotated[int, Meta(ge=0)] | None = None
+
+
+class _OutputParameters(msgspec.Struct, forbid_unknown_fields=True):
+    binary_data: bool | None = None
+
+
+class _Input(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    datatype: str
+    shape: Annotated[list[_Dimension], Meta(max_length=MAX_RANK)]
+    parameters: _InputParameters | None = None
+    data: msgspec.Raw = _ABSENT
+
+
+class _Output(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    parameters: _OutputParameters | None = None
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    inputs: list[_Input]
+    outputs: list[_Output] = []
+    id: str = ""
+    parameters: dict[str, bool | int | float | str] = {}
+
+
+_REQUEST: Final = msgspec.json.Decoder(_Request)
+_NUMBERS: Final = msgspec.json.Decoder(list[float])
+_TEXTS: Final = msgspec.json.Decoder(list[str])
+
+
+class BinaryOutputs(NamedTuple):
+    """Which outputs a client wants in the binary format."""
+
+    by_name: Mapping[str, bool]
+    by_default: bool = False
+
+    def has(self, name: str) -> bool:
+        """Whether it wants this one so."""
+        return self.by_name.get(name, self.by_default)
+
+
+def decompress(body: bytes, encoding: str, limit_bytes: int) -> bytes:
+    """Decompress a body; takes a few milliseconds for each MiB, so call it in a thread.
+
+    Args:
+        encoding: `gzip` or `deflate`.
+
+    Raises:
+        BodyTooLarge: more than the limit comes out.
+        MalformedBody: it is damaged, truncated or followed by other bytes.
+    """
+    stream = zlib.decompressobj(COMPRESSIONS[encoding])
+    try:
+        content = stream.decompress(body, limit_bytes + 1)
+    except zlib.error as error:
+        raise _malformed(f"{encoding}: {error}") from error
+    if len(content) > limit_bytes:
+        raise BodyTooLarge(
+            f"body: expected at most {limit_bytes} bytes after decompression, got more",
+            expected=limit_bytes,
+            got="more",
+        )
+    if not stream.eof or stream.unused_data:
+        got = "bytes after its end" if stream.eof else "the beginning of it"
+        raise _malformed(f"{encoding}: expected one compressed body, got {got}")
+    return content
+
+
+def decode_request(
+    body: bytes, json_bytes: int | None, model: str, version: str
+) -> tuple[InferRequest, BinaryOutputs]:
+    """Decode a body.
+
+    Args:
+        json_bytes: length of its JSON; None if all of it is JSON.
+
+    Raises:
+        MalformedBody, InvalidInput, BodyTooLarge
+    """
+    if json_bytes is not None and json_bytes > len(body):
+        expected = f"at most {len(body)}, the length of the body"
+        raise invalid("Inference-Header-Content-Length", expected, json_bytes)
+    text = body if json_bytes is None else body[:json_bytes]
+    if len(text) > MAX_JSON_BYTES:
+        raise BodyTooLarge(
+            f"body: expected at most {MAX_JSON_BYTES} bytes of JSON, got {len(text)}; send the "
+            "tensor in the binary format",
+            expected=MAX_JSON_BYTES,
+            got=len(text),
+        )
+    decoded = _decode_json(text)
+    binary = memoryview(body)[len(text) :]
+    inputs: list[InputTensor] = []
+    used = 0
+    for index, each in enumerate(decoded.inputs):
+        at = f"inputs[{index}]"
+        size = each.parameters.binary_data_size if each.parameters else None
+        if (size is None) == (not each.data):
+            got = "none" if size is None else "both"
+            raise invalid(at, "either data or parameters.binary_data_size", got)
+        data: memoryview | Sequence[Any]
+        if size is None:
+            data = _elements(each, at)
+        else:
+            data = binary[used : used + size]
+            used += size
+        inputs.append(InputTensor(each.name, each.datatype, each.shape, data))
+    if used != len(binary):
+        expected = f"{used} bytes after the JSON, all the binary_data_size together"
+        raise invalid("body", expected, len(binary))
+    parameters: dict[str, Parameter] = decoded.parameters
+    by_default = parameters.pop(BINARY_OUTPUT, False)
+    if not isinstance(by_default, bool):
+        raise invalid(f"parameters.{BINARY_OUTPUT}", "true or false", repr(by_default)[:300])
+    names = [output.name for output in decoded.outputs]
+    by_name = {
+        output.name: output.parameters.binary_data
+        for output in decoded.outputs
+        if output.parameters is not None and output.parameters.binary_data is not None
+    }
+    request = InferRequest(model, inputs, parameters, names, version, decoded.id)
+    return request, BinaryOutputs(by_name, by_default)
+
+
+def reply_document(reply: InferReply, binary: BinaryOutputs) -> dict[str, Any]:
+    """The JSON of a reply, with the values of the outputs that are not binary as NumPy arrays."""
+    document: dict[str, Any] = {"model_name": reply.model, "model_version": reply.version}
+    if reply.id:
+        document["id"] = reply.id
+    if reply.parameters:
+        document["parameters"] = reply.parameters
+    outputs: list[dict[str, Any]] = []
+    for name, values in reply.outputs:
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(values.shape)}
+        if binary.has(name):
+            output["parameters"] = {"binary_data_size": values.nbytes}
+        else:
+            output["data"] = values.ravel()
+        outputs.append(output)
+    document["outputs"] = outputs
+    return document
+
+
+def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
+    """The body of a reply with binary outputs, and the length of its JSON."""
+    text = encode_json(reply_document(reply, binary))
+    return b"".join((text, *[o.data for o in reply.outputs if binary.has(o.name)])), len(text)
+
+
+def _decode_json(text: bytes) -> _Request:
+    try:
+        decoded: _Request = _REQUEST.decode(text)
+    except msgspec.ValidationError as error:
+        raise _invalid_json(error) from error
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _malformed(f"expected one JSON document: {error}") from error
+    if (duplicate := find_duplicate(Media.JSON, text)) is not None:
+        raise duplicate
+    return decoded
+
+
+def _elements(tensor: _Input, at: str) -> list[Any]:
+    """The values of a tensor in JSON, flat or nested."""
+    raw = tensor.data
+    decoder: msgspec.json.Decoder[Any] = _TEXTS if tensor.datatype == BYTES else _NUMBERS
+    try:
+        values: list[Any] = decoder.decode(raw)
+    except msgspec.ValidationError as error:
+        flat = _flatten(msgspec.json.decode(raw))
+        try:
+            values = decoder.decode(msgspec.json.encode(flat))
+        except msgspec.ValidationError:
+            raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error
+    return values
+
+
+def _flatten(values: Any) -> Any:
+    """The elements of lists of one depth."""
+    for _ in range(MAX_RANK):
+        if not (isinstance(values, list) and values and all(isinstance(v, list) for v in values)):
+            break
+        values = list(chain.from_iterable(values))
+    return values
+
+
+def _invalid_json(error: msgspec.ValidationError) -> InvalidInput:
+    reason, _, place = str(error).partition(" - at `$")
+    at = place.rstrip("`").lstrip(".") or "body"
+    return InvalidInput(f"{at}: {reason}", at=at, got=reason)
+
+
+def _malformed(reason: str) -> MalformedBody:
+    return MalformedBody(f"body: {reason}", at="body", got=reason)

@@ -1,0 +1,286 @@
+"""V2 over HTTP: the routes below `/v2`, on the application of the HTTP API.
+
+Errors are `{"error": "code: detail"}` with the members of a problem document beside it; the header
+`Carry-Error` has the code alone, and the status is that of the HTTP API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
+
+import structlog
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Match
+
+from service.core.errors import (
+    CarryError,
+    InternalError,
+    MethodNotAllowed,
+    RouteNotFound,
+    UnsupportedMediaType,
+)
+from service.pipeline.recorder import ModelStatistics
+from service.pipeline.served_model import ServedModel
+from service.transports.http.context import ApiContext, api_of
+from service.transports.http.disconnects import cancel_on_disconnect
+from service.transports.http.error_handling import log_failure
+from service.transports.http.media import Media, dumps
+from service.transports.http.problems import problem, problem_headers
+from service.transports.http.replies.replies import Answer, reply
+from service.transports.http.request_fields import deadline, query, read_encoded_body
+from service.transports.kserve.http_body import (
+    COMPRESSIONS,
+    HEADER_LENGTH,
+    decode_request,
+    decompress,
+    encode_reply,
+    reply_document,
+)
+from service.transports.kserve.inference import Inference
+from service.transports.kserve.metadata import (
+    model_config,
+    model_metadata,
+    model_statistics,
+    repository_index,
+    server_metadata,
+)
+from service.transports.kserve.values import invalid
+
+Statistics = Callable[[], Mapping[str, ModelStatistics]]
+"""Returns the totals of every model; called in a thread."""
+
+_JSON: Final = (b"content-type", b"application/json")
+_BINARY: Final = (b"content-type", b"application/octet-stream")
+IDENTITY: Final = "identity"
+_is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
+
+log = structlog.get_logger(__name__)
+
+
+def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> None:
+    """Add the routes to an application of `create_api`; once, before it serves."""
+    app.state.kserve = inference
+    app.state.kserve_statistics = statistics
+    app.router.routes.extend(router.routes)
+
+
+def error_answer(error: CarryError) -> Answer:
+    """The response to a request that failed."""
+    document = problem(error)
+    content = {"error": f"{error.code}: {error.detail}", **document}
+    headers = [(b"carry-error", error.code.encode()), *problem_headers(document)]
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", ", ".join(error.facts["expected"]).encode()))
+    return Answer(dumps(Media.JSON, content), _JSON, document["status"], headers)
+
+
+class _V2Route(APIRoute):
+    """Calls its endpoint with the request and the path parameters; errors are V2's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of a request."""
+        endpoint: Callable[..., Coroutine[Any, Any, Response]] = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await endpoint(request, **request.path_params)
+            except CarryError as error:
+                log_failure(error)
+                failure = error
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                log.exception("request_failed", error=type(error).__name__)
+                failure = InternalError(
+                    "the request failed unexpectedly; the service's log has the reason"
+                )
+            model = request.path_params.get("model", "-")
+            api_of(request).recorder.record_error(model, failure.code)
+            return error_answer(failure)
+
+        return handle
+
+
+router = APIRouter(route_class=_V2Route, include_in_schema=False)
+_MODEL: Final = "/v2/models/{model}"
+_VERSION: Final = "/v2/models/{model}/versions/{version}"
+
+
+def _get(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Route GET and HEAD of these paths to an endpoint."""
+
+    def add(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+        for path in paths:
+            router.add_api_route(path, endpoint, methods=["GET", "HEAD"])
+        return endpoint
+
+    return add
+
+
+@_get("/v2", "/v2/")
+async def get_server(request: Request) -> Response:
+    """Name, version and extensions."""
+    query(request)
+    return _answer(server_metadata())
+
+
+@_get("/v2/health/live")
+async def get_live(request: Request) -> Response:
+    """Whether the process answers."""
+    return _answer({"live": True})
+
+
+@_get("/v2/health/ready")
+async def get_ready(request: Request) -> Response:
+    """Whether requests should be sent here: 200, or 503."""
+    is_ready = await _is_ready(request)
+    return _answer({"ready": is_ready}, 200 if is_ready else 503)
+
+
+@_get("/v2/models/stats")
+async def get_all_statistics(request: Request) -> Response:
+    """Totals of every model, of all workers together."""
+    query(request)
+    models = _inference(request).api.pipeline.models
+    return await _statistics(request, [models[name] for name in sorted(models)])
+
+
+@_get(_MODEL, _VERSION)
+async def get_model(request: Request, model: str, version: str = "") -> Response:
+    """The tensors of a model."""
+    query(request)
+    return _answer(model_metadata(_inference(request).served(model, version)))
+
+
+@_get(f"{_MODEL}/ready", f"{_VERSION}/ready")
+async def get_model_ready(request: Request, model: str, version: str = "") -> Response:
+    """Whether a model can be used: 200, or 503."""
+    served = _inference(request).served(model, version)
+    is_ready = await _is_ready(request)
+    return _answer({"name": served.name, "ready": is_ready}, 200 if is_ready else 503)
+
+
+@_get(f"{_MODEL}/config", f"{_VERSION}/config")
+async def get_config(request: Request, model: str, version: str = "") -> Response:
+    """The configuration of a model."""
+    query(request)
+    inference = _inference(request)
+    served = inference.served(model, version)
+    return _answer(model_config(served, inference.api.limits.max_items))
+
+
+@_get(f"{_MODEL}/stats", f"{_VERSION}/stats")
+async def get_statistics(request: Request, model: str, version: str = "") -> Response:
+    """Totals of a model, of all workers together."""
+    query(request)
+    return await _statistics(request, [_inference(request).served(model, version)])
+
+
+@router.post("/v2/repository/index")
+async def post_index(request: Request) -> Response:
+    """The served models; all of them are ready."""
+    query(request)
+    inference = _inference(request)
+    await read_encoded_body(request, inference.api.limits.max_body_bytes)
+    models = inference.api.pipeline.models
+    return _answer(repository_index(models[name] for name in sorted(models)))
+
+
+@router.post(f"{_VERSION}/infer")
+@router.post(f"{_MODEL}/infer")
+async def post_infer(request: Request, model: str, version: str = "") -> Response:
+    """A chunk of a stream, or without a sequence id a stateless prediction."""
+    query(request)
+    inference = _inference(request)
+    deadline_s = deadline(request, inference.api.limits)
+    inference.served(model, version)
+    json_bytes = _json_bytes(request)
+    body = await _receive(request, inference.api, deadline_s)
+    infer_request, binary = decode_request(body, json_bytes, model, version)
+    result = await cancel_on_disconnect(request, inference.infer(infer_request, deadline_s))
+    if not any(binary.has(output.name) for output in result.outputs):
+        return reply(Media.JSON, reply_document(result, binary))
+    content, json_length = encode_reply(result, binary)
+    return Answer(content, _BINARY, 200, [(HEADER_LENGTH.encode(), b"%d" % json_length)])
+
+
+@router.api_route(
+    "/v2/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+)
+async def reject(request: Request, path: str) -> Response:
+    """The error for an address or a method that no route above has."""
+    methods: set[str] = set()
+    for route in router.routes[:-1]:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            methods.update(getattr(route, "methods", None) or ())
+    if not methods:
+        raise RouteNotFound(
+            f"expected an address of the V2 protocol that Carry serves, got {path[:300]!r}"
+        )
+    allowed = sorted(methods)
+    raise MethodNotAllowed(
+        f"expected {' or '.join(allowed)}, got {request.method}",
+        expected=allowed,
+        got=request.method,
+    )
+
+
+def _inference(request: Request) -> Inference:
+    inference: Inference = request.app.state.kserve
+    return inference
+
+
+def _answer(document: Any, status: int = 200) -> Answer:
+    return Answer(dumps(Media.JSON, document), _JSON, status)
+
+
+async def _is_ready(request: Request) -> bool:
+    query(request)
+    return all(check.ok for check in await api_of(request).pipeline.readiness())
+
+
+async def _statistics(request: Request, models: list[ServedModel]) -> Response:
+    statistics: Statistics = request.app.state.kserve_statistics
+    return _answer(model_statistics(models, await asyncio.to_thread(statistics)))
+
+
+def _json_bytes(request: Request) -> int | None:
+    """The length of the JSON before binary tensors; None without the header."""
+    lengths = request.headers.getlist(HEADER_LENGTH)
+    if not lengths:
+        return None
+    text = ", ".join(lengths)
+    if not _is_length(text):
+        raise invalid("Inference-Header-Content-Length", "a number of bytes", text[:300])
+    return int(text)
+
+
+async def _receive(request: Request, api: ApiContext, deadline_s: float) -> bytes:
+    """The body of a request, decompressed.
+
+    Raises:
+        BodyTooLarge, UnsupportedMediaType, MalformedBody, ClientDisconnect
+        Overloaded, DeadlineExceeded: a compressed body was not admitted in time.
+    """
+    encoding = request.headers.get("content-encoding", IDENTITY).lower()
+    if encoding != IDENTITY and encoding not in COMPRESSIONS:
+        expected = ", ".join(COMPRESSIONS)
+        raise UnsupportedMediaType(
+            f"Content-Encoding: expected {expected} or none, got {encoding[:300]!r}",
+            expected=[*COMPRESSIONS],
+            got=encoding[:300],
+        )
+    limit_bytes = api.limits.max_body_bytes
+    body = await read_encoded_body(request, limit_bytes)
+    if encoding == IDENTITY:
+        return body
+    # one at a time: a small body may become a large one
+    async with api.long_bodies.admit(body, deadline_s):
+        return await asyncio.to_thread(decompress, body, encoding, limit_bytes)

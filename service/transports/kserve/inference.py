@@ -1,0 +1,325 @@
+"""Inference by KServe's V2 protocol, for HTTP and gRPC alike: a request's value to a reply's value.
+
+    inference = Inference(api, delete_at_end=False)
+    reply = await inference.infer(request, deadline_s)        # raises CarryError
+
+A transport decodes its bytes to an `InferRequest`, calls `infer`, and encodes the `InferReply` or
+the error; it enforces its own limits on bytes, cancels the call if its client disconnects, and
+counts an error with `api.recorder.record_error`. Between `resolve` and `reply_to_chunk` it may also
+hand the chunk to the pipeline itself, as the fast path of HTTP does:
+
+    call = inference.resolve(request)                         # short requests only
+    reply = inference.reply_to_chunk(call, await pipeline.process(call.work, deadline_s))
+
+A request with a sequence id is a chunk of the stream of that name; without one it is a stateless
+prediction. Tensors are `inputs`, FP32 of shape [T, F] or [B, T, F]: encoded rows; or, for a model
+with an event schema, `events`, BYTES of shape [T] or [B, T]: each element an event in JSON. B is 1
+for a chunk, and the number of sequences for a prediction; the outputs have the same leading axis.
+Both become a body of the HTTP API, which its readers validate, so that limits, errors and digests
+are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+import orjson
+import ormsgpack
+import structlog
+
+from models.spec.layout import Output
+from service.core.errors import CarryError, ModelNotFound
+from service.core.values import Chunk, FloatRows, Precondition, Reply, Steps
+from service.pipeline.served_model import ServedModel
+from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.limits import LONG_BYTES
+from service.transports.http.media import Media
+from service.transports.kserve.parameters import InferParameters, parse_parameters
+from service.transports.kserve.values import (
+    BYTES,
+    FP32,
+    InferReply,
+    InferRequest,
+    InputTensor,
+    OutputTensor,
+    Parameter,
+    byte_elements,
+    float32_bytes,
+    invalid,
+)
+
+VERSION: Final = "1"
+"""Version of every model, since clients of Triton expect a whole number; the model's own version,
+the beginning of its fingerprint, is accepted as well."""
+
+INPUTS: Final = "inputs"
+EVENTS: Final = "events"
+
+_EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+log = structlog.get_logger(__name__)
+
+
+class ResolvedCall(NamedTuple):
+    """A request, resolved against its model.
+
+    Attributes:
+        outputs: the outputs to return.
+        batch: length of the leading axis of the outputs; None if there is none.
+        body: the chunk or the sequences, as a body of the HTTP API.
+    """
+
+    request: InferRequest
+    wire: ModelWire
+    parameters: InferParameters
+    outputs: Sequence[Output]
+    batch: int | None
+    body: bytes
+    media: Media
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the body has to be read in blocks."""
+        return len(self.body) >= LONG_BYTES
+
+
+class Inference:
+    """Answers inference requests.
+
+    Args:
+        delete_at_end: whether a stream is deleted after the chunk with `sequence_end`.
+    """
+
+    def __init__(self, api: ApiContext, *, delete_at_end: bool = False):
+        self.api = api
+        self.delete_at_end = delete_at_end
+
+    def served(self, model: str, version: str = "") -> ServedModel:
+        """The served model of a name and version.
+
+        Raises:
+            ModelNotFound
+        """
+        served = self.api.pipeline.model(model)
+        if version not in ("", VERSION, served.version):
+            expected = [VERSION, served.version]
+            raise ModelNotFound(
+                f"expected version {VERSION} (or {served.version}) of model {model!r}, got "
+                f"{version[:100]!r}",
+                expected=expected,
+                got=version[:100],
+            )
+        return served
+
+    async def infer(self, request: InferRequest, deadline_s: float) -> InferReply:
+        """Answer a request.
+
+        Args:
+            deadline_s: when the client stops waiting, on the monotonic clock; the parameter
+                `timeout` may shorten it.
+
+        Raises:
+            CarryError
+        """
+        call = self.resolve(request)
+        if call.parameters.timeout_s is not None:
+            deadline_s = min(deadline_s, time.monotonic() + call.parameters.timeout_s)
+        if call.parameters.stream is None:
+            return await self._predict(call, deadline_s)
+        chunk = await self._read_chunk(call, call.parameters.stream, deadline_s)
+        reply = await self.api.pipeline.process(chunk, deadline_s)
+        is_deleted = self.delete_at_end and call.parameters.ends and await self._delete(reply)
+        return self.reply_to_chunk(call, reply, is_deleted=is_deleted)
+
+    def resolve(self, request: InferRequest) -> ResolvedCall:
+        """Validate all of a request but the values of its tensors.
+
+        Raises:
+            ModelNotFound, InvalidInput, InvalidName, ChunksUnsupported
+        """
+        served = self.served(request.model, request.version)
+        wire = self.api.wire(served.name)
+        parameters = parse_parameters(request.parameters)
+        outputs = _selected_outputs(served, request.outputs)
+        if len(request.inputs) != 1:
+            names = f"exactly one tensor, {' or '.join(input_names(served))}"
+            raise invalid("inputs", names, len(request.inputs))
+        [tensor] = request.inputs
+        _check_tensor(served, tensor)
+        if parameters.stream is not None:
+            wire.reader.check_accepts_chunks()
+        steps_rank = 2 if tensor.name == INPUTS else 1
+        batch = None if len(tensor.shape) == steps_rank else tensor.shape[0]
+        if parameters.stream is not None and batch not in (None, 1):
+            expected = "1 in front, since a chunk of a sequence is of one stream"
+            raise invalid("inputs[0].shape", expected, list(tensor.shape))
+        body, media = _body(served, tensor, parameters, batch)
+        return ResolvedCall(request, wire, parameters, outputs, batch, body, media)
+
+    def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
+        """The chunk of a short request.
+
+        Raises:
+            InvalidInput, ChunkTooLong: with the fact `stream`.
+        """
+        chunk = call.wire.reader.chunk(call.body, call.media, stream, None)
+        return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+
+    async def _read_chunk(self, call: ResolvedCall, stream: str, deadline_s: float) -> Chunk:
+        if not call.is_long:
+            return self.read_chunk(call, stream)
+        async with self.api.long_bodies.admit(call.body, deadline_s) as checkpoint:
+            chunk = await call.wire.long.chunk(call.body, call.media, checkpoint, stream, None)
+        return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+
+    async def _predict(self, call: ResolvedCall, deadline_s: float) -> InferReply:
+        sequences = await self._read_sequences(call, deadline_s)
+        name = call.wire.served.name
+        predictions = await self.api.pipeline.predict(name, sequences, deadline_s)
+        return self._reply(call, {}, [each.outputs for each in predictions])
+
+    async def _read_sequences(self, call: ResolvedCall, deadline_s: float) -> list[Steps]:
+        if not call.is_long:
+            return call.wire.reader.sequences(call.body, call.media)
+        async with self.api.long_bodies.admit(call.body, deadline_s) as checkpoint:
+            return await call.wire.long.sequences(call.body, call.media, checkpoint)
+
+    async def _delete(self, reply: Reply) -> bool:
+        """Delete the stream of a reply, unless it has changed since; returns whether it did."""
+        precondition = Precondition((reply.head.etag,))
+        try:
+            await self.api.pipeline.streams.delete(reply.key, precondition)
+        except CarryError as error:
+            # the chunk was applied, and its outputs must not be lost
+            log.warning("stream_not_deleted", model=reply.key.model, code=error.code)
+            return False
+        return True
+
+    def reply_to_chunk(
+        self, call: ResolvedCall, reply: Reply, *, is_deleted: bool = False
+    ) -> InferReply:
+        """The reply to a chunk."""
+        head = reply.head
+        parameters: dict[str, Parameter] = {
+            "position": head.position,
+            "epoch": head.epoch.hex(),
+            "tag": head.tag.hex(),
+            "replayed": reply.replayed,
+        }
+        if reply.created:
+            parameters["created"] = True
+        if reply.output_position is not None:
+            parameters["output_position"] = reply.output_position
+        if is_deleted:
+            parameters["deleted"] = True
+        return self._reply(call, parameters, [reply.outputs])
+
+    def _reply(
+        self, call: ResolvedCall, parameters: dict[str, Parameter], outputs: list[FloatRows]
+    ) -> InferReply:
+        """The reply with these packed outputs, [T, O] of each sequence."""
+        request, served = call.request, call.wire.served
+        rows = outputs[0] if call.batch is None else np.stack(outputs)
+        return InferReply(
+            served.name,
+            VERSION,
+            request.id,
+            parameters,
+            [_output_tensor(served, output, rows) for output in call.outputs],
+        )
+
+
+def input_names(served: ServedModel) -> list[str]:
+    """The tensors that a model takes, of which a request has one."""
+    return [INPUTS] if served.events is None else [EVENTS, INPUTS]
+
+
+def output_shape(output: Output) -> tuple[int, ...]:
+    """The shape of one step of an output; of one that is given once for a chunk, its shape, which
+    has at least one axis."""
+    return output.shape or ((1,) if output.per == "chunk" else ())
+
+
+def _output_tensor(served: ServedModel, output: Output, rows: FloatRows) -> OutputTensor:
+    """An output of packed rows [..., T, O]: [..., T, *shape], or once [..., *shape]."""
+    cut = rows[..., served.outputs.slices[output.name]]
+    if output.per == "chunk":
+        cut = cut[..., -1, :]
+    shape = (*cut.shape[:-1], *output_shape(output))
+    return OutputTensor(output.name, np.ascontiguousarray(cut).reshape(shape))
+
+
+def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Output]:
+    """The outputs with these names, in this order; all of them without names."""
+    outputs = served.outputs.outputs
+    if not names:
+        return outputs
+    known = {output.name: output for output in outputs}
+    for at, name in enumerate(names):
+        if name not in known or name in names[:at]:
+            expected = f"each once of {', '.join(known)}"
+            raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
+    return [known[name] for name in names]
+
+
+def _check_tensor(served: ServedModel, tensor: InputTensor) -> None:
+    """Reject a tensor with another name, type or shape than the model takes."""
+    at = "inputs[0]"
+    names = input_names(served)
+    if tensor.name not in names:
+        raise invalid(f"{at}.name", " or ".join(names), repr(tensor.name[:100]))
+    datatype = FP32 if tensor.name == INPUTS else BYTES
+    if tensor.datatype != datatype:
+        raise invalid(f"{at}.datatype", datatype, repr(tensor.datatype[:100]))
+    steps: list[Any] = ["T", served.input_features] if tensor.name == INPUTS else ["T"]
+    shape = tensor.shape
+    fits = len(steps) <= len(shape) <= len(steps) + 1 and min(shape) >= 0
+    if not fits or (tensor.name == INPUTS and shape[-1] != served.input_features):
+        shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
+        raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
+
+
+def _body(
+    served: ServedModel, tensor: InputTensor, parameters: InferParameters, batch: int | None
+) -> tuple[bytes, Media]:
+    """The body of the HTTP API with the values of a tensor."""
+    members: dict[str, Any] = {}
+    if parameters.position is not None:
+        members["position"] = parameters.position
+    if parameters.epoch is not None:
+        members["epoch"] = parameters.epoch
+    if parameters.ends and served.blocks is not None:
+        members["final"] = True
+    parts = 1 if batch is None else batch
+    values: Sequence[Any]
+    if tensor.name == INPUTS:
+        encode, media = ormsgpack.packb, Media.MSGPACK
+        values = float32_bytes(tensor, "inputs[0]")
+    else:
+        encode, media = orjson.dumps, Media.JSON
+        values = [orjson.Fragment(event) for event in _event_elements(tensor)]
+    if parameters.stream is not None:
+        return encode({tensor.name: values, **members}), media
+    size = len(values) // max(parts, 1)
+    sequences = [{tensor.name: values[at * size : (at + 1) * size]} for at in range(parts)]
+    return encode({"sequences": sequences}), media
+
+
+def _event_elements(tensor: InputTensor) -> list[bytes]:
+    """The elements of a BYTES tensor, each an object in JSON.
+
+    Raises:
+        InvalidInput
+    """
+    events = byte_elements(tensor, "inputs[0]")
+    for index, event in enumerate(events):
+        try:
+            _EVENT.decode(event)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            at = f"inputs[0].data[{index}]"
+            raise invalid(at, "an event: one JSON object", str(error)) from error
+    return events

@@ -1,0 +1,125 @@
+"""The parameters of a V2 inference request: Triton's sequence extension, and Carry's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from service.transports.http.field_rules import EPOCH, MAX_POSITION
+from service.transports.http.request_fields import stream_name
+from service.transports.kserve.values import Parameter, invalid
+
+MAX_SEQUENCE_ID: Final = 2**64 - 1
+IGNORED: Final = ("priority",)
+IGNORED_PREFIX: Final = "triton_"
+"""Parameters of Triton's clients that mean nothing here."""
+
+KNOWN: Final = (
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+    "position",
+    "epoch",
+    "timeout",
+    *IGNORED,
+)
+
+_is_epoch = re.compile(EPOCH).fullmatch
+
+
+class InferParameters(NamedTuple):
+    """The parameters of one request.
+
+    Attributes:
+        stream: name of the stream; None for a stateless prediction.
+        starts_over: whether the stream starts over with this request.
+        ends: whether no request of this sequence follows.
+        position: index of the first event in the stream; None to append.
+        epoch: expected epoch of the stream, 16 hex digits; of one that starts over, the epoch that
+            ends.
+        timeout_s: how long the client waits, in seconds; None if it does not say.
+    """
+
+    stream: str | None = None
+    starts_over: bool = False
+    ends: bool = False
+    position: int | None = None
+    epoch: str | None = None
+    timeout_s: float | None = None
+
+
+NO_PARAMETERS: Final = InferParameters()
+
+
+def parse_parameters(given: Mapping[str, Parameter]) -> InferParameters:
+    """The parameters of a request, each checked.
+
+    An unknown one is rejected, so that a misspelt `position` is noticed.
+
+    Raises:
+        InvalidInput, InvalidName
+    """
+    if not given:
+        return NO_PARAMETERS
+    for name in given:
+        if name not in KNOWN and not name.startswith(IGNORED_PREFIX):
+            expected = f"one of {', '.join(KNOWN)}"
+            raise invalid("parameters", expected, repr(name[:100]))
+    stream = parse_sequence_id(given.get("sequence_id", 0))
+    starts_over = _flag(given, "sequence_start")
+    ends = _flag(given, "sequence_end")
+    position = _position(given)
+    epoch = given.get("epoch")
+    if epoch is not None and not (isinstance(epoch, str) and _is_epoch(epoch)):
+        raise invalid("parameters.epoch", "16 hex digits", _shown(epoch))
+    if stream is None:
+        for name in ("sequence_start", "sequence_end", "position", "epoch"):
+            if given.get(name) not in (None, False):
+                raise invalid("parameters.sequence_id", f"one, since {name} is set", "none")
+    if starts_over and position not in (None, 0):
+        raise invalid("parameters.position", "0, since the sequence starts", position)
+    return InferParameters(stream, starts_over, ends, position, epoch, _timeout_s(given))
+
+
+def parse_sequence_id(value: Parameter) -> str | None:
+    """The stream that a sequence id names: a number in decimal digits, or a text as it is; None for
+    0 and the empty text, which mean no sequence.
+
+    Raises:
+        InvalidInput, InvalidName
+    """
+    at = "parameters.sequence_id"
+    if isinstance(value, str):
+        return stream_name(value, at) if value else None
+    if type(value) is not int or not 0 <= value <= MAX_SEQUENCE_ID:
+        raise invalid(at, f"a whole number up to {MAX_SEQUENCE_ID}, or a text", _shown(value))
+    return str(value) if value else None
+
+
+def _flag(given: Mapping[str, Parameter], name: str) -> bool:
+    value = given.get(name, False)
+    if not isinstance(value, bool):
+        raise invalid(f"parameters.{name}", "true or false", _shown(value))
+    return value
+
+
+def _position(given: Mapping[str, Parameter]) -> int | None:
+    value = given.get("position")
+    if value is None:
+        return None
+    if type(value) is not int or not 0 <= value <= MAX_POSITION:
+        expected = f"a whole number from 0 to {MAX_POSITION}"
+        raise invalid("parameters.position", expected, _shown(value))
+    return value
+
+
+def _timeout_s(given: Mapping[str, Parameter]) -> float | None:
+    value = given.get("timeout", 0)
+    if type(value) is not int or not 0 <= value <= MAX_POSITION:
+        raise invalid("parameters.timeout", "a whole number of microseconds", _shown(value))
+    return value / 1e6 if value else None
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:300]

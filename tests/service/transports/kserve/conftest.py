@@ -1,0 +1,33 @@
+"""An application with the V2 routes, and requests for them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+
+from models.artifact.artifact import Artifact, write_artifact
+from service.transports.kserve.http_routes import add_kserve
+from service.transports.kserve.inference import Inference
+from tests.service.transports.http.harness import harness
+from tests.service.transports.kserve.v2 import V2
+from tests.support.models import random_weights, small_spec
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
+    """`small` takes events, `probe` rows only."""
+    folder = tmp_path_factory.mktemp("models")
+    spec = small_spec()
+    small = write_artifact(folder / "small", spec, random_weights(spec))
+    return {"small": small, "probe": make_artifact(folder)}
+
+
+@pytest.fixture
+async def v2(pipeline_server: RealServer, models: Mapping[str, Artifact]) -> AsyncIterator[V2]:
+    """A running application with nothing stored."""
+    async with harness(pipeline_server, models) as api:
+        add_kserve(api.app, Inference(api.app.state.api), dict)
+        yield V2(api)
