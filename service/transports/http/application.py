@@ -101,7 +101,7 @@ def create_api(
     app.state.http = HttpState(
         Connections(connections),
         ConnectionErrors(recorder, ids),
-        FastPath(api, ids, enabled=fast_path),
+        (FastPath(api, ids),) if fast_path else (),
     )
     return app
 

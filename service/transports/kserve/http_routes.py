@@ -1,8 +1,4 @@
-"""V2 over HTTP: the routes below `/v2`, on the application of the HTTP API.
-
-Errors are `{"error": "code: detail"}` with the members of a problem document beside it; the header
-`Carry-Error` has the code alone, and the status is that of the HTTP API.
-"""
+"""V2 over HTTP: the routes below `/v2`, on the application of the HTTP API."""
 
 from __future__ import annotations
 
@@ -27,11 +23,11 @@ from service.core.errors import (
 )
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
+from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ApiContext, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.error_handling import log_failure
 from service.transports.http.media import Media, dumps
-from service.transports.http.problems import problem, problem_headers
 from service.transports.http.replies.replies import Answer, reply
 from service.transports.http.request_fields import deadline, query, read_encoded_body
 from service.transports.kserve.http_body import (
@@ -42,6 +38,8 @@ from service.transports.kserve.http_body import (
     encode_reply,
     reply_document,
 )
+from service.transports.kserve.http_errors import JSON, error_answer
+from service.transports.kserve.http_fast_path import FastInferPath
 from service.transports.kserve.inference import Inference
 from service.transports.kserve.metadata import (
     model_config,
@@ -55,7 +53,6 @@ from service.transports.kserve.values import invalid
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
 """Returns the totals of every model; called in a thread."""
 
-_JSON: Final = (b"content-type", b"application/json")
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 IDENTITY: Final = "identity"
 _is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
@@ -68,16 +65,10 @@ def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> No
     app.state.kserve = inference
     app.state.kserve_statistics = statistics
     app.router.routes.extend(router.routes)
-
-
-def error_answer(error: CarryError) -> Answer:
-    """The response to a request that failed."""
-    document = problem(error)
-    content = {"error": f"{error.code}: {error.detail}", **document}
-    headers = [(b"carry-error", error.code.encode()), *problem_headers(document)]
-    if isinstance(error, MethodNotAllowed):
-        headers.append((b"allow", ", ".join(error.facts["expected"]).encode()))
-    return Answer(dumps(Media.JSON, content), _JSON, document["status"], headers)
+    state: HttpState = app.state.http
+    if state.fast_routes:
+        fast = FastInferPath(inference, state.errors.ids)
+        app.state.http = state._replace(fast_routes=(*state.fast_routes, fast))
 
 
 class _V2Route(APIRoute):
@@ -238,7 +229,7 @@ def _inference(request: Request) -> Inference:
 
 
 def _answer(document: Any, status: int = 200) -> Answer:
-    return Answer(dumps(Media.JSON, document), _JSON, status)
+    return Answer(dumps(Media.JSON, document), JSON, status)
 
 
 async def _is_ready(request: Request) -> bool:

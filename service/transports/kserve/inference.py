@@ -69,6 +69,7 @@ class ResolvedCall(NamedTuple):
 
     Attributes:
         outputs: the outputs to return.
+        steps: T.
         batch: length of the leading axis of the outputs; None if there is none.
         body: the chunk or the sequences, as a body of the HTTP API.
     """
@@ -77,6 +78,7 @@ class ResolvedCall(NamedTuple):
     wire: ModelWire
     parameters: InferParameters
     outputs: Sequence[Output]
+    steps: int
     batch: int | None
     body: bytes
     media: Media
@@ -152,13 +154,14 @@ class Inference:
         _check_tensor(served, tensor)
         if parameters.stream is not None:
             wire.reader.check_accepts_chunks()
-        steps_rank = 2 if tensor.name == INPUTS else 1
-        batch = None if len(tensor.shape) == steps_rank else tensor.shape[0]
+        rank = 2 if tensor.name == INPUTS else 1
+        batch = None if len(tensor.shape) == rank else tensor.shape[0]
+        steps = tensor.shape[-rank]
         if parameters.stream is not None and batch not in (None, 1):
             expected = "1 in front, since a chunk of a sequence is of one stream"
             raise invalid("inputs[0].shape", expected, list(tensor.shape))
         body, media = _body(served, tensor, parameters, batch)
-        return ResolvedCall(request, wire, parameters, outputs, batch, body, media)
+        return ResolvedCall(request, wire, parameters, outputs, steps, batch, body, media)
 
     def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
         """The chunk of a short request.
@@ -223,7 +226,9 @@ class Inference:
     ) -> InferReply:
         """The reply with these packed outputs, [T, O] of each sequence."""
         request, served = call.request, call.wire.served
-        rows = outputs[0] if call.batch is None else np.stack(outputs)
+        rows = outputs[0]
+        if call.batch is not None:
+            rows = np.stack(outputs) if len(outputs) > 1 else rows[np.newaxis]
         return InferReply(
             served.name,
             VERSION,

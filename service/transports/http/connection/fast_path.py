@@ -16,7 +16,7 @@ import logging
 import re
 import time
 from functools import lru_cache, partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from structlog.contextvars import bound_contextvars
 
@@ -64,7 +64,6 @@ _SLOW_PATH_HEADERS = frozenset(
         b"proxy-connection",
         b"te",
         b"trailer",
-        b"if-match",
     }
 )
 _RESPONSE_HEADS = {
@@ -76,6 +75,8 @@ _TIMEOUT = TIMEOUT_HEADER.encode()
 
 PendingReply = asyncio.Future[list[Reply | CarryError]]
 """Resolves to one reply or error."""
+
+R = TypeVar("R")
 
 
 class IncompleteRequest(NamedTuple):
@@ -93,6 +94,26 @@ class RejectedRequest(NamedTuple):
     request_id: bytes
     received_s: float
     total_bytes: int
+
+
+class FastRoute(Protocol[R]):
+    """Recognises, starts and answers the requests of one route."""
+
+    def parse(self, data: bytes) -> R | RejectedRequest | IncompleteRequest | None:
+        """The request at the beginning of these bytes; None leaves it to the next route, and at
+        last to the slow path. A request has `total_bytes`."""
+
+    def start(self, request: R) -> PendingReply:
+        """Hand the chunk to the pipeline."""
+
+    def cancel(self, request: R, reply: PendingReply) -> None:
+        """Drop a request whose client disconnected, unless its chunk is already in a batch."""
+
+    def rejection(self, request: RejectedRequest) -> bytes:
+        """The whole response to a rejected request."""
+
+    def response(self, request: R, result: Reply | CarryError, *, closes: bool) -> bytes:
+        """The whole response; with `closes`, the connection is closed after it."""
 
 
 class FastRequest(NamedTuple):
@@ -129,14 +150,9 @@ class _Headers(NamedTuple):
 
 
 class FastPath:
-    """Parses and answers the requests of one application.
+    """Parses and answers the chunk requests of one application: a `FastRoute[FastRequest]`."""
 
-    Args:
-        enabled: False sends every request to the slow path.
-    """
-
-    def __init__(self, api: ApiContext, ids: RequestIds, *, enabled: bool = True):
-        self.enabled = enabled
+    def __init__(self, api: ApiContext, ids: RequestIds):
         self._api = api
         self._ids = ids
         self._overload_responses = OverloadResponses()
@@ -146,7 +162,7 @@ class FastPath:
     def parse(self, data: bytes) -> FastRequest | RejectedRequest | IncompleteRequest | None:
         """The request at the beginning of these bytes; None sends it to the slow path."""
         start = _REQUEST_LINE.match(data)
-        if start is None or not self.enabled:
+        if start is None:
             return None
         end = data.find(b"\r\n\r\n", start.end() - 2)
         if end < 0:
@@ -239,6 +255,37 @@ def _log(request: FastRequest | RejectedRequest, status: int) -> None:
 
 def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     """The headers in a block of lines, or None if they are for the slow path."""
+    common = parse_common_headers(limits, block)
+    if common is None:
+        return None
+    values, length, request_id, timeout_s = common
+    if b"if-match" in values:
+        return None
+    try:
+        media = media_of(_text(values.get(b"content-type")))
+        reply_media = accepted(_text(values.get(b"accept")), media)
+    except CarryError:
+        return None
+    return _Headers(length, media, reply_media, request_id, timeout_s)
+
+
+class CommonHeaders(NamedTuple):
+    """Headers of a request that mean the same on every fast route.
+
+    Attributes:
+        values: all headers, their names in lower case.
+        request_id: None if there is no such header.
+        timeout_s: the effective timeout of the request.
+    """
+
+    values: dict[bytes, bytes]
+    length: int
+    request_id: bytes | None
+    timeout_s: float
+
+
+def parse_common_headers(limits: ApiLimits, block: bytes) -> CommonHeaders | None:
+    """The headers in a block of lines, or None if they are for the slow path."""
     values: dict[bytes, bytes] = {}
     lines = block.split(b"\r\n")
     if len(lines) > MAX_HEADERS:
@@ -257,18 +304,13 @@ def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     request_id = values.get(REQUEST_ID_HEADER)
     if request_id is not None and not is_request_id(request_id):
         return None
-    try:
-        media = media_of(_text(values.get(b"content-type")))
-        reply_media = accepted(_text(values.get(b"accept")), media)
-    except CarryError:
-        return None
     timeout_s = None
     if (timeout := _text(values.get(_TIMEOUT))) is not None:
         timeout_s = parse_timeout(timeout)
         if timeout_s is None:
             return None
     timeout_s = limits.effective_timeout_s(timeout_s)
-    return _Headers(int(length), media, reply_media, request_id, timeout_s)
+    return CommonHeaders(values, int(length), request_id, timeout_s)
 
 
 def _text(value: bytes | None) -> str | None:

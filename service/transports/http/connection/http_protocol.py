@@ -1,11 +1,11 @@
 """The service's HTTP protocol: uvicorn's, with a fast path for well-formed chunk requests.
 
-Between two requests, received bytes are shown to `FastPath` first; what it parses is answered with
-one write. Everything else is uvicorn's and FastAPI's (the slow path), from its first byte. While a
-request is being answered, or responses wait for the client to read them, further (pipelined)
-requests are buffered, and beyond a bound not even read (backpressure). So responses keep the order
-of their requests, and a connection's memory is bounded: buffered requests, one piece in the parser,
-unsent responses, and one head.
+Between two requests, received bytes are shown to the fast routes first; what one of them parses is
+answered with one write. Everything else is uvicorn's and FastAPI's (the slow path), from its first
+byte. While a request is being answered, or responses wait for the client to read them, further
+(pipelined) requests are buffered, and beyond a bound not even read (backpressure). So responses
+keep the order of their requests, and a connection's memory is bounded: buffered requests, one piece
+in the parser, unsent responses, and one head.
 
 A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
 no byte after it is parsed as a request (`framing`). `Connections` enforces the limits of all
@@ -24,8 +24,7 @@ from service.core.errors import CarryError, Overloaded, RequestTimeout, TooManyC
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,
-    FastPath,
-    FastRequest,
+    FastRoute,
     IncompleteRequest,
     PendingReply,
     RejectedRequest,
@@ -51,12 +50,12 @@ class HttpState(NamedTuple):
 
     Attributes:
         errors: responses to requests that are not read to their end.
-        fast_path: parses and answers chunk requests, unless it is disabled.
+        fast_routes: parse and answer chunk requests; none if the fast path is disabled.
     """
 
     connections: Connections
     errors: ConnectionErrors
-    fast_path: FastPath
+    fast_routes: tuple[FastRoute[Any], ...]
 
 
 class BackpressureFlow(FlowControl):
@@ -92,8 +91,8 @@ class HttpProtocol(FramingProtocol):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
-        self._connections, self._errors, self._fast_path = state
-        self._pending: tuple[FastRequest, PendingReply] | None = None
+        self._connections, self._errors, self._fast_routes = state
+        self._pending: tuple[FastRoute[Any], Any, PendingReply] | None = None
         self._running_cycle: Any = None
         self._buffered = b""
         self._unsent = UnsentReply()
@@ -135,18 +134,24 @@ class HttpProtocol(FramingProtocol):
         if self._is_blocked:
             self._buffer(data)
             return b""
-        request = self._fast_path.parse(data) if self._message_complete else None
-        if request is None:
+        if not self._message_complete:
+            return self._parse(data)
+        for route in self._fast_routes:
+            request = route.parse(data)
+            if request is not None:
+                break
+        else:
             return self._parse(data)
         if isinstance(request, IncompleteRequest):
             self._buffer(data)
             return b""
         if isinstance(request, RejectedRequest):
-            self.transport.write(self._fast_path.rejection(request))
+            self.transport.write(route.rejection(request))
             self._complete_fast_request()
         else:
-            self._start_fast_request(request)
-        return data[request.total_bytes :]
+            self._start_fast_request(route, request)
+        total_bytes: int = request.total_bytes
+        return data[total_bytes:]
 
     @property
     def _stops_reading(self) -> bool:
@@ -217,9 +222,9 @@ class HttpProtocol(FramingProtocol):
         if self._half_closed and not self._has_pending_replies:
             self.transport.close()
 
-    def _start_fast_request(self, request: FastRequest) -> None:
-        reply = self._fast_path.start(request)
-        self._pending = request, reply
+    def _start_fast_request(self, route: FastRoute[Any], request: Any) -> None:
+        reply = route.start(request)
+        self._pending = route, request, reply
 
         def respond(reply: PendingReply) -> None:
             self._pending = None
@@ -227,7 +232,7 @@ class HttpProtocol(FramingProtocol):
                 return
             [result] = reply.result()
             closes = self._closes_after_reply
-            self.transport.write(self._fast_path.response(request, result, closes=closes))
+            self.transport.write(route.response(request, result, closes=closes))
             if closes:
                 self.transport.close()
                 return
@@ -392,7 +397,8 @@ class HttpProtocol(FramingProtocol):
         """The client disconnected, or the connection was closed."""
         self._connections.remove(self)
         if self._pending is not None:
-            self._fast_path.cancel(*self._pending)
+            route, request, reply = self._pending
+            route.cancel(request, reply)
         if self._running_cycle is not None:
             self._running_cycle.transport = self.transport
             # uvicorn notifies only the last request that it has parsed

@@ -13,6 +13,7 @@ from service.ops.logs import RequestIds, log_request
 from service.pipeline.recorder import Recorder
 from service.transports.http.media import Media
 from service.transports.http.problems import problem_answer, status_of
+from service.transports.http.replies.replies import Answer
 from service.transports.http.request_log import REQUEST_ID_HEADER
 
 CLOSE: Final = b"connection: close\r\n"
@@ -36,6 +37,15 @@ def error_response(
     """
     with bound_contextvars(request_id=request_id.decode()):
         answer = problem_answer(error, media)
+    return response_bytes(answer, request_id, header_lines)
+
+
+def response_bytes(answer: Answer, request_id: bytes, header_lines: bytes = b"") -> bytes:
+    """A whole response.
+
+    Args:
+        header_lines: as for `error_response`.
+    """
     headers = [*answer.raw_headers, (REQUEST_ID_HEADER, request_id)]
     lines = b"".join([b"%b: %b\r\n" % header for header in headers])
     return _STATUS_LINES[answer.status_code] + lines + header_lines + b"\r\n" + answer.body
@@ -71,16 +81,19 @@ class ConnectionErrors:
     """Responses to requests that are not read to their end; counted and logged.
 
     These are timeouts, framing errors, and rejected connections and bodies.
+
+    Attributes:
+        ids: gives the ids of requests.
     """
 
     def __init__(self, recorder: Recorder, ids: RequestIds):
         self._recorder = recorder
-        self._ids = ids
+        self.ids = ids
 
     def response(self, error: CarryError) -> bytes:
         """The whole response, after which the connection has to be closed."""
         self._recorder.record_error("-", error.code)
-        request_id = self._ids.next()
+        request_id = self.ids.next()
         if not isinstance(error, TooManyConnections):
             log_request(logging.INFO, request_id.decode(), "-", None, status_of(error), 0.0)
         return error_response(error, Media.JSON, request_id, CLOSE)

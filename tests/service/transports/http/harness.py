@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +88,10 @@ class Harness:
     def http_state(self, *, fast_path: bool = True) -> HttpState:
         """What the application's connections share."""
         state: HttpState = self.app.state.http
-        if state.fast_path.enabled == fast_path:
+        if bool(state.fast_routes) == fast_path:
             return state
-        replaced = FastPath(self.app.state.api, RequestIds(), enabled=fast_path)
-        return state._replace(fast_path=replaced)
+        routes = (FastPath(self.app.state.api, RequestIds()),) if fast_path else ()
+        return state._replace(fast_routes=routes)
 
     def position(self, stream: str = "s", model: str = "probe") -> int | None:
         """Where the store has the stream."""
@@ -107,9 +107,14 @@ async def harness(
     limits: ApiLimits = LIMITS,
     on_model_change: OnModelChange = "refuse",
     fast_path: bool = FAST_PATH,
+    extend: Callable[[FastAPI], None] = lambda app: None,
     **pipeline: Any,
 ) -> AsyncIterator[Harness]:
-    """An application of its own, on a server that is emptied first."""
+    """An application of its own, on a server that is emptied first.
+
+    Args:
+        extend: adds routes to the application.
+    """
     settings = StoreSettings(server.url, wait_s=5)
     peek = server.client()
     peek.flushall()
@@ -133,6 +138,7 @@ async def harness(
         fast_path=fast_path,
         now_ms=lambda: clock[0],
     )
+    extend(app)
     async with listening(app) as path:
         transport = httpx.AsyncHTTPTransport(uds=path)
         async with httpx.AsyncClient(transport=transport, base_url="http://carry") as client:

@@ -307,7 +307,7 @@ async def test_a_setting_switches_the_fast_path_off(
     monkeypatch.setenv("CARRY_REDIS_URL", "unix:///no/server.sock")
     monkeypatch.setenv("CARRY_HTTP_FAST_PATH", str(enabled))
     state: HttpState = app.create_app().state.http
-    assert state.fast_path.enabled is enabled
+    assert bool(state.fast_routes) is enabled
 
 
 def under_way(server: uvicorn.Server) -> list[HttpProtocol]:
@@ -377,7 +377,7 @@ class Framing:
 
 async def test_fast_path_and_parser_frame_requests_alike(api: Harness) -> None:
     """Any mutation of a valid request that the fast path accepts is one request to the parser."""
-    fast_path = api.http_state().fast_path
+    [fast_path] = api.http_state().fast_routes
     random = Random(11)
     good = [*FAST.values(), *SLOW.values(), *REJECTED.values()]
     bits = [b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"0", b",", b"\x00", b"Content-Length: 3\r\n",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
+from fastapi import FastAPI
 
 from models.artifact.artifact import Artifact, write_artifact
 from service.transports.kserve.http_routes import add_kserve
@@ -25,9 +26,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
     return {"small": small, "probe": make_artifact(folder)}
 
 
-@pytest.fixture
-async def v2(pipeline_server: RealServer, models: Mapping[str, Artifact]) -> AsyncIterator[V2]:
+def add_v2(app: FastAPI) -> None:
+    """Add the V2 routes, without statistics."""
+    add_kserve(app, Inference(app.state.api), dict)
+
+
+@pytest.fixture(params=[True, False], ids=["fast path", "slow path"])
+async def v2(
+    request: pytest.FixtureRequest, pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> AsyncIterator[V2]:
     """A running application with nothing stored."""
-    async with harness(pipeline_server, models) as api:
-        add_kserve(api.app, Inference(api.app.state.api), dict)
+    async with harness(pipeline_server, models, fast_path=request.param, extend=add_v2) as api:
         yield V2(api)
