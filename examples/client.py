@@ -2,10 +2,8 @@
 
     python examples/client.py [URL]        against `make run`
 
-A chunk names the position of its first event. Without an answer, or after a problem that is
-retryable, the same chunk is sent again with the same position. A problem that names the stream's
-position moves the client there: back where the store lost commits, forward where another client
-sent some. `carry_client` does this; keep the events until they are applied.
+A second run finds that all of them are applied. Whatever fails meanwhile (this process, the
+service, its store), the next run continues from the position that the service has.
 """
 
 from __future__ import annotations
@@ -14,23 +12,21 @@ import json
 import sys
 from pathlib import Path
 
-from carry_client import Carry, Problem, Stream
-
-CHUNK_EVENTS = 8
+from carry_client import Carry, CarryError
 
 
 def main(url: str = "http://127.0.0.1:8000") -> None:
-    """Send the departures; a second run finds that all of them are applied."""
+    """Send the departures and print how likely each stream's next one is late."""
     departures = json.loads(Path(__file__).with_name("departures.json").read_bytes())
     try:
         with Carry(url) as carry:
             for name, events in departures.items():
-                stream = Stream(carry, "flights", name)
-                for start, outputs in stream.send_all(events, CHUNK_EVENTS):
-                    print(name, start, json.dumps(outputs)[:100])
+                stream = carry.model("flights").stream(name)
+                for reply in stream.send_all(events, chunk_events=8):
+                    print(name, reply.first_position, reply.outputs["late"].round(3).tolist())
                 print(f"{name} is at position {stream.position}")
-    except Problem as problem:
-        raise SystemExit(str(problem)) from problem
+    except CarryError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -1,22 +1,68 @@
 """Client of Carry: sends streams of events to recurrent networks, each event applied once."""
 
+from carry_client import errors
+from carry_client.aio import AsyncCarry, AsyncModel, AsyncStream
 from carry_client.description import Field, ModelDescription, Output, read_description
-from carry_client.http import AsyncCarry, Carry, encode_body, model_path, stream_path
-from carry_client.problem import POSITION_CODES, Problem, read_problem, read_response
+from carry_client.errors import (
+    POSITION_CODES,
+    CarryError,
+    NoAnswer,
+    Problem,
+    StreamDiverged,
+    StreamMoved,
+    StreamRolledBack,
+    read_problem,
+)
+from carry_client.replies import (
+    Forecast,
+    Prediction,
+    Reply,
+    Series,
+    ServedModel,
+    StreamInfo,
+    StreamState,
+)
 from carry_client.retry import Retry
-from carry_client.stream import Stream
+from carry_client.streams import Progress
+from carry_client.sync import Carry, Model, Stream
+from carry_client.types import Columns, Encoding, Event, Events, Head, Json, Source
+from carry_client.wire import encode_body, model_path, read_response, stream_path
 
 __all__ = [
     "POSITION_CODES",
     "AsyncCarry",
+    "AsyncModel",
+    "AsyncStream",
     "Carry",
+    "CarryError",
+    "Columns",
+    "Encoding",
+    "Event",
+    "Events",
     "Field",
+    "Forecast",
+    "Head",
+    "Json",
+    "Model",
     "ModelDescription",
+    "NoAnswer",
     "Output",
+    "Prediction",
     "Problem",
+    "Progress",
+    "Reply",
     "Retry",
+    "Series",
+    "ServedModel",
+    "Source",
     "Stream",
+    "StreamDiverged",
+    "StreamInfo",
+    "StreamMoved",
+    "StreamRolledBack",
+    "StreamState",
     "encode_body",
+    "errors",
     "model_path",
     "read_description",
     "read_problem",

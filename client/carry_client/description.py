@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from carry_client.types import Json
 
 _KINDS: Final = {"number": "numeric", "string": "categorical", "boolean": "boolean"}
 _RESERVED_LABELS: Final = ("<unknown>", "<absent>")
@@ -26,7 +29,7 @@ class Field(NamedTuple):
     name: str
     kind: str
     is_optional: bool
-    example: Any
+    example: Json
     labels: tuple[str, ...]
 
 
@@ -36,11 +39,24 @@ class Output(NamedTuple):
     Attributes:
         shape: of one step.
         is_per_chunk: one value for the whole chunk, instead of one for each step.
+        labels: names along the last axis, such as levels or categories; may be empty.
     """
 
     name: str
     shape: tuple[int, ...]
     is_per_chunk: bool
+    labels: tuple[str, ...] = ()
+
+    def column_names(self) -> list[str]:
+        """A name for each number of a step: `delay[0.5]` by its label, `x[1]` by its place.
+
+        Axes of length one are left out.
+        """
+        axes = [[str(at) if size > 1 else "" for at in range(size)] for size in self.shape]
+        if axes and len(self.labels) == len(axes[-1]):
+            axes[-1] = list(self.labels)
+        places = [", ".join(filter(None, index)) for index in product(*axes)]
+        return [f"{self.name}[{place}]" if place else self.name for place in places]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,7 @@ class ModelDescription:
         """Numbers of all outputs at one step."""
         return sum(prod(output.shape) for output in self.outputs)
 
-    def pack(self, outputs: Mapping[str, Any], steps: int) -> NDArray[np.float32]:
+    def pack(self, outputs: Mapping[str, object], steps: int) -> NDArray[np.float32]:
         """The outputs of T steps side by side, float32 [T, O].
 
         An output of the whole chunk is repeated in each row.
@@ -100,8 +116,9 @@ class ModelDescription:
         return rows
 
 
-def read_description(document: Any) -> ModelDescription:
+def read_description(description: object) -> ModelDescription:
     """The description out of its document; ValueError if it is invalid."""
+    document: Any = description
     try:
         labels = {
             column["field"]: tuple(
@@ -118,7 +135,12 @@ def read_description(document: Any) -> ModelDescription:
             codes=tuple(int(column.get("codes", 0)) for column in document["columns"]),
             fields=_fields(document["events"], labels),
             outputs=tuple(
-                Output(name, tuple(output["shape"]), output["per"] == "chunk")
+                Output(
+                    name,
+                    tuple(output["shape"]),
+                    output["per"] == "chunk",
+                    tuple(output.get("labels", ())),
+                )
                 for name, output in document["outputs"].items()
             ),
             is_cut_invariant=document["chunking"] == "invisible",

@@ -8,11 +8,10 @@ from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Final, TypeVar
 
-from carry_client.problem import Problem
+from carry_client.errors import Problem
 
 FIRST_BACKOFF_S: Final = 0.05
 LONGEST_BACKOFF_S: Final = 2.0
-LONGEST_RETRY_AFTER_S: Final = 5.0
 
 T = TypeVar("T")
 
@@ -60,8 +59,7 @@ class Retry:
             raise problem
         backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (self.failures - 1))
         backoff_s *= self._random.uniform(0.5, 1.0)
-        requested_s = min(problem.retry_after_s, LONGEST_RETRY_AFTER_S)
-        return min(max(backoff_s, requested_s), remaining_s)
+        return min(max(backoff_s, problem.retry_after_s), remaining_s)
 
     def run(self, attempt: Callable[[], T]) -> T:
         """The result of the first attempt that succeeds.

@@ -49,7 +49,7 @@ def _service(url: str) -> Iterator[Carry]:
     from carry_client import Carry, Problem
 
     try:
-        with Carry(url) as client:
+        with Carry(url, encoding="json") as client:
             yield client
     except Problem as problem:
         if problem.code == "no_answer":

@@ -92,7 +92,7 @@ class Service:
         """
         path = stream_path(self._model, stream)
         try:
-            document = await self._at(self.next_turn()).request("GET", path)
+            document: Any = await self._at(self.next_turn()).request("GET", path)
         except Problem as problem:
             if problem.code == "stream_not_found":
                 return 0

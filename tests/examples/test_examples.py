@@ -1,100 +1,41 @@
-"""The example client over faults, and the example bodies against the model's schema."""
+"""The example client against a service, and the example bodies against the model's schema."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from carry_client import Carry, Problem, Stream
-from examples.client import CHUNK_EVENTS
+from carry_client import Carry
+from examples.client import main
 from models.events.columns import canonical_bytes, columns_from_events
 from models.events.frame import columns_from_frame
 from models.events.parse import event_adapter
 from models.examples.flights.data import flight_events
 from models.spec.spec_file import read_spec
-from service.replay.source import StreamEvents
-from tests.service.replay.standin import Standin
+from tests.support.service import Service
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.fixture
-def carry(background: str) -> Iterator[Carry]:
-    with Carry(background) as carry:
-        yield carry
-
-
-@pytest.fixture
-def events(streams: list[StreamEvents]) -> list[dict[str, Any]]:
-    """The events of the stream `s:3`."""
-    (stream,) = (stream for stream in streams if stream.name == "s:3")
-    return stream.events(0, len(stream))
-
-
-def outputs_of(sent: list[tuple[int, dict[str, Any]]]) -> dict[int, float]:
-    """The last output of every event, by its position."""
-    return {
-        start + step: value for start, outputs in sent for step, value in enumerate(outputs["late"])
-    }
-
-
-def test_every_event_is_applied_once(
-    carry: Carry, standin: Standin, events: list[dict[str, Any]]
+def test_example_client_sends_every_departure_once(
+    service: Service, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stream = Stream(carry, "small", "s:3")
-    sent = list(stream.send_all(events, CHUNK_EVENTS))
-    assert [start for start, _ in sent] == list(range(0, len(events), CHUNK_EVENTS))
-    assert standin.streams["s:3"].position == stream.position == len(events)
-    assert list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS)) == []
-
-
-@pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
-def test_failed_chunk_is_repeated_with_its_position(
-    carry: Carry, standin: Standin, events: list[dict[str, Any]], fault: str
-) -> None:
-    right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
-    faults = iter([None, fault, None, None, fault])
-    standin.fault = lambda request: next(faults, None)
-    assert outputs_of(list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))) == right
-    assert standin.streams["s:3"].position == len(events)
-
-
-def test_rolled_back_stream_is_sent_again_from_its_position(
-    carry: Carry, standin: Standin, events: list[dict[str, Any]]
-) -> None:
-    right = outputs_of(list(Stream(carry, "small", "right").send_all(events, CHUNK_EVENTS)))
-    stream = Stream(carry, "small", "s:3")
-    sent = []
-    for chunk in stream.send_all(events, CHUNK_EVENTS):
-        sent.append(chunk)
-        if len(sent) == 4:
-            standin.roll_back("s:3", 3)
-    starts = [start // CHUNK_EVENTS for start, _ in sent]
-    assert starts == [0, 1, 2, 3, 1, 2, 3, 4, 5, 6, 7]
-    assert outputs_of(sent) == right
-
-
-def test_stream_resumes_where_another_run_stopped(
-    carry: Carry, standin: Standin, events: list[dict[str, Any]]
-) -> None:
-    list(Stream(carry, "small", "s:3").send_all(events[:20], CHUNK_EVENTS))
-    sent = list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))
-    assert sent[0][0] == 20
-    assert standin.streams["s:3"].position == len(events)
-
-
-def test_problem_that_is_not_retryable_is_raised(
-    carry: Carry, standin: Standin, events: list[dict[str, Any]]
-) -> None:
-    standin.fault = lambda request: "refuse"
-    with pytest.raises(Problem, match="invalid_input"):
-        list(Stream(carry, "small", "s:3").send_all(events, CHUNK_EVENTS))
+    departures = json.loads((EXAMPLES / "departures.json").read_bytes())
+    with Carry(service.url) as carry:
+        for name in departures:
+            carry.model("flights").stream(name).delete()
+    main(service.url)
+    once = capsys.readouterr().out.splitlines()
+    main(service.url)
+    ends = [f"{name} is at position {len(events)}" for name, events in departures.items()]
+    assert [line for line in once if "position" in line] == ends
+    assert len(once) > 2 * len(ends)
+    assert capsys.readouterr().out.splitlines() == ends
 
 
 def chunks_of(name: str) -> list[dict[str, Any]]:

@@ -8,8 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from carry_client import AsyncCarry, Problem, encode_body, stream_path
-from carry_client.http import Encoding
+from carry_client import AsyncCarry, Encoding, Problem, encode_body, stream_path
 from tests.faults.history import Head, Reply, Sent
 from tests.faults.network import MODEL, OUTPUT, Outputs, Rows
 
@@ -21,7 +20,9 @@ class WorkerClient:
     """A client of the worker behind one port; a connection is dropped on any failure."""
 
     def __init__(self, port: int, timeout_s: float = TIMEOUT_S):
-        self._carry = AsyncCarry(f"http://127.0.0.1:{port}", timeout_s=2 * timeout_s)
+        self._carry = AsyncCarry(
+            f"http://127.0.0.1:{port}", timeout_s=2 * timeout_s, encoding="json"
+        )
         self._timeout_s = timeout_s
         self.close = self._carry.close
 

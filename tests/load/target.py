@@ -28,7 +28,7 @@ class Target:
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         try:
-            self._carry = Carry(self.url, timeout_s=TIMEOUT_S)
+            self._carry = Carry(self.url, timeout_s=TIMEOUT_S, encoding="json")
         except Problem as problem:
             raise LoadError(f"--url: {problem.detail}") from problem
 

@@ -44,6 +44,7 @@ SPEC = parse_spec(
     }
 )
 VERSION = "0123456789ab"
+IF_MATCH = "If-Match"
 LIMITS = ("max_body_bytes", "max_chunk_steps", "max_predict_steps")
 
 
@@ -57,6 +58,10 @@ class Stream:
     start: int = -1
     digest: bytes = b""
     reply: dict[str, Any] | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        return {"position": self.position, "epoch": self.epoch, "tag": self.tag}
 
 
 Fault = Callable[[web.Request], str | None]
@@ -134,7 +139,7 @@ class Standin:
         found = self.streams.get(request.match_info["stream"])
         if found is None:
             return _respond(request, 404, _problem(404, "stream_not_found", False))
-        return _respond(request, 200, {"position": found.position, "epoch": found.epoch})
+        return _respond(request, 200, found.head)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         if not self.with_metrics:
@@ -148,7 +153,8 @@ class Standin:
     async def _one(self, request: web.Request) -> web.Response:
         body = _read(request, await request.read())
         name = request.match_info["stream"]
-        return await self._answer(request, [{"stream": name, **body}], alone=True)
+        match = {"if_match": request.headers[IF_MATCH]} if IF_MATCH in request.headers else {}
+        return await self._answer(request, [{"stream": name, **match, **body}], alone=True)
 
     async def _many(self, request: web.Request) -> web.Response:
         body = _read(request, await request.read())
@@ -196,6 +202,9 @@ class Standin:
                 return 409, self._standing("already_applied", name)
             self.counts["replays"] += 1
             return 200, {**found.reply, "replayed": True}
+        etag = None if found is None else f'"{found.epoch}-{found.tag}"'
+        if "if_match" in item and item["if_match"] != etag:
+            return 412, self._standing("state_changed", name)
         position = 0 if found is None else found.position
         if start != position:
             code = "position_ahead" if start > position else "position_behind"
@@ -238,7 +247,8 @@ class Standin:
     def _standing(self, code: str, name: str) -> dict[str, Any]:
         found = self.streams.get(name)
         problem = _problem(409, code, False)
-        return {**problem, "stream": name, "position": 0 if found is None else found.position}
+        head = {"position": 0, "epoch": None, "tag": None} if found is None else found.head
+        return {**problem, "stream": name, **head}
 
 
 def _problem(status: int, code: str, retryable: bool) -> dict[str, Any]:

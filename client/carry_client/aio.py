@@ -1,0 +1,409 @@
+"""The client for an event loop: `AsyncCarry`, `AsyncModel`, `AsyncStream`.
+
+Generated from `sync.py` by `python -m tests.client.twin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from carry_client.aio_driver import AsyncDriver
+from carry_client.calls import Session
+from carry_client.description import ModelDescription
+from carry_client.errors import CarryError
+from carry_client.heads import Save, open_save
+from carry_client.models import ModelCore, list_models
+from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
+from carry_client.streams import Progress, ReplayFrom, StreamCore
+from carry_client.types import Encoding, Events, Head, Json, Source
+from carry_client.wire import base_url, read_response, reply_params
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AsyncCarry:
+    """A running service.
+
+    A service is used in one event loop, and a stream by one task at a time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        deadline_s: float = 120.0,
+        encoding: Encoding = "msgpack",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Nothing is requested yet.
+
+        Args:
+            url: address of the service, such as `http://127.0.0.1:8000`.
+            timeout_s: how long one attempt may take, in seconds; sent as `Carry-Timeout`.
+            deadline_s: how long a call may take with all its attempts, in seconds. `send_all` has
+                this time for each chunk.
+            encoding: of the bodies.
+            headers: sent with every request.
+
+        Raises:
+            Problem: `invalid_url`.
+        """
+        self.url = base_url(url)
+        self._session = Session(
+            encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
+        )
+        self._driver = AsyncDriver(self.url)
+
+    async def models(self) -> list[ServedModel]:
+        """The served models.
+
+        Raises:
+            Problem
+        """
+        return await self._driver.run(list_models(self._session))
+
+    def model(self, name: str) -> AsyncModel:
+        """One of the models; nothing is requested yet."""
+        return AsyncModel(self._driver, ModelCore(self._session, name))
+
+    async def wait_until_ready(self) -> None:
+        """Wait until the service is ready, at most for the deadline.
+
+        Raises:
+            Problem: the last one.
+        """
+        await self._driver.run(self._session.request("GET", "/health/ready"))
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: Json | bytes = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        params: Mapping[str, str | int] | None = None,
+    ) -> Json:
+        """Send one request of the HTTP API, in one attempt.
+
+        Args:
+            body: a document, or bytes that are encoded already.
+
+        Returns:
+            The document of the reply; None for an empty one.
+
+        Raises:
+            Problem
+        """
+        attempt = self._session.attempt(method, path, body, headers=headers, params=params)
+        response = await self._driver.send(attempt)
+        return read_response(
+            response.status, response.content_type, response.content, response.retry_after
+        )
+
+    async def text(self, path: str) -> str:
+        """The text of a page such as `/metrics`, in one attempt.
+
+        Raises:
+            Problem
+        """
+        response = await self._driver.send(self._session.attempt("GET", path))
+        if response.status >= 400:
+            read_response(response.status, response.content_type, response.content)
+        return response.content.decode()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._driver.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+
+class AsyncModel:
+    """A model of a service.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, driver: AsyncDriver, core: ModelCore) -> None:
+        self._driver, self._core = driver, core
+        self.name = core.name
+
+    async def describe(self) -> ModelDescription:
+        """Its events, outputs and limits, read from the service.
+
+        Raises:
+            ModelNotFound, Problem
+        """
+        return await self._driver.run(self._core.describe())
+
+    def stream(
+        self,
+        name: str,
+        *,
+        save: Save | None = None,
+        head: Head | None = None,
+        replay_from: ReplayFrom | None = None,
+        buffer_events: int = 10_000,
+    ) -> AsyncStream:
+        """One of the model's streams; nothing is requested yet.
+
+        The stream continues at the position that the service has. It notices by epoch and tag if
+        the service is elsewhere than this client's last reply:
+
+        - at an earlier head of the same history, or missing (the store lost its last writes, or
+          the stream was deleted): the missing events are sent again, from the buffer or from
+          `replay_from`; otherwise `StreamRolledBack` is raised;
+        - anywhere else: `StreamDiverged` is raised, and `refresh` accepts the service's head.
+
+        Args:
+            save: a file, or a function that is called, to keep the head after each reply, so that a
+                later process notices the same.
+            head: the head that such a function kept.
+            replay_from: given a position, returns the stream's events from there on.
+            buffer_events: how many events are kept in memory to be sent again; 0 for none.
+
+        Raises:
+            ValueError: the file holds the head of another stream.
+        """
+        saved, keep = open_save(save, head, self.name, name)
+        core = StreamCore(
+            *(self._core.session, self._core, name),
+            saved=saved,
+            save=keep,
+            replay_from=replay_from,
+            buffer_events=buffer_events,
+        )
+        return AsyncStream(self._driver, core)
+
+    async def streams(self, prefix: str = "") -> AsyncIterator[str]:
+        """Names of the streams that begin with `prefix`, in no order, read page by page.
+
+        A stream that exists throughout comes at least once.
+
+        Raises:
+            Problem
+        """
+        async for each in self._driver.iterate(self._core.streams(prefix)):
+            yield each
+
+    async def delete_streams(self, prefix: str) -> int:
+        """Delete the streams that begin with `prefix`, all of them for `""`; returns how many.
+
+        Raises:
+            Problem
+        """
+        return await self._driver.run(self._core.delete_streams(prefix))
+
+    async def send_many(
+        self,
+        events: Mapping[AsyncStream, Events],
+        *,
+        return_sequences: bool = True,
+        return_state: bool = False,
+        return_attention: bool = False,
+    ) -> dict[str, Reply | CarryError]:
+        """Send one chunk to each of many streams, up to 256 in a request.
+
+        Items that fail with a retryable problem are sent again without the others. A stream whose
+        head is not known yet is read first.
+
+        Args:
+            events: by stream, as `AsyncStream.send` takes them.
+            return_sequences, return_state, return_attention: as for `AsyncStream.send`.
+
+        Returns:
+            By name, each stream's outcome: its reply, or the error that `AsyncStream.send` raises.
+        """
+        chunks = [(stream._core, each) for stream, each in events.items()]
+        params = reply_params(return_sequences, return_state, return_attention)
+        return await self._driver.run(self._core.send_many(chunks, params))
+
+    async def predict(
+        self,
+        sequences: Iterable[Events],
+        *,
+        return_sequences: bool = True,
+        return_state: bool = False,
+        return_attention: bool = False,
+    ) -> list[Prediction]:
+        """Compute whole sequences from the zero state; no stream is read or changed.
+
+        Args:
+            sequences: each as `AsyncStream.send` takes it.
+            return_sequences, return_state, return_attention: as for `AsyncStream.send`.
+
+        Raises:
+            InvalidInput, ChunkTooLong, Problem
+        """
+        params = reply_params(return_sequences, return_state, return_attention)
+        return await self._driver.run(self._core.predict(sequences, params))
+
+
+class AsyncStream:
+    """A stream of a model, which one task uses at a time.
+
+    Attributes:
+        name: its name.
+    """
+
+    def __init__(self, driver: AsyncDriver, core: StreamCore) -> None:
+        self._driver, self._core = driver, core
+        self.name = core.name
+
+    @property
+    def head(self) -> Head | None:
+        """Position, epoch and tag after the last reply; None before the first request."""
+        return self._core.head
+
+    @property
+    def position(self) -> int:
+        """How many events the service has applied, as far as is known; 0 before that."""
+        return self._core.head_position
+
+    async def refresh(self) -> Head:
+        """Read the head from the service, and continue from there, whatever came before.
+
+        Raises:
+            Problem
+        """
+        return await self._driver.run(self._core.refresh())
+
+    async def send(
+        self,
+        events: Events,
+        *,
+        final: bool = False,
+        return_sequences: bool = True,
+        return_state: bool = False,
+        return_attention: bool = False,
+    ) -> Reply:
+        """Send one chunk of T events after those before, applied once; returns their outputs.
+
+        Args:
+            events: a list of events, a dict of columns, a DataFrame, or rows [T, F] of encoded
+                values. Times are epoch milliseconds, RFC 3339 strings or aware datetimes.
+            final: no event follows, for a model with blocks.
+            return_sequences: outputs of every event, [T, ...]; otherwise of the last alone, [...].
+            return_state: the reply has the state after the last event.
+            return_attention: the reply has the weights of layers that attend over the chunk.
+
+        Raises:
+            InvalidInput, ChunkTooLong: the events do not fit the model; nothing was applied.
+            AlreadyApplied: it was applied, but the reply was lost and is no longer stored.
+            StreamRolledBack, StreamDiverged: see `AsyncModel.stream`.
+            Problem: any other; the same call may be repeated if it is retryable.
+            ValueError, TypeError: these are no events.
+        """
+        params = reply_params(return_sequences, return_state, return_attention)
+        return await self._driver.run(self._core.send(events, params, is_final=final))
+
+    async def send_all(
+        self,
+        source: Source,
+        *,
+        chunk_events: int | None = None,
+        linger_s: float | None = None,
+        first_position: int | None = 0,
+        final: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+        return_sequences: bool = True,
+        return_state: bool = False,
+        return_attention: bool = False,
+    ) -> AsyncIterator[Reply]:
+        """Send all events of a source in chunks; yields the reply of each.
+
+        Failures are retried and rollbacks answered meanwhile; each event's outputs are yielded
+        once. Events that the service has applied before are skipped, so that a second run goes on
+        where the first stopped. Nothing is sent until the result is iterated over.
+
+        Args:
+            source: all events in order, as `send` takes them, or an iterable of events or blocks.
+            chunk_events: events of a chunk, 256 by default.
+            linger_s: send fewer if the oldest event has waited this long, in seconds.
+            first_position: the position of the source's first event; None: the source continues
+                the stream.
+            final: end the stream after the last event, for a model with blocks.
+            progress: called after each chunk.
+            return_sequences, return_state, return_attention: as for `send`.
+
+        Raises:
+            StreamRolledBack, StreamDiverged, Problem: as `send`.
+            ValueError: the source is shorter than the stream, or these are no events.
+        """
+        calls = self._core.send_all(
+            source,
+            reply_params(return_sequences, return_state, return_attention),
+            chunk_events=chunk_events,
+            linger_s=linger_s,
+            first_position=first_position,
+            is_final=final,
+            progress=progress,
+        )
+        async for each in self._driver.iterate(calls):
+            yield each
+
+    async def info(self) -> StreamInfo:
+        """The stream's head, model version, age and size, read from the service.
+
+        Raises:
+            StreamNotFound, Problem
+        """
+        return await self._driver.run(self._core.info())
+
+    async def forecast(
+        self, horizon: int, *, samples: int = 0, seed: int = 0, future: Events | None = None
+    ) -> Forecast:
+        """Forecast H = `horizon` steps from the stream's current state, which does not change.
+
+        Args:
+            samples: S, how many paths to draw; the same seed draws the same paths.
+            future: H events with the known future fields of the model.
+
+        Raises:
+            ForecastUnsupported, StreamNotFound, InvalidInput, Problem
+        """
+        return await self._driver.run(
+            self._core.forecast(horizon, samples=samples, seed=seed, future=future)
+        )
+
+    async def state(self) -> StreamState:
+        """The complete state, by name, with everything that restores it.
+
+        Raises:
+            StreamNotFound, StateIncompatible, Problem
+        """
+        return await self._driver.run(self._core.state())
+
+    async def restore(self, state: StreamState, *, overwrite: bool = False) -> Head:
+        """Put a state, of this stream or another, in this one's place, and continue from there.
+
+        Raises:
+            StreamExists: without `overwrite`.
+            StateIncompatible, InvalidInput, Problem
+        """
+        return await self._driver.run(self._core.restore(state, overwrite=overwrite))
+
+    async def fork(self, to: AsyncStream, *, overwrite: bool = False) -> None:
+        """Create the stream `to` from this one's current state; then both are independent.
+
+        Raises:
+            StreamExists: without `overwrite`.
+            StreamNotFound, Problem
+        """
+        await self._driver.run(self._core.fork(to._core, overwrite=overwrite))
+
+    async def delete(self) -> bool:
+        """Delete the stream, its state and its stored reply; returns whether it existed.
+
+        Raises:
+            Problem
+        """
+        return await self._driver.run(self._core.delete())

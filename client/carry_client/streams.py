@@ -1,0 +1,423 @@
+"""A stream without I/O: its head, delivery of chunks, and the answer to a rollback.
+
+Every chunk is sent with its position, and with `If-Match` for the head that this client knows. So a
+chunk is applied once, however often it is sent, and never to another history. One chunk is in
+flight at a time. One task or thread at a time uses a stream.
+
+If the service is back at an earlier head of this client's history (the store lost its last
+writes), the events since then are sent again before the chunk: from a bounded buffer, or from the
+caller's `replay_from`. Their replies are dropped, since they were returned before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from carry_client.calls import LOG, Attempts, Call, Emit, Session
+from carry_client.chunks import Chunk, ChunkReader
+from carry_client.errors import (
+    AlreadyApplied,
+    Problem,
+    StateChanged,
+    StreamDiverged,
+    StreamExists,
+    StreamNotFound,
+    StreamRolledBack,
+)
+from carry_client.models import OTHER_HEAD, ModelCore
+from carry_client.replies import (
+    Forecast,
+    Reply,
+    StreamInfo,
+    StreamState,
+    read_forecast,
+    read_head,
+    read_info,
+    read_reply,
+    read_state,
+)
+from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
+from carry_client.types import Events, Head, Source
+from carry_client.wire import stream_path
+
+REMEMBERED_HEADS: Final = 4096
+ReplayFrom = Callable[[int], Source]
+"""Given a position, the stream's events from there on."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far `send_all` is.
+
+    Attributes:
+        position: of the stream.
+        total: the position at the end of the source; None if its length is unknown.
+        chunks: applied chunks.
+        retries: failed attempts.
+        rollbacks: how often the service had lost events, which were sent again.
+        skipped: events whose outputs are lost, because their reply was lost and no longer stored.
+        elapsed_s: since the first chunk.
+    """
+
+    position: int
+    total: int | None
+    chunks: int = 0
+    retries: int = 0
+    rollbacks: int = 0
+    skipped: int = 0
+    elapsed_s: float = 0.0
+
+
+class StreamCore:
+    """One stream; see the module."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: ModelCore,
+        name: str,
+        *,
+        saved: Head | None = None,
+        save: Callable[[Head], None] | None = None,
+        replay_from: ReplayFrom | None = None,
+        buffer_events: int = 10_000,
+    ) -> None:
+        """Nothing is requested yet.
+
+        Args:
+            saved: the head after the last reply that an earlier process received.
+            save: called with the head after each reply.
+            buffer_events: how many events are kept to be sent again.
+        """
+        self.session, self.model, self.name = session, model, name
+        self.path = stream_path(model.name, name)
+        self.head: Head | None = None
+        self.retries = self.rollbacks = 0
+        self._saved, self._save = saved, save
+        self._replay_from, self._buffer_events = replay_from, buffer_events
+        self._heads: deque[Head] = deque(maxlen=REMEMBERED_HEADS)
+        self._buffer: deque[Chunk] = deque()
+        self._buffered = 0
+        self._chunk_events: int | None = None
+
+    # The head
+
+    def refresh(self) -> Call[Head]:
+        """Read the head from the service and continue from there, whatever the history was."""
+        head = yield from self._read_head()
+        self._start_at(head)
+        return head
+
+    def known_head(self, *, needs_history: bool = True) -> Call[Head]:
+        """The head, read from the service at first.
+
+        Args:
+            needs_history: events that the service lost since the saved head are sent again.
+
+        Raises:
+            StreamRolledBack, StreamDiverged: it is not a continuation of the saved head.
+        """
+        if self.head is None:
+            saved, head = self._saved, (yield from self._read_head())
+            is_lost = saved is not None and saved.position > head.position
+            if saved is None or not saved.epoch or head.epoch == saved.epoch or not head.epoch:
+                if saved is not None and is_lost and needs_history:
+                    yield from self._resend(saved, head, saved.position)
+                else:
+                    self._start_at(head)
+            else:
+                raise StreamDiverged("is not the saved one", self.name, saved, head)
+            LOG.info("stream %r continues at %s", self.name, head)
+        return self.head or Head()
+
+    def _read_head(self) -> Call[Head]:
+        try:
+            return read_head((yield from self.session.request("GET", self.path)))
+        except StreamNotFound:
+            return Head()
+
+    def _start_at(self, head: Head) -> None:
+        """Continue from a head without a history."""
+        self._heads.clear()
+        self._forget_buffer()
+        self._move(head)
+
+    def _move(self, head: Head) -> None:
+        self.head = head
+        self._heads.append(head)
+        if self._save is not None:
+            self._save(head)
+
+    # Chunks
+
+    def send(self, events: Events, params: Mapping[str, str], *, is_final: bool) -> Call[Reply]:
+        """Send one chunk at the stream's position."""
+        head = yield from self.known_head()
+        return (yield from self.deliver(Chunk(head.position, to_steps(events), is_final), params))
+
+    def deliver(self, chunk: Chunk, params: Mapping[str, str]) -> Call[Reply]:
+        """Send a chunk until it is applied; the stream is at its start.
+
+        Raises:
+            AlreadyApplied: it was applied, and its outputs are lost; the stream is at its end.
+            StreamRolledBack, StreamDiverged, Problem
+        """
+        body = {"position": chunk.start, **self.member(chunk)}
+        while True:
+            attempts = Attempts(self.session)
+            head = self.head or Head()
+            try:
+                document = yield from self.session.request(
+                    "POST",
+                    f"{self.path}/chunks",
+                    body,
+                    if_match=head.etag if head.epoch else None,
+                    params=params,
+                    attempts=attempts,
+                )
+            except OTHER_HEAD as problem:
+                actual = problem.head
+                self._check_rollback(problem, head)
+            except AlreadyApplied as problem:
+                self.accept(chunk, problem.head)
+                raise
+            else:
+                return (yield from self.accept_reply(chunk, document, params))
+            finally:
+                self.retries += attempts.retries
+            yield from self._resend(head, actual, chunk.start)
+
+    def member(self, chunk: Chunk) -> dict[str, Any]:
+        """The members of a body that hold a chunk's events."""
+        final = {"final": True} if chunk.is_final else {}
+        return {**body_member(chunk.steps, self.session.encoding), **final}
+
+    def accept_reply(self, chunk: Chunk, document: Any, params: Mapping[str, str]) -> Call[Reply]:
+        """Read a chunk's reply and move to its head."""
+        is_last_alone = params.get("return_sequences") == "false"
+        description = yield from self.model.description(document)
+        reply = read_reply(description, document, chunk.end - 1 if is_last_alone else chunk.start)
+        if reply.position != chunk.end or reply.stream != self.name:
+            detail = f"expected stream {self.name!r} at {chunk.end}, got {document}"
+            raise Problem(200, "unreadable_reply", detail[:400])
+        self.accept(chunk, reply.head)
+        return reply
+
+    def accept(self, chunk: Chunk, head: Head) -> None:
+        """Move to the head after a chunk, and keep its events."""
+        self._move(head)
+        self._buffer.append(chunk)
+        self._buffered += len(chunk.steps)
+        while self._buffer and self._buffered > self._buffer_events:
+            self._buffered -= len(self._buffer.popleft().steps)
+
+    # Rollbacks
+
+    def _check_rollback(self, problem: Problem, head: Head) -> None:
+        """Raise unless the service is at an earlier head of this client's history."""
+        actual = problem.head
+        if actual == head:
+            raise problem
+        is_before_memory = actual.epoch == head.epoch and actual.position < self._heads[0].position
+        if actual.epoch and actual not in self._heads and not is_before_memory:
+            raise StreamDiverged("was changed by others", self.name, head, actual) from problem
+
+    def _resend(self, head: Head, actual: Head, stop: int) -> Call[None]:
+        """Send the events from a rolled-back head up to a position again."""
+        kept = [chunk for chunk in self._buffer if actual.position <= chunk.start < stop]
+        has_all = bool(kept) and kept[0].start == actual.position
+        replay_from = self._replay_from
+        if not has_all and replay_from is None:
+            self.head = head
+            detail = "was rolled back, and its events are not kept"
+            raise StreamRolledBack(detail, self.name, head, actual)
+        self.rollbacks += 1
+        LOG.warning(
+            "stream %r was rolled back from %s to %s: sending %d events again",
+            *(self.name, head, actual, stop - actual.position),
+        )
+        while self._heads and self._heads[-1].position > actual.position:
+            self._heads.pop()
+        self._forget_buffer(actual.position)
+        self._move(actual)
+        if has_all or replay_from is None:
+            for chunk in kept:
+                yield from self._deliver_again(chunk)
+        else:
+            yield from self._replay(replay_from(actual.position), actual.position, stop)
+
+    def _replay(self, source: Source, start: int, stop: int) -> Call[None]:
+        """Send the caller's events of start..stop-1."""
+        size = yield from self.model.chunk_events(self._chunk_events)
+        reader = ChunkReader(source, start, size, None, self.session.clock)
+        while start < stop:
+            chunk = yield from reader.next_chunk(stop - start)
+            if chunk is None:
+                detail = f"was rolled back, and replay_from has no event {start}"
+                raise StreamRolledBack(detail, self.name, Head(stop), Head(start))
+            yield from self._deliver_again(chunk)
+            start = chunk.end
+
+    def _deliver_again(self, chunk: Chunk) -> Call[None]:
+        with suppress(AlreadyApplied):
+            yield from self.deliver(chunk, {})
+
+    def _forget_buffer(self, position: int = 0) -> None:
+        """Forget the chunks from a position on."""
+        while self._buffer and self._buffer[-1].start >= position:
+            self._buffered -= len(self._buffer.pop().steps)
+
+    # Whole sources
+
+    def send_all(
+        self,
+        source: Source,
+        params: Mapping[str, str],
+        *,
+        chunk_events: int | None,
+        linger_s: float | None,
+        first_position: int | None,
+        is_final: bool,
+        progress: Callable[[Progress], None] | None,
+    ) -> Call[None]:
+        """Send a source in chunks; emits the reply of each."""
+        # what the source itself has is not lost
+        head = yield from self.known_head(needs_history=first_position is None)
+        first = head.position if first_position is None else first_position
+        clock, began_s = self.session.clock, self.session.clock()
+        total = first + length(source) if is_sliceable(source) else None
+        own_replay, rollbacks, retries = self._replay_from, self.rollbacks, self.retries
+        if own_replay is None and is_sliceable(source):
+            self._replay_from = _rewind(source, first, self.name)
+        self._chunk_events = chunk_events
+        try:
+            if head.position < first:
+                yield from self._resend(Head(first), head, first)
+            size = yield from self.model.chunk_events(chunk_events)
+            reader = ChunkReader(source, first, size, linger_s, clock)
+            yield from reader.skip_to(self.head_position)
+            chunks = skipped = 0
+            while True:
+                chunk = yield from reader.next_chunk()
+                if chunk is None and not is_final:
+                    return
+                is_final = is_final and chunk is not None
+                chunk = chunk or reader.end
+                try:
+                    reply = yield from self.deliver(chunk, params)
+                    yield Emit(reply)
+                except AlreadyApplied:
+                    skipped += len(chunk.steps)
+                    LOG.warning(
+                        "stream %r: the outputs of events %d to %d are lost: their reply did not "
+                        "arrive and is no longer stored",
+                        *(self.name, chunk.start, chunk.end - 1),
+                    )
+                chunks += 1
+                if progress is not None:
+                    progress(
+                        Progress(
+                            position=self.head_position,
+                            total=total,
+                            chunks=chunks,
+                            retries=self.retries - retries,
+                            rollbacks=self.rollbacks - rollbacks,
+                            skipped=skipped,
+                            elapsed_s=clock() - began_s,
+                        )
+                    )
+        finally:
+            self._replay_from, self._chunk_events = own_replay, None
+
+    @property
+    def head_position(self) -> int:
+        """The position; 0 while it is unknown."""
+        return self.head.position if self.head is not None else 0
+
+    # The other requests
+
+    def info(self) -> Call[StreamInfo]:
+        return read_info((yield from self.session.request("GET", self.path)))
+
+    def forecast(
+        self, horizon: int, *, samples: int, seed: int, future: Events | None
+    ) -> Call[Forecast]:
+        body: dict[str, Any] = {"horizon": horizon, "samples": samples, "seed": seed}
+        if future is not None:
+            body["future"] = to_steps(future)
+        path = f"{self.path}/forecast"
+        return read_forecast((yield from self.session.request("POST", path, body)))
+
+    def state(self) -> Call[StreamState]:
+        return read_state((yield from self.session.request("GET", f"{self.path}/state")))
+
+    def restore(self, state: StreamState, *, overwrite: bool) -> Call[Head]:
+        """Put a state in the stream's place, and continue from there."""
+        body = {
+            "fingerprint": state.fingerprint,
+            "feed": state.feed,
+            "position": state.head.position,
+            "state": {name: values.tolist() for name, values in state.values.items()},
+        }
+        path = f"{self.path}/state"
+        yield from self.create("PUT", path, body, state.head.position, overwrite=overwrite)
+        return (yield from self.refresh())
+
+    def fork(self, to: StreamCore, *, overwrite: bool) -> Call[None]:
+        """Create the stream `to` from this one's current state."""
+        head = (yield from self.info()).head
+        body = {"to": to.name}
+        yield from to.create("POST", f"{self.path}/fork", body, head.position, overwrite=overwrite)
+        yield from to.refresh()
+
+    def create(
+        self, method: str, path: str, body: Any, position: int, *, overwrite: bool
+    ) -> Call[None]:
+        """Create this stream at a position.
+
+        After a lost reply, a stream of a new epoch at that position without any commit is the one
+        that was asked for.
+        """
+        before = (yield from self.refresh()) if overwrite else Head()
+        attempts = Attempts(self.session)
+        try:
+            yield from self.session.request(
+                method,
+                path,
+                body,
+                if_match=before.etag if before.epoch else None,
+                attempts=attempts,
+            )
+        except (StreamExists, StateChanged) as problem:
+            head = problem.head
+            is_ours = head.position == position and not head.tag.strip("0")
+            if not attempts.retries or not is_ours or head.epoch == before.epoch:
+                raise
+
+    def delete(self) -> Call[bool]:
+        """Delete the stream; whether it existed."""
+        attempts = Attempts(self.session)
+        try:
+            yield from self.session.request("DELETE", self.path, attempts=attempts)
+            existed = True
+        except StreamNotFound:
+            # an earlier attempt may have deleted it
+            existed = attempts.retries > 0
+        self._start_at(Head())
+        return existed
+
+
+def _rewind(source: Events, first: int, name: str) -> ReplayFrom:
+    """Reads a source again that can be read from any place."""
+
+    def replay_from(position: int) -> Source:
+        if position < first:
+            detail = f"was rolled back to before the source, which begins at {first}"
+            raise StreamRolledBack(detail, name, Head(first), Head(position))
+        return cut(source, position - first, length(source))
+
+    return replay_from

@@ -1,0 +1,131 @@
+"""Drives calls in a thread: sends their requests, sleeps, reads their sources."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import httpx
+
+from carry_client.calls import END, LATE, Call, Effect, Emit, Open, Read, Sleep
+from carry_client.errors import NoAnswer
+from carry_client.wire import Request, Response, http_timeout, ssl_context
+
+T = TypeVar("T")
+
+
+class Driver:
+    """Connections to one service, for any number of threads."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is requested yet."""
+        self._client = httpx.Client(base_url=url, verify=ssl_context())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def send(self, request: Request) -> Response:
+        """One attempt of a request.
+
+        Raises:
+            NoAnswer
+        """
+        try:
+            response = self._client.request(
+                request.method,
+                request.path,
+                content=request.content,
+                headers=request.headers,
+                params=request.params,
+                timeout=http_timeout(request.timeout_s),
+            )
+        except httpx.HTTPError as error:
+            raise NoAnswer(error) from error
+        return Response.of(response)
+
+    def run(self, call: Call[T]) -> T:
+        """The result of a call."""
+        try:
+            effect = next(call)
+            while True:
+                effect = self._step(call, effect)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+    def iterate(self, call: Call[None]) -> Iterator[Any]:
+        """The values that a call emits."""
+        try:
+            effect = next(call)
+            while True:
+                if isinstance(effect, Emit):
+                    yield effect.value
+                    effect = next(call)
+                else:
+                    effect = self._step(call, effect)
+        except StopIteration:
+            return
+        finally:
+            call.close()
+
+    def _step(self, call: Call[Any], effect: Effect) -> Effect:
+        try:
+            outcome = self._perform(effect)
+        except Exception as error:
+            return call.throw(error)
+        return call.send(outcome)
+
+    def _perform(self, effect: Effect) -> object:
+        if isinstance(effect, Request):
+            return self.send(effect)
+        if isinstance(effect, Sleep):
+            time.sleep(effect.seconds)
+            return None
+        if isinstance(effect, Open):
+            return (_TimedReader if effect.is_timed else _Reader)(effect.source)
+        if isinstance(effect, Read):
+            return effect.reader.read(effect.wait_s)
+        raise TypeError(f"{effect} belongs to a call that is iterated over")
+
+
+class _Reader:
+    """Reads an iterable."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._items = iter(source)
+
+    def read(self, wait_s: float | None) -> object:
+        """The next item, or END."""
+        return next(self._items, END)
+
+
+class _TimedReader:
+    """Reads an iterable in a thread, so that a read can end in time."""
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._items: queue.Queue[object] = queue.Queue(maxsize=1)
+        self._error: BaseException | None = None
+        thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
+        thread.start()
+
+    def _fill(self, source: Iterable[Any]) -> None:
+        try:
+            for item in source:
+                self._items.put(item)
+        except BaseException as error:
+            self._error = error
+        self._items.put(END)
+
+    def read(self, wait_s: float | None) -> object:
+        """The next item, END, or LATE after `wait_s`; raises what the iterable raised."""
+        try:
+            item = self._items.get(timeout=wait_s)
+        except queue.Empty:
+            return LATE
+        if item is END and self._error is not None:
+            raise self._error
+        return item

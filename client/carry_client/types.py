@@ -1,0 +1,71 @@
+"""Types of the public signatures: JSON values, inputs, and the head of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
+"""A value of JSON."""
+
+Encoding = Literal["json", "msgpack"]
+"""How bodies are encoded."""
+
+FloatArray: TypeAlias = NDArray[np.float32]
+
+Event: TypeAlias = Mapping[str, object]
+"""One event: values by field. A timestamp is epoch milliseconds, an RFC 3339 string with an offset,
+or an aware `datetime`; None stands for an absent value."""
+
+
+class PolarsFrame(Protocol):
+    """A Polars DataFrame."""
+
+    def to_dicts(self) -> list[dict[str, Any]]: ...
+
+    def __len__(self) -> int: ...
+
+
+class PandasFrame(Protocol):
+    """A pandas DataFrame."""
+
+    @property
+    def iloc(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+Columns: TypeAlias = Mapping[str, Sequence[object] | NDArray[np.generic]]
+"""T values of each field: lists or arrays. NaN stands for an absent value."""
+
+Events: TypeAlias = Sequence[Event] | Columns | PolarsFrame | PandasFrame | NDArray[np.generic]
+"""T events: a list of events, a dict of columns, or a DataFrame with a column for each field; or
+rows of encoded values for the model's `inputs`, an array [T, F]."""
+
+Source: TypeAlias = Events | Iterable[Event] | Iterable[Events]
+"""Events in order: all at once, or an iterable of events or of blocks of events."""
+
+
+class Head(NamedTuple):
+    """The head of a stream.
+
+    Attributes:
+        position: how many events the stream has consumed.
+        epoch: 16 hex digits of the stream's incarnation; empty if the stream does not exist.
+        tag: 32 hex digits of its history.
+    """
+
+    position: int = 0
+    epoch: str = ""
+    tag: str = ""
+
+    @property
+    def etag(self) -> str:
+        """The value that `If-Match` takes."""
+        return f'"{self.epoch}-{self.tag}"'

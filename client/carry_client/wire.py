@@ -1,0 +1,161 @@
+"""Paths, bodies and responses of the HTTP API, without a connection."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from ssl import SSLContext
+from typing import Any, Final
+from urllib.parse import quote
+
+import httpx
+import msgpack
+
+from carry_client.errors import Problem, read_problem
+from carry_client.types import Encoding, Json
+
+_CONNECT_TIMEOUT_S: Final = 5.0
+
+MEDIA: Final = {"json": "application/json", "msgpack": "application/msgpack"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One attempt of a request.
+
+    Attributes:
+        path: relative to the address of the service.
+        content: an encoded body.
+        timeout_s: how long to wait for the response.
+    """
+
+    method: str
+    path: str
+    content: bytes | None
+    headers: dict[str, str]
+    params: dict[str, str | int] = field(default_factory=dict)
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response that arrived completely."""
+
+    status: int
+    content_type: str
+    content: bytes
+    retry_after: str = ""
+
+    @staticmethod
+    def of(response: httpx.Response) -> Response:
+        """What is used of a response of httpx."""
+        headers = response.headers
+        return Response(
+            response.status_code,
+            headers.get("content-type", ""),
+            response.content,
+            headers.get("retry-after", ""),
+        )
+
+
+@lru_cache
+def ssl_context() -> SSLContext:
+    """One for all clients: it takes 20 ms to create."""
+    return httpx.create_ssl_context()
+
+
+def http_timeout(timeout_s: float) -> httpx.Timeout:
+    """The limits of one attempt."""
+    return httpx.Timeout(timeout_s, connect=min(timeout_s, _CONNECT_TIMEOUT_S))
+
+
+def base_url(url: str) -> str:
+    """A service's address without a trailing slash.
+
+    Raises:
+        Problem: it is no address of HTTP.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        detail = f"expected an address such as http://127.0.0.1:8000, got {url!r}"
+        raise Problem(0, "invalid_url", detail)
+    return url.rstrip("/")
+
+
+def model_path(model: str) -> str:
+    """The path of a model."""
+    return f"/v1/models/{quote(model, safe='')}"
+
+
+def stream_path(model: str, stream: str) -> str:
+    """The path of a stream.
+
+    Raises:
+        Problem: `.` and `..`, which an HTTP client removes from a URL.
+    """
+    if stream in (".", ".."):
+        raise Problem(0, "invalid_stream_name", f"{stream!r} is not a valid stream name")
+    return f"{model_path(model)}/streams/{quote(stream, safe='')}"
+
+
+def reply_params(
+    return_sequences: bool, return_state: bool, return_attention: bool
+) -> dict[str, str]:
+    """The parameters that choose what a reply has; only those that differ from the default."""
+    params = {} if return_sequences else {"return_sequences": "false"}
+    if return_state:
+        params["return_state"] = "true"
+    if return_attention:
+        params["return_attention"] = "true"
+    return params
+
+
+def media_headers(encoding: Encoding) -> dict[str, str]:
+    """The headers of a request whose body and reply have an encoding."""
+    return {"accept": MEDIA[encoding], "content-type": MEDIA[encoding]}
+
+
+def encode_body(encoding: Encoding, document: object) -> bytes:
+    """The bytes of a request's body.
+
+    Raises:
+        ValueError, TypeError: a value that the encoding does not have.
+    """
+    if encoding == "json":
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return text.encode()
+    packed: bytes = msgpack.packb(document)
+    return packed
+
+
+def read_response(status: int, content_type: str, body: bytes, retry_after: str = "") -> Json:
+    """The decoded document of a response; None for an empty one.
+
+    Raises:
+        Problem: the status is 400 or above, or the body is neither JSON nor MessagePack.
+    """
+    document: Json
+    try:
+        document = _decode(content_type, body)
+    except ValueError:
+        document = None
+        if status < 400:
+            detail = f"the body is not a document: {body[:200]!r}"
+            raise Problem(status, "unreadable_reply", detail) from None
+    if status >= 400:
+        # a date instead of seconds is ignored
+        seconds = float(retry_after) if retry_after.isdecimal() else 0.0
+        raise read_problem(status, document, seconds)
+    return document
+
+
+def _decode(content_type: str, body: bytes) -> Any:
+    if not body:
+        return None
+    if content_type.startswith(MEDIA["msgpack"]):
+        return msgpack.unpackb(body)
+    return json.loads(body)

@@ -1,0 +1,318 @@
+"""Streams over faults and rollbacks, against the stand-in service."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from carry_client import (
+    AsyncCarry,
+    Carry,
+    NoAnswer,
+    Progress,
+    Reply,
+    Stream,
+    StreamDiverged,
+    StreamRolledBack,
+    errors,
+)
+from tests.service.replay.standin import Standin
+from tests.support.servers import free_port
+
+CHUNK = 8
+Events = list[dict[str, Any]]
+
+
+@pytest.fixture
+def right(background: str, events: Events) -> list[float]:
+    """The outputs `late` of all events, without any fault."""
+    with Carry(background) as carry:
+        return late(carry.model("small").stream("right").send_all(events, chunk_events=CHUNK))
+
+
+def late(replies: Iterator[Reply] | list[Reply]) -> list[float]:
+    """The outputs `late` as they were returned, one after another."""
+    return [value for reply in replies for value in reply.outputs["late"].tolist()]
+
+
+def failing(*faults: str | None) -> Callable[[object], str | None]:
+    """Faults of the next requests with chunks, then none."""
+    remaining = iter(faults)
+    return lambda request: next(remaining, None)
+
+
+def test_chunks_continue_one_another(small: Stream, standin: Standin, events: Events) -> None:
+    first = small.send(events[:3])
+    second = small.send(pl.DataFrame(events[3:5]))
+    assert (first.position, second.position) == (3, 5)
+    assert (second.first_position, len(second)) == (3, 2)
+    assert small.head == second.head
+    assert second.outputs["late"].dtype == np.float32
+    assert standin.seen == [("s", 0, 3), ("s", 3, 2)]
+
+
+@pytest.mark.parametrize("fault", ["drop", "drop_after", "store_unavailable", "outcome_unknown"])
+def test_failed_chunks_are_repeated_and_applied_once(
+    small: Stream, standin: Standin, events: Events, right: list[float], fault: str
+) -> None:
+    standin.fault = failing(None, fault, None, fault, fault)
+    assert late(small.send_all(events, chunk_events=CHUNK)) == right
+    assert standin.streams["s"].position == small.position == len(events)
+
+
+def test_second_run_continues_where_the_first_stopped(
+    background: str, standin: Standin, events: Events, right: list[float]
+) -> None:
+    for count, expected in ((2, right[: 2 * CHUNK]), (99, right[2 * CHUNK :]), (99, [])):
+        with Carry(background) as carry:
+            replies = carry.model("small").stream("s").send_all(iter(events), chunk_events=CHUNK)
+            received = [reply for _, reply in zip(range(count), replies, strict=False)]
+        assert late(received) == pytest.approx(expected)
+    assert standin.streams["s"].position == len(events)
+
+
+def test_source_that_is_shorter_than_the_stream_is_rejected(small: Stream, events: Events) -> None:
+    list(small.send_all(events[:10]))
+    for source in (events[:9], iter(events[:9])):
+        with pytest.raises(ValueError, match="ends at position 9, and the stream is at 10"):
+            list(small.send_all(source))
+    assert late(small.send_all(events[10:], first_position=None))
+    assert small.position == len(events)
+
+
+@pytest.mark.parametrize("how", ["source", "buffer", "replay_from"])
+def test_rolled_back_events_are_sent_again(
+    background: str,
+    standin: Standin,
+    events: Events,
+    right: list[float],
+    how: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options: dict[str, Any] = {
+        "source": {"buffer_events": 0},
+        "buffer": {"buffer_events": 3 * CHUNK},
+        "replay_from": {"buffer_events": 0, "replay_from": lambda at: iter(events[at:])},
+    }[how]
+    seen: list[Progress] = []
+
+    def roll_back(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 4:
+            standin.roll_back("s", 3)
+
+    with Carry(background) as carry, caplog.at_level(logging.WARNING, "carry_client"):
+        source = events if how == "source" else iter(events)
+        stream = carry.model("small").stream("s", **options)
+        outputs = late(stream.send_all(source, chunk_events=CHUNK, progress=roll_back))
+    assert outputs == right, "each event's outputs once"
+    starts = [start // CHUNK for name, start, _ in standin.seen if name == "s"]
+    assert starts == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7]
+    assert "was rolled back" in caplog.text
+    assert seen[-1] == Progress(
+        position=len(events), total=len(events) if how == "source" else None, chunks=8,
+        retries=0, rollbacks=1, skipped=0, elapsed_s=seen[-1].elapsed_s,
+    )  # fmt: skip
+
+
+def test_vanished_stream_counts_as_rolled_back(
+    small: Stream, standin: Standin, events: Events, right: list[float]
+) -> None:
+    received = []
+    for reply in small.send_all(events, chunk_events=CHUNK):
+        received.append(reply)
+        if len(received) == 2:
+            standin.roll_back("s", 2)
+    assert late(received) == right
+
+
+def test_rollback_without_events_is_raised_until_it_is_accepted(
+    background: str, standin: Standin, events: Events
+) -> None:
+    with Carry(background) as carry:
+        stream = carry.model("small").stream("s", buffer_events=0)
+        early = stream.send(events[:4]).head
+        known = stream.send(events[4:8]).head
+        standin.roll_back("s", 1)
+        for _ in range(2):
+            with pytest.raises(StreamRolledBack) as raised:
+                stream.send(events[8:9])
+            assert (raised.value.expected, raised.value.actual) == (known, early)
+        assert stream.refresh() == early
+        assert stream.send(events[4:5]).position == 5
+
+
+def test_rollback_at_equal_position_is_noticed_by_its_tag(
+    small: Stream, background: str, standin: Standin, events: Events
+) -> None:
+    small.send(events[:4])
+    small.send(events[4:6])
+    standin.roll_back("s", 1)
+    with Carry(background) as other:
+        other.model("small").stream("s").send(events[10:12])
+    with pytest.raises(StreamDiverged, match="was changed by others") as raised:
+        small.send(events[6:8])
+    assert raised.value.actual.position == raised.value.expected.position == 6
+    assert raised.value.actual.tag != raised.value.expected.tag
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_saved_head_reveals_a_rollback_to_a_later_process(
+    background: str, standin: Standin, events: Events, tmp_path: Path, lost: int
+) -> None:
+    file = tmp_path / "head.json"
+    with Carry(background) as carry:
+        stream = carry.model("small").stream("s", save=file)
+        stream.send(events[:4])
+        stream.send(events[4:6])
+    assert json.loads(file.read_text())["position"] == 6
+    standin.roll_back("s", lost)
+    with Carry(background) as carry:
+        model = carry.model("small")
+        if lost:
+            with pytest.raises(StreamRolledBack):
+                model.stream("s", save=file).send(events[6:8])
+        stream = model.stream("s", save=file, replay_from=lambda at: events[at:])
+        assert stream.send(events[6:8]).position == 8
+        with pytest.raises(ValueError, match="expected the head of"):
+            model.stream("other", save=file)
+
+
+def test_head_of_another_incarnation_is_not_continued(
+    background: str, events: Events, standin: Standin
+) -> None:
+    heads = []
+    with Carry(background) as carry:
+        model = carry.model("small")
+        model.stream("s", save=heads.append).send(events[:4])
+        standin.roll_back("s", 1)
+        model.stream("s").send(events[:5])
+        with pytest.raises(StreamDiverged):
+            model.stream("s", head=heads[-1]).send(events[5:6])
+
+
+def test_lost_reply_that_is_no_longer_stored_is_counted(
+    small: Stream, standin: Standin, events: Events, right: list[float]
+) -> None:
+    progress: list[Progress] = []
+
+    def forget(request: object) -> str | None:
+        if len(standin.seen) == 2 and not standin.counts["forgotten"]:
+            standin.counts["forgotten"] += 1
+            return "drop_after"
+        if standin.counts["forgotten"] == 1 and "s" in standin.streams:
+            standin.counts["forgotten"] += 1
+            standin.forget_reply("s")
+        return None
+
+    standin.seen.clear()
+    standin.fault = forget
+    outputs = late(small.send_all(events, chunk_events=CHUNK, progress=progress.append))
+    assert outputs == right[: 2 * CHUNK] + right[3 * CHUNK :]
+    assert progress[-1].skipped == CHUNK
+    assert small.position == len(events)
+
+
+def test_rejected_chunk_is_raised_with_its_facts(
+    small: Stream, standin: Standin, events: Events
+) -> None:
+    standin.fault = failing("refuse")
+    with pytest.raises(errors.InvalidInput, match="invalid_input"):
+        small.send(events[:2])
+    assert small.send(events[:2]).position == 2
+
+
+def test_attempts_end_at_the_deadline(background: str, standin: Standin, events: Events) -> None:
+    standin.fault = lambda request: "store_unavailable"
+    with Carry(background, deadline_s=0.4) as carry:
+        began_s = time.monotonic()
+        with pytest.raises(errors.StoreUnavailable):
+            carry.model("small").stream("s").send(events[:2])
+        assert time.monotonic() - began_s < 5
+
+
+def test_unreachable_service_is_no_answer() -> None:
+    with (
+        Carry(f"http://127.0.0.1:{free_port()}", deadline_s=0.2) as carry,
+        pytest.raises(NoAnswer),
+    ):
+        carry.model("small").describe()
+
+
+def test_items_of_many_streams_are_retried_by_themselves(
+    background: str, standin: Standin, events: Events
+) -> None:
+    standin.fault = failing("one_fails", "one_fails")
+    with Carry(background) as carry:
+        model = carry.model("small")
+        streams = [model.stream(f"s{number}") for number in range(4)]
+        outcomes = model.send_many(dict.fromkeys(streams, events[:3]))
+    assert list(outcomes) == [f"s{number}" for number in range(4)]
+    assert all(isinstance(outcome, Reply) for outcome in outcomes.values())
+    assert [stream.position for stream in streams] == [3] * 4
+    assert {name: stream.position for name, stream in standin.streams.items()} == dict.fromkeys(
+        outcomes, 3
+    )
+
+
+def test_many_streams_recover_from_rollbacks_by_themselves(
+    background: str, standin: Standin, events: Events
+) -> None:
+    with Carry(background) as carry:
+        model = carry.model("small")
+        a, b, c = (
+            model.stream(name, buffer_events=size) for name, size in (("a", 9), ("b", 0), ("c", 9))
+        )
+        for part in (events[:2], events[2:4]):
+            model.send_many({a: part, b: part, c: part})
+        standin.roll_back("a", 1)
+        standin.roll_back("b", 1)
+        outcomes = model.send_many(dict.fromkeys((a, b, c), events[4:6]))
+    assert isinstance(outcomes["b"], StreamRolledBack)
+    replies = [outcome for outcome in (outcomes["a"], outcomes["c"]) if isinstance(outcome, Reply)]
+    np.testing.assert_array_equal(*(reply.outputs["late"] for reply in replies))
+
+
+def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Events) -> None:
+    def slow() -> Iterator[dict[str, Any]]:
+        yield from events[:3]
+        time.sleep(1)
+        yield from events[3:5]
+
+    replies = list(small.send_all(slow(), chunk_events=4, linger_s=0.05))
+    assert [len(reply) for reply in replies] == [3, 2]
+
+
+def test_error_of_a_source_is_raised(small: Stream, events: Events) -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield events[0]
+        raise OSError("broken source")
+
+    for linger_s in (None, 5.0):
+        with pytest.raises(OSError, match="broken source"):
+            list(small.send_all(broken(), linger_s=linger_s, first_position=None))
+
+
+async def test_asynchronous_client_reads_asynchronous_sources(
+    background: str, standin: Standin, events: Events, right: list[float]
+) -> None:
+    async def source() -> AsyncIterator[dict[str, Any]]:
+        for event in events:
+            yield event
+
+    standin.fault = failing("drop_after", None, "store_unavailable")
+    async with AsyncCarry(background) as carry:
+        for name, options in (("s", {}), ("t", {"linger_s": 5.0})):
+            stream = carry.model("small").stream(name)
+            replies = [
+                reply async for reply in stream.send_all(source(), chunk_events=CHUNK, **options)
+            ]
+            assert late(replies) == right
