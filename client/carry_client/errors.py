@@ -451,7 +451,7 @@ class InternalError(ServiceFailure):
 def _coded(root: type[Problem]) -> Iterator[tuple[str, type[Problem]]]:
     for kind in root.__subclasses__():
         if "code" in vars(kind):
-            yield kind.code, kind
+            yield str(vars(kind)["code"]), kind
         yield from _coded(kind)
 
 
