@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Container, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, count
 from typing import Final, Generic
@@ -142,23 +142,52 @@ class Batcher(Generic[P, R]):
             is stopping; otherwise whatever the batch resolved the job with.
         """
         ticket: Ticket[R] = Ticket(len(requests), deadline_s)
-        may_run = False
         now_s = time.monotonic()
         left_s = deadline_s - now_s
         for index, (payload, key, steps) in enumerate(requests):
-            if self._stopping:
-                ticket.resolve(index, ShuttingDown("the service is stopping and accepts no work"))
-            elif (rejection := self._admission.check_admission(key, left_s, index)) is not None:
-                ticket.resolve(index, rejection.error())
+            rejection = None
+            if not self._stopping:
+                rejection = self._admission.check_admission(key, left_s, index)
+            if rejection is None:
+                self._push(payload, key, steps, ticket, index, now_s)
             else:
-                job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
-                is_ready = self._queue.push(job)
-                may_run |= is_ready and (steps <= self._limits.long_steps or self._may_start_long)
-        if deadline_s < self._next_deadline_s:
-            self._set_timer(deadline_s, now_s)
-        if may_run:
-            self._wake()
+                ticket.resolve(index, rejection.error())
         return ticket.future
+
+    def enqueue_admitted(
+        self, payload: P, key: Hashable | None, steps: int, deadline_s: float
+    ) -> Results[R]:
+        """Queue one job that `check_admission` admitted, with nothing queued in between.
+
+        Args:
+            payload, key, steps: as those of `JobRequest`.
+
+        Returns:
+            A future of the one result, as `enqueue` does; never Overloaded.
+        """
+        ticket: Ticket[R] = Ticket(1, deadline_s)
+        self._push(payload, key, steps, ticket, 0, time.monotonic())
+        return ticket.future
+
+    def _push(
+        self,
+        payload: P,
+        key: Hashable | None,
+        steps: int,
+        ticket: Ticket[R],
+        index: int,
+        now_s: float,
+    ) -> None:
+        """Queue an admitted job, unless the service is stopping."""
+        if self._stopping:
+            ticket.resolve(index, ShuttingDown("the service is stopping and accepts no work"))
+            return
+        job = Job(payload, key, steps, next(self._numbers), now_s, ticket, index)
+        is_ready = self._queue.push(job)
+        if is_ready and (steps <= self._limits.long_steps or self._may_start_long):
+            self._wake()
+        if ticket.deadline_s < self._next_deadline_s:
+            self._set_timer(ticket.deadline_s, now_s)
 
     def check_admission(self, key: Hashable | None, left_s: float) -> Overloaded | None:
         """Return the error that admission control would reject a request with now; None if it would
@@ -369,7 +398,7 @@ class Batcher(Generic[P, R]):
         self._long += is_long
         held = {job.key for job in jobs if job.key is not None}
         control = BatchControl(
-            held, self._release_stream, self._is_alone, partial(self._detach, jobs, held)
+            held, self._release_streams, self._is_alone, partial(self._detach, jobs, held)
         )
         work = self._finish(jobs, held, self._run(jobs, control), is_long=is_long)
         task = asyncio.get_running_loop().create_task(work)
@@ -386,11 +415,14 @@ class Batcher(Generic[P, R]):
         del self._batches[task]
         self._wake()
 
-    def _release_stream(self, key: Hashable, *, first: bool = False) -> None:
-        backlog = self._queue.release(key, first=first)
-        if backlog is not None:
-            backlog.note_release(time.monotonic())
-            self._wake()
+    def _release_streams(
+        self, keys: Iterable[Hashable], first: Container[Hashable] = frozenset()
+    ) -> None:
+        for key in keys:
+            backlog = self._queue.release(key, first=key in first)
+            if backlog is not None:
+                backlog.note_release(time.monotonic())
+                self._wake()
 
     def _is_alone(self) -> bool:
         return not self._queue and len(self._batches) == 1
@@ -447,9 +479,7 @@ class Batcher(Generic[P, R]):
                         self._set_timer(job.deadline_s, time.monotonic())
                 elif not job.is_resolved:
                     job.resolve(self._map_error(job, failure))
-            returned = {job.key for job in to_retry}
-            for key in held:
-                self._release_stream(key, first=key in returned)
+            self._release_streams(held, first={job.key for job in to_retry})
 
     def _detached_done(self, task: asyncio.Task[None]) -> None:
         del self._detached[task]

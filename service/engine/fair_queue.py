@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -62,7 +62,7 @@ class Ticket(Generic[R]):
         self.jobs = jobs
         self.deadline_s = deadline_s
         self.future: Results[R] = asyncio.get_running_loop().create_future()
-        self._results: list[R | CarryError | None] = [None] * jobs
+        self._results: list[Any] = [None] * jobs
         self._left = jobs
 
     def resolve(self, index: int, result: R | CarryError) -> None:
@@ -70,7 +70,7 @@ class Ticket(Generic[R]):
         self._results[index] = result
         self._left -= 1
         if not self._left and not self.future.done():
-            self.future.set_result([each for each in self._results if each is not None])
+            self.future.set_result(self._results)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,7 +120,7 @@ class BatchControl:
     def __init__(
         self,
         held: set[Hashable],
-        on_release: Callable[[Hashable], None],
+        on_release: Callable[[Iterable[Hashable]], None],
         is_alone: Callable[[], bool],
         detach: Callable[[list[Job[Any, Any]], Work], asyncio.Task[None]],
     ):
@@ -129,11 +129,11 @@ class BatchControl:
         self._is_alone = is_alone
         self._detach = detach
 
-    def release_stream(self, key: Hashable) -> None:
-        """Let the next job of a stream run before this batch ends."""
-        if key in self._held:
-            self._held.discard(key)
-            self._on_release(key)
+    def release_streams(self, keys: Iterable[Hashable]) -> None:
+        """Let the next jobs of some streams run, in this order, before this batch ends."""
+        released = [key for key in keys if key in self._held]
+        self._held.difference_update(released)
+        self._on_release(released)
 
     def detach(self, jobs: list[Job[P, R]], work: Work) -> asyncio.Task[None]:
         """Remove jobs from the batch and continue them in a task of its own, which needs no slot.
@@ -344,36 +344,33 @@ class FairQueue(Generic[P, R]):
             long_ones: whether long jobs may be taken.
         """
         max_rows, max_padded, long_steps = self._limits
-        queue = self._short
-        if long_ones and self._long.ready and self._is_older(self._long, self._short):
-            queue = self._long
+        is_long = long_ones and self._long.ready > 0 and self._is_older(self._long, self._short)
+        queue = self._long if is_long else self._short
         jobs: list[Job[P, R]] = []
         skipped: list[Backlog[P, R]] = []
-        longest = rows = 0
-        while queue.ready and rows < max_rows and len(skipped) < MAX_SKIPPED:
+        longest = 0
+        while queue.ready and len(jobs) < max_rows and len(skipped) < MAX_SKIPPED:
             backlog = queue.pop()
             if is_live is not None and not self._drop_dead(backlog, is_live):
                 continue
             job = backlog.jobs[0]
             steps = job.steps
-            if (steps > long_steps) != (queue is self._long):
+            if (steps > long_steps) != is_long:
                 self._queue_of(job).add(backlog, first=True)
                 continue
-            widest = steps if steps > longest else longest
-            if rows and (rows + 1) * widest > max_padded:
-                skipped.append(backlog)
-                continue
-            del backlog.jobs[0]
+            if steps > longest:
+                if jobs and (len(jobs) + 1) * steps > max_padded:
+                    skipped.append(backlog)
+                    continue
+                longest = steps
+                max_rows = min(max_rows, max_padded // longest)
+            backlog.jobs.popleft()
             if job.key is None:
                 del self._backlogs[job]
             else:
                 backlog.is_held = True
             jobs.append(job)
-            rows, longest = rows + 1, widest
-            if (rows + 1) * longest > max_padded:
-                # nothing more fits, not even one step
-                break
-        self._length -= rows
+        self._length -= len(jobs)
         for backlog in reversed(skipped):
             queue.add(backlog, first=True)
         return jobs
@@ -408,7 +405,7 @@ class FairQueue(Generic[P, R]):
         while backlog.jobs:
             if is_live(backlog.jobs[0]):
                 return True
-            del backlog.jobs[0]
+            backlog.jobs.popleft()
             self._length -= 1
         del self._backlogs[backlog.key]
         return False

@@ -219,7 +219,7 @@ class ChunkCommitter:
             reply = StoredReply(new.head, item.outputs)
             commits.append(Commit(item.key, item.expected, new, reply))
             self._cache.put(item.key, new)
-            control.release_stream(item.key)
+        control.release_streams([commit.key for commit in commits])
         self._responsiveness.note_request()
         try:
             results = await self._store.commit(commits, _last_deadline_s(computed))

@@ -241,14 +241,14 @@ class Pipeline:
         """
         return self._chunks[model].check_admission(key, left_s)
 
-    def enqueue(self, chunk: Chunk, deadline_s: float = math.inf) -> Results[Reply]:
-        """Queue a chunk as `process` does; returns a future of the one result.
+    def enqueue(self, chunk: Chunk, deadline_s: float) -> Results[Reply]:
+        """Queue a chunk that `check_admission` admitted, with nothing queued in between.
 
-        Raises:
-            ModelNotFound
+        Returns:
+            A future of the one result: what `process` returns or raises.
         """
-        batcher = self._chunks[self.model(chunk.key.model).name]
-        return batcher.enqueue([JobRequest(chunk, chunk.key, chunk.steps.length)], deadline_s)
+        key = chunk.key
+        return self._chunks[key.model].enqueue_admitted(chunk, key, chunk.steps.length, deadline_s)
 
     def cancel(self, chunk: Chunk, results: Results[Reply]) -> None:
         """Cancel an enqueued chunk whose client disconnected; it is dropped if still queued."""

@@ -39,7 +39,7 @@ class Runs:
             self._began.notify_all()
         if self.releasing:
             for job in jobs:
-                control.release_stream(job.key)
+                control.release_streams([job.key])
         await self.gate.wait()
         to_retry = [job for job in jobs if job.attempts < self.retries.get(job.payload, 0)]
         for job in jobs:

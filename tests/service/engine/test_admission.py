@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,8 +12,8 @@ import structlog
 from service.core.errors import Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
 from service.engine.fair_queue import JobRequest, Results
-from service.engine.policy import STREAM_SHARE, BatchLimits
-from tests.service.engine.batching import UP_TO_8, Runs, batching, submit
+from service.engine.policy import STREAM_SHARE, Admission, BatchLimits
+from tests.service.engine.batching import UP_TO_8, Runs, batching, no_room, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced
 
@@ -48,6 +49,17 @@ async def test_an_overloaded_stream_rejects_its_own_callers_only() -> None:
         runs.gate.set()
         await asyncio.gather(*hot, *others)
         assert batcher.check_admission("hot", 60) is None
+
+
+async def test_an_admitted_job_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs()
+    async with batching(runs) as batcher:
+        assert batcher.check_admission("a", 60) is None
+        monkeypatch.setattr(Admission, "check_admission", no_room)
+        admitted = batcher.enqueue_admitted("a", "a", 1, math.inf)
+        assert rejected(enqueue(batcher, ["b"])) == [Overloaded]
+        runs.gate.set()
+        assert await admitted == ["A"]
 
 
 async def test_many_streams_with_many_callers_leave_room_for_others() -> None:

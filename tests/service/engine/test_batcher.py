@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
     async def run(jobs: Jobs, control: BatchControl) -> Jobs:
         name = jobs[0].payload
         if name == "a1":
-            control.release_stream("same")
+            control.release_streams(["same"])
         again = await runs(jobs, control)
         await gates.get(name, runs.gate).wait()
         return again
@@ -191,7 +192,7 @@ async def test_jobs_started_after_a_retried_one_are_out_of_order() -> None:
         for job in jobs:
             seen[job.payload] = job
             began[job.payload].set()
-            control.release_stream(job.key)
+            control.release_streams([job.key])
         gate = gates.get(jobs[0].payload)
         if gate is not None and not jobs[0].attempts:
             await gate.wait()
@@ -287,6 +288,8 @@ async def test_drain_finishes_accepted_jobs_and_rejects_new_ones() -> None:
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
             await submit(batcher, "late", "late", 1)
+        [admitted] = await batcher.enqueue_admitted("late", "late", 1, math.inf)
+        assert isinstance(admitted, ShuttingDown)
         runs.gate.set()
         await draining
         assert await asyncio.gather(*tasks) == ["A", "B"]

@@ -102,7 +102,7 @@ async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
     async def run(jobs: Jobs, control: BatchControl) -> Jobs:
         (job,) = jobs
         seen[job.payload] = job
-        control.release_stream(job.key)
+        control.release_streams([job.key])
         if job.payload == "next":
             await hold.wait()
         return await runs(jobs, control)

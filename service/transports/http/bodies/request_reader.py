@@ -61,6 +61,10 @@ class RequestReader:
         self._schema = served.events
         self._whole = served.artifact.spec.chunking == "whole"
 
+    def key(self, stream: str) -> StreamKey:
+        """The key of a stream of the model."""
+        return StreamKey(self._name, stream)
+
     def check_accepts_chunks(self) -> None:
         """Reject chunks for a model that needs whole sequences.
 
@@ -83,7 +87,8 @@ class RequestReader:
             ChunksUnsupported, FinalUnsupported, MalformedBody, InvalidInput, ChunkTooLong: with
                 the fact `stream`.
         """
-        decoded = self.decode_chunk(body, media, stream, precondition)
+        key = self.key(stream)
+        decoded = self.decode_chunk(body, media, key, precondition)
         if decoded is not None:
             return decoded
         try:
@@ -92,20 +97,20 @@ class RequestReader:
             steps = self.strict.chunk_steps(validated, "")
         except CarryError as error:
             raise with_stream(stream, error) from error
-        return self.build_chunk(validated, steps, stream, precondition, final=validated.final)
+        return self.build_chunk(validated, steps, key, precondition, final=validated.final)
 
     def decode_chunk(
         self,
         body: bytes,
         media: Media,
-        stream: str,
+        key: StreamKey,
         precondition: Precondition | None = None,
     ) -> Chunk | None:
         """The one chunk of a body, if the fast decoder reads it; otherwise None."""
         if self._whole:
             return None
         decoded = self.fast.decode_chunk(media, body)
-        return None if decoded is None else self.build_chunk(*decoded, stream, precondition)
+        return None if decoded is None else self.build_chunk(*decoded, key, precondition)
 
     def part_of_steps(
         self, media: Media, name: str, elements: Sequence[Encoded], origin: Origin
@@ -141,7 +146,10 @@ class RequestReader:
         self.check_accepts_chunks()
         decoded = self.fast.decode_items(media, body)
         if decoded is not None and all(item.if_match is None for item, _ in decoded):
-            return [self.build_chunk(item, steps, item.stream, None) for item, steps in decoded]
+            return [
+                self.build_chunk(item, steps, self.key(item.stream), None)
+                for item, steps in decoded
+            ]
         kind, origin = self.strict.types[media].many, Origin(first=first)
         self._check_count("chunks", count_parts(media, body))
         try:
@@ -186,7 +194,8 @@ class RequestReader:
             if value.if_match is not None:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
             steps = self.strict.chunk_steps(value, inside)
-            return self.build_chunk(value, steps, value.stream, precondition, final=value.final)
+            key = self.key(value.stream)
+            return self.build_chunk(value, steps, key, precondition, final=value.final)
         except CarryError as error:
             return item_error(error, stream)
 
@@ -285,7 +294,7 @@ class RequestReader:
         self,
         body: ChunkBody | DecodedChunk | RowsChunk,
         steps: Steps,
-        stream: str,
+        key: StreamKey,
         precondition: Precondition | None,
         *,
         final: bool = False,
@@ -293,7 +302,7 @@ class RequestReader:
         """Build the chunk of a body and its steps."""
         nonce = self._nonce() if body.position is None else b""
         return Chunk(
-            StreamKey(self._name, stream),
+            key,
             steps,
             chunk_digest(self._schema, steps, nonce, final=final),
             body.position,

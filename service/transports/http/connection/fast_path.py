@@ -155,6 +155,7 @@ class FastPath:
     def __init__(self, api: ApiContext, ids: RequestIds):
         self._api = api
         self._ids = ids
+        self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
         self._overload_responses = OverloadResponses()
         # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, api.limits))
@@ -172,27 +173,28 @@ class FastPath:
         if headers is None:
             return None
         total_bytes = end + 4 + headers.length
-        if total_bytes > min(MAX_REQUEST_BYTES, self._api.limits.max_body_bytes):
+        if total_bytes > self._max_bytes:
             return None
         if len(data) < total_bytes:
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, stream = start[1].decode(), start[2].decode()
-        pipeline = self._api.pipeline
+        api, pipeline = self._api, self._api.pipeline
         served = pipeline.models.get(model)
         if served is None:
             return None
-        wire = self._api.wires.get(model)
+        wire = api.wires.get(model)
         if wire is None or wire.served is not served:
-            wire = self._api.wire(model)
+            wire = api.wire(model)
         request_id = headers.request_id or self._ids.next()
-        error = pipeline.check_admission(model, StreamKey(model, stream), headers.timeout_s)
+        key = StreamKey(model, stream)
+        error = pipeline.check_admission(model, key, headers.timeout_s)
         if error is not None:
             return RejectedRequest(
                 wire, error, headers.reply_media, request_id, received_s, total_bytes
             )
-        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], headers.media, stream)
-        if chunk is None or chunk.steps.length * wire.served.outputs.size > LONG_VALUES:
+        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], headers.media, key)
+        if chunk is None or chunk.steps.length * served.outputs.size > LONG_VALUES:
             # the slow path encodes long replies in pieces
             return None
         deadline_s = received_s + headers.timeout_s
@@ -201,7 +203,7 @@ class FastPath:
         )
 
     def start(self, request: FastRequest) -> PendingReply:
-        """Hand the chunk to the pipeline."""
+        """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
         return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: FastRequest, reply: PendingReply) -> None:
@@ -238,7 +240,7 @@ class FastPath:
             body = request.wire.writer.reply_bytes(result, request.reply_media)
             head = _RESPONSE_HEADS[request.reply_media] % (
                 result.head.etag.encode(),
-                server_timing(result.timing).encode(),
+                server_timing(result.timing),
                 len(body),
                 request.request_id,
                 header_lines,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -123,9 +124,6 @@ class HttpProtocol(FramingProtocol):
         if self._buffered:
             data = self._buffered + data
             self._buffered = b""
-        self._process_all(data)
-
-    def _process_all(self, data: bytes) -> None:
         while data and not self._stops_reading:
             data = self._process(data)
 
@@ -161,20 +159,25 @@ class HttpProtocol(FramingProtocol):
     @property
     def _is_blocked(self) -> bool:
         """Whether received bytes belong to a later request, which has to wait."""
-        unread = self.flow.write_paused and self._message_complete and not self._has_cycle
-        return self._is_busy or unread
+        if self._has_cycle:
+            return self._is_cycle_received
+        return self._pending is not None or (self._message_complete and self._flow.write_paused)
 
     @property
     def _has_cycle(self) -> bool:
         """Whether the slow path has a request to answer."""
-        return self.cycle is not None and not self.cycle.response_complete
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    @property
+    def _is_cycle_received(self) -> bool:
+        """Whether the slow path has received its request to the end."""
+        return bool(self.pipeline) or not self.cycle.more_body
 
     @property
     def _is_busy(self) -> bool:
         """Whether a complete request is being answered."""
-        if self._has_cycle:
-            return bool(self.pipeline) or not self.cycle.more_body
-        return self._pending is not None
+        return self._is_cycle_received if self._has_cycle else self._pending is not None
 
     @property
     def _has_pending_replies(self) -> bool:
@@ -218,29 +221,29 @@ class HttpProtocol(FramingProtocol):
         if self._flow.buffer_is_full:
             self._flow.buffer_is_full = False
             self._flow.resume_reading()
-        self._process_all(buffered)
+        self.data_received(buffered)
         if self._half_closed and not self._has_pending_replies:
             self.transport.close()
 
     def _start_fast_request(self, route: FastRoute[Any], request: Any) -> None:
         reply = route.start(request)
         self._pending = route, request, reply
+        reply.add_done_callback(partial(self._respond, route, request))
 
-        def respond(reply: PendingReply) -> None:
-            self._pending = None
-            if reply.cancelled() or self.transport.is_closing():
-                return
-            [result] = reply.result()
-            closes = self._closes_after_reply
-            self.transport.write(route.response(request, result, closes=closes))
-            if closes:
-                self.transport.close()
-                return
-            self._complete_fast_request()
-            if self._buffered or self._half_closed or self._flow.buffer_is_full:
-                self._process_buffered()
-
-        reply.add_done_callback(respond)
+    def _respond(self, route: FastRoute[Any], request: Any, reply: PendingReply) -> None:
+        """Answer the pending request."""
+        self._pending = None
+        if reply.cancelled() or self.transport.is_closing():
+            return
+        [result] = reply.result()
+        closes = self._closes_after_reply
+        self.transport.write(route.response(request, result, closes=closes))
+        if closes:
+            self.transport.close()
+            return
+        self._complete_fast_request()
+        if self._buffered or self._half_closed or self._flow.buffer_is_full:
+            self._process_buffered()
 
     def _complete_fast_request(self) -> None:
         self.progress += 1

@@ -88,7 +88,8 @@ class LongReader:
             chunk, steps = await self._steps(memoryview(body), media, kind, "", checkpoint)
         except CarryError as error:
             raise with_stream(stream, error) from error
-        return reader.build_chunk(chunk, steps, stream, precondition, final=chunk.final)
+        key = reader.key(stream)
+        return reader.build_chunk(chunk, steps, key, precondition, final=chunk.final)
 
     async def items(
         self, body: bytes, media: Media, checkpoint: Checkpoint
@@ -224,9 +225,8 @@ class LongReader:
             precondition = None
             if validated.if_match is not None:
                 precondition = parse_if_match(validated.if_match, f"{inside}.if_match", bare=True)
-            return reader.build_chunk(
-                validated, steps, validated.stream, precondition, final=validated.final
-            )
+            key = reader.key(validated.stream)
+            return reader.build_chunk(validated, steps, key, precondition, final=validated.final)
         except (MalformedBody, DeadlineExceeded):
             raise
         except CarryError as error:

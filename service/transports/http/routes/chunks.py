@@ -66,7 +66,7 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     _check_capacity(api, wire, key, body)
     chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
     result = await cancel_on_disconnect(request, api.pipeline.process(chunk, deadline_s))
-    timing = (b"server-timing", server_timing(result.timing).encode())
+    timing = (b"server-timing", server_timing(result.timing))
     return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
 
 

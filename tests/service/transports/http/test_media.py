@@ -105,7 +105,7 @@ def test_if_match_header_is_parsed() -> None:
 def test_server_timing_lists_the_stages() -> None:
     timing = Timing(queue_s=0.001, load_s=0.0025, infer_s=0.125, commit_s=1)
     assert server_timing(timing) == (
-        "queue;dur=1.000, load;dur=2.500, infer;dur=125.000, commit;dur=1000.000"
+        b"queue;dur=1.000, load;dur=2.500, infer;dur=125.000, commit;dur=1000.000"
     )
 
 
