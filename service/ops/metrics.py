@@ -270,11 +270,13 @@ def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
     """
     bounds, buckets = histogram._upper_bounds, histogram._buckets
     histogram._sum.inc(sum(values))
-    # Most chunks of a batch have the same times.
-    are_equal = bool(values) and values.count(values[0]) == len(values)
-    counts = {values[0]: len(values)} if are_equal else Tally(values)
-    for value, count in counts.items():
-        buckets[bisect_left(bounds, value)].inc(count)
+    # in most stages, the chunks of a batch have the same time
+    if values and values.count(values[0]) == len(values):
+        counts = {bisect_left(bounds, values[0]): len(values)}
+    else:
+        counts = Tally([bisect_left(bounds, value) for value in values])
+    for bucket, count in counts.items():
+        buckets[bucket].inc(count)
 
 
 def _drop_gauges_of_dead_workers(directory: Path) -> None:

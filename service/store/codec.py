@@ -387,7 +387,6 @@ def _checksum(value: bytes, crc_offset: int) -> int:
 
 def _join_with_checksum(lead: bytes, *rest: bytes) -> bytes:
     """Join the parts, and insert the checksum of all of them behind `lead`."""
-    crc = zlib.crc32(lead)
-    for part in rest:
-        crc = zlib.crc32(part, crc)
-    return b"".join((lead, crc.to_bytes(4, "little"), *rest))
+    body = b"".join(rest)
+    crc = zlib.crc32(body, zlib.crc32(lead))
+    return lead + crc.to_bytes(4, "little") + body

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from contextvars import Context
 from functools import lru_cache
 from itertools import chain, permutations
 from typing import Annotated, Any, Final, NamedTuple
@@ -168,6 +169,9 @@ class JsonRowsDecoder:
         self._features = features
         self._max_rows = max_rows
         self._parser = simdjson.Parser()
+        # entering `np.errstate` for each body would cost twice as much as the call in it
+        self._ignoring_overflow = Context()
+        self._ignoring_overflow.run(np.seterr, over="ignore")
 
     def decode_chunk(self, body: bytes) -> RowsChunk | None:
         """The chunk of a body; None if it is not a valid chunk of rows in the usual form."""
@@ -203,9 +207,9 @@ class JsonRowsDecoder:
         numbers = np.frombuffer(value.as_buffer(of_type="d"), _F8)
         if numbers.size != count * self._features:
             return None
-        with np.errstate(over="ignore"):
-            if not numbers.dot(numbers) < _LARGEST_SQUARES:
-                return None
+        squares: np.float64 = self._ignoring_overflow.run(numbers.dot, numbers)
+        if not squares < _LARGEST_SQUARES:
+            return None
         return numbers.astype(_F4).reshape(count, self._features)
 
 
