@@ -104,7 +104,7 @@ class FastRoute(Protocol[R]):
         last to the slow path. A request has `total_bytes`."""
 
     def start(self, request: R) -> PendingReply:
-        """Hand the chunk to the pipeline."""
+        """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
 
     def cancel(self, request: R, reply: PendingReply) -> None:
         """Drop a request whose client disconnected, unless its chunk is already in a batch."""
@@ -203,7 +203,7 @@ class FastPath:
         )
 
     def start(self, request: FastRequest) -> PendingReply:
-        """Hand the chunk to the pipeline, at once after `parse`, which checked its admission."""
+        """Hand the chunk to the pipeline."""
         return self._api.pipeline.enqueue(request.chunk, request.deadline_s)
 
     def cancel(self, request: FastRequest, reply: PendingReply) -> None:
