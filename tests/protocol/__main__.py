@@ -15,27 +15,26 @@ from dataclasses import replace
 import structlog
 import uvloop
 
-from tests.protocol.explorer import explore
+from tests.protocol.explorer import explore, format_trace
 from tests.protocol.planted_bugs import PLANTED_BUGS
 from tests.protocol.scenarios import SCENARIOS
 from tests.protocol.script_comparison import compare_script_calls
-from tests.protocol.trace import format_trace
-from tests.protocol.world import Faults
+from tests.protocol.state import Faults
 from tests.support.servers import real_server
 
-TO_THE_END = 1_000
+ROW = "{:12}{:>10,}{:>13,}{:>7}{:>7,}{:>7.1f}s"
 
 
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.protocol", description=__doc__)
-    parser.add_argument("--depth", type=int, default=TO_THE_END, help="steps; default: to the end")
+    parser.add_argument("--depth", type=int, default=1_000, help="steps; default: to the end")
     parser.add_argument("--faults", type=int, default=1, help="how often each fault may happen")
     parser.add_argument("--only", default="", help="scenarios whose names begin with this")
     parser.add_argument("--traces", action="store_true", help="print a trace of each planted bug")
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    failures, totals = 0, [0, 0, 0, 0.0]
+    failures, rows = 0, []
     print(f"{'scenario':12}{'states':>10}{'transitions':>13}{'steps':>7}{'calls':>7}{'time':>8}")
     with real_server("valkey") as server, server.client() as client:
         for scenario in SCENARIOS:
@@ -46,12 +45,13 @@ def main() -> int:
             if result.violation:
                 failures += 1
                 print(format_trace(result))
-            calls = uvloop.run(compare_script_calls(result.values, server.url, client))
-            counts = (result.states, result.transitions, calls, result.seconds)
-            totals = [total + count for total, count in zip(totals, counts, strict=True)]
+            calls = uvloop.run(compare_script_calls(result.model, server.url, client))
+            rows.append((result.states, result.transitions, calls, result.seconds))
             steps = f"{result.depth}{'' if result.is_complete else '+'}"
-            _print_row(scenario.name.partition(":")[0], steps, *counts)
-    _print_row("all", "", *totals)
+            name = scenario.name.partition(":")[0]
+            print(ROW.format(name, *rows[-1][:2], steps, *rows[-1][2:]), flush=True)
+    states, transitions, calls, seconds = map(sum, zip(*rows, strict=True))
+    print(ROW.format("all", states, transitions, "", calls, seconds))
     print(f"\n{'steps':>5}  planted bug")
     for bug in PLANTED_BUGS:
         result = explore(bug.scenario, bug.rules)
@@ -60,12 +60,6 @@ def main() -> int:
         if options.traces and result.violation:
             print(format_trace(result), end="\n\n")
     return 1 if failures else 0
-
-
-def _print_row(name: str, steps: str, *counts: float) -> None:
-    states, transitions, calls, seconds = counts
-    row = f"{name:12}{states:10,}{transitions:13,}{steps:>7}{calls:7,}{seconds:7.1f}s"
-    print(row, flush=True)
 
 
 if __name__ == "__main__":

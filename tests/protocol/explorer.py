@@ -1,6 +1,6 @@
-"""Breadth-first search through every state (`World`) that a scenario can reach.
+"""Breadth-first search through every system state that a scenario can reach.
 
-No shorter path leads to the violation that is found. Worlds are compared whole, not by hash; two
+No shorter path leads to the violation that is found. States are compared whole, not by hash; two
 that differ only in the order of the workers are one.
 
 Exhaustive on purpose: random walks of the same model (hypothesis' RuleBasedStateMachine, runs of 30
@@ -12,46 +12,36 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
-from tests.protocol.faults import FaultyTransition, possible_moves
+from tests.protocol.actions import Action, possible_actions
 from tests.protocol.invariants import Violation
-from tests.protocol.rules import Rules
-from tests.protocol.transitions import Move
-from tests.protocol.values import Values
-from tests.protocol.world import Scenario, World, first_world
+from tests.protocol.model import Model, Rules
+from tests.protocol.state import STREAMS, Scenario, SystemState
+from tests.protocol.system import System
 
 
 @dataclass
 class Exploration:
-    """What a search saw.
+    """The result of a search."""
 
-    Attributes:
-        states: number of different states of the model.
-        depth: the longest of the shortest paths.
-        is_complete: nothing is left to explore; else the depth ended it.
-        violation: the invariant that does not hold, or None.
-        path: the shortest path to the violation.
-    """
-
-    scenario: Scenario
-    values: Values
+    model: Model
     states: int = 0
     transitions: int = 0
-    depth: int = 0
-    is_complete: bool = False
+    depth: int = 0  # the longest of the shortest paths
+    is_complete: bool = False  # else the depth ended it
     seconds: float = 0.0
     violation: str | None = None
-    path: list[Move] = field(default_factory=list)
+    path: list[Action] = field(default_factory=list)  # the shortest to the violation
 
 
 def explore(
     scenario: Scenario, rules: Rules | None = None, depth: int | None = None
 ) -> Exploration:
-    """Explore a scenario to a depth in steps, by default its own, or to its end."""
-    result = Exploration(scenario, Values(scenario, rules or Rules()))
-    started_s = time.process_time()
-    # Worlds hold no cycles, and the collector would walk through all of them again and again.
-    collects = gc.isenabled()
+    """Explore a scenario to a depth in steps, by default its own."""
+    result = Exploration(Model(scenario, rules or Rules()))
+    started_s, collects = time.process_time(), gc.isenabled()
+    # States hold no cycles, and the collector would walk through all of them again and again.
     gc.disable()
     try:
         _search(result, scenario.depth if depth is None else depth)
@@ -63,34 +53,53 @@ def explore(
 
 
 def _search(result: Exploration, limit: int) -> None:
-    first = first_world(result.scenario)
-    seen = {_canonical(first)}
-    arrivals: list[tuple[int, Move]] = [(-1, ())]
-    frontier = [(0, first)]
-    while frontier and result.depth < limit:
-        result.depth += 1
-        following: list[tuple[int, World]] = []
-        for index, world in frontier:
-            for move in possible_moves(world, result.values):
-                result.transitions += 1
-                try:
-                    after = FaultyTransition(world, result.values).apply(move)
-                except Violation as violation:
-                    result.violation, result.path = str(violation), [move]
-                    while index > 0:
-                        index, move = arrivals[index]
-                        result.path.insert(0, move)
-                    result.states = len(seen)
-                    return
-                canonical = _canonical(after)
-                if canonical not in seen:
-                    seen.add(canonical)
-                    following.append((len(arrivals), after))
-                    arrivals.append((index, move))
-        frontier = following
+    first = SystemState.initial(result.model.scenario)
+    seen = {first}
+    frontier: list[tuple[SystemState, Any]] = [(first, None)]
+    try:
+        while frontier and result.depth < limit:
+            result.depth += 1
+            states, frontier = frontier, []
+            for state, path in states:
+                for action in possible_actions(state, result.model):
+                    result.transitions += 1
+                    after = System(state, result.model).apply(action)
+                    one, two = after.workers
+                    canonical = after if one < two else after._replace(workers=(two, one))
+                    if canonical not in seen:
+                        seen.add(canonical)
+                        frontier.append((after, (action, path)))
+    except Violation as violation:
+        result.violation = str(violation)
+        path = (action, path)
+        while path:
+            action, path = path
+            result.path.insert(0, action)
     result.states, result.is_complete = len(seen), not frontier
 
 
-def _canonical(world: World) -> World:
-    one, two = world.workers
-    return world if one <= two else world._replace(workers=(two, one))
+def format_trace(result: Exploration) -> str:
+    """An exploration's path, step by step: each action, the answers, and what it changed."""
+    state = SystemState.initial(result.model.scenario)
+    lines = [f"Scenario {result.model.scenario.name!r}, {len(result.path)} steps:"]
+    for number, (effect, arguments) in enumerate(result.path, 1):
+        lines.append(f"{number:3}. {effect.__name__} {', '.join(map(str, arguments))}")
+        system, before, violation = System(state, result.model), _describe(state), []
+        try:
+            state = system.apply((effect, arguments))
+        except Violation as error:
+            violation = [f"VIOLATION: {error}"]
+        changes = [f"answer to {request}: {answer}" for request, answer in system.answers]
+        changes += violation or [line for line in _describe(state) if line not in before]
+        lines += [f"     {line}" for line in changes]
+    return "\n".join(lines)
+
+
+def _describe(state: SystemState) -> list[str]:
+    lines = [f"in transit: {'; '.join(map(str, late))}" for late in state.in_transit]
+    for name, stored in zip(STREAMS, state.store, strict=True):
+        lines.append(f"store {name}: {stored.state}, reply: {stored.reply}")
+    for number, (cache, connection, queue) in enumerate(state.workers):
+        for what, values in (("cache", cache), ("connection", connection), ("queue", queue)):
+            lines.append(f"worker {number} {what}: {'; '.join(map(str, values))}")
+    return lines

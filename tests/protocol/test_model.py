@@ -1,4 +1,4 @@
-"""No invariant is violated in any world of the model, and the scripts do what the model says.
+"""No invariant is violated in any state of the model, and the scripts do what the model says.
 
 Every planted bug is found, with a readable trace; those in scripts also on a real server.
 """
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 import pytest
 
 from service.store.redis.redis_store import Script
-from tests.protocol.explorer import explore
-from tests.protocol.planted_bugs import PLANTED_BUGS, LuaChange, PlantedBug
+from tests.protocol.explorer import explore, format_trace
+from tests.protocol.planted_bugs import PLANTED_BUGS, PlantedBug
 from tests.protocol.scenarios import SCENARIOS
 from tests.protocol.script_comparison import ScriptMismatch, compare_script_calls
-from tests.protocol.trace import format_trace
-from tests.protocol.world import Scenario
+from tests.protocol.state import Scenario
 from tests.support.servers import RealServer, real_server
 
 MIN_STATES = 1_000
@@ -38,7 +37,7 @@ async def test_invariants_hold_and_scripts_match_the_model(
     assert result.violation is None, format_trace(result)
     assert result.states >= MIN_STATES
     with valkey.client() as client:
-        assert await compare_script_calls(result.values, valkey.url, client) > 0
+        assert await compare_script_calls(result.model, valkey.url, client) > 0
 
 
 @pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
@@ -53,34 +52,23 @@ def test_planted_bug_is_found_with_a_trace(bug: PlantedBug) -> None:
     assert trace.endswith(f"VIOLATION: {result.violation}")
 
 
-@pytest.mark.parametrize(
-    "bug", [bug for bug in PLANTED_BUGS if bug.lua is not None], ids=lambda bug: bug.name
-)
+@pytest.mark.parametrize("bug", [b for b in PLANTED_BUGS if b.lua], ids=lambda bug: bug.name)
 async def test_changed_script_differs_from_the_model(
     bug: PlantedBug, valkey: RealServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    correct = explore(bug.scenario, depth=8).values
-    buggy = explore(bug.scenario, bug.rules).values
+    name, old, new = bug.lua
+    original = Script.load(name)
+    assert original.text.count(old.encode()) == 1
+    text = original.text.replace(old.encode(), new.encode())
+    changed = Script(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+    correct = explore(bug.scenario, depth=8).model
+    buggy = explore(bug.scenario, bug.rules).model
     with valkey.client() as client:
         await compare_script_calls(correct, valkey.url, client)
         with pytest.raises(ScriptMismatch):
             await compare_script_calls(buggy, valkey.url, client)
-        monkeypatch.setattr(Script, "load", classmethod(load_changed(bug.lua)))
+        load = Script.load
+        monkeypatch.setattr(Script, "load", lambda each: changed if each == name else load(each))
         await compare_script_calls(buggy, valkey.url, client)
         with pytest.raises(ScriptMismatch):
             await compare_script_calls(correct, valkey.url, client)
-
-
-def load_changed(lua: LuaChange):
-    """A `Script.load` that applies the change."""
-    original = Script.load
-
-    def load(cls: type[Script], name: str) -> Script:
-        script = original(name)
-        if name != lua.script:
-            return script
-        assert script.text.count(lua.old.encode()) == 1
-        text = script.text.replace(lua.old.encode(), lua.new.encode())
-        return cls(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
-
-    return load
