@@ -75,7 +75,8 @@ def parse_parameters(given: Mapping[str, Parameter]) -> InferParameters:
         raise invalid("parameters.epoch", "16 hex digits", _shown(epoch))
     if stream is None:
         for name in ("sequence_start", "sequence_end", "position", "epoch"):
-            if given.get(name) not in (None, False):
+            value = given.get(name)
+            if value is not None and value is not False:
                 raise invalid("parameters.sequence_id", f"one, since {name} is set", "none")
     if starts_over and position not in (None, 0):
         raise invalid("parameters.position", "0, since the sequence starts", position)

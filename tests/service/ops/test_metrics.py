@@ -184,6 +184,19 @@ def test_any_worker_renders_the_sum_including_dead_workers(tmp_path: Path) -> No
     assert len([key for key in found if key[0] == "carry_model_info"]) == 1
 
 
+def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> None:
+    reports: Recorder = recorder
+    recorder.model("flights", "a1b2", "tensorflow")
+    first = Timing(queue_s=0.002, load_s=0.03, infer_s=0.4, commit_s=5.0)
+    reports.record_chunks("flights", 19, [first, first, Timing()])
+    reports.record_runtime_call("flights", rows=3, steps=40, padded_steps=64, seconds=0.006)
+    reports.record_error("flights", "position_ahead")
+    reports.record_error("flights", "overloaded")
+    totals = recorder.statistics()["flights"]
+    assert totals[:3] == (3, 1, 2)
+    assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))
+
+
 def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
     recorder.record_error("flights", "conflict")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class V2:
         self, body: Any, headers: Any = None, *, model: str = "probe", version: str = ""
     ) -> httpx.Response:
         """Post a body to a model: bytes as they are, anything else as JSON."""
-        content = body if isinstance(body, bytes) else orjson.dumps(body)
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         in_version = f"/versions/{version}" if version else ""
         address = f"/v2/models/{model}{in_version}/infer"
         return await self.api.client.post(address, content=content, headers=headers)

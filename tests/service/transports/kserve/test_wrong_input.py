@@ -1,0 +1,258 @@
+"""Requests that do not fit are rejected with an error that names the place; nothing is applied."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from tests.service.transports.http.harness import EVENT, LIMITS, rows
+from tests.service.transports.kserve.v2 import (
+    HEADER,
+    V2,
+    binary_body,
+    binary_texts,
+    error_of,
+    json_body,
+    reply_of,
+)
+
+ROWS = rows(4)
+SEQUENCE = {"sequence_id": 7}
+
+
+def changed(**members: Any) -> dict[str, Any]:
+    """A valid chunk with other members in its tensor."""
+    body = json_body(ROWS, parameters=SEQUENCE)
+    body["inputs"][0].update(members)
+    return {**body, "inputs": [{k: v for k, v in body["inputs"][0].items() if v is not None}]}
+
+
+def with_parameters(**parameters: Any) -> dict[str, Any]:
+    """A valid chunk with other parameters."""
+    return json_body(ROWS, parameters=SEQUENCE | parameters)
+
+
+BODIES: dict[str, tuple[Any, str]] = {
+    "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
+    "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
+    "texts": (changed(datatype="BYTES"), "inputs[0].data: expected a list of values"),
+    "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
+    "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
+    "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
+    "a negative axis": (changed(shape=[-4, 3]), "inputs[0].shape[0]: Expected `int` >= 0"),
+    "two streams": (changed(shape=[2, 2, 3]), "inputs[0].shape: expected 1 in front"),
+    "too few values": (changed(data=[1.0] * 11), "inputs[0].data: expected 12 values"),
+    "no values": (changed(data=None), "inputs[0]: expected either data or"),
+    "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
+    "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
+    "a ragged list": (changed(data=[[1.0, 2.0], 3.0]), "inputs[0].data: expected a list"),
+    "a flag as a number": (changed(data=[True] * 12), "inputs[0].data: expected a list"),
+    "an overflow": (changed(data=[1e39] * 12), "inputs[0][0] (feature_0): expected a finite"),
+    "shared memory": (
+        changed(parameters={"shared_memory_region": "r"}, data=None),
+        "inputs[0].parameters: Object contains unknown field `shared_memory_region`",
+    ),
+    "two tensors": (json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2}, "exactly one"),
+    "no tensor": ({"inputs": []}, "inputs: expected exactly one tensor, inputs, got 0"),
+    "no inputs": ({}, "body: Object missing required field `inputs`"),
+    "an unknown member": (json_body(ROWS, input=1), "unknown field `input`"),
+    "an unknown output": (
+        json_body(ROWS, outputs=[{"name": "x"}]),
+        "outputs[0].name: expected each once of last, out, steep, got 'x'",
+    ),
+    "an output twice": (
+        json_body(ROWS, outputs=[{"name": "out"}, {"name": "out"}]),
+        "outputs[1].name: expected each once",
+    ),
+    "classification": (
+        json_body(ROWS, outputs=[{"name": "out", "parameters": {"classification": 2}}]),
+        "unknown field `classification`",
+    ),
+    "a misspelt parameter": (with_parameters(postion=4), "parameters: expected one of sequence_id"),
+    "a negative id": (with_parameters(sequence_id=-1), "sequence_id: expected a whole number"),
+    "too large an id": (with_parameters(sequence_id=2**64), "sequence_id"),
+    "an id with a fraction": (with_parameters(sequence_id=1.5), "sequence_id: expected a whole"),
+    "a flag as an id": (with_parameters(sequence_id=True), "sequence_id: expected a whole"),
+    "a number as a flag": (with_parameters(sequence_start=1), "expected true or false, got 1"),
+    "a start in the middle": (
+        with_parameters(sequence_start=True, position=4),
+        "parameters.position: expected 0, since the sequence starts, got 4",
+    ),
+    "a text as position": (with_parameters(position="4"), "parameters.position: expected a whole"),
+    "a bad epoch": (with_parameters(epoch="xyz"), "parameters.epoch: expected 16 hex digits"),
+    "a negative timeout": (with_parameters(timeout=-1), "parameters.timeout: expected a whole"),
+    "a text for binary outputs": (
+        with_parameters(binary_data_output="yes"),
+        "parameters.binary_data_output: expected true or false",
+    ),
+    "a start without a sequence": (
+        json_body(ROWS, parameters={"sequence_start": True}),
+        "parameters.sequence_id: expected one, since sequence_start is set, got none",
+    ),
+    "a position without a sequence": (
+        json_body(ROWS, parameters={"sequence_id": 0, "position": 0}),
+        "parameters.sequence_id: expected one, since position is set",
+    ),
+}
+
+
+async def test_bodies_that_do_not_fit_are_rejected(v2: V2) -> None:
+    for name, (body, expected) in BODIES.items():
+        too_long = name == "too many steps"
+        status, code = (413, "chunk_too_long") if too_long else (422, "invalid_input")
+        error = error_of(await v2.post(body), status, code)
+        assert expected in error["error"], name
+    assert v2.api.counts.seen["invalid_input"] == len(BODIES) - 1
+    assert not v2.api.store.states
+
+
+async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
+    for identity in ("a b", ".", "x" * 257, "a/b"):
+        response = await v2.post(with_parameters(sequence_id=identity))
+        assert "parameters.sequence_id" in error_of(response, 400, "invalid_name")["error"]
+
+
+def cut_off(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body[:-1], headers
+
+
+def too_long(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body + b"\x00", headers
+
+
+def without_length(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {}
+
+
+def beyond_the_body(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: str(len(body) + 1)}
+
+
+def in_words(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: "many"}
+
+
+def in_the_json(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body, {HEADER: str(int(headers[HEADER]) - 3)}
+
+
+def other_size(body: bytes, headers: Mapping[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    return body.replace(b'_size":48', b'_size":44'), headers
+
+
+async def test_damaged_binary_bodies_are_rejected(v2: V2) -> None:
+    for damage, code, expected in (
+        (cut_off, "invalid_input", "expected 48 bytes after the JSON"),
+        (too_long, "invalid_input", "expected 48 bytes after the JSON"),
+        (without_length, "malformed_body", "expected one JSON document"),
+        (beyond_the_body, "invalid_input", "Inference-Header-Content-Length: expected at most"),
+        (in_words, "invalid_input", "Inference-Header-Content-Length: expected a number"),
+        (in_the_json, "malformed_body", "expected one JSON document"),
+        (other_size, "invalid_input", "expected 44 bytes after the JSON"),
+    ):
+        body, headers = damage(*binary_body(ROWS, SEQUENCE))
+        response = await v2.post(body, headers)
+        error = error_of(response, 422 if code == "invalid_input" else 400, code)
+        assert expected in error["error"], damage
+    assert not v2.api.store.states
+
+
+async def test_duplicate_members_are_rejected(v2: V2) -> None:
+    text = orjson.dumps(with_parameters(position=0))
+    twice = text.replace(b'"position":0', b'"position":0,"position":1')
+    assert "position" in error_of(await v2.post(twice), 422, "invalid_input")["error"]
+
+
+async def test_bytes_that_are_no_events_are_rejected(v2: V2) -> None:
+    good = orjson.dumps(EVENT)
+
+    async def send(data: bytes, count: int) -> str:
+        tensor = {
+            "name": "events",
+            "datatype": "BYTES",
+            "shape": [count],
+            "parameters": {"binary_data_size": len(data)},
+        }
+        text = orjson.dumps({"inputs": [tensor], "parameters": SEQUENCE})
+        response = await v2.post(text + data, {HEADER: str(len(text))}, model="small")
+        error: str = error_of(response, 422, "invalid_input")["error"]
+        return error
+
+    assert "inputs[0].data: expected for each element" in await send(binary_texts(good)[:-1], 1)
+    assert "which end in an element" in await send(b"\x01\x00", 1)
+    assert "expected 2 elements for shape [2], got 1" in await send(binary_texts(good), 2)
+    assert "inputs[0].data[1]: expected an event" in await send(binary_texts(good, b"[]"), 2)
+    assert "inputs[0].data[0]" in await send(binary_texts(good + b"," + good), 1)
+    assert "inputs[0].data[0]" in await send(binary_texts(b'{"load":1,', b'"at":2}'), 2)
+    unknown = orjson.dumps({**EVENT, "speed": 1})
+    assert "events[1].speed" in await send(binary_texts(good, unknown), 2)
+    assert not v2.api.store.states
+
+
+async def test_oversized_bodies_are_rejected(v2: V2, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = LIMITS.max_body_bytes
+    response = await v2.post(b"x" * (most + 1))
+    error_of(response, 413, "body_too_large")
+    bomb = {"content-encoding": "gzip"}
+    error = error_of(await v2.post(gzip.compress(bytes(10 * most)), bomb), 413, "body_too_large")
+    assert "after decompression" in error["error"]
+    monkeypatch.setattr("service.transports.kserve.http_body.MAX_JSON_BYTES", 100)
+    error = error_of(await v2.post(json_body(ROWS)), 413, "body_too_large")
+    assert "send the tensor in the binary format" in error["error"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_compressed_body_is_read_to_its_exact_end(v2: V2, encoding: str) -> None:
+    compress = gzip.compress if encoding == "gzip" else zlib.compress
+    content = compress(orjson.dumps(with_parameters()))
+    headers = {"content-encoding": encoding}
+    assert reply_of(await v2.post(content, headers)).parameters["position"] == 4
+    for damaged in (content[:-1], content + b"x", b"x" + content, b""):
+        error_of(await v2.post(damaged, headers), 400, "malformed_body")
+    error = error_of(
+        await v2.post(content, {"content-encoding": "br"}), 415, "unsupported_media_type"
+    )
+    assert "expected gzip, deflate or none" in error["error"]
+    assert v2.api.position("7") == 4
+
+
+async def test_other_addresses_have_errors_in_the_form_of_v2(v2: V2) -> None:
+    for method, address, status, code in (
+        ("GET", "/v2/models/nothing", 404, "model_not_found"),
+        ("GET", "/v2/models/probe/versions/2", 404, "model_not_found"),
+        ("POST", "/v2/models/probe/versions/2/infer", 404, "model_not_found"),
+        ("GET", "/v2/models/probe/infer", 405, "method_not_allowed"),
+        ("POST", "/v2/models/probe", 405, "method_not_allowed"),
+        ("POST", "/v2/repository/models/probe/load", 404, "not_found"),
+        ("GET", "/v2/systemsharedmemory/status", 404, "not_found"),
+        ("GET", "/v2/models/probe?x=1", 422, "invalid_input"),
+    ):
+        response = await v2.api.client.request(method, address)
+        error_of(response, status, code)
+        assert ("allow" in response.headers) == (status == 405)
+
+
+async def test_unexpected_failure_is_an_internal_error(
+    v2: V2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no secret of the service")
+
+    monkeypatch.setattr("service.transports.kserve.http_routes.reply_document", fail)
+    error = error_of(await v2.post(json_body(ROWS)), 500, "internal_error")
+    assert "secret" not in error["error"]
+
+
+async def test_deadline_in_microseconds_is_kept(v2: V2) -> None:
+    response = await v2.post(with_parameters(timeout=1))
+    error_of(response, 504, "deadline_exceeded")
+    assert not v2.api.store.states
+    np.testing.assert_equal(
+        (await v2.infer(ROWS, timeout=10**9, **SEQUENCE)).parameters["position"], 4
+    )
