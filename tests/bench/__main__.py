@@ -15,43 +15,28 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from tests.bench import server_sections as servers
-from tests.bench import workload_sections as workloads
+from tests.bench.answers import WrongOutputsError
 from tests.bench.processes import CannotStartError
-from tests.bench.report import write_report
-from tests.bench.results import Results, format_table, read_results
-from tests.bench.run import RUNTIMES, Bench, Options
+from tests.bench.report import format_table, write_report
+from tests.bench.results import Results, read_results
+from tests.bench.run import Bench, Options
+from tests.bench.sections import BESIDE, SECTIONS
 from tests.bench.traffic import WrongReplyError
-from tests.bench.workloads import WrongOutputsError
 from tests.support import machine
-
-BESIDE = "beside"
-"""The section of a run with `--beside`, which runs no other by default."""
-
-SECTIONS: dict[str, Callable[[Bench], None]] = {
-    "peak": servers.measure_peak,
-    "many": workloads.measure_many,
-    "latency": servers.measure_latency,
-    "streams": workloads.measure_streams,
-    "cold": servers.measure_cold_start,
-    "workers": servers.measure_workers,
-    "events": workloads.measure_events,
-    "widths": workloads.measure_widths,
-    "kinds": workloads.measure_kinds,
-    "split": servers.measure_cpu_split,
-    BESIDE: servers.measure_beside,
-}
-"""In the order in which they are run."""
 
 BUSY_S, BUSY_CORES = 1.0, 0.2
 """How long others are watched before the run, and how many cores' worth is worth a note."""
 
-FAILURES = (CannotStartError, WrongOutputsError, WrongReplyError, BrokenProcessPool, OSError)
+FAILURES = (
+    *(CannotStartError, WrongOutputsError, WrongReplyError),
+    *(BrokenProcessPool, OSError, AssertionError),
+)
 """What ends a section and not the run."""
 
 PAGES = machine.REPOSITORY / "docs" / "reference"
@@ -59,56 +44,60 @@ PAGES = machine.REPOSITORY / "docs" / "reference"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, print the results, and keep them where it is asked for."""
-    defaults = Options()
-    parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
-    parser.add_argument("--only", help="sections, or none; all by default")
-    parser.add_argument("--beside", type=Path, help="another checkout of Carry, measured in turns")
-    parser.add_argument("--rounds", type=int, default=defaults.rounds, help="of every row")
-    parser.add_argument("--seconds", type=float, default=defaults.seconds, help="of a round")
-    parser.add_argument("--streams", type=int, default=defaults.streams, help="by default 1000")
-    parser.add_argument("--many-streams", type=int, default=defaults.many_streams)
-    parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="of Carry")
-    parser.add_argument("--jsonl", type=Path, help="append every line to this file")
-    parser.add_argument("--report", action="store_true", help="write docs/reference/performance.md")
-    given = parser.parse_args(arguments)
-    default = BESIDE if given.beside else ",".join(name for name in SECTIONS if name != BESIDE)
-    only = [name for name in (given.only or default).split(",") if name != "none"]
-    if unknown := set(only) - set(SECTIONS):
-        parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
-    if given.beside and not (given.beside / "service" / "cli.py").is_file():
-        parser.error(f"--beside: expected a checkout of Carry, got {given.beside}")
-    if given.report and given.jsonl is None:
-        parser.error("--report needs --jsonl FILE, which it reads")
-    options = Options(
-        rounds=given.rounds,
-        seconds=given.seconds,
-        streams=given.streams,
-        many_streams=given.many_streams,
-        runtimes=tuple(given.runtimes.split(",")),
-        beside=given.beside and given.beside.resolve(),
-    )
+    options = read_options(arguments)
     failed: list[str] = []
-    if only:
+    if options.only:
         results = Results(machine.describe_run())
         try:
-            failed = measure(only, options, results)
+            failed = measure(options, results)
         finally:
             print("\n" + format_table(results))
-            if given.jsonl is not None:
-                results.write(given.jsonl)
-    if given.report:
-        write_report(read_results(given.jsonl), PAGES)
+            if options.jsonl is not None:
+                results.write(options.jsonl)
+    if options.report and options.jsonl is not None:
+        write_report(read_results(options.jsonl), PAGES)
         print(f"wrote {PAGES / 'performance.md'}")
     return 1 if failed else 0
 
 
-def measure(sections: Sequence[str], options: Options, results: Results) -> list[str]:
-    """Run some sections with everything they start, and stop it again.
+def read_options(arguments: Sequence[str] | None) -> Options:
+    """The command's arguments."""
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name != "none"]
+
+    parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
+    parser.add_argument("--only", type=names, help="sections, or none; all by default")
+    parser.add_argument("--beside", type=Path, help="another checkout of Carry, measured in turns")
+    parser.add_argument("--rounds", type=int, help="of every row")
+    parser.add_argument("--seconds", type=float, help="of a round")
+    parser.add_argument("--streams", type=int, help="by default 1000")
+    parser.add_argument("--many-streams", type=int)
+    parser.add_argument("--runtimes", type=names, help="of Carry")
+    parser.add_argument("--jsonl", type=Path, help="append every line to this file")
+    parser.add_argument("--report", action="store_true", help="write docs/reference/performance.md")
+    options = parser.parse_args(arguments, Options())
+    if options.only is None:
+        options.only = [name for name in SECTIONS if (name == BESIDE) == bool(options.beside)]
+    if unknown := set(options.only) - set(SECTIONS):
+        parser.error(f"--only: expected some of {','.join(SECTIONS)}, got {','.join(unknown)}")
+    if options.beside is not None:
+        options.beside = options.beside.resolve()
+        if not (options.beside / "service" / "cli.py").is_file():
+            parser.error(f"--beside: expected a checkout of Carry, got {options.beside}")
+    if options.report and options.jsonl is None:
+        parser.error("--report needs --jsonl FILE, which it reads")
+    return options
+
+
+def measure(options: Options, results: Results) -> list[str]:
+    """Run the sections with everything they start, and stop it again.
 
     Returns:
         The sections that failed: a server did not start, or an answer was wrong.
     """
-    signal.signal(signal.SIGTERM, _exit_in_order)
+    # Leave every `with` block, so that each process started here is ended.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failed = []
     cores = machine.Cores.first_and_last()
     with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
@@ -124,7 +113,7 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
             )
         machine.pin_process(cores.others)
         try:
-            for name in sections:
+            for name in options.only or ():
                 bench.say(f"== {name}")
                 try:
                     SECTIONS[name](bench)
@@ -134,11 +123,6 @@ def measure(sections: Sequence[str], options: Options, results: Results) -> list
         finally:
             machine.pin_process(cores.everything)
     return failed
-
-
-def _exit_in_order(number: int, frame: object) -> None:
-    """Leave every `with` block, so that each process started here is ended."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

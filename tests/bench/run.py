@@ -8,30 +8,26 @@ port and the store's address. The store is a Valkey with the options of the serv
 from __future__ import annotations
 
 import importlib.util
-import shutil
-import socket
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import redis
+from typing import Any, NamedTuple
+from urllib.error import HTTPError
 
 from models.artifact.artifact import Artifact
-from service.store.embedded.valkey_process import server_arguments, server_binary
+from tests.bench.answers import TOLERANCE, check_answers
 from tests.bench.generator import HOST, Driver, Load
-from tests.bench.processes import await_start, running_process
+from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import Results, Sample
 from tests.bench.traffic import TrafficSpec
-from tests.bench.workloads import STEPS, TOLERANCE, Bodies, check_answers, standard_model
-from tests.support.machine import REPOSITORY, Cores, Usage, read_usage
-from tests.support.servers import free_port
+from tests.bench.workloads import STEPS, Bodies, make_traffic, standard_model
+from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
+from tests.support.servers import RealServer, free_port, real_server
 
 RUNTIMES = ("tensorflow", "onnxruntime")
 FLOORS = ("asgi", "fastapi")
@@ -50,57 +46,50 @@ REST_S, REST_SHARE = 0.5, 0.2
 RESTS_WITHIN_S = 180.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Options:
-    """How long and how much is measured.
+    """What is measured, how long and how much: the command's arguments."""
 
-    Attributes:
-        rounds: of every row; medians and spreads are over them.
-        seconds: of one closed-loop round; the others follow from it.
-        streams: in the standard workload.
-        many_streams: in the comparison of few and many.
-        runtimes: of Carry.
-        baselines: the servers that Carry is compared with.
-        beside: another checkout of Carry to compare with.
-    """
-
+    only: list[str] | None = None
     rounds: int = 3
     seconds: float = 1.0
     streams: int = 1000
     many_streams: int = 100_000
-    runtimes: tuple[str, ...] = RUNTIMES
-    baselines: tuple[str, ...] = ("asgi", "fastapi", "naive", "competent")
+    runtimes: Sequence[str] = RUNTIMES
+    baselines: Sequence[str] = (*FLOORS, "naive", "competent")
     beside: Path | None = None
+    jsonl: Path | None = None
+    report: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server; `has_positions`: whether its replies give the position."""
+    """A running server with the store and the load generator beside it.
+
+    Attributes:
+        artifact: the network that it serves.
+    """
 
     name: str
     port: int
     pid: int
-    has_positions: bool = True
+    artifact: Artifact
+    store: RealServer
+    driver: Driver
 
-    def usage(self) -> Usage:
-        """Processor time so far and memory of all its processes."""
-        return read_usage(self.pid)
+    @property
+    def has_positions(self) -> bool:
+        """Whether its replies give the position."""
+        return self.name not in FLOORS
 
 
-@dataclass(frozen=True, slots=True)
-class Store:
-    """A running Valkey."""
+class Row(NamedTuple):
+    """A server under one closed loop: the streams that its generator has under a key."""
 
-    socket: str
-    pid: int
-
-    def client(self) -> redis.Redis:
-        """A plain client."""
-        return redis.Redis(unix_socket_path=self.socket, protocol=2, socket_timeout=120)
-
-    def usage(self) -> Usage:
-        """Processor time so far and memory."""
-        return read_usage(self.pid)
+    name: str
+    server: Server
+    key: str
+    connections: int = CONNECTIONS
 
 
 def find_missing(kind: str, artifact: Artifact) -> str | None:
@@ -114,33 +103,6 @@ def find_missing(kind: str, artifact: Artifact) -> str | None:
     return None
 
 
-@contextmanager
-def running_store(cores: Sequence[int]) -> Iterator[Store]:
-    """A store of its own.
-
-    Raises:
-        CannotStartError
-    """
-    folder = Path(tempfile.mkdtemp(prefix="carry-bench-"))
-    path = str(folder / "store.sock")
-    command = [str(server_binary()), *server_arguments(folder, path, 0)]
-    try:
-        with running_process(command, cores, folder / "out.log") as process:
-            store = Store(path, process.pid)
-            await_start(process, lambda: _is_pinged(store), folder / "valkey.log")
-            yield store
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_pinged(store: Store) -> bool:
-    try:
-        with store.client() as client:
-            return bool(client.ping())
-    except redis.RedisError:
-        return False
-
-
 def carry_command(models: Path, port: int, *options: str) -> list[str]:
     """`carry serve` on one model, or a folder of them."""
     return [
@@ -149,12 +111,12 @@ def carry_command(models: Path, port: int, *options: str) -> list[str]:
     ]
 
 
-def _is_ready(port: int, path: str | None) -> bool:
+def _is_ready(port: int) -> bool:
+    """Whether a server answers: Carry with readiness, the others with anything."""
     try:
-        if path is None:
-            socket.create_connection((HOST, port), 1).close()
-        else:
-            urllib.request.urlopen(f"http://{HOST}:{port}{path}", timeout=5).close()
+        urllib.request.urlopen(f"http://{HOST}:{port}/health/ready", timeout=5).close()
+    except HTTPError as error:
+        return error.code < 500
     except OSError:
         return False
     return True
@@ -162,14 +124,14 @@ def _is_ready(port: int, path: str | None) -> bool:
 
 @dataclass
 class Bench:
-    """One run; `say` shows progress."""
+    """One run; `say` shows progress; what is started is ended with the `scope`, a `with` block."""
 
     options: Options
     cores: Cores
     folder: Path
     results: Results
     say: Callable[[str], None] = print
-    _said: set[str] = field(default_factory=set)
+    scope: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def artifact(self) -> Artifact:
@@ -181,13 +143,13 @@ class Bench:
         """The standard chunks."""
         return Bodies.random(STEPS)
 
-    def carry_kinds(self, artifact: Artifact | None = None) -> list[str]:
+    def carry_kinds(self) -> list[str]:
         """Carry's servers that can run here; the others get a note."""
-        return self.available([f"carry-{name}" for name in self.options.runtimes], artifact)
+        return self.available([f"carry-{name}" for name in self.options.runtimes])
 
-    def available(self, kinds: Sequence[str], artifact: Artifact | None = None) -> list[str]:
+    def available(self, kinds: Sequence[str]) -> list[str]:
         """Those that can run here; the others get a note."""
-        reasons = {kind: find_missing(kind, artifact or self.artifact) for kind in kinds}
+        reasons = {kind: find_missing(kind, self.artifact) for kind in kinds}
         for kind, reason in reasons.items():
             if reason is not None:
                 self.note(f"{kind} is left out: {reason}")
@@ -195,49 +157,37 @@ class Bench:
 
     def note(self, text: str) -> None:
         """Keep and show a remark, once."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self.results.notes:
             self.results.notes.append(text)
             self.say(text)
 
-    def store(self, cores: Sequence[int] | None = None) -> Any:
-        """A store beside the generator, or on other cores; a context manager."""
-        return running_store(self.cores.others if cores is None else cores)
+    def start(self, context: AbstractContextManager[Any]) -> Any:
+        """Enter a context, which is left with the scope."""
+        return self.scope.enter_context(context)
 
-    def driver(self, cores: Sequence[int] | None = None) -> Driver:
-        """A generator beside the store, or on other cores; a context manager."""
-        return Driver(self.cores.others if cores is None else cores)
+    def start_driver(self) -> Driver:
+        """A load generator beside the stores."""
+        return Driver(self.start(helper_process(self.cores.others)))
 
-    @contextmanager
-    def carry(
-        self, kind: str, artifact: Artifact | None = None, **options: Any
-    ) -> Iterator[tuple[Store, Driver, Server]]:
-        """One of Carry's servers with a store and a generator of its own; see `server`."""
-        with (
-            self.store() as store,
-            self.driver() as driver,
-            self.server(kind, store, artifact, **options) as server,
-        ):
-            yield store, driver, server
-
-    @contextmanager
-    def server(
+    def start_server(
         self,
         kind: str,
-        store: Store,
         artifact: Artifact | None = None,
         *,
-        cores: Sequence[int] | None = None,
+        beside: Server | None = None,
+        cores: Cores | None = None,
         models: Path | None = None,
         workers: int = 1,
         reply_bytes: int = 1800,
         environment: Mapping[str, str] | None = None,
         name: str | None = None,
         checkout: Path = REPOSITORY,
-    ) -> Iterator[Server]:
+    ) -> Server:
         """A ready server at rest: `asgi`, `fastapi`, `naive`, `competent`, or `carry-RUNTIME`.
 
         Args:
+            beside: a server with which it shares the store and the generator.
+            cores: of the server, and of its store and generator; by default those of the run.
             models: a folder of models that Carry serves, instead of the one.
             workers: of Carry.
             reply_bytes: of the floors' fixed reply.
@@ -248,44 +198,97 @@ class Bench:
             CannotStartError
         """
         self.say(f"starting {name or kind}")
-        path, port = (artifact or self.artifact).path, free_port()
-        is_carry, more = kind.startswith("carry-"), dict(environment or {})
-        if is_carry:
-            url = f"unix://{store.socket}"
-            command = carry_command(models or path, port, "--redis-url", url)
+        artifact, cores, port = artifact or self.artifact, cores or self.cores, free_port()
+        if beside is None:
+            store = self.start(real_server("valkey", prepare=pin_child(cores.others)))
+            driver = Driver(self.start(helper_process(cores.others)))
+        else:
+            store, driver = beside.store, beside.driver
+        if kind.startswith("carry-"):
+            command = carry_command(models or artifact.path, port, "--redis-url", store.url)
             command += ["--workers", str(workers)] if workers > 1 else []
-            more["CARRY_RUNTIME"] = kind.removeprefix("carry-")
+            variables = {"CARRY_RUNTIME": kind.removeprefix("carry-"), **(environment or {})}
         else:
             module = f"echo_{kind}" if kind in FLOORS else kind
             command = [*UVICORN, "--port", str(port), f"tests.bench.baselines.{module}:app"]
-            more |= {"BENCH_ARTIFACT": str(path), "BENCH_SOCKET": store.socket}
-            more |= {"BENCH_REPLY_BYTES": str(reply_bytes), "TF_CPP_MIN_LOG_LEVEL": "2"}
+            variables = {"BENCH_ARTIFACT": str(artifact.path), "BENCH_SOCKET": store.socket}
+            variables |= {"BENCH_REPLY_BYTES": str(reply_bytes), "TF_CPP_MIN_LOG_LEVEL": "2"}
         log = self.folder / f"{kind}-{port}.log"
-        where = self.cores.servers if cores is None else cores
-        with running_process(command, where, log, more, checkout) as process:
-            health = "/health/ready" if is_carry else None
-            await_start(process, lambda: _is_ready(port, health), log)
-            server = Server(name or kind, port, process.pid, kind not in FLOORS)
-            self._await_rest(server)
-            yield server
+        process = self.start(running_process(command, cores.servers, log, variables, checkout))
+        await_start(process, lambda: _is_ready(port), log)
+        server = Server(name or kind, port, process.pid, artifact, store, driver)
+        self._await_rest(server)
+        return server
 
     def _await_rest(self, server: Server) -> None:
         """Wait until a server has finished its work beside requests, such as compiling."""
         ends_s = time.monotonic() + RESTS_WITHIN_S
-        used_s, busy = server.usage().cpu_s, True
+        used_s, busy = read_usage(server.pid).cpu_s, True
         while busy:
             time.sleep(REST_S)
-            before_s, used_s = used_s, server.usage().cpu_s
+            before_s, used_s = used_s, read_usage(server.pid).cpu_s
             busy = used_s - before_s > REST_S * REST_SHARE
             if busy and time.monotonic() > ends_s:
                 self.note(f"{server.name} was still busy by itself after {RESTS_WITHIN_S:g} s")
                 return
 
-    def measured(self, row: str, server: Server, store: Store, run: Callable[[], Load]) -> Load:
+    def prepare(
+        self,
+        server: Server,
+        key: str,
+        bodies: Bodies | None = None,
+        *,
+        tolerance: float = TOLERANCE,
+        **options: Any,
+    ) -> Load:
+        """Make a server's streams at its generator, warm it up, and check some of its outputs.
+
+        Returns:
+            The warming load, with sampled replies.
+
+        Raises:
+            WrongOutputsError
+        """
+        bodies, has_positions = bodies or self.bodies, server.has_positions
+        spec = make_traffic(
+            server.artifact,
+            bodies,
+            key.replace("/", "-"),
+            self.options.streams,
+            positions=has_positions,
+            sampled=int(has_positions and not options.get("items")),
+            **options,
+        )
+        load = self.warm(server, key, spec)
+        if spec.sampled:
+            check_answers(server.artifact, spec, bodies.rows, load.sampled, tolerance)
+        return load
+
+    def warm(self, server: Server, key: str, spec: TrafficSpec) -> Load:
+        """Make streams at a generator and load a server with them for a moment, unmeasured."""
+        server.driver.traffic(key, spec)
+        return server.driver.closed(key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
+
+    def measure_rounds(self, rows: Sequence[Row]) -> None:
+        """Every row in every round, each round beginning with the next one."""
+        for turn in range(self.options.rounds):
+            first = turn % len(rows)
+            for row in (*rows[first:], *rows[:first]):
+                self.closed(row)
+
+    def closed(self, row: Row, share: float = 1.0) -> Load:
+        """One more round of a row; `share` is of a round's usual seconds."""
+        name, server, key, connections = row
+        seconds = self.options.seconds * share
+        return self.measured(
+            name, server, lambda: server.driver.closed(key, server.port, connections, seconds)
+        )
+
+    def measured(self, row: str, server: Server, run: Callable[[], Load]) -> Load:
         """Run one load as one more round of a row."""
-        before, store_before = server.usage(), store.usage()
+        before, store_before = read_usage(server.pid), read_usage(server.store.pid)
         load = run()
-        after, store_after = server.usage(), store.usage()
+        after, store_after = read_usage(server.pid), read_usage(server.store.pid)
         if load.unsent:
             self.note(f"{row}: did not keep up, {load.unsent} requests were not sent in time")
         cpu_s, store_cpu_s = after.cpu_s - before.cpu_s, store_after.cpu_s - store_before.cpu_s
@@ -297,55 +300,3 @@ class Bench:
             f" (generator {sample.generator_cpu:.0%}, store {sample.store_cpu:.0%} of their core)"
         )
         return load
-
-    def closed(
-        self,
-        row: str,
-        driver: Driver,
-        key: str,
-        server: Server,
-        store: Store,
-        connections: int = CONNECTIONS,
-        share: float = 1.0,
-    ) -> Load:
-        """One closed-loop round of a row, or a `share` of the time of one."""
-        seconds = self.options.seconds * share
-        return self.measured(
-            row, server, store, lambda: driver.closed(key, server.port, connections, seconds)
-        )
-
-    def prepare(
-        self,
-        driver: Driver,
-        key: str,
-        server: Server,
-        bodies: Bodies,
-        *,
-        artifact: Artifact | None = None,
-        tolerance: float = TOLERANCE,
-        **options: Any,
-    ) -> Load:
-        """Make a server's streams at a generator, warm it up, and check some of its outputs.
-
-        Returns:
-            The warming load, with sampled replies.
-
-        Raises:
-            WrongOutputsError
-        """
-        spec = bodies.traffic(
-            key.replace("/", "-"),
-            self.options.streams,
-            positions=server.has_positions,
-            sampled=0 if options.get("items") or not server.has_positions else 1,
-            **options,
-        )
-        load = self.warm(driver, key, server, spec)
-        if spec.sampled:
-            check_answers(artifact or self.artifact, spec, bodies.rows, load.sampled, tolerance)
-        return load
-
-    def warm(self, driver: Driver, key: str, server: Server, spec: TrafficSpec) -> Load:
-        """Make streams at a generator and load a server with them for a moment, unmeasured."""
-        driver.traffic(key, spec)
-        return driver.closed(key, server.port, min(CONNECTIONS, spec.streams), WARM_S)

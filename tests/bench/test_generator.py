@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import orjson
 import ormsgpack
 import pytest
 
 from tests.bench.generator import Driver, Generator, Load, draw_arrivals
-from tests.bench.traffic import Traffic, TrafficSpec, WrongReplyError, position_in
+from tests.bench.processes import helper_process
+from tests.bench.traffic import Media, TrafficSpec, WrongReplyError, read_positions
 from tests.bench.workloads import Bodies
 
 Answer = Callable[[str, bytes], bytes]
@@ -25,23 +26,25 @@ BODIES = Bodies.random(3, features=2, count=4)
 STALL_S = 0.15
 
 
+def traffic(streams: int, media: Media = "json", items: int = 0, sampled: int = 0) -> TrafficSpec:
+    path = "/v1/models/bench/chunks" if items else "/v1/models/bench/streams/{}/chunks"
+    values, steps = BODIES.values(media), (3, 3, 3, 3)
+    return TrafficSpec(
+        path, media, "inputs", values, steps, "a", streams, items=items, sampled=sampled
+    )
+
+
 def ok(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def chunked(*pieces: bytes) -> bytes:
-    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
-    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+def reply_of(chunk: dict[str, Any]) -> dict[str, Any]:
+    return {"position": chunk["position"] + 3, "x": [1.5]}
 
 
 def accept_chunk(path: str, body: bytes) -> bytes:
     """What a service would answer to a chunk of JSON."""
-    return ok(b'{"position":%d,"x":1}' % end_of(body))
-
-
-def end_of(body: bytes) -> int:
-    chunk = json.loads(body)
-    return int(chunk["position"] + len(chunk["inputs"]))
+    return ok(orjson.dumps(reply_of(orjson.loads(body))))
 
 
 @contextmanager
@@ -73,44 +76,54 @@ def stub(answer: Answer) -> Iterator[int]:
 
 
 def run_closed(
-    answer: Answer, spec: TrafficSpec, connections: int, seconds: float, **options: Any
+    answer: Answer, spec: TrafficSpec, connections: int, seconds: float, least: int = 0
 ) -> Load:
     generator = Generator()
     generator.traffic("t", spec)
     with stub(answer) as port:
-        return generator.closed("t", port, connections, seconds, **options)
+        return generator.closed("t", port, connections, seconds, least)
 
 
-def test_streams_are_sent_consecutive_positions_and_their_bodies_in_turn() -> None:
-    seen: dict[str, list[tuple[int, object]]] = {}
+@pytest.mark.parametrize("media", ["json", "msgpack"])
+@pytest.mark.parametrize("items", [0, 3])
+def test_each_stream_is_sent_its_bodies_in_turn_at_consecutive_positions(
+    items: int, media: Media
+) -> None:
+    spec = traffic(5, media=media, items=items)
+    loads = orjson.loads if media == "json" else ormsgpack.unpackb
+    dumps = cast(Callable[[Any], bytes], orjson.dumps if media == "json" else ormsgpack.packb)
+    seen = defaultdict(list)
 
     def answer(path: str, body: bytes) -> bytes:
-        chunk = json.loads(body)
-        seen.setdefault(path.split("/")[5], []).append((chunk["position"], chunk["inputs"]))
-        return accept_chunk(path, body)
+        content, stream = loads(body), path.split("/")[-2]
+        chunks = content["chunks"] if items else [{"stream": stream, **content}]
+        for chunk in chunks:
+            seen[chunk["stream"]].append((chunk["position"], chunk["inputs"]))
+        results = [{"status": 200, "reply": reply_of(chunk)} for chunk in chunks]
+        return ok(dumps({"results": results} if items else results[0]["reply"]))
 
-    spec = BODIES.traffic("a", 5)
-    load = run_closed(answer, spec, 3, 0.2)
-    assert set(seen) <= {spec.name(stream).decode() for stream in range(5)}
-    assert sum(map(len, seen.values())) == load.chunks == len(load.latencies_s)
+    load = run_closed(answer, spec, 1 if items else 3, 0.2)
+    assert sum(map(len, seen.values())) == load.chunks == len(load.latencies_s) * max(1, items)
     assert load.events == 3 * load.chunks
     assert 0 < load.latencies_s.sum() <= 3 * load.seconds
+    assert set(seen) == {spec.name(stream) for stream in range(5)}
     for name, chunks in seen.items():
-        stream = int(name.rpartition("-")[2])
-        assert [position for position, _ in chunks] == [3 * at for at in range(len(chunks))]
-        for at, (_, inputs) in enumerate(chunks):
-            np.testing.assert_array_equal(
-                np.float32(inputs), BODIES.rows[spec.body(stream, at)], strict=True
-            )
+        for at, (position, inputs) in enumerate(chunks):
+            rows = np.float32(inputs) if media == "json" else np.frombuffer(inputs, "<f4")
+            body = BODIES.rows[spec.body(int(name[-7:]), at)]
+            assert position == 3 * at
+            np.testing.assert_array_equal(rows.reshape(3, 2), body, strict=True)
 
 
-def test_load_continues_until_sampled_streams_have_enough_chunks() -> None:
-    spec = BODIES.traffic("a", 5, sampled=2)
-    load = run_closed(accept_chunk, spec, 2, 0.0, least=3)
-    assert {(reply.stream, reply.chunk) for reply in load.sampled} >= {
-        (stream, chunk) for stream in range(2) for chunk in range(3)
-    }
-    assert run_closed(accept_chunk, spec, 2, 0.0).chunks == 2
+def test_replies_of_sampled_streams_are_kept_until_there_are_enough() -> None:
+    load = run_closed(accept_chunk, traffic(5, sampled=2), 2, 0.0, least=3)
+    for stream in (0, 1):
+        replies = [reply for reply in load.sampled if reply.stream == stream]
+        assert len(replies) >= 3
+        for index, reply in enumerate(replies):
+            assert reply.chunk == index
+            assert orjson.loads(reply.reply)["position"] == 3 * (index + 1)
+    assert run_closed(accept_chunk, traffic(5, sampled=2), 2, 0.0).chunks == 2
 
 
 def test_no_stream_has_two_requests_in_flight() -> None:
@@ -127,111 +140,51 @@ def test_no_stream_has_two_requests_in_flight() -> None:
         busy[path] -= 1
         return accept_chunk(path, body)
 
-    assert run_closed(answer, BODIES.traffic("a", 3), 2, 0.1).chunks > 10
+    assert run_closed(answer, traffic(3), 2, 0.1).chunks > 10
     assert set(most.values()) == {1}
 
 
-@pytest.mark.parametrize("media", ["json", "msgpack"])
-def test_one_request_for_many_streams(media: str) -> None:
-    seen: list[list[dict[str, Any]]] = []
-
-    def answer(path: str, body: bytes) -> bytes:
-        assert path == "/v1/models/bench/chunks"
-        items = (json.loads(body) if media == "json" else ormsgpack.unpackb(body))["chunks"]
-        seen.append(items)
-        results = [{"status": 200, "reply": {"position": item["position"] + 3}} for item in items]
-        if media == "json":
-            return ok(json.dumps({"results": results}, separators=(",", ":")).encode())
-        return ok(ormsgpack.packb({"results": results}))
-
-    load = run_closed(answer, BODIES.traffic("a", 6, media=media, items=4), 1, 0.1)
-    assert load.chunks == 4 * len(seen) == 4 * len(load.latencies_s)
-    for items in seen:
-        assert len({item["stream"] for item in items}) == 4
-        for item in items:
-            inputs = item["inputs"]
-            rows = np.float32(inputs) if media == "json" else np.frombuffer(inputs, "<f4")
-            assert rows.size == 6
-
-
-def test_messagepack_request_round_trips() -> None:
-    spec = BODIES.traffic("a", 1, media="msgpack", position=300)
-    request, ticket = Traffic(spec).request()
-    head, _, body = request.partition(b"\r\n\r\n")
-    assert b"Content-Length: %d" % len(body) in head
-    assert b"Content-Type: application/msgpack" in head
-    chunk = ormsgpack.unpackb(body)
-    assert chunk["position"] == 300
-    rows = np.frombuffer(chunk["inputs"], "<f4").reshape(3, 2)
-    np.testing.assert_array_equal(rows, BODIES.rows[0])
-    assert ticket == ((0, 303),)
-
-
-@pytest.mark.parametrize("position", [0, 127, 128, 255, 256, 65_535, 65_536, 2**32, 2**63 - 1])
-def test_position_is_read_from_either_media(position: int) -> None:
-    packed = b"head" + ormsgpack.packb({"a": 1, "position": position, "b": [2.5]})
-    assert position_in(packed, 4, "msgpack") == position
-    assert position_in(b'{"a":1,"position":%d}' % position, 0, "json") == position
-
-
-@pytest.mark.parametrize("items", [0, 2])
-def test_wrong_position_ends_the_run(items: int) -> None:
-    count = 0
-
-    def answer(path: str, body: bytes) -> bytes:
-        nonlocal count
-        count += 1
-        sent = json.loads(body)
-        positions = [
-            c["position"] + 3 + (count == 5) for c in (sent["chunks"] if items else [sent])
-        ]
-        return ok(b",".join(b'{"position":%d}' % position for position in positions))
-
-    with pytest.raises(WrongReplyError, match="expected position"):
-        run_closed(answer, BODIES.traffic("a", 4, items=items), 1, 5)
-
-
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "items", "message"),
     [
-        b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 14\r\n\r\n{"position":3}',
-        b'HTTP/1.1 200 OK\r\n\r\n{"position":3}',
-        b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"position":3}more',
-        b"",
+        (ok(b'{"position":4}'), 0, r"expected positions \[3\], got \[4\]"),
+        (ok(b'{"outputs":{}}'), 0, r"got \[None\]"),
+        (ok(b'{"position":'), 0, "truncated"),
+        (ok(b'{"results":[{"reply":{"position":3}},{"reply":{"position":2}}]}'), 2, r"\[3, 2\]"),
+        (ok(b'{"results":[{"reply":{"position":3}},{"status":503}]}'), 2, r"\[3, None\]"),
+        (b"HTTP/1.1 503 Busy\r\nContent-Length: 14\r\n\r\n{}", 0, "got status 503: .*Busy"),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"position":3}', 0, "status 200 and a length"),
+        (ok(b'{"position":3}') + b"more", 0, "more"),
+        (ok(b'{"position":3}') * 2, 0, "expected one whole reply"),
+        (b"", 0, "expected one whole reply"),
     ],
 )
-def test_invalid_reply_ends_the_run(reply: bytes) -> None:
-    with pytest.raises(WrongReplyError):
-        run_closed(lambda path, body: reply, BODIES.traffic("a", 1), 1, 5)
+def test_invalid_reply_ends_the_run(reply: bytes, items: int, message: str) -> None:
+    with pytest.raises(WrongReplyError, match=message):
+        run_closed(lambda path, body: reply, traffic(2, items=items), 1, 5)
 
 
-def test_item_without_a_position_ends_the_run() -> None:
-    reply = ok(b'{"results":[{"status":200,"reply":{"position":3}},{"status":503}]}')
-    with pytest.raises(WrongReplyError, match="expected positions"):
-        run_closed(lambda path, body: reply, BODIES.traffic("a", 2, items=2), 1, 5)
+def test_wrong_position_ends_a_run_in_its_middle() -> None:
+    replies = iter((3, 6, 9, 13))
+    with pytest.raises(WrongReplyError, match=r"expected positions \[12\], got \[13\]"):
+        run_closed(lambda *_: ok(b'{"position":%d}' % next(replies)), traffic(1), 1, 5)
+
+
+@pytest.mark.parametrize("position", [0, 127, 255, 65_536, 2**63 - 1])
+def test_position_is_read_from_either_media(position: int) -> None:
+    reply = {"outputs": {"out": [[2.5]]}, "position": position, "b": None}
+    assert read_positions(orjson.dumps(reply), "json") == [position]
+    assert read_positions(ormsgpack.packb(reply), "msgpack") == [position]
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_chunked_reply_is_joined(is_chunked: bool) -> None:
-    filling = b"0\r\n\r\n" * 200_000
-
-    def answer(path: str, body: bytes) -> bytes:
-        pieces = b'{"x":"', filling, b'","position":%d}' % end_of(body)
-        return chunked(*pieces) if is_chunked else ok(b"".join(pieces))
-
-    load = run_closed(answer, BODIES.traffic("a", 1, sampled=1), 1, 0.1)
-    assert load.chunks > 1
-    assert load.sampled[0].reply == b'{"x":"%b","position":3}' % filling
-
-
-def test_first_replies_of_sampled_streams_are_in_order() -> None:
-    load = run_closed(accept_chunk, BODIES.traffic("a", 4, sampled=2), 2, 0.2)
-    assert {reply.stream for reply in load.sampled} == {0, 1}
-    for stream in (0, 1):
-        replies = [reply for reply in load.sampled if reply.stream == stream]
-        assert [reply.chunk for reply in replies] == list(range(len(replies)))
-        for reply in replies:
-            assert json.loads(reply.reply)["position"] == 3 * (reply.chunk + 1)
+def test_reply_in_many_pieces_is_joined(is_chunked: bool) -> None:
+    pieces = b'{"x":"', rb"0\r\n\r\n" * 200_000, b'","position":3}'
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in (*pieces, b""))
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+    reply = chunked if is_chunked else ok(b"".join(pieces))
+    load = run_closed(lambda *_: reply, traffic(1, sampled=1), 1, 0.0)
+    assert load.sampled[0].reply == b"".join(pieces)
 
 
 def test_arrivals_follow_the_seed_and_the_rate() -> None:
@@ -254,27 +207,20 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
         return accept_chunk(path, body)
 
     generator = Generator()
-    generator.traffic("t", BODIES.traffic("a", 50))
+    generator.traffic("t", traffic(50))
     with stub(answer) as port:
-        load = generator.open("t", port, 1, 200, 0.5, 1)
+        load = generator.open("t", port, 200, 0.5, seed=1, connections=1)
     due = draw_arrivals(200, 0.5, 1)
     during = int((due < due[0] + STALL_S / 2).sum())
     assert load.chunks == len(due)
     assert load.unsent == 0
     assert during > 5
     assert (load.latencies_s > STALL_S / 2).sum() >= during
-    assert (load.late_s > STALL_S / 2).sum() >= during - 1
-
-
-def test_percentiles_are_in_milliseconds() -> None:
-    load = Load(2.0, np.arange(1, 101) / 1000, chunks=100)
-    assert load.percentile_ms(50) == pytest.approx(50.5)
-    assert load.percentile_ms(99) == pytest.approx(99.01)
-    assert load.chunks_per_s == 50
 
 
 def test_driver_raises_the_error_of_its_process() -> None:
-    with stub(lambda path, body: ok(b'{"position":4}')) as port, Driver(()) as driver:
-        driver.traffic("t", BODIES.traffic("a", 1))
-        with pytest.raises(WrongReplyError, match="expected position 3"):
+    with stub(lambda *_: ok(b'{"position":4}')) as port, helper_process(()) as process:
+        driver = Driver(process)
+        driver.traffic("t", traffic(1))
+        with pytest.raises(WrongReplyError, match="expected positions"):
             driver.closed("t", port, 1, 5)

@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.bench import micro, run, server_sections, workload_sections
-from tests.bench.__main__ import BESIDE, SECTIONS, main
+from tests.bench import compute, micro, run, sections
+from tests.bench.__main__ import main
 from tests.bench.results import Results
 from tests.bench.run import Bench, Options, find_missing
+from tests.bench.sections import BESIDE, SECTIONS
 from tests.support.machine import REPOSITORY, Cores
 
 ABOUT = {"commit": "none", "machine": "none", "date": "now"}
@@ -37,8 +38,8 @@ FIGURES = {
 
 BRIEF = {
     run: {"WARM_S": 0.05, "REST_S": 0.02, "RESTS_WITHIN_S": 0.0},
-    server_sections: {"RACES": 2, "BESIDE_CONNECTIONS": (2,)},
-    workload_sections: {"COMPUTE_S": 0.01, "WIDTHS": (8,), "LENGTHS": (1, 16)},
+    compute: {"COMPUTE_S": 0.01},
+    sections: {"RACES": 2, "BESIDE_CONNECTIONS": (2,), "WIDTHS": (8,), "LENGTHS": (1, 16)},
 }
 OPTIONS = Options(
     rounds=1,
@@ -81,10 +82,10 @@ def test_section_runs(section: str, bench: Bench) -> None:
 
 
 def test_geometric_mean_of_ratios_has_its_error() -> None:
-    middle, error = server_sections.geometric_mean([2.0, 0.5, 2.0, 0.5])
+    middle, error = sections.geometric_mean([2.0, 0.5, 2.0, 0.5])
     assert middle == pytest.approx(1.0)
     assert error == pytest.approx(0.4002, abs=1e-4)
-    assert server_sections.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
+    assert sections.geometric_mean([1.5]) == (pytest.approx(1.5), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ class RealServer:
         folder: Path,
         *options: str,
         environment: Mapping[str, str] = MappingProxyType({}),
+        prepare: Callable[[], None] | None = None,
     ):
         self.kind = kind
         self.folder = folder
@@ -79,6 +80,7 @@ class RealServer:
         self.url = f"unix://{self.socket}"
         self._options = options
         self._environment = {"LC_ALL": "C", "PATH": os.defpath, **environment}
+        self._prepare = prepare
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self, *options: str) -> None:
@@ -93,7 +95,13 @@ class RealServer:
             stderr=subprocess.DEVNULL,
             env=self._environment,
             process_group=0,
+            preexec_fn=self._prepare,
         )
+
+    @property
+    def pid(self) -> int:
+        """The running process."""
+        return self._process.pid
 
     def start(self) -> None:
         """Start the process and wait until it serves."""
@@ -168,12 +176,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def real_server(
-    kind: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[RealServer]:
-    """Run a server; stop and remove it afterwards."""
+def real_server(kind: str, *options: str, **process: Any) -> Iterator[RealServer]:
+    """Run a server, with further arguments of `RealServer`; stop and remove it afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="carry-test-"))
-    server = RealServer(kind, folder, *options, environment=environment)
+    server = RealServer(kind, folder, *options, **process)
     try:
         server.start()
         yield server
