@@ -14,43 +14,49 @@ import sys
 
 import uvloop
 
-from tests.faults.faults import KINDS
 from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
 from tests.faults.run import RunOptions, describe_failures, new_seed, report, run
+from tests.faults.transports import TRANSPORTS
+from tests.support.machine import describe_run
 
+STORES = ("valkey", "redis", "cluster")
 KILLS_PER_STAGE = 5
 
 
 def main() -> int:
     """Run the stores one after the other."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--store", action="append", choices=sorted(KINDS), help="all of them")
-    parser.add_argument("--events", type=int, default=500_000, help="events, at least (500000)")
-    parser.add_argument("--faults", type=int, default=110, help="faults (110)")
-    parser.add_argument("--streams", type=int, default=48, help="streams (48)")
-    parser.add_argument("--seed", type=int, help="a new one")
-    parser.add_argument(
-        "--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers"
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="cluster: acknowledge when the replicas have it"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print each fault before it is injected"
-    )
-    options = vars(parser.parse_args())
-    stores, is_strict = options.pop("store"), options.pop("strict")
-    if options["seed"] is None:
-        options["seed"] = new_seed()
+    add = parser.add_argument
+    add("--store", action="append", choices=STORES, help="all of them")
+    add("--events", type=int, default=500_000, help="events, at least (500000)")
+    add("--faults", type=int, default=110, help="faults (110)")
+    add("--streams", type=int, default=48, help="streams (48)")
+    add("--seed", type=int, help="a new one")
+    add("--transport", action="append", choices=tuple(TRANSPORTS), help="all of them")
+    add("--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers")
+    add("--strict", action="store_true", help="cluster: acknowledge when the replicas have it")
+    add("--verbose", action="store_true", help="print each fault before it is injected")
+    chosen = parser.parse_args()
+    seed = new_seed() if chosen.seed is None else chosen.seed
+    print(*(f"{name}: {value}" for name, value in describe_run().items()), sep="\n", flush=True)
     code = 0
-    for store in stores or sorted(KINDS, reverse=True):
+    for store in chosen.store or STORES:
         if store != "valkey" and shutil.which("redis-server") is None:
             print(f"{store}: redis-server is not on the PATH", flush=True)
             code = 1
             continue
-        print(f"{store}: seed {options['seed']}", flush=True)
-        strict = is_strict and store == "cluster"
-        one = RunOptions(store, kills_per_stage=KILLS_PER_STAGE, strict=strict, **options)
+        one = RunOptions(
+            store,
+            seed,
+            chosen.events,
+            chosen.faults,
+            chosen.streams,
+            KILLS_PER_STAGE,
+            plant=chosen.plant,
+            strict=chosen.strict and store == "cluster",
+            transports=tuple(chosen.transport or TRANSPORTS),
+            verbose=chosen.verbose,
+        )
         history, findings = uvloop.run(run(one))
         reasons = describe_failures(one, history, findings, whole=True)
         print(*report(one, history, findings), sep="\n")

@@ -14,36 +14,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from carry_client import Problem
-from tests.faults.history import (
-    FIRST_TAG,
-    Burst,
-    Head,
-    History,
-    Reply,
-    Sent,
-    Span,
-    StreamLog,
-    digest,
-    next_tag,
-)
+from tests.faults.history import NO_HEAD, Burst, Chunk, Head, History, Reply, Span, StreamLog
 from tests.faults.network import FEATURES, Rows, random_events
-from tests.faults.requests import TIMEOUT_S, WorkerClient, read_reply
+from tests.faults.transports import TIMEOUT_S, UNCONDITIONAL, Conditions, WorkerClient
 
 APPENDS = 16
 SHORT_LIVED = "x"
 """Prefix of the names of short-lived streams, which are deleted and created all the time."""
 
-_REJECTIONS = frozenset(
-    {"position_ahead", "position_behind", "already_applied", "state_changed", "epoch_mismatch"}
-)
 _LONGEST = 32
 _DUPLICATES, _DEADLINES, _EXPIRIES = 0.12, 0.2, 0.5
-"""Shares: of chunks sent to two workers at once, of attempts with a Carry-Timeout, and of removals
-by expiry."""
+"""Shares: of chunks sent to two workers at once, of attempts with a deadline, and of removals by
+expiry."""
 _SHORT_LIVED_REMOVALS, _SHORT_LIVED_REST_S = 0.04, 0.4
 _PAUSE_S = 0.06
 _SHORTEST_DEADLINE_S = 0.01
@@ -52,124 +39,156 @@ _LATE_S = 15.0
 """An abandoned request is carried out this much later at most."""
 
 
-class Client:
+@dataclass(slots=True, eq=False)
+class Sender:
+    """Sends single requests to workers, and records how they fail."""
+
+    name: str
+    workers: Mapping[str, WorkerClient]
+    history: History
+    random: np.random.Generator
+
+    async def _attempt(
+        self, chunk: Chunk, worker: str, conditions: Conditions = UNCONDITIONAL
+    ) -> Reply | None:
+        """Send a chunk once; None where the outcome is unknown."""
+        try:
+            return await self.workers[worker].send(chunk, conditions, self.random)
+        except Problem as problem:
+            self._record(problem, is_append=chunk.start is None)
+            return None
+
+    async def _read_head(self, stream: str, worker: str) -> Head:
+        """A stream's head, asked for until it is answered."""
+        while True:
+            try:
+                return await self.workers[worker].read_head(stream)
+            except Problem as problem:
+                self._record(problem)
+            await asyncio.sleep(0.1)
+            worker = self._any_worker()
+
+    def _record(self, problem: Problem, *, is_append: bool = False) -> None:
+        """Count a problem; one that no retry could resolve fails the run."""
+        self._count(f"failed {problem.code}" if problem.status else "no reply")
+        may_pass = problem.status == 0 or problem.document.get("retryable")
+        # an append of unknown outcome is not retryable: it might be applied twice
+        may_pass = may_pass or (is_append and problem.status >= 500)
+        unexpected = self.history.unexpected
+        if not may_pass or problem.code == "internal_error":
+            unexpected.append(f"{self.name}: {problem.status} {dict(problem.document)}")
+            del unexpected[_UNEXPECTED_KEPT:]
+
+    def _count(self, what: str, times: int = 1) -> None:
+        self.history.seen[what] += times
+
+    def _any_worker(self) -> str:
+        return str(self.random.choice(list(self.workers)))
+
+    def _draw(self, share: float) -> bool:
+        """True with a probability."""
+        return bool(self.random.random() < share)
+
+    def _draw_length(self) -> int:
+        return int(self.random.integers(1, _LONGEST + 1))
+
+
+@dataclass(slots=True, eq=False)
+class Client(Sender):
     """One client and its stream.
 
     Attributes:
-        lock: held while a chunk is in flight; whoever takes it suspends the client.
-        applied: events that were acknowledged.
-
-    Args:
         number: decides how it protects itself: If-Match, epoch, or the tag alone.
         removals: share of the chunks before which the stream is deleted, or expires.
         expire: lets the stream's keys expire behind the service's back.
+        lock: held while a chunk is in flight; whoever takes it suspends the client.
+        applied: events that were acknowledged.
     """
 
-    def __init__(
-        self,
-        name: str,
-        number: int,
-        ports: Mapping[str, int],
-        history: History,
-        random: np.random.Generator,
-        removals: float,
-        expire: Callable[[str], Awaitable[None]],
-    ):
-        self.log = StreamLog(name)
-        history.streams.append(self.log)
-        self.lock = asyncio.Lock()
-        self.applied = 0
-        self._history = history
-        self._random = random
-        self._expire = expire
-        self._short_lived = name.startswith(SHORT_LIVED)
-        self._removals = max(removals, _SHORT_LIVED_REMOVALS) if self._short_lived else removals
-        self._clients = {worker: WorkerClient(port) for worker, port in ports.items()}
-        self._sends_etag, self._sends_epoch = number % 4 == 1, number % 4 == 2
-        self._rows = np.zeros((0, FEATURES), np.int8)
-        self._head = Head(None, None, 0)
-        self._worker = next(iter(ports))
-        self._next_worker: str | None = None
+    number: int
+    removals: float
+    expire: Callable[[str], Awaitable[None]]
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    applied: int = 0
+    log: StreamLog = field(init=False)
+    _head: Head = NO_HEAD
+    _rows: Rows = field(default_factory=lambda: np.zeros((0, FEATURES), np.int8))
+    _worker: str = field(init=False)
+    _next_worker: str | None = None
+
+    def __post_init__(self) -> None:
+        self.log, self._worker = StreamLog(self.name), next(iter(self.workers))
+        self.history.streams.append(self.log)
+        if self.name.startswith(SHORT_LIVED):
+            self.removals = max(self.removals, _SHORT_LIVED_REMOVALS)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Send chunks until `stop` is set."""
         while not stop.is_set():
             async with self.lock:
-                if self._random.random() < self._removals and self._head.position > 0:
+                if self._draw(self.removals) and self._head.position > 0:
                     await self._remove()
-                await self._deliver(int(self._random.integers(1, _LONGEST + 1)))
-            await asyncio.sleep(self._random.exponential(_PAUSE_S))
+                await self._deliver(self._draw_length())
+            await asyncio.sleep(self.random.exponential(_PAUSE_S))
 
     async def finish(self) -> None:
         """Once everything serves again: send one chunk, then read the stream's head."""
         await self._deliver(1)
-        self.log.final = await self._read_head(self._other(self._worker))
+        self.log.final = await self._read_head(self.name, self._other_worker())
 
     async def advance_by_others(self) -> bool:
         """While it is suspended after a rollback: advance the stream by another worker with other
         events, to the very position that this client expects. Its next chunk goes to the worker
         that caches the old state there. False if the stream was not rolled back."""
-        other = self._other(self._worker)
-        head = await self._read_head(other)
-        at, end = head.position if head is not None else 0, self._head.position
+        other, end = self._other_worker(), self._head.position
+        at = (await self._read_head(self.name, other)).position
         if at >= end:
             return False
         while at < end:
-            length = min(int(self._random.integers(1, _LONGEST + 1)), end - at)
-            rows = random_events(self._random, length)
-            answer = await self._send(at, rows, other, as_other=True)
-            if answer.code:
+            rows = random_events(self.random, min(self._draw_length(), end - at))
+            reply = await self._send(at, rows, other, as_other=True)
+            if reply.code:
                 return True
-            self._rows[at : at + length] = rows
-            at = answer.position
-        self._history.seen["advanced by others"] += 1
+            self._rows[at : at + len(rows)] = rows
+            at = reply.position
+        self._count("advanced by others")
         self._next_worker = self._worker
         return True
 
-    async def close(self) -> None:
-        """Close the connections."""
-        await asyncio.gather(*(client.close() for client in self._clients.values()))
-
-    def _extend(self, length: int) -> Rows:
-        """The events from the present position on; those that were sent before stay the same."""
-        at = self._head.position
-        if at + length > len(self._rows):
-            more = random_events(self._random, at + length - len(self._rows))
-            self._rows = np.concatenate([self._rows, more])
-        return self._rows[at : at + length].copy()
-
-    def _other(self, worker: str) -> str:
-        return next(each for each in self._clients if each != worker)
-
-    def _any(self) -> str:
-        return str(self._random.choice(list(self._clients)))
-
     async def _deliver(self, length: int) -> None:
         """Send a chunk until it is answered, and adopt the head that the answer names."""
-        head, rows = self._head, self._extend(length)
-        answer = await self._send(head.position, rows, self._next_worker or self._any())
+        head, worker = self._head, self._next_worker or self._any_worker()
+        self._extend(head.position + length)
+        rows = self._rows[head.position : head.position + length].copy()
         self._next_worker = None
-        if answer.code:
-            self._history.seen[f"refused {answer.code}"] += 1
-            self._history.seen["resends"] += answer.code == "position_ahead"
-            self._notice(answer.code)
+        reply = await self._send(head.position, rows, worker)
+        if reply.code:
+            self._count(f"refused {reply.code}")
+            self._count("resends", reply.code == "position_ahead")
+            self._notice(reply.code)
         else:
-            tag = head.tag or FIRST_TAG
-            if (head.tag is not None or head.position == 0) and answer.tag != next_tag(
-                tag, head.position, answer.sent.digest
-            ):
+            if not head.leads_to(reply):
                 self._notice("a tag that does not follow")
             self.applied += length
-            self._worker = answer.worker
-        self._head = answer
-        if answer.position == 0:
+            self._worker = reply.worker
+        self._head = reply
+        if reply.position == 0:
             # new events, because many chunkings of the same ones would be too many histories
             self._rows = self._rows[:0]
-        self._extend(0)
+        self._extend(reply.position)
+
+    def _extend(self, end: int) -> None:
+        """Draw events up to a position; those that were sent before stay the same."""
+        more = random_events(self.random, max(0, end - len(self._rows)))
+        self._rows = np.concatenate([self._rows, more])
 
     def _notice(self, how: str) -> None:
-        self._history.seen[f"noticed by {how}"] += 1
+        self._count(f"noticed by {how}")
         self.log.noticed_s.append(time.monotonic())
+
+    def _other_worker(self, worker: str | None = None) -> str:
+        """Another one than `worker`, or than that which acknowledged the last chunk."""
+        return next(each for each in self.workers if each != (worker or self._worker))
 
     async def _send(self, start: int, rows: Rows, worker: str, *, as_other: bool = False) -> Reply:
         """Try until there is an answer; every answer is recorded.
@@ -177,98 +196,55 @@ class Client:
         Args:
             as_other: as another client, without If-Match and epoch.
         """
-        sent = Sent(start, rows, digest(rows))
-        self.log.sents.append(sent)
-        pause_s = 0.04
+        chunk, pause_s = Chunk(self.name, start, rows), 0.04
+        self.log.sent.append(chunk)
         while True:
             workers = [worker]
-            if not as_other and self._random.random() < _DUPLICATES:
-                workers.append(self._other(worker))
-                self._history.seen["sent twice at once"] += 1
-            tries = (self._try(sent, each, as_other=as_other) for each in workers)
-            answers = [each for each in await asyncio.gather(*tries) if each is not None]
-            if answers:
-                return min(answers, key=lambda answer: answer.code != "")
-            self._history.seen["blind retries"] += 1
-            await asyncio.sleep(pause_s * self._random.uniform(0.5, 1))
+            if not as_other and self._draw(_DUPLICATES):
+                workers.append(self._other_worker(worker))
+                self._count("sent twice at once")
+            attempts = (self._attempt(chunk, each, self._conditions(as_other)) for each in workers)
+            replies = [each for each in await asyncio.gather(*attempts) if each is not None]
+            for reply in replies:
+                (self.log.rejections if reply.code else self.log.acks).append(reply)
+                self._count("replays", reply.replayed)
+            if replies:
+                return min(replies, key=lambda reply: reply.code != "")
+            self._count("blind retries")
+            await asyncio.sleep(pause_s * self.random.uniform(0.5, 1))
             pause_s = min(2 * pause_s, 0.3)
-            worker = self._any()
+            worker = self._any_worker()
 
-    async def _try(self, sent: Sent, worker: str, *, as_other: bool) -> Reply | None:
-        """One attempt; None where its outcome is unknown."""
-        deadline_s = None
-        if self._random.random() < _DEADLINES:
+    def _conditions(self, as_other: bool) -> Conditions:
+        guard, deadline_s = None if as_other else self.number % 4, None
+        if self._draw(_DEADLINES):
             # as many short ones as long ones: most tries are answered within a tenth of a second
             longest = TIMEOUT_S / _SHORTEST_DEADLINE_S
-            deadline_s = _SHORTEST_DEADLINE_S * longest ** float(self._random.random())
-        sent_s = time.monotonic()
-        try:
-            document = await self._clients[worker].send(
-                self.log.name,
-                sent.rows,
-                sent.start,
-                encoding="json" if self._random.random() < 0.5 else "msgpack",
-                epoch=self._head.epoch if self._sends_epoch and not as_other else None,
-                etag=self._etag if self._sends_etag and not as_other else None,
-                deadline_s=deadline_s,
-            )
-        except Problem as problem:
-            if problem.code not in _REJECTIONS:
-                self._record_problem(problem)
-                return None
-            rejection = read_reply(dict(problem.document), sent, worker, sent_s, problem.code)
-            self.log.rejections.append(rejection)
-            return rejection
-        ack = read_reply(document, sent, worker, sent_s)
-        self._history.seen["replays"] += ack.replayed
-        sent.acked = True
-        self.log.acks.append(ack)
-        return ack
-
-    @property
-    def _etag(self) -> str | None:
-        return None if self._head.tag is None else f"{self._head.epoch}-{self._head.tag.hex()}"
-
-    def _record_problem(self, problem: Problem) -> None:
-        """Count a problem; one that no retry could resolve fails the run."""
-        seen, unexpected = self._history.seen, self._history.unexpected
-        seen[f"failed {problem.code}" if problem.status else "no reply"] += 1
-        may_pass = problem.status == 0 or problem.document.get("retryable")
-        if (
-            not (may_pass and problem.code != "internal_error")
-            and len(unexpected) < _UNEXPECTED_KEPT
-        ):
-            unexpected.append(f"{self.log.name}: {problem.status} {dict(problem.document)}")
-
-    async def _read_head(self, worker: str) -> Head | None:
-        """The stream's head, asked for until it is answered."""
-        while True:
-            try:
-                return await self._clients[worker].read_head(self.log.name)
-            except Problem as problem:
-                self._record_problem(problem)
-            await asyncio.sleep(0.1)
-            worker = self._any()
+            deadline_s = _SHORTEST_DEADLINE_S * longest ** float(self.random.random())
+        return Conditions(
+            epoch=self._head.epoch if guard == 2 else None,
+            etag=self._head.etag if guard == 1 else None,
+            deadline_s=deadline_s,
+        )
 
     async def _remove(self) -> None:
         """Have the stream deleted, or its keys expire, while the last worker caches it.
 
         The client continues as before, and must be rejected.
         """
-        began_s = time.monotonic()
-        if not self._short_lived and self._random.random() < _EXPIRIES:
-            await self._expire(self.log.name)
-            self._history.seen["expired"] += 1
-            self.log.removed.append(Span(began_s, time.monotonic()))
+        is_short_lived, began_s = self.name.startswith(SHORT_LIVED), time.monotonic()
+        if not is_short_lived and self._draw(_EXPIRIES):
+            await self.expire(self.name)
+            span, how = Span(began_s, time.monotonic()), "expired"
         else:
-            span = await self._delete(began_s)
-            if span is None:
-                return
-            self._history.seen["deleted"] += 1
-            self.log.removed.append(span)
-            if self._short_lived:
-                await asyncio.sleep(self._random.exponential(_SHORT_LIVED_REST_S))
+            span, how = await self._delete(began_s), "deleted"
+        if span is None:
+            return
+        self._count(how)
+        self.log.removed.append(span)
         self._next_worker = self._worker
+        if is_short_lived:
+            await asyncio.sleep(self.random.exponential(_SHORT_LIVED_REST_S))
 
     async def _delete(self, began_s: float) -> Span | None:
         """Have another worker delete the stream; None if its If-Match fails.
@@ -276,92 +252,57 @@ class Client:
         An abandoned request may still be carried out, and without If-Match it then deletes the
         stream in the state that it has by then.
         """
-        etag = self._etag if self._random.random() < 0.5 else None
-        unanswered, unknown, status = False, False, 204
+        etag = self._head.etag if self._draw(0.5) else None
+        failures: list[int] = []
         while True:
             try:
-                await self._clients[self._other(self._worker)].delete(self.log.name, etag)
-                break
+                await self.workers[self._other_worker()].delete(self.name, etag)
+                status = 204
             except Problem as problem:
                 status = problem.status
-                if status == 412 and not (unanswered or unknown):
-                    return None
-                if status in (404, 412):
-                    break
-                self._record_problem(problem)
-                unanswered, unknown = unanswered or status == 0, unknown or status > 0
-            await asyncio.sleep(0.1)
-        until_s = time.monotonic() + (_LATE_S if unanswered else 0)
-        return Span(began_s, until_s, sure=status != 412 and not unanswered)
+                if status not in (404, 412):
+                    self._record(problem)
+                    failures.append(status)
+                    await asyncio.sleep(0.1)
+                    continue
+            if status == 412 and not failures:
+                return None
+            late_s = _LATE_S if 0 in failures else 0.0
+            return Span(began_s, time.monotonic() + late_s, sure=status != 412 and not late_s)
 
 
-class Appender:
+@dataclass(slots=True, eq=False)
+class Appender(Sender):
     """Sends one burst after the other: each takes a new stream and sends its chunks all at once to
     all workers, every other one or all of them byte-identical. Nothing is retried: what got no
     reply may or may not be applied."""
 
-    def __init__(
-        self,
-        name: str,
-        ports: Mapping[str, int],
-        history: History,
-        random: np.random.Generator,
-        timeout_s: float = TIMEOUT_S,
-    ):
-        self._name = name
-        self._history = history
-        self._random = random
-        self._clients = [WorkerClient(port, timeout_s) for port in ports.values()]
-        self._bursts = 0
+    bursts: int = 0
 
     async def run(self, stop: asyncio.Event, pause_s: float) -> None:
         """Send bursts until `stop` is set."""
         while not stop.is_set():
             await self.burst()
-            await asyncio.sleep(self._random.exponential(pause_s))
+            await asyncio.sleep(self.random.exponential(pause_s))
 
     async def burst(self) -> Burst:
         """Send one burst to a new stream."""
-        self._bursts += 1
-        name = f"{self._name}-{self._bursts}"
-        same, all_equal = random_events(self._random, 3), self._random.random() < 0.5
+        self.bursts += 1
+        stream, began_s = f"{self.name}-{self.bursts}", time.monotonic()
+        same, is_uniform = random_events(self.random, 3), self._draw(0.5)
         chunks = [
-            same
-            if all_equal or place % 2
-            else random_events(self._random, int(self._random.integers(1, 6)))
-            for place in self._random.permutation(APPENDS)
+            same if is_uniform or number % 2 else random_events(self.random, 1 + number % 5)
+            for number in self.random.permutation(APPENDS)
         ]
-        began_s = time.monotonic()
-        answers = await asyncio.gather(
-            *(self._append(name, rows, place) for place, rows in enumerate(chunks))
+        workers = list(self.workers)
+        attempts = (
+            self._attempt(Chunk(stream, None, rows), workers[number % len(workers)])
+            for number, rows in enumerate(chunks)
         )
-        acks = [answer for answer in answers if answer is not None]
-        final = await self._read_head(name)
+        acks = [reply for reply in await asyncio.gather(*attempts) if reply and not reply.code]
+        final = await self._read_head(stream, self._any_worker())
         span = Span(began_s, time.monotonic())
-        burst = Burst(name, span, APPENDS - len(acks), acks, final)
-        self._history.bursts.append(burst)
-        self._history.seen["appends"] += len(acks)
+        burst = Burst(stream, span, APPENDS - len(acks), acks, final)
+        self.history.bursts.append(burst)
+        self._count("appends", len(acks))
         return burst
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await asyncio.gather(*(client.close() for client in self._clients))
-
-    async def _append(self, name: str, rows: Rows, place: int) -> Reply | None:
-        number, sent_s = place % len(self._clients), time.monotonic()
-        try:
-            document = await self._clients[number].send(name, rows, None)
-        except Problem as problem:
-            if problem.status:
-                self._history.seen[f"failed {problem.code}"] += 1
-            return None
-        return read_reply(document, Sent(-1, rows, b""), str(number), sent_s)
-
-    async def _read_head(self, name: str) -> Head | None:
-        while True:
-            for client in self._clients:
-                try:
-                    return await client.read_head(name)
-                except Problem:
-                    continue
-            await asyncio.sleep(0.1)

@@ -3,43 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from tests.faults.network import Outputs, Rows
 
 FIRST_TAG: Final = bytes(16)
 
 
-def digest(rows: Rows) -> bytes:
-    """The digest of a chunk of inputs with a position, by docs/reference/protocol.md."""
-    count = len(rows).to_bytes(8, "little")
-    return hashlib.sha256(b"I" + count + rows.astype("<f4").tobytes()).digest()
-
-
-def next_tag(tag: bytes, start: int, chunk: bytes) -> bytes:
+def next_tag(tag: bytes, start: int, digest: bytes) -> bytes:
     """The tag after a chunk, by docs/reference/protocol.md."""
-    return hashlib.sha256(tag + start.to_bytes(8, "little") + chunk).digest()[:16]
+    return hashlib.sha256(tag + start.to_bytes(8, "little") + digest).digest()[:16]
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Sent:
-    """A chunk of rows [T, F] that was sent, once or many times; `acked` after a reply."""
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Chunk:
+    """Rows [T, F] of a stream, sent once or many times; without a start they are appended."""
 
-    start: int
+    stream: str
+    start: int | None
     rows: Rows
-    digest: bytes
-    acked: bool = False
+
+    @property
+    def digest(self) -> bytes:
+        """The digest of inputs with a position, by docs/reference/protocol.md."""
+        count = len(self.rows).to_bytes(8, "little")
+        return hashlib.sha256(b"I" + count + self.rows.astype("<f4").tobytes()).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """A stream's head. Position 0 and no tag: it does not exist."""
+    """A stream's head; without a tag it does not exist."""
 
     epoch: str | None
     tag: bytes | None
     position: int
+
+    @property
+    def etag(self) -> str | None:
+        """Its ETag, for If-Match."""
+        return None if self.tag is None else f"{self.epoch}-{self.tag.hex()}"
+
+    def leads_to(self, ack: Reply) -> bool:
+        """Whether the tag of an acknowledgement follows, as far as is known."""
+        if self.tag is None and self.position > 0:
+            return True
+        return ack.tag == next_tag(self.tag or FIRST_TAG, self.position, ack.chunk.digest)
+
+
+NO_HEAD: Final = Head(None, None, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -50,7 +64,7 @@ class Reply(Head):
         sent_s, at_s: when the attempt was sent that this answers, and when it was answered.
     """
 
-    sent: Sent
+    chunk: Chunk
     worker: str
     sent_s: float
     at_s: float
@@ -59,8 +73,7 @@ class Reply(Head):
     code: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """From a moment to another; not `sure` where a request that got no reply may still act."""
 
     from_s: float
@@ -82,8 +95,15 @@ class Loss:
     what: str
     since_s: float
     struck_s: float
-    until_s: float
-    done_s: float
+    until_s: float = field(default_factory=time.monotonic)
+    done_s: float = field(default_factory=time.monotonic)
+
+    def describe(self, began_s: float) -> str:
+        """Its moments, in seconds after another one."""
+        names = ("since", "struck", "until", "done")
+        moments_s = (self.since_s, self.struck_s, self.until_s, self.done_s)
+        pairs = zip(names, moments_s, strict=True)
+        return f"{self.what}: " + ", ".join(f"{n} {at_s - began_s:.2f} s" for n, at_s in pairs)
 
 
 @dataclass(slots=True)
@@ -94,31 +114,26 @@ class StreamLog:
         noticed_s: when its client noticed that the history it knew was replaced: by a rejection, by
             If-Match, or by a tag that does not follow.
         removed: when the stream was deleted or expired on purpose.
-        final: its head at the end; None where it did not exist.
+        final: its head at the end.
     """
 
     name: str
-    sents: list[Sent] = field(default_factory=list)
+    sent: list[Chunk] = field(default_factory=list)
     acks: list[Reply] = field(default_factory=list)
     rejections: list[Reply] = field(default_factory=list)
     noticed_s: list[float] = field(default_factory=list)
     removed: list[Span] = field(default_factory=list)
-    final: Head | None = None
+    final: Head = NO_HEAD
 
 
-@dataclass(slots=True)
-class Burst:
-    """Chunks without a position, sent at once to one new stream.
+class Burst(NamedTuple):
+    """Chunks without a position, sent at once to one new stream; `unknown` of them got no reply."""
 
-    Attributes:
-        unknown: how many got no reply, and may or may not have been applied.
-    """
-
-    name: str
+    stream: str
     span: Span
     unknown: int
     acks: list[Reply]
-    final: Head | None
+    final: Head
 
 
 @dataclass(slots=True)
@@ -136,4 +151,4 @@ class History:
     losses: list[Loss] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     seen: Counter[str] = field(default_factory=Counter)
-    began_s: float = 0.0
+    began_s: float = field(default_factory=time.monotonic)

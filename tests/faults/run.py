@@ -3,63 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
-import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
-from tests.faults import network
 from tests.faults.checker import DOUBLED, LOST, MIXED, Finding, check
 from tests.faults.client import SHORT_LIVED, Appender, Client
+from tests.faults.deployment import Deployment, deploy
 from tests.faults.faults import (
+    KILL,
     KILLED,
-    KINDS,
     WARM_ROLLBACKS,
     Fault,
     FaultInjector,
-    Kind,
+    kinds_of,
     make_fault,
     make_plan,
 )
 from tests.faults.history import History
-from tests.faults.proxy import Connection
-from tests.faults.stores import (
-    ClusterStore,
-    Deployment,
-    EmbeddedValkey,
-    SingleStore,
-    Store,
-    Worker,
-    has_connection,
-)
-from tests.faults.traffic import STAGES, Traffic
+from tests.faults.traffic import STAGES
+from tests.faults.transports import TRANSPORTS
 
-WORKERS = ("a", "b")
-_PLANTED_BUGS = Path(__file__).parent / "planted_bugs"
-_ROOT = Path(__file__).parents[2]
-_SETTINGS = {
-    "CARRY_RUNTIME": "onnxruntime",
-    "CARRY_STORE_WAIT_S": "3",
-    # no longer than a client assumes of an abandoned request
-    "CARRY_TIMEOUT_S": "3",
-    "CARRY_DRAIN_S": "2",
-}
-"""The workers' time limits are shorter than the pauses of a run."""
-_FINISH_S = 60.0
-_MORE_KILLS = 20
-_SHOWN = 12
-_EXPECTED = (
+_FINISH_S: Final = 60.0
+_MORE_KILLS: Final = 20
+_SHOWN: Final = 12
+_EXPECTED: Final = (
     *("conflicts", "replays", "resends", "blind retries", "deleted", "expired", "appends"),
     *("refused position_ahead", "refused state_changed", "refused epoch_mismatch"),
     *("failed deadline_exceeded", "failed outcome_unknown"),
 )
-_EXPECTED_OF_ROLLBACKS = (
+_EXPECTED_OF_ROLLBACKS: Final = (
     *(WARM_ROLLBACKS, "advanced by others", "noticed by a tag that does not follow"),
 )
 
@@ -74,6 +51,7 @@ class RunOptions:
         plan: the faults; None to make them from the seed.
         plant: a bug that is planted in the workers.
         strict: chunks are acknowledged when the replicas have them.
+        transports: how chunks are sent, drawn for each attempt.
         removals: share of chunks before which the stream is deleted or expires.
         short_lived: one stream of this many is deleted and created all the time; 0: none.
         append_pause_s: mean pause between two bursts of an appender.
@@ -90,6 +68,7 @@ class RunOptions:
     plan: tuple[Fault, ...] | None = None
     plant: str | None = None
     strict: bool = False
+    transports: tuple[str, ...] = tuple(TRANSPORTS)
     removals: float = 0.003
     short_lived: int = 7
     appenders: int = 2
@@ -98,148 +77,78 @@ class RunOptions:
     verbose: bool = False
 
 
-@asynccontextmanager
-async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
-    """Two workers that serve on a store; they are ended in any case."""
-    settings, workers = dict(_SETTINGS), []
-    if options.strict:
-        settings["CARRY_DURABILITY"] = "replicated"
-    if options.plant is not None:
-        settings["PLANTED_BUG"] = options.plant
-        settings["PYTHONPATH"] = f"{_PLANTED_BUGS}{os.pathsep}{_ROOT}"
-
-    def find_owner(connection: Connection) -> str:
-        up = [each for each in workers if each.process is not None]
-        return next((each.name for each in up if has_connection(each.process.pid, connection)), "")
-
-    traffic = Traffic(find_owner)
-    async with AsyncExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
-        folder = Path(stack.enter_context(temporary))
-        models = network.write(folder / "models")
-        (folder / "store").mkdir()
-        store: Store
-        match options.store:
-            case "valkey":
-                server = EmbeddedValkey(folder / "store", models, settings)
-                store = SingleStore(server, traffic, WORKERS)
-            case "redis":
-                store = SingleStore.redis(folder / "store", traffic, WORKERS)
-            case _:
-                store = ClusterStore(folder / "store", traffic, strict=options.strict)
-        stack.push_async_callback(asyncio.to_thread, store.stop)
-        for proxy in store.proxies:
-            await proxy.open()
-            stack.push_async_callback(proxy.close)
-        await asyncio.to_thread(store.start)
-        for number, name in enumerate(WORKERS):
-            worker = Worker(name, folder / name, models, store.url(number), traffic, settings)
-            workers.append(worker)
-            await worker.proxy.open()
-            stack.push_async_callback(worker.proxy.close)
-            worker.restart()
-            stack.callback(worker.kill)
-        for worker in workers:
-            await worker.started()
-        yield Deployment(store, workers, traffic)
-
-
 async def run(options: RunOptions) -> tuple[History, list[Finding]]:
     """Run a plan of faults, and check what the clients saw."""
-    history = History()
-    async with deploy(options) as deployment:
+    how = {"plant": options.plant, "strict": options.strict, "transports": options.transports}
+    async with deploy(options.store, **how) as deployment:
+        history = History()
         await _drive(options, deployment, history)
         for worker in deployment.workers:
-            history.unexpected += [
-                f"{worker.name} logged {line}"
-                for line in worker.whole_log().splitlines()
-                if '"exception":' in line
-            ]
+            logged = (line for line in worker.whole_log().splitlines() if '"exception":' in line)
+            history.unexpected += [f"{worker.name} logged {line}" for line in logged]
     return history, await asyncio.to_thread(check, history)
 
 
 async def _drive(options: RunOptions, deployment: Deployment, history: History) -> None:
     """Let clients send while faults are injected."""
-    random = np.random.default_rng(options.seed)
-    ports = deployment.ports
-
-    async def expire(stream: str) -> None:
-        # streams live longer than a network holds bytes
-        await injector.wait_for_held_writes()
-        await asyncio.to_thread(deployment.store.expire, stream)
-
+    random, stop = np.random.default_rng(options.seed), asyncio.Event()
     clients = []
     for number in range(options.streams):
-        brief = options.short_lived and number % options.short_lived == 0
-        name = f"{SHORT_LIVED if brief else 's'}{number:03d}"
-        clients.append(
-            Client(name, number, ports, history, _child(random), options.removals, expire)
-        )
+        is_brief = options.short_lived and number % options.short_lived == 0
+        name = f"{SHORT_LIVED if is_brief else 's'}{number:03d}"
+        context = (name, deployment.clients, history, *random.spawn(1))
+        clients.append(Client(*context, number, options.removals, deployment.expire))
     appenders = [
-        Appender(f"append{n}", ports, history, _child(random)) for n in range(options.appenders)
+        Appender(f"append{number}", deployment.clients, history, child)
+        for number, child in enumerate(random.spawn(options.appenders))
     ]
-    injector = FaultInjector(deployment, clients, history, _child(random))
+    injector = FaultInjector(deployment, clients, history, *random.spawn(1))
     plan = options.plan
     if plan is None:
         plan = tuple(make_plan(options.store, options.faults, random, options.longest_s))
-    history.began_s = time.monotonic()
-
-    def events() -> int:
-        return sum(client.applied for client in clients)
-
-    async def wait_for_events(count: int) -> None:
-        while events() < count:
-            for task in tasks:
-                if task.done():
-                    task.result()
-            await asyncio.sleep(0.02)
 
     async def inject(fault: Fault) -> None:
         if options.verbose:
             now_s = time.monotonic() - history.began_s
             print(f"  {now_s:7.2f} s {events():8d} events  {fault}", flush=True)
-        await injector.run(fault)
+        await injector.inject(fault)
 
-    stop = asyncio.Event()
-    tasks = [asyncio.create_task(client.run(stop)) for client in clients]
-    tasks += [asyncio.create_task(each.run(stop, options.append_pause_s)) for each in appenders]
-    try:
-        for place, fault in enumerate(plan):
-            await wait_for_events(options.events * place // max(1, len(plan)))
-            await inject(fault)
-        for _ in range(_MORE_KILLS):
-            for stage in STAGES:
-                if history.seen[KILLED[stage]] < options.kills_per_stage:
-                    await inject(make_fault(Kind.WORKER_KILL, stage, random))
-        await wait_for_events(options.events)
-        await injector.resolve()
-        stop.set()
-        await _finish(tasks, history)
-        tasks = [asyncio.create_task(client.finish()) for client in clients]
-        await _finish(tasks, history)
-    finally:
-        for task in tasks:
+    def events() -> int:
+        return sum(client.applied for client in clients)
+
+    async def wait_for_events(count: int) -> None:
+        while True:
+            if events() >= count:
+                return
+            await asyncio.sleep(0.02)
+
+    def start(coroutines: Iterable[Coroutine[Any, Any, None]]) -> list[asyncio.Task[None]]:
+        return [group.create_task(each) for each in coroutines]
+
+    async def finish(tasks: Iterable[asyncio.Task[None]]) -> None:
+        """Wait for the clients' tasks; one that does not end in time fails the run."""
+        _, pending = await asyncio.wait(tasks, timeout=_FINISH_S)
+        history.unexpected += [f"a client did not end within {_FINISH_S} s" for _ in pending]
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await injector.resolve()
-        for each in (*clients, *appenders):
-            await each.close()
+
+    async with asyncio.TaskGroup() as group:
+        tasks = start(client.run(stop) for client in clients)
+        tasks += start(each.run(stop, options.append_pause_s) for each in appenders)
+        for place, fault in enumerate(plan):
+            await wait_for_events(options.events * place // len(plan))
+            await inject(fault)
+        for stage in STAGES * _MORE_KILLS:
+            if history.seen[KILLED[stage]] < options.kills_per_stage:
+                await inject(make_fault(KILL[stage], random))
+        await wait_for_events(options.events)
+        await deployment.started()
+        stop.set()
+        await finish(tasks)
+        await finish(start(client.finish() for client in clients))
     history.seen["conflicts"] = deployment.traffic.conflicts
     history.seen["events"] = events()
     history.seen["seconds"] = round(time.monotonic() - history.began_s)
-
-
-async def _finish(tasks: list[asyncio.Task[None]], history: History) -> None:
-    """Wait for the clients' tasks; one that does not end in time fails the run."""
-    done, pending = await asyncio.wait(tasks, timeout=_FINISH_S)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*done)
-    history.unexpected += [f"a client did not end within {_FINISH_S} s"] * len(pending)
-
-
-def _child(random: np.random.Generator) -> np.random.Generator:
-    return np.random.default_rng(int(random.integers(1 << 62)))
 
 
 def new_seed() -> int:
@@ -270,22 +179,16 @@ def describe_failures(
     """
     reasons = [f"{kind}: {what}" for kind, what in findings]
     reasons += [f"unexpected: {each}" for each in history.unexpected]
-    # with `strict`, what the stopped replica does not have was never acknowledged
-    names = _EXPECTED if options.strict else (*_EXPECTED, *_EXPECTED_OF_ROLLBACKS)
-    expected = dict.fromkeys((*KINDS[options.store], *names), 1)
-    expected |= dict.fromkeys((KILLED[stage] for stage in STAGES), options.kills_per_stage)
-    reasons += [
-        f"{name}: {history.seen[name]} times, expected {count} at least"
-        for name, count in expected.items()
-        if whole and history.seen[name] < count
-    ]
-    if not reasons:
-        return []
+    if whole:
+        # with `strict`, what the stopped replica does not have was never acknowledged
+        rollbacks = () if options.strict else _EXPECTED_OF_ROLLBACKS
+        expected = dict.fromkeys((*kinds_of(options.store), *_EXPECTED, *rollbacks), 1)
+        expected |= dict.fromkeys(KILLED.values(), options.kills_per_stage)
+        reasons += [
+            f"{name}: {history.seen[name]} times, expected {count} at least"
+            for name, count in expected.items()
+            if history.seen[name] < count
+        ]
     more = [f"... and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
-    losses = [
-        f"{loss.what}: from {loss.since_s - history.began_s:.2f}, "
-        f"struck {loss.struck_s - history.began_s:.2f}, "
-        f"until {loss.until_s - history.began_s:.2f}, done {loss.done_s - history.began_s:.2f} s"
-        for loss in history.losses
-    ]
+    losses = [loss.describe(history.began_s) for loss in history.losses] if reasons else []
     return [*reasons[:_SHOWN], *more, *losses]

@@ -1,9 +1,8 @@
-"""The stores under test, and the workers on them, as things that break.
+"""The stores under test, as things that break: real servers, reached as the service's users do.
 
-Real processes, started and reached as the service's users do: the embedded Valkey through a
-`carry serve` of its own, a Redis with an append-only file, a cluster of six nodes. Calls of a store
-block; the injector runs them in threads. They return when the store serves again, a fault that may
-roll back acknowledged chunks with the moments between which it can have.
+Calls block; the injector runs them in threads. They return when the store serves again. Those that
+inject a fault take `pick`, which chooses a server, and `seconds`, and return the moments between
+which acknowledged chunks may have been rolled back, if any.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,9 +26,9 @@ from service.core.values import StreamKey
 from service.store.codec import KeySpace
 from tests.faults.history import Loss
 from tests.faults.network import MODEL
-from tests.faults.proxy import Connection, Proxy, Target
-from tests.faults.traffic import PendingChunk, Traffic
+from tests.faults.traffic import FaultProxy, Traffic
 from tests.support.cluster import Cluster, ClusterNode
+from tests.support.proxy import Connection
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
 
@@ -42,72 +41,16 @@ LAG_S: Final = 0.5
 """How far a replica that runs may be behind its primary."""
 STALE_S: Final = 3.0
 """How long a primary that was stopped may act as one before it learns of the promotion."""
-ERRORS: Final = (redis.RedisError, OSError, ValueError)
+_ERRORS: Final = (redis.RedisError, OSError, ValueError)
+_NO_RECORD: Final = (OSError, ValueError, KeyError, TypeError, psutil.Error)
 _NO_REWRITE: Final = ("--auto-aof-rewrite-percentage", "0")
 """A rewrite would replace files while they are copied."""
-_NO_RECORD: Final = (OSError, ValueError, KeyError, TypeError, psutil.Error)
-_STARTS: Final = 20
-
-
-class Worker(Service):
-    """A `carry serve` behind a proxy; `serves` while it is up."""
-
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        models: Path,
-        url: str,
-        traffic: Traffic,
-        settings: dict[str, str],
-    ):
-        folder.mkdir()
-        super().__init__(folder, models, redis_url=url)
-        self.name = name
-        self.serves = False
-        self.proxy = Proxy(self._target, traffic.watch_clients, name)
-        self._settings = settings
-        self._starting: asyncio.Task[None] | None = None
-
-    def restart(self) -> None:
-        """Start it in the background."""
-        self._starting = asyncio.create_task(self._start())
-
-    async def started(self) -> None:
-        """Wait for a restart."""
-        await self._starting
-
-    def pending_chunks(self) -> list[PendingChunk]:
-        """The chunks whose replies it owes."""
-        notes = (connection.notes for connection in self.proxy.connections)
-        return [pending for pending in notes if pending is not None]
-
-    def strike(self) -> tuple[list[PendingChunk], float]:
-        """SIGKILL now; the chunks whose replies it owes, and the moment."""
-        self.serves = False
-        pending, killed_s = self.pending_chunks(), time.monotonic()
-        self.process.kill()
-        return pending, killed_s
-
-    async def _start(self) -> None:
-        """An unavailable store may keep it from starting, as a supervisor would see."""
-        for attempt in range(1, _STARTS + 1):
-            try:
-                await asyncio.to_thread(self.start, **self._settings)
-                break
-            except AssertionError:
-                if attempt == _STARTS or not self.ended():
-                    raise
-        self.serves = True
-
-    def _target(self) -> Target | None:
-        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
 
 
 class Store:
-    """A store of one or several servers, and the proxies to it. `pick` chooses a server."""
+    """A store of one or several servers, and the proxies to it."""
 
-    proxies: list[Proxy]
+    proxies: list[FaultProxy]
 
     def expire(self, stream: str) -> None:
         """Let a stream's keys expire now; returns when they have expired."""
@@ -118,28 +61,25 @@ class Store:
                     self.ask("PEXPIRE", key, 1)
                 until(lambda: not self.ask("EXISTS", *pair), "the expiry")
                 return
-            except ERRORS:
+            except _ERRORS:
                 time.sleep(0.05)
 
-    def kill(self, pick: int) -> Loss | None:
+    def kill(self, pick: int, _: float) -> Loss | None:
         """Kill a server; a primary is down for less than it takes to be voted out, mostly."""
-        server = self._choose(pick)
-        struck_s = time.monotonic()
+        server, struck_s = self._choose(pick), time.monotonic()
         server.kill()
         time.sleep(DOWN_S)
         server.start()
         return self._find_loss("killed", struck_s)
 
-    def pause(self, seconds: float, pick: int) -> Loss | None:
+    def pause(self, pick: int, seconds: float) -> Loss | None:
         """Stop a server; where that is a primary, and for long, its replica is promoted."""
-        process = self._choose(pick)._process
-        struck_s = time.monotonic()
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGCONT)
+        server, struck_s = self._choose(pick), time.monotonic()
+        with suspended(server._process):
+            time.sleep(seconds)
         return self._find_loss("stopped", struck_s)
 
-    def fill(self, seconds: float) -> None:
+    def fill(self, _: int, seconds: float) -> None:
         """Keep the memory of all servers full for a while."""
         self.configure("maxmemory", 1)
         time.sleep(seconds)
@@ -150,9 +90,8 @@ class EmbeddedValkey(RealServer):
     """The Valkey of one `carry serve`, which starts it again after a kill."""
 
     def __init__(self, folder: Path, models: Path, settings: dict[str, str]):
-        self.owner = Service(folder, models)
+        self.kind, self.owner = "valkey", Service(folder, models)
         self.folder = self.owner.data_dir
-        self.kind = "valkey"
         self._settings = settings
         self._killed = 0
 
@@ -196,15 +135,10 @@ class SingleStore(Store):
 
     def __init__(self, server: RealServer, traffic: Traffic, workers: Sequence[str]):
         self.proxies = [
-            Proxy(lambda: server.socket, traffic.watch_store, worker) for worker in workers
+            FaultProxy(lambda: server.socket, traffic.watch_store, worker) for worker in workers
         ]
         self.server = server
         self.start, self.stop, self.configure = server.start, server.stop, server.configure
-
-    @classmethod
-    def redis(cls, folder: Path, *arguments: Any) -> SingleStore:
-        """A `redis-server` in a folder."""
-        return cls(RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE), *arguments)
 
     def url(self, number: int) -> str:
         """The address for a worker."""
@@ -215,49 +149,48 @@ class SingleStore(Store):
         with self.server.client() as client:
             return client.execute_command(*command)
 
-    def prepare_rollback(self, pick: int) -> float:
+    def prepare_rollback(self, _: int) -> float:
         """Copy the append-only file; the moment before which nothing can be lost. The server keeps
         writing: the copy is a prefix of the file, as a crash would leave it."""
         while True:
             asked_s = time.monotonic()
             if self.ask("INFO", "persistence")["aof_buffer_length"] == 0:
                 break
-        files, copy = self._files()
-        shutil.copytree(files, copy)
+        shutil.copytree(self._folder / "appendonlydir", self._folder / "copy")
         return asked_s
 
     def roll_back(self, since_s: float) -> Loss:
         """End the server, put the copy back, start it."""
-        files, copy = self._files()
         struck_s = time.monotonic()
         self.stop()
         ended_s = time.monotonic()
-        shutil.rmtree(files)
-        copy.rename(files)
+        shutil.rmtree(self._folder / "appendonlydir")
+        (self._folder / "copy").rename(self._folder / "appendonlydir")
         self.start()
-        return Loss("rolled back", since_s, struck_s, ended_s, time.monotonic())
+        return Loss("rolled back", since_s, struck_s, ended_s)
 
-    def restart_owner(self, *, kill: bool) -> None:
-        """End the service that holds the Valkey, by SIGKILL (the Valkey keeps running, and is taken
-        over) or by SIGTERM (it ends too), and start it again."""
-        if kill:
-            self.server.owner.kill()
-            time.sleep(DOWN_S)
-        else:
-            self.stop()
+    def kill_owner(self, _: int, __: float) -> None:
+        """Kill the service that holds the Valkey, which keeps running; the next takes it over."""
+        self.server.owner.kill()
+        time.sleep(DOWN_S)
         self.start()
 
-    def _files(self) -> tuple[Path, Path]:
-        return self.server.folder / "appendonlydir", self.server.folder / "copy"
+    def terminate_owner(self, _: int, __: float) -> None:
+        """Terminate the service that holds the Valkey, which ends too."""
+        self.stop()
+        self.start()
 
-    def _choose(self, pick: int) -> RealServer:
+    @property
+    def _folder(self) -> Path:
+        return self.server.folder
+
+    def _choose(self, _: int) -> RealServer:
         return self.server
 
     def _find_loss(self, what: str, struck_s: float) -> Loss | None:
         if what != "killed" or self.server.kind == "redis":
             return None
-        done_s = time.monotonic()
-        return Loss(what, struck_s - LATE_WRITES_S, struck_s, done_s, done_s)
+        return Loss(what, struck_s - LATE_WRITES_S, struck_s)
 
 
 class ClusterStore(Store):
@@ -275,21 +208,20 @@ class ClusterStore(Store):
         self._cluster = Cluster("valkey", folder, _NO_REWRITE)
         self._nodes = self._cluster.nodes
         self.proxies = [
-            Proxy(lambda port=node.port: ("127.0.0.1", port), traffic.watch_store)
+            FaultProxy(lambda port=node.port: ("127.0.0.1", port), traffic.watch_store)
             for node in self._nodes
         ]
         self._strict = strict
         self._loop = asyncio.get_running_loop()
-        self._down: set[ClusterNode] = set()
-        self._lost: list[ClusterNode] = []
+        self._down: list[ClusterNode] = []
         self.stop, self.configure = self._cluster.stop, self._cluster.configure
 
     def start(self) -> None:
         for node, proxy in zip(self._nodes, self.proxies, strict=True):
-            node._options = (*node._options, "--cluster-announce-port", str(proxy.port))
+            node.options = (*node.options, "--cluster-announce-port", str(proxy.port))
         self._cluster.form()
 
-    def url(self, number: int) -> str:
+    def url(self, _: int) -> str:
         """The address for a worker."""
         addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:3])
         return f"redis+cluster://{','.join(addresses)}"
@@ -301,23 +233,21 @@ class ClusterStore(Store):
                     return node.ask(*command)
         raise OSError("no node that serves has the key")
 
-    def fail_over(self, pick: int) -> Loss | None:
+    def fail_over(self, pick: int, _: float) -> Loss | None:
         """Kill a primary until its replica is promoted; it comes back as a replica."""
         node = self._choose(pick)
-        replica = self._replica_of(node)
-        killed_s = time.monotonic()
+        replica, struck_s = self._cluster.replica_of(node), time.monotonic()
         node.kill()
-        until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
+        until(replica.is_primary, "the promotion", SERVES_S)
         node.start()
-        return self._find_loss("lost", killed_s)
+        return self._find_loss("lost", struck_s)
 
     def prepare_rollback(self, pick: int) -> float:
         """Stop the replica of a primary that is to be lost, and end its connection to it: what
         the primary sent would otherwise be read from the socket when the replica continues."""
         primary = self._choose(pick)
-        replica = self._replica_of(primary)
-        self._down = {primary, replica}
-        self._lost = [primary, replica]
+        replica = self._cluster.replica_of(primary)
+        self._down = [primary, replica]
         since_s = time.monotonic() - LAG_S
         replica.pause()
         for connection in list(self.proxies[self._nodes.index(primary)].connections):
@@ -327,64 +257,65 @@ class ClusterStore(Store):
 
     def roll_back(self, since_s: float) -> Loss:
         """Kill the primary, continue its replica, which is promoted with the data it had."""
-        primary, replica = self._lost
-        killed_s = time.monotonic()
+        primary, replica = self._down
+        struck_s = time.monotonic()
         primary.kill()
         ended_s = time.monotonic()
         replica.resume()
-        until(lambda: _role(replica) == "master", "the promotion", SERVES_S)
+        until(replica.is_primary, "the promotion", SERVES_S)
         primary.start()
         self._wait_until_whole()
-        return Loss("lossy failover", since_s, killed_s, ended_s, time.monotonic())
+        return Loss("lossy failover", since_s, struck_s, ended_s)
 
     def _choose(self, pick: int) -> ClusterNode:
         """A primary that is about to be down."""
-        primaries = [node for node in self._nodes if _role(node) == "master"]
-        node = primaries[pick % len(primaries)]
-        self._down = {node}
-        return node
+        primaries = [node for node in self._nodes if node.is_primary()]
+        self._down = [primaries[pick % len(primaries)]]
+        return self._down[0]
 
     def _find_loss(self, what: str, struck_s: float) -> Loss | None:
         until_s = time.monotonic() + STALE_S
         self._wait_until_whole()
         if self._strict:
             return None
-        return Loss(f"a primary was {what}", struck_s - LAG_S, struck_s, until_s, time.monotonic())
+        return Loss(f"a primary was {what}", struck_s - LAG_S, struck_s, until_s)
 
     def _wait_until_whole(self) -> None:
         def is_whole() -> bool:
-            with contextlib.suppress(AssertionError, *ERRORS):
+            with contextlib.suppress(AssertionError, *_ERRORS):
                 self._cluster.wait_until_synced()
                 return True
             return False
 
         until(is_whole, "a whole cluster", SERVES_S)
-        self._down = set()
-
-    def _replica_of(self, primary: ClusterNode) -> ClusterNode:
-        lines = [each.split() for each in primary.ask("CLUSTER", "NODES").decode().splitlines()]
-        (name,) = (line[0] for line in lines if line[3] == primary.name)
-        return next(node for node in self._nodes if node.name == name)
+        self._down = []
 
 
-@dataclass(slots=True)
-class Deployment:
-    """Workers on a store, with proxies between all processes."""
+def make_store(
+    kind: str,
+    folder: Path,
+    models: Path,
+    settings: dict[str, str],
+    traffic: Traffic,
+    workers: Sequence[str],
+) -> Store:
+    """The store of a run, in a folder; it is not started yet."""
+    if kind == "valkey":
+        return SingleStore(EmbeddedValkey(folder, models, settings), traffic, workers)
+    if kind == "redis":
+        server = RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE)
+        return SingleStore(server, traffic, workers)
+    return ClusterStore(folder, traffic, strict="CARRY_DURABILITY" in settings)
 
-    store: Store
-    workers: list[Worker]
-    traffic: Traffic
 
-    @property
-    def ports(self) -> dict[str, int]:
-        """The port of each worker's proxy, for clients."""
-        return {worker.name: worker.proxy.port for worker in self.workers}
-
-
-def _role(node: ClusterNode) -> str:
-    with contextlib.suppress(*ERRORS):
-        return str(node.facts("replication")["role"])
-    return ""
+@contextmanager
+def suspended(process: Any) -> Iterator[None]:
+    """Stop a process, and continue it afterwards."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def has_connection(pid: int | None, connection: Connection) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -13,87 +13,122 @@ from tests.faults.checker import CHECKED, DOUBLED, LOST, MIXED, ROLLED_BACK, che
 from tests.faults.history import (
     FIRST_TAG,
     Burst,
+    Chunk,
     Head,
     History,
     Loss,
     Reply,
-    Sent,
     Span,
     StreamLog,
-    digest,
     next_tag,
 )
-from tests.faults.network import ZERO, Rows, compute, random_events
+from tests.faults.network import UNITS, ZERO, Rows, compute, random_events
 
 OTHERS = random_events(np.random.default_rng(9), 5)
 EPOCH, OTHER = "aa" * 8, "bb" * 8
+WRONG_TAG, OTHER_OUTPUTS = bytes(range(16)), np.ones((5, UNITS), np.float32)
 
 
 class Stream:
     """A stream as a faultless service would serve it; one chunk a second."""
 
     def __init__(self, chunks: int = 12):
-        self.random = np.random.default_rng(3)
         self.log = StreamLog("s")
         self.now_s = 0.0
-        self.heads = [(FIRST_TAG, 0, ZERO)]
+        self._random = np.random.default_rng(3)
+        self._heads = self._all_heads = [(FIRST_TAG, 0, ZERO)]
         for _ in range(chunks):
             self.chunk()
 
-    def chunk(self, epoch: str = EPOCH) -> None:
+    def chunk(self, epoch: str = EPOCH) -> Self:
         """One more chunk, applied and acknowledged."""
-        tag, position, state = self.heads[-1]
-        rows = random_events(self.random, 5)
-        self.now_s += 1
-        sent = Sent(position, rows, digest(rows), acked=True)
-        outputs = compute(state, rows)
-        head = (next_tag(tag, position, sent.digest), position + len(rows), outputs[-1])
-        self.heads.append(head)
-        times_s = (self.now_s, self.now_s + 0.5)
-        ack = Reply(epoch, *head[:2], sent, "a", *times_s, outputs.astype(np.float32))
-        self.log.sents.append(sent)
+        tag, position, state = self._heads[-1]
+        chunk = Chunk("s", position, random_events(self._random, 5))
+        outputs = compute(state, chunk.rows)
+        head = (next_tag(tag, position, chunk.digest), position + 5, outputs[-1])
+        if self._heads is not self._all_heads:
+            self._all_heads.append(head)
+        self._heads.append(head)
+        ack = Reply(epoch, *head[:2], chunk, "a", *self._next_second(), outputs.astype(np.float32))
+        self.log.sent.append(chunk)
         self.log.acks.append(ack)
         self.log.final = Head(epoch, *head[:2])
+        return self
 
-    def back(self, chunks: int) -> None:
-        """The store loses the last chunks."""
-        del self.heads[-chunks:]
+    def at(self, count: int) -> Self:
+        """The store has the state after the first chunks that were ever applied."""
+        self._heads = self._all_heads[: count + 1]
+        return self
 
-    def reject(self) -> None:
+    def reject(self) -> Self:
         """A rejection that names the present head."""
-        self.now_s += 1
-        head, times_s = self.heads[-1][:2], (self.now_s, self.now_s + 0.5)
-        rejection = Reply(EPOCH, *head, self.log.sents[-1], "b", *times_s, code="position_ahead")
-        self.log.rejections.append(rejection)
+        head, times_s, last = self._heads[-1][:2], self._next_second(), self.log.sent[-1]
+        self.log.rejections.append(Reply(EPOCH, *head, last, "b", *times_s, code="position_ahead"))
         self.log.noticed_s.append(self.now_s)
+        return self
 
-    def remove(self) -> None:
+    def remove(self) -> Self:
         """The stream is deleted, and its client notices."""
-        self.now_s += 1
-        self.log.removed.append(Span(self.now_s, self.now_s + 0.5))
+        self.log.removed.append(Span(*self._next_second()))
         self.log.noticed_s.append(self.now_s + 1)
-        self.heads = self.heads[:1]
+        return self.at(0)
 
-    def kinds(self, *losses: Loss) -> set[str]:
-        """Kinds of the checker's findings."""
-        return {kind for kind, _ in check(History([self.log], losses=list(losses)))}
+    def answer(self, place: int, **change: Any) -> Self:
+        """Another acknowledgement of a chunk."""
+        self.log.acks[place] = replace(self.log.acks[place], **change)
+        return self
+
+    def forget(self, place: int) -> Self:
+        """A chunk is applied, but was not acknowledged."""
+        del self.log.acks[place]
+        return self
+
+    def end(self, tag: bytes) -> Self:
+        """The stream has another tag at the end."""
+        self.log.final = replace(self.log.final, tag=tag)
+        return self
+
+    def _next_second(self) -> tuple[float, float]:
+        self.now_s += 1
+        return self.now_s, self.now_s + 0.5
 
 
-def rolled_back() -> tuple[Stream, Loss]:
-    """A stream whose last two chunks are rolled back at 12.5 s."""
-    stream = Stream()
-    stream.back(2)
-    return stream, Loss("rolled back", since_s=10.8, struck_s=12.5, until_s=12.6, done_s=12.7)
+ROLLBACK = Loss("rolled back", since_s=10.8, struck_s=12.5, until_s=12.6, done_s=12.7)
+"""May take the last two of twelve chunks."""
 
 
-def test_correct_history_passes() -> None:
-    stream = Stream()
-    history = History([stream.log])
-    assert not check(history)
-    assert history.seen[CHECKED] == 12
-    stream.log.acks.pop(4)
-    stream.log.sents[4].acked = False
-    assert not stream.kinds()
+RESTARTED = replace(ROLLBACK, until_s=20.0)
+HISTORIES: dict[str, tuple[Stream, Loss | None, set[str]]] = {
+    "correct": (Stream(), None, set()),
+    "rolled back": (Stream().at(10).reject().chunk(), ROLLBACK, set()),
+    "rolled back, not noticed": (Stream().at(10).chunk(), ROLLBACK, {LOST}),
+    "rolled back too far": (Stream().at(9).reject().chunk(), ROLLBACK, {LOST}),
+    "missing": (Stream().at(10).reject().chunk(), None, {LOST}),
+    # others advanced the stream after a rollback; a worker continues from its cache
+    "continued": (Stream().at(10).reject().chunk().chunk().at(12).chunk(), ROLLBACK, {LOST}),
+    "denied": (Stream().at(9).reject().at(12).chunk(), None, {LOST}),
+    "denied after a rollback": (Stream().at(10).reject().chunk(), RESTARTED, set()),
+    "denied before it": (Stream().at(10).reject().chunk(), replace(RESTARTED, struck_s=14), {LOST}),
+    "removed": (Stream().remove().chunk(OTHER), None, set()),
+    "removed, comes back": (Stream().remove().chunk(OTHER).at(12).chunk(), None, {LOST, MIXED}),
+    # removal explains the end of an epoch, but no missing chunk before it
+    "removed after a loss": (Stream().at(11).chunk().remove().chunk(OTHER), None, {LOST}),
+    "another tag": (Stream().answer(5, tag=WRONG_TAG), None, {LOST, MIXED}),
+    "another position": (Stream().answer(5, position=7), None, {MIXED}),
+    "another output": (Stream().answer(5, outputs=OTHER_OUTPUTS), None, {MIXED}),
+    "another final tag": (Stream().end(WRONG_TAG), None, {LOST, MIXED}),
+    "without an answer": (Stream().forget(4), None, set()),
+}
+
+
+@pytest.mark.parametrize(("stream", "loss", "expected"), HISTORIES.values(), ids=HISTORIES)
+def test_mistake_in_a_history_is_detected(
+    stream: Stream, loss: Loss | None, expected: set[str]
+) -> None:
+    history = History([stream.log], losses=[] if loss is None else [loss])
+    assert {kind for kind, _ in check(history)} == expected
+    assert history.seen[CHECKED] == len(stream.log.acks)
+    assert expected or history.seen[ROLLED_BACK] == (2 if loss else 0)
 
 
 @pytest.mark.parametrize(
@@ -111,107 +146,9 @@ def test_outputs_of_another_state_are_detected_many_chunks_later(
     state_after: Callable[[list[Rows]], list[Rows]], kind: str
 ) -> None:
     stream = Stream(40)
-    rows = np.concatenate(state_after([each.sent.rows for each in stream.log.acks]))
-    ack = stream.log.acks[-1]
-    wrong = compute(ZERO, rows)[-len(ack.sent.rows) :]
-    stream.log.acks[-1] = replace(ack, outputs=wrong.astype(np.float32))
-    assert stream.kinds() == {kind}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda ack: {"outputs": ack.outputs + (np.arange(16) == 7)},
-        lambda ack: {"tag": bytes(range(16))},
-        lambda ack: {"position": 7},
-    ],
-    ids=["one output", "tag", "position"],
-)
-def test_wrong_reply_is_detected(change: Callable[[Reply], dict[str, Any]]) -> None:
-    stream = Stream()
-    stream.log.acks[5] = replace(stream.log.acks[5], **change(stream.log.acks[5]))
-    assert MIXED in stream.kinds()
-
-
-def test_final_tag_of_no_sent_chunk_is_detected() -> None:
-    stream = Stream()
-    stream.log.final = replace(stream.log.final, tag=bytes(range(16)))
-    assert MIXED in stream.kinds()
-
-
-@pytest.mark.parametrize(
-    ("is_known_loss", "is_noticed", "more", "expected"),
-    [
-        (True, True, 0, set()),
-        (False, True, 0, {LOST}),
-        (True, False, 0, {LOST}),
-        (True, True, 1, {LOST}),
-    ],
-    ids=["explained", "no rollback", "client did not notice", "before the rollback"],
-)
-def test_missing_chunk_is_lost_unless_rolled_back_and_noticed(
-    is_known_loss: bool, is_noticed: bool, more: int, expected: set[str]
-) -> None:
-    stream, loss = rolled_back()
-    if more:
-        stream.back(more)
-    if is_noticed:
-        stream.reject()
-    stream.chunk()
-    history = History([stream.log], losses=[loss] if is_known_loss else [])
-    assert {kind for kind, _ in check(history)} == expected
-    assert expected or history.seen[ROLLED_BACK] == 2
-
-
-def test_continued_stale_history_is_detected() -> None:
-    """Others advanced the stream after a rollback; a worker continues from its cache."""
-    stream, loss = rolled_back()
-    stream.reject()
-    stream.chunk()
-    stream.chunk()
-    stream.heads = Stream().heads
-    stream.chunk()
-    assert stream.kinds(loss) == {LOST}
-
-
-def test_rejection_that_denies_an_acknowledged_chunk_is_detected() -> None:
-    stream = Stream()
-    heads = list(stream.heads)
-    stream.back(3)
-    stream.reject()
-    stream.heads = heads
-    stream.chunk()
-    assert stream.kinds() == {LOST}
-
-
-def test_rejection_before_a_rollback_is_not_explained_by_it() -> None:
-    stream, loss = rolled_back()
-    stream.reject()
-    stream.chunk()
-    assert stream.kinds(replace(loss, until_s=20.0, struck_s=13.0)) == set()
-    assert stream.kinds(replace(loss, until_s=20.0, struck_s=14.0)) == {LOST}
-
-
-def test_removed_stream_starts_a_new_epoch_and_does_not_return() -> None:
-    stream = Stream()
-    heads = list(stream.heads)
-    stream.remove()
-    stream.chunk(epoch=OTHER)
-    assert stream.kinds() == set()
-    stream.heads = heads
-    stream.chunk(epoch=EPOCH)
-    assert MIXED in stream.kinds()
-
-
-def test_chunk_lost_before_its_stream_was_removed_is_detected() -> None:
-    """Removal explains the end of an epoch, but no missing chunk before it."""
-    stream = Stream()
-    stream.back(1)
-    stream.log.noticed_s.append(stream.now_s + 1)
-    stream.chunk()
-    stream.remove()
-    stream.chunk(epoch=OTHER)
-    assert stream.kinds() == {LOST}
+    rows = np.concatenate(state_after([chunk.rows for chunk in stream.log.sent]))
+    stream.answer(-1, outputs=compute(ZERO, rows)[-5:].astype(np.float32))
+    assert {kind for kind, _ in check(History([stream.log]))} == {kind}
 
 
 @pytest.mark.parametrize(
@@ -229,12 +166,13 @@ def test_chunk_lost_before_its_stream_was_removed_is_detected() -> None:
 def test_appends_have_distinct_places(
     starts: list[int], unknown: int, head: int, wrong: int, expected: set[str]
 ) -> None:
-    random, state, acks = np.random.default_rng(4), ZERO, []
+    rows = random_events(np.random.default_rng(4), 9)
+    outputs = compute(ZERO, rows).astype(np.float32)
+    outputs[3:6] += wrong
+    acks = []
     for number, start in enumerate(starts):
-        sent, tag = Sent(-1, random_events(random, 3), b""), bytes([number] * 16)
-        outputs = compute(state, sent.rows)
-        state = outputs[-1]
-        wrong_outputs = outputs.astype(np.float32) + (wrong if number == 1 else 0)
-        acks.append(Reply(EPOCH, tag, start + 3, sent, "a", 1.0, 2.0, wrong_outputs))
+        own = slice(3 * number, 3 * number + 3)
+        chunk, tag = Chunk("e", None, rows[own]), bytes([number] * 16)
+        acks.append(Reply(EPOCH, tag, start + 3, chunk, "a", 1.0, 2.0, outputs[own]))
     burst = Burst("e", Span(1.0, 2.0), unknown, acks, Head(EPOCH, bytes(16), head))
     assert {kind for kind, _ in check_burst(burst)} == expected

@@ -1,9 +1,10 @@
-"""Traffic monitor: the stage of each chunk when its worker was killed.
+"""Traffic between the processes: proxies that cut and hold connections, and the stage of each chunk
+when its worker was killed.
 
 A killed worker reports nothing, and nothing in the service helps to find out. But all it does for a
 chunk passes here: the request goes in, the load of the stream goes to the store and is answered,
-the commit goes out and is answered, the HTTP reply goes out. So of every request that a killed
-worker owed a reply,
+the commit goes out and is answered, the reply goes out. So of every request that a killed worker
+owed a reply,
 
     before load    neither a load nor a commit of its stream was asked of the store since
     computing      its load was answered, and no commit came
@@ -12,41 +13,71 @@ worker owed a reply,
 
 A worker that finds the stream in its own memory loads nothing: such a chunk counts as before
 load until its commit is seen. A commit that lost its race is reset, because the chunk is then
-re-evaluated. Times are those of the monotonic clock.
+re-evaluated.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import hiredis
 
-from tests.faults.proxy import Connection, Direction
+from tests.faults.transports import STREAM_HEADER
+from tests.support.proxy import Connection, Direction, Proxy, Target
 
 BEFORE_LOAD: Final = "before load"
 COMPUTING: Final = "computing"
 COMMIT_SENT: Final = "commit sent"
 REPLY_UNSENT: Final = "reply unsent"
 STAGES: Final = (BEFORE_LOAD, COMPUTING, COMMIT_SENT, REPLY_UNSENT)
+CHUNK_REQUEST: Final = re.compile(
+    rb"^POST (?:/v1/models/[^/ ]+/streams/([^/ ]+)/chunks|.+\r\n%b: ([^\r]+))"
+    % STREAM_HEADER.encode(),
+    re.DOTALL,
+)
+"""The beginning of a request with a chunk; the group that matches is its stream."""
 
-_CHUNK: Final = re.compile(rb"^POST /v1/models/[^/ ]+/streams/([^/ ]+)/chunks")
 _STATE_KEY: Final = re.compile(rb"\}:s:[^:]+:(.+)$", re.DOTALL)
 _MORE: Final = object()
-_Streams = tuple[str, ...]
+
+Watch = Callable[[Connection, Direction, bytes], None]
+"""Receives all bytes before they are forwarded."""
 
 
-@dataclass(slots=True)
+def let_pass(connection: Connection, direction: Direction, data: bytes) -> None:
+    """No cut."""
+
+
+class FaultProxy(Proxy):
+    """A proxy whose bytes are watched.
+
+    Attributes:
+        cut: called with all bytes of connections that are not held: may hold them, or raise
+            `CutError`.
+    """
+
+    def __init__(self, target: Callable[[], Target | None], watch: Watch, owner: str | None = None):
+        super().__init__(target, owner)
+        self.cut: Watch = let_pass
+        self._watch = watch
+
+    async def inspect(self, connection: Connection, direction: Direction, data: bytes) -> None:
+        if connection.held is None:
+            self.cut(connection, direction, data)
+        if connection.held is None or direction == "reply":
+            self._watch(connection, direction, data)
+
+
+@dataclass(slots=True, eq=False)
 class PendingChunk:
-    """A chunk that was sent to a worker; `replied` once its reply begins."""
+    """A chunk that was sent to a worker, and its stage; None once its reply begins."""
 
     stream: str
-    since_s: float
-    replied: bool = False
+    stage: str | None = BEFORE_LOAD
 
 
 class _Error(Exception):
@@ -63,40 +94,34 @@ class _StoreNotes:
 
     requests: Any = field(default_factory=_reader)
     replies: Any = field(default_factory=_reader)
-    unanswered: deque[tuple[bool, _Streams]] = field(default_factory=deque)
+    unanswered: deque[tuple[bool, Sequence[str]]] = field(default_factory=deque)
 
 
 class Traffic:
-    """Monitors the proxies of all workers and of the store.
+    """Watches the proxies of all workers and of the store.
 
     Attributes:
+        proxies: of the workers' clients, by worker.
         conflicts: commits that the store rejected because the stream had moved on.
         hook: called with worker and stage when a chunk reaches the stage.
-        times: by worker and stream, when each stage after the first was reached last.
     """
 
     def __init__(self, find_owner: Callable[[Connection], str] = lambda _: ""):
+        self.proxies: dict[str, Proxy] = {}
         self.conflicts = 0
-        self.hook: Callable[[str, str], None] | None = None
-        self.times: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        self.hook: Callable[[str, str], None] = lambda worker, stage: None
         self._find_owner = find_owner
+        self._victims: dict[str, list[PendingChunk]] = {}
 
     def watch_clients(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """A reply's first byte ends what is owed on its connection."""
         if direction == "reply":
             if connection.notes is not None:
-                connection.notes.replied = True
+                connection.notes.stage = None
             connection.notes = None
-        elif match := _CHUNK.match(data):
-            connection.notes = PendingChunk(match[1].decode(), time.monotonic())
-            if self.hook is not None:
-                self.hook(connection.owner, BEFORE_LOAD)
-
-    def owner_of(self, connection: Connection) -> str:
-        """The worker that made a connection to the store, looked up once; empty for others."""
-        if connection.owner is None:
-            connection.owner = self._find_owner(connection)
-        return connection.owner
+        elif match := CHUNK_REQUEST.match(data):
+            connection.notes = PendingChunk((match[1] or match[2]).decode())
+            self.hook(connection.owner, BEFORE_LOAD)
 
     def watch_store(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Read commands and replies of workers."""
@@ -113,60 +138,62 @@ class Traffic:
                 is_commit, streams = _read_command(value)
                 notes.unanswered.append((is_commit, streams))
                 if is_commit:
-                    self._note(worker, streams, COMMIT_SENT)
+                    self._reach(worker, streams, COMMIT_SENT)
             elif notes.unanswered:
                 self._read_answer(worker, *notes.unanswered.popleft(), value)
+
+    def owner_of(self, connection: Connection) -> str:
+        """The worker that made a connection to the store, looked up once; empty for others."""
+        if connection.owner is None:
+            connection.owner = self._find_owner(connection)
+        return connection.owner
 
     def has_pending_commit(self, connection: Connection) -> bool:
         """Whether a commit on this connection has no answer yet."""
         notes = connection.notes
         return notes is not None and any(is_commit for is_commit, _ in notes.unanswered)
 
-    def count_stages(
-        self, worker: str, pending: Iterable[PendingChunk], killed_s: float
-    ) -> Counter[str]:
-        """Of what a worker owed when it was killed, how many chunks were at each stage.
+    def pending(self, worker: str) -> list[PendingChunk]:
+        """The chunks whose replies a worker owes, or owed when it was killed."""
+        if worker in self._victims:
+            return self._victims[worker]
+        notes = (connection.notes for connection in self.proxies[worker].connections)
+        return [chunk for chunk in notes if chunk is not None]
 
-        To be asked once all it wrote before its end has passed.
-        """
-        return Counter(
-            _stage(each.since_s, self.times[worker, each.stream], killed_s)
-            for each in pending
-            if not each.replied
-        )
+    def note_kill(self, worker: str) -> None:
+        """From now on no answer reaches a worker; what it wrote before is still to pass."""
+        self._victims[worker] = self.pending(worker)
 
-    def _read_answer(self, worker: str, is_commit: bool, streams: _Streams, value: Any) -> None:
+    def count_stages(self, worker: str) -> Counter[str]:
+        """Of what a worker owed when it was killed, how many chunks were at each stage, once all it
+        wrote before its end has passed."""
+        return Counter(chunk.stage for chunk in self._victims.pop(worker) if chunk.stage)
+
+    def _read_answer(
+        self, worker: str, is_commit: bool, streams: Sequence[str], value: Any
+    ) -> None:
+        if worker in self._victims:
+            return
         if not is_commit:
             if not isinstance(value, _Error):
-                self._note(worker, streams, COMPUTING)
+                self._reach(worker, streams, COMPUTING)
             return
         # a script that failed wrote nothing, and will be sent again
         outcomes = value if isinstance(value, list) else [[None]] * len(streams)
         for stream, outcome in zip(streams, outcomes, strict=False):
-            if outcome == [1]:
-                self._note(worker, (stream,), REPLY_UNSENT)
-            else:
-                self.conflicts += outcome[0] == 0
-                self.times.pop((worker, stream), None)
+            self.conflicts += outcome[0] == 0
+            self._reach(worker, (stream,), REPLY_UNSENT if outcome == [1] else BEFORE_LOAD)
 
-    def _note(self, worker: str, streams: _Streams, stage: str) -> None:
-        for stream in streams:
-            self.times[worker, stream][stage] = time.monotonic()
-        if streams and self.hook is not None:
+    def _reach(self, worker: str, streams: Sequence[str], stage: str) -> None:
+        for chunk in self.pending(worker) if streams else ():
+            is_past = stage == COMPUTING and chunk.stage != BEFORE_LOAD
+            if chunk.stream in streams and chunk.stage is not None and not is_past:
+                chunk.stage = stage
+        if streams and stage != BEFORE_LOAD:
             self.hook(worker, stage)
 
 
-def _stage(since_s: float, times: dict[str, float], killed_s: float) -> str:
-    """The stage of a chunk when its worker was killed."""
-    loaded_s, commit_s, written_s = (times.get(stage, 0.0) for stage in STAGES[1:])
-    if since_s <= written_s <= killed_s and written_s >= commit_s:
-        return REPLY_UNSENT
-    if commit_s >= since_s:
-        return COMMIT_SENT
-    return COMPUTING if since_s <= loaded_s <= killed_s else BEFORE_LOAD
-
-
-def _read_command(command: Any) -> tuple[bool, _Streams]:
+def _read_command(command: Any) -> tuple[bool, Sequence[str]]:
     """Whether a command is a commit, and the streams that it loads or commits."""
     name = command[0].upper() if isinstance(command, list) and command else b""
     keys: list[bytes] = command[1:] if name in (b"MGET", b"GET") else []

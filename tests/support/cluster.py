@@ -40,7 +40,7 @@ class ClusterNode:
         self.kind = kind
         self.folder = folder
         self.port, self._bus = free_port(), free_port()
-        self._options = options
+        self.options = options
         self._process: subprocess.Popen[bytes] | None = None
         folder.mkdir()
 
@@ -68,7 +68,7 @@ class ClusterNode:
         }
         arguments = [part for name, value in fixed.items() for part in (f"--{name}", str(value))]
         self._process = subprocess.Popen(
-            [binary, *arguments, *self._options, *options],
+            [binary, *arguments, *self.options, *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={"LC_ALL": "C", "PATH": os.defpath},
@@ -95,6 +95,13 @@ class ClusterNode:
         """A section of INFO."""
         with self.client() as client:
             return client.info(section)
+
+    def is_primary(self) -> bool:
+        """Whether the node answers, as a primary."""
+        try:
+            return bool(self.facts("replication")["role"] == "master")
+        except redis.RedisError:
+            return False
 
     @property
     def name(self) -> str:
@@ -167,6 +174,12 @@ class Cluster:
         if facts["role"] == "slave":
             return facts["master_link_status"] == "up"
         return facts["connected_slaves"] > 0 and facts["slave0"]["state"] == "online"
+
+    def replica_of(self, primary: ClusterNode) -> ClusterNode:
+        """The replica that follows a primary now."""
+        lines = [each.split() for each in primary.ask("CLUSTER", "NODES").decode().splitlines()]
+        (name,) = (line[0] for line in lines if line[3] == primary.name)
+        return next(node for node in self.nodes if node.name == name)
 
     def owner(self, key: str) -> int:
         """Index of the primary that owns a key initially."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import Artifact
-from tests.support.cluster import Cluster, ClusterNode, breakable_cluster, own_cluster
+from tests.support.cluster import Cluster, breakable_cluster, own_cluster
 from tests.support.pipelines import make_artifact, oracle_outputs
 from tests.support.sender import Sender, send_all
-from tests.support.servers import until_async
+from tests.support.servers import until
 from tests.support.service import running
 
 __all__ = ["breakable_cluster", "own_cluster"]
@@ -28,13 +27,6 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def senders() -> list[Sender]:
     return [Sender(f"s{index}", index, events=EVENTS) for index in range(STREAMS)]
-
-
-def is_primary(node: ClusterNode) -> Callable[[], Awaitable[bool]]:
-    async def holds() -> bool:
-        return node.answers() and node.facts("replication")["role"] == "master"
-
-    return holds
 
 
 def check(artifact: Artifact, sent: list[Sender]) -> None:
@@ -59,7 +51,7 @@ async def test_failover_loses_no_acknowledged_replicated_chunk(
             sending = [asyncio.create_task(one.send(client, EVENTS, has_reply)) for one in sent]
             await has_reply.wait()
             victim.kill()
-            await until_async(is_primary(heir), "the replica's promotion")
+            await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
             # Without a replica nothing is as durable as asked, and nothing is acknowledged.
             victim.start()
             await asyncio.gather(*sending)
@@ -84,7 +76,7 @@ async def test_clients_recover_from_a_lossy_failover_by_resending(
         lost.kill()
         for replica in own_cluster.replicas:
             replica.start()
-        await until_async(is_primary(heir), "the replica's promotion")
+        await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
         await send_all(service.url, sent, EVENTS)
     check(probe, sent)
     rewinds = [one.rewinds for one in sent]

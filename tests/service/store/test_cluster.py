@@ -21,7 +21,7 @@ from service.store.base import Commit, Committed, Conflicted, StateStore
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from tests.support.cluster import Cluster, ClusterNode
-from tests.support.servers import emptied, free_port, opened, real_server, until, until_async
+from tests.support.servers import emptied, free_port, opened, real_server, until
 from tests.support.streams import Streams, committed, key, same_reply, same_stream
 
 PARTITIONS = 16
@@ -279,7 +279,7 @@ async def test_failover_keeps_every_acknowledged_replicated_commit(
         async with writing(store, streams, 16) as done:
             await done.wait_for_more(300)
             victim.kill()
-            await until_async(lambda: _is_primary(heir), "the replica's promotion")
+            await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
             victim.start()
             await done.wait_for_more(300)
         await done.check(store)
@@ -322,7 +322,7 @@ async def test_a_manual_failover_loses_nothing(own_cluster: Cluster, streams: St
         async with writing(store, streams, 16) as done:
             await done.wait_for_more(200)
             heir.ask("CLUSTER", "FAILOVER")
-            await until_async(lambda: _is_primary(heir), "the replica's promotion")
+            await asyncio.to_thread(until, heir.is_primary, "the replica's promotion")
             await done.wait_for_more(200)
         await done.check(store)
         own_cluster.primaries[1], own_cluster.replicas[1] = heir, old
@@ -365,10 +365,6 @@ async def test_requests_wait_for_the_majority_and_recover(
             [Conflicted(second.new.head)],
         )
         await asyncio.to_thread(own_cluster.wait_until_synced)
-
-
-async def _is_primary(node: ClusterNode) -> bool:
-    return node.facts("replication")["role"] == "master"
 
 
 def _refuses(node: ClusterNode, word: str) -> bool:

@@ -15,7 +15,7 @@ from service.store.codec import encode_state
 from service.store.redis.outcomes import Outcome, Reply
 from service.store.redis.redis_store import DELETE_ATTEMPTS, RedisStore
 from service.store.settings import StoreSettings
-from tests.support.lossy_path import LossyPath
+from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened
 from tests.support.streams import Streams, absence, committed, key, same_stream
 

@@ -11,7 +11,7 @@ import pytest
 from service.core.errors import NotDurable
 from service.store.base import Committed, Conflicted, StateStore
 from service.store.settings import Durability
-from tests.support.lossy_path import LossyPath
+from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, free_port, opened, real_server, until
 from tests.support.streams import Streams, committed, key, same_stream
 

@@ -17,7 +17,7 @@ import redis
 
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.base import Commit, Committed, StateStore
-from tests.support.lossy_path import LossyPath
+from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer, opened, until, until_async
 from tests.support.streams import OpenStore, Streams, committed, key, same_reply, same_stream
 

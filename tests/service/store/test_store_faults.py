@@ -15,7 +15,7 @@ from service.core.errors import OutcomeUnknown, StoreRefused, StoreUnavailable
 from service.store.base import Commit, Committed, Conflicted, StateStore
 from service.store.open import open_store
 from service.store.settings import StoreSettings
-from tests.support.lossy_path import LossyPath
+from tests.support.proxy import LossyPath
 from tests.support.servers import KINDS, RealServer, free_port, opened, real_server, until
 from tests.support.streams import Streams, absence, key, same_reply, same_stream
 

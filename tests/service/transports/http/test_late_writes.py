@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from models.artifact.artifact import Artifact
 from tests.service.transports.http.harness import Harness, harness, problem, rows
-from tests.support.lossy_path import LossyPath
+from tests.support.proxy import LossyPath
 from tests.support.servers import RealServer
 
 ADDRESS = "/v1/models/probe/streams/s"

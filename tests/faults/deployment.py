@@ -1,0 +1,168 @@
+"""The deployment under test: two workers on a store, and proxies between all processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.faults import network
+from tests.faults.stores import Store, has_connection, make_store
+from tests.faults.traffic import FaultProxy, Traffic
+from tests.faults.transports import TIMEOUT_S, TRANSPORTS, WorkerClient
+from tests.support.machine import REPOSITORY
+from tests.support.proxy import Connection, Target
+from tests.support.service import Service
+
+WORKERS: Final = ("a", "b")
+_PLANTED_BUGS: Final = Path(__file__).parent / "planted_bugs"
+_SETTINGS: Final = {
+    "CARRY_RUNTIME": "onnxruntime",
+    "CARRY_STORE_WAIT_S": "3",
+    # no longer than a client assumes of an abandoned request
+    "CARRY_TIMEOUT_S": "3",
+    "CARRY_DRAIN_S": "2",
+}
+"""The workers' time limits are shorter than the pauses of a run."""
+_STARTS: Final = 20
+
+
+class Worker(Service):
+    """A `carry serve` behind a proxy; `serves` while it is up."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        models: Path,
+        url: str,
+        traffic: Traffic,
+        settings: dict[str, str],
+    ):
+        folder.mkdir()
+        super().__init__(folder, models, redis_url=url)
+        self.name = name
+        self.serves = False
+        self.proxy = FaultProxy(self._target, traffic.watch_clients, name)
+        traffic.proxies[name] = self.proxy
+        self._settings = settings
+        self._starting: asyncio.Task[None] | None = None
+
+    @property
+    def proxy_url(self) -> str:
+        """Its address for clients."""
+        return f"http://127.0.0.1:{self.proxy.port}"
+
+    def restart(self) -> None:
+        """Start it in the background."""
+        self._starting = asyncio.create_task(self._start())
+
+    async def started(self) -> None:
+        """Wait for a restart."""
+        await self._starting
+
+    async def end(self) -> None:
+        """Kill it once it does not start any more."""
+        with contextlib.suppress(AssertionError):
+            await self.started()
+        self.kill()
+
+    async def _start(self) -> None:
+        """An unavailable store may keep it from starting, as a supervisor would see."""
+        for attempt in range(1, _STARTS + 1):
+            try:
+                await asyncio.to_thread(self.start, **self._settings)
+                break
+            except AssertionError:
+                if attempt == _STARTS or not self.ended():
+                    raise
+        self.serves = True
+
+    def _target(self) -> Target | None:
+        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
+
+
+class Deployment:
+    """Workers on a store.
+
+    Attributes:
+        clients: of each worker, through its proxy.
+    """
+
+    store: Store
+    workers: list[Worker]
+    clients: dict[str, WorkerClient]
+
+    def __init__(self) -> None:
+        self.workers, self.clients = [], {}
+        self.traffic = Traffic(self._find_owner)
+
+    async def expire(self, stream: str) -> None:
+        """Let a stream's keys expire, once all writes that are held back have reached the store:
+        streams live longer than a network holds bytes."""
+        for proxy in self.store.proxies:
+            await proxy.drained(lambda connection: connection.held is not None)
+        await asyncio.to_thread(self.store.expire, stream)
+
+    async def started(self) -> None:
+        """Wait until all workers serve."""
+        for worker in self.workers:
+            await worker.started()
+
+    def _find_owner(self, connection: Connection) -> str:
+        up = [worker for worker in self.workers if worker.process is not None]
+        owners = (each.name for each in up if has_connection(each.process.pid, connection))
+        return next(owners, "")
+
+
+@asynccontextmanager
+async def deploy(
+    store: str,
+    *,
+    plant: str | None = None,
+    strict: bool = False,
+    transports: Sequence[str] = tuple(TRANSPORTS),
+    timeout_s: float = TIMEOUT_S,
+) -> AsyncIterator[Deployment]:
+    """Two workers that serve on a store; all processes are ended in any case.
+
+    Args:
+        plant: a bug that is planted in the workers.
+        strict: chunks are acknowledged when the replicas have them.
+    """
+    settings, deployment = dict(_SETTINGS), Deployment()
+    if strict:
+        settings["CARRY_DURABILITY"] = "replicated"
+    if plant is not None:
+        settings["PLANTED_BUG"] = plant
+        settings["PYTHONPATH"] = f"{_PLANTED_BUGS}{os.pathsep}{REPOSITORY}"
+    async with AsyncExitStack() as stack:
+        temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(temporary))
+        models, traffic = network.write(folder / "models"), deployment.traffic
+        (folder / "store").mkdir()
+        started = make_store(store, folder / "store", models, settings, traffic, WORKERS)
+        deployment.store = started
+        stack.push_async_callback(asyncio.to_thread, started.stop)
+        for proxy in started.proxies:
+            await proxy.open()
+            stack.push_async_callback(proxy.close)
+        await asyncio.to_thread(started.start)
+        for number, name in enumerate(WORKERS):
+            worker = Worker(name, folder / name, models, started.url(number), traffic, settings)
+            deployment.workers.append(worker)
+            await worker.proxy.open()
+            stack.push_async_callback(worker.proxy.close)
+            worker.restart()
+            stack.push_async_callback(worker.end)
+        for worker in deployment.workers:
+            await worker.started()
+            client = WorkerClient(worker.name, worker.proxy_url, transports, timeout_s)
+            deployment.clients[worker.name] = client
+            stack.push_async_callback(client.close)
+        yield deployment
