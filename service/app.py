@@ -37,6 +37,7 @@ from service.transports.http.application import ApiLimits, ConnectionLimits, cre
 from service.transports.http.connection.http_protocol import HTTP_STATE
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
+from service.transports.websocket.application import SocketLimits, add_live_sockets
 
 LATE_S = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -113,6 +114,7 @@ def create_app() -> FastAPI:
         head_timeout_s=settings.head_timeout_s,
         body_timeout_s=settings.body_timeout_s,
         send_timeout_s=settings.send_timeout_s,
+        websocket_ping_s=settings.websocket_ping_s,
         max_pending_body_bytes=settings.max_pending_body_bytes,
         max_pending_reply_bytes=settings.max_pending_reply_bytes,
     )
@@ -127,6 +129,10 @@ def create_app() -> FastAPI:
     )
     inference = Inference(api.state.api, delete_at_end=settings.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
+    sockets = SocketLimits(
+        settings.websocket_window, settings.websocket_idle_s, settings.max_body_bytes
+    )
+    add_live_sockets(api, sockets, settings.websocket_origins)
     return api
 
 

@@ -164,6 +164,24 @@ class Settings(BaseSettings):
     """Longest time that a client may take to read the next 64 KiB of its replies, in seconds; then
     the connection is closed. Longer than a client pauses between reads."""
 
+    websocket_window: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Maximum unanswered chunks of one WebSocket. Beyond it the socket is not read, so that its
+    client waits. More than arrive during the round trip of a chunk; each takes memory for its
+    frame and its reply."""
+
+    websocket_ping_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
+    """A WebSocket that was silent for this long gets a ping, and is closed after as long without an
+    answer, in seconds; 0 disables it. Shorter than the idle timeout of a proxy in front."""
+
+    websocket_idle_s: Annotated[float, Field(ge=0)] = 0.0
+    """A WebSocket without a chunk for this long is closed, in seconds; 0 never. It is checked with
+    each ping. Longer than any pause of a live stream."""
+
+    websocket_origins: str = ""
+    """Origins whose pages may open a WebSocket, besides the service's own host: such as
+    `https://app.example.com`, separated by commas; `*` allows all. Programs send no origin and are
+    not restricted."""
+
     max_pending_body_bytes: Annotated[int, Field(ge=MIB)] = 256 * MIB
     """Maximum bytes of request bodies that a worker buffers. Beyond it the oldest incomplete bodies
     are answered `overloaded`. Several times `CARRY_MAX_BODY_BYTES`, and well below the memory of

@@ -13,6 +13,8 @@
         BodyTooLarge          body_too_large
         UnsupportedMediaType  unsupported_media_type
         NotAcceptable         not_acceptable
+        UpgradeRequired       upgrade_required
+        OriginNotAllowed      origin_not_allowed
         InvalidName           invalid_name
         InvalidPrecondition   invalid_precondition
         ChunksUnsupported     chunks_unsupported
@@ -180,6 +182,22 @@ class NotAcceptable(BadRequest):
     code = "not_acceptable"
     title = "None of the accepted content types is supported"
     remedy = "Accept application/json or application/msgpack."
+
+
+class UpgradeRequired(BadRequest):
+    code = "upgrade_required"
+    title = "The address is one of a WebSocket"
+    remedy = (
+        "Connect with a WebSocket client, version 13, over HTTP/1.1; a proxy must pass Upgrade on."
+    )
+
+
+class OriginNotAllowed(BadRequest):
+    code = "origin_not_allowed"
+    title = "Pages of this origin may not open a WebSocket"
+    remedy = (
+        "Serve the page from the service's own host, or name its origin in CARRY_WEBSOCKET_ORIGINS."
+    )
 
 
 class InvalidName(BadRequest):

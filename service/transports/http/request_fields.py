@@ -219,8 +219,11 @@ def query(request: Request, known: Collection[str] = ()) -> dict[str, str]:
         DuplicateField: a parameter comes twice.
     """
     raw: bytes = request.scope["query_string"]
-    if not raw:
-        return {}
+    return parse_query(raw, known) if raw else {}
+
+
+def parse_query(raw: bytes, known: Collection[str]) -> dict[str, str]:
+    """The parameters of a query string by name; raises as `query` does."""
     parameters: dict[str, str] = {}
     parts = raw.decode("latin-1").split("&", MAX_PARAMETERS)
     for name, value in parse_qsl("&".join(parts[:MAX_PARAMETERS]), keep_blank_values=True):

@@ -19,6 +19,8 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.BodyTooLarge: 413,
     errors.UnsupportedMediaType: 415,
     errors.NotAcceptable: 406,
+    errors.UpgradeRequired: 426,
+    errors.OriginNotAllowed: 403,
     errors.InvalidName: 400,
     errors.InvalidPrecondition: 400,
     errors.ChunksUnsupported: 422,

@@ -40,6 +40,7 @@ class ConnectionLimits:
     head_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
+    websocket_ping_s: float = 20.0
     max_pending_body_bytes: int = 256 * 2**20
     max_pending_reply_bytes: int = 256 * 2**20
 
@@ -52,6 +53,7 @@ class Phase(Enum):
     BODY = "body"
     REJECTED_BODY = "rejected_body"
     SERVICE = "service"
+    LIVE = "live"
     SEND = "send"
     LINGER = "linger"
 
@@ -153,7 +155,7 @@ class Connections:
             if connection.phase is not phase or connection.progress != progress:
                 self._seen[connection] = (connection.phase, connection.progress, now_s)
             elif now_s - since_s > self._timeout_s(connection, phase):
-                if phase not in (Phase.IDLE, Phase.LINGER):
+                if phase not in (Phase.IDLE, Phase.LIVE, Phase.LINGER):
                     self._events[f"{phase.value}_timeout"] += 1
                 connection.expire(phase)
         if unsent_bytes > self.limits.max_pending_reply_bytes:
@@ -187,6 +189,8 @@ class Connections:
                 return limits.body_timeout_s + connection.body_bytes / BODY_BYTES_PER_S
             case Phase.SEND:
                 return limits.send_timeout_s
+            case Phase.LIVE:
+                return limits.websocket_ping_s or float("inf")
             case Phase.LINGER:
                 return LINGER_S
             case Phase.SERVICE:

@@ -3,7 +3,8 @@
 `llhttp` rejects malformed lines, folded lines, bare line feeds, invalid lengths, and a length
 beside a transfer coding. `check_head` rejects what it accepts although a proxy and this service
 could frame or interpret it differently. `Upgrade` is ignored, as RFC 9110 (7.8) allows, and its
-request is framed as one without it. Heads, trailers and bytes after an early response are bounded.
+request is framed as one without it, unless a subclass switches protocols. Heads, trailers and bytes
+after an early response are bounded.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def check_head(method: bytes, url: bytes, version: str, headers: Headers) -> Non
 class FramingProtocol(HttpToolsProtocol, ABC):
     """uvicorn's protocol up to the boundaries of requests.
 
-    A subclass decides what happens between requests, and how a request is failed.
+    A subclass decides what happens between requests, how a request is failed, and which upgrades
+    are not ignored.
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -128,6 +130,15 @@ class FramingProtocol(HttpToolsProtocol, ABC):
     def _fail(self, error: CarryError) -> None:
         """Answer the request that is being read with an error, and close the connection."""
 
+    @abstractmethod
+    def _switch_protocols(self, *, has_more: bool) -> bool:
+        """Switch to another protocol, if the parsed head asks for one that is served; otherwise the
+        head's `Upgrade` is ignored.
+
+        Args:
+            has_more: whether bytes after the head were received.
+        """
+
     def _parse(self, data: bytes) -> bytes:
         """Parse as far as possible now; returns the bytes of the next request.
 
@@ -136,7 +147,7 @@ class FramingProtocol(HttpToolsProtocol, ABC):
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
             self._parser_bytes += len(piece)
-            self._feed(piece)
+            self._feed(piece, has_more=start + PIECE_BYTES < len(data))
             if self._parser_bytes > MAX_HEAD_BYTES:
                 self._fail(HeadTooLarge(f"head: expected at most {MAX_HEAD_BYTES} bytes"))
             if self._stops_reading:
@@ -145,7 +156,7 @@ class FramingProtocol(HttpToolsProtocol, ABC):
                 return data[start + PIECE_BYTES :]
         return b""
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, data: bytes, *, has_more: bool) -> None:
         try:
             while data:
                 try:
@@ -155,6 +166,8 @@ class FramingProtocol(HttpToolsProtocol, ABC):
                     # the parser treats the body of an upgrade as another protocol: restart with
                     # a new parser and the same head without `Upgrade`
                     [head_bytes] = upgrade.args
+                    if self._switch_protocols(has_more=has_more or head_bytes < len(data)):
+                        return
                     data = self._serialize_without_upgrade() + data[head_bytes:]
                     self._ignores_upgrade = False
                     self.parser = httptools.HttpRequestParser(self)

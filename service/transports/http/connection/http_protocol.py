@@ -9,7 +9,8 @@ in the parser, unsent responses, and one head.
 
 A request with ambiguous framing (request smuggling) is rejected and the connection closed, so that
 no byte after it is parsed as a request (`framing`). `Connections` enforces the limits of all
-connections together and their timeouts.
+connections together and their timeouts. An `Upgrader` may take over a connection (WebSocket): only
+for a GET without a body, and with nothing received after it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
-from service.core.errors import CarryError, Overloaded, RequestTimeout, TooManyConnections
+from service.core.errors import (
+    CarryError,
+    MalformedRequest,
+    Overloaded,
+    RequestTimeout,
+    TooManyConnections,
+)
 from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.connection.fast_path import (
     MAX_REQUEST_BYTES,
@@ -30,7 +38,7 @@ from service.transports.http.connection.fast_path import (
     PendingReply,
     RejectedRequest,
 )
-from service.transports.http.connection.framing import FramingProtocol
+from service.transports.http.connection.framing import FramingProtocol, Headers
 from service.transports.http.connection.rejections import ConnectionErrors
 from service.transports.http.replies.replies import UNSENT, UnsentReply
 
@@ -43,7 +51,26 @@ MAX_REJECTED: Final = 64
 PROBE_S: Final = 0.5
 """Time between two interim responses to a client that closed its sending side."""
 
+_BODY_HEADERS: Final = (b"content-length", b"transfer-encoding")
+
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Upgrader(Protocol):
+    """Serves another protocol on connections whose client asks for it."""
+
+    def serves(self, url: bytes) -> bool:
+        """Whether the address is one of this protocol's."""
+
+    def take_over(
+        self, transport: asyncio.Transport, url: bytes, headers: Headers, server: ServerState
+    ) -> None:
+        """Take over a connection, and answer its upgrade request.
+
+        Args:
+            headers: names in lower case.
+            server: the open connections, which the graceful shutdown waits for.
+        """
 
 
 class HttpState(NamedTuple):
@@ -52,11 +79,13 @@ class HttpState(NamedTuple):
     Attributes:
         errors: responses to requests that are not read to their end.
         fast_routes: parse and answer chunk requests; none if the fast path is disabled.
+        upgrader: takes over connections; None ignores every `Upgrade`.
     """
 
     connections: Connections
     errors: ConnectionErrors
     fast_routes: tuple[FastRoute[Any], ...]
+    upgrader: Upgrader | None = None
 
 
 class BackpressureFlow(FlowControl):
@@ -92,7 +121,7 @@ class HttpProtocol(FramingProtocol):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         state: HttpState = self.app_state[HTTP_STATE]
-        self._connections, self._errors, self._fast_routes = state
+        self._connections, self._errors, self._fast_routes, self._upgrader = state
         self._pending: tuple[FastRoute[Any], Any, PendingReply] | None = None
         self._running_cycle: Any = None
         self._buffered = b""
@@ -329,6 +358,29 @@ class HttpProtocol(FramingProtocol):
         self.progress += 1
         if not self._is_blocked:
             self._process_buffered()
+
+    def _switch_protocols(self, *, has_more: bool) -> bool:
+        """Let the upgrader take over, if the request is certainly for it and the only one.
+
+        A client must not send anything before the response to its upgrade; bytes after it are
+        rejected, since a proxy could have framed them as another request.
+        """
+        is_alone = not (self._has_cycle or self._pending is not None or self._half_closed)
+        has_body = any(name in _BODY_HEADERS for name, _ in self.headers)
+        is_get = self.parser.get_method() == b"GET" and self.parser.get_http_version() == "1.1"
+        if self._upgrader is None or not is_alone or has_body or not is_get:
+            return False
+        if not self._upgrader.serves(self.url):
+            return False
+        if has_more:
+            self._fail(MalformedRequest("expected nothing after a request for an upgrade"))
+            return True
+        # this object reads nothing more
+        self._is_lingering = True
+        self._connections.remove(self)
+        self.connections.discard(self)
+        self._upgrader.take_over(self.transport, self.url, self.headers, self.server_state)
+        return True
 
     def on_headers_complete(self) -> None:
         """Parser callback: the head is complete; uvicorn starts the application."""

@@ -20,6 +20,7 @@ from service.core.values import FloatRows, ForecastReply, ForecastRequest, Predi
 from service.pipeline.served_model import ServedModel
 from service.transports.http.media import Media, encode_json, encode_msgpack
 from service.transports.http.replies import reply_types
+from service.transports.http.request_fields import flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class ReplyOptions:
 
 
 EVERY_STEP = ReplyOptions()
+REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
+"""Names of the query parameters that `ReplyWriter.options` reads."""
 _ENDS = {
     (False, False): b'"replayed":false}',
     (True, False): b'"replayed":true}',
@@ -149,12 +152,17 @@ class ReplyWriter:
         """By layer that attends over the chunk, the weight of each step [T]."""
         return _writable(self._served.outputs.attention_by_name(rows))
 
-    def check_options(self, options: ReplyOptions) -> None:
-        """Reject options that the model does not support.
+    def options(self, parameters: dict[str, str]) -> ReplyOptions:
+        """The options that query parameters ask for.
 
         Raises:
-            InvalidInput
+            InvalidInput: a value is invalid, or the model does not support the option.
         """
+        options = ReplyOptions(
+            return_sequences=flag(parameters, "return_sequences", default=True),
+            return_state=flag(parameters, "return_state", default=False),
+            return_attention=flag(parameters, "return_attention", default=False),
+        )
         if options.return_attention and not self._served.outputs.attention:
             expected = "a model with attention over the chunk"
             raise InvalidInput(
@@ -163,6 +171,7 @@ class ReplyWriter:
                 expected=expected,
                 got="true",
             )
+        return options
 
     def state(self, state: State) -> dict[str, Any]:
         """A state by name."""

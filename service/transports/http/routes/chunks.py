@@ -27,11 +27,15 @@ from service.transports.http.replies.reply_types import (
     ManyReply,
     PredictReply,
 )
-from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions, server_timing
+from service.transports.http.replies.reply_writer import (
+    EVERY_STEP,
+    REPLY_PARAMETERS,
+    ReplyOptions,
+    server_timing,
+)
 from service.transports.http.request_fields import (
     body_media,
     deadline,
-    flag,
     if_match,
     query,
     reply_media,
@@ -145,16 +149,8 @@ def _check_capacity(
 
 
 def _options(request: Request, wire: ModelWire) -> ReplyOptions:
-    parameters = query(request, ("return_sequences", "return_state", "return_attention"))
-    if not parameters:
-        return EVERY_STEP
-    options = ReplyOptions(
-        return_sequences=flag(parameters, "return_sequences", default=True),
-        return_state=flag(parameters, "return_state", default=False),
-        return_attention=flag(parameters, "return_attention", default=False),
-    )
-    wire.writer.check_options(options)
-    return options
+    parameters = query(request, REPLY_PARAMETERS)
+    return wire.writer.options(parameters) if parameters else EVERY_STEP
 
 
 def _outcomes(

@@ -1,0 +1,41 @@
+"""Live sockets of an application: the upgrader, and the addresses for requests without upgrade."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.core.errors import UpgradeRequired
+from service.ops.logs import RequestIds
+from service.transports.http.connection.http_protocol import HttpState
+from service.transports.http.context import ApiContext
+from service.transports.websocket.handshake import (
+    MODEL_ROUTE,
+    STREAM_ROUTE,
+    LiveUpgrader,
+    parse_origins,
+)
+from service.transports.websocket.live_socket import SocketLimits
+
+__all__ = ["SocketLimits", "add_live_sockets"]
+
+
+def add_live_sockets(app: FastAPI, limits: SocketLimits, origins: str = "") -> None:
+    """Serve the live sockets of an application that `create_api` made.
+
+    Args:
+        origins: allowed origins besides the service's own host, separated by commas; `*` allows
+            all.
+    """
+    api: ApiContext = app.state.api
+    state: HttpState = app.state.http
+    upgrader = LiveUpgrader(api, state.connections, RequestIds(), limits, parse_origins(origins))
+    app.state.http = state._replace(upgrader=upgrader)
+    for route in (STREAM_ROUTE, MODEL_ROUTE):
+        app.add_api_route(route, _require_upgrade, methods=["GET"], include_in_schema=False)
+
+
+async def _require_upgrade(request: Request) -> Response:
+    """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
+    raise UpgradeRequired("expected the handshake of a WebSocket, got a request of HTTP")

@@ -1,0 +1,179 @@
+"""Frames of a live socket: the envelope of a chunk, of its outcome, and the hello.
+
+A client's frame is the body of a chunk request with further members: `id`, which is returned with
+the outcome, `stream` on a socket for many streams, and `if_match`. This module separates them from
+the body, which v1's reader validates. JSON comes in text frames and MessagePack in binary ones; an
+outcome has the media type of its frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from service.core.errors import CarryError, InvalidInput
+from service.core.values import Precondition
+from service.transports.http.bodies.duplicates import (
+    HEADER_BYTES,
+    duplicate_error,
+    find_duplicate,
+    packed_length,
+)
+from service.transports.http.media import Encoded, Media, dumps, encoded_object, malformed
+from service.transports.http.problems import problem
+from service.transports.http.request_fields import parse_if_match, stream_name
+
+MAX_ID_CHARS: Final = 128
+
+FrameId = str | int
+Envelope = dict[str, msgspec.Raw]
+"""The members of a frame, undecoded."""
+
+_ID: Final = (
+    Annotated[str, Meta(max_length=MAX_ID_CHARS)]
+    | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+    | None
+)
+_ID_EXPECTED: Final = f"an integer of 64 bits or a text of at most {MAX_ID_CHARS} characters"
+_MARKS: Final = {
+    Media.JSON: (b'"id"', b'"stream"', b'"if_match"'),
+    Media.MSGPACK: (b"\xa2id", b"\xa6stream", b"\xa8if_match"),
+}
+_MEMBERS: Final[Mapping[Media, Any]] = {
+    Media.JSON: msgspec.json.Decoder(Envelope),
+    Media.MSGPACK: msgspec.msgpack.Decoder(Envelope),
+}
+
+
+class Frame(NamedTuple):
+    """A client's frame.
+
+    Attributes:
+        members: None if the frame certainly is a body alone.
+    """
+
+    id: FrameId | None
+    members: Envelope | None
+    media: Media
+    data: bytes
+
+    def stream(self) -> str:
+        """The stream that the frame names.
+
+        Raises:
+            InvalidInput, InvalidName
+        """
+        return stream_name(self._text("stream", required=True) or "")
+
+    def precondition(self) -> Precondition | None:
+        """The `if_match` of the frame.
+
+        Raises:
+            InvalidInput, InvalidPrecondition
+        """
+        text = self._text("if_match", required=False)
+        return None if text is None else parse_if_match(text, "if_match", bare=True)
+
+    def body(self, *envelope: str) -> bytes:
+        """The frame without these members: the body of a chunk request."""
+        if self.members is None:
+            return self.data
+        body: dict[str, Encoded] = {
+            name: memoryview(raw) for name, raw in self.members.items() if name not in envelope
+        }
+        return encoded_object(self.media, body)
+
+    def _text(self, name: str, *, required: bool) -> str | None:
+        raw = None if self.members is None else self.members.get(name)
+        kind: Any = str if required else str | None
+        got = "none"
+        if raw is not None:
+            try:
+                text: str | None = _decode(self.media, raw, kind)
+                return text
+            except (msgspec.MsgspecError, ValueError):
+                got = "another type"
+        elif not required:
+            return None
+        raise InvalidInput(f"{name}: expected a text, got {got}", at=name, expected="a text")
+
+
+def read_frame(media: Media, data: bytes) -> Frame:
+    """Separate the envelope of a frame from its body, which is not validated.
+
+    Raises:
+        MalformedBody, InvalidInput
+    """
+    if not any(mark in data for mark in _MARKS[media]):
+        return Frame(None, None, media, data)
+    try:
+        members: Envelope = _MEMBERS[media].decode(data)
+    except msgspec.ValidationError:
+        expected = "an object whose names are texts"
+        raise InvalidInput(f"body: expected {expected}", at="body", expected=expected) from None
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise malformed(media, str(error)) from None
+    _check_no_duplicates(media, data, members)
+    frame_id = None
+    if (raw := members.get("id")) is not None:
+        try:
+            frame_id = _decode(media, raw, _ID)
+        except (msgspec.MsgspecError, ValueError):
+            raise InvalidInput(
+                f"id: expected {_ID_EXPECTED}", at="id", expected=_ID_EXPECTED
+            ) from None
+    return Frame(frame_id, members, media, data)
+
+
+def _check_no_duplicates(media: Media, data: bytes, members: Envelope) -> None:
+    """Reject a frame that has a member twice; the decoder kept the last of them.
+
+    Raises:
+        InvalidInput
+    """
+    if media is Media.MSGPACK:
+        counted = packed_length(data[:HEADER_BYTES])
+        if counted is not None and counted[0] != len(members):
+            raise find_duplicate(media, data) or duplicate_error("body")
+        return
+    # a name without escapes that comes once in the text is not a duplicate
+    is_certain = b"\\" not in data and all(
+        data.count(b'"%b"' % name.encode()) == 1 for name in members
+    )
+    if not is_certain and (duplicate := find_duplicate(media, data)) is not None:
+        raise duplicate
+
+
+def _decode(media: Media, raw: msgspec.Raw, kind: Any) -> Any:
+    decode = msgspec.json.decode if media is Media.JSON else msgspec.msgpack.decode
+    return decode(raw, type=kind)
+
+
+def hello_frame(facts: Mapping[str, Any]) -> bytes:
+    """The first frame of a socket, always in JSON."""
+    return dumps(Media.JSON, {"hello": facts})
+
+
+def reply_frame(media: Media, frame_id: FrameId | None, reply: bytes) -> bytes:
+    """The outcome of an applied chunk, from the bytes of v1's reply."""
+    return _outcome_frame(media, frame_id, 200, "reply", reply)
+
+
+def error_frame(
+    media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
+) -> bytes:
+    """The outcome of a chunk that was rejected or failed, with v1's problem document."""
+    document: dict[str, Any] = {**problem(error)}
+    if stream is not None:
+        document.setdefault("stream", stream)
+    return _outcome_frame(media, frame_id, document["status"], "error", dumps(media, document))
+
+
+def _outcome_frame(
+    media: Media, frame_id: FrameId | None, status: int, name: str, document: bytes
+) -> bytes:
+    members: dict[str, Encoded] = {} if frame_id is None else {"id": dumps(media, frame_id)}
+    return encoded_object(media, {**members, "status": dumps(media, status), name: document})

@@ -1,0 +1,287 @@
+"""Handshakes of live sockets: from an upgrade request to an open socket, or to an HTTP error.
+
+An address names one stream or a model. The request is checked, and a stream's position is read,
+before the protocol is switched, so that a failure is a problem document as of any other request.
+The hello that follows says where to continue.
+
+A browser sends cookies and reaches private networks with WebSockets of any page. So a request that
+has an `Origin` is accepted from the service's own host only, or from origins that the settings
+allow; programs send none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import structlog
+from structlog.contextvars import bound_contextvars
+from uvicorn.server import ServerState
+from websockets.datastructures import Headers as WebSocketHeaders
+from websockets.exceptions import InvalidUpgrade
+from websockets.http11 import Request, Response
+from websockets.server import ServerProtocol
+
+from service.core.errors import (
+    CarryError,
+    InternalError,
+    InvalidInput,
+    MalformedRequest,
+    OriginNotAllowed,
+    StreamNotFound,
+    UpgradeRequired,
+)
+from service.core.values import StreamKey
+from service.ops.logs import RequestIds, log_request
+from service.transports.http.connection.connections import Connections
+from service.transports.http.connection.framing import Headers
+from service.transports.http.connection.rejections import CLOSE, error_response
+from service.transports.http.context import ApiContext
+from service.transports.http.error_handling import log_failure
+from service.transports.http.media import Media
+from service.transports.http.problems import status_of
+from service.transports.http.replies.reply_writer import (
+    EVERY_STEP,
+    REPLY_PARAMETERS,
+    ReplyOptions,
+)
+from service.transports.http.request_fields import parse_query, parse_timeout, stream_name
+from service.transports.http.request_log import REQUEST_ID_HEADER, is_request_id
+from service.transports.websocket.frames import hello_frame
+from service.transports.websocket.live_socket import LiveSocket, SocketLimits
+from service.transports.websocket.session import Session
+
+STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
+MODEL_ROUTE: Final = "/v1/models/{model}/live"
+ANY_ORIGIN: Final = "*"
+TIMEOUT_PARAMETER: Final = "timeout_s"
+
+_ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
+
+log = structlog.get_logger(__name__)
+
+
+class Target(NamedTuple):
+    """What a socket is for.
+
+    Attributes:
+        stream: None for a socket for many streams.
+        timeout_s: deadline of each of its chunks.
+    """
+
+    model: str
+    stream: str | None
+    options: ReplyOptions
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LiveUpgrader:
+    """Opens the live sockets of one application (`http_protocol.Upgrader`).
+
+    Attributes:
+        origins: allowed origins besides the service's own host; `ANY_ORIGIN` allows all.
+    """
+
+    api: ApiContext
+    connections: Connections
+    ids: RequestIds
+    limits: SocketLimits
+    origins: frozenset[str]
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def serves(self, url: bytes) -> bool:
+        """Whether the address is one of a live socket."""
+        return _ADDRESS.fullmatch(url) is not None
+
+    def take_over(
+        self, transport: asyncio.Transport, url: bytes, headers: Headers, server: ServerState
+    ) -> None:
+        """Open a live socket on a connection, or answer with an error."""
+        request_id = self.ids.next()
+        for name, value in headers:
+            if name == REQUEST_ID_HEADER and is_request_id(value):
+                request_id = bytes(value)
+        address = _ADDRESS.fullmatch(url)
+        is_of_stream = address is not None and address[2] is not None
+        socket = LiveSocket(
+            transport,
+            server,
+            self.connections,
+            self.limits,
+            request_id=request_id,
+            route=STREAM_ROUTE if is_of_stream else MODEL_ROUTE,
+            logger=_library_logger(),
+        )
+        transport.set_protocol(socket)
+        opening = self._open(socket, url, headers, request_id)
+        task = asyncio.get_running_loop().create_task(opening)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _open(
+        self, socket: LiveSocket, url: bytes, headers: Headers, request_id: bytes
+    ) -> None:
+        """Answer a handshake."""
+        began_s = time.monotonic()
+        status, model = 101, "-"
+        with bound_contextvars(request_id=request_id.decode()):
+            try:
+                response = self._accept(url, headers)
+                target = self._target(url)
+                model = target.model
+                hello = await self._hello(target)
+                response.headers[REQUEST_ID_HEADER.decode()] = request_id.decode()
+                session = Session(
+                    self.api,
+                    target.model,
+                    target.stream,
+                    options=target.options,
+                    timeout_s=target.timeout_s,
+                    request_id=request_id,
+                    send=socket.send,
+                    on_progress=socket.on_progress,
+                )
+                socket.start(session, response.serialize(), hello_frame(hello))
+            except Exception as failure:
+                error = _as_carry_error(failure)
+                status = status_of(error)
+                log_failure(error)
+                self.api.recorder.record_error(model, error.code)
+                lines = CLOSE + _upgrade_lines(error)
+                socket.reject(error_response(error, Media.JSON, request_id, lines))
+        ms = round((time.monotonic() - began_s) * 1000, 2)
+        log_request(logging.INFO, request_id.decode(), "GET", socket.route, status, ms)
+
+    def _accept(self, url: bytes, headers: Headers) -> Response:
+        """The response that switches the protocol.
+
+        Raises:
+            UpgradeRequired, MalformedRequest, OriginNotAllowed
+        """
+        received = WebSocketHeaders(
+            [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+        )
+        library = ServerProtocol(logger=_library_logger())
+        response = library.accept(Request(url.decode("latin-1"), received))
+        failure = library.handshake_exc
+        if failure is not None:
+            wants_other = isinstance(failure, InvalidUpgrade)
+            version = received.get("Sec-WebSocket-Version", "13")
+            kind = UpgradeRequired if wants_other or version != "13" else MalformedRequest
+            raise kind(f"expected the handshake of a WebSocket: {failure}")
+        self._check_origin(received)
+        del response.headers["Date"]
+        return response
+
+    def _check_origin(self, headers: WebSocketHeaders) -> None:
+        """Reject a page of another site.
+
+        Raises:
+            OriginNotAllowed
+        """
+        origins = headers.get_all("Origin")
+        if not origins or ANY_ORIGIN in self.origins:
+            return
+        origin = origins[0]
+        is_own = urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+        if len(origins) > 1 or not (origin in self.origins or (is_own and origin != "null")):
+            raise OriginNotAllowed(
+                f"Origin: expected the service's own host or an allowed origin, got {origin!r}",
+                at="Origin",
+                got=origin[:300],
+            )
+
+    def _target(self, url: bytes) -> Target:
+        """What an address names.
+
+        Raises:
+            ModelNotFound, InvalidName, InvalidInput, DuplicateField, ChunksUnsupported
+        """
+        address = _ADDRESS.fullmatch(url)
+        if address is None:
+            raise RuntimeError("the address is none of a live socket")
+        wire = self.api.wire(_text(address[1]))
+        stream = None if address[2] is None else stream_name(_text(address[2]))
+        wire.reader.check_accepts_chunks()
+        query = address[3] or b""
+        options, timeout_s = EVERY_STEP, self.api.limits.effective_timeout_s(None)
+        if query:
+            parameters = parse_query(query, (*REPLY_PARAMETERS, TIMEOUT_PARAMETER))
+            if (text := parameters.pop(TIMEOUT_PARAMETER, None)) is not None:
+                timeout_s = self.api.limits.effective_timeout_s(_seconds(text))
+            options = wire.writer.options(parameters)
+        return Target(wire.served.name, stream, options, timeout_s)
+
+    async def _hello(self, target: Target) -> Mapping[str, Any]:
+        """What a client has to know first: where its stream is, and what it may send.
+
+        Raises:
+            StoreUnavailable, StateDamaged
+        """
+        served = self.api.wire(target.model).served
+        facts: dict[str, Any] = {"model": served.name, "version": served.version}
+        if target.stream is not None:
+            key = StreamKey(served.name, target.stream)
+            facts |= {"stream": target.stream, "position": 0}
+            try:
+                deadline_s = time.monotonic() + self.api.limits.effective_timeout_s(None)
+                stored = await self.api.pipeline.streams.read(key, deadline_s)
+                head = stored.head
+                facts |= {
+                    "position": head.position, "epoch": head.epoch.hex(), "tag": head.tag.hex(),
+                }  # fmt: skip
+            except StreamNotFound:
+                # the first chunk creates it
+                pass
+        return {
+            **facts,
+            "window": self.limits.window,
+            "max_frame_bytes": self.limits.max_frame_bytes,
+        }
+
+
+def parse_origins(text: str) -> frozenset[str]:
+    """The origins of a list that is separated by commas."""
+    return frozenset(part for part in re.split(r"[,\s]+", text.strip()) if part)
+
+
+def _text(part: bytes) -> str:
+    """A part of a path, without its percent encoding."""
+    return unquote(part.decode("latin-1"))
+
+
+def _seconds(text: str) -> float:
+    seconds = parse_timeout(text)
+    if seconds is None:
+        at, expected = f"?{TIMEOUT_PARAMETER}", "decimal seconds above 0, such as 2.5"
+        raise InvalidInput(
+            f"{at}: expected {expected}, got {text[:300]!r}", at=at, expected=expected, got=text
+        )
+    return seconds
+
+
+def _as_carry_error(failure: Exception) -> CarryError:
+    if isinstance(failure, CarryError):
+        return failure
+    log.error("request_failed", error=type(failure).__name__, exc_info=failure)
+    return InternalError("the request failed unexpectedly; the service's log has the reason")
+
+
+def _upgrade_lines(error: CarryError) -> bytes:
+    """The headers that a response to a wrong upgrade has to have."""
+    is_wrong = isinstance(error, UpgradeRequired)
+    return b"upgrade: websocket\r\nsec-websocket-version: 13\r\n" if is_wrong else b""
+
+
+def _library_logger() -> logging.Logger:
+    """The library's logger; it logs each connection at `info`, and the service does so itself."""
+    logger = logging.getLogger("websockets.server")
+    logger.setLevel(logging.WARNING)
+    return logger

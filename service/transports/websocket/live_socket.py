@@ -1,0 +1,354 @@
+"""One WebSocket connection: bytes to frames by the `websockets` library, and its flow control.
+
+At most a window of chunks is unanswered. While it is full, while a long frame is read, or while the
+client does not read its outcomes, the socket is not read either (backpressure through TCP): a
+connection buffers one read from the socket, one incomplete message and the outcomes of one window.
+`Connections` enforces its timeouts and the limits of all connections together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final, NamedTuple
+
+import structlog
+from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from service.transports.http.connection.connections import Connections, Phase
+from service.transports.http.media import Media
+from service.transports.websocket.session import Session
+
+PIECE_BYTES: Final = 8 * 1024
+"""Maximum bytes given to the parser at once: it allocates an object for each frame."""
+
+ELSEWHERE: Final = "the service is stopping: connect again, and continue at your position"
+
+log = structlog.get_logger(__name__)
+
+
+class SocketLimits(NamedTuple):
+    """Limits of a live socket; see the settings of the same names.
+
+    Attributes:
+        idle_s: a socket without a chunk for this long is closed; 0 never.
+        max_frame_bytes: largest message.
+    """
+
+    window: int = 64
+    idle_s: float = 0.0
+    max_frame_bytes: int = 16 * 2**20
+
+
+class LiveSocket(asyncio.Protocol):
+    """One connection after the handshake.
+
+    Attributes:
+        route: its address, with the names of its parameters.
+        progress, body_bytes, body_began_s: see `connections.Connection`.
+    """
+
+    __slots__ = (
+        "_buffered",
+        "_connections",
+        "_has_pinged",
+        "_is_draining",
+        "_is_lingering",
+        "_is_read_paused",
+        "_is_write_paused",
+        "_last_chunk_s",
+        "_limits",
+        "_loop",
+        "_media",
+        "_message",
+        "_messages",
+        "_opened_s",
+        "_request_id",
+        "_server",
+        "_session",
+        "_transport",
+        "_websocket",
+        "body_began_s",
+        "body_bytes",
+        "progress",
+        "route",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        server: ServerState,
+        connections: Connections,
+        limits: SocketLimits,
+        *,
+        request_id: bytes,
+        route: str,
+        logger: logging.Logger,
+    ):
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self._server = server
+        self._connections = connections
+        self._limits = limits
+        self._request_id = request_id
+        self.route = route
+        self._websocket = ServerProtocol(
+            state=State.OPEN, max_size=limits.max_frame_bytes, logger=logger
+        )
+        self._session: Session | None = None
+        self._messages: list[tuple[Media, bytes]] = []
+        self._message: bytearray | None = None
+        self._media = Media.JSON
+        self._buffered = b""
+        # nothing is to be read before the handshake is answered
+        transport.pause_reading()
+        self._is_read_paused = True
+        self._is_write_paused = False
+        self._is_draining = False
+        self._is_lingering = False
+        self._has_pinged = False
+        self._opened_s = self._last_chunk_s = self._loop.time()
+        self.progress = 0
+        self.body_bytes = 0
+        self.body_began_s = 0.0
+        connections.add(self, self._loop)
+        server.connections.add(self)  # type: ignore[arg-type]
+
+    def start(self, session: Session, response: bytes, hello: bytes) -> None:
+        """Send the response of the handshake and the hello, and read frames."""
+        self._session = session
+        if self._transport.is_closing():
+            return
+        self._transport.write(response)
+        self.send(Media.JSON, hello)
+        if self._is_draining:
+            self._drain()
+        self._read()
+
+    def reject(self, response: bytes) -> None:
+        """Answer the handshake with an error, and close the connection."""
+        self._transport.write(response)
+        self._linger()
+
+    def send(self, media: Media, message: bytes) -> None:
+        """Send a message, unless the socket is closing."""
+        if self._websocket.state is not State.OPEN or self._transport.is_closing():
+            return
+        if media is Media.JSON:
+            self._websocket.send_text(message)
+        else:
+            self._websocket.send_binary(message)
+        self._write()
+
+    def on_progress(self) -> None:
+        """Continue after outcomes were sent, or a long frame was read."""
+        self.progress += 1
+        if self._is_draining:
+            self._drain()
+        if self._messages or self._buffered or self._is_read_paused:
+            self._read()
+
+    def data_received(self, data: bytes) -> None:
+        """Process received bytes, after those that were buffered."""
+        self.progress += 1
+        self._has_pinged = False
+        if self._is_lingering:
+            return
+        self._buffered = self._buffered + data if self._buffered else data
+        self._read()
+
+    @property
+    def _is_blocked(self) -> bool:
+        """Whether the next message has to wait. Once the socket is closing, none has: all but the
+        client's close frame is discarded."""
+        session = self._session
+        return self._websocket.state is State.OPEN and (
+            session is None
+            or session.unanswered >= self._limits.window
+            or session.is_reading
+            or self._is_write_paused
+            or self._is_draining
+        )
+
+    def _read(self) -> None:
+        """Process messages and buffered bytes as far as possible now."""
+        while not self._is_lingering and not self._is_blocked:
+            if self._messages:
+                media, message = self._messages.pop(0)
+                if self._session is not None and self._websocket.state is State.OPEN:
+                    self._last_chunk_s = self._loop.time()
+                    self._session.receive(media, message)
+            elif self._buffered:
+                piece, self._buffered = self._buffered[:PIECE_BYTES], self._buffered[PIECE_BYTES:]
+                self._parse(piece)
+            else:
+                break
+        if self._is_lingering:
+            self._buffered = b""
+            self._messages.clear()
+        self._set_reading()
+
+    def _set_reading(self) -> None:
+        """Read from the socket exactly when nothing that was read is waiting."""
+        pauses = not self._is_lingering and (self._is_blocked or bool(self._buffered))
+        if pauses == self._is_read_paused or self._transport.is_closing():
+            return
+        self._is_read_paused = pauses
+        if pauses:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _parse(self, data: bytes) -> None:
+        self._websocket.receive_data(data)
+        for event in self._websocket.events_received():
+            if isinstance(event, Frame):
+                self._collect(event)
+        self._write()
+        incomplete = len(self._websocket.reader.buffer) + len(self._message or b"")
+        if incomplete or self.body_bytes:
+            if not self.body_bytes:
+                self.body_began_s = self._loop.time()
+            self._connections.set_body_bytes(self, incomplete)
+
+    def _collect(self, frame: Frame) -> None:
+        """Add a frame to its message."""
+        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._media = Media.JSON if frame.opcode is Opcode.TEXT else Media.MSGPACK
+            if frame.fin:
+                self._messages.append((self._media, bytes(frame.data)))
+            else:
+                self._message = bytearray(frame.data)
+        elif frame.opcode is Opcode.CONT and self._message is not None:
+            self._message += frame.data
+            if frame.fin:
+                self._messages.append((self._media, bytes(self._message)))
+                self._message = None
+
+    def _write(self) -> None:
+        """Write what the library has to send; an empty part is the end of the stream."""
+        parts = self._websocket.data_to_send()
+        if parts and not self._transport.is_closing():
+            self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
+        if self._websocket.state is not State.OPEN and b"" in parts:
+            self._linger()
+
+    def _close(self, code: int, reason: str) -> None:
+        """Start the closing handshake; the connection is closed when the client answers."""
+        if self._websocket.state is State.OPEN:
+            self._websocket.send_close(code, reason)
+            self._write()
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Close without waiting for the client's close frame."""
+        self._websocket.fail(code, reason)
+        self._write()
+
+    def _linger(self) -> None:
+        """Lingering close: flush, send FIN, and discard further input for a moment."""
+        if self._is_lingering:
+            return
+        self._is_lingering = True
+        if self._session is not None:
+            self._session.cancel()
+        self._message = None
+        self._connections.set_body_bytes(self, 0)
+        if self._transport.is_closing():
+            return
+        if self._websocket.close_rcvd is not None or not self._transport.can_write_eof():
+            self._transport.close()
+        else:
+            self._set_reading()
+            self._transport.write_eof()
+
+    @property
+    def phase(self) -> Phase:
+        """What the connection is waiting for."""
+        is_closing = self._is_lingering or self._transport.is_closing()
+        if self._is_write_paused or (is_closing and self._transport.get_write_buffer_size()):
+            return Phase.SEND
+        if is_closing or self._websocket.state is not State.OPEN:
+            return Phase.LINGER
+        if self._session is None or self._session.unanswered or self._session.is_reading:
+            return Phase.SERVICE
+        return Phase.BODY if self.body_bytes else Phase.LIVE
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of outcomes that wait for the client to read."""
+        return self._transport.get_write_buffer_size()
+
+    def expire(self, phase: Phase) -> None:
+        """Handle the timeout of a phase; a live one is pinged, and closed without an answer."""
+        idle_s = self._limits.idle_s
+        if phase is Phase.SEND or self._is_lingering:
+            self.abort()
+        elif phase is Phase.LINGER:
+            self._linger()
+        elif phase is Phase.BODY:
+            self._fail(CloseCode.POLICY_VIOLATION, "the message did not arrive in time")
+        elif self._has_pinged:
+            self._fail(CloseCode.INTERNAL_ERROR, "no answer to a ping")
+        elif idle_s and self._loop.time() - self._last_chunk_s > idle_s:
+            self._close(CloseCode.GOING_AWAY, f"no chunk for {idle_s:g} s")
+        else:
+            self._has_pinged = True
+            self.progress += 1
+            self._websocket.send_ping(b"carry")
+            self._write()
+
+    def shed_body(self) -> None:
+        """Reject the message that is being received: all bodies together exceed the limit."""
+        self._fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of messages are on their way")
+
+    def abort(self) -> None:
+        """Close the connection at once and drop unsent outcomes."""
+        self._transport.abort()
+
+    def pause_writing(self) -> None:
+        """The client does not read its outcomes."""
+        self._is_write_paused = True
+        self._set_reading()
+
+    def resume_writing(self) -> None:
+        """The client reads its outcomes again."""
+        self._is_write_paused = False
+        self.progress += 1
+        self._read()
+
+    def shutdown(self) -> None:
+        """Graceful shutdown: answer the chunks that were started, then close."""
+        self._is_draining = True
+        self._drain()
+        self._read()
+
+    def _drain(self) -> None:
+        session = self._session
+        if session is not None and not session.unanswered and not session.is_reading:
+            self._close(CloseCode.SERVICE_RESTART, ELSEWHERE)
+
+    def eof_received(self) -> bool | None:
+        """The client closed its sending side without a close frame, or after it."""
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client disconnected, or the connection was closed."""
+        self._connections.remove(self)
+        self._server.connections.discard(self)
+        session = self._session
+        if session is not None:
+            session.cancel()
+            close = self._websocket.close_sent or self._websocket.close_rcvd
+            log.info(
+                "websocket_closed",
+                request_id=self._request_id.decode(),
+                route=self.route,
+                code=CloseCode.ABNORMAL_CLOSURE.value if close is None else close.code,
+                chunks=session.chunks,
+                errors=session.errors,
+                ms=round((self._loop.time() - self._opened_s) * 1000, 2),
+            )
+            self._session = None

@@ -1,0 +1,347 @@
+"""Chunks of one live socket: their order, their window, and their outcomes.
+
+Each frame gets one outcome, a reply or an error. The outcomes of a stream's frames are sent in the
+order of the frames. A chunk with a position is handed to the pipeline at once (pipelining): if one
+before it fails, the pipeline rejects it by its position. A chunk without a position would silently
+be applied in place of one that failed. So it is not started before all earlier chunks of its
+stream have been applied, and after a failed one it is rejected (`previous_failed`) until a chunk
+with a position has been applied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Final
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from service.core.errors import CarryError, InternalError, PreviousFailed
+from service.core.values import Chunk, Reply, StreamKey
+from service.transports.http.context import ApiContext, ModelWire
+from service.transports.http.error_handling import log_failure
+from service.transports.http.limits import LONG_BYTES
+from service.transports.http.media import Media
+from service.transports.http.replies.pieces import LONG_VALUES, encode_pieces
+from service.transports.http.replies.reply_writer import EVERY_STEP, ReplyOptions
+from service.transports.websocket.frames import (
+    Frame,
+    FrameId,
+    error_frame,
+    read_frame,
+    reply_frame,
+)
+
+MAX_FAILED_STREAMS: Final = 1024
+"""Streams of a socket that are remembered as failed; beyond it, no stream of this socket accepts
+chunks without a position."""
+
+log = structlog.get_logger(__name__)
+
+PendingReply = asyncio.Future[list[Reply | CarryError]]
+Send = Callable[[Media, bytes], None]
+
+
+class Entry:
+    """A chunk that has not been answered.
+
+    Attributes:
+        deadline_s: when its client stops waiting, on the monotonic clock.
+        chunk: None until the body is read.
+        result: the pipeline's, once the chunk is started.
+        outcome: the frame to send, once it is known.
+    """
+
+    __slots__ = ("chunk", "deadline_s", "frame_id", "media", "outcome", "result", "stream")
+
+    def __init__(self, frame_id: FrameId | None, media: Media, stream: str, deadline_s: float):
+        self.frame_id = frame_id
+        self.media = media
+        self.stream = stream
+        self.deadline_s = deadline_s
+        self.chunk: Chunk | None = None
+        self.result: PendingReply | None = None
+        self.outcome: bytes | None = None
+
+
+class StreamEntries:
+    """The unanswered chunks of one stream, in order.
+
+    Attributes:
+        unanswered: all of them.
+        waiting: those that are not started.
+    """
+
+    __slots__ = ("unanswered", "waiting")
+
+    def __init__(self) -> None:
+        self.unanswered: deque[Entry] = deque()
+        self.waiting: deque[Entry] = deque()
+
+
+class Session:
+    """The chunks of one socket.
+
+    Args:
+        stream: the stream of the socket; None if each frame names its own.
+        timeout_s: deadline of each chunk, from the receipt of its frame.
+        send: sends a frame.
+        on_progress: called when chunks have been answered, or a long frame has been read.
+
+    Attributes:
+        unanswered: number of chunks that have not been answered.
+        is_reading: whether a long frame is being read; no other may be received meanwhile.
+        chunks, errors: number of frames received, and of those answered with an error.
+    """
+
+    __slots__ = (
+        "_api",
+        "_failed",
+        "_model",
+        "_needs_positions",
+        "_on_progress",
+        "_options",
+        "_request_id",
+        "_send",
+        "_stream",
+        "_streams",
+        "_tasks",
+        "_timeout_s",
+        "chunks",
+        "errors",
+        "is_reading",
+        "unanswered",
+    )
+
+    def __init__(
+        self,
+        api: ApiContext,
+        model: str,
+        stream: str | None,
+        *,
+        options: ReplyOptions,
+        timeout_s: float,
+        request_id: bytes,
+        send: Send,
+        on_progress: Callable[[], None],
+    ):
+        self._api = api
+        self._model = model
+        self._stream = stream
+        self._options = options
+        self._timeout_s = timeout_s
+        self._request_id = request_id.decode()
+        self._send = send
+        self._on_progress = on_progress
+        self._streams: dict[str, StreamEntries] = {}
+        self._failed: set[str] = set()
+        self._needs_positions = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.unanswered = 0
+        self.is_reading = False
+        self.chunks = 0
+        self.errors = 0
+
+    def receive(self, media: Media, data: bytes) -> None:
+        """Start the chunk of a frame, or answer what is wrong with it."""
+        self.chunks += 1
+        deadline_s = time.monotonic() + self._timeout_s
+        entry: Entry | None = None
+        if self._stream is not None:
+            entry = self._add(Entry(None, media, self._stream, deadline_s))
+        frame_id = None
+        try:
+            frame = read_frame(media, data)
+            frame_id = frame.id
+            if entry is None:
+                entry = self._add(Entry(frame_id, media, frame.stream(), deadline_s))
+            entry.frame_id = frame_id
+            wire = self._api.wire(self._model)
+            self._check_admission(entry)
+            if len(data) >= LONG_BYTES:
+                self.is_reading = True
+                self._run(self._read_long(wire, entry, frame))
+                return
+            precondition = frame.precondition()
+            body = self._body(frame)
+            chunk = wire.reader.chunk(body, media, entry.stream, precondition)
+        except CarryError as error:
+            self._reject(media, frame_id, entry, error)
+        except Exception as error:
+            self._reject(media, frame_id, entry, _internal_error(error))
+        else:
+            self._start_in_order(entry, chunk)
+
+    def cancel(self) -> None:
+        """Drop the chunks of a client that disconnected, unless they are already in a batch."""
+        for task in self._tasks:
+            task.cancel()
+        for entries in self._streams.values():
+            for entry in entries.unanswered:
+                if entry.result is not None and not entry.result.done() and entry.chunk:
+                    self._api.pipeline.cancel(entry.chunk, entry.result)
+        self._streams.clear()
+
+    def _add(self, entry: Entry) -> Entry:
+        entries = self._streams.get(entry.stream)
+        if entries is None:
+            entries = self._streams[entry.stream] = StreamEntries()
+        entries.unanswered.append(entry)
+        self.unanswered += 1
+        return entry
+
+    def _body(self, frame: Frame) -> bytes:
+        if self._stream is None:
+            return frame.body("id", "if_match", "stream")
+        return frame.body("id", "if_match")
+
+    def _check_admission(self, entry: Entry) -> None:
+        """Reject a chunk that has to wait too long: before its body is read, and again before it
+        is queued, since others may have been queued meanwhile.
+
+        Raises:
+            Overloaded
+        """
+        key = StreamKey(self._model, entry.stream)
+        left_s = entry.deadline_s - time.monotonic()
+        rejection = self._api.pipeline.check_admission(self._model, key, left_s)
+        if rejection is not None:
+            raise type(rejection)(rejection.detail, **rejection.facts)
+
+    async def _read_long(self, wire: ModelWire, entry: Entry, frame: Frame) -> None:
+        """Read a long body in blocks, and start its chunk."""
+        media = frame.media
+        try:
+            precondition = frame.precondition()
+            body = self._body(frame)
+            async with self._api.long_bodies.admit(body, entry.deadline_s) as checkpoint:
+                chunk = await wire.long.chunk(body, media, checkpoint, entry.stream, precondition)
+        except CarryError as error:
+            self._reject(media, frame.id, entry, error)
+        except Exception as error:
+            self._reject(media, frame.id, entry, _internal_error(error))
+        else:
+            self._start_in_order(entry, chunk)
+        finally:
+            self.is_reading = False
+        self._on_progress()
+
+    def _start_in_order(self, entry: Entry, chunk: Chunk) -> None:
+        entry.chunk = chunk
+        entries = self._streams[entry.stream]
+        entries.waiting.append(entry)
+        self._start(entries)
+
+    def _start(self, entries: StreamEntries) -> None:
+        """Start the waiting chunks whose turn it is."""
+        while entries.waiting:
+            entry = entries.waiting[0]
+            chunk = entry.chunk
+            if chunk is None:
+                raise RuntimeError("a waiting chunk was not read")
+            appends = chunk.position is None
+            if appends and entries.unanswered[0] is not entry:
+                return
+            entries.waiting.popleft()
+            if appends and (self._needs_positions or entry.stream in self._failed):
+                detail = (
+                    "expected a chunk with a position, since an earlier chunk of the stream failed "
+                    "on this socket"
+                )
+                self._resolve(entries, entry, PreviousFailed(detail, stream=entry.stream))
+                continue
+            try:
+                self._check_admission(entry)
+            except CarryError as error:
+                self._resolve(entries, entry, error)
+                continue
+            entry.result = result = self._api.pipeline.enqueue(chunk, entry.deadline_s)
+            result.add_done_callback(partial(self._on_result, entry))
+
+    def _on_result(self, entry: Entry, result: PendingReply) -> None:
+        entries = self._streams.get(entry.stream)
+        # without entries the client disconnected
+        if entries is not None and not result.cancelled():
+            self._resolve(entries, entry, result.result()[0])
+            self._on_progress()
+
+    def _reject(
+        self, media: Media, frame_id: FrameId | None, entry: Entry | None, error: CarryError
+    ) -> None:
+        """Answer a frame that is not a chunk; without an entry, its stream is not known."""
+        if entry is None:
+            self._send(media, self._error_frame(media, frame_id, error, None))
+        else:
+            entry.frame_id = frame_id
+            self._resolve(self._streams[entry.stream], entry, error)
+
+    def _resolve(self, entries: StreamEntries, entry: Entry, result: Reply | CarryError) -> None:
+        """Encode an outcome, and send it when it is its turn."""
+        if isinstance(result, CarryError):
+            self._note_failed(entry.stream)
+            entry.outcome = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
+            self._flush(entries, entry.stream)
+            return
+        if entry.chunk is not None and entry.chunk.position is not None:
+            self._failed.discard(entry.stream)
+        wire = self._api.wire(self._model)
+        is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES
+        if is_short and self._options == EVERY_STEP:
+            reply = wire.writer.reply_bytes(result, entry.media)
+            entry.outcome = reply_frame(entry.media, entry.frame_id, reply)
+            self._flush(entries, entry.stream)
+        else:
+            self._run(self._write_in_pieces(wire, entries, entry, result))
+
+    async def _write_in_pieces(
+        self, wire: ModelWire, entries: StreamEntries, entry: Entry, reply: Reply
+    ) -> None:
+        """Encode a reply in pieces, while the event loop runs."""
+        pieces = []
+        for piece in encode_pieces(entry.media, wire.writer.reply(reply, self._options)):
+            pieces.append(piece)
+            await asyncio.sleep(0)
+        entry.outcome = reply_frame(entry.media, entry.frame_id, b"".join(pieces))
+        self._flush(entries, entry.stream)
+        self._on_progress()
+
+    def _flush(self, entries: StreamEntries, stream: str) -> None:
+        """Send the outcomes whose turn it is, and start the chunks that waited for them."""
+        unanswered = entries.unanswered
+        while unanswered and unanswered[0].outcome is not None:
+            entry = unanswered.popleft()
+            self.unanswered -= 1
+            self._send(entry.media, entry.outcome or b"")
+        if not unanswered:
+            self._streams.pop(stream, None)
+        elif entries.waiting:
+            self._start(entries)
+
+    def _note_failed(self, stream: str) -> None:
+        self._failed.add(stream)
+        if len(self._failed) > MAX_FAILED_STREAMS:
+            self._failed.clear()
+            self._needs_positions = True
+
+    def _error_frame(
+        self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None
+    ) -> bytes:
+        self.errors += 1
+        self._api.recorder.record_error(self._model, error.code)
+        with bound_contextvars(request_id=self._request_id):
+            log_failure(error)
+            return error_frame(media, frame_id, error, stream)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _internal_error(error: Exception) -> InternalError:
+    log.error("request_failed", error=type(error).__name__, exc_info=error)
+    return InternalError("the frame failed unexpectedly; the service's log has the reason")

@@ -1,0 +1,212 @@
+"""Chunks over live sockets: outcomes, order, window, resumes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import orjson
+
+from tests.service.transports.http.harness import Harness, rows
+from tests.service.transports.http.raw_http import becomes
+from tests.service.transports.websocket.sockets import (
+    binary,
+    error,
+    live,
+    outcome,
+    reply,
+    text,
+)
+
+OUTPUT = "last"
+
+
+async def test_a_reply_is_that_of_http_in_the_media_type_of_its_frame(api: Harness) -> None:
+    inputs = rows(5)
+    expected = (await api.chunk({"position": 0, "inputs": inputs.tolist()}, stream="other")).json()
+    packed = await api.packed({"position": 0, "inputs": inputs.tobytes()}, stream="packed")
+    async with live(api) as sockets:
+        async with sockets.open() as (client, hello):
+            assert hello["position"] == 0
+            assert "epoch" not in hello
+            await client.send(text(inputs, 0, id="first"))
+            document = await outcome(client)
+        async with sockets.open("probe/streams/t/live") as (client, _):
+            await client.send(binary(inputs, 0, id=2**63 - 1))
+            document_packed = await outcome(client)
+    assert document["id"] == "first"
+    assert document_packed["id"] == 2**63 - 1
+    for each, other in ((document, expected), (document_packed, packed)):
+        got = each["reply"]
+        assert got["outputs"] == other["outputs"]
+        assert got.keys() == other.keys()
+        assert got["position"] == 5
+
+
+async def test_the_hello_names_the_head_of_the_stream_and_the_limits(api: Harness) -> None:
+    sent = (await api.chunk({"inputs": rows(3).tolist()})).json()
+    async with live(api) as sockets, sockets.open() as (_, hello):
+        assert {name: hello[name] for name in ("position", "epoch", "tag", "version")} == {
+            name: sent[name] for name in ("position", "epoch", "tag", "version")
+        }
+        assert hello["window"] == 8
+        assert hello["max_frame_bytes"] == 20_000
+
+
+async def test_pipelined_chunks_are_answered_in_order_and_equal_the_whole(api: Harness) -> None:
+    inputs = rows(20)
+    whole = (await api.chunk({"inputs": inputs.tolist()}, stream="whole")).json()
+    async with live(api) as sockets, sockets.open() as (client, _):
+        for at in range(20):
+            await client.send(text(inputs[at : at + 1], at, id=at))
+        outcomes = [await outcome(client) for _ in range(20)]
+    assert [each["id"] for each in outcomes] == list(range(20))
+    outputs = np.concatenate([each["reply"]["outputs"][OUTPUT] for each in outcomes])
+    np.testing.assert_allclose(outputs, whole["outputs"][OUTPUT], atol=1e-6)
+
+
+async def test_one_socket_serves_many_streams_which_fail_independently(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open("probe/live") as (client, hello):
+        assert "stream" not in hello
+        for at in range(3):
+            for stream in ("a", "b"):
+                width = 2 if (at, stream) == (1, "a") else 3
+                await client.send(text(rows(2, features=width), 2 * at, stream=stream, id=at))
+        outcomes = [await outcome(client) for _ in range(6)]
+        await client.send(text(rows(2), 0))
+        nameless = await error(client, "invalid_input")
+        await client.send(text(rows(2), 0, stream="no/name", id="x"))
+        misnamed = await error(client, "invalid_name")
+    of_stream = {
+        stream: [
+            (each["id"], each.get("error", {}).get("code"))
+            for each in outcomes
+            if stream == (each.get("reply") or each.get("error"))["stream"]
+        ]
+        for stream in ("a", "b")
+    }
+    assert of_stream["b"] == [(0, None), (1, None), (2, None)]
+    assert of_stream["a"] == [(0, None), (1, "invalid_input"), (2, "position_ahead")]
+    assert nameless["at"] == "stream"
+    assert misnamed["id"] == "x"
+    assert (api.position("a"), api.position("b")) == (2, 6)
+
+
+async def test_outcomes_of_a_stream_keep_its_order_when_a_later_frame_fails_at_once(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(2), 0, id=0))
+        await client.send("{")
+        await client.send(text(rows(2), 2, id=2))
+        await becomes(lambda: sockets.served()[0]._session.unanswered == 3, "three chunks")
+        held_back()
+        assert (await outcome(client))["id"] == 0
+        await error(client, "malformed_body")
+        assert (await outcome(client))["id"] == 2
+
+
+async def test_chunks_without_a_position_are_not_applied_after_a_failed_one(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(2), id=0))
+        await client.send(text(rows(2, features=2), id=1))
+        await client.send(text(rows(2), id=2))
+        assert (await reply(client))["position"] == 2
+        await error(client, "invalid_input")
+        assert (await error(client, "previous_failed"))["id"] == 2
+        await client.send(text(rows(2)))
+        await error(client, "previous_failed")
+        await client.send(text(rows(2), 2))
+        assert (await reply(client))["position"] == 4
+        await client.send(text(rows(2)))
+        assert (await reply(client))["position"] == 6
+    assert api.position() == 6
+
+
+async def test_a_full_window_stops_reading_until_chunks_are_answered(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, hello):
+        window = hello["window"]
+        for at in range(4 * window):
+            await client.send(text(rows(1), at, id=at))
+        [socket] = sockets.served()
+        await becomes(lambda: socket._session.unanswered == window, "a full window")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert socket._session.chunks == window
+        assert socket._is_read_paused
+        held_back()
+        assert [(await outcome(client))["id"] for _ in range(4 * window)] == [*range(4 * window)]
+        assert not socket._is_read_paused
+    assert api.position() == 4 * window
+
+
+async def test_a_client_resumes_at_the_position_of_the_hello(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    inputs = rows(12)
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            for at in range(0, 8, 2):
+                await client.send(text(inputs[at : at + 2], at))
+            await becomes(lambda: sockets.served()[0]._session.unanswered == 4, "its chunks")
+            client.transport.abort()
+            held_back()
+        await sockets.ended()
+        async with sockets.open() as (client, hello):
+            # the last chunk may be sent again: its stored reply is returned
+            for at in range(max(0, hello["position"] - 2), 12, 2):
+                await client.send(text(inputs[at : at + 2], at))
+                last = await reply(client)
+    assert api.position() == 12
+    whole = (await api.chunk({"inputs": inputs.tolist()}, stream="whole")).json()
+    expected = whole["outputs"][OUTPUT][-2:]
+    np.testing.assert_allclose(last["outputs"][OUTPUT], expected, atol=1e-6)
+
+
+async def test_parameters_of_the_address_select_the_parts_of_replies(api: Harness) -> None:
+    path = "probe/streams/s/live?return_sequences=false&return_state=true&timeout_s=2.5"
+    async with live(api) as sockets, sockets.open(path) as (client, _):
+        await client.send(text(rows(3), 0))
+        got = await reply(client)
+    assert np.shape(got["outputs"][OUTPUT]) == (4,)
+    assert (
+        got["state"].keys()
+        == (await api.client.get("/v1/models/probe/streams/s/state")).json()["state"].keys()
+    )
+
+
+async def test_a_precondition_in_a_frame_is_checked(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(3), 0))
+        head = await reply(client)
+        await client.send(text(rows(3), 3, if_match=f"{head['epoch']}-{'0' * 32}"))
+        await error(client, "state_changed")
+        await client.send(text(rows(3), 3, if_match=f"{head['epoch']}-{head['tag']}"))
+        assert (await reply(client))["position"] == 6
+        await client.send(text(rows(3), 6, if_match="W/nonsense"))
+        await error(client, "invalid_precondition")
+
+
+async def test_rejections_of_admission_control_are_frames_to_send_again(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        path = "probe/streams/s/live?timeout_s=0.000001"
+        async with sockets.open(path) as (hurried, _):
+            await hurried.send(text(rows(3), 0, id=1))
+            late = await error(hurried, "deadline_exceeded")
+        await client.send(text(rows(3), 0))
+        await reply(client)
+    assert late["retryable"]
+    assert late["id"] == 1
+    assert api.position() == 3
+
+
+async def test_frames_are_counted_as_requests_are(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(3), 9))
+        await error(client, "position_ahead")
+        await client.send(orjson.dumps({"inputs": []}).decode())
+        await error(client, "invalid_input")
+    assert api.counts.seen["position_ahead"] == api.counts.seen["invalid_input"] == 1

@@ -1,0 +1,323 @@
+"""Wrong frames, slow readers, silent clients and the end of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import orjson
+import pytest
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
+
+from service.transports.http.connection.connections import ConnectionLimits, Phase
+from service.transports.websocket.live_socket import LiveSocket
+from tests.service.transports.http.harness import Harness, rows
+from tests.service.transports.http.raw_http import HOST, becomes, port_of
+from tests.service.transports.websocket.sockets import (
+    Sockets,
+    binary,
+    error,
+    live,
+    outcome,
+    reply,
+    text,
+)
+
+
+async def closed(client: ClientConnection, code: int) -> str:
+    """Wait until the socket is closed with that code; the reason."""
+    with suppress(ConnectionClosed):
+        async with asyncio.timeout(10):
+            async for _ in client:
+                pass
+    assert client.close_code == code
+    return client.close_reason or ""
+
+
+def expire(api: Harness, sockets: Sockets, phase: Phase) -> None:
+    """Let the timeout of the one socket's phase pass."""
+    [served] = sockets.served()
+    assert served.phase is phase
+    served.expire(phase)
+
+
+@asynccontextmanager
+async def unread(sockets: Sockets) -> AsyncIterator[tuple[ClientConnection, LiveSocket]]:
+    """A client that reads nothing, behind small buffers."""
+    with socket.socket() as unconnected:
+        unconnected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unconnected.connect((HOST, port_of(sockets.server)))
+        async with sockets.open(max_queue=1, sock=unconnected) as (client, _):
+            client.transport.pause_reading()
+            [served] = sockets.served()
+            of_server = served._transport.get_extra_info("socket")
+            of_server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            served._transport.set_write_buffer_limits(high=16 * 1024)
+            yield client, served
+
+
+WRONG_FRAMES = {
+    "no JSON": ("{", "malformed_body"),
+    "nothing": ("", "malformed_body"),
+    "a list": ("[]", "invalid_input"),
+    "unknown member": (text(rows(2), 0, unknown=1), "invalid_input"),
+    "wrong width": (text(rows(2, features=2), 0), "invalid_input"),
+    "no steps": ('{"inputs": []}', "invalid_input"),
+    "too many steps": (text(rows(21), 0), "chunk_too_long"),
+    "position of another type": ('{"position": "0", "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "id of another type": ('{"id": [], "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "long id": (text(rows(1), id="x" * 129), "invalid_input"),
+    "large id": ('{"id": 9223372036854775808, "inputs": [[0, 0, 0]]}', "invalid_input"),
+    "position twice": ('{"id":1,"position":0,"position":1,"inputs":[[0,0,0]]}', "invalid_input"),
+    "escaped twice": (
+        '{"id":1,"position":0,"\\u0070osition":1,"inputs":[[0,0,0]]}', "invalid_input",
+    ),
+    "id twice": ('{"id":1,"id":2,"inputs":[[0,0,0]]}', "invalid_input"),
+    "another stream": (text(rows(2), 0, stream="other"), "invalid_input"),
+    "if_match of another type": (text(rows(2), 0, if_match=3), "invalid_input"),
+    "garbage": (bytes(range(256)), "malformed_body"),
+    "bytes after the document": (binary(rows(2), 0, id=1) + b"\x00", "malformed_body"),
+    "packed member twice": (
+        b"\x83\xa2id\x01\xa2id\x02\xa6inputs\xc4\x0c" + bytes(12), "invalid_input",
+    ),
+    "packed text in place of bytes": (b"\x82\xa2id\x01\xa6inputs\xa3abc", "invalid_input"),
+    "deep": (b'{"id":' + b"[" * 5000, "malformed_body"),
+    "deep text": ('{"id":' + "[" * 5000, "malformed_body"),
+}  # fmt: skip
+
+
+async def test_a_wrong_frame_is_answered_and_leaves_the_socket_usable(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        for position, (frame, code) in enumerate(WRONG_FRAMES.values()):
+            await client.send(frame)
+            await error(client, code)
+            await client.send(text(rows(1), position))
+            assert (await reply(client))["position"] == position + 1
+    assert api.position() == len(WRONG_FRAMES)
+
+
+async def test_errors_name_their_place_and_their_frame(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open("probe/live") as (client, _):
+        await client.send('{"id": "a", "stream": "s", "inputs": [[0, 1, "x"]]}')
+        problem = await error(client, "invalid_input")
+    assert problem["at"] == "inputs[0][2]"
+    assert problem["id"] == "a"
+    assert problem["stream"] == "s"
+    assert problem["retryable"] is False
+
+
+async def test_a_fragmented_message_is_one_frame(api: Harness) -> None:
+    message = text(rows(4), 0, id="whole").encode()
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(message[at : at + 7].decode() for at in range(0, len(message), 7))
+        assert (await outcome(client))["id"] == "whole"
+
+
+async def test_a_message_over_the_limit_closes_the_socket_and_nothing_is_lost(
+    api: Harness,
+) -> None:
+    async with live(api) as sockets:
+        for oversized in (["x" * 20_001], ["x" * 7_000] * 3):
+            async with sockets.open() as (client, hello):
+                position = hello["position"]
+                await client.send(text(rows(2), position))
+                await reply(client)
+                await client.send(oversized)
+                assert "20000" in await closed(client, 1009)
+            await sockets.ended()
+        assert api.position() == 4
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(Opcode.TEXT, b"{}", rsv1=True),
+        Frame(Opcode.CONT, b"{}"),
+        Frame(Opcode.PING, b"x" * 126),
+        Frame(Opcode.PING, b"x", fin=False),
+    ],
+    ids=["reserved bit", "continuation", "long ping", "fragmented ping"],
+)
+async def test_a_violation_of_the_protocol_closes_the_socket(
+    api: Harness, frame: Frame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Frame, "check", lambda _: None)
+    written = frame.serialize(mask=True)
+    monkeypatch.undo()
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(written)
+        await closed(client, 1002)
+        await sockets.ended()
+
+
+async def test_an_unmasked_frame_closes_the_socket(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"{}").serialize(mask=False))
+        assert "mask" in await closed(client, 1002)
+
+
+async def test_tiny_frames_are_bounded_by_one_piece(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, hello):
+        await client.send(text(rows(1), 0))
+        await becomes(lambda: sockets.served()[0]._session.unanswered == 1, "a chunk")
+        client.transport.write(Frame(Opcode.TEXT, b"").serialize(mask=True) * 100_000)
+        [served] = sockets.served()
+        await becomes(lambda: served._is_read_paused, "a full window")
+        assert served._session.unanswered == hello["window"]
+        assert len(served._messages) <= 8192 // 6
+        client.transport.abort()
+        held_back()
+        await sockets.ended()
+
+
+async def test_a_client_that_does_not_read_is_not_read_either_and_loses_nothing(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 300
+    async with live(api) as sockets, unread(sockets) as (client, served):
+
+        async def feed() -> None:
+            for at in range(count):
+                await client.send(text(rows(20), 20 * at))
+
+        feeding = asyncio.create_task(feed())
+        await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
+        unsent = served.unsent_bytes
+        assert served._is_read_paused
+        assert unsent < 64 * 1024
+        client.transport.resume_reading()
+        for at in range(count):
+            assert (await reply(client))["position"] == 20 * (at + 1)
+        await feeding
+    assert api.position() == 20 * count
+
+
+async def test_a_client_that_never_reads_is_disconnected(api: Harness) -> None:
+    async with live(api) as sockets, unread(sockets) as (client, served):
+
+        async def feed() -> None:
+            with suppress(ConnectionClosed):
+                for at in range(100_000):
+                    await client.send(text(rows(20), 20 * at))
+
+        feeding = asyncio.create_task(feed())
+        await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
+        expire(api, sockets, Phase.SEND)
+        await sockets.ended()
+        client.transport.abort()
+        await feeding
+
+
+async def test_a_silent_client_is_pinged_and_closed_without_an_answer(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        expire(api, sockets, Phase.LIVE)
+        await becomes(lambda: not served._has_pinged, "the pong")
+        client.transport.pause_reading()
+        expire(api, sockets, Phase.LIVE)
+        expire(api, sockets, Phase.LIVE)
+        client.transport.resume_reading()
+        assert "ping" in await closed(client, 1011)
+        await sockets.ended()
+
+
+async def test_connections_expire_a_silent_socket(api: Harness) -> None:
+    connections = api.http_state().connections
+    connections.limits = ConnectionLimits(websocket_ping_s=0.001)
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        now_s = asyncio.get_running_loop().time()
+        connections.check(now_s + 1)
+        await becomes(lambda: not served._has_pinged, "the pong")
+        client.transport.pause_reading()
+        for seconds in range(2, 8):
+            connections.check(now_s + seconds)
+        client.transport.resume_reading()
+        await closed(client, 1011)
+
+
+async def test_a_socket_without_chunks_is_closed(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served._limits = served._limits._replace(idle_s=0.000_001)
+        await client.ping()
+        expire(api, sockets, Phase.LIVE)
+        assert "no chunk" in await closed(client, 1001)
+
+
+async def test_an_incomplete_message_expires(api: Harness) -> None:
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"x" * 100).serialize(mask=True)[:50])
+        await becomes(lambda: sockets.served()[0].phase is Phase.BODY, "a part of a message")
+        assert sockets.served()[0].body_bytes > 0
+        expire(api, sockets, Phase.BODY)
+        assert "in time" in await closed(client, 1008)
+
+
+async def test_messages_over_the_limit_of_all_bodies_are_shed(api: Harness) -> None:
+    connections = api.http_state().connections
+    connections.limits = ConnectionLimits(max_pending_body_bytes=1000)
+    async with live(api) as sockets, sockets.open() as (client, _):
+        client.transport.write(Frame(Opcode.TEXT, b"x" * 5000).serialize(mask=True)[:4000])
+        await closed(client, 1013)
+
+
+async def test_a_drain_answers_what_was_started_and_sends_clients_elsewhere(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _), sockets.open("probe/live") as (idle, _):
+            await client.send(text(rows(2), 0))
+            await becomes(lambda: any(s._session.unanswered for s in sockets.served()), "a chunk")
+            for each in sockets.served():
+                each.shutdown()
+            await client.send(text(rows(2), 2))
+            assert "connect again" in await closed(idle, 1012)
+            held_back()
+            assert (await reply(client))["position"] == 2
+            await closed(client, 1012)
+        await sockets.ended()
+    assert api.position() == 2
+
+
+async def test_a_disconnected_client_takes_no_queue(
+    api: Harness, held_back: Callable[[], None]
+) -> None:
+    async with live(api) as sockets:
+        async with sockets.open() as (client, _):
+            for at in range(5):
+                await client.send(text(rows(1), at))
+            await becomes(lambda: sockets.served()[0]._session.unanswered == 5, "its chunks")
+            client.transport.abort()
+        await sockets.ended()
+        held_back()
+        async with sockets.open("probe/streams/other/live") as (client, _):
+            await client.send(text(rows(1), 0))
+            await reply(client)
+    assert (api.position() or 0) < 5
+
+
+async def test_an_unexpected_failure_is_a_frame(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    async with live(api) as sockets, sockets.open() as (client, _):
+        with monkeypatch.context() as broken:
+            broken.setattr(type(api.app.state.api.wire("probe").reader), "chunk", fail)
+            await client.send(text(rows(1), 0, id=4))
+            problem = await error(client, "internal_error")
+        assert problem["id"] == 4
+        assert "a defect" not in json.dumps(problem)
+        await client.send(orjson.dumps({"inputs": rows(1).tolist(), "position": 0}).decode())
+        await reply(client)
