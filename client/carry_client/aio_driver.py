@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from carry_client.calls import END, LATE, Call, Effect, Emit, Open, Read, Sleep
+from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
 from carry_client.wire import Request, Response, http_timeout, ssl_context
 
@@ -59,7 +59,7 @@ class AsyncDriver:
         try:
             effect = next(call)
             while True:
-                effect = await self._step(call, effect)
+                effect = resume(call, await self._outcome(effect))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -73,7 +73,7 @@ class AsyncDriver:
                     yield effect.value
                     effect = next(call)
                 else:
-                    effect = await self._step(call, effect)
+                    effect = resume(call, await self._outcome(effect))
         except StopIteration:
             return
         finally:
@@ -82,12 +82,11 @@ class AsyncDriver:
     def _new_client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self._url, verify=ssl_context())
 
-    async def _step(self, call: Call[Any], effect: Effect) -> Effect:
+    async def _outcome(self, effect: Effect) -> object:
         try:
-            outcome = await self._perform(effect)
+            return await self._perform(effect)
         except Exception as error:
-            return call.throw(error)
-        return call.send(outcome)
+            return Failed(error)
 
     async def _perform(self, effect: Effect) -> object:
         if isinstance(effect, Request):

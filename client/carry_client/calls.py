@@ -76,6 +76,18 @@ Effect = Request | Sleep | Open | Read | Emit
 Call = Generator[Effect, Any, T]
 
 
+@dataclass(frozen=True)
+class Failed:
+    """The outcome of an effect that failed; the call may handle the error."""
+
+    error: Exception
+
+
+def resume(call: Call[Any], outcome: object) -> Effect:
+    """Give a call the outcome of its effect; the next effect, or StopIteration with the result."""
+    return call.throw(outcome.error) if isinstance(outcome, Failed) else call.send(outcome)
+
+
 class Attempts:
     """The attempts of one call, until its deadline.
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from carry_client.calls import END, LATE, Call, Effect, Emit, Open, Read, Sleep
+from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
 from carry_client.wire import Request, Response, http_timeout, ssl_context
 
@@ -52,7 +52,7 @@ class Driver:
         try:
             effect = next(call)
             while True:
-                effect = self._step(call, effect)
+                effect = resume(call, self._outcome(effect))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -66,18 +66,17 @@ class Driver:
                     yield effect.value
                     effect = next(call)
                 else:
-                    effect = self._step(call, effect)
+                    effect = resume(call, self._outcome(effect))
         except StopIteration:
             return
         finally:
             call.close()
 
-    def _step(self, call: Call[Any], effect: Effect) -> Effect:
+    def _outcome(self, effect: Effect) -> object:
         try:
-            outcome = self._perform(effect)
+            return self._perform(effect)
         except Exception as error:
-            return call.throw(error)
-        return call.send(outcome)
+            return Failed(error)
 
     def _perform(self, effect: Effect) -> object:
         if isinstance(effect, Request):
