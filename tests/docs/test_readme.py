@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.needs import needs_tools
-from tests.support.pages import ROOT, agrees, blocks, run
+from tests.support.pages import DEFAULT_URL, ROOT, agrees, blocks, run
 from tests.support.service import Service
 
 MOST_LINES = 150
@@ -40,14 +41,22 @@ def test_readme_is_short() -> None:
     assert len(lines) <= MOST_LINES
 
 
-def test_readme_shows_the_real_replies(service: Service) -> None:
+def test_readme_shows_the_real_replies(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     replies, shown = run_page("README.md", service)
-    assert [reply.get("position") for reply in replies[:4]] == [4, 6, 6, 6]
+    assert [reply.get("position") for reply in replies] == [4, 6, 6, 6]
     assert [reply.get("replayed") for reply in replies[:3]] == [False, False, True]
     assert replies[2]["outputs"] == replies[1]["outputs"]
-    assert [item["status"] for item in replies[4]["results"]] == [200, 200]
-    assert replies[5]["position"] == 8
     assert shown == 2
+    (script,) = (text for language, text in blocks("README.md") if language == "python")
+    assert len(script.splitlines()) <= 10
+    monkeypatch.chdir(ROOT)
+    exec(compile(script.replace(DEFAULT_URL, service.url), "README.md", "exec"), {})
+    shape = re.search(r"shape: \((\d+), 6\)", capsys.readouterr().out)
+    departures = json.loads((ROOT / "examples" / "departures.json").read_bytes())["EWR-UA"]
+    assert shape is not None
+    assert int(shape[1]) == len(departures) - 6
 
 
 def test_first_tutorial_shows_the_real_replies(service: Service) -> None:

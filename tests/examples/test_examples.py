@@ -63,7 +63,7 @@ def test_the_example_bodies_hold_events_of_the_flights_model(name: str) -> None:
 def test_the_chunks_of_a_stream_follow_one_another() -> None:
     position = 0
     departures = json.loads((EXAMPLES / "departures.json").read_bytes())["EWR-UA"]
-    for name in ("first-chunk.json", "second-chunk.json", "many-streams.json"):
+    for name in ("first-chunk.json", "second-chunk.json"):
         chunk = chunks_of(name)[0]
         assert chunk["position"] == position
         steps = len(chunk["events"])
