@@ -11,8 +11,7 @@ from service.store.settings import StoreSettings
 from tests.bench.results import Results
 from tests.bench.traffic import TrafficSpec
 from tests.bench.workloads import random_stream
-from tests.support.machine import wait_until
-from tests.support.servers import RealServer
+from tests.support.servers import RealServer, until
 
 FILL_BATCH, DISTINCT_STATES = 2_000, 512
 STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
@@ -44,9 +43,9 @@ def rewrite_file(store: RealServer) -> None:
             return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
 
         # It may have started one by itself.
-        wait_until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
+        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
         client.bgrewriteaof()
-        wait_until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
+        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
 
 
 def measure_bytes_per_stream(store: RealServer, artifact: Artifact, results: Results) -> None:

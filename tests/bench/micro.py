@@ -4,8 +4,7 @@
 
 Each on the standard chunk (16 events of 16 features, 8 outputs, 1,024 bytes of state), in
 microseconds per chunk. `events` are departures of the packaged flights model; `http` drives the
-ASGI application over a pipeline that answers a constant; `store` is a real Valkey, a batch of 32
-streams a call; `step` is each runtime's own.
+ASGI application over a pipeline that answers a constant; `step` is each runtime's own.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import math
 import tempfile
 import timeit
 from asyncio import AbstractEventLoop
@@ -36,14 +34,11 @@ from models.events.encode import Clock, encode, encode_many
 from models.events.parse import event_type
 from models.events.reader import EventReader
 from service.core.delivery import chunk_digest
-from service.core.values import Feed, Reply, Steps, StoredReply, StreamKey, StreamState
-from service.engine.fair_queue import FairQueue, Job, Ticket
-from service.engine.policy import BatchLimits
+from service.core.values import Feed, Reply, Steps, StoredReply, StreamKey
 from service.engine.runtimes.loading import RUNTIMES
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.pipeline.served_model import ServedModel
-from service.store.base import Commit
 from service.store.codec import decode_reply, decode_state, encode_reply, encode_state
 from service.transports.http.application import create_api
 from service.transports.http.context import ModelWire
@@ -55,8 +50,6 @@ from tests.bench.run import find_missing
 from tests.bench.traffic import Traffic
 from tests.bench.workloads import STEPS, Bodies
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.servers import opened, real_server
-from tests.support.streams import committed
 
 REPEATS, CALLS = 5, 20
 """Repetitions of each case, and asynchronous calls per timed run, so that entering the event loop
@@ -65,7 +58,7 @@ does not count."""
 BATCH, MANY = 32, 64
 EVENT_STEPS = (1, 16, 64)
 STEP_SHAPES = ((1, 1), (1, 16), (8, 16), (32, 16), (128, 16), (32, 64))
-GROUPS = ("codec", "queue", "events", "wire", "http", "store", "step")
+GROUPS = ("codec", "events", "wire", "http", "step")
 
 Case = tuple[str, int, Callable[[], object]]
 """A part's name, how many chunks one call handles, and the call."""
@@ -79,36 +72,17 @@ class Parts:
         self.artifact = workloads.standard_model(folder)
         self.served = ServedModel(self.artifact, NumpyRuntime(self.artifact))
         self.rows = Bodies.random(STEPS).rows[0]
-        self.state = self.stream(1)
+        size, fingerprint = self.artifact.state.float_size, self.artifact.fingerprint
+        self.state = workloads.random_stream(1, size, fingerprint)
         self.reply = StoredReply(self.state.head, self.rows[:, : self.artifact.outputs.size])
-
-    def stream(self, seed: int) -> StreamState:
-        """A stream after one chunk."""
-        artifact = self.artifact
-        return workloads.random_stream(seed, artifact.state.float_size, artifact.fingerprint)
-
-    def repeated(self, name: str, chunks: int, call: Callable[[], Any]) -> Case:
-        """A case of an asynchronous call."""
-
-        async def run() -> None:
-            for _ in range(CALLS):
-                await call()
-
-        return name, chunks * CALLS, lambda: self.run(run())
 
     def request(self, media: Media, items: int = 0) -> list[bytes]:
         """A request's path, its headers and its body."""
-        traffic = Traffic(
-            workloads.make_traffic(
-                self.artifact,
-                Bodies((self.rows,)),
-                "stream",
-                MANY,
-                media="json" if media is Media.JSON else "msgpack",
-                items=items,
-            )
+        bodies, name = Bodies((self.rows,)), media.name.lower()
+        spec = workloads.make_traffic(
+            self.artifact, bodies, "stream", MANY, media=cast(Any, name), items=items
         )
-        head, _, body = traffic.request()[0].partition(b"\r\n\r\n")
+        head, _, body = Traffic(spec).request()[0].partition(b"\r\n\r\n")
         line, _, headers = head.partition(b"\r\n")
         return [line.split(b" ")[1], headers, body]
 
@@ -120,27 +94,6 @@ class Parts:
         yield "encode a reply", 1, partial(encode_reply, self.reply)
         yield "decode a reply", 1, partial(decode_reply, encode_reply(self.reply))
         yield "digest of a chunk", 1, partial(chunk_digest, None, steps, b"")
-
-    def queue(self) -> Iterator[Case]:
-        """Take a batch, release its streams, and push as many jobs again."""
-
-        async def make_tickets() -> list[Ticket[None]]:
-            return [Ticket(1, math.inf) for _ in range(1_000)]
-
-        def turn(queue: FairQueue[None, None]) -> int:
-            batch = queue.take()
-            for job in batch:
-                queue.release(job.key)
-            for job in batch:
-                queue.push(job)
-            return len(batch)
-
-        tickets = self.run(make_tickets())
-        for name, jobs, streams in (("32 waiting", 32, 32), ("1,000 of 300 streams", 1_000, 300)):
-            queue: FairQueue[None, None] = FairQueue(BatchLimits(BATCH, 4096))
-            for index in range(jobs):
-                queue.push(Job(None, index % streams, STEPS, index, 0.0, tickets[index], 0))
-            yield name, turn(queue), partial(turn, queue)
 
     def events(self) -> Iterator[Case]:
         """From the bytes of events to rows: the strict validator, the fast reader, the encoder."""
@@ -211,33 +164,9 @@ class Parts:
         )
         api = create_api(cast(Any, pipeline), ApiLimits(), recorder)
         for media, items in product((Media.JSON, Media.MSGPACK), (0, MANY)):
-            call, chunks = _asgi_call(api, *self.request(media, items)), max(1, items)
-            yield self.repeated(f"{chunks} in {media.name.lower()}", chunks, call)
-
-    def store(self) -> Iterator[Case]:
-        """A batch of streams loaded and committed."""
-        keys = [StreamKey("bench", f"stream-{index:07d}") for index in range(BATCH)]
-        one, two = ([self.stream(side * BATCH + at) for at in range(BATCH)] for side in (0, 1))
-
-        def commits(before: Sequence[StreamState | None], after: Any) -> list[Commit]:
-            return [
-                Commit(key, old and old.head, new, StoredReply(new.head, self.reply.outputs))
-                for key, old, new in zip(keys, before, after, strict=True)
-            ]
-
-        turns = [commits(one, two), commits(two, one)]
-
-        async def commit() -> None:
-            turns.reverse()
-            await committed(store, *turns[1])
-
-        with real_server("valkey") as server:
-            opening = opened(server.url)
-            store = self.run(opening.__aenter__())
-            self.run(committed(store, *commits([None] * BATCH, one)))
-            yield self.repeated("load, 32 streams a call", BATCH, lambda: store.load(keys))
-            yield self.repeated("commit, the same", BATCH, commit)
-            self.run(opening.__aexit__(None, None, None))
+            calls, chunks = _asgi_calls(api, *self.request(media, items)), max(1, items)
+            name = f"{chunks} in {media.name.lower()}"
+            yield name, chunks * CALLS, lambda calls=calls: self.run(calls())
 
     def step(self) -> Iterator[Case]:
         """Each runtime's own step, on one thread."""
@@ -251,8 +180,8 @@ class Parts:
                     yield f"{name} {batch} x {steps}", batch, partial(runtime.step, *inputs)
 
 
-def _asgi_call(app: Any, path: bytes, head: bytes, body: bytes) -> Callable[[], Any]:
-    """Calls an application with a request, as a server does."""
+def _asgi_calls(app: Any, path: bytes, head: bytes, body: bytes) -> Callable[[], Any]:
+    """Calls an application with a request, as a server does, many times."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -275,7 +204,11 @@ def _asgi_call(app: Any, path: bytes, head: bytes, body: bytes) -> Callable[[], 
         if message.get("status", 200) != 200:
             raise RuntimeError(f"{path!r}: {message}")
 
-    return lambda: app({**scope, "headers": [*headers], "state": {}}, receive, send)
+    async def call() -> None:
+        for _ in range(CALLS):
+            await app({**scope, "headers": [*headers], "state": {}}, receive, send)
+
+    return call
 
 
 def measure_call_s(call: Callable[[], object], seconds: float) -> float:

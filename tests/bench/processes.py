@@ -15,7 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tests.support.machine import REPOSITORY, pin_child, wait_until
+from tests.support.machine import REPOSITORY, pin_child
+from tests.support.servers import until
 
 STARTS_WITHIN_S = 180.0
 ENDS_WITHIN_S = 60.0
@@ -63,17 +64,13 @@ def await_start(process: subprocess.Popen[bytes], condition: Callable[[], Any], 
     """Wait until a starting process meets a condition, and return the condition's value.
 
     Raises:
-        CannotStartError: it ended, or took too long.
+        CannotStartError: it ended.
+        AssertionError: it took too long.
     """
-    try:
-        value = wait_until(
-            lambda: process.poll() is not None or condition(), "a start", STARTS_WITHIN_S
-        )
-        problem = f"{process.args!r} ended" if process.poll() is not None else ""
-    except TimeoutError as error:
-        problem = str(error)
-    if problem:
-        raise CannotStartError(f"{problem}:\n{log.read_text(errors='replace')[-2000:]}")
+    value = until(lambda: process.poll() is not None or condition(), "a start", STARTS_WITHIN_S)
+    if process.poll() is not None:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise CannotStartError(f"{process.args!r} ended:\n{tail}")
     return value
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from models.artifact.artifact import Artifact
 from tests.bench import workloads
 from tests.bench.answers import TRAINED_TOLERANCE, WrongOutputsError, check_answers
-from tests.bench.compute import measure_rates
 from tests.bench.cpu_split import CannotProfileError, record_stacks, stage_of, stage_shares
 from tests.bench.filling import fill_store, measure_bytes_per_stream, rewrite_file
 from tests.bench.generator import Connection
@@ -145,7 +144,7 @@ def measure_many(bench: Bench, kind: str) -> None:
         count = MANY_CONNECTIONS if options.get("items") else CONNECTIONS
         rows.append(Row(f"many/{load}/{kind}", server, load, count))
     for _ in range(bench.options.rounds):
-        alone.append(process.submit(measure_rates, runtime, bench.artifact.path).result())
+        alone.append(process.submit(workloads.measure_rates, runtime, bench.artifact.path).result())
         for row in rows:
             bench.closed(row)
     for batch in alone[0]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +33,64 @@ SENT = list(BODIES.rows[:CHUNKS])
 WHOLE = np.concatenate(SENT)
 
 
-def check(artifact: Artifact, replies: list[dict[str, Any]], first: int = 0) -> int:
+Replies = list[dict[str, Any]]
+
+
+def check(artifact: Artifact, replies: Replies, first: int = 0) -> int:
     """Check replies to the chunks of stream 0 from the first one on."""
     spec = make_traffic(artifact, BODIES, "checked", 2, sampled=1)
     sampled = [Sampled(0, n, orjson.dumps(reply)) for n, reply in enumerate(replies, first)]
     return check_answers(artifact, spec, BODIES.rows, sampled)
 
 
-def replies_of(outputs: list[Floats]) -> list[dict[str, Any]]:
+def replies_of(outputs: Sequence[Floats]) -> Replies:
     return [{"outputs": {"out": rows.tolist()}} for rows in outputs]
 
 
-def oracle_outputs(artifact: Artifact, rows: FloatRows) -> Floats:
-    zero = artifact.network_state.zero().floats
-    return oracle_step(artifact.spec, artifact.weights, rows, zero)[0][:, :8]
+def oracle_outputs(artifact: Artifact, *chunks: FloatRows) -> list[Floats]:
+    """What a new stream gets for each chunk, where the cuts count."""
+    zero, lengths = artifact.network_state.zero().floats, [len(rows) for rows in chunks]
+    rows = np.concatenate(chunks)
+    outputs, _ = oracle_in_cuts(artifact.spec, artifact.weights, rows, zero, lengths)
+    return np.split(outputs[:, :8], len(chunks))
 
 
-def in_cuts(artifact: Artifact) -> Floats:
-    zero = artifact.network_state.zero().floats
-    return oracle_in_cuts(artifact.spec, artifact.weights, WHOLE, zero, [16] * CHUNKS)[0][:, :8]
+def in_one_run(artifact: Artifact) -> Replies:
+    return replies_of(np.split(oracle_outputs(artifact, WHOLE)[0], CHUNKS))
 
 
-def split(outputs: Floats) -> list[dict[str, Any]]:
-    return replies_of(np.split(outputs, CHUNKS))
+def in_cuts(artifact: Artifact) -> Replies:
+    return replies_of(oracle_outputs(artifact, *SENT))
 
 
-def alone(artifact: Artifact) -> list[dict[str, Any]]:
-    return replies_of([oracle_outputs(artifact, rows) for rows in SENT])
+def alone(artifact: Artifact) -> Replies:
+    return replies_of([oracle_outputs(artifact, rows)[0] for rows in SENT])
 
 
-def one_run(artifact: Artifact) -> list[dict[str, Any]]:
-    return split(oracle_outputs(artifact, WHOLE))
+def last_values(artifact: Artifact) -> Replies:
+    return replies_of([rows[-1] for rows in oracle_outputs(artifact, *SENT)])
 
 
-def chunk_values(artifact: Artifact) -> list[dict[str, Any]]:
-    return replies_of(list(in_cuts(artifact)[15::16]))
-
-
-def predictions(artifact: Artifact) -> list[dict[str, Any]]:
-    values = [oracle_outputs(artifact, rows)[-1] for rows in SENT]
+def predictions(artifact: Artifact) -> Replies:
+    values = [oracle_outputs(artifact, rows)[0][-1] for rows in SENT]
     return [{"predictions": [reply]} for reply in replies_of(values)]
-
-
-Replies = Callable[[Artifact], list[dict[str, Any]]]
 
 
 @pytest.mark.parametrize(
     ("name", "right", "wrong", "compared"),
     [
-        *((name, one_run, alone, 48) for name in KINDS if name.startswith(("lstm", "gru"))),
-        ("hand-off", lambda a: split(in_cuts(a)), one_run, 48),
-        ("attention-chunk", chunk_values, lambda a: chunk_values(a)[::-1], CHUNKS),
+        *((name, in_one_run, alone, 48) for name in KINDS if name.startswith(("lstm", "gru"))),
+        ("hand-off", in_cuts, in_one_run, 48),
+        ("attention-chunk", last_values, lambda a: last_values(a)[::-1], CHUNKS),
         ("bidirectional-predict", predictions, lambda a: predictions(a)[::-1], CHUNKS),
     ],
 )
 def test_outputs_are_compared_by_the_models_own_definition(
-    name: str, right: Replies, wrong: Replies, compared: int, tmp_path: Path
+    name: str,
+    right: Callable[[Artifact], Replies],
+    wrong: Callable[[Artifact], Replies],
+    compared: int,
+    tmp_path: Path,
 ) -> None:
     artifact = write_network(tmp_path, name, KINDS[name])
     assert check(artifact, right(artifact)) == compared
@@ -103,7 +105,7 @@ def test_blocks_are_compared_with_the_oracle_in_blocks(tmp_path: Path) -> None:
     outputs = oracle_in_blocks(artifact.spec, artifact.weights, WHOLE)
     due = [outputs[:0], outputs[:16], outputs[16:32]]
 
-    def at(rows: list[Floats], *positions: int) -> list[dict[str, Any]]:
+    def at(rows: list[Floats], *positions: int) -> Replies:
         blocks = zip(replies_of(rows), positions, strict=True)
         return [{**reply, "output_position": position} for reply, position in blocks]
 

@@ -8,10 +8,12 @@ cut and batched.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -40,6 +42,9 @@ PLAIN = "lstm"
 
 FEW, MANY = 1_000, 1_000_000
 """Streams in the store, in the comparison of few and many."""
+
+BATCHES = (1, 8, 32, 64, 128)
+COMPUTE_S = 0.3
 
 STREAM_OF_FLIGHTS = "EWR-UA"
 CUTS, LONGEST_STEPS = 64, 64
@@ -126,6 +131,36 @@ def step_arguments(runtime: Runtime, artifact: Artifact, batch: int, steps: int)
     rows = random.normal(size=(padded, length, artifact.spec.input_features)).astype(np.float32)
     states = random.uniform(-1, 1, (padded, artifact.state.float_size)).astype(np.float32)
     return rows, np.full(padded, steps, np.int32), states
+
+
+class Rate(NamedTuple):
+    """The compute of one batch size, without a service."""
+
+    chunks_per_s: float
+    cpu_us_per_chunk: float
+
+
+@cache
+def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
+    artifact = load_artifact(path)
+    return artifact, warm_runtime(name, artifact)
+
+
+def measure_rates(name: str, path: Path) -> dict[int, Rate]:
+    """Steps of a runtime itself on random rows and states, at each batch that it takes."""
+    (artifact, runtime), rates = _open(name, path), {}
+    for batch in BATCHES:
+        if batch > runtime.max_batch:
+            continue
+        arguments = step_arguments(runtime, artifact, batch, STEPS)
+        runtime.step(*arguments)
+        calls, started_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
+        while (passed_s := time.perf_counter() - started_s) < COMPUTE_S or not calls:
+            runtime.step(*arguments)
+            calls += 1
+        cpu_s = time.process_time() - cpu_before_s
+        rates[batch] = Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
+    return rates
 
 
 def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:

@@ -11,13 +11,11 @@ import platform
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -129,17 +127,3 @@ def read_usage(pid: int) -> Usage:
 def measure_busy_cores(seconds: float) -> float:
     """Cores in use by the whole machine, averaged over some seconds."""
     return float(sum(psutil.cpu_percent(seconds, percpu=True)) / 100)
-
-
-def wait_until(condition: Callable[[], Any], what: str, within_s: float) -> Any:
-    """Poll a condition and return its first true value.
-
-    Raises:
-        TimeoutError: it did not come true in time.
-    """
-    ends_s = time.monotonic() + within_s
-    while not (value := condition()):
-        if time.monotonic() > ends_s:
-            raise TimeoutError(f"{what} did not come within {within_s} s")
-        time.sleep(0.01)
-    return value
