@@ -14,9 +14,8 @@ import sys
 
 import uvloop
 
-from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
-from tests.faults.run import RunOptions, describe_failures, new_seed, report, run
-from tests.faults.transports import TRANSPORTS
+from tests.faults.options import RunOptions
+from tests.faults.run import describe_failures, new_seed, report, run
 from tests.support.machine import describe_run
 
 STORES = ("valkey", "redis", "cluster")
@@ -26,37 +25,21 @@ KILLS_PER_STAGE = 5
 def main() -> int:
     """Run the stores one after the other."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    add = parser.add_argument
-    add("--store", action="append", choices=STORES, help="all of them")
-    add("--events", type=int, default=500_000, help="events, at least (500000)")
-    add("--faults", type=int, default=110, help="faults (110)")
-    add("--streams", type=int, default=48, help="streams (48)")
-    add("--seed", type=int, help="a new one")
-    add("--transport", action="append", choices=tuple(TRANSPORTS), help="all of them")
-    add("--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers")
-    add("--strict", action="store_true", help="cluster: acknowledge when the replicas have it")
-    add("--verbose", action="store_true", help="print each fault before it is injected")
-    chosen = parser.parse_args()
-    seed = new_seed() if chosen.seed is None else chosen.seed
+    parser.add_argument("--store", action="append", choices=STORES, help="all of them")
+    RunOptions.add_to(parser)
+    options = vars(parser.parse_args())
+    stores, is_strict = options.pop("store") or STORES, options.pop("strict")
+    if options["seed"] is None:
+        options["seed"] = new_seed()
     print(*(f"{name}: {value}" for name, value in describe_run().items()), sep="\n", flush=True)
     code = 0
-    for store in chosen.store or STORES:
+    for store in stores:
         if store != "valkey" and shutil.which("redis-server") is None:
             print(f"{store}: redis-server is not on the PATH", flush=True)
             code = 1
             continue
-        one = RunOptions(
-            store,
-            seed,
-            chosen.events,
-            chosen.faults,
-            chosen.streams,
-            KILLS_PER_STAGE,
-            plant=chosen.plant,
-            strict=chosen.strict and store == "cluster",
-            transports=tuple(chosen.transport or TRANSPORTS),
-            verbose=chosen.verbose,
-        )
+        strict = is_strict and store == "cluster"
+        one = RunOptions(store, strict=strict, kills_per_stage=KILLS_PER_STAGE, **options)
         history, findings = uvloop.run(run(one))
         reasons = describe_failures(one, history, findings, whole=True)
         print(*report(one, history, findings), sep="\n")

@@ -6,20 +6,20 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from tests.faults import network
-from tests.faults.stores import Store, has_connection, make_store
+from tests.faults.options import RunOptions
+from tests.faults.stores import ClusterStore, SingleStore, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
-from tests.faults.transports import TIMEOUT_S, TRANSPORTS, WorkerClient
+from tests.faults.transports import WorkerClient
 from tests.support.machine import REPOSITORY
 from tests.support.proxy import Connection, Target
 from tests.support.service import Service
 
-WORKERS: Final = ("a", "b")
 _PLANTED_BUGS: Final = Path(__file__).parent / "planted_bugs"
 _SETTINGS: Final = {
     "CARRY_RUNTIME": "onnxruntime",
@@ -94,7 +94,7 @@ class Deployment:
         clients: of each worker, through its proxy.
     """
 
-    store: Store
+    store: SingleStore | ClusterStore
     workers: list[Worker]
     clients: dict[str, WorkerClient]
 
@@ -121,48 +121,38 @@ class Deployment:
 
 
 @asynccontextmanager
-async def deploy(
-    store: str,
-    *,
-    plant: str | None = None,
-    strict: bool = False,
-    transports: Sequence[str] = tuple(TRANSPORTS),
-    timeout_s: float = TIMEOUT_S,
-) -> AsyncIterator[Deployment]:
-    """Two workers that serve on a store; all processes are ended in any case.
-
-    Args:
-        plant: a bug that is planted in the workers.
-        strict: chunks are acknowledged when the replicas have them.
-    """
+async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
+    """Two workers that serve on a store; all processes are ended in any case."""
     settings, deployment = dict(_SETTINGS), Deployment()
-    if strict:
+    if options.strict:
         settings["CARRY_DURABILITY"] = "replicated"
-    if plant is not None:
-        settings["PLANTED_BUG"] = plant
+    if options.plant is not None:
+        settings["PLANTED_BUG"] = options.plant
         settings["PYTHONPATH"] = f"{_PLANTED_BUGS}{os.pathsep}{REPOSITORY}"
     async with AsyncExitStack() as stack:
         temporary = tempfile.TemporaryDirectory(prefix="carry-faults-", ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(temporary))
         models, traffic = network.write(folder / "models"), deployment.traffic
         (folder / "store").mkdir()
-        started = make_store(store, folder / "store", models, settings, traffic, WORKERS)
-        deployment.store = started
-        stack.push_async_callback(asyncio.to_thread, started.stop)
-        for proxy in started.proxies:
+        store = make_store(options.store, folder / "store", models, settings, traffic)
+        deployment.store = store
+        stack.push_async_callback(asyncio.to_thread, store.stop)
+        for proxy in store.proxies:
             await proxy.open()
             stack.push_async_callback(proxy.close)
-        await asyncio.to_thread(started.start)
-        for number, name in enumerate(WORKERS):
-            worker = Worker(name, folder / name, models, started.url(number), traffic, settings)
+        await asyncio.to_thread(store.start)
+        for name in ("a", "b"):
+            worker = Worker(name, folder / name, models, store.url, traffic, settings)
             deployment.workers.append(worker)
             await worker.proxy.open()
             stack.push_async_callback(worker.proxy.close)
             worker.restart()
             stack.push_async_callback(worker.end)
+        await deployment.started()
         for worker in deployment.workers:
-            await worker.started()
-            client = WorkerClient(worker.name, worker.proxy_url, transports, timeout_s)
+            client = WorkerClient(
+                worker.name, worker.proxy_url, options.transports, options.timeout_s
+            )
             deployment.clients[worker.name] = client
             stack.push_async_callback(client.close)
         yield deployment

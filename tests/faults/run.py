@@ -6,7 +6,6 @@ import asyncio
 import secrets
 import time
 from collections.abc import Coroutine, Iterable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -25,8 +24,8 @@ from tests.faults.faults import (
     make_plan,
 )
 from tests.faults.history import History
+from tests.faults.options import RunOptions
 from tests.faults.traffic import STAGES
-from tests.faults.transports import TRANSPORTS
 
 _FINISH_S: Final = 60.0
 _MORE_KILLS: Final = 20
@@ -41,46 +40,9 @@ _EXPECTED_OF_ROLLBACKS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Options of one run.
-
-    Attributes:
-        events: acknowledged at least, before it ends; faults are spread over them.
-        kills_per_stage: further kills follow until each stage was hit this often.
-        plan: the faults; None to make them from the seed.
-        plant: a bug that is planted in the workers.
-        strict: chunks are acknowledged when the replicas have them.
-        transports: how chunks are sent, drawn for each attempt.
-        removals: share of chunks before which the stream is deleted or expires.
-        short_lived: one stream of this many is deleted and created all the time; 0: none.
-        append_pause_s: mean pause between two bursts of an appender.
-        longest_s: no pause is longer.
-        verbose: print each fault before it is injected.
-    """
-
-    store: str
-    seed: int = 0
-    events: int = 0
-    faults: int = 0
-    streams: int = 48
-    kills_per_stage: int = 0
-    plan: tuple[Fault, ...] | None = None
-    plant: str | None = None
-    strict: bool = False
-    transports: tuple[str, ...] = tuple(TRANSPORTS)
-    removals: float = 0.003
-    short_lived: int = 7
-    appenders: int = 2
-    append_pause_s: float = 0.3
-    longest_s: float = 10.0
-    verbose: bool = False
-
-
 async def run(options: RunOptions) -> tuple[History, list[Finding]]:
     """Run a plan of faults, and check what the clients saw."""
-    how = {"plant": options.plant, "strict": options.strict, "transports": options.transports}
-    async with deploy(options.store, **how) as deployment:
+    async with deploy(options) as deployment:
         history = History()
         await _drive(options, deployment, history)
         for worker in deployment.workers:

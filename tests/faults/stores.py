@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,8 +28,8 @@ from service.store.codec import KeySpace
 from tests.faults.history import Loss
 from tests.faults.network import MODEL
 from tests.faults.traffic import FaultProxy, Traffic
-from tests.support.cluster import Cluster, ClusterNode
-from tests.support.proxy import Connection
+from tests.support.cluster import PRIMARIES, Cluster, ClusterNode
+from tests.support.proxy import Connection, Target
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
 
@@ -41,16 +42,29 @@ LAG_S: Final = 0.5
 """How far a replica that runs may be behind its primary."""
 STALE_S: Final = 3.0
 """How long a primary that was stopped may act as one before it learns of the promotion."""
-_ERRORS: Final = (redis.RedisError, OSError, ValueError)
-_NO_RECORD: Final = (OSError, ValueError, KeyError, TypeError, psutil.Error)
+_ERRORS: Final = (redis.RedisError, OSError, ValueError, KeyError, TypeError, psutil.Error)
+"""While a server is down, or its record is incomplete."""
 _NO_REWRITE: Final = ("--auto-aof-rewrite-percentage", "0")
 """A rewrite would replace files while they are copied."""
 
 
 class Store:
-    """A store of one or several servers, and the proxies to it."""
+    """A store of one or several servers, and a proxy to each."""
 
-    proxies: list[FaultProxy]
+    def __init__(self, servers: Sequence[RealServer | ClusterNode], traffic: Traffic):
+        self.servers = servers
+        self.proxies = [
+            FaultProxy(partial(_address, server), traffic.watch_store) for server in servers
+        ]
+        self._down: list[RealServer | ClusterNode] = []
+
+    def ask(self, *command: str | int) -> Any:
+        """The reply to a command, past the proxies."""
+        for server in self.servers:
+            if server not in self._down:
+                with contextlib.suppress(redis.exceptions.MovedError), server.client() as client:
+                    return client.execute_command(*command)
+        raise OSError("no server that serves has the key")
 
     def expire(self, stream: str) -> None:
         """Let a stream's keys expire now; returns when they have expired."""
@@ -81,9 +95,11 @@ class Store:
 
     def fill(self, _: int, seconds: float) -> None:
         """Keep the memory of all servers full for a while."""
-        self.configure("maxmemory", 1)
-        time.sleep(seconds)
-        self.configure("maxmemory", 0)
+        for size in (1, 0):
+            for server in self.servers:
+                with server.client() as client:
+                    client.config_set("maxmemory", size)
+            time.sleep(seconds * size)
 
 
 class EmbeddedValkey(RealServer):
@@ -117,37 +133,31 @@ class EmbeddedValkey(RealServer):
         if self.owner.process is not None and not self.owner.ended():
             self.owner.stop()
         elif self.owner.process is not None:
-            with contextlib.suppress(*_NO_RECORD):
+            with contextlib.suppress(*_ERRORS):
                 self._process.kill()
 
     def _is_back(self) -> bool:
-        with contextlib.suppress(*_NO_RECORD):
+        with contextlib.suppress(*_ERRORS):
             return self._process.pid != self._killed and self.answers()
         return False
 
 
 class SingleStore(Store):
-    """One server on a unix socket; each worker has a proxy of its own to it.
+    """One server on a unix socket.
 
     `redis-server` writes each command to its file before it answers: a kill loses nothing. The
     embedded Valkey postpones writes while a sync is in progress, for up to two seconds.
     """
 
-    def __init__(self, server: RealServer, traffic: Traffic, workers: Sequence[str]):
-        self.proxies = [
-            FaultProxy(lambda: server.socket, traffic.watch_store, worker) for worker in workers
-        ]
-        self.server = server
-        self.start, self.stop, self.configure = server.start, server.stop, server.configure
+    def __init__(self, server: RealServer, traffic: Traffic):
+        super().__init__([server], traffic)
+        self.server, self.start, self.stop = server, server.start, server.stop
+        self._file, self._copy = server.folder / "appendonlydir", server.folder / "copy"
 
-    def url(self, number: int) -> str:
-        """The address for a worker."""
-        return f"redis://127.0.0.1:{self.proxies[number].port}"
-
-    def ask(self, *command: str | int) -> Any:
-        """The reply to a command, past the proxies."""
-        with self.server.client() as client:
-            return client.execute_command(*command)
+    @property
+    def url(self) -> str:
+        """The address for workers."""
+        return f"redis://127.0.0.1:{self.proxies[0].port}"
 
     def prepare_rollback(self, _: int) -> float:
         """Copy the append-only file; the moment before which nothing can be lost. The server keeps
@@ -156,7 +166,7 @@ class SingleStore(Store):
             asked_s = time.monotonic()
             if self.ask("INFO", "persistence")["aof_buffer_length"] == 0:
                 break
-        shutil.copytree(self._folder / "appendonlydir", self._folder / "copy")
+        shutil.copytree(self._file, self._copy)
         return asked_s
 
     def roll_back(self, since_s: float) -> Loss:
@@ -164,8 +174,8 @@ class SingleStore(Store):
         struck_s = time.monotonic()
         self.stop()
         ended_s = time.monotonic()
-        shutil.rmtree(self._folder / "appendonlydir")
-        (self._folder / "copy").rename(self._folder / "appendonlydir")
+        shutil.rmtree(self._file)
+        self._copy.rename(self._file)
         self.start()
         return Loss("rolled back", since_s, struck_s, ended_s)
 
@@ -179,10 +189,6 @@ class SingleStore(Store):
         """Terminate the service that holds the Valkey, which ends too."""
         self.stop()
         self.start()
-
-    @property
-    def _folder(self) -> Path:
-        return self.server.folder
 
     def _choose(self, _: int) -> RealServer:
         return self.server
@@ -206,32 +212,21 @@ class ClusterStore(Store):
 
     def __init__(self, folder: Path, traffic: Traffic, *, strict: bool):
         self._cluster = Cluster("valkey", folder, _NO_REWRITE)
-        self._nodes = self._cluster.nodes
-        self.proxies = [
-            FaultProxy(lambda port=node.port: ("127.0.0.1", port), traffic.watch_store)
-            for node in self._nodes
-        ]
+        super().__init__(self._cluster.nodes, traffic)
         self._strict = strict
         self._loop = asyncio.get_running_loop()
-        self._down: list[ClusterNode] = []
-        self.stop, self.configure = self._cluster.stop, self._cluster.configure
+        self.stop = self._cluster.stop
 
-    def start(self) -> None:
-        for node, proxy in zip(self._nodes, self.proxies, strict=True):
-            node.options = (*node.options, "--cluster-announce-port", str(proxy.port))
-        self._cluster.form()
-
-    def url(self, _: int) -> str:
-        """The address for a worker."""
-        addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:3])
+    @property
+    def url(self) -> str:
+        """The address for workers."""
+        addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:PRIMARIES])
         return f"redis+cluster://{','.join(addresses)}"
 
-    def ask(self, *command: str | int) -> Any:
-        for node in self._nodes:
-            if node not in self._down:
-                with contextlib.suppress(redis.exceptions.MovedError):
-                    return node.ask(*command)
-        raise OSError("no node that serves has the key")
+    def start(self) -> None:
+        for node, proxy in zip(self.servers, self.proxies, strict=True):
+            node.options = (*node.options, "--cluster-announce-port", str(proxy.port))
+        self._cluster.form()
 
     def fail_over(self, pick: int, _: float) -> Loss | None:
         """Kill a primary until its replica is promoted; it comes back as a replica."""
@@ -250,7 +245,7 @@ class ClusterStore(Store):
         self._down = [primary, replica]
         since_s = time.monotonic() - LAG_S
         replica.pause()
-        for connection in list(self.proxies[self._nodes.index(primary)].connections):
+        for connection in list(self.proxies[self.servers.index(primary)].connections):
             if has_connection(replica._process.pid, connection):
                 self._loop.call_soon_threadsafe(connection.abort)
         return since_s
@@ -269,7 +264,7 @@ class ClusterStore(Store):
 
     def _choose(self, pick: int) -> ClusterNode:
         """A primary that is about to be down."""
-        primaries = [node for node in self._nodes if node.is_primary()]
+        primaries = [node for node in self.servers if node.is_primary()]
         self._down = [primaries[pick % len(primaries)]]
         return self._down[0]
 
@@ -292,19 +287,15 @@ class ClusterStore(Store):
 
 
 def make_store(
-    kind: str,
-    folder: Path,
-    models: Path,
-    settings: dict[str, str],
-    traffic: Traffic,
-    workers: Sequence[str],
-) -> Store:
+    kind: str, folder: Path, models: Path, settings: dict[str, str], traffic: Traffic
+) -> SingleStore | ClusterStore:
     """The store of a run, in a folder; it is not started yet."""
-    if kind == "valkey":
-        return SingleStore(EmbeddedValkey(folder, models, settings), traffic, workers)
-    if kind == "redis":
-        server = RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE)
-        return SingleStore(server, traffic, workers)
+    match kind:
+        case "valkey":
+            return SingleStore(EmbeddedValkey(folder, models, settings), traffic)
+        case "redis":
+            redis_server = RealServer("redis", folder, "--appendfsync", "no", *_NO_REWRITE)
+            return SingleStore(redis_server, traffic)
     return ClusterStore(folder, traffic, strict="CARRY_DURABILITY" in settings)
 
 
@@ -325,3 +316,7 @@ def has_connection(pid: int | None, connection: Connection) -> bool:
         connections = psutil.Process(pid).net_connections(kind="tcp")
         return any(each.laddr and each.laddr.port == port for each in connections)
     return False
+
+
+def _address(server: RealServer | ClusterNode) -> Target:
+    return server.socket if isinstance(server, RealServer) else ("127.0.0.1", server.port)

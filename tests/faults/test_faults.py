@@ -10,8 +10,9 @@ import pytest
 from tests.faults.checker import LOST, MIXED, ROLLED_BACK
 from tests.faults.faults import HOLD, IN_FLIGHT, KILL, WARM_ROLLBACKS, Fault, kinds_of
 from tests.faults.history import History
+from tests.faults.options import RunOptions
 from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
-from tests.faults.run import RunOptions, describe_failures, new_seed, report, run
+from tests.faults.run import describe_failures, new_seed, report, run
 from tests.faults.traffic import COMMIT_SENT
 from tests.support.needs import needs_redis
 

@@ -13,6 +13,7 @@ from tests.faults.checker import check_burst
 from tests.faults.client import APPENDS, Appender
 from tests.faults.deployment import deploy
 from tests.faults.history import FIRST_TAG, Chunk, History, next_tag
+from tests.faults.options import RunOptions
 from tests.faults.run import new_seed
 from tests.faults.transports import V1
 
@@ -44,7 +45,7 @@ async def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
             epochs.add(documents[0]["epoch"])
         assert len(epochs) == 1
 
-    async with deploy("valkey") as deployment:
+    async with deploy(RunOptions("valkey")) as deployment:
         one, other = (V1(worker.proxy_url, "msgpack") for worker in deployment.workers)
         try:
             copies = [one, other, one, other, one]
@@ -55,7 +56,7 @@ async def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
 
 async def test_sixteen_concurrent_appends_are_all_applied() -> None:
     random = np.random.default_rng(new_seed())
-    async with deploy("valkey", timeout_s=TIMEOUT_S) as deployment:
+    async with deploy(RunOptions("valkey", timeout_s=TIMEOUT_S)) as deployment:
         appender = Appender("all", deployment.clients, History(), random)
         for _ in range(10):
             burst = await appender.burst()
