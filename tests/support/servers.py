@@ -37,14 +37,17 @@ _POLL_S = 0.005
 
 
 def until(
-    condition: Callable[[], Any], what: str = "the condition", within_s: float = DEADLINE_S
+    condition: Callable[[], Any],
+    what: str = "the condition",
+    within_s: float = DEADLINE_S,
+    poll_s: float = _POLL_S,
 ) -> Any:
     """Poll until `condition` returns a true value, and return it; fail after a timeout."""
     deadline_s = time.monotonic() + within_s
     while not (value := condition()):
         if time.monotonic() >= deadline_s:
             raise AssertionError(f"{what} was not met within {within_s} s")
-        time.sleep(_POLL_S)
+        time.sleep(poll_s)
     return value
 
 

@@ -15,7 +15,7 @@ from models.artifact.artifact import write_artifact
 from models.spec.model import parse_spec
 from service.engine.runtimes.loading import RUNTIMES
 from tests.support.oracle import contracting_weights, oracle_in_blocks
-from tests.support.service import running
+from tests.support.service import running, runtime_environment
 
 SPEC = parse_spec(
     {
@@ -48,7 +48,8 @@ def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
     artifact = write_artifact(tmp_path / "models" / "tagger", SPEC, weights)
     outputs: list[Any] = []
     position = 0
-    with running(tmp_path, artifact.path, CARRY_RUNTIME=runtime) as service:
+    environment = runtime_environment(runtime, tmp_path)
+    with running(tmp_path, artifact.path, **environment) as service:
         for number, count in enumerate(CUTS):
             with httpx.Client(base_url=service.url, timeout=60) as client:
                 reply = send(client, position, count)
@@ -59,7 +60,7 @@ def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
                 service.kill()
                 if KILLS[number]:
                     os.kill(valkey, signal.SIGKILL)
-                service.start(CARRY_RUNTIME=runtime)
+                service.start(**environment)
                 with httpx.Client(base_url=service.url, timeout=60) as client:
                     retry = send(client, position, count)
                     assert retry == {**reply, "replayed": True}
@@ -67,7 +68,7 @@ def test_pending_rows_survive_kills(tmp_path: Path, runtime: str) -> None:
         with httpx.Client(base_url=service.url, timeout=60) as client:
             last = send(client, position, 0, final=True)
         service.kill()
-        service.start(CARRY_RUNTIME=runtime)
+        service.start(**environment)
         with httpx.Client(base_url=service.url, timeout=60) as client:
             assert send(client, position, 0, final=True) == {**last, "replayed": True}
             body = {"position": position, "inputs": [[0, 0, 0]]}

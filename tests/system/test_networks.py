@@ -23,7 +23,7 @@ from models.artifact.graphs import ONNXRUNTIME
 from models.spec.model import parse_spec
 from service.engine.runtimes.loading import RUNTIMES
 from tests.support.oracle import contracting_weights, joined, oracle_step
-from tests.support.service import compile_cache, running
+from tests.support.service import running, runtime_environment
 
 NETWORKS: dict[str, list[dict[str, Any]]] = {
     "peepholes": [
@@ -120,7 +120,7 @@ def test_every_network_continues_after_a_kill(tmp_path: Path, runtime: str) -> N
             artifact.path.rename(tmp_path / "models" / name)
             streams.append(Stream(artifact, seed))
 
-    environment = {"CARRY_RUNTIME": runtime, **compile_cache(tmp_path)}
+    environment = runtime_environment(runtime, tmp_path)
     with running(tmp_path, tmp_path / "models", **environment) as service:
         sent: dict[str, list[dict[str, Any]]] = {stream.url: [] for stream in streams}
         for until, kills_store in (*KILLS, (len(CUTS), False)):

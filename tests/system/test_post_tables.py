@@ -21,7 +21,7 @@ from tests.support.post_tables import (
     PRINTED,
     post_model,
 )
-from tests.support.service import running
+from tests.support.service import running, runtime_environment
 
 OUTPUTS = {"lstm": LSTM_OUTPUTS, "gru": GRU_OUTPUTS}
 STATES = {
@@ -53,7 +53,7 @@ def tables(
     for kind in OUTPUTS:
         write_artifact(folder / "models" / kind, *post_model(kind))
     with (
-        running(folder, folder / "models", CARRY_RUNTIME=request.param) as service,
+        running(folder, folder / "models", **runtime_environment(request.param, folder)) as service,
         httpx.Client(base_url=service.url, timeout=60) as client,
     ):
         assert f'"runtime":"{request.param}"' in service.log()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 
 import pytest
 
 from models.artifact.artifact import Artifact, write_artifact
+from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, CommitResult
 from service.store.redis.redis_store import RedisStore
+from service.transports.http.bodies import strict_validator
+from service.transports.http.bodies.body_types import BodyTypes, build_body_types
+from service.transports.http.limits import ApiLimits
+from service.transports.http.media import Media
 from tests.service.transports.http.harness import FAST_PATH, Harness, harness
 from tests.support.models import random_weights, small_spec
 from tests.support.pipelines import make_artifact
@@ -28,6 +33,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Artifact]:
         folder / "small", spec, random_weights(spec), metrics={"held_out": {"auc": 0.75}}
     )
     return {"small": small, "probe": make_artifact(folder)}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_body_types() -> Iterator[None]:
+    """Build the body types of each model and limits once: they are immutable, and take 50 ms."""
+    built: dict[tuple[Hashable, ...], BodyTypes] = {}
+
+    def build(served: ServedModel, limits: ApiLimits, media: Media) -> BodyTypes:
+        key = (served.artifact.path, served.artifact.manifest["checksum"], limits, media)
+        if key not in built:
+            built[key] = build_body_types(served, limits, media)
+        return built[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict_validator, "build_body_types", build)
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
