@@ -52,6 +52,7 @@ check: ## run the linter, the formatter, the type checker, import contracts and 
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 client/carry_client
 	$(BIN)/lint-imports
 	$(BIN)/zensical build --strict --clean
 

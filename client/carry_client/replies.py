@@ -74,8 +74,9 @@ class Prediction(Table):
         columns: dict[str, Column] = {"position": self.first_position + np.arange(rows)}
         for output in self.layout:
             values = self.outputs[output.name]
-            wide = np.broadcast_to(values, (rows, *output.shape)).reshape(rows, -1)
-            columns.update(zip(output.column_names(), wide.T, strict=True))
+            names = output.column_names()
+            wide = np.broadcast_to(values, (rows, *output.shape)).reshape(rows, len(names))
+            columns.update(zip(names, wide.T, strict=True))
         return columns
 
 

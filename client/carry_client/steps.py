@@ -82,6 +82,22 @@ def cut(events: Events, start: int, stop: int) -> Events:
     return part
 
 
+def sort_frame(frame: object, column: str) -> Events:
+    """A DataFrame in the order of a column; rows with equal values keep theirs.
+
+    Raises:
+        TypeError: it is no DataFrame.
+    """
+    any_frame: Any = frame
+    if hasattr(frame, "to_dicts"):
+        polars: Events = any_frame.sort(column, maintain_order=True)
+        return polars
+    if hasattr(frame, "iloc"):
+        pandas: Events = any_frame.sort_values(column, kind="stable")
+        return pandas
+    raise TypeError(f"expected a DataFrame to sort by {column!r}, got {type(frame).__name__}")
+
+
 def _from_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:

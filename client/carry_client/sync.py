@@ -15,6 +15,7 @@ from carry_client.errors import CarryError
 from carry_client.heads import Save, open_save
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
+from carry_client.steps import sort_frame
 from carry_client.streams import Progress, ReplayFrom, StreamCore
 from carry_client.sync_driver import Driver
 from carry_client.types import Encoding, Events, Head, Json, Source
@@ -309,6 +310,7 @@ class Stream:
         self,
         source: Source,
         *,
+        sort_by: str | None = None,
         chunk_events: int | None = None,
         linger_s: float | None = None,
         first_position: int | None = 0,
@@ -326,6 +328,7 @@ class Stream:
 
         Args:
             source: all events in order, as `send` takes them, or an iterable of events or blocks.
+            sort_by: the column by which a DataFrame is sorted first, such as its time.
             chunk_events: events of a chunk, 256 by default.
             linger_s: send fewer if the oldest event has waited this long, in seconds.
             first_position: the position of the source's first event; None: the source continues
@@ -339,7 +342,7 @@ class Stream:
             ValueError: the source is shorter than the stream, or these are no events.
         """
         calls = self._core.send_all(
-            source,
+            source if sort_by is None else sort_frame(source, sort_by),
             reply_params(return_sequences, return_state, return_attention),
             chunk_events=chunk_events,
             linger_s=linger_s,

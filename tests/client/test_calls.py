@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from carry_client.calls import GRACE_S, Call, Session, Sleep
-from carry_client.errors import NoAnswer, Problem
+from carry_client.errors import NoAnswer, Problem, StreamExists
+from carry_client.models import ModelCore
+from carry_client.replies import StreamState
+from carry_client.streams import StreamCore
+from carry_client.types import Head
 from carry_client.wire import Request, Response
 
 REFUSED = NoAnswer(OSError("refused"))
@@ -83,3 +87,53 @@ def test_problem_that_is_not_retryable_is_raised_at_once() -> None:
     with pytest.raises(Problem, match="invalid_input"):
         driver.run(driver.session.request("POST", "/x", {}))
     assert len(driver.sent) == 1
+
+
+def stream_of(driver: Driver) -> StreamCore:
+    return StreamCore(driver.session, ModelCore(driver.session, "m"), "s")
+
+
+def exists(position: int, tag: str) -> Response:
+    head = f'"epoch": "e2", "position": {position}, "tag": "{tag}"'
+    return response(409, f'{{"code": "stream_exists", "retryable": false, {head}}}'.encode())
+
+
+STATE = StreamState("m", "other", Head(7, "e1", "ab"), "f" * 32, "events", {})
+CREATED = response(200, b'{"epoch": "e2", "position": 7, "tag": "00"}')
+
+
+def test_restore_whose_reply_was_lost_is_recognised() -> None:
+    driver = Driver(REFUSED, exists(7, "00"), CREATED)
+    restored = driver.run(stream_of(driver).restore(STATE, overwrite=False))
+    assert restored == Head(7, "e2", "00")
+    assert [request.method for request in driver.sent] == ["PUT", "PUT", "GET"]
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        (exists(7, "00"),),
+        (REFUSED, exists(7, "cd")),
+        (REFUSED, exists(8, "00")),
+    ],
+    ids=["at the first attempt", "with events", "elsewhere"],
+)
+def test_stream_of_others_is_not_taken_for_a_restored_one(
+    outcomes: tuple[Response | NoAnswer, ...],
+) -> None:
+    driver = Driver(*outcomes)
+    with pytest.raises(StreamExists):
+        driver.run(stream_of(driver).restore(STATE, overwrite=False))
+
+
+def test_deletion_whose_reply_was_lost_counts_as_done() -> None:
+    missing = response(404, b'{"code": "stream_not_found", "retryable": false}')
+    for outcomes, existed in (((REFUSED, missing), True), ((missing,), False)):
+        driver = Driver(*outcomes)
+        assert driver.run(stream_of(driver).delete()) is existed
+
+
+def test_unreadable_head_is_a_problem() -> None:
+    driver = Driver(response(200, b'{"position": "seven"}'))
+    with pytest.raises(Problem, match="unreadable_reply"):
+        driver.run(stream_of(driver).refresh())

@@ -10,7 +10,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
+from carry_client.steps import body_member, cut, is_sliceable, length, sort_frame, to_steps
 
 ZONE = timezone(timedelta(hours=-5))
 TIMES = [datetime(2013, 1, 1, 5, 17, second, 999_999, tzinfo=ZONE) for second in (0, 1)]
@@ -89,3 +89,11 @@ def test_what_is_no_event_is_rejected(source: Any, message: str) -> None:
 def test_list_of_blocks_is_not_a_list_of_events() -> None:
     assert not is_sliceable([pl.DataFrame(COLUMNS)])
     assert not is_sliceable(iter(EVENTS))
+
+
+@pytest.mark.parametrize("kind", [pl.DataFrame, pd.DataFrame])
+def test_frame_is_sorted_with_equal_times_in_their_order(kind: Any) -> None:
+    frame = kind({"at": [3, 1, 2, 1], "place": [0, 1, 2, 3]})
+    assert [event["place"] for event in to_steps(sort_frame(frame, "at"))] == [1, 3, 2, 0]
+    with pytest.raises(TypeError, match="expected a DataFrame to sort by 'at', got list"):
+        sort_frame([{"at": 1}], "at")
