@@ -185,9 +185,9 @@ class AsyncModel:
         return AsyncStream(self._driver, core)
 
     async def streams(self, prefix: str = "") -> AsyncIterator[str]:
-        """Names of the streams that begin with `prefix`, in no order, read page by page.
+        """Names of the streams that begin with `prefix`, each once, in no order, page by page.
 
-        A stream that exists throughout comes at least once.
+        A stream that exists throughout comes; others may.
 
         Raises:
             Problem

@@ -136,13 +136,16 @@ class ModelCore:
         return results
 
     def streams(self, prefix: str) -> Call[None]:
-        """List the model's streams; emits each name."""
+        """List the model's streams; emits each name once."""
         cursor: str | None = None
+        seen: set[str] = set()
         while True:
             params = {"prefix": prefix, **({} if cursor is None else {"cursor": cursor})}
             document = yield from self.session.request("GET", f"{self.path}/streams", params=params)
             for name in document["streams"]:
-                yield Emit(str(name))
+                if name not in seen:
+                    seen.add(name)
+                    yield Emit(name)
             cursor = document["cursor"]
             if cursor is None:
                 return

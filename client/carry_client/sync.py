@@ -186,9 +186,9 @@ class Model:
         return Stream(self._driver, core)
 
     def streams(self, prefix: str = "") -> Iterator[str]:
-        """Names of the streams that begin with `prefix`, in no order, read page by page.
+        """Names of the streams that begin with `prefix`, each once, in no order, page by page.
 
-        A stream that exists throughout comes at least once.
+        A stream that exists throughout comes; others may.
 
         Raises:
             Problem
