@@ -244,6 +244,18 @@ class NotAcceptable(BadRequest):
     code = "not_acceptable"
 
 
+class UpgradeRequired(BadRequest):
+    """The address is one of a WebSocket."""
+
+    code = "upgrade_required"
+
+
+class OriginNotAllowed(BadRequest):
+    """Pages of this origin may not open a WebSocket."""
+
+    code = "origin_not_allowed"
+
+
 class InvalidName(BadRequest):
     """The name is not allowed."""
 

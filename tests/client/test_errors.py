@@ -17,7 +17,7 @@ CODES = list(leaf_errors())
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.code)
 def test_every_code_has_a_class_in_the_same_place_of_the_tree(kind: type[CarryError]) -> None:
     problem = read_problem(418, {"code": kind.code, "detail": "d", "retryable": True})
-    assert type(problem).__name__ == kind.__name__
+    assert type(problem).__name__ == kind.__name__, "add the class to carry_client/errors.py"
     assert problem.code == type(problem).code == kind.code
     parent = next(base for base in kind.__mro__[1:] if base is not CarryError)
     assert isinstance(problem, getattr(errors, parent.__name__) if parent.__name__ else Problem)
