@@ -16,7 +16,7 @@ A problem of a code that is not known here is a `Problem` itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,6 +30,9 @@ _NOT_APPLIED_CODES: Final = (
     *("store_unavailable", "store_refused", "shutting_down"),
 )
 _BUSY_STATUSES: Final = (429, 502, 503, 504)
+
+
+_BY_CODE: dict[str, type[Problem]] = {}
 
 
 class CarryError(Exception):
@@ -80,6 +83,11 @@ class Problem(CarryError):
     is_retryable: bool = False
     retry_after_s: float = 0.0
     document: Mapping[str, Json] = field(default_factory=dict)
+
+    def __init_subclass__(cls, code: str = "") -> None:
+        """Register the class of a code."""
+        if code:
+            _BY_CODE[code] = cls
 
     def __str__(self) -> str:
         return f"{self.code}: {self.detail}"
@@ -168,306 +176,204 @@ class Problem(CarryError):
 class NoAnswer(Problem):
     """A broken connection or a timeout; the request may have been carried out."""
 
-    code = "no_answer"
-
     def __init__(self, error: BaseException) -> None:
-        super().__init__(0, self.code, str(error) or type(error).__name__, is_retryable=True)
+        super().__init__(0, "no_answer", str(error) or type(error).__name__, is_retryable=True)
 
 
 class BadRequest(Problem):
     """The request is invalid: nothing was looked up and nothing changed."""
 
 
-class MalformedRequest(BadRequest):
+class MalformedRequest(BadRequest, code="malformed_request"):
     """The head or the framing of the request is malformed or ambiguous."""
 
-    code = "malformed_request"
 
-
-class DuplicateField(BadRequest):
+class DuplicateField(BadRequest, code="duplicate_field"):
     """A header or a query parameter is given more than once."""
 
-    code = "duplicate_field"
 
-
-class HeadTooLarge(BadRequest):
+class HeadTooLarge(BadRequest, code="head_too_large"):
     """The head of the request is too large."""
 
-    code = "head_too_large"
 
-
-class ExpectationFailed(BadRequest):
+class ExpectationFailed(BadRequest, code="expectation_failed"):
     """The Expect header is not supported."""
 
-    code = "expectation_failed"
 
-
-class RequestTimeout(BadRequest):
+class RequestTimeout(BadRequest, code="request_timeout"):
     """The request did not arrive in time."""
 
-    code = "request_timeout"
 
-
-class MalformedBody(BadRequest):
+class MalformedBody(BadRequest, code="malformed_body"):
     """The body cannot be parsed."""
 
-    code = "malformed_body"
 
-
-class InvalidInput(BadRequest):
+class InvalidInput(BadRequest, code="invalid_input"):
     """The body does not fit the schema."""
 
-    code = "invalid_input"
 
-
-class ChunkTooLong(BadRequest):
+class ChunkTooLong(BadRequest, code="chunk_too_long"):
     """The chunk has too many events."""
 
-    code = "chunk_too_long"
 
-
-class BodyTooLarge(BadRequest):
+class BodyTooLarge(BadRequest, code="body_too_large"):
     """The body is larger than the limit."""
 
-    code = "body_too_large"
 
-
-class UnsupportedMediaType(BadRequest):
+class UnsupportedMediaType(BadRequest, code="unsupported_media_type"):
     """The content type is not supported."""
 
-    code = "unsupported_media_type"
 
-
-class NotAcceptable(BadRequest):
+class NotAcceptable(BadRequest, code="not_acceptable"):
     """None of the accepted content types is supported."""
 
-    code = "not_acceptable"
 
-
-class UpgradeRequired(BadRequest):
+class UpgradeRequired(BadRequest, code="upgrade_required"):
     """The address is one of a WebSocket."""
 
-    code = "upgrade_required"
 
-
-class OriginNotAllowed(BadRequest):
+class OriginNotAllowed(BadRequest, code="origin_not_allowed"):
     """Pages of this origin may not open a WebSocket."""
 
-    code = "origin_not_allowed"
 
-
-class InvalidName(BadRequest):
+class InvalidName(BadRequest, code="invalid_name"):
     """The name is not allowed."""
 
-    code = "invalid_name"
 
-
-class InvalidPrecondition(BadRequest):
+class InvalidPrecondition(BadRequest, code="invalid_precondition"):
     """The If-Match header is invalid."""
 
-    code = "invalid_precondition"
 
-
-class ChunksUnsupported(BadRequest):
+class ChunksUnsupported(BadRequest, code="chunks_unsupported"):
     """The model takes whole sequences only."""
 
-    code = "chunks_unsupported"
 
-
-class FinalUnsupported(BadRequest):
+class FinalUnsupported(BadRequest, code="final_unsupported"):
     """The model's streams have no end."""
 
-    code = "final_unsupported"
 
-
-class ForecastUnsupported(BadRequest):
+class ForecastUnsupported(BadRequest, code="forecast_unsupported"):
     """The model has no decoder."""
-
-    code = "forecast_unsupported"
 
 
 class NotFound(Problem):
     """The address does not exist."""
 
 
-class ModelNotFound(NotFound):
+class ModelNotFound(NotFound, code="model_not_found"):
     """No such model."""
 
-    code = "model_not_found"
 
-
-class StreamNotFound(NotFound):
+class StreamNotFound(NotFound, code="stream_not_found"):
     """No such stream."""
 
-    code = "stream_not_found"
 
-
-class RouteNotFound(NotFound):
+class RouteNotFound(NotFound, code="not_found"):
     """No such address."""
 
-    code = "not_found"
 
-
-class MethodNotAllowed(NotFound):
+class MethodNotAllowed(NotFound, code="method_not_allowed"):
     """The address does not support this method."""
-
-    code = "method_not_allowed"
 
 
 class StreamRejection(Problem):
     """The request is valid, but conflicts with the stream's head or state; nothing changed."""
 
 
-class EpochMismatch(StreamRejection):
+class EpochMismatch(StreamRejection, code="epoch_mismatch"):
     """The stream is in another epoch."""
 
-    code = "epoch_mismatch"
 
-
-class PositionAhead(StreamRejection):
+class PositionAhead(StreamRejection, code="position_ahead"):
     """The chunk would skip events."""
 
-    code = "position_ahead"
 
-
-class PositionBehind(StreamRejection):
+class PositionBehind(StreamRejection, code="position_behind"):
     """The chunk would repeat events."""
 
-    code = "position_behind"
 
-
-class AlreadyApplied(StreamRejection):
+class AlreadyApplied(StreamRejection, code="already_applied"):
     """The chunk was applied and its reply is no longer stored."""
 
-    code = "already_applied"
 
-
-class InputKindMismatch(StreamRejection):
+class InputKindMismatch(StreamRejection, code="input_kind_mismatch"):
     """The stream takes the other kind of input."""
 
-    code = "input_kind_mismatch"
 
-
-class StreamFinal(StreamRejection):
+class StreamFinal(StreamRejection, code="stream_final"):
     """The stream is closed."""
 
-    code = "stream_final"
 
-
-class StateChanged(StreamRejection):
+class StateChanged(StreamRejection, code="state_changed"):
     """The stream head does not match If-Match."""
 
-    code = "state_changed"
 
-
-class StreamExists(StreamRejection):
+class StreamExists(StreamRejection, code="stream_exists"):
     """The stream exists."""
 
-    code = "stream_exists"
 
-
-class StateIncompatible(StreamRejection):
+class StateIncompatible(StreamRejection, code="state_incompatible"):
     """The state belongs to another version of the model."""
 
-    code = "state_incompatible"
 
-
-class PreviousFailed(StreamRejection):
+class PreviousFailed(StreamRejection, code="previous_failed"):
     """An earlier item of this stream failed."""
 
-    code = "previous_failed"
 
-
-class Conflict(StreamRejection):
+class Conflict(StreamRejection, code="conflict"):
     """Other clients kept advancing the stream."""
-
-    code = "conflict"
 
 
 class ServiceFailure(Problem):
     """The service could not process a valid request."""
 
 
-class StateDamaged(ServiceFailure):
+class StateDamaged(ServiceFailure, code="state_damaged"):
     """The stored state fails its checks."""
 
-    code = "state_damaged"
 
-
-class NotFinite(ServiceFailure):
+class NotFinite(ServiceFailure, code="output_not_finite"):
     """The network computed numbers that are not finite."""
 
-    code = "output_not_finite"
 
-
-class StoreUnavailable(ServiceFailure):
+class StoreUnavailable(ServiceFailure, code="store_unavailable"):
     """The state store does not answer."""
 
-    code = "store_unavailable"
 
-
-class StoreRefused(ServiceFailure):
+class StoreRefused(ServiceFailure, code="store_refused"):
     """The state store rejects writes."""
 
-    code = "store_refused"
 
-
-class OutcomeUnknown(ServiceFailure):
+class OutcomeUnknown(ServiceFailure, code="outcome_unknown"):
     """It is unknown whether the chunk was applied."""
 
-    code = "outcome_unknown"
 
-
-class NotDurable(ServiceFailure):
+class NotDurable(ServiceFailure, code="not_durable"):
     """The chunk is not yet as durable as CARRY_DURABILITY requires."""
 
-    code = "not_durable"
 
-
-class DeadlineExceeded(ServiceFailure):
+class DeadlineExceeded(ServiceFailure, code="deadline_exceeded"):
     """The deadline expired before the request was done."""
 
-    code = "deadline_exceeded"
 
-
-class Overloaded(ServiceFailure):
+class Overloaded(ServiceFailure, code="overloaded"):
     """More work is waiting than can be done in time."""
 
-    code = "overloaded"
 
-
-class StreamOverloaded(Overloaded):
+class StreamOverloaded(Overloaded, code="stream_overloaded"):
     """More chunks of the stream are waiting than can be processed in time."""
 
-    code = "stream_overloaded"
 
-
-class TooManyConnections(ServiceFailure):
+class TooManyConnections(ServiceFailure, code="too_many_connections"):
     """The worker has reached its limit of connections."""
 
-    code = "too_many_connections"
 
-
-class ShuttingDown(ServiceFailure):
+class ShuttingDown(ServiceFailure, code="shutting_down"):
     """The service is stopping."""
 
-    code = "shutting_down"
 
-
-class InternalError(ServiceFailure):
+class InternalError(ServiceFailure, code="internal_error"):
     """An unexpected failure."""
-
-    code = "internal_error"
-
-
-def _coded(root: type[Problem]) -> Iterator[tuple[str, type[Problem]]]:
-    for kind in root.__subclasses__():
-        if "code" in vars(kind):
-            yield str(vars(kind)["code"]), kind
-        yield from _coded(kind)
-
-
-_BY_CODE: Final = {code: kind for code, kind in _coded(Problem) if kind is not NoAnswer}
 
 
 def read_problem(status: int, document: object, retry_after_s: float = 0.0) -> Problem:
