@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec
 from models.spec.state import State
-from tests.support.oracle import Floats, features_of, layer_step, softplus
+from tests.support.oracle import features_of
+from tests.support.oracle_layers import Floats, layer_step, softplus
 
 
 def oracle_decode(

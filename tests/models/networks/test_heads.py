@@ -16,14 +16,9 @@ from models.networks.build import StepNetwork
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import run_in_chunks, step
-from tests.support.oracle import (
-    contracting_weights,
-    nats,
-    oracle_step,
-    sigmoid,
-    softmax,
-    softplus,
-)
+from tests.support.oracle import contracting_weights, oracle_step
+from tests.support.oracle_heads import nats
+from tests.support.oracle_layers import sigmoid, softmax, softplus
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

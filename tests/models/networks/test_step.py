@@ -17,13 +17,13 @@ from tests.models.networks.running import run_in_chunks, step
 from tests.models.networks.specs import sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import (
-    ACTIVATIONS,
     contracting_weights,
     joined,
     oracle_in_cuts,
     oracle_step,
     random_states,
 )
+from tests.support.oracle_layers import ACTIVATIONS
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -24,13 +24,8 @@ from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.specs import COMBINATIONS, sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.models import random_weights, small_spec
-from tests.support.oracle import (
-    ACTIVATIONS,
-    contracting_weights,
-    joined,
-    oracle_step,
-    random_states,
-)
+from tests.support.oracle import contracting_weights, joined, oracle_step, random_states
+from tests.support.oracle_layers import ACTIVATIONS
 
 Floats = NDArray[np.float32]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
