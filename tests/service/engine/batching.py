@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -61,13 +61,30 @@ def no_room(admission: Admission, *_: object) -> Rejection:
 
 
 async def submit(
-    batcher: Batcher[str, str], payload: str, key: str, steps: int, deadline_s: float = math.inf
+    batcher: Batcher[str, str],
+    payload: str,
+    key: str | None = None,
+    *,
+    steps: int = 1,
+    deadline_s: float = math.inf,
 ) -> str:
-    """Submit one job; raises its error."""
-    [result] = await batcher.submit([JobRequest(payload, key, steps)], deadline_s)
+    """Submit one job, by default of the stream that is named as the payload; raises its error."""
+    [result] = await batcher.submit([JobRequest(payload, key or payload, steps)], deadline_s)
     if isinstance(result, CarryError):
         raise result
     return result
+
+
+def start(*arguments: Any, **options: Any) -> asyncio.Task[str]:
+    """`submit` as a task."""
+    return asyncio.create_task(submit(*arguments, **options))
+
+
+def start_each(
+    batcher: Batcher[str, str], payloads: Iterable[str], *rest: Any, **options: Any
+) -> list[asyncio.Task[str]]:
+    """`submit` each of some payloads as a task."""
+    return [start(batcher, payload, *rest, **options) for payload in payloads]
 
 
 @asynccontextmanager

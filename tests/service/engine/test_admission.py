@@ -152,5 +152,5 @@ async def test_a_cancelled_request_queues_no_more_parts() -> None:
         many.cancel()
         await turns()
         runs.gate.set()
-        assert await submit(batcher, "a", "a", 1) == "A"
+        assert await submit(batcher, "a") == "A"
     assert sum(map(len, runs.batches)) == UP_TO_8.max_rows + 1

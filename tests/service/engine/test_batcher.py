@@ -12,7 +12,7 @@ from service.core.errors import InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
 from service.engine.fair_queue import BatchControl, FairQueue, JobRequest
 from service.engine.policy import MAX_DELAY_TURNS, BatchLimits
-from tests.service.engine.batching import Jobs, Runs, batching, submit
+from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
 
@@ -20,9 +20,9 @@ LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)
 async def test_jobs_queued_during_a_batch_form_the_next_batch() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        rest = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bcd"]
+        rest = start_each(batcher, "bcd")
         await asyncio.sleep(0)
         runs.gate.set()
         assert await asyncio.gather(first, *rest) == ["A", "B", "C", "D"]
@@ -40,14 +40,14 @@ async def test_small_batch_lingers_while_a_batch_is_in_flight() -> None:
     """Requests that follow the replies join the batch."""
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
-        many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        many = start_each(batcher, "abcd")
         await runs.wait_for_batches(1)
-        late = asyncio.create_task(submit(batcher, "e", "e", 1))
+        late = start(batcher, "e")
         await turns()
         assert runs.batches == [["a", "b", "c", "d"]]
         runs.gate.set()
         await many[0]
-        more = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "fgh"]
+        more = start_each(batcher, "fgh")
         assert await asyncio.gather(*many, late, *more) == list("ABCDEFGH")
     assert runs.batches[1:] == [["e", "f", "g", "h"]]
 
@@ -55,9 +55,9 @@ async def test_small_batch_lingers_while_a_batch_is_in_flight() -> None:
 async def test_linger_is_bounded() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
-        many = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "abcd"]
+        many = start_each(batcher, "abcd")
         await runs.wait_for_batches(1)
-        late = asyncio.create_task(submit(batcher, "e", "e", 1))
+        late = start(batcher, "e")
         await runs.wait_for_batches(2)
         assert runs.batches == [["a", "b", "c", "d"], ["e"]]
         runs.gate.set()
@@ -74,10 +74,10 @@ async def test_no_linger_for_a_long_job_in_flight() -> None:
 
     async with asyncio.timeout(5), batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
         batcher._run = run
-        long = asyncio.create_task(submit(batcher, "long", "long", 1000))
+        long = start(batcher, "long", steps=1000)
         await runs.wait_for_batches(1)
-        await asyncio.gather(*(submit(batcher, name, name, 1) for name in "bc"))
-        assert await submit(batcher, "d", "d", 1) == "D"
+        await asyncio.gather(*(submit(batcher, name) for name in "bc"))
+        assert await submit(batcher, "d") == "D"
         runs.gate.set()
         await long
     assert short.batches == [["b", "c"], ["d"]]
@@ -87,9 +87,9 @@ async def test_no_linger_for_a_long_job_in_flight() -> None:
 async def test_no_linger_if_the_batch_is_as_large_as_the_last() -> None:
     runs = Runs()
     async with batching(runs, in_flight=2) as batcher:
-        first = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
+        first = start_each(batcher, "ab")
         await runs.wait_for_batches(1)
-        second = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "cd"]
+        second = start_each(batcher, "cd")
         await turns()
         assert runs.batches == [["a", "b"], ["c", "d"]]
         runs.gate.set()
@@ -100,14 +100,14 @@ async def test_small_batch_waits_a_few_loop_turns_if_none_is_in_flight() -> None
     runs = Runs()
     runs.gate.set()
     async with batching(runs) as batcher:
-        await asyncio.gather(*(submit(batcher, name, name, 1) for name in "ab"))
-        first = asyncio.create_task(submit(batcher, "c", "c", 1))
+        await asyncio.gather(*(submit(batcher, name) for name in "ab"))
+        first = start(batcher, "c")
         for _ in range(MAX_DELAY_TURNS // 2):
             await asyncio.sleep(0)
         assert runs.batches == [["a", "b"]]
-        assert await submit(batcher, "d", "d", 1) == "D"
+        assert await submit(batcher, "d") == "D"
         assert await first == "C"
-        alone = asyncio.create_task(submit(batcher, "e", "e", 1))
+        alone = start(batcher, "e")
         await turns()
         assert alone.done()
     assert runs.batches == [["a", "b"], ["c", "d"], ["e"]]
@@ -116,8 +116,8 @@ async def test_small_batch_waits_a_few_loop_turns_if_none_is_in_flight() -> None
 async def test_a_stream_never_has_two_jobs_in_flight() -> None:
     runs = Runs()
     async with batching(runs, in_flight=3) as batcher:
-        tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
-        other = asyncio.create_task(submit(batcher, "b", "b", 1))
+        tasks = start_each(batcher, ("a1", "a2"), "same")
+        other = start(batcher, "b")
         await runs.wait_for_batches(1)
         for _ in range(20):
             await asyncio.sleep(0)
@@ -131,7 +131,7 @@ async def test_released_stream_continues_before_its_batch_ends() -> None:
     runs = Runs()
     runs.releasing = True
     async with batching(runs, in_flight=2) as batcher:
-        tasks = [asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2")]
+        tasks = start_each(batcher, ("a1", "a2"), "same")
         await runs.wait_for_batches(2)
         assert runs.batches == [["a1"], ["a2"]]
         runs.gate.set()
@@ -154,9 +154,7 @@ async def test_a_batch_does_not_release_a_stream_twice() -> None:
     async with batching(runs, in_flight=3) as batcher:
         batcher._run = run
         runs.gate.set()
-        tasks = [
-            asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
-        ]
+        tasks = start_each(batcher, ("a1", "a2", "a3"), "same")
         await runs.wait_for_batches(2)
         gates["a1"].set()
         await turns()
@@ -171,9 +169,7 @@ async def test_retried_job_returns_to_its_old_place() -> None:
     runs.releasing = True
     runs.retries = {"a1": 1, "a2": 1}
     async with batching(runs, in_flight=2) as batcher:
-        tasks = [
-            asyncio.create_task(submit(batcher, name, "same", 1)) for name in ("a1", "a2", "a3")
-        ]
+        tasks = start_each(batcher, ("a1", "a2", "a3"), "same")
         await runs.wait_for_batches(2)
         runs.gate.set()
         assert await asyncio.gather(*tasks) == ["A1", "A2", "A3"]
@@ -203,7 +199,7 @@ async def test_jobs_started_after_a_retried_one_are_out_of_order() -> None:
         runs.gate.set()
         tasks = []
         for name in ("a1", "a2", "b"):
-            tasks.append(asyncio.create_task(submit(batcher, name, name[0], 1)))
+            tasks.append(start(batcher, name, name[0]))
             await began[name].wait()
         gates["a1"].set()
         assert await tasks[0] == "A1"
@@ -230,9 +226,9 @@ async def test_results_come_in_the_order_of_the_requests() -> None:
 async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        bad = asyncio.create_task(submit(batcher, "poison", "p", 1))
+        bad = start(batcher, "poison", "p")
         await runs.wait_for_batches(1)
-        good = asyncio.create_task(submit(batcher, "b", "b", 1))
+        good = start(batcher, "b")
         await asyncio.sleep(0)
         runs.gate.set()
         with pytest.raises(InternalError):
@@ -243,10 +239,10 @@ async def test_a_failed_batch_fails_its_own_jobs_only() -> None:
 async def test_cancelled_job_is_dropped_without_its_neighbours() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        leaver = asyncio.create_task(submit(batcher, "b", "b", 1))
-        stays = asyncio.create_task(submit(batcher, "c", "c", 1))
+        leaver = start(batcher, "b")
+        stays = start(batcher, "c")
         await asyncio.sleep(0)
         leaver.cancel()
         await asyncio.sleep(0)
@@ -258,8 +254,8 @@ async def test_cancelled_job_is_dropped_without_its_neighbours() -> None:
 async def test_cancelling_a_caller_does_not_stop_its_running_batch() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        leaver = asyncio.create_task(submit(batcher, "a", "a", 1))
-        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
+        leaver = start(batcher, "a")
+        stays = start(batcher, "b")
         await runs.wait_for_batches(1)
         leaver.cancel()
         runs.gate.set()
@@ -269,12 +265,12 @@ async def test_cancelling_a_caller_does_not_stop_its_running_batch() -> None:
 async def test_full_queue_rejects_at_once() -> None:
     runs = Runs()
     async with batching(runs, queue=1) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        second = asyncio.create_task(submit(batcher, "b", "b", 1))
+        second = start(batcher, "b")
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await submit(batcher, "c", "c", 1)
+            await submit(batcher, "c")
         runs.gate.set()
         assert await asyncio.gather(first, second) == ["A", "B"]
 
@@ -282,12 +278,12 @@ async def test_full_queue_rejects_at_once() -> None:
 async def test_drain_finishes_accepted_jobs_and_rejects_new_ones() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
+        tasks = start_each(batcher, "ab")
         await runs.wait_for_batches(1)
         draining = asyncio.create_task(batcher.drain(5))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown):
-            await submit(batcher, "late", "late", 1)
+            await submit(batcher, "late")
         [admitted] = await batcher.enqueue_admitted("late", "late", 1, math.inf)
         assert isinstance(admitted, ShuttingDown)
         runs.gate.set()
@@ -300,7 +296,7 @@ async def test_drain_is_bounded() -> None:
     batcher: Batcher[str, str] = Batcher(
         runs, BatchLimits(1, 1000), max_queue=9, max_in_flight=1, on_depth=lambda _: None
     )
-    tasks = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "ab"]
+    tasks = start_each(batcher, "ab")
     await runs.wait_for_batches(1)
     await batcher.drain(0.01)
     for task in tasks:
@@ -332,17 +328,17 @@ async def test_no_batch_is_formed_while_none_may_start(ready_counts: list[int]) 
     """Jobs that wait for a slot or for their stream are not searched at every arrival."""
     runs = Runs()
     async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
-        tasks = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcde"]
+        tasks = start_each(batcher, "abcde", steps=1000)
         await runs.wait_for_batches(2)
-        tasks.append(asyncio.create_task(submit(batcher, "f", "f", 1000)))
+        tasks.append(start(batcher, "f", steps=1000))
         await turns()
         assert ready_counts == [5, 4]
         for name in "gh":
-            tasks.append(asyncio.create_task(submit(batcher, name, name, 1000)))
-            tasks.append(asyncio.create_task(submit(batcher, name, "a", 1)))
+            tasks.append(start(batcher, name, steps=1000))
+            tasks.append(start(batcher, name, "a"))
             await turns()
         assert ready_counts == [5, 4]
-        tasks.append(asyncio.create_task(submit(batcher, "s", "s", 1)))
+        tasks.append(start(batcher, "s"))
         await runs.wait_for_batches(3)
         assert runs.batches == [["a"], ["b"], ["s"]]
         runs.gate.set()
@@ -363,12 +359,12 @@ async def test_retried_short_job_runs_beside_a_long_one(ready_counts: list[int])
 
     runs = LongOnesWait()
     async with batching(runs, in_flight=2, limits=LONG_BEYOND_64) as batcher:
-        long = asyncio.create_task(submit(batcher, "a", "a", 1000))
+        long = start(batcher, "a", steps=1000)
         await runs.wait_for_batches(1)
         async with asyncio.timeout(5):
-            assert await submit(batcher, "s", "s", 1) == "done"
+            assert await submit(batcher, "s") == "done"
         assert runs.batches == [["a"], ["s"], ["s"]]
-        next_one = asyncio.create_task(submit(batcher, "b", "b", 1000))
+        next_one = start(batcher, "b", steps=1000)
         await turns()
         assert ready_counts == [1, 1, 1]
         runs.gate.set()
@@ -378,8 +374,8 @@ async def test_retried_short_job_runs_beside_a_long_one(ready_counts: list[int])
 async def test_long_jobs_leave_a_slot_for_short_ones() -> None:
     runs = Runs()
     async with batching(runs, in_flight=3, limits=LONG_BEYOND_64) as batcher:
-        long_ones = [asyncio.create_task(submit(batcher, name, name, 1000)) for name in "abcd"]
-        short = asyncio.create_task(submit(batcher, "s", "s", 1))
+        long_ones = start_each(batcher, "abcd", steps=1000)
+        short = start(batcher, "s")
         await runs.wait_for_batches(3)
         assert runs.batches == [["a"], ["b"], ["s"]]
         runs.gate.set()
@@ -397,13 +393,11 @@ async def test_failure_while_forming_fails_queued_jobs_only() -> None:
     batcher: Batcher[str, str] = Batcher(
         runs, BatchLimits(1, 100), max_queue=9, max_in_flight=1, on_depth=on_depth
     )
-    running, following, waiting = (
-        asyncio.create_task(submit(batcher, name, name, 1)) for name in "abc"
-    )
+    running, following, waiting = (start(batcher, name) for name in "abc")
     runs.gate.set()
     assert await running == "A"
     with pytest.raises(InternalError):
         await waiting
     assert await following == "B"
-    assert await submit(batcher, "d", "d", 1) == "D"
+    assert await submit(batcher, "d") == "D"
     await batcher.drain(5)

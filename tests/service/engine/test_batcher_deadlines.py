@@ -11,7 +11,7 @@ import structlog
 from service.core.errors import CarryError, DeadlineExceeded, Overloaded, StoreRefused
 from service.engine.batcher import DEADLINE_GRACE_S, Batcher
 from service.engine.fair_queue import BatchControl, Job
-from tests.service.engine.batching import Jobs, Runs, batching, submit
+from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 from tests.support.servers import until_async
 
 SHORT_S = 0.02
@@ -33,11 +33,11 @@ async def wait_for_capacity(batcher: Batcher[str, str]) -> None:
 async def test_expired_queued_jobs_never_start() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
+        stays = start(batcher, "b")
         with pytest.raises(DeadlineExceeded, match="before it started"):
-            await submit(batcher, "late", "late", 1, soon())
+            await submit(batcher, "late", deadline_s=soon())
         runs.gate.set()
         assert await asyncio.gather(first, stays) == ["A", "B"]
     assert runs.batches == [["a"], ["b"]]
@@ -48,22 +48,22 @@ async def test_idle_batcher_does_not_start_an_expired_job() -> None:
     runs.gate.set()
     async with batching(runs) as batcher:
         with pytest.raises(DeadlineExceeded):
-            await submit(batcher, "late", "late", 1, time.monotonic() - 1)
-        assert await submit(batcher, "a", "a", 1, time.monotonic() + 60) == "A"
+            await submit(batcher, "late", deadline_s=time.monotonic() - 1)
+        assert await submit(batcher, "a", deadline_s=time.monotonic() + 60) == "A"
     assert runs.batches == [["a"]]
 
 
 async def test_earliest_deadline_sets_the_timer() -> None:
     runs = Runs()
     async with batching(runs) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        patient = asyncio.create_task(submit(batcher, "b", "b", 1, time.monotonic() + 3600))
+        patient = start(batcher, "b", deadline_s=time.monotonic() + 3600)
         await asyncio.sleep(0)
         async with asyncio.timeout(5):
             for name in ("c", "d"):
                 with pytest.raises(DeadlineExceeded):
-                    await submit(batcher, name, name, 1, soon())
+                    await submit(batcher, name, deadline_s=soon())
         runs.gate.set()
         assert await asyncio.gather(first, patient) == ["A", "B"]
 
@@ -78,8 +78,8 @@ async def test_running_job_fails_at_its_deadline() -> None:
 
     async with batching(runs, map_error=tell) as batcher:
         deadline_s = soon()
-        late = asyncio.create_task(submit(batcher, "late", "late", 1, deadline_s))
-        stays = asyncio.create_task(submit(batcher, "b", "b", 1))
+        late = start(batcher, "late", deadline_s=deadline_s)
+        stays = start(batcher, "b")
         await runs.wait_for_batches(1)
         with pytest.raises(StoreRefused, match="before it was done"):
             await late
@@ -97,25 +97,25 @@ async def test_endlessly_retried_job_fails_at_its_deadline() -> None:
     runs.gate.set()
     async with batching(runs) as batcher, asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded, match="before it started"):
-            await submit(batcher, "late", "late", 1, soon())
-        assert await submit(batcher, "a", "a", 1) == "A"
+            await submit(batcher, "late", deadline_s=soon())
+        assert await submit(batcher, "a") == "A"
     assert len(runs.batches) > 2
 
 
 async def test_cancelled_jobs_free_the_queue_while_all_batches_hang() -> None:
     runs = Runs()
     async with batching(runs, queue=2) as batcher:
-        first = asyncio.create_task(submit(batcher, "a", "a", 1))
+        first = start(batcher, "a")
         await runs.wait_for_batches(1)
-        leavers = [asyncio.create_task(submit(batcher, name, name, 1)) for name in "bc"]
+        leavers = start_each(batcher, "bc")
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await submit(batcher, "d", "d", 1)
+            await submit(batcher, "d")
         for leaver in leavers:
             leaver.cancel()
         await wait_for_capacity(batcher)
         runs.gate.set()
-        assert await asyncio.gather(first, submit(batcher, "e", "e", 1)) == ["A", "E"]
+        assert await asyncio.gather(first, submit(batcher, "e")) == ["A", "E"]
     assert runs.batches == [["a"], ["e"]]
 
 
@@ -143,7 +143,7 @@ class Paced(Runs):
 
 async def fill(batcher: Batcher[str, str], runs: Runs, jobs: int, batches: int) -> list[object]:
     """Submit jobs, and wait until `batches` batches have started."""
-    tasks = [asyncio.create_task(submit(batcher, f"j{i}", f"j{i}", 1)) for i in range(jobs)]
+    tasks = [start(batcher, f"j{i}") for i in range(jobs)]
     await runs.wait_for_batches(batches)
     return tasks
 
@@ -161,11 +161,11 @@ async def test_queue_length_is_limited_by_the_drain_rate(monkeypatch: pytest.Mon
             assert isinstance(rejection, Overloaded)
             assert rejection.facts["retry_after_s"] == pytest.approx(28 / 20)
             with pytest.raises(Overloaded, match="28 chunks are waiting, and 20 are done"):
-                await submit(batcher, "hasty", "hasty", 1, runs.now_s + 1.0)
-            more = [asyncio.create_task(submit(batcher, f"m{i}", f"m{i}", 1)) for i in range(12)]
+                await submit(batcher, "hasty", deadline_s=runs.now_s + 1.0)
+            more = [start(batcher, f"m{i}") for i in range(12)]
             await asyncio.sleep(0)
             with pytest.raises(Overloaded) as caught:
-                await submit(batcher, "n", "n", 1)
+                await submit(batcher, "n")
             assert caught.value.facts["retry_after_s"] == pytest.approx(40 / 20)
         assert [line["event"] for line in logged] == ["overloaded"]
         assert shedding == [True]
@@ -174,7 +174,7 @@ async def test_queue_length_is_limited_by_the_drain_rate(monkeypatch: pytest.Mon
         # Empty: nothing is known of its rate any more, and nothing is refused for it.
         assert batcher.check_admission("new", 0.001) is None
         assert shedding == [True, False]
-        assert await submit(batcher, "o", "o", 1) == "O"
+        assert await submit(batcher, "o") == "O"
 
 
 async def test_load_shedding_stops_once_the_queue_is_drained(
@@ -186,7 +186,7 @@ async def test_load_shedding_stops_once_the_queue_is_drained(
     async with batching(runs, max_wait_s=0.001, on_shedding=shedding.append) as batcher:
         tasks = await fill(batcher, runs, 33, 4)
         with pytest.raises(Overloaded):
-            await submit(batcher, "a", "a", 1)
+            await submit(batcher, "a")
         await batcher.drain(0)
         assert shedding == [True, False]
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -199,12 +199,12 @@ async def test_one_job_is_always_admitted(monkeypatch: pytest.MonkeyPatch) -> No
     async with batching(runs, max_wait_s=0.001) as batcher:
         *tasks, last = await fill(batcher, runs, 33, 4)
         with pytest.raises(Overloaded):
-            await submit(batcher, "a", "a", 1)
+            await submit(batcher, "a")
         last.cancel()
         await wait_for_capacity(batcher)
-        one = asyncio.create_task(submit(batcher, "b", "b", 1))
+        one = start(batcher, "b")
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
-            await submit(batcher, "c", "c", 1)
+            await submit(batcher, "c")
         runs.gate.set()
         await asyncio.gather(*tasks, one)

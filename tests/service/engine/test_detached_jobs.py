@@ -8,7 +8,7 @@ import pytest
 
 from service.core.errors import DeadlineExceeded, InternalError, ShuttingDown
 from service.engine.fair_queue import BatchControl
-from tests.service.engine.batching import Jobs, Runs, batching, submit
+from tests.service.engine.batching import Jobs, Runs, batching, start, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import soon
 
@@ -44,9 +44,9 @@ class Detaching(Runs):
 async def test_detached_jobs_hold_no_slot_and_keep_their_order() -> None:
     runs = Detaching()
     async with batching(runs) as batcher, asyncio.timeout(5):
-        late = [asyncio.create_task(submit(batcher, f"late{n}", "s", 1)) for n in range(2)]
-        assert await submit(batcher, "a", "a", 1) == "A"
-        assert await submit(batcher, "b", "b", 1) == "B"
+        late = [start(batcher, f"late{n}", "s") for n in range(2)]
+        assert await submit(batcher, "a") == "A"
+        assert await submit(batcher, "b") == "B"
         await turns()
         assert runs.batches == [["a", "late0"], ["b"]], "its stream waits for it"
         runs.gate.set()
@@ -58,8 +58,8 @@ async def test_detached_jobs_fail_at_their_deadlines() -> None:
     runs = Detaching()
     async with batching(runs) as batcher, asyncio.timeout(5):
         with pytest.raises(DeadlineExceeded, match="before it was done"):
-            await submit(batcher, "late", "late", 1, soon())
-        assert await submit(batcher, "a", "a", 1) == "A"
+            await submit(batcher, "late", deadline_s=soon())
+        assert await submit(batcher, "a") == "A"
 
 
 async def test_detached_jobs_fail_independently() -> None:
@@ -67,17 +67,17 @@ async def test_detached_jobs_fail_independently() -> None:
     runs.fails = RuntimeError("unforeseen")
     runs.gate.set()
     async with batching(runs) as batcher, asyncio.timeout(5):
-        late = asyncio.create_task(submit(batcher, "late", "s", 1))
-        assert await submit(batcher, "a", "a", 1) == "A"
+        late = start(batcher, "late", "s")
+        assert await submit(batcher, "a") == "A"
         with pytest.raises(InternalError):
             await late
-        assert await submit(batcher, "b", "s", 1) == "B"
+        assert await submit(batcher, "b", "s") == "B"
 
 
 async def test_drain_waits_for_detached_jobs_within_its_timeout() -> None:
     runs = Detaching()
     async with batching(runs) as batcher:
-        late = asyncio.create_task(submit(batcher, "late", "s", 1))
+        late = start(batcher, "late", "s")
         await turns()
         draining = asyncio.create_task(batcher.drain(5))
         await turns()
@@ -87,7 +87,7 @@ async def test_drain_waits_for_detached_jobs_within_its_timeout() -> None:
         assert await late == "LATE"
     runs = Detaching()
     async with batching(runs) as batcher:
-        late = asyncio.create_task(submit(batcher, "late", "s", 1))
+        late = start(batcher, "late", "s")
         await turns()
         await batcher.drain(0.01)
         with pytest.raises(ShuttingDown):
@@ -109,9 +109,9 @@ async def test_job_after_a_retried_detached_job_is_out_of_order() -> None:
 
     async with batching(runs, in_flight=2) as batcher, asyncio.timeout(5):
         batcher._run = run
-        first = asyncio.create_task(submit(batcher, "late", "s", 1))
+        first = start(batcher, "late", "s")
         await turns()
-        behind = asyncio.create_task(submit(batcher, "next", "s", 1))
+        behind = start(batcher, "next", "s")
         await turns()
         runs.gate.set()
         await turns()
