@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import uvloop
@@ -20,19 +19,26 @@ from tests.support.servers import KINDS, RealServer, free_port, opened, real_ser
 from tests.support.streams import Streams, absence, key, same_reply, same_stream
 
 
-@asynccontextmanager
-async def losing(
-    server: RealServer, **settings: Any
-) -> AsyncIterator[tuple[LossyPath, StateStore]]:
-    """A store on a lossy path to a server that knows the scripts already."""
+class Lossy(NamedTuple):
+    """A store on a path that can lose replies, and a store beside it on a sound one."""
+
+    path: LossyPath
+    store: StateStore
+    others: StateStore
+
+
+@pytest.fixture
+async def lossy(own_server: RealServer, request: pytest.FixtureRequest) -> AsyncIterator[Lossy]:
+    """The server knows the scripts already; a parameter is how long the store waits for it."""
     async with (
-        LossyPath.to(server.socket, server.folder) as path,
-        opened(path.url, **settings) as store,
+        LossyPath.to(own_server.socket, own_server.folder) as path,
+        opened(path.url, wait_s=getattr(request, "param", 20)) as store,
+        opened(own_server.url) as others,
     ):
         known = Streams(1).creation(key("known"))
         assert await store.commit([known]) == [Committed()]
         assert await store.delete(known.key) == Committed()
-        yield path, store
+        yield Lossy(path, store, others)
 
 
 @pytest.fixture
@@ -229,149 +235,127 @@ async def test_all_requests_to_an_unresponsive_server_have_unknown_outcomes(
 
 
 async def test_a_retried_commit_that_finds_its_own_head_was_written(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, streams: Streams
 ) -> None:
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-    ):
-        first, other = streams.creation(key("a")), streams.creation(key("b"))
-        path.losses = 1
-        assert await store.commit([first, other]) == [Committed(), Committed()]
-        assert path.losses == 0
-        # The other stream is behind the expected head.
-        second, stale = streams.next(first), streams.next(streams.next(other))
-        path.losses = 2
-        results = await store.commit([second, stale])
-        assert results == [Committed(), Conflicted(other.new.head)]
-        state, reply = await store.load_with_reply(key("a"))
-        assert same_stream(state, second.new)
-        assert same_reply(reply, second.reply)
+    path, store, _ = lossy
+    first, other = streams.creation(key("a")), streams.creation(key("b"))
+    path.losses = 1
+    assert await store.commit([first, other]) == [Committed(), Committed()]
+    assert path.losses == 0
+    # The other stream is behind the expected head.
+    second, stale = streams.next(first), streams.next(streams.next(other))
+    path.losses = 2
+    results = await store.commit([second, stale])
+    assert results == [Committed(), Conflicted(other.new.head)]
+    state, reply = await store.load_with_reply(key("a"))
+    assert same_stream(state, second.new)
+    assert same_reply(reply, second.reply)
 
 
 async def test_a_retried_creation_in_its_own_epoch_was_written(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, streams: Streams
 ) -> None:
     """No other commit can have created its epoch."""
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-        opened(own_server.url) as others,
-    ):
-        first = streams.creation(key("a"))
-        path.losses, path.after_loss = 1, lambda: others.commit([streams.next(first)])
-        assert await store.commit([first]) == [Committed()]
+    path, store, others = lossy
+    first = streams.creation(key("a"))
+    path.losses, path.after_loss = 1, lambda: others.commit([streams.next(first)])
+    assert await store.commit([first]) == [Committed()]
 
 
 async def test_a_retried_continuation_behind_the_stored_head_is_unknown(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, streams: Streams
 ) -> None:
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-        opened(own_server.url) as others,
-    ):
-        first = streams.creation(key("a"))
-        assert await store.commit([first]) == [Committed()]
-        second = streams.next(first)
-        third = streams.next(second)
-        path.losses, path.after_loss = 1, lambda: others.commit([third])
-        (result,) = await store.commit([second])
-        assert isinstance(result, OutcomeUnknown)
-        assert result.facts["position"] == third.new.head.position
-        assert result.facts["epoch"] == third.new.head.epoch.hex()
+    path, store, others = lossy
+    first = streams.creation(key("a"))
+    assert await store.commit([first]) == [Committed()]
+    second = streams.next(first)
+    third = streams.next(second)
+    path.losses, path.after_loss = 1, lambda: others.commit([third])
+    (result,) = await store.commit([second])
+    assert isinstance(result, OutcomeUnknown)
+    assert result.facts["position"] == third.new.head.position
+    assert result.facts["epoch"] == third.new.head.epoch.hex()
 
 
-async def test_a_retried_commit_in_a_newer_epoch_is_unknown(
-    own_server: RealServer, streams: Streams
-) -> None:
+async def test_a_retried_commit_in_a_newer_epoch_is_unknown(lossy: Lossy, streams: Streams) -> None:
     """The epoch may start from the state that was written (a restore)."""
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-        opened(own_server.url) as others,
-    ):
-        first, *creations = (streams.creation(key("a")) for _ in range(3))
+    path, store, others = lossy
+    first, *creations = (streams.creation(key("a")) for _ in range(3))
 
-        async def create_again() -> None:
-            await others.delete(key("a"))
-            expected = await absence(others, key("a"))
-            await others.commit([creations.pop()._replace(expected=expected)])
+    async def create_again() -> None:
+        await others.delete(key("a"))
+        expected = await absence(others, key("a"))
+        await others.commit([creations.pop()._replace(expected=expected)])
 
-        assert await store.commit([first]) == [Committed()]
-        path.losses, path.after_loss = 1, create_again
-        (result,) = await store.commit([streams.next(first)])
-        assert isinstance(result, OutcomeUnknown)
-        (found,) = await store.load([key("a")])
-        path.losses, path.after_loss = 1, create_again
-        assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
+    assert await store.commit([first]) == [Committed()]
+    path.losses, path.after_loss = 1, create_again
+    (result,) = await store.commit([streams.next(first)])
+    assert isinstance(result, OutcomeUnknown)
+    (found,) = await store.load([key("a")])
+    path.losses, path.after_loss = 1, create_again
+    assert isinstance(await store.delete(key("a"), found.head), OutcomeUnknown)
 
 
 async def test_a_retried_commit_after_a_rollback_is_written_or_conflicts(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, streams: Streams
 ) -> None:
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-        opened(own_server.url) as others,
-    ):
-        first = streams.creation(key("a"))
-        second = streams.next(first)
-        third = streams.next(second)
+    path, store, others = lossy
+    first = streams.creation(key("a"))
+    second = streams.next(first)
+    third = streams.next(second)
 
-        async def roll_back() -> None:
-            await others.delete(key("a"))
-            expected = await absence(others, key("a"))
-            await others.commit([Commit(key("a"), expected, first.new, None)])
+    async def roll_back() -> None:
+        await others.delete(key("a"))
+        expected = await absence(others, key("a"))
+        await others.commit([Commit(key("a"), expected, first.new, None)])
 
-        assert await store.commit([first]) == [Committed()]
-        path.losses, path.after_loss = 1, roll_back
-        assert await store.commit([third]) == [Conflicted(first.new.head)]
-        path.losses, path.after_loss = 1, roll_back
-        # The stream is back at the expected head: the retry itself is written.
-        assert await store.commit([second]) == [Committed()]
-        (found,) = await store.load([key("a")])
-        assert same_stream(found, second.new)
+    assert await store.commit([first]) == [Committed()]
+    path.losses, path.after_loss = 1, roll_back
+    assert await store.commit([third]) == [Conflicted(first.new.head)]
+    path.losses, path.after_loss = 1, roll_back
+    # The stream is back at the expected head: the retry itself is written.
+    assert await store.commit([second]) == [Committed()]
+    (found,) = await store.load([key("a")])
+    assert same_stream(found, second.new)
 
 
+@pytest.mark.parametrize("lossy", [0.4], indirect=True)
 async def test_a_commit_without_any_reply_has_an_unknown_outcome(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, streams: Streams
 ) -> None:
-    async with (
-        losing(own_server, wait_s=0.4) as (path, store),
-        opened(own_server.url) as others,
-    ):
-        first = streams.creation(key("a"))
-        path.losses, path.dead_after_loss = 1, True
-        (result,) = await store.commit([first])
-        assert isinstance(result, OutcomeUnknown)
-        assert result.retryable
-        (found,) = await others.load([key("a")])
-        assert same_stream(found, first.new)
+    path, store, others = lossy
+    first = streams.creation(key("a"))
+    path.losses, path.dead_after_loss = 1, True
+    (result,) = await store.commit([first])
+    assert isinstance(result, OutcomeUnknown)
+    assert result.retryable
+    (found,) = await others.load([key("a")])
+    assert same_stream(found, first.new)
 
 
 async def test_a_rejection_after_a_lost_reply_has_an_unknown_outcome(
-    own_server: RealServer, streams: Streams
+    lossy: Lossy, own_server: RealServer, streams: Streams
 ) -> None:
     async def forbid() -> None:
         with own_server.client() as client:
             client.acl_setuser("default", commands=["-evalsha", "-eval"])
 
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-    ):
-        path.losses, path.after_loss = 1, forbid
-        (result,) = await store.commit([streams.creation(key("a"))])
-        assert isinstance(result, OutcomeUnknown)
-        with pytest.raises(StoreRefused):
-            await store.commit([streams.creation(key("b"))])
+    path, store, _ = lossy
+    path.losses, path.after_loss = 1, forbid
+    (result,) = await store.commit([streams.creation(key("a"))])
+    assert isinstance(result, OutcomeUnknown)
+    with pytest.raises(StoreRefused):
+        await store.commit([streams.creation(key("b"))])
 
 
-async def test_a_retried_deletion_succeeds(own_server: RealServer, streams: Streams) -> None:
-    async with (
-        losing(own_server, wait_s=20) as (path, store),
-    ):
-        first = streams.creation(key("a"))
-        assert await store.commit([first]) == [Committed()]
-        path.losses = 1
-        assert await store.delete(key("a"), first.new.head) == Committed()
-        assert await store.load_with_reply(key("a")) == (None, None)
-        assert await store.delete(key("a")) == Conflicted(None)
+async def test_a_retried_deletion_succeeds(lossy: Lossy, streams: Streams) -> None:
+    path, store, _ = lossy
+    first = streams.creation(key("a"))
+    assert await store.commit([first]) == [Committed()]
+    path.losses = 1
+    assert await store.delete(key("a"), first.new.head) == Committed()
+    assert await store.load_with_reply(key("a")) == (None, None)
+    assert await store.delete(key("a")) == Conflicted(None)
 
 
 # Addresses

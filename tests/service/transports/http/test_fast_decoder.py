@@ -248,32 +248,20 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", ["probe", "small"])
+@pytest.mark.parametrize("media", list(Media), ids=["json", "msgpack"])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_json_is_decoded_as_validated(
+def test_body_is_decoded_as_validated(
     readers: Mapping[str, tuple[RequestReader, RequestReader]],
     data: st.DataObject,
+    media: Media,
     model: str,
     kind: str,
 ) -> None:
     fast, strict = readers[model]
-    body = data.draw(json_bodies(kind, fast.served.input_features, model == "small"))
-    assert read(fast, kind, Media.JSON, body) == read(strict, kind, Media.JSON, body)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", ["probe", "small"])
-@settings(max_examples=80, deadline=None)
-@given(data=st.data())
-def test_messagepack_is_decoded_as_validated(
-    readers: Mapping[str, tuple[RequestReader, RequestReader]],
-    data: st.DataObject,
-    model: str,
-    kind: str,
-) -> None:
-    fast, strict = readers[model]
-    body = data.draw(packed_bodies(kind, fast.served.input_features, model == "small"))
-    assert read(fast, kind, Media.MSGPACK, body) == read(strict, kind, Media.MSGPACK, body)
+    bodies = json_bodies if media is Media.JSON else packed_bodies
+    body = data.draw(bodies(kind, fast.served.input_features, model == "small"))
+    assert read(fast, kind, media, body) == read(strict, kind, media, body)
 
 
 EDGES = [
