@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from carry_client import Field, ModelDescription
-from tests.load.target import LoadError
+from tests.load.verdict import LoadError
 
 FIRST_MS = 1_356_998_400_000
 GAP_MS = 61_000
@@ -26,24 +25,20 @@ NUMBER_BYTES, FIELD_BYTES = 12, 80
 BODY_SHARE = 0.8
 """How full a body may be by its estimate."""
 FIRST_TAG = bytes(16)
+DTYPES = {"numeric": "<f8", "boolean": "u1", "timestamp": "<i8"}
 
 
 class Chunk(NamedTuple):
-    """Consecutive events of one stream.
+    """Consecutive events of one stream."""
 
-    Attributes:
-        offset: of the first event in the feed.
-        steps: T, the number of events.
-        sent: events of the stream before it, from which its timestamps follow.
-    """
+    offset: int  # of the first event in the feed
+    steps: int  # T, the number of events
+    sent: int  # events of the stream before it, from which its timestamps follow
 
-    offset: int
-    steps: int
-    sent: int
-
-    def times_ms(self) -> NDArray[np.int64]:
-        """Timestamps of the events, epoch milliseconds, [T]."""
-        return FIRST_MS + (self.sent + np.arange(self.steps, dtype=np.int64)) * GAP_MS
+    def times_ms(self) -> range:
+        """Timestamps of the events, epoch milliseconds."""
+        first_ms = FIRST_MS + self.sent * GAP_MS
+        return range(first_ms, first_ms + self.steps * GAP_MS, GAP_MS)
 
     @property
     def part(self) -> slice:
@@ -52,14 +47,9 @@ class Chunk(NamedTuple):
 
 
 class InputsFeed:
-    """Rows of encoded values: codes drawn evenly, other columns from a normal distribution.
+    """Rows of encoded values: codes drawn evenly, other columns from a normal distribution."""
 
-    Attributes:
-        member: of a body, that has the events.
-        event_bytes: estimated size of one event in a body.
-    """
-
-    member = "inputs"
+    member = "inputs"  # of a body
 
     def __init__(self, model: ModelDescription, length: int, seed: int):
         random = np.random.default_rng(seed)
@@ -70,7 +60,7 @@ class InputsFeed:
         self._rows = rows.astype("<f4")
         self._events = rows.tolist()
         self.length = length
-        self.event_bytes = len(orjson.dumps(self._events)) // length + 1
+        self.event_bytes = len(orjson.dumps(self._events)) // length + 1  # estimated, in a body
 
     def events(self, chunk: Chunk) -> list[Any]:
         """The events as a body holds them."""
@@ -88,48 +78,38 @@ class EventsFeed:
 
     def __init__(self, model: ModelDescription, length: int, seed: int):
         random = np.random.default_rng(seed)
-        self._fields = model.fields or ()
+        self.length, self._fields = length, model.fields or ()
         self._times = [field.name for field in self._fields if field.kind == "timestamp"]
-        self._columns = {}
         self._events: list[dict[str, Any]] = [{} for _ in range(length)]
         for field in self._fields:
-            present = np.ones(length, bool)
-            if field.kind != "timestamp":
-                if field.is_optional:
-                    present = random.random(length) >= ABSENT_SHARE
-                values = _values(field, length, random)
-                for event, value, is_present in zip(self._events, values, present, strict=True):
-                    if is_present:
-                        event[field.name] = value
-                self._columns[field.name] = (present, values)
-        self.length = length
+            if field.kind == "timestamp":
+                continue
+            is_present = random.random(length) >= ABSENT_SHARE * field.is_optional
+            for event, value, has_it in zip(
+                self._events, _values(field, length, random), is_present, strict=True
+            ):
+                if has_it:
+                    event[field.name] = value
         self.event_bytes = len(orjson.dumps(self._events)) // length + 40 * len(self._times)
 
     def events(self, chunk: Chunk) -> list[Any]:
-        events = self._events[chunk.part]
-        if not self._times:
-            return events
-        times_ms = chunk.times_ms().tolist()
-        return [
-            {**event, **dict.fromkeys(self._times, time_ms)}
-            for event, time_ms in zip(events, times_ms, strict=True)
-        ]
+        """The events as a body holds them."""
+        events = zip(self._events[chunk.part], chunk.times_ms(), strict=True)
+        return [{**event, **dict.fromkeys(self._times, time_ms)} for event, time_ms in events]
 
     def canonical(self, chunk: Chunk) -> bytes:
-        return b"".join(self._column(field, chunk) for field in self._fields)
-
-    def _column(self, field: Field, chunk: Chunk) -> bytes:
-        if field.kind == "timestamp":
-            return b"\x01" * chunk.steps + chunk.times_ms().astype("<i8").tobytes()
-        present, values = (column[chunk.part] for column in self._columns[field.name])
-        if field.kind == "categorical":
-            pairs = zip(values, present, strict=True)
-            texts = [value.encode() if is_present else b"" for value, is_present in pairs]
-            lengths = np.array([len(text) for text in texts], "<u4")
-            return present.tobytes() + lengths.tobytes() + b"".join(texts)
-        numbers = np.where(present, values, 0)
-        dtype = "<f8" if field.kind == "numeric" else "u1"
-        return bytes(present.tobytes() + numbers.astype(dtype).tobytes())
+        """The events in canonical bytes: by field, which are present, then their values."""
+        columns, events = [], self.events(chunk)
+        for field in self._fields:
+            values = [event.get(field.name) for event in events]
+            columns.append(bytes(value is not None for value in values))
+            if field.kind == "categorical":
+                texts = [(value or "").encode() for value in values]
+                columns += [np.array([len(text) for text in texts], "<u4").tobytes(), *texts]
+            else:
+                filled = [0 if value is None else value for value in values]
+                columns.append(np.array(filled, DTYPES[field.kind]).tobytes())
+        return b"".join(columns)
 
 
 Feed = InputsFeed | EventsFeed
@@ -148,11 +128,15 @@ def _values(field: Field, length: int, random: np.random.Generator) -> list[Any]
     return list(((center + spread * random.normal(size=length)).round(2) + 0.0).tolist())
 
 
+def longest_request(model: ModelDescription, event_bytes: int) -> int:
+    """Events of an estimated size that fit into one request."""
+    return min(model.max_predict_steps, int(model.max_body_bytes * BODY_SHARE) // event_bytes)
+
+
 def longest_chunk(model: ModelDescription) -> int:
     """Events that the service accepts at once, by its limits and the estimated size of an event."""
     event_bytes = max(NUMBER_BYTES * len(model.codes), FIELD_BYTES * len(model.fields or ()))
-    by_size = int(model.max_body_bytes * BODY_SHARE) // event_bytes
-    return max(1, min(model.max_chunk_steps, model.max_predict_steps, by_size))
+    return max(1, min(model.max_chunk_steps, longest_request(model, event_bytes)))
 
 
 def make_feeds(model: ModelDescription, longest_steps: int, feed: str, seed: int) -> list[Feed]:
@@ -168,12 +152,9 @@ def make_feeds(model: ModelDescription, longest_steps: int, feed: str, seed: int
     if feed == "events" and model.fields is None:
         raise LoadError(f"--feed events: model {model.name!r} takes no events")
     length = max(MIN_LENGTH, longest_steps)
-    feeds: list[Feed] = []
-    if feed in ("both", "events") and model.fields is not None:
-        feeds.append(EventsFeed(model, length, seed))
-    if feed in ("both", "inputs"):
-        feeds.append(InputsFeed(model, length, seed))
-    return feeds
+    kinds = [EventsFeed] if feed != "inputs" and model.fields is not None else []
+    kinds += [InputsFeed] if feed != "events" else []
+    return [kind(model, length, seed) for kind in kinds]
 
 
 def next_tag(tag: bytes, start: int, feed: Feed, chunk: Chunk) -> bytes:

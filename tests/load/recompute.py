@@ -18,34 +18,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carry_client import ModelDescription, stream_path
-from tests.load.feeds import BODY_SHARE
-from tests.load.stream import Applied, LoadStream, Streams, WrongAnswerError
-from tests.load.target import LoadError
+from tests.load.feeds import longest_request
+from tests.load.streams import Applied, LoadStream, Streams, WrongAnswerError
+from tests.load.verdict import LoadError
 
 Recompute = Callable[[LoadStream, Sequence[Applied]], NDArray[Any]]
 """The outputs [T, O] of a stream's first chunks, computed a second time."""
-Request = Callable[[str, Any], Any]
-"""Posts a document to a path of the service and returns the reply; raises LoadError."""
 
 BOUND = 1e-5
 
 
 class Compared(NamedTuple):
-    """Outputs compared with a second computation of the same events.
-
-    Attributes:
-        how: what computed them.
-        excess: the largest |a-b| - 1e-5 |b|; correct up to 1e-5.
-    """
+    """Outputs compared with a second computation of the same events."""
 
     how: str
     streams: int = 0
     events: int = 0
-    excess: float = 0.0
+    excess: float = 0.0  # the largest |a-b| - 1e-5 |b|; correct up to 1e-5
 
 
-def by_service(request: Request, model: ModelDescription) -> tuple[str, Recompute]:
-    """A second computation by the service itself."""
+def by_service(
+    request: Callable[[str, Any], Any], model: ModelDescription
+) -> tuple[str, Recompute]:
+    """A second computation by the service itself; `request` posts a document to a path."""
 
     def predict(stream: LoadStream, history: Sequence[Applied]) -> NDArray[Any]:
         events = _events(stream, history)
@@ -124,36 +119,29 @@ def compare(
     candidates = [stream for stream, history in histories.items() if history]
     count, events, excess = 0, 0, 0.0
     for stream in streams.random.sample(candidates, min(max_streams, len(candidates))):
-        limit = min(max_events, _max_events(stream, streams.model))
+        limit = min(max_events, longest_request(streams.model, stream.feed.event_bytes))
         history = [each for each in histories[stream] if each.end <= limit]
         received = [each for each in history if each.outputs is not None]
         if not received:
             continue
         wanted = np.asarray(recompute(stream, history), np.float64)
         count += 1
-        events += sum(each.chunk.steps for each in received)
-        worst, where = max(
-            (_excess(each.outputs, wanted[each.start : each.end]), each.start) for each in received
-        )
-        excess = max(excess, worst)
-        if worst > BOUND:
-            detail = (
-                f"stream {stream.name!r}, chunk at {where}: |a-b| - 1e-5|b| is {worst:.2e}, "
-                f"expected at most 1e-5, by {how}"
-            )
-            streams.add_failure(WrongAnswerError("wrong_outputs", detail))
+        for each in received:
+            events += each.chunk.steps
+            worst = _excess(each.outputs, wanted[each.start : each.end])
+            excess = max(excess, worst)
+            if worst > BOUND:
+                detail = (
+                    f"stream {stream.name!r}, chunk at {each.start}: |a-b| - 1e-5|b| is "
+                    f"{worst:.2e}, expected at most 1e-5, by {how}"
+                )
+                streams.add_failure(WrongAnswerError("wrong_outputs", detail))
     return Compared(how, count, events, excess)
 
 
 def _excess(a: Any, b: NDArray[Any]) -> float:
     excess = np.where(np.isfinite(b), np.abs(a - b) - BOUND * np.abs(b), np.inf)
     return float(np.max(excess, initial=0.0))
-
-
-def _max_events(stream: LoadStream, model: ModelDescription) -> int:
-    """Events of a stream that fit into one request."""
-    by_size = int(model.max_body_bytes * BODY_SHARE) // stream.feed.event_bytes
-    return min(model.max_predict_steps, by_size)
 
 
 def _events(stream: LoadStream, history: Sequence[Applied]) -> list[Any]:

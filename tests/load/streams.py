@@ -38,17 +38,13 @@ class WrongAnswerError(Exception):
 
 
 class Applied(NamedTuple):
-    """An acknowledged chunk.
+    """An acknowledged chunk: the position of its first event, and its outputs, float32 [T, O].
 
-    Attributes:
-        start: the position of its first event.
-        tag: of the stream after it; empty for appends.
-        outputs: float32 [T, O]; None where the reply was not received.
+    The outputs are None where the reply was not received.
     """
 
     chunk: Chunk
     start: int
-    tag: bytes
     outputs: NDArray[np.float32] | None
 
     @property
@@ -59,26 +55,18 @@ class Applied(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class LoadStream:
-    """A stream and all its acknowledged chunks.
-
-    Attributes:
-        appends: chunks have no position, and many are in flight.
-        sent: events in chunks, acknowledged or not.
-        position: by the last reply; unused for appends.
-        unknown_appends: appends that may or may not have been applied.
-        is_closed: no more chunks are sent, because of its age or a failure.
-    """
+    """A stream and all its acknowledged chunks."""
 
     model: ModelDescription
     name: str
     feed: Feed
-    appends: bool
-    sent: int = 0
-    position: int = 0
+    appends: bool  # chunks have no position, and many are in flight
+    sent: int = 0  # events in chunks, acknowledged or not
+    position: int = 0  # by the last reply; unused for appends, like the tag
     epoch: str = ""
     tag: bytes = FIRST_TAG
-    unknown_appends: int = 0
-    is_closed: bool = False
+    unknown_appends: int = 0  # which may or may not have been applied
+    is_closed: bool = False  # because of its age or a failure
     applied: list[Applied] = field(default_factory=list)
 
     def send(self, chunk: Chunk, post: Post, retry: Retry) -> None:
@@ -103,12 +91,16 @@ class LoadStream:
         try:
             reply = retry.run(attempt)
         except Problem as problem:
-            if problem.code in POSITION_CODES:
-                # the rejection itself is the last failure
-                self._accept_position(chunk, problem, is_retry=retry.failures > 1)
-            else:
+            if problem.code not in POSITION_CODES:
                 self.unknown_appends += self.appends and not problem.was_not_applied
                 raise
+            # the rejection itself is the last failure: it may follow from an earlier attempt
+            is_applied = problem.code == "already_applied" and retry.failures > 1
+            if self.appends or not is_applied or problem.position != self.position + chunk.steps:
+                detail = f"chunk at {self.position}: {problem.detail}"
+                raise self._wrong(problem.code, detail) from problem
+            tag = next_tag(self.tag, self.position, self.feed, chunk)
+            self._append(chunk, self.position, tag, None)
         else:
             self._accept(chunk, reply, is_retry=retry.failures > 0)
 
@@ -131,48 +123,21 @@ class LoadStream:
             ):
                 if not is_right:
                     raise self._wrong(code, f"chunk of {chunk.steps} at {start}: got {received}")
-            outputs = self._outputs(chunk, start, reply["outputs"])
+            raw = dict(reply["outputs"])
         except (KeyError, TypeError, ValueError) as error:
             raise self._wrong("unreadable", f"{type(error).__name__}: {error}") from error
-        self.epoch = epoch
-        self._append(Applied(chunk, start, tag, outputs))
-
-    def _outputs(self, chunk: Chunk, start: int, outputs: Any) -> NDArray[np.float32]:
         try:
-            packed = self.model.pack(outputs, chunk.steps)
+            outputs = self.model.pack(raw, chunk.steps)
+            if not np.isfinite(outputs).all():
+                raise ValueError("expected finite numbers")
         except ValueError as error:
             raise self._wrong("wrong_outputs", f"at position {start}: {error}") from error
-        if not np.isfinite(packed).all():
-            raise self._wrong("wrong_outputs", f"at position {start}: expected finite numbers")
-        return packed
+        self.epoch = epoch
+        self._append(chunk, start, tag, outputs)
 
-    def _accept_position(self, chunk: Chunk, problem: Problem, *, is_retry: bool) -> None:
-        """Accept that a repeated chunk was applied, and its reply is no longer stored."""
-        may_be_applied = problem.code == "already_applied" and is_retry and not self.appends
-        if may_be_applied and problem.position == self.position + chunk.steps:
-            tag = next_tag(self.tag, self.position, self.feed, chunk)
-            self._append(Applied(chunk, self.position, tag, None))
-            return
-        detail = f"chunk at {self.position}: {problem.detail}"
-        if problem.code == "position_ahead" and not self.appends:
-            self._rewind(problem.position or 0, str(problem.document.get("tag") or ""))
-        raise self._wrong(problem.code, detail)
-
-    def _append(self, applied: Applied) -> None:
-        self.applied.append(applied)
-        self.position, self.tag = applied.end, applied.tag
-
-    def _rewind(self, position: int, tag: str) -> None:
-        """Return to the state that a 409 `position_ahead` names, a prefix of the chunks."""
-        while self.applied and self.position != position:
-            self.applied.pop()
-            last = self.applied[-1] if self.applied else None
-            self.position, self.tag = (last.end, last.tag) if last else (0, FIRST_TAG)
-        if self.position != position or (self.applied and tag != self.tag.hex()):
-            raise self._wrong("no_prefix", f"is at {position} with tag {tag}: no prefix gives it")
-        if not self.applied:
-            self.epoch = ""
-        self.sent = sum(each.chunk.steps for each in self.applied)
+    def _append(self, chunk: Chunk, start: int, tag: bytes, outputs: Any) -> None:
+        self.applied.append(Applied(chunk, start, outputs))
+        self.position, self.tag = start + chunk.steps, tag
 
     def history(self) -> list[Applied]:
         """The acknowledged chunks from position 0, without a gap.
@@ -202,29 +167,20 @@ class LoadStream:
 
 @dataclass(slots=True)
 class Streams:
-    """All streams of a scenario, and its failures.
-
-    Attributes:
-        prefix: of every stream's name.
-        stream_events: a stream is replaced by a new one after this many events.
-        appends: all users send to the same streams at once, without positions.
-        capacity: streams that a user keeps in turn; that all users share where they append.
-        wrong_answers: how many, by code.
-        examples: the first failures, by code.
-    """
+    """All streams of a scenario, and its failures."""
 
     model: ModelDescription
     feeds: list[Feed]
-    prefix: str
+    prefix: str  # of every stream's name
     random: Random
-    stream_events: int
-    appends: bool
-    capacity: int
+    stream_events: int  # after which a stream is replaced by a new one
+    appends: bool  # all users send to the same streams at once, without positions
+    capacity: int  # streams that a user keeps in turn; that all users share where they append
     retry_s: float = 30.0
     every: list[LoadStream] = field(default_factory=list)
     shared: deque[LoadStream] = field(default_factory=deque)
     wrong_answers: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # first failures by code
 
     def new_turns(self) -> deque[LoadStream]:
         """The streams that a new user keeps in turn."""
@@ -265,8 +221,7 @@ class Streams:
         try:
             stream.send(chunk, post, Retry(self.retry_s, self.random, **retry))
         except (Problem, WrongAnswerError) as failure:
-            # a stream that was rolled back continues from the position that it has
-            stream.is_closed |= failure.code != "position_ahead" or stream.appends
+            stream.is_closed = True
             self.add_failure(failure)
             raise
 
