@@ -27,7 +27,7 @@ from service.transports.http.connection.fast_path import (
     RejectedRequest,
     parse_common_headers,
 )
-from service.transports.http.connection.rejections import CLOSE, response_bytes
+from service.transports.http.connection.rejections import CLOSE, OverloadResponses, response_bytes
 from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
@@ -83,6 +83,7 @@ class FastInferPath:
         self._inference = inference
         self._api = inference.api
         self._ids = ids
+        self._overload_responses = OverloadResponses(_error_response)
         # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, inference.api.limits))
 
@@ -155,7 +156,7 @@ class FastInferPath:
         """The whole response to a rejected request."""
         self._api.recorder.record_error(request.wire.served.name, request.error.code)
         _log(request, status_of(request.error))
-        return _error_response(request.error, request.request_id, b"")
+        return self._overload_responses.response(request.error, Media.JSON, request.request_id)
 
     def response(
         self, request: FastInferRequest, result: Reply | CarryError, *, closes: bool
@@ -167,7 +168,7 @@ class FastInferPath:
             with bound_contextvars(request_id=request.request_id.decode()):
                 log_failure(result)
             _log(request, status_of(result))
-            return _error_response(result, request.request_id, header_lines)
+            return _error_response(result, Media.JSON, request.request_id, header_lines)
         reply = self._inference.reply_to_chunk(request.call, result)
         body, json_bytes = encode_reply(reply, request.binary)
         _log(request, 200)
@@ -175,7 +176,9 @@ class FastInferPath:
         return head + body
 
 
-def _error_response(error: CarryError, request_id: bytes, header_lines: bytes) -> bytes:
+def _error_response(
+    error: CarryError, media: Media, request_id: bytes, header_lines: bytes = b""
+) -> bytes:
     with bound_contextvars(request_id=request_id.decode()):
         return response_bytes(error_answer(error), request_id, header_lines)
 

@@ -156,7 +156,7 @@ class FastPath:
         self._api = api
         self._ids = ids
         self._max_bytes = min(MAX_REQUEST_BYTES, api.limits.max_body_bytes)
-        self._overload_responses = OverloadResponses()
+        self._overload_responses = OverloadResponses(error_response)
         # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, api.limits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
@@ -55,24 +56,28 @@ class OverloadResponses:
     """Responses to rejected requests, serialized once per error and media type.
 
     Load shedding repeats one error many times; only the request id differs between its responses.
+
+    Args:
+        serialize: makes a whole response from error, media type and request id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, serialize: Callable[[CarryError, Media, bytes], bytes]):
+        self._serialize = serialize
         self._error: Overloaded | None = None
         self._templates: dict[tuple[Media, int], list[bytes]] = {}
 
     def response(self, error: Overloaded, media: Media, request_id: bytes) -> bytes:
-        """The same bytes as `error_response`."""
+        """The same bytes as `serialize` makes."""
         length = len(request_id)
         if length < MIN_ID_BYTES:
-            return error_response(error, media, request_id)
+            return self._serialize(error, media, request_id)
         if error is not self._error:
             self._error = error
             self._templates.clear()
         template = self._templates.get((media, length))
         if template is None:
             placeholder = b"#" + b"~" * (length - 1)
-            template = error_response(error, media, placeholder).split(placeholder)
+            template = self._serialize(error, media, placeholder).split(placeholder)
             self._templates[media, length] = template
         return request_id.join(template)
 
