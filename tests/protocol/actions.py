@@ -60,6 +60,8 @@ def _sendable_operations(state: SystemState, model: Model, number: int) -> Itera
     for index, operation in enumerate(script.operations):
         if client.applied[index] or client.stopped:
             continue
+        if operation.starts_over and operation.guard and not client.last:
+            continue  # it cannot name the epoch yet
         if client.sent[index]:
             if client.resends and (operation.kind == "delete" or operation.position is not None):
                 yield index

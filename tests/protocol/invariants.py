@@ -7,7 +7,16 @@ which holds no chunk twice; so it is enough to check what an action changes.
 from __future__ import annotations
 
 from service.core.errors import CarryError
-from tests.protocol.state import Client, Command, Keys, Request, Scenario, Version
+from tests.protocol.state import (
+    Client,
+    ClientScript,
+    Command,
+    Keys,
+    Operation,
+    Request,
+    Scenario,
+    Version,
+)
 
 NOT_APPLIED = (
     *("position_ahead", "epoch_mismatch", "state_changed"),
@@ -36,7 +45,11 @@ def check_write(command: Command, before: Version) -> None:
     is_created = command.base.stream and not before.stream and not deletes
     _forbid(is_created, "{} expected a stream, which did not exist and is brought back", request)
     if command.kind == "commit":
-        _forbid(request.chunk_id in before.history, "the stream holds {} twice", request)
+        operation, held = request.operation, list(before.history)
+        # without an epoch, a late duplicate of a start replaces what followed the start
+        is_replaced = operation.starts_over and not request.named and held != [request.chunk_id]
+        is_twice = request.chunk_id in held and not is_replaced
+        _forbid(is_twice, "the stream holds {} twice", request)
         is_other = command.base.history != before.history
         _forbid(is_other, "{} continues {}, and replaces {}", request, command.base, before)
 
@@ -59,8 +72,9 @@ def check_acknowledged_chunk(
     script = scenario.clients[operation.client]
     if script.alone or operation.guard == "if-match":
         earlier = script.operations[: operation.index]
-        deletions = [other.index for other in earlier if other.kind == "delete"]
-        for other in earlier[max(deletions, default=-1) + 1 :]:
+        firsts = [other.index + 1 for other in earlier if other.kind == "delete"]
+        firsts += [other.index for other in (*earlier, operation) if other.starts_over]
+        for other in earlier[max(firsts, default=0) :]:
             is_lost = client.applied[other.index] and (other, 0) not in stored.history
             _forbid(
                 is_lost, "{} is acknowledged, and the loss of {} is not noticed", request, other
@@ -92,15 +106,23 @@ def check_failure(
         return
     script, is_missing = scenario.clients[operation.client], request.chunk_id not in stored.history
     is_certain = code == "already_applied" or (code == "position_behind" and script.alone)
+    is_certain = is_certain and not _is_replaced(script, operation, client)
     message = "{} is answered with {}, and is not in the history"
     _forbid(is_certain and is_missing, message, request, code)
     if code == "position_ahead" and script.alone:
         for other in script.operations:
             is_before = other.kind == "chunk" and (other.position or 0) < facts["expected"]
             is_lost = client.applied[other.index] and (other, 0) not in stored.history
+            is_lost = is_lost and not _is_replaced(script, other, client)
             _forbid(
                 is_before and is_lost, "{} is answered with {}, which hides a loss", request, code
             )
+
+
+def _is_replaced(script: ClientScript, operation: Operation, client: Client) -> bool:
+    """Whether the client has started the stream over since."""
+    later = script.operations[operation.index + 1 :]
+    return any(other.starts_over and client.sent[other.index] for other in later)
 
 
 def _has_written(request: Request, stored: Version) -> bool:

@@ -146,6 +146,7 @@ class Model:
             steps,
             delivery.chunk_digest(None, steps, nonce),
             operation.position,
+            starts_over=operation.starts_over,
         )
         if named and operation.guard == "epoch":
             return chunk._replace(epoch=named.epoch)
@@ -154,7 +155,8 @@ class Model:
         return chunk
 
     def _advance(self, request: Request, base: Version) -> Version:
-        """The version after a chunk."""
+        """The version after a chunk; a start over leaves nothing of what it replaces."""
+        base = NOTHING if request.operation.starts_over else base
         value = float(base.stream.state.floats[0]) if base.stream else 0.0
         outputs = [value := value * 8 + digit for digit in request.operation.events]
         state = State(np.array([value], np.float32), np.zeros(0, np.int64))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from service.core.delivery import Replay, Resolution, evaluate_chunk, resolve_duplicate
+from service.core.delivery import Process, Replay, Resolution, evaluate_chunk, resolve_duplicate
 from service.core.errors import StoreUnavailable
 from service.store.base import Commit, CommitResult, Conflicted
 from tests.protocol import scenarios
@@ -65,6 +65,14 @@ def _trust_other_epoch(commit: Commit, conflict: Conflicted) -> CommitResult:
     if head is not None and commit.expected is None and head.epoch != commit.new.head.epoch:
         return conflict
     return Rules().resolve_retried_commit(commit, conflict)
+
+
+def _ignore_epoch(chunk: Any, stored: Any) -> Process | Replay:
+    return evaluate_chunk(chunk._replace(epoch=None) if chunk.starts_over else chunk, stored)
+
+
+def _start_always(chunk: Any, stored: Any) -> Process | Replay:
+    return Process(None) if chunk.starts_over else evaluate_chunk(chunk, stored)
 
 
 # fmt: off
@@ -124,6 +132,12 @@ PLANTED_BUGS = (
     PlantedBug(
         "two deletions leave the same tombstone", scenarios.LATE,
         Rules(tombstone_epoch=lambda request: b"deletion"), "was deleted after"),
+    PlantedBug(
+        "a start over that ignores the epoch it ends", scenarios.STARTED,
+        Rules(evaluate_chunk=_ignore_epoch), "twice"),
+    PlantedBug(
+        "a start over that is never a retry", scenarios.STARTED,
+        Rules(evaluate_chunk=_start_always), "twice"),
     PlantedBug(
         "a commit repeated without the abandoned one before it", scenarios.LATE_BEHIND,
         Rules(forget_abandoned=True), "was answered as not applied"),

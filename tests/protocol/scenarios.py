@@ -35,6 +35,8 @@ B0, B1 = _chunk("b0", None, 4), _chunk("b1", None, 4)
 # Another client's chunks, where a0 and a1 belong.
 C0, C1 = _chunk("c0", 0, 5), _chunk("c1", 1, 5)
 T0, T1 = _chunk("t0", 0, 7, stream=1), _chunk("t1", 1, 6, stream=1)
+# After a0 and a1, the stream starts over.
+START, AGAIN = _chunk("the start", 0, 3, starts_over=True), _chunk("again", 1, 6)
 DELETION = Operation("delete", "the deletion of S")
 FIRST_DELETION = replace(DELETION, name="the first deletion")
 DELETION_OF_T = Operation("delete", "the deletion of T", stream=1)
@@ -101,6 +103,14 @@ SCENARIOS = (
         "late rivals: others delete the stream and create it again",
         _client("A", A0, A1, resends=1), _client("D", DELETION, C0),
         replies_lost=1, timeouts=1, bytes_delayed=1, depth=11),
+    STARTED := _scenario(
+        "started: a start names the epoch that it ends, and its duplicates arrive late",
+        _client("A", A0, START, AGAIN, guard="epoch", window=2, resends=1, alone=True),
+        replies_lost=1, timeouts=1, depth=20),
+    _scenario(
+        "started blindly: a start without an epoch meets the chunks of others",
+        _client("A", START, AGAIN, resends=1), _client("B", B0),
+        replies_lost=1, timeouts=1, depth=12),
     _scenario(
         "late crash: bytes of a worker that died arrive after another did its work",
         _client("A", A0, A1, resends=1), _client("D", DELETION, resends=1),

@@ -64,6 +64,7 @@ class Operation:
     # What a chunk names from the client's last reply, a deletion from what is read just before.
     guard: Literal["", "if-match", "epoch"] = ""
     source: int = 0
+    starts_over: bool = False  # a chunk that begins from the zero state, in a new epoch
     client: int = 0
     index: int = 0
 
