@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import ModelSpec
 from service.core.errors import StoreUnavailable
-from service.transports.http.limits import ApiLimits
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from tests.service.transports.http import test_blocks, test_per_chunk, test_whole
@@ -144,22 +143,24 @@ async def test_output_per_chunk_has_no_axis_of_steps(
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
-async def test_long_requests_have_the_same_outputs(
-    pipeline_server: RealServer, models: dict[str, Artifact], binary: bool
+async def test_long_requests_are_read_in_blocks_with_the_same_results(
+    pipeline_server: RealServer,
+    models: dict[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    binary: bool,
 ) -> None:
-    sent = rows(8_000)
-    limits = ApiLimits()
-    async with harness(pipeline_server, models, limits=limits, extend=add_v2) as api:
+    """Requests of usual length, as if they were long."""
+    monkeypatch.setattr("service.transports.kserve.inference.LONG_BYTES", 100)
+    sent = rows(15)
+    async with harness(pipeline_server, models, fast_path=False, extend=add_v2) as api:
         v2 = V2(api)
         reply = await v2.infer(sent, binary=binary, sequence_id=1, sequence_start=True, position=0)
         expected = oracle_outputs(models["probe"], sent)
         for name, values in models["probe"].outputs.by_name(expected).items():
-            np.testing.assert_allclose(reply.outputs[name], values, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(reply.outputs[name], values, rtol=1e-4, atol=1e-5)
         several = await v2.infer(np.stack([sent, sent]), binary=binary)
         np.testing.assert_array_equal(several.outputs["out"][1], reply.outputs["out"])
-        sent[7_000, 1] = np.nan
+        sent[12, 1] = np.nan
         body, headers = binary_body(sent, {"sequence_id": 1})
-        assert (
-            "inputs[7000][1]"
-            in error_of(await v2.post(body, headers), 422, "invalid_input")["error"]
-        )
+        error = error_of(await v2.post(body, headers), 422, "invalid_input")
+        assert "inputs[12][1]" in error["error"]
