@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import yaml
 from models.examples.post.__main__ import HERE
 from tests.support.needs import needs_tools
 from tests.support.pages import ROOT, agrees, blocks, run
-from tests.support.service import Service, running
+from tests.support.service import LEAN_KERAS, Service, customise, running
 
 PAGE = "docs/tutorials/from-the-post.md"
 PRINTED_WITHIN = 6e-8
@@ -28,9 +29,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     pytest.importorskip("tensorflow")
     folder = tmp_path_factory.mktemp("post")
     models = folder / "models"
+    customise(folder, LEAN_KERAS)
     made = subprocess.run(
         [sys.executable, "-m", "models.examples.post", str(models)],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         check=False,

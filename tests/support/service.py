@@ -104,17 +104,25 @@ def _is_ready(client: httpx.Client) -> bool:
         return False
 
 
-QUICK_TENSORFLOW = """
+LEAN_KERAS = """
 import sys
 
 sys.modules.update(dict.fromkeys(("pandas", "scipy", "sklearn")))
+"""
+"""A `sitecustomize` for Keras: it imports these packages if they are installed, for a second, and
+in a deployment they are not."""
 
+TWO_RUNGS = """
 from service.engine.runtimes import tensorflow
 
 tensorflow.ROWS_AT = {16: (1,), 64: (32,)}
 """
-"""A `sitecustomize`: Keras imports three packages only if they are installed, which they are not in
-a deployment, and TensorFlow compiles two programs per model instead of twelve."""
+"""One with which TensorFlow compiles two programs per model instead of twelve."""
+
+
+def customise(folder: Path, code: str) -> None:
+    """Write a `sitecustomize` that every process with this folder on its PYTHONPATH runs."""
+    (folder / "sitecustomize.py").write_text(code)
 
 
 def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
@@ -128,7 +136,7 @@ def runtime_environment(runtime: str, folder: Path) -> dict[str, str]:
         return {"CARRY_RUNTIME": runtime}
     customisation = folder / "sitecustomize"
     customisation.mkdir(exist_ok=True)
-    (customisation / "sitecustomize.py").write_text(QUICK_TENSORFLOW)
+    customise(customisation, LEAN_KERAS + TWO_RUNGS)
     return {
         "CARRY_RUNTIME": runtime,
         "PYTHONPATH": str(customisation),

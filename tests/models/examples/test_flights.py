@@ -1,3 +1,4 @@
+import functools
 from datetime import timedelta
 
 import polars as pl
@@ -13,8 +14,16 @@ from models.examples.flights.data import EVENT_COLUMNS, flight_events, with_weat
 from models.spec.spec_file import read_spec
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tables():
+    """The files are read once: that takes longer than all that is made of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read", functools.cache(data._read))
+        yield
+
+
 @pytest.fixture(scope="module")
-def events() -> pl.DataFrame:
+def events(tables) -> pl.DataFrame:
     return flight_events()
 
 
