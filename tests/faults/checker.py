@@ -3,17 +3,7 @@
 Tags are hash chains, so the chunks that were sent determine the possible histories: each chunk that
 starts at the position of a known state leads to one further tag. The history of an epoch is the
 chain to the stream's final tag, or, where the stream was removed before, to the last tag that was
-acknowledged in it. Then
-
-    mixed      an acknowledged tag that no chain of sent chunks gives; outputs, a position or an
-               epoch that are not those of the chunks on the chain to that tag; a removed
-               stream's epoch that comes back
-    doubled    outputs as if one chunk of the chain had been applied twice
-    lost       an acknowledged chunk outside the history of its epoch, unless a fault that may
-               take it came between and its client noticed; an epoch that ended otherwise
-               than by such a fault or because the stream was removed; outputs as if one chunk
-               of the chain were missing; two appends acknowledged for one place; a rejection that
-               denies what was acknowledged before
+acknowledged in it. docs/how-to/run-fault-tests.md says what counts as lost, doubled and mixed.
 
 The outputs of every acknowledged chunk, also of those that were rolled back, are compared bit by
 bit with whole-number arithmetic (`network.compute`): what an undisturbed service computes.
@@ -114,12 +104,9 @@ class _Node:
 
     def compute(self) -> NDArray[np.int64]:
         """Outputs of the last chunk; each chunk of the chain is computed once."""
-        missing, at = [], self
-        while at.outputs is None:
-            missing.append(at)
-            at = at.before
-        for node in reversed(missing):
-            node.outputs = compute(node.before.outputs[-1], node.chunk.rows)
+        for node in self.chain() if self.outputs is None else ():
+            if node.outputs is None:
+                node.outputs = compute(node.before.outputs[-1], node.chunk.rows)
         return self.outputs
 
 

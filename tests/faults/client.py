@@ -21,7 +21,7 @@ import numpy as np
 from carry_client import Problem
 from tests.faults.history import NO_HEAD, Burst, Chunk, Head, History, Reply, Span, StreamLog
 from tests.faults.network import FEATURES, Rows, random_events
-from tests.faults.transports import TIMEOUT_S, UNCONDITIONAL, Conditions, WorkerClient
+from tests.faults.transports import ALWAYS, TIMEOUT_S, Conditions, WorkerClient
 
 APPENDS = 16
 SHORT_LIVED = "x"
@@ -49,7 +49,7 @@ class Sender:
     random: np.random.Generator
 
     async def _attempt(
-        self, chunk: Chunk, worker: str, conditions: Conditions = UNCONDITIONAL
+        self, chunk: Chunk, worker: str, conditions: Conditions = ALWAYS
     ) -> Reply | None:
         """Send a chunk once; None where the outcome is unknown."""
         try:

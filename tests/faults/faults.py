@@ -27,7 +27,6 @@ from tests.faults.network import MODEL
 from tests.faults.stores import suspended
 from tests.faults.traffic import (
     BEFORE_LOAD,
-    CHUNK_REQUEST,
     COMPUTING,
     STAGES,
     let_pass,
@@ -57,7 +56,8 @@ patience."""
 _LATE_S = {BEFORE_LOAD: 0.0006, COMPUTING: 0.0012}
 """A kill comes up to so long after the request, or the load's answer, was forwarded: the worker
 is to have it. Commits are still in the proxy when the kill comes."""
-_ANYTHING, _APPLIED, _WRITES = map(re.compile, (b"", rb"^HTTP/1\.1 200", b"EVAL"))
+_ANYTHING, _WRITES = re.compile(b""), re.compile(b"EVAL")
+_APPLIED = re.compile(rb'^HTTP/1\.1 200|"status":200|\xa6status\xcc\xc8')
 _CREATES_OR_DELETES = re.compile(
     rb"EVAL.*:s:%b:%b.*CRRY\x01(?:\x04|.{59}\x00{8})" % (MODEL.encode(), SHORT_LIVED.encode()),
     re.DOTALL,
@@ -202,7 +202,8 @@ class FaultInjector:
         """Cut some connections of workers within bytes that match; at least one.
 
         Args:
-            direction: of replies of the store, those to commits are cut.
+            direction: of clients' requests, those with chunks are cut; of the store's replies,
+                those to commits.
             holds: whether all that the worker writes is held back instead, mostly from the creation
                 or deletion of a short-lived stream on, and delivered after it was abandoned.
         """
@@ -214,6 +215,8 @@ class FaultInjector:
 
         def cut(connection: Connection, passing: Direction, data: bytes) -> None:
             if passing != direction or pattern.search(data) is None:
+                return
+            if not is_store and passing == "request" and not traffic.begins_chunk(connection, data):
                 return
             if is_store and traffic.owner_of(connection) == "":
                 return
@@ -272,7 +275,7 @@ FAULTS: Final[dict[str, tuple[Inject, tuple[str, ...]]]] = {
     "store killed": (_on_store(method="kill"), _EVERY),
     "store stopped and continued": (_on_store(method="pause"), _EVERY),
     "store's memory full": (_on_store(method="fill"), _EVERY),
-    "requests cut": (_cut(side="clients", direction="request", pattern=CHUNK_REQUEST), _EVERY),
+    "requests cut": (_cut(side="clients", direction="request"), _EVERY),
     "replies cut": (_cut(side="clients", direction="reply", pattern=_APPLIED), _EVERY),
     "commits cut": (_cut(side="store", direction="request", pattern=_WRITES), _EVERY),
     "commits' answers cut": (_cut(side="store", direction="reply"), _EVERY),

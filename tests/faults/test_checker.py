@@ -156,7 +156,7 @@ def test_outputs_of_another_state_are_detected_many_chunks_later(
     [
         ([0, 3, 6], 0, 9, 0, set()),
         ([0, 3, 9], 1, 12, 0, set()),
-        ([0, 3, 3], 0, 6, 0, {LOST}),
+        ([0, 3, 3], 0, 9, 0, {LOST}),
         ([0, 3, 6], 0, 6, 0, {LOST}),
         ([0, 3, 6], 0, 12, 0, {DOUBLED}),
         ([0, 3, 6], 0, 9, 1, {MIXED}),

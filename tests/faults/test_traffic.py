@@ -81,6 +81,16 @@ def test_connections_of_no_worker_are_ignored() -> None:
     assert observe(SENT, ("request", b"\x00 no command"), owner="").pending("a")
 
 
+def test_frame_of_a_live_socket_is_pending_until_its_outcome_begins() -> None:
+    traffic, socket = Traffic(), Connection(None, "a")
+    traffic.proxies["a"] = SimpleNamespace(connections=[socket])
+    for passing in ("GET /v1/models/keeps-all/streams/s001/live HTTP/1.1", "frame", "frame"):
+        traffic.watch_clients(socket, "request", passing.encode())
+        assert [each.stream for each in traffic.pending("a")] == ["s001"] * (passing == "frame")
+        traffic.watch_clients(socket, "reply", b"H")
+        assert not traffic.pending("a")
+
+
 def test_chunk_is_pending_until_its_reply_begins() -> None:
     traffic, chunk, read = Traffic(), Connection(None, "a"), Connection(None, "a")
     traffic.proxies["a"] = SimpleNamespace(connections=[chunk, read])

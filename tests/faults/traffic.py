@@ -41,6 +41,8 @@ CHUNK_REQUEST: Final = re.compile(
 )
 """The beginning of a request with a chunk; the group that matches is its stream."""
 
+_LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/([^/ ]+)/live")
+
 _STATE_KEY: Final = re.compile(rb"\}:s:[^:]+:(.+)$", re.DOTALL)
 _MORE: Final = object()
 
@@ -74,10 +76,15 @@ class FaultProxy(Proxy):
 
 @dataclass(slots=True, eq=False)
 class PendingChunk:
-    """A chunk that was sent to a worker, and its stage; None once its reply begins."""
+    """The last chunk of a client's connection, and its stage; None once its reply begins.
+
+    Attributes:
+        is_live: whether all that follows on the connection are frames of chunks of the stream.
+    """
 
     stream: str
     stage: str | None = BEFORE_LOAD
+    is_live: bool = False
 
 
 class _Error(Exception):
@@ -118,10 +125,18 @@ class Traffic:
         if direction == "reply":
             if connection.notes is not None:
                 connection.notes.stage = None
-            connection.notes = None
-        elif match := CHUNK_REQUEST.match(data):
-            connection.notes = PendingChunk((match[1] or match[2]).decode())
+        elif match := _LIVE_SOCKET.match(data):
+            connection.notes = PendingChunk(match[1].decode(), None, is_live=True)
+        elif self.begins_chunk(connection, data):
+            if match := CHUNK_REQUEST.match(data):
+                connection.notes = PendingChunk((match[1] or match[2]).decode())
+            connection.notes.stage = BEFORE_LOAD
             self.hook(connection.owner, BEFORE_LOAD)
+
+    def begins_chunk(self, connection: Connection, data: bytes) -> bool:
+        """Whether a client sends the beginning of a chunk."""
+        is_live = connection.notes is not None and connection.notes.is_live
+        return is_live or CHUNK_REQUEST.match(data) is not None
 
     def watch_store(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Read commands and replies of workers."""
@@ -158,7 +173,7 @@ class Traffic:
         if worker in self._victims:
             return self._victims[worker]
         notes = (connection.notes for connection in self.proxies[worker].connections)
-        return [chunk for chunk in notes if chunk is not None]
+        return [chunk for chunk in notes if chunk is not None and chunk.stage is not None]
 
     def note_kill(self, worker: str) -> None:
         """From now on no answer reaches a worker; what it wrote before is still to pass."""

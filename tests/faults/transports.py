@@ -1,31 +1,46 @@
 """Transports: the ways by which a client sends a chunk to a worker.
 
 Each is a class with `send` and `close`, and an entry of `TRANSPORTS`; every attempt of a client
-draws one of those that the run allows. `traffic.CHUNK_REQUEST` has to match its requests, so that
-the stage of their chunks is known when a worker is killed.
+draws one of those that the run allows. `Traffic.begins_chunk` has to recognize its requests, so
+that the stage of their chunks is known when a worker is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+import msgpack
 import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidStatus, WebSocketException
 
-from carry_client import AsyncCarry, Encoding, NoAnswer, Problem, encode_body, stream_path
+from carry_client import (
+    AsyncCarry,
+    Encoding,
+    NoAnswer,
+    Problem,
+    encode_body,
+    errors,
+    read_response,
+    stream_path,
+)
 from tests.faults.history import NO_HEAD, Chunk, Head, Reply
 from tests.faults.network import MODEL, OUTPUT
 
 TIMEOUT_S: Final = 2.5
 STREAM_HEADER: Final = "chunk-of-stream"
 """Names the stream to the proxies, where the address does not; the service ignores it."""
-
 _REJECTIONS: Final = frozenset(
     {"position_ahead", "position_behind", "already_applied", "state_changed", "epoch_mismatch"}
 )
+Members = Mapping[str, Any]
 T = TypeVar("T")
 
 
@@ -40,14 +55,19 @@ class Conditions(NamedTuple):
     etag: str | None = None
     deadline_s: float | None = None
 
+    def headers(self, **more: str) -> dict[str, str]:
+        """Headers of HTTP, without the ETag."""
+        seconds = self.deadline_s
+        return more if seconds is None else {**more, "carry-timeout": f"{seconds:.3f}"}
 
-UNCONDITIONAL: Final = Conditions()
+
+ALWAYS: Final = Conditions()
 
 
 class Transport(Protocol):
     """Sends chunks to one worker."""
 
-    async def send(self, chunk: Chunk, conditions: Conditions = UNCONDITIONAL) -> Mapping[str, Any]:
+    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
         """The members of version 1's reply (epoch, tag, position, outputs, replayed), whatever form
         they have on the wire.
 
@@ -64,18 +84,14 @@ class V1:
     """Version 1 of the HTTP API."""
 
     def __init__(self, url: str, encoding: Encoding = "json"):
-        self._carry, self._is_json = AsyncCarry(url, encoding=encoding), encoding == "json"
+        self._carry, self._encoding = AsyncCarry(url, encoding=encoding), encoding
         self.close = self._carry.close
 
-    async def send(self, chunk: Chunk, conditions: Conditions = UNCONDITIONAL) -> Mapping[str, Any]:
-        inputs = chunk.rows.tolist() if self._is_json else chunk.rows.astype("<f4").tobytes()
-        members = {"position": chunk.start, "epoch": conditions.epoch, "inputs": inputs}
-        headers = deadline_header(conditions)
-        if conditions.etag is not None:
-            headers["if-match"] = f'"{conditions.etag}"'
-        body = {name: value for name, value in members.items() if value is not None}
-        path = f"{stream_path(MODEL, chunk.stream)}/chunks"
-        reply: Mapping[str, Any] = await self._carry.request("POST", path, body, headers=headers)
+    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+        tag = {} if conditions.etag is None else {"if-match": f'"{conditions.etag}"'}
+        body, path = v1_body(chunk, conditions, self._encoding), stream_path(MODEL, chunk.stream)
+        headers = conditions.headers(**tag)
+        reply: Members = await self._carry.request("POST", f"{path}/chunks", body, headers=headers)
         return reply
 
 
@@ -86,21 +102,25 @@ class V2:
         self._carry, self._is_binary = AsyncCarry(url, encoding="json"), is_binary
         self.close = self._carry.close
 
-    async def send(self, chunk: Chunk, conditions: Conditions = UNCONDITIONAL) -> Mapping[str, Any]:
-        parameters: dict[str, Any] = {"sequence_id": chunk.stream}
-        parameters |= {} if chunk.start is None else {"position": chunk.start}
-        parameters |= {} if conditions.epoch is None else {"epoch": conditions.epoch}
-        rows, headers = chunk.rows.astype("<f4"), deadline_header(conditions)
-        tensor = {"name": "inputs", "datatype": "FP32", "shape": rows.shape}
+    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+        rows, headers = (
+            chunk.rows.astype("<f4"),
+            conditions.headers(**{STREAM_HEADER: chunk.stream}),
+        )
+        tensor: dict[str, Any] = {"name": "inputs", "datatype": "FP32", "shape": rows.shape}
         if self._is_binary:
             tensor["parameters"] = {"binary_data_size": rows.nbytes}
         else:
             tensor["data"] = rows.ravel().tolist()
-        body = encode_body("json", {"parameters": parameters, "inputs": [tensor]})
+        parameters = {
+            "sequence_id": chunk.stream,
+            "position": chunk.start,
+            "epoch": conditions.epoch,
+        }
+        body = encode_body("json", {"parameters": without_none(parameters), "inputs": [tensor]})
         if self._is_binary:
             headers["inference-header-content-length"] = str(len(body))
             body += rows.tobytes()
-        headers[STREAM_HEADER] = chunk.stream
         path = f"/v2/models/{MODEL}/infer"
         reply = await self._carry.request("POST", path, body, headers=headers)
         [output] = reply["outputs"]
@@ -108,10 +128,70 @@ class V2:
         return {**reply["parameters"], "outputs": {output["name"]: outputs}}
 
 
-def deadline_header(conditions: Conditions) -> dict[str, str]:
-    """The header that says how long the service may take."""
-    seconds = conditions.deadline_s
-    return {} if seconds is None else {"carry-timeout": f"{seconds:.3f}"}
+class LiveSockets:
+    """Version 1 over WebSocket: a socket for a stream, kept while its chunks are answered.
+
+    A deadline belongs to a socket, so an attempt with one has a socket of its own.
+    """
+
+    def __init__(self, url: str, encoding: Encoding = "msgpack"):
+        self._url, self._encoding = url.replace("http", "ws", 1), encoding
+        self._idle: dict[str, list[ClientConnection]] = defaultdict(list)
+
+    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+        etag = without_none({"if_match": conditions.etag})
+        frame = encode_body(self._encoding, v1_body(chunk, conditions, self._encoding) | etag)
+        is_kept = conditions.deadline_s is None and chunk.start is not None
+        idle, outcome = self._idle[chunk.stream] if is_kept else [], None
+        try:
+            socket = idle.pop() if idle else await self._open(chunk.stream, conditions.deadline_s)
+            try:
+                await socket.send(frame, text=self._encoding == "json")
+                answer = await socket.recv(decode=False)
+                outcome = json.loads(answer) if answer[:1] == b"{" else msgpack.unpackb(answer)
+            finally:
+                if is_kept and outcome is not None:
+                    idle.append(socket)
+                else:
+                    # its outcome would be taken for another's
+                    socket.transport.abort()
+        except InvalidStatus as error:
+            read_response(error.response.status_code, "application/json", error.response.body)
+            raise
+        except (OSError, EOFError, WebSocketException) as error:
+            raise NoAnswer(error) from error
+        if "error" in outcome:
+            raise errors.read_problem(outcome["status"], outcome["error"])
+        reply: Members = outcome["reply"]
+        return reply
+
+    async def close(self) -> None:
+        for socket in chain.from_iterable(self._idle.values()):
+            await socket.close()
+
+    async def _open(self, stream: str, deadline_s: float | None) -> ClientConnection:
+        url = f"{self._url}{stream_path(MODEL, stream)}/live"
+        url += "" if deadline_s is None else f"?timeout_s={deadline_s:.3f}"
+        socket = await connect(url, ping_interval=None, compression=None, proxy=None)
+        try:
+            # the hello
+            await socket.recv()
+        except BaseException:
+            socket.transport.abort()
+            raise
+        return socket
+
+
+def v1_body(chunk: Chunk, conditions: Conditions, encoding: Encoding) -> dict[str, Any]:
+    """The members of version 1's body for a chunk."""
+    is_json = encoding == "json"
+    inputs = chunk.rows.tolist() if is_json else chunk.rows.astype("<f4").tobytes()
+    return without_none({"position": chunk.start, "epoch": conditions.epoch, "inputs": inputs})
+
+
+def without_none(members: Members) -> dict[str, Any]:
+    """The members that have a value."""
+    return {name: value for name, value in members.items() if value is not None}
 
 
 TRANSPORTS: Final[dict[str, Callable[[str], Transport]]] = {
@@ -119,6 +199,8 @@ TRANSPORTS: Final[dict[str, Callable[[str], Transport]]] = {
     "msgpack": partial(V1, encoding="msgpack"),
     "v2": V2,
     "v2-binary": partial(V2, is_binary=True),
+    "websocket": LiveSockets,
+    "websocket-json": partial(LiveSockets, encoding="json"),
 }
 
 
@@ -126,28 +208,18 @@ class WorkerClient:
     """One worker: chunks by any transport, streams by version 1. Every request is sent once, and
     fails unless it is answered in time."""
 
-    def __init__(
-        self,
-        name: str,
-        url: str,
-        transports: Sequence[str] = tuple(TRANSPORTS),
-        timeout_s: float = TIMEOUT_S,
-    ):
-        self._name = name
+    def __init__(self, name: str, url: str, transports: Sequence[str], timeout_s: float):
+        self._name, self._timeout_s = name, timeout_s
         self._carry = AsyncCarry(url, encoding="json")
         self._transports = [TRANSPORTS[each](url) for each in transports]
-        self._timeout_s = timeout_s
 
     async def send(
         self, chunk: Chunk, conditions: Conditions, random: np.random.Generator
     ) -> Reply:
         """Send a chunk by one of the transports: an acknowledgement, or a rejection that names the
         stream's head. Raises every other problem."""
-        transport, sent_s = (
-            self._transports[random.integers(len(self._transports))],
-            time.monotonic(),
-        )
-        code, outputs = "", None
+        transport = self._transports[random.integers(len(self._transports))]
+        sent_s, code, outputs = time.monotonic(), "", None
         try:
             members = await self._in_time(transport.send(chunk, conditions))
             outputs = np.asarray(members["outputs"][OUTPUT], np.float32)
@@ -190,7 +262,7 @@ class WorkerClient:
             raise NoAnswer(error) from error
 
 
-def _read_head(members: Mapping[str, Any]) -> tuple[str | None, bytes | None, int]:
+def _read_head(members: Members) -> tuple[str | None, bytes | None, int]:
     """Epoch, tag and position of a document that names a stream's head."""
     tag = members.get("tag")
     return members.get("epoch"), tag and bytes.fromhex(tag), members.get("position") or 0
