@@ -30,6 +30,7 @@ from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
+from service.pipeline.watching import Watches
 from service.settings import Settings
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
@@ -38,6 +39,7 @@ from service.transports.http.connection.http_protocol import HTTP_STATE
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from service.transports.websocket.application import SocketLimits, add_live_sockets
+from service.transports.websocket.watching import add_watching
 
 LATE_S = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -87,6 +89,7 @@ def create_app() -> FastAPI:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[dict[str, object]]:
         await store.start()
+        await store.outputs.start()
         began_s = time.monotonic()
         await pipeline.start()
         for model in served:
@@ -97,6 +100,7 @@ def create_app() -> FastAPI:
             yield {HTTP_STATE: api.state.http}
         finally:
             await pipeline.stop()
+            await store.outputs.close()
             await store.close()
 
     limits = ApiLimits(
@@ -133,6 +137,7 @@ def create_app() -> FastAPI:
         settings.websocket_window, settings.websocket_idle_s, settings.max_body_bytes
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
+    add_watching(api, Watches(store))
     return api
 
 

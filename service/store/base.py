@@ -25,6 +25,7 @@ from service.core.values import (
     StreamState,
     Tombstone,
 )
+from service.store.outputs import OutputChannel
 
 
 class Commit(NamedTuple):
@@ -66,6 +67,10 @@ Loaded = StreamState | Tombstone | CarryError | None
 
 class StateStore(Protocol):
     """Stores the states of streams durably."""
+
+    @property
+    def outputs(self) -> OutputChannel:
+        """The channel on which it publishes what it commits to watched streams; not started."""
 
     async def start(self) -> None:
         """Connect and check the servers' configuration; once, before use."""

@@ -56,6 +56,7 @@ from service.store.codec import (
     head_bytes,
     raw_head,
 )
+from service.store.outputs import Output, OutputChannel
 from service.store.redis.cluster_router import ClusterRouter
 from service.store.redis.connections import RETRY_AFTER_S, is_transient
 from service.store.redis.outcomes import (
@@ -68,6 +69,7 @@ from service.store.redis.outcomes import (
     resolve_retried_deletion,
     state_damaged_error,
 )
+from service.store.redis.output_channel import RedisOutputChannel
 from service.store.redis.pipelined_connection import Script, StoreRequest
 from service.store.redis.readiness import Readiness
 from service.store.redis.router import Router, SingleServerRouter, first_error
@@ -83,6 +85,9 @@ log = structlog.get_logger(__name__)
 
 class RedisStore:
     """A `StateStore` on a single server or a cluster, depending on the address.
+
+    Attributes:
+        outputs: the channel on which it publishes what it commits to watched streams.
 
     Raises:
         StoreRefused: the settings' address cannot be used.
@@ -102,6 +107,7 @@ class RedisStore:
         self._commit_script = Script.load("commit")
         self._delete_script = Script.load("delete")
         self._confirm_script = Script.load("confirm")
+        self.outputs: OutputChannel = RedisOutputChannel(settings)
         self._readiness = Readiness(self._router, settings, self._commit_script)
 
     async def start(self) -> None:
@@ -242,7 +248,15 @@ class RedisStore:
                 )
                 for index, result in zip(members, group_results, strict=True):
                     results[index] = result
+        if self.outputs.watched:
+            self._publish(commits, results)
         return [result for result in results if result is not None]
+
+    def _publish(self, commits: Sequence[Commit], results: Sequence[CommitResult | None]) -> None:
+        """Publish the outputs of the watched streams among those that were committed."""
+        for (key, _, new, reply), result in zip(commits, results, strict=True):
+            if key in self.outputs.watched and result is COMMITTED and new.last is not None:
+                self.outputs.publish(Output(key, new.last.start, reply))
 
     async def delete(
         self, key: StreamKey, expected: StreamHead | None = None, deadline_s: float | None = None
@@ -272,6 +286,7 @@ class RedisStore:
                     return outcome_unknown_error(key, expected, outcome.detail)
                 raise outcome
             if outcome.value == _WRITTEN:
+                self.outputs.publish(Output(key, 0, None))
                 if not outcome.is_durable:
                     return self._not_durable_error(key)
                 return COMMITTED if is_stream or may_have_deleted else Conflicted(None)

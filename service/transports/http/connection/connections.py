@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -94,6 +95,7 @@ class Connections:
 
     Attributes:
         limits: the limits.
+        on_drain: called when the graceful shutdown begins, to end responses without an end.
     """
 
     def __init__(self, limits: ConnectionLimits | None = None):
@@ -103,6 +105,15 @@ class Connections:
         self._events: Counter[str] = Counter()
         self._logged_s = -LOG_INTERVAL_S
         self._timer: asyncio.TimerHandle | None = None
+        self._is_draining = False
+        self.on_drain: list[Callable[[], None]] = []
+
+    def drain(self) -> None:
+        """Begin the graceful shutdown; each connection calls it."""
+        if not self._is_draining:
+            self._is_draining = True
+            for begin in self.on_drain:
+                begin()
 
     def __len__(self) -> int:
         return len(self._seen)

@@ -73,6 +73,7 @@ class FaultyStore:
         self.holds = 0
         """How many calls were held so far."""
         self._store = store
+        self.outputs = store.outputs
 
     async def start(self) -> None:
         await self._store.start()

@@ -1,0 +1,264 @@
+"""The channel of outputs on Redis' publish/subscribe.
+
+Each worker listens on one control channel, on which workers announce the streams that they watch.
+An announcement is a lease: it is repeated, and forgotten some time after the last one. The outputs
+of a watched stream are published on a channel of its own. A worker that connects asks for all
+announcements. On a cluster any node serves, since publications reach every node.
+
+The connection is replaced when it breaks, and the receivers then read their streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from itertools import cycle
+from typing import Any, Final
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from service.core.errors import StoreUnavailable
+from service.core.values import StreamKey
+from service.store.codec import CodecError, decode_reply, encode_reply
+from service.store.outputs import Output, Receiver
+from service.store.redis.connections import RETRY_AFTER_S, ConnectionFactory, describe_error
+from service.store.redis.topology import node_url, parse_startup_nodes
+from service.store.settings import StoreSettings
+
+ANNOUNCE_INTERVAL_S: Final = 5.0
+LEASE_S: Final = 3 * ANNOUNCE_INTERVAL_S
+RECONNECT_S: Final = 0.5
+MAX_RECONNECT_S: Final = 30.0
+MAX_UNSENT: Final = 1024
+"""Publications that wait for the store; further ones are dropped, and receivers notice the gap."""
+
+MAX_PER_ROUND_TRIP: Final = 64
+_ASK: Final = b"?"
+_POSITION_BYTES: Final = 8
+
+log = structlog.get_logger(__name__)
+
+
+class RedisOutputChannel:
+    """An `OutputChannel` on a single server or a cluster.
+
+    Attributes:
+        watched: the streams that any worker watches, and until when, on the monotonic clock.
+
+    Raises:
+        StoreRefused: the settings' address cannot be used.
+    """
+
+    def __init__(self, settings: StoreSettings):
+        self.watched: dict[StreamKey, float] = {}
+        self._wait_s = settings.wait_s
+        self._control = f"{settings.namespace}:watched"
+        self._prefix = f"{settings.namespace}:outputs:"
+        urls = [settings.url]
+        if settings.is_cluster:
+            nodes = parse_startup_nodes(settings.url)
+            urls = [node_url(settings.url, node) for node in nodes]
+        self._factories = cycle([ConnectionFactory(replace(settings, url=url)) for url in urls])
+        self._receivers: dict[StreamKey, set[Receiver]] = {}
+        self._confirmed: set[StreamKey] = set()
+        self._waiting: dict[StreamKey, asyncio.Event] = {}
+        self._pubsub: PubSub | None = None
+        self._unsent: deque[tuple[str, bytes]] = deque()
+        self._has_unsent = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Connect, in the background; once, after the store is started."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def close(self) -> None:
+        """Release connections; once."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def publish(self, output: Output) -> None:
+        """Send an output to the workers that watch its stream; drops it if too many wait."""
+        if output.key not in self.watched:
+            return
+        payload = output.start.to_bytes(_POSITION_BYTES, "little")
+        if output.reply is not None:
+            try:
+                payload += encode_reply(output.reply)
+            except CodecError:
+                return
+        self._send(self._prefix + _name(output.key), payload)
+
+    async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
+        """Receive what any worker commits from now on.
+
+        Raises:
+            StoreUnavailable: the workers could not be told in time.
+        """
+        receivers = self._receivers.setdefault(key, set())
+        receivers.add(receiver)
+        announced = self._waiting.setdefault(key, asyncio.Event())
+        try:
+            async with asyncio.timeout(self._wait_s):
+                if self._pubsub is not None:
+                    # if it is not connected, it subscribes to all as soon as it is
+                    with suppress(RedisError, OSError):
+                        await self._pubsub.subscribe(self._prefix + _name(key))
+                await announced.wait()
+        except TimeoutError:
+            self.unsubscribe(key, receiver)
+            raise StoreUnavailable(
+                "the store did not confirm the subscription in time", retry_after_s=RETRY_AFTER_S
+            ) from None
+
+    def unsubscribe(self, key: StreamKey, receiver: Receiver) -> None:
+        """Stop receiving; the announcement expires."""
+        receivers = self._receivers.get(key, set())
+        receivers.discard(receiver)
+        if not receivers:
+            self._receivers.pop(key, None)
+            self._waiting.pop(key, None)
+
+    async def _run(self) -> None:
+        """Listen and publish until cancelled, with a new connection when one breaks."""
+        is_degraded = False
+        delay_s = RECONNECT_S
+        while True:
+            factory = next(self._factories)
+            pool = factory.create_pool()
+            client: Redis = Redis(connection_pool=pool)
+            try:
+                async with client.pubsub() as pubsub, asyncio.TaskGroup() as tasks:
+                    await self._connect(pubsub)
+                    delay_s = RECONNECT_S
+                    if is_degraded:
+                        log.info("outputs_recovered", store=factory.redacted_url)
+                        is_degraded = False
+                    tasks.create_task(self._listen(pubsub))
+                    tasks.create_task(self._publish_all(client))
+                    tasks.create_task(self._announce_repeatedly(pubsub))
+            except* Exception as errors:
+                if not is_degraded:
+                    is_degraded = True
+                    reason = describe_error(_first(errors))
+                    log.warning("outputs_unavailable", store=factory.redacted_url, reason=reason)
+            finally:
+                self._pubsub = None
+                await pool.disconnect()
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, MAX_RECONNECT_S)
+
+    async def _connect(self, pubsub: PubSub) -> None:
+        self._confirmed.clear()
+        await pubsub.subscribe(self._control)
+        if await pubsub.get_message(timeout=self._wait_s) is None:
+            raise TimeoutError("no answer to a subscription")
+        requested: set[StreamKey] = set()
+        # more may be added meanwhile
+        while missing := self._receivers.keys() - requested:
+            await pubsub.subscribe(*[self._prefix + _name(key) for key in missing])
+            requested |= missing
+        self._pubsub = pubsub
+        self._send(self._control, _ASK)
+
+    async def _listen(self, pubsub: PubSub) -> None:
+        while True:
+            message = await pubsub.get_message(timeout=ANNOUNCE_INTERVAL_S)
+            if message is None:
+                continue
+            topic = message["channel"].decode()
+            if message["type"] == "subscribe":
+                self._on_subscribed(topic)
+            elif message["type"] != "message":
+                continue
+            elif topic == self._control:
+                self._on_announcement(message["data"])
+            else:
+                self._on_output(topic.removeprefix(self._prefix), message["data"])
+
+    def _on_subscribed(self, topic: str) -> None:
+        """Announce a stream once its outputs would be received."""
+        key = _key(topic.removeprefix(self._prefix))
+        self._confirmed.add(key)
+        self._announce([key])
+        for receiver in tuple(self._receivers.get(key, ())):
+            receiver.resynchronize()
+
+    def _on_announcement(self, payload: bytes) -> None:
+        if payload == _ASK:
+            self._announce(self._confirmed)
+            return
+        until_s = time.monotonic() + LEASE_S
+        for name in payload.decode().split():
+            key = _key(name)
+            self.watched[key] = until_s
+            if key in self._waiting and key in self._confirmed:
+                self._waiting[key].set()
+
+    def _on_output(self, name: str, payload: bytes) -> None:
+        key = _key(name)
+        start = int.from_bytes(payload[:_POSITION_BYTES], "little")
+        reply = None
+        if len(payload) > _POSITION_BYTES:
+            with suppress(CodecError):
+                reply = decode_reply(payload[_POSITION_BYTES:])
+        for receiver in tuple(self._receivers.get(key, ())):
+            receiver.receive(Output(key, start, reply))
+
+    async def _announce_repeatedly(self, pubsub: PubSub) -> None:
+        while True:
+            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
+            self._forget_expired()
+            unused = self._confirmed - self._receivers.keys()
+            if unused:
+                self._confirmed -= unused
+                await pubsub.unsubscribe(*[self._prefix + _name(key) for key in unused])
+            self._announce(self._confirmed)
+
+    def _forget_expired(self) -> None:
+        now_s = time.monotonic()
+        for key in [key for key, until_s in self.watched.items() if until_s < now_s]:
+            del self.watched[key]
+
+    def _announce(self, keys: Iterable[StreamKey]) -> None:
+        if names := " ".join(map(_name, keys)):
+            self._send(self._control, names.encode())
+
+    def _send(self, topic: str, payload: bytes) -> None:
+        if len(self._unsent) < MAX_UNSENT:
+            self._unsent.append((topic, payload))
+            self._has_unsent.set()
+
+    async def _publish_all(self, client: Any) -> None:
+        while True:
+            await self._has_unsent.wait()
+            pipeline = client.pipeline(transaction=False)
+            for _ in range(min(len(self._unsent), MAX_PER_ROUND_TRIP)):
+                pipeline.publish(*self._unsent.popleft())
+            if not self._unsent:
+                self._has_unsent.clear()
+            await pipeline.execute()
+
+
+def _name(key: StreamKey) -> str:
+    return f"{key.model}:{key.stream}"
+
+
+def _key(name: str) -> StreamKey:
+    # no name of a model contains a colon
+    model, _, stream = name.partition(":")
+    return StreamKey(model, stream)
+
+
+def _first(errors: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,130 @@
+"""Watching a stream that others feed: its outputs as server-sent events.
+
+The `id` of an event is the position up to which the client has all that can be delivered, so that a
+browser that reconnects continues there (`Last-Event-ID`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from service.core.errors import InvalidInput
+from service.core.values import StreamHead, StreamKey
+from service.pipeline.watching import Gap, Idle, Outputs, StreamEvent, Watch, Watched, Watches
+from service.transports.http.connection.http_protocol import HttpState
+from service.transports.http.context import ModelWire, api_of
+from service.transports.http.field_rules import MAX_POSITION
+from service.transports.http.media import Media
+from service.transports.http.replies.pieces import encode_pieces
+from service.transports.http.replies.reply_writer import (
+    EVERY_STEP,
+    REPLY_PARAMETERS,
+    ReplyOptions,
+)
+from service.transports.http.request_fields import query, stream_name
+from service.transports.http.routes.routing import ChunkRoute, ModelPath, StreamPath
+
+ROUTE: Final = "/v1/models/{model}/streams/{stream}/outputs"
+HEARTBEAT_S: Final = 15.0
+"""Time between two comments if nothing happens."""
+
+RETRY_MS: Final = 1000
+LAST_EVENT_ID: Final = "last-event-id"
+_HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
+_is_position = re.compile(r"[0-9]{1,19}", re.ASCII).fullmatch
+
+
+def add_watching(app: FastAPI, watches: Watches) -> None:
+    """Serve the outputs of streams to watchers, in an application that `create_api` made."""
+    state: HttpState = app.state.http
+    state.connections.on_drain.append(watches.drain)
+
+    async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
+        """Stream the outputs of a stream, from now on or from a position."""
+        wire = api_of(request).wire(model)
+        key = StreamKey(wire.served.name, stream_name(stream))
+        parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
+        start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
+        options = wire.writer.options(parameters) if parameters else EVERY_STEP
+        opening = watches.watch(key, start)
+        watch = await opening.__aenter__()
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                async for part in _encode_events(wire, key, watch, options):
+                    yield part
+            finally:
+                await opening.__aexit__(None, None, None)
+
+        return StreamingResponse(events(), headers=_HEADERS, media_type="text/event-stream")
+
+    app.router.routes.append(
+        ChunkRoute(ROUTE, watch_outputs, methods=["GET"], include_in_schema=False)
+    )
+
+
+def _start(parameter: str | None, last_event_id: str | None) -> int | None:
+    """The position from which outputs are wanted; that of a reconnecting client comes first.
+
+    Raises:
+        InvalidInput
+    """
+    for at, text in (("Last-Event-ID", last_event_id), ("?from", parameter)):
+        if text:
+            if not _is_position(text) or int(text) > MAX_POSITION:
+                expected = "a position"
+                raise InvalidInput(
+                    f"{at}: expected {expected}, got {text[:300]!r}",
+                    at=at,
+                    expected=expected,
+                    got=text[:300],
+                )
+            return int(text)
+    return None
+
+
+async def _encode_events(
+    wire: ModelWire, key: StreamKey, watch: Watch, options: ReplyOptions
+) -> AsyncIterator[bytes]:
+    yield b"retry: %d\n\n" % RETRY_MS
+    async for event in watch.follow(HEARTBEAT_S):
+        if isinstance(event, Idle):
+            yield b": idle\n\n"
+            continue
+        name, position, document = _document(wire, key, event, options)
+        yield b"event: %b\n" % name
+        if position is not None:
+            yield b"id: %d\n" % position
+        yield b"data: "
+        for piece in encode_pieces(Media.JSON, document):
+            yield piece
+        yield b"\n\n"
+
+
+def _document(
+    wire: ModelWire, key: StreamKey, event: StreamEvent, options: ReplyOptions
+) -> tuple[bytes, int | None, dict[str, Any]]:
+    """Name, id and data of an event."""
+    served = wire.served
+    names = {"model": served.name, "version": served.version, "stream": key.stream}
+    if isinstance(event, Watched):
+        return b"stream", event.position, {**names, **_head(event.head)}
+    if isinstance(event, Gap):
+        return b"gap", event.end, {"from": event.start, "to": event.end}
+    if isinstance(event, Outputs):
+        outputs = wire.writer.outputs(event.outputs, options)
+        document = {**names, "from": event.start, **_head(event.head), "outputs": outputs}
+        return b"outputs", event.head.position, document
+    return b"end", None, {"reason": event.reason}
+
+
+def _head(head: StreamHead | None) -> dict[str, Any]:
+    if head is None:
+        return {"position": 0}
+    return {"epoch": head.epoch.hex(), "position": head.position, "tag": head.tag.hex()}

@@ -1,0 +1,120 @@
+"""The channel of outputs between the workers of a store, on each kind of store."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from service.store.base import StateStore
+from service.store.outputs import Output
+from service.store.redis.output_channel import RedisOutputChannel
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, until_async
+from tests.support.streams import OpenStore, Streams, committed, key, same_reply
+
+
+class Recorder:
+    """Records what a receiver gets."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+        self.reads = 0
+
+    def receive(self, output: Output) -> None:
+        self.outputs.append(output)
+
+    def resynchronize(self) -> None:
+        self.reads += 1
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+@pytest.fixture
+async def stores(open_on: OpenStore) -> list[StateStore]:
+    """Two workers of one store."""
+    workers = [await open_on(), await open_on()]
+    for worker in workers:
+        await worker.outputs.start()
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            await worker.outputs.close()
+
+
+async def becomes(condition: object, what: str) -> None:
+    async def holds() -> bool:
+        return bool(condition())  # type: ignore[operator]
+
+    await until_async(holds, what)
+
+
+async def test_workers_publish_what_they_commit_to_watched_streams(
+    stores: list[StateStore], streams: Streams
+) -> None:
+    watching, committing = stores
+    first, other = streams.creation(key("a:b")), streams.creation(key("other"))
+    recorder = Recorder()
+    await watching.outputs.subscribe(first.key, recorder)
+    await becomes(lambda: first.key in committing.outputs.watched, "the announcement")
+    await committed(committing, first, other)
+    second = streams.next(first)
+    await committed(watching, second)
+    await becomes(lambda: len(recorder.outputs) == 2, "two outputs")
+    for output, commit in zip(recorder.outputs, (first, second), strict=True):
+        assert output.key == first.key
+        assert output.start == commit.new.last.start
+        assert same_reply(output.reply, commit.reply)
+    await committing.delete(first.key)
+    await becomes(lambda: len(recorder.outputs) == 3, "the deletion")
+    assert recorder.outputs[2] == Output(first.key, 0, None)
+    watching.outputs.unsubscribe(first.key, recorder)
+    await committed(committing, streams.creation(key("third")))
+    assert len(recorder.outputs) == 3
+
+
+async def test_a_worker_that_starts_later_learns_what_is_watched(
+    stores: list[StateStore], open_on: OpenStore, streams: Streams
+) -> None:
+    await stores[0].outputs.subscribe(key("a"), Recorder())
+    late = await open_on()
+    await late.outputs.start()
+    try:
+        await becomes(lambda: key("a") in late.outputs.watched, "the announcement")
+    finally:
+        await late.outputs.close()
+
+
+async def test_a_broken_connection_is_replaced_and_its_streams_are_read(
+    stores: list[StateStore], streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel = stores[0].outputs
+    assert isinstance(channel, RedisOutputChannel)
+    recorder = Recorder()
+    await channel.subscribe(key("a"), recorder)
+    before = channel._pubsub
+    reads = recorder.reads
+    before.connection._writer.transport.abort()
+    await becomes(lambda: channel._pubsub not in (None, before), "another connection")
+    await becomes(lambda: recorder.reads > reads, "a request to read the stream")
+    await becomes(lambda: key("a") in stores[1].outputs.watched, "the announcement")
+    await committed(stores[1], streams.creation(key("a")))
+    await becomes(lambda: recorder.outputs, "an output")
+
+
+async def test_publications_beyond_the_bound_are_dropped(
+    stores: list[StateStore], streams: Streams
+) -> None:
+    channel = stores[0].outputs
+    assert isinstance(channel, RedisOutputChannel)
+    first = streams.creation(key("a"))
+    channel.watched[first.key] = float("inf")
+    for _ in range(5000):
+        channel.publish(Output(first.key, 0, first.reply))
+    assert len(channel._unsent) == 1024
+    await asyncio.wait_for(committed(stores[0], first), 10)
