@@ -70,6 +70,6 @@ async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> 
 @pytest.mark.parametrize("bug", sorted({*CODE, *SCRIPTS}))
 async def test_planted_bug_is_detected(bug: str) -> None:
     kinds, how = PLANTED[bug]
-    options = RunOptions("redis", new_seed(), 8_000, streams=24, plant=bug, **how)
+    options = RunOptions("redis", new_seed(), 8_000, 0, streams=24, plant=bug, **how)
     _, findings = await run(options)
     assert {kind for kind, _ in findings} & kinds
