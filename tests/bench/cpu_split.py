@@ -8,6 +8,7 @@ writing of sockets above all, counts for HTTP.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,27 +59,25 @@ def record_stacks(pid: int, seconds: int, cores: Sequence[int]) -> Counter[str]:
     Raises:
         CannotProfileError
     """
-    beside = Path(sys.executable).with_name("py-spy")
-    profiler = str(beside) if beside.exists() else shutil.which("py-spy")
+    profiler = shutil.which("py-spy", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if profiler is None:
         raise CannotProfileError("py-spy is not installed")
-    with tempfile.TemporaryDirectory(prefix="carry-bench-") as folder:
-        out = Path(folder) / "stacks"
+    with tempfile.NamedTemporaryFile(prefix="carry-bench-") as stacks:
+        command = [profiler, "record", "--format", "raw", "--nonblocking", "--rate", str(RATE_HZ)]
+        command += ["--duration", str(seconds), "--pid", str(pid), "--output", stacks.name]
         done = subprocess.run(
-            [
-                *(profiler, "record", "--format", "raw", "--nonblocking", "--rate", str(RATE_HZ)),
-                *("--duration", str(seconds), "--pid", str(pid), "--output", str(out)),
-            ],
+            command,
             capture_output=True,
             text=True,
             check=False,
             timeout=seconds + ATTACH_S,
             preexec_fn=pin_child(cores),
         )
-        if not out.exists():
-            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise CannotProfileError(f"py-spy cannot look into the server: {last}")
-        return read_stacks(out.read_text())
+        text = Path(stacks.name).read_text()
+    if not text:
+        reasons = done.stderr.strip().splitlines()
+        raise CannotProfileError(f"py-spy cannot look into the server: {reasons[-1:]}")
+    return read_stacks(text)
 
 
 def read_stacks(text: str) -> Counter[str]:

@@ -64,10 +64,6 @@ class Load:
         """The rate over the whole run."""
         return self.chunks / self.seconds
 
-    def percentile_ms(self, percent: float) -> float:
-        """A percentile of the latencies, in milliseconds."""
-        return float(np.percentile(self.latencies_s, percent)) * 1000
-
 
 def draw_arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.float64]:
     """The moments of an open loop, in seconds from its beginning: a Poisson process."""

@@ -46,7 +46,7 @@ from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.reply_writer import EVERY_STEP
 from tests.bench import workloads
-from tests.bench.run import find_missing
+from tests.bench.run import is_installed
 from tests.bench.traffic import Traffic
 from tests.bench.workloads import STEPS, Bodies
 from tests.support.numpy_runtime import NumpyRuntime
@@ -171,7 +171,7 @@ class Parts:
     def step(self) -> Iterator[Case]:
         """Each runtime's own step, on one thread."""
         for name in RUNTIMES:
-            if find_missing(f"carry-{name}", self.artifact) is not None:
+            if not is_installed(f"carry-{name}"):
                 continue
             runtime = workloads.warm_runtime(name, self.artifact)
             for batch, steps in STEP_SHAPES:

@@ -13,7 +13,7 @@ from string import Template
 from typing import NamedTuple
 
 from tests.bench.cpu_split import STAGES
-from tests.bench.results import Figure, Results
+from tests.bench.results import Results
 from tests.bench.workloads import FEW, MANY, PLAIN
 
 TEMPLATE = Path(__file__).with_name("performance.template.md")
@@ -40,18 +40,6 @@ class Target(NamedTuple):
     figure: str
     bound: float
     at_least: bool = False
-
-    @property
-    def limit(self) -> str:
-        """The bound as text."""
-        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
-
-    def verdict(self, figure: Figure | None) -> str:
-        """`reached`, `not reached` or `not measured`."""
-        if figure is None:
-            return NOT_MEASURED
-        is_reached = figure.value >= self.bound if self.at_least else figure.value <= self.bound
-        return "reached" if is_reached else "not reached"
 
 
 NOT_MEASURED = "not measured"
@@ -91,17 +79,16 @@ TARGETS = (
 
 
 def verdicts(results: Results) -> list[tuple[str, str, str, str]]:
-    """Each target: its text, its bound, its figure, and the verdict."""
-    figures = results.figures
-    return [
-        (
-            target.text,
-            target.limit,
-            str(figures.get(target.figure, "-")),
-            target.verdict(figures.get(target.figure)),
-        )
-        for target in TARGETS
-    ]
+    """Each target: its text, its bound, its figure; `reached`, `not reached`, `not measured`."""
+    verdicts = []
+    for text, name, bound, at_least in TARGETS:
+        figure, verdict = results.figures.get(name), NOT_MEASURED
+        if figure is not None:
+            is_reached = figure.value >= bound if at_least else figure.value <= bound
+            verdict = "reached" if is_reached else "not reached"
+        limit = f"{'at least' if at_least else 'at most'} {bound:g}"
+        verdicts.append((text, limit, str(figure or "-"), verdict))
+    return verdicts
 
 
 def format_row(results: Results, row: str, columns: int = len(COLUMNS)) -> list[str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tests.bench.generator import Load
 
 MIB = 2**20
@@ -47,7 +49,7 @@ class Sample(NamedTuple):
             load.chunks_per_s,
             load.events / load.seconds,
             cpu_s / load.chunks * 1e6,
-            *(load.percentile_ms(percent) for percent in (50, 99, 99.9)),
+            *(np.percentile(load.latencies_s, (50, 99, 99.9)) * 1000).tolist(),
             rss_bytes / MIB,
             load.cpu_s / load.seconds,
             store_cpu_s / load.seconds,

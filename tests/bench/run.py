@@ -92,15 +92,12 @@ class Row(NamedTuple):
     connections: int = CONNECTIONS
 
 
-def find_missing(kind: str, artifact: Artifact) -> str | None:
-    """Why a server of this kind cannot run here, or None."""
-    packages = {"competent": "onnxruntime", "naive": "tensorflow"}
-    package = packages.get(kind, kind.removeprefix("carry-"))
-    if package in RUNTIMES and importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
-    if package == "onnxruntime" and not (artifact.path / "graph.onnx").exists():
-        return "the artifact has no graph.onnx"
-    return None
+def is_installed(kind: str) -> bool:
+    """Whether the package is there that a server of this kind computes with."""
+    package = {"competent": "onnxruntime", "naive": "tensorflow"}.get(
+        kind, kind.removeprefix("carry-")
+    )
+    return kind in FLOORS or importlib.util.find_spec(package) is not None
 
 
 def carry_command(models: Path, port: int, *options: str) -> list[str]:
@@ -149,11 +146,10 @@ class Bench:
 
     def available(self, kinds: Sequence[str]) -> list[str]:
         """Those that can run here; the others get a note."""
-        reasons = {kind: find_missing(kind, self.artifact) for kind in kinds}
-        for kind, reason in reasons.items():
-            if reason is not None:
-                self.note(f"{kind} is left out: {reason}")
-        return [kind for kind, reason in reasons.items() if reason is None]
+        for kind in kinds:
+            if not is_installed(kind):
+                self.note(f"{kind} is left out: its runtime is not installed")
+        return [kind for kind in kinds if is_installed(kind)]
 
     def note(self, text: str) -> None:
         """Keep and show a remark, once."""
