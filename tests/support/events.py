@@ -37,6 +37,17 @@ FULL_SCHEMA = EventSchema.model_validate(
 )
 """Required and optional fields of every kind but the timestamp, which is required."""
 
+GOOD: dict[str, Any] = {
+    "load": 3,
+    "delay": -1.5,
+    "at": "2013-01-01T05:17:00-05:00",
+    "carrier": "UA",
+    "gate": "A",
+    "heavy": True,
+    "late": False,
+}
+"""A valid event under it."""
+
 SPARSE_TIMES = FULL_SCHEMA.model_copy(
     update={
         "timezone": "Europe/Vienna",

@@ -23,6 +23,12 @@ LSTM_CARRY = 0.15496857
 GRU_OUTPUTS = (0.02443524, 0.06332285, 0.1107745, 0.16312647, 0.21796873)
 GRU_HIDDEN = 0.21796873
 
+OUTPUTS = {"lstm": LSTM_OUTPUTS, "gru": GRU_OUTPUTS}
+STATES = {
+    "lstm": {"cell.hidden": LSTM_HIDDEN, "cell.carry": LSTM_CARRY},
+    "gru": {"cell.hidden": GRU_HIDDEN},
+}
+
 
 def post_model(kind: str) -> tuple[ModelSpec, dict[str, np.ndarray]]:
     """The post's one-unit layer, `lstm` or `gru`, and its weights."""

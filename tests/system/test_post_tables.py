@@ -11,23 +11,8 @@ import numpy as np
 import pytest
 
 from models.artifact.artifact import write_artifact
-from tests.support.post_tables import (
-    GRU_HIDDEN,
-    GRU_OUTPUTS,
-    INPUT,
-    LSTM_CARRY,
-    LSTM_HIDDEN,
-    LSTM_OUTPUTS,
-    PRINTED,
-    post_model,
-)
+from tests.support.post_tables import INPUT, OUTPUTS, PRINTED, STATES, post_model
 from tests.support.service import running, runtime_environment
-
-OUTPUTS = {"lstm": LSTM_OUTPUTS, "gru": GRU_OUTPUTS}
-STATES = {
-    "lstm": {"cell.hidden": LSTM_HIDDEN, "cell.carry": LSTM_CARRY},
-    "gru": {"cell.hidden": GRU_HIDDEN},
-}
 
 CUTS = [cut for count in range(5) for cut in itertools.combinations(range(1, len(INPUT)), count)]
 """All sixteen ways to cut five events."""

@@ -21,18 +21,9 @@ from models.events.parse import (
     timestamp_ms,
 )
 from models.events.schema import EventSchema
-from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+from tests.support.events import FULL_SCHEMA, GOOD, SPARSE_TIMES, events
 
 ADAPTER = event_adapter(FULL_SCHEMA)
-GOOD: dict[str, Any] = {
-    "load": 3,
-    "delay": -1.5,
-    "at": "2013-01-01T05:17:00-05:00",
-    "carrier": "UA",
-    "gate": "A",
-    "heavy": True,
-    "late": False,
-}
 GOOD_MS = 1_357_035_420_000
 
 

@@ -19,7 +19,7 @@ from models.events.encode import Clock, encode
 from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS, event_type
 from models.events.reader import EventReader
 from models.events.schema import EventSchema
-from tests.support.events import FULL_SCHEMA, SPARSE_TIMES, events
+from tests.support.events import FULL_SCHEMA, GOOD, SPARSE_TIMES, events
 
 ALL_OPTIONAL = FULL_SCHEMA.model_copy(
     update={
@@ -39,15 +39,6 @@ READERS = {id(schema): EventReader(schema) for schema in SCHEMAS}
 STRICT: dict[int, TypeAdapter[list[dict[str, Any]]]] = {
     id(schema): TypeAdapter(Annotated[list[event_type(schema)], Field(fail_fast=True)])
     for schema in SCHEMAS
-}
-GOOD: dict[str, Any] = {
-    "load": 3,
-    "delay": -1.5,
-    "at": "2013-01-01T05:17:00-05:00",
-    "carrier": "UA",
-    "gate": "A",
-    "heavy": True,
-    "late": False,
 }
 REQUIRED = {name: GOOD[name] for name in ("load", "at", "carrier", "heavy")}
 READER = READERS[id(FULL_SCHEMA)]

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from models.networks.build import StepNetwork
+from models.spec.model import ModelSpec
+from tests.support.oracle import contracting_weights, oracle_step
 
 Floats = NDArray[np.float32]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def network_of(spec: ModelSpec, seed: int = 3) -> StepNetwork:
+    """A network with contracting weights."""
+    network = StepNetwork(spec)
+    network.set_weights(contracting_weights(spec, seed))
+    return network
+
+
+def assert_oracle(
+    network: StepNetwork,
+    streams: Sequence[Floats],
+    states: Floats,
+    outputs: Sequence[Floats],
+    after: Floats,
+) -> None:
+    """Assert that outputs and states after are the oracle's."""
+    for b, rows in enumerate(streams):
+        expected = oracle_step(network.spec, network.get_weights(), rows, states[b])
+        np.testing.assert_allclose(outputs[b], expected[0], **CLOSE)
+        np.testing.assert_allclose(after[b], expected[1], **CLOSE)
 
 
 def step(

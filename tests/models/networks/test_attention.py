@@ -23,6 +23,7 @@ from tests.models.networks.long_attention import (
     scores_of,
     weighted_means,
 )
+from tests.models.networks.running import network_of
 from tests.support.oracle import contracting_weights, joined, oracle_step
 from tests.support.stepping import step
 
@@ -87,8 +88,7 @@ def test_extreme_scores_give_finite_outputs(tmp_path: Path, rising: bool) -> Non
 
 
 def test_a_call_of_several_blocks_equals_its_steps() -> None:
-    network = StepNetwork(SPEC)
-    network.set_weights(contracting_weights(SPEC, 7))
+    network = network_of(SPEC, 7)
     rows = rows_of(2 * BLOCK_STEPS + 9)
     lengths = [len(rows), BLOCK_STEPS + 1, BLOCK_STEPS]
     batch = np.stack([rows] * 3)

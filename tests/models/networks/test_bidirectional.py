@@ -14,11 +14,10 @@ from models.errors import SpecError
 from models.networks.build import StepNetwork
 from models.spec.layout import layer_widths, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import Floats, step
+from tests.models.networks.running import CLOSE, Floats, network_of, step
 from tests.models.onnx.test_graph import run, session_of
 from tests.support.oracle import contracting_weights, oracle_step
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 CELLS = ["lstm", "gru"]
 MERGES = ["concat", "sum", "mul", "ave"]
 
@@ -81,8 +80,7 @@ def check(spec: ModelSpec, seed: int, lengths: list[int], ran: Any) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_the_keras_step_equals_the_oracle(spec: ModelSpec, lengths: list[int], seed: int) -> None:
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, seed))
+    network = network_of(spec, seed)
     check(spec, seed, lengths, lambda rows, at, states: step(network, rows, at, states))
 
 
@@ -101,8 +99,7 @@ def test_returned_tensors_equal_those_of_keras(cell: str, merge: str) -> None:
     spec = spec_of(
         two_way(cell, merge=merge), two_way(cell, starts_from="bidirectional_1", merge=merge)
     )
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, 1))
+    network = network_of(spec, 1)
     keras_cell = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU}[cell]
     first, second = (
         keras.layers.Bidirectional(

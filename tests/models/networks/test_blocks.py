@@ -20,11 +20,10 @@ from models.networks.build import StepNetwork
 from models.spec.blocks import cut_blocks
 from models.spec.layout import network_state, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import Floats, step
+from tests.models.networks.running import CLOSE, Floats, network_of, step
 from tests.models.onnx.test_graph import run, session_of
 from tests.support.oracle import contracting_weights, oracle_in_blocks, oracle_step
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 Step = Callable[[Floats, list[int], Floats], tuple[Floats, Floats]]
 
 
@@ -82,8 +81,7 @@ def rows_of(seed: int, length: int) -> Floats:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(networks(), st.integers(1, 14), st.integers(0, 2**32 - 1))
 def test_the_keras_step_equals_the_definition(spec: ModelSpec, length: int, seed: int) -> None:
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, seed))
+    network = network_of(spec, seed)
     rows = rows_of(seed, length)
     outputs = run_stream(spec, rows, lambda *batch: step(network, *batch))
     expected = oracle_in_blocks(spec, network.get_weights(), rows)

@@ -10,15 +10,12 @@ import pytest
 import tensorflow as tf
 
 from models.errors import SpecError
-from models.networks.build import StepNetwork
 from models.networks.initial_weights import draw_weights
 from models.spec.layout import output_spec, state_spec, weight_shapes
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import run_in_chunks, step
+from tests.models.networks.running import assert_oracle, network_of, run_in_chunks, step
 from tests.models.networks.specs import COMBINATIONS, OPTIONS, sequences
-from tests.support.oracle import contracting_weights, oracle_step
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+from tests.support.oracle import contracting_weights
 
 
 def one_layer(*, units: int = 5, **options: Any) -> ModelSpec:
@@ -32,12 +29,6 @@ def one_layer(*, units: int = 5, **options: Any) -> ModelSpec:
     )
 
 
-def network_of(spec: ModelSpec, seed: int = 3) -> StepNetwork:
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, seed))
-    return network
-
-
 @pytest.mark.parametrize("options", COMBINATIONS, ids="-".join)
 def test_every_combination_equals_the_oracle_with_any_chunking(options: dict[str, Any]) -> None:
     spec = one_layer(**options)
@@ -46,10 +37,7 @@ def test_every_combination_equals_the_oracle_with_any_chunking(options: dict[str
     streams = sequences(random, [11, 1, 6], 2)
     states = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
-    for b, rows in enumerate(streams):
-        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
-        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
+    assert_oracle(network, streams, states, outputs, after)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, {"peepholes": True}], ids=["all", "peepholes"])
@@ -160,10 +148,7 @@ def test_layers_differ_in_cell_and_width_with_a_residual() -> None:
     states = random.uniform(-1, 1, (2, network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
     slices = state_spec(spec).slices
-    for b, rows in enumerate(streams):
-        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
-        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
+    assert_oracle(network, streams, states, outputs, after)
     assert {name: part.stop - part.start for name, part in slices.items()} == {
         "first.hidden": 4,
         "second.hidden": 4,

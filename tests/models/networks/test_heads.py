@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.events.encode import standardise
-from models.networks.build import StepNetwork
 from models.spec.layout import output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import run_in_chunks, step
-from tests.support.oracle import contracting_weights, oracle_step
+from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
+from tests.support.oracle import oracle_step
 from tests.support.oracle_heads import nats
 from tests.support.oracle_layers import sigmoid, softmax, softplus
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 EVENTS = {
     "fields": [
@@ -91,12 +88,6 @@ def no_labels(shape: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
     return {name: np.full(shape, np.nan, np.float32) for name in ("faulty", "phase")}
 
 
-def network_of(spec: ModelSpec, seed: int) -> StepNetwork:
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, seed))
-    return network
-
-
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: int) -> None:
@@ -106,10 +97,7 @@ def test_every_head_equals_the_oracle_across_chunks(lengths: list[int], seed: in
     streams = [encoded(random, spec, steps) for steps in lengths]
     states = random.uniform(-1, 1, (len(lengths), network.state_size)).astype(np.float32)
     outputs, after, _ = run_in_chunks(network, streams, states, random)
-    for b, rows in enumerate(streams):
-        expected, expected_state = oracle_step(spec, network.get_weights(), rows, states[b])
-        np.testing.assert_allclose(outputs[b], expected, **CLOSE)
-        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
+    assert_oracle(network, streams, states, outputs, after)
 
 
 def test_compiled_heads_equal_the_oracle() -> None:
@@ -121,10 +109,10 @@ def test_compiled_heads_equal_the_oracle() -> None:
     state = random.uniform(-1, 1, (3, network.state_size)).astype(np.float32)
     compiled = tf.function(network.step, jit_compile=True)
     outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
-    for b, length in enumerate(lengths):
-        expected = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
-        np.testing.assert_allclose(outputs[b, :length], expected[0], **CLOSE)
-        np.testing.assert_allclose(after[b], expected[1], **CLOSE)
+    streams, unpadded = (
+        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
+    )
+    assert_oracle(network, streams, state, unpadded, after)
 
 
 def test_first_event_of_a_stream_is_scored_by_the_zero_forecast() -> None:

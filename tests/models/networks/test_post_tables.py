@@ -11,22 +11,16 @@ import tensorflow as tf
 
 from models.networks.build import StepNetwork
 from tests.support.oracle import oracle_step
-from tests.support.post_tables import (
-    GRU_HIDDEN,
-    GRU_OUTPUTS,
-    INPUT,
-    LSTM_CARRY,
-    LSTM_HIDDEN,
-    LSTM_OUTPUTS,
-    PRINTED,
-    post_model,
-)
+from tests.support.post_tables import INPUT, OUTPUTS, PRINTED, STATES, post_model
 
-TABLES = {
-    "lstm": (LSTM_OUTPUTS, (LSTM_HIDDEN, LSTM_CARRY)),
-    "gru": (GRU_OUTPUTS, (GRU_HIDDEN,)),
-}
 CUTS = [[5], [1, 1, 1, 1, 1], [2, 3], [4, 1]]
+
+
+def post_network(kind: str) -> StepNetwork:
+    spec, weights = post_model(kind)
+    network = StepNetwork(spec)
+    network.set_weights(weights)
+    return network
 
 
 def eager(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,15 +31,13 @@ def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(step, jit_compile=True)
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize("way", [eager, compiled])
 def test_printed_outputs_and_states_are_reproduced(
     kind: str, cuts: list[int], way: Callable[..., Any]
 ) -> None:
-    spec, weights = post_model(kind)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
+    network = post_network(kind)
     step = way(network.step)
     state = tf.zeros((1, network.state_size))
     outputs: list[float] = []
@@ -55,39 +47,32 @@ def test_printed_outputs_and_states_are_reproduced(
             tf.constant(rows.reshape(1, length, 1)), tf.constant([length], tf.int32), state
         )
         outputs.extend(values[0, :, 0].numpy())
-    expected, expected_state = TABLES[kind]
+    expected, expected_state = OUTPUTS[kind], list(STATES[kind].values())
     np.testing.assert_allclose(np.float64(outputs), expected, rtol=0, atol=PRINTED)
     np.testing.assert_allclose(np.float64(state[0]), expected_state, rtol=0, atol=PRINTED)
 
 
 def layer_outputs(kind: str) -> list[np.ndarray]:
     """The return values of the network's own Keras layer for the post's input."""
-    spec, weights = post_model(kind)
-    network = StepNetwork(spec)
-    network.set_weights(weights)
-    values = network._layers["cell"](np.array(INPUT, np.float32).reshape(1, 5, 1))
+    values = post_network(kind)._layers["cell"](np.array(INPUT, np.float32).reshape(1, 5, 1))
     return [np.float64(value) for value in values]
 
 
-def test_an_lstm_returns_its_sequence_and_two_states() -> None:
-    sequence, state_h, state_c = layer_outputs("lstm")
-    np.testing.assert_allclose(sequence[0, :, 0], LSTM_OUTPUTS, rtol=0, atol=PRINTED)
-    np.testing.assert_allclose(state_h, [[LSTM_HIDDEN]], rtol=0, atol=PRINTED)
-    np.testing.assert_allclose(state_c, [[LSTM_CARRY]], rtol=0, atol=PRINTED)
-    np.testing.assert_array_equal(sequence[:, -1], state_h)
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_layer_returns_its_sequence_and_states_of_which_the_first_is_its_output(
+    kind: str,
+) -> None:
+    sequence, *states = layer_outputs(kind)
+    np.testing.assert_allclose(sequence[0, :, 0], OUTPUTS[kind], rtol=0, atol=PRINTED)
+    printed = [[[state]] for state in STATES[kind].values()]
+    np.testing.assert_allclose(states, printed, rtol=0, atol=PRINTED)
+    np.testing.assert_array_equal(sequence[:, -1], states[0])
 
 
-def test_a_gru_returns_its_sequence_and_one_state_which_is_its_output() -> None:
-    sequence, state = layer_outputs("gru")
-    np.testing.assert_allclose(sequence[0, :, 0], GRU_OUTPUTS, rtol=0, atol=PRINTED)
-    np.testing.assert_allclose(state, [[GRU_HIDDEN]], rtol=0, atol=PRINTED)
-    np.testing.assert_array_equal(sequence[:, -1], state)
-
-
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", OUTPUTS)
 def test_the_oracle_reproduces_the_printed_numbers(kind: str) -> None:
     spec, weights = post_model(kind)
-    expected, expected_state = TABLES[kind]
+    expected, expected_state = OUTPUTS[kind], list(STATES[kind].values())
     rows = np.array(INPUT).reshape(5, 1)
     outputs, state = oracle_step(spec, weights, rows, np.zeros(len(expected_state)))
     np.testing.assert_allclose(outputs[:, 0], expected, rtol=0, atol=PRINTED)

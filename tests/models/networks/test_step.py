@@ -13,7 +13,7 @@ from models.errors import ArtifactError, SpecError
 from models.networks.build import StepNetwork
 from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.running import run_in_chunks, step
+from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
 from tests.models.networks.specs import sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import (
@@ -24,15 +24,6 @@ from tests.support.oracle import (
     random_states,
 )
 from tests.support.oracle_layers import ACTIVATIONS
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def network_of(spec: ModelSpec, seed: int) -> StepNetwork:
-    network = StepNetwork(spec)
-    network.set_weights(contracting_weights(spec, seed))
-    return network
-
 
 EVERY_STATE: list[dict[str, object]] = [
     {"kind": "lstm", "units": 4, "peepholes": True},
@@ -109,10 +100,10 @@ def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
     lengths = random.integers(1, shape[1] + 1, shape[0]).astype(np.int32)
     compiled = tf.function(network.step, jit_compile=True)
     outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(state))
-    for b, length in enumerate(lengths):
-        expected = oracle_step(spec, network.get_weights(), rows[b, :length], state[b])
-        np.testing.assert_allclose(outputs[b, :length], expected[0], **CLOSE)
-        np.testing.assert_allclose(after[b], expected[1], **CLOSE)
+    streams, unpadded = (
+        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
+    )
+    assert_oracle(network, streams, state, unpadded, after)
 
 
 def test_whole_sequence_equals_an_ordinary_keras_model() -> None:
