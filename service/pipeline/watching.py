@@ -25,6 +25,9 @@ MAX_BUFFERED: Final = 256
 
 MAX_BUFFERED_BYTES: Final = 2**20
 
+REORDER_S: Final = 0.05
+"""How long an output waits for the one before it, which another worker may publish later."""
+
 
 class Watched(NamedTuple):
     """The stream as the watch begins, and again when it is in another epoch.
@@ -125,6 +128,7 @@ class Watch:
                 if isinstance(event, Ended):
                     return
             if self._buffer:
+                await self._await_order()
                 events = await self._on_output(self._buffer.popleft())
             elif self._is_draining:
                 events = [Ended("draining")]
@@ -141,6 +145,16 @@ class Watch:
                     # what the channel lost is noticed at the latest now
                     self._must_read = True
                     events = [Idle()]
+
+    async def _await_order(self) -> None:
+        """Wait a moment if the next output is not the one that is due, and sort what came."""
+        first = self._buffer[0].reply
+        if first is None or first.head.epoch != self._epoch:
+            return
+        if self._buffer[0].start > self._position:
+            await asyncio.sleep(REORDER_S)
+            if all(each.reply and each.reply.head.epoch == self._epoch for each in self._buffer):
+                self._buffer = deque(sorted(self._buffer, key=lambda output: output.start))
 
     async def _begin(self) -> list[WatchEvent]:
         try:

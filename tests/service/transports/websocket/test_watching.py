@@ -303,3 +303,18 @@ async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
 
 async def _unavailable(*_: object) -> None:
     raise StoreUnavailable("no answer")
+
+
+async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
+    await send(api, 1)
+    watches = watching.Watches(api.store)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = watch.follow(10)
+        await anext(events)
+        await send(api, 2)
+        await send(api, 3)
+        await becomes(lambda: len(watch._buffer) == 2, "two outputs")
+        late = watch._buffer.popleft()
+        asyncio.get_running_loop().call_later(0.01, watch.receive, late)
+        got = [await anext(events), await anext(events)]
+    assert [each.start for each in got] == [1, 3]

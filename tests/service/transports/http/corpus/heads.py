@@ -192,7 +192,7 @@ EXCHANGES: Final[dict[str, Exchange]] = {
     "no such model": Exchange(
         post(length(LONG), path=b"/v1/models/none/predict") + LONG, (404,)
     ),
-    "no such route": Exchange(post(length(LONG), path=b"/v2") + LONG, (404,)),
+    "no such route": Exchange(post(length(LONG), path=b"/v3") + LONG, (404,)),
     "wrong method": Exchange(
         b"PUT %b/predict HTTP/1.1\r\n" % MODEL + HOST + length(LONG) + b"\r\n\r\n" + LONG, (405,)
     ),
