@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from carry_client.calls import GRACE_S, Call, Session, Sleep
+from carry_client.calls import GRACE_S, Call, Emit, Session, Sleep
 from carry_client.errors import NoAnswer, Problem, StreamExists
 from carry_client.models import ModelCore
 from carry_client.replies import StreamState
@@ -25,6 +25,7 @@ class Driver:
         self.now_s = 100.0
         self.sent: list[Request] = []
         self.slept: list[float] = []
+        self.values: list[Any] = []
         self._outcomes = outcomes
         self.session = Session(clock=lambda: self.now_s, random=Random(1), **settings)
 
@@ -32,6 +33,10 @@ class Driver:
         try:
             effect = next(call)
             while True:
+                if isinstance(effect, Emit):
+                    self.values.append(effect.value)
+                    effect = call.send(None)
+                    continue
                 if isinstance(effect, Sleep):
                     self.slept.append(effect.seconds)
                     self.now_s += effect.seconds
@@ -45,6 +50,10 @@ class Driver:
                 effect = call.throw(outcome) if is_error else call.send(outcome)
         except StopIteration as stop:
             return stop.value
+
+    def emitted(self, call: Call[None]) -> list[Any]:
+        self.run(call)
+        return self.values
 
 
 def response(status: int, body: bytes = b"", retry_after: str = "") -> Response:
@@ -137,3 +146,12 @@ def test_unreadable_head_is_a_problem() -> None:
     driver = Driver(response(200, b'{"position": "seven"}'))
     with pytest.raises(Problem, match="unreadable_reply"):
         driver.run(stream_of(driver).refresh())
+
+
+def test_streams_are_listed_page_by_page_and_once() -> None:
+    driver = Driver(
+        response(200, b'{"streams": ["a", "b"], "cursor": "next"}'),
+        response(200, b'{"streams": ["b", "c"], "cursor": null}'),
+    )
+    assert driver.emitted(ModelCore(driver.session, "m").streams("")) == ["a", "b", "c"]
+    assert [request.params.get("cursor") for request in driver.sent] == [None, "next"]

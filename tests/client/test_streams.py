@@ -186,6 +186,28 @@ def test_saved_head_reveals_a_rollback_to_a_later_process(
             model.stream("other", save=file)
 
 
+def test_whole_source_needs_no_recovery_of_what_a_saved_head_shows_as_lost(
+    background: str, standin: Standin, events: Events, right: list[float], tmp_path: Path
+) -> None:
+    with Carry(background) as carry:
+        list(carry.model("small").stream("s", save=tmp_path / "head").send_all(events[:CHUNK]))
+        list(carry.model("small").stream("s", save=tmp_path / "head").send_all(events[: 2 * CHUNK]))
+        standin.roll_back("s", 1)
+        stream = carry.model("small").stream("s", save=tmp_path / "head")
+        assert late(stream.send_all(iter(events), chunk_events=CHUNK)) == right[CHUNK:]
+
+
+def test_source_is_not_read_again_after_its_end(
+    background: str, standin: Standin, events: Events
+) -> None:
+    with Carry(background) as carry:
+        stream = carry.model("small").stream("s", buffer_events=0)
+        list(stream.send_all(events[:10], chunk_events=5))
+        standin.roll_back("s", 1)
+        with pytest.raises(StreamRolledBack):
+            stream.send(events[10:12])
+
+
 def test_head_of_another_incarnation_is_not_continued(
     background: str, events: Events, standin: Standin
 ) -> None:
@@ -279,6 +301,19 @@ def test_many_streams_recover_from_rollbacks_by_themselves(
     assert isinstance(outcomes["b"], StreamRolledBack)
     replies = [outcome for outcome in (outcomes["a"], outcomes["c"]) if isinstance(outcome, Reply)]
     np.testing.assert_array_equal(*(reply.outputs["late"] for reply in replies))
+
+
+def test_many_streams_notice_another_history(
+    background: str, standin: Standin, events: Events
+) -> None:
+    with Carry(background) as carry:
+        mine, others = (carry.model("small").stream("s") for _ in range(2))
+        for part in (events[:2], events[2:4]):
+            mine.send(part)
+        standin.roll_back("s", 1)
+        others.send(events[10:12])
+        outcomes = carry.model("small").send_many({mine: events[4:6]})
+    assert isinstance(outcomes["s"], StreamDiverged)
 
 
 def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Events) -> None:
