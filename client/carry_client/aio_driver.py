@@ -108,6 +108,11 @@ class _Reader:
         self._source = aiter(source) if isinstance(source, AsyncIterable) else iter(source)
         self._reading: asyncio.Task[object] | None = None
 
+    def close(self) -> None:
+        """Stop waiting for an item."""
+        if self._reading is not None:
+            self._reading.cancel()
+
     async def read(self, wait_s: float | None) -> object:
         """The next item, END, or LATE after `wait_s`; an item that is late comes next."""
         if not isinstance(self._source, AsyncIterator):

@@ -85,7 +85,11 @@ class Failed:
 
 def resume(call: Call[Any], outcome: object) -> Effect:
     """Give a call the outcome of its effect; the next effect, or StopIteration with the result."""
-    return call.throw(outcome.error) if isinstance(outcome, Failed) else call.send(outcome)
+    try:
+        return call.throw(outcome.error) if isinstance(outcome, Failed) else call.send(outcome)
+    finally:
+        # an error would refer to itself by its traceback
+        del outcome
 
 
 class Attempts:
@@ -112,11 +116,15 @@ class Attempts:
         Raises:
             Problem: the one that was passed; it is not retryable, or the deadline comes first.
         """
-        delay_s = self._retry.next_delay_s(problem)
-        if self._session.clock() + delay_s >= self._end_s:
-            raise problem
+        try:
+            delay_s = self._retry.next_delay_s(problem)
+            if self._session.clock() + delay_s >= self._end_s:
+                raise problem
+            LOG.info("retrying in %.2f s after %s", delay_s, problem)
+        finally:
+            # it would refer to itself by its traceback, and keep the callers' frames
+            del problem
         self.retries += 1
-        LOG.info("retrying in %.2f s after %s", delay_s, problem)
         return delay_s
 
 

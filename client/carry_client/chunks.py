@@ -57,6 +57,11 @@ class ChunkReader:
         self._rest: Steps = []
         self._is_exhausted = False
 
+    def close(self) -> None:
+        """Stop reading."""
+        if self._reader is not None:
+            self._reader.close()
+
     def skip_to(self, position: int) -> Call[None]:
         """Drop the events before a position.
 

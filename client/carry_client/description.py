@@ -80,6 +80,7 @@ class ModelDescription:
     max_body_bytes: int
     max_chunk_steps: int
     max_predict_steps: int
+    max_items: int = 1000
 
     @property
     def width(self) -> int:
@@ -147,6 +148,7 @@ def read_description(description: object) -> ModelDescription:
             max_body_bytes=int(limits["max_body_bytes"]),
             max_chunk_steps=int(limits["max_chunk_steps"]),
             max_predict_steps=int(limits["max_predict_steps"]),
+            max_items=int(limits.get("max_items", 1000)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(

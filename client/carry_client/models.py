@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from carry_client.calls import LOG, Attempts, Call, Emit, Session, Sleep
@@ -91,9 +92,10 @@ class ModelCore:
         for stream, events in chunks:
             head = yield from stream.known_head()
             waiting[stream] = Chunk(head.position, to_steps(events))
+        limit = min(STREAMS_PER_REQUEST, (yield from self.description()).max_items)
         attempts = Attempts(self.session)
         while waiting:
-            some = dict(list(waiting.items())[:STREAMS_PER_REQUEST])
+            some = dict(islice(waiting.items(), limit))
             try:
                 results = yield from self._attempt_many(some, params, attempts)
             except Problem as problem:

@@ -56,7 +56,11 @@ class Retry:
         self.failures += 1
         remaining_s = self._first_failure_s + self.limit_s - now_s
         if not problem.is_retryable or remaining_s <= 0:
-            raise problem
+            try:
+                raise problem
+            finally:
+                # it would refer to itself by its traceback, and keep the callers' frames
+                del problem
         backoff_s = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** (self.failures - 1))
         backoff_s *= self._random.uniform(0.5, 1.0)
         return min(max(backoff_s, problem.retry_after_s), remaining_s)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -298,38 +298,27 @@ class StreamCore:
             if head.position < first:
                 yield from self._resend(Head(first), head, first)
             size = yield from self.model.chunk_events(chunk_events)
-            reader = ChunkReader(source, first, size, linger_s, clock)
-            yield from reader.skip_to(self.head_position)
-            chunks = skipped = 0
-            while True:
-                chunk = yield from reader.next_chunk()
-                if chunk is None and not is_final:
-                    return
-                is_final = is_final and chunk is not None
-                chunk = chunk or reader.end
-                try:
-                    reply = yield from self.deliver(chunk, params)
-                    yield Emit(reply)
-                except AlreadyApplied:
-                    skipped += len(chunk.steps)
-                    LOG.warning(
-                        "stream %r: the outputs of events %d to %d are lost: their reply did not "
-                        "arrive and is no longer stored",
-                        *(self.name, chunk.start, chunk.end - 1),
-                    )
-                chunks += 1
-                if progress is not None:
-                    progress(
-                        Progress(
-                            position=self.head_position,
-                            total=total,
-                            chunks=chunks,
-                            retries=self.retries - retries,
-                            rollbacks=self.rollbacks - rollbacks,
-                            skipped=skipped,
-                            elapsed_s=clock() - began_s,
-                        )
-                    )
+            with closing(ChunkReader(source, first, size, linger_s, clock)) as reader:
+                yield from reader.skip_to(self.head_position)
+                chunks = skipped = 0
+                while True:
+                    chunk = yield from reader.next_chunk()
+                    if chunk is None and not is_final:
+                        return
+                    is_final = is_final and chunk is not None
+                    chunk = chunk or reader.end
+                    try:
+                        reply = yield from self.deliver(chunk, params)
+                        yield Emit(reply)
+                    except AlreadyApplied:
+                        skipped += len(chunk.steps)
+                        text = "stream %r: outputs of events %d to %d are lost with their reply"
+                        LOG.warning(text, self.name, chunk.start, chunk.end - 1)
+                    chunks += 1
+                    if progress is not None:
+                        counts = self.retries - retries, self.rollbacks - rollbacks, skipped
+                        elapsed_s = clock() - began_s
+                        progress(Progress(self.head_position, total, chunks, *counts, elapsed_s))
         finally:
             self._replay_from, self._chunk_events = own_replay, None
 

@@ -6,13 +6,16 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, Final, TypeVar
 
 import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
 from carry_client.wire import Request, Response, http_timeout, ssl_context
+
+_PUT_S: Final = 0.5
 
 T = TypeVar("T")
 
@@ -101,23 +104,24 @@ class _Reader:
         """The next item, or END."""
         return next(self._items, END)
 
+    def close(self) -> None:
+        """Nothing is left to do."""
+
 
 class _TimedReader:
-    """Reads an iterable in a thread, so that a read can end in time."""
+    """Reads an iterable in a thread, so that a read can end in time.
+
+    The thread reads one item ahead.
+    """
 
     def __init__(self, source: Iterable[Any]) -> None:
         self._items: queue.Queue[object] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
-        thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
-        thread.start()
+        self._is_closed = threading.Event()
+        threading.Thread(target=self._fill, args=(source,), daemon=True).start()
 
-    def _fill(self, source: Iterable[Any]) -> None:
-        try:
-            for item in source:
-                self._items.put(item)
-        except BaseException as error:
-            self._error = error
-        self._items.put(END)
+    def close(self) -> None:
+        """Let the thread end, once it has the item that it waits for."""
+        self._is_closed.set()
 
     def read(self, wait_s: float | None) -> object:
         """The next item, END, or LATE after `wait_s`; raises what the iterable raised."""
@@ -125,6 +129,23 @@ class _TimedReader:
             item = self._items.get(timeout=wait_s)
         except queue.Empty:
             return LATE
-        if item is END and self._error is not None:
-            raise self._error
+        if isinstance(item, Failed):
+            raise item.error
         return item
+
+    def _fill(self, source: Iterable[Any]) -> None:
+        try:
+            for item in source:
+                self._put(item)
+                if self._is_closed.is_set():
+                    return
+        except Exception as error:
+            self._put(Failed(error))
+        else:
+            self._put(END)
+
+    def _put(self, item: object) -> None:
+        while not self._is_closed.is_set():
+            with suppress(queue.Full):
+                return self._items.put(item, timeout=_PUT_S)
+        return None

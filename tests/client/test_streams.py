@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -324,6 +326,22 @@ def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Ev
 
     replies = list(small.send_all(slow(), chunk_events=4, linger_s=0.05))
     assert [len(reply) for reply in replies] == [3, 2]
+
+
+def test_abandoned_source_is_not_read_on(small: Stream, events: Events) -> None:
+    def endless() -> Iterator[dict[str, Any]]:
+        try:
+            for _ in itertools.count():
+                yield events[0]
+        finally:
+            ended.set()
+
+    ended = threading.Event()
+    replies = small.send_all(endless(), chunk_events=1, linger_s=1, first_position=None)
+    assert next(replies).position == 1
+    replies.close()
+    del replies
+    assert ended.wait(60)
 
 
 def test_error_of_a_source_is_raised(small: Stream, events: Events) -> None:
