@@ -3,7 +3,8 @@
 Closed loop: each connection sends its next request when the last is answered. Open loop: the
 moments of sending are fixed beforehand, and a latency counts from that moment, also where no
 connection was free for it; so a server that stalls is charged for all who came meanwhile.
-Loopback only, and each run is bounded by its duration and a grace. `Driver` is the caller's side.
+Loopback only, and each run is bounded by its duration and a grace. Callers submit `make_streams`,
+`run_closed` and `run_open` to a helper process.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ import socket
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import httptools
 import numpy as np
@@ -168,105 +167,72 @@ class Run:
                 yield connection
 
 
-class Generator:
-    """Runs loads, one after another; the streams of a spec keep their positions in between."""
+_traffic: dict[str, Traffic] = {}
+"""The streams of this process by key; they keep their positions between loads."""
 
-    def __init__(self) -> None:
-        self._traffic: dict[str, Traffic] = {}
 
-    def traffic(self, key: str, spec: TrafficSpec) -> None:
-        """Make the streams that later loads name."""
-        self._traffic[key] = Traffic(spec)
+def make_streams(key: str, spec: TrafficSpec) -> None:
+    """Make the streams that later loads name."""
+    _traffic[key] = Traffic(spec)
 
-    def closed(self, key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
-        """Load a port from connections that each wait for their reply.
 
-        Args:
-            least: chunks of each sampled stream, however long that takes.
-        """
-        with self._measured(key, port, connections) as (run, load):
-            ends_s, in_flight = time.perf_counter() + seconds, 0
-            for connection in run.connections:
-                if run.traffic.ready:
+def run_closed(key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
+    """Load a port from connections that each wait for their reply.
+
+    Args:
+        least: chunks of each sampled stream, however long that takes.
+    """
+    with _measured(key, port, connections) as (run, load):
+        ends_s, in_flight = time.perf_counter() + seconds, 0
+        for connection in run.connections:
+            if run.traffic.ready:
+                run.send(connection)
+                in_flight += 1
+        while in_flight:
+            for connection in run.replies():
+                if time.perf_counter() < ends_s or run.traffic.lacks(least):
                     run.send(connection)
-                    in_flight += 1
-            while in_flight:
-                for connection in run.replies():
-                    if time.perf_counter() < ends_s or run.traffic.lacks(least):
-                        run.send(connection)
-                    else:
-                        in_flight -= 1
-        return load
-
-    def open(
-        self,
-        key: str,
-        port: int,
-        rate_per_s: float,
-        seconds: float,
-        seed: int,
-        connections: int = OPEN_CONNECTIONS,
-    ) -> Load:
-        """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
-        due, clock = draw_arrivals(rate_per_s, seconds, seed), time.perf_counter
-        with self._measured(key, port, connections) as (run, load):
-            idle = list(run.connections)
-            moments = deque((due + clock() + LEAD_S).tolist())
-            ends_s = clock() + LEAD_S + seconds + GRACE_S
-            while (moments or len(idle) < connections) and clock() < ends_s:
-                while moments and moments[0] <= clock() and idle and run.traffic.ready:
-                    run.send(idle.pop(), moments.popleft())
-                is_free = bool(moments and idle and run.traffic.ready)
-                idle += run.replies(max(0.0, moments[0] - clock()) if is_free else GRACE_S)
-        load.unsent = len(moments)
-        return load
-
-    @contextmanager
-    def _measured(self, key: str, port: int, connections: int) -> Iterator[tuple[Run, Load]]:
-        """Open connections, and a load that is complete after the block."""
-        traffic, load = self._traffic[key], Load()
-        traffic.sampled, traffic.events = [], 0
-        run = Run(traffic, port, connections)
-        try:
-            cpu_s, started_s = time.process_time(), time.perf_counter()
-            yield run, load
-            load.seconds = time.perf_counter() - started_s
-            load.cpu_s = time.process_time() - cpu_s
-        finally:
-            run.close()
-        load.latencies_s = np.array(run.latencies)
-        load.chunks = len(run.latencies) * max(1, traffic.spec.items)
-        load.events, load.sampled = traffic.events, traffic.sampled
+                else:
+                    in_flight -= 1
+    return load
 
 
-_generator = Generator()
-"""The helper process's own."""
+def run_open(
+    key: str,
+    port: int,
+    rate_per_s: float,
+    seconds: float,
+    seed: int,
+    connections: int = OPEN_CONNECTIONS,
+) -> Load:
+    """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
+    due, clock = draw_arrivals(rate_per_s, seconds, seed), time.perf_counter
+    with _measured(key, port, connections) as (run, load):
+        idle = list(run.connections)
+        moments = deque((due + clock() + LEAD_S).tolist())
+        ends_s = clock() + LEAD_S + seconds + GRACE_S
+        while (moments or len(idle) < connections) and clock() < ends_s:
+            while moments and moments[0] <= clock() and idle and run.traffic.ready:
+                run.send(idle.pop(), moments.popleft())
+            is_free = bool(moments and idle and run.traffic.ready)
+            idle += run.replies(max(0.0, moments[0] - clock()) if is_free else GRACE_S)
+    load.unsent = len(moments)
+    return load
 
 
-def _call(method: str, arguments: Sequence[Any]) -> Any:
-    return getattr(_generator, method)(*arguments)
-
-
-class Driver:
-    """The caller's side of a load generator that runs in a helper process."""
-
-    def __init__(self, process: ProcessPoolExecutor):
-        self._process = process
-
-    def start(self, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of the generator there, without waiting for its result."""
-        return self._process.submit(_call, method, arguments)
-
-    def traffic(self, key: str, spec: TrafficSpec) -> None:
-        """Make the streams that later loads name by `key`."""
-        self.start("traffic", key, spec).result()
-
-    def closed(self, *arguments: Any) -> Load:
-        """Closed loop; the arguments are those of `Generator.closed`."""
-        load: Load = self.start("closed", *arguments).result()
-        return load
-
-    def open(self, *arguments: Any) -> Load:
-        """Open loop; the arguments are those of `Generator.open`."""
-        load: Load = self.start("open", *arguments).result()
-        return load
+@contextmanager
+def _measured(key: str, port: int, connections: int) -> Iterator[tuple[Run, Load]]:
+    """Open connections, and a load that is complete after the block."""
+    traffic, load = _traffic[key], Load()
+    traffic.sampled, traffic.events = [], 0
+    run = Run(traffic, port, connections)
+    try:
+        cpu_s, started_s = time.process_time(), time.perf_counter()
+        yield run, load
+        load.seconds = time.perf_counter() - started_s
+        load.cpu_s = time.process_time() - cpu_s
+    finally:
+        run.close()
+    load.latencies_s = np.array(run.latencies)
+    load.chunks = len(run.latencies) * max(1, traffic.spec.items)
+    load.events, load.sampled = traffic.events, traffic.sampled

@@ -12,16 +12,17 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
 
 from models.artifact.artifact import Artifact
 from tests.bench.answers import TOLERANCE, check_answers
-from tests.bench.generator import HOST, Driver, Load
+from tests.bench.generator import HOST, Load, make_streams, run_closed
 from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import Results, Sample
 from tests.bench.traffic import TrafficSpec
@@ -75,7 +76,11 @@ class Server:
     pid: int
     artifact: Artifact
     store: RealServer
-    driver: Driver
+    driver: ProcessPoolExecutor
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in its load generator."""
+        return self.driver.submit(function, *arguments).result()
 
     @property
     def has_positions(self) -> bool:
@@ -161,10 +166,6 @@ class Bench:
         """Enter a context, which is left with the scope."""
         return self.scope.enter_context(context)
 
-    def start_driver(self) -> Driver:
-        """A load generator beside the stores."""
-        return Driver(self.start(helper_process(self.cores.others)))
-
     def start_server(
         self,
         kind: str,
@@ -197,7 +198,7 @@ class Bench:
         artifact, cores, port = artifact or self.artifact, cores or self.cores, free_port()
         if beside is None:
             store = self.start(real_server("valkey", prepare=pin_child(cores.others)))
-            driver = Driver(self.start(helper_process(cores.others)))
+            driver = self.start(helper_process(cores.others))
         else:
             store, driver = beside.store, beside.driver
         if kind.startswith("carry-"):
@@ -262,8 +263,11 @@ class Bench:
 
     def warm(self, server: Server, key: str, spec: TrafficSpec) -> Load:
         """Make streams at a generator and load a server with them for a moment, unmeasured."""
-        server.driver.traffic(key, spec)
-        return server.driver.closed(key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
+        server.run(make_streams, key, spec)
+        load: Load = server.run(
+            run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S
+        )
+        return load
 
     def measure_rounds(self, rows: Sequence[Row]) -> None:
         """Every row in every round, each round beginning with the next one."""
@@ -277,7 +281,7 @@ class Bench:
         name, server, key, connections = row
         seconds = self.options.seconds * share
         return self.measured(
-            name, server, lambda: server.driver.closed(key, server.port, connections, seconds)
+            name, server, partial(server.run, run_closed, key, server.port, connections, seconds)
         )
 
     def measured(self, row: str, server: Server, run: Callable[[], Load]) -> Load:

@@ -21,7 +21,7 @@ from tests.bench import workloads
 from tests.bench.answers import TRAINED_TOLERANCE, WrongOutputsError, check_answers
 from tests.bench.cpu_split import CannotProfileError, record_stacks, stage_of, stage_shares
 from tests.bench.filling import fill_store, measure_bytes_per_stream, rewrite_file
-from tests.bench.generator import Connection
+from tests.bench.generator import Connection, make_streams, run_closed, run_open
 from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, carry_command
@@ -159,20 +159,22 @@ def measure_many(bench: Bench, kind: str) -> None:
 def measure_latency(bench: Bench, kind: str) -> None:
     """Open loop at shares of the peak, alone and beside a stream of long chunks."""
     seconds, results = bench.options.seconds * 2, bench.results
-    server, long_driver = bench.start_server(kind), bench.start_driver()
+    server, long_driver = bench.start_server(kind), bench.start(helper_process(bench.cores.others))
     bench.prepare(server, kind)
     long_bodies = Bodies.random(LONG_STEPS, count=1)
-    long_driver.traffic("long", make_traffic(server.artifact, long_bodies, "long", 1))
+    long_driver.submit(make_streams, "long", make_traffic(server.artifact, long_bodies, "long", 1))
     for seed in range(1, bench.options.rounds + 1):
         bench.closed(Row(f"latency/unloaded/{kind}", server, kind, 1))
         peak = bench.closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
         loads = {
-            share: partial(server.driver.open, kind, server.port, peak * share / 100, seconds, seed)
+            share: partial(
+                server.run, run_open, kind, server.port, peak * share / 100, seconds, seed
+            )
             for share in OPEN_PERCENTS
         }
         for percent, load in loads.items():
             bench.measured(f"latency/open-{percent}/{kind}", server, load)
-        long = long_driver.start("closed", "long", server.port, 1, seconds)
+        long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
         bench.measured(f"latency/open-50-long/{kind}", server, loads[50])
         bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
     unloaded = results.values(f"latency/unloaded/{kind}", "p50_ms")
@@ -342,8 +344,8 @@ def _prepare_kind(bench: Bench, server: Server, artifact: Artifact) -> None:
     for spec in (checked, measured):
         if not spec.moves:
             _begin_streams(bench, server, artifact, spec)
-    server.driver.traffic(name, checked)
-    load = server.driver.closed(name, server.port, CONNECTIONS, 0.0, CHECKED_CHUNKS)
+    server.run(make_streams, name, checked)
+    load = server.run(run_closed, name, server.port, CONNECTIONS, 0.0, CHECKED_CHUNKS)
     if not check_answers(artifact, checked, bodies.rows, load.sampled):
         raise WrongOutputsError(f"{name}: expected outputs to check, got none")
     bench.warm(server, name, measured)
@@ -366,7 +368,7 @@ def measure_cpu_split(bench: Bench, kind: str) -> None:
     bench.prepare(server, kind)
     bench.measure_rounds([row])
     seconds = math.ceil(bench.options.seconds * 2)
-    load = server.driver.start("closed", kind, server.port, CONNECTIONS, seconds + 1.0)
+    load = server.driver.submit(run_closed, kind, server.port, CONNECTIONS, seconds + 1.0)
     try:
         stacks = record_stacks(server.pid, seconds, bench.cores.others)
     except CannotProfileError as error:

@@ -14,7 +14,8 @@ import orjson
 import ormsgpack
 import pytest
 
-from tests.bench.generator import Driver, Generator, Load, draw_arrivals
+from tests.bench import generator
+from tests.bench.generator import Load, draw_arrivals, make_streams
 from tests.bench.processes import helper_process
 from tests.bench.traffic import Media, TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
@@ -78,10 +79,9 @@ def stub(answer: Answer) -> Iterator[int]:
 def run_closed(
     answer: Answer, spec: TrafficSpec, connections: int, seconds: float, least: int = 0
 ) -> Load:
-    generator = Generator()
-    generator.traffic("t", spec)
+    make_streams("t", spec)
     with stub(answer) as port:
-        return generator.closed("t", port, connections, seconds, least)
+        return generator.run_closed("t", port, connections, seconds, least)
 
 
 @pytest.mark.parametrize("media", ["json", "msgpack"])
@@ -175,10 +175,9 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
             never.wait(STALL_S)
         return accept_chunk(path, body)
 
-    generator = Generator()
-    generator.traffic("t", traffic(50))
+    make_streams("t", traffic(50))
     with stub(answer) as port:
-        load = generator.open("t", port, 200, 0.5, seed=1, connections=1)
+        load = generator.run_open("t", port, 200, 0.5, seed=1, connections=1)
     due = draw_arrivals(200, 0.5, 1)
     during = int((due < due[0] + STALL_S / 2).sum())
     assert load.chunks == len(due)
@@ -187,9 +186,8 @@ def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     assert (load.latencies_s > STALL_S / 2).sum() >= during
 
 
-def test_driver_raises_the_error_of_its_process() -> None:
+def test_an_error_is_raised_by_the_call_in_a_helper_process() -> None:
     with stub(lambda *_: ok(b'{"position":4}')) as port, helper_process(()) as process:
-        driver = Driver(process)
-        driver.traffic("t", traffic(1))
+        process.submit(make_streams, "t", traffic(1))
         with pytest.raises(WrongReplyError, match="expected positions"):
-            driver.closed("t", port, 1, 5)
+            process.submit(generator.run_closed, "t", port, 1, 5).result()
