@@ -7,7 +7,7 @@ that of the inputs or outputs with `binary_data_size`.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -52,7 +52,7 @@ class _OutputParameters(msgspec.Struct, forbid_unknown_fields=True, omit_default
 class _Input(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     name: str
     datatype: str
-    shape: Annotated[list[_Dimension], Meta(max_length=MAX_RANK)]
+    shape: Annotated[tuple[_Dimension, ...], Meta(max_length=MAX_RANK)]
     parameters: _InputParameters | None = None
     data: msgspec.Raw = _ABSENT
 
@@ -84,6 +84,10 @@ class BinaryOutputs(NamedTuple):
     def has(self, name: str) -> bool:
         """Whether it wants this one so."""
         return self.by_name.get(name, self.by_default)
+
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Whether it wants any of these so."""
+        return any(map(self.has, names)) if self.by_name else self.by_default
 
 
 def decompress(body: bytes, encoding: str, limit_bytes: int) -> bytes:
@@ -136,7 +140,7 @@ def decode_request(
             got=len(text),
         )
     decoded = _decode_json(text)
-    binary = memoryview(body)[len(text) :]
+    begin, binary_bytes = len(text), len(body) - len(text)
     inputs: list[InputTensor] = []
     used = 0
     for index, each in enumerate(decoded.inputs):
@@ -145,16 +149,16 @@ def decode_request(
         if (size is None) == (not each.data):
             got = "none" if size is None else "both"
             raise invalid(at, "either data or parameters.binary_data_size", got)
-        data: memoryview | Sequence[Any]
+        data: bytes | Sequence[Any]
         if size is None:
             data = _elements(each, at)
         else:
-            data = binary[used : used + size]
+            data = body[begin + used : begin + used + size]
             used += size
         inputs.append(InputTensor(each.name, each.datatype, each.shape, data))
-    if used != len(binary):
+    if used != binary_bytes:
         expected = f"{used} bytes after the JSON, all the binary_data_size together"
-        raise invalid("body", expected, len(binary))
+        raise invalid("body", expected, binary_bytes)
     parameters: dict[str, Parameter] = decoded.parameters
     by_default = parameters.pop(BINARY_OUTPUT, False)
     if not isinstance(by_default, bool):

@@ -83,6 +83,7 @@ class FastInferPath:
         self._inference = inference
         self._api = inference.api
         self._ids = ids
+        self._max_bytes = min(MAX_REQUEST_BYTES, inference.api.limits.max_body_bytes)
         self._overload_responses = OverloadResponses(_error_response)
         # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, inference.api.limits))
@@ -100,7 +101,7 @@ class FastInferPath:
         if headers is None:
             return None
         total_bytes = end + 4 + headers.length
-        if total_bytes > min(MAX_REQUEST_BYTES, self._api.limits.max_body_bytes):
+        if total_bytes > self._max_bytes:
             return None
         if len(data) < total_bytes:
             return IncompleteRequest(total_bytes)
@@ -138,8 +139,9 @@ class FastInferPath:
         """Whether the reply is binary and can be written at once, and nothing follows it."""
         if self._inference.delete_at_end and call.parameters.ends:
             return False
-        values = call.steps * call.wire.served.outputs.size
-        return values <= LONG_VALUES and any(binary.has(each.name) for each in call.outputs)
+        signature = call.signature
+        values = signature.steps * call.wire.served.outputs.size
+        return values <= LONG_VALUES and binary.has_any(each.name for each in signature.outputs)
 
     def start(self, request: FastInferRequest) -> PendingReply:
         """Hand the chunk to the pipeline."""

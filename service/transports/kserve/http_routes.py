@@ -195,7 +195,7 @@ async def post_infer(request: Request, model: str, version: str = "") -> Respons
     body = await _receive(request, inference.api, deadline_s)
     infer_request, binary = decode_request(body, json_bytes, model, version)
     result = await cancel_on_disconnect(request, inference.infer(infer_request, deadline_s))
-    if not any(binary.has(output.name) for output in result.outputs):
+    if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
     content, json_length = encode_reply(result, binary)
     return Answer(content, _BINARY, 200, [(HEADER_LENGTH.encode(), b"%d" % json_length)])

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -33,7 +34,7 @@ import structlog
 
 from models.spec.layout import Output
 from service.core.errors import CarryError, ModelNotFound
-from service.core.values import Chunk, FloatRows, Precondition, Reply, Steps
+from service.core.values import Chunk, FloatRows, Precondition, Reply, Steps, StreamKey
 from service.pipeline.served_model import ServedModel
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.limits import LONG_BYTES
@@ -64,29 +65,62 @@ _EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 log = structlog.get_logger(__name__)
 
 
-class ResolvedCall(NamedTuple):
-    """A request, resolved against its model.
+class Signature(NamedTuple):
+    """What follows from a tensor's name and shape, and from the names of the outputs.
 
     Attributes:
         outputs: the outputs to return.
         steps: T.
         batch: length of the leading axis of the outputs; None if there is none.
-        body: the chunk or the sequences, as a body of the HTTP API.
+    """
+
+    outputs: Sequence[Output]
+    steps: int
+    batch: int | None
+
+
+class ResolvedCall(NamedTuple):
+    """A request, resolved against its model.
+
+    Attributes:
+        values: the rows in the binary format, or the events, each in JSON.
     """
 
     request: InferRequest
     wire: ModelWire
     parameters: InferParameters
-    outputs: Sequence[Output]
-    steps: int
-    batch: int | None
-    body: bytes
-    media: Media
+    signature: Signature
+    values: bytes | list[bytes]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the chunk closes its stream."""
+        return self.parameters.ends and self.wire.served.blocks is not None
 
     @property
     def is_long(self) -> bool:
-        """Whether the body has to be read in blocks."""
-        return len(self.body) >= LONG_BYTES
+        """Whether the values have to be read in blocks."""
+        values = self.values
+        size = len(values) if isinstance(values, bytes) else sum(map(len, values))
+        return size >= LONG_BYTES
+
+    def encode_body(self) -> tuple[bytes, Media]:
+        """The chunk or the sequences as a body of the HTTP API."""
+        encode, media, name = orjson.dumps, Media.JSON, EVENTS
+        values: Sequence[Any] = self.values
+        if isinstance(values, bytes):
+            encode, media, name = ormsgpack.packb, Media.MSGPACK, INPUTS
+        else:
+            values = [orjson.Fragment(event) for event in values]
+        if self.parameters.stream is not None:
+            members = {"position": self.parameters.position, "epoch": self.parameters.epoch}
+            given = {key: value for key, value in members.items() if value is not None}
+            final = {"final": True} if self.is_final else {}
+            return encode({name: values, **given, **final}), media
+        parts = 1 if self.signature.batch is None else self.signature.batch
+        size = len(values) // max(parts, 1)
+        sequences = [{name: values[at * size : (at + 1) * size]} for at in range(parts)]
+        return encode({"sequences": sequences}), media
 
 
 class Inference:
@@ -99,6 +133,8 @@ class Inference:
     def __init__(self, api: ApiContext, *, delete_at_end: bool = False):
         self.api = api
         self.delete_at_end = delete_at_end
+        # cached, since clients repeat their shapes
+        self._signature = lru_cache(maxsize=1024)(_signature)
 
     def served(self, model: str, version: str = "") -> ServedModel:
         """The served model of a name and version.
@@ -146,22 +182,23 @@ class Inference:
         served = self.served(request.model, request.version)
         wire = self.api.wire(served.name)
         parameters = parse_parameters(request.parameters)
-        outputs = _selected_outputs(served, request.outputs)
         if len(request.inputs) != 1:
             names = f"exactly one tensor, {' or '.join(input_names(served))}"
             raise invalid("inputs", names, len(request.inputs))
         [tensor] = request.inputs
-        _check_tensor(served, tensor)
+        name, datatype, shape, _ = tensor
+        signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
         if parameters.stream is not None:
             wire.reader.check_accepts_chunks()
-        rank = 2 if tensor.name == INPUTS else 1
-        batch = None if len(tensor.shape) == rank else tensor.shape[0]
-        steps = tensor.shape[-rank]
-        if parameters.stream is not None and batch not in (None, 1):
-            expected = "1 in front, since a chunk of a sequence is of one stream"
-            raise invalid("inputs[0].shape", expected, list(tensor.shape))
-        body, media = _body(served, tensor, parameters, batch)
-        return ResolvedCall(request, wire, parameters, outputs, steps, batch, body, media)
+            if signature.batch not in (None, 1):
+                expected = "1 in front, since a chunk of a sequence is of one stream"
+                raise invalid("inputs[0].shape", expected, list(shape))
+        elif (signature.batch or 0) > self.api.limits.max_items:
+            expected = f"at most {self.api.limits.max_items} sequences"
+            raise invalid("inputs[0].shape", expected, signature.batch)
+        is_rows = name == INPUTS
+        values = float32_bytes(tensor, "inputs[0]") if is_rows else _event_elements(tensor)
+        return ResolvedCall(request, wire, parameters, signature, values)
 
     def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
         """The chunk of a short request.
@@ -169,15 +206,22 @@ class Inference:
         Raises:
             InvalidInput, ChunkTooLong: with the fact `stream`.
         """
-        chunk = call.wire.reader.chunk(call.body, call.media, stream, None)
-        return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+        reader = call.wire.reader
+        if isinstance(call.values, bytes) and not call.is_final:
+            steps = reader.fast.decode_rows(call.values)
+            if steps is not None:
+                key = StreamKey(call.wire.served.name, stream)
+                return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
+        return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
 
     async def _read_chunk(self, call: ResolvedCall, stream: str, deadline_s: float) -> Chunk:
         if not call.is_long:
             return self.read_chunk(call, stream)
-        async with self.api.long_bodies.admit(call.body, deadline_s) as checkpoint:
-            chunk = await call.wire.long.chunk(call.body, call.media, checkpoint, stream, None)
-        return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+        body, media = call.encode_body()
+        async with self.api.long_bodies.admit(body, deadline_s) as checkpoint:
+            return _with_start(
+                call, await call.wire.long.chunk(body, media, checkpoint, stream, None)
+            )
 
     async def _predict(self, call: ResolvedCall, deadline_s: float) -> InferReply:
         sequences = await self._read_sequences(call, deadline_s)
@@ -186,10 +230,11 @@ class Inference:
         return self._reply(call, {}, [each.outputs for each in predictions])
 
     async def _read_sequences(self, call: ResolvedCall, deadline_s: float) -> list[Steps]:
+        body, media = call.encode_body()
         if not call.is_long:
-            return call.wire.reader.sequences(call.body, call.media)
-        async with self.api.long_bodies.admit(call.body, deadline_s) as checkpoint:
-            return await call.wire.long.sequences(call.body, call.media, checkpoint)
+            return call.wire.reader.sequences(body, media)
+        async with self.api.long_bodies.admit(body, deadline_s) as checkpoint:
+            return await call.wire.long.sequences(body, media, checkpoint)
 
     async def _delete(self, reply: Reply) -> bool:
         """Delete the stream of a reply, unless it has changed since; returns whether it did."""
@@ -227,14 +272,14 @@ class Inference:
         """The reply with these packed outputs, [T, O] of each sequence."""
         request, served = call.request, call.wire.served
         rows = outputs[0]
-        if call.batch is not None:
+        if call.signature.batch is not None:
             rows = np.stack(outputs) if len(outputs) > 1 else rows[np.newaxis]
         return InferReply(
             served.name,
             VERSION,
             request.id,
             parameters,
-            [_output_tensor(served, output, rows) for output in call.outputs],
+            [_output_tensor(served, output, rows) for output in call.signature.outputs],
         )
 
 
@@ -271,47 +316,38 @@ def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Out
     return [known[name] for name in names]
 
 
-def _check_tensor(served: ServedModel, tensor: InputTensor) -> None:
+def _with_start(call: ResolvedCall, chunk: Chunk) -> Chunk:
+    return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
+
+
+def _signature(
+    wire: ModelWire, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
+) -> Signature:
+    """The signature of a request.
+
+    Raises:
+        InvalidInput: the model has no such tensor, or no such output.
+    """
+    selected = _selected_outputs(wire.served, outputs)
+    _check_tensor(wire.served, name, datatype, shape)
+    rank = 2 if name == INPUTS else 1
+    return Signature(selected, shape[-rank], None if len(shape) == rank else shape[0])
+
+
+def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
     """Reject a tensor with another name, type or shape than the model takes."""
     at = "inputs[0]"
     names = input_names(served)
-    if tensor.name not in names:
-        raise invalid(f"{at}.name", " or ".join(names), repr(tensor.name[:100]))
-    datatype = FP32 if tensor.name == INPUTS else BYTES
-    if tensor.datatype != datatype:
-        raise invalid(f"{at}.datatype", datatype, repr(tensor.datatype[:100]))
-    steps: list[Any] = ["T", served.input_features] if tensor.name == INPUTS else ["T"]
-    shape = tensor.shape
+    if name not in names:
+        raise invalid(f"{at}.name", " or ".join(names), repr(name[:100]))
+    expected_type = FP32 if name == INPUTS else BYTES
+    if datatype != expected_type:
+        raise invalid(f"{at}.datatype", expected_type, repr(datatype[:100]))
+    steps: list[Any] = ["T", served.input_features] if name == INPUTS else ["T"]
     fits = len(steps) <= len(shape) <= len(steps) + 1 and min(shape) >= 0
-    if not fits or (tensor.name == INPUTS and shape[-1] != served.input_features):
+    if not fits or (name == INPUTS and shape[-1] != served.input_features):
         shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
         raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
-
-
-def _body(
-    served: ServedModel, tensor: InputTensor, parameters: InferParameters, batch: int | None
-) -> tuple[bytes, Media]:
-    """The body of the HTTP API with the values of a tensor."""
-    members: dict[str, Any] = {}
-    if parameters.position is not None:
-        members["position"] = parameters.position
-    if parameters.epoch is not None:
-        members["epoch"] = parameters.epoch
-    if parameters.ends and served.blocks is not None:
-        members["final"] = True
-    parts = 1 if batch is None else batch
-    values: Sequence[Any]
-    if tensor.name == INPUTS:
-        encode, media = ormsgpack.packb, Media.MSGPACK
-        values = float32_bytes(tensor, "inputs[0]")
-    else:
-        encode, media = orjson.dumps, Media.JSON
-        values = [orjson.Fragment(event) for event in _event_elements(tensor)]
-    if parameters.stream is not None:
-        return encode({tensor.name: values, **members}), media
-    size = len(values) // max(parts, 1)
-    sequences = [{tensor.name: values[at * size : (at + 1) * size]} for at in range(parts)]
-    return encode({"sequences": sequences}), media
 
 
 def _event_elements(tensor: InputTensor) -> list[bytes]:

@@ -226,6 +226,7 @@ class FastDecoder:
         self._row_bytes = _F4.itemsize * self._features
         self._coded = any(column.codes is not None for column in self._columns)
         self._reader = None if served.events is None else EventReader(served.events)
+        self._max_chunk_steps = limits.max_chunk_steps
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         self._json_rows = JsonRowsDecoder(self._features, limits.max_chunk_steps)
@@ -244,6 +245,16 @@ class FastDecoder:
             texts = read.texts + (decoded.epoch is not None)
             _check_no_duplicates(media, body, members, texts, [(body, decoded.events is not None)])
             return decoded, read.steps
+        except _UNDECIDED:
+            return None
+
+    def decode_rows(self, packed: bytes) -> Steps | None:
+        """The steps of a chunk's rows, float32 in little-endian, row by row, or None."""
+        count, rest = divmod(len(packed), self._row_bytes)
+        if rest or not 0 < count <= self._max_chunk_steps:
+            return None
+        try:
+            return Steps(Feed.INPUTS, count, None, self._check_rows(packed))
         except _UNDECIDED:
             return None
 

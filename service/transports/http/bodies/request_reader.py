@@ -7,7 +7,7 @@ does not depend on a stream. This module does not access the store.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from models.events.columns import EventColumns, columns_from_events
 from service.core.delivery import chunk_digest, new_nonce
@@ -15,7 +15,6 @@ from service.core.errors import CarryError, ChunksUnsupported, InvalidInput
 from service.core.values import Chunk, ForecastRequest, Precondition, Steps, StreamKey
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.body_types import (
-    ChunkBody,
     ForecastBody,
     ForkBody,
     ItemBody,
@@ -24,9 +23,7 @@ from service.transports.http.bodies.body_types import (
 )
 from service.transports.http.bodies.duplicates import find_duplicates
 from service.transports.http.bodies.fast_decoder import (
-    DecodedChunk,
     FastDecoder,
-    RowsChunk,
     count_parts,
 )
 from service.transports.http.bodies.strict_validator import StrictValidator, validate_body
@@ -34,6 +31,18 @@ from service.transports.http.bodies.validation_errors import Origin
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Encoded, Media, encoded_list, encoded_object, loads
 from service.transports.http.request_fields import parse_if_match, stream_name
+
+
+class PlacedChunk(Protocol):
+    """A chunk's body, or what another transport says about a chunk."""
+
+    @property
+    def position(self) -> int | None:
+        """Index of the first event; None to append."""
+
+    @property
+    def epoch(self) -> str | None:
+        """Expected epoch of the stream, 16 hex digits."""
 
 
 class RequestReader:
@@ -292,7 +301,7 @@ class RequestReader:
 
     def build_chunk(
         self,
-        body: ChunkBody | DecodedChunk | RowsChunk,
+        body: PlacedChunk,
         steps: Steps,
         key: StreamKey,
         precondition: Precondition | None,

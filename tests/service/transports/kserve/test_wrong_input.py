@@ -47,6 +47,10 @@ BODIES: dict[str, tuple[Any, str]] = {
     "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
     "a negative axis": (changed(shape=[-4, 3]), "inputs[0].shape[0]: Expected `int` >= 0"),
     "two streams": (changed(shape=[2, 2, 3]), "inputs[0].shape: expected 1 in front"),
+    "too many sequences": (
+        {"inputs": [changed(shape=[2**31 - 1, 0, 3], data=[])["inputs"][0]]},
+        "inputs[0].shape: expected at most 5 sequences, got 2147483647",
+    ),
     "too few values": (changed(data=[1.0] * 11), "inputs[0].data: expected 12 values"),
     "no values": (changed(data=None), "inputs[0]: expected either data or"),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
