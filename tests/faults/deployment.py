@@ -35,42 +35,30 @@ _STARTS: Final = 20
 class Worker(Service):
     """A `carry serve` behind a proxy; `serves` while it is up."""
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        models: Path,
-        url: str,
-        traffic: Traffic,
-        settings: dict[str, str],
-    ):
+    def __init__(self, name: str, folder: Path, models: Path, url: str, settings: dict[str, str]):
         folder.mkdir()
         super().__init__(folder, models, redis_url=url)
-        self.name = name
-        self.serves = False
-        self.proxy = FaultProxy(self._target, traffic.watch_clients, name)
-        traffic.proxies[name] = self.proxy
+        self.name, self.serves = name, False
         self._settings = settings
         self._starting: asyncio.Task[None] | None = None
-
-    @property
-    def proxy_url(self) -> str:
-        """Its address for clients."""
-        return f"http://127.0.0.1:{self.proxy.port}"
 
     def restart(self) -> None:
         """Start it in the background."""
         self._starting = asyncio.create_task(self._start())
 
-    async def started(self) -> None:
+    async def wait_until_up(self) -> None:
         """Wait for a restart."""
         await self._starting
 
     async def end(self) -> None:
         """Kill it once it does not start any more."""
         with contextlib.suppress(AssertionError):
-            await self.started()
+            await self.wait_until_up()
         self.kill()
+
+    def address(self) -> Target | None:
+        """Where it serves."""
+        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
 
     async def _start(self) -> None:
         """An unavailable store may keep it from starting, as a supervisor would see."""
@@ -83,9 +71,6 @@ class Worker(Service):
                     raise
         self.serves = True
 
-    def _target(self) -> Target | None:
-        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
-
 
 class Deployment:
     """Workers on a store.
@@ -95,24 +80,23 @@ class Deployment:
     """
 
     store: SingleStore | ClusterStore
-    workers: list[Worker]
-    clients: dict[str, WorkerClient]
 
     def __init__(self) -> None:
-        self.workers, self.clients = [], {}
+        self.workers: list[Worker] = []
+        self.clients: dict[str, WorkerClient] = {}
         self.traffic = Traffic(self._find_owner)
 
     async def expire(self, stream: str) -> None:
         """Let a stream's keys expire, once all writes that are held back have reached the store:
         streams live longer than a network holds bytes."""
         for proxy in self.store.proxies:
-            await proxy.drained(lambda connection: connection.held is not None)
+            await proxy.wait_until_drained(lambda connection: connection.held is not None)
         await asyncio.to_thread(self.store.expire, stream)
 
-    async def started(self) -> None:
+    async def wait_until_up(self) -> None:
         """Wait until all workers serve."""
         for worker in self.workers:
-            await worker.started()
+            await worker.wait_until_up()
 
     def _find_owner(self, connection: Connection) -> str:
         up = [worker for worker in self.workers if worker.process is not None]
@@ -138,21 +122,18 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
         deployment.store = store
         stack.push_async_callback(asyncio.to_thread, store.stop)
         for proxy in store.proxies:
-            await proxy.open()
-            stack.push_async_callback(proxy.close)
+            await stack.enter_async_context(proxy.listening())
         await asyncio.to_thread(store.start)
         for name in ("a", "b"):
-            worker = Worker(name, folder / name, models, store.url, traffic, settings)
-            deployment.workers.append(worker)
-            await worker.proxy.open()
-            stack.push_async_callback(worker.proxy.close)
+            worker = Worker(name, folder / name, models, store.url, settings)
+            proxy = FaultProxy(worker.address, traffic.watch_clients, name)
+            await stack.enter_async_context(proxy.listening())
             worker.restart()
             stack.push_async_callback(worker.end)
-        await deployment.started()
-        for worker in deployment.workers:
-            client = WorkerClient(
-                worker.name, worker.proxy_url, options.transports, options.timeout_s
-            )
-            deployment.clients[worker.name] = client
+            url = f"http://127.0.0.1:{proxy.port}"
+            client = WorkerClient(name, url, options.transports, options.timeout_s)
             stack.push_async_callback(client.close)
+            deployment.workers.append(worker)
+            deployment.clients[name], traffic.proxies[name] = client, proxy
+        await deployment.wait_until_up()
         yield deployment

@@ -24,7 +24,7 @@ from tests.faults.client import SHORT_LIVED, Client
 from tests.faults.deployment import Deployment, Worker
 from tests.faults.history import History, Loss
 from tests.faults.network import MODEL
-from tests.faults.stores import suspended
+from tests.faults.stores import suspension
 from tests.faults.traffic import (
     BEFORE_LOAD,
     COMPUTING,
@@ -146,9 +146,9 @@ class FaultInjector:
         kill()
         await asyncio.to_thread(worker.process.wait)
         # all that it wrote has to pass
-        await worker.proxy.drained()
+        await traffic.proxies[worker.name].wait_until_drained()
         for proxy in self.deployment.store.proxies:
-            await proxy.drained(lambda each: traffic.owner_of(each) == worker.name)
+            await proxy.wait_until_drained(lambda each: traffic.owner_of(each) == worker.name)
         for each, count in traffic.count_stages(worker.name).items():
             self.history.seen[KILLED[each]] += 1
             self.history.seen[f"{KILLED[each]}, chunks"] += count
@@ -157,7 +157,7 @@ class FaultInjector:
     async def pause_worker(self, fault: Fault) -> None:
         """Stop a worker, and continue it."""
         worker = await self._serving_worker(fault.pick)
-        with suspended(worker.process):
+        with suspension(worker.process):
             await asyncio.sleep(fault.seconds)
 
     async def terminate_worker(self, fault: Fault) -> None:
@@ -170,7 +170,7 @@ class FaultInjector:
     async def roll_back(self, fault: Fault) -> Loss:
         """Set the store back by some moments under workers whose caches are newer."""
         store = self.deployment.store
-        await self.deployment.started()
+        await self.deployment.wait_until_up()
         since_s = await asyncio.to_thread(store.prepare_rollback, fault.pick)
         await asyncio.sleep(0.3 + min(fault.seconds, 1.5))
         chosen = self.clients[-fault.pick % _SUSPENDED_SHARE :: _SUSPENDED_SHARE]
@@ -257,7 +257,7 @@ class FaultInjector:
             up = [worker for worker in workers if worker.serves]
             if len(up) == len(workers) or (up and pick % _ALONE_SHARE == 0):
                 return up[pick // _ALONE_SHARE % len(up)]
-            await self.deployment.started()
+            await self.deployment.wait_until_up()
 
 
 Inject = Callable[[FaultInjector, Fault], Awaitable[Loss | None]]

@@ -104,7 +104,7 @@ async def _drive(options: RunOptions, deployment: Deployment, history: History) 
             if history.seen[KILLED[stage]] < options.kills_per_stage:
                 await inject(make_fault(KILL[stage], random))
         await wait_for_events(options.events)
-        await deployment.started()
+        await deployment.wait_until_up()
         stop.set()
         await finish(tasks)
         await finish(start(client.finish() for client in clients))

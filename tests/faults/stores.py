@@ -89,7 +89,7 @@ class Store:
     def pause(self, pick: int, seconds: float) -> Loss | None:
         """Stop a server; where that is a primary, and for long, its replica is promoted."""
         server, struck_s = self._choose(pick), time.monotonic()
-        with suspended(server._process):
+        with suspension(server._process):
             time.sleep(seconds)
         return self._find_loss("stopped", struck_s)
 
@@ -300,7 +300,7 @@ def make_store(
 
 
 @contextmanager
-def suspended(process: Any) -> Iterator[None]:
+def suspension(process: Any) -> Iterator[None]:
     """Stop a process, and continue it afterwards."""
     process.send_signal(signal.SIGSTOP)
     try:

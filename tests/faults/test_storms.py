@@ -46,7 +46,8 @@ async def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
         assert len(epochs) == 1
 
     async with deploy(RunOptions("valkey")) as deployment:
-        one, other = (V1(worker.proxy_url, "msgpack") for worker in deployment.workers)
+        proxies = deployment.traffic.proxies.values()
+        one, other = (V1(f"http://127.0.0.1:{proxy.port}", "msgpack") for proxy in proxies)
         try:
             copies = [one, other, one, other, one]
             await asyncio.gather(*(send_stream(number, copies) for number in range(STREAMS)))

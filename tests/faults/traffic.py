@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import hiredis
@@ -91,17 +91,13 @@ class _Error(Exception):
     """An error reply."""
 
 
-def _reader() -> Any:
-    return hiredis.Reader(notEnoughData=_MORE, replyError=_Error)
-
-
-@dataclass(slots=True)
 class _StoreNotes:
     """Of one connection to the store: parsers, and what has no answer yet."""
 
-    requests: Any = field(default_factory=_reader)
-    replies: Any = field(default_factory=_reader)
-    unanswered: deque[tuple[bool, Sequence[str]]] = field(default_factory=deque)
+    def __init__(self) -> None:
+        how = {"notEnoughData": _MORE, "replyError": _Error}
+        self.requests, self.replies = hiredis.Reader(**how), hiredis.Reader(**how)
+        self.unanswered: deque[tuple[bool, Sequence[str]]] = deque()
 
 
 class Traffic:

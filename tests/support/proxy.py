@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -76,7 +76,6 @@ class Proxy:
         self.port = 0
         self.connections: dict[Connection, asyncio.Task[None]] = {}
         self._target = target
-        self._listener: asyncio.Server | None = None
 
     async def inspect(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Called with all bytes before they are forwarded.
@@ -85,23 +84,26 @@ class Proxy:
             CutError: the connection has to end.
         """
 
-    async def open(self, socket: str | None = None) -> None:
-        """Listen on a unix socket, or on a free port of the loopback."""
+    @asynccontextmanager
+    async def listening(self, socket: str | None = None) -> AsyncIterator[Self]:
+        """Listen on a unix socket, or on a free port of the loopback; end all connections after."""
         if socket is not None:
-            self._listener = await asyncio.start_unix_server(self._serve, socket, limit=_MOST_BYTES)
-            return
-        self._listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_MOST_BYTES)
-        self.port = self._listener.sockets[0].getsockname()[1]
+            server = await asyncio.start_unix_server(self._serve, socket, limit=_MOST_BYTES)
+        else:
+            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_MOST_BYTES)
+            self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            while self.connections:
+                for task in self.connections.values():
+                    task.cancel()
+                await asyncio.sleep(0)
 
-    async def close(self) -> None:
-        """End the listener and every connection."""
-        self._listener.close()
-        while self.connections:
-            for task in self.connections.values():
-                task.cancel()
-            await asyncio.sleep(0)
-
-    async def drained(self, choice: Callable[[Connection], bool] = lambda _: True) -> None:
+    async def wait_until_drained(
+        self, choice: Callable[[Connection], bool] = lambda _: True
+    ) -> None:
         """Wait until the chosen ones of the present connections have ended."""
         chosen = [each for each in self.connections if choice(each)]
         await asyncio.gather(*(connection.ended.wait() for connection in chosen))
@@ -195,7 +197,7 @@ class LossyPath(Proxy):
     async def deliver(self) -> None:
         """Forward every held request, and wait until the server has executed it."""
         self._delivery.set()
-        await self.drained(lambda connection: connection.held is not None)
+        await self.wait_until_drained(lambda connection: connection.held is not None)
         self._delivery.clear()
 
     async def inspect(self, connection: Connection, direction: Direction, data: bytes) -> None:
@@ -218,12 +220,7 @@ class LossyPath(Proxy):
         return None if self.dead else self._server
 
     @classmethod
-    @asynccontextmanager
-    async def to(cls, target: str, folder: Path) -> AsyncIterator[Self]:
+    def to(cls, target: str, folder: Path) -> AbstractAsyncContextManager[Self]:
         """Open a proxy to a server's socket, in a directory with a short path."""
-        path = cls(target, str(folder / "lossy.sock"))
-        await path.open(path.url.removeprefix("unix://"))
-        try:
-            yield path
-        finally:
-            await path.close()
+        socket = str(folder / "lossy.sock")
+        return cls(target, socket).listening(socket)
