@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -20,6 +20,9 @@ log = structlog.get_logger(__name__)
 
 CHECK_INTERVAL_S: Final = 1.0
 """Time between two checks of all connections."""
+
+CHECKED_AT_ONCE: Final = 500
+"""Connections that are checked in one turn of the event loop, in about a millisecond."""
 
 LOG_INTERVAL_S: Final = 10.0
 """Minimum time between two log lines about connections that were rejected or closed."""
@@ -152,7 +155,13 @@ class Connections:
 
     def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(CHECK_INTERVAL_S, self._check, loop)
-        self.check(loop.time())
+        self._check_part(loop, self._check_parts(loop.time()))
+
+    def _check_part(self, loop: asyncio.AbstractEventLoop, parts: Iterator[None]) -> None:
+        """Check some connections in this turn of the loop, and the others in the next ones."""
+        for _ in parts:
+            loop.call_soon(self._check_part, loop, parts)
+            return
 
     def check(self, now_s: float) -> None:
         """Expire connections that have waited too long, and shed replies that are not read.
@@ -160,8 +169,19 @@ class Connections:
         Args:
             now_s: the time on the loop's clock.
         """
+        for _ in self._check_parts(now_s):
+            pass
+
+    def _check_parts(self, now_s: float) -> Iterator[None]:
+        """The same; yields after every `CHECKED_AT_ONCE` connections."""
         unsent_bytes = 0
-        for connection, (phase, progress, since_s) in list(self._seen.items()):
+        seen = list(self._seen.items())
+        for number, (connection, (phase, progress, since_s)) in enumerate(seen, start=1):
+            if not number % CHECKED_AT_ONCE:
+                yield
+            if connection not in self._seen:
+                # closed while others were checked
+                continue
             unsent_bytes += connection.unsent_bytes
             if connection.phase is not phase or connection.progress != progress:
                 self._seen[connection] = (connection.phase, connection.progress, now_s)

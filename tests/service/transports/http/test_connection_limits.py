@@ -20,8 +20,15 @@ import uvicorn
 from structlog.testing import capture_logs
 
 from service.ops.open_files import limit_connections_to_open_files
+from service.transports.http.connection import connections as connections_module
 from service.transports.http.connection import http_protocol
-from service.transports.http.connection.connections import LINGER_S, ConnectionLimits, Connections
+from service.transports.http.connection.connections import (
+    CHECKED_AT_ONCE,
+    LINGER_S,
+    ConnectionLimits,
+    Connections,
+    Phase,
+)
 from service.transports.http.connection.fast_path import MAX_REQUEST_BYTES
 from service.transports.http.connection.framing import MAX_DRAIN_BYTES
 from service.transports.http.connection.http_protocol import (
@@ -412,3 +419,41 @@ def test_the_limit_on_open_files_is_raised() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "(300, 300)\n"
+
+
+class IdleConnection:
+    """A connection on which nothing happens."""
+
+    phase, progress, unsent_bytes, body_bytes, body_began_s = Phase.IDLE, 0, 0, 0, 0.0
+
+    def __init__(self) -> None:
+        self.expired = 0
+        self.then: Callable[[], object] = int
+
+    def expire(self, phase: Phase) -> None:
+        self.expired += 1
+        self.then()
+
+
+async def test_many_connections_are_checked_in_several_turns_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections_module, "CHECK_INTERVAL_S", 0.05)
+    connections = Connections(ConnectionLimits(keep_alive_s=0.001))
+    loop = asyncio.get_running_loop()
+    many = [IdleConnection() for _ in range(3 * CHECKED_AT_ONCE + 1)]
+    for each in many:
+        connections.add(each, loop)
+    between: list[int] = []
+
+    def see_last() -> None:
+        between.append(many[-1].expired)
+        connections.remove(many[-2])
+
+    many[0].then = lambda: loop.call_soon(see_last)
+    await becomes(lambda: many[-1].expired > 0, "the last part")
+    assert between[0] == 0
+    assert many[-2].expired == 0
+    assert all(each.expired for each in many[:-2])
+    for each in many:
+        connections.remove(each)

@@ -1,24 +1,20 @@
-"""The application of the HTTP tests with live sockets."""
+"""The application of the HTTP tests with live sockets and watching."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
-from fastapi import FastAPI
 
 from models.artifact.artifact import Artifact
-from service.pipeline.watching import Watches
-from service.transports.websocket.application import SocketLimits, add_live_sockets
-from service.transports.websocket.watching import add_watching
+from service.transports.http.limits import ApiLimits
+from service.transports.websocket.application import SocketLimits
 from tests.service.transports.http.conftest import held_back, models
-from tests.service.transports.http.harness import LIMITS, Harness, harness
-from tests.service.transports.websocket.sockets import ORIGINS
+from tests.service.transports.http.harness import Harness
+from tests.service.transports.websocket.sockets import live_application
 from tests.support.servers import RealServer
 
 __all__ = ["held_back", "models"]
-
-SOCKETS = SocketLimits(window=8, max_frame_bytes=LIMITS.max_body_bytes)
 
 
 @pytest.fixture
@@ -26,14 +22,16 @@ async def api(
     pipeline_server: RealServer, models: Mapping[str, Artifact]
 ) -> AsyncIterator[Harness]:
     """A running application with nothing stored."""
+    async with live_application(pipeline_server, models) as running:
+        yield running
 
-    def extend(app: FastAPI) -> None:
-        add_live_sockets(app, SOCKETS, ORIGINS)
-        add_watching(app, Watches(app.state.api.pipeline._store))
 
-    async with harness(pipeline_server, models, extend=extend) as running:
-        await running.store.outputs.start()
-        try:
-            yield running
-        finally:
-            await running.store.outputs.close()
+@pytest.fixture
+async def large_api(
+    pipeline_server: RealServer, models: Mapping[str, Artifact]
+) -> AsyncIterator[Harness]:
+    """The same with limits that allow long frames and replies."""
+    limits = ApiLimits(max_body_bytes=2**20)
+    sockets = SocketLimits(window=8, max_frame_bytes=2**20)
+    async with live_application(pipeline_server, models, limits, sockets) as running:
+        yield running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,43 @@ import numpy as np
 import orjson
 import ormsgpack
 import uvicorn
+from fastapi import FastAPI
 from numpy.typing import NDArray
 from websockets.asyncio.client import ClientConnection, connect
 
+from models.artifact.artifact import Artifact
+from service.pipeline.watching import Watches
+from service.transports.http.limits import ApiLimits
+from service.transports.websocket.application import SocketLimits, add_live_sockets
 from service.transports.websocket.live_socket import LiveSocket
-from tests.service.transports.http.harness import Harness
+from service.transports.websocket.watching import add_watching
+from tests.service.transports.http.harness import LIMITS, Harness, harness
 from tests.service.transports.http.raw_http import HOST, becomes, port_of, serving
+from tests.support.servers import RealServer
 
 ORIGINS = "https://app.example.com"
+SOCKETS = SocketLimits(window=8, max_frame_bytes=LIMITS.max_body_bytes)
+
+
+@asynccontextmanager
+async def live_application(
+    server: RealServer,
+    models: Mapping[str, Artifact],
+    limits: ApiLimits = LIMITS,
+    sockets: SocketLimits = SOCKETS,
+) -> AsyncIterator[Harness]:
+    """An application with live sockets and watching, on a server that is emptied first."""
+
+    def extend(app: FastAPI) -> None:
+        add_live_sockets(app, sockets, ORIGINS)
+        add_watching(app, Watches(app.state.api.pipeline._store))
+
+    async with harness(server, models, limits=limits, extend=extend) as running:
+        await running.store.outputs.start()
+        try:
+            yield running
+        finally:
+            await running.store.outputs.close()
 
 
 @dataclass

@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import orjson
+import pytest
 
+from service.transports.http.limits import LONG_BYTES
+from service.transports.websocket import session
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import becomes
 from tests.service.transports.websocket.sockets import (
@@ -210,3 +213,50 @@ async def test_frames_are_counted_as_requests_are(api: Harness) -> None:
         await client.send(orjson.dumps({"inputs": []}).decode())
         await error(client, "invalid_input")
     assert api.counts.seen["position_ahead"] == api.counts.seen["invalid_input"] == 1
+
+
+async def test_many_failed_streams_leave_only_chunks_with_a_position(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_FAILED_STREAMS", 2)
+    async with live(api) as sockets, sockets.open("probe/live") as (client, _):
+        for stream in ("a", "b", "c"):
+            await client.send(text(rows(1), 5, stream=stream))
+            await error(client, "position_ahead")
+        await client.send(text(rows(1), stream="d"))
+        await error(client, "previous_failed")
+        await client.send(text(rows(1), 0, stream="d"))
+        await reply(client)
+    assert api.position("d") == 1
+
+
+@pytest.mark.parametrize("frame", [text, binary], ids=["JSON", "MessagePack"])
+async def test_long_frames_and_replies_keep_the_order(
+    large_api: Harness, frame: Callable[..., str | bytes]
+) -> None:
+    steps = 7_000
+    inputs = rows(steps + 2)
+    async with live(large_api) as sockets, sockets.open() as (client, _):
+        await client.send(frame(inputs[:1], 0, id=0))
+        await client.send(frame(inputs[1 : steps + 1], 1, id=1))
+        await client.send(frame(inputs[steps + 1 :], steps + 1, id=2))
+        outcomes = [await outcome(client) for _ in range(3)]
+        assert len(inputs[1 : steps + 1].tobytes()) >= LONG_BYTES
+        assert [each["id"] for each in outcomes] == [0, 1, 2]
+        assert np.shape(outcomes[1]["reply"]["outputs"][OUTPUT]) == (steps, 4)
+        await client.send(frame(rows(steps, features=4), 0, id=3))
+        assert (await error(client, "invalid_input"))["id"] == 3
+        await client.send(frame(rows(1), steps + 2, id=4))
+        assert (await reply(client))["position"] == steps + 3
+
+
+async def test_a_client_that_leaves_during_a_long_frame_is_forgotten(large_api: Harness) -> None:
+    async with live(large_api) as sockets:
+        async with sockets.open() as (client, _):
+            await client.send(text(rows(7_000), 0))
+            await becomes(lambda: sockets.served()[0]._session.is_reading, "a long frame")
+            client.transport.abort()
+        await sockets.ended()
+        async with sockets.open("probe/streams/t/live") as (client, _):
+            await client.send(text(rows(7_000), 0))
+            await reply(client)
