@@ -21,6 +21,7 @@ from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ModelWire, api_of
 from service.transports.http.field_rules import MAX_POSITION
 from service.transports.http.media import Media
+from service.transports.http.openapi import operations
 from service.transports.http.replies.pieces import encode_pieces
 from service.transports.http.replies.reply_writer import (
     EVERY_STEP,
@@ -64,8 +65,15 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
 
         return StreamingResponse(events(), headers=_HEADERS, media_type="text/event-stream")
 
-    app.router.routes.append(
-        ChunkRoute(ROUTE, watch_outputs, methods=["GET"], include_in_schema=False)
+    app.router.add_api_route(
+        ROUTE,
+        watch_outputs,
+        methods=["GET"],
+        tags=["streams"],
+        summary="Watch the outputs of a stream",
+        response_class=StreamingResponse,
+        route_class_override=ChunkRoute,
+        **operations.OUTPUTS,
     )
 
 

@@ -267,6 +267,35 @@ DELETE_STREAM = _route(
     *_STORE,
     *_WRITTEN,
 )
+OUTPUTS = _route(
+    {
+        200: {
+            "description": "Events `stream`, `outputs`, `gap` and `end`, until the client "
+            "disconnects. The `id` of an event is a position.",
+            "content": {"text/event-stream": {"schema": _TEXT}},
+        }
+    },
+    [
+        _parameter(
+            "query",
+            "from",
+            "Deliver outputs from this position on, as far as they are known; by default from the "
+            "current position.",
+            {"type": "integer", "minimum": 0},
+        ),
+        _parameter(
+            "header",
+            "Last-Event-ID",
+            "As `from`, and before it; browsers send it when they reconnect.",
+            {"type": "integer", "minimum": 0},
+        ),
+        _OPTIONS[0],
+    ],
+    errors.InvalidName,
+    errors.ModelNotFound,
+    errors.StoreUnavailable,
+    errors.ShuttingDown,
+)
 STATE = _route(
     {200: _reply(reply_types.StateReply, "The state.", _ETAG)},
     [_IF_MATCH],

@@ -21,7 +21,9 @@ from models.events.schema import EventSchema
 from models.spec.model import ModelSpec, parse_spec
 from service.core.delivery import chunk_digest, next_tag
 from service.core.values import FIRST_TAG, Check, Feed, Steps
+from service.pipeline.watching import Watches
 from service.transports.http.replies import reply_types
+from service.transports.websocket.watching import add_watching
 from tests.service.transports.http.harness import harness
 from tests.support.oracle import contracting_weights
 from tests.support.servers import RealServer
@@ -182,6 +184,7 @@ async def test_every_route_has_its_section(pipeline_server: RealServer, tmp_path
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     async with harness(pipeline_server, {"flights": artifact}) as api:
+        add_watching(api.app, Watches(api.store))
         paths = (await api.client.get("/openapi.json")).json()["paths"]
     text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))

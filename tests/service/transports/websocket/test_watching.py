@@ -277,6 +277,14 @@ async def test_an_announcement_expires(api: Harness, monkeypatch: pytest.MonkeyP
     assert not channel.watched
 
 
+async def test_the_document_of_the_api_describes_watching(api: Harness) -> None:
+    document = (await api.client.get("/openapi.json")).json()
+    operation = document["paths"][sse.ROUTE]["get"]
+    assert list(operation["responses"]["200"]["content"]) == ["text/event-stream"]
+    names = {each["name"] for each in operation["parameters"]}
+    assert names >= {"model", "stream", "from", "Last-Event-ID", "return_sequences"}
+
+
 @pytest.mark.parametrize("query", ["?from=-1", "?from=x", "?from=9223372036854775808", "?x=1"])
 async def test_wrong_parameters_are_problems(api: Harness, query: str) -> None:
     path = f"/v1/models/probe/streams/s/outputs{query}"
