@@ -264,27 +264,24 @@ class Bench:
     def warm(self, server: Server, key: str, spec: TrafficSpec) -> Load:
         """Make streams at a generator and load a server with them for a moment, unmeasured."""
         server.run(make_streams, key, spec)
-        load: Load = server.run(
-            run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S
-        )
-        return load
+        return server.run(run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
 
     def measure_rounds(self, rows: Sequence[Row]) -> None:
         """Every row in every round, each round beginning with the next one."""
         for turn in range(self.options.rounds):
             first = turn % len(rows)
             for row in (*rows[first:], *rows[:first]):
-                self.closed(row)
+                self.measure_closed(row)
 
-    def closed(self, row: Row, share: float = 1.0) -> Load:
+    def measure_closed(self, row: Row, share: float = 1.0) -> Load:
         """One more round of a row; `share` is of a round's usual seconds."""
         name, server, key, connections = row
         seconds = self.options.seconds * share
-        return self.measured(
+        return self.measure(
             name, server, partial(server.run, run_closed, key, server.port, connections, seconds)
         )
 
-    def measured(self, row: str, server: Server, run: Callable[[], Load]) -> Load:
+    def measure(self, row: str, server: Server, run: Callable[[], Load]) -> Load:
         """Run one load as one more round of a row."""
         before, store_before = read_usage(server.pid), read_usage(server.store.pid)
         load = run()

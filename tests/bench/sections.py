@@ -63,7 +63,7 @@ PAIR_SHARE, ONE_SHARE = 0.5, 0.25
 SHOWN_FRAMES = 12
 
 
-def each(
+def per_runtime(
     measure: Callable[[Bench, str], None], runtimes: slice = slice(None)
 ) -> Callable[[Bench], None]:
     """A section that measures Carry on one runtime after another."""
@@ -76,7 +76,7 @@ def each(
     return section
 
 
-LAST = slice(-1, None)
+LAST_RUNTIME = slice(-1, None)
 
 
 def measure_peak(bench: Bench) -> None:
@@ -146,7 +146,7 @@ def measure_many(bench: Bench, kind: str) -> None:
     for _ in range(bench.options.rounds):
         alone.append(process.submit(workloads.measure_rates, runtime, bench.artifact.path).result())
         for row in rows:
-            bench.closed(row)
+            bench.measure_closed(row)
     for batch in alone[0]:
         name = f"many/compute alone {runtime} batch {batch}, chunks/s"
         results.figure(name, [rates[batch].chunks_per_s for rates in alone])
@@ -164,8 +164,8 @@ def measure_latency(bench: Bench, kind: str) -> None:
     long_bodies = Bodies.random(LONG_STEPS, count=1)
     long_driver.submit(make_streams, "long", make_traffic(server.artifact, long_bodies, "long", 1))
     for seed in range(1, bench.options.rounds + 1):
-        bench.closed(Row(f"latency/unloaded/{kind}", server, kind, 1))
-        peak = bench.closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
+        bench.measure_closed(Row(f"latency/unloaded/{kind}", server, kind, 1))
+        peak = bench.measure_closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
         loads = {
             share: partial(
                 server.run, run_open, kind, server.port, peak * share / 100, seconds, seed
@@ -173,9 +173,9 @@ def measure_latency(bench: Bench, kind: str) -> None:
             for share in OPEN_PERCENTS
         }
         for percent, load in loads.items():
-            bench.measured(f"latency/open-{percent}/{kind}", server, load)
+            bench.measure(f"latency/open-{percent}/{kind}", server, load)
         long = long_driver.submit(run_closed, "long", server.port, 1, seconds)
-        bench.measured(f"latency/open-50-long/{kind}", server, loads[50])
+        bench.measure(f"latency/open-50-long/{kind}", server, loads[50])
         bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
     unloaded = results.values(f"latency/unloaded/{kind}", "p50_ms")
     for percent in OPEN_PERCENTS:
@@ -324,10 +324,10 @@ def measure_kinds(bench: Bench, kind: str) -> None:
     for turn in range(bench.options.rounds):
         for row in others:
             for one in (row, plain) if turn % 2 else (plain, row):
-                bench.closed(one, PAIR_SHARE)
+                bench.measure_closed(one, PAIR_SHARE)
         for row in (plain, *others):
             alone = row._replace(name=f"kinds/1/{row.key}/{kind}", connections=1)
-            bench.closed(alone, ONE_SHARE)
+            bench.measure_closed(alone, ONE_SHARE)
     for index, row in enumerate(others):
         ours, theirs = results.rows[row.name], results.rows[plain.name][index :: len(others)]
         results.compare(f"kinds/{kind} {row.key} over {PLAIN}", ours, theirs)
@@ -391,15 +391,15 @@ BESIDE = "beside"
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "peak": measure_peak,
-    "many": each(measure_many),
-    "latency": each(measure_latency),
-    "streams": each(measure_streams, LAST),
-    "cold": each(measure_cold_start),
-    "workers": each(measure_workers),
-    "events": each(measure_events),
-    "widths": each(measure_widths),
-    "kinds": each(measure_kinds),
-    "split": each(measure_cpu_split),
-    BESIDE: each(measure_beside, LAST),
+    "many": per_runtime(measure_many),
+    "latency": per_runtime(measure_latency),
+    "streams": per_runtime(measure_streams, LAST_RUNTIME),
+    "cold": per_runtime(measure_cold_start),
+    "workers": per_runtime(measure_workers),
+    "events": per_runtime(measure_events),
+    "widths": per_runtime(measure_widths),
+    "kinds": per_runtime(measure_kinds),
+    "split": per_runtime(measure_cpu_split),
+    BESIDE: per_runtime(measure_beside, LAST_RUNTIME),
 }
 """In the order in which they are run."""
