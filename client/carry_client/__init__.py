@@ -25,13 +25,14 @@ from carry_client.replies import (
 from carry_client.retry import Retry
 from carry_client.streams import Progress
 from carry_client.sync import Carry, Model, Stream
-from carry_client.types import Columns, Encoding, Event, Events, Head, Json, Source
+from carry_client.types import AsyncSource, Columns, Encoding, Event, Events, Head, Json, Source
 from carry_client.wire import encode_body, model_path, read_response, stream_path
 
 __all__ = [
     "POSITION_CODES",
     "AsyncCarry",
     "AsyncModel",
+    "AsyncSource",
     "AsyncStream",
     "Carry",
     "CarryError",

@@ -16,8 +16,8 @@ from carry_client.heads import Save, open_save
 from carry_client.models import ModelCore, list_models
 from carry_client.replies import Forecast, Prediction, Reply, ServedModel, StreamInfo, StreamState
 from carry_client.steps import sort_frame
-from carry_client.streams import Progress, ReplayFrom, StreamCore
-from carry_client.types import Encoding, Events, Head, Json, Source
+from carry_client.streams import AsyncReplayFrom, Progress, StreamCore
+from carry_client.types import AsyncSource, Encoding, Events, Head, Json
 from carry_client.wire import base_url, read_response, reply_params
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class AsyncModel:
         *,
         save: Save | None = None,
         head: Head | None = None,
-        replay_from: ReplayFrom | None = None,
+        replay_from: AsyncReplayFrom | None = None,
         buffer_events: int = 10_000,
     ) -> AsyncStream:
         """One of the model's streams; nothing is requested yet.
@@ -308,7 +308,7 @@ class AsyncStream:
 
     async def send_all(
         self,
-        source: Source,
+        source: AsyncSource,
         *,
         sort_by: str | None = None,
         chunk_events: int | None = None,

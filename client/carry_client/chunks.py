@@ -10,7 +10,7 @@ import numpy as np
 
 from carry_client.calls import END, LATE, Call, Open, Read
 from carry_client.steps import Steps, cut, is_sliceable, length, to_steps
-from carry_client.types import Source
+from carry_client.types import AsyncSource
 
 _BLOCK_EVENTS: Final = 1024
 
@@ -39,7 +39,7 @@ class ChunkReader:
 
     def __init__(
         self,
-        source: Source,
+        source: AsyncSource,
         position: int,
         chunk_events: int,
         linger_s: float | None,

@@ -41,11 +41,12 @@ from carry_client.replies import (
     read_state,
 )
 from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
-from carry_client.types import Events, Head, Source
+from carry_client.types import AsyncSource, Events, Head, Source
 from carry_client.wire import stream_path
 
 REMEMBERED_HEADS: Final = 4096
 ReplayFrom = Callable[[int], Source]
+AsyncReplayFrom = Callable[[int], AsyncSource]
 """Given a position, the stream's events from there on."""
 
 
@@ -83,7 +84,7 @@ class StreamCore:
         *,
         saved: Head | None = None,
         save: Callable[[Head], None] | None = None,
-        replay_from: ReplayFrom | None = None,
+        replay_from: AsyncReplayFrom | None = None,
         buffer_events: int = 10_000,
     ) -> None:
         """Nothing is requested yet.
@@ -103,6 +104,7 @@ class StreamCore:
         self._buffer: deque[Chunk] = deque()
         self._buffered = 0
         self._chunk_events: int | None = None
+        self._is_resending = self._is_uncertain = False
 
     # The head
 
@@ -122,15 +124,14 @@ class StreamCore:
             StreamRolledBack, StreamDiverged: it is not a continuation of the saved head.
         """
         if self.head is None:
-            saved, head = self._saved, (yield from self._read_head())
-            is_lost = saved is not None and saved.position > head.position
-            if saved is None or not saved.epoch or head.epoch == saved.epoch or not head.epoch:
-                if saved is not None and is_lost and needs_history:
-                    yield from self._resend(saved, head, saved.position)
-                else:
-                    self._start_at(head)
-            else:
+            saved, head = self._saved or Head(), (yield from self._read_head())
+            if saved.epoch and head.epoch not in ("", saved.epoch):
                 raise StreamDiverged("is not the saved one", self.name, saved, head)
+            if needs_history and saved.epoch and saved.position > head.position:
+                self._heads.append(saved)
+                yield from self._resend(saved, head, saved.position)
+            else:
+                self._start_at(head)
             LOG.info("stream %r continues at %s", self.name, head)
         return self.head or Head()
 
@@ -149,7 +150,7 @@ class StreamCore:
     def _move(self, head: Head) -> None:
         self.head = head
         self._heads.append(head)
-        if self._save is not None:
+        if self._save is not None and not self._is_resending:
             self._save(head)
 
     # Chunks
@@ -167,6 +168,7 @@ class StreamCore:
             StreamRolledBack, StreamDiverged, Problem
         """
         body = {"position": chunk.start, **self.member(chunk)}
+        self._is_uncertain = True
         while True:
             attempts = Attempts(self.session)
             head = self.head or Head()
@@ -209,6 +211,7 @@ class StreamCore:
 
     def accept(self, chunk: Chunk, head: Head) -> None:
         """Move to the head after a chunk, and keep its events."""
+        self._is_uncertain = False
         self._move(head)
         self._buffer.append(chunk)
         self._buffered += len(chunk.steps)
@@ -227,30 +230,38 @@ class StreamCore:
             raise StreamDiverged("was changed by others", self.name, head, actual) from problem
 
     def _resend(self, head: Head, actual: Head, stop: int) -> Call[None]:
-        """Send the events from a rolled-back head up to a position again."""
+        """Send the events from a rolled-back head up to a position again.
+
+        If that fails, the stream expects `head` as before. So the next chunk is rejected again, and
+        the rest is sent then; no chunk is ever sent in the place of a missing one.
+        """
         kept = [chunk for chunk in self._buffer if actual.position <= chunk.start < stop]
         has_all = bool(kept) and kept[0].start == actual.position
-        replay_from = self._replay_from
-        if not has_all and replay_from is None:
-            self.head = head
-            detail = "was rolled back, and its events are not kept"
-            raise StreamRolledBack(detail, self.name, head, actual)
+        replay_from, was_resending = self._replay_from, self._is_resending
+        buffer = list(self._buffer)
         self.rollbacks += 1
-        LOG.warning(
-            "stream %r was rolled back from %s to %s: sending %d events again",
-            *(self.name, head, actual, stop - actual.position),
-        )
-        while self._heads and self._heads[-1].position > actual.position:
-            self._heads.pop()
-        self._forget_buffer(actual.position)
-        self._move(actual)
-        if has_all or replay_from is None:
-            for chunk in kept:
-                yield from self._deliver_again(chunk)
-        else:
-            yield from self._replay(replay_from(actual.position), actual.position, stop)
+        LOG.warning("stream %r was rolled back from %s to %s", self.name, head, actual)
+        try:
+            if not has_all and replay_from is None:
+                detail = "was rolled back, and its events are not kept"
+                raise StreamRolledBack(detail, self.name, head, actual)
+            self._is_resending = True
+            self._forget_buffer(actual.position)
+            self._move(actual)
+            if has_all or replay_from is None:
+                for chunk in kept:
+                    yield from self._deliver_again(chunk)
+            else:
+                yield from self._replay(replay_from(actual.position), actual.position, stop)
+        except BaseException:
+            self.head = head
+            self._buffer = deque(buffer)
+            self._buffered = sum(len(chunk.steps) for chunk in buffer)
+            raise
+        finally:
+            self._is_resending = was_resending
 
-    def _replay(self, source: Source, start: int, stop: int) -> Call[None]:
+    def _replay(self, source: AsyncSource, start: int, stop: int) -> Call[None]:
         """Send the caller's events of start..stop-1."""
         size = yield from self.model.chunk_events(self._chunk_events)
         reader = ChunkReader(source, start, size, None, self.session.clock)
@@ -275,7 +286,7 @@ class StreamCore:
 
     def send_all(
         self,
-        source: Source,
+        source: AsyncSource,
         params: Mapping[str, str],
         *,
         chunk_events: int | None,
@@ -287,6 +298,11 @@ class StreamCore:
         """Send a source in chunks; emits the reply of each."""
         # what the source itself has is not lost
         head = yield from self.known_head(needs_history=first_position is None)
+        if self._is_uncertain and first_position is not None:
+            # the chunk that failed last may be applied, and the source may be cut elsewhere now
+            latest = yield from self._read_head()
+            if latest.epoch == (head.epoch or latest.epoch) and latest.position > head.position:
+                self._move(latest)
         first = head.position if first_position is None else first_position
         clock, began_s = self.session.clock, self.session.clock()
         total = first + length(source) if is_sliceable(source) else None
@@ -400,10 +416,10 @@ class StreamCore:
         return existed
 
 
-def _rewind(source: Events, first: int, name: str) -> ReplayFrom:
+def _rewind(source: Events, first: int, name: str) -> AsyncReplayFrom:
     """Reads a source again that can be read from any place."""
 
-    def replay_from(position: int) -> Source:
+    def replay_from(position: int) -> Events:
         if position < first:
             detail = f"was rolled back to before the source, which begins at {first}"
             raise StreamRolledBack(detail, name, Head(first), Head(position))

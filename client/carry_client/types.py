@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +50,9 @@ rows of encoded values for the model's `inputs`, an array [T, F]."""
 
 Source: TypeAlias = Events | Iterable[Event] | Iterable[Events]
 """Events in order: all at once, or an iterable of events or of blocks of events."""
+
+AsyncSource: TypeAlias = Source | AsyncIterable[Event] | AsyncIterable[Events]
+"""The same, or an asynchronous iterable."""
 
 
 class Head(NamedTuple):

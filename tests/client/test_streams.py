@@ -152,6 +152,54 @@ def test_rollback_without_events_is_raised_until_it_is_accepted(
         assert stream.send(events[4:5]).position == 5
 
 
+@pytest.mark.parametrize("options", [{}, {"replay_from": True, "buffer_events": 0}])
+@pytest.mark.parametrize("lost", [3, 2])
+def test_events_that_were_rolled_back_are_not_skipped_after_another_failure(
+    background: str,
+    standin: Standin,
+    events: Events,
+    right: list[float],
+    tmp_path: Path,
+    options: dict[str, Any],
+    lost: int,
+) -> None:
+    if options:
+        options["replay_from"] = lambda at: events[at:]
+    with Carry(background, deadline_s=0.3) as carry:
+        stream = carry.model("small").stream("s", save=tmp_path / "head", **options)
+        for start in (0, 2, 4):
+            stream.send(events[start : start + 2])
+        head = stream.head
+        standin.roll_back("s", lost)
+        # rejected; then the first chunk of the buffer is sent again; then nothing is applied
+        applied = (None,) if options else (None, None)
+        standin.fault = failing(*applied, *["store_unavailable"] * 50)
+        with pytest.raises(errors.StoreUnavailable):
+            stream.send(events[6:8])
+        assert stream.head == head
+        assert json.loads((tmp_path / "head").read_text())["position"] == 6
+        standin.fault = failing()
+        reply = stream.send(events[6:8])
+    assert standin.streams["s"].position == 8
+    assert late([reply]) == pytest.approx(right[6:8])
+
+
+def test_other_cuts_continue_after_a_chunk_of_unknown_outcome(
+    background: str, standin: Standin, events: Events, right: list[float]
+) -> None:
+    with Carry(background, deadline_s=0.2) as carry:
+        stream = carry.model("small").stream("s")
+        stream.send(events[:4])
+        standin.fault = failing(*["outcome_unknown"] * 50)
+        with pytest.raises(errors.OutcomeUnknown):
+            list(stream.send_all(events, chunk_events=CHUNK))
+        assert standin.streams["s"].position == 4 + CHUNK
+        standin.fault = failing()
+        replies = list(stream.send_all(events, chunk_events=5))
+    assert replies[0].first_position == 4 + CHUNK
+    assert late(replies) == pytest.approx(right[4 + CHUNK :])
+
+
 def test_rollback_at_equal_position_is_noticed_by_its_tag(
     small: Stream, background: str, standin: Standin, events: Events
 ) -> None:
@@ -179,9 +227,10 @@ def test_saved_head_reveals_a_rollback_to_a_later_process(
     standin.roll_back("s", lost)
     with Carry(background) as carry:
         model = carry.model("small")
-        if lost:
+        stream = model.stream("s", save=file)
+        for _ in range(2 * lost):
             with pytest.raises(StreamRolledBack):
-                model.stream("s", save=file).send(events[6:8])
+                stream.send(events[6:8])
         stream = model.stream("s", save=file, replay_from=lambda at: events[at:])
         assert stream.send(events[6:8]).position == 8
         with pytest.raises(ValueError, match="expected the head of"):

@@ -25,6 +25,7 @@ SUBSTITUTIONS = (
     ),
     (r"which one thread or task uses at a time", "which one task uses at a time"),
     (r"(?<![\w.])(Carry|Model|Stream|Driver)\b(?!-)", r"Async\1"),
+    (r"\b(Source|ReplayFrom)\b", r"Async\1"),
     (r"sync_driver", "aio_driver"),
     (r"__(enter|exit)__", r"__a\1__"),
     (r"\bIterator\b", "AsyncIterator"),
