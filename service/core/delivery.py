@@ -100,15 +100,16 @@ def chunk_digest(
     schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
 ) -> bytes:
     """SHA-256 over the canonical form of a chunk's events or rows, 32 bytes."""
-    if steps.columns is not None and schema is not None:
-        kind, canonical = b"E", canonical_bytes(schema, steps.columns)
-    elif steps.rows is not None:
-        kind, canonical = b"I", steps.rows.astype(_F4, copy=False).tobytes()
+    _, length, columns, rows = steps
+    if columns is not None and schema is not None:
+        kind, canonical = b"E", canonical_bytes(schema, columns)
+    elif rows is not None:
+        kind, canonical = b"I", rows.astype(_F4, copy=False).tobytes()
     else:
         raise ValueError("expected columns under a schema, or rows")
     if final:
         kind = kind.lower()
-    count = steps.length.to_bytes(8, "little")
+    count = length.to_bytes(8, "little")
     return hashlib.sha256(kind + count + canonical + nonce).digest()
 
 

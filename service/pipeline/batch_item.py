@@ -41,9 +41,8 @@ Computed = tuple[BatchItem, StreamState]
 
 @dataclass(slots=True)
 class StageTimes:
-    """When a batch started, and how long its stages took, in seconds."""
+    """When a batch started, and how long its load and its inference took, in seconds."""
 
     began_s: float
     load_s: float = 0.0
     infer_s: float = 0.0
-    commit_s: float = 0.0

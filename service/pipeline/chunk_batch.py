@@ -15,7 +15,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import replace
 from typing import Final
 
 from service.core.delivery import Resolution, resolve_conflict, stream_facts
@@ -173,7 +172,7 @@ class ChunkCommitter:
             return await self._commit_part(computed, times, control)
         rows = math.ceil(len(computed) / parts)
         commits = [
-            self._commit_part(computed[at : at + rows], replace(times), control)
+            self._commit_part(computed[at : at + rows], times, control)
             for at in range(0, len(computed), rows)
         ]
         to_retry: list[BatchItem] = []
@@ -198,7 +197,7 @@ class ChunkCommitter:
             self._shards.detach(shard, [item for item, _ in part], control, finish())
 
         async def commit(part: list[Computed]) -> list[BatchItem]:
-            return await self._commit_part(part, replace(times), control)
+            return await self._commit_part(part, times, control)
 
         results = await self._shards.run_by_shard(
             computed, lambda each: each[0].key, commit, on_timeout
@@ -231,17 +230,17 @@ class ChunkCommitter:
             for item, _ in computed:
                 item.job.resolve(self.map_error(item.job, error))
             return []
-        times.commit_s = time.monotonic() - began_s
+        commit_s = time.monotonic() - began_s
         to_retry: list[BatchItem] = []
         timings: list[Timing] = []
         steps = 0
         for (item, new), result in zip(computed, results, strict=True):
+            timing = _timing(item, times, commit_s)
             if result is COMMITTED:
-                timing = _timing(item, times)
                 timings.append(timing)
                 steps += item.chunk.steps.length
                 item.job.resolve(self._reply(item, new, timing))
-            elif not await self._resolve_uncommitted(item, new, result, times):
+            elif not await self._resolve_uncommitted(item, new, result, timing):
                 to_retry.append(item)
         if timings:
             self._responsiveness.note_response()
@@ -256,14 +255,14 @@ class ChunkCommitter:
         return not job.is_resolved
 
     async def _resolve_uncommitted(
-        self, item: BatchItem, new: StreamState, result: CommitResult, times: StageTimes
+        self, item: BatchItem, new: StreamState, result: CommitResult, timing: Timing
     ) -> bool:
         """Answer an item whose commit failed or conflicted; False if it has to be retried."""
         self._cache.drop(item.key)
         if isinstance(result, CarryError):
             item.job.resolve(self.map_error(item.job, result))
             return True
-        reply = self._reply(item, new, _timing(item, times))
+        reply = self._reply(item, new, timing)
         if isinstance(result, Conflicted):
             resolution = resolve_conflict(item.chunk, new.head, result.stored)
             if resolution is Resolution.RE_EVALUATE:
@@ -273,14 +272,15 @@ class ChunkCommitter:
                 return False
             if resolution is Resolution.STORED_REPLY:
                 return await self._loader.replay(item, own=reply)
-        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [reply.timing])
+        self._recorder.record_chunks(self._served.name, item.chunk.steps.length, [timing])
         item.job.resolve(reply)
         return True
 
     def _reply(self, item: BatchItem, new: StreamState, timing: Timing) -> Reply:
-        created = new.last is not None and new.last.created
-        first = self._served.output_position(item.chunk, new.head)
-        return Reply(item.key, new.head, item.outputs, new.state, False, created, timing, first)
+        head, last = new.head, new.last
+        created = last is not None and last.created
+        first = self._served.output_position(item.chunk, head)
+        return Reply(item.key, head, item.outputs, new.state, False, created, timing, first)
 
     def map_error(self, job: ChunkJob, error: CarryError) -> CarryError:
         """The error to answer a job with, given what failed.
@@ -310,13 +310,13 @@ class ChunkCommitter:
         return error if job.payload.position is not None else error.without_position()
 
 
-def _timing(item: BatchItem, times: StageTimes) -> Timing:
+def _timing(item: BatchItem, times: StageTimes, commit_s: float) -> Timing:
     """The times of one item: those of the batch, and its own in the queue."""
     queue_s = times.began_s - item.job.submitted_s
-    return Timing(queue_s, times.load_s, times.infer_s, times.commit_s)
+    return Timing(queue_s, times.load_s, times.infer_s, commit_s)
 
 
 def _last_deadline_s(computed: list[Computed]) -> float | None:
     """The latest deadline of the items; None if one of them has none."""
-    deadline_s = max(item.job.deadline_s for item, _ in computed)
+    deadline_s = max([item.job.deadline_s for item, _ in computed])
     return None if deadline_s == math.inf else deadline_s

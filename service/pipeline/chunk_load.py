@@ -84,7 +84,8 @@ class StateCache:
 
 
 def _size_bytes(state: StreamState) -> int:
-    return state.state.floats.nbytes + state.state.ints.nbytes + OVERHEAD_BYTES
+    floats, ints = state.state
+    return floats.nbytes + ints.nbytes + OVERHEAD_BYTES
 
 
 class StoreResponsiveness:

@@ -59,6 +59,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -139,7 +140,7 @@ class KeySpace:
 
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""
-        return zlib.crc32(f"{key.model}/{key.stream}".encode()) % self.partitions
+        return zlib.crc32("/".join(key).encode()) % self.partitions
 
     def state(self, key: StreamKey) -> str:
         """The key of the stream's state."""
@@ -152,12 +153,12 @@ class KeySpace:
     def pair(self, key: StreamKey) -> tuple[str, str]:
         """The keys of the stream's state and of its last reply."""
         model, stream = key
-        prefix = self.partition_prefix(self.partition(key))
+        prefix = _partition_prefix(self.namespace, self.partition(key))
         return f"{prefix}:s:{model}:{stream}", f"{prefix}:r:{model}:{stream}"
 
     def partition_prefix(self, partition: int) -> str:
         """The prefix of all keys of a partition, with the hash tag."""
-        return f"{self.namespace}{{p{partition:04d}}}"
+        return _partition_prefix(self.namespace, partition)
 
     def probe(self, partition: int, name: str) -> str:
         """A key for a trial commit in the slot of a partition; never a stream's key."""
@@ -175,6 +176,11 @@ class KeySpace:
             return None
         stream = StreamKey(match[3], match[4])
         return stream if self.state(stream) == key else None
+
+
+@lru_cache(maxsize=MAX_PARTITIONS)
+def _partition_prefix(namespace: str, partition: int) -> str:
+    return f"{namespace}{{p{partition:04d}}}"
 
 
 class CodecError(Exception):

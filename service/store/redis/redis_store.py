@@ -225,15 +225,15 @@ class RedisStore:
             ]
             members: list[int] = []
             for index in group:
-                commit = commits[index]
+                key, expected, new, reply = commits[index]
                 try:
-                    state, reply = encode_state(commit.new), self._reply_bytes(commit.reply)
+                    state_bytes, reply_bytes = encode_state(new), self._reply_bytes(reply)
                 except CodecError as codec_error:
-                    results[index] = encoding_error(commit.key, codec_error)
+                    results[index] = encoding_error(key, codec_error)
                     continue
-                expected = commit.expected
-                keys += self._keys.pair(commit.key)
-                arguments += (b"" if expected is None else head_bytes(expected), state, reply)
+                keys += self._keys.pair(key)
+                expected_bytes = b"" if expected is None else head_bytes(expected)
+                arguments += (expected_bytes, state_bytes, reply_bytes)
                 members.append(index)
             if members:
                 requests.append(StoreRequest.for_script(self._commit_script, keys, arguments, slot))

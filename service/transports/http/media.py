@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import pydantic_core
 from service.core.errors import MalformedBody, NotAcceptable, UnsupportedMediaType
 
 
-class Media(Enum):
+class Media(StrEnum):
     """Media types of bodies; the value is the content type."""
 
     JSON = "application/json"

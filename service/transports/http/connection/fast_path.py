@@ -172,7 +172,8 @@ class FastPath:
         headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
-        total_bytes = end + 4 + headers.length
+        length, media, reply_media, request_id, timeout_s = headers
+        total_bytes = end + 4 + length
         if total_bytes > self._max_bytes:
             return None
         if len(data) < total_bytes:
@@ -186,20 +187,18 @@ class FastPath:
         wire = api.wires.get(model)
         if wire is None or wire.served is not served:
             wire = api.wire(model)
-        request_id = headers.request_id or self._ids.next()
+        request_id = request_id or self._ids.next()
         key = StreamKey(model, stream)
-        error = pipeline.check_admission(model, key, headers.timeout_s)
+        error = pipeline.check_admission(model, key, timeout_s)
         if error is not None:
-            return RejectedRequest(
-                wire, error, headers.reply_media, request_id, received_s, total_bytes
-            )
-        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], headers.media, key)
+            return RejectedRequest(wire, error, reply_media, request_id, received_s, total_bytes)
+        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key)
         if chunk is None or chunk.steps.length * served.outputs.size > LONG_VALUES:
             # the slow path encodes long replies in pieces
             return None
-        deadline_s = received_s + headers.timeout_s
+        deadline_s = received_s + timeout_s
         return FastRequest(
-            wire, chunk, headers.reply_media, request_id, received_s, deadline_s, total_bytes
+            wire, chunk, reply_media, request_id, received_s, deadline_s, total_bytes
         )
 
     def start(self, request: FastRequest) -> PendingReply:
@@ -251,7 +250,8 @@ class FastPath:
 
 
 def _log(request: FastRequest | RejectedRequest, status: int) -> None:
-    ms = round((time.monotonic() - request.received_s) * 1000, 2)
+    # `round` to digits takes four times as long
+    ms = round((time.monotonic() - request.received_s) * 100_000) / 100
     log_request(logging.INFO, request.request_id.decode(), "POST", ROUTE, status, ms)
 
 

@@ -6,6 +6,7 @@ directly to its bytes. This module does not access the store.
 
 from __future__ import annotations
 
+from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,16 +109,16 @@ class ReplyWriter:
         if media is not Media.JSON or self._only is None or reply.output_position is not None:
             encode = encode_json if media is Media.JSON else encode_msgpack
             return encode(self.reply(reply, EVERY_STEP))
-        epoch, tag, position = reply.head
+        key, (epoch, tag, position), outputs, _, replayed, created, _, _ = reply
         # A stream's name needs no escapes.
         return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
             self._begin,
-            reply.key.stream.encode(),
-            epoch.hex().encode(),
+            key.stream.encode(),
+            hexlify(epoch),
             position,
-            tag.hex().encode(),
-            encode_json({self._only: np.ascontiguousarray(reply.outputs)}),
-            _ENDS[reply.replayed, reply.created],
+            hexlify(tag),
+            encode_json({self._only: np.ascontiguousarray(outputs)}),
+            _ENDS[replayed, created],
         )
 
     def prediction(
