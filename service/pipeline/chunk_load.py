@@ -69,7 +69,9 @@ class StateCache:
 
     def put(self, key: StreamKey, state: StreamState) -> None:
         """Cache a state whose commit has been sent; evicts the least recently used ones."""
-        self.drop(key)
+        replaced = self._entries.pop(key, None)
+        if replaced is not None:
+            self._bytes -= _size_bytes(replaced)
         self._entries[key] = state
         self._bytes += _size_bytes(state)
         while self._bytes > self._max_bytes:
@@ -151,6 +153,7 @@ class ChunkLoader:
         self._responsiveness = responsiveness
         self._reset = reset
         self._blocks = served.blocks
+        self._fingerprint = served.fingerprint
 
     async def evaluate(
         self, items: list[BatchItem], times: StageTimes, control: BatchControl
@@ -271,7 +274,7 @@ class ChunkLoader:
     def _cached(self, item: BatchItem) -> StreamState | None:
         """The cached state of the stream, if the chunk certainly continues it."""
         copy = self._cache.get(item.key)
-        if copy is None or copy.fingerprint != self._served.fingerprint:
+        if copy is None or copy.fingerprint != self._fingerprint:
             return None
         if self._blocks is not None and self._is_closed(copy):
             return None

@@ -56,8 +56,7 @@ class Inference:
     def _encode(self, items: list[BatchItem]) -> list[BatchItem]:
         """Encode the items' events, given their states; an error fails its item only."""
         encoded: list[BatchItem] = []
-        states = [item.base.state if item.base else self._zero for item in items]
-        pairs = [(m.chunk.steps, state) for m, state in zip(items, states, strict=True)]
+        pairs = [(m.chunk.steps, m.base.state if m.base else self._zero) for m in items]
         for item, result in zip(items, self._served.encode_many(pairs), strict=True):
             if isinstance(result, Exception):
                 item.job.resolve(self._encoding_error(item, result))

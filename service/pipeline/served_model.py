@@ -199,8 +199,9 @@ class ServedModel:
             together = self._encode_together(event_items)
         encoded: list[Encoded | Exception] = []
         for steps, state in items:
-            if steps.rows is not None and not is_whole:
-                encoded.append((steps.rows, state.ints))
+            rows = steps.rows
+            if rows is not None and not is_whole:
+                encoded.append((rows, state.ints))
             elif together is not None:
                 encoded.append(next(together))
             else:

@@ -183,7 +183,9 @@ class HttpProtocol(FramingProtocol):
     @property
     def _stops_reading(self) -> bool:
         """Whether no further request of this connection is processed."""
-        return bool(self._is_lingering or self._deferred_error or self.transport.is_closing())
+        if self._is_lingering or self._deferred_error is not None:
+            return True
+        return self.transport.is_closing()
 
     @property
     def _is_blocked(self) -> bool:
