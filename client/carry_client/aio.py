@@ -222,6 +222,10 @@ class AsyncModel:
 
         Returns:
             By name, each stream's outcome: its reply, or the error that `AsyncStream.send` raises.
+
+        Raises:
+            Problem: the head of a stream, or the model, cannot be read.
+            ValueError, TypeError: some are no events; nothing was sent.
         """
         chunks = [(stream._core, each) for stream, each in events.items()]
         params = reply_params(return_sequences, return_state, return_attention)

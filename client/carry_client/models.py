@@ -17,6 +17,7 @@ from carry_client.errors import (
     PositionBehind,
     Problem,
     StateChanged,
+    StreamMoved,
     read_problem,
 )
 from carry_client.replies import Prediction, Reply, ServedModel, read_outputs, unreadable
@@ -89,9 +90,15 @@ class ModelCore:
         """Send one chunk to each of many streams; see `Model.send_many`."""
         waiting: dict[StreamCore, Chunk] = {}
         outcomes: dict[str, Reply | CarryError] = {}
-        for stream, events in chunks:
-            head = yield from stream.known_head()
-            waiting[stream] = Chunk(head.position, to_steps(events))
+        steps = [to_steps(events) for _, events in chunks]
+        for (stream, _), each in zip(chunks, steps, strict=True):
+            try:
+                head = yield from stream.known_head()
+            except StreamMoved as error:
+                outcomes[stream.name] = error
+            else:
+                stream.is_uncertain = True
+                waiting[stream] = Chunk(head.position, each)
         limit = min(STREAMS_PER_REQUEST, (yield from self.description()).max_items)
         attempts = Attempts(self.session)
         while waiting:
@@ -176,6 +183,8 @@ def _read_outcome(
         return problem
     except CarryError as error:
         return error
+    except (KeyError, TypeError, ValueError) as error:
+        return unreadable(error, result)
 
 
 def list_models(session: Session) -> Call[list[ServedModel]]:

@@ -74,7 +74,13 @@ class Progress:
 
 
 class StreamCore:
-    """One stream; see the module."""
+    """One stream; see the module.
+
+    Attributes:
+        head: after the last reply; None before the first request.
+        is_uncertain: the last chunk failed, and may be applied.
+        retries, rollbacks: how often there was one.
+    """
 
     def __init__(
         self,
@@ -104,7 +110,7 @@ class StreamCore:
         self._buffer: deque[Chunk] = deque()
         self._buffered = 0
         self._chunk_events: int | None = None
-        self._is_resending = self._is_uncertain = False
+        self._is_resending = self.is_uncertain = False
 
     # The head
 
@@ -168,7 +174,7 @@ class StreamCore:
             StreamRolledBack, StreamDiverged, Problem
         """
         body = {"position": chunk.start, **self.member(chunk)}
-        self._is_uncertain = True
+        self.is_uncertain = True
         while True:
             attempts = Attempts(self.session)
             head = self.head or Head()
@@ -211,7 +217,7 @@ class StreamCore:
 
     def accept(self, chunk: Chunk, head: Head) -> None:
         """Move to the head after a chunk, and keep its events."""
-        self._is_uncertain = False
+        self.is_uncertain = False
         self._move(head)
         self._buffer.append(chunk)
         self._buffered += len(chunk.steps)
@@ -298,7 +304,7 @@ class StreamCore:
         """Send a source in chunks; emits the reply of each."""
         # what the source itself has is not lost
         head = yield from self.known_head(needs_history=first_position is None)
-        if self._is_uncertain and first_position is not None:
+        if self.is_uncertain and first_position is not None:
             # the chunk that failed last may be applied, and the source may be cut elsewhere now
             latest = yield from self._read_head()
             if latest.epoch == (head.epoch or latest.epoch) and latest.position > head.position:

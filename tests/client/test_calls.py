@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from random import Random
 from typing import Any
 
@@ -107,6 +108,18 @@ def exists(position: int, tag: str) -> Response:
     return response(409, f'{{"code": "stream_exists", "retryable": false, {head}}}'.encode())
 
 
+DESCRIPTION = json.dumps(
+    {
+        "name": "m",
+        "version": "v",
+        "runtimes": [],
+        "columns": [],
+        "events": None,
+        "outputs": {},
+        "chunking": "invisible",
+        "limits": {"max_body_bytes": 1, "max_chunk_steps": 9, "max_predict_steps": 9},
+    }
+).encode()
 STATE = StreamState("m", "other", Head(7, "e1", "ab"), "f" * 32, "events", {})
 CREATED = response(200, b'{"epoch": "e2", "position": 7, "tag": "00"}')
 
@@ -155,3 +168,13 @@ def test_streams_are_listed_page_by_page_and_once() -> None:
     )
     assert driver.emitted(ModelCore(driver.session, "m").streams("")) == ["a", "b", "c"]
     assert [request.params.get("cursor") for request in driver.sent] == [None, "next"]
+
+
+def test_unreadable_item_of_many_is_a_problem_of_its_own() -> None:
+    missing = response(404, b'{"code": "stream_not_found", "retryable": false}')
+    for result in (b"null", b'{"status": "x", "error": {}}', b'{"reply": {}}'):
+        results = response(200, b'{"results": [%b]}' % result)
+        driver = Driver(missing, response(200, DESCRIPTION), results)
+        stream = stream_of(driver)
+        outcomes = driver.run(stream.model.send_many([(stream, [{"a": 1}])], {}))
+        assert outcomes["s"].code == "unreadable_reply"

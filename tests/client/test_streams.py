@@ -367,6 +367,20 @@ def test_many_streams_notice_another_history(
     assert isinstance(outcomes["s"], StreamDiverged)
 
 
+def test_stream_of_another_history_does_not_keep_many_from_being_sent(
+    background: str, standin: Standin, events: Events
+) -> None:
+    with Carry(background) as carry:
+        model = carry.model("small")
+        good = model.stream("s")
+        good.send(events[:2])
+        moved = model.stream("moved", head=good.head)
+        model.stream("moved").send(events[:2])
+        outcomes = model.send_many({moved: events[2:4], good: events[2:4]})
+    assert isinstance(outcomes["moved"], StreamDiverged)
+    assert isinstance(outcomes["s"], Reply)
+
+
 def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Events) -> None:
     def slow() -> Iterator[dict[str, Any]]:
         yield from events[:3]
