@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench bench-micro load overload example compose-test lock clean
+.PHONY: help run test coverage model faults check docs format bench bench-micro load overload example compose-test proto lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,10 @@ example: ## train an example from scratch, compare it with baselines (NAME=custo
 compose-test: ## build the containers, test that streams survive restarts
 	@scripts/setup dev
 	@exec $(BIN)/python -m pytest -q -s -m compose tests/compose $(ARGS)
+
+proto: ## generate the messages of gRPC from service/transports/kserve/grpc/v2.proto
+	@scripts/setup dev
+	@exec $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. service/transports/kserve/grpc/v2.proto
 
 lock: ## update the lock files (needs uv; ARGS=--upgrade for newer versions)
 	@scripts/lock $(ARGS)

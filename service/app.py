@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
@@ -28,6 +29,7 @@ from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
+from service.ops.worker_pool import ON_STOP
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
@@ -40,6 +42,9 @@ from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from service.transports.websocket.application import SocketLimits, add_live_sockets
 from service.transports.websocket.watching import add_watching
+
+if TYPE_CHECKING:
+    from service.transports.kserve.grpc.server import GrpcServer
 
 LATE_S = 2.0
 """How long the pipeline continues after the server has waited CARRY_DRAIN_S for its requests: their
@@ -95,10 +100,16 @@ def create_app() -> FastAPI:
         for model in served:
             recorder.model(model.name, model.version, model.runtime.name)
         _tune_garbage_collector()
+        on_stop = []
+        if grpc_server is not None:
+            await grpc_server.start()
+            on_stop.append(grpc_server.begin_stop)
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
-            yield {HTTP_STATE: api.state.http}
+            yield {HTTP_STATE: api.state.http, ON_STOP: on_stop}
         finally:
+            if grpc_server is not None:
+                await grpc_server.stop()
             await pipeline.stop()
             await store.outputs.close()
             await store.close()
@@ -133,12 +144,27 @@ def create_app() -> FastAPI:
     )
     inference = Inference(api.state.api, delete_at_end=settings.sequence_end == "delete")
     add_kserve(api, inference, recorder.statistics)
+    grpc_server = None
+    if settings.grpc_port is not None:
+        grpc_server = _grpc_server(settings, settings.grpc_port, inference, recorder)
     sockets = SocketLimits(
         settings.websocket_window, settings.websocket_idle_s, settings.max_body_bytes
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
     add_watching(api, Watches(store))
     return api
+
+
+def _grpc_server(
+    settings: Settings, port: int, inference: Inference, recorder: PrometheusRecorder
+) -> GrpcServer:
+    # needs packages that are not installed without the extra
+    from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
+
+    limits = GrpcLimits(settings.max_body_bytes, settings.max_connections, settings.drain_s)
+    return GrpcServer(
+        inference, recorder.statistics, limits, settings.host, settings.grpc_port or 0
+    )
 
 
 def _tune_garbage_collector() -> None:

@@ -54,6 +54,9 @@ def _one_line_errors() -> Iterator[None]:
 def serve_command(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Port of the V2 protocol over gRPC; default: none.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of worker processes.")] = None,
     redis_url: Annotated[
         str | None, typer.Option(help="Address of the state store; default: an embedded Valkey.")
@@ -75,6 +78,7 @@ def serve_command(
     flags = {
         "host": host,
         "port": port,
+        "grpc_port": grpc_port,
         "workers": workers,
         "redis_url": redis_url,
         "models_dir": models,

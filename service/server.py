@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import importlib.util
 import os
 import signal
 import socket
@@ -57,6 +58,10 @@ def serve(settings: Settings) -> None:
     raise_open_files_limit()
     with ExitStack() as stack:
         listener = stack.enter_context(_bind_port(settings.host, settings.port))
+        log.info("port_bound", url=_url(listener), answers="when the models are ready")
+        if settings.grpc_port is not None:
+            port = stack.enter_context(_reserve_grpc_port(settings.host, settings.grpc_port))
+            settings = settings.model_copy(update={"grpc_port": port})
         if settings.redis_url is None:
             if settings.durability == "replicated":
                 raise CannotServeError(
@@ -147,8 +152,27 @@ def _bind_port(host: str, port: int) -> Iterator[socket.socket]:
                 f"cannot listen on {host}:{port} ({error.strerror}); {_suggest_remedy(error, port)}"
             ) from error
         listener.set_inheritable(True)
-        log.info("port_bound", url=_url(listener), answers="when the models are ready")
         yield listener
+
+
+@contextmanager
+def _reserve_grpc_port(host: str, port: int) -> Iterator[int]:
+    """Reserve the port of gRPC, and yield it: each worker listens on it by itself (SO_REUSEPORT).
+
+    Without SO_REUSEPORT a port that another service listens on is an error, as it should be; so it
+    is bound in that way first.
+    """
+    if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
+        raise CannotServeError(
+            "CARRY_GRPC_PORT needs packages that are not installed: pip install 'carry[grpc]'"
+        )
+    with _bind_port(host, port) as unused:
+        address = unused.getsockname()[:2]
+    with socket.socket(unused.family, socket.SOCK_STREAM) as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(address)
+        log.info("grpc_port_bound", host=address[0], port=address[1])
+        yield address[1]
 
 
 def _suggest_remedy(error: OSError, port: int) -> str:

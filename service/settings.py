@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port to listen on; 0 selects a free one."""
 
+    grpc_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """TCP port of the V2 protocol over gRPC; 0 selects a free one, without a value there is none.
+    Needs the packages of `carry[grpc]`."""
+
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
     of every model; add workers while cores are idle."""

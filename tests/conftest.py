@@ -57,7 +57,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Service]:
     """A service that stays up; each test uses streams of its own."""
-    with running(tmp_path_factory.mktemp("service"), model_dir) as up:
+    with running(tmp_path_factory.mktemp("service"), model_dir, "--grpc-port", "0") as up:
         yield up
 
 

@@ -51,6 +51,9 @@ BACKOFF_RESET_S: Final = 60.0
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
 
+ON_STOP: Final = "on_stop"
+"""Member of the lifespan's state: functions that are called when the server begins to drain."""
+
 SIGHUP: Final[signal.Signals | None] = getattr(signal, "SIGHUP", None)
 """None on Windows."""
 
@@ -83,6 +86,12 @@ class Server(uvicorn.Server):
         """Serve until a signal, then exit the process."""
         await super().serve(sockets)
         self._exit_process()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain."""
+        for begin_stop in self.lifespan.state.get(ON_STOP, ()):
+            begin_stop()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT while uvicorn runs."""

@@ -82,6 +82,10 @@ class Service:
                 found = json.loads(line)[name]
         return found
 
+    def grpc_address(self) -> str:
+        """Host and port of its gRPC server."""
+        return f"127.0.0.1:{self._fact('grpc_port_bound', 'port')}"
+
     def valkey_pid(self) -> int:
         """The pid of its embedded server."""
         return int(json.loads((self.data_dir / "valkey.json").read_text())["pid"])

@@ -1,0 +1,163 @@
+"""One ModelStreamInfer call: requests of many sequences, answered in the order of the requests.
+
+Requests of different sequences run at the same time, up to a window, beyond which no further
+request is read. Those of one sequence run one after the other. After one that failed, a request
+without a position would be applied in its place; so such requests of that sequence are rejected
+(`previous_failed`) until one with a position, or one that starts the sequence, has been applied.
+An error is a response with `error_message`, and the call continues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final
+
+from service.core.errors import CarryError, PreviousFailed, ShuttingDown
+from service.transports.http.media import Media, dumps
+from service.transports.http.problems import problem
+from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.errors import status_details
+from service.transports.kserve.grpc.messages import (
+    SEQUENCE_ID,
+    decode_parameter,
+    decode_request,
+    encode_reply,
+)
+from service.transports.kserve.parameters import parse_parameters, parse_sequence_id
+from service.transports.kserve.values import InferReply, InferRequest
+
+WINDOW: Final = 64
+"""Maximum unanswered requests of one call."""
+
+MAX_FAILED_SEQUENCES: Final = 1024
+"""Sequences of a call that are remembered as failed; beyond it, every sequence needs positions."""
+
+Requests = AsyncIterator[pb.ModelInferRequest]
+Responses = AsyncIterator[pb.ModelStreamInferResponse]
+_Task = asyncio.Task[pb.ModelStreamInferResponse]
+
+Infer = Callable[[InferRequest], Awaitable[InferReply]]
+Answer = Callable[[str, Callable[[], Awaitable[InferReply]]], Awaitable[InferReply | CarryError]]
+"""Runs the work of one request of a model, and returns its reply, or its error, logged and
+counted."""
+
+
+class InferStream:
+    """The requests of one call.
+
+    Args:
+        infer: answers one request.
+        answer: as above.
+        stopping: set when the service stops: what was read is answered, and no more is read.
+    """
+
+    def __init__(self, infer: Infer, answer: Answer, stopping: asyncio.Event):
+        self._infer = infer
+        self._answer = answer
+        self._stopping = stopping
+        self._last: dict[str, _Task] = {}
+        self._failed: set[str] = set()
+        self._needs_positions = False
+
+    async def responses(self, requests: Requests) -> Responses:
+        """The response to each request, in their order.
+
+        Raises:
+            ShuttingDown: the service stops.
+        """
+        unanswered: asyncio.Queue[_Task | None] = asyncio.Queue(WINDOW)
+        tasks: set[_Task] = set()
+
+        async def receive() -> None:
+            try:
+                async for message in requests:
+                    task = self._start(message)
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                    await unanswered.put(task)
+            finally:
+                await unanswered.put(None)
+
+        receiving = asyncio.create_task(receive())
+        stop = asyncio.create_task(self._stopping.wait())
+        stop.add_done_callback(lambda _: receiving.cancel())
+        try:
+            while (task := await unanswered.get()) is not None:
+                yield await task
+        finally:
+            for each in (receiving, stop, *tasks):
+                each.cancel()
+        if self._stopping.is_set():
+            raise ShuttingDown("the service is stopping and reads no more requests")
+
+    def _start(self, message: pb.ModelInferRequest) -> _Task:
+        """Start a request, after the one before it in its sequence."""
+        sequence = _sequence_of(message)
+        if sequence is None:
+            return asyncio.create_task(self._respond(message, None, None))
+        task = asyncio.create_task(self._respond(message, sequence, self._last.get(sequence)))
+        self._last[sequence] = task
+        task.add_done_callback(lambda task: self._forget(sequence, task))
+        return task
+
+    def _forget(self, sequence: str, task: _Task) -> None:
+        if self._last.get(sequence) is task:
+            del self._last[sequence]
+
+    async def _respond(
+        self, message: pb.ModelInferRequest, sequence: str | None, previous: _Task | None
+    ) -> pb.ModelStreamInferResponse:
+        if previous is not None:
+            await asyncio.wait([previous])
+        result = await self._answer(message.model_name, lambda: self._apply(message, sequence))
+        if not isinstance(result, CarryError):
+            return pb.ModelStreamInferResponse(infer_response=encode_reply(result))
+        if sequence is not None:
+            self._note_failed(sequence)
+        response = pb.ModelInferResponse(
+            model_name=message.model_name, model_version=message.model_version, id=message.id
+        )
+        response.parameters["carry_error"].string_param = result.code
+        response.parameters["carry_problem"].string_param = dumps(
+            Media.JSON, problem(result)
+        ).decode()
+        return pb.ModelStreamInferResponse(
+            error_message=status_details(result), infer_response=response
+        )
+
+    async def _apply(self, message: pb.ModelInferRequest, sequence: str | None) -> InferReply:
+        request = decode_request(message)
+        parameters = parse_parameters(request.parameters)
+        appends = parameters.position is None and not parameters.starts_over
+        if appends and self._is_failed(sequence):
+            raise PreviousFailed(
+                "expected a request with a position, or one that starts the sequence, since an "
+                "earlier one of this sequence failed on this call",
+                stream=parameters.stream,
+            )
+        reply = await self._infer(request)
+        if sequence is not None:
+            self._failed.discard(sequence)
+        return reply
+
+    def _is_failed(self, sequence: str | None) -> bool:
+        return sequence is not None and (self._needs_positions or sequence in self._failed)
+
+    def _note_failed(self, sequence: str) -> None:
+        self._failed.add(sequence)
+        if len(self._failed) > MAX_FAILED_SEQUENCES:
+            self._failed.clear()
+            self._needs_positions = True
+
+
+def _sequence_of(message: pb.ModelInferRequest) -> str | None:
+    """Model and stream of a request; None if it names no valid stream."""
+    if SEQUENCE_ID not in message.parameters:
+        return None
+    try:
+        parameter = decode_parameter(SEQUENCE_ID, message.parameters[SEQUENCE_ID])
+        stream = parse_sequence_id(parameter)
+    except CarryError:
+        return None
+    return None if stream is None else f"{message.model_name}/{stream}"

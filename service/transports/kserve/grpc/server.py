@@ -1,0 +1,135 @@
+"""The gRPC server of one worker, on the worker's event loop.
+
+Every worker listens on the same port (SO_REUSEPORT): the kernel spreads connections over them.
+Beside V2's service it has the standard health service, for the whole server and for V2's, and
+reflection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
+from service.transports.kserve.inference import Inference
+
+MAX_METADATA_BYTES: Final = 16 * 1024
+MAX_STREAMS_PER_CONNECTION: Final = 1024
+KEEPALIVE_MS: Final = 60_000
+KEEPALIVE_TIMEOUT_MS: Final = 20_000
+MIN_CLIENT_PING_MS: Final = 10_000
+"""Clients that ping more often are disconnected."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcLimits:
+    """Limits of one server.
+
+    Attributes:
+        max_message_bytes: largest request.
+        max_calls: maximum concurrent calls; further ones get RESOURCE_EXHAUSTED.
+        drain_s: how long calls may take to finish when the server stops.
+    """
+
+    max_message_bytes: int
+    max_calls: int
+    drain_s: float
+
+
+class GrpcServer:
+    """One worker's server.
+
+    Args:
+        host: address to listen on.
+        port: 0 selects a free one.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        statistics: Statistics,
+        limits: GrpcLimits,
+        host: str,
+        port: int,
+    ):
+        self._servicer = InferenceServicer(inference, statistics)
+        self._health = _HealthServicer(self._servicer)
+        self._limits = limits
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._server: grpc.aio.Server | None = None
+        self._stopped: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            RuntimeError: the address cannot be used.
+        """
+        options: list[tuple[str, Any]] = [
+            ("grpc.so_reuseport", 1),
+            ("grpc.max_receive_message_length", self._limits.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_concurrent_streams", MAX_STREAMS_PER_CONNECTION),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_CLIENT_PING_MS),
+        ]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=self._limits.max_calls)
+        server.add_registered_method_handlers(SERVICE, self._servicer.handlers())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        server.add_insecure_port(self._address)
+        await server.start()
+        self._server = server
+        log.info("grpc_ready", address=self._address)
+
+    def begin_stop(self) -> None:
+        """Reject new calls, end the streams, and let the other calls finish."""
+        if self._server is not None and self._stopped is None:
+            self._stopped = asyncio.get_running_loop().create_task(self._stop(self._server))
+
+    async def stop(self) -> None:
+        """The same, and wait for it."""
+        self.begin_stop()
+        if self._stopped is not None:
+            await self._stopped
+
+    async def _stop(self, server: grpc.aio.Server) -> None:
+        await self._health.enter_graceful_shutdown()
+        self._servicer.stopping.set()
+        await server.stop(self._limits.drain_s)
+
+
+class _HealthServicer(health.aio.HealthServicer):
+    """The standard health service, whose answer is the readiness of the HTTP API.
+
+    A watcher is told of a change when anybody checks.
+    """
+
+    def __init__(self, servicer: InferenceServicer):
+        super().__init__()
+        self._servicer = servicer
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """Whether calls should be sent here."""
+        is_ready = await self._servicer.is_ready()
+        status = health_pb2.HealthCheckResponse.ServingStatus.Value(
+            "SERVING" if is_ready else "NOT_SERVING"
+        )
+        for name in ("", SERVICE):
+            await self.set(name, status)
+        return await super().Check(request, context)

@@ -1,0 +1,248 @@
+"""The methods of V2's `GRPCInferenceService`: messages to values, a call, values to messages.
+
+Each request gets an id (the metadata `x-request-id` of a call, or a new one), one line in the log,
+and on failure a status with Carry's code (see `errors`). Deadline and cancellation are gRPC's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from operator import methodcaller
+from typing import Any, Final, NoReturn, TypeVar
+
+import grpc
+import structlog
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
+from structlog.contextvars import bound_contextvars
+
+from service.core.errors import CarryError, InternalError
+from service.ops.logs import RequestIds, current_request_id, log_request
+from service.pipeline.recorder import ModelStatistics
+from service.transports.http.error_handling import log_failure
+from service.transports.http.request_log import is_request_id
+from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.errors import (
+    status_code,
+    status_details,
+    trailing_metadata,
+)
+from service.transports.kserve.grpc.infer_stream import InferStream, Requests, Responses
+from service.transports.kserve.grpc.messages import decode_request, encode_reply
+from service.transports.kserve.inference import Inference
+from service.transports.kserve.metadata import (
+    model_config,
+    model_metadata,
+    model_statistics,
+    repository_index,
+    server_metadata,
+)
+from service.transports.kserve.values import InferReply, InferRequest
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+REQUEST_ID: Final = "x-request-id"
+PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
+"""Methods that probes call every few seconds; logged at `debug`."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Statistics = Callable[[], Mapping[str, ModelStatistics]]
+T = TypeVar("T")
+
+_serialize: Final = methodcaller("SerializeToString")
+
+log = structlog.get_logger(__name__)
+
+
+class InferenceServicer:
+    """Answers the calls of one server.
+
+    Args:
+        statistics: returns the totals of every model; called in a thread.
+
+    Attributes:
+        stopping: set when the server stops, which ends the streams.
+    """
+
+    def __init__(self, inference: Inference, statistics: Statistics):
+        self._inference = inference
+        self._api = inference.api
+        self._statistics = statistics
+        self._ids = RequestIds()
+        self.stopping = asyncio.Event()
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """The handler of each method."""
+        unary: dict[str, tuple[type[Message], Callable[[Any, Context], Awaitable[Message]]]] = {
+            "ServerLive": (pb.ServerLiveRequest, self._server_live),
+            "ServerReady": (pb.ServerReadyRequest, self._server_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
+            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
+            "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
+            "ModelConfig": (pb.ModelConfigRequest, self._model_config),
+            "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
+            "ModelInfer": (pb.ModelInferRequest, self._model_infer),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
+        }
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            method: grpc.unary_unary_rpc_method_handler(
+                partial(self._call, method, work),
+                request_deserializer=kind.FromString,
+                response_serializer=_serialize,
+            )
+            for method, (kind, work) in unary.items()
+        }
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            self._model_stream_infer,
+            request_deserializer=pb.ModelInferRequest.FromString,
+            response_serializer=_serialize,
+        )
+        return handlers
+
+    async def _call(
+        self,
+        method: str,
+        work: Callable[[Any, Context], Awaitable[Message]],
+        message: Any,
+        context: Context,
+    ) -> Message:
+        """Answer a call with one request; an error ends it with a status."""
+        model = getattr(message, "model_name", "") or getattr(message, "name", "")
+        with bound_contextvars(request_id=self._request_id(context)):
+            result = await self._answer(method, model, partial(work, message, context))
+            if isinstance(result, CarryError):
+                return await _abort(context, result)
+            return result
+
+    async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
+        stream = InferStream(self._infer_in_stream, self._answer_in_stream, self.stopping)
+        try:
+            async for response in stream.responses(requests):
+                yield response
+        except CarryError as error:
+            await _abort(context, error)
+
+    async def _infer_in_stream(self, request: InferRequest) -> InferReply:
+        return await self._infer(request, None)
+
+    async def _answer_in_stream(
+        self, model: str, work: Callable[[], Awaitable[T]]
+    ) -> T | CarryError:
+        with bound_contextvars(request_id=self._ids.next().decode()):
+            return await self._answer("ModelStreamInfer", model, work)
+
+    async def _answer(
+        self, method: str, model: str, work: Callable[[], Awaitable[T]]
+    ) -> T | CarryError:
+        """The result of a request's work, or its error, counted; either is logged."""
+        began_s = time.perf_counter()
+        result: T | CarryError
+        try:
+            result = await work()
+        except CarryError as error:
+            result = error
+            log_failure(error)
+        except asyncio.CancelledError:
+            _log(method, grpc.StatusCode.CANCELLED, began_s)
+            raise
+        except Exception as error:
+            result = InternalError(
+                "the request failed unexpectedly; the service's log has the reason"
+            )
+            log.exception("request_failed", error=type(error).__name__)
+        if isinstance(result, CarryError):
+            self._api.recorder.record_error(model or "-", result.code)
+            _log(method, status_code(result), began_s)
+        else:
+            _log(method, grpc.StatusCode.OK, began_s)
+        return result
+
+    def _request_id(self, context: Context) -> str:
+        for name, value in context.invocation_metadata() or ():
+            if name == REQUEST_ID and isinstance(value, str) and is_request_id(value.encode()):
+                return value
+        return self._ids.next().decode()
+
+    async def _infer(self, request: InferRequest, remaining_s: float | None) -> InferReply:
+        """Answer a request whose client waits for so long; None if it does not say."""
+        timeout_s = self._api.limits.effective_timeout_s(remaining_s)
+        return await self._inference.infer(request, time.monotonic() + timeout_s)
+
+    async def _model_infer(
+        self, message: pb.ModelInferRequest, context: Context
+    ) -> pb.ModelInferResponse:
+        reply = await self._infer(decode_request(message), context.time_remaining())
+        return encode_reply(reply)
+
+    async def _server_live(self, message: Message, context: Context) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def _server_ready(self, message: Message, context: Context) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=await self.is_ready())
+
+    async def _server_metadata(
+        self, message: Message, context: Context
+    ) -> pb.ServerMetadataResponse:
+        return ParseDict(server_metadata(), pb.ServerMetadataResponse())
+
+    async def _model_ready(
+        self, message: pb.ModelReadyRequest, context: Context
+    ) -> pb.ModelReadyResponse:
+        self._inference.served(message.name, message.version)
+        return pb.ModelReadyResponse(ready=await self.is_ready())
+
+    async def _model_metadata(
+        self, message: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        served = self._inference.served(message.name, message.version)
+        return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
+
+    async def _model_config(
+        self, message: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        served = self._inference.served(message.name, message.version)
+        config = model_config(served, self._api.limits.max_items)
+        return ParseDict({"config": config}, pb.ModelConfigResponse())
+
+    async def _model_statistics(
+        self, message: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        models = self._api.pipeline.models
+        served = (
+            [self._inference.served(message.name, message.version)]
+            if message.name
+            else [models[name] for name in sorted(models)]
+        )
+        totals = await asyncio.to_thread(self._statistics)
+        return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
+
+    async def _repository_index(
+        self, message: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        models = self._api.pipeline.models
+        index = repository_index(models[name] for name in sorted(models))
+        return ParseDict({"models": index}, pb.RepositoryIndexResponse())
+
+    async def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return all(check.ok for check in await self._api.pipeline.readiness())
+
+
+async def _abort(context: Context, error: CarryError) -> NoReturn:
+    """End a call with the status of an error."""
+    await context.abort(status_code(error), status_details(error), trailing_metadata(error))
+
+
+def _log(method: str, status: grpc.StatusCode, began_s: float) -> None:
+    """Write the line of one request, with the number of its status."""
+    log_request(
+        logging.DEBUG if method in PROBES else logging.INFO,
+        current_request_id() or "-",
+        "GRPC",
+        f"/{SERVICE}/{method}",
+        status.value[0],
+        round((time.perf_counter() - began_s) * 1000, 2),
+    )

@@ -1,0 +1,52 @@
+"""The generated messages, the table of errors, and the port."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.core import errors
+from service.core.errors import CarryError
+from service.server import CannotServeError, _reserve_grpc_port
+from service.transports.http.statuses import STATUS
+from service.transports.kserve.grpc.errors import STATUS_CODES, status_code
+
+PROTO = Path("service/transports/kserve/grpc/v2.proto")
+
+
+def test_generated_messages_are_those_of_the_proto_file(tmp_path: Path) -> None:
+    outputs = [f"--python_out={tmp_path}", f"--pyi_out={tmp_path}"]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "-I.", *outputs, PROTO], check=True)
+    for suffix in (".py", ".pyi"):
+        name = PROTO.with_name(f"v2_pb2{suffix}")
+        assert (tmp_path / name).read_text() == name.read_text(), "run `make proto`"
+
+
+@pytest.mark.parametrize("kind", STATUS, ids=lambda kind: kind.code)
+def test_every_error_has_a_status_code(kind: type[CarryError]) -> None:
+    assert status_code(kind("why")) is not None
+    assert any(base in STATUS_CODES for base in kind.__mro__[:4])
+
+
+def test_retryable_errors_have_codes_that_clients_retry() -> None:
+    for kind in (errors.StoreUnavailable, errors.ShuttingDown):
+        assert status_code(kind("why")).name == "UNAVAILABLE"
+    assert status_code(errors.Overloaded("why")).name == "RESOURCE_EXHAUSTED"
+
+
+def test_port_that_is_in_use_is_an_error() -> None:
+    """Although two services could share it, if both set SO_REUSEPORT."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}"),
+            _reserve_grpc_port("127.0.0.1", port),
+        ):
+            pass
