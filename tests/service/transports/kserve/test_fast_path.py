@@ -16,13 +16,23 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.engine.policy import Admission
+from service.store.redis.redis_store import RedisStore
 from service.transports.kserve.http_fast_path import FastInferPath, FastInferRequest
 from tests.service.engine.batching import no_room
-from tests.service.transports.http.harness import harness
-from tests.service.transports.http.raw_http import answer, converse, port_of, request, serving
+from tests.service.transports.http.harness import Harness, harness
+from tests.service.transports.http.raw_http import (
+    HOST,
+    answer,
+    becomes,
+    converse,
+    port_of,
+    request,
+    serving,
+)
 from tests.service.transports.http.test_fast_path import steady
 from tests.service.transports.kserve.conftest import add_v2
 from tests.service.transports.kserve.v2 import binary_body, json_body
+from tests.support.pipelines import chunk_of
 from tests.support.servers import RealServer
 
 ROWS = np.arange(12, dtype=np.float32).reshape(1, 4, 3) / 7
@@ -85,8 +95,9 @@ SLOW: dict[str, bytes] = {
 
 @dataclass
 class Ports:
-    """Two servers of one application, and the requests that the fast path parsed."""
+    """An application, two servers of it, and the requests that the fast path parsed."""
 
+    api: Harness
     fast: int
     slow: int
     parsed: list[FastInferRequest] = field(default_factory=list)
@@ -111,7 +122,7 @@ async def ports(
         serving(api) as fast,
         serving(api, fast_path=False) as slow,
     ):
-        yield Ports(port_of(fast), port_of(slow), parsed)
+        yield Ports(api, port_of(fast), port_of(slow), parsed)
 
 
 async def test_both_paths_send_the_same_responses(ports: Ports) -> None:
@@ -125,6 +136,8 @@ async def test_both_paths_send_the_same_responses(ports: Ports) -> None:
             replies.append(steady(reply.replace(identity, ID)))
         assert replies[0] == replies[1], name
         assert len(ports.parsed) == (name in FAST), name
+    errors = ports.api.counts.seen
+    assert errors["position_ahead"] == errors["epoch_mismatch"] == 2
 
 
 async def test_overload_responses_are_those_of_the_slow_path(
@@ -136,12 +149,45 @@ async def test_overload_responses_are_those_of_the_slow_path(
     assert slow.startswith(b"HTTP/1.1 429 ")
     assert b"carry-error: overloaded\r\n" in slow
     assert steady(fast) == steady(slow)
+    assert ports.api.counts.seen["overloaded"] == 2
+
+
+async def test_waiting_chunks_of_a_disconnected_client_are_dropped(
+    ports: Ports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in a batch are applied, those that wait behind it are not."""
+    gate = asyncio.Event()
+    commit = RedisStore.commit
+
+    async def held(store: RedisStore, commits: Any, deadline_s: float | None = None) -> Any:
+        await gate.wait()
+        return await commit(store, commits, deadline_s)
+
+    monkeypatch.setattr(RedisStore, "commit", held)
+    cancelled: list[FastInferRequest] = []
+    cancel = FastInferPath.cancel
+
+    def watched(path: FastInferPath, request: FastInferRequest, reply: Any) -> None:
+        cancelled.append(request)
+        cancel(path, request, reply)
+
+    monkeypatch.setattr(FastInferPath, "cancel", watched)
+    for _ in range(5):
+        _, writer = await asyncio.open_connection(HOST, ports.fast)
+        writer.write(infer())
+        await becomes(lambda: bool(ports.parsed), "a request")
+        ports.parsed.clear()
+        writer.transport.abort()
+    await becomes(lambda: len(cancelled) == 5, "no connection")
+    gate.set()
+    reply = await ports.api.pipeline.process(chunk_of("1000", ROWS[0]))
+    assert reply.head.position < 6 * len(ROWS[0])
 
 
 async def test_requests_of_both_protocols_share_a_connection_and_a_stream(ports: Ports) -> None:
     chunk = request(orjson.dumps({"inputs": ROWS[0].tolist()}), stream="1000")
     probe = request(b"", first="GET /v2/health/live HTTP/1.1", length="")
-    reader, writer = await asyncio.open_connection("127.0.0.1", ports.fast)
+    reader, writer = await asyncio.open_connection(HOST, ports.fast)
     for sent, expected in (
         (infer(position=0), b'"position":4'),
         (chunk, b'"position":8'),
@@ -156,7 +202,7 @@ async def test_requests_of_both_protocols_share_a_connection_and_a_stream(ports:
 
 
 async def test_reply_is_lost_and_its_retry_is_replayed(ports: Ports) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", ports.fast)
+    reader, writer = await asyncio.open_connection(HOST, ports.fast)
     writer.write(infer(position=0))
     first = await answer(reader)
     writer.close()

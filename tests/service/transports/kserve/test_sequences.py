@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import ModelSpec
 from service.core.errors import StoreUnavailable
+from service.core.values import Reply
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
 from tests.service.transports.http import test_blocks, test_per_chunk, test_whole
@@ -25,7 +26,7 @@ from tests.service.transports.kserve.v2 import (
     reply_of,
 )
 from tests.support.oracle import contracting_weights, oracle_in_blocks
-from tests.support.pipelines import oracle_outputs
+from tests.support.pipelines import chunk_of, oracle_outputs
 from tests.support.servers import RealServer
 
 ROWS = rows(4)
@@ -72,6 +73,23 @@ async def test_outputs_are_returned_if_the_stream_cannot_be_deleted(
         reply = await V2(api).infer(ROWS, sequence_id=5, sequence_end=True)
         assert "deleted" not in reply.parameters
         assert api.position("5") == 4
+
+
+async def test_end_leaves_a_stream_that_others_continued(
+    pipeline_server: RealServer, models: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with harness(pipeline_server, models, extend=add_deleting) as api:
+        process = api.pipeline.process
+
+        async def process_and_be_overtaken(*arguments: Any) -> Reply:
+            reply = await process(*arguments)
+            await process(chunk_of("5", ROWS))
+            return reply
+
+        monkeypatch.setattr(api.pipeline, "process", process_and_be_overtaken)
+        reply = await V2(api).infer(ROWS, sequence_id=5, sequence_end=True)
+        assert "deleted" not in reply.parameters
+        assert api.position("5") == 8
 
 
 async def test_end_closes_a_stream_of_blocks_and_computes_what_is_pending(

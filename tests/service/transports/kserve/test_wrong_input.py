@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 
@@ -253,10 +252,13 @@ async def test_unexpected_failure_is_an_internal_error(
     assert "secret" not in error["error"]
 
 
-async def test_deadline_in_microseconds_is_kept(v2: V2) -> None:
-    response = await v2.post(with_parameters(timeout=1))
-    error_of(response, 504, "deadline_exceeded")
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+async def test_deadline_in_microseconds_is_kept(v2: V2, binary: bool) -> None:
+    parameters = {**SEQUENCE, "timeout": 1, "binary_data_output": binary}
+    body, headers = binary_body(ROWS, parameters)
+    if not binary:
+        body, headers = orjson.dumps(json_body(ROWS, parameters=parameters)), {}
+    error_of(await v2.post(body, headers), 504, "deadline_exceeded")
     assert not v2.api.store.states
-    np.testing.assert_equal(
-        (await v2.infer(ROWS, timeout=10**9, **SEQUENCE)).parameters["position"], 4
-    )
+    reply = await v2.infer(ROWS, binary=binary, timeout=10**9, **SEQUENCE)
+    assert reply.parameters["position"] == 4
