@@ -46,6 +46,7 @@ class Load:
         chunks: chunks answered.
         events: events in them.
         cpu_s: the generator's own processor time.
+        rejected: requests that were answered by 429, where that is allowed.
         unsent: open loop: requests that could not be sent before the end.
         sampled: replies of sampled streams.
     """
@@ -55,6 +56,7 @@ class Load:
     chunks: int = 0
     events: int = 0
     cpu_s: float = 0.0
+    rejected: int = 0
     unsent: int = 0
     sampled: list[Sampled] = field(default_factory=list)
 
@@ -73,13 +75,18 @@ def draw_arrivals(rate_per_s: float, seconds: float, seed: int) -> NDArray[np.fl
 
 
 class Connection:
-    """One connection with at most one request in flight."""
+    """One connection with at most one request in flight.
 
-    def __init__(self, port: int, timeout_s: float = GRACE_S):
+    Attributes:
+        is_rejected: whether the last reply was 429, which raises unless `may_reject`.
+    """
+
+    def __init__(self, port: int, timeout_s: float = GRACE_S, *, may_reject: bool = False):
         self.sock = socket.create_connection((HOST, port), timeout_s)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.ticket: Ticket = ()
         self.sent_s = 0.0
+        self.may_reject, self.is_rejected = may_reject, False
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
         self._bodies: list[bytes] = []
@@ -113,7 +120,9 @@ class Connection:
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         status = self._parser.get_status_code()
-        if status != 200 or not self._parser.should_keep_alive():
+        self.is_rejected = self.may_reject and status == 429
+        is_expected = status == 200 or self.is_rejected
+        if not is_expected or not self._parser.should_keep_alive():
             raise WrongReplyError(f"expected status 200 and a length, got status {status}")
 
     def on_body(self, piece: bytes) -> None:
@@ -131,9 +140,11 @@ class Run:
 
     def __init__(self, traffic: Traffic, port: int, connections: int):
         self.traffic = traffic
-        self.connections = [Connection(port) for _ in range(connections)]
-        self.latencies = array("d")
+        # first, because select takes descriptors below 1024 only
         self._selector = selectors.DefaultSelector()
+        may_reject = traffic.spec.may_reject
+        self.connections = [Connection(port, may_reject=may_reject) for _ in range(connections)]
+        self.latencies, self.rejected = array("d"), 0
         for connection in self.connections:
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
@@ -161,10 +172,15 @@ class Run:
         for key, _ in ready:
             connection: Connection = key.data
             reply = connection.read()
-            if reply is not None:
+            if reply is None:
+                continue
+            if connection.is_rejected:
+                self.rejected += 1
+                self.traffic.reject(connection.ticket)
+            else:
                 self.latencies.append(time.perf_counter() - connection.sent_s)
                 self.traffic.accept(connection.ticket, reply)
-                yield connection
+            yield connection
 
 
 _traffic: dict[str, Traffic] = {}
@@ -208,12 +224,13 @@ def run_open(
     """Load a port at moments fixed beforehand; `rate_per_s` counts requests."""
     due, clock = draw_arrivals(rate_per_s, seconds, seed), time.perf_counter
     with _measured(key, port, connections) as (run, load):
-        idle = list(run.connections)
+        # in turn, so that no connection is idle for long enough to be closed
+        idle = deque(run.connections)
         moments = deque((due + clock() + LEAD_S).tolist())
         ends_s = clock() + LEAD_S + seconds + GRACE_S
         while (moments or len(idle) < connections) and clock() < ends_s:
             while moments and moments[0] <= clock() and idle and run.traffic.ready:
-                run.send(idle.pop(), moments.popleft())
+                run.send(idle.popleft(), moments.popleft())
             is_free = bool(moments and idle and run.traffic.ready)
             idle += run.replies(max(0.0, moments[0] - clock()) if is_free else GRACE_S)
     load.unsent = len(moments)
@@ -235,4 +252,4 @@ def _measured(key: str, port: int, connections: int) -> Iterator[tuple[Run, Load
         run.close()
     load.latencies_s = np.array(run.latencies)
     load.chunks = len(run.latencies) * max(1, traffic.spec.items)
-    load.events, load.sampled = traffic.events, traffic.sampled
+    load.events, load.sampled, load.rejected = traffic.events, traffic.sampled, run.rejected

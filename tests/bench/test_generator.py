@@ -6,6 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
@@ -154,6 +155,24 @@ def test_reply_in_many_pieces_is_joined(is_chunked: bool) -> None:
     reply = chunked if is_chunked else ok(b"".join(pieces))
     load = run_closed(lambda *_: reply, traffic(1, sampled=1), 1, 0.0)
     assert load.sampled[0].reply == b"".join(pieces)
+
+
+def test_rejected_chunk_is_followed_by_another_at_its_position() -> None:
+    sent: list[tuple[int, Any]] = []
+
+    def answer(path: str, body: bytes) -> bytes:
+        chunk = orjson.loads(body)
+        sent.append((chunk["position"], chunk["inputs"]))
+        busy = b"HTTP/1.1 429 Busy\r\nContent-Length: 2\r\n\r\n{}"
+        return busy if len(sent) % 2 else accept_chunk(path, body)
+
+    load = run_closed(answer, replace(traffic(1), may_reject=True), 1, 0.1)
+    assert load.rejected >= load.chunks > 1
+    for at in range(0, len(sent) - 1, 2):
+        assert sent[at][0] == sent[at + 1][0] == 3 * at / 2
+        assert sent[at][1] != sent[at + 1][1]
+    with pytest.raises(WrongReplyError, match="got status 429"):
+        run_closed(answer, traffic(1), 1, 1)
 
 
 def test_arrivals_follow_the_seed_and_the_rate() -> None:

@@ -84,6 +84,7 @@ class TrafficSpec:
         items: chunks per request; 0 for the route of one stream.
         moves: whether a request advances its stream; a forecast does not.
         positions: whether replies give the position (the floors' and predictions do not).
+        may_reject: whether the server may answer 429; otherwise that ends the run.
         sampled: streams whose first replies are kept.
     """
 
@@ -98,6 +99,7 @@ class TrafficSpec:
     items: int = 0
     moves: bool = True
     positions: bool = True
+    may_reject: bool = False
     sampled: int = 0
 
     def name(self, stream: int) -> str:
@@ -186,4 +188,11 @@ class Traffic:
             self.events += spec.steps[spec.body(stream, chunk)]
             self._position[stream] = after
             self._chunks[stream] = chunk + 1
+            self._free.append(stream)
+
+    def reject(self, ticket: Ticket) -> None:
+        """Let the streams of a rejected request continue at their positions, with other bodies: if
+        the rejected chunks were applied, the server refuses the next ones, which ends the run."""
+        for stream, _ in ticket:
+            self._chunks[stream] += 1
             self._free.append(stream)

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.bench.generator import Load
 from tests.load.overload import LIMITS, Measurement, overload, pinned_service
 
 
 @pytest.mark.alone
 def test_overload_keeps_goodput_and_rejects_the_rest(tmp_path: Path) -> None:
     """Bounds for a busy machine; `make overload` has the real ones."""
-    with pinned_service(tmp_path, units=64) as service:
-        before, over, after = overload(service, steps=256, times=2.0, seconds=5.0, peak_s=2.0)
-    assert set(over.statuses) == {200, 429}
-    assert over.statuses[429] > over.offered * 0.1
+    with pinned_service(tmp_path, units=64) as server:
+        before, over, after = overload(server, steps=256, times=2.0, seconds=5.0, peak_s=2.0)
+    assert over.load.rejected > over.load.chunks * 0.1
     # other processes on the cores do not change what a second of CPU time is worth
     assert 2 * over.per_cpu_s / (before.per_cpu_s + after.per_cpu_s) > 0.5
-    assert over.percentile_s(99) < 5
+    assert over.percentile_ms(99) < 5000
 
 
 def test_every_failed_condition_is_reported() -> None:
-    over = Measurement(10.0)
-    over.statuses.update({200: 500, 500: 1})
-    over.latencies_s.extend([3.0] * 500)
-    over.rss_bytes += [100, 100, 100, 130]
+    load = Load(seconds=10.0, chunks=500, latencies_s=np.full(500, 3.0))
+    over = Measurement(load, [100, 100, 100, 130], 1.0)
     assert [check.name for check in over.check(100.0) if not check.passed] == list(LIMITS)
-    over.statuses.update({429: 500, 200: 450})
-    del over.statuses[500], over.rss_bytes[3], over.latencies_s[:]
-    over.latencies_s.append(0.4)
+    load = Load(seconds=10.0, chunks=900, latencies_s=np.full(900, 0.4), rejected=900)
+    over = Measurement(load, [100, 100, 100, 105], 1.0)
     assert all(check.passed for check in over.check(100.0))
