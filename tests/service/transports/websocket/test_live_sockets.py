@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
+from service.core.errors import StoreRefused
 from service.transports.http.limits import LONG_BYTES
 from service.transports.websocket import session
 from tests.service.transports.http.harness import Harness, rows
@@ -125,6 +126,20 @@ async def test_chunks_without_a_position_are_not_applied_after_a_failed_one(api:
         await client.send(text(rows(2)))
         assert (await reply(client))["position"] == 6
     assert api.position() == 6
+
+
+async def test_a_chunk_without_a_position_waits_for_the_one_before_it(api: Harness) -> None:
+    failures = [StoreRefused("the store is full")]
+    api.store.on_commit = lambda _: failures.pop() if failures else None
+    async with live(api) as sockets, sockets.open() as (client, _):
+        await client.send(text(rows(2)))
+        await client.send(text(rows(2)))
+        await error(client, "store_refused")
+        await error(client, "previous_failed")
+        await client.send(text(rows(2), 0))
+        await client.send(text(rows(3)))
+        await client.send(text(rows(1), 5))
+        assert [(await reply(client))["position"] for _ in range(3)] == [2, 5, 6]
 
 
 async def test_a_full_window_stops_reading_until_chunks_are_answered(

@@ -189,6 +189,11 @@ async def test_a_client_that_does_not_read_is_not_read_either_and_loses_nothing(
 
         feeding = asyncio.create_task(feed())
         await becomes(lambda: served.phase is Phase.SEND, "an unread socket")
+        await becomes(lambda: not served._session.unanswered, "the outcomes of what was read")
+        received = served._session.chunks
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert served._session.chunks == received
         unsent = served.unsent_bytes
         assert served._is_read_paused
         assert unsent < 64 * 1024
