@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -165,20 +164,18 @@ def test_events_that_were_rolled_back_are_not_skipped_after_another_failure(
 ) -> None:
     if options:
         options["replay_from"] = lambda at: events[at:]
-    with Carry(background, deadline_s=0.3) as carry:
+    with Carry(background) as carry:
         stream = carry.model("small").stream("s", save=tmp_path / "head", **options)
         for start in (0, 2, 4):
             stream.send(events[start : start + 2])
         head = stream.head
         standin.roll_back("s", lost)
-        # rejected; then the first chunk of the buffer is sent again; then nothing is applied
-        applied = (None,) if options else (None, None)
-        standin.fault = failing(*applied, *["store_unavailable"] * 50)
-        with pytest.raises(errors.StoreUnavailable):
+        # rejected; then the first chunk of the buffer is sent again; then one fails
+        standin.fault = failing(*((None,) if options else (None, None)), "refuse")
+        with pytest.raises(errors.InvalidInput):
             stream.send(events[6:8])
         assert stream.head == head
         assert json.loads((tmp_path / "head").read_text())["position"] == 6
-        standin.fault = failing()
         reply = stream.send(events[6:8])
     assert standin.streams["s"].position == 8
     assert late([reply]) == pytest.approx(right[6:8])
@@ -187,14 +184,13 @@ def test_events_that_were_rolled_back_are_not_skipped_after_another_failure(
 def test_other_cuts_continue_after_a_chunk_of_unknown_outcome(
     background: str, standin: Standin, events: Events, right: list[float]
 ) -> None:
-    with Carry(background, deadline_s=0.2) as carry:
+    with Carry(background) as carry:
         stream = carry.model("small").stream("s")
         stream.send(events[:4])
-        standin.fault = failing(*["outcome_unknown"] * 50)
+        standin.fault = failing("outcome_unknown_for_good")
         with pytest.raises(errors.OutcomeUnknown):
             list(stream.send_all(events, chunk_events=CHUNK))
         assert standin.streams["s"].position == 4 + CHUNK
-        standin.fault = failing()
         replies = list(stream.send_all(events, chunk_events=5))
     assert replies[0].first_position == 4 + CHUNK
     assert late(replies) == pytest.approx(right[4 + CHUNK :])
@@ -303,15 +299,6 @@ def test_rejected_chunk_is_raised_with_its_facts(
     assert small.send(events[:2]).position == 2
 
 
-def test_attempts_end_at_the_deadline(background: str, standin: Standin, events: Events) -> None:
-    standin.fault = lambda request: "store_unavailable"
-    with Carry(background, deadline_s=0.4) as carry:
-        began_s = time.monotonic()
-        with pytest.raises(errors.StoreUnavailable):
-            carry.model("small").stream("s").send(events[:2])
-        assert time.monotonic() - began_s < 5
-
-
 def test_unreachable_service_is_no_answer() -> None:
     with (
         Carry(f"http://127.0.0.1:{free_port()}", deadline_s=0.2) as carry,
@@ -384,11 +371,16 @@ def test_stream_of_another_history_does_not_keep_many_from_being_sent(
 def test_slow_source_sends_what_has_waited_long_enough(small: Stream, events: Events) -> None:
     def slow() -> Iterator[dict[str, Any]]:
         yield from events[:3]
-        time.sleep(1)
+        assert has_reply.wait(20), "the first events wait for the next"
         yield from events[3:5]
 
-    replies = list(small.send_all(slow(), chunk_events=4, linger_s=0.05))
-    assert [len(reply) for reply in replies] == [3, 2]
+    has_reply = threading.Event()
+    sizes = []
+    for reply in small.send_all(slow(), chunk_events=4, linger_s=0.2):
+        sizes.append(len(reply))
+        has_reply.set()
+    assert sum(sizes) == 5
+    assert len(sizes) > 1
 
 
 def test_abandoned_source_is_not_read_on(small: Stream, events: Events) -> None:

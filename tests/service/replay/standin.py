@@ -182,6 +182,8 @@ class Standin:
             return web.Response()
         if fault == "outcome_unknown":
             return _respond(request, 503, _problem(503, "outcome_unknown", True))
+        if fault == "outcome_unknown_for_good":
+            return _respond(request, 503, _problem(503, "outcome_unknown", False))
         if fault == "one_fails" and not alone:
             answers[0] = 503, _problem(503, "overloaded", True)
         if alone:
