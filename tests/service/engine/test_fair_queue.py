@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
+from collections.abc import Hashable
 from itertools import count
 from random import Random
 from typing import Any
 
 import pytest
 
-from service.engine.fair_queue import MAX_SKIPPED, FairQueue, Job, Ticket
+from service.engine.fair_queue import MAX_SKIPPED, BatchControl, FairQueue, Job, Ticket, Work
 from service.engine.policy import BatchLimits
 
 LIMITS = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=200)
@@ -263,3 +265,15 @@ async def test_invariants(seed: int) -> None:
         numbers = [job.number for job in done if job.key == key]
         assert numbers == sorted(numbers)
         assert waiting.queue.backlog(key) is None
+
+
+def test_a_batch_releases_only_streams_that_it_holds_and_in_their_order() -> None:
+    released: list[Hashable] = []
+
+    def detach(jobs: list[Job[Any, Any]], work: Work) -> asyncio.Task[None]:
+        raise AssertionError("nothing is detached")
+
+    control = BatchControl({*"abcd"}, released.extend, lambda: False, detach)
+    control.release_streams("cxa")
+    control.release_streams("abcd")
+    assert released == [*"ca", *"bd"]
