@@ -281,7 +281,8 @@ def test_chunk_whose_reply_was_lost_and_expired_counts_as_applied() -> None:
 @pytest.mark.parametrize("code", ["already_applied", "position_behind"])
 def test_impossible_position_problem_is_a_wrong_answer(code: str) -> None:
     service = Service()
-    service.script = [service.apply, problem(409, code, position=3)]
+    # where a repeated chunk would be applied; this one was sent once
+    service.script = [service.apply, problem(409, code, position=8)]
     stream = service.run(2)
     assert service.streams.wrong_answers == {code: 1}
     assert stream.is_closed
