@@ -23,7 +23,10 @@ from tests.support.pages import ROOT, blocks
 from tests.support.servers import until
 from tests.support.service import Service
 
-pytestmark = needs_tools("chromium")
+BROWSER = "chromium"
+"""Optional: `.ci/run` does not install it, for its size."""
+
+pytestmark = needs_tools(BROWSER)
 
 PAGE = "docs/how-to/stream-over-a-websocket.md"
 EVENTS = json.loads((ROOT / "examples/departures.json").read_bytes())["EWR-UA"]
@@ -97,7 +100,7 @@ def port(tmp_path: Path) -> Iterator[str]:
     """The debugging port of a headless browser with a profile of its own."""
     process = subprocess.Popen(
         [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
             f"--user-data-dir={tmp_path}", "about:blank",
         ],
         stdout=subprocess.DEVNULL,

@@ -44,26 +44,24 @@ async def test_a_valid_handshake_switches_the_protocol(api: Harness) -> None:
     assert b"Sec-WebSocket-Extensions" not in head
 
 
-@pytest.mark.parametrize(
-    ("lines", "status", "code"),
-    [
-        ((*UPGRADE, SECURITY[0], "Sec-WebSocket-Version: 8"), 426, "upgrade_required"),
-        ((*UPGRADE, SECURITY[0]), 400, "malformed_request"),
-        ((*UPGRADE, SECURITY[1]), 400, "malformed_request"),
-        ((*UPGRADE, "Sec-WebSocket-Key: c2hvcnQ=", SECURITY[1]), 400, "malformed_request"),
-        ((*UPGRADE, *SECURITY, SECURITY[0]), 400, "malformed_request"),
-        (("Connection: Upgrade", "Upgrade: h2c", *SECURITY), 426, "upgrade_required"),
-    ],
-)
-async def test_a_wrong_handshake_is_rejected_and_the_connection_closed(
-    api: Harness, lines: tuple[str, ...], status: int, code: str
-) -> None:
+WRONG_HANDSHAKES = [
+    ((*UPGRADE, SECURITY[0], "Sec-WebSocket-Version: 8"), 426, "upgrade_required"),
+    ((*UPGRADE, SECURITY[0]), 400, "malformed_request"),
+    ((*UPGRADE, SECURITY[1]), 400, "malformed_request"),
+    ((*UPGRADE, "Sec-WebSocket-Key: c2hvcnQ=", SECURITY[1]), 400, "malformed_request"),
+    ((*UPGRADE, *SECURITY, SECURITY[0]), 400, "malformed_request"),
+    (("Connection: Upgrade", "Upgrade: h2c", *SECURITY), 426, "upgrade_required"),
+]
+
+
+async def test_a_wrong_handshake_is_rejected_and_the_connection_closed(api: Harness) -> None:
     async with live(api) as sockets:
-        [(got, response)] = await exchange(sockets, handshake(*lines))
-        await sockets.ended()
-    assert (got, code_of(response)) == (status, code)
-    assert b"connection: close" in response
-    assert (b"sec-websocket-version: 13" in response) == (status == 426)
+        for lines, status, code in WRONG_HANDSHAKES:
+            [(got, response)] = await exchange(sockets, handshake(*lines))
+            await sockets.ended()
+            assert (got, code_of(response)) == (status, code), lines
+            assert b"connection: close" in response
+            assert (b"sec-websocket-version: 13" in response) == (status == 426)
 
 
 async def test_a_request_without_an_upgrade_is_told_what_the_address_is(api: Harness) -> None:
@@ -72,21 +70,20 @@ async def test_a_request_without_an_upgrade_is_told_what_the_address_is(api: Har
     problem(await api.client.post(PATH), 405, "method_not_allowed")
 
 
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
-        handshake(*UPGRADE, *SECURITY, "Content-Length: 0"),
-        handshake(*UPGRADE, *SECURITY, "Transfer-Encoding: chunked") + b"0\r\n\r\n",
-        handshake(*UPGRADE, *SECURITY, first=f"GET {PATH} HTTP/1.0"),
-        handshake(*UPGRADE, *SECURITY, first=f"GET http://carry{PATH} HTTP/1.1"),
-        handshake(*SECURITY),
-    ],
-    ids=["length", "chunked", "HTTP/1.0", "absolute", "no upgrade"],
-)
-async def test_an_upgrade_that_is_not_plain_is_ignored(api: Harness, request_bytes: bytes) -> None:
+NOT_PLAIN = {
+    "length": handshake(*UPGRADE, *SECURITY, "Content-Length: 0"),
+    "chunked": handshake(*UPGRADE, *SECURITY, "Transfer-Encoding: chunked") + b"0\r\n\r\n",
+    "HTTP/1.0": handshake(*UPGRADE, *SECURITY, first=f"GET {PATH} HTTP/1.0"),
+    "absolute": handshake(*UPGRADE, *SECURITY, first=f"GET http://carry{PATH} HTTP/1.1"),
+    "no upgrade": handshake(*SECURITY),
+}
+
+
+async def test_an_upgrade_that_is_not_plain_is_ignored(api: Harness) -> None:
     async with live(api) as sockets:
-        [(status, response)] = await exchange(sockets, request_bytes)
-    assert (status, code_of(response)) == (426, "upgrade_required")
+        for name, request in NOT_PLAIN.items():
+            [(status, response)] = await exchange(sockets, request)
+            assert (status, code_of(response)) == (426, "upgrade_required"), name
 
 
 async def test_an_upgrade_of_another_method_or_address_is_ignored(api: Harness) -> None:
@@ -127,29 +124,27 @@ async def test_a_handshake_may_follow_an_answered_request(api: Harness) -> None:
             assert hello["stream"] == "s"
 
 
-@pytest.mark.parametrize(
-    ("path", "status"),
-    [
-        ("nobody/streams/s/live", 404),
-        ("nobody/live", 404),
-        ("probe/streams/a%2Fb/live", 400),
-        ("probe/streams/s/live?return_state=perhaps", 422),
-        ("probe/streams/s/live?timeout_s=-1", 422),
-        ("probe/streams/s/live?unknown=1", 422),
-        ("probe/streams/s/live?return_state=1&return_state=1", 400),
-    ],
-)
-async def test_a_wrong_address_is_a_problem_before_the_switch(
-    api: Harness, path: str, status: int
-) -> None:
+WRONG_ADDRESSES = {
+    "nobody/streams/s/live": 404,
+    "nobody/live": 404,
+    "probe/streams/a%2Fb/live": 400,
+    "probe/streams/s/live?return_state=perhaps": 422,
+    "probe/streams/s/live?timeout_s=-1": 422,
+    "probe/streams/s/live?unknown=1": 422,
+    "probe/streams/s/live?return_state=1&return_state=1": 400,
+}
+
+
+async def test_a_wrong_address_is_a_problem_before_the_switch(api: Harness) -> None:
     async with live(api) as sockets:
-        with pytest.raises(InvalidStatus) as raised:
-            async with connect(sockets.url(path)):
-                pass
-    response = raised.value.response
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/problem+json"
-    assert json.loads(response.body)["status"] == status
+        for path, status in WRONG_ADDRESSES.items():
+            with pytest.raises(InvalidStatus) as raised:
+                async with connect(sockets.url(path)):
+                    pass
+            response = raised.value.response
+            assert response.status_code == status, path
+            assert response.headers["content-type"] == "application/problem+json"
+            assert json.loads(response.body)["status"] == status
 
 
 async def test_a_percent_encoded_name_is_decoded(api: Harness) -> None:
@@ -157,29 +152,27 @@ async def test_a_percent_encoded_name_is_decoded(api: Harness) -> None:
         assert hello["stream"] == "a:b"
 
 
-@pytest.mark.parametrize(
-    ("origin", "opens"),
-    [
-        ("http://{host}", True),
-        ("https://{host}", True),
-        (ORIGINS, True),
-        ("https://evil.example.com", False),
-        ("http://{host}.evil.example.com", False),
-        ("http://127.0.0.1:1", False),
-        ("null", False),
-        ("", False),
-    ],
-)
-async def test_pages_of_other_origins_may_not_open_a_socket(
-    api: Harness, origin: str, *, opens: bool
-) -> None:
+OPENS = {
+    "http://{host}": True,
+    "https://{host}": True,
+    ORIGINS: True,
+    "https://evil.example.com": False,
+    "http://{host}.evil.example.com": False,
+    "http://127.0.0.1:1": False,
+    "null": False,
+    "": False,
+}
+
+
+async def test_pages_of_other_origins_may_not_open_a_socket(api: Harness) -> None:
     async with live(api) as sockets:
         host = f"{HOST}:{port_of(sockets.server)}"
-        lines = (*UPGRADE, *SECURITY, f"Origin: {origin.format(host=host)}")
-        request = handshake(*lines).replace(b"Host: carry", f"Host: {host}".encode())
-        [(status, response)] = await exchange(sockets, request)
-    assert status == (101 if opens else 403)
-    assert opens or code_of(response) == "origin_not_allowed"
+        for origin, opens in OPENS.items():
+            lines = (*UPGRADE, *SECURITY, f"Origin: {origin.format(host=host)}")
+            request = handshake(*lines).replace(b"Host: carry", f"Host: {host}".encode())
+            [(status, response)] = await exchange(sockets, request)
+            assert status == (101 if opens else 403), origin
+            assert opens or code_of(response) == "origin_not_allowed"
 
 
 async def test_a_socket_of_an_unavailable_store_is_a_problem(api: Harness) -> None:

@@ -285,10 +285,10 @@ async def test_the_document_of_the_api_describes_watching(api: Harness) -> None:
     assert names >= {"model", "stream", "from", "Last-Event-ID", "return_sequences"}
 
 
-@pytest.mark.parametrize("query", ["?from=-1", "?from=x", "?from=9223372036854775808", "?x=1"])
-async def test_wrong_parameters_are_problems(api: Harness, query: str) -> None:
-    path = f"/v1/models/probe/streams/s/outputs{query}"
-    problem(await api.client.get(path), 422, "invalid_input")
+async def test_wrong_parameters_are_problems(api: Harness) -> None:
+    for query in ("?from=-1", "?from=x", "?from=9223372036854775808", "?x=1"):
+        path = f"/v1/models/probe/streams/s/outputs{query}"
+        problem(await api.client.get(path), 422, "invalid_input")
 
 
 async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
