@@ -334,7 +334,8 @@ class Stream:
             source: all events in order, as `send` takes them, or an iterable of events or blocks.
             sort_by: the column by which a DataFrame is sorted first, such as its time.
             chunk_events: events of a chunk, 256 by default.
-            linger_s: send fewer if the oldest event has waited this long, in seconds.
+            linger_s: send fewer if the oldest event has waited this long, in seconds. In an event
+                loop this needs an asynchronous source.
             first_position: the position of the source's first event; None: the source continues
                 the stream.
             final: end the stream after the last event, for a model with blocks.
