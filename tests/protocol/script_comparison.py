@@ -52,8 +52,11 @@ async def compare_script_calls(model: Model, url: str, client: redis.Redis) -> i
             stored = zip(names, _encode(call.stored), strict=True)
             client.mset({"other": b"", **{name: value for name, value in stored if value}})
             outcome = await _make_call(call, key, store)
-            lifetimes = [client.pttl(name) for name in names]
-            _check_call(call, effect, outcome, tuple(client.mget(names)), lifetimes)
+            pipe = client.pipeline(transaction=False).mget(names)
+            for name in names:
+                pipe.pttl(name)
+            read, *ttls_ms = pipe.execute()
+            _check_call(call, effect, outcome, tuple(read), ttls_ms)
     finally:
         await store.close()
     return len(model.calls)
