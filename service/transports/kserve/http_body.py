@@ -38,33 +38,43 @@ COMPRESSIONS: Final = {"gzip": 31, "deflate": 15}
 """The arguments of zlib by Content-Encoding."""
 
 _ABSENT: Final = msgspec.Raw(b"")
-_Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
-class _InputParameters(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class InputParameters(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
+    """The parameters of a request's tensor."""
+
     binary_data_size: Annotated[int, Meta(ge=0)] | None = None
 
 
-class _OutputParameters(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class _OutputParameters(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
     binary_data: bool | None = None
 
 
 class _Input(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     name: str
     datatype: str
-    shape: Annotated[tuple[_Dimension, ...], Meta(max_length=MAX_RANK)]
-    parameters: _InputParameters | None = None
+    shape: Annotated[tuple[Dimension, ...], Meta(max_length=MAX_RANK)]
+    parameters: InputParameters | None = None
     data: msgspec.Raw = _ABSENT
 
 
-class _Output(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class RequestedOutput(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False
+):
+    """An output that a request names."""
+
     name: str
     parameters: _OutputParameters | None = None
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     inputs: list[_Input]
-    outputs: list[_Output] = []
+    outputs: list[RequestedOutput] = []
     id: str = ""
     parameters: dict[str, bool | int | float | str] = {}
 
@@ -80,6 +90,16 @@ class BinaryOutputs(NamedTuple):
 
     by_name: Mapping[str, bool]
     by_default: bool = False
+
+    @classmethod
+    def of(cls, outputs: Iterable[RequestedOutput], by_default: bool) -> BinaryOutputs:
+        """What the outputs that a request names say, and its parameter."""
+        by_name = {
+            output.name: output.parameters.binary_data
+            for output in outputs
+            if output.parameters is not None and output.parameters.binary_data is not None
+        }
+        return cls(by_name, by_default)
 
     def has(self, name: str) -> bool:
         """Whether it wants this one so."""
@@ -164,13 +184,8 @@ def decode_request(
     if not isinstance(by_default, bool):
         raise invalid(f"parameters.{BINARY_OUTPUT}", "true or false", repr(by_default)[:300])
     names = [output.name for output in decoded.outputs]
-    by_name = {
-        output.name: output.parameters.binary_data
-        for output in decoded.outputs
-        if output.parameters is not None and output.parameters.binary_data is not None
-    }
     request = InferRequest(model, inputs, parameters, names, version, decoded.id)
-    return request, BinaryOutputs(by_name, by_default)
+    return request, BinaryOutputs.of(decoded.outputs, by_default)
 
 
 def reply_document(reply: InferReply, binary: BinaryOutputs) -> dict[str, Any]:
@@ -198,6 +213,12 @@ def encode_reply(reply: InferReply, binary: BinaryOutputs) -> tuple[bytes, int]:
     return b"".join((text, *[o.data for o in reply.outputs if binary.has(o.name)])), len(text)
 
 
+def may_have_duplicates(text: bytes, decoded: msgspec.Struct) -> bool:
+    """Whether a text may have duplicate members: their quotation marks are not in what was decoded
+    from it."""
+    return text.count(b'"') != _ENCODER.encode(decoded).count(b'"')
+
+
 def _decode_json(text: bytes) -> _Request:
     try:
         decoded: _Request = _REQUEST.decode(text)
@@ -205,8 +226,7 @@ def _decode_json(text: bytes) -> _Request:
         raise _invalid_json(error) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _malformed(f"expected one JSON document: {error}") from error
-    # a duplicate member has quotation marks that are not in what was decoded
-    if text.count(b'"') != _ENCODER.encode(decoded).count(b'"'):
+    if may_have_duplicates(text, decoded):
         duplicate = find_duplicate(Media.JSON, text)
         if duplicate is not None:
             raise duplicate

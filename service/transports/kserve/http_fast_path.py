@@ -13,6 +13,8 @@ import time
 from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
+import msgspec
+import numpy as np
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError
@@ -28,19 +30,34 @@ from service.transports.http.connection.fast_path import (
     parse_common_headers,
 )
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, response_bytes
+from service.transports.http.context import ModelWire
 from service.transports.http.error_handling import log_client_disconnect, log_failure
 from service.transports.http.limits import ApiLimits
-from service.transports.http.media import Media
+from service.transports.http.media import Media, encode_json
 from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.kserve.http_body import (
+    BINARY_OUTPUT,
     HEADER_LENGTH,
     BinaryOutputs,
-    decode_request,
+    Dimension,
+    InputParameters,
+    RequestedOutput,
     encode_reply,
+    may_have_duplicates,
+    reply_document,
 )
 from service.transports.kserve.http_errors import error_answer
-from service.transports.kserve.inference import Inference, ResolvedCall
+from service.transports.kserve.inference import (
+    VERSION,
+    Inference,
+    ResolvedCall,
+    Signature,
+    output_shape,
+    read_values,
+)
+from service.transports.kserve.parameters import parse_parameters
+from service.transports.kserve.values import InferReply, InferRequest, InputTensor, OutputTensor
 
 ROUTE: Final = "/v2/models/{model}/infer"
 
@@ -48,6 +65,10 @@ _REQUEST_LINE = re.compile(
     rb"POST /v2/models/([a-z0-9_-]{1,64})(?:/versions/([0-9a-f]{1,12}))?/infer HTTP/1\.1\r\n"
 )
 _HEADER_LENGTH: Final = HEADER_LENGTH.encode()
+_REPLY: Final = (
+    b'{"model_name":"%%b","model_version":"%b",%%b"parameters":{"position":%%d,"epoch":"%%b",'
+    b'"tag":"%%b","replayed":%%b%%b},"outputs":%%b}' % VERSION.encode()
+)
 _RESPONSE_HEAD: Final = (
     b"HTTP/1.1 200 OK\r\n"
     b"inference-header-content-length: %d\r\ncontent-length: %d\r\n"
@@ -55,11 +76,45 @@ _RESPONSE_HEAD: Final = (
 )
 
 
+class _BinaryTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    name: str
+    datatype: str
+    shape: tuple[Dimension, ...]
+    parameters: InputParameters
+
+
+class _BinaryRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """The JSON of a request with one binary tensor."""
+
+    inputs: tuple[_BinaryTensor]
+    outputs: tuple[RequestedOutput, ...] = ()
+    id: str = ""
+    parameters: dict[str, bool | int | float | str] = {}
+
+
+_DECODER: Final = msgspec.json.Decoder(_BinaryRequest)
+
+
+class _Plan(NamedTuple):
+    """What requests with the same model, tensor and outputs share.
+
+    Attributes:
+        binary: which outputs are binary; at least one is.
+        outputs_json: the outputs in the reply's JSON, if there is one, binary, with the same shape
+            in every reply; else None.
+    """
+
+    wire: ModelWire
+    signature: Signature
+    binary: BinaryOutputs
+    outputs_json: bytes | None
+
+
 class FastInferRequest(NamedTuple):
     """A complete request for one chunk; attributes as those of `FastRequest`."""
 
+    plan: _Plan
     call: ResolvedCall
-    binary: BinaryOutputs
     chunk: Chunk
     request_id: bytes
     received_s: float
@@ -83,9 +138,10 @@ class FastInferPath:
         self._inference = inference
         self._api = inference.api
         self._ids = ids
+        # cached, since clients repeat their shapes and headers
+        self._plan = lru_cache(maxsize=1024)(self._make_plan)
         self._max_bytes = min(MAX_REQUEST_BYTES, inference.api.limits.max_body_bytes)
         self._overload_responses = OverloadResponses(_error_response)
-        # cached, since clients repeat their headers
         self._parse_headers = lru_cache(maxsize=4096)(partial(_parse_headers, inference.api.limits))
 
     def parse(self, data: bytes) -> FastInferRequest | RejectedRequest | IncompleteRequest | None:
@@ -107,41 +163,84 @@ class FastInferPath:
             return IncompleteRequest(total_bytes)
         received_s = time.monotonic()
         model, version = start[1].decode(), (start[2] or b"").decode()
+        if model not in self._api.pipeline.models:
+            return None
         body = data[end + 4 : total_bytes]
-        try:
-            request, binary = decode_request(body, headers.json_bytes, model, version)
-            call = self._inference.resolve(request)
-        except CarryError:
+        found = self._read(self._api.wire(model), version, body, headers.json_bytes)
+        if found is None:
             return None
-        stream = call.parameters.stream
-        if stream is None or not self._is_short(call, binary):
-            return None
+        plan, call, stream = found
         timeout_s = headers.timeout_s
         if call.parameters.timeout_s is not None:
             timeout_s = min(timeout_s, call.parameters.timeout_s)
         request_id = headers.request_id or self._ids.next()
-        model = call.wire.served.name
         error = self._api.pipeline.check_admission(model, StreamKey(model, stream), timeout_s)
         if error is not None:
             return RejectedRequest(
-                call.wire, error, Media.JSON, request_id, received_s, total_bytes
+                plan.wire, error, Media.JSON, request_id, received_s, total_bytes
             )
         try:
             chunk = self._inference.read_chunk(call, stream)
         except CarryError:
             return None
         deadline_s = received_s + timeout_s
-        return FastInferRequest(
-            call, binary, chunk, request_id, received_s, deadline_s, total_bytes
-        )
+        return FastInferRequest(plan, call, chunk, request_id, received_s, deadline_s, total_bytes)
 
-    def _is_short(self, call: ResolvedCall, binary: BinaryOutputs) -> bool:
-        """Whether the reply is binary and can be written at once, and nothing follows it."""
-        if self._inference.delete_at_end and call.parameters.ends:
-            return False
-        signature = call.signature
-        values = signature.steps * call.wire.served.outputs.size
-        return values <= LONG_VALUES and binary.has_any(each.name for each in signature.outputs)
+    def _read(
+        self, wire: ModelWire, version: str, body: bytes, json_bytes: int
+    ) -> tuple[_Plan, ResolvedCall, str] | None:
+        """The chunk in a body, its values not yet validated, and its stream; or None."""
+        text, data = body[:json_bytes], body[json_bytes:]
+        try:
+            decoded: _BinaryRequest = _DECODER.decode(text)
+            by_default = decoded.parameters.get(BINARY_OUTPUT, False)
+            if may_have_duplicates(text, decoded) or not isinstance(by_default, bool):
+                return None
+            decoded.parameters.pop(BINARY_OUTPUT, None)
+            parameters = parse_parameters(decoded.parameters)
+            [tensor] = decoded.inputs
+            plan = self._plan(wire, version, tensor, decoded.outputs, by_default)
+            if plan is None or len(data) != tensor.parameters.binary_data_size:
+                return None
+            given = InputTensor(tensor.name, tensor.datatype, tensor.shape, data)
+            values = read_values(given)
+        except (CarryError, msgspec.MsgspecError, ValueError, RecursionError):
+            return None
+        is_deleted = parameters.ends and self._inference.delete_at_end
+        if parameters.stream is None or is_deleted:
+            return None
+        request = InferRequest(wire.served.name, (), id=decoded.id)
+        call = ResolvedCall(request, wire, parameters, plan.signature, values)
+        return plan, call, parameters.stream
+
+    def _make_plan(
+        self,
+        wire: ModelWire,
+        version: str,
+        tensor: _BinaryTensor,
+        outputs: tuple[RequestedOutput, ...],
+        by_default: bool,
+    ) -> _Plan | None:
+        """The plan of requests; None if the slow path reads them."""
+        names = tuple([output.name for output in outputs])
+        shape = tensor.name, tensor.datatype, tensor.shape
+        try:
+            signature = self._inference.chunk_signature(wire, version, shape, names)
+        except CarryError:
+            return None
+        binary, layout = BinaryOutputs.of(outputs, by_default), wire.served.outputs
+        is_binary = [binary.has(output.name) for output in signature.outputs]
+        if not any(is_binary) or signature.steps * layout.size > LONG_VALUES:
+            return None
+        first = signature.outputs[0]
+        is_fixed = is_binary == [True] and first.per == "step" and wire.served.blocks is None
+        outputs_json = None
+        if is_fixed and first.size == layout.size:
+            lead = () if signature.batch is None else (1,)
+            values = np.zeros((*lead, signature.steps, *output_shape(first)), np.float32)
+            reply = InferReply("", "", "", {}, [OutputTensor(first.name, values)])
+            outputs_json = encode_json(reply_document(reply, binary)["outputs"])
+        return _Plan(wire, signature, binary, outputs_json)
 
     def start(self, request: FastInferRequest) -> PendingReply:
         """Hand the chunk to the pipeline."""
@@ -166,16 +265,34 @@ class FastInferPath:
         """The whole response; with `closes`, the connection is closed after it."""
         header_lines = CLOSE if closes else b""
         if isinstance(result, CarryError):
-            self._api.recorder.record_error(request.call.wire.served.name, result.code)
+            self._api.recorder.record_error(request.plan.wire.served.name, result.code)
             with bound_contextvars(request_id=request.request_id.decode()):
                 log_failure(result)
             _log(request, status_of(result))
             return _error_response(result, Media.JSON, request.request_id, header_lines)
-        reply = self._inference.reply_to_chunk(request.call, result)
-        body, json_bytes = encode_reply(reply, request.binary)
+        body, json_bytes = self._encode(request, result)
         _log(request, 200)
         head = _RESPONSE_HEAD % (json_bytes, len(body), request.request_id, header_lines)
         return head + body
+
+    def _encode(self, request: FastInferRequest, reply: Reply) -> tuple[bytes, int]:
+        """The body of a reply, and the length of its JSON."""
+        plan = request.plan
+        if plan.outputs_json is None:
+            return encode_reply(self._inference.reply_to_chunk(request.call, reply), plan.binary)
+        epoch, tag, position = reply.head
+        identity = request.call.request.id
+        text = _REPLY % (
+            plan.wire.served.name.encode(),
+            b'"id":%b,' % encode_json(identity) if identity else b"",
+            position,
+            epoch.hex().encode(),
+            tag.hex().encode(),
+            b"true" if reply.replayed else b"false",
+            b',"created":true' if reply.created else b"",
+            plan.outputs_json,
+        )
+        return text + OutputTensor("", reply.outputs).data, len(text)
 
 
 def _error_response(

@@ -189,16 +189,28 @@ class Inference:
         name, datatype, shape, _ = tensor
         signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
         if parameters.stream is not None:
-            wire.reader.check_accepts_chunks()
-            if signature.batch not in (None, 1):
-                expected = "1 in front, since a chunk of a sequence is of one stream"
-                raise invalid("inputs[0].shape", expected, list(shape))
+            _check_chunk(wire, signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
-        is_rows = name == INPUTS
-        values = float32_bytes(tensor, "inputs[0]") if is_rows else _event_elements(tensor)
-        return ResolvedCall(request, wire, parameters, signature, values)
+        return ResolvedCall(request, wire, parameters, signature, read_values(tensor))
+
+    def chunk_signature(
+        self,
+        wire: ModelWire,
+        version: str,
+        tensor: tuple[str, str, tuple[int, ...]],
+        outputs: tuple[str, ...],
+    ) -> Signature:
+        """The signature of requests for chunks with this tensor (name, datatype, shape).
+
+        Raises:
+            ModelNotFound, InvalidInput, ChunksUnsupported
+        """
+        self.served(wire.served.name, version)
+        signature = self._signature(wire, *tensor, outputs)
+        _check_chunk(wire, signature)
+        return signature
 
     def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
         """The chunk of a short request.
@@ -334,6 +346,14 @@ def _signature(
     return Signature(selected, shape[-rank], None if len(shape) == rank else shape[0])
 
 
+def _check_chunk(wire: ModelWire, signature: Signature) -> None:
+    """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
+    wire.reader.check_accepts_chunks()
+    if signature.batch not in (None, 1):
+        expected = "1 in front, since a chunk of a sequence is of one stream"
+        raise invalid("inputs[0].shape", expected, signature.batch)
+
+
 def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
     """Reject a tensor with another name, type or shape than the model takes."""
     at = "inputs[0]"
@@ -348,6 +368,16 @@ def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[in
     if not fits or (name == INPUTS and shape[-1] != served.input_features):
         shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
         raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
+
+
+def read_values(tensor: InputTensor) -> bytes | list[bytes]:
+    """The values of a tensor whose name and datatype are checked, as in `ResolvedCall`.
+
+    Raises:
+        InvalidInput
+    """
+    is_rows = tensor.name == INPUTS
+    return float32_bytes(tensor, "inputs[0]") if is_rows else _event_elements(tensor)
 
 
 def _event_elements(tensor: InputTensor) -> list[bytes]:
