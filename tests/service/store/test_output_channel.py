@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from service.store.base import StateStore
+from service.store.base import Conflicted, StateStore
 from service.store.outputs import Output
 from service.store.redis.output_channel import RedisOutputChannel
 from tests.support.cluster import Cluster
@@ -63,6 +63,7 @@ async def test_workers_publish_what_they_commit_to_watched_streams(
     await watching.outputs.subscribe(first.key, recorder)
     await becomes(lambda: first.key in committing.outputs.watched, "the announcement")
     await committed(committing, first, other)
+    assert isinstance((await committing.commit([first]))[0], Conflicted)
     second = streams.next(first)
     await committed(watching, second)
     await becomes(lambda: len(recorder.outputs) == 2, "two outputs")
