@@ -17,6 +17,8 @@ from tests.faults.traffic import COMMIT_SENT
 from tests.support.needs import needs_redis
 
 LONGEST_S = 0.6
+MOST_RUNS = 4
+"""A planted bug needs a race, which a busy machine may not provide in the first run."""
 ON_A_CLUSTER = (
     *("lossy failover", KILL[COMMIT_SENT], "failover", "commits' answers cut"),
     *(HOLD, "store killed"),
@@ -70,6 +72,9 @@ async def test_nothing_is_lost_doubled_or_mixed_where_a_cluster_fails_over() -> 
 @pytest.mark.parametrize("bug", sorted({*CODE, *SCRIPTS}))
 async def test_planted_bug_is_detected(bug: str) -> None:
     kinds, how = PLANTED[bug]
-    options = RunOptions("redis", new_seed(), 8_000, 0, streams=24, plant=bug, **how)
-    _, findings = await run(options)
-    assert {kind for kind, _ in findings} & kinds
+    for _ in range(MOST_RUNS):
+        options = RunOptions("redis", new_seed(), 8_000, 0, streams=24, plant=bug, **how)
+        _, findings = await run(options)
+        if {kind for kind, _ in findings} & kinds:
+            return
+    pytest.fail(f"not detected in {MOST_RUNS} runs")
