@@ -183,8 +183,13 @@ async def measure(service: Service, options: argparse.Namespace) -> dict[str, An
     alone = await feed_http(service.url, body, time.perf_counter() + options.seconds / 2)
     result["http_alone"] = milliseconds(alone)
     for streams in (1, 100):
+        cpu_s = sum(process.cpu_times()[:2])
         rate = await pipelined(service.url, inputs, options.pipelined, streams)
-        result[f"pipelined_{streams}_streams_chunks_per_s"] = rate
+        used_s = sum(process.cpu_times()[:2]) - cpu_s
+        result[f"pipelined_{streams}_streams"] = {
+            "chunks_per_s": rate,
+            "service_cpu_us_per_chunk": used_s / options.pipelined * 1e6,
+        }
     before = process.memory_info().rss
     began_s = time.perf_counter()
     idle = await open_sockets(service.url, options.idle, "idle")
