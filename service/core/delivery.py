@@ -223,8 +223,8 @@ def is_continuation(chunk: Chunk, copy: StreamState) -> bool:
         (chunk.position is None or chunk.position == head.position)
         and copy.feed is chunk.steps.feed
         and (chunk.epoch is None or chunk.epoch == head.epoch)
-        and chunk.precondition is None
         and not chunk.starts_over
+        and (chunk.precondition is None or chunk.precondition.holds(head))
     )
 
 

@@ -197,6 +197,14 @@ def test_start_over_with_an_epoch_ends_that_epoch_only() -> None:
             evaluate_chunk(chunk(0, starts_over=True, seed=1, epoch=OTHER_EPOCH), stored)
 
 
+def test_chunk_continues_a_cached_state_if_its_precondition_holds() -> None:
+    current = Precondition((STREAM.head.etag, "other"))
+    assert is_continuation(chunk(None, precondition=current), STREAM)
+    assert is_continuation(chunk(None, precondition=Precondition(any_state=True)), STREAM)
+    assert not is_continuation(chunk(None, precondition=Precondition(("other",))), STREAM)
+    assert not is_continuation(chunk(None, precondition=current, starts_over=True), STREAM)
+
+
 def test_start_over_never_continues_a_cached_state() -> None:
     assert is_continuation(chunk(None), STREAM)
     assert not is_continuation(chunk(None, starts_over=True), STREAM)

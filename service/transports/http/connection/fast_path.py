@@ -21,7 +21,7 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, Overloaded
-from service.core.values import Chunk, Reply, StreamKey
+from service.core.values import Chunk, Precondition, Reply, StreamKey
 from service.ops.logs import RequestIds, log_request
 from service.transports.http.connection.framing import MAX_HEADERS, is_host
 from service.transports.http.connection.rejections import CLOSE, OverloadResponses, error_response
@@ -33,7 +33,7 @@ from service.transports.http.media import Media, accepted, media_of
 from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
 from service.transports.http.replies.reply_writer import server_timing
-from service.transports.http.request_fields import TIMEOUT_HEADER, parse_timeout
+from service.transports.http.request_fields import TIMEOUT_HEADER, parse_if_match, parse_timeout
 from service.transports.http.request_log import REQUEST_ID_HEADER, is_request_id
 from service.transports.http.statuses import STATUS
 
@@ -138,13 +138,14 @@ class _Headers(NamedTuple):
     """Parsed headers of a request.
 
     Attributes:
-        request_id: None if there is no such header.
+        precondition: If-Match; None if there is no such header, as for `request_id`.
         timeout_s: the effective timeout of the request.
     """
 
     length: int
     media: Media
     reply_media: Media
+    precondition: Precondition | None
     request_id: bytes | None
     timeout_s: float
 
@@ -172,7 +173,7 @@ class FastPath:
         headers = None if len(block) > MAX_HEADERS_BYTES else self._parse_headers(block)
         if headers is None:
             return None
-        length, media, reply_media, request_id, timeout_s = headers
+        length, media, reply_media, precondition, request_id, timeout_s = headers
         total_bytes = end + 4 + length
         if total_bytes > self._max_bytes:
             return None
@@ -192,7 +193,7 @@ class FastPath:
         error = pipeline.check_admission(model, key, timeout_s)
         if error is not None:
             return RejectedRequest(wire, error, reply_media, request_id, received_s, total_bytes)
-        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key)
+        chunk = wire.reader.decode_chunk(data[end + 4 : total_bytes], media, key, precondition)
         if chunk is None or chunk.steps.length * served.outputs.size > LONG_VALUES:
             # the slow path encodes long replies in pieces
             return None
@@ -261,14 +262,15 @@ def _parse_headers(limits: ApiLimits, block: bytes) -> _Headers | None:
     if common is None:
         return None
     values, length, request_id, timeout_s = common
-    if b"if-match" in values:
-        return None
+    precondition = None
     try:
         media = media_of(_text(values.get(b"content-type")))
         reply_media = accepted(_text(values.get(b"accept")), media)
+        if (etags := _text(values.get(b"if-match"))) is not None:
+            precondition = parse_if_match(etags, "If-Match")
     except CarryError:
         return None
-    return _Headers(length, media, reply_media, request_id, timeout_s)
+    return _Headers(length, media, reply_media, precondition, request_id, timeout_s)
 
 
 class CommonHeaders(NamedTuple):

@@ -102,6 +102,8 @@ FAST: dict[str, bytes] = {
     "own id": request(chunk(), "X-Request-Id: mine-1"),
     "kept alive": request(chunk(), "Connection: keep-alive", "User-Agent: a b\tc"),
     "own timeout": request(chunk(), "Carry-Timeout: 2.5"),
+    "other state": request(chunk(), 'If-Match: "x", "y"'),
+    "any state": request(chunk(), "If-Match: *"),
     "other epoch": request(chunk(0, epoch="0123456789abcdef")),
 }
 SLOW: dict[str, bytes] = {
@@ -109,7 +111,9 @@ SLOW: dict[str, bytes] = {
     "a query": request(chunk(), first=f"POST {PATH.format('s')}?return_state=1 HTTP/1.1"),
     "escaped": request(chunk(), first=f"POST {PATH.format('s%41')} HTTP/1.1"),
     "HTTP/1.0": request(chunk(), first=f"POST {PATH.format('s')} HTTP/1.0"),
-    "If-Match": request(chunk(), 'If-Match: "x"'),
+    "weak ETag": request(chunk(), 'If-Match: W/"x"'),
+    "empty If-Match": request(chunk(), "If-Match: "),
+    "two lines of If-Match": request(chunk(), 'If-Match: "x"', 'If-Match: "y"'),
     "close": request(chunk(), "Connection: close"),
     "wrong body": request(b'{"inputs": [[1, 2]]}'),
     "empty body": request(b""),
@@ -207,6 +211,20 @@ async def test_a_stream_continues_over_both_paths(ports: Ports) -> None:
         body = orjson.loads(reply.split(b"\r\n\r\n", 1)[1])
         positions.append((body["position"], body.get("replayed")))
     assert positions == [(4, False), (8, False), (8, True), (12, False), (12, None), (16, False)]
+
+
+async def test_if_match_of_the_current_state_continues_it(ports: Ports) -> None:
+    """Also from the cache, which the two servers share."""
+    etag = "*"
+    for port in (ports.fast, ports.slow, ports.fast):
+        condition = [f"If-Match: {etag}"] if etag != "*" else []
+        [reply] = await converse(port, request(chunk(None), *condition, stream="matched"))
+        assert reply.startswith(b"HTTP/1.1 200 OK\r\n")
+        first, etag = etag, re.findall(rb"etag: (\S+)", reply)[0].decode()
+    for port in (ports.fast, ports.slow):
+        [reply] = await converse(port, request(chunk(None), f"If-Match: {first}", stream="matched"))
+        assert reply.startswith(b"HTTP/1.1 412 ")
+    assert len(ports.parsed) == 3
 
 
 async def test_a_request_may_arrive_in_segments(ports: Ports) -> None:
