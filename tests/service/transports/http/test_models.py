@@ -158,8 +158,14 @@ async def test_every_operation_is_documented(api: Harness) -> None:
             content = response.get("content", {}).get("application/problem+json", {})
             seen.update(content.get("examples", {}))
     codes = {kind.code for kind in leaf_errors()}
-    # those of addresses that do not exist, and of an item among many
-    assert codes - seen == {"not_found", "method_not_allowed", "previous_failed"}
+    # those of addresses that do not exist, of an item among many, and of WebSockets
+    assert codes - seen == {
+        "not_found",
+        "method_not_allowed",
+        "previous_failed",
+        "upgrade_required",
+        "origin_not_allowed",
+    }
 
 
 async def test_schema_and_service_agree_on_bodies(api: Harness) -> None:
