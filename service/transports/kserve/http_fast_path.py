@@ -221,13 +221,14 @@ class FastInferPath:
         outputs: tuple[RequestedOutput, ...],
         by_default: bool,
     ) -> _Plan | None:
-        """The plan of requests; None if the slow path reads them."""
+        """The plan of requests; None if the slow path reads them.
+
+        Raises:
+            CarryError: they are invalid; not returned, since returned values stay in the cache.
+        """
         names = tuple([output.name for output in outputs])
         shape = tensor.name, tensor.datatype, tensor.shape
-        try:
-            signature = self._inference.chunk_signature(wire, version, shape, names)
-        except CarryError:
-            return None
+        signature = self._inference.chunk_signature(wire, version, shape, names)
         binary, layout = BinaryOutputs.of(outputs, by_default), wire.served.outputs
         is_binary = [binary.has(output.name) for output in signature.outputs]
         if not any(is_binary) or signature.steps * layout.size > LONG_VALUES:
