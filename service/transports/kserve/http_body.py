@@ -239,11 +239,12 @@ def _elements(tensor: _Input, at: str) -> list[Any]:
     decoder: msgspec.json.Decoder[Any] = _TEXTS if tensor.datatype == BYTES else _NUMBERS
     try:
         values: list[Any] = decoder.decode(raw)
-    except msgspec.ValidationError as error:
-        flat = _flatten(msgspec.json.decode(raw))
+    except (msgspec.MsgspecError, ValueError) as error:
+        # a number out of range, or text that is not UTF-8, is first noticed by these decoders
         try:
+            flat = _flatten(msgspec.json.decode(raw))
             values = decoder.decode(msgspec.json.encode(flat))
-        except msgspec.ValidationError:
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error
     return values
 

@@ -115,6 +115,20 @@ async def test_bodies_that_do_not_fit_are_rejected(v2: V2) -> None:
     assert not v2.api.store.states
 
 
+async def test_values_that_only_their_decoder_rejects_are_wrong_input(v2: V2) -> None:
+    """JSON of one depth and of two: the decoder of the whole body skips them."""
+    for data, datatype in (
+        (b"[1e400]", "FP32"),
+        (b"[[1e400]]", "FP32"),
+        (b'["\xff"]', "BYTES"),
+        (b'[["\xff"]]', "BYTES"),
+    ):
+        tensor = b'{"name": "inputs", "datatype": "%b", "shape": [1], "data": %b}'
+        body = b'{"inputs": [' + tensor % (datatype.encode(), data) + b"]}"
+        error = error_of(await v2.post(body), 422, "invalid_input")["error"]
+        assert "inputs[0].data: expected a list of values" in error, data
+
+
 async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
     for identity in ("a b", ".", "x" * 257, "a/b"):
         response = await v2.post(with_parameters(sequence_id=identity))
