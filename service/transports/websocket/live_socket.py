@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Final, NamedTuple
 
 import structlog
@@ -22,8 +23,12 @@ from service.transports.http.connection.connections import Connections, Phase
 from service.transports.http.media import Media
 from service.transports.websocket.session import Session
 
-PIECE_BYTES: Final = 8 * 1024
+PIECE_BYTES: Final = 4 * 1024
 """Maximum bytes given to the parser at once: it allocates an object for each frame."""
+
+TURN_S: Final = 0.005
+"""A turn of the event loop processes received bytes no longer than this, and a piece: one read from
+the socket may have ten thousands of frames."""
 
 ELSEWHERE: Final = "the service is stopping: connect again, and continue at your position"
 
@@ -58,6 +63,7 @@ class LiveSocket(asyncio.Protocol):
         "_is_draining",
         "_is_lingering",
         "_is_read_paused",
+        "_is_read_scheduled",
         "_is_write_paused",
         "_last_chunk_s",
         "_limits",
@@ -106,6 +112,7 @@ class LiveSocket(asyncio.Protocol):
         # nothing is to be read before the handshake is answered
         transport.pause_reading()
         self._is_read_paused = True
+        self._is_read_scheduled = False
         self._is_write_paused = False
         self._is_draining = False
         self._is_lingering = False
@@ -174,7 +181,8 @@ class LiveSocket(asyncio.Protocol):
         )
 
     def _read(self) -> None:
-        """Process messages and buffered bytes as far as possible now."""
+        """Process messages and buffered bytes as far as possible; the rest in later turns."""
+        end_s = time.monotonic() + TURN_S
         while not self._is_lingering and not self._is_blocked:
             if self._messages:
                 media, message = self._messages.pop(0)
@@ -186,14 +194,28 @@ class LiveSocket(asyncio.Protocol):
                 self._parse(piece)
             else:
                 break
+            if time.monotonic() > end_s:
+                self._schedule_read()
+                break
         if self._is_lingering:
             self._buffered = b""
             self._messages.clear()
         self._set_reading()
 
+    def _schedule_read(self) -> None:
+        """Continue in the next turn of the event loop."""
+        if not self._is_read_scheduled:
+            self._is_read_scheduled = True
+            self._loop.call_soon(self._continue_read)
+
+    def _continue_read(self) -> None:
+        self._is_read_scheduled = False
+        self._read()
+
     def _set_reading(self) -> None:
         """Read from the socket exactly when nothing that was read is waiting."""
-        pauses = not self._is_lingering and (self._is_blocked or bool(self._buffered))
+        is_waiting = self._is_blocked or bool(self._buffered) or bool(self._messages)
+        pauses = not self._is_lingering and is_waiting
         if pauses == self._is_read_paused or self._transport.is_closing():
             return
         self._is_read_paused = pauses

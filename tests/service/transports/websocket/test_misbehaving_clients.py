@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
 from service.transports.http.connection.connections import ConnectionLimits, Phase
+from service.transports.websocket import live_socket
 from service.transports.websocket.live_socket import LiveSocket
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import HOST, becomes, port_of
@@ -326,3 +327,22 @@ async def test_an_unexpected_failure_is_a_frame(
         assert "a defect" not in json.dumps(problem)
         await client.send(orjson.dumps({"inputs": rows(1).tolist(), "position": 0}).decode())
         await reply(client)
+
+
+async def test_a_flood_of_control_frames_takes_turns_with_other_work(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_socket, "TURN_S", -1.0)
+    flood = Frame(Opcode.PONG, b"").serialize(mask=True) * 10_000
+    async with live(api) as sockets, sockets.open() as (client, _):
+        [served] = sockets.served()
+        served.data_received(flood)
+        assert served._is_read_paused
+        turns = 0
+        while served._buffered:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= len(flood) // live_socket.PIECE_BYTES
+        assert not served._is_read_paused
+        await client.send(text(rows(1), 0))
+        assert (await reply(client))["position"] == 1
