@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals for a graceful shutdown."""
 
+GRPC_FLAG = "--grpc-port"
+
 
 class CannotServeError(Exception):
     """The service cannot start; the message is one line for its operator."""
@@ -139,8 +141,8 @@ def _ignore_stop_signals() -> None:
 
 
 @contextmanager
-def _bind_port(host: str, port: int) -> Iterator[socket.socket]:
-    """The listening socket, bound before models are loaded."""
+def _bind_port(host: str, port: int, flag: str = "--port") -> Iterator[socket.socket]:
+    """The listening socket, bound before models are loaded; errors name the port's flag."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     with listener:
@@ -148,9 +150,7 @@ def _bind_port(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise CannotServeError(
-                f"cannot listen on {host}:{port} ({error.strerror}); {_suggest_remedy(error, port)}"
-            ) from error
+            raise _listen_error(error, host, port, flag) from error
         listener.set_inheritable(True)
         yield listener
 
@@ -164,24 +164,29 @@ def _reserve_grpc_port(host: str, port: int) -> Iterator[int]:
     """
     if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("grpc_health") is None:
         raise CannotServeError(
-            "CARRY_GRPC_PORT needs packages that are not installed: pip install 'carry[grpc]'"
+            "CARRY_GRPC_PORT needs packages that are not installed: pip install ./client '.[grpc]'"
         )
-    with _bind_port(host, port) as unused:
+    with _bind_port(host, port, GRPC_FLAG) as unused:
         address = unused.getsockname()[:2]
     with socket.socket(unused.family, socket.SOCK_STREAM) as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        reserved.bind(address)
+        try:
+            reserved.bind(address)
+        except OSError as error:
+            # this service's own HTTP port, which is bound and not yet listened on
+            raise _listen_error(error, host, address[1], GRPC_FLAG) from error
         log.info("grpc_port_bound", host=address[0], port=address[1])
         yield address[1]
 
 
-def _suggest_remedy(error: OSError, port: int) -> str:
+def _listen_error(error: OSError, host: str, port: int, flag: str) -> CannotServeError:
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-        return "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
-    return (
-        f"choose another port, for example `carry serve --port {port + 1}` or "
-        f"`make run PORT={port + 1}`"
-    )
+        remedy = "set CARRY_HOST to an address of this machine, for example 127.0.0.1"
+    else:
+        remedy = f"choose another port, for example `carry serve {flag} {port + 1}`"
+        if flag == "--port":
+            remedy += f" or `make run PORT={port + 1}`"
+    return CannotServeError(f"cannot listen on {host}:{port} ({error.strerror}); {remedy}")
 
 
 def _url(listener: socket.socket) -> str:

@@ -29,7 +29,7 @@ def test_reference_shows_the_real_reply(service: Service) -> None:
 
 def test_guide_sends_a_sequence(service: Service) -> None:
     with httpx.Client(base_url=service.url) as client:
-        client.delete("/v1/models/flights/streams/EWR-UA")
+        client.delete("/v1/models/flights/streams/from-triton")
     [script] = [text for language, text in blocks(GUIDE) if language == "python"]
     address = DEFAULT_URL.removeprefix("http://")
     printed = io.StringIO()

@@ -11,7 +11,7 @@ import pytest
 
 from service.core import errors
 from service.core.errors import CarryError
-from service.server import CannotServeError, _reserve_grpc_port
+from service.server import CannotServeError, _bind_port, _reserve_grpc_port
 from service.transports.http.statuses import STATUS
 from service.transports.kserve.grpc.errors import STATUS_CODES, status_code
 
@@ -45,6 +45,18 @@ def test_port_that_is_in_use_is_an_error() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
+        with (
+            pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}") as caught,
+            _reserve_grpc_port("127.0.0.1", port),
+        ):
+            pass
+    assert f"carry serve --grpc-port {port + 1}`" in str(caught.value)
+
+
+def test_port_of_http_is_an_error() -> None:
+    """The service's own HTTP port is bound before, and listened on later."""
+    with _bind_port("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
         with (
             pytest.raises(CannotServeError, match=f"cannot listen on 127.0.0.1:{port}"),
             _reserve_grpc_port("127.0.0.1", port),
