@@ -68,7 +68,7 @@ class Settings(BaseSettings):
 
     grpc_port: Annotated[int | None, Field(ge=0, le=65535)] = None
     """TCP port of the V2 protocol over gRPC; 0 selects a free one, without a value there is none.
-    Needs the packages of `carry[grpc]`."""
+    Needs the packages of the extra `grpc`."""
 
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy

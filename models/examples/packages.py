@@ -8,7 +8,7 @@ from pathlib import Path
 from models.errors import ModelsError
 
 
-def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
+def package_folder(package: str, extras: str = "'.[train]'") -> Path:
     """The directory of an installed package.
 
     Nothing of it is imported: some of these packages need modules that newer Pythons lack, and
@@ -19,5 +19,7 @@ def package_folder(package: str, extras: str = "'carry[train]'") -> Path:
     """
     module = find_spec(package)
     if module is None or not module.submodule_search_locations:
-        raise ModelsError(f"expected the package `{package}` for its data: pip install {extras}")
+        raise ModelsError(
+            f"expected the package `{package}` for its data: pip install ./client {extras}"
+        )
     return Path(next(iter(module.submodule_search_locations)))

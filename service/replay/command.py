@@ -133,7 +133,8 @@ def replay(
         from service.replay.main import run_replay
     except ImportError as error:
         typer.echo(
-            f"carry replay needs more packages ({error}): pip install 'carry[replay]'", err=True
+            f"carry replay needs more packages ({error}): pip install ./client '.[replay]'",
+            err=True,
         )
         raise typer.Exit(2) from error
     raise typer.Exit(run_replay(options))

@@ -124,7 +124,7 @@ def require_reference() -> None:
     if find_spec("tensorflow") is None:
         raise ReplayError(
             "--verify compares with Keras and needs TensorFlow, whatever runtime serves: "
-            "pip install 'carry[tensorflow]'"
+            "pip install ./client '.[tensorflow]'"
         )
 
 

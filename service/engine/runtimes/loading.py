@@ -101,7 +101,7 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
     except ModuleNotFoundError as error:
         raise RuntimeMissingError(
             f"runtime_missing: the runtime {name!r} needs {error.name!r}: "
-            f"pip install 'carry[{_EXTRAS[name]}]'"
+            f"pip install ./client '.[{_EXTRAS[name]}]'"
         ) from error
 
 
@@ -113,8 +113,8 @@ def _choose(artifacts: Sequence[Artifact]) -> tuple[str, str]:
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
     if not installed:
         raise RuntimeMissingError(
-            "runtime_missing: neither runtime is installed: pip install 'carry[onnx]' "
-            "or 'carry[tensorflow]'"
+            "runtime_missing: neither runtime is installed: pip install ./client '.[onnx]' "
+            "or '.[tensorflow]'"
         )
     if installed == [TENSORFLOW]:
         return TENSORFLOW, "onnxruntime is not installed"
