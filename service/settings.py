@@ -174,8 +174,9 @@ class Settings(BaseSettings):
     frame and its reply."""
 
     websocket_ping_s: Annotated[float, Field(ge=0, le=3600)] = 20.0
-    """A WebSocket that was silent for this long gets a ping, and is closed after as long without an
-    answer, in seconds; 0 disables it. Shorter than the idle timeout of a proxy in front."""
+    """A WebSocket gets a ping after at most this long of silence, at least half of it, and is
+    closed after as long without an answer, in seconds; 0 disables it. Shorter than the idle timeout
+    of a proxy in front."""
 
     websocket_idle_s: Annotated[float, Field(ge=0)] = 0.0
     """A WebSocket without a chunk for this long is closed, in seconds; 0 never. It is checked with

@@ -221,7 +221,9 @@ class Connections:
             case Phase.SEND:
                 return limits.send_timeout_s
             case Phase.LIVE:
-                return limits.websocket_ping_s or float("inf")
+                # spread, since many sockets are opened at once after a restart
+                spread = 0.5 + id(connection) // 16 % 256 / 512
+                return limits.websocket_ping_s * spread or float("inf")
             case Phase.LINGER:
                 return LINGER_S
             case Phase.SERVICE:
