@@ -24,9 +24,8 @@ from tests.support.servers import until
 from tests.support.service import Service
 
 BROWSER = "chromium"
-"""Optional: `.ci/run` does not install it, for its size."""
 
-pytestmark = needs_tools(BROWSER)
+pytestmark = needs_tools("chromium")
 
 PAGE = "docs/how-to/stream-over-a-websocket.md"
 EVENTS = json.loads((ROOT / "examples/departures.json").read_bytes())["EWR-UA"]
