@@ -51,6 +51,7 @@ class AsyncCarry:
 
         Raises:
             Problem: `invalid_url`.
+            ValueError: another encoding.
         """
         self.url = base_url(url)
         self._session = Session(
@@ -225,8 +226,11 @@ class AsyncModel:
 
         Raises:
             Problem: the head of a stream, or the model, cannot be read.
-            ValueError, TypeError: some are no events; nothing was sent.
+            ValueError, TypeError: some are no events, or no streams of this model, each once;
+                nothing was sent.
         """
+        if not all(isinstance(stream, AsyncStream) for stream in events):
+            raise TypeError(f"expected events by AsyncStream, got keys {list(events)[:3]}")
         chunks = [(stream._core, each) for stream, each in events.items()]
         params = reply_params(return_sequences, return_state, return_attention)
         return await self._driver.run(self._core.send_many(chunks, params))

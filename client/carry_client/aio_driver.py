@@ -49,7 +49,7 @@ class AsyncDriver:
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            raise NoAnswer(error) from error
+            raise NoAnswer(error, self._url) from error
         finally:
             self._idle.append(client)
         return Response.of(response)

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from carry_client.errors import Problem
 from carry_client.retry import Retry
 from carry_client.types import Encoding
-from carry_client.wire import Request, encode_body, media_headers, read_response
+from carry_client.wire import MEDIA, Request, encode_body, media_headers, read_response
 
 LOG: Final = logging.getLogger("carry_client")
 END: Final = object()
@@ -146,6 +146,8 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
     ) -> None:
+        if encoding not in MEDIA:
+            raise ValueError(f"encoding: expected msgpack or json, got {encoding!r}")
         self.encoding, self.timeout_s, self.deadline_s = encoding, timeout_s, deadline_s
         self.clock = clock
         self.random = random or Random()  # noqa: S311

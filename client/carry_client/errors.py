@@ -176,8 +176,9 @@ class Problem(CarryError):
 class NoAnswer(Problem):
     """A broken connection or a timeout; the request may have been carried out."""
 
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(0, "no_answer", str(error) or type(error).__name__, is_retryable=True)
+    def __init__(self, error: BaseException, url: str = "the service") -> None:
+        detail = f"expected an answer from {url}, got {str(error) or type(error).__name__}"
+        super().__init__(0, "no_answer", detail, is_retryable=True)
 
 
 class BadRequest(Problem):

@@ -18,8 +18,15 @@ class HeadFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], model: str, stream: str) -> None:
-        """Nothing is read yet."""
+        """Nothing is read yet.
+
+        Raises:
+            FileNotFoundError: the directory does not exist, in which a chunk's head could not be
+                saved after the chunk was applied.
+        """
         self._path = Path(path)
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"save: expected a file in an existing directory, got {path}")
         self._name = {"model": model, "stream": stream}
 
     def read(self) -> Head | None:
@@ -29,10 +36,11 @@ class HeadFile:
             ValueError: the file is of another stream, or no file of a head.
         """
         try:
-            document = json.loads(self._path.read_bytes())
+            content = self._path.read_bytes()
         except FileNotFoundError:
             return None
         try:
+            document = json.loads(content)
             name = {member: document[member] for member in self._name}
             head = Head(int(document["position"]), str(document["epoch"]), str(document["tag"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -88,6 +89,13 @@ class ModelCore:
         self, chunks: Sequence[tuple[StreamCore, Events]], params: Mapping[str, str]
     ) -> Call[dict[str, Reply | CarryError]]:
         """Send one chunk to each of many streams; see `Model.send_many`."""
+        names = Counter(stream.name for stream, _ in chunks)
+        others = {stream.model.name for stream, _ in chunks} - {self.name}
+        if others:
+            raise ValueError(f"expected streams of model {self.name!r}, got some of {others}")
+        if len(names) < len(chunks):
+            twice = [name for name, count in names.items() if count > 1]
+            raise ValueError(f"expected each stream once, got twice: {twice[:3]}")
         waiting: dict[StreamCore, Chunk] = {}
         outcomes: dict[str, Reply | CarryError] = {}
         steps = [to_steps(events) for _, events in chunks]

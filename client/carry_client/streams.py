@@ -427,7 +427,7 @@ def _rewind(source: Events, first: int, name: str) -> AsyncReplayFrom:
 
     def replay_from(position: int) -> Events:
         if position < first:
-            detail = f"was rolled back to before the source, which begins at {first}"
+            detail = f"is at an earlier position than the source, which begins at {first}"
             raise StreamRolledBack(detail, name, Head(first), Head(position))
         return cut(source, position - first, length(source))
 

@@ -52,6 +52,7 @@ class Carry:
 
         Raises:
             Problem: `invalid_url`.
+            ValueError: another encoding.
         """
         self.url = base_url(url)
         self._session = Session(
@@ -225,8 +226,11 @@ class Model:
 
         Raises:
             Problem: the head of a stream, or the model, cannot be read.
-            ValueError, TypeError: some are no events; nothing was sent.
+            ValueError, TypeError: some are no events, or no streams of this model, each once;
+                nothing was sent.
         """
+        if not all(isinstance(stream, Stream) for stream in events):
+            raise TypeError(f"expected events by Stream, got keys {list(events)[:3]}")
         chunks = [(stream._core, each) for stream, each in events.items()]
         params = reply_params(return_sequences, return_state, return_attention)
         return self._driver.run(self._core.send_many(chunks, params))

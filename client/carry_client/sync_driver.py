@@ -25,6 +25,7 @@ class Driver:
 
     def __init__(self, url: str) -> None:
         """Nothing is requested yet."""
+        self._url = url
         self._client = httpx.Client(base_url=url, verify=ssl_context())
 
     def close(self) -> None:
@@ -47,7 +48,7 @@ class Driver:
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            raise NoAnswer(error) from error
+            raise NoAnswer(error, self._url) from error
         return Response.of(response)
 
     def run(self, call: Call[T]) -> T:

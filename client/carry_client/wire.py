@@ -95,10 +95,14 @@ def stream_path(model: str, stream: str) -> str:
     """The path of a stream.
 
     Raises:
-        Problem: `.` and `..`, which an HTTP client removes from a URL.
+        Problem: a name that would be the path of something else; the service checks the others.
     """
-    if stream in (".", ".."):
-        raise Problem(0, "invalid_stream_name", f"{stream!r} is not a valid stream name")
+    if stream in ("", ".", "..") or "/" in stream:
+        detail = (
+            "expected 1 to 256 characters of A-Z a-z 0-9 . _ : @ -, and neither . nor .., "
+            f"got {stream!r}"
+        )
+        raise Problem(0, "invalid_stream_name", detail)
     return f"{model_path(model)}/streams/{quote(stream, safe='')}"
 
 

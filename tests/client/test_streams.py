@@ -302,9 +302,29 @@ def test_rejected_chunk_is_raised_with_its_facts(
 def test_unreachable_service_is_no_answer() -> None:
     with (
         Carry(f"http://127.0.0.1:{free_port()}", deadline_s=0.2) as carry,
-        pytest.raises(NoAnswer),
+        pytest.raises(NoAnswer, match=f"expected an answer from {carry.url}, got "),
     ):
         carry.model("small").describe()
+
+
+def test_wrong_arguments_are_rejected_before_any_request(tmp_path: Path) -> None:
+    encoding: Any = "xml"
+    with pytest.raises(ValueError, match="expected msgpack or json, got 'xml'"):
+        Carry("http://127.0.0.1:1", encoding=encoding)
+    with Carry("http://127.0.0.1:1", deadline_s=0.1) as carry:
+        model = carry.model("small")
+        names: Any = {"a": []}
+        with pytest.raises(TypeError, match="expected events by Stream"):
+            model.send_many(names)
+        with pytest.raises(ValueError, match="expected each stream once, got twice: \\['a'\\]"):
+            model.send_many({model.stream("a"): [], model.stream("a"): []})
+        with pytest.raises(ValueError, match="expected streams of model 'small'"):
+            model.send_many({carry.model("other").stream("a"): []})
+        with pytest.raises(FileNotFoundError, match="in an existing directory"):
+            model.stream("a", save=tmp_path / "missing" / "head")
+        (tmp_path / "head").write_text("{")
+        with pytest.raises(ValueError, match="does not hold the head of a stream"):
+            model.stream("a", save=tmp_path / "head")
 
 
 def test_items_of_many_streams_are_retried_by_themselves(
