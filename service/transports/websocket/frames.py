@@ -27,6 +27,12 @@ from service.transports.http.problems import problem
 from service.transports.http.request_fields import parse_if_match, stream_name
 
 MAX_ID_CHARS: Final = 128
+MAX_MEMBERS: Final = 32
+"""Members of a frame; no body of a chunk has as many with its envelope."""
+
+_LONG_VALUE: Final = 1024
+_MAX_REST: Final = 64 * 1024
+"""Maximum bytes of a frame in JSON besides its long values."""
 
 FrameId = str | int
 Envelope = dict[str, msgspec.Raw]
@@ -116,6 +122,9 @@ def read_frame(media: Media, data: bytes) -> Frame:
         raise InvalidInput(f"body: expected {expected}", at="body", expected=expected) from None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise malformed(media, str(error)) from None
+    if len(members) > MAX_MEMBERS:
+        expected = f"at most {MAX_MEMBERS} members"
+        raise InvalidInput(f"body: expected {expected}, got {len(members)}", at="body")
     _check_no_duplicates(media, data, members)
     frame_id = None
     if (raw := members.get("id")) is not None:
@@ -139,12 +148,27 @@ def _check_no_duplicates(media: Media, data: bytes, members: Envelope) -> None:
         if counted is not None and counted[0] != len(members):
             raise find_duplicate(media, data) or duplicate_error("body")
         return
+    rest = _without_long_values(data, members)
+    if len(rest) > _MAX_REST:
+        expected = f"each member once, and at most {_MAX_REST} bytes besides the values"
+        raise InvalidInput(f"body: expected {expected}, got {len(rest)}", at="body")
     # a name without escapes that comes once in the text is not a duplicate
-    is_certain = b"\\" not in data and all(
-        data.count(b'"%b"' % name.encode()) == 1 for name in members
+    is_certain = b"\\" not in rest and all(
+        rest.count(b'"%b"' % name.encode()) == 1 for name in members
     )
-    if not is_certain and (duplicate := find_duplicate(media, data)) is not None:
+    if not is_certain and (duplicate := find_duplicate(media, rest)) is not None:
         raise duplicate
+
+
+def _without_long_values(data: bytes, members: Envelope) -> bytes:
+    """A frame in JSON with a number in place of each long value, which its reader checks: to parse
+    them here would block other sockets."""
+    values = (bytes(raw) for raw in members.values())
+    for value in sorted(
+        (each for each in values if len(each) > _LONG_VALUE), key=len, reverse=True
+    ):
+        data = data.replace(value, b"0", 1)
+    return data
 
 
 def _decode(media: Media, raw: msgspec.Raw, kind: Any) -> Any:

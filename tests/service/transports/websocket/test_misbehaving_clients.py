@@ -14,8 +14,11 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 
+from service.core.errors import InvalidInput
+from service.transports.http.bodies.duplicates import find_duplicate
 from service.transports.http.connection.connections import ConnectionLimits, Phase
-from service.transports.websocket import live_socket
+from service.transports.http.media import Media
+from service.transports.websocket import frames, live_socket
 from service.transports.websocket.live_socket import LiveSocket
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import HOST, becomes, port_of
@@ -79,6 +82,7 @@ WRONG_FRAMES = {
         '{"id":1,"position":0,"\\u0070osition":1,"inputs":[[0,0,0]]}', "invalid_input",
     ),
     "id twice": ('{"id":1,"id":2,"inputs":[[0,0,0]]}', "invalid_input"),
+    "many members": (text(rows(1), 0, **{f"m{at}": at for at in range(40)}), "invalid_input"),
     "another stream": (text(rows(2), 0, stream="other"), "invalid_input"),
     "if_match of another type": (text(rows(2), 0, if_match=3), "invalid_input"),
     "garbage": (bytes(range(256)), "malformed_body"),
@@ -100,6 +104,27 @@ async def test_a_wrong_frame_is_answered_and_leaves_the_socket_usable(api: Harne
             await client.send(text(rows(1), position))
             assert (await reply(client))["position"] == position + 1
     assert api.position() == len(WRONG_FRAMES)
+
+
+def test_duplicates_of_long_frames_are_found_without_parsing_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[int] = []
+
+    def find(media: Media, data: bytes) -> InvalidInput | None:
+        parsed.append(len(data))
+        return find_duplicate(media, data)
+
+    monkeypatch.setattr(frames, "find_duplicate", find)
+    events = b'[{"x":"' + b"\\u00e9" * 20_000 + b'"}]'
+    for frame in (b'{"id":1,"events":%b}', b'{"id":1,"position":0,"events":%b,"other":%b}'):
+        frame = frame.replace(b"%b", events)
+        assert frames.read_frame(Media.JSON, frame).body("id").endswith(b"}")
+        with pytest.raises(InvalidInput, match="id: expected each member of an object once"):
+            frames.read_frame(Media.JSON, frame[:-1] + b',"i\\u0064":2}')
+        with pytest.raises(InvalidInput, match="body: expected each member once"):
+            frames.read_frame(Media.JSON, frame[:-1] + b',"e\\u0076ents":[]}')
+    assert max(parsed) < 100
 
 
 async def test_errors_name_their_place_and_their_frame(api: Harness) -> None:
