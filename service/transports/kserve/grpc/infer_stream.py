@@ -66,18 +66,24 @@ class InferStream:
         Raises:
             ShuttingDown: the service stops.
         """
-        unanswered: asyncio.Queue[_Task | None] = asyncio.Queue(WINDOW)
+        unanswered: asyncio.Queue[_Task | None] = asyncio.Queue()
+        window = asyncio.Semaphore(WINDOW)
         tasks: set[_Task] = set()
 
         async def receive() -> None:
+            incoming = aiter(requests)
             try:
-                async for message in requests:
-                    task = self._start(message)
+                while True:
+                    # a request that was read is always answered, so there is room for it before
+                    await window.acquire()
+                    task = self._start(await anext(incoming))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-                    await unanswered.put(task)
+                    unanswered.put_nowait(task)
+            except StopAsyncIteration:
+                pass
             finally:
-                await unanswered.put(None)
+                unanswered.put_nowait(None)
 
         receiving = asyncio.create_task(receive())
         stop = asyncio.create_task(self._stopping.wait())
@@ -85,6 +91,7 @@ class InferStream:
         try:
             while (task := await unanswered.get()) is not None:
                 yield await task
+                window.release()
         finally:
             for each in (receiving, stop, *tasks):
                 each.cancel()

@@ -1,7 +1,8 @@
-"""The generated messages, the table of errors, and the port."""
+"""The generated messages, the table of errors, the port, and the window of a stream."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -62,3 +63,18 @@ def test_port_of_http_is_an_error() -> None:
             _reserve_grpc_port("127.0.0.1", port),
         ):
             pass
+
+
+@pytest.mark.parametrize(("stops", "answered"), [(False, 128), (True, 64)])
+def test_stream_reads_no_more_than_its_window_and_answers_what_it_read(
+    stops: bool, answered: int
+) -> None:
+    command = [sys.executable, "-m", "tests.service.transports.kserve.grpc.full_window"]
+    done = subprocess.run(
+        [*command, *(["stop"] if stops else [])], check=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == {
+        "unanswered": 64,
+        "answered": list(range(answered)),
+        "is_shut_down": stops,
+    }
