@@ -230,7 +230,7 @@ class NotAcceptable(BadRequest, code="not_acceptable"):
 
 
 class UpgradeRequired(BadRequest, code="upgrade_required"):
-    """The address is one of a WebSocket."""
+    """The address serves WebSockets only."""
 
 
 class OriginNotAllowed(BadRequest, code="origin_not_allowed"):

@@ -186,7 +186,7 @@ class NotAcceptable(BadRequest):
 
 class UpgradeRequired(BadRequest):
     code = "upgrade_required"
-    title = "The address is one of a WebSocket"
+    title = "The address serves WebSockets only"
     remedy = (
         "Connect with a WebSocket client, version 13, over HTTP/1.1; a proxy must pass Upgrade on."
     )

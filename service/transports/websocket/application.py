@@ -38,4 +38,4 @@ def add_live_sockets(app: FastAPI, limits: SocketLimits, origins: str = "") -> N
 
 async def _require_upgrade(request: Request) -> Response:
     """Answer a request that reached HTTP: it is not the handshake of a WebSocket."""
-    raise UpgradeRequired("expected the handshake of a WebSocket, got a request of HTTP")
+    raise UpgradeRequired("expected a WebSocket handshake, got an HTTP request")

@@ -175,7 +175,7 @@ class LiveUpgrader:
             wants_other = isinstance(failure, InvalidUpgrade)
             version = received.get("Sec-WebSocket-Version", "13")
             kind = UpgradeRequired if wants_other or version != "13" else MalformedRequest
-            raise kind(f"expected the handshake of a WebSocket: {failure}")
+            raise kind(f"expected a WebSocket handshake: {failure}")
         self._check_origin(received)
         del response.headers["Date"]
         return response

@@ -324,7 +324,7 @@ class LiveSocket(asyncio.Protocol):
 
     def shed_body(self) -> None:
         """Reject the message that is being received: all bodies together exceed the limit."""
-        self._fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of messages are on their way")
+        self._fail(CloseCode.TRY_AGAIN_LATER, "too many bytes of incomplete messages")
 
     def abort(self) -> None:
         """Close the connection at once and drop unsent outcomes."""

@@ -115,7 +115,7 @@ class GrpcServer:
 class _HealthServicer(health.aio.HealthServicer):
     """The standard health service, whose answer is the readiness of the HTTP API.
 
-    A watcher is told of a change when anybody checks.
+    Watchers get a change at the next check of anybody.
     """
 
     def __init__(self, servicer: InferenceServicer):

@@ -63,7 +63,7 @@ async def run_turns() -> None:
 
 
 async def fill_window(stops: bool) -> dict[str, object]:
-    """Fill the window, perhaps stop, and then answer."""
+    """What was read and answered: the window is full, the service may stop, then answers come."""
     call = Call()
     running = asyncio.create_task(call.run())
     await run_turns()
