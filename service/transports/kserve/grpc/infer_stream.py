@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from service.core.errors import CarryError, PreviousFailed, ShuttingDown
@@ -29,6 +30,9 @@ from service.transports.kserve.values import InferReply, InferRequest
 
 WINDOW: Final = 64
 """Maximum unanswered requests of one call."""
+
+WINDOW_BYTES: Final = 1024 * 1024
+"""No further request of a call is read while those that are not yet applied have as many bytes."""
 
 MAX_FAILED_SEQUENCES: Final = 1024
 """Sequences of a call that are remembered as failed; beyond it, every sequence needs positions."""
@@ -59,6 +63,8 @@ class InferStream:
         self._last: dict[str, _Task] = {}
         self._failed: set[str] = set()
         self._needs_positions = False
+        self._held_bytes = 0
+        self._has_room = asyncio.Event()
 
     async def responses(self, requests: Requests) -> Responses:
         """The response to each request, in their order.
@@ -70,15 +76,28 @@ class InferStream:
         window = asyncio.Semaphore(WINDOW)
         tasks: set[_Task] = set()
 
+        def forget(size: int, task: _Task) -> None:
+            tasks.discard(task)
+            self._held_bytes -= size
+            self._has_room.set()
+
         async def receive() -> None:
             incoming = aiter(requests)
             try:
                 while True:
                     # a request that was read is always answered, so there is room for it before
                     await window.acquire()
-                    task = self._start(await anext(incoming))
+                    while self._held_bytes >= WINDOW_BYTES:
+                        self._has_room.clear()
+                        await self._has_room.wait()
+                    message = await anext(incoming)
+                    size = message.ByteSize()
+                    self._held_bytes += size
+                    task = self._start(message)
+                    # waiting for the next one must not keep it in memory
+                    del message
                     tasks.add(task)
-                    task.add_done_callback(tasks.discard)
+                    task.add_done_callback(partial(forget, size))
                     unanswered.put_nowait(task)
             except StopAsyncIteration:
                 pass

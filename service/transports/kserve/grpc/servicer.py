@@ -154,6 +154,8 @@ class InferenceServicer:
             )
             log.exception("request_failed", error=type(error).__name__)
         if isinstance(result, CarryError):
+            # it refers to this frame, which refers to it: the request would not be freed
+            result.__traceback__ = None
             self._api.recorder.record_error(model or "-", result.code)
             _log(method, status_code(result), began_s)
         else:

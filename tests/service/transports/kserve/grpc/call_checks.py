@@ -1,0 +1,109 @@
+"""Flow control and memory of calls, without a server.
+
+`test_messages.py` runs these tests in a process of their own: Triton's client, which other tests
+use, registers messages of the same names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.core.errors import CarryError, Conflict, ShuttingDown
+from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.infer_stream import WINDOW, WINDOW_BYTES, InferStream
+from service.transports.kserve.grpc.servicer import InferenceServicer
+from service.transports.kserve.values import InferReply, InferRequest
+from tests.service.transports.http.raw_http import becomes
+
+
+class Call:
+    """A call whose requests, of different sequences, are applied once `is_released` is set.
+
+    Attributes:
+        requested: number of requests that were read.
+        ids: of the responses.
+    """
+
+    def __init__(self, count: int, size: int):
+        self.requested = 0
+        self.ids: list[str] = []
+        self.is_released = asyncio.Event()
+        self.is_stopping = asyncio.Event()
+        self._count, self._size = count, size
+
+    async def run(self) -> None:
+        """Answer the requests."""
+        stream = InferStream(self._infer, _answer, self.is_stopping)
+        async for response in stream.responses(self._requests()):
+            self.ids.append(response.infer_response.id)
+
+    async def _requests(self) -> AsyncIterator[pb.ModelInferRequest]:
+        for at in range(self._count):
+            self.requested += 1
+            message = pb.ModelInferRequest(model_name="m", id=str(at))
+            message.parameters["sequence_id"].int64_param = at + 1
+            message.inputs.add(name="inputs", datatype="FP32", shape=[1])
+            message.raw_input_contents.append(bytes(self._size))
+            yield message
+
+    async def _infer(self, request: InferRequest) -> InferReply:
+        await self.is_released.wait()
+        return InferReply("m", "1", request.id, {}, [])
+
+
+async def _answer(model: str, work: Callable[[], Awaitable[InferReply]]) -> InferReply | CarryError:
+    return await work()
+
+
+@pytest.mark.parametrize(("size", "window"), [(1, WINDOW), (WINDOW_BYTES // 4, 4)])
+async def test_no_more_is_read_than_a_window_of_requests_and_bytes(size: int, window: int) -> None:
+    call = Call(3 * WINDOW, size)
+    running = asyncio.create_task(call.run())
+    await becomes(lambda: call.requested == window, "a full window")
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert call.requested == window
+    call.is_released.set()
+    await running
+    assert call.ids == [str(at) for at in range(3 * WINDOW)]
+
+
+async def test_every_request_of_a_full_window_is_answered_when_the_service_stops() -> None:
+    call = Call(3 * WINDOW, 1)
+    running = asyncio.create_task(call.run())
+    await becomes(lambda: call.requested == WINDOW, "a full window")
+    call.is_stopping.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    call.is_released.set()
+    with pytest.raises(ShuttingDown):
+        await running
+    assert call.ids == [str(at) for at in range(WINDOW)]
+
+
+async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> None:
+    """Else requests of many MiB accumulate until the next collection, which counts objects."""
+    recorder = SimpleNamespace(record_error=lambda model, code: None)
+    inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder))
+    servicer = InferenceServicer(inference, dict)
+    freed: list[weakref.ref[Call]] = []
+
+    async def reject() -> InferReply:
+        request = Call(0, 0)
+        freed.append(weakref.ref(request))
+        raise Conflict("why")
+
+    gc.disable()
+    try:
+        error = await servicer._answer("ModelInfer", "m", reject)
+        assert isinstance(error, Conflict)
+        assert freed[0]() is None
+    finally:
+        gc.enable()
