@@ -36,6 +36,8 @@ from models.spec.layout import Output
 from service.core.errors import CarryError, ModelNotFound
 from service.core.values import Chunk, FloatRows, Precondition, Reply, Steps, StreamKey
 from service.pipeline.served_model import ServedModel
+from service.transports.http.bodies.request_reader import with_stream
+from service.transports.http.bodies.strict_validator import Limit
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
@@ -193,7 +195,22 @@ class Inference:
         elif (signature.batch or 0) > self.api.limits.max_items:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
+        self._check_length(name, signature, parameters.stream)
         return ResolvedCall(request, wire, parameters, signature, read_values(tensor))
+
+    def _check_length(self, name: str, signature: Signature, stream: str | None) -> None:
+        """Reject too many steps before their values are read, which may be millions.
+
+        Raises:
+            ChunkTooLong: the reader of a model may have a lower limit.
+        """
+        steps = signature.steps * (1 if signature.batch is None else signature.batch)
+        limits = self.api.limits
+        if stream is None and steps > limits.max_predict_steps:
+            raise Limit(limits.max_predict_steps, "max_predict_steps").exceeded(name, steps)
+        if stream is not None and steps > limits.max_chunk_steps:
+            error = Limit(limits.max_chunk_steps, "max_chunk_steps").exceeded(name, steps)
+            raise with_stream(stream, error)
 
     def chunk_signature(
         self,

@@ -113,22 +113,21 @@ def byte_elements(tensor: InputTensor, at: str) -> list[bytes]:
     Raises:
         InvalidInput: their number does not fit the shape, or the binary format is damaged.
     """
-    data = tensor.data
-    if isinstance(data, bytes | memoryview):
-        elements = _split_bytes(bytes(data), at)
-    else:
-        elements = [each.encode() if isinstance(each, str) else bytes(each) for each in data]
-    count = math.prod(tensor.shape)
+    data, count = tensor.data, math.prod(tensor.shape)
+    is_binary = isinstance(data, bytes | memoryview)
+    elements = _split_bytes(bytes(data), count, at) if is_binary else data
     if len(elements) != count:
         expected = f"{count} elements for shape {list(tensor.shape)}"
-        raise invalid(f"{at}.data", expected, f"{len(elements)} elements")
-    return elements
+        got = "more" if is_binary and len(elements) > count else len(elements)
+        raise invalid(f"{at}.data", expected, f"{got} elements")
+    return [each.encode() if isinstance(each, str) else bytes(each) for each in elements]
 
 
-def _split_bytes(data: bytes, at: str) -> list[bytes]:
+def _split_bytes(data: bytes, count: int, at: str) -> list[bytes]:
+    """The first elements in the binary format, up to one more than `count`."""
     elements: list[bytes] = []
     end = 0
-    while end < len(data):
+    while end < len(data) and len(elements) <= count:
         start = end + _LENGTH.size
         length = _LENGTH.unpack_from(data, end)[0] if start <= len(data) else 0
         end = start + length

@@ -100,7 +100,8 @@ def _inputs(message: pb.ModelInferRequest) -> Sequence[InputTensor]:
             raise invalid(f"inputs[{index}].contents", expected, "some")
         field = _CONTENTS.get(tensor.datatype)
         values = () if field is None else getattr(tensor.contents, field)
-        data = raw[index] if raw else list(values)
+        # not a list: its length is checked before its values are copied
+        data = raw[index] if raw else values
         tensors.append(InputTensor(tensor.name, tensor.datatype, tensor.shape, data))
     return tensors
 

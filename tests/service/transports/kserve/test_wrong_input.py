@@ -10,6 +10,11 @@ from typing import Any
 import orjson
 import pytest
 
+from service.core.errors import InvalidInput
+from service.transports.http.bodies.duplicates import find_duplicate
+from service.transports.http.media import Media
+from service.transports.kserve import http_body
+from service.transports.kserve.values import InputTensor, byte_elements
 from tests.service.transports.http.harness import EVENT, LIMITS, rows
 from tests.service.transports.kserve.v2 import (
     HEADER,
@@ -127,6 +132,36 @@ async def test_values_that_only_their_decoder_rejects_are_wrong_input(v2: V2) ->
         body = b'{"inputs": [' + tensor % (datatype.encode(), data) + b"]}"
         error = error_of(await v2.post(body), 422, "invalid_input")["error"]
         assert "inputs[0].data: expected a list of values" in error, data
+
+
+async def test_too_many_steps_are_rejected_before_their_values_are_read(v2: V2) -> None:
+    """By the shape alone: to separate millions of events would block other requests."""
+    for parameters, most in ((SEQUENCE, 20), ({}, LIMITS.max_predict_steps)):
+        tensor = {"name": "events", "datatype": "BYTES", "shape": [most + 1], "data": ["x"]}
+        body = {"inputs": [tensor], "parameters": parameters}
+        error = error_of(await v2.post(body, model="small"), 413, "chunk_too_long")
+        assert f"at most {most} steps" in error["error"]
+    count = LIMITS.max_predict_steps
+    with pytest.raises(InvalidInput, match=f"{count} elements for shape .*, got more elements"):
+        byte_elements(InputTensor("events", "BYTES", [count], bytes(4) * (count + 2)), "x")
+
+
+async def test_duplicates_are_found_without_parsing_values(
+    v2: V2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    def find(media: Media, text: bytes) -> InvalidInput | None:
+        parsed.append(len(text))
+        return find_duplicate(media, text)
+
+    monkeypatch.setattr(http_body, "find_duplicate", find)
+    body = changed(data=[0.25] * 2000)
+    text = orjson.dumps(body | {"parameters": {"triton_a": "x"}}).replace(b'"x"', b'"\\u0022"')
+    assert "2000 values" in error_of(await v2.post(text), 422, "invalid_input")["error"]
+    twice = text[:-1] + b',"input\\u0073":[]}'
+    assert "inputs: expected each" in error_of(await v2.post(twice), 422, "invalid_input")["error"]
+    assert parsed[0] < 300
 
 
 async def test_text_that_is_no_stream_name_is_rejected(v2: V2) -> None:
