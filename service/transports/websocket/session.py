@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
 from service.core.errors import CarryError, InternalError, PreviousFailed
 from service.core.values import Chunk, Reply, StreamKey
+from service.transports.failed_streams import FailedStreams
 from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.error_handling import log_failure
 from service.transports.http.limits import LONG_BYTES
@@ -35,10 +36,6 @@ from service.transports.websocket.frames import (
     read_frame,
     reply_frame,
 )
-
-MAX_FAILED_STREAMS: Final = 1024
-"""Streams of a socket that are remembered as failed; beyond it, no stream of this socket accepts
-chunks without a position."""
 
 log = structlog.get_logger(__name__)
 
@@ -102,7 +99,6 @@ class Session:
         "_api",
         "_failed",
         "_model",
-        "_needs_positions",
         "_on_progress",
         "_options",
         "_request_id",
@@ -138,8 +134,7 @@ class Session:
         self._send = send
         self._on_progress = on_progress
         self._streams: dict[str, StreamEntries] = {}
-        self._failed: set[str] = set()
-        self._needs_positions = False
+        self._failed = FailedStreams()
         self._tasks: set[asyncio.Task[None]] = set()
         self.unanswered = 0
         self.is_reading = False
@@ -247,7 +242,7 @@ class Session:
             if appends and entries.unanswered[0] is not entry:
                 return
             entries.waiting.popleft()
-            if appends and (self._needs_positions or entry.stream in self._failed):
+            if appends and entry.stream in self._failed:
                 detail = (
                     "expected a chunk with a position, since an earlier chunk of the stream failed "
                     "on this socket"
@@ -282,7 +277,7 @@ class Session:
     def _resolve(self, entries: StreamEntries, entry: Entry, result: Reply | CarryError) -> None:
         """Encode an outcome, and send it when it is its turn."""
         if isinstance(result, CarryError):
-            self._note_failed(entry.stream)
+            self._failed.add(entry.stream)
             entry.outcome = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
             self._flush(entries, entry.stream)
             return
@@ -320,12 +315,6 @@ class Session:
             self._streams.pop(stream, None)
         elif entries.waiting:
             self._start(entries)
-
-    def _note_failed(self, stream: str) -> None:
-        self._failed.add(stream)
-        if len(self._failed) > MAX_FAILED_STREAMS:
-            self._failed.clear()
-            self._needs_positions = True
 
     def _error_frame(
         self, media: Media, frame_id: FrameId | None, error: CarryError, stream: str | None

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final
 
 from service.core.errors import CarryError, PreviousFailed, ShuttingDown
+from service.transports.failed_streams import FailedStreams
 from service.transports.http.media import Media, dumps
 from service.transports.http.problems import problem
 from service.transports.kserve.grpc import v2_pb2 as pb
@@ -33,9 +34,6 @@ WINDOW: Final = 64
 
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while those that are not yet applied have as many bytes."""
-
-MAX_FAILED_SEQUENCES: Final = 1024
-"""Sequences of a call that are remembered as failed; beyond it, every sequence needs positions."""
 
 Requests = AsyncIterator[pb.ModelInferRequest]
 Responses = AsyncIterator[pb.ModelStreamInferResponse]
@@ -61,8 +59,7 @@ class InferStream:
         self._answer = answer
         self._stopping = stopping
         self._last: dict[str, _Task] = {}
-        self._failed: set[str] = set()
-        self._needs_positions = False
+        self._failed = FailedStreams()
         self._held_bytes = 0
         self._has_room = asyncio.Event()
 
@@ -140,7 +137,7 @@ class InferStream:
         if not isinstance(result, CarryError):
             return pb.ModelStreamInferResponse(infer_response=encode_reply(result))
         if sequence is not None:
-            self._note_failed(sequence)
+            self._failed.add(sequence)
         response = pb.ModelInferResponse(
             model_name=message.model_name, model_version=message.model_version, id=message.id
         )
@@ -156,7 +153,7 @@ class InferStream:
         request = decode_request(message)
         parameters = parse_parameters(request.parameters)
         appends = parameters.position is None and not parameters.starts_over
-        if appends and self._is_failed(sequence):
+        if appends and sequence is not None and sequence in self._failed:
             raise PreviousFailed(
                 "expected a request with a position, or one that starts the sequence, since an "
                 "earlier one of this sequence failed on this call",
@@ -166,15 +163,6 @@ class InferStream:
         if sequence is not None:
             self._failed.discard(sequence)
         return reply
-
-    def _is_failed(self, sequence: str | None) -> bool:
-        return sequence is not None and (self._needs_positions or sequence in self._failed)
-
-    def _note_failed(self, sequence: str) -> None:
-        self._failed.add(sequence)
-        if len(self._failed) > MAX_FAILED_SEQUENCES:
-            self._failed.clear()
-            self._needs_positions = True
 
 
 def _sequence_of(message: pb.ModelInferRequest) -> str | None:

@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from service.core.errors import StoreRefused
+from service.transports import failed_streams
 from service.transports.http.limits import LONG_BYTES
-from service.transports.websocket import session
 from tests.service.transports.http.harness import Harness, rows
 from tests.service.transports.http.raw_http import becomes
 from tests.service.transports.websocket.sockets import (
@@ -233,7 +233,7 @@ async def test_frames_are_counted_as_requests_are(api: Harness) -> None:
 async def test_many_failed_streams_leave_only_chunks_with_a_position(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "MAX_FAILED_STREAMS", 2)
+    monkeypatch.setattr(failed_streams, "MAX_FAILED_STREAMS", 2)
     async with live(api) as sockets, sockets.open("probe/live") as (client, _):
         for stream in ("a", "b", "c"):
             await client.send(text(rows(1), 5, stream=stream))
