@@ -66,12 +66,8 @@ class InternalErrorMiddleware:
         except Exception as error:
             if response_started:
                 raise
-            log.exception("request_failed", error=type(error).__name__)
-            request = Request(scope)
-            internal = InternalError(
-                "the request failed unexpectedly; the service's log has the reason"
-            )
-            await _error_response(request, internal)(scope, receive, send)
+            internal = log_unexpected_failure(error)
+            await _error_response(Request(scope), internal)(scope, receive, send)
 
 
 def log_client_disconnect(method: str) -> None:
@@ -83,6 +79,12 @@ def log_failure(error: CarryError) -> None:
     """Log an error that this side caused; load shedding is logged elsewhere, once for all."""
     if isinstance(error, ServiceFailure) and not isinstance(error, Overloaded):
         log.warning("request_failed", code=error.code, detail=error.detail)
+
+
+def log_unexpected_failure(error: Exception) -> InternalError:
+    """Log an unexpected exception with its traceback, and return the error that answers it."""
+    log.error("request_failed", error=type(error).__name__, exc_info=error)
+    return InternalError("the request failed unexpectedly; the service's log has the reason")
 
 
 async def _on_carry_error(request: Request, error: Exception) -> Response:

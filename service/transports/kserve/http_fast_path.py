@@ -166,10 +166,10 @@ class FastInferPath:
         if model not in self._api.pipeline.models:
             return None
         body = data[end + 4 : total_bytes]
-        found = self._read(self._api.wire(model), version, body, headers.json_bytes)
-        if found is None:
+        chunk_parts = self._read(self._api.wire(model), version, body, headers.json_bytes)
+        if chunk_parts is None:
             return None
-        plan, call, stream = found
+        plan, call, stream = chunk_parts
         timeout_s = headers.timeout_s
         if call.parameters.timeout_s is not None:
             timeout_s = min(timeout_s, call.parameters.timeout_s)
@@ -202,8 +202,7 @@ class FastInferPath:
             plan = self._plan(wire, version, tensor, decoded.outputs, by_default)
             if plan is None or len(data) != tensor.parameters.binary_data_size:
                 return None
-            given = InputTensor(tensor.name, tensor.datatype, tensor.shape, data)
-            values = read_values(given)
+            values = read_values(InputTensor(tensor.name, tensor.datatype, tensor.shape, data))
         except (CarryError, msgspec.MsgspecError, ValueError, RecursionError):
             return None
         is_deleted = parameters.ends and self._inference.delete_at_end

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
-import structlog
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +15,6 @@ from starlette.routing import Match
 
 from service.core.errors import (
     CarryError,
-    InternalError,
     MethodNotAllowed,
     RouteNotFound,
     UnsupportedMediaType,
@@ -26,7 +24,7 @@ from service.pipeline.served_model import ServedModel
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ApiContext, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
-from service.transports.http.error_handling import log_failure
+from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.replies import Answer, reply
 from service.transports.http.request_fields import deadline, query, read_encoded_body
@@ -57,8 +55,6 @@ _BINARY: Final = (b"content-type", b"application/octet-stream")
 IDENTITY: Final = "identity"
 _is_length = re.compile(r"[0-9]{1,10}", re.ASCII).fullmatch
 
-log = structlog.get_logger(__name__)
-
 
 def add_kserve(app: FastAPI, inference: Inference, statistics: Statistics) -> None:
     """Add the routes to an application of `create_api`; once, before it serves."""
@@ -87,10 +83,7 @@ class _V2Route(APIRoute):
             except ClientDisconnect:
                 raise
             except Exception as error:
-                log.exception("request_failed", error=type(error).__name__)
-                failure = InternalError(
-                    "the request failed unexpectedly; the service's log has the reason"
-                )
+                failure = log_unexpected_failure(error)
             model = request.path_params.get("model", "-")
             api_of(request).recorder.record_error(model, failure.code)
             return error_answer(failure)

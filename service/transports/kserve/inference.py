@@ -116,9 +116,9 @@ class ResolvedCall(NamedTuple):
             values = [orjson.Fragment(event) for event in values]
         if self.parameters.stream is not None:
             members = {"position": self.parameters.position, "epoch": self.parameters.epoch}
-            given = {key: value for key, value in members.items() if value is not None}
+            present = {key: value for key, value in members.items() if value is not None}
             final = {"final": True} if self.is_final else {}
-            return encode({name: values, **given, **final}), media
+            return encode({name: values, **present, **final}), media
         parts = 1 if self.signature.batch is None else self.signature.batch
         size = len(values) // max(parts, 1)
         sequences = [{name: values[at * size : (at + 1) * size]} for at in range(parts)]

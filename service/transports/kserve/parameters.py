@@ -52,7 +52,7 @@ class InferParameters(NamedTuple):
 NO_PARAMETERS: Final = InferParameters()
 
 
-def parse_parameters(given: Mapping[str, Parameter]) -> InferParameters:
+def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
     """The parameters of a request, each checked.
 
     An unknown one is rejected, so that a misspelt `position` is noticed.
@@ -60,27 +60,27 @@ def parse_parameters(given: Mapping[str, Parameter]) -> InferParameters:
     Raises:
         InvalidInput, InvalidName
     """
-    if not given:
+    if not parameters:
         return NO_PARAMETERS
-    for name in given:
+    for name in parameters:
         if name not in KNOWN and not name.startswith(IGNORED_PREFIX):
             expected = f"one of {', '.join(KNOWN)}"
             raise invalid("parameters", expected, repr(name[:100]))
-    stream = parse_sequence_id(given.get("sequence_id", 0))
-    starts_over = _flag(given, "sequence_start")
-    ends = _flag(given, "sequence_end")
-    position = _position(given)
-    epoch = given.get("epoch")
+    stream = parse_sequence_id(parameters.get("sequence_id", 0))
+    starts_over = _flag(parameters, "sequence_start")
+    ends = _flag(parameters, "sequence_end")
+    position = _position(parameters)
+    epoch = parameters.get("epoch")
     if epoch is not None and not (isinstance(epoch, str) and _is_epoch(epoch)):
         raise invalid("parameters.epoch", "16 hex digits", _shown(epoch))
     if stream is None:
         for name in ("sequence_start", "sequence_end", "position", "epoch"):
-            value = given.get(name)
+            value = parameters.get(name)
             if value is not None and value is not False:
                 raise invalid("parameters.sequence_id", f"one, since {name} is set", "none")
     if starts_over and position not in (None, 0):
         raise invalid("parameters.position", "0, since the sequence starts", position)
-    return InferParameters(stream, starts_over, ends, position, epoch, _timeout_s(given))
+    return InferParameters(stream, starts_over, ends, position, epoch, _timeout_s(parameters))
 
 
 def parse_sequence_id(value: Parameter) -> str | None:
@@ -98,15 +98,15 @@ def parse_sequence_id(value: Parameter) -> str | None:
     return str(value) if value else None
 
 
-def _flag(given: Mapping[str, Parameter], name: str) -> bool:
-    value = given.get(name, False)
+def _flag(parameters: Mapping[str, Parameter], name: str) -> bool:
+    value = parameters.get(name, False)
     if not isinstance(value, bool):
         raise invalid(f"parameters.{name}", "true or false", _shown(value))
     return value
 
 
-def _position(given: Mapping[str, Parameter]) -> int | None:
-    value = given.get("position")
+def _position(parameters: Mapping[str, Parameter]) -> int | None:
+    value = parameters.get("position")
     if value is None:
         return None
     if type(value) is not int or not 0 <= value <= MAX_POSITION:
@@ -115,8 +115,8 @@ def _position(given: Mapping[str, Parameter]) -> int | None:
     return value
 
 
-def _timeout_s(given: Mapping[str, Parameter]) -> float | None:
-    value = given.get("timeout", 0)
+def _timeout_s(parameters: Mapping[str, Parameter]) -> float | None:
+    value = parameters.get("timeout", 0)
     if type(value) is not int or not 0 <= value <= MAX_POSITION:
         raise invalid("parameters.timeout", "a whole number of microseconds", _shown(value))
     return value / 1e6 if value else None

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-import structlog
 from structlog.contextvars import bound_contextvars
 from uvicorn.server import ServerState
 from websockets.datastructures import Headers as WebSocketHeaders
@@ -30,7 +29,6 @@ from websockets.server import ServerProtocol
 
 from service.core.errors import (
     CarryError,
-    InternalError,
     InvalidInput,
     MalformedRequest,
     OriginNotAllowed,
@@ -43,7 +41,7 @@ from service.transports.http.connection.connections import Connections
 from service.transports.http.connection.framing import Headers
 from service.transports.http.connection.rejections import CLOSE, error_response
 from service.transports.http.context import ApiContext
-from service.transports.http.error_handling import log_failure
+from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.media import Media
 from service.transports.http.problems import status_of
 from service.transports.http.replies.reply_writer import (
@@ -63,8 +61,6 @@ ANY_ORIGIN: Final = "*"
 TIMEOUT_PARAMETER: Final = "timeout_s"
 
 _ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
-
-log = structlog.get_logger(__name__)
 
 
 class Target(NamedTuple):
@@ -150,7 +146,9 @@ class LiveUpgrader:
                 )
                 socket.start(session, response.serialize(), hello_frame(hello))
             except Exception as failure:
-                error = _as_carry_error(failure)
+                error = (
+                    failure if isinstance(failure, CarryError) else log_unexpected_failure(failure)
+                )
                 status = status_of(error)
                 log_failure(error)
                 self.api.recorder.record_error(model, error.code)
@@ -265,13 +263,6 @@ def _seconds(text: str) -> float:
             f"{at}: expected {expected}, got {text[:300]!r}", at=at, expected=expected, got=text
         )
     return seconds
-
-
-def _as_carry_error(failure: Exception) -> CarryError:
-    if isinstance(failure, CarryError):
-        return failure
-    log.error("request_failed", error=type(failure).__name__, exc_info=failure)
-    return InternalError("the request failed unexpectedly; the service's log has the reason")
 
 
 def _upgrade_lines(error: CarryError) -> bytes:

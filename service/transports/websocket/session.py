@@ -17,14 +17,13 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import structlog
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError, InternalError, PreviousFailed
+from service.core.errors import CarryError, PreviousFailed
 from service.core.values import Chunk, Reply, StreamKey
 from service.transports.failed_streams import FailedStreams
 from service.transports.http.context import ApiContext, ModelWire
-from service.transports.http.error_handling import log_failure
+from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media
 from service.transports.http.replies.pieces import LONG_VALUES, encode_pieces
@@ -36,8 +35,6 @@ from service.transports.websocket.frames import (
     read_frame,
     reply_frame,
 )
-
-log = structlog.get_logger(__name__)
 
 PendingReply = asyncio.Future[list[Reply | CarryError]]
 Send = Callable[[Media, bytes], None]
@@ -167,7 +164,7 @@ class Session:
         except CarryError as error:
             self._reject(media, frame_id, entry, error)
         except Exception as error:
-            self._reject(media, frame_id, entry, _internal_error(error))
+            self._reject(media, frame_id, entry, log_unexpected_failure(error))
         else:
             self._start_in_order(entry, chunk)
 
@@ -218,7 +215,7 @@ class Session:
         except CarryError as error:
             self._reject(media, frame.id, entry, error)
         except Exception as error:
-            self._reject(media, frame.id, entry, _internal_error(error))
+            self._reject(media, frame.id, entry, log_unexpected_failure(error))
         else:
             self._start_in_order(entry, chunk)
         finally:
@@ -329,8 +326,3 @@ class Session:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _internal_error(error: Exception) -> InternalError:
-    log.error("request_failed", error=type(error).__name__, exc_info=error)
-    return InternalError("the frame failed unexpectedly; the service's log has the reason")

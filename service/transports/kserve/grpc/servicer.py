@@ -15,15 +15,14 @@ from operator import methodcaller
 from typing import Any, Final, NoReturn, TypeVar
 
 import grpc
-import structlog
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError, InternalError
+from service.core.errors import CarryError
 from service.ops.logs import RequestIds, current_request_id, log_request
 from service.pipeline.recorder import ModelStatistics
-from service.transports.http.error_handling import log_failure
+from service.transports.http.error_handling import log_failure, log_unexpected_failure
 from service.transports.http.request_log import is_request_id
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.errors import (
@@ -53,8 +52,6 @@ Statistics = Callable[[], Mapping[str, ModelStatistics]]
 T = TypeVar("T")
 
 _serialize: Final = methodcaller("SerializeToString")
-
-log = structlog.get_logger(__name__)
 
 
 class InferenceServicer:
@@ -149,10 +146,7 @@ class InferenceServicer:
             _log(method, grpc.StatusCode.CANCELLED, began_s)
             raise
         except Exception as error:
-            result = InternalError(
-                "the request failed unexpectedly; the service's log has the reason"
-            )
-            log.exception("request_failed", error=type(error).__name__)
+            result = log_unexpected_failure(error)
         if isinstance(result, CarryError):
             # it refers to this frame, which refers to it: the request would not be freed
             result.__traceback__ = None
