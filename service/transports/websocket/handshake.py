@@ -188,7 +188,7 @@ class LiveUpgrader:
         if not origins or ANY_ORIGIN in self.origins:
             return
         origin = origins[0]
-        is_own = urlsplit(origin).netloc.lower() == headers.get("Host", "").lower()
+        is_own = _host(origin) == headers.get("Host", "").lower()
         if len(origins) > 1 or not (origin in self.origins or (is_own and origin != "null")):
             raise OriginNotAllowed(
                 f"Origin: expected the service's own host or an allowed origin, got {origin!r}",
@@ -248,6 +248,14 @@ class LiveUpgrader:
 def parse_origins(text: str) -> frozenset[str]:
     """The origins of a list that is separated by commas."""
     return frozenset(part for part in re.split(r"[,\s]+", text.strip()) if part)
+
+
+def _host(origin: str) -> str | None:
+    """Host and port of an origin; None for a malformed one."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _text(part: bytes) -> str:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
@@ -53,17 +55,10 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         parameters = query(request, ("from", *REPLY_PARAMETERS[:1]))
         start = _start(parameters.pop("from", None), request.headers.get(LAST_EVENT_ID))
         options = wire.writer.options(parameters) if parameters else EVERY_STEP
-        opening = watches.watch(key, start)
-        watch = await opening.__aenter__()
-
-        async def events() -> AsyncIterator[bytes]:
-            try:
-                async for part in _encode_events(wire, key, watch, options):
-                    yield part
-            finally:
-                await opening.__aexit__(None, None, None)
-
-        return StreamingResponse(events(), headers=_HEADERS, media_type="text/event-stream")
+        async with AsyncExitStack() as stack:
+            watch = await stack.enter_async_context(watches.watch(key, start))
+            events = _encode_events(wire, key, watch, options)
+            return _WatchResponse(events, stack.pop_all())
 
     app.router.add_api_route(
         ROUTE,
@@ -75,6 +70,23 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         route_class_override=ChunkRoute,
         **operations.OUTPUTS,
     )
+
+
+class _WatchResponse(StreamingResponse):
+    """The events of a watch, which ends with the response.
+
+    A client may disconnect before the first event is asked for: then its iterator never runs, and
+    cannot end the watch itself.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], watch: AsyncExitStack):
+        super().__init__(events, headers=_HEADERS, media_type="text/event-stream")
+        self._watch = watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until the watch ends or the client disconnects."""
+        async with self._watch:
+            await super().__call__(scope, receive, send)
 
 
 def _start(parameter: str | None, last_event_id: str | None) -> int | None:

@@ -159,6 +159,7 @@ OPENS = {
     "https://evil.example.com": False,
     "http://{host}.evil.example.com": False,
     "http://127.0.0.1:1": False,
+    "http://[": False,
     "null": False,
     "": False,
 }

@@ -331,3 +331,26 @@ async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Har
         (watching.Outputs, 1),
         (watching.Outputs, 3),
     ]
+
+
+async def test_a_client_that_disconnects_before_the_first_event_leaves_no_watch(
+    api: Harness,
+) -> None:
+    channel: Any = api.store.outputs
+    path = "/v1/models/probe/streams/s/outputs"
+    scope = {
+        "type": "http", "method": "GET", "path": path, "raw_path": path.encode(),
+        "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"}, "root_path": "", "client": None,
+        "server": ("x", 80),
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async with asyncio.timeout(10):
+        await api.app(scope, receive, send)
+    assert not channel._receivers
