@@ -8,14 +8,15 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from tests.faults import network
 from tests.faults.options import RunOptions
-from tests.faults.stores import ClusterStore, SingleStore, has_connection, make_store
+from tests.faults.stores import WORKERS, ClusterStore, SingleStore, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
-from tests.faults.transports import WorkerClient
+from tests.faults.transports import GRPC, WorkerClient
 from tests.support.machine import REPOSITORY
 from tests.support.proxy import Connection, Target
 from tests.support.service import Service
@@ -40,6 +41,7 @@ class Worker(Service):
         super().__init__(folder, models, redis_url=url)
         self.name, self.serves = name, False
         self._settings = settings
+        self._ports: dict[str, int] = {}
         self._starting: asyncio.Task[None] | None = None
 
     def restart(self) -> None:
@@ -56,9 +58,9 @@ class Worker(Service):
             await self.wait_until_up()
         self.kill()
 
-    def address(self) -> Target | None:
-        """Where it serves."""
-        return ("127.0.0.1", int(self.url.rpartition(":")[2])) if self.serves else None
+    def address(self, protocol: str) -> Target | None:
+        """Where it serves a protocol."""
+        return ("127.0.0.1", self._ports[protocol]) if self.serves else None
 
     async def _start(self) -> None:
         """An unavailable store may keep it from starting, as a supervisor would see."""
@@ -69,6 +71,9 @@ class Worker(Service):
             except AssertionError:
                 if attempt == _STARTS or not self.ended():
                     raise
+        self._ports = {"http": int(self.url.rpartition(":")[2])}
+        if "CARRY_GRPC_PORT" in self._settings:
+            self._ports[GRPC] = int(self.grpc_address().rpartition(":")[2])
         self.serves = True
 
 
@@ -124,16 +129,24 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
         for proxy in store.proxies:
             await stack.enter_async_context(proxy.listening())
         await asyncio.to_thread(store.start)
-        for name in ("a", "b"):
-            worker = Worker(name, folder / name, models, store.url, settings)
-            proxy = FaultProxy(worker.address, traffic.watch_clients, name)
-            await stack.enter_async_context(proxy.listening())
+        protocols = ["http"]
+        if GRPC in options.transports:
+            protocols.append(GRPC)
+            settings = {**settings, "CARRY_GRPC_PORT": "0"}
+        for name in WORKERS:
+            worker = Worker(name, folder / name, models, store.url_for(name), settings)
+            urls = []
+            for protocol in protocols:
+                address = partial(worker.address, protocol)
+                proxy = FaultProxy(address, traffic.watch_clients, name)
+                await stack.enter_async_context(proxy.listening())
+                traffic.proxies.append(proxy)
+                urls.append(f"http://127.0.0.1:{proxy.port}")
             worker.restart()
             stack.push_async_callback(worker.end)
-            url = f"http://127.0.0.1:{proxy.port}"
-            client = WorkerClient(name, url, options.transports, options.timeout_s)
+            client = WorkerClient(name, urls, options.transports, options.timeout_s)
             stack.push_async_callback(client.close)
             deployment.workers.append(worker)
-            deployment.clients[name], traffic.proxies[name] = client, proxy
+            deployment.clients[name] = client
         await deployment.wait_until_up()
         yield deployment

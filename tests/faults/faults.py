@@ -57,7 +57,9 @@ _LATE_S = {BEFORE_LOAD: 0.0006, COMPUTING: 0.0012}
 """A kill comes up to so long after the request, or the load's answer, was forwarded: the worker
 is to have it. Commits are still in the proxy when the kill comes."""
 _ANYTHING, _WRITES = re.compile(b""), re.compile(b"EVAL")
-_APPLIED = re.compile(rb'^HTTP/1\.1 200|"status":200|\xa6status\xcc\xc8')
+_APPLIED = re.compile(
+    rb'^HTTP/1\.1 200|"status":200|\xa6status\xcc\xc8|\x0a\x09%b' % MODEL.encode()
+)
 _CREATES_OR_DELETES = re.compile(
     rb"EVAL.*:s:%b:%b.*CRRY\x01(?:\x04|.{59}\x00{8})" % (MODEL.encode(), SHORT_LIVED.encode()),
     re.DOTALL,
@@ -146,8 +148,7 @@ class FaultInjector:
         kill()
         await asyncio.to_thread(worker.process.wait)
         # all that it wrote has to pass
-        await traffic.proxies[worker.name].wait_until_drained()
-        for proxy in self.deployment.store.proxies:
+        for proxy in (*traffic.proxies, *self.deployment.store.proxies):
             await proxy.wait_until_drained(lambda each: traffic.owner_of(each) == worker.name)
         for each, count in traffic.count_stages(worker.name).items():
             self.history.seen[KILLED[each]] += 1
@@ -209,7 +210,7 @@ class FaultInjector:
         """
         traffic, done, count = self.deployment.traffic, asyncio.Semaphore(0), 1
         is_store = side == "store"
-        proxies = self.deployment.store.proxies if is_store else list(traffic.proxies.values())
+        proxies = self.deployment.store.proxies if is_store else traffic.proxies
         if holds and self.random.random() < 0.7:
             pattern = _CREATES_OR_DELETES
 
@@ -245,7 +246,7 @@ class FaultInjector:
     async def _wait_for_chunk_in_flight(self) -> None:
         deadline_s, traffic = time.monotonic() + _LONGEST_WAIT_S, self.deployment.traffic
         while time.monotonic() < deadline_s:
-            if any(traffic.pending(worker) for worker in traffic.proxies):
+            if any(traffic.pending(each.name) for each in self.deployment.workers):
                 self.history.seen[IN_FLIGHT] += 1
                 return
             await asyncio.sleep(0.001)

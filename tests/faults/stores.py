@@ -33,6 +33,7 @@ from tests.support.proxy import Connection, Target
 from tests.support.servers import RealServer, until
 from tests.support.service import Service
 
+WORKERS: Final = ("a", "b")
 SERVES_S: Final = 60.0
 DOWN_S: Final = 0.2
 LATE_WRITES_S: Final = 3.0
@@ -49,12 +50,24 @@ _NO_REWRITE: Final = ("--auto-aof-rewrite-percentage", "0")
 
 
 class Store:
-    """A store of one or several servers, and a proxy to each."""
+    """A store of one or several servers, and proxies to each.
 
-    def __init__(self, servers: Sequence[RealServer | ClusterNode], traffic: Traffic):
+    Args:
+        owners: names of the processes that have a proxy of their own. Without one, the owner of
+            each connection has to be looked up, which takes milliseconds.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[RealServer | ClusterNode],
+        traffic: Traffic,
+        owners: Sequence[str | None] = (None,),
+    ):
         self.servers = servers
         self.proxies = [
-            FaultProxy(partial(_address, server), traffic.watch_store) for server in servers
+            FaultProxy(partial(_address, server), traffic.watch_store, owner)
+            for server in servers
+            for owner in owners
         ]
         self._down: list[RealServer | ClusterNode] = []
 
@@ -150,14 +163,13 @@ class SingleStore(Store):
     """
 
     def __init__(self, server: RealServer, traffic: Traffic):
-        super().__init__([server], traffic)
+        super().__init__([server], traffic, WORKERS)
         self.server, self.start, self.stop = server, server.start, server.stop
         self._file, self._copy = server.folder / "appendonlydir", server.folder / "copy"
 
-    @property
-    def url(self) -> str:
-        """The address for workers."""
-        return f"redis://127.0.0.1:{self.proxies[0].port}"
+    def url_for(self, worker: str) -> str:
+        """The address for a worker."""
+        return f"redis://127.0.0.1:{self.proxies[WORKERS.index(worker)].port}"
 
     def prepare_rollback(self, _: int) -> float:
         """Copy the append-only file; the moment before which nothing can be lost. The server keeps
@@ -217,8 +229,7 @@ class ClusterStore(Store):
         self._loop = asyncio.get_running_loop()
         self.stop = self._cluster.stop
 
-    @property
-    def url(self) -> str:
+    def url_for(self, _: str) -> str:
         """The address for workers."""
         addresses = (f"127.0.0.1:{proxy.port}" for proxy in self.proxies[:PRIMARIES])
         return f"redis+cluster://{','.join(addresses)}"
@@ -313,7 +324,7 @@ def has_connection(pid: int | None, connection: Connection) -> bool:
     """Whether a process has the other end of a connection."""
     port = connection.front.get_extra_info("peername")[1]
     with contextlib.suppress(psutil.Error):
-        connections = psutil.Process(pid).net_connections(kind="tcp")
+        connections = psutil.Process(pid).net_connections(kind="tcp4")
         return any(each.laddr and each.laddr.port == port for each in connections)
     return False
 

@@ -45,8 +45,8 @@ async def test_chunk_that_is_sent_five_times_at_once_is_applied_once() -> None:
             epochs.add(documents[0]["epoch"])
         assert len(epochs) == 1
 
-    async with deploy(RunOptions("valkey")) as deployment:
-        proxies = deployment.traffic.proxies.values()
+    async with deploy(RunOptions("valkey", transports=("msgpack",))) as deployment:
+        proxies = deployment.traffic.proxies
         one, other = (V1(f"http://127.0.0.1:{proxy.port}", "msgpack") for proxy in proxies)
         try:
             copies = [one, other, one, other, one]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from tests.faults.traffic import (
     BEFORE_LOAD,
@@ -36,7 +37,7 @@ SENT, KILL = "a chunk is sent", "the worker is killed"
 def observe(*passing: tuple[str, bytes] | str, owner: str = "a") -> Traffic:
     """Bytes between a worker and the store, one at a time, and what happens in between."""
     traffic, store, client = Traffic(), Connection(None, owner), Connection(None, "a")
-    traffic.proxies["a"] = SimpleNamespace(connections=[client])
+    traffic.proxies.append(SimpleNamespace(owner="a", connections=[client]))
     for event in passing:
         if event == SENT:
             client.notes = PendingChunk("s001")
@@ -83,7 +84,7 @@ def test_connections_of_no_worker_are_ignored() -> None:
 
 def test_frame_of_a_live_socket_is_pending_until_its_outcome_begins() -> None:
     traffic, socket = Traffic(), Connection(None, "a")
-    traffic.proxies["a"] = SimpleNamespace(connections=[socket])
+    traffic.proxies.append(SimpleNamespace(owner="a", connections=[socket]))
     for passing in ("GET /v1/models/keeps-all/streams/s001/live HTTP/1.1", "frame", "frame"):
         traffic.watch_clients(socket, "request", passing.encode())
         assert [each.stream for each in traffic.pending("a")] == ["s001"] * (passing == "frame")
@@ -93,7 +94,7 @@ def test_frame_of_a_live_socket_is_pending_until_its_outcome_begins() -> None:
 
 def test_chunk_is_pending_until_its_reply_begins() -> None:
     traffic, chunk, read = Traffic(), Connection(None, "a"), Connection(None, "a")
-    traffic.proxies["a"] = SimpleNamespace(connections=[chunk, read])
+    traffic.proxies.append(SimpleNamespace(owner="a", connections=[chunk, read]))
     path = b" /v1/models/keeps-all/streams/s001"
     traffic.watch_clients(chunk, "request", b"POST" + path + b"/chunks HTTP/1.1\r\n")
     traffic.watch_clients(read, "request", b"GET" + path + b" HTTP/1.1\r\n")
@@ -102,3 +103,24 @@ def test_chunk_is_pending_until_its_reply_begins() -> None:
     traffic.watch_clients(chunk, "reply", b"H")
     assert not traffic.count_stages("a")
     assert not traffic.pending("a")
+
+
+def test_chunk_over_grpc_is_pending_until_headers_come() -> None:
+    """Not until the first bytes come: the connection has frames of its own."""
+    traffic, connection = Traffic(), Connection(None, "a")
+    traffic.proxies.append(SimpleNamespace(owner="a", connections=[connection]))
+    message = ModelInferRequest(model_name="keeps-all")
+    message.parameters["sequence_id"].string_param = "s001"
+    ping, window = frame(6, bytes(8)), frame(8, bytes(4))
+    traffic.watch_clients(connection, "request", window + frame(1, b"path"))
+    assert not traffic.pending("a")
+    traffic.watch_clients(connection, "request", frame(0, message.SerializeToString()))
+    traffic.watch_clients(connection, "reply", ping + window)
+    assert [each.stream for each in traffic.pending("a")] == ["s001"]
+    traffic.watch_clients(connection, "reply", ping + frame(1, b"status"))
+    assert not traffic.pending("a")
+
+
+def frame(kind: int, payload: bytes) -> bytes:
+    """A frame of HTTP/2."""
+    return len(payload).to_bytes(3) + bytes([kind, 0]) + bytes(4) + payload

@@ -36,10 +36,11 @@ REPLY_UNSENT: Final = "reply unsent"
 STAGES: Final = (BEFORE_LOAD, COMPUTING, COMMIT_SENT, REPLY_UNSENT)
 CHUNK_REQUEST: Final = re.compile(
     rb"^POST (?:/v1/models/[^/ ]+/streams/([^/ ]+)/chunks|.+\r\n%b: ([^\r]+))"
-    % STREAM_HEADER.encode(),
+    rb"|\x0a\x0bsequence_id\x12.\x1a.([\w-]+)" % STREAM_HEADER.encode(),
     re.DOTALL,
 )
-"""The beginning of a request with a chunk; the group that matches is its stream."""
+"""The beginning of a request with a chunk, or within it its message of gRPC; the group that matches
+is its stream."""
 
 _LIVE_SOCKET: Final = re.compile(rb"^GET /v1/models/[^/ ]+/streams/([^/ ]+)/live")
 
@@ -104,13 +105,13 @@ class Traffic:
     """Watches the proxies of all workers and of the store.
 
     Attributes:
-        proxies: of the workers' clients, by worker.
+        proxies: of the workers' clients; each has a worker as its owner.
         conflicts: commits that the store rejected because the stream had moved on.
         hook: called with worker and stage when a chunk reaches the stage.
     """
 
     def __init__(self, find_owner: Callable[[Connection], str] = lambda _: ""):
-        self.proxies: dict[str, Proxy] = {}
+        self.proxies: list[Proxy] = []
         self.conflicts = 0
         self.hook: Callable[[str, str], None] = lambda worker, stage: None
         self._find_owner = find_owner
@@ -119,20 +120,20 @@ class Traffic:
     def watch_clients(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """A reply's first byte ends what is owed on its connection."""
         if direction == "reply":
-            if connection.notes is not None:
+            if connection.notes is not None and _begins_reply(data):
                 connection.notes.stage = None
         elif match := _LIVE_SOCKET.match(data):
             connection.notes = PendingChunk(match[1].decode(), None, is_live=True)
         elif self.begins_chunk(connection, data):
-            if match := CHUNK_REQUEST.match(data):
-                connection.notes = PendingChunk((match[1] or match[2]).decode())
+            if match := CHUNK_REQUEST.search(data):
+                connection.notes = PendingChunk(match[match.lastindex].decode())
             connection.notes.stage = BEFORE_LOAD
             self.hook(connection.owner, BEFORE_LOAD)
 
     def begins_chunk(self, connection: Connection, data: bytes) -> bool:
         """Whether a client sends the beginning of a chunk."""
         is_live = connection.notes is not None and connection.notes.is_live
-        return is_live or CHUNK_REQUEST.match(data) is not None
+        return is_live or CHUNK_REQUEST.search(data) is not None
 
     def watch_store(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """Read commands and replies of workers."""
@@ -168,7 +169,8 @@ class Traffic:
         """The chunks whose replies a worker owes, or owed when it was killed."""
         if worker in self._victims:
             return self._victims[worker]
-        notes = (connection.notes for connection in self.proxies[worker].connections)
+        proxies = (proxy for proxy in self.proxies if proxy.owner == worker)
+        notes = (connection.notes for proxy in proxies for connection in proxy.connections)
         return [chunk for chunk in notes if chunk is not None and chunk.stage is not None]
 
     def note_kill(self, worker: str) -> None:
@@ -202,6 +204,15 @@ class Traffic:
                 chunk.stage = stage
         if streams and stage != BEFORE_LOAD:
             self.hook(worker, stage)
+
+
+def _begins_reply(data: bytes) -> bool:
+    """Whether a worker's bytes begin a reply. Over HTTP/2, where a frame begins with its length,
+    only headers do."""
+    at, is_http2 = 0, data[0] == 0
+    while is_http2 and at + 9 <= len(data) and data[at + 3] != 1:
+        at += 9 + int.from_bytes(data[at : at + 3])
+    return not is_http2 or at + 9 <= len(data)
 
 
 def _read_command(command: Any) -> tuple[bool, Sequence[str]]:

@@ -16,8 +16,11 @@ from functools import partial
 from itertools import chain
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+import grpc
 import msgpack
 import numpy as np
+from tritonclient.grpc.service_pb2 import ModelInferRequest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus, WebSocketException
 
@@ -42,6 +45,7 @@ _REJECTIONS: Final = frozenset(
 )
 Members = Mapping[str, Any]
 T = TypeVar("T")
+GRPC: Final = "grpc"
 
 
 class Conditions(NamedTuple):
@@ -182,6 +186,62 @@ class LiveSockets:
         return socket
 
 
+class Grpc:
+    """KServe's V2 protocol over gRPC. A channel is one connection, with one chunk at a time."""
+
+    def __init__(self, url: str):
+        self._address, self._idle = url.removeprefix("http://"), list[grpc.aio.Channel]()
+
+    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+        request = ModelInferRequest(model_name=MODEL)
+        request.parameters["sequence_id"].string_param = chunk.stream
+        if chunk.start is not None:
+            request.parameters["position"].int64_param = chunk.start
+        if conditions.epoch is not None:
+            request.parameters["epoch"].string_param = conditions.epoch
+        request.inputs.add(name="inputs", datatype="FP32", shape=chunk.rows.shape)
+        request.raw_input_contents.append(chunk.rows.astype("<f4").tobytes())
+        channel = self._idle.pop() if self._idle else self._open()
+        is_answered = False
+        try:
+            stub = GRPCInferenceServiceStub(channel)
+            reply = await stub.ModelInfer(request, timeout=conditions.deadline_s)
+            is_answered = True
+        except grpc.aio.AioRpcError as error:
+            document = dict(error.trailing_metadata()).get("carry-problem-bin")
+            if document is None:
+                raise NoAnswer(error) from error
+            is_answered, problem = True, json.loads(document)
+            raise errors.read_problem(problem["status"], problem) from error
+        finally:
+            if is_answered:
+                self._idle.append(channel)
+            else:
+                await channel.close()
+        members = {
+            name: getattr(value, value.WhichOneof("parameter_choice"))
+            for name, value in reply.parameters.items()
+        }
+        [output], [data] = reply.outputs, reply.raw_output_contents
+        return {
+            **members,
+            "outputs": {output.name: np.frombuffer(data, "<f4").reshape(output.shape)},
+        }
+
+    async def close(self) -> None:
+        for channel in self._idle:
+            await channel.close()
+
+    def _open(self) -> grpc.aio.Channel:
+        options = {
+            "grpc.use_local_subchannel_pool": 1,
+            "grpc.enable_retries": 0,
+            "grpc.enable_http_proxy": 0,
+            "grpc.max_reconnect_backoff_ms": 100,
+        }
+        return grpc.aio.insecure_channel(self._address, tuple(options.items()))
+
+
 def v1_body(chunk: Chunk, conditions: Conditions, encoding: Encoding) -> dict[str, Any]:
     """The members of version 1's body for a chunk."""
     is_json = encoding == "json"
@@ -201,17 +261,28 @@ TRANSPORTS: Final[dict[str, Callable[[str], Transport]]] = {
     "v2-binary": partial(V2, is_binary=True),
     "websocket": LiveSockets,
     "websocket-json": partial(LiveSockets, encoding="json"),
+    GRPC: Grpc,
 }
 
 
 class WorkerClient:
     """One worker: chunks by any transport, streams by version 1. Every request is sent once, and
-    fails unless it is answered in time."""
+    fails unless it is answered in time.
 
-    def __init__(self, name: str, url: str, transports: Sequence[str], timeout_s: float):
+    Args:
+        urls: of HTTP and, where a transport needs it, of gRPC.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        urls: Sequence[str],
+        transports: Sequence[str],
+        timeout_s: float,
+    ):
         self._name, self._timeout_s = name, timeout_s
-        self._carry = AsyncCarry(url, encoding="json")
-        self._transports = [TRANSPORTS[each](url) for each in transports]
+        self._carry = AsyncCarry(urls[0], encoding="json")
+        self._transports = [TRANSPORTS[each](urls[each == GRPC]) for each in transports]
 
     async def send(
         self, chunk: Chunk, conditions: Conditions, random: np.random.Generator
