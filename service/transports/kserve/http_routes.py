@@ -84,6 +84,8 @@ class _V2Route(APIRoute):
                 raise
             except Exception as error:
                 failure = log_unexpected_failure(error)
+            # it refers to this frame, which refers to it: the body would not be freed
+            failure.__traceback__ = None
             model = request.path_params.get("model", "-")
             api_of(request).recorder.record_error(model, failure.code)
             return error_answer(failure)
