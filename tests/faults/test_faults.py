@@ -31,7 +31,8 @@ ON_A_CLUSTER = (
     *(HOLD, "store killed"),
 )
 ROLLBACK = Fault("store rolled back", seconds=0.3, gap_s=0.5, pick=0)
-HOLDS = (Fault(HOLD, seconds=1.0, gap_s=0.0, pick=0),) * 40
+HOLDS = (Fault(HOLD, seconds=2.0, gap_s=0.0, pick=0),) * 40
+"""Held for longer than a client takes to remove and create its stream, on a busy machine too."""
 BUSY = {"appenders": 6, "append_pause_s": 0.01, "short_lived": 0, "removals": 0.0}
 BRIEF = {"appenders": 0, "short_lived": 1, "removals": 0.4, "plan": HOLDS}
 PLANTED: dict[str, tuple[set[str], dict[str, Any]]] = {
