@@ -88,7 +88,7 @@ def test_auto_selects_an_installed_runtime(with_graph: Artifact, installed: Any)
     installed("onnxruntime")
     assert chosen(with_graph)[0] == "onnxruntime"
     installed()
-    with pytest.raises(RuntimeMissingError, match=r"carry\[onnx\].*carry\[tensorflow\]"):
+    with pytest.raises(RuntimeMissingError, match=r"\.\[onnx\].*\.\[tensorflow\]"):
         open_runtimes("auto", [with_graph], 1)
 
 
@@ -112,7 +112,7 @@ def test_a_missing_library_is_named_with_its_extra(
         for loaded in (module, "models.onnx.library"):
             monkeypatch.delitem(sys.modules, loaded, raising=False)
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(RuntimeMissingError, match=rf"'{name}' needs .*carry\[{extra}\]"):
+        with pytest.raises(RuntimeMissingError, match=rf"'{name}' needs .*\.\[{extra}\]"):
             open_runtime(name, with_graph, 1)
 
 
