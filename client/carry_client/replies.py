@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
 Column = NDArray[np.generic]
 
 
-class Table:
+class Table(ABC):
     """Values that can be written as a table."""
 
+    @abstractmethod
     def to_columns(self) -> dict[str, Column]:
         """The values as columns of one length.
 
         A value of several numbers has a column for each, `delay[0.5]` by its label or `x[1]`.
         """
-        raise NotImplementedError
 
     def to_pandas(self) -> pd.DataFrame:
         """The columns of `to_columns` as a pandas DataFrame; ImportError without pandas."""
