@@ -226,10 +226,11 @@ def store_settings(settings: Settings) -> StoreSettings:
     Raises:
         ValueError: there is no address.
     """
-    if settings.redis_url is None:
+    url = settings.store_url()
+    if url is None:
         raise ValueError("expected CARRY_REDIS_URL, which `carry serve` sets for its workers")
     return StoreSettings(
-        url=settings.redis_url,
+        url=url,
         namespace=settings.namespace,
         partitions=settings.partitions,
         idle_ttl_ms=round(settings.idle_ttl_s * 1000),

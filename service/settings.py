@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -24,7 +31,7 @@ from pydantic_settings import (
 )
 
 import models
-from service.store.redis.address import check_address, redact_url
+from service.store.redis.address import add_password, check_address, redact_url
 
 PREFIX = "CARRY_"
 KIB = 1024
@@ -90,6 +97,10 @@ class Settings(BaseSettings):
     """The store: redis://, rediss:// (TLS) or unix://; for a cluster redis+cluster:// or
     rediss+cluster://, with some of its nodes. If it is not set, the service starts an embedded
     Valkey in `data_dir`."""
+
+    redis_password_file: Path | None = None
+    """File whose first line is the password of the store's user, instead of a password in
+    `redis_url`: a secret that an orchestrator mounts. Read at the start of each worker."""
 
     data_dir: Path = Path(".carry")
     """Folder of the embedded Valkey; unused with `redis_url`. Put it on a persistent disk."""
@@ -314,6 +325,19 @@ class Settings(BaseSettings):
             check_address(url)
         return url
 
+    @field_validator("redis_password_file")
+    @classmethod
+    def _check_redis_password_file(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        if file is not None and "redis_url" in info.data:
+            _with_password(info.data["redis_url"], file)
+        return file
+
+    def store_url(self) -> str | None:
+        """The store's address with the password of `redis_password_file`; None: embedded."""
+        if self.redis_password_file is None:
+            return self.redis_url
+        return _with_password(self.redis_url, self.redis_password_file)
+
     def effective(self) -> list[EffectiveSetting]:
         """Every setting in force and where it comes from, secrets hidden; for the start."""
         return [
@@ -325,6 +349,24 @@ class Settings(BaseSettings):
         if name in self._flags:
             return "flag"
         return "env" if name in self.model_fields_set else "default"
+
+
+def _with_password(url: str | None, file: Path) -> str:
+    """Add the password in the first line of a file to the store's address.
+
+    Raises:
+        ValueError: the file has none, or there is no address without one.
+    """
+    try:
+        password = file.read_text("utf-8").partition("\n")[0].removesuffix("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"expected a file with a password in its first line: {reason}") from None
+    if not password:
+        raise ValueError("expected a password in the file's first line, which is empty")
+    if url is None:
+        raise ValueError("expected CARRY_REDIS_URL too: the embedded Valkey has no password")
+    return add_password(url, password)
 
 
 _SERVICE_LINK = re.compile(

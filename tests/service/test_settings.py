@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings, SettingsError, service_links
+from service.store.redis.address import check_address
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +140,49 @@ def test_error_for_a_malformed_url_hides_the_password() -> None:
     assert "s3cr3t" not in str(caught.value)
     assert "redis://, rediss://, unix://" in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://cache.test:6379/0", "redis://:a%2Fb%3F@cache.test:6379/0"),
+        (
+            "rediss://ann@cache.test?ssl_ca_certs=ca",
+            "rediss://ann:a%2Fb%3F@cache.test?ssl_ca_certs=ca",
+        ),
+        ("redis+cluster://ann@a:1,b:2", "redis+cluster://ann:a%2Fb%3F@a:1,b:2"),
+        ("unix://ann@/run/store?db=1", "unix://ann:a%2Fb%3F@/run/store?db=1"),
+    ],
+)
+def test_password_file_completes_the_address(tmp_path: Path, url: str, expected: str) -> None:
+    (tmp_path / "password").write_text("a/b?\n")
+    settings = Settings.load({"redis_url": url, "redis_password_file": tmp_path / "password"})
+    assert settings.store_url() == expected
+    check_address(expected)
+    assert "a/b" not in repr(settings) + str(values(settings))
+    assert "a%2Fb" not in repr(settings) + str(values(settings))
+
+
+@pytest.mark.parametrize(
+    ("content", "url", "message"),
+    [
+        (None, "redis://cache.test", "expected a file with a password .*: No such file"),
+        (b"", "redis://cache.test", "the file's first line, which is empty"),
+        (b"\xff", "redis://cache.test", "it is not UTF-8"),
+        (b"a", None, "expected CARRY_REDIS_URL too"),
+        (b"a", "redis://:s3cr3t@cache.test", "expected no password in the store's address"),
+        (b"a", "redis://cache.test?password=s3cr3t", "expected no password in the store's address"),
+    ],
+)
+def test_unusable_password_file_is_rejected(
+    tmp_path: Path, content: bytes | None, url: str | None, message: str
+) -> None:
+    file = tmp_path / "password"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SettingsError, match=f"--redis-password-file: .*{message}") as caught:
+        Settings.load({"redis_url": url, "redis_password_file": file})
+    assert "s3cr3t" not in str(caught.value)
 
 
 SERVICE_LINKS = {

@@ -1,4 +1,4 @@
-"""Validation of a store's address, and redaction of its password.
+"""Validation of a store's address, and its password: added from a file, and redacted.
 
 A special character of the password that is not percent-encoded changes how the address is parsed:
 part of the password would be taken for a host and logged. Such an address is rejected before it is
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from service.store.settings import CLUSTER_SCHEMES, REDIS_SCHEMES
 
@@ -48,6 +48,21 @@ def check_address(url: str) -> None:
             _ = urlsplit(url).port
         except ValueError:
             raise ValueError(_ENCODE) from None
+
+
+def add_password(url: str, password: str) -> str:
+    """Add a password to an address that passed `check_address`.
+
+    Raises:
+        ValueError: the address has a password already; no part of either is in the message.
+    """
+    scheme, _, rest = url.partition("://")
+    authority, question_mark, query = rest.partition("?")
+    user, at, location = authority.rpartition("@")
+    if ":" in user or any(each.startswith("password=") for each in _options(query)):
+        raise ValueError("expected no password in the store's address, since a file has it")
+    location = location if at else authority
+    return f"{scheme}://{user}:{quote(password, safe='')}@{location}{question_mark}{query}"
 
 
 def redact_url(url: str) -> str:
