@@ -8,6 +8,7 @@ reflection.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from service.transports.http.error_handling import log_client_disconnect
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
 from service.transports.kserve.inference import Inference
 
@@ -27,6 +29,7 @@ MIN_CLIENT_PING_MS: Final = 10_000
 """Clients that ping more often are disconnected."""
 
 log = structlog.get_logger(__name__)
+_library_log: Final = logging.getLogger("grpc._cython.cygrpc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class GrpcServer:
     Args:
         host: address to listen on.
         port: 0 selects a free one.
+
+    Attributes:
+        port: after `start`, the one that it listens on.
     """
 
     def __init__(
@@ -63,7 +69,8 @@ class GrpcServer:
         self._servicer = InferenceServicer(inference, statistics)
         self._health = _HealthServicer(self._servicer)
         self._limits = limits
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._host = f"[{host}]" if ":" in host else host
+        self.port = port
         self._server: grpc.aio.Server | None = None
         self._stopped: asyncio.Task[None] | None = None
 
@@ -90,10 +97,11 @@ class GrpcServer:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        server.add_insecure_port(self._address)
+        _library_log.addFilter(_replace_disconnect)
+        self.port = server.add_insecure_port(f"{self._host}:{self.port}")
         await server.start()
         self._server = server
-        log.info("grpc_ready", address=self._address)
+        log.info("grpc_ready", address=f"{self._host}:{self.port}")
 
     def begin_stop(self) -> None:
         """Reject new calls, end the streams, and let the other calls finish."""
@@ -110,6 +118,19 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         self._servicer.stopping.set()
         await server.stop(self._limits.drain_s)
+
+
+def _replace_disconnect(record: logging.LogRecord) -> bool:
+    """Filter of the library's log: a reply that cannot be sent is a client that disconnected.
+
+    The library logs it with a traceback, at the level of its own failures.
+    """
+    kind = record.exc_info[0] if record.exc_info else None
+    # the library does not export this class
+    if kind is not None and kind.__name__ == "ExecuteBatchError":
+        log_client_disconnect("GRPC")
+        return False
+    return True
 
 
 class _HealthServicer(health.aio.HealthServicer):

@@ -1,4 +1,4 @@
-"""Flow control and memory of calls, without a server.
+"""Flow control, memory and disconnects of calls, without models.
 
 `test_messages.py` runs these tests in a process of their own: Triton's client, which other tests
 use, registers messages of the same names.
@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
+import struct
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from service.core.errors import CarryError, Conflict, ShuttingDown
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.infer_stream import WINDOW, WINDOW_BYTES, InferStream
-from service.transports.kserve.grpc.servicer import InferenceServicer
-from service.transports.kserve.values import InferReply, InferRequest
+from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
+from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer
+from service.transports.kserve.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.http.raw_http import becomes
 
 
@@ -107,3 +112,58 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
         assert freed[0]() is None
     finally:
         gc.enable()
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """A frame of HTTP/2."""
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+def call_bytes(method: str, message: bytes) -> bytes:
+    """A connection with one call, whose client never lets the server send over 64 KiB."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": f"/{SERVICE}/{method}",
+        ":authority": "localhost",
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
+    # literal fields that no table has
+    fields = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    return (
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(4, 0, 0, b"")
+        + frame(1, 4, 1, fields)
+        + frame(0, 1, 1, struct.pack(">BI", 0, len(message)) + message)
+    )
+
+
+async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The library's other errors are still logged."""
+
+    async def infer(request: InferRequest, deadline_s: float) -> InferReply:
+        return InferReply("m", "1", "", {}, [OutputTensor("o", np.zeros(2**18, np.float32))])
+
+    limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
+    inference: Any = SimpleNamespace(api=SimpleNamespace(limits=limits), infer=infer)
+    server = GrpcServer(inference, dict, GrpcLimits(2**20, 8, 0.0), "127.0.0.1", 0)
+    await server.start()
+    try:
+        with capture_logs() as events:
+            replies, client = await asyncio.open_connection("127.0.0.1", server.port)
+            client.write(call_bytes("ModelInfer", b""))
+            await replies.readexactly(2**16 - 1)
+            client.transport.abort()
+            disconnect = {"event": "client_disconnected", "method": "GRPC", "log_level": "info"}
+            await becomes(lambda: disconnect in events, "the event")
+        assert not caplog.records
+        logging.getLogger("grpc._cython.cygrpc").error("another", exc_info=ValueError())
+        assert [each.message for each in caplog.records] == ["another"]
+    finally:
+        await server.stop()
