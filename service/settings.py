@@ -85,9 +85,9 @@ class Settings(BaseSettings):
     """Folder whose sub-folders are the artifacts to serve, one model each."""
 
     runtime: Literal["auto", "onnxruntime", "tensorflow"] = "auto"
-    """Library that runs the networks. `auto` uses `onnxruntime`, which is faster and smaller, if
-    it is installed and every model has a graph, otherwise `tensorflow`; the log line `runtime`
-    says which and why."""
+    """Library that runs the networks. `auto` chooses for each model: `onnxruntime`, which is faster
+    and smaller, if it is installed and the model has a graph, otherwise `tensorflow`; the log line
+    `runtime` of each model says which and why."""
 
     runtime_threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Threads that one step of the network may use. Small recurrent networks gain nothing

@@ -207,6 +207,7 @@ def list_models(session: Session) -> Call[list[ServedModel]]:
                 input_features=int(each["input_features"]),
                 takes_events=bool(each["events"]),
                 outputs=tuple(each["outputs"]),
+                runtime=str(each.get("runtime", "")),
             )
             for each in document["models"]
         ]

@@ -198,6 +198,7 @@ class ServedModel:
         input_features: F, values of one row of `inputs`.
         takes_events: whether it has an event schema.
         outputs: their names.
+        runtime: the library that runs it, `onnxruntime` or `tensorflow`.
     """
 
     name: str
@@ -206,6 +207,7 @@ class ServedModel:
     input_features: int
     takes_events: bool
     outputs: tuple[str, ...]
+    runtime: str = ""
 
 
 def read_outputs(model: ModelDescription, document: Any, first_position: int) -> dict[str, Any]:

@@ -104,10 +104,16 @@ def package(
         },
     }
     artifact = write_artifact(out, spec, arrays, training={"imported": origin}, overwrite=overwrite)
+    notes = conversion.notes
+    if artifact.graphs.refused is not None:
+        notes += (
+            f"only TensorFlow can run this model: {artifact.graphs.refused}. A service with it "
+            "needs the extra `tensorflow` and about 1 GiB more memory in each worker",
+        )
     return ImportReport(
         artifact,
         conversion.layers,
-        conversion.notes,
+        notes,
         conversion.lengths_steps,
         conversion.sequences,
         conversion.largest_difference,

@@ -1,7 +1,7 @@
-"""Chooses and opens the runtime. Runtimes are optional dependencies, imported when opened.
+"""Chooses and opens a runtime for each model. They are optional dependencies, imported when opened.
 
-All models of a service use one runtime. `auto` prefers ONNX Runtime, which is faster and smaller
-(docs/decisions/runtimes.md), if it is installed and every model has a graph. The graph that runs is
+`auto` prefers ONNX Runtime, which is faster and smaller (docs/decisions/runtimes.md). TensorFlow,
+which needs 0.8 GiB, is imported only if a model needs it. The graph that ONNX Runtime runs is
 generated from spec and weights, never read from the artifact.
 """
 
@@ -37,26 +37,31 @@ class RuntimeUnsupportedError(RuntimeUnavailableError):
 
 
 def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> list[Runtime]:
-    """Open a runtime for each model, all of one kind, not yet warmed up.
+    """Open a runtime for each model, not yet warmed up, and log the choices.
 
     Args:
-        wanted: one of `RUNTIMES`, or `auto`.
+        wanted: one of `RUNTIMES` for every model, or `auto`: the first that can run the model.
         artifacts: the models.
         threads: threads that one step may use.
 
     Raises:
-        RuntimeMissingError: the library is not installed.
-        RuntimeUnsupportedError: ONNX Runtime is chosen, and no graph can represent a model.
+        RuntimeMissingError: no installed library can run a model, or the wanted one is missing.
+        RuntimeUnsupportedError: the wanted runtime cannot run a model.
         ArtifactError: the runtime rejects a model's graph.
         ValueError: there is no such runtime.
     """
     if wanted not in (AUTO, *RUNTIMES):
         raise ValueError(f"expected one of the runtimes {[AUTO, *RUNTIMES]}, got {wanted!r}")
-    name, reason = _choose(artifacts) if wanted == AUTO else (wanted, "as configured")
-    opened = [open_runtime(name, artifact, threads) for artifact in artifacts]
-    log.info("runtime", runtime=name, reason=reason)
-    for artifact in artifacts if name == ONNXRUNTIME else ():
-        if artifact.differing_graphs:
+    choices = [
+        _choose(artifact) if wanted == AUTO else (wanted, "as configured") for artifact in artifacts
+    ]
+    opened = [
+        open_runtime(name, artifact, threads)
+        for artifact, (name, _) in zip(artifacts, choices, strict=True)
+    ]
+    for artifact, (name, reason) in zip(artifacts, choices, strict=True):
+        log.info("runtime", model=artifact.spec.name, runtime=name, reason=reason)
+        if name == ONNXRUNTIME and artifact.differing_graphs:
             log.warning(
                 "graph_differs",
                 path=str(artifact.path),
@@ -108,22 +113,23 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
 _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 
-def _choose(artifacts: Sequence[Artifact]) -> tuple[str, str]:
-    """The runtime that `auto` chooses, and why."""
+def _choose(artifact: Artifact) -> tuple[str, str]:
+    """The runtime that `auto` chooses for a model, and why."""
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
     if not installed:
         raise RuntimeMissingError(
             "runtime_missing: neither runtime is installed: pip install ./client '.[onnx]' "
             "or '.[tensorflow]'"
         )
-    if installed == [TENSORFLOW]:
-        return TENSORFLOW, "onnxruntime is not installed"
-    if TENSORFLOW in installed:
-        for artifact in artifacts:
-            missing = _missing_graph(artifact)
-            if missing is not None:
-                return TENSORFLOW, missing
-    return ONNXRUNTIME, "installed, and every model has a graph"
+    missing = _missing_graph(artifact)
+    if missing is None and ONNXRUNTIME in installed:
+        return ONNXRUNTIME, "the model has a graph"
+    if TENSORFLOW not in installed:
+        raise RuntimeMissingError(
+            f"runtime_missing: {missing}; only 'tensorflow' can run it: "
+            f"pip install ./client '.[{_EXTRAS[TENSORFLOW]}]'"
+        )
+    return TENSORFLOW, missing or "onnxruntime is not installed"
 
 
 def _missing_graph(artifact: Artifact) -> str | None:

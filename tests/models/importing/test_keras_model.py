@@ -12,9 +12,14 @@ import pytest
 from keras import layers as kl
 
 from models.artifact.artifact import load_artifact
+from models.artifact.weights import weights_bytes
 from models.errors import ImportedModelError
+from models.importing.keras_model import package
+from models.importing.result import Conversion
 from models.networks.build import StepNetwork
+from models.spec.model import parse_spec
 from tests.models.importing.saving import import_error, import_here, import_model, save_model
+from tests.support.oracle import contracting_weights
 
 # Keras 3 writes its variables through a NumPy protocol that NumPy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -338,3 +343,24 @@ def test_original_that_overflows_is_rejected(tmp_path: Path) -> None:
     model.save(path)
     with pytest.raises(ImportedModelError, match="expected finite outputs"):
         import_here(path, tmp_path / "out")
+
+
+def test_a_model_that_only_tensorflow_can_run_is_noted(tmp_path: Path) -> None:
+    layers = [{"kind": "lstm", "units": 2, "activation": "gelu"}]
+    heads = [{"kind": "sequence", "name": "h"}]
+    data = {"name": "m", "features": 1, "layers": layers, "heads": heads}
+    spec = parse_spec(data)
+    weights = weights_bytes(contracting_weights(spec, 1))
+    conversion = Conversion(
+        spec=data,
+        keras="3",
+        layers=(),
+        notes=(),
+        lengths_steps=(1,),
+        sequences=1,
+        largest_difference=0.0,
+    )
+    report = package(tmp_path / "m.keras", conversion, weights, tmp_path / "out")
+    (note,) = report.notes
+    assert note.startswith("only TensorFlow can run this model: ")
+    assert "'gelu'" in note

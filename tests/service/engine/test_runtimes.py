@@ -59,34 +59,35 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     return only
 
 
-def chosen(*artifacts: Artifact, wanted: str = "auto") -> tuple[object, str]:
+def chosen(*artifacts: Artifact, wanted: str = "auto") -> list[tuple[str, str]]:
+    """The runtime of each model, and why."""
     with capture_logs() as logs:
         opened = open_runtimes(wanted, artifacts, 1)
-    assert len(set(opened)) == 1
-    assert len(opened) == len(artifacts)
-    (line,) = [entry for entry in logs if entry["event"] == "runtime"]
-    assert line["runtime"] == opened[0]
-    return opened[0], line["reason"]
+    lines = [entry for entry in logs if entry["event"] == "runtime"]
+    assert [line["model"] for line in lines] == [artifact.spec.name for artifact in artifacts]
+    assert [line["runtime"] for line in lines] == opened
+    return [(line["runtime"], line["reason"]) for line in lines]
 
 
-def test_auto_chooses_onnxruntime_if_every_model_has_a_graph(
+def test_auto_chooses_for_each_model(
     with_graph: Artifact, without_graph: Artifact, installed: Any
 ) -> None:
     installed("onnxruntime", "tensorflow")
-    assert chosen(with_graph, with_graph) == (
-        "onnxruntime",
-        "installed, and every model has a graph",
-    )
-    name, reason = chosen(with_graph, without_graph)
-    assert name == "tensorflow"
-    assert "'selu'" in reason
+    first, second, third = chosen(with_graph, without_graph, with_graph)
+    assert first == third == ("onnxruntime", "the model has a graph")
+    assert second[0] == "tensorflow"
+    assert "'selu'" in second[1]
 
 
-def test_auto_selects_an_installed_runtime(with_graph: Artifact, installed: Any) -> None:
+def test_auto_selects_an_installed_runtime(
+    with_graph: Artifact, without_graph: Artifact, installed: Any
+) -> None:
     installed("tensorflow")
-    assert chosen(with_graph) == ("tensorflow", "onnxruntime is not installed")
+    assert chosen(with_graph) == [("tensorflow", "onnxruntime is not installed")]
     installed("onnxruntime")
-    assert chosen(with_graph)[0] == "onnxruntime"
+    assert chosen(with_graph)[0][0] == "onnxruntime"
+    with pytest.raises(RuntimeMissingError, match=r"without_graph: .*'selu'.*\.\[tensorflow\]"):
+        open_runtimes("auto", [with_graph, without_graph], 1)
     installed()
     with pytest.raises(RuntimeMissingError, match=r"\.\[onnx\].*\.\[tensorflow\]"):
         open_runtimes("auto", [with_graph], 1)
@@ -94,7 +95,7 @@ def test_auto_selects_an_installed_runtime(with_graph: Artifact, installed: Any)
 
 def test_the_requested_runtime_is_used(with_graph: Artifact, installed: Any) -> None:
     installed("onnxruntime", "tensorflow")
-    assert chosen(with_graph, wanted="tensorflow") == ("tensorflow", "as configured")
+    assert chosen(with_graph, wanted="tensorflow") == [("tensorflow", "as configured")]
     with pytest.raises(ValueError, match=r"'onnxruntime', 'tensorflow'\], got 'torch'"):
         open_runtimes("torch", [with_graph], 1)
 
@@ -102,6 +103,30 @@ def test_the_requested_runtime_is_used(with_graph: Artifact, installed: Any) -> 
 def test_a_model_without_a_graph_is_unsupported(without_graph: Artifact) -> None:
     with pytest.raises(RuntimeUnsupportedError, match=r"^runtime_unsupported: .*'selu'"):
         open_runtimes("onnxruntime", [without_graph], 1)
+
+
+def test_models_of_one_service_run_on_two_runtimes(
+    with_graph: Artifact, without_graph: Artifact
+) -> None:
+    opened = open_runtimes("auto", [without_graph, with_graph], 1)
+    assert [runtime.name for runtime in opened] == ["tensorflow", "onnxruntime"]
+    rows = np.random.default_rng(1).normal(size=(3, 1)).astype(np.float32)
+    for runtime, found in zip(opened, (without_graph, with_graph), strict=True):
+        runtime.warm()
+        state = np.full(found.state.float_size, 0.3, np.float32)
+        (outputs,), _ = step(runtime, [rows], state[np.newaxis])
+        expected = oracle_step(found.spec, found.weights, rows, state)[0]
+        np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tensorflow_is_not_imported_unless_a_model_needs_it(
+    with_graph: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    monkeypatch.delitem(sys.modules, "service.engine.runtimes.tensorflow", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    (runtime,) = open_runtimes("auto", [with_graph], 1)
+    assert runtime.name == "onnxruntime"
 
 
 def test_a_missing_library_is_named_with_its_extra(

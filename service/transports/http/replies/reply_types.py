@@ -281,6 +281,8 @@ class ModelSummary(TypedDict):
     events: bool
     """Whether it has an event schema."""
     outputs: list[str]
+    runtime: str
+    """`onnxruntime` or `tensorflow`."""
 
 
 @closed

@@ -57,6 +57,7 @@ def _summary(served: ServedModel) -> ModelSummary:
         "input_features": served.input_features,
         "events": served.events is not None,
         "outputs": [output.name for output in served.outputs.outputs],
+        "runtime": served.runtime.name,
     }
 
 

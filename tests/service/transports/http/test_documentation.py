@@ -126,7 +126,8 @@ def compare(shown: Any, got: Any, actual_of: dict[str, str], at: str = "reply") 
         assert isinstance(got, str), at
         if len(shown) >= 12 and re.fullmatch(r"[0-9a-f]+", shown):
             actual_of[shown] = got
-        elif not shown.endswith("..."):
+        # the tests have a runtime of their own
+        elif not shown.endswith("...") and not at.endswith(".runtime"):
             assert got == shown, at
     elif isinstance(shown, bool | int) and not at.endswith(("_ms", "_bytes", ".last_ms")):
         assert got == shown, at

@@ -24,6 +24,7 @@ async def test_models_are_listed_by_name(api: Harness) -> None:
         ("small", True),
     ]
     assert found[1]["description"] == "A small model."
+    assert {model["runtime"] for model in found} == {"numpy"}
 
 
 async def test_detail_describes_a_model_with_events(api: Harness) -> None:
