@@ -29,7 +29,9 @@ from models.networks.activations import activation_of
 from models.networks.attention import Attention, StreamState
 from models.networks.bidirectional import run_bidirectional, run_forward
 from models.networks.cells import recurrent_layer
+from models.networks.convolution import CausalConvolution
 from models.networks.decoder_network import last_observed
+from models.networks.elementwise import Affine, Prelu
 from models.networks.heads import (
     Tensor,
     anomaly_forecast,
@@ -43,9 +45,11 @@ from models.spec.heads import AnomalyHead
 from models.spec.layers import (
     FEATURES,
     ActivationLayer,
+    AffineLayer,
     AttentionLayer,
     BatchNormalizationLayer,
     BidirectionalLayer,
+    Conv1dLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -53,7 +57,10 @@ from models.spec.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    PreluLayer,
     Recurrent,
+    SimpleRnnLayer,
+    SliceLayer,
     returned_state,
 )
 from models.spec.layout import (
@@ -201,7 +208,7 @@ class StepNetwork:
             sources = [values[name] for name in layer.inputs]
             keras_layer: Any = self._layers.get(layer.name)
             match layer:
-                case LstmLayer() | GruLayer() | BidirectionalLayer():
+                case LstmLayer() | GruLayer() | SimpleRnnLayer() | BidirectionalLayer():
                     names = [f"{layer.name}.{part}" for part in returned_state(layer)]
                     if layer.starts_from is None:
                         initial = [self._part(state, name) for name in names]
@@ -222,6 +229,12 @@ class StepNetwork:
                     before = StreamState(*(self._part(state, name) for name in names))
                     values[layer.name], after = keras_layer.over_stream(sources[0], lengths, before)
                     parts.update(zip(names, after, strict=True))
+                case Conv1dLayer():
+                    name = f"{layer.name}.past"
+                    past = self._part(state, name)
+                    values[layer.name], parts[name] = keras_layer(sources[0], lengths, past)
+                case SliceLayer():
+                    values[layer.name] = sources[0][..., layer.start : layer.stop]
                 case MergeLayer():
                     values[layer.name] = keras_layer(sources)
                 case DropoutLayer():
@@ -390,10 +403,10 @@ def _embedding(name: str, codes: int, width: int) -> keras.layers.Embedding:
 
 
 def _build_layer(layer: Layer, widths: Mapping[str, int], unroll: bool = False) -> Any:
-    """The Keras layer, built for [B, T, width of what it reads]; or `Attention`."""
+    """The Keras layer, built for [B, T, width of what it reads], or one of this package."""
     common: dict[str, Any] = {"name": layer.name, "dtype": "float32"}
     match layer:
-        case LstmLayer() | GruLayer():
+        case LstmLayer() | GruLayer() | SimpleRnnLayer():
             keras_layer = recurrent_layer(layer, layer.name)
             keras_layer.unroll = unroll
         case DenseLayer():
@@ -417,6 +430,14 @@ def _build_layer(layer: Layer, widths: Mapping[str, int], unroll: bool = False) 
             )
         case AttentionLayer():
             return Attention(layer, widths[layer.inputs[0]])
+        case Conv1dLayer():
+            return CausalConvolution(layer, widths[layer.inputs[0]])
+        case AffineLayer():
+            return Affine(layer.name, widths[layer.inputs[0]])
+        case PreluLayer():
+            return Prelu(layer.name, widths[layer.inputs[0]])
+        case SliceLayer():
+            return None
         case MergeLayer():
             keras_layer = _MERGES[layer.kind](**common)
             keras_layer.build([(None, None, widths[name]) for name in layer.inputs])

@@ -1,7 +1,7 @@
 """The recurrent layers of a network, as Keras layers.
 
-A plain LSTM and the GRU are Keras' own. An LSTM with peepholes, layer normalisation or a
-projection is `LstmCell` in `keras.layers.RNN`, which takes the mask and the initial state and
+A plain LSTM, the GRU and the simple RNN are Keras' own. An LSTM with peepholes, layer normalisation
+or a projection is `LstmCell` in `keras.layers.RNN`, which takes the mask and the initial state and
 returns the state as for Keras' own cells. The weights are created here and set by name from outside
 (`models.networks.initial_weights`, an artifact); Keras saves nothing.
 """
@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from models.networks.activations import activation_of
-from models.spec.layers import NORMALISATION_EPSILON, GruLayer, LstmLayer
+from models.spec.layers import NORMALISATION_EPSILON, Cell, GruLayer, LstmLayer, SimpleRnnLayer
 
 Tensor = Any
 
@@ -118,7 +118,7 @@ class LstmCell(keras.layers.LSTMCell):  # type: ignore[misc]  # Keras ships no t
         return self.add_weight(name=name, shape=shape, initializer="zeros")
 
 
-def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
+def recurrent_layer(layer: Cell, name: str) -> keras.layers.RNN:
     """The Keras layer, not yet built; returns the sequence and the state parts in order."""
     options: dict[str, Any] = {
         "name": name,
@@ -130,14 +130,16 @@ def recurrent_layer(layer: LstmLayer | GruLayer, name: str) -> keras.layers.RNN:
         return keras.layers.RNN(LstmCell(layer), **options)
     common = {
         "activation": activation_of(layer.activation),
-        "recurrent_activation": activation_of(layer.recurrent_activation),
         "use_bias": layer.use_bias,
         "dropout": layer.dropout,
         "recurrent_dropout": layer.recurrent_dropout,
-        # XLA cannot compile cuDNN's kernel, which supports no mask either
-        "use_cudnn": False,
         **options,
     }
+    if isinstance(layer, SimpleRnnLayer):
+        return keras.layers.SimpleRNN(layer.units, **common)
+    common["recurrent_activation"] = activation_of(layer.recurrent_activation)
+    # XLA cannot compile cuDNN's kernel, which supports no mask either
+    common["use_cudnn"] = False
     if isinstance(layer, GruLayer):
         return keras.layers.GRU(layer.units, reset_after=layer.reset_after, **common)
     return keras.layers.LSTM(layer.units, **common)

@@ -2,15 +2,16 @@
 
 The distributions are Keras' defaults (Glorot uniform kernels and projections, orthogonal recurrent
 kernels, a forget gate bias of 1, gains of 1, embeddings uniform within 0.05), drawn from NumPy's
-generator; peepholes and offsets are 0. Every weight has a random generator of its own, seeded by
-(seed, name), so that adding a layer changes no other weight. Needs no fitted schema, only the
-vocabularies.
+generator; peepholes, slopes and offsets are 0. Every weight has a random generator of its own,
+seeded by (seed, name), so that adding a layer changes no other weight. Needs no fitted schema, only
+the vocabularies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,8 @@ def _draw(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32
         if name.startswith("embedding."):
             values = random.uniform(-EMBEDDING_RANGE, EMBEDDING_RANGE, shape)
         elif kind in ("kernel", "projection"):
-            limit = np.sqrt(6.0 / (shape[0] + shape[1]))
+            # of a convolution, the steps that the kernel reads multiply both
+            limit = np.sqrt(6.0 / ((shape[-2] + shape[-1]) * prod(shape[:-2])))
             values = random.uniform(-limit, limit, shape)
         elif kind == "context":
             # a kernel of one column
@@ -68,7 +70,7 @@ def _draw(spec: ModelSpec, seed: int, lead: str) -> dict[str, NDArray[np.float32
             values = random.uniform(-limit, limit, shape)
         elif kind == "recurrent_kernel":
             values = _orthogonal(random, shape)
-        elif kind.endswith("gamma") or kind == "moving_variance":
+        elif kind.endswith("gamma") or kind in ("moving_variance", "scale"):
             values = np.ones(shape)
         else:
             values = np.zeros(shape)

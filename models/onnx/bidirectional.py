@@ -16,15 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from models.onnx.cells import gru, lstm
-from models.onnx.nodes import Nodes, Value
+from models.onnx.cells import gru, lstm, simple_rnn
+from models.onnx.nodes import MOST, Nodes, Value
 from models.spec.blocks import BlockSpec
-from models.spec.layers import BidirectionalLayer, GruLayer, LstmLayer
+from models.spec.layers import BidirectionalLayer, Cell, GruLayer, LstmLayer
 
 Weights = Mapping[str, NDArray[np.float32]]
-
-MOST = np.iinfo(np.int64).max
-"""As the end of a slice: up to the last element."""
 
 
 class WindowSteps(NamedTuple):
@@ -55,7 +52,7 @@ class WindowSteps(NamedTuple):
 
 def forward(
     nodes: Nodes,
-    cell: LstmLayer | GruLayer,
+    cell: Cell,
     weights: Weights,
     x: Value,
     steps: WindowSteps,
@@ -100,7 +97,7 @@ def bidirectional(
 
 def _run(
     nodes: Nodes,
-    cell: LstmLayer | GruLayer,
+    cell: Cell,
     weights: Weights,
     x: Value,
     lengths: Value,
@@ -109,7 +106,9 @@ def _run(
 ) -> tuple[Value, list[Value]]:
     if isinstance(cell, LstmLayer):
         return lstm(nodes, cell, weights, x, lengths, initial, direction)
-    return gru(nodes, cell, weights, x, lengths, initial, direction)
+    if isinstance(cell, GruLayer):
+        return gru(nodes, cell, weights, x, lengths, initial, direction)
+    return simple_rnn(nodes, cell, weights, x, lengths, initial, direction)
 
 
 def _merge(

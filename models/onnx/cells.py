@@ -1,11 +1,12 @@
-"""LSTM and GRU layers as ONNX operators.
+"""LSTM, GRU and simple RNN layers as ONNX operators.
 
-Keras and ONNX compute the same cells with their gates in another order. If a weight has
+Keras and ONNX compute the same cells, LSTM with its gates in another order. If a weight has
 its gates side by side, [..., gates * H], `_gates` reorders them for ONNX:
 
     LSTM        Keras i, f, c, o    ONNX i, o, f, c
     peepholes         i, f, o            i, o, f
     GRU               z, r, h            z, r, h
+    simple RNN        h                  h
 
 ONNX keeps weights transposed, [1, gates * H, in], and two biases, one added to x W and one to
 h R. Keras' GRU has both with `reset_after` (ONNX: `linear_before_reset`); every other cell has
@@ -24,12 +25,13 @@ from numpy.typing import NDArray
 from models.onnx.activations import CellFunction, cell_function
 from models.onnx.nodes import Nodes, Value
 from models.onnx.recurrence import lstm_loop
-from models.spec.layers import ActivationName, GruLayer, LstmLayer
+from models.spec.layers import ActivationName, Cell, GruLayer, LstmLayer, SimpleRnnLayer
 
 Floats = NDArray[np.float32]
 
 LSTM_GATES = (0, 3, 1, 2)
 GRU_GATES = (0, 1, 2)
+RNN_GATES = (0,)
 PEEPHOLE_GATES = (0, 2, 1)
 """Order of ONNX' gates among Keras'; an LSTM's peepholes are i, f, o and in ONNX i, o, f."""
 
@@ -104,8 +106,32 @@ def gru(
     return nodes.add("Squeeze", sequence, nodes.integers(1)), [after]
 
 
+def simple_rnn(
+    nodes: Nodes,
+    layer: SimpleRnnLayer,
+    weights: Mapping[str, Floats],
+    x: Value,
+    lengths: Value,
+    state: list[Value],
+    direction: str | None = None,
+) -> tuple[Value, list[Value]]:
+    """One simple RNN layer; as `gru`."""
+    sequence, after = nodes.add_many(
+        "RNN",
+        x,
+        *_constants(nodes, layer, weights, RNN_GATES),
+        lengths,
+        *state,
+        count=2,
+        hidden_size=layer.units,
+        direction=direction,
+        **_functions(layer.name, layer.activation),
+    )
+    return nodes.add("Squeeze", sequence, nodes.integers(1)), [after]
+
+
 def _constants(
-    nodes: Nodes, layer: LstmLayer | GruLayer, weights: Mapping[str, Floats], order: tuple[int, ...]
+    nodes: Nodes, layer: Cell, weights: Mapping[str, Floats], order: tuple[int, ...]
 ) -> list[Value]:
     """The operator's W [1, gates * H, in], R [1, gates * H, H] and B [1, 2 * gates * H]."""
     width = len(order) * layer.units

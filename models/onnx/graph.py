@@ -4,7 +4,7 @@
 
 In blocks T is C+R, the steps of a window, and the outputs are those of its block, [B,C,O].
 
-The same step as `models.networks.build`, with the ONNX operators LSTM and GRU, which take
+The same step as `models.networks.build`, with the ONNX operators LSTM, GRU and RNN, which take
 initial states and the length of each row. B and T are free: one graph serves every batch. Names
 and dtypes are in `models.onnx.names`, the packing in `models.spec.layout`.
 
@@ -26,6 +26,7 @@ from models.errors import GraphUnsupportedError
 from models.onnx.activations import activation
 from models.onnx.attention import check_steps, over_chunk, over_stream
 from models.onnx.bidirectional import WindowSteps, bidirectional, forward
+from models.onnx.convolution import causal_convolution
 from models.onnx.decoder_graph import last_observed
 from models.onnx.heads import dense, head_output
 from models.onnx.messages import DataType, graph, model, tensor_value
@@ -45,9 +46,11 @@ from models.spec.heads import AnomalyHead
 from models.spec.layers import (
     FEATURES,
     ActivationLayer,
+    AffineLayer,
     AttentionLayer,
     BatchNormalizationLayer,
     BidirectionalLayer,
+    Conv1dLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -55,7 +58,10 @@ from models.spec.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    PreluLayer,
     Recurrent,
+    SimpleRnnLayer,
+    SliceLayer,
     returned_state,
 )
 from models.spec.layout import layer_widths, network_state, output_spec
@@ -165,7 +171,7 @@ class _Step:
     def _layer(self, layer: Layer, sources: list[Value]) -> Value:
         nodes, weights, x = self.nodes, self._weights, sources[0]
         match layer:
-            case LstmLayer() | GruLayer():
+            case LstmLayer() | GruLayer() | SimpleRnnLayer():
                 x, after = forward(nodes, layer, weights, x, self._steps, self._initial(layer))
                 self._keep(layer, after)
             case BidirectionalLayer():
@@ -185,6 +191,16 @@ class _Step:
                 x = activation(nodes, layer.activation, dense(nodes, weights, layer.name, x))
             case ActivationLayer():
                 x = activation(nodes, layer.activation, x)
+            case Conv1dLayer():
+                name = f"{layer.name}.past"
+                past = self._before.get(name, "")
+                x, self._after[name] = causal_convolution(nodes, layer, weights, x, LENGTHS, past)
+            case AffineLayer():
+                x = self._affine(layer, x)
+            case PreluLayer():
+                x = nodes.add("PRelu", x, nodes.constant(weights[f"{layer.name}.slope"]))
+            case SliceLayer():
+                x = nodes.part(x, layer.start, layer.stop, axis=2)
             case DropoutLayer():
                 pass
             case LayerNormalizationLayer():
@@ -221,6 +237,18 @@ class _Step:
         if offset is not None:
             constants.append(self.nodes.constant(offset))
         return self.nodes.add("LayerNormalization", x, *constants, axis=-1, epsilon=layer.epsilon)
+
+    def _affine(self, layer: AffineLayer, x: Value) -> Value:
+        """Constants without effect are left out."""
+        for operator, kind, neutral in (
+            ("Sub", "shift", 0),
+            ("Mul", "scale", 1),
+            ("Add", "offset", 0),
+        ):
+            constant = self._weights[f"{layer.name}.{kind}"]
+            if (constant != neutral).any():
+                x = self.nodes.add(operator, x, self.nodes.constant(constant))
+        return x
 
     def _batch_normalization(self, layer: BatchNormalizationLayer, x: Value) -> Value:
         """With its moving statistics it is one factor and one offset per column."""

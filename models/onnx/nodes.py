@@ -19,6 +19,9 @@ from models.onnx.messages import Tensor, node
 Value: TypeAlias = str
 """The name of a tensor in the graph; "" for an omitted optional input."""
 
+MOST = np.iinfo(np.int64).max
+"""As the end of a slice: up to the last element."""
+
 
 class Nodes:
     """The nodes and constants added so far, in execution order."""

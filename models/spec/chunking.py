@@ -19,6 +19,7 @@ from typing import Literal
 from models.spec.layers import (
     RECURRENT,
     ActivationLayer,
+    AffineLayer,
     AttentionLayer,
     BatchNormalizationLayer,
     BidirectionalLayer,
@@ -29,7 +30,10 @@ from models.spec.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    PreluLayer,
     Recurrent,
+    SimpleRnnLayer,
+    SliceLayer,
     returned_state,
 )
 
@@ -41,6 +45,9 @@ _STEPWISE = (
     DropoutLayer,
     LayerNormalizationLayer,
     BatchNormalizationLayer,
+    AffineLayer,
+    PreluLayer,
+    SliceLayer,
     MergeLayer,
 )
 """Layers that treat every step alike, and so are constant if their inputs are."""
@@ -113,7 +120,7 @@ def check_starts_from(layer: Recurrent, before: Mapping[str, Layer]) -> None:
 
 def _is_non_causal(layer: Layer) -> bool:
     match layer:
-        case LstmLayer() | GruLayer():
+        case LstmLayer() | GruLayer() | SimpleRnnLayer():
             return layer.starts_from is not None
         case BidirectionalLayer():
             return True

@@ -28,7 +28,7 @@ from models.events.schema import (
     Frozen,
     TimestampField,
 )
-from models.spec.layers import GruLayer, Layer, LayerName, LstmLayer, returned_state
+from models.spec.layers import Cell, Layer, LayerName, returned_state
 
 if TYPE_CHECKING:
     from models.spec.model import ModelSpec
@@ -48,11 +48,15 @@ CALENDAR = TIMESTAMP_FEATURES[1:]
 STEPWISE_KINDS = (
     "lstm",
     "gru",
+    "simple_rnn",
     "dense",
     "activation",
     "dropout",
     "layer_normalization",
     "batch_normalization",
+    "affine",
+    "prelu",
+    "slice",
     "add",
     "multiply",
     "average",
@@ -210,11 +214,11 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
     encoder = {
         layer.name: layer
         for layer in spec.layers
-        if isinstance(layer, LstmLayer | GruLayer) and layer.starts_from is None
+        if isinstance(layer, Cell) and layer.starts_from is None
     }
     for name, source in decoder.starts_from.items():
         layer = own.get(name)
-        if not isinstance(layer, LstmLayer | GruLayer):
+        if not isinstance(layer, Cell):
             raise ValueError(
                 f"decoder: starts_from: expected recurrent layers of the decoder, got {name!r}"
             )
@@ -235,7 +239,7 @@ def _check_starts(spec: ModelSpec, decoder: DecoderSpec) -> None:
         )
 
 
-def _describe(layer: LstmLayer | GruLayer) -> str:
+def _describe(layer: Cell) -> str:
     width = returned_state(layer)["hidden"]
     projected = "" if width == layer.units else f" to {width}"
     return f"{layer.kind} of {layer.units}{projected}"

@@ -13,6 +13,9 @@ from pydantic import Field, model_validator
 from models.events.schema import Frozen
 from models.spec.layers import ActivationName, LayerName, Units
 
+HeadName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")]
+"""An output's name: wider than a layer's, so that imported models keep theirs."""
+
 LOG_DEVIATION_LIMIT = 7.0
 """Bound of the absolute log deviation of a Gaussian: deviations of 0.0009 to 1,097."""
 DEVIATION_LIMIT = 1e18
@@ -24,7 +27,7 @@ EXPONENT_LIMIT = 88.0
 class _Head(Frozen):
     """Base of all heads: the output's name and the input layer (the last one by default)."""
 
-    name: LayerName
+    name: HeadName
     input: LayerName | Literal[""] = ""
 
 

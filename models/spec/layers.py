@@ -115,6 +115,21 @@ class GruLayer(_Layer):
     starts_from: LayerName | None = None
 
 
+class SimpleRnnLayer(_Layer):
+    """Keras `SimpleRNN` (Elman 1990): one state part, `hidden` h.
+
+    `starts_from` has the same meaning as in `LstmLayer`.
+    """
+
+    kind: Literal["simple_rnn"] = "simple_rnn"
+    units: Units
+    activation: ActivationName = "tanh"
+    use_bias: bool = True
+    dropout: Rate = 0.0
+    recurrent_dropout: Rate = 0.0
+    starts_from: LayerName | None = None
+
+
 class BidirectionalLayer(_Layer):
     """Keras `Bidirectional`: a cell that reads the steps forward, and one that reads them backward.
 
@@ -203,6 +218,62 @@ class BatchNormalizationLayer(_Layer):
     scale: bool = True
 
 
+class AffineLayer(_Layer):
+    """(x - shift) scale + offset, one constant of each per value: Keras' `Normalization` and
+    `Rescaling`.
+
+    Subtracting first is exact where values are large and close together. The constants are weights
+    that training does not change.
+    """
+
+    kind: Literal["affine"] = "affine"
+
+
+class PreluLayer(_Layer):
+    """Keras `PReLU` with one slope per value: x where x >= 0, slope x elsewhere."""
+
+    kind: Literal["prelu"] = "prelu"
+
+
+class SliceLayer(_Layer):
+    """The values `start` to `stop - 1` of each step."""
+
+    kind: Literal["slice"] = "slice"
+    start: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> SliceLayer:
+        if self.stop <= self.start:
+            raise ValueError(f"stop: expected more than `start` ({self.start}), got {self.stop}")
+        return self
+
+
+class Conv1dLayer(_Layer):
+    """Keras `Conv1D` with causal padding: each step reads itself and `past_steps` steps before it.
+
+    The state part `past` holds the last `past_steps` rows of its input; before the first event
+    they are zero, as Keras pads.
+
+    Attributes:
+        units: filters.
+        kernel_size: steps that the kernel reads.
+        dilation: distance of these steps.
+    """
+
+    kind: Literal["conv1d"] = "conv1d"
+    units: Units
+    kernel_size: Annotated[int, Field(ge=1, le=1024)]
+    dilation: Annotated[int, Field(ge=1, le=4096)] = 1
+    activation: ActivationName = "linear"
+    use_bias: bool = True
+
+    @property
+    def past_steps(self) -> int:
+        """Number of earlier steps that a step depends on."""
+        return (self.kernel_size - 1) * self.dilation
+
+
 class MergeLayer(_Layer):
     """Keras `Add`, `Multiply`, `Average` or `Concatenate` (last axis) of two or more layers."""
 
@@ -229,18 +300,25 @@ class AttentionLayer(_Layer):
 Layer = Annotated[
     LstmLayer
     | GruLayer
+    | SimpleRnnLayer
     | BidirectionalLayer
+    | Conv1dLayer
     | DenseLayer
     | ActivationLayer
     | DropoutLayer
     | LayerNormalizationLayer
     | BatchNormalizationLayer
+    | AffineLayer
+    | PreluLayer
+    | SliceLayer
     | MergeLayer
     | AttentionLayer,
     Field(discriminator="kind"),
 ]
-Recurrent = LstmLayer | GruLayer | BidirectionalLayer
-RECURRENT = (LstmLayer, GruLayer, BidirectionalLayer)
+Cell = LstmLayer | GruLayer | SimpleRnnLayer
+"""Recurrent layers of one direction."""
+Recurrent = Cell | BidirectionalLayer
+RECURRENT = (LstmLayer, GruLayer, SimpleRnnLayer, BidirectionalLayer)
 
 
 def returned_state(layer: Recurrent) -> dict[str, int]:
@@ -269,8 +347,15 @@ def layer_width(layer: Layer, widths: Mapping[str, int]) -> int:
     match layer:
         case LstmLayer() | BidirectionalLayer():
             return layer.width
-        case GruLayer() | DenseLayer():
+        case GruLayer() | SimpleRnnLayer() | DenseLayer() | Conv1dLayer():
             return layer.units
+        case SliceLayer():
+            if layer.stop > read[0]:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected `stop` within the {read[0]} values of "
+                    f"{layer.inputs[0]!r}, got {layer.stop}"
+                )
+            return layer.stop - layer.start
         case MergeLayer(kind="concatenate"):
             if sum(read) > MAX_WIDTH:
                 raise ValueError(

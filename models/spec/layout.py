@@ -36,9 +36,12 @@ from models.spec.heads import (
 from models.spec.layers import (
     FEATURES,
     ActivationLayer,
+    AffineLayer,
     AttentionLayer,
     BatchNormalizationLayer,
     BidirectionalLayer,
+    Cell,
+    Conv1dLayer,
     DenseLayer,
     DropoutLayer,
     GruLayer,
@@ -46,6 +49,9 @@ from models.spec.layers import (
     LayerNormalizationLayer,
     LstmLayer,
     MergeLayer,
+    PreluLayer,
+    SimpleRnnLayer,
+    SliceLayer,
     layer_width,
     returned_state,
 )
@@ -162,13 +168,15 @@ def _state_parts(
     With blocks, a backward cell has none: it starts from zero at the end of each window.
     """
     match layer:
-        case LstmLayer() | GruLayer() | BidirectionalLayer() if layer.starts_from is None:
-            returned = returned_state(layer).items()
+        case LstmLayer() | GruLayer() | SimpleRnnLayer() | BidirectionalLayer():
+            returned = returned_state(layer).items() if layer.starts_from is None else ()
             return {
                 part: (size,)
                 for part, size in returned
                 if not (in_blocks and part.startswith("backward."))
             }
+        case Conv1dLayer() if layer.past_steps:
+            return {"past": (layer.past_steps, widths[layer.inputs[0]])}
         case AttentionLayer(over="stream"):
             # Each sum is stored as a float32 and its remainder.
             return {"maximum": (), "normaliser": (2,), "sum": (2, widths[layer.name])}
@@ -275,6 +283,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
     `embedding.<field>`, `<layer>.kernel`, `<layer>.recurrent_kernel`, `<layer>.bias`,
     `<layer>.gamma|beta|moving_mean|moving_variance`, `heads.<head>.kernel`, `heads.<head>.bias`,
+    `<layer>.shift|scale|offset` of an affine layer, `<layer>.slope` of a prelu layer,
     `<layer>.context` of an attention layer, and for options of an LSTM `<layer>.peepholes` (gates
     i, f, o concatenated), `<layer>.kernel_gamma|recurrent_gamma|carry_gamma|carry_beta`,
     `<layer>.projection`. A bidirectional layer has the weights of two cells, `<layer>.forward` and
@@ -288,7 +297,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     for layer in spec.layers:
         read, name = widths[layer.inputs[0]], layer.name
         match layer:
-            case LstmLayer() | GruLayer():
+            case LstmLayer() | GruLayer() | SimpleRnnLayer():
                 shapes.update(_cell_shapes(layer, read))
             case BidirectionalLayer():
                 for cell in layer.directions:
@@ -297,6 +306,14 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.kernel"] = (read, layer.units)
                 if layer.use_bias:
                     shapes[f"{name}.bias"] = (layer.units,)
+            case Conv1dLayer():
+                shapes[f"{name}.kernel"] = (layer.kernel_size, read, layer.units)
+                if layer.use_bias:
+                    shapes[f"{name}.bias"] = (layer.units,)
+            case AffineLayer():
+                shapes.update({f"{name}.{kind}": (read,) for kind in ("shift", "scale", "offset")})
+            case PreluLayer():
+                shapes[f"{name}.slope"] = (read,)
             case LayerNormalizationLayer() | BatchNormalizationLayer():
                 if layer.scale:
                     shapes[f"{name}.gamma"] = (read,)
@@ -309,7 +326,7 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.kernel"] = (read, layer.units)
                 shapes[f"{name}.bias"] = (layer.units,)
                 shapes[f"{name}.context"] = (layer.units,)
-            case ActivationLayer() | DropoutLayer() | MergeLayer():
+            case ActivationLayer() | DropoutLayer() | MergeLayer() | SliceLayer():
                 pass
     for head in spec.heads:
         units = head_units(spec, head)
@@ -322,17 +339,18 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _cell_shapes(cell: LstmLayer | GruLayer, read: int) -> dict[str, tuple[int, ...]]:
+def _cell_shapes(cell: Cell, read: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of the weights of a cell with an input width."""
     if isinstance(cell, LstmLayer):
         return _lstm_shapes(cell, read)
-    gates = 3 * cell.units
+    gates = cell.units if isinstance(cell, SimpleRnnLayer) else 3 * cell.units
     shapes: dict[str, tuple[int, ...]] = {
         f"{cell.name}.kernel": (read, gates),
         f"{cell.name}.recurrent_kernel": (cell.units, gates),
     }
     if cell.use_bias:
-        shapes[f"{cell.name}.bias"] = (2, gates) if cell.reset_after else (gates,)
+        twice = isinstance(cell, GruLayer) and cell.reset_after
+        shapes[f"{cell.name}.bias"] = (2, gates) if twice else (gates,)
     return shapes
 
 

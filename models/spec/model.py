@@ -45,9 +45,11 @@ from models.spec.layers import (
     RECURRENT,
     AttentionLayer,
     BidirectionalLayer,
+    Conv1dLayer,
     Layer,
     MergeLayer,
     Rate,
+    Units,
     layer_width,
 )
 
@@ -108,6 +110,20 @@ class TrainingSpec(Frozen):
     decoder: DecoderTraining = DecoderTraining()
 
 
+class EmbeddedColumn(Frozen):
+    """A column of raw rows that holds codes, which the network reads as embeddings.
+
+    Attributes:
+        column: its index among the `features`.
+        codes: number of codes; a row's value is a whole number in 0..codes-1.
+        units: width of the embedding.
+    """
+
+    column: Annotated[int, Field(ge=0)]
+    codes: Annotated[int, Field(ge=1, le=2**24)]
+    units: Units
+
+
 class ModelSpec(Frozen):
     """Specification of one model, with either `events` (an event schema) or `features` (raw rows
     of F floats).
@@ -116,6 +132,8 @@ class ModelSpec(Frozen):
     the one that was written.
 
     Attributes:
+        embeddings: columns of raw rows that hold codes; categorical fields of `events` have
+            embeddings of their own.
         blocks: blocks in which a bidirectional network processes streams; without it, the network
             accepts complete sequences only.
         max_chunk_steps: longest chunk of a network that sees a chunk as a whole; `chunk_limit` is
@@ -126,6 +144,7 @@ class ModelSpec(Frozen):
     description: str = ""
     events: EventSchema | None = None
     features: Annotated[int, Field(ge=1, le=16384)] | None = None
+    embeddings: tuple[EmbeddedColumn, ...] = ()
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
     blocks: BlockSpec | None = None
@@ -155,6 +174,7 @@ class ModelSpec(Frozen):
     def _check_consistency(self) -> ModelSpec:
         if (self.events is None) == (self.features is None):
             raise ValueError("expected exactly one of `events` and `features`")
+        self._check_embeddings()
         widths = {FEATURES: sum(column.width for column in self.columns)}
         before: dict[str, Layer] = {}
         for layer in self.layers:
@@ -176,8 +196,14 @@ class ModelSpec(Frozen):
                 check_starts_from(layer, before)
             widths[layer.name] = layer_width(layer, widths)
             before[layer.name] = layer
-        if not any(isinstance(layer, RECURRENT) for layer in self.layers):
-            raise ValueError("expected at least one recurrent layer (lstm, gru, bidirectional)")
+        if not any(
+            isinstance(layer, RECURRENT) or (isinstance(layer, Conv1dLayer) and layer.past_steps)
+            for layer in self.layers
+        ):
+            raise ValueError(
+                "expected at least one recurrent layer (lstm, gru, simple_rnn, bidirectional) or "
+                "conv1d, since no other keeps a state"
+            )
         names: set[str] = set()
         for head in self.heads:
             if head.name in names:
@@ -211,6 +237,20 @@ class ModelSpec(Frozen):
                 )
         return self
 
+    def _check_embeddings(self) -> None:
+        columns = [embedded.column for embedded in self.embeddings]
+        if columns and self.features is None:
+            raise ValueError(
+                "embeddings: expected none, since `events` embed their categorical fields"
+            )
+        for column in columns:
+            if column >= (self.features or 0):
+                raise ValueError(
+                    f"embeddings: expected columns 0 to {(self.features or 0) - 1}, got {column}"
+                )
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"embeddings: expected distinct columns, got {columns}")
+
     def _check_blocks(self) -> None:
         backward = any(isinstance(layer, BidirectionalLayer) for layer in self.layers)
         if backward and self.decoder is not None:
@@ -223,9 +263,9 @@ class ModelSpec(Frozen):
         if not backward:
             raise ValueError("blocks: expected a bidirectional layer, since no other needs them")
         for layer in self.layers:
-            if isinstance(layer, AttentionLayer):
+            if isinstance(layer, (AttentionLayer, Conv1dLayer)):
                 raise ValueError(
-                    f"layer {layer.name!r}: expected no attention in a network with `blocks`, "
+                    f"layer {layer.name!r}: expected no {layer.kind} in a network with `blocks`, "
                     "whose windows overlap"
                 )
             if isinstance(layer, RECURRENT) and layer.starts_from is not None:
@@ -314,7 +354,13 @@ class ModelSpec(Frozen):
         """The F columns of a row of `inputs`."""
         if self.events is not None:
             return self.events.columns
-        return tuple(Column(f"feature_{index}") for index in range(self.features or 0))
+        embedded = {own.column: own for own in self.embeddings}
+        return tuple(
+            Column(f"feature_{index}", None, own.codes, own.units)
+            if (own := embedded.get(index))
+            else Column(f"feature_{index}")
+            for index in range(self.features or 0)
+        )
 
     @property
     def input_features(self) -> int:

@@ -24,12 +24,12 @@ from models.events.schema import CategoricalField
 from models.spec.heads import SequenceHead
 from models.spec.layers import (
     FEATURES,
+    RECURRENT,
     BidirectionalLayer,
+    Conv1dLayer,
     DenseLayer,
     DropoutLayer,
-    GruLayer,
     Layer,
-    LstmLayer,
     MergeLayer,
 )
 from models.spec.layout import layer_widths
@@ -39,7 +39,7 @@ from models.training.data import schema_of
 Weights = Mapping[str, NDArray[np.float32]]
 Places = NDArray[np.int64]
 
-_WITH_KERNELS = (LstmLayer, GruLayer, BidirectionalLayer, DenseLayer)
+_WITH_KERNELS = (*RECURRENT, Conv1dLayer, DenseLayer)
 
 
 def check_members(spec: ModelSpec) -> None:
@@ -165,13 +165,13 @@ def _place(
         owners = [cell.name for cell in layer.directions]
     own = np.arange(layer_widths(spec)[layer.name])
     match layer:
-        case LstmLayer() | GruLayer() | BidirectionalLayer() | DenseLayer():
+        case _ if isinstance(layer, _WITH_KERNELS):
             source = layer.inputs[0]
             width = widths[source if source == FEATURES else _member_name(source, index)]
             for owner in owners:
                 kernel = member[f"{owner}.kernel"]
-                wide = np.zeros((width, kernel.shape[1]), np.float32)
-                wide[places[source]] = kernel
+                wide = np.zeros((*kernel.shape[:-2], width, kernel.shape[-1]), np.float32)
+                wide[..., places[source], :] = kernel
                 weights[f"{name}{owner.removeprefix(layer.name)}.kernel"] = wide
             places[layer.name] = own
         case DropoutLayer():

@@ -173,7 +173,7 @@ def contracting_weights(spec: ModelSpec, seed: int) -> dict[str, NDArray[np.floa
             case "recurrent_kernel":
                 values *= 0.4 / np.linalg.norm(values, 2)
             case "kernel" | "projection":
-                values /= np.sqrt(shape[0])
+                values /= np.sqrt(shape[0] if len(shape) == 2 else shape[0] * shape[1])
             case "recurrent_gamma":
                 values *= 0.2
             case "peepholes":

@@ -20,6 +20,9 @@ GRU (Cho et al. 2014), gates z, r, h; b has an input and a recurrent row if rese
     reset_after:  g = a(x W_h + b_h + r (h U_h + d_h))
     otherwise:    g = a(x W_h + b_h + (r h) U_h)
     h' = z h + (1 - z) g
+
+Simple RNN (Elman 1990): h' = a(x W + h U + b). Causal convolution with kernel size k and dilation
+d: y_t = a(b + sum_j x_(t - (k - 1 - j) d) W_j).
 """
 
 from __future__ import annotations
@@ -30,7 +33,14 @@ from math import erf
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.layers import AttentionLayer, BidirectionalLayer, GruLayer, Layer, LstmLayer
+from models.spec.layers import (
+    AttentionLayer,
+    BidirectionalLayer,
+    Conv1dLayer,
+    GruLayer,
+    Layer,
+    LstmLayer,
+)
 
 Floats = NDArray[np.float64]
 
@@ -132,6 +142,18 @@ def layer_step(
             return _lstm(layer, weights, x, parts)
         case "gru":
             return _gru(layer, weights, x, parts)
+        case "simple_rnn":
+            z = x @ weight("kernel") + parts[f"{layer.name}.hidden"] @ weight("recurrent_kernel")
+            parts[f"{layer.name}.hidden"] = ACTIVATIONS[layer.activation](z + weight("bias"))
+            return parts[f"{layer.name}.hidden"]
+        case "conv1d":
+            return _conv1d(layer, weights, x, parts)
+        case "affine":
+            return (x - weight("shift")) * weight("scale") + weight("offset")
+        case "prelu":
+            return np.where(x >= 0, x, weight("slope") * x)
+        case "slice":
+            return x[layer.start : layer.stop]
         case "dense":
             return ACTIVATIONS[layer.activation](x @ weight("kernel") + weight("bias"))
         case "activation":
@@ -207,6 +229,21 @@ def _gru(
     hidden = z * h + (1 - z) * g
     parts[f"{layer.name}.hidden"] = hidden
     return hidden
+
+
+def _conv1d(
+    layer: Conv1dLayer, weights: Mapping[str, Floats], x: Floats, parts: dict[str, Floats]
+) -> Floats:
+    """Row by row: W_j weighs the row (k - 1 - j) d steps ago; `past` holds the oldest row first."""
+    k, d, name = layer.kernel_size, layer.dilation, f"{layer.name}.past"
+    rows = [x]
+    if name in parts:
+        rows = [*parts[name].reshape(-1, len(x)), x]
+        parts[name] = np.concatenate(rows[1:])
+    total = weights.get(f"{layer.name}.bias", np.zeros(layer.units))
+    for j in range(k):
+        total = total + rows[-1 - (k - 1 - j) * d] @ weights[f"{layer.name}.kernel"][j]
+    return ACTIVATIONS[layer.activation](total)
 
 
 def _normalised(x: Floats, epsilon: float = 1e-3) -> Floats:

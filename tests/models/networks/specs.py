@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from models.spec.layout import layer_widths
+from models.spec.layout import layer_widths, network_state
 from models.spec.model import ModelSpec, parse_spec
 
 Arrays = list[NDArray[np.float32]]
@@ -60,8 +60,11 @@ def stacks(draw: st.DrawFn, per_chunk: bool = False) -> ModelSpec:
 
 
 def _recurrent(draw: st.DrawFn, number: int) -> dict[str, Any]:
-    kind, units = draw(st.sampled_from(["lstm", "gru"])), draw(st.integers(1, 5))
+    kind, units = draw(st.sampled_from(["lstm", "gru", "simple_rnn"])), draw(st.integers(1, 5))
     layer = {**_plain_recurrent(draw), "kind": kind, "name": f"l{number}", "units": units}
+    if kind == "simple_rnn":
+        del layer["recurrent_activation"]
+        return layer
     if kind == "gru":
         layer["reset_after"] = draw(st.booleans())
     else:
@@ -105,11 +108,14 @@ def _whole(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str
 
 def _state_passing(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A layer of the kind and size of one before it, which it starts from."""
-    source = draw(st.sampled_from([layer for layer in before if layer["kind"] in ("lstm", "gru")]))
+    kinds = ("lstm", "gru", "simple_rnn")
+    source = draw(st.sampled_from([layer for layer in before if layer["kind"] in kinds]))
     kind, units = source["kind"], source["units"]
     layer = {**_plain_recurrent(draw), "name": name, "kind": kind, "units": units}
     if kind == "lstm":
         layer |= {**options(draw, units), "projection": source.get("projection")}
+    elif kind == "simple_rnn":
+        del layer["recurrent_activation"]
     return {**layer, "starts_from": source["name"]}
 
 
@@ -119,7 +125,7 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
         st.sampled_from(
             [
                 *("recurrent", "recurrent", "dense", "activation", "dropout", "norm", "merge"),
-                "attention",
+                *("attention", "conv1d", "affine", "prelu", "slice"),
             ]
         )
     )
@@ -133,6 +139,22 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
             activation = draw(st.sampled_from(PLAIN))
             units = draw(st.integers(1, 5))
             return {"kind": "dense", "name": name, "units": units, "activation": activation}
+        case "conv1d":
+            return {
+                "kind": "conv1d",
+                "name": name,
+                "units": draw(st.integers(1, 4)),
+                "kernel_size": draw(st.integers(1, 3)),
+                "dilation": draw(st.integers(1, 3)),
+                "activation": draw(st.sampled_from(PLAIN)),
+                "use_bias": draw(st.booleans()),
+            }
+        case "affine" | "prelu":
+            return {"kind": kind, "name": name}
+        case "slice":
+            width = _widths(before)[before[-1]["name"]]
+            stop = draw(st.integers(1, width))
+            return {"kind": "slice", "name": name, "start": stop // 2, "stop": stop}
         case "activation":
             activation = draw(st.sampled_from(PLAIN))
             return {"kind": "activation", "name": name, "activation": activation}
@@ -150,10 +172,7 @@ def _layer(draw: st.DrawFn, before: list[dict[str, Any]], number: int) -> dict[s
 
 
 def _merge(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    head = {"kind": "sequence", "name": "output"}
-    sizes = layer_widths(
-        parse_spec({"name": "m", "features": 7, "layers": before, "heads": [head]})
-    )
+    sizes = _widths(before)
     last = before[-1]["name"]
     kind = draw(st.sampled_from(["add", "multiply", "average", "concatenate"]))
     names = [
@@ -163,6 +182,40 @@ def _merge(draw: st.DrawFn, before: list[dict[str, Any]], name: str) -> dict[str
     ]
     others = draw(st.lists(st.sampled_from(names), min_size=1, max_size=2))
     return {"kind": kind, "name": name, "inputs": [last, *others]}
+
+
+def convolved_codes() -> ModelSpec:
+    """Raw rows of three columns, the second one coded, under every layer without gates."""
+    layers = [
+        {"kind": "affine"},
+        {"kind": "conv1d", "units": 4, "kernel_size": 3, "dilation": 2, "activation": "relu"},
+        {"kind": "slice", "start": 1, "stop": 4},
+        {"kind": "prelu"},
+        {"kind": "simple_rnn", "units": 3},
+    ]
+    heads = [{"kind": "sequence", "name": "Reg-1"}]
+    codes = [{"column": 1, "codes": 5, "units": 2}]
+    return parse_spec(
+        {"name": "m", "features": 3, "embeddings": codes, "layers": layers, "heads": heads}
+    )
+
+
+def coded_batch(
+    random: np.random.Generator,
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.float32]]:
+    """Rows [3, 7, 3], lengths and states for `convolved_codes`; padding is zero."""
+    lengths = np.array([7, 1, 4], np.int32)
+    rows = random.normal(size=(3, 7, 3)).astype(np.float32)
+    rows[:, :, 1] = random.integers(0, 5, (3, 7))
+    rows[np.arange(7) >= lengths[:, np.newaxis]] = 0
+    size = network_state(convolved_codes()).float_size
+    return rows, lengths, random.uniform(-1, 1, (3, size)).astype(np.float32)
+
+
+def _widths(layers: list[dict[str, Any]]) -> dict[str, int]:
+    head = {"kind": "sequence", "name": "output"}
+    spec = {"name": "m", "features": 7, "layers": layers, "heads": [head]}
+    return dict(layer_widths(parse_spec(spec)))
 
 
 def sequences(random: np.random.Generator, lengths: list[int], features: int) -> Arrays:

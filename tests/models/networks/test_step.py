@@ -14,7 +14,7 @@ from models.networks.build import StepNetwork
 from models.spec.layout import weight_shapes
 from models.spec.model import ModelSpec, parse_spec
 from tests.models.networks.running import CLOSE, assert_oracle, network_of, run_in_chunks, step
-from tests.models.networks.specs import sequences, stacks
+from tests.models.networks.specs import coded_batch, convolved_codes, sequences, stacks
 from tests.support.events import FULL_SCHEMA
 from tests.support.oracle import (
     contracting_weights,
@@ -31,6 +31,8 @@ EVERY_STATE: list[dict[str, object]] = [
     {"kind": "attention", "name": "so_far", "over": "stream", "units": 3},
     {"kind": "gru", "units": 3},
     {"kind": "gru", "units": 3, "reset_after": False},
+    {"kind": "conv1d", "units": 3, "kernel_size": 3, "dilation": 2},
+    {"kind": "simple_rnn", "units": 3},
 ]
 
 
@@ -104,6 +106,17 @@ def test_compiled_step_equals_the_oracle(shape: tuple[int, int]) -> None:
         [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
     )
     assert_oracle(network, streams, state, unpadded, after)
+
+
+def test_compiled_step_of_coded_rows_equals_the_oracle() -> None:
+    network = network_of(convolved_codes(), 8)
+    rows, lengths, states = coded_batch(np.random.default_rng(8))
+    compiled = tf.function(network.step, jit_compile=True)
+    outputs, after = compiled(tf.constant(rows), tf.constant(lengths), tf.constant(states))
+    streams, unpadded = (
+        [values[b, :length] for b, length in enumerate(lengths)] for values in (rows, outputs)
+    )
+    assert_oracle(network, streams, states, unpadded, after)
 
 
 def test_whole_sequence_equals_an_ordinary_keras_model() -> None:

@@ -21,7 +21,13 @@ from models.onnx.library import onnxruntime
 from models.onnx.names import MARK_FINGERPRINT, MARK_FORMAT
 from models.spec.layout import state_spec
 from models.spec.model import ModelSpec, parse_spec
-from tests.models.networks.specs import COMBINATIONS, sequences, stacks
+from tests.models.networks.specs import (
+    COMBINATIONS,
+    coded_batch,
+    convolved_codes,
+    sequences,
+    stacks,
+)
 from tests.support.events import FULL_SCHEMA
 from tests.support.models import random_weights, small_spec
 from tests.support.oracle import contracting_weights, joined, oracle_step, random_states
@@ -67,6 +73,17 @@ def test_every_combination_of_lstm_options_equals_the_oracle(options: dict[str, 
     check_batch(spec, [6, 2, 1, 9], 12)
 
 
+def test_coded_rows_under_a_convolution_equal_the_oracle() -> None:
+    spec = convolved_codes()
+    weights = contracting_weights(spec, 4)
+    rows, lengths, states = coded_batch(np.random.default_rng(4))
+    outputs, after = run(session_of(spec, weights), rows, list(lengths), states)
+    for b, length in enumerate(lengths):
+        expected, expected_state = oracle_step(spec, weights, rows[b, :length], states[b])
+        np.testing.assert_allclose(outputs[b, :length], expected, **CLOSE)
+        np.testing.assert_allclose(after[b], expected_state, **CLOSE)
+
+
 def check_batch(spec: ModelSpec, lengths: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     weights = contracting_weights(spec, seed)
@@ -88,6 +105,7 @@ def cells(name: str) -> list[dict[str, Any]]:
         {"kind": "lstm", **recurrent},
         {"kind": "gru", **recurrent},
         {"kind": "gru", "reset_after": False, **recurrent},
+        {"kind": "simple_rnn", "units": 3, "activation": name},
     ]
 
 

@@ -88,6 +88,19 @@ def test_columns_of_events_and_of_raw_features() -> None:
         ),
         (raw(layers=[{"kind": "dense", "units": 2}]), "at least one recurrent layer"),
         (
+            raw(layers=[{"kind": "conv1d", "units": 2, "kernel_size": 1}]),
+            "since no other keeps a state",
+        ),
+        (
+            raw(layers=[{"kind": "slice", "start": 1, "stop": 9}, {"kind": "gru", "units": 2}]),
+            "layer 'slice_1': expected `stop` within the",
+        ),
+        (raw(embeddings=[{"column": 9, "codes": 3, "units": 2}]), "embeddings: expected columns 0"),
+        (
+            raw(embeddings=[{"column": 0, "codes": 3, "units": 2}] * 2),
+            "embeddings: expected distinct columns",
+        ),
+        (
             raw(layers=[{"kind": "lstm", "units": 2, "name": "a"}] * 2),
             "layer 'a': expected a unique name",
         ),

@@ -41,13 +41,22 @@ STATE_PASSING = [
 ]
 
 
+CONVOLVED = [
+    {"kind": "conv1d", "units": 4, "kernel_size": 2, "dilation": 2},
+    {"kind": "prelu"},
+    {"kind": "simple_rnn", "units": 3},
+    {"kind": "affine"},
+    {"kind": "slice", "start": 1, "stop": 3},
+]
+
+
 BOTH_WAYS = [
     {"kind": "bidirectional", "units": 3},
     {"kind": "bidirectional", "cell": "gru", "units": 2, "merge": "sum"},
 ]
 
 
-@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], STATE_PASSING, BOTH_WAYS])
+@pytest.mark.parametrize("layers", [STACKED, STACKED[:1], STATE_PASSING, BOTH_WAYS, CONVOLVED])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_merged_network_outputs_the_mean_of_its_members(layers, count):
     streams = streams_of(with_layers(layers), latch_frame())
