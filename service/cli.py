@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from models.errors import ModelsError
+from service.ops.backup_command import backup, restore
 from service.ops.streams_command import streams_app
 from service.replay.command import replay
 
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("replay")(replay)
+app.command("backup")(backup)
+app.command("restore")(restore)
 app.add_typer(streams_app, name="streams")
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's specification.")]

@@ -246,8 +246,13 @@ class ForecastReply(NamedTuple):
 class StreamPage(NamedTuple):
     """One page of a listing; `cursor` is None on the last."""
 
-    streams: tuple[str, ...]
+    keys: tuple[StreamKey, ...]
     cursor: str | None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The names of the streams, without their models."""
+        return tuple([key.stream for key in self.keys])
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,9 +118,11 @@ class StateStore(Protocol):
             Committed if a stream was deleted, otherwise Conflicted with the stored head.
         """
 
-    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        """Read a page of stream names, unordered; a listing may contain a name twice.
+    async def streams(
+        self, model: str | None, prefix: str, cursor: str | None, limit: int
+    ) -> StreamPage:
+        """Read a page of the streams of a model, or of all models; they are unordered.
 
-        A listing contains every stream that exists throughout. It never blocks the server for
-        longer than one bounded scan step.
+        A listing contains every stream that exists throughout, and may contain one twice. It never
+        blocks the server for longer than one bounded scan step.
         """

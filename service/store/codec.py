@@ -164,10 +164,13 @@ class KeySpace:
         """A key for a trial commit in the slot of a partition; never a stream's key."""
         return f"{self.partition_prefix(partition)}:probe:{name}"
 
-    def pattern(self, model: str, prefix: str) -> str:
-        """The glob pattern of the state keys of a model's streams with a name prefix."""
-        escaped = _GLOB.sub(r"\\\1", f":s:{model}:{prefix}")
-        return f"{self.namespace}{{p*}}{escaped}*"
+    def pattern(self, model: str | None, prefix: str) -> str:
+        """The glob pattern of the state keys of streams with a name prefix, of a model or of all.
+
+        For all models it also matches names that have the prefix behind a colon.
+        """
+        escaped = [_GLOB.sub(r"\\\1", text) for text in (model or "", prefix)]
+        return f"{self.namespace}{{p*}}:s:{escaped[0] if model else '*'}:{escaped[1]}*"
 
     def parse(self, key: str) -> StreamKey | None:
         """Parse a state key; None for any other key."""

@@ -24,7 +24,7 @@ from tests.support.streams import Streams, committed, key, same_stream
 
 pytestmark = needs_tools("redis-cli")
 
-_SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## )", re.MULTILINE | re.DOTALL)
+_SECTION = re.compile(r"^##+ (.+?)\n(.*?)(?=^## |^### )", re.MULTILINE | re.DOTALL)
 _COMMANDS = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

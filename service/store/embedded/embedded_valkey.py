@@ -19,6 +19,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -325,3 +327,23 @@ class EmbeddedValkey:
             self._child.wait()
             self._child = None
         return True
+
+
+@contextmanager
+def running_valkey(data_dir: Path, *, fsync: bool) -> Iterator[str]:
+    """The address of a directory's server, which is started for the time of the block if none runs.
+
+    Raises:
+        StoreRefused, StoreUnavailable: the directory cannot be used, or its server does not start.
+    """
+    directory = DataDirectory(data_dir)
+    record = directory.read_record()
+    if record is not None and directory.is_server_running() and read_identity(record.socket):
+        yield f"unix://{record.socket}"
+        return
+    valkey = EmbeddedValkey(data_dir, fsync=fsync)
+    valkey.start()
+    try:
+        yield valkey.url
+    finally:
+        valkey.stop()

@@ -320,9 +320,13 @@ class RedisStore:
         (outcome,) = await self._router.execute(request, durably=True, deadline_s=deadline_s)
         return outcome
 
-    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
-        """Read a page of at most `limit` names (more only if one bucket of the server's hash table
-        holds more); it may be empty and still have a cursor.
+    async def streams(
+        self, model: str | None, prefix: str, cursor: str | None, limit: int
+    ) -> StreamPage:
+        """Read a page of at most `limit` streams, of a model or of all models.
+
+        It has more only if one bucket of the server's hash table has more; it may be empty and
+        still have a cursor.
 
         Raises:
             InvalidInput: the cursor is invalid.

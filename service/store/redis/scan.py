@@ -9,8 +9,8 @@ streams may have moved between them meanwhile, the listing restarts, so that non
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Final, NamedTuple, TypeVar
 
 from service.core.errors import InvalidInput
 from service.core.values import StreamKey, StreamPage
@@ -22,8 +22,9 @@ from service.store.settings import StoreSettings
 MAX_STEPS: Final = 100
 _CURSOR: Final = re.compile(r"(?:([0-9a-f]{12})\.([0-9]{1,4})\.)?([0-9]{1,20})")
 
-Step = Callable[[int, int], Awaitable[tuple[int, list[str]]]]
-"""(cursor, COUNT) -> (next cursor, 0 at the end; matching names)."""
+Match = TypeVar("Match", bound=Hashable)
+Step = Callable[[int, int], Awaitable[tuple[int, list[Match]]]]
+"""(cursor, COUNT) -> (next cursor, 0 at the end; what matched)."""
 
 
 class ScanCursor(NamedTuple):
@@ -64,12 +65,12 @@ class ScanCursor(NamedTuple):
 async def list_streams(
     router: Router,
     settings: StoreSettings,
-    model: str,
+    model: str | None,
     prefix: str,
     cursor: str | None,
     limit: int,
 ) -> StreamPage:
-    """Read one page of stream names (`StateStore.streams`).
+    """Read one page of streams (`StateStore.streams`).
 
     Raises:
         InvalidInput: the cursor is invalid.
@@ -88,13 +89,15 @@ async def list_streams(
     start = start.or_restart(layout.version, len(layout.servers))
     server = layout.servers[start.server]
 
-    async def step(server_cursor: int, count: int) -> tuple[int, list[str]]:
+    async def step(server_cursor: int, count: int) -> tuple[int, list[StreamKey]]:
         reply = await server.read("SCAN", server_cursor, "MATCH", pattern, "COUNT", count)
         streams = map(keys.parse, (name.decode("utf-8", "replace") for name in reply[1]))
-        return int(reply[0]), [key.stream for key in streams if key is not None]
+        return int(reply[0]), [
+            key for key in streams if key is not None and key.stream.startswith(prefix)
+        ]
 
-    names, server_cursor = await scan_page(step, start.cursor, limit, settings.scan_count)
-    names = await drop_tombstones(server, keys, model, names)
+    streams, server_cursor = await scan_page(step, start.cursor, limit, settings.scan_count)
+    streams = await drop_tombstones(server, keys, streams)
     following: ScanCursor | None = None
     if server_cursor is not None:
         following = start._replace(cursor=server_cursor)
@@ -102,56 +105,56 @@ async def list_streams(
         following = ScanCursor(layout.version, start.server + 1)
     elif (current := (await router.layout()).version) != layout.version:
         following = ScanCursor(current)
-    return StreamPage(tuple(names), None if following is None else str(following))
+    return StreamPage(tuple(streams), None if following is None else str(following))
 
 
 async def scan_page(
-    step: Step, cursor: int, limit: int, max_count: int
-) -> tuple[list[str], int | None]:
+    step: Step[Match], cursor: int, limit: int, max_count: int
+) -> tuple[list[Match], int | None]:
     """Read one page of a single server, in at most MAX_STEPS steps.
 
     Args:
         cursor: where the page starts, 0 for the beginning.
-        limit: names on a page, at least 1; more only if a single bucket holds more.
+        limit: matches on a page, at least 1; more only if a single bucket holds more.
         max_count: largest COUNT of a step.
 
     Returns:
-        The names, each once, and the cursor of the next page, None at the end.
+        The matches, each once, and the cursor of the next page, None at the end.
     """
-    names: dict[str, None] = {}
+    found: dict[Match, None] = {}
     count = min(limit, max_count)
     for _ in range(MAX_STEPS):
-        room = limit - len(names)
+        room = limit - len(found)
         following, matches = await step(cursor, count)
         if len(matches) > room:
             if count > 1:
                 count = min(room, count // 2)
                 continue
-            if names:
-                return list(names), cursor
-        names.update(dict.fromkeys(matches))
+            if found:
+                return list(found), cursor
+        found.update(dict.fromkeys(matches))
         if following == 0:
-            return list(names), None
+            return list(found), None
         cursor = following
-        if len(names) >= limit:
+        if len(found) >= limit:
             break
         # Grow the step if nothing matched; otherwise visit about as many keys as still fit.
-        count = min(max_count, 2 * count if not matches else max(1, limit - len(names)))
-    return list(names), cursor
+        count = min(max_count, 2 * count if not matches else max(1, limit - len(found)))
+    return list(found), cursor
 
 
 async def drop_tombstones(
-    server: RedisServer, keys: KeySpace, model: str, names: list[str]
-) -> list[str]:
-    """The names whose keys still exist and are not tombstones."""
-    if not names:
-        return names
+    server: RedisServer, keys: KeySpace, streams: list[StreamKey]
+) -> list[StreamKey]:
+    """The streams whose keys still exist and are not tombstones."""
+    if not streams:
+        return streams
     last = len(TOMBSTONE_PREFIX) - 1
-    commands = [("GETRANGE", keys.state(StreamKey(model, name)), 0, last) for name in names]
+    commands = [("GETRANGE", keys.state(stream), 0, last) for stream in streams]
     prefixes = await server.read_many(commands)
     # A slot that is migrating answers with an error: its streams are listed.
     return [
-        name
-        for name, prefix in zip(names, prefixes, strict=True)
+        stream
+        for stream, prefix in zip(streams, prefixes, strict=True)
         if prefix not in (b"", TOMBSTONE_PREFIX)
     ]

@@ -115,6 +115,6 @@ async def test_a_stream_deleted_during_listing_is_not_listed(
     async with opened(server.url) as store:
         keys = StoreSettings(server.url).keys
         servers = (await store._router.layout()).servers
-        names = [await drop_tombstones(node, keys, "flights", ["deleted"]) for node in servers]
+        names = [await drop_tombstones(node, keys, [key("deleted")]) for node in servers]
         # Nodes that do not store the stream redirect; they keep its name.
         assert [] in names

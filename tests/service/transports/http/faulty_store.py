@@ -118,7 +118,9 @@ class FaultyStore:
         answer = self.on_delete(key)
         return await self._store.delete(key, expected, deadline_s) if answer is None else answer
 
-    async def streams(self, model: str, prefix: str, cursor: str | None, limit: int) -> StreamPage:
+    async def streams(
+        self, model: str | None, prefix: str, cursor: str | None, limit: int
+    ) -> StreamPage:
         self._fail()
         return await self._store.streams(model, prefix, cursor, limit)
 

@@ -1,0 +1,192 @@
+"""`carry backup` and `carry restore`: copy the streams of a store into a file, and back.
+
+They connect to the store itself, as the service does, with its settings: `CARRY_REDIS_URL`, or the
+embedded Valkey of `CARRY_DATA_DIR`, whether a service runs on it or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+
+import typer
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+    from service.store.backup import Progress, Report
+    from service.store.base import StateStore
+
+SHOWN_STREAMS = 10
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="The backup; - for a pipe.")]
+Model = Annotated[str | None, typer.Option(help="Only the streams of this model.")]
+Prefix = Annotated[str, typer.Option(help="Only streams whose names begin with this.")]
+RedisUrl = Annotated[
+    str | None, typer.Option(help="Address of the state store; default: the embedded Valkey.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Data directory of the embedded Valkey.")
+]
+
+
+def backup(
+    file: File,
+    model: Model = None,
+    prefix: Prefix = "",
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write every stream's state into a file, while the service runs or not."""
+    from service.store.backup import BackupInfo, write_backup
+
+    with _settings(redis_url, data_dir) as settings, _written(file) as target:
+        info = BackupInfo(round(time.time() * 1000), settings.namespace, model, prefix)
+
+        async def run(store: StateStore, report: Report) -> Progress:
+            return await write_backup(store, target, info, report)
+
+        progress = _run(settings, "backing up", run)
+    typer.echo(f"backed up {_count(progress.streams)}", err=True)
+    if progress.damaged:
+        names = [f"{model}/{stream}" for model, stream in progress.damaged[:SHOWN_STREAMS]]
+        more = len(progress.damaged) - len(names)
+        typer.echo(
+            f"carry: {len(progress.damaged):,} damaged streams are not in the backup: "
+            f"{', '.join(names)}{f' and {more:,} more' if more else ''}",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
+def restore(
+    file: File,
+    model: Model = None,
+    prefix: Prefix = "",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Also rewind streams that have gone on since.")
+    ] = False,
+    redis_url: RedisUrl = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Write the streams of a backup into a store, which may have other partitions and servers.
+
+    A stream that the store has at a later position, or in another epoch, is kept, so that the
+    command can be repeated.
+    """
+    from service.store.backup import BackupReader, restore_backup
+
+    with _settings(redis_url, data_dir, create=True) as settings, _read(file) as source:
+        if source.seekable():
+            for _ in BackupReader(source):
+                pass  # the whole file is valid before anything is written
+            source.seek(0)
+        reader = BackupReader(source)
+
+        async def run(store: StateStore, report: Report) -> Progress:
+            return await restore_backup(
+                store, reader, model=model, prefix=prefix, replace=replace, report=report
+            )
+
+        progress = _run(settings, "restoring", run)
+    kept = f", kept {progress.kept:,} that the store has already" if progress.kept else ""
+    typer.echo(f"restored {_count(progress.streams)}{kept}", err=True)
+
+
+def _count(streams: int) -> str:
+    return f"{streams:,} stream{'' if streams == 1 else 's'}"
+
+
+@contextmanager
+def _settings(
+    redis_url: str | None, data_dir: Path | None, *, create: bool = False
+) -> Iterator[Settings]:
+    """The settings, with the store's address; an expected error prints one line and exits.
+
+    Args:
+        create: whether the data directory of the embedded Valkey may be new.
+    """
+    from service.core.errors import CarryError
+    from service.ops.logs import configure_logs
+    from service.settings import Settings, SettingsError
+    from service.store.backup import BackupError
+    from service.store.embedded.embedded_valkey import running_valkey
+
+    try:
+        settings = Settings.load({"redis_url": redis_url, "data_dir": data_dir})
+        configure_logs("warning", "console")
+        if settings.redis_url is not None:
+            yield settings
+            return
+        if not create and not settings.data_dir.is_dir():
+            raise SettingsError(f"there is no data directory {settings.data_dir}")
+        with running_valkey(settings.data_dir, fsync=settings.durability == "fsync") as url:
+            yield settings.model_copy(update={"redis_url": url})
+    except (SettingsError, BackupError, CarryError, OSError) as error:
+        reason = error.detail if isinstance(error, CarryError) else str(error)
+        typer.echo(f"carry: {reason}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _run(
+    settings: Settings,
+    description: str,
+    action: Callable[[StateStore, Report], Coroutine[Any, Any, Progress]],
+) -> Progress:
+    """Act on the store of the settings, and show the progress on a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress as Display
+    from rich.progress import TextColumn, TimeElapsedColumn
+
+    from service.app import store_settings
+    from service.store.open import open_store
+
+    columns = (TextColumn("{task.description} {task.completed:,} streams"), TimeElapsedColumn())
+    console = Console(stderr=True)
+
+    async def run() -> Progress:
+        store = open_store(store_settings(settings))
+        with Display(*columns, console=console, disable=not console.is_terminal) as display:
+            task = display.add_task(description, total=None)
+            try:
+                await store.start()
+                return await action(
+                    store, lambda done: display.update(task, completed=done.streams + done.kept)
+                )
+            finally:
+                await store.close()
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def _written(file: str) -> Iterator[BinaryIO]:
+    """Open a file for writing, which replaces an earlier one only when it is complete."""
+    if file == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    target = Path(file)
+    temporary = target.with_name(f"{target.name}.incomplete")
+    try:
+        with temporary.open("wb") as written:
+            yield written
+            written.flush()
+            os.fsync(written.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _read(file: str) -> Iterator[BinaryIO]:
+    if file == "-":
+        yield sys.stdin.buffer
+        return
+    with Path(file).open("rb") as read:
+        yield read

@@ -1,0 +1,265 @@
+"""Backup files: the states of streams in one portable, checksummed file, and their restoration.
+
+    offset  size  what
+         0     4  magic "CRRB"
+         4     4  format, 1, u32 little-endian
+         8     -  blocks: length u32, CRC-32 of the content u32, content (MessagePack)
+
+The content of the first block describes the backup, that of the last is the number of streams, and
+each block between has a list of `[model, stream, state]`, the state as the store has it (`codec`).
+A file without its last block is incomplete. A backup contains every stream that exists throughout,
+each at the state of one moment, with its epoch, position and last chunk; neither stored replies nor
+tombstones. It is independent of the number of partitions and servers.
+
+A restoration continues histories and rewinds none: a stream that is in the store already is written
+only if the backup has a later position of the same epoch. So it may be repeated, and a stream that
+a listing returned twice gets its latest state.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Final
+
+import ormsgpack
+
+from service.core.errors import CarryError, StateDamaged
+from service.core.values import StreamHead, StreamKey, StreamState
+from service.store.base import Commit, Committed, Loaded, StateStore
+from service.store.codec import CodecError, decode_state, encode_state
+
+MAGIC: Final = b"CRRB"
+FORMAT: Final = 1
+PAGE_STREAMS: Final = 1000
+MAX_BLOCK_BYTES: Final = 2**30
+WRITE_ATTEMPTS: Final = 8
+
+_START = struct.Struct("<4sI")
+_BLOCK = struct.Struct("<II")
+
+
+class BackupError(Exception):
+    """A backup file that cannot be used, or a stream that could not be restored."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupInfo:
+    """The description at the beginning of a backup.
+
+    Attributes:
+        created_ms: epoch milliseconds.
+        namespace: of the store that was backed up.
+        model: the only model in it; None for all.
+        prefix: with which the names of all its streams begin.
+    """
+
+    created_ms: int
+    namespace: str
+    model: str | None
+    prefix: str
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a backup or a restoration did so far.
+
+    Attributes:
+        streams: streams written, into the file or into the store.
+        kept: streams that the store has at the same or a later position, or in another epoch.
+        damaged: streams whose stored state is damaged, which a backup leaves out.
+    """
+
+    streams: int = 0
+    kept: int = 0
+    damaged: list[StreamKey] = field(default_factory=list)
+
+
+Report = Callable[[Progress], None]
+
+
+async def write_backup(
+    store: StateStore, file: BinaryIO, info: BackupInfo, report: Report
+) -> Progress:
+    """Write the streams of a store into a file.
+
+    Args:
+        report: is called after each page.
+
+    Raises:
+        StoreUnavailable, StoreRefused: the file is incomplete.
+    """
+    progress = Progress()
+    file.write(_START.pack(MAGIC, FORMAT))
+    _write_block(file, [info.created_ms, info.namespace, info.model, info.prefix])
+    async for keys in _pages(store, info):
+        records = []
+        for key, loaded in zip(keys, await store.load(keys), strict=True):
+            if isinstance(loaded, StreamState):
+                records.append((key.model, key.stream, encode_state(loaded)))
+            elif isinstance(loaded, StateDamaged):
+                progress.damaged.append(key)
+            elif isinstance(loaded, CarryError):
+                raise loaded
+        _write_block(file, records)
+        progress.streams += len(records)
+        report(progress)
+    _write_block(file, progress.streams)
+    return progress
+
+
+class BackupReader:
+    """Reads a backup, and validates all that it reads.
+
+    Attributes:
+        info: the description.
+
+    Raises:
+        BackupError: the file is not a backup, or this version cannot read it.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        start = file.read(_START.size)
+        if len(start) < _START.size or start[:4] != MAGIC:
+            raise BackupError("expected a backup written by `carry backup`, got another file")
+        if (version := _START.unpack(start)[1]) != FORMAT:
+            raise BackupError(f"expected format {FORMAT} of a backup, got {version}")
+        content = self._read_block(0)
+        if not isinstance(content, list) or len(content) != 4:
+            raise BackupError("the backup's description is invalid")
+        self.info = BackupInfo(*content)
+
+    def __iter__(self) -> Iterator[list[tuple[StreamKey, StreamState]]]:
+        """Yield the streams block by block.
+
+        Raises:
+            BackupError: the file is damaged or incomplete.
+        """
+        count = 0
+        while isinstance(content := self._read_block(count), list):
+            try:
+                yield [_parse_record(record) for record in content]
+            except (CodecError, TypeError, ValueError) as error:
+                raise BackupError(f"a state after {count:,} streams is invalid: {error}") from None
+            count += len(content)
+        if content != count:
+            raise BackupError(f"expected {content} streams in the backup, got {count:,}")
+
+    def _read_block(self, streams: int) -> Any:
+        head = self._file.read(_BLOCK.size)
+        length, checksum = _BLOCK.unpack(head) if len(head) == _BLOCK.size else (0, 0)
+        content = self._file.read(length) if 0 < length <= MAX_BLOCK_BYTES else b""
+        if not content or len(content) < length:
+            raise BackupError(f"the backup is incomplete: it ends after {streams:,} streams")
+        if zlib.crc32(content) != checksum:
+            raise BackupError(f"the backup is damaged: wrong checksum after {streams:,} streams")
+        return ormsgpack.unpackb(content)
+
+
+async def restore_backup(
+    store: StateStore,
+    backup: BackupReader,
+    *,
+    model: str | None,
+    prefix: str,
+    replace: bool,
+    report: Report,
+) -> Progress:
+    """Write the streams of a backup into a store.
+
+    Args:
+        model: restores the streams of this model only; None for all.
+        prefix: restores only streams whose names begin with it.
+        replace: writes every stream at its state in the backup, whatever is stored.
+        report: is called after each block.
+
+    Raises:
+        BackupError: the file is damaged, or the store did not accept a stream. What was written
+            stays; the restoration can be repeated.
+        StoreUnavailable, StoreRefused: the store as a whole.
+    """
+    progress = Progress()
+    for block in backup:
+        latest = {
+            key: state
+            for key, state in block
+            if model in (None, key.model) and key.stream.startswith(prefix)
+        }
+        if latest:
+            await _restore(store, latest, replace, progress)
+            report(progress)
+    return progress
+
+
+async def _restore(
+    store: StateStore, states: dict[StreamKey, StreamState], replace: bool, progress: Progress
+) -> None:
+    """Write each state with a compare-and-set, until each is written or kept."""
+    failure: CarryError | None = None
+    for _ in range(WRITE_ATTEMPTS):
+        if not states:
+            return
+        commits = []
+        for key, loaded in zip(list(states), await store.load(list(states)), strict=True):
+            if isinstance(loaded, StateDamaged):
+                await store.delete(key, loaded.head)
+                continue
+            if isinstance(loaded, CarryError):
+                failure = loaded
+                continue
+            if _is_restorable(states[key], loaded, replace):
+                commits.append(Commit(key, loaded.head if loaded else None, states[key], None))
+            else:
+                del states[key]
+                progress.kept += 1
+        for commit, result in zip(commits, await store.commit(commits), strict=True):
+            if isinstance(result, Committed):
+                del states[commit.key]
+                progress.streams += 1
+            elif isinstance(result, CarryError):
+                failure = result
+    if states:
+        key = next(iter(states))
+        reason = failure.detail if failure else "other writers changed it again and again"
+        raise BackupError(f"model {key.model!r}, stream {key.stream!r} was not restored: {reason}")
+
+
+def _is_restorable(state: StreamState, stored: Loaded, replace: bool) -> bool:
+    """Whether a state of a backup may be written over what is stored."""
+    if not isinstance(stored, StreamState):
+        return True
+    if stored.head == state.head:
+        return False
+    return replace or _continues(state.head, stored.head)
+
+
+def _continues(head: StreamHead, earlier: StreamHead) -> bool:
+    return head.epoch == earlier.epoch and head.position > earlier.position
+
+
+def _parse_record(record: Any) -> tuple[StreamKey, StreamState]:
+    model, stream, value = record
+    state = decode_state(value)
+    if not isinstance(state, StreamState):
+        raise ValueError("expected a state, got a tombstone")
+    return StreamKey(model, stream), state
+
+
+async def _pages(store: StateStore, info: BackupInfo) -> AsyncIterator[Sequence[StreamKey]]:
+    cursor: str | None = None
+    while True:
+        page = await store.streams(info.model, info.prefix, cursor, PAGE_STREAMS)
+        if page.keys:
+            yield page.keys
+        cursor = page.cursor
+        if cursor is None:
+            return
+
+
+def _write_block(file: BinaryIO, content: object) -> None:
+    packed = ormsgpack.packb(content)
+    file.write(_BLOCK.pack(len(packed), zlib.crc32(packed)))
+    file.write(packed)

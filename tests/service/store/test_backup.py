@@ -1,0 +1,165 @@
+"""Backups: complete, checked before they are used, and restored without rewinding a stream."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from service.core.values import StreamKey, StreamState
+from service.store.backup import (
+    BackupError,
+    BackupInfo,
+    BackupReader,
+    Progress,
+    restore_backup,
+    write_backup,
+)
+from service.store.base import StateStore
+from tests.support.cluster import Cluster
+from tests.support.servers import RealServer, emptied, opened, real_server
+from tests.support.streams import OpenStore, Streams, committed, key, same_stream
+
+ALL = BackupInfo(1_700_000_000_000, "carry", None, "")
+
+
+@pytest.fixture
+def server(every_store: RealServer | Cluster) -> RealServer | Cluster:
+    """An empty one of each kind."""
+    return emptied(every_store)
+
+
+async def backed_up(store: StateStore, info: BackupInfo = ALL) -> tuple[bytes, Progress]:
+    file = io.BytesIO()
+    progress = await write_backup(store, file, info, lambda _: None)
+    return file.getvalue(), progress
+
+
+async def restored(
+    store: StateStore, backup: bytes, replace: bool = False, prefix: str = "", **options: Any
+) -> Progress:
+    reader = BackupReader(io.BytesIO(backup))
+    model = options.get("model")
+    return await restore_backup(
+        store, reader, model=model, prefix=prefix, replace=replace, report=lambda _: None
+    )
+
+
+async def stored(store: StateStore, *keys: StreamKey) -> list[StreamState]:
+    return [state for state in await store.load(keys) if isinstance(state, StreamState)]
+
+
+async def test_backup_restores_every_stream_into_a_store_of_another_size(
+    open_on: OpenStore, streams: Streams, every_store: RealServer | Cluster
+) -> None:
+    store = await open_on(partitions=16)
+    commits = [streams.creation(key(f"s:{i}", f"m{i % 3}")) for i in range(2_500)]
+    await committed(store, *commits)
+    await store.delete(commits[0].key)
+    backup, progress = await backed_up(store)
+    assert progress.streams == 2_499
+    other = await open_on(namespace="other", partitions=1024)
+    assert (await restored(other, backup)).streams == 2_499
+    found = await other.load([commit.key for commit in commits])
+    assert found[0] is None
+    for state, commit in zip(found[1:], commits[1:], strict=True):
+        assert same_stream(state, commit.new)
+    await committed(other, streams.next(commits[1]))
+
+
+async def test_backup_of_one_model_and_prefix(open_on: OpenStore, streams: Streams) -> None:
+    store = await open_on()
+    names = [key("ab1"), key("ab2"), key("b"), key("x:ab"), key("ab1", "other")]
+    await committed(store, *map(streams.creation, names))
+    backup, _ = await backed_up(store, BackupInfo(0, "carry", "flights", "ab"))
+    listed = {each for block in BackupReader(io.BytesIO(backup)) for each, _ in block}
+    assert listed == {key("ab1"), key("ab2")}
+    backup, _ = await backed_up(store, BackupInfo(0, "carry", None, "ab"))
+    listed = {each for block in BackupReader(io.BytesIO(backup)) for each, _ in block}
+    assert listed == {key("ab1"), key("ab2"), key("ab1", "other")}
+    other = await open_on(namespace="other")
+    assert (await restored(other, backup, model="other", prefix="a")).streams == 1
+
+
+async def test_restore_continues_histories_and_rewinds_none(
+    open_on: OpenStore, streams: Streams
+) -> None:
+    store, backup_store = await open_on(), await open_on(namespace="other")
+    behind, ahead, foreign = (streams.creation(key(name)) for name in ("behind", "ahead", "new"))
+    later = streams.next(ahead)
+    await committed(store, behind, ahead, foreign)
+    await committed(store, later)
+    there = streams.next(behind)
+    elsewhere = streams.creation(foreign.key)
+    await committed(backup_store, behind, ahead, elsewhere)
+    further = streams.next(elsewhere)
+    await committed(backup_store, there, further)
+    backup, _ = await backed_up(backup_store)
+
+    progress = await restored(store, backup)
+    assert (progress.streams, progress.kept) == (1, 2)
+    found = await stored(store, behind.key, ahead.key, foreign.key)
+    for state, commit in zip(found, (there, later, foreign), strict=True):
+        assert same_stream(state, commit.new)
+    assert (await restored(store, backup)).streams == 0
+
+    assert (await restored(store, backup, replace=True)).streams == 2
+    found = await stored(store, behind.key, ahead.key, foreign.key)
+    for state, commit in zip(found, (there, ahead, further), strict=True):
+        assert same_stream(state, commit.new)
+
+
+async def test_deleted_and_damaged_streams_are_restored(
+    open_on: OpenStore, streams: Streams, server: RealServer | Cluster
+) -> None:
+    store = await open_on()
+    commits = [streams.creation(key(name)) for name in ("deleted", "damaged")]
+    await committed(store, *commits)
+    backup, _ = await backed_up(store)
+    await store.delete(commits[0].key)
+    name = store._keys.state(commits[1].key)  # type: ignore[attr-defined]
+    with server.client() as client:
+        client.set(name, client.get(name)[:-1] + b"?")
+    _, progress = await backed_up(store)
+    assert (progress.streams, progress.damaged) == (0, [commits[1].key])
+    assert (await restored(store, backup)).streams == 2
+    for state, commit in zip(await stored(store, *(c.key for c in commits)), commits, strict=True):
+        assert same_stream(state, commit.new)
+
+
+@pytest.fixture
+async def backup() -> bytes:
+    """A backup of three streams."""
+    file = io.BytesIO()
+    with real_server("valkey") as server:
+        async with opened(server.url) as store:
+            streams = Streams()
+            await committed(store, *(streams.creation(key(f"s{i}")) for i in range(3)))
+            await write_backup(store, file, ALL, lambda _: None)
+    return file.getvalue()
+
+
+async def test_incomplete_or_damaged_backup_is_rejected(backup: bytes) -> None:
+    def read(data: bytes) -> int:
+        return sum(len(block) for block in BackupReader(io.BytesIO(data)))
+
+    assert read(backup) == 3
+    for length in range(len(backup)):
+        with pytest.raises(BackupError, match=r"expected a backup|incomplete"):
+            read(backup[:length])
+    for offset in range(len(backup)):
+        flipped = bytearray(backup)
+        flipped[offset] ^= 0x10
+        with pytest.raises(BackupError):
+            read(bytes(flipped))
+
+
+async def test_missing_block_is_noticed(backup: bytes) -> None:
+    starts = [8]
+    while starts[-1] < len(backup):
+        starts.append(starts[-1] + 8 + int.from_bytes(backup[starts[-1] :][:4], "little"))
+    assert len(starts) == 4
+    file = io.BytesIO(backup[: starts[1]] + backup[starts[2] :])
+    with pytest.raises(BackupError, match="expected 3 streams in the backup, got 0"):
+        list(BackupReader(file))
