@@ -20,6 +20,7 @@ RUN /opt/venv/bin/pip install --require-hashes -r requirements.lock
 FROM locked-lean AS built
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY carry carry
 COPY client client
 COPY models models
 COPY service service

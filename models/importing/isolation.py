@@ -34,8 +34,15 @@ from models.importing.result import (
 
 MAGIC_BYTES = {".keras": b"PK", ".h5": b"\x89HDF\r\n\x1a\n", ".hdf5": b"\x89HDF\r\n\x1a\n"}
 """File extensions, by which Keras chooses a reader, and the first bytes of such a file."""
-WORKER_ARGUMENTS = ("-P", "-m", "models.importing.worker")
-"""Arguments of Python for the process; -P keeps its working directory off the import path."""
+WORKER_ARGUMENTS = (
+    *("-P", "-c"),
+    "from carry.own_packages import load_own_packages\n"
+    "load_own_packages('models')\n"
+    "from models.importing.worker import main\n"
+    "main()",
+)
+"""Arguments of Python for the process: its working directory is not on the import path, and other
+packages called `models` do not matter."""
 MAX_RESULT_BYTES = 16 * 2**20
 _ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",

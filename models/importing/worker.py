@@ -1,4 +1,4 @@
-"""The process that reads a foreign Keras model: `python -m models.importing.worker TASK`.
+"""The process that reads a foreign Keras model; see `models.importing.isolation`.
 
 It sets its resource limits before it loads any library that reads the file, and writes its result
 into its working directory, as `models.importing.result` defines. Anything else ends it without one.
@@ -52,7 +52,3 @@ def _set_limit(which: int, most: int) -> None:
         most = min(most, hard - (which == resource.RLIMIT_CPU))
     # the soft limit on CPU time sends SIGXCPU, which differs from the hard one's SIGKILL
     resource.setrlimit(which, (most, most + (which == resource.RLIMIT_CPU)))
-
-
-if __name__ == "__main__":
-    main()

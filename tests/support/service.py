@@ -16,6 +16,8 @@ import httpx
 
 from tests.support.servers import until
 
+COMMAND = str(Path(sys.executable).with_name("carry"))
+"""The installed command."""
 READY_S = 120
 POLL_S = 0.025
 """A start takes a second; frequent requests and reads of the log would slow it down."""
@@ -28,7 +30,7 @@ class Service:
         self.folder = folder
         self.data_dir = folder / "data"
         self._command = [
-            *(sys.executable, "-m", "service.cli", "serve", "--port", "0"),
+            *(COMMAND, "serve", "--port", "0"),
             *("--models", str(models), "--data-dir", str(self.data_dir), *options),
         ]
         if redis_url is not None:

@@ -28,9 +28,10 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def lean_keras(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process starts in two thirds of the time."""
+    """The process starts in two thirds of the time; PYTHONPATH has another module `models`."""
     folder = tmp_path_factory.mktemp("sitecustomize")
     customise(folder, LEAN_KERAS)
+    (folder / "models.py").write_text("raise RuntimeError('a module of the project')")
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 

@@ -1,0 +1,83 @@
+"""Carry's Python API: train, import and evaluate models, and read their artifacts.
+
+`import carry` loads nothing; a name loads what it needs when it is used first.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from carry.own_packages import load_own_packages
+
+if TYPE_CHECKING:
+    from models.artifact.artifact import Artifact, load_artifact
+    from models.errors import (
+        ArtifactError,
+        DataError,
+        GraphUnsupportedError,
+        ImportedModelError,
+        ModelsError,
+        SpecError,
+        StateError,
+    )
+    from models.importing.isolation import Limits
+    from models.importing.keras_model import ImportReport, import_keras_model
+    from models.networks.initial_artifact import initialise_artifact
+    from models.spec.model import ModelSpec, parse_spec
+    from models.spec.spec_file import read_spec
+    from models.training.commands import evaluate_command as evaluate
+    from models.training.commands import train_command as train
+    from models.training.commands import train_frame
+
+__all__ = [
+    "Artifact",
+    "ArtifactError",
+    "DataError",
+    "GraphUnsupportedError",
+    "ImportReport",
+    "ImportedModelError",
+    "Limits",
+    "ModelSpec",
+    "ModelsError",
+    "SpecError",
+    "StateError",
+    "evaluate",
+    "import_keras_model",
+    "initialise_artifact",
+    "load_artifact",
+    "parse_spec",
+    "read_spec",
+    "train",
+    "train_frame",
+]
+
+_MODULES = {
+    "models.artifact.artifact": ("Artifact", "load_artifact"),
+    "models.errors": (
+        *("ArtifactError", "DataError", "GraphUnsupportedError", "ImportedModelError"),
+        *("ModelsError", "SpecError", "StateError"),
+    ),
+    "models.importing.isolation": ("Limits",),
+    "models.importing.keras_model": ("ImportReport", "import_keras_model"),
+    "models.networks.initial_artifact": ("initialise_artifact",),
+    "models.spec.model": ("ModelSpec", "parse_spec"),
+    "models.spec.spec_file": ("read_spec",),
+    "models.training.commands": ("evaluate", "train", "train_frame"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_OTHER_NAMES = {"evaluate": "evaluate_command", "train": "train_command"}
+
+
+def __getattr__(name: str) -> object:
+    """Load a name of the API when it is used first."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    load_own_packages("models")
+    value: object = getattr(import_module(_HOMES[name]), _OTHER_NAMES.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

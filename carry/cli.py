@@ -1,0 +1,22 @@
+"""The console script `carry`."""
+
+from __future__ import annotations
+
+import os
+
+from carry.own_packages import load_own_packages
+
+# Worker processes import this module first too, since it is the main module's.
+load_own_packages("models", "service")
+
+from service.cli import main as run  # noqa: E402
+
+
+def main() -> None:
+    """Run a command; its processes ignore modules of the working directory."""
+    os.environ["PYTHONSAFEPATH"] = "1"
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Carry works in a project that has modules of the names of Carry's own packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+import carry
+from carry.own_packages import load_own_packages
+from tests.support.pages import blocks
+from tests.support.service import running
+
+FOREIGN = "raise RuntimeError('a module of the project')"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory; modules of the names of Carry's packages are there and on PYTHONPATH.
+
+    The working directory also has the name of a module of the standard library.
+    """
+    for folder in (tmp_path, tmp_path / "library"):
+        (folder / "models").mkdir(parents=True)
+        (folder / "models" / "__init__.py").write_text(FOREIGN)
+        (folder / "service.py").write_text(FOREIGN)
+    (tmp_path / "signal.py").write_text(FOREIGN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "library"))
+    return tmp_path
+
+
+def test_workers_of_the_command_serve(project: Path, model_dir: Path) -> None:
+    with (
+        running(project, model_dir, "--workers", "2") as service,
+        httpx.Client(base_url=service.url, timeout=60) as client,
+    ):
+        assert service.log().count('"message":"worker_started"') == 2
+        chunk = {"position": 0, "inputs": [[0.1]]}
+        reply = client.post("/v1/models/post-lstm/streams/s/chunks", json=chunk)
+        assert reply.json()["position"] == 1
+
+
+def test_the_example_of_the_python_api_runs(project: Path) -> None:
+    (project / "signal.py").unlink()  # a program's own folder comes before the standard library
+    (example,) = (text for language, text in blocks("docs/reference/python-api.md"))
+    script = project / "example.py"
+    script.write_text(f"{example}\nassert scores['heads']['next'], scores\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("pumps ")
+
+
+def test_a_foreign_module_that_is_imported_already_is_named(project: Path) -> None:
+    (project / "models" / "__init__.py").write_text("")
+    program = "import models, carry; carry.load_artifact"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: expected Carry's package 'models'")
+    assert f"{project}/models/__init__.py" in last
+    assert "the command `carry`" in last
+
+
+def test_the_import_loads_nothing(project: Path) -> None:
+    program = (
+        "import sys; before = set(sys.modules); import carry; "
+        "print({name.partition('.')[0] for name in sys.modules} - before); carry.ModelsError"
+    )
+    (project / "signal.py").unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not {"models", "service", "numpy", "tensorflow"} & set(eval(done.stdout))
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    page = (Path(carry.__file__).parent.parent / "docs/reference/python-api.md").read_text()
+    for name in carry.__all__:
+        assert getattr(carry, name) is not None
+        assert f"`{name}" in page
+    with pytest.raises(AttributeError, match="no_such_name"):
+        carry.no_such_name  # noqa: B018
+
+
+def test_a_missing_package_is_an_error() -> None:
+    with pytest.raises(ImportError, match=r"'no_such_package' in .*; install Carry again"):
+        load_own_packages("models", "no_such_package")
