@@ -5,7 +5,7 @@
 
 The servers share the first core, the store and the load generator the last; everything stays
 on the loopback, every section is bounded in time, every reply's position is checked and some
-outputs are compared with the tests' float64 oracle. Prints a table of medians, the ratios with
+outputs are compared with the tests' float64 oracle. Prints tables of medians, the ratios with
 their spread, and the targets with `reached` or `not reached`. `--report` writes
 docs/reference/performance.md from the file of `--jsonl`; alone with `--only none` it measures
 nothing. `--beside` compares this checkout with another one, in turns.
@@ -23,8 +23,7 @@ from pathlib import Path
 
 from tests.bench.answers import WrongOutputsError
 from tests.bench.processes import CannotStartError
-from tests.bench.report import format_table, write_report
-from tests.bench.results import Results, read_results
+from tests.bench.results import Results, read_results, show, write_page
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS
 from tests.bench.traffic import WrongReplyError
@@ -39,7 +38,7 @@ FAILURES = (
 )
 """What ends a section and not the run."""
 
-PAGES = machine.REPOSITORY / "docs" / "reference"
+PAGE = machine.REPOSITORY / "docs" / "reference" / "performance.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             failed = measure(options, results)
         finally:
-            print("\n" + format_table(results))
+            print(f"\n{show(results)}")
             if options.jsonl is not None:
                 results.write(options.jsonl)
     if options.report and options.jsonl is not None:
-        write_report(read_results(options.jsonl), PAGES)
-        print(f"wrote {PAGES / 'performance.md'}")
+        write_page(read_results(options.jsonl), PAGE)
+        print(f"wrote {PAGE}")
     return 1 if failed else 0
 
 
@@ -67,15 +66,16 @@ def read_options(arguments: Sequence[str] | None) -> Options:
         return [name for name in text.split(",") if name != "none"]
 
     parser = argparse.ArgumentParser(prog="make bench", description="Measures Carry.")
-    parser.add_argument("--only", type=names, help="sections, or none; all by default")
-    parser.add_argument("--beside", type=Path, help="another checkout of Carry, measured in turns")
-    parser.add_argument("--rounds", type=int, help="of every row")
-    parser.add_argument("--seconds", type=float, help="of a round")
-    parser.add_argument("--streams", type=int, help="by default 1000")
-    parser.add_argument("--many-streams", type=int)
-    parser.add_argument("--runtimes", type=names, help="of Carry")
-    parser.add_argument("--jsonl", type=Path, help="append every line to this file")
-    parser.add_argument("--report", action="store_true", help="write docs/reference/performance.md")
+    add = parser.add_argument
+    add("--only", type=names, help="sections, or none; all by default")
+    add("--beside", type=Path, help="another checkout of Carry, measured in turns")
+    add("--rounds", type=int, help="of every row")
+    add("--seconds", type=float, help="of a round")
+    add("--streams", type=int, help="by default 1000")
+    add("--many-streams", type=int)
+    add("--runtimes", type=names, help="of Carry")
+    add("--jsonl", type=Path, help="append every line to this file")
+    add("--report", action="store_true", help="write docs/reference/performance.md")
     options = parser.parse_args(arguments, Options())
     if options.only is None:
         options.only = [name for name in SECTIONS if (name == BESIDE) == bool(options.beside)]

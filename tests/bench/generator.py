@@ -117,6 +117,11 @@ class Connection:
             pass
         return body
 
+    def ask(self, request: bytes) -> bytes:
+        """Send a request and wait for its reply."""
+        self.sock.sendall(request)
+        return self.receive()
+
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         status = self._parser.get_status_code()

@@ -1,6 +1,6 @@
 """`make bench-micro`: the parts of a chunk's path by themselves, best of several repetitions.
 
-    python -m tests.bench.micro [--only codec,wire] [--seconds 0.5]
+    python -m tests.bench.micro [--only codec http] [--seconds 0.5]
 
 Each on the standard chunk (16 events of 16 features, 8 outputs, 1,024 bytes of state), in
 microseconds per chunk. `events` are departures of the packaged flights model; `http` drives the
@@ -10,14 +10,13 @@ ASGI application over a pipeline that answers a constant; `step` is each runtime
 from __future__ import annotations
 
 import argparse
-import hashlib
+import importlib.util
 import logging
 import tempfile
 import timeit
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,28 +24,24 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
-import orjson
 import uvloop
 from pydantic import TypeAdapter
 
-from models.events.columns import canonical_bytes, columns_from_events
-from models.events.encode import Clock, encode, encode_many
+from models.events.columns import columns_from_events
+from models.events.encode import Clock, encode_many
 from models.events.parse import event_type
 from models.events.reader import EventReader
 from service.core.delivery import chunk_digest
-from service.core.values import Feed, Reply, Steps, StoredReply, StreamKey
+from service.core.values import Feed, Reply, Steps, StoredReply
 from service.engine.runtimes.loading import RUNTIMES
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.pipeline.served_model import ServedModel
 from service.store.codec import decode_reply, decode_state, encode_reply, encode_state
 from service.transports.http.application import create_api
-from service.transports.http.context import ModelWire
 from service.transports.http.limits import ApiLimits
-from service.transports.http.media import Media, dumps
-from service.transports.http.replies.reply_writer import EVERY_STEP
 from tests.bench import workloads
-from tests.bench.run import is_installed
+from tests.bench.sections import MEDIA
 from tests.bench.traffic import Traffic
 from tests.bench.workloads import STEPS, Bodies
 from tests.support.numpy_runtime import NumpyRuntime
@@ -55,10 +50,9 @@ REPEATS, CALLS = 5, 20
 """Repetitions of each case, and asynchronous calls per timed run, so that entering the event loop
 does not count."""
 
-BATCH, MANY = 32, 64
+BATCHES, MANY = (1, 32), 64
 EVENT_STEPS = (1, 16, 64)
 STEP_SHAPES = ((1, 1), (1, 16), (8, 16), (32, 16), (128, 16), (32, 64))
-GROUPS = ("codec", "events", "wire", "http", "step")
 
 Case = tuple[str, int, Callable[[], object]]
 """A part's name, how many chunks one call handles, and the call."""
@@ -70,21 +64,10 @@ class Parts:
     def __init__(self, folder: Path, loop: AbstractEventLoop):
         self.folder, self.run = folder, loop.run_until_complete
         self.artifact = workloads.standard_model(folder)
-        self.served = ServedModel(self.artifact, NumpyRuntime(self.artifact))
         self.rows = Bodies.random(STEPS).rows[0]
         size, fingerprint = self.artifact.state.float_size, self.artifact.fingerprint
         self.state = workloads.random_stream(1, size, fingerprint)
         self.reply = StoredReply(self.state.head, self.rows[:, : self.artifact.outputs.size])
-
-    def request(self, media: Media, items: int = 0) -> list[bytes]:
-        """A request's path, its headers and its body."""
-        bodies, name = Bodies((self.rows,)), media.name.lower()
-        spec = workloads.make_traffic(
-            self.artifact, bodies, "stream", MANY, media=cast(Any, name), items=items
-        )
-        head, _, body = Traffic(spec).request()[0].partition(b"\r\n\r\n")
-        line, _, headers = head.partition(b"\r\n")
-        return [line.split(b" ")[1], headers, body]
 
     def codec(self) -> Iterator[Case]:
         """Stored states and replies, and the digest of a chunk."""
@@ -98,12 +81,10 @@ class Parts:
     def events(self) -> Iterator[Case]:
         """From the bytes of events to rows: the strict validator, the fast reader, the encoder."""
         artifact = workloads.flights_model(self.folder)
-        schema = artifact.spec.events
-        assert schema is not None
+        schema: Any = artifact.spec.events
         reader, clock = EventReader(schema), Clock()
         strict: TypeAdapter[Any] = TypeAdapter(list[event_type(schema)])
         decoder: Any = msgspec.json.Decoder(list[reader.event])
-        [time] = [field.name for field in schema.fields if field.kind == "timestamp"]
 
         def validate(body: bytes) -> Any:
             return columns_from_events(schema, strict.validate_json(body))
@@ -111,42 +92,21 @@ class Parts:
         def read(body: bytes) -> Any:
             return reader.columns(decoder.decode(body))
 
-        def digest(columns: Any) -> bytes:
-            return hashlib.sha256(canonical_bytes(schema, columns)).digest()
-
-        for numbers in workloads.flights_bodies(artifact, EVENT_STEPS).events or ():
-            events = orjson.loads(numbers)
-            steps = len(events)
-            for event in events:
-                event[time] = datetime.fromtimestamp(event[time] / 1000, UTC).isoformat()
-            for name, body in (("text", orjson.dumps(events)), ("numbers", numbers)):
-                yield f"{steps} with times as {name}, strict", 1, partial(validate, body)
-                yield f"{steps} with times as {name}, fast", 1, partial(read, body)
-            columns = read(numbers)
-            many = [columns] * BATCH, [clock] * BATCH
-            yield f"{steps}, digest", 1, partial(digest, columns)
-            yield f"{steps}, encode", 1, partial(encode, schema, columns, clock)
-            yield f"{steps}, encode {BATCH} together", BATCH, partial(encode_many, schema, *many)
-
-    def wire(self) -> Iterator[Case]:
-        """Bodies to chunks and replies to bodies, without HTTP."""
-        wire = ModelWire(self.served, ApiLimits())
-        stream = self.state
-        reply = Reply(StreamKey("bench", "s"), stream.head, self.reply.outputs, stream.state)
-
-        def write(media: Media) -> bytes:
-            return dumps(media, wire.writer.reply(reply, EVERY_STEP))
-
-        for media in (Media.JSON, Media.MSGPACK):
-            name, body = media.name.lower(), self.request(media)[-1]
-            yield f"{name} to chunk", 1, partial(wire.reader.chunk, body, media, "s", None)
-            yield f"reply to {name}", 1, partial(write, media)
+        bodies = workloads.flights_bodies(artifact, EVENT_STEPS).events or ()
+        for steps, body in zip(EVENT_STEPS, bodies, strict=True):
+            yield f"{steps}, strict", 1, partial(validate, body)
+            yield f"{steps}, fast", 1, partial(read, body)
+            columns = read(body)
+            for batch in BATCHES:
+                many = [columns] * batch, [clock] * batch
+                yield f"{steps}, encode {batch}", batch, partial(encode_many, schema, *many)
 
     def http(self) -> Iterator[Case]:
         """Requests through the ASGI application: single chunks and many streams, in both media."""
         logging.disable()
-        served, head, outputs = self.served, self.state.head, self.reply.outputs
-        recorder, state = PrometheusRecorder(), served.state.zero()
+        served = ServedModel(self.artifact, NumpyRuntime(self.artifact))
+        head, outputs, state = self.state.head, self.reply.outputs, served.state.zero()
+        recorder = PrometheusRecorder()
         recorder.model(served.name, served.version, served.runtime.name)
 
         async def process(chunk: Any, deadline_s: float | None = None) -> Reply:
@@ -163,39 +123,42 @@ class Parts:
             process_many=process_many,
         )
         api = create_api(cast(Any, pipeline), ApiLimits(), recorder)
-        for media, items in product((Media.JSON, Media.MSGPACK), (0, MANY)):
-            calls, chunks = _asgi_calls(api, *self.request(media, items)), max(1, items)
-            name = f"{chunks} in {media.name.lower()}"
-            yield name, chunks * CALLS, lambda calls=calls: self.run(calls())
+        bodies = Bodies((self.rows,))
+        for media, items in product(MEDIA, (0, MANY)):
+            options: Any = {"media": media, "items": items}
+            traffic = workloads.make_traffic(self.artifact, bodies, "stream", MANY, **options)
+            calls, chunks = _asgi_calls(api, Traffic(traffic).request()[0]), max(1, items)
+            yield f"{chunks} in {media}", chunks * CALLS, lambda calls=calls: self.run(calls())
 
     def step(self) -> Iterator[Case]:
         """Each runtime's own step, on one thread."""
-        for name in RUNTIMES:
-            if not is_installed(f"carry-{name}"):
-                continue
-            runtime = workloads.warm_runtime(name, self.artifact)
+        for name in (name for name in RUNTIMES if importlib.util.find_spec(name)):
+            artifact, runtime = workloads.warm_runtime(name, self.artifact.path)
             for batch, steps in STEP_SHAPES:
                 if batch <= runtime.max_batch:
-                    inputs = workloads.step_arguments(runtime, self.artifact, batch, steps)
+                    inputs = workloads.step_arguments(runtime, artifact, batch, steps)
                     yield f"{name} {batch} x {steps}", batch, partial(runtime.step, *inputs)
 
 
-def _asgi_calls(app: Any, path: bytes, head: bytes, body: bytes) -> Callable[[], Any]:
+GROUPS = ("codec", "events", "http", "step")
+
+
+def _asgi_calls(app: Any, request: bytes) -> Callable[[], Any]:
     """Calls an application with a request, as a server does, many times."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    line, *headers = head.split(b"\r\n")
+    path = line.split(b" ")[1]
     scope = {
         "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "asgi": {"version": "3.0"},
         "http_version": "1.1",
-        "scheme": "http",
-        "root_path": "",
         "method": "POST",
-        "server": ("127.0.0.1", 8000),
-        "client": ("127.0.0.1", 50000),
+        "scheme": "http",
         "path": path.decode(),
         "raw_path": path,
         "query_string": b"",
     }
-    headers = [tuple(line.lower().split(b": ")) for line in head.split(b"\r\n")]
+    fields = [tuple(header.lower().split(b": ")) for header in headers]
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -206,7 +169,7 @@ def _asgi_calls(app: Any, path: bytes, head: bytes, body: bytes) -> Callable[[],
 
     async def call() -> None:
         for _ in range(CALLS):
-            await app({**scope, "headers": [*headers], "state": {}}, receive, send)
+            await app({**scope, "headers": [*fields], "state": {}}, receive, send)
 
     return call
 
@@ -219,27 +182,23 @@ def measure_call_s(call: Callable[[], object], seconds: float) -> float:
     return min(timer.repeat(REPEATS, number)) / number
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="make bench-micro", description="Measures the parts.")
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each case")
-    options = parser.parse_args(arguments)
-    groups = options.only.split(",")
-    if unknown := sorted(set(groups) - set(GROUPS)):
-        parser.error(f"--only: expected some of {','.join(GROUPS)}, got {','.join(unknown)}")
+    options = parser.parse_args()
     configure_logs("error", "json")
     with (
         tempfile.TemporaryDirectory(prefix="carry-bench-") as folder,
         closing(uvloop.new_event_loop()) as loop,
     ):
         parts = Parts(Path(folder), loop)
-        for group in groups:
+        for group in options.only:
             for name, chunks, call in getattr(parts, group)():
                 us = measure_call_s(call, options.seconds) / chunks * 1e6
                 print(f"{f'{group}, {name}':56} {us:10.2f} us/chunk", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,25 +1,75 @@
-"""Results of a run: rows of rounds, figures made of them, and their JSON lines.
+"""Results of a run: rows of rounds, figures made of them, the targets, and how they are shown.
 
-A row is one server under one load, measured in several rounds; a figure is a number that the
-page of performance shows, mostly the ratio of two rows taken round by round, so that what the
-machine did meanwhile cancels out.
+A row is one server under one load, measured in several rounds; a figure is mostly the ratio of two
+rows taken round by round, so that what the machine did meanwhile cancels out. The terminal, and
+the page that `performance.template.md` becomes, show the same tables.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.bench.generator import Load
+from tests.bench.workloads import FEW, MANY
 
 MIB = 2**20
+TEMPLATE = Path(__file__).with_name("performance.template.md")
+COLUMNS = {
+    "chunks/s": ("chunks_per_s", "{:,.0f}"),
+    "events/s": ("events_per_s", "{:,.0f}"),
+    "CPU us/chunk": ("cpu_us_per_chunk", "{:,.0f}"),
+    "p50 ms": ("p50_ms", "{:.2f}"),
+    "p99 ms": ("p99_ms", "{:.2f}"),
+    "p999 ms": ("p999_ms", "{:.2f}"),
+    "MiB": ("rss_mib", "{:,.0f}"),
+    "gen %": ("generator_cpu", "{:.0%}"),
+    "store %": ("store_cpu", "{:.0%}"),
+}
+"""Field and format by head. The last two show that the other core has room."""
+
+TARGETS = (
+    # what is bounded, the figure, its bound: at least where it is above a baseline, else at most
+    ("1. JSON, single chunks, onnxruntime: of the bare FastAPI echo",
+     "peak/carry-onnxruntime over fastapi", ">=", 0.8),
+    ("1. stretch goal: as many as the bare FastAPI echo",
+     "peak/carry-onnxruntime over fastapi", ">=", 1.0),
+    ("1. onnxruntime: times the hand-written ONNX service",
+     "peak/carry-onnxruntime over competent", ">=", 5),
+    ("1. tensorflow: of the bare FastAPI echo", "peak/carry-tensorflow over fastapi", ">=", 0.6),
+    ("2. MessagePack, 64 streams a request, onnxruntime: of its compute alone",
+     "many/carry-onnxruntime over compute", ">=", 0.5),
+    ("2. tensorflow: of its compute alone, as above",
+     "many/carry-tensorflow over compute", ">=", 0.5),
+    ("3. one connection, onnxruntime: p50, times the FastAPI echo's",
+     "peak/p50 at 1, carry-onnxruntime over fastapi", "<=", 4),
+    ("3. open loop at 50 % of the peak: p99, times the unloaded p50",
+     "latency/carry-onnxruntime p99 at 50 % over unloaded p50", "<=", 10),
+    ("3. a stream with chunks of 10,000 events: p99 of the others, times that without it",
+     "latency/carry-onnxruntime p99 beside long chunks over without", "<=", 2),
+    (f"4. {MANY:,} streams without the state cache: of the chunks/s with {FEW:,}",
+     f"streams/{MANY} over {FEW}", ">=", 0.9),
+    ("4. bytes per stream, of 1.25 x the raw state + 200: the largest share",
+     "streams/bytes over bound", "<=", 1),
+    ("5. onnxruntime: seconds to the first correct answer", "cold/carry-onnxruntime s", "<=", 2),
+    ("5. onnxruntime: MiB of a worker under load", "peak/carry-onnxruntime MiB", "<=", 150),
+    ("5. tensorflow: seconds to the first correct answer", "cold/carry-tensorflow s", "<=", 12),
+    ("6. two workers on two cores, 32 connections each: times one with as many",
+     "workers/carry-onnxruntime 2 over 1, 64 connections", ">=", 1.0),
+    ("6. same-stream race of 16 chunks, two workers: chunks lost",
+     "workers/carry-onnxruntime lost", "<=", 0),
+    ("7. events, ragged T of 1 to 64, onnxruntime: of the inputs path",
+     "events/carry-onnxruntime events over inputs", ">=", 0.5),
+)  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -64,7 +114,7 @@ class Figure(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+        return f"{self.value:,.4g} ({self.low:,.4g} to {self.high:,.4g})"
 
 
 @dataclass
@@ -74,6 +124,7 @@ class Results:
     Attributes:
         about: commit, machine and date; part of every line.
         rows: the rounds by `section/load/server`.
+        figures: by `section/name`.
         notes: what was left out and why, and remarks.
     """
 
@@ -82,61 +133,35 @@ class Results:
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, row: str, sample: Sample) -> None:
-        """Add a round to a row."""
-        self.rows.setdefault(row, []).append(sample)
-
     def values(self, row: str, name: str) -> list[float]:
         """One field of a row, round by round."""
         return [getattr(sample, name) for sample in self.rows[row]]
-
-    def median(self, row: str, name: str) -> float:
-        """The median of a field over the rounds."""
-        return median(self.values(row, name))
 
     def figure(self, name: str, values: Sequence[float]) -> None:
         """Keep the median, minimum and maximum of some values."""
         self.figures[name] = Figure(median(values), min(values), max(values))
 
-    def ratios(self, name: str, above: Sequence[float], below: Sequence[float]) -> None:
+    def ratio(self, name: str, above: Sequence[float], below: Sequence[float]) -> None:
         """Keep the ratio of two series, round by round."""
         pairs = zip(above, below, strict=True)
         # Processor time is counted in steps of 10 ms: in a very short round it can be zero.
         self.figure(name, [one / other if other else math.inf for one, other in pairs])
 
-    def ratio(self, name: str, above: str, below: str, of: str = "chunks_per_s") -> None:
-        """Keep the ratio of two rows, where both were measured."""
-        if above in self.rows and below in self.rows:
-            self.ratios(name, self.values(above, of), self.values(below, of))
-
     def compare(self, name: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
         """Keep the ratio of our chunks/s to theirs, and the same by CPU time of a chunk."""
-        if not theirs:
-            return
-        for by, above, below, of in (
-            ("", ours, theirs, "chunks_per_s"),
-            # Where others use the machine too, this one suffers less.
-            (", by CPU", theirs, ours, "cpu_us_per_chunk"),
-        ):
-            series = ([getattr(sample, of) for sample in side] for side in (above, below))
-            self.ratios(f"{name}{by}", *series)
+        rates = ([sample.chunks_per_s for sample in side] for side in (ours, theirs))
+        self.ratio(name, *rates)
+        # Where others use the machine too, this one suffers less.
+        costs = ([sample.cpu_us_per_chunk for sample in side] for side in (theirs, ours))
+        self.ratio(f"{name}, by CPU", *costs)
 
     def write(self, file: Path) -> None:
         """Append rows, figures and notes to a file of JSON lines."""
-        lines: list[dict[str, Any]] = [
-            {
-                "kind": "row",
-                "name": name,
-                **{of: self.median(name, of) for of in Sample._fields},
-                "rounds": [sample._asdict() for sample in samples],
-            }
-            for name, samples in self.rows.items()
+        lines = [
+            *({"row": name, "rounds": rounds} for name, rounds in self.rows.items()),
+            *({"figure": name, "spread": spread} for name, spread in self.figures.items()),
+            *({"note": note} for note in self.notes),
         ]
-        lines += [
-            {"kind": "figure", "name": name, **figure._asdict()}
-            for name, figure in self.figures.items()
-        ]
-        lines += [{"kind": "note", "name": note} for note in self.notes]
         with file.open("a") as output:
             output.writelines(json.dumps({**line, **self.about}) + "\n" for line in lines)
 
@@ -157,11 +182,67 @@ def read_results(file: Path) -> Results:
     for line in lines:
         if any(line[name] != lines[-1][name] for name in ("commit", "machine")):
             continue
-        name = line["name"]
-        if line["kind"] == "row":
-            results.rows[name] = [Sample(**sample) for sample in line["rounds"]]
-        elif line["kind"] == "figure":
-            results.figures[name] = Figure(*(line[part] for part in Figure._fields))
-        elif name not in results.notes:
-            results.notes.append(name)
+        if "row" in line:
+            results.rows[line["row"]] = [Sample(*sample) for sample in line["rounds"]]
+        elif "figure" in line:
+            results.figures[line["figure"]] = Figure(*line["spread"])
+        elif line["note"] not in results.notes:
+            results.notes.append(line["note"])
     return results
+
+
+def show_section(results: Results, section: str) -> str:
+    """A section's rows as medians, and its figures with their spread over the rounds."""
+    rows = []
+    for name in (name for name in results.rows if name.startswith(f"{section}/")):
+        cells = [form.format(median(results.values(name, of))) for of, form in COLUMNS.values()]
+        rows.append([f"`{name.partition('/')[2]}`", *cells])
+    figures = [
+        [name.partition("/")[2], str(figure)]
+        for name, figure in results.figures.items()
+        if name.startswith(f"{section}/")
+    ]
+    tables = [
+        _table(["load/server", *COLUMNS], rows),
+        _table(["figure", "median (over the rounds)"], figures),
+    ]
+    return "\n".join(filter(None, tables)) or "Not measured in this run.\n"
+
+
+def show_targets(results: Results) -> str:
+    """Each target that was measured: its bound, its figure, and whether it is reached."""
+    rows = []
+    for text, name, relation, bound in TARGETS:
+        if (figure := results.figures.get(name)) is not None:
+            is_reached = figure.value >= bound if relation == ">=" else figure.value <= bound
+            verdict = "reached" if is_reached else "not reached"
+            rows.append([text, f"{relation} {bound:g}", str(figure), verdict])
+    return _table(["target", "bound", "measured", "verdict"], rows)
+
+
+def show(results: Results) -> str:
+    """Every table, and the notes."""
+    sections = dict.fromkeys(name.partition("/")[0] for name in [*results.rows, *results.figures])
+    tables = [f"{section}\n\n{show_section(results, section)}" for section in sections]
+    notes = "".join(f"- {note}\n" for note in results.notes)
+    return "\n".join(filter(None, [*tables, show_targets(results), notes]))
+
+
+def write_page(results: Results, page: Path) -> None:
+    """Write the page of performance."""
+    template = Template(TEMPLATE.read_text())
+    parts = {name: show_section(results, name) for name in template.get_identifiers()}
+    parts |= {"targets": show_targets(results), **results.about}
+    parts["notes"] = "\n".join(f"- {note}" for note in results.notes)
+    page.write_text(re.sub(r"\n{3,}", "\n\n", template.substitute(parts)).rstrip() + "\n")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, in columns for the terminal; empty without rows."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = [
+        " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in (head, rule, *rows)
+    ]
+    return "".join(f"| {line} |\n" for line in lines) if rows else ""

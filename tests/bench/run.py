@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,23 +22,14 @@ from urllib.error import HTTPError
 
 from models.artifact.artifact import Artifact
 from tests.bench.answers import TOLERANCE, check_answers
-from tests.bench.generator import HOST, Load, make_streams, run_closed
+from tests.bench.generator import HOST, Connection, Load, make_streams, run_closed
 from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import Results, Sample
-from tests.bench.traffic import TrafficSpec
+from tests.bench.traffic import Traffic, TrafficSpec
 from tests.bench.workloads import STEPS, Bodies, make_traffic, standard_model
 from tests.support.machine import REPOSITORY, Cores, pin_child, read_usage
 from tests.support.servers import RealServer, free_port, real_server
 
-RUNTIMES = ("tensorflow", "onnxruntime")
-FLOORS = ("asgi", "fastapi")
-"""The servers that do nothing but answer a constant."""
-
-UVICORN = (
-    *(sys.executable, "-m", "uvicorn", "--log-level", "warning", "--no-access-log"),
-    # The naive service blocks its loop for seconds, and would lose its waiting connections.
-    *("--no-server-header", "--no-date-header", "--timeout-keep-alive", "60"),
-)
 CONNECTIONS = 32
 WARM_S = 0.5
 REST_S, REST_SHARE = 0.5, 0.2
@@ -56,8 +47,7 @@ class Options:
     seconds: float = 1.0
     streams: int = 1000
     many_streams: int = 100_000
-    runtimes: Sequence[str] = RUNTIMES
-    baselines: Sequence[str] = (*FLOORS, "naive", "competent")
+    runtimes: Sequence[str] = ("tensorflow", "onnxruntime")
     beside: Path | None = None
     jsonl: Path | None = None
     report: bool = False
@@ -65,7 +55,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server with the store and the load generator beside it.
+    """A running server and its store.
 
     Attributes:
         artifact: the network that it serves.
@@ -76,33 +66,20 @@ class Server:
     pid: int
     artifact: Artifact
     store: RealServer
-    driver: ProcessPoolExecutor
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in its load generator."""
-        return self.driver.submit(function, *arguments).result()
 
     @property
     def has_positions(self) -> bool:
-        """Whether its replies give the position."""
-        return self.name not in FLOORS
+        """Whether its replies give the position: those of the floor are constant."""
+        return self.name != "fastapi"
 
 
 class Row(NamedTuple):
-    """A server under one closed loop: the streams that its generator has under a key."""
+    """A server under one closed loop: the streams that the generator has under a key."""
 
     name: str
     server: Server
     key: str
     connections: int = CONNECTIONS
-
-
-def is_installed(kind: str) -> bool:
-    """Whether the package is there that a server of this kind computes with."""
-    package = {"competent": "onnxruntime", "naive": "tensorflow"}.get(
-        kind, kind.removeprefix("carry-")
-    )
-    return kind in FLOORS or importlib.util.find_spec(package) is not None
 
 
 def carry_command(models: Path, port: int, *options: str) -> list[str]:
@@ -126,7 +103,8 @@ def _is_ready(port: int) -> bool:
 
 @dataclass
 class Bench:
-    """One run; `say` shows progress; what is started is ended with the `scope`, a `with` block."""
+    """One run; `say` shows progress. What is started is ended with the `scope`, a `with` block;
+    the store and the generator are started once in it."""
 
     options: Options
     cores: Cores
@@ -145,16 +123,33 @@ class Bench:
         """The standard chunks."""
         return Bodies.random(STEPS)
 
+    @cached_property
+    def driver(self) -> ProcessPoolExecutor:
+        """The process of the load generator."""
+        driver: ProcessPoolExecutor = self.start(helper_process(self.cores.others))
+        self.scope.callback(self.__dict__.pop, "driver")
+        return driver
+
+    @cached_property
+    def store(self) -> RealServer:
+        """The store that servers share."""
+        store: RealServer = self.start_store()
+        self.scope.callback(self.__dict__.pop, "store")
+        return store
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the load generator."""
+        return self.driver.submit(function, *arguments).result()
+
     def carry_kinds(self) -> list[str]:
         """Carry's servers that can run here; the others get a note."""
-        return self.available([f"carry-{name}" for name in self.options.runtimes])
-
-    def available(self, kinds: Sequence[str]) -> list[str]:
-        """Those that can run here; the others get a note."""
-        for kind in kinds:
-            if not is_installed(kind):
-                self.note(f"{kind} is left out: its runtime is not installed")
-        return [kind for kind in kinds if is_installed(kind)]
+        kinds = []
+        for runtime in self.options.runtimes:
+            if importlib.util.find_spec(runtime) is None:
+                self.note(f"carry-{runtime} is left out: the runtime is not installed")
+            else:
+                kinds.append(f"carry-{runtime}")
+        return kinds
 
     def note(self, text: str) -> None:
         """Keep and show a remark, once."""
@@ -166,13 +161,17 @@ class Bench:
         """Enter a context, which is left with the scope."""
         return self.scope.enter_context(context)
 
+    def start_store(self) -> RealServer:
+        """An empty store."""
+        store: RealServer = self.start(real_server("valkey", prepare=pin_child(self.cores.others)))
+        return store
+
     def start_server(
         self,
         kind: str,
         artifact: Artifact | None = None,
         *,
-        beside: Server | None = None,
-        cores: Cores | None = None,
+        store: RealServer | None = None,
         models: Path | None = None,
         workers: int = 1,
         reply_bytes: int = 1800,
@@ -180,14 +179,13 @@ class Bench:
         name: str | None = None,
         checkout: Path = REPOSITORY,
     ) -> Server:
-        """A ready server at rest: `asgi`, `fastapi`, `naive`, `competent`, or `carry-RUNTIME`.
+        """A ready server at rest: `fastapi`, `competent`, or `carry-RUNTIME`.
 
         Args:
-            beside: a server with which it shares the store and the generator.
-            cores: of the server, and of its store and generator; by default those of the run.
+            store: another one than the shared one.
             models: a folder of models that Carry serves, instead of the one.
             workers: of Carry.
-            reply_bytes: of the floors' fixed reply.
+            reply_bytes: of the floor's fixed reply.
             environment: further variables, for Carry's other settings.
             checkout: whose code it runs, on this one's packages.
 
@@ -195,25 +193,21 @@ class Bench:
             CannotStartError
         """
         self.say(f"starting {name or kind}")
-        artifact, cores, port = artifact or self.artifact, cores or self.cores, free_port()
-        if beside is None:
-            store = self.start(real_server("valkey", prepare=pin_child(cores.others)))
-            driver = self.start(helper_process(cores.others))
-        else:
-            store, driver = beside.store, beside.driver
+        artifact, store, port = artifact or self.artifact, store or self.store, free_port()
         if kind.startswith("carry-"):
             command = carry_command(models or artifact.path, port, "--redis-url", store.url)
             command += ["--workers", str(workers)] if workers > 1 else []
             variables = {"CARRY_RUNTIME": kind.removeprefix("carry-"), **(environment or {})}
         else:
-            module = f"echo_{kind}" if kind in FLOORS else kind
-            command = [*UVICORN, "--port", str(port), f"tests.bench.baselines.{module}:app"]
+            module = f"tests.bench.baselines.{'echo' if kind == 'fastapi' else kind}:app"
+            command = [*(sys.executable, "-m", "uvicorn", "--port", str(port), module)]
+            command += ["--log-level", "warning", "--no-server-header", "--no-date-header"]
             variables = {"BENCH_ARTIFACT": str(artifact.path), "BENCH_SOCKET": store.socket}
-            variables |= {"BENCH_REPLY_BYTES": str(reply_bytes), "TF_CPP_MIN_LOG_LEVEL": "2"}
+            variables |= {"BENCH_REPLY_BYTES": str(reply_bytes)}
         log = self.folder / f"{kind}-{port}.log"
-        process = self.start(running_process(command, cores.servers, log, variables, checkout))
+        process = self.start(running_process(command, self.cores.servers, log, variables, checkout))
         await_start(process, lambda: _is_ready(port), log)
-        server = Server(name or kind, port, process.pid, artifact, store, driver)
+        server = Server(name or kind, port, process.pid, artifact, store)
         self._await_rest(server)
         return server
 
@@ -235,10 +229,11 @@ class Bench:
         key: str,
         bodies: Bodies | None = None,
         *,
+        streams: int | None = None,
         tolerance: float = TOLERANCE,
         **options: Any,
     ) -> Load:
-        """Make a server's streams at its generator, warm it up, and check some of its outputs.
+        """Make a server's streams at the generator, warm it up, and check some of its outputs.
 
         Returns:
             The warming load, with sampled replies.
@@ -246,25 +241,27 @@ class Bench:
         Raises:
             WrongOutputsError
         """
-        bodies, has_positions = bodies or self.bodies, server.has_positions
-        spec = make_traffic(
-            server.artifact,
-            bodies,
-            key.replace("/", "-"),
-            self.options.streams,
-            positions=has_positions,
-            sampled=int(has_positions and not options.get("items")),
-            **options,
-        )
+        bodies, artifact = bodies or self.bodies, server.artifact
+        options |= {} if server.has_positions else {"positions": False}
+        options["sampled"] = int(server.has_positions and not options.get("items"))
+        count, prefix = streams or self.options.streams, key.replace("/", "-")
+        spec = make_traffic(artifact, bodies, prefix, count, **options)
+        if not spec.moves:
+            # a stream that is forecast has had one chunk: all of them in one request
+            traffic = Traffic(make_traffic(artifact, bodies, prefix, count, items=count))
+            request, ticket = traffic.request()
+            with closing(Connection(server.port)) as connection:
+                traffic.accept(ticket, connection.ask(request))
         load = self.warm(server, key, spec)
         if spec.sampled:
-            check_answers(server.artifact, spec, bodies.rows, load.sampled, tolerance)
+            check_answers(artifact, spec, bodies.rows, load.sampled, tolerance)
         return load
 
     def warm(self, server: Server, key: str, spec: TrafficSpec) -> Load:
-        """Make streams at a generator and load a server with them for a moment, unmeasured."""
-        server.run(make_streams, key, spec)
-        return server.run(run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
+        """Make streams at the generator and load a server with them for a moment, unmeasured."""
+        self.run(make_streams, key, spec)
+        load: Load = self.run(run_closed, key, server.port, min(CONNECTIONS, spec.streams), WARM_S)
+        return load
 
     def measure_rounds(self, rows: Sequence[Row]) -> None:
         """Every row in every round, each round beginning with the next one."""
@@ -273,13 +270,11 @@ class Bench:
             for row in (*rows[first:], *rows[:first]):
                 self.measure_closed(row)
 
-    def measure_closed(self, row: Row, share: float = 1.0) -> Load:
-        """One more round of a row; `share` is of a round's usual seconds."""
+    def measure_closed(self, row: Row) -> Load:
+        """One more round of a row."""
         name, server, key, connections = row
-        seconds = self.options.seconds * share
-        return self.measure(
-            name, server, partial(server.run, run_closed, key, server.port, connections, seconds)
-        )
+        arguments = (run_closed, key, server.port, connections, self.options.seconds)
+        return self.measure(name, server, partial(self.run, *arguments))
 
     def measure(self, row: str, server: Server, run: Callable[[], Load]) -> Load:
         """Run one load as one more round of a row."""
@@ -290,7 +285,7 @@ class Bench:
             self.note(f"{row}: did not keep up, {load.unsent} requests were not sent in time")
         cpu_s, store_cpu_s = after.cpu_s - before.cpu_s, store_after.cpu_s - store_before.cpu_s
         sample = Sample.of(load, cpu_s, store_cpu_s, after.rss_bytes)
-        self.results.add(row, sample)
+        self.results.rows.setdefault(row, []).append(sample)
         self.say(
             f"  {row}: {sample.chunks_per_s:,.0f} chunks/s, {sample.cpu_us_per_chunk:,.0f} us CPU,"
             f" p50 {sample.p50_ms:.2f} ms, p99 {sample.p99_ms:.2f} ms"

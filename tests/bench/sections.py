@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -17,28 +16,27 @@ from statistics import mean, stdev
 from typing import Any
 
 from models.artifact.artifact import Artifact
+from service.core.values import StreamKey
+from service.store.codec import encode_state
+from service.store.settings import StoreSettings
 from tests.bench import workloads
-from tests.bench.answers import TRAINED_TOLERANCE, WrongOutputsError, check_answers
-from tests.bench.cpu_split import CannotProfileError, record_stacks, stage_of, stage_shares
-from tests.bench.filling import fill_store, measure_bytes_per_stream, rewrite_file
+from tests.bench.answers import TRAINED_TOLERANCE, check_answers
 from tests.bench.generator import Connection, make_streams, run_closed, run_open
 from tests.bench.processes import await_start, helper_process, running_process
 from tests.bench.results import MIB
 from tests.bench.run import CONNECTIONS, Bench, Row, Server, carry_command
 from tests.bench.traffic import Media, Traffic, TrafficSpec, read_positions, write_request
-from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic
+from tests.bench.workloads import FEW, KINDS, PLAIN, STEPS, Bodies, make_traffic, random_stream
 from tests.support.machine import Cores, read_usage
-from tests.support.servers import free_port
+from tests.support.servers import RealServer, free_port, until
 
-FLOOR_REPLY_BYTES = 1800
-"""Where there is no server whose reply the floors could imitate."""
-
+BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
-ITEMS, MANY_CONNECTIONS = 64, 4
+MANY_CONNECTIONS = 4
 MANY_LOADS: dict[str, dict[str, Any]] = {
-    "msgpack-64": {"media": "msgpack", "items": ITEMS},
-    "json-64": {"media": "json", "items": ITEMS},
+    "msgpack-64": {"media": "msgpack", "items": 64},
+    "json-64": {"media": "json", "items": 64},
     "msgpack-1": {"media": "msgpack"},
 }
 OPEN_PERCENTS = (50, 80)
@@ -46,6 +44,9 @@ LONG_STEPS = 10_000
 CACHES = {"uncached": {"CARRY_STATE_CACHE_BYTES": "0"}, "cached": {}}
 """The two servers on each store; each has half of its streams, named by its own prefix."""
 
+FILL_BATCH, DISTINCT_STATES = 2_000, 512
+STATE_BYTES = (256, 512, 1024, 2048, 4096, 16384)
+REWRITTEN_WITHIN_S = 600.0
 FIRST_REPLY_WITHIN_S = 180.0
 WORKER_CONNECTIONS = (32, 64, 128)
 """With the first, each of two workers has batches of half the size that one has alone."""
@@ -53,14 +54,10 @@ WORKER_CONNECTIONS = (32, 64, 128)
 RACERS, RACES = 16, 20
 WIDTHS, LENGTHS = (workloads.UNITS, 256), (1, 16, 128)
 MEDIA: tuple[Media, ...] = ("json", "msgpack")
-CHECKED_STREAMS, CHECKED_CHUNKS = 2, 8
 MOST_ITEMS = 1000
 """Of one request, by Carry's default."""
 
-PAIR_SHARE, ONE_SHARE = 0.5, 0.25
-"""Of a round's time: a kind at all connections and the plain stack next to it, and at one."""
-
-SHOWN_FRAMES = 12
+LAST_RUNTIME = slice(-1, None)
 
 
 def per_runtime(
@@ -76,30 +73,29 @@ def per_runtime(
     return section
 
 
-LAST_RUNTIME = slice(-1, None)
-
-
 def measure_peak(bench: Bench) -> None:
     """Every server: closed loop, 32 connections and 1, interleaved."""
-    carry, results, rows = bench.carry_kinds(), bench.results, []
-    server, reply_bytes = None, FLOOR_REPLY_BYTES
+    carry, results = bench.carry_kinds(), bench.results
+    rows: dict[tuple[str, int], Row] = {}
+    reply_bytes = 0
     with bench.scope:
-        # Carry first, since the floors imitate its replies.
-        for kind in [*carry, *bench.available(bench.options.baselines)]:
-            server = bench.start_server(kind, beside=server, reply_bytes=reply_bytes)
+        # Carry first, since the floor imitates its replies.
+        for kind in [*carry, *BASELINES]:
+            server = bench.start_server(kind, reply_bytes=reply_bytes)
             load = bench.prepare(server, kind)
             if kind in carry:
                 reply_bytes = len(load.sampled[0].reply)
-            rows += [Row(f"peak/{n}/{kind}", server, kind, n) for n in (CONNECTIONS, 1)]
-        bench.measure_rounds(rows)
+            for count in (CONNECTIONS, 1):
+                rows[kind, count] = Row(f"peak/{count}/{kind}", server, kind, count)
+        bench.measure_rounds([*rows.values()])
     for kind in carry:
-        ours = f"peak/{CONNECTIONS}/{kind}"
-        for other in ("fastapi", "competent", "naive", "asgi"):
-            theirs = results.rows.get(f"peak/{CONNECTIONS}/{other}", [])
-            results.compare(f"peak/{kind} over {other}", results.rows[ours], theirs)
-        name = f"peak/p50 at 1, {kind} over fastapi"
-        results.ratio(name, f"peak/1/{kind}", "peak/1/fastapi", "p50_ms")
-        results.figure(f"peak/{kind} MiB", results.values(ours, "rss_mib"))
+        ours = results.rows[rows[kind, CONNECTIONS].name]
+        for other in BASELINES:
+            theirs = results.rows[rows[other, CONNECTIONS].name]
+            results.compare(f"peak/{kind} over {other}", ours, theirs)
+        p50s = (results.values(rows[each, 1].name, "p50_ms") for each in (kind, "fastapi"))
+        results.ratio(f"peak/p50 at 1, {kind} over fastapi", *p50s)
+        results.figure(f"peak/{kind} MiB", [sample.rss_mib for sample in ours])
 
 
 def measure_beside(bench: Bench, kind: str) -> None:
@@ -114,7 +110,7 @@ def measure_beside(bench: Bench, kind: str) -> None:
         bench.note("beside: no other checkout was named with --beside")
         return
     this = bench.start_server(kind, name="this")
-    that = bench.start_server(kind, beside=this, name="other", checkout=other)
+    that = bench.start_server(kind, name="other", checkout=other)
     for server in (this, that):
         bench.prepare(server, server.name)
     for count in BESIDE_CONNECTIONS:
@@ -141,19 +137,17 @@ def measure_many(bench: Bench, kind: str) -> None:
     rows, alone = [], []
     for load, options in MANY_LOADS.items():
         bench.prepare(server, load, **options)
-        count = MANY_CONNECTIONS if options.get("items") else CONNECTIONS
+        count = MANY_CONNECTIONS if "items" in options else CONNECTIONS
         rows.append(Row(f"many/{load}/{kind}", server, load, count))
     for _ in range(bench.options.rounds):
-        alone.append(process.submit(workloads.measure_rates, runtime, bench.artifact.path).result())
+        compute = process.submit(workloads.measure_compute, runtime, bench.artifact.path)
+        alone.append(compute.result())
         for row in rows:
             bench.measure_closed(row)
-    for batch in alone[0]:
-        name = f"many/compute alone {runtime} batch {batch}, chunks/s"
-        results.figure(name, [rates[batch].chunks_per_s for rates in alone])
-    best = [max(rates.values()) for rates in alone]
+    results.figure(f"many/compute alone {runtime}", [rate.chunks_per_s for rate in alone])
     for row in rows:
         shown = "" if row.key == "msgpack-64" else f" {row.key}"
-        results.compare(f"many/{kind}{shown} over compute", results.rows[row.name], best)
+        results.compare(f"many/{kind}{shown} over compute", results.rows[row.name], alone)
 
 
 def measure_latency(bench: Bench, kind: str) -> None:
@@ -168,7 +162,7 @@ def measure_latency(bench: Bench, kind: str) -> None:
         peak = bench.measure_closed(Row(f"latency/peak/{kind}", server, kind)).chunks_per_s
         loads = {
             share: partial(
-                server.run, run_open, kind, server.port, peak * share / 100, seconds, seed
+                bench.run, run_open, kind, server.port, peak * share / 100, seconds, seed
             )
             for share in OPEN_PERCENTS
         }
@@ -178,35 +172,78 @@ def measure_latency(bench: Bench, kind: str) -> None:
         bench.measure(f"latency/open-50-long/{kind}", server, loads[50])
         bench.say(f"  {long.result().chunks} chunks of {LONG_STEPS} events beside it")
     unloaded = results.values(f"latency/unloaded/{kind}", "p50_ms")
+    p99 = {
+        load: results.values(f"latency/open-{load}/{kind}", "p99_ms")
+        for load in ("50", "80", "50-long")
+    }
     for percent in OPEN_PERCENTS:
-        p99 = results.values(f"latency/open-{percent}/{kind}", "p99_ms")
-        results.ratios(f"latency/{kind} p99 at {percent} % over unloaded p50", p99, unloaded)
-    name, rows = f"latency/{kind} p99 beside long chunks over without", "latency/open-50"
-    results.ratio(name, f"{rows}-long/{kind}", f"{rows}/{kind}", "p99_ms")
+        name = f"latency/{kind} p99 at {percent} % over unloaded p50"
+        results.ratio(name, p99[str(percent)], unloaded)
+    name = f"latency/{kind} p99 beside long chunks over without"
+    results.ratio(name, p99["50-long"], p99["50"])
 
 
 def measure_streams(bench: Bench, kind: str) -> None:
     """Few and very many streams in the store, cached or not, and the bytes of each."""
-    many, results, rows = bench.options.many_streams, bench.results, []
+    many, results, rows = bench.options.many_streams, bench.results, {}
     for count in (FEW, many):
-        server = None
+        store = bench.start_store()
         for cache, environment in CACHES.items():
             key = f"{count}-{cache}"
-            server = bench.start_server(kind, beside=server, environment=environment, name=key)
+            server = bench.start_server(kind, store=store, environment=environment, name=key)
             spec = make_traffic(bench.artifact, bench.bodies, cache, count // 2, position=STEPS)
             bench.say(f"filling the store with {spec.streams:,} streams")
-            fill_store(server.store, spec, bench.artifact)
+            fill_store(store, spec, bench.artifact)
             bench.warm(server, key, spec)
-            rows.append(Row(f"streams/{key}/{kind}", server, key))
-        rewrite_file(server.store)
-    bench.measure_rounds(rows)
-    measure_bytes_per_stream(server.store, bench.artifact, results)
+            rows[key] = Row(f"streams/{key}/{kind}", server, key)
+        rewrite_file(store)
+    bench.measure_rounds([*rows.values()])
     for name, above, below in (
         (f"{many} over {FEW}", f"{many}-uncached", f"{FEW}-uncached"),
         (f"{FEW}, cache on over off", f"{FEW}-cached", f"{FEW}-uncached"),
         (f"{many}, cache on over off", f"{many}-cached", f"{many}-uncached"),
     ):
-        results.ratio(f"streams/{name}", f"streams/{above}/{kind}", f"streams/{below}/{kind}")
+        rates = (results.values(rows[key].name, "chunks_per_s") for key in (above, below))
+        results.ratio(f"streams/{name}", *rates)
+    shares = []
+    with store.client() as client:
+        for raw in STATE_BYTES:
+            key = _state_key(f"size-{raw}")
+            client.set(key, encode_state(random_stream(raw, raw // 4, bench.artifact.fingerprint)))
+            used = client.memory_usage(key, samples=0)
+            results.figure(f"streams/bytes of a stream with {raw} bytes of state", [used])
+            shares.append(used / (1.25 * raw + 200))
+    results.figure("streams/bytes over bound", [max(shares)])
+
+
+def fill_store(store: RealServer, spec: TrafficSpec, artifact: Artifact) -> None:
+    """Write every stream of a spec as the service would have left it after a first chunk."""
+    size, fingerprint = artifact.state.float_size, artifact.fingerprint
+    states = [
+        encode_state(random_stream(seed, size, fingerprint)) for seed in range(DISTINCT_STATES)
+    ]
+    with store.client() as client:
+        for start in range(0, spec.streams, FILL_BATCH):
+            numbers = range(start, min(spec.streams, start + FILL_BATCH))
+            client.mset({_state_key(spec.name(n)): states[n % DISTINCT_STATES] for n in numbers})
+
+
+def _state_key(stream: str) -> Any:
+    return StoreSettings("unix:///nowhere").keys.state(StreamKey("bench", stream))
+
+
+def rewrite_file(store: RealServer) -> None:
+    """Let the server rewrite its file now, so that it does not while it is measured."""
+    with store.client() as client:
+
+        def is_done() -> bool:
+            info = client.info("persistence")
+            return not info["aof_rewrite_in_progress"] and not info["aof_rewrite_scheduled"]
+
+        # It may have started one by itself.
+        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
+        client.bgrewriteaof()
+        until(is_done, "the end of the file's rewriting", REWRITTEN_WITHIN_S)
 
 
 def measure_cold_start(bench: Bench, kind: str) -> None:
@@ -228,8 +265,7 @@ def _start_cold(bench: Bench, kind: str, name: str) -> tuple[float, float]:
     with running_process(command, bench.cores.servers, log, runtime) as process:
         # The port is bound before anything slow begins: the answer comes when it can.
         with closing(await_start(process, lambda: _connect(port), log)) as connection:
-            connection.sock.sendall(request)
-            reply = connection.receive()
+            reply = connection.ask(request)
         seconds = time.perf_counter() - started_s
         mib = read_usage(process.pid).rss_bytes / MIB
     traffic.accept(ticket, reply)
@@ -247,21 +283,20 @@ def _connect(port: int) -> Connection | None:
 
 def measure_workers(bench: Bench, kind: str) -> None:
     """Two workers on all cores, shared with everything else, against one; then races."""
-    everything, results = bench.cores.everything, bench.results
-    cores = Cores(everything, everything)
-    one = bench.start_server(kind, cores=cores, name="1")
-    two = bench.start_server(kind, beside=one, cores=cores, workers=2, name="2")
+    everything, pinned, results = bench.cores.everything, bench.cores, bench.results
+    bench.cores = Cores(everything, everything)
+    bench.scope.callback(setattr, bench, "cores", pinned)
+    one = bench.start_server(kind, name="1")
+    two = bench.start_server(kind, workers=2, name="2")
     for server in (one, two):
         bench.prepare(server, server.name)
     loads = list(product(WORKER_CONNECTIONS, (one, two)))
     bench.measure_rounds([Row(f"workers/{n}-{s.name}/{kind}", s, s.name, n) for n, s in loads])
     for count in WORKER_CONNECTIONS:
-        name, rows = f"workers/{kind} 2 over 1, {count} connections", f"workers/{count}"
-        results.ratio(name, f"{rows}-2/{kind}", f"{rows}-1/{kind}")
-    racing = {kind: two}
-    if "competent" in bench.available(bench.options.baselines):
-        racing["competent"] = bench.start_server("competent", beside=one, cores=cores)
-    for name, server in racing.items():
+        rows = (f"workers/{count}-{server.name}/{kind}" for server in (two, one))
+        rates = (results.values(row, "chunks_per_s") for row in rows)
+        results.ratio(f"workers/{kind} 2 over 1, {count} connections", *rates)
+    for name, server in ((kind, two), ("competent", bench.start_server("competent"))):
         lost = [race(bench, server, f"race-{turn}") for turn in range(RACES)]
         results.figure(f"workers/{name} lost", [max(lost)])
 
@@ -292,15 +327,16 @@ def measure_events(bench: Bench, kind: str) -> None:
         bench.prepare(server, feed, blocks, tolerance=TRAINED_TOLERANCE)
         rows.append(Row(f"events/{feed}/{kind}", server, feed))
     bench.measure_rounds(rows)
-    bench.results.ratio(f"events/{kind} events over inputs", *(row.name for row in rows))
+    rates = (bench.results.values(row.name, "chunks_per_s") for row in rows)
+    bench.results.ratio(f"events/{kind} events over inputs", *rates)
 
 
 def measure_widths(bench: Bench, kind: str) -> None:
     """Chunks of 1, 16 and 128 events, networks of width 64 and 256, JSON and MessagePack."""
-    rows, server = [], None
+    rows = []
     for units in WIDTHS:
         artifact = workloads.standard_model(bench.folder / f"models-{units}", units)
-        server = bench.start_server(kind, artifact, beside=server)
+        server = bench.start_server(kind, artifact)
         for steps, media in product(LENGTHS, MEDIA):
             key = f"{units}-T{steps}-{media}"
             bench.prepare(server, key, Bodies.random(steps), media=media)
@@ -309,81 +345,22 @@ def measure_widths(bench: Bench, kind: str) -> None:
 
 
 def measure_kinds(bench: Bench, kind: str) -> None:
-    """Every kind of network beside the plain stacked LSTM of the same size, all in one server.
-
-    Right before or after a kind the plain stack is measured for the same time; a ratio is of such
-    a pair.
-    """
+    """Every kind of network in turns with the plain stacked LSTM of the same size, in one server;
+    then each at one connection."""
     results, folder = bench.results, bench.folder / f"kinds-{kind}"
-    artifacts = [workloads.write_network(folder, name, KINDS[name]) for name in KINDS]
-    server = bench.start_server(kind, artifacts[0], models=folder)
-    for artifact in artifacts:
-        _prepare_kind(bench, server, artifact)
-    # the plain stack is the first of them
-    plain, *others = (Row(f"kinds/{CONNECTIONS}/{name}/{kind}", server, name) for name in KINDS)
-    for turn in range(bench.options.rounds):
-        for row in others:
-            for one in (row, plain) if turn % 2 else (plain, row):
-                bench.measure_closed(one, PAIR_SHARE)
-        for row in (plain, *others):
-            alone = row._replace(name=f"kinds/1/{row.key}/{kind}", connections=1)
-            bench.measure_closed(alone, ONE_SHARE)
-    for index, row in enumerate(others):
-        ours, theirs = results.rows[row.name], results.rows[plain.name][index :: len(others)]
-        results.compare(f"kinds/{kind} {row.key} over {PLAIN}", ours, theirs)
-
-
-def _prepare_kind(bench: Bench, server: Server, artifact: Artifact) -> None:
-    """Check a kind's answers to a few streams in full batches, then warm up those measured."""
-    name, bodies = artifact.spec.name, bench.bodies
-    checked = make_traffic(artifact, bodies, "checked", CONNECTIONS, sampled=CHECKED_STREAMS)
-    streams = bench.options.streams
-    if artifact.spec.decoder is not None:
-        streams = min(streams, MOST_ITEMS)
-    measured = make_traffic(artifact, bodies, name, streams)
-    for spec in (checked, measured):
-        if not spec.moves:
-            _begin_streams(bench, server, artifact, spec)
-    server.run(make_streams, name, checked)
-    load = server.run(run_closed, name, server.port, CONNECTIONS, 0.0, CHECKED_CHUNKS)
-    if not check_answers(artifact, checked, bodies.rows, load.sampled):
-        raise WrongOutputsError(f"{name}: expected outputs to check, got none")
-    bench.warm(server, name, measured)
-
-
-def _begin_streams(bench: Bench, server: Server, artifact: Artifact, spec: TrafficSpec) -> None:
-    """Give each stream that will be forecast its one chunk, all in one request."""
-    count = spec.streams
-    traffic = Traffic(make_traffic(artifact, bench.bodies, spec.prefix, count, items=count))
-    request, ticket = traffic.request()
-    with closing(Connection(server.port)) as connection:
-        connection.sock.sendall(request)
-        traffic.accept(ticket, connection.receive())
-
-
-def measure_cpu_split(bench: Bench, kind: str) -> None:
-    """The CPU of a chunk without the profiler, times the shares of stages under it."""
-    server = bench.start_server(kind)
-    row = Row(f"split/{CONNECTIONS}/{kind}", server, kind)
-    bench.prepare(server, kind)
-    bench.measure_rounds([row])
-    seconds = math.ceil(bench.options.seconds * 2)
-    load = server.driver.submit(run_closed, kind, server.port, CONNECTIONS, seconds + 1.0)
-    try:
-        stacks = record_stacks(server.pid, seconds, bench.cores.others)
-    except CannotProfileError as error:
-        bench.note(f"the CPU of {kind} is not split: {error}")
-        return
-    finally:
-        load.result()
-    cpu_us = bench.results.median(row.name, "cpu_us_per_chunk")
-    for stage, share in stage_shares(stacks).items():
-        bench.results.figure(f"split/{kind} {stage}, us a chunk", [share * cpu_us])
-    inner: Counter[tuple[str, str]] = Counter()
-    for stack, count in stacks.items():
-        inner[stage_of(stack), stack.rpartition(";")[2]] += count
-    for (stage, frame), count in inner.most_common(SHOWN_FRAMES):
-        bench.say(f"  {count / max(1, stacks.total()):6.1%}  {stage:7} {frame}")
+    artifacts = {name: workloads.write_network(folder, name, KINDS[name]) for name in KINDS}
+    server = bench.start_server(kind, artifacts[PLAIN], models=folder)
+    streams = min(bench.options.streams, MOST_ITEMS)
+    rows = {}
+    for name, artifact in artifacts.items():
+        bench.prepare(replace(server, artifact=artifact), name, streams=streams)
+        rows[name] = Row(f"kinds/{CONNECTIONS}/{name}/{kind}", server, name)
+    for name, row in rows.items():
+        if name != PLAIN:
+            bench.measure_rounds([row, rows[PLAIN]])
+            theirs = results.rows[rows[PLAIN].name][-bench.options.rounds :]
+            results.compare(f"kinds/{kind} {name} over {PLAIN}", results.rows[row.name], theirs)
+        bench.measure_rounds([Row(f"kinds/1/{name}/{kind}", server, name, 1)])
 
 
 BESIDE = "beside"
@@ -399,7 +376,6 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "events": per_runtime(measure_events),
     "widths": per_runtime(measure_widths),
     "kinds": per_runtime(measure_kinds),
-    "split": per_runtime(measure_cpu_split),
     BESIDE: per_runtime(measure_beside, LAST_RUNTIME),
 }
 """In the order in which they are run."""

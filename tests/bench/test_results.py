@@ -1,16 +1,21 @@
-"""Rows, ratios, targets, the split of the CPU, and the written page."""
+"""Rows, ratios, targets, the written page, and the check of outputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
-from tests.bench.cpu_split import STAGES, read_stacks, stage_of, stage_shares
+from tests.bench.answers import WrongOutputsError, check_answers
 from tests.bench.generator import Load
-from tests.bench.report import format_table, verdicts, write_report
-from tests.bench.results import Results, Sample, read_results
+from tests.bench.results import Results, Sample, read_results, show, write_page
+from tests.bench.traffic import Sampled
+from tests.bench.workloads import Bodies, make_traffic, standard_model
+from tests.support.oracle import oracle_step
 
 ABOUT = {"commit": "abc123", "machine": "a machine", "date": "2026-01-02T03:04:05+00:00"}
 BASE = Sample(1000.0, 16000.0, 50.0, 1.5, 4.0, 9.0, 120.0, 0.5, 0.25)
@@ -18,21 +23,11 @@ CARRY = "carry-onnxruntime"
 
 
 def make_results() -> Results:
-    results = Results(ABOUT)
-    for rate, other in ((800.0, 1000.0), (900.0, 1000.0), (1000.0, 800.0)):
-        results.add(f"peak/32/{CARRY}", BASE._replace(chunks_per_s=rate))
-        results.add("peak/32/fastapi", BASE._replace(chunks_per_s=other))
-    results.ratio(f"peak/{CARRY} over fastapi", f"peak/32/{CARRY}", "peak/32/fastapi")
-    for rate in (500.0, 400.0):
-        for name, times in (("lstm", 1), ("gru", 1.5)):
-            row = f"{name}/{CARRY}"
-            sample = BASE._replace(chunks_per_s=rate * times, cpu_us_per_chunk=50 * times)
-            results.add(f"kinds/32/{row}", sample)
-            results.add(f"kinds/1/{row}", BASE._replace(p50_ms=0.75 * times))
-    rows = (results.rows[f"kinds/32/{name}/{CARRY}"] for name in ("gru", "lstm"))
-    results.compare(f"kinds/{CARRY} gru over lstm", *rows)
-    for stage in STAGES:
-        results.figure(f"split/{CARRY} {stage}, us a chunk", [4.0])
+    results, rates = Results(ABOUT), {CARRY: (800, 900, 1000), "fastapi": (1000, 1000, 800)}
+    for name, each in rates.items():
+        row = [BASE._replace(chunks_per_s=rate, cpu_us_per_chunk=rate) for rate in each]
+        results.rows[f"peak/32/{name}"] = row
+    results.compare(f"peak/{CARRY} over fastapi", *results.rows.values())
     results.figure(f"cold/{CARRY} s", [1.5, 2.5, 3.5])
     results.notes.append("something was left out")
     return results
@@ -47,8 +42,7 @@ def test_sample_has_cpu_per_chunk_and_rates_per_second() -> None:
 def test_ratio_is_taken_round_by_round() -> None:
     figures = make_results().figures
     assert figures[f"peak/{CARRY} over fastapi"] == (0.9, 0.8, 1.25)
-    assert figures[f"kinds/{CARRY} gru over lstm"].value == 1.5
-    assert figures[f"kinds/{CARRY} gru over lstm, by CPU"].value == pytest.approx(1 / 1.5)
+    assert figures[f"peak/{CARRY} over fastapi, by CPU"] == pytest.approx((1 / 0.9, 0.8, 1.25))
 
 
 def test_lines_of_one_commit_are_joined(tmp_path: Path) -> None:
@@ -65,61 +59,48 @@ def test_lines_of_one_commit_are_joined(tmp_path: Path) -> None:
     assert read == results
 
 
-def test_targets_are_reached_missed_or_not_measured() -> None:
-    words = [verdict for *_, verdict in verdicts(make_results())]
-    assert words[:3] == ["reached", "not reached", "not measured"]
-    assert words[12:15] == ["not reached", "not measured", "not measured"]
-
-
-def test_table_has_rows_figures_targets_and_notes() -> None:
-    table = format_table(make_results())
-    assert f"peak/32/{CARRY}" in table
-    assert "0.9 (0.8 to 1.25)" in table
-    assert "not reached" in table
-    assert table.endswith("note: something was left out")
-
-
-def test_page_has_every_figure(tmp_path: Path) -> None:
-    write_report(make_results(), tmp_path)
-    page = (tmp_path / "performance.md").read_text()
+def test_page_shows_the_same_tables_as_the_terminal(tmp_path: Path) -> None:
+    write_page(make_results(), tmp_path / "page.md")
+    page, shown = (tmp_path / "page.md").read_text(), show(make_results())
+    for text in (page, shown):
+        lines = {" ".join(line.split()) for line in text.splitlines()}
+        row = f"| `32/{CARRY}` | 900 | 16,000 | 900 | 1.50 | 4.00 | 9.00 | 120 | 50% | 25% |"
+        assert row in lines
+        assert f"| {CARRY} over fastapi | 0.9 (0.8 to 1.25) |" in lines
+        assert "- something was left out" in lines
+        verdicts = [line.split(" | ")[1:] for line in lines if "| reached" in line]
+        assert verdicts == [[">= 0.8", "0.9 (0.8 to 1.25)", "reached |"]]
+        missed = {line.split(" | ")[1] for line in lines if "| not reached" in line}
+        assert missed == {">= 1", "<= 2"}
     assert "$" not in page
     assert "`abc123`" in page
-    assert f"| `32/{CARRY}` | 900 |" in page
-    assert "0.9 (0.8 to 1.25) | reached |" in page
-    assert "- something was left out" in page
-    assert f"| {CARRY} | 4.0 |" in page
-    assert f"| `lstm/{CARRY}` | 450 | 16,000 | 50 |  |  | 0.75 |" in page
-    assert (
-        f"| `gru/{CARRY}` | 675 | 16,000 | 75 | 1.5 (1.5 to 1.5) | 0.667 (0.667 to 0.667) | 1.12 |"
-        in page
-    )
-    assert page.count("Not measured in this run.") == 6
+    assert page.count("Not measured in this run.") == 7
 
 
 @pytest.mark.parametrize(
-    ("stage", "inner"),
+    ("change", "message"),
     [
-        ("codec", "validate (service/transports/http/bodies/body_types.py:10);loads (orjson.py:1)"),
-        ("load", "load (service/store/redis/redis_store.py:90);read (redis/connection.py:5)"),
-        ("commit", "commit (service/store/redis/redis_store.py:1);pack (service/store/codec.py:9)"),
-        ("infer", "step (service/engine/runtimes/onnx.py:50);run (onnxruntime/capi/session.py:9)"),
-        ("queue", "_form (service/engine/batcher.py:120)"),
-        ("HTTP", "post_chunk (service/transports/http/routes/chunks.py:40)"),
-        ("HTTP", "run (uvicorn/server.py:60)"),
+        (lambda outputs: outputs, None),
+        (lambda outputs: outputs[::-1], "differ"),
+        (lambda outputs: outputs[:-1], "expected outputs"),
+        (lambda outputs: outputs * np.nan, "finite"),
     ],
 )
-def test_stack_counts_for_its_innermost_known_frame(stage: str, inner: str) -> None:
-    assert stage_of(f"<module> (service/cli.py:1);run (uvicorn/server.py:60);{inner}") == stage
-    assert stage_of("<module> (service/cli.py:1);wait (threading.py:5)") == "other"
-
-
-def test_shares_exclude_waiting_samples() -> None:
-    outer = "Thread.run (threading.py:1018);_worker (concurrent/futures/thread.py:90)"
-    waiting = f"{outer} 7\nEvent.wait (threading.py:655);Condition.wait (threading.py:363) 5\n"
-    stacks = read_stacks(
-        f"{waiting}run (uvicorn/server.py:60) 3\n_form (service/engine/batcher.py:1) 1\n"
-    )
-    assert sorted(stacks.values()) == [1, 3]
-    shares = stage_shares(stacks)
-    assert tuple(shares) == STAGES
-    assert (shares["HTTP"], shares["queue"], shares["load"]) == (0.75, 0.25, 0)
+def test_wrong_outputs_are_detected(
+    change: Callable[[Any], Any], message: str | None, tmp_path: Path
+) -> None:
+    artifact, bodies = standard_model(tmp_path, 8), Bodies.random(16)
+    spec, zero = make_traffic(artifact, bodies, "s", 2), artifact.state.zero().floats
+    sent = np.concatenate([bodies.rows[spec.body(0, chunk)] for chunk in range(3)])
+    outputs, _ = oracle_step(artifact.spec, artifact.weights, sent, zero)
+    sampled = [
+        Sampled(0, at, orjson.dumps({"outputs": {"out": part.tolist()}}))
+        for at, part in enumerate(np.split(outputs, 3))
+    ]
+    last = {"outputs": {"out": change(outputs[32:]).tolist()}}
+    sampled[2] = Sampled(0, 2, orjson.dumps(last))
+    if message is None:
+        check_answers(artifact, spec, bodies.rows, sampled)
+        return
+    with pytest.raises(WrongOutputsError, match=message):
+        check_answers(artifact, spec, bodies.rows, sampled)

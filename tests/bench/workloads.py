@@ -58,10 +58,8 @@ def _stack(*layers: dict[str, Any], units: int = UNITS, **rest: Any) -> dict[str
 
 def _handing_over(kind: str) -> list[dict[str, Any]]:
     """Two layers, the second starting from what the first returned; chunks are whole."""
-    return [
-        {"kind": kind, "name": "below"},
-        {"kind": kind, "name": "above", "starts_from": "below"},
-    ]
+    first, second = {"kind": kind, "name": "below"}, {"kind": kind, "name": "above"}
+    return [first, {**second, "starts_from": "below"}]
 
 
 LSTM, GRU = {"kind": "lstm"}, {"kind": "gru"}
@@ -116,13 +114,15 @@ def flights_model(folder: Path) -> Artifact:
     return write_artifact(folder / "models-flights" / "flights", shipped.spec, shipped.weights)
 
 
-def warm_runtime(name: str, artifact: Artifact) -> Runtime:
-    """A runtime on one thread, with everything compiled."""
+@cache
+def warm_runtime(name: str, path: Path) -> tuple[Artifact, Runtime]:
+    """An artifact, and a runtime of it on one thread, with everything compiled."""
+    artifact = load_artifact(path)
     runtime = open_runtime(name, artifact, 1)
     runtime.warm()
     while runtime.warm_next():
         pass
-    return runtime
+    return artifact, runtime
 
 
 def step_arguments(runtime: Runtime, artifact: Artifact, batch: int, steps: int) -> Any:
@@ -134,24 +134,16 @@ def step_arguments(runtime: Runtime, artifact: Artifact, batch: int, steps: int)
 
 
 class Rate(NamedTuple):
-    """The compute of one batch size, without a service."""
+    """The compute of chunks alone, without a service."""
 
     chunks_per_s: float
     cpu_us_per_chunk: float
 
 
-@cache
-def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
-    artifact = load_artifact(path)
-    return artifact, warm_runtime(name, artifact)
-
-
-def measure_rates(name: str, path: Path) -> dict[int, Rate]:
-    """Steps of a runtime itself on random rows and states, at each batch that it takes."""
-    (artifact, runtime), rates = _open(name, path), {}
-    for batch in BATCHES:
-        if batch > runtime.max_batch:
-            continue
+def measure_compute(name: str, path: Path) -> Rate:
+    """Steps of a runtime itself on random rows and states, at the best batch that it takes."""
+    (artifact, runtime), rates = warm_runtime(name, path), []
+    for batch in (batch for batch in BATCHES if batch <= runtime.max_batch):
         arguments = step_arguments(runtime, artifact, batch, STEPS)
         runtime.step(*arguments)
         calls, started_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
@@ -159,8 +151,8 @@ def measure_rates(name: str, path: Path) -> dict[int, Rate]:
             runtime.step(*arguments)
             calls += 1
         cpu_s = time.process_time() - cpu_before_s
-        rates[batch] = Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
-    return rates
+        rates.append(Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6))
+    return max(rates)
 
 
 def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:
@@ -244,12 +236,8 @@ def make_traffic(
     if items:
         route = "chunks"
     elif artifact.spec.decoder is not None:
-        route, member, values, steps = (
-            "streams/{}/forecast",
-            "horizon",
-            (b"%d" % HORIZON,),
-            (HORIZON,),
-        )
+        route, member = "streams/{}/forecast", "horizon"
+        values, steps = (b"%d" % HORIZON,), (HORIZON,)
         rest |= {"position": STEPS, "moves": False}
     elif artifact.spec.chunking == "whole":
         route, member, values = "predict", "sequences", tuple(b'{"inputs":%b}' % v for v in values)
