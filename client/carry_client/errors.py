@@ -257,6 +257,10 @@ class ForecastUnsupported(BadRequest, code="forecast_unsupported"):
     """The model has no decoder."""
 
 
+class ResetsUnsupported(BadRequest, code="resets_unsupported"):
+    """The model's streams cannot be reset within."""
+
+
 class NotFound(Problem):
     """The address does not exist."""
 

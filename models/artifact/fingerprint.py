@@ -83,6 +83,9 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
         sections["embeddings"] = [embedded.model_dump() for embedded in spec.embeddings]
     if spec.blocks is not None:
         sections["blocks"] = spec.blocks.model_dump()
+    for name in ("reset_every", "session_gap_s"):
+        if (value := getattr(spec, name)) is not None:
+            sections[name] = value
     return {
         "numerics": _NUMERICS,
         **sections,

@@ -39,6 +39,7 @@ from models.events.schema import (
 )
 from models.events.zones import zone_table
 from models.spec.layout import CLOCK_LAST_MS, CLOCK_OUT_OF_ORDER, CLOCK_SEEN
+from models.spec.resets import EventTimes
 from models.spec.state import StateSpec
 
 FloatArray = NDArray[np.float32]
@@ -111,6 +112,21 @@ class Clock(NamedTuple):
             result[slices[CLOCK_SEEN].start] = self.seen
             result[slices[CLOCK_OUT_OF_ORDER].start] = self.out_of_order
         return result
+
+
+def event_times(
+    schema: EventSchema, columns: EventColumns, clock: Clock | None = None
+) -> EventTimes | None:
+    """The timestamps of events, for `find_resets`; None if the schema has none.
+
+    Args:
+        clock: the stream's clock before the events; None for a new stream.
+    """
+    if schema.timestamp is None:
+        return None
+    name = schema.timestamp.name
+    last_ms = clock.last_ms if clock is not None and clock.seen else None
+    return EventTimes(columns.values[name], columns.present[name], last_ms)
 
 
 def encode(schema: EventSchema, columns: EventColumns, clock: Clock) -> tuple[FloatArray, Clock]:

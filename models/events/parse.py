@@ -115,18 +115,31 @@ def timestamp_ms(moment: datetime | int) -> int:
     return (moment - _EPOCH) // _MILLISECOND
 
 
-def event_type(schema: EventSchema, name: str = "Event") -> Any:
+RESET = "reset"
+"""The member of an event by which a client resets the state before it."""
+
+
+def can_mark_resets(schema: EventSchema) -> bool:
+    """Whether the member `reset` of an event is free for marks: no field of the schema has it."""
+    return all(field.name != RESET for field in schema.fields)
+
+
+def event_type(schema: EventSchema, name: str = "Event", *, marks_resets: bool = False) -> Any:
     """Create the TypedDict type of one event, for a `TypeAdapter` or a pydantic model.
 
     Args:
         schema: the event schema; fitted or not.
         name: title of the type in JSON Schema and OpenAPI.
+        marks_resets: whether an event may have the member `reset`, if no field has its name.
 
     Returns:
         A type whose validated values are plain dicts of float, str, bool and, for the
         timestamp, aware datetime or int epoch milliseconds. Build it once per model.
     """
     fields = {field.name: _annotation(field) for field in schema.fields}
+    if marks_resets and can_mark_resets(schema):
+        described = Field(description="Whether the state is reset before this event.")
+        fields[RESET] = NotRequired[Annotated[bool, described]]
     event = TypedDict(name, fields)  # type: ignore[misc]
     return with_config(
         ConfigDict(
@@ -144,8 +157,9 @@ def event_adapter(schema: EventSchema) -> TypeAdapter[dict[str, Any]]:
 
 
 def event_json_schema(schema: EventSchema) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one event, with descriptions and an example."""
-    return event_adapter(schema).json_schema()
+    """The JSON Schema (2020-12) of one event in a request, with descriptions and an example."""
+    adapter: TypeAdapter[Any] = TypeAdapter(event_type(schema, marks_resets=True))
+    return adapter.json_schema()
 
 
 def example_event(schema: EventSchema) -> dict[str, Any]:

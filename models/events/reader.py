@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from msgspec.structs import astuple
 
 from models.events.block import (
@@ -30,7 +31,12 @@ from models.events.block import (
 )
 from models.events.columns import EventColumns, columns_from_events
 from models.events.moments import epoch_ms
-from models.events.parse import MAX_TIMESTAMP_MS, MIN_TIMESTAMP_MS
+from models.events.parse import (
+    MAX_TIMESTAMP_MS,
+    MIN_TIMESTAMP_MS,
+    RESET,
+    can_mark_resets,
+)
 from models.events.schema import (
     MAX_CATEGORY_CHARS,
     BooleanField,
@@ -55,11 +61,13 @@ class ReadEvents(NamedTuple):
     Attributes:
         members: number of members with a value other than null.
         texts: number of those values that are strings.
+        resets: ascending indexes of the events that are marked by `reset`.
     """
 
     columns: EventColumns
     members: int
     texts: int
+    resets: tuple[int, ...] = ()
 
 
 class EventReader:
@@ -67,11 +75,13 @@ class EventReader:
 
     Attributes:
         event: the msgspec Struct of one event, for decoders of whole request bodies.
+        marked_event: the same with the member `reset`; None if that is the name of a field.
     """
 
     def __init__(self, schema: EventSchema):
         self._layout = new_layout(schema)
         self.event = _event_struct(schema)
+        self.marked_event = _event_struct(schema, marked=True) if can_mark_resets(schema) else None
         self._list: Any = list[self.event]  # type: ignore[name-defined]
         self._json: msgspec.json.Decoder[Any] = msgspec.json.Decoder(self._list)
         self._msgpack: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(self._list)
@@ -129,6 +139,10 @@ class EventReader:
             return ReadEvents(columns_from_events(self._layout.schema, []), 0, 0)
         steps, layout = len(events), self._layout
         by_field = tuple(zip(*map(astuple, events), strict=True))
+        marks: tuple[bool | UnsetType, ...] = ()
+        if type(events[0]) is self.marked_event:
+            *fields, marks = by_field
+            by_field = tuple(fields)
         times_ms = None
         if self._time_at is not None:
             times_ms = self._times_ms(by_field[self._time_at])
@@ -161,7 +175,10 @@ class EventReader:
             Block(layout, steps, numbers, tuple(texts), times_ms, absent)
         )
         members, strings = self._count_values(by_field, steps)
-        return ReadEvents(columns, members, strings)
+        if not marks:
+            return ReadEvents(columns, members, strings)
+        resets = tuple(at for at, mark in enumerate(marks) if mark is True)
+        return ReadEvents(columns, members + steps - marks.count(UNSET), strings, resets)
 
     def _count_values(self, by_field: Sequence[Sequence[Any]], steps: int) -> tuple[int, int]:
         """Count the values, and those that are strings."""
@@ -224,13 +241,16 @@ def _with_nans(values: Sequence[Any]) -> Sequence[Any]:
     return [math.nan if value is None else value for value in values]
 
 
-def _event_struct(schema: EventSchema) -> type[msgspec.Struct]:
+def _event_struct(schema: EventSchema, *, marked: bool = False) -> type[msgspec.Struct]:
     # Attributes have generated names: a field may have the name of a method.
     names = {f"f{at}": field.name for at, field in enumerate(schema.fields)}
     fields: list[Any] = [
         (name, _annotation(field) | None, None) if field.optional else (name, _annotation(field))
         for name, field in zip(names, schema.fields, strict=True)
     ]
+    if marked:
+        names["mark"] = RESET
+        fields.append(("mark", bool | UnsetType, UNSET))
     # Events contain only strings and numbers, so there are no cycles to collect.
     return msgspec.defstruct(
         "Event", fields, rename=names, forbid_unknown_fields=True, kw_only=True, gc=False

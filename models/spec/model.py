@@ -52,6 +52,10 @@ from models.spec.layers import (
     Units,
     layer_width,
 )
+from models.spec.resets import ResetPolicy
+
+MAX_RESET_EVERY = 2**63 - 1
+"""The largest period of resets, as large as the largest position."""
 
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
@@ -138,6 +142,10 @@ class ModelSpec(Frozen):
             accepts complete sequences only.
         max_chunk_steps: longest chunk of a network that sees a chunk as a whole; `chunk_limit` is
             the effective value.
+        reset_every: number of events after which a stream's state becomes the initial state again,
+            counted by position: for networks trained on windows of that length.
+        session_gap_s: seconds between two timestamps of a stream; after a longer gap the state
+            becomes the initial state again.
     """
 
     name: ModelName
@@ -149,6 +157,8 @@ class ModelSpec(Frozen):
     heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
     blocks: BlockSpec | None = None
     max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
+    reset_every: Annotated[int, Field(ge=1, le=MAX_RESET_EVERY)] | None = None
+    session_gap_s: Annotated[float, Field(gt=0)] | None = None
     decoder: DecoderSpec | None = None
     training: TrainingSpec | None = None
 
@@ -221,6 +231,7 @@ class ModelSpec(Frozen):
                 )
         self._check_blocks()
         self._check_chunk_limit()
+        self._check_resets()
         if self.decoder is not None:
             check_decoder(self, self.decoder)
             try:
@@ -294,6 +305,21 @@ class ModelSpec(Frozen):
                 f"max_chunk_steps ({most}), got {self.training.window_steps}"
             )
 
+    def _check_resets(self) -> None:
+        for name in ("reset_every", "session_gap_s"):
+            if self.blocks is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected none in a network with `blocks`, whose windows would reach "
+                    "across a reset; use a stream for each session, closed by `final`"
+                )
+        if self.session_gap_s is not None and (
+            self.events is None or self.events.timestamp is None
+        ):
+            raise ValueError(
+                "session_gap_s: expected a timestamp field in `events`, whose gaps separate the "
+                "sessions; for models of rows, reset by `resets` or `reset_every`"
+            )
+
     def _check_targets(self, head: Head) -> None:
         allowed_kinds: dict[str, tuple[str, ...]] = {}
         kinds: tuple[str, ...]
@@ -348,6 +374,12 @@ class ModelSpec(Frozen):
         if self.chunking == "invisible":
             return None
         return self.max_chunk_steps or DEFAULT_CHUNK_STEPS
+
+    @cached_property
+    def resets(self) -> ResetPolicy:
+        """When the states of the model's streams are reset without being asked."""
+        gap_s = self.session_gap_s
+        return ResetPolicy(self.reset_every, None if gap_s is None else gap_s * 1000)
 
     @property
     def columns(self) -> tuple[Column, ...]:

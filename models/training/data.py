@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode
+from models.events.encode import Clock, encode, event_times
 from models.events.fit import fit_schema
 from models.events.frame import columns_from_frame
 from models.events.schema import (
@@ -29,6 +29,7 @@ from models.events.schema import (
     TimestampField,
 )
 from models.spec.model import ModelSpec, TrainingSpec
+from models.spec.resets import find_resets, segments_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Streams:
     Attributes:
         names: S names, sorted.
         spans: per stream, its first row and one past its last.
+        sessions: the same, cut where the model resets the state by itself; each starts from the
+            initial state.
         frame: the rows in this order, as they were read.
         table_rows: int64 [rows], index of each row in the table.
         columns: the same rows as event columns.
@@ -47,6 +50,7 @@ class Streams:
 
     names: tuple[str, ...]
     spans: tuple[tuple[int, int], ...]
+    sessions: tuple[tuple[int, int], ...]
     frame: pl.DataFrame
     table_rows: NDArray[np.int64]
     columns: EventColumns
@@ -57,6 +61,14 @@ class Streams:
         """Rows of all streams."""
         return self.frame.height
 
+    def name_of(self, row: int) -> str:
+        """The name of the stream that a row belongs to."""
+        return next(
+            name
+            for name, (start, stop) in zip(self.names, self.spans, strict=True)
+            if start <= row < stop
+        )
+
     @cached_property
     def has_next(self) -> NDArray[np.bool_]:
         """Whether an event is followed by another of its stream, bool [rows]."""
@@ -65,9 +77,9 @@ class Streams:
         return followed
 
     def encoded(self, schema: EventSchema) -> NDArray[np.float32]:
-        """Rows float32 [rows, F], every stream encoded from its beginning."""
+        """Rows float32 [rows, F], every session encoded from its beginning."""
         rows = np.zeros((self.events, len(schema.columns)), np.float32)
-        for start, stop in self.spans:
+        for start, stop in self.sessions:
             rows[start:stop], _ = encode(schema, self.columns[start:stop], Clock())
         return rows
 
@@ -146,14 +158,30 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
                 expected=f"{source}, row {rank[start] + 1}: a moment in stream {name!r}",
                 got="none in any of its rows",
             )
+    ordered = _select_rows(columns, rank)
     return Streams(
         names,
         spans,
+        _sessions(spec, ordered, spans),
         frame[rank],
         rank,
-        _select_rows(columns, rank),
+        ordered,
         _fill_moments(moments[0][rank], present, spans),
     )
+
+
+def _sessions(
+    spec: ModelSpec, columns: EventColumns, spans: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int], ...]:
+    if not spec.resets.is_active:
+        return spans
+    schema = schema_of(spec)
+    sessions: list[tuple[int, int]] = []
+    for start, stop in spans:
+        times = event_times(schema, columns[start:stop])
+        resets = find_resets(spec.resets, stop - start, 0, times=times)
+        sessions += [(start + a, start + b) for a, b in segments_of(stop - start, resets)]
+    return tuple(sessions)
 
 
 def moment_ms(schema: EventSchema, text: str, name: str) -> int:

@@ -1,9 +1,10 @@
 """Scores an artifact as the service runs it: chunk by chunk, with the state of each stream.
 
-Every stream starts in the zero state with its clock at zero, and its events come in chunks of
-random lengths (those of training, for a network that looks at a chunk as a whole); each chunk is
-encoded against the clock that the chunk before it left and runs from the state that it left, in
-batches with other streams, padded and masked. What is scored are the outputs of these steps.
+Every stream starts in the zero state with its clock at zero, and again wherever the model resets
+states by itself; its events come in chunks of random lengths (those of training, for a network that
+looks at a chunk as a whole); each chunk is encoded against the clock that the chunk before it left
+and runs from the state that it left, in batches with other streams, padded and masked. What is
+scored are the outputs of these steps.
 
 A network that takes whole sequences gets every stream as one. One in blocks goes from block to
 block, each with its lookahead and no more, and the last one ends where the stream ends, as after a
@@ -80,8 +81,8 @@ def run_chunks(
     random = np.random.default_rng(seed)
     outputs = np.zeros((streams.events, network.output_size), np.float32)
     fixed = _fixed_steps(spec, streams)
-    batch_size = min(batch, len(streams.spans))
-    waiting = sorted(streams.spans, key=lambda span: (span[1] - span[0], -span[0]))
+    batch_size = min(batch, len(streams.sessions))
+    waiting = sorted(streams.sessions, key=lambda span: (span[1] - span[0], -span[0]))
     at = np.zeros(batch_size, np.int64)
     stop = np.zeros(batch_size, np.int64)
     state = np.zeros((batch_size, network.state_size), np.float32)
@@ -120,12 +121,12 @@ def _fixed_steps(spec: ModelSpec, streams: Streams) -> int | None:
         return None
     if spec.chunking == "per_chunk":
         return training_of(spec).window_steps
-    for name, (start, stop) in zip(streams.names, streams.spans, strict=True):
+    for start, stop in streams.sessions:
         if spec.chunk_limit is not None and stop - start > spec.chunk_limit:
             raise DataError(
                 expected=f"streams of at most `max_chunk_steps` ({spec.chunk_limit}) events, since "
                 "the network takes each as a whole",
-                got=f"{stop - start} of {name!r}",
+                got=f"{stop - start} of {streams.name_of(start)!r}",
             )
     return spec.chunk_limit
 

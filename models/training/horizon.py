@@ -143,7 +143,7 @@ def _cell(value: float | None) -> str:
 def ahead_of(
     spec: ModelSpec, streams: Streams, from_ms: int | None, before_ms: int | None, stride: int
 ) -> Ahead:
-    """Every `stride`-th row of each stream after which some step counts."""
+    """Every `stride`-th row of each session after which some step counts."""
     decoder, _, _ = decoder_of(spec)
     following = np.append(streams.moments_ms[1:], streams.moments_ms[-1:])
     side = streams.has_next.copy()
@@ -153,7 +153,7 @@ def ahead_of(
         side &= following < before_ms
     ahead = steps_ahead(side, streams.moments_ms, decoder.step_ms)
     regular = np.zeros(streams.events, np.bool_)
-    for begin, end in streams.spans:
+    for begin, end in streams.sessions:
         regular[begin + stride - 1 : end : stride] = True
     at = np.flatnonzero(regular & (ahead > 0))
     return Ahead(at, np.arange(decoder.max_horizon) < ahead[at][:, np.newaxis])
@@ -211,12 +211,12 @@ def _states(
     stride: int,
     size: int,
 ) -> NDArray[np.float32]:
-    """The encoder's states [A, N] after the rows `at`, each stream run from its beginning."""
+    """The encoder's states [A, N] after the rows `at`, each session run from its beginning."""
     place = np.full(streams.events, -1)
     place[at] = np.arange(len(at))
     collected = np.zeros((len(at), size), np.float32)
-    for first in range(0, len(streams.spans), LANES):
-        group = streams.spans[first : first + LANES]
+    for first in range(0, len(streams.sessions), LANES):
+        group = streams.sessions[first : first + LANES]
         begins = np.array([begin for begin, _ in group])
         ends = np.array([end for _, end in group])
         state = np.zeros((len(group), size), np.float32)

@@ -46,9 +46,9 @@ class Plan:
         trained, validated: bool [rows].
         trained_labels, validated_labels: label head -> float32 [rows], NaN if there is none
             on that side.
-        segments: of the training part of every stream.
+        segments: of the training part of every session.
         groups: indices into `segments`.
-        validation: per stream with validated steps, the rows to run: from the beginning of
+        validation: per session with validated steps, the rows to run: from the beginning of
             its last training segment, so that the state is the newest weights' own.
         moments_ms: int64 [rows], as `Streams` has them.
     """
@@ -92,6 +92,7 @@ def plan_of(
     latest = streams.moments_ms.copy()
     for start, stop in streams.spans:
         latest[start:stop] = np.maximum.accumulate(latest[start:stop])
+    for start, stop in streams.sessions:
         spans.append((start, start + int(np.searchsorted(latest[start:stop], validate_ms))))
     followed = np.append(latest[1:], latest[-1:])
     trained = streams.has_next & (followed < validate_ms)
@@ -107,7 +108,7 @@ def plan_of(
     segments = segments_of(spans, steps)
     last = {segment.stop: index for index, segment in enumerate(segments)}
     validation = []
-    for (start, stop), (_, end) in zip(streams.spans, spans, strict=True):
+    for (start, stop), (_, end) in zip(streams.sessions, spans, strict=True):
         until = start + int(np.searchsorted(latest[start:stop], test_ms))
         if not validates[start:until].any():
             continue
@@ -149,14 +150,12 @@ def _check_foresight(spec: ModelSpec) -> None:
 def _check_lengths(spec: ModelSpec, streams: Streams) -> None:
     """Reject streams that are too long for one window each."""
     most = training_of(spec).window_steps
-    longest, name = max(
-        (stop - start, name)
-        for name, (start, stop) in zip(streams.names, streams.spans, strict=True)
-    )
+    longest, start = max((stop - start, start) for start, stop in streams.sessions)
     if longest > most:
         raise SpecError(
             "training.window_steps: the network reads each stream as a whole, in one window; "
-            f"expected at least {longest}, the events of {name!r}, or shorter streams, got {most}"
+            f"expected at least {longest}, the events of {streams.name_of(start)!r}, or shorter "
+            f"streams, got {most}"
         )
 
 

@@ -15,16 +15,19 @@ Digest and tag are defined here only; `docs/reference/protocol.md` documents the
     digest = SHA-256(kind, T as uint64 LE, canonical bytes, nonce)      32 bytes
     tag    = SHA-256(previous tag, start as uint64 LE, digest)[:16]     16 bytes
 
-`kind` is the byte `I` (inputs) or `E` (events), in lower case for a final chunk; the canonical
-bytes are float32 LE, row by row, or those of `models.events.columns.canonical_bytes`; the nonce is
-16 random bytes for a chunk without a position and empty otherwise, so that two equal appends never
-share a tag.
+`kind` is the byte `I` (inputs) or `E` (events), in lower case for a final chunk. In a chunk with R
+explicit resets the byte `R`, R as uint64 LE and their ascending indexes as uint64 LE precede it:
+other resets make another chunk. (Resets by `reset_every` and session gaps follow from the stream
+and are no part of it.) The canonical bytes are float32 LE, row by row, or those of
+`models.events.columns.canonical_bytes`; the nonce is 16 random bytes for a chunk without a position
+and empty otherwise, so that two equal appends never share a tag.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+import struct
 from dataclasses import dataclass
 from enum import Enum
 
@@ -99,8 +102,8 @@ def new_nonce() -> bytes:
 def chunk_digest(
     schema: EventSchema | None, steps: Steps, nonce: bytes = b"", *, final: bool = False
 ) -> bytes:
-    """SHA-256 over the canonical form of a chunk's events or rows, 32 bytes."""
-    _, length, columns, rows = steps
+    """SHA-256 over the canonical form of a chunk's events or rows and its resets, 32 bytes."""
+    _, length, columns, rows, resets = steps
     if columns is not None and schema is not None:
         kind, canonical = b"E", canonical_bytes(schema, columns)
     elif rows is not None:
@@ -109,6 +112,8 @@ def chunk_digest(
         raise ValueError("expected columns under a schema, or rows")
     if final:
         kind = kind.lower()
+    if resets:
+        kind = b"R" + struct.pack(f"<{len(resets) + 1}Q", len(resets), *resets) + kind
     count = length.to_bytes(8, "little")
     return hashlib.sha256(kind + count + canonical + nonce).digest()
 

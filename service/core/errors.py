@@ -20,6 +20,7 @@
         ChunksUnsupported     chunks_unsupported
         FinalUnsupported      final_unsupported
         ForecastUnsupported   forecast_unsupported
+        ResetsUnsupported     resets_unsupported
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
@@ -228,6 +229,15 @@ class ForecastUnsupported(BadRequest):
     code = "forecast_unsupported"
     title = "The model has no decoder"
     remedy = "Use a model whose description has `forecast`; GET /v1/models/{model} shows it."
+
+
+class ResetsUnsupported(BadRequest):
+    code = "resets_unsupported"
+    title = "The model's streams cannot be reset within"
+    remedy = (
+        "Use a stream for each session, and close it with `final`; a model with `blocks` computes "
+        "outputs from later events, so that a reset would reach back."
+    )
 
 
 class NotFound(CarryError):

@@ -60,6 +60,10 @@ class StreamHead(NamedTuple):
         return f"{self.epoch.hex()}-{self.tag.hex()}"
 
 
+NO_STREAM = StreamHead(b"", FIRST_TAG, 0)
+"""In a reply to a dry run: there is no stream yet."""
+
+
 class LastChunk(NamedTuple):
     """Identifies a stream's last chunk, to recognise a retry of it.
 
@@ -128,12 +132,14 @@ class Steps(NamedTuple):
     Attributes:
         columns: the events, if `feed` is `events`.
         rows: float32 [T, F], if `feed` is `inputs`; finite, category codes in range.
+        resets: ascending indexes of the events before which the client resets the state.
     """
 
     feed: Feed
     length: int
     columns: EventColumns | None = None
     rows: FloatRows | None = None
+    resets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +164,7 @@ class Chunk(NamedTuple):
         final: whether it closes the stream; for models with blocks.
         starts_over: whether it starts the stream over: from the zero state, in a new epoch,
             whatever is stored. Its position is 0 or None.
+        dry_run: whether it is only computed, from the stream's current state, and not applied.
     """
 
     key: StreamKey
@@ -168,6 +175,7 @@ class Chunk(NamedTuple):
     precondition: Precondition | None = None
     final: bool = False
     starts_over: bool = False
+    dry_run: bool = False
 
 
 class Timing(NamedTuple):
@@ -190,6 +198,8 @@ class Reply(NamedTuple):
         created: whether the chunk created the stream.
         output_position: index of the event of the first output, for models with blocks, whose
             outputs are not one for each event of the chunk.
+        dry_run: whether nothing was applied; `head` is then that of the stream as it is, and
+            `NO_STREAM` if there is none.
     """
 
     key: StreamKey
@@ -200,6 +210,7 @@ class Reply(NamedTuple):
     created: bool = False
     timing: Timing = Timing()
     output_position: int | None = None
+    dry_run: bool = False
 
 
 class Prediction(NamedTuple):

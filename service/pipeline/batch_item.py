@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from service.core.values import Chunk, FloatRows, Reply, StreamHead, StreamKey, StreamState
 from service.engine.fair_queue import Job
+from service.pipeline.served_model import Segment
 
 ChunkJob = Job[Chunk, Reply]
 
@@ -22,6 +24,7 @@ class BatchItem:
         expected: the stream head that the commit expects; None if the stream must not exist.
         rows: float32 [T, F], the encoded events.
         ints: int64 [M], the encoder's state after the chunk.
+        segments: the encoded parts of a chunk with resets, in place of `rows` and `ints`.
         outputs: float32 [T, O]; of a model with blocks, the outputs that were due.
     """
 
@@ -30,6 +33,7 @@ class BatchItem:
     key: StreamKey
     base: StreamState | None = None
     expected: StreamHead | None = None
+    segments: Sequence[Segment] = ()
     rows: FloatRows = field(init=False)
     ints: NDArray[np.int64] = field(init=False)
     outputs: FloatRows = field(init=False)

@@ -26,7 +26,7 @@ from service.core.errors import (
     ShuttingDown,
     StoreUnavailable,
 )
-from service.core.values import Reply, StoredReply, StreamState, Timing
+from service.core.values import NO_STREAM, Reply, StoredReply, StreamState, Timing
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl
 from service.pipeline.batch_item import BatchItem, ChunkJob, Computed, StageTimes
@@ -96,6 +96,8 @@ class ChunkBatchRunner:
             items = self._shards.detach_unresponsive(items, control)
         ready, to_retry = await self._loader.evaluate(items, times, control)
         computed = await self._infer(ready, times)
+        if any(item.chunk.dry_run for item, _ in computed):
+            computed = self._committer.answer_dry_runs(computed, times)
         if computed:
             to_retry += await self._committer.commit(computed, times, control)
         return self._jobs_to_retry(to_retry)
@@ -156,6 +158,18 @@ class ChunkCommitter:
         self._responsiveness = responsiveness
         self._loader = loader
         self._jobs_to_retry = jobs_to_retry
+
+    def answer_dry_runs(self, computed: list[Computed], times: StageTimes) -> list[Computed]:
+        """Answer the dry runs, of which nothing is stored; returns the other items."""
+        applied: list[Computed] = []
+        for item, new in computed:
+            if item.chunk.dry_run:
+                head = item.base.head if item.base else NO_STREAM
+                reply = self._reply(item, new, _timing(item, times, 0.0))
+                item.job.resolve(reply._replace(head=head, created=False, dry_run=True))
+            else:
+                applied.append((item, new))
+        return applied
 
     async def commit(
         self, computed: list[Computed], times: StageTimes, control: BatchControl

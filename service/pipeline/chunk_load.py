@@ -227,6 +227,7 @@ class ChunkLoader:
                         replayed=True,
                         created=state.last is not None and state.last.created,
                         output_position=self._served.output_position(item.chunk, kept.head),
+                        dry_run=item.chunk.dry_run,
                     )
                 )
             elif own is not None:
@@ -272,7 +273,12 @@ class ChunkLoader:
         return [loaded[item] for item in items]
 
     def _cached(self, item: BatchItem) -> StreamState | None:
-        """The cached state of the stream, if the chunk certainly continues it."""
+        """The cached state of the stream, if the chunk certainly continues it.
+
+        Never for a dry run, which no commit would verify.
+        """
+        if item.chunk.dry_run:
+            return None
         copy = self._cache.get(item.key)
         if copy is None or copy.fingerprint != self._fingerprint:
             return None

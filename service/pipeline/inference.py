@@ -2,7 +2,7 @@
 
 The items of a batch are encoded together and computed in as few runtime calls as possible. An item
 that cannot be encoded, or whose results are not finite, is resolved here, without effect on the
-others. Nothing is stored.
+others. If any of them has a reset, all are computed in segments (`segments`). Nothing is stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from service.engine.compute import Compute
 from service.pipeline.batch_item import BatchItem, Computed, StageTimes
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
 from service.pipeline.recorder import Recorder
-from service.pipeline.served_model import ServedModel
+from service.pipeline.segments import infer_segments
+from service.pipeline.served_model import Segment, ServedModel
 
 log = structlog.get_logger(__name__)
 
@@ -45,18 +46,45 @@ class Inference:
         self._compute = compute
         self._now_ms = now_ms
         self._on_call = partial(recorder.record_runtime_call, served.name)
-        self._zero = served.state.zero()
+        self._initial = served.initial
         self._blocks = served.blocks
+        self._resets_by_itself = served.artifact.spec.resets.is_active
 
     async def __call__(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
         """Compute the items; returns those that succeeded, with their streams after the chunk."""
-        encoded = self._encode(items)
+        if self._resets_by_itself or any(m.chunk.steps.resets for m in items):
+            encoded = self._encode_segments(items)
+        else:
+            encoded = self._encode(items)
         return await self._infer(encoded, times) if encoded else []
+
+    def _encode_segments(self, items: list[BatchItem]) -> list[BatchItem]:
+        """Encode the items' events as `_encode`, those with resets in segments."""
+        served = self._served
+        whole: list[BatchItem] = []
+        cut: list[BatchItem] = []
+        for item in items:
+            steps, base = item.chunk.steps, item.base
+            state, position = (base.state, base.head.position) if base else (self._initial, 0)
+            try:
+                resets = served.find_resets(steps, state, position)
+                if resets:
+                    item.segments = served.encode_segments(steps, state, resets)
+            except Exception as error:
+                item.job.resolve(self._encoding_error(item, error))
+                continue
+            (cut if resets else whole).append(item)
+        encoded = self._encode(whole)
+        if cut:
+            for item in encoded:
+                state = item.base.state if item.base else self._initial
+                item.segments = [Segment(state, item.rows, item.ints)]
+        return encoded + cut
 
     def _encode(self, items: list[BatchItem]) -> list[BatchItem]:
         """Encode the items' events, given their states; an error fails its item only."""
         encoded: list[BatchItem] = []
-        pairs = [(m.chunk.steps, m.base.state if m.base else self._zero) for m in items]
+        pairs = [(m.chunk.steps, m.base.state if m.base else self._initial) for m in items]
         for item, result in zip(items, self._served.encode_many(pairs), strict=True):
             if isinstance(result, Exception):
                 item.job.resolve(self._encoding_error(item, result))
@@ -76,7 +104,11 @@ class Inference:
     async def _infer(self, items: list[BatchItem], times: StageTimes) -> list[Computed]:
         """Run the network on encoded items; returns those with finite results."""
         began_s = time.monotonic()
-        if self._blocks is None:
+        if items[0].segments:
+            outputs, states, finite = await infer_segments(
+                self._compute, self._served, [m.segments for m in items], self._on_call
+            )
+        elif self._blocks is None:
             outputs, states, finite = await self._infer_steps(items)
         else:
             outputs, states, finite = await self._infer_blocks(self._blocks, items)
@@ -94,7 +126,7 @@ class Inference:
 
     async def _infer_steps(self, items: list[BatchItem]) -> BatchOutput:
         """Compute every step of every item."""
-        floats = [(m.base.state if m.base else self._zero).floats for m in items]
+        floats = [(m.base.state if m.base else self._initial).floats for m in items]
         outputs, after, finite = await self._compute.infer(
             self._served.runtime,
             [item.rows for item in items],
@@ -108,7 +140,7 @@ class Inference:
     async def _infer_blocks(self, blocks: BlockStateLayout, items: list[BatchItem]) -> BatchOutput:
         """Compute every block of every item whose window is complete."""
         inputs = [
-            BlockInput(m.base.state if m.base else self._zero, m.rows, m.ints, m.chunk.final)
+            BlockInput(m.base.state if m.base else self._initial, m.rows, m.ints, m.chunk.final)
             for m in items
         ]
         width = self._served.outputs.size

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,12 @@ from numpy.typing import NDArray
 from models.artifact.artifact import Artifact
 from models.decoding.forecasts import FutureCovariates, encode_covariates
 from models.errors import DataError, StateError
-from models.events.encode import Clock, encode, encode_many
+from models.events.encode import Clock, encode, encode_many, event_times
 from models.events.schema import EventSchema
 from models.spec.blocks import BlockStateLayout
 from models.spec.decoder import DecoderSpec
 from models.spec.layout import OutputSpec
+from models.spec.resets import find_resets, segments_of
 from models.spec.state import State, StateSpec
 from service.core.delivery import stream_facts
 from service.core.errors import (
@@ -36,6 +38,20 @@ from service.engine.runtimes.base import Runtime
 
 Encoded = tuple[FloatRows, NDArray[np.int64]]
 """Rows [T, F] of a chunk, and the int part [M] of the state after it."""
+
+
+class Segment(NamedTuple):
+    """Encoded steps without a reset in between.
+
+    Attributes:
+        state: the state before them: the stream's, or after a reset the initial one.
+        rows: float32 [t, F].
+        ints: int64 [M], the int part of the state after them.
+    """
+
+    state: State
+    rows: FloatRows
+    ints: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,11 @@ class ServedModel:
         return self.artifact.state
 
     @cached_property
+    def initial(self) -> State:
+        """The state of a stream before its first event, and after a reset; not to be modified."""
+        return self.state.zero()
+
+    @cached_property
     def blocks(self) -> BlockStateLayout | None:
         """The parts of the state that hold waiting rows; None for a model without blocks."""
         spec = self.artifact.spec.blocks
@@ -113,13 +134,11 @@ class ServedModel:
             InvalidInput: a covariate is missing, or a timestamp is wrong.
             StateDamaged: the state holds an impossible clock.
         """
+        clock = self._clock(state)
         try:
-            clock = Clock.from_ints(self.state, state.ints)
             return encode_covariates(self.artifact.spec, clock, request.horizon, request.future)
         except DataError as error:
             raise invalid_data("future", error) from error
-        except StateError as error:
-            raise StateDamaged(f"the stored state cannot be continued: {error}") from error
 
     def require_decoder(self) -> DecoderSpec:
         """The model's decoder.
@@ -177,13 +196,75 @@ class ServedModel:
         if steps.columns is None or self.events is None:
             raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
         try:
-            clock = Clock.from_ints(self.state, state.ints)
-            rows, clock = encode(self.events, steps.columns, clock)
+            rows, clock = encode(self.events, steps.columns, self._clock(state))
         except DataError as error:
             raise invalid_data("events", error) from error
+        return rows, clock.into_ints(self.state, state.ints)
+
+    def find_resets(self, steps: Steps, state: State, position: int) -> tuple[int, ...]:
+        """Where the state is reset within a chunk: where the client says, and by the model's own
+        `reset_every` and `session_gap_s`.
+
+        Args:
+            state: the stream's state before the chunk.
+            position: the stream's position before the chunk.
+
+        Raises:
+            StateDamaged: the state holds an impossible clock.
+        """
+        policy = self.artifact.spec.resets
+        if not policy.is_active:
+            return steps.resets
+        times = None
+        if policy.session_gap_ms is not None and steps.columns is not None and self.events:
+            times = event_times(self.events, steps.columns, self._clock(state))
+        return find_resets(policy, steps.length, position, steps.resets, times)
+
+    def encode_segments(self, steps: Steps, state: State, resets: Sequence[int]) -> list[Segment]:
+        """Encode a chunk that continues `state`, cut at its resets.
+
+        Args:
+            resets: ascending indexes of the events before which the state is reset.
+
+        Raises:
+            ChunkTooLong, InvalidInput, StateDamaged: as `encode`.
+        """
+        self.check_length(steps)
+        cuts = segments_of(steps.length, resets)
+        states = [self.initial] * len(cuts)
+        if not resets or resets[0] > 0:
+            states[0] = state
+        pairs = list(zip(states, cuts, strict=True))
+        if steps.rows is not None:
+            return [Segment(s, steps.rows[start:stop], s.ints) for s, (start, stop) in pairs]
+        if steps.columns is None or self.events is None:
+            raise InvalidInput(f"model {self.name!r} has no event schema; send `inputs`")
+        clocks = [self._clock(each) for each in states]
+        parts = [steps.columns[start:stop] for start, stop in cuts]
+        try:
+            rows, after = encode_many(self.events, parts, clocks)
+        except DataError:
+            # finds the segment with the error, whose index is relative to it
+            for (start, _), part, clock in zip(cuts, parts, clocks, strict=True):
+                try:
+                    encode(self.events, part, clock)
+                except DataError as error:
+                    index = None if error.index is None else start + error.index
+                    moved = DataError(
+                        expected=error.expected, got=error.got, index=index, field=error.field
+                    )
+                    raise invalid_data("events", moved) from error
+            raise
+        return [
+            Segment(s, part, clock.into_ints(self.state, s.ints))
+            for s, part, clock in zip(states, rows, after, strict=True)
+        ]
+
+    def _clock(self, state: State) -> Clock:
+        try:
+            return Clock.from_ints(self.state, state.ints)
         except StateError as error:
             raise StateDamaged(f"the stored state cannot be continued: {error}") from error
-        return rows, clock.into_ints(self.state, state.ints)
 
     def encode_many(self, items: Sequence[tuple[Steps, State]]) -> list[Encoded | Exception]:
         """Encode chunks of different streams together, at a fraction of the cost of each alone.

@@ -2,8 +2,8 @@
 
 Independent of how the service computes: the stream's events are encoded in one go from a
 fresh clock, and the artifact's Keras layers run once over all steps from the zero state, with
-no chunks and no carried state. Streams of similar length
-share a call to save time; padding is masked.
+no chunks and no carried state. If the model resets states by itself, each session is run like a
+stream. Streams of similar length share a call to save time; padding is masked.
 
     |a - b| <= 1e-5 + 1e-5 |b|        a: received, b: the whole-sequence call
 """
@@ -22,9 +22,10 @@ import models
 from models.artifact.artifact import Artifact, load_artifact
 from models.errors import ArtifactError
 from models.events.columns import EventColumns
-from models.events.encode import Clock, encode
+from models.events.encode import Clock, encode, event_times
 from models.spec.layout import output_spec
 from models.spec.model import ModelSpec
+from models.spec.resets import find_resets, segments_of
 from service.replay.checks import ABSOLUTE, excess
 from service.replay.client import FloatRows
 from service.replay.options import ReplayError
@@ -46,11 +47,13 @@ class Received:
         name: the stream.
         columns: its whole events, from event 0 to the position at the end of the replay.
         outputs: float32 [T, O]; NaN if this run received none.
+        start: index of the first of these events in the stream.
     """
 
     name: str
     columns: EventColumns
     outputs: FloatRows
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,8 @@ def verify(spec: ModelSpec, whole: Whole, streams: Sequence[Received]) -> Verifi
     layout = output_spec(spec)
     worst = {output.name: OutputCheck(output.name, 0.0, 0.0, "", 0, 0) for output in layout.outputs}
     compared = missing = 0
+    if spec.resets.is_active:
+        streams = [session for stream in streams for session in _sessions(spec, stream)]
     for group in _groups(streams):
         sequences = whole([_encoded(spec, stream.columns) for stream in group])
         for stream, expected in zip(group, sequences, strict=True):
@@ -198,7 +203,12 @@ def _check(
     difference = np.max(np.abs(actual.astype(np.float64) - expected))
     beyond = int((over > ABSOLUTE).sum())
     return OutputCheck(
-        name, float(np.max(over)), float(difference), stream.name, int(steps[at]), beyond
+        name,
+        float(np.max(over)),
+        float(difference),
+        stream.name,
+        stream.start + int(steps[at]),
+        beyond,
     )
 
 
@@ -212,6 +222,17 @@ def _worse(a: OutputCheck, b: OutputCheck) -> OutputCheck:
         top.step,
         a.beyond + b.beyond,
     )
+
+
+def _sessions(spec: ModelSpec, stream: Received) -> list[Received]:
+    """The events of a stream, cut where the model resets its state by itself."""
+    columns, outputs = stream.columns, stream.outputs
+    times = None if spec.events is None else event_times(spec.events, columns)
+    resets = find_resets(spec.resets, len(columns), 0, times=times)
+    return [
+        Received(stream.name, columns[start:stop], outputs[start:stop], start)
+        for start, stop in segments_of(len(columns), resets)
+    ]
 
 
 def _encoded(spec: ModelSpec, columns: EventColumns) -> FloatRows:

@@ -26,6 +26,7 @@ STATUS: Mapping[type[CarryError], int] = {
     errors.ChunksUnsupported: 422,
     errors.FinalUnsupported: 422,
     errors.ForecastUnsupported: 422,
+    errors.ResetsUnsupported: 422,
     errors.ModelNotFound: 404,
     errors.StreamNotFound: 404,
     errors.RouteNotFound: 404,

@@ -34,6 +34,9 @@ from service.transports.http.field_rules import (
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
 
+Resets = Annotated[list[Annotated[int, Field(ge=0, le=MAX_POSITION)]], Field(fail_fast=True)]
+"""Stops at its first wrong value."""
+
 
 class StrictBody(BaseModel):
     """Base of every request body."""
@@ -46,6 +49,12 @@ class StepsBody(StrictBody):
 
     events: list[dict[str, Any]] | None = None
     inputs: Any = None
+    resets: Resets | None = Field(
+        None,
+        description="Ascending indexes of the events or rows before which the state becomes the "
+        "model's initial state; in events the member `reset` says the same.",
+        examples=[[0, 12]],
+    )
 
 
 class ChunkBody(StepsBody):
@@ -66,6 +75,10 @@ class ChunkBody(StepsBody):
         False,
         description="For a model with `blocks`: no event follows; the waiting events are computed, "
         "and the stream is closed. A final chunk may be empty.",
+    )
+    dry_run: bool = Field(
+        False,
+        description="Compute the outputs from the stream's current state, and apply nothing.",
     )
 
 
@@ -233,7 +246,7 @@ def _events(served: ServedModel, limits: ApiLimits) -> Any:
     if served.events is None:
         hidden: Any = SkipJsonSchema
         return hidden[Annotated[Any, BeforeValidator(_no_events(served.name))]]
-    event: Any = event_type(served.events, f"{served.name}-Event")
+    event: Any = event_type(served.events, f"{served.name}-Event", marks_resets=True)
     return Annotated[list[event], Field(fail_fast=True, json_schema_extra=_lengths(limits))] | None
 
 

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from contextvars import Context
 from functools import lru_cache
-from itertools import chain, permutations
+from itertools import chain, pairwise, permutations
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -28,6 +28,7 @@ from msgspec import Meta
 
 from models.errors import DataError
 from models.events.encode import check_rows
+from models.events.parse import RESET
 from models.events.reader import EventReader
 from service.core.values import Feed, FloatRows, Steps
 from service.pipeline.served_model import ServedModel
@@ -44,6 +45,7 @@ MAX_BYTES: Final = 256 * 1024
 
 _F8: Final = np.dtype(np.float64)
 _INPUTS: Final = b'"inputs"'
+_RESET: Final = RESET.encode()
 _NEAR_BEGIN: Final = 96
 """`inputs` is searched in this many bytes, which tells rows from events."""
 
@@ -61,6 +63,7 @@ _PARSER_ERRORS: Final = (ValueError, TypeError, KeyError, RuntimeError, msgspec.
 """What simdjson raises, about the text and about what it is asked for, and msgspec."""
 
 _Position = Annotated[int, Meta(ge=0, le=MAX_POSITION)] | None
+_Resets = list[Annotated[int, Meta(ge=0, le=MAX_POSITION)]] | None
 _Epoch = Annotated[str, Meta(pattern=rf"^{EPOCH}\Z")] | None
 
 
@@ -69,6 +72,7 @@ class DecodedSteps(msgspec.Struct):
 
     inputs: Any
     events: Any
+    resets: list[int] | None
 
 
 class DecodedChunk(DecodedSteps):
@@ -232,7 +236,13 @@ class FastDecoder:
         self._max_predict_steps = limits.max_predict_steps
         self._longest_sequence = served.chunk_limit or limits.max_predict_steps
         self._json_rows = JsonRowsDecoder(self._features, limits.max_chunk_steps)
-        self._decoders = {media: self._build_decoders(media, limits) for media in Media}
+        self._has_blocks = served.blocks is not None
+        event: Any = None if self._reader is None else self._reader.event
+        self._decoders = {media: self._build_decoders(media, limits, event) for media in Media}
+        self._marking = self._decoders
+        if self._reader is not None and self._reader.marked_event is not None:
+            event = self._reader.marked_event
+            self._marking = {media: self._build_decoders(media, limits, event) for media in Media}
 
     def decode_chunk(
         self, media: Media, body: bytes
@@ -241,8 +251,9 @@ class FastDecoder:
         try:
             if media is Media.JSON and (chunk := self._json_rows.decode_chunk(body)) is not None:
                 return chunk, self._check_decoded(chunk.rows)
-            decoded: DecodedChunk = self._decoders[media].chunk.decode(body)
+            decoded: DecodedChunk = self._decoders_of(media, body).chunk.decode(body)
             read = self._read_one(decoded)
+            self._check_chunk(read.steps)
             members = read.members + (decoded.position is not None) + (decoded.epoch is not None)
             texts = read.texts + (decoded.epoch is not None)
             _check_no_duplicates(media, body, members, texts, [(body, decoded.events is not None)])
@@ -263,23 +274,35 @@ class FastDecoder:
     def decode_items(self, media: Media, body: bytes) -> list[tuple[DecodedItem, Steps]] | None:
         """The chunks of a body for many streams, if all are valid, or None."""
         try:
-            decoded: list[DecodedItem] = self._decoders[media].many.decode(body).chunks
+            decoded: list[DecodedItem] = self._decoders_of(media, body).many.decode(body).chunks
             if None in [is_stream_name(item.stream) for item in decoded]:
                 return None
-            return list(zip(decoded, self._read_parts(media, body, decoded), strict=True))
+            parts = self._read_parts(media, body, decoded)
+            for steps in parts:
+                self._check_chunk(steps)
+            return list(zip(decoded, parts, strict=True))
         except _UNDECIDED:
             return None
 
     def decode_sequences(self, media: Media, body: bytes) -> list[Steps] | None:
         """The whole sequences of a body, or None."""
         try:
-            decoded: list[DecodedSteps] = self._decoders[media].predict.decode(body).sequences
+            decoded: list[DecodedSteps]
+            decoded = self._decoders_of(media, body).predict.decode(body).sequences
             steps = self._read_parts(media, body, decoded)
         except _UNDECIDED:
             return None
         lengths = [sequence.length for sequence in steps]
         too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
         return None if too_long else steps
+
+    def _decoders_of(self, media: Media, body: bytes) -> _Decoders:
+        """The decoders for a body; those of events with marks are slower."""
+        return (self._marking if _RESET in body else self._decoders)[media]
+
+    def _check_chunk(self, steps: Steps) -> None:
+        if steps.resets and self._has_blocks:
+            raise _UndecidedError
 
     def _read_parts(
         self, media: Media, body: bytes, decoded: Sequence[DecodedSteps]
@@ -309,7 +332,7 @@ class FastDecoder:
         if body.inputs is None:
             return self._read_events(body)
         rows = self._check_rows(_packed(body))
-        return _Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0)
+        return _with_resets(_Read(Steps(Feed.INPUTS, len(rows), None, rows), 1, 0), body.resets)
 
     def _check_decoded(self, rows: FloatRows) -> Steps:
         """The steps of finite rows."""
@@ -332,7 +355,8 @@ class FastDecoder:
             if rest:
                 raise _UndecidedError
             start, end = end, end + length
-            decoded.append(_Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0))
+            part = _Read(Steps(Feed.INPUTS, length, None, rows[start:end]), 1, 0)
+            decoded.append(_with_resets(part, body.resets))
         return decoded
 
     def _check_rows(self, packed: bytes) -> FloatRows:
@@ -350,10 +374,10 @@ class FastDecoder:
         read = self._reader.read(body.events)
         if read is None:
             raise _UndecidedError
-        steps = Steps(Feed.EVENTS, read.columns.steps, read.columns)
-        return _Read(steps, 1 + read.members, read.texts)
+        steps = Steps(Feed.EVENTS, read.columns.steps, read.columns, None, read.resets)
+        return _with_resets(_Read(steps, 1 + read.members, read.texts), body.resets)
 
-    def _build_decoders(self, media: Media, limits: ApiLimits) -> _Decoders:
+    def _build_decoders(self, media: Media, limits: ApiLimits, event: Any) -> _Decoders:
         features, most = self._features, limits.max_chunk_steps
         if media is Media.JSON:
             row: Any = Annotated[list[float], Meta(min_length=features, max_length=features)]
@@ -362,10 +386,10 @@ class FastDecoder:
             row_bytes = self._row_bytes
             inputs = Annotated[bytes, Meta(min_length=row_bytes, max_length=row_bytes * most)]
         events: Any = None
-        if self._reader is not None:
-            event: Any = self._reader.event
+        if event is not None:
             events = Annotated[list[event], Meta(min_length=1, max_length=most)] | None
         steps: list[Any] = [("inputs", inputs | None, None), ("events", events, None)]
+        steps.append(("resets", _Resets, None))
         chunk = [
             *steps,
             ("position", _Position, None),
@@ -432,6 +456,18 @@ def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Stru
     return msgspec.defstruct(
         "Decoded", members, bases=(base,), forbid_unknown_fields=True, kw_only=True, gc=False
     )
+
+
+def _with_resets(read: _Read, resets: list[int] | None) -> _Read:
+    """Add the member `resets` of a body."""
+    if resets is None:
+        return read
+    steps, members, texts = read
+    ascending = all(first < second for first, second in pairwise(resets))
+    if not ascending or (resets and resets[-1] >= steps.length):
+        raise _UndecidedError
+    merged = tuple(sorted({*resets, *steps.resets}))
+    return _Read(steps._replace(resets=merged), members + 1, texts)
 
 
 def _packed(body: DecodedSteps) -> bytes:

@@ -93,8 +93,8 @@ class RequestReader:
         """The one chunk of a body.
 
         Raises:
-            ChunksUnsupported, FinalUnsupported, MalformedBody, InvalidInput, ChunkTooLong: with
-                the fact `stream`.
+            ChunksUnsupported, FinalUnsupported, ResetsUnsupported, MalformedBody, InvalidInput,
+                ChunkTooLong: with the fact `stream`.
         """
         key = self.key(stream)
         decoded = self.decode_chunk(body, media, key, precondition)
@@ -106,7 +106,9 @@ class RequestReader:
             steps = self.strict.chunk_steps(validated, "")
         except CarryError as error:
             raise with_stream(stream, error) from error
-        return self.build_chunk(validated, steps, key, precondition, final=validated.final)
+        return self.build_chunk(
+            validated, steps, key, precondition, final=validated.final, dry_run=validated.dry_run
+        )
 
     def decode_chunk(
         self,
@@ -204,7 +206,9 @@ class RequestReader:
                 precondition = parse_if_match(value.if_match, f"{inside}.if_match", bare=True)
             steps = self.strict.chunk_steps(value, inside)
             key = self.key(value.stream)
-            return self.build_chunk(value, steps, key, precondition, final=value.final)
+            return self.build_chunk(
+                value, steps, key, precondition, final=value.final, dry_run=value.dry_run
+            )
         except CarryError as error:
             return item_error(error, stream)
 
@@ -307,6 +311,7 @@ class RequestReader:
         precondition: Precondition | None,
         *,
         final: bool = False,
+        dry_run: bool = False,
     ) -> Chunk:
         """Build the chunk of a body and its steps."""
         nonce = self._nonce() if body.position is None else b""
@@ -318,6 +323,7 @@ class RequestReader:
             None if body.epoch is None else bytes.fromhex(body.epoch),
             precondition,
             final,
+            dry_run=dry_run,
         )
 
 

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from models.errors import DataError
 from models.events.columns import columns_from_events
 from models.events.encode import check_rows
-from service.core.errors import ChunkTooLong, FinalUnsupported, InvalidInput
+from models.events.parse import RESET, can_mark_resets
+from service.core.errors import ChunkTooLong, FinalUnsupported, InvalidInput, ResetsUnsupported
 from service.core.values import Feed, FloatRows, Steps
 from service.pipeline.served_model import ServedModel, invalid_data
 from service.transports.http.bodies.body_types import (
@@ -137,6 +138,9 @@ class StrictValidator:
         self._most_sequence = most if limit is None else min(most, Limit(limit, "max_chunk_steps"))
         future = known_future_schema(served)
         self.event_fields = [field.name for field in served.events.fields] if served.events else []
+        self._marks = served.events is not None and can_mark_resets(served.events)
+        if self._marks:
+            self.event_fields.append(RESET)
         self.future_fields = [field.name for field in future.fields] if future else []
 
     def validate(
@@ -184,11 +188,12 @@ class StrictValidator:
             inside: where the chunk is in its body, as `chunks[2]`; empty for the body itself.
 
         Raises:
-            FinalUnsupported, InvalidInput, ChunkTooLong
+            FinalUnsupported, ResetsUnsupported, InvalidInput, ChunkTooLong
         """
         self.check_final(body, inside)
         least = 0 if body.final else 1
-        return self._read(body, Origin(inside), self._most_chunk, least)
+        steps = self._read(body, Origin(inside), self._most_chunk, least)
+        return self.add_resets(body, steps, inside)
 
     def sequence_steps(self, body: StepsBody, inside: str) -> Steps:
         """The steps of one sequence.
@@ -196,7 +201,7 @@ class StrictValidator:
         Raises:
             InvalidInput, ChunkTooLong
         """
-        return self._read(body, Origin(inside), self._most_sequence)
+        return self.add_resets(body, self._read(body, Origin(inside), self._most_sequence), inside)
 
     def all_steps(self, bodies: Sequence[StepsBody], first: int = 0) -> list[Steps]:
         """The steps of whole sequences.
@@ -255,6 +260,31 @@ class StrictValidator:
                 expected="no `final`",
             )
 
+    def add_resets(self, body: StepsBody, steps: Steps, inside: str) -> Steps:
+        """Add the resets of a chunk's or sequence's member `resets` to those of its events.
+
+        Raises:
+            InvalidInput: an index is out of range or out of order.
+            ResetsUnsupported: it is a chunk of a model whose streams cannot be reset within.
+        """
+        at = f"{inside}.resets" if inside else "resets"
+        resets = body.resets or []
+        before = -1
+        for index, reset in enumerate(resets):
+            if not before < reset < steps.length:
+                raise _invalid_reset(f"{at}[{index}]", steps.length, reset)
+            before = reset
+        if resets:
+            steps = steps._replace(resets=tuple(sorted({*resets, *steps.resets})))
+        if steps.resets and isinstance(body, ChunkBody) and self._served.blocks is not None:
+            raise ResetsUnsupported(
+                f"{at}: expected none, since model {self._served.name!r} has `blocks`, whose "
+                "windows would reach across a reset",
+                at=at,
+                expected="no resets",
+            )
+        return steps
+
     def _read(self, body: StepsBody, origin: Origin, most: Limit, least: int = 1) -> Steps:
         inside, first = origin
         lead = f"{inside}." if inside else ""
@@ -267,7 +297,10 @@ class StrictValidator:
             count = len(body.events)
             _check_count(count, f"{lead}events", most, least)
             columns = columns_from_events(schema, body.events)
-            return Steps(Feed.EVENTS, count, columns=columns)
+            marked: tuple[int, ...] = ()
+            if self._marks:
+                marked = tuple(at for at, event in enumerate(body.events) if event.get(RESET))
+            return Steps(Feed.EVENTS, count, columns=columns, resets=marked)
         at = f"{lead}inputs"
         rows = (
             self._rows_of_bytes(body.inputs, at)
@@ -330,6 +363,11 @@ class StrictValidator:
         both = "exactly one of `events` and `inputs`"
         feeds = "`inputs`" if self._served.events is None else both
         return InvalidInput(f"{at}: expected {feeds}, got {got}", at=at, expected=feeds, got=got)
+
+
+def _invalid_reset(at: str, steps: int, got: int) -> InvalidInput:
+    expected = f"ascending indexes from 0 to {steps - 1}, each once, of the {steps} events or rows"
+    return InvalidInput(f"{at}: expected {expected}, got {got}", at=at, expected=expected, got=got)
 
 
 def _check_count(count: int, at: str, most: Limit, least: int = 1) -> None:

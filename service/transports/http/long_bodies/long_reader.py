@@ -64,6 +64,8 @@ _ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
 _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
 _MAX_EVENT_BYTES: Final = 2**20
+_LONG: Final = ("resets",)
+"""Members of a chunk or sequence that may be long; their elements are counted."""
 
 
 class LongReader:
@@ -89,7 +91,9 @@ class LongReader:
         except CarryError as error:
             raise with_stream(stream, error) from error
         key = reader.key(stream)
-        return reader.build_chunk(chunk, steps, key, precondition, final=chunk.final)
+        return reader.build_chunk(
+            chunk, steps, key, precondition, final=chunk.final, dry_run=chunk.dry_run
+        )
 
     async def items(
         self, body: bytes, media: Media, checkpoint: Checkpoint
@@ -217,16 +221,22 @@ class LongReader:
         stream: str | None = None
         try:
             kind = reader.strict.types[media].item
-            split = await self._split_object(
-                item, media, self._limits(kind, media), inside, checkpoint
-            )
+            limits = self._limits(kind, media)
+            split = await self._split_object(item, media, limits, inside, checkpoint, _LONG)
             stream = _stream_of(split, media, f"{inside}.stream")
             validated, steps = await self._steps_of(split, media, kind, inside, checkpoint)
             precondition = None
             if validated.if_match is not None:
                 precondition = parse_if_match(validated.if_match, f"{inside}.if_match", bare=True)
             key = reader.key(validated.stream)
-            return reader.build_chunk(validated, steps, key, precondition, final=validated.final)
+            return reader.build_chunk(
+                validated,
+                steps,
+                key,
+                precondition,
+                final=validated.final,
+                dry_run=validated.dry_run,
+            )
         except (MalformedBody, DeadlineExceeded):
             raise
         except CarryError as error:
@@ -236,14 +246,17 @@ class LongReader:
         self, body: memoryview, media: Media, kind: type[S], inside: str, checkpoint: Checkpoint
     ) -> tuple[S, Steps]:
         """The body of a chunk or sequence without its list, and its steps."""
-        split = await self._split_object(body, media, self._limits(kind, media), inside, checkpoint)
+        limits = self._limits(kind, media)
+        split = await self._split_object(body, media, limits, inside, checkpoint, _LONG)
         return await self._steps_of(split, media, kind, inside, checkpoint)
 
     def _limits(self, kind: type[StepsBody], media: Media) -> ObjectLimits:
         limit = self._reader.strict.limit_of(kind)
         feeds = ["events"] if media is Media.MSGPACK else ["events", "inputs"]
+        # as many resets as steps
+        most = 2 * limit.steps
         return ObjectLimits(
-            list(kind.model_fields), feeds, limit.steps, lambda at: limit.exceeded(at, MORE)
+            list(kind.model_fields), feeds, most, lambda at: limit.exceeded(at, MORE)
         )
 
     async def _steps_of(
@@ -261,6 +274,9 @@ class LongReader:
         if (validated.events is None) == (validated.inputs is None) or not filled:
             return validated, strict.body_steps(validated, inside)
         [name] = filled
+        limit = strict.limit_of(kind)
+        if len(split.lists[name]) > limit.steps:
+            raise limit.exceeded(member_place(inside, name), MORE)
         strict.check_final(validated, inside)
         parts: list[Steps] = []
         done = 0
@@ -277,7 +293,7 @@ class LongReader:
             except MalformedBody as error:
                 raise malformed(media, f"it cannot be parsed at {at}") from error
             done += len(group)
-        return validated, _concatenate(parts)
+        return validated, strict.add_resets(validated, _concatenate(parts), inside)
 
     async def _split_object(
         self,
@@ -373,9 +389,14 @@ def _part_values(media: Media, part: StatePart, value: memoryview) -> Any:
 
 def _concatenate(parts: Sequence[Steps]) -> Steps:
     """Concatenate consecutive steps."""
-    length = sum(part.length for part in parts)
+    length = 0
+    resets: list[int] = []
+    for part in parts:
+        resets += [length + reset for reset in part.resets]
+        length += part.length
     rows = [part.rows for part in parts if part.rows is not None]
     if rows:
-        return Steps(Feed.INPUTS, length, rows=np.concatenate(rows))
+        return Steps(Feed.INPUTS, length, rows=np.concatenate(rows), resets=tuple(resets))
     columns = [part.columns for part in parts if part.columns is not None]
-    return Steps(Feed.EVENTS, length, columns=EventColumns.concatenate(columns))
+    together = EventColumns.concatenate(columns)
+    return Steps(Feed.EVENTS, length, columns=together, resets=tuple(resets))

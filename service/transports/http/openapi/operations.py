@@ -208,6 +208,7 @@ CHUNK = _route(
     errors.ChunkTooLong,
     errors.ChunksUnsupported,
     errors.FinalUnsupported,
+    errors.ResetsUnsupported,
     *_NAMED,
     errors.InvalidPrecondition,
     errors.EpochMismatch,

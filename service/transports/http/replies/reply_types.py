@@ -86,15 +86,19 @@ class ChunkReply(TypedDict):
     model: ModelName
     version: Version
     stream: StreamName
-    epoch: EpochText
+    epoch: EpochText | None
+    """Null only in a dry run, if there is no stream."""
     position: PositionNumber
-    tag: TagText
+    tag: TagText | None
+    """Null only in a dry run, if there is no stream."""
     outputs: Outputs
     replayed: bool
     """The chunk was applied before; this is its stored reply."""
     output_position: NotRequired[int]
     """For a model with `blocks`: index of the event of the first output. The outputs may be
     more or fewer than the chunk's events."""
+    dry_run: NotRequired[Literal[True]]
+    """Nothing was applied: epoch, position and tag are those of the stream as it is."""
     created: NotRequired[Literal[True]]
     """Present, and true, in the first reply of a stream."""
     state: NotRequired[

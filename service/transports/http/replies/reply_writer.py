@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 
 from models.spec.state import State
 from service.core.errors import InvalidInput
-from service.core.values import FloatRows, ForecastReply, ForecastRequest, Prediction, Reply, Timing
+from service.core.values import (
+    NO_STREAM,
+    FloatRows,
+    ForecastReply,
+    ForecastRequest,
+    Prediction,
+    Reply,
+    Timing,
+)
 from service.pipeline.served_model import ServedModel
 from service.transports.http.media import Media, encode_json, encode_msgpack
 from service.transports.http.replies import reply_types
@@ -94,6 +102,10 @@ class ReplyWriter:
             "outputs": self.outputs(reply.outputs, options),
             "replayed": reply.replayed,
         }
+        if reply.dry_run:
+            document["dry_run"] = True
+            if head is NO_STREAM:
+                document["epoch"] = document["tag"] = None
         if reply.created:
             document["created"] = True
         if reply.output_position is not None:
@@ -106,10 +118,11 @@ class ReplyWriter:
 
     def reply_bytes(self, reply: Reply, media: Media) -> bytes:
         """The bytes of `reply`, of every step and without the state."""
-        if media is not Media.JSON or self._only is None or reply.output_position is not None:
+        is_usual = reply.output_position is None and not reply.dry_run
+        if media is not Media.JSON or self._only is None or not is_usual:
             encode = encode_json if media is Media.JSON else encode_msgpack
             return encode(self.reply(reply, EVERY_STEP))
-        key, (epoch, tag, position), outputs, _, replayed, created, _, _ = reply
+        key, (epoch, tag, position), outputs, _, replayed, created, *_ = reply
         # A stream's name needs no escapes.
         return b'%b,"stream":"%b","epoch":"%b","position":%d,"tag":"%b","outputs":%b,%b' % (
             self._begin,

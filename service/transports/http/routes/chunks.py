@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.core.errors import CarryError, InvalidPrecondition
-from service.core.values import Reply, StreamKey
+from service.core.values import NO_STREAM, Reply, StreamKey
 from service.transports.http.bodies.request_body import RequestBody, receive_body
 from service.transports.http.context import ApiContext, ModelWire, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
@@ -70,8 +70,10 @@ async def post_chunk(request: Request, model: ModelPath, stream: StreamPath) -> 
     _check_capacity(api, wire, key, body)
     chunk = await body.read(wire.reader.chunk, wire.long.chunk, key.stream, precondition)
     result = await cancel_on_disconnect(request, api.pipeline.process(chunk, deadline_s))
-    timing = (b"server-timing", server_timing(result.timing))
-    return reply(answer, wire.writer.reply(result, options), headers=(etag(result.head), timing))
+    headers = [(b"server-timing", server_timing(result.timing))]
+    if result.head is not NO_STREAM:
+        headers.insert(0, etag(result.head))
+    return reply(answer, wire.writer.reply(result, options), headers=headers)
 
 
 @router.post(

@@ -221,3 +221,15 @@ async def test_the_model_detail_describes_its_blocks(api: Harness) -> None:
     model = (await api.client.get("/v1/models/tagger")).json()
     assert model["chunking"] == "invisible"
     assert model["blocks"] == {"size": 3, "lookahead": 2}
+
+
+async def test_resets_of_a_stream_are_rejected(api: Harness) -> None:
+    body = {"inputs": ROWS.tolist(), "resets": [2]}
+    document = problem(await api.chunk(body, model="tagger"), 422, "resets_unsupported")
+    assert document["at"] == "resets"
+    assert api.position(model="tagger") is None
+    predicted = await api.client.post("/v1/models/tagger/predict", json={"sequences": [body]})
+    parts = [{"inputs": ROWS[:2].tolist()}, {"inputs": ROWS[2:].tolist()}]
+    alone = await api.client.post("/v1/models/tagger/predict", json={"sequences": parts})
+    outputs = [packed(each) for each in alone.json()["predictions"]]
+    near(packed(predicted.json()["predictions"][0]), np.concatenate(outputs))

@@ -56,14 +56,14 @@ def shown_steps(steps: Steps) -> Any:
     if steps.rows is not None:
         assert steps.columns is None
         assert steps.rows.dtype == np.float32
-        return steps.feed, steps.length, steps.rows.shape, steps.rows.tobytes()
+        return steps.feed, steps.length, steps.rows.shape, steps.rows.tobytes(), steps.resets
     columns = steps.columns
     assert columns is not None
     values = {
         name: (array.dtype, array.tolist(), columns.present[name].tolist())
         for name, array in columns.values.items()
     }
-    return steps.feed, steps.length, values
+    return steps.feed, steps.length, values, steps.resets
 
 
 def shown(value: Any) -> Any:
@@ -139,6 +139,8 @@ def json_events(draw: st.DrawFn) -> str:
                 1e39,
             ]
             event[name] = draw(st.sampled_from(values))
+        if draw(st.integers(0, 4)) == 0:
+            event["reset"] = draw(st.sampled_from([True, True, False, None, 1]))
         events.append(json.dumps(event))
     return f"[{','.join(events)}]"
 
@@ -171,6 +173,8 @@ def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> byte
         stream = []
     if kind == "sequences":
         more = []
+    indexes = st.sampled_from(["[]", "[0]", "[0,1]", "[1,0]", "[1,1]", "[4]", "[-1]", "[0.0]"])
+    more.append(member("resets", mostly(indexes, ODD)))
 
     def one() -> str:
         members = [draw(st.one_of(feeds)), *[draw(each) for each in stream]]
@@ -234,6 +238,9 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
             body["position"] = draw(positions)
         if kind != "sequences" and draw(st.integers(0, 5)) == 0:
             body["epoch"] = draw(st.sampled_from(["0" * 16, "0" * 16 + "\n", b"0" * 16, None]))
+        if draw(st.integers(0, 3)) == 0:
+            lists: list[Any] = [[], [0], [0, 1], [1, 0], [1, 1], [4], [-1], [0.0], [True], None]
+            body["resets"] = draw(st.sampled_from(lists))
         if draw(st.integers(0, 20)) == 0:
             body[draw(st.sampled_from(["odd", "epoch", "if_match", "stream"]))] = "a"
         return body

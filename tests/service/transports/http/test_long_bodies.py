@@ -70,15 +70,27 @@ def rows(count: int) -> list[list[float]]:
         orjson.dumps({"position": 7, "inputs": rows(9000)}),
         orjson.dumps({"inputs": rows(5000), "epoch": "0123456789abcdef", "position": 2}),
         json.dumps({"inputs": rows(4000)}, indent=1).encode(),
+        orjson.dumps({"inputs": rows(4000), "resets": [0, 7, 3999], "dry_run": True}),
+        orjson.dumps({"resets": list(range(10_000)), "inputs": rows(10_000)}),
         json.dumps({"inputs": rows(4000)}, separators=(" , ", " : ")).encode(),
     ],
-    ids=["compact", "members after", "indented", "spaced"],
+    ids=["compact", "members after", "indented", "resets", "all reset", "spaced"],
 )
 def test_a_long_body_is_the_same_chunk(reader: RequestReader, body: bytes) -> None:
     found, expected = read_in_blocks(reader, body), read_at_once(reader, body)
     assert found[:1] + found[2:] == expected[:1] + expected[2:]
     assert found.steps.length == expected.steps.length
     np.testing.assert_array_equal(found.steps.rows, expected.steps.rows)
+
+
+@pytest.mark.parametrize("resets", [[0, 4000], [1, 1], [True]], ids=str)
+def test_wrong_resets_of_a_long_body_are_the_same_rejection(
+    reader: RequestReader, resets: list[Any]
+) -> None:
+    body = orjson.dumps({"inputs": rows(4000), "resets": resets})
+    found, expected = read_in_blocks(reader, body), read_at_once(reader, body)
+    assert (type(found), found.facts) == (type(expected), expected.facts)
+    assert found.detail == expected.detail
 
 
 def test_other_tasks_run_between_the_blocks(reader: RequestReader) -> None:
