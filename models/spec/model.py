@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
@@ -53,6 +59,9 @@ from models.spec.layers import (
     layer_width,
 )
 from models.spec.resets import ResetPolicy
+
+_LATER_OPTIONS = ("embeddings", "reset_every", "session_gap_s")
+"""Options that older versions do not know: they read a model that does not use them."""
 
 MAX_RESET_EVERY = 2**63 - 1
 """The largest period of resets, as large as the largest position."""
@@ -161,6 +170,11 @@ class ModelSpec(Frozen):
     session_gap_s: Annotated[float, Field(gt=0)] | None = None
     decoder: DecoderSpec | None = None
     training: TrainingSpec | None = None
+
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = serialize(self)
+        return {name: value for name, value in data.items() if value or name not in _LATER_OPTIONS}
 
     @model_validator(mode="before")
     @classmethod

@@ -346,3 +346,13 @@ def test_resets_are_part_of_the_fingerprint_only_if_there_are_any(
         prints.add(compute_fingerprint(spec, plain.weights))
     assert len(prints) == 3
     assert plain.fingerprint in prints
+
+
+def test_a_model_without_resets_can_be_read_by_versions_that_know_none(
+    artifacts: dict[str, Artifact],
+) -> None:
+    dumped = {name: artifact.manifest["spec"] for name, artifact in artifacts.items()}
+    assert not {"reset_every", "session_gap_s"} & dumped["gru"].keys()
+    assert dumped["both"]["reset_every"] == 3
+    assert dumped["both"]["session_gap_s"] == GAP_S
+    assert parse_spec(dumped["both"]) == artifacts["both"].spec
