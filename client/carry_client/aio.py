@@ -6,6 +6,8 @@ Generated from `sync.py` by `python -m tests.client.twin`.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from os import PathLike
+from ssl import SSLContext
 from typing import TYPE_CHECKING
 
 from carry_client.aio_driver import AsyncDriver
@@ -18,7 +20,7 @@ from carry_client.replies import Forecast, Prediction, Reply, ServedModel, Strea
 from carry_client.steps import sort_frame
 from carry_client.streams import AsyncReplayFrom, Progress, StreamCore
 from carry_client.types import AsyncSource, Encoding, Events, Head, Json
-from carry_client.wire import base_url, read_response, reply_params
+from carry_client.wire import base_url, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +40,7 @@ class AsyncCarry:
         deadline_s: float = 120.0,
         encoding: Encoding = "msgpack",
         headers: Mapping[str, str] | None = None,
+        verify: SSLContext | str | PathLike[str] | None = None,
     ) -> None:
         """Nothing is requested yet.
 
@@ -48,16 +51,18 @@ class AsyncCarry:
                 this time for each chunk.
             encoding: of the bodies.
             headers: sent with every request.
+            verify: certificates that an `https` service is trusted by: a PEM file, or a context,
+                which may also have a client's certificate; None for the public authorities.
 
         Raises:
             Problem: `invalid_url`.
-            ValueError: another encoding.
+            ValueError: another encoding, or `verify` cannot be read or has no certificates.
         """
         self.url = base_url(url)
         self._session = Session(
             encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
         )
-        self._driver = AsyncDriver(self.url)
+        self._driver = AsyncDriver(self.url, ssl_context(verify))
 
     async def models(self) -> list[ServedModel]:
         """The served models.
@@ -347,6 +352,7 @@ class AsyncStream:
             return_sequences, return_state, return_attention: as for `send`.
 
         Raises:
+            errors.PositionAhead: `first_position` is beyond the stream's position.
             StreamRolledBack, StreamDiverged, Problem: as `send`.
             ValueError: the source is shorter than the stream, or these are no events.
         """

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from ssl import SSLContext
 from typing import Any, TypeVar
 
 import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
-from carry_client.wire import Request, Response, http_timeout, ssl_context
+from carry_client.wire import Request, Response, http_timeout
 
 T = TypeVar("T")
 
@@ -22,9 +23,9 @@ class AsyncDriver:
     every connection at every request, which made 64 concurrent requests four times slower.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, context: SSLContext) -> None:
         """Nothing is requested yet."""
-        self._url = url
+        self._url, self._context = url, context
         self._idle: list[httpx.AsyncClient] = []
 
     async def close(self) -> None:
@@ -80,7 +81,7 @@ class AsyncDriver:
             call.close()
 
     def _new_client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, verify=ssl_context())
+        return httpx.AsyncClient(base_url=self._url, verify=self._context)
 
     async def _outcome(self, effect: Effect) -> object:
         try:

@@ -316,6 +316,12 @@ class StateChanged(StreamRejection, code="state_changed"):
 class StreamExists(StreamRejection, code="stream_exists"):
     """The stream exists."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.code}: stream {self.stream!r} exists at position {self.position}; expected a "
+            "new name, or overwrite=True, which replaces it"
+        )
+
 
 class StateIncompatible(StreamRejection, code="state_incompatible"):
     """The state belongs to another version of the model."""

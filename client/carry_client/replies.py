@@ -33,14 +33,18 @@ class Table(ABC):
 
     def to_pandas(self) -> pd.DataFrame:
         """The columns of `to_columns` as a pandas DataFrame; ImportError without pandas."""
-        import pandas as pd
-
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise _missing(error, "pandas") from error
         return pd.DataFrame(self.to_columns())
 
     def to_polars(self) -> pl.DataFrame:
         """The columns of `to_columns` as a Polars DataFrame; ImportError without Polars."""
-        import polars as pl
-
+        try:
+            import polars as pl
+        except ModuleNotFoundError as error:
+            raise _missing(error, "polars") from error
         return pl.DataFrame(self.to_columns())
 
 
@@ -309,6 +313,12 @@ def read_head(document: Any) -> Head:
         return _head(document)
     except (KeyError, TypeError, ValueError) as error:
         raise unreadable(error, document) from error
+
+
+def _missing(error: ModuleNotFoundError, library: str) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"to_{library}() needs {error.name}: pip install {library}", name=error.name
+    )
 
 
 def _head(document: Mapping[str, Any]) -> Head:

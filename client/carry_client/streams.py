@@ -21,6 +21,7 @@ from carry_client.calls import LOG, Attempts, Call, Emit, Session
 from carry_client.chunks import Chunk, ChunkReader
 from carry_client.errors import (
     AlreadyApplied,
+    PositionAhead,
     Problem,
     StateChanged,
     StreamDiverged,
@@ -41,7 +42,7 @@ from carry_client.replies import (
     read_state,
 )
 from carry_client.steps import body_member, cut, is_sliceable, length, to_steps
-from carry_client.types import AsyncSource, Events, Head, Source
+from carry_client.types import AsyncSource, Events, Head, Json, Source
 from carry_client.wire import stream_path
 
 REMEMBERED_HEADS: Final = 4096
@@ -310,6 +311,7 @@ class StreamCore:
             if latest.epoch == (head.epoch or latest.epoch) and latest.position > head.position:
                 self._move(latest)
         first = head.position if first_position is None else first_position
+        self._check_gap(head, first)
         clock, began_s = self.session.clock, self.session.clock()
         total = first + length(source) if is_sliceable(source) else None
         own_replay, rollbacks, retries = self._replay_from, self.rollbacks, self.retries
@@ -343,6 +345,26 @@ class StreamCore:
                         progress(Progress(self.head_position, total, chunks, *counts, elapsed_s))
         finally:
             self._replay_from, self._chunk_events = own_replay, None
+
+    def _check_gap(self, head: Head, first: int) -> None:
+        """Raise if a source begins after the stream, whose missing events nobody has."""
+        was_there = self._saved is not None and self._saved.position >= first
+        if head.position < first and self._replay_from is None and not was_there:
+            detail = (
+                f"stream {self.name!r}: expected a source that begins at {head.position}, the "
+                f"stream's position, or before, got first_position={first}; send events "
+                f"{head.position} to {first - 1} before, give Model.stream a replay_from that has "
+                "them, or append the source with first_position=None"
+            )
+            document: dict[str, Json] = {
+                "stream": self.name,
+                "expected": head.position,
+                "got": first,
+                "position": head.position,
+                "epoch": head.epoch,
+                "tag": head.tag,
+            }
+            raise PositionAhead(0, "position_ahead", detail, document=document)
 
     @property
     def head_position(self) -> int:

@@ -7,6 +7,8 @@ generated from this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from os import PathLike
+from ssl import SSLContext
 from typing import TYPE_CHECKING
 
 from carry_client.calls import Session
@@ -19,7 +21,7 @@ from carry_client.steps import sort_frame
 from carry_client.streams import Progress, ReplayFrom, StreamCore
 from carry_client.sync_driver import Driver
 from carry_client.types import Encoding, Events, Head, Json, Source
-from carry_client.wire import base_url, read_response, reply_params
+from carry_client.wire import base_url, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,6 +41,7 @@ class Carry:
         deadline_s: float = 120.0,
         encoding: Encoding = "msgpack",
         headers: Mapping[str, str] | None = None,
+        verify: SSLContext | str | PathLike[str] | None = None,
     ) -> None:
         """Nothing is requested yet.
 
@@ -49,16 +52,18 @@ class Carry:
                 this time for each chunk.
             encoding: of the bodies.
             headers: sent with every request.
+            verify: certificates that an `https` service is trusted by: a PEM file, or a context,
+                which may also have a client's certificate; None for the public authorities.
 
         Raises:
             Problem: `invalid_url`.
-            ValueError: another encoding.
+            ValueError: another encoding, or `verify` cannot be read or has no certificates.
         """
         self.url = base_url(url)
         self._session = Session(
             encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
         )
-        self._driver = Driver(self.url)
+        self._driver = Driver(self.url, ssl_context(verify))
 
     def models(self) -> list[ServedModel]:
         """The served models.
@@ -347,6 +352,7 @@ class Stream:
             return_sequences, return_state, return_attention: as for `send`.
 
         Raises:
+            errors.PositionAhead: `first_position` is beyond the stream's position.
             StreamRolledBack, StreamDiverged, Problem: as `send`.
             ValueError: the source is shorter than the stream, or these are no events.
         """

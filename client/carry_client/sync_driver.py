@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from ssl import SSLContext
 from typing import Any, Final, TypeVar
 
 import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
-from carry_client.wire import Request, Response, http_timeout, ssl_context
+from carry_client.wire import Request, Response, http_timeout
 
 _PUT_S: Final = 0.5
 
@@ -23,10 +24,10 @@ T = TypeVar("T")
 class Driver:
     """Connections to one service, for any number of threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, context: SSLContext) -> None:
         """Nothing is requested yet."""
         self._url = url
-        self._client = httpx.Client(base_url=url, verify=ssl_context())
+        self._client = httpx.Client(base_url=url, verify=context)
 
     def close(self) -> None:
         """Close the connections."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
-from ssl import SSLContext
+from os import PathLike
+from ssl import SSLContext, create_default_context
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -59,8 +60,28 @@ class Response:
         )
 
 
+def ssl_context(verify: SSLContext | str | PathLike[str] | None = None) -> SSLContext:
+    """How the certificate of a service is verified.
+
+    Args:
+        verify: a context, or a PEM file of certificates; None for the public authorities.
+
+    Raises:
+        ValueError: the file cannot be read, or has no certificates.
+    """
+    if isinstance(verify, SSLContext):
+        return verify
+    if verify is None:
+        return _default_ssl_context()
+    try:
+        return create_default_context(cafile=verify)
+    except OSError as error:
+        detail = f"verify: expected a PEM file of certificates, got {verify}: {error}"
+        raise ValueError(detail) from error
+
+
 @lru_cache
-def ssl_context() -> SSLContext:
+def _default_ssl_context() -> SSLContext:
     """One for all clients: it takes 20 ms to create."""
     return httpx.create_ssl_context()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -103,3 +104,14 @@ def test_forecast_of_the_reference_is_read() -> None:
     assert columns["step"].tolist() == [1, 2, 3]
     assert columns["temperature[0.9]"].tolist() == pytest.approx([5.0, 5.1, 4.9])
     assert columns["time_ms"].dtype == np.int64
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_missing_library_of_tables_is_named(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    reply = read_reply(MODEL, TWO_STEPS, 3)
+    with pytest.raises(ImportError) as raised:
+        getattr(reply, f"to_{library}")()
+    assert str(raised.value) == f"to_{library}() needs {library}: pip install {library}"

@@ -89,6 +89,23 @@ def test_source_that_is_shorter_than_the_stream_is_rejected(small: Stream, event
     assert small.position == len(events)
 
 
+def test_a_source_that_begins_after_the_stream_is_rejected(
+    background: str, small: Stream, events: Events, right: list[float]
+) -> None:
+    list(small.send_all(events[:10]))
+    for source in (events[20:], iter(events[20:])):
+        with pytest.raises(errors.PositionAhead) as raised:
+            list(small.send_all(source, first_position=20))
+        assert (raised.value.expected, raised.value.got) == (10, 20)
+        assert raised.value.head == small.head
+        for words in ("stream 's'", "got first_position=20", "send events 10 to 19", "replay_from"):
+            assert words in str(raised.value)
+    with Carry(background) as carry:
+        stream = carry.model("small").stream("s", replay_from=lambda at: events[at:])
+        sent = stream.send_all(events[20:], first_position=20, chunk_events=CHUNK)
+        assert late(sent) == pytest.approx(right[20:], abs=1e-6)
+
+
 @pytest.mark.parametrize("how", ["source", "buffer", "replay_from"])
 def test_rolled_back_events_are_sent_again(
     background: str,
