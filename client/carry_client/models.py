@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -96,6 +97,15 @@ class ModelCore:
         if len(names) < len(chunks):
             twice = [name for name, count in names.items() if count > 1]
             raise ValueError(f"expected each stream once, got twice: {twice[:3]}")
+        with ExitStack() as stack:
+            for stream, _ in chunks:
+                stack.enter_context(stream.in_use())
+            return (yield from self._deliver_many(chunks, params))
+
+    def _deliver_many(
+        self, chunks: Sequence[tuple[StreamCore, Events]], params: Mapping[str, str]
+    ) -> Call[dict[str, Reply | CarryError]]:
+        """The outcomes by name, in the order of the streams."""
         waiting: dict[StreamCore, Chunk] = {}
         outcomes: dict[str, Reply | CarryError] = {}
         steps = [to_steps(events) for _, events in chunks]

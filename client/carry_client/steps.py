@@ -36,8 +36,10 @@ def to_steps(events: Events) -> Steps:
         return _from_columns(events)
     if hasattr(events, "to_dicts"):
         return [_to_wire(event, is_frame=True) for event in events.to_dicts()]
-    if hasattr(events, "iloc"):
+    if hasattr(events, "iloc") and hasattr(events, "columns"):
         frame: Any = events
+        if not frame.columns.is_unique:
+            raise ValueError(f"expected columns of different names, got {list(frame.columns)}")
         columns = {name: frame[name].tolist() for name in frame.columns}
         return _from_columns(columns)
     if isinstance(events, Sequence):
@@ -69,7 +71,7 @@ def is_sliceable(source: object) -> TypeGuard[Events]:
 def length(events: Events) -> int:
     """T, the number of events."""
     if isinstance(events, Mapping):
-        return len(next(iter(events.values()), ()))
+        return next(iter(_lengths(events).values()), 0)
     return len(events)
 
 
@@ -99,12 +101,26 @@ def sort_frame(frame: object, column: str) -> Events:
 
 
 def _from_columns(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected columns of one length, got {lengths}")
+    _lengths(columns)
     lists = [_to_list(values) for values in columns.values()]
     rows: Iterable[tuple[Any, ...]] = zip(*lists, strict=True)
     return [_to_wire(dict(zip(columns, row, strict=True)), is_frame=True) for row in rows]
+
+
+def _lengths(columns: Mapping[str, Any]) -> dict[str, int]:
+    """The lengths of columns, which are equal."""
+    for name, values in columns.items():
+        if not isinstance(name, str):
+            raise TypeError(f"expected columns with the names of fields, got {name!r}")
+        if not hasattr(values, "__len__") or isinstance(values, (str, bytes)):
+            raise TypeError(
+                f"{name}: expected a column, a list or array of values, got {values!r}; "
+                "one event is sent as a list, [event]"
+            )
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"expected columns of one length, got {lengths}")
+    return lengths
 
 
 def _to_list(values: Any) -> list[Any]:

@@ -12,9 +12,10 @@ caller's `replay_from`. Their replies are dropped, since they were returned befo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Final
 
 from carry_client.calls import LOG, Attempts, Call, Emit, Session
@@ -112,6 +113,20 @@ class StreamCore:
         self._buffered = 0
         self._chunk_events: int | None = None
         self._is_resending = self.is_uncertain = False
+        self._lock = Lock()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Raise RuntimeError if chunks are being sent meanwhile: they would have one position."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"stream {self.name!r}: expected one call at a time that sends events, got another "
+                "thread's or task's; send its chunks one after another, or use other streams"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # The head
 
@@ -164,8 +179,10 @@ class StreamCore:
 
     def send(self, events: Events, params: Mapping[str, str], *, is_final: bool) -> Call[Reply]:
         """Send one chunk at the stream's position."""
-        head = yield from self.known_head()
-        return (yield from self.deliver(Chunk(head.position, to_steps(events), is_final), params))
+        with self.in_use():
+            head = yield from self.known_head()
+            chunk = Chunk(head.position, to_steps(events), is_final)
+            return (yield from self.deliver(chunk, params))
 
     def deliver(self, chunk: Chunk, params: Mapping[str, str]) -> Call[Reply]:
         """Send a chunk until it is applied; the stream is at its start.
@@ -304,7 +321,8 @@ class StreamCore:
     ) -> Call[None]:
         """Send a source in chunks; emits the reply of each."""
         # what the source itself has is not lost
-        head = yield from self.known_head(needs_history=first_position is None)
+        with self.in_use():
+            head = yield from self.known_head(needs_history=first_position is None)
         if self.is_uncertain and first_position is not None:
             # the chunk that failed last may be applied, and the source may be cut elsewhere now
             latest = yield from self._read_head()
@@ -332,7 +350,8 @@ class StreamCore:
                     is_final = is_final and chunk is not None
                     chunk = chunk or reader.end
                     try:
-                        reply = yield from self.deliver(chunk, params)
+                        with self.in_use():
+                            reply = yield from self.deliver(chunk, params)
                         yield Emit(reply)
                     except AlreadyApplied:
                         skipped += len(chunk.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -22,12 +23,14 @@ T = TypeVar("T")
 
 
 class Driver:
-    """Connections to one service, for any number of threads."""
+    """Connections to one service, for any number of threads, also after a fork."""
 
     def __init__(self, url: str, context: SSLContext) -> None:
         """Nothing is requested yet."""
-        self._url = url
-        self._client = httpx.Client(base_url=url, verify=context)
+        self._url, self._context = url, context
+        self._client = self._new_client()
+        self._process = os.getpid()
+        self._inherited: list[httpx.Client] = []
 
     def close(self) -> None:
         """Close the connections."""
@@ -39,6 +42,10 @@ class Driver:
         Raises:
             NoAnswer
         """
+        if self._process != os.getpid():
+            # after a fork: the connections are the parent's, and closing them might end its TLS
+            self._inherited.append(self._client)
+            self._client, self._process = self._new_client(), os.getpid()
         try:
             response = self._client.request(
                 request.method,
@@ -61,6 +68,8 @@ class Driver:
         except StopIteration as stop:
             result: T = stop.value
             return result
+        finally:
+            call.close()
 
     def iterate(self, call: Call[None]) -> Iterator[Any]:
         """The values that a call emits."""
@@ -76,6 +85,9 @@ class Driver:
             return
         finally:
             call.close()
+
+    def _new_client(self) -> httpx.Client:
+        return httpx.Client(base_url=self._url, verify=self._context)
 
     def _outcome(self, effect: Effect) -> object:
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from os import PathLike
 from ssl import SSLContext, create_default_context
 from typing import Any, Final
@@ -150,11 +152,36 @@ def encode_body(encoding: Encoding, document: object) -> bytes:
     Raises:
         ValueError, TypeError: a value that the encoding does not have.
     """
-    if encoding == "json":
-        text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        return text.encode()
-    packed: bytes = msgpack.packb(document)
-    return packed
+    try:
+        if encoding == "json":
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            return text.encode()
+        packed: bytes = msgpack.packb(document)
+        return packed
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _unencodable(document, error) from error
+
+
+def _unencodable(document: object, error: Exception, at: str = "") -> Exception:
+    """The error with the place of the first value that a body cannot hold."""
+    if isinstance(document, Mapping):
+        items = [(f"{at}.{name}" if at else str(name), each) for name, each in document.items()]
+    elif isinstance(document, (list, tuple)):
+        items = [(f"{at}[{index}]", each) for index, each in enumerate(document)]
+    else:
+        if document is None or isinstance(document, (str, bytes)):
+            return error
+        if isinstance(document, float) and isfinite(document):
+            return error
+        if isinstance(document, int) and -(2**63) <= document < 2**64:
+            return error
+        kind = ValueError if isinstance(document, (int, float)) else TypeError
+        return kind(f"{at}: expected a number, a text, true, false or nothing, got {document!r}")
+    for place, each in items:
+        found = _unencodable(each, error, place)
+        if found is not error:
+            return found
+    return error
 
 
 def read_response(status: int, content_type: str, body: bytes, retry_after: str = "") -> Json:

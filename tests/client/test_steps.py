@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import polars as pl
 import pytest
 
 from carry_client.steps import body_member, cut, is_sliceable, length, sort_frame, to_steps
+from carry_client.wire import encode_body
 
 ZONE = timezone(timedelta(hours=-5))
 TIMES = [datetime(2013, 1, 1, 5, 17, second, 999_999, tzinfo=ZONE) for second in (0, 1)]
@@ -97,3 +99,41 @@ def test_frame_is_sorted_with_equal_times_in_their_order(kind: Any) -> None:
     assert [event["place"] for event in to_steps(sort_frame(frame, "at"))] == [1, 3, 2, 0]
     with pytest.raises(TypeError, match="expected a DataFrame to sort by 'at', got list"):
         sort_frame([{"at": 1}], "at")
+
+
+MISTAKES = {
+    "one event": (EVENTS[0], "at: expected a column, .* one event is sent as a list"),
+    "text": ({"carrier": "UA"}, "carrier: expected a column, .* got 'UA'"),
+    "unnamed columns": (pd.DataFrame([[1, 2]]), "expected columns with the names of fields, got 0"),
+    "equal columns": (
+        pd.DataFrame([[1, 2]], columns=["a", "a"]),
+        "different names, got .*'a', 'a'",
+    ),
+    "series": (pd.Series([1]), "expected a list of events, .* got Series"),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_what_is_no_table_of_events_is_named(source: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        to_steps(source)
+
+
+UNENCODABLE = {
+    "decimal": (Decimal("1.5"), "msgpack"),
+    "date": (date(2013, 1, 1), "json"),
+    "set": ({1}, "msgpack"),
+    "large": (2**70, "msgpack"),
+    "infinite": (float("inf"), "json"),
+}
+
+
+@pytest.mark.parametrize(("value", "encoding"), UNENCODABLE.values(), ids=UNENCODABLE)
+def test_a_value_that_a_body_cannot_hold_is_named_with_its_place(
+    value: object, encoding: Any
+) -> None:
+    body = {"position": 0, "events": [{"delay": 1e300}, {"delay": None, "kind": value}]}
+    with pytest.raises((TypeError, ValueError)) as raised:
+        encode_body(encoding, body)
+    assert str(raised.value).startswith("events[1].kind: expected a number, a text, ")
+    assert repr(value) in str(raised.value)

@@ -6,11 +6,8 @@ Redis alone: the embedded Valkey is built without TLS.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
@@ -21,6 +18,7 @@ from structlog.testing import capture_logs
 from service.core.errors import StoreRefused, StoreUnavailable
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
+from tests.support.certificates import Certificates, certificates
 from tests.support.cluster import Cluster
 from tests.support.servers import (
     RealServer,
@@ -33,6 +31,8 @@ from tests.support.servers import (
 )
 from tests.support.streams import Streams, committed, key, same_stream
 
+__all__ = ["certificates"]
+
 PASSWORD = "s3cr3t/@:,?"
 RULES = next(
     line.replace("PASSWORD_SHA256", sha256(PASSWORD.encode()).hexdigest()).split()[2:]
@@ -40,43 +40,6 @@ RULES = next(
     if line.startswith("user carry ")
 )
 """Password and permissions of the user in the shipped access control list."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """An authority, and a certificate of 127.0.0.1 that it signed."""
-
-    authority: Path
-    certificate: Path
-    key: Path
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What a server is started with."""
-        return (
-            *("--tls-ca-cert-file", str(self.authority)),
-            *("--tls-cert-file", str(self.certificate), "--tls-key-file", str(self.key)),
-            *("--tls-auth-clients", "no"),
-        )
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Self-signed certificates that are valid for a day."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not on the PATH")
-    folder = tmp_path_factory.mktemp("tls")
-    made = Certificates(folder / "ca.crt", folder / "server.crt", folder / "server.key")
-    fresh = ("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
-    ours = ("-keyout", folder / "ca.key", "-out", made.authority, "-subj", "/CN=authority")
-    theirs = ("-keyout", made.key, "-out", made.certificate, "-subj", "/CN=server")
-    signed = ("-CA", made.authority, "-CAkey", folder / "ca.key")
-    signing = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
-    name = ("-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:FALSE")
-    for arguments in ((*fresh, *ours, *signing), (*fresh, *theirs, *signed, *name)):
-        subprocess.run([openssl, *arguments], check=True, capture_output=True)
-    return made
 
 
 @contextmanager

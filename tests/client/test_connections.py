@@ -1,0 +1,141 @@
+"""Connections of the client: TLS, forks, event loops, concurrent use and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+import uvloop
+
+from carry_client import AsyncCarry, Carry, NoAnswer, Stream
+from tests.service.replay.standin import Standin
+from tests.support.certificates import Certificates, certificates
+
+__all__ = ["certificates"]
+Events = list[dict[str, Any]]
+
+
+class NoModels(BaseHTTPRequestHandler):
+    """Answers every request with an empty list of models."""
+
+    def do_GET(self) -> None:
+        body = b'{"models": []}'
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def https(certificates: Certificates) -> Iterator[str]:
+    """The address of a server behind TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.certificate, certificates.key)
+    with HTTPServer(("127.0.0.1", 0), NoModels) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+async def test_a_private_authority_is_trusted_if_it_is_named(
+    https: str, certificates: Certificates
+) -> None:
+    context = ssl.create_default_context(cafile=certificates.authority)
+    for verify in (certificates.authority, str(certificates.authority), context):
+        with Carry(https, verify=verify) as carry:
+            assert await asyncio.to_thread(carry.models) == []
+        async with AsyncCarry(https, verify=verify) as asynchronous:
+            assert await asynchronous.models() == []
+    with Carry(https, deadline_s=0.01) as carry, pytest.raises(NoAnswer, match="CERTIFICATE"):
+        await asyncio.to_thread(carry.models)
+
+
+def test_a_file_without_certificates_is_rejected(certificates: Certificates) -> None:
+    for file in (certificates.key, certificates.key / "none"):
+        with pytest.raises(ValueError, match="verify: expected a PEM file of certificates, got /"):
+            Carry("https://127.0.0.1", verify=file)
+
+
+def test_a_forked_process_opens_its_own_connections(
+    small: Stream, events: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = small._driver
+    small.send(events[:1])
+    parents = driver._client
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    small.send(events[1:2])
+    small.send(events[2:3])
+    assert driver._client is not parents
+    assert driver._inherited == [parents]
+    assert not parents.is_closed, "the parent may have a request in flight on it"
+    parents.close()
+
+
+def test_an_asynchronous_client_works_in_one_event_loop_after_another(
+    background: str, events: Events
+) -> None:
+    carry = AsyncCarry(background)
+    stream = carry.model("small").stream("s")
+
+    async def send(start: int) -> int:
+        return (await stream.send(events[start : start + 2])).position
+
+    assert [uvloop.run(send(start)) for start in (0, 2)] == [2, 4]
+
+
+async def test_concurrent_sends_of_one_stream_are_rejected(background: str, events: Events) -> None:
+    async with AsyncCarry(background) as carry:
+        model = carry.model("small")
+        stream = model.stream("s")
+        outcomes = await asyncio.gather(
+            *(stream.send(events[:2]), stream.send(events[2:4]), model.send_many({stream: events})),
+            return_exceptions=True,
+        )
+        first, *others = outcomes
+        assert not isinstance(first, BaseException)
+        for error in others:
+            assert isinstance(error, RuntimeError)
+            assert "stream 's': expected one call at a time" in str(error)
+        assert (await stream.send(events[2:4])).position == 4
+
+
+async def test_a_send_that_was_cancelled_while_events_are_sent_again_can_be_repeated(
+    background: str, standin: Standin, events: Events
+) -> None:
+    async with AsyncCarry(background) as carry:
+        stream = carry.model("small").stream("s")
+        for start in (0, 2):
+            await stream.send(events[start : start + 2])
+        known = stream.head
+        standin.roll_back("s", 1)
+        is_resending = threading.Event()
+
+        def fault(_: object) -> str | None:
+            if len(standin.port_of) == 2:  # the chunk that is rejected: events 2 and 3 are missing
+                return None
+            is_resending.set()
+            return "store_unavailable"
+
+        standin.fault = fault
+        sending = asyncio.ensure_future(stream.send(events[4:6]))
+        await asyncio.to_thread(is_resending.wait)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            await sending
+        assert stream.head == known
+        standin.fault = lambda _: None
+        assert (await stream.send(events[4:6])).position == 6
+        del cancelled
