@@ -19,12 +19,11 @@ import orjson
 from locust import events
 from locust.env import Environment
 
-from carry_client import Carry, CarryError, Model, ModelDescription, NoAnswer, Retry
+from carry_client import Carry, CarryError, ModelDescription, NoAnswer, Retry
 from tests.load.feeds import longest_chunk, make_feeds
-from tests.load.recompute import by_oracle, by_service, compare
 from tests.load.scenarios import Burst, Cold, Hot, InTurn, Long, Ramp, ScenarioUser, Steady
 from tests.load.streams import Streams
-from tests.load.verdict import LoadError, change_limits, check_limits, format_scenario
+from tests.load.verdict import LoadError, Threshold, check_limits
 from tests.support.machine import describe_run
 
 TIMEOUT_S, RETRY_S = 120.0, 30.0
@@ -37,25 +36,27 @@ SCENARIOS: dict[str, type[ScenarioUser]] = {
 def add_options(parser: Any, **_: Any) -> None:
     """The options beside Locust's own, of which `--users` replaces each scenario's number."""
     add = parser.add_argument_group("Load tests").add_argument
+    more = {"action": "append", "default": []}
+    limit = {"type": Threshold.parse, "metavar": "[SCENARIO.]NAME=VALUE"}
     add("--url", env_var="CARRY_LOAD_URL", default="http://127.0.0.1:8000", help="the service")
     add("--model", help="its model; may be left out where it serves one")
-    add("--scenario", action="append", default=[], help="may be repeated; every one by default")
+    add("--scenario", **more, choices=SCENARIOS, help="may be repeated; every one by default")
     add("--duration-s", type=_positive, default=30.0, help="of each scenario")
-    add(
-        "--threshold",
-        action="append",
-        default=[],
-        metavar="[SCENARIO.]NAME=VALUE",
-        help="another limit; `none` disables it; may be repeated",
-    )
+    add("--threshold", **more, **limit, help="another limit; `none` disables it; may be repeated")
     add("--feed", choices=("both", "inputs", "events"), default="both", help="what streams send")
-    add("--artifact", type=Path, help="the model's directory: compare with a float64 network")
     add("--compare-streams", type=_positive, default=64, help="how many are compared")
     add("--compare-events", type=_positive, default=10_000, help="of each stream, at most")
     add("--patience-s", type=_positive, default=30.0, help="how long one chunk is tried")
     add("--seed", type=int, default=1, help="of the events and the cuts")
     add("--summary", default=".carry/load-summary.json", help="a JSON file; - for the output")
     add("--keep", action="store_true", help="leave the streams in the service")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError("expected a number above 0")
+    return value
 
 
 @events.init.add_listener
@@ -97,20 +98,24 @@ class Load:
         Raises:
             LoadError: an option is wrong, or nothing answers.
         """
-        unknown = [name for name in options.scenario if name not in SCENARIOS]
-        if unknown:
-            raise LoadError(f"--scenario {unknown[0]}: expected one of {', '.join(SCENARIOS)}")
         self.options = options
         self.scenarios = [SCENARIOS[name] for name in options.scenario or SCENARIOS]
         self.prefix = f"load-{secrets.token_hex(4)}-"
         self.carry = Carry(options.url, timeout_s=TIMEOUT_S, deadline_s=RETRY_S, encoding="json")
-        self.model = self._choose_model()
+        try:
+            served = [each["name"] for each in self.carry.request("GET", "/v1/models")["models"]]
+        except NoAnswer as problem:
+            raise LoadError(
+                f"nothing answers at {options.url} ({problem.detail}); start the service with "
+                "`make run`, or name another address with --url"
+            ) from problem
+        name = options.model or (served[0] if len(served) == 1 else "")
+        if name not in served:
+            raise LoadError(f"--model {name!r}: expected one of {', '.join(served) or 'none'}")
+        self.model = self.carry.model(name)
         model = self.model.describe()
         for scenario in self.scenarios:
             self._prepare(scenario, model)
-        self.method = by_service(self._post, model)
-        if options.artifact:
-            self.method = by_oracle(options.artifact, model)
         self.run = {
             **describe_run(),
             "url": self.carry.url,
@@ -120,31 +125,15 @@ class Load:
         print(f"{self.run['date']}, commit {self.run['commit']}, {self.run['machine']}")
         print(f"{options.url}: model {model.name} {model.version} on {', '.join(model.runtimes)}")
 
-    def _choose_model(self) -> Model:
-        """The model of that name; without one, the only one that is served."""
-        try:
-            self.carry.request("GET", "/v1/models")
-        except NoAnswer as problem:
-            raise LoadError(
-                f"nothing answers at {self.carry.url} ({problem.detail}); start the service with "
-                "`make run`, or name another address with --url"
-            ) from problem
-        served, name = [model.name for model in self.carry.models()], self.options.model
-        if name not in served and (name or len(served) != 1):
-            wanted = f"--model {name}: served are" if name else "--model: choose one of"
-            raise LoadError(f"{wanted} {', '.join(served) or 'none'}")
-        return self.carry.model(name or served[0])
-
     def _prepare(self, scenario: type[ScenarioUser], model: ModelDescription) -> None:
         """Apply the options and the model's limits to a scenario, and create its streams."""
-        options, name = self.options, scenario.scenario()
-        scenario.limits = change_limits(name, scenario.limits, options.threshold)
+        options, name, longest = self.options, scenario.scenario(), longest_chunk(model)
+        for threshold in options.threshold:
+            threshold.change(name, scenario.limits)
         if options.num_users:
             factor = options.num_users / scenario.most_users()
-            scenario.stages = [
-                (max(1, round(users * factor)), share) for users, share in scenario.stages
-            ]
-        longest = longest_chunk(model)
+            stages = [(max(1, round(users * factor)), share) for users, share in scenario.stages]
+            scenario.stages = stages
         scenario.kinds = {
             kind: (min(shortest, longest), min(most, longest))
             for kind, (shortest, most) in scenario.kinds.items()
@@ -162,27 +151,25 @@ class Load:
             retry_s=options.patience_s,
         )
 
-    def _post(self, path: str, body: Any) -> Any:
+    def _post(self, path: str, body: bytes) -> Any:
         return Retry(RETRY_S).run(lambda: self.carry.request("POST", path, body))
 
     def finish(self, environment: Environment) -> tuple[str, bool]:
         """Compare outputs, delete the streams and write the summary: a report, and the verdict."""
         try:
-            reports, documents = zip(
-                *(self._check(environment, each) for each in self.scenarios), strict=True
-            )
+            results = [self._check(environment, each) for each in self.scenarios]
         finally:
             if not self.options.keep:
                 self.model.delete_streams(self.prefix)
         crashes = [each["msg"] for each in environment.runner.exceptions.values()]
-        failed = [each["scenario"] for each in documents if not each["passed"]]
+        failed = [each["scenario"] for each in results if not each["passed"]]
         failed += ["the load test itself"] * bool(crashes)
         summary = {
             **self.run,
             "passed": not failed,
             "failed": failed,
             "crashes": crashes,
-            "scenarios": documents,
+            "scenarios": results,
             "statistics": [entry.to_dict() for entry in environment.stats.entries.values()],
         }
         text = orjson.dumps(summary, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode()
@@ -194,18 +181,16 @@ class Load:
         verdict = f"FAILED: {', '.join(failed)}" if failed else "every threshold passed"
         verdict = f"load: {'interrupted' if InTurn.waiting else verdict}"
         crashed = [f"the load test failed: {crash}" for crash in crashes]
-        return "\n".join([*crashed, *reports, text, verdict]), not failed
+        return "\n".join([*crashed, *map(format_result, results), text, verdict]), not failed
 
-    def _check(
-        self, environment: Environment, scenario: type[ScenarioUser]
-    ) -> tuple[str, dict[str, Any]]:
-        """Compare a scenario's outputs and check its thresholds: a report, and its document."""
+    def _check(self, environment: Environment, scenario: type[ScenarioUser]) -> dict[str, Any]:
+        """Compare a scenario's outputs and check its thresholds."""
         streams, name, stats = scenario.streams, scenario.scenario(), environment.stats
         limits = int(self.options.compare_streams), int(self.options.compare_events)
-        compared = compare(streams, self.method, *limits)
+        compared = streams.compare(self._post, *limits)
         entries = [stats.get(f"{name} {kind}", "chunk") for kind in scenario.kinds]
-        attempts = stats.get(name, "POST").num_requests
         chunks = sum(entry.num_requests for entry in entries)
+        retries = stats.get(name, "POST").num_requests - chunks
         errors = sum(entry.num_failures for entry in entries)
         first, scheduled = entries[0], scenario.user_s * scenario.pace
         p95_ms, p99_ms = (
@@ -215,37 +200,40 @@ class Load:
         values = {
             "max_wrong_answers": streams.wrong_answers.total(),
             "max_error_share": _ratio(errors, chunks),
-            "max_retry_share": _ratio(attempts - chunks, chunks),
+            "max_retry_share": _ratio(retries, chunks),
             "max_p95_ms": p95_ms,
             "max_p99_ms": p99_ms,
             "min_chunks_per_s": _ratio(chunks - errors, scenario.running_s),
             "min_rate_share": _ratio(chunks - errors, scheduled),
-            "min_compared_events": compared.events,
+            "min_compared_events": compared,
         }
         checks = check_limits({"max_wrong_answers": 0.0, **scenario.limits}, values)
-        document = {
+        return {
             "scenario": name,
             "passed": all(check.passed for check in checks),
             "users": scenario.most_users(),
             "duration_s": scenario.running_s,
             "chunks": chunks,
             "errors": errors,
-            "retries": attempts - chunks,
+            "retries": retries,
             "streams": len(streams.every),
             "wrong_answers": dict(streams.wrong_answers),
             "examples": streams.examples,
-            "compared": compared._asdict(),
-            "thresholds": [check._asdict() for check in checks],
+            "compared_events": compared,
+            "thresholds": checks,
         }
-        return format_scenario(document, checks), document
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """What a scenario sent, its first failures, and the thresholds."""
+    lines = [
+        f"{result['scenario']}: {result['chunks']:,} chunks of {result['streams']:,} streams; "
+        f"compared {result['compared_events']:,} events"
+    ]
+    for code, examples in result["examples"].items():
+        lines += [f"  {code}: {example}" for example in examples]
+    return "\n".join([*lines, *(f"  {check}" for check in result["thresholds"])])
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ArgumentTypeError("expected a number above 0")
-    return value

@@ -27,11 +27,11 @@ import numpy as np
 import psutil
 
 from tests.bench.generator import Load, make_streams, run_closed, run_open
-from tests.bench.results import Results
-from tests.bench.run import Bench, Options, Server
+from tests.bench.results import MIB, Results
+from tests.bench.run import Bench, Options
 from tests.bench.workloads import Bodies, make_traffic, standard_model
 from tests.load.verdict import Check, check_limits
-from tests.support.machine import Cores, describe_machine, read_commit
+from tests.support.machine import Cores, describe_run
 
 QUEUE_WAIT_S = 0.5
 PEAK_CONNECTIONS, CONNECTIONS, STREAMS = 64, 1024, 4096
@@ -59,78 +59,63 @@ class Measurement:
         """Chunks accepted in a second of the service's CPU time, which other processes share."""
         return self.load.chunks / self.cpu_s
 
-    @property
-    def growth(self) -> float:
-        """By how much of it memory grew, from the first quarter of the time to the last."""
-        quarter = max(1, len(self.rss_bytes) // 4)
-        return max(self.rss_bytes[-quarter:]) / max(self.rss_bytes[:quarter]) - 1
-
-    def percentile_ms(self, percent: float) -> float:
-        """A percentile of the accepted chunks' latencies, in milliseconds."""
-        return float(np.percentile(self.load.latencies_s, percent)) * 1000
+    def percentiles_ms(self) -> tuple[float, ...]:
+        """p50, p99 and maximum of the accepted chunks' latencies."""
+        return tuple(np.percentile(self.load.latencies_s, (50, 99, 100)) * 1000)
 
     def check(self, peak: float) -> list[Check]:
         """Check every condition, beside a peak of so many chunks a second."""
+        quarter = max(1, len(self.rss_bytes) // 4)
+        first, last = self.rss_bytes[:quarter], self.rss_bytes[-quarter:]
         values = {
             "min_rejected": self.load.rejected,
             "min_goodput_share": self.load.chunks_per_s / peak,
-            "max_p99_s": self.percentile_ms(99) / 1000,
-            "max_memory_growth": self.growth,
+            "max_p99_s": self.percentiles_ms()[1] / 1000,
+            "max_memory_growth": max(last) / max(first) - 1,
         }
         return check_limits(LIMITS, values)
 
 
-@contextmanager
-def pinned_service(folder: Path, units: int) -> Iterator[Server]:
-    """A service that rejects chunks that would wait longer than half a second.
+class Overload:
+    """A service of a network that rejects chunks that would wait longer than half a second."""
 
-    Args:
-        units: of each of the network's two layers.
-    """
+    def __init__(self, bench: Bench, units: int, steps: int):
+        model = standard_model(bench.folder / "models", units)
+        limit = {"CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S)}
+        self._bench = bench
+        self._server = bench.start_server("carry-onnxruntime", model, environment=limit)
+        options = {"media": "msgpack", "may_reject": True}
+        traffic = make_traffic(model, Bodies.random(steps), KEY, STREAMS, **options)
+        bench.run(make_streams, KEY, traffic)
+
+    def measure(self, *load: object) -> Measurement:
+        """Run a load: one of the generator's functions, and its arguments after the port."""
+        function, *arguments = load
+        process, rss_bytes = psutil.Process(self._server.pid), []
+        cpu_s = -sum(process.cpu_times()[:2])
+        future = self._bench.driver.submit(function, KEY, self._server.port, *arguments)
+        while wait([future], SAMPLED_EVERY_S).not_done:
+            rss_bytes.append(process.memory_info().rss)
+        return Measurement(future.result(), rss_bytes, cpu_s + sum(process.cpu_times()[:2]))
+
+    def run(self, times: float, seconds: float, peak_s: float) -> tuple[Measurement, ...]:
+        """Measure the peak, a multiple of it in an open loop, and the peak again."""
+        closed = run_closed, PEAK_CONNECTIONS
+        self.measure(*closed, min(WARM_S, peak_s))
+        before = self.measure(*closed, peak_s)
+        peak = before.load.chunks_per_s
+        # each has one chunk in flight: more than the queue takes within its longest wait
+        connections = min(STREAMS, max(CONNECTIONS, math.ceil(2 * QUEUE_WAIT_S * peak)))
+        over = self.measure(run_open, times * peak, seconds, 1, connections)
+        return before, over, self.measure(*closed, peak_s)
+
+
+@contextmanager
+def started(folder: Path, units: int, steps: int) -> Iterator[Overload]:
+    """A service under test, pinned to its core."""
     bench = Bench(Options(), Cores.first_and_last(), folder, Results({}), say=lambda text: None)
     with bench.scope:
-        model = standard_model(folder / "models", units)
-        limit = {"CARRY_MAX_QUEUE_WAIT_S": str(QUEUE_WAIT_S)}
-        yield bench.start_server("carry-onnxruntime", model, environment=limit)
-
-
-def measure(
-    server: Server,
-    seconds: float,
-    connections: int = PEAK_CONNECTIONS,
-    rate_per_s: float | None = None,
-) -> Measurement:
-    """Send chunks for some seconds.
-
-    Args:
-        rate_per_s: chunks are due at the moments of a Poisson process, independent of the
-            answers. Without it each connection sends the next chunk when one is answered.
-    """
-    process, rss_bytes = psutil.Process(server.pid), []
-    cpu_s = -sum(process.cpu_times()[:2])
-    if rate_per_s is None:
-        load = server.driver.submit(run_closed, KEY, server.port, connections, seconds)
-    else:
-        arguments = (KEY, server.port, rate_per_s, seconds, 1, connections)
-        load = server.driver.submit(run_open, *arguments)
-    while wait([load], SAMPLED_EVERY_S).not_done:
-        rss_bytes.append(process.memory_info().rss)
-    return Measurement(load.result(), rss_bytes, cpu_s + sum(process.cpu_times()[:2]))
-
-
-def overload(
-    server: Server, *, steps: int, times: float, seconds: float, peak_s: float
-) -> tuple[Measurement, Measurement, Measurement]:
-    """Measure the peak, a multiple of it, and the peak again."""
-    options = {"media": "msgpack", "may_reject": True}
-    traffic = make_traffic(server.artifact, Bodies.random(steps), KEY, STREAMS, **options)
-    server.driver.submit(make_streams, KEY, traffic).result()
-    measure(server, min(WARM_S, peak_s))
-    before = measure(server, peak_s)
-    peak = before.load.chunks_per_s
-    # each has one chunk in flight: more than the queue takes within its longest wait
-    connections = min(STREAMS, max(CONNECTIONS, math.ceil(2 * QUEUE_WAIT_S * peak)))
-    return before, measure(server, seconds, connections, times * peak), measure(server, peak_s)
+        yield Overload(bench, units, steps)
 
 
 def main() -> int:
@@ -141,28 +126,25 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=64, help="events in a chunk (64)")
     parser.add_argument("--units", type=int, default=256, help="of each LSTM layer (256)")
     options = parser.parse_args()
-    times, seconds, steps = options.times, options.seconds, options.steps
     with (
         tempfile.TemporaryDirectory(prefix="carry-overload-") as folder,
-        pinned_service(Path(folder), options.units) as server,
+        started(Path(folder), options.units, options.steps) as overload,
     ):
-        phases = overload(server, steps=steps, times=times, seconds=seconds, peak_s=PEAK_S)
-    before, over, after = phases
+        before, over, after = overload.run(options.times, options.seconds, PEAK_S)
     load, peak = over.load, max(before.load.chunks_per_s, after.load.chunks_per_s)
-    rejected_per_s = load.rejected / load.seconds
-    p50_ms, max_ms = (over.percentile_ms(percent) for percent in (50, 100))
-    first_mib, last_mib = (over.rss_bytes[at] / 2**20 for at in (0, -1))
+    rejected_per_s, latencies_ms = load.rejected / load.seconds, over.percentiles_ms()
     checks = over.check(peak)
     print(
-        f"{describe_machine()}, commit {read_commit()}; {Cores.first_and_last().describe()}",
-        f"two LSTM({options.units}), chunks of {steps} events",
-        f"{times:g} times the peak for {seconds:g} s",
+        *describe_run().values(),
+        Cores.first_and_last().describe(),
+        f"two LSTM({options.units}), chunks of {options.steps} events",
+        f"{options.times:g} times the peak for {options.seconds:g} s",
         f"peak             {peak:,.0f} chunks/s",
         f"offered          {load.chunks_per_s + rejected_per_s:,.0f} chunks/s",
         f"goodput          {load.chunks_per_s:,.0f} chunks/s",
         f"rejected at once {rejected_per_s:,.0f} chunks/s",
-        f"accepted, ms     p50 {p50_ms:.0f}, p99 {over.percentile_ms(99):.0f}, max {max_ms:.0f}",
-        f"memory, MiB      {first_mib:.0f} at first, {last_mib:.0f} at last",
+        "accepted, ms     p50 {:.0f}, p99 {:.0f}, max {:.0f}".format(*latencies_ms),
+        f"memory, MiB      {over.rss_bytes[0] / MIB:.0f} to {over.rss_bytes[-1] / MIB:.0f}",
         *checks,
         sep="\n",
     )

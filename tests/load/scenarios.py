@@ -14,15 +14,23 @@ import gevent
 from locust import FastHttpUser, LoadTestShape, constant, constant_throughput, task
 
 from carry_client import NoAnswer, Problem, read_response
-from tests.load.streams import Streams, WrongAnswerError
-from tests.load.verdict import DEFAULTS, Limits, read_server_timing_ms
+from tests.load.streams import Streams
+from tests.load.verdict import DEFAULTS, Limits
 
 SPAWNED_PER_S = 100
+SERVER_STAGES = ("queue", "load", "infer", "commit")
 HEADERS = {
     "Content-Type": "application/json",
     "Accept": "application/json",
     "Accept-Encoding": "identity",
 }
+
+
+def read_server_timing_ms(header: str | None) -> dict[str, float]:
+    """The service's stages in a Server-Timing header, in milliseconds; empty unless it has all."""
+    entries = (entry.strip().partition(";dur=") for entry in (header or "").split(","))
+    stages = {name: float(ms) for name, _, ms in entries if name in SERVER_STAGES and ms}
+    return stages if len(stages) == len(SERVER_STAGES) else {}
 
 
 class ScenarioUser(FastHttpUser):
@@ -82,17 +90,17 @@ class ScenarioUser(FastHttpUser):
     @task
     def send_chunk(self) -> None:
         """Send the next chunk, until it is applied or abandoned."""
-        kind = self.next_kind()
-        stats, name = self.environment.stats, f"{self.scenario()} {kind}"
+        kind, scenario, stats = self.next_kind(), self.scenario(), self.environment.stats
         began_s = time.perf_counter()
         try:
             self.streams.send(self.turns, self.kinds[kind], self._post, sleep=gevent.sleep)
-        except (Problem, WrongAnswerError) as failure:
-            stats.log_error("chunk", name, failure.code)
+        except Problem as failure:
+            stats.log_error("chunk", f"{scenario} {kind}", failure.code)
         else:
             for stage, stage_ms in self.stages_ms.items():
-                stats.get(f"{self.scenario()} {stage}", "stage").log(stage_ms, 0)
-        stats.get(name, "chunk").log((time.perf_counter() - began_s) * 1000, 0)
+                stats.get(f"{scenario} {stage}", "stage").log(stage_ms, 0)
+        chunk_ms = (time.perf_counter() - began_s) * 1000
+        stats.get(f"{scenario} {kind}", "chunk").log(chunk_ms, 0)
 
     def next_kind(self) -> str:
         """The kind of the next chunk."""
@@ -183,28 +191,23 @@ class InTurn(LoadTestShape):
     # scenarios that have not ended, the first of them running
     waiting: ClassVar[list[type[ScenarioUser]]]
     duration_s: ClassVar[float]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._began_s: float | None = None
-        self._last_s = 0.0
+    _began_s: float | None = None
+    _last_s = 0.0
 
     def tick(self) -> tuple[int, float] | tuple[int, float, list[type[ScenarioUser]]] | None:
         """The users of the present stage; Locust asks once a second."""
-        now_s, users = self.get_run_time(), self.get_current_user_count()
-        scenario = self.waiting[0]
-        if self._began_s is not None:
-            scenario.running_s += now_s - self._last_s
-            scenario.user_s += (now_s - self._last_s) * users
-            if now_s - self._began_s >= self.duration_s:
-                self._began_s = None
-                del self.waiting[0]
-                return (0, SPAWNED_PER_S) if self.waiting else None
+        now_s, users, scenario = self.get_run_time(), self.get_current_user_count(), self.waiting[0]
         if self._began_s is None:
             if users > 0:
                 # Locust starts users of another class, but stops none for them
                 return 0, SPAWNED_PER_S
-            self._began_s = now_s
+            self._began_s = self._last_s = now_s
+        scenario.running_s += now_s - self._last_s
+        scenario.user_s += (now_s - self._last_s) * users
         self._last_s = now_s
         share = (now_s - self._began_s) / self.duration_s
-        return scenario.users_at(share), SPAWNED_PER_S, [scenario]
+        if share < 1:
+            return scenario.users_at(share), SPAWNED_PER_S, [scenario]
+        self._began_s = None
+        del self.waiting[0]
+        return (0, SPAWNED_PER_S) if self.waiting else None

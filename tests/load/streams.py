@@ -1,14 +1,20 @@
-"""Streams of a load: deliver chunks, check each reply, keep the history.
+"""Streams of a load: deliver chunks, check each reply, compare outputs with a second computation.
 
 With a position a chunk is repeated after every retryable problem, until the time limit. Without
 one it is repeated only where it was certainly not applied. `position_ahead`, `position_behind` and
 `already_applied` are wrong answers to a client that has its streams to itself and got every reply.
+
+    |a - b| <= 1e-5 + 1e-5 |b|        a: received, chunk by chunk, under load; b: recomputed
+
+The same service computes a stream's whole history once more: in one `/predict` call, which has no
+streams, no chunks and no stored state; or, for a model whose outputs depend on the cuts, as the
+same chunks on a second stream.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, NamedTuple
@@ -17,24 +23,32 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from carry_client import POSITION_CODES, ModelDescription, Problem, Retry, stream_path
-from tests.load.feeds import FIRST_TAG, Chunk, Feed, next_tag
+from carry_client import (
+    POSITION_CODES,
+    ModelDescription,
+    Problem,
+    Retry,
+    encode_body,
+    model_path,
+    stream_path,
+)
+from tests.load.feeds import FIRST_TAG, Chunk, Feed, longest_request, next_tag
 
 NEW_STREAM_SHARE = 0.5
 """How often a new stream is created, while there may be more, instead of taking the one that has
 waited longest: so that even a short run loads states that were not used for long."""
 EXAMPLES_PER_CODE, EXAMPLE_CHARS = 3, 500
+BOUND = 1e-5
 
 Post = Callable[[str, bytes], Any]
 """Sends a body to a path and returns the document; raises `Problem`."""
 
 
-class WrongAnswerError(Exception):
+class WrongAnswerError(Problem):
     """A wrong answer: a stable code, and what was expected and received."""
 
     def __init__(self, code: str, detail: str):
-        super().__init__(f"{code}: {detail}")
-        self.code, self.detail = code, detail
+        super().__init__(0, code, detail)
 
 
 class Applied(NamedTuple):
@@ -73,8 +87,7 @@ class LoadStream:
         """Send a chunk until it is applied.
 
         Raises:
-            Problem: it was rejected or abandoned.
-            WrongAnswerError
+            Problem: it was rejected, abandoned, or answered wrongly.
         """
         position = {} if self.appends else {"position": self.position}
         body = orjson.dumps({**position, self.feed.member: self.feed.events(chunk)})
@@ -161,6 +174,21 @@ class LoadStream:
             position = each.end
         return history
 
+    def recompute(self, history: Sequence[Applied], post: Post) -> NDArray[np.float32]:
+        """The outputs of its first chunks, computed a second time, float32 [T, O]."""
+        model, feed = self.model, self.feed
+        if model.is_cut_invariant:
+            events = [event for each in history for event in feed.events(each.chunk)]
+            body = encode_body("json", {"sequences": [{feed.member: events}]})
+            (prediction,) = post(f"{model_path(model.name)}/predict", body)["predictions"]
+            return model.pack(prediction["outputs"], len(events))
+        path, parts = f"{stream_path(model.name, f'{self.name}.again')}/chunks", []
+        for each in history:
+            chunk = {"position": each.start, feed.member: feed.events(each.chunk)}
+            outputs = post(path, encode_body("json", chunk))["outputs"]
+            parts.append(model.pack(outputs, each.chunk.steps))
+        return np.concatenate(parts)
+
     def _wrong(self, code: str, detail: str) -> WrongAnswerError:
         return WrongAnswerError(code, f"stream {self.name!r}: {detail}")
 
@@ -210,7 +238,7 @@ class Streams:
             retry: `clock` and `sleep` of `Retry`.
 
         Raises:
-            Problem, WrongAnswerError: as `LoadStream.send`.
+            Problem: as `LoadStream.send`.
         """
         stream = self.take_turn(turns)
         count = self.random.randint(*steps)
@@ -220,15 +248,43 @@ class Streams:
         stream.is_closed = stream.sent >= self.stream_events
         try:
             stream.send(chunk, post, Retry(self.retry_s, self.random, **retry))
-        except (Problem, WrongAnswerError) as failure:
+        except Problem as failure:
             stream.is_closed = True
             self.add_failure(failure)
             raise
 
-    def add_failure(self, failure: Problem | WrongAnswerError) -> None:
+    def add_failure(self, failure: Problem) -> None:
         """Count a wrong answer, and keep an example of any failure."""
         if isinstance(failure, WrongAnswerError):
             self.wrong_answers[failure.code] += 1
         examples = self.examples.setdefault(failure.code, [])
         if len(examples) < EXAMPLES_PER_CODE:
             examples.append(failure.detail[:EXAMPLE_CHARS])
+
+    def compare(self, post: Post, max_streams: int, max_events: int) -> int:
+        """Check every history, and the outputs of some streams; how many events were compared.
+
+        Args:
+            max_streams: compared at most, drawn evenly from all.
+            max_events: longest beginning of a stream that is compared.
+        """
+        histories, events = {}, 0
+        for stream in self.every:
+            try:
+                histories[stream] = stream.history()
+            except WrongAnswerError as error:
+                self.add_failure(error)
+        candidates = [stream for stream, history in histories.items() if history]
+        for stream in self.random.sample(candidates, min(max_streams, len(candidates))):
+            limit = min(max_events, longest_request(self.model, stream.feed.event_bytes))
+            history = [each for each in histories[stream] if each.end <= limit]
+            received = [each for each in history if each.outputs is not None]
+            wanted = stream.recompute(history, post) if received else None
+            for each in received:
+                events += each.chunk.steps
+                difference = np.abs(each.outputs - wanted[each.start : each.end])
+                excess = difference - BOUND * np.abs(wanted[each.start : each.end])
+                if not (excess <= BOUND).all():
+                    detail = f"chunk at {each.start}: |a-b| - 1e-5|b| is up to {excess.max():.2e}"
+                    self.add_failure(stream._wrong("wrong_outputs", detail))
+        return events
