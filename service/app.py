@@ -29,7 +29,7 @@ from service.engine.runtimes.loading import open_decoders, open_runtimes
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
-from service.ops.worker_pool import ON_STOP
+from service.ops.worker_pool import ON_LAME_DUCK, ON_STOP
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.pipeline.watching import Watches
@@ -106,7 +106,11 @@ def create_app() -> FastAPI:
             on_stop.append(grpc_server.begin_stop)
         log.info("ready", models=sorted(pipeline.models), warm_s=time.monotonic() - began_s)
         try:
-            yield {HTTP_STATE: api.state.http, ON_STOP: on_stop}
+            yield {
+                HTTP_STATE: api.state.http,
+                ON_LAME_DUCK: [pipeline.announce_stop],
+                ON_STOP: on_stop,
+            }
         finally:
             if grpc_server is not None:
                 await grpc_server.stop()
@@ -189,7 +193,8 @@ def _stop_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
+        # drains at once: the service that a supervisor starts next needs the port
+        os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, name="carry-parent-watch", daemon=True).start()
 

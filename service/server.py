@@ -111,11 +111,17 @@ def _run(settings: Settings, listener: socket.socket, exit_process: Callable[[],
     if settings.workers > 1:
         drain_s = settings.drain_s + LATE_S
         try:
-            WorkerPool(config, listener, size=settings.workers, drain_s=drain_s).run()
+            WorkerPool(
+                config,
+                listener,
+                size=settings.workers,
+                drain_s=drain_s,
+                lame_duck_s=settings.lame_duck_s,
+            ).run()
         except WorkersFailedError as error:
             raise CannotServeError(f"no worker could be started: {error}") from error
         return
-    server = Server(config, exit_process)
+    server = Server(config, exit_process, lame_duck_s=settings.lame_duck_s)
     if SIGHUP in _stop_signals():
         # uvicorn does not handle SIGHUP, whose default is to kill the process
         signal.signal(SIGHUP, server.handle_exit)

@@ -273,6 +273,11 @@ class Settings(BaseSettings):
     """Longest graceful shutdown: how long the service answers accepted requests, in seconds.
     Shorter than the time after which a supervisor kills it."""
 
+    lame_duck_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """How long the service accepts requests after SIGTERM while `/health/ready` fails, before it
+    drains, in seconds; 0 drains at once. Longer than a load balancer takes to notice that it is not
+    ready."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged; `info` has one line for each request."""
 

@@ -5,7 +5,9 @@ process itself, so that an exit is noticed at once, even during start-up. A work
 restarted, with exponential backoff while it keeps failing. The pool ends on a signal, or when no
 worker was ever ready: then every start would fail in the same way, and the operator should know.
 
-    SIGTERM, SIGINT    every worker drains, within its time; then the pool ends
+    SIGTERM            every worker fails its readiness check for the lame-duck time, then drains,
+                       within its time; then the pool ends
+    SIGINT             the same without the lame-duck time, which a second SIGTERM ends too
     SIGHUP             rolling restart: each worker is replaced once its successor is ready
 
 One pool per process, from the main thread.
@@ -13,6 +15,7 @@ One pool per process, from the main thread.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -51,6 +54,9 @@ BACKOFF_RESET_S: Final = 60.0
 KILL_MARGIN_S: Final = 5.0
 """How long a worker may take, after its drain time, to close its store and exit."""
 
+ON_LAME_DUCK: Final = "on_lame_duck"
+"""Member of the lifespan's state: functions that are called when the lame-duck time begins."""
+
 ON_STOP: Final = "on_stop"
 """Member of the lifespan's state: functions that are called when the server begins to drain."""
 
@@ -73,17 +79,24 @@ class Server(uvicorn.Server):
 
     Args:
         exit_process: called in the main thread, also from a signal handler.
+        lame_duck_s: how long it still accepts requests after the first SIGTERM, not ready, so that
+            load balancers stop sending them, in seconds.
     """
 
-    def __init__(self, config: uvicorn.Config, exit_process: Callable[[], NoReturn]):
+    def __init__(
+        self, config: uvicorn.Config, exit_process: Callable[[], NoReturn], *, lame_duck_s: float
+    ):
         super().__init__(config)
         self._exit_process = exit_process
+        self._lame_duck_s = lame_duck_s
+        self._loop: asyncio.AbstractEventLoop | None = None
         # uvicorn replaces these handlers while it runs, and raises the signals again once drained.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: exit_process())
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal, then exit the process."""
+        self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
         self._exit_process()
 
@@ -97,7 +110,17 @@ class Server(uvicorn.Server):
         """Handle SIGTERM and SIGINT while uvicorn runs."""
         if not self.started:
             self._exit_process()
+        if sig == signal.SIGTERM and self._lame_duck_s and self._loop is not None:
+            lame_duck_s, self._lame_duck_s = self._lame_duck_s, 0.0
+            self._loop.call_soon_threadsafe(self._start_lame_duck, lame_duck_s)
+            return
         super().handle_exit(sig, frame)
+
+    def _start_lame_duck(self, duration_s: float) -> None:
+        log.info("lame_duck", duration_s=duration_s)
+        for announce in self.lifespan.state.get(ON_LAME_DUCK, ()):
+            announce()
+        asyncio.get_running_loop().call_later(duration_s, super().handle_exit, signal.SIGTERM, None)
 
 
 class WorkerPool:
@@ -108,19 +131,28 @@ class WorkerPool:
         listener: the socket that all workers accept from.
         size: number of workers.
         drain_s: how long a worker may take to finish accepted requests, in seconds.
+        lame_duck_s: how long the workers accept requests after SIGTERM, in seconds.
     """
 
     def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, *, size: int, drain_s: float
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        *,
+        size: int,
+        drain_s: float,
+        lame_duck_s: float,
     ):
         self._config = config
         self._listener = listener
+        self._lame_duck_s = lame_duck_s
         self._kill_after_s = drain_s + KILL_MARGIN_S
         self._slots = [_Slot() for _ in range(size)]
         self._draining: list[_Worker] = []
         self._to_replace: deque[_Slot] = deque()
         self._was_ready = False
         self._stop = False
+        self._stop_now = False
         self._replace_all = False
 
     def run(self) -> None:
@@ -145,6 +177,7 @@ class WorkerPool:
                 worker.kill()
 
     def _on_stop(self, number: int, frame: object) -> None:
+        self._stop_now = self._stop or number == signal.SIGINT
         self._stop = True
 
     def _on_hangup(self, number: int, frame: object) -> None:
@@ -156,7 +189,7 @@ class WorkerPool:
         yield from self._draining
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._config, self._listener)
+        worker = _Worker(self._config, self._listener, self._lame_duck_s)
         log.info("worker_started", pid=worker.pid)
         return worker
 
@@ -218,7 +251,7 @@ class WorkerPool:
             slot.replacement = self._start()
         elif slot.replacement.is_ready:
             if slot.worker is not None:
-                slot.worker.terminate(self._kill_after_s)
+                slot.worker.drain(self._kill_after_s)
                 self._draining.append(slot.worker)
             slot.worker, slot.replacement, slot.failures = slot.replacement, None, 0
             self._to_replace.popleft()
@@ -231,9 +264,14 @@ class WorkerPool:
 
     def _drain_all(self) -> None:
         log.info("workers_stopping", workers=len(list(self._workers())))
-        for worker in self._workers():
-            worker.terminate(self._kill_after_s)
+        if not self._stop_now:
+            for worker in self._workers():
+                worker.terminate(self._lame_duck_s + self._kill_after_s)
         while not all(worker.has_drained() for worker in self._workers()):
+            if self._stop_now:
+                self._stop_now = False
+                for worker in self._workers():
+                    worker.drain(self._kill_after_s)
             self._wait()
 
 
@@ -257,9 +295,11 @@ class _Slot:
 class _Worker:
     """The parent's view of one worker process."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket):
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, lame_duck_s: float):
         self.heartbeats, child_end = _spawn.Pipe(duplex=False)
-        self.process = _spawn.Process(target=_run_worker, args=(config, listener, child_end))
+        self.process = _spawn.Process(
+            target=_run_worker, args=(config, listener, child_end, lame_duck_s)
+        )
         self.process.start()
         # Otherwise the pipe would stay open after the worker exits.
         child_end.close()
@@ -312,9 +352,15 @@ class _Worker:
         return self._reason or f"the worker exited with {how}"
 
     def terminate(self, kill_after_s: float) -> None:
-        """Ask it to finish accepted requests and exit."""
+        """Ask it to drain after its lame-duck time, and to exit."""
         self._kill_at_s = time.monotonic() + kill_after_s
         self.process.terminate()
+
+    def drain(self, kill_after_s: float) -> None:
+        """Ask it to finish accepted requests now, and to exit."""
+        self._kill_at_s = time.monotonic() + kill_after_s
+        if not self.has_exited():
+            os.kill(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
         self.process.kill()
@@ -332,7 +378,10 @@ class _Worker:
 
 
 def _run_worker(
-    config: uvicorn.Config, listener: socket.socket, heartbeats: Connection[Any, Any]
+    config: uvicorn.Config,
+    listener: socket.socket,
+    heartbeats: Connection[Any, Any],
+    lame_duck_s: float,
 ) -> None:
     """Main function of a worker process."""
     if SIGHUP is not None:
@@ -340,7 +389,7 @@ def _run_worker(
         signal.signal(SIGHUP, signal.SIG_IGN)
     # The constructor has configured uvicorn's loggers in the parent process only.
     config.configure_logging()
-    server = Server(config, _exit_process)
+    server = Server(config, _exit_process, lame_duck_s=lame_duck_s)
     threading.Thread(
         target=_send_heartbeats, args=(server, heartbeats), name="carry-heartbeat", daemon=True
     ).start()

@@ -110,7 +110,7 @@ class Pipeline:
         self._compute = Compute()
         self._loop_priority = LoopPriority()
         self._warm = False
-        self._draining = False
+        self._stopping = ""
         self._warming: asyncio.Task[None] | None = None
         self._recorder = recorder
         self._chunks = {name: self._chunk_batcher(served) for name, served in self.models.items()}
@@ -196,7 +196,7 @@ class Pipeline:
 
     async def stop(self) -> None:
         """Shut down gracefully: drain the queues, then stop; once, before the store is closed."""
-        self._draining = True
+        self._stopping = "draining"
         if self._warming is not None:
             self._warming.cancel()
         drain_s = self._limits.drain_s
@@ -210,10 +210,12 @@ class Pipeline:
     async def readiness(self) -> list[Check]:
         """Run the readiness checks."""
         warm = Check("runtime", self._warm, "warm" if self._warm else "still compiling")
-        accepting = Check(
-            "accepting", not self._draining, "draining" if self._draining else "accepting requests"
-        )
+        accepting = Check("accepting", not self._stopping, self._stopping or "accepting requests")
         return [*await self._store.check(), warm, accepting]
+
+    def announce_stop(self) -> None:
+        """Fail readiness from now on, and still accept requests: the service stops soon."""
+        self._stopping = "stopping soon"
 
     def model(self, name: str) -> ServedModel:
         """Return the served model of that name.

@@ -242,3 +242,37 @@ def test_sighup_replaces_every_worker_without_downtime(
     until(are_replaced, "the new workers", READY_S, POLL_S)
     assert is_live(service)
     assert len(lines(service, "worker_ended")) == ended
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_service_accepts_requests_while_it_is_a_lame_duck(
+    tmp_path: Path, probe: Artifact, store: RealServer, workers: str
+) -> None:
+    options = ("--workers", workers)
+    environment = {"CARRY_LAME_DUCK_S": "600"}
+    with (
+        running(tmp_path, probe.path, *options, redis_url=store.url, **environment) as service,
+        httpx.Client(base_url=service.url) as client,
+    ):
+        until(lambda: len(pids(service)) == int(workers) * (workers != "1"), "every worker")
+        service.process.send_signal(signal.SIGTERM)
+
+        def is_failing() -> bool:
+            # without keep-alive, so that each worker is asked
+            ready = client.get("/health/ready", headers={"connection": "close"})
+            return ready.status_code == 503 and ready.json()["failing"] == ["accepting"]
+
+        until(lambda: len(lines(service, "lame_duck")) == int(workers), "the log lines")
+        until(is_failing, "the failing check", poll_s=POLL_S)
+        assert is_live(service)
+        assert client.get("/v1/models").status_code == 200
+        assert not service.ended()
+        assert service.stop() == 0
+        assert "worker_killed" not in service.log()
+
+
+def test_lame_duck_drains_by_itself(tmp_path: Path, probe: Artifact, store: RealServer) -> None:
+    environment = {"CARRY_LAME_DUCK_S": "0.2"}
+    with running(tmp_path, probe.path, redis_url=store.url, **environment) as service:
+        assert service.stop() == 0
+        assert len(lines(service, "lame_duck")) == 1
