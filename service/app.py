@@ -155,7 +155,7 @@ def create_app() -> FastAPI:
         settings.websocket_window, settings.websocket_idle_s, settings.max_body_bytes
     )
     add_live_sockets(api, sockets, settings.websocket_origins)
-    add_watching(api, Watches(store))
+    add_watching(api, Watches(store, recorder))
     return api
 
 

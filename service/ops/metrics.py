@@ -113,6 +113,20 @@ class PrometheusRecorder:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self._websockets = Gauge(
+            "carry_websocket_connections",
+            "Open WebSockets.",
+            model,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._watchers = Gauge(
+            "carry_watchers",
+            "Clients that watch the outputs of a stream.",
+            model,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self._batch_rows = Histogram(
             "carry_batch_rows", "Streams in a batch.", model, registry=registry, buckets=ROWS
         )
@@ -165,6 +179,8 @@ class PrometheusRecorder:
         self._served.add(name)
         self._models.labels(name, version, runtime).set(1)
         self._series(name).queue.set(0)
+        self._websockets.labels(name).set(0)
+        self._watchers.labels(name).set(0)
 
     def _series_of(self, model: str) -> _Series:
         return _Series(
@@ -224,6 +240,14 @@ class PrometheusRecorder:
     def record_queue_depth(self, model: str, depth: int) -> None:
         """Record the number of chunks that wait for a batch."""
         self._series(model).queue.set(depth)
+
+    def record_websockets(self, model: str, change: int) -> None:
+        """Add to the open WebSockets."""
+        self._websockets.labels(model).inc(change)
+
+    def record_watchers(self, model: str, change: int) -> None:
+        """Add to the clients that watch a stream."""
+        self._watchers.labels(model).inc(change)
 
     def render(self) -> bytes:
         """Render the metrics of all workers in Prometheus' text format."""

@@ -52,3 +52,9 @@ class Recorder(Protocol):
 
     def record_queue_depth(self, model: str, depth: int) -> None:
         """Record how many chunks wait for a batch."""
+
+    def record_websockets(self, model: str, change: int) -> None:
+        """Record that WebSockets of a model were opened, or with a negative number closed."""
+
+    def record_watchers(self, model: str, change: int) -> None:
+        """Record that watches of a model's streams began, or with a negative number ended."""

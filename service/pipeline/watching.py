@@ -1,29 +1,25 @@
 """Watching streams: their outputs, committed by any worker, in order and without silent gaps.
 
 A watch first subscribes, then reads the stream, so that nothing is committed in between unseen.
-Whatever the channel loses, a full buffer or a broken connection, is noticed by the positions: of
-the next output, or of the stream, which is read again whenever the watch was idle for a while. The
-last chunk's outputs are then taken from its stored reply; of older ones only the positions are
-known (`Gap`).
+Whatever is lost, by a watch that is slower than its stream or by a broken connection, is noticed by
+the positions: of the next output, or of the stream, which is read again whenever the watch was idle
+for a while. The last chunk's outputs are then taken from its stored reply; of older ones only the
+positions are known (`Gap`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from service.core.errors import CarryError, ShuttingDown
 from service.core.values import FloatRows, StoredReply, StreamHead, StreamKey, StreamState
+from service.pipeline.output_buffer import BufferedOutput, OutputBuffer
+from service.pipeline.recorder import Recorder
+from service.pipeline.turns import Turns
 from service.store.base import StateStore
-from service.store.outputs import Output
-
-MAX_BUFFERED: Final = 256
-"""Outputs that one watch buffers."""
-
-MAX_BUFFERED_BYTES: Final = 2**20
 
 REORDER_S: Final = 0.05
 """How long an output waits for the one before it, which another worker may publish later."""
@@ -48,11 +44,13 @@ class Outputs(NamedTuple):
         start: position of its first event.
         head: the stream head after it.
         outputs: float32 [T, O].
+        encoded: what transports made of it, by their options; shared by the watches of a stream.
     """
 
     start: int
     head: StreamHead
     outputs: FloatRows
+    encoded: dict[Any, bytes]
 
 
 class Gap(NamedTuple):
@@ -77,84 +75,111 @@ WatchEvent = StreamEvent | Idle
 
 
 class Watch:
-    """One watch of a stream, a `Receiver`; see `Watches.watch`.
+    """One watch of a stream; see `Watches.watch`.
 
     Args:
+        buffer: the outputs of the stream.
+        turns: shared by all watches of the worker.
         start: the position up to which the watcher has all outputs; None for the current one.
     """
 
-    def __init__(self, store: StateStore, key: StreamKey, start: int | None):
+    def __init__(
+        self,
+        store: StateStore,
+        key: StreamKey,
+        start: int | None,
+        buffer: OutputBuffer,
+        turns: Turns,
+    ):
         self._store = store
         self._key = key
         self._start = start
+        self._buffer = buffer
+        self._next_output = buffer.end
+        self._turns = turns
+        self._turn: asyncio.Future[None] | None = None
         self._epoch: bytes | None = None
         self._position = 0
-        self._buffer: deque[Output] = deque()
-        self._bytes = 0
         self._must_read = False
         self._is_draining = False
-        self._wake = asyncio.Event()
-
-    def receive(self, output: Output) -> None:
-        """Buffer an output; if there is no room, it is dropped, and the stream is read later."""
-        size = 0 if output.reply is None else output.reply.outputs.nbytes
-        if len(self._buffer) >= MAX_BUFFERED or self._bytes + size > MAX_BUFFERED_BYTES:
-            self._must_read = True
-        else:
-            self._buffer.append(output)
-            self._bytes += size
-        self._wake.set()
 
     def resynchronize(self) -> None:
         """Read the stream, after what is buffered."""
         self._must_read = True
-        self._wake.set()
+        self._wake()
 
     def drain(self) -> None:
         """End the watch, after what is buffered."""
         self._is_draining = True
-        self._wake.set()
+        self._wake()
 
-    async def follow(self, interval_s: float) -> AsyncIterator[WatchEvent]:
-        """What happens to the stream, until it is deleted or the service stops.
+    async def follow(self, interval_s: float) -> AsyncIterator[list[WatchEvent]]:
+        """What happens to the stream, some events at a time, until it is deleted or the service
+        stops.
 
         Args:
             interval_s: time between two `Idle` if nothing happens.
         """
         events = await self._begin()
         while True:
-            for event in events:
-                yield event
-                if isinstance(event, Ended):
+            if events:
+                yield events
+                if isinstance(events[-1], Ended):
                     return
-            if self._buffer:
-                await self._await_order()
-                events = await self._on_output(self._buffer.popleft())
-            elif self._is_draining:
-                events = [Ended("draining")]
-            elif self._must_read:
-                self._must_read = False
-                events = await self._read()
-            else:
-                events = []
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(interval_s):
-                        await self._wake.wait()
-                except TimeoutError:
-                    # what the channel lost is noticed at the latest now
-                    self._must_read = True
-                    events = [Idle()]
+            await self._wait(interval_s)
+            events = await self._next()
 
-    async def _await_order(self) -> None:
-        """Wait a moment if the next output is not the one that is due, and sort what came."""
-        first = self._buffer[0].reply
-        if first is None or first.head.epoch != self._epoch:
-            return
-        if self._buffer[0].start > self._position:
+    async def _wait(self, interval_s: float) -> None:
+        """Wait for a turn, until something happened or the interval is over."""
+        loop = asyncio.get_running_loop()
+        self._turn = turn = loop.create_future()
+        if self._must_read or self._is_draining:
+            self._turns.request(turn)
+        timer = loop.call_later(interval_s, self._turns.request, turn)
+        try:
+            await self._buffer.wait(self._next_output, turn)
+        finally:
+            timer.cancel()
+            self._turn = None
+
+    def _wake(self) -> None:
+        if self._turn is not None:
+            self._turns.request(self._turn)
+
+    async def _next(self) -> list[WatchEvent]:
+        if self._next_output < self._buffer.end:
+            return await self._on_outputs(await self._read_buffer())
+        if self._is_draining:
+            return [Ended("draining")]
+        if self._must_read:
+            self._must_read = False
+            return await self._read()
+        # what the channel lost is noticed at the latest now
+        self._must_read = True
+        return [Idle()]
+
+    async def _read_buffer(self) -> list[BufferedOutput]:
+        """The buffered outputs, in the order of their positions."""
+        expected = self._next_output
+        outputs, self._next_output = self._buffer.read(expected)
+        if not outputs:
+            # even the latest output is too large for the buffer
+            self._must_read = True
+            return []
+        is_early = self._is_of_epoch(outputs[:1]) and outputs[0].output.start > self._position
+        if is_early and self._next_output - len(outputs) == expected:
+            # nothing was dropped: another worker may publish the one before it a moment later
             await asyncio.sleep(REORDER_S)
-            if all(each.reply and each.reply.head.epoch == self._epoch for each in self._buffer):
-                self._buffer = deque(sorted(self._buffer, key=lambda output: output.start))
+            more, self._next_output = self._buffer.read(self._next_output)
+            outputs += more
+        if self._is_of_epoch(outputs):
+            outputs.sort(key=lambda each: each.output.start)
+        return outputs
+
+    def _is_of_epoch(self, outputs: list[BufferedOutput]) -> bool:
+        """Whether all of these are outputs of the current epoch."""
+        replies = [each.output.reply for each in outputs]
+        return all(reply is not None and reply.head.epoch == self._epoch for reply in replies)
 
     async def _begin(self) -> list[WatchEvent]:
         try:
@@ -169,24 +194,30 @@ class Watch:
             self._position = min(self._start, self._position)
         return [Watched(stored.head, self._position), *self._catch_up(stored, reply)]
 
-    async def _on_output(self, output: Output) -> list[WatchEvent]:
-        reply = output.reply
-        if reply is None:
-            return await self._read()
-        self._bytes -= reply.outputs.nbytes
+    async def _on_outputs(self, outputs: list[BufferedOutput]) -> list[WatchEvent]:
         events: list[WatchEvent] = []
-        if reply.head.epoch != self._epoch:
-            # of a new stream, or published late by another worker: the store knows
-            try:
-                stored, _ = await self._store.load_with_reply(self._key)
-            except CarryError as error:
-                return [Ended(error.code)]
-            if stored is None or stored.head.epoch != reply.head.epoch:
-                return await self._read()
-            events.append(self._enter(stored.head))
-        if reply.head.position > self._position:
-            events += self._deliver(output.start, reply)
+        for (_, start, reply), encoded in outputs:
+            if reply is None:
+                events += await self._read()
+            else:
+                if reply.head.epoch != self._epoch:
+                    events += await self._enter_epoch(reply.head.epoch)
+                if reply.head.epoch == self._epoch and reply.head.position > self._position:
+                    events += self._deliver(start, reply, encoded)
+            if events and isinstance(events[-1], Ended):
+                break
         return events
+
+    async def _enter_epoch(self, epoch: bytes) -> list[WatchEvent]:
+        """Enter the epoch of an output if it is the stream's, and read the stream otherwise: the
+        output was published late by another worker."""
+        try:
+            stored, _ = await self._store.load_with_reply(self._key)
+        except CarryError as error:
+            return [Ended(error.code)]
+        if stored is None or stored.head.epoch != epoch:
+            return await self._read()
+        return [self._enter(stored.head)]
 
     async def _read(self) -> list[WatchEvent]:
         """Compare with the stream in the store."""
@@ -216,22 +247,26 @@ class Watch:
             gap = Gap(self._position, stored.head.position)
             self._position = stored.head.position
             return [gap]
-        return self._deliver(stored.last.start, reply)
+        return self._deliver(stored.last.start, reply, {})
 
-    def _deliver(self, start: int, reply: StoredReply) -> list[WatchEvent]:
-        events: list[WatchEvent] = []
-        if start > self._position:
-            events.append(Gap(self._position, start))
+    def _deliver(
+        self, start: int, reply: StoredReply, encoded: dict[Any, bytes]
+    ) -> list[WatchEvent]:
+        outputs = Outputs(start, reply.head, reply.outputs, encoded)
+        gap = [Gap(self._position, start)] if start > self._position else []
         self._position = reply.head.position
-        return [*events, Outputs(start, reply.head, reply.outputs)]
+        return [*gap, outputs]
 
 
 class Watches:
     """The watches of a worker."""
 
-    def __init__(self, store: StateStore):
+    def __init__(self, store: StateStore, recorder: Recorder):
         self._store = store
+        self._recorder = recorder
+        self._buffers: dict[StreamKey, OutputBuffer] = {}
         self._watches: set[Watch] = set()
+        self._turns = Turns()
         self._is_draining = False
 
     @asynccontextmanager
@@ -243,19 +278,26 @@ class Watches:
                 current position.
 
         Raises:
-            StoreUnavailable, ShuttingDown
+            StoreUnavailable, StoreRefused, ShuttingDown
         """
         if self._is_draining:
             raise ShuttingDown("the service is stopping")
-        watch = Watch(self._store, key, start)
+        buffer = self._buffers.setdefault(key, OutputBuffer(self._turns))
+        watch = Watch(self._store, key, start, buffer, self._turns)
+        buffer.watches.add(watch)
         self._watches.add(watch)
+        self._recorder.record_watchers(key.model, 1)
         channel = self._store.outputs
         try:
-            await channel.subscribe(key, watch)
+            await channel.subscribe(key, buffer)
             yield watch
         finally:
+            self._recorder.record_watchers(key.model, -1)
             self._watches.discard(watch)
-            channel.unsubscribe(key, watch)
+            buffer.watches.discard(watch)
+            if not buffer.watches:
+                del self._buffers[key]
+                channel.unsubscribe(key, buffer)
 
     def drain(self) -> None:
         """End all watches."""

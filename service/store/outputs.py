@@ -52,10 +52,11 @@ class OutputChannel(Protocol):
         """Send an output to the workers that watch its stream; never blocks, may drop it."""
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
-        """Receive what any worker commits from now on.
+        """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.
 
         Raises:
             StoreUnavailable: the workers could not be told in time.
+            StoreRefused: the store does not permit it.
         """
 
     def unsubscribe(self, key: StreamKey, receiver: Receiver) -> None:

@@ -77,6 +77,12 @@ class Counts:
     def record_queue_depth(self, model: str, depth: int) -> None:
         """Not counted."""
 
+    def record_websockets(self, model: str, change: int) -> None:
+        self.seen["websockets"] += change
+
+    def record_watchers(self, model: str, change: int) -> None:
+        self.seen["watchers"] += change
+
 
 def make_artifact(folder: Path, seed: int = 1) -> Artifact:
     """The probe model with contracting weights."""

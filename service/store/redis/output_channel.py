@@ -22,9 +22,9 @@ from typing import Any, Final
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
-from service.core.errors import StoreUnavailable
+from service.core.errors import StoreRefused, StoreUnavailable
 from service.core.values import StreamKey
 from service.store.codec import CodecError, decode_reply, encode_reply
 from service.store.outputs import Output, Receiver
@@ -67,8 +67,10 @@ class RedisOutputChannel:
             urls = [node_url(settings.url, node) for node in nodes]
         self._factories = cycle([ConnectionFactory(replace(settings, url=url)) for url in urls])
         self._receivers: dict[StreamKey, set[Receiver]] = {}
+        self._requested: set[StreamKey] = set()
         self._confirmed: set[StreamKey] = set()
         self._waiting: dict[StreamKey, asyncio.Event] = {}
+        self._refusal: StoreRefused | None = None
         self._pubsub: PubSub | None = None
         self._unsent: deque[tuple[str, bytes]] = deque()
         self._has_unsent = asyncio.Event()
@@ -97,26 +99,29 @@ class RedisOutputChannel:
         self._send(self._prefix + _name(output.key), payload)
 
     async def subscribe(self, key: StreamKey, receiver: Receiver) -> None:
-        """Receive what any worker commits from now on.
+        """Receive what any worker commits from now on; end it with `unsubscribe`, in any case.
 
         Raises:
             StoreUnavailable: the workers could not be told in time.
+            StoreRefused: the store does not permit it.
         """
-        receivers = self._receivers.setdefault(key, set())
-        receivers.add(receiver)
+        self._receivers.setdefault(key, set()).add(receiver)
         announced = self._waiting.setdefault(key, asyncio.Event())
         try:
             async with asyncio.timeout(self._wait_s):
-                if self._pubsub is not None:
-                    # if it is not connected, it subscribes to all as soon as it is
+                # if it is not connected, it subscribes to all as soon as it is
+                if self._pubsub is not None and key not in self._requested:
+                    self._requested.add(key)
                     with suppress(RedisError, OSError):
                         await self._pubsub.subscribe(self._prefix + _name(key))
-                await announced.wait()
+                if self._refusal is None:
+                    await announced.wait()
         except TimeoutError:
-            self.unsubscribe(key, receiver)
             raise StoreUnavailable(
                 "the store did not confirm the subscription in time", retry_after_s=RETRY_AFTER_S
             ) from None
+        if self._refusal is not None:
+            raise self._refusal
 
     def unsubscribe(self, key: StreamKey, receiver: Receiver) -> None:
         """Stop receiving; the announcement expires."""
@@ -145,9 +150,12 @@ class RedisOutputChannel:
                     tasks.create_task(self._publish_all(client))
                     tasks.create_task(self._announce_repeatedly(pubsub))
             except* Exception as errors:
+                error = _first(errors)
+                if isinstance(error, NoPermissionError):
+                    self._refuse(factory.refused_error(error))
                 if not is_degraded:
                     is_degraded = True
-                    reason = describe_error(_first(errors))
+                    reason = describe_error(error)
                     log.warning("outputs_unavailable", store=factory.redacted_url, reason=reason)
             finally:
                 self._pubsub = None
@@ -155,16 +163,26 @@ class RedisOutputChannel:
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, MAX_RECONNECT_S)
 
+    def _refuse(self, refusal: StoreRefused) -> None:
+        """Fail the subscriptions that wait, and further ones until the store permits them."""
+        self._refusal = StoreRefused(
+            f"{refusal.detail}; to watch streams, the store's user needs the commands SUBSCRIBE, "
+            f"UNSUBSCRIBE and PUBLISH on the channels {self._prefix}* and {self._control}",
+            **refusal.facts,
+        )
+        for announced in self._waiting.values():
+            announced.set()
+
     async def _connect(self, pubsub: PubSub) -> None:
         self._confirmed.clear()
+        self._requested.clear()
         await pubsub.subscribe(self._control)
         if await pubsub.get_message(timeout=self._wait_s) is None:
             raise TimeoutError("no answer to a subscription")
-        requested: set[StreamKey] = set()
         # more may be added meanwhile
-        while missing := self._receivers.keys() - requested:
+        while missing := self._receivers.keys() - self._requested:
+            self._requested |= missing
             await pubsub.subscribe(*[self._prefix + _name(key) for key in missing])
-            requested |= missing
         self._pubsub = pubsub
         self._send(self._control, _ASK)
 
@@ -192,6 +210,7 @@ class RedisOutputChannel:
             receiver.resynchronize()
 
     def _on_announcement(self, payload: bytes) -> None:
+        self._refusal = None
         if payload == _ASK:
             self._announce(self._confirmed)
             return
@@ -219,6 +238,7 @@ class RedisOutputChannel:
             unused = self._confirmed - self._receivers.keys()
             if unused:
                 self._confirmed -= unused
+                self._requested -= unused
                 await pubsub.unsubscribe(*[self._prefix + _name(key) for key in unused])
             self._announce(self._confirmed)
 

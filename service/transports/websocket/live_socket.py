@@ -129,6 +129,7 @@ class LiveSocket(asyncio.Protocol):
         self._session = session
         if self._transport.is_closing():
             return
+        session.open()
         self._transport.write(response)
         self.send(Media.JSON, hello)
         if self._is_draining:
@@ -362,7 +363,7 @@ class LiveSocket(asyncio.Protocol):
         self._server.connections.discard(self)
         session = self._session
         if session is not None:
-            session.cancel()
+            session.close()
             close = self._websocket.close_sent or self._websocket.close_rcvd
             log.info(
                 "websocket_closed",

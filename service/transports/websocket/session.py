@@ -95,6 +95,7 @@ class Session:
     __slots__ = (
         "_api",
         "_failed",
+        "_is_open",
         "_model",
         "_on_progress",
         "_options",
@@ -133,10 +134,23 @@ class Session:
         self._streams: dict[str, StreamEntries] = {}
         self._failed = FailedStreams()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_open = False
         self.unanswered = 0
         self.is_reading = False
         self.chunks = 0
         self.errors = 0
+
+    def open(self) -> None:
+        """Count the socket as open; once."""
+        self._is_open = True
+        self._api.recorder.record_websockets(self._model, 1)
+
+    def close(self) -> None:
+        """The connection ended."""
+        self.cancel()
+        if self._is_open:
+            self._is_open = False
+            self._api.recorder.record_websockets(self._model, -1)
 
     def receive(self, media: Media, data: bytes) -> None:
         """Start the chunk of a frame, or answer what is wrong with it."""

@@ -6,6 +6,7 @@ browser that reconnects continues there (`Last-Event-ID`).
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -18,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from service.core.errors import InvalidInput
 from service.core.values import StreamHead, StreamKey
-from service.pipeline.watching import Gap, Idle, Outputs, StreamEvent, Watch, Watched, Watches
+from service.pipeline.watching import Gap, Idle, Outputs, Watch, Watched, Watches, WatchEvent
 from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ModelWire, api_of
 from service.transports.http.field_rules import MAX_POSITION
-from service.transports.http.media import Media
+from service.transports.http.media import Media, dumps
 from service.transports.http.openapi import operations
 from service.transports.http.replies.pieces import encode_pieces
 from service.transports.http.replies.reply_writer import (
@@ -38,6 +39,9 @@ HEARTBEAT_S: Final = 15.0
 """Time between two comments if nothing happens."""
 
 RETRY_MS: Final = 1000
+WRITE_BYTES: Final = 16 * 1024
+"""Maximum bytes written before the client has to read again."""
+
 LAST_EVENT_ID: Final = "last-event-id"
 _HEADERS: Final = {"cache-control": "no-store", "x-accel-buffering": "no"}
 _is_position = re.compile(r"[0-9]{1,19}", re.ASCII).fullmatch
@@ -47,6 +51,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
     """Serve the outputs of streams to watchers, in an application that `create_api` made."""
     state: HttpState = app.state.http
     state.connections.on_drain.append(watches.drain)
+    encoding = asyncio.Lock()
 
     async def watch_outputs(request: Request, model: ModelPath, stream: StreamPath) -> Response:
         """Stream the outputs of a stream, from now on or from a position."""
@@ -57,7 +62,7 @@ def add_watching(app: FastAPI, watches: Watches) -> None:
         options = wire.writer.options(parameters) if parameters else EVERY_STEP
         async with AsyncExitStack() as stack:
             watch = await stack.enter_async_context(watches.watch(key, start))
-            events = _encode_events(wire, key, watch, options)
+            events = _EventWriter(wire, key, options, encoding).encode(watch)
             return _WatchResponse(events, stack.pop_all())
 
     app.router.add_api_route(
@@ -109,39 +114,63 @@ def _start(parameter: str | None, last_event_id: str | None) -> int | None:
     return None
 
 
-async def _encode_events(
-    wire: ModelWire, key: StreamKey, watch: Watch, options: ReplyOptions
-) -> AsyncIterator[bytes]:
-    yield b"retry: %d\n\n" % RETRY_MS
-    async for event in watch.follow(HEARTBEAT_S):
+class _EventWriter:
+    """Encodes the events of one watch.
+
+    Args:
+        lock: held while outputs are encoded; other watches of the stream then need not encode
+            them as well, even if they are long and the event loop runs between their pieces.
+    """
+
+    def __init__(self, wire: ModelWire, key: StreamKey, options: ReplyOptions, lock: asyncio.Lock):
+        served = wire.served
+        self._writer = wire.writer
+        self._options = options
+        self._lock = lock
+        self._names = {"model": served.name, "version": served.version, "stream": key.stream}
+        self._encoding = (served.version, options)
+
+    async def encode(self, watch: Watch) -> AsyncIterator[bytes]:
+        """The whole response, in pieces that each wait for the client to read."""
+        yield b"retry: %d\n\n" % RETRY_MS
+        async for events in watch.follow(HEARTBEAT_S):
+            text = b"".join([await self._event(event) for event in events])
+            for at in range(0, len(text), WRITE_BYTES):
+                yield text[at : at + WRITE_BYTES]
+
+    async def _event(self, event: WatchEvent) -> bytes:
+        if isinstance(event, Outputs):
+            return event.encoded.get(self._encoding) or await self._encode_outputs(event)
         if isinstance(event, Idle):
-            yield b": idle\n\n"
-            continue
-        name, position, document = _document(wire, key, event, options)
-        yield b"event: %b\n" % name
-        if position is not None:
-            yield b"id: %d\n" % position
-        yield b"data: "
-        for piece in encode_pieces(Media.JSON, document):
-            yield piece
-        yield b"\n\n"
+            return b": idle\n\n"
+        if isinstance(event, Watched):
+            document = {**self._names, **_head(event.head)}
+            return _event_text(b"stream", event.position, dumps(Media.JSON, document))
+        if isinstance(event, Gap):
+            document = {"from": event.start, "to": event.end}
+            return _event_text(b"gap", event.end, dumps(Media.JSON, document))
+        return _event_text(b"end", None, dumps(Media.JSON, {"reason": event.reason}))
+
+    async def _encode_outputs(self, event: Outputs) -> bytes:
+        """An event of outputs, encoded once for all watches of the stream with these options."""
+        outputs = self._writer.outputs(event.outputs, self._options)
+        document = {**self._names, "from": event.start, **_head(event.head), "outputs": outputs}
+        pieces: list[bytes] = []
+        async with self._lock:
+            if (encoded := event.encoded.get(self._encoding)) is not None:
+                return encoded
+            for piece in encode_pieces(Media.JSON, document):
+                if pieces:
+                    await asyncio.sleep(0)
+                pieces.append(piece)
+            encoded = _event_text(b"outputs", event.head.position, b"".join(pieces))
+            event.encoded[self._encoding] = encoded
+        return encoded
 
 
-def _document(
-    wire: ModelWire, key: StreamKey, event: StreamEvent, options: ReplyOptions
-) -> tuple[bytes, int | None, dict[str, Any]]:
-    """Name, id and data of an event."""
-    served = wire.served
-    names = {"model": served.name, "version": served.version, "stream": key.stream}
-    if isinstance(event, Watched):
-        return b"stream", event.position, {**names, **_head(event.head)}
-    if isinstance(event, Gap):
-        return b"gap", event.end, {"from": event.start, "to": event.end}
-    if isinstance(event, Outputs):
-        outputs = wire.writer.outputs(event.outputs, options)
-        document = {**names, "from": event.start, **_head(event.head), "outputs": outputs}
-        return b"outputs", event.head.position, document
-    return b"end", None, {"reason": event.reason}
+def _event_text(name: bytes, position: int | None, data: bytes) -> bytes:
+    identity = b"" if position is None else b"id: %d\n" % position
+    return b"event: %b\n%bdata: %b\n\n" % (name, identity, data)
 
 
 def _head(head: StreamHead | None) -> dict[str, Any]:

@@ -56,6 +56,9 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     reports.record_queue_depth("flights", 7)
     reports.record_queue_depth("flights", 4)
     reports.record_error("flights", "position_ahead")
+    for change in (1, 1, -1):
+        reports.record_websockets("flights", change)
+        reports.record_watchers("post", change)
 
     found = read(recorder.render())
     flights = {"model": "flights"}
@@ -74,6 +77,9 @@ def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
     assert found[series("carry_batch_seconds_sum", **flights)] == pytest.approx(0.006)
     assert found[series("carry_queue_depth", **flights)] == 4
     assert found[series("carry_refusals_total", **flights, code="position_ahead")] == 1
+    assert found[series("carry_websocket_connections", **flights)] == 1
+    assert found[series("carry_watchers", model="post")] == 1
+    assert found[series("carry_watchers", **flights)] == 0
     for stage, seconds in {"queue": 0.002, "load": 0.03, "infer": 0.4, "commit": 5.0}.items():
         name = "carry_chunk_stage_seconds"
         assert found[series(f"{name}_sum", **flights, stage=stage)] == pytest.approx(seconds)

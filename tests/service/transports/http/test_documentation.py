@@ -185,7 +185,7 @@ async def test_every_route_has_its_section(pipeline_server: RealServer, tmp_path
     spec = flights_spec()
     artifact = write_artifact(tmp_path / "flights", spec, contracting_weights(spec, 5))
     async with harness(pipeline_server, {"flights": artifact}) as api:
-        add_watching(api.app, Watches(api.store))
+        add_watching(api.app, Watches(api.store, api.counts))
         paths = (await api.client.get("/openapi.json")).json()["paths"]
     text = (ROOT / "docs/reference/http-api.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^### `([A-Z]+) (\S+)`$", text, re.MULTILINE))

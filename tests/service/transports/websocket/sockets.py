@@ -40,7 +40,8 @@ async def live_application(
 
     def extend(app: FastAPI) -> None:
         add_live_sockets(app, sockets, ORIGINS)
-        add_watching(app, Watches(app.state.api.pipeline._store))
+        api = app.state.api
+        add_watching(app, Watches(api.pipeline._store, api.recorder))
 
     async with harness(server, models, limits=limits, extend=extend) as running:
         await running.store.outputs.start()

@@ -73,6 +73,7 @@ async def test_pipelined_chunks_are_answered_in_order_and_equal_the_whole(api: H
 async def test_one_socket_serves_many_streams_which_fail_independently(api: Harness) -> None:
     async with live(api) as sockets, sockets.open("probe/live") as (client, hello):
         assert "stream" not in hello
+        assert api.counts.seen["websockets"] == 1
         for at in range(3):
             for stream in ("a", "b"):
                 width = 2 if (at, stream) == (1, "a") else 3
@@ -95,6 +96,7 @@ async def test_one_socket_serves_many_streams_which_fail_independently(api: Harn
     assert nameless["at"] == "stream"
     assert misnamed["id"] == "x"
     assert (api.position("a"), api.position("b")) == (2, 6)
+    assert api.counts.seen["websockets"] == 0
 
 
 async def test_outcomes_of_a_stream_keep_its_order_when_a_later_frame_fails_at_once(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -13,13 +14,13 @@ import pytest
 
 from service.core.errors import StoreUnavailable
 from service.core.values import StreamKey
-from service.pipeline import watching
+from service.pipeline import output_buffer, watching
 from service.store.outputs import Output
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
 from service.transports.websocket import watching as sse
 from tests.service.transports.http.harness import Harness, problem, rows
-from tests.service.transports.http.raw_http import becomes
+from tests.service.transports.http.raw_http import HOST, becomes, port_of, serving
 from tests.support.servers import RealServer
 
 OUTPUT = "last"
@@ -62,6 +63,13 @@ async def watched(api: Harness, query: str = "", **headers: str) -> AsyncIterato
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
         yield Events(response)
+
+
+async def follow(watch: watching.Watch, interval_s: float) -> AsyncIterator[watching.WatchEvent]:
+    """The events of a watch, one by one."""
+    async for events in watch.follow(interval_s):
+        for event in events:
+            yield event
 
 
 async def send(api: Harness, steps: int, position: int | None = None) -> dict[str, Any]:
@@ -171,28 +179,85 @@ async def test_a_stream_that_is_replaced_is_watched_in_its_new_epoch(api: Harnes
 async def test_a_slow_watcher_gets_a_gap_and_continues(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "MAX_BUFFERED", 3)
-    watches = watching.Watches(api.store)
-    async with watches.watch(StreamKey("probe", "s"), None) as watch:
-        events = watch.follow(10)
-        assert await anext(events) == watching.Watched(None, 0)
-        for _ in range(8):
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 3)
+    watches = watching.Watches(api.store, api.counts)
+    key = StreamKey("probe", "s")
+    async with watches.watch(key, None) as slow, watches.watch(key, None) as reading:
+        slow_events, events = follow(slow, 10), follow(reading, 10)
+        for each in (slow_events, events):
+            assert await anext(each) == watching.Watched(None, 0)
+        await send(api, 2)
+        assert isinstance(await anext(events), watching.Watched)
+        starts = [(await anext(events)).start]
+        for _ in range(7):
             await send(api, 2)
-        await becomes(lambda: len(watch._buffer) == 3 and watch._must_read, "a full buffer")
-        got = [await anext(events) for _ in range(6)]
+            starts.append((await anext(events)).start)
+        buffer = watches._buffers[key]
+        assert len(buffer._buffered) == 3
+        got = [await anext(slow_events) for _ in range(5)]
+    assert starts == [*range(0, 16, 2)]
     assert isinstance(got[0], watching.Watched)
-    assert [each.start for each in got[1:4]] == [0, 2, 4]
-    assert got[4] == watching.Gap(6, 14)
-    assert got[5].start == 14
+    assert got[1] == watching.Gap(0, 10)
+    assert [each.start for each in got[2:]] == [10, 12, 14]
+    assert not watches._buffers
+
+
+async def test_watchers_that_do_not_read_take_bounded_memory_and_get_a_gap(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED", 8)
+    monkeypatch.setattr(sse, "WRITE_BYTES", 1024)
+    chunks = 60
+    async with serving(api) as server, AsyncExitStack() as stack:
+        clients = []
+        for _ in range(3):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(client, (HOST, port_of(server)))
+            await loop.sock_sendall(
+                client, b"GET /v1/models/probe/streams/s/outputs HTTP/1.1\r\nHost: carry\r\n\r\n"
+            )
+            clients.append(client)
+        await becomes(lambda: api.counts.seen["watchers"] == 3, "the watches")
+        served = [each.transport for each in server.server_state.connections]
+        for transport in served:
+            of_server = transport.get_extra_info("socket")
+            of_server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            transport.set_write_buffer_limits(high=4096)
+        for _ in range(chunks):
+            await send(api, 20)
+        assert max(each.get_write_buffer_size() for each in served) <= 4096 + sse.WRITE_BYTES
+        got = b""
+        async with asyncio.timeout(10):
+            while b'"position":%d' % (20 * chunks) not in got:
+                got += await loop.sock_recv(clients[0], 2**16)
+    assert b"event: gap" in got
+    assert api.counts.seen["watchers"] == 0
+
+
+async def test_outputs_that_do_not_fit_the_buffer_are_taken_from_the_stored_reply(
+    api: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_buffer, "MAX_BUFFERED_BYTES", 1)
+    watches = watching.Watches(api.store, api.counts)
+    async with watches.watch(StreamKey("probe", "s"), None) as watch:
+        events = follow(watch, 10)
+        await anext(events)
+        await send(api, 2)
+        assert isinstance(await anext(events), watching.Watched)
+        assert (await anext(events)).start == 0
+        assert not watches._buffers[StreamKey("probe", "s")]._bytes
 
 
 async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
     api: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await send(api, 1)
-    watches = watching.Watches(api.store)
+    watches = watching.Watches(api.store, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
-        events = watch.follow(0.05)
+        events = follow(watch, 0.05)
         while not isinstance(await anext(events), watching.Idle):
             pass
         monkeypatch.setattr(type(api.store.outputs), "publish", lambda *_: None)
@@ -208,16 +273,16 @@ async def test_what_the_channel_lost_is_noticed_when_the_watch_is_idle(
 
 
 async def test_duplicates_and_late_outputs_are_not_delivered_twice(api: Harness) -> None:
-    watches = watching.Watches(api.store)
+    watches = watching.Watches(api.store, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
-        events = watch.follow(0.1)
+        events = follow(watch, 0.1)
         await anext(events)
         await send(api, 2)
         await send(api, 2)
-        await becomes(lambda: len(watch._buffer) == 2, "two outputs")
-        first, second = watch._buffer
-        watch._buffer.extend([first, second])
-        watch._bytes *= 2
+        buffer = watches._buffers[StreamKey("probe", "s")]
+        await becomes(lambda: buffer.end == 2, "two outputs")
+        for output, _ in tuple(buffer._buffered):
+            buffer.receive(output)
         got = [await anext(events) for _ in range(4)]
     assert [type(each).__name__ for each in got] == ["Watched", "Outputs", "Outputs", "Idle"]
 
@@ -302,9 +367,9 @@ async def test_a_watch_needs_the_store(api: Harness, monkeypatch: pytest.MonkeyP
 
 async def test_a_store_that_fails_ends_the_watch(api: Harness) -> None:
     await send(api, 2)
-    watches = watching.Watches(api.store)
+    watches = watching.Watches(api.store, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
-        events = watch.follow(10)
+        events = follow(watch, 10)
         await anext(events)
         api.store.load_with_reply = _unavailable
         watch.resynchronize()
@@ -317,15 +382,19 @@ async def _unavailable(*_: object) -> None:
 
 async def test_outputs_that_workers_publish_in_another_order_are_sorted(api: Harness) -> None:
     await send(api, 1)
-    watches = watching.Watches(api.store)
+    watches = watching.Watches(api.store, api.counts)
     async with watches.watch(StreamKey("probe", "s"), None) as watch:
-        events = watch.follow(10)
+        events = follow(watch, 10)
         await anext(events)
         await send(api, 2)
         await send(api, 3)
-        await becomes(lambda: len(watch._buffer) == 2, "two outputs")
-        late = watch._buffer.popleft()
-        asyncio.get_running_loop().call_later(0.01, watch.receive, late)
+        buffer = watches._buffers[StreamKey("probe", "s")]
+        await becomes(lambda: buffer.end == 2, "two outputs")
+        (first, _), (second, _) = buffer._buffered
+        buffer._buffered.clear()
+        buffer.end = 0
+        buffer.receive(second)
+        asyncio.get_running_loop().call_later(0.01, buffer.receive, first)
         got = [await anext(events), await anext(events)]
     assert [(type(each), each.start) for each in got] == [
         (watching.Outputs, 1),
