@@ -34,7 +34,11 @@ RUN /opt/venv/bin/pip uninstall --yes hatchling editables trove-classifiers path
 
 FROM python:3.13-slim AS service
 
+# docker build --build-arg VERSION=0.1.0 --build-arg REVISION=$(git rev-parse HEAD) .
+ARG VERSION= REVISION=
 LABEL org.opencontainers.image.title="carry" \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION \
       org.opencontainers.image.description="Serves stateful stacked LSTMs over event streams" \
       org.opencontainers.image.licenses="Apache-2.0"
 

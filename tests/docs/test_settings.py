@@ -19,8 +19,9 @@ def test_settings_table_matches_the_code() -> None:
     )
 
 
-def test_pages_name_existing_settings() -> None:
+def test_pages_and_deployments_name_existing_settings() -> None:
     settings = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    for page in PAGES:
+    deployments = [path for path in (ROOT / "deploy").rglob("*") if path.is_file()]
+    for page in [*PAGES, *deployments]:
         named = set(re.findall(rf"\b{PREFIX}[A-Z_]*[A-Z]\b", page.read_text(encoding="utf-8")))
         assert named <= settings | OTHERS, page
