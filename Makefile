@@ -77,9 +77,9 @@ load: ## send load to a running service, check its replies (ARGS="--scenario ste
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.load $(ARGS)
 
-overload: ## send twice the capacity of a service for a minute (ARGS="--steps 256")
+overload: ## send twice the capacity of a service for a minute
 	@scripts/setup dev
-	@exec $(BIN)/python -m tests.load.overload $(ARGS)
+	@exec $(BIN)/python -m tests.bench --only overload --runtimes onnxruntime --seconds 10 --strict $(ARGS)
 
 example: ## train an example from scratch, compare it with baselines (NAME=customers)
 	@scripts/setup dev

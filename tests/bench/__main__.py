@@ -8,7 +8,8 @@ on the loopback, every section is bounded in time, every reply's position is che
 outputs are compared with the tests' float64 oracle. Prints tables of medians, the ratios with
 their spread, and the targets with `reached` or `not reached`. `--report` writes
 docs/reference/performance.md from the file of `--jsonl`; alone with `--only none` it measures
-nothing. `--beside` compares this checkout with another one, in turns.
+nothing. `--beside` compares this checkout with another one, in turns. Ends with 1 where a section
+failed, and with `--strict` where a target that was measured is not reached.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from tests.bench.answers import WrongOutputsError
 from tests.bench.processes import CannotStartError
-from tests.bench.results import Results, read_results, show, write_page
+from tests.bench.results import MISSED, Results, check_targets, read_results, show, write_page
 from tests.bench.run import Bench, Options
 from tests.bench.sections import BESIDE, SECTIONS
 from tests.bench.traffic import WrongReplyError
@@ -45,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections, print the results, and keep them where it is asked for."""
     options = read_options(arguments)
     failed: list[str] = []
+    results = Results(machine.describe_run())
     if options.only:
-        results = Results(machine.describe_run())
         try:
             failed = measure(options, results)
         finally:
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report and options.jsonl is not None:
         write_page(read_results(options.jsonl), PAGE)
         print(f"wrote {PAGE}")
-    return 1 if failed else 0
+    is_missed = any(verdict == MISSED for *_, verdict in check_targets(results))
+    return int(bool(failed) or (options.strict and is_missed))
 
 
 def read_options(arguments: Sequence[str] | None) -> Options:
@@ -75,6 +77,7 @@ def read_options(arguments: Sequence[str] | None) -> Options:
     add("--many-streams", type=int)
     add("--runtimes", type=names, help="of Carry")
     add("--jsonl", type=Path, help="append every line to this file")
+    add("--strict", action="store_true", help="fail where a target is not reached")
     add("--report", action="store_true", help="write docs/reference/performance.md")
     options = parser.parse_args(arguments, Options())
     if options.only is None:

@@ -197,12 +197,8 @@ def make_streams(key: str, spec: TrafficSpec) -> None:
     _traffic[key] = Traffic(spec)
 
 
-def run_closed(key: str, port: int, connections: int, seconds: float, least: int = 0) -> Load:
-    """Load a port from connections that each wait for their reply.
-
-    Args:
-        least: chunks of each sampled stream, however long that takes.
-    """
+def run_closed(key: str, port: int, connections: int, seconds: float) -> Load:
+    """Load a port from connections that each wait for their reply."""
     with _measured(key, port, connections) as (run, load):
         ends_s, in_flight = time.perf_counter() + seconds, 0
         for connection in run.connections:
@@ -211,7 +207,7 @@ def run_closed(key: str, port: int, connections: int, seconds: float, least: int
                 in_flight += 1
         while in_flight:
             for connection in run.replies():
-                if time.perf_counter() < ends_s or run.traffic.lacks(least):
+                if time.perf_counter() < ends_s:
                     run.send(connection)
                 else:
                     in_flight -= 1

@@ -1,10 +1,10 @@
 """`make bench-micro`: the parts of a chunk's path by themselves, best of several repetitions.
 
-    python -m tests.bench.micro [--only codec http] [--seconds 0.5]
+    python -m tests.bench.micro [--only http] [--seconds 0.5]
 
 Each on the standard chunk (16 events of 16 features, 8 outputs, 1,024 bytes of state), in
-microseconds per chunk. `events` are departures of the packaged flights model; `http` drives the
-ASGI application over a pipeline that answers a constant; `step` is each runtime's own.
+microseconds per chunk. `http` drives the ASGI application over a pipeline that answers a constant;
+`step` is each runtime's own.
 """
 
 from __future__ import annotations
@@ -23,21 +23,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import msgspec
 import uvloop
-from pydantic import TypeAdapter
 
-from models.events.columns import columns_from_events
-from models.events.encode import Clock, encode_many
-from models.events.parse import event_type
-from models.events.reader import EventReader
-from service.core.delivery import chunk_digest
-from service.core.values import Feed, Reply, Steps, StoredReply
+from service.core.values import Reply, StreamHead
 from service.engine.runtimes.loading import RUNTIMES
 from service.ops.logs import configure_logs
 from service.ops.metrics import PrometheusRecorder
 from service.pipeline.served_model import ServedModel
-from service.store.codec import decode_reply, decode_state, encode_reply, encode_state
 from service.transports.http.application import create_api
 from service.transports.http.limits import ApiLimits
 from tests.bench import workloads
@@ -50,8 +42,7 @@ REPEATS, CALLS = 5, 20
 """Repetitions of each case, and asynchronous calls per timed run, so that entering the event loop
 does not count."""
 
-BATCHES, MANY = (1, 32), 64
-EVENT_STEPS = (1, 16, 64)
+MANY = 64
 STEP_SHAPES = ((1, 1), (1, 16), (8, 16), (32, 16), (128, 16), (32, 64))
 
 Case = tuple[str, int, Callable[[], object]]
@@ -62,50 +53,17 @@ class Parts:
     """The cases of each group, by its name."""
 
     def __init__(self, folder: Path, loop: AbstractEventLoop):
-        self.folder, self.run = folder, loop.run_until_complete
-        self.artifact = workloads.standard_model(folder)
-        self.rows = Bodies.random(STEPS).rows[0]
-        size, fingerprint = self.artifact.state.float_size, self.artifact.fingerprint
-        self.state = workloads.random_stream(1, size, fingerprint)
-        self.reply = StoredReply(self.state.head, self.rows[:, : self.artifact.outputs.size])
-
-    def codec(self) -> Iterator[Case]:
-        """Stored states and replies, and the digest of a chunk."""
-        steps = Steps(Feed.INPUTS, STEPS, rows=self.rows)
-        yield "encode a state", 1, partial(encode_state, self.state)
-        yield "decode a state", 1, partial(decode_state, encode_state(self.state))
-        yield "encode a reply", 1, partial(encode_reply, self.reply)
-        yield "decode a reply", 1, partial(decode_reply, encode_reply(self.reply))
-        yield "digest of a chunk", 1, partial(chunk_digest, None, steps, b"")
-
-    def events(self) -> Iterator[Case]:
-        """From the bytes of events to rows: the strict validator, the fast reader, the encoder."""
-        artifact = workloads.flights_model(self.folder)
-        schema: Any = artifact.spec.events
-        reader, clock = EventReader(schema), Clock()
-        strict: TypeAdapter[Any] = TypeAdapter(list[event_type(schema)])
-        decoder: Any = msgspec.json.Decoder(list[reader.event])
-
-        def validate(body: bytes) -> Any:
-            return columns_from_events(schema, strict.validate_json(body))
-
-        def read(body: bytes) -> Any:
-            return reader.columns(decoder.decode(body))
-
-        bodies = workloads.flights_bodies(artifact, EVENT_STEPS).events or ()
-        for steps, body in zip(EVENT_STEPS, bodies, strict=True):
-            yield f"{steps}, strict", 1, partial(validate, body)
-            yield f"{steps}, fast", 1, partial(read, body)
-            columns = read(body)
-            for batch in BATCHES:
-                many = [columns] * batch, [clock] * batch
-                yield f"{steps}, encode {batch}", batch, partial(encode_many, schema, *many)
+        self.run, self.artifact = loop.run_until_complete, workloads.standard_model(folder)
 
     def http(self) -> Iterator[Case]:
         """Requests through the ASGI application: single chunks and many streams, in both media."""
         logging.disable()
         served = ServedModel(self.artifact, NumpyRuntime(self.artifact))
-        head, outputs, state = self.state.head, self.reply.outputs, served.state.zero()
+        rows, state = Bodies.random(STEPS).rows[0], served.state.zero()
+        head, outputs = (
+            StreamHead(bytes(8), bytes(16), STEPS),
+            rows[:, : self.artifact.outputs.size],
+        )
         recorder = PrometheusRecorder()
         recorder.model(served.name, served.version, served.runtime.name)
 
@@ -123,7 +81,7 @@ class Parts:
             process_many=process_many,
         )
         api = create_api(cast(Any, pipeline), ApiLimits(), recorder)
-        bodies = Bodies((self.rows,))
+        bodies = Bodies((rows,))
         for media, items in product(MEDIA, (0, MANY)):
             options: Any = {"media": media, "items": items}
             traffic = workloads.make_traffic(self.artifact, bodies, "stream", MANY, **options)
@@ -140,7 +98,7 @@ class Parts:
                     yield f"{name} {batch} x {steps}", batch, partial(runtime.step, *inputs)
 
 
-GROUPS = ("codec", "events", "http", "step")
+GROUPS = ("http", "step")
 
 
 def _asgi_calls(app: Any, request: bytes) -> Callable[[], Any]:

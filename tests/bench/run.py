@@ -50,6 +50,7 @@ class Options:
     runtimes: Sequence[str] = ("tensorflow", "onnxruntime")
     beside: Path | None = None
     jsonl: Path | None = None
+    strict: bool = False
     report: bool = False
 
 

@@ -15,6 +15,8 @@ from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from models.artifact.artifact import Artifact
 from service.core.values import StreamKey
 from service.store.codec import encode_state
@@ -56,6 +58,9 @@ WIDTHS, LENGTHS = (workloads.UNITS, 256), (1, 16, 128)
 MEDIA: tuple[Media, ...] = ("json", "msgpack")
 MOST_ITEMS = 1000
 """Of one request, by Carry's default."""
+
+OVERLOAD_QUEUE_WAIT_S, OVERLOAD_TIMES, OVERLOAD_PARTS = 0.5, 2.0, 6
+OVERLOAD_STREAMS, OVERLOAD_STEPS = 4096, 64
 
 LAST_RUNTIME = slice(-1, None)
 
@@ -363,6 +368,41 @@ def measure_kinds(bench: Bench, kind: str) -> None:
         bench.measure_rounds([Row(f"kinds/1/{name}/{kind}", server, name, 1)])
 
 
+def measure_overload(bench: Bench, kind: str) -> None:
+    """Twice the peak on a service that rejects what would wait for longer than half a second.
+
+    The peak is measured in a closed loop before and after, the overload in an open one. A rejected
+    chunk must not have been applied: the stream's next one has the same position and other events,
+    so that a wrong position ends the section, as does another status than 200 and 429.
+    """
+    results, model = bench.results, workloads.standard_model(bench.folder / "overload", WIDTHS[-1])
+    limit = {"CARRY_MAX_QUEUE_WAIT_S": str(OVERLOAD_QUEUE_WAIT_S)}
+    server = bench.start_server(kind, model, environment=limit)
+    options: dict[str, Any] = {"media": "msgpack", "may_reject": True}
+    bodies, key = Bodies.random(OVERLOAD_STEPS), "overload"
+    bench.warm(server, key, make_traffic(model, bodies, key, OVERLOAD_STREAMS, **options))
+    peak, over = (
+        Row(f"overload/peak/{kind}", server, key, 2 * CONNECTIONS),
+        f"overload/twice/{kind}",
+    )
+    rate_per_s = OVERLOAD_TIMES * bench.measure_closed(peak).chunks_per_s
+    # each has one chunk in flight: more than the queue takes within its longest wait
+    connections = int(min(OVERLOAD_STREAMS, max(1024, OVERLOAD_QUEUE_WAIT_S * rate_per_s)))
+    loads = []
+    for seed in range(OVERLOAD_PARTS):
+        load = (key, server.port, rate_per_s, bench.options.seconds, seed, connections)
+        loads.append(bench.measure(over, server, partial(bench.run, run_open, *load)))
+    bench.measure_closed(peak)
+    best = max(results.rows[peak.name])
+    results.compare(f"overload/{kind} goodput over peak", results.rows[over], [best] * len(loads))
+    p99_s = [float(np.percentile(load.latencies_s, 99)) for load in loads]
+    results.figure(f"overload/{kind} p99 of accepted chunks, s", p99_s)
+    rejected = [load.rejected / (load.rejected + load.chunks) for load in loads]
+    results.figure(f"overload/{kind} rejected share", rejected)
+    first_mib, *_, last_mib = results.values(over, "rss_mib")
+    results.figure(f"overload/{kind} memory, last over first", [last_mib / first_mib])
+
+
 BESIDE = "beside"
 """The section of a run with `--beside`, which runs no other by default."""
 
@@ -376,6 +416,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "events": per_runtime(measure_events),
     "widths": per_runtime(measure_widths),
     "kinds": per_runtime(measure_kinds),
+    "overload": per_runtime(measure_overload, LAST_RUNTIME),
     BESIDE: per_runtime(measure_beside, LAST_RUNTIME),
 }
 """In the order in which they are run."""

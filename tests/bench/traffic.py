@@ -145,10 +145,6 @@ class Traffic:
         """Whether enough streams are without a request in flight."""
         return len(self._free) >= self._per_request
 
-    def lacks(self, least: int) -> bool:
-        """Whether a sampled stream had fewer chunks than `least`."""
-        return any(count < least for count in self._chunks[: self.spec.sampled])
-
     def request(self) -> tuple[bytes, Ticket]:
         """The next request, whole, and what `accept` needs to check its reply."""
         spec = self.spec
