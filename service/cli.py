@@ -37,6 +37,12 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's
 DataFile = Annotated[
     Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
 ]
+WithTrees = Annotated[
+    bool, typer.Option("--trees/--no-trees", help="Also train boosted trees as a baseline.")
+]
+TreesTime = Annotated[
+    float, typer.Option("--trees-s", min=0, help="Time that boosted trees may take, in seconds.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 
 
@@ -128,9 +134,8 @@ def train_command(
     data: DataFile,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
-    trees: Annotated[
-        bool, typer.Option("--trees/--no-trees", help="Also train boosted trees as a baseline.")
-    ] = True,
+    trees: WithTrees = True,
+    trees_s: TreesTime = 60.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -139,7 +144,14 @@ def train_command(
         from models.training import commands
 
         commands.train_command(
-            spec, data, out, resume=resume, overwrite=overwrite, trees=trees, quiet=quiet
+            spec,
+            data,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            trees=trees,
+            trees_s=trees_s,
+            quiet=quiet,
         )
 
 
@@ -152,12 +164,27 @@ def evaluate_command(
     since: Annotated[
         str | None, typer.Option(help="Score events from this RFC 3339 time on.")
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines", help="Compare with the baselines of a report, with intervals."),
+    ] = False,
+    trees: WithTrees = True,
+    trees_s: TreesTime = 60.0,
 ) -> None:
     """Score an artifact on data, chunk by chunk as the service computes it."""
     with _one_line_errors():
         from models.training import commands
 
-        scores = commands.evaluate_command(artifact, data, chunk=chunk, seed=seed, since=since)
+        scores = commands.evaluate_command(
+            artifact,
+            data,
+            chunk=chunk,
+            seed=seed,
+            since=since,
+            baselines=baselines,
+            trees=trees,
+            trees_s=trees_s,
+        )
         typer.echo(json.dumps(scores, indent=2))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
@@ -33,7 +33,6 @@ from models.spec.chunking import (
 from models.spec.decoder import (
     DECODER,
     DecoderSpec,
-    DecoderTraining,
     check_decoder,
     collect_starts_from,
     network_data,
@@ -54,11 +53,11 @@ from models.spec.layers import (
     Conv1dLayer,
     Layer,
     MergeLayer,
-    Rate,
     Units,
     layer_width,
 )
 from models.spec.resets import ResetPolicy
+from models.spec.training import TrainingSpec
 
 _LATER_OPTIONS = ("embeddings", "reset_every", "session_gap_s")
 """Options that older versions do not know: they read a model that does not use them."""
@@ -67,60 +66,6 @@ MAX_RESET_EVERY = 2**63 - 1
 """The largest period of resets, as large as the largest position."""
 
 ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-
-
-class TrainingSpec(Frozen):
-    """Training options of `carry train`.
-
-    Attributes:
-        stream: column of the data with the stream's name.
-        order_by: column that orders a stream's events; the timestamp field by default.
-        validate_from: RFC 3339 time (in the schema's time zone if it has none); events from then
-            on are the validation set, which selects the epoch.
-        test_from: RFC 3339 time; events from then on are the test set, scored once.
-        epochs: maximum number of epochs.
-        patience: epochs without a better validation loss after which training stops (early
-            stopping).
-        window_steps: events per window of truncated back-propagation through time.
-        segment_windows: consecutive windows that continue from a stream's state before the batch
-            slot is given to a segment of another stream.
-        batch_streams: segments per batch.
-        learning_rate: peak learning rate of AdamW, reached after a short warm-up.
-        schedule: `cosine` decays the learning rate to zero over `epochs`, `constant` keeps it.
-        weight_decay: weight decay of AdamW, on matrices (not on biases and other vectors).
-        clip_norm: bound of the gradient's global norm.
-        average_decay: decay per window of the exponential moving average of the weights, which is
-            validated and kept; 0 disables averaging.
-        unknown_rate: share of category values that training replaces by the unknown category, so
-            that the network learns to handle unseen categories and overfits less.
-        weigh: unit of equal weight in an epoch: `steps`, or `windows` regardless of their length.
-        loss_weights: weight of each head in the loss; 1 by default.
-        seed: seed of weights, order and dropout.
-        members: ensemble size: networks trained with consecutive seeds and merged into one that
-            averages their outputs.
-        decoder: training options of the decoder, if the model has one.
-    """
-
-    stream: str
-    order_by: str | None = None
-    validate_from: str
-    test_from: str
-    epochs: Annotated[int, Field(ge=1)] = 20
-    patience: Annotated[int, Field(ge=1)] = 3
-    window_steps: Annotated[int, Field(ge=1, le=4096)] = 64
-    segment_windows: Annotated[int, Field(ge=1, le=4096)] = 16
-    batch_streams: Annotated[int, Field(ge=1, le=4096)] = 32
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    unknown_rate: Rate = 0.0
-    weigh: Literal["steps", "windows"] = "steps"
-    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    seed: Annotated[int, Field(ge=0)] = 1
-    members: Annotated[int, Field(ge=1, le=16)] = 1
-    decoder: DecoderTraining = DecoderTraining()
 
 
 class EmbeddedColumn(Frozen):
@@ -313,7 +258,11 @@ class ModelSpec(Frozen):
                     "max_chunk_steps: expected none, since the network processes chunks of any "
                     f"length step by step; got {self.max_chunk_steps}"
                 )
-        elif self.training is not None and self.training.window_steps > most:
+        elif (
+            self.training is not None
+            and self.training.window_steps is not None
+            and self.training.window_steps > most
+        ):
             raise ValueError(
                 "training.window_steps: a window is a chunk of this network; expected at most "
                 f"max_chunk_steps ({most}), got {self.training.window_steps}"

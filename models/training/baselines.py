@@ -33,7 +33,7 @@ from models.spec.heads import (
 )
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
-from models.training.label_baselines import label_baselines
+from models.training.label_baselines import label_baselines, label_trees
 from models.training.scores import (
     Floats,
     Scored,
@@ -45,6 +45,7 @@ from models.training.scores import (
 )
 from models.training.table import Baseline, Table, gaussian_nats
 from models.training.trees import Trees
+from models.training.watch import OutOfTimeError, Watch
 
 HALF_LIVES = (None, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Events after which a running mean has forgotten half; None forgets nothing."""
@@ -54,21 +55,53 @@ MAX_TREE_CLASSES = 16
 LAST, RUNNING, TREES = "last value", "running mean", "boosted trees"
 
 
-def baselines_of(table: Table, head: Head, *, trees: bool = True) -> list[Baseline]:
-    """All baselines of one head with targets."""
+def baselines_of(
+    table: Table, head: Head, *, trees: bool = True, watch: Watch | None = None
+) -> list[Baseline]:
+    """All baselines of one head with targets.
+
+    Args:
+        trees: whether boosted trees are among them.
+        watch: the time that the trees may take; those that would take longer are left out.
+    """
+    watch = watch or Watch()
+    plain = _plain_baselines(table, head)
+    if not trees:
+        return plain
+    try:
+        return plain + _tree_baselines(table, head, watch)
+    except OutOfTimeError:
+        return plain
+
+
+def _plain_baselines(table: Table, head: Head) -> list[Baseline]:
     match head:
         case ClassificationHead() if is_binary(table.spec, head):
-            return _binary(table, head, trees)
+            return _binary(table, head)
         case ClassificationHead():
-            return _classes(table, head, trees)
-        case ForecastHead():
-            return _forecast(table, head, head.quantiles, trees)
-        case DenseHead():
-            return _forecast(table, head, (), trees)
+            return _classes(table, head)
+        case ForecastHead() | DenseHead():
+            return _forecast(table, head)
         case AnomalyHead():
-            return _anomaly(table, head, trees)
+            return _anomaly(table, head)
         case LabelHead():
-            return label_baselines(table, head, trees=trees)
+            return label_baselines(table, head)
+        case _:
+            return []
+
+
+def _tree_baselines(table: Table, head: Head, watch: Watch) -> list[Baseline]:
+    match head:
+        case ClassificationHead() if is_binary(table.spec, head):
+            return [_binary_trees(table, head, watch)]
+        case ClassificationHead():
+            return _classes_trees(table, head, watch)
+        case ForecastHead() | DenseHead():
+            return [_forecast_trees(table, head, watch)]
+        case AnomalyHead():
+            return [_anomaly_trees(table, head, watch)]
+        case LabelHead():
+            return label_trees(table, head, watch)
         case _:
             return []
 
@@ -101,7 +134,7 @@ def _running_candidates(
     ]
 
 
-def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
+def _binary(table: Table, head: ClassificationHead) -> list[Baseline]:
     truth = _everywhere(table, head)
     value = table.encoded(head.target)
 
@@ -113,14 +146,14 @@ def _binary(table: Table, head: ClassificationHead, trees: bool) -> list[Baselin
         table, value, "value"
     )
     running, running_settings = _best(table, candidates, fit, "log_loss")
-    baselines = [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
-    if trees:
-        model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
-        probability = model.probabilities(table.test)[:, 1]
-        baselines.append(
-            Baseline(TREES, score_binary(probability, truth[table.test]), model.settings)
-        )
-    return baselines
+    return [Baseline(LAST, last, last_settings), Baseline(RUNNING, running, running_settings)]
+
+
+def _binary_trees(table: Table, head: ClassificationHead, watch: Watch) -> Baseline:
+    truth = _everywhere(table, head)
+    model = Trees.tune("log_loss", table.features, truth, table.train, table.validate, watch=watch)
+    probability = model.probabilities(table.test)[:, 1]
+    return Baseline(TREES, score_binary(probability, truth[table.test]), model.settings)
 
 
 def _isotonic(
@@ -142,7 +175,7 @@ def _isotonic(
     return (probability * size + rate) / (size + 1)
 
 
-def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseline]:
+def _classes(table: Table, head: ClassificationHead) -> list[Baseline]:
     codes = _everywhere(table, head).astype(np.int64)
     field = event_field(table.spec, head.target)
     count = field.codes if isinstance(field, CategoricalField) else 2
@@ -172,35 +205,34 @@ def _classes(table: Table, head: ClassificationHead, trees: bool) -> list[Baseli
         scored = score_classes(probabilities, codes[table.test].astype(np.float64))
         settings = {"half_life_events": life, "base_share": share, "validation": loss_}
         baselines.append(Baseline(RUNNING, scored, settings))
-    if trees and count <= MAX_TREE_CLASSES:
-        truth = codes.astype(np.float64)
-        model = Trees.tune("log_loss", table.features, truth, table.train, table.validate)
-        probability = np.full((len(table.test), count), 1e-6)
-        probability[:, model.classes] = model.probabilities(table.test)
-        probability /= probability.sum(axis=1, keepdims=True)
-        baselines.append(
-            Baseline(TREES, score_classes(probability, truth[table.test]), model.settings)
-        )
     return baselines
 
 
-def _forecast(
-    table: Table, head: ForecastHead | DenseHead, quantiles: tuple[float, ...], trees: bool
-) -> list[Baseline]:
+def _classes_trees(table: Table, head: ClassificationHead, watch: Watch) -> list[Baseline]:
+    """One baseline, or none if there are too many classes."""
+    field = event_field(table.spec, head.target)
+    count = field.codes if isinstance(field, CategoricalField) else 2
+    if count > MAX_TREE_CLASSES:
+        return []
+    truth = _everywhere(table, head)
+    model = Trees.tune("log_loss", table.features, truth, table.train, table.validate, watch=watch)
+    probability = np.full((len(table.test), count), 1e-6)
+    probability[:, model.classes] = model.probabilities(table.test)
+    probability /= probability.sum(axis=1, keepdims=True)
+    return [Baseline(TREES, score_classes(probability, truth[table.test]), model.settings)]
+
+
+def _forecast(table: Table, head: ForecastHead | DenseHead) -> list[Baseline]:
     """Forecasts, scored in the head's units."""
+    quantiles = _quantiles(head)
     metric = "pinball" if quantiles else "mae"
     levels = quantiles or (0.5,)
     truth = _everywhere(table, head)
     encoded = np.stack([table.encoded(name) for name in head.targets], axis=1)
-
-    def in_units(values: list[Floats]) -> Floats:
-        stacked = np.stack(values, axis=1)
-        return stacked if isinstance(head, DenseHead) else _units(table.spec, head, stacked)
-
     targets = range(len(head.targets))
     # Errors are alike in one space and not in the other, depending on the data: try both.
     spaces: dict[str, tuple[Floats, Callable[[list[Floats]], Floats]]] = {
-        "transformed": (encoded, in_units),
+        "transformed": (encoded, lambda values: _in_units(table, head, values)),
         "units": (truth, lambda values: np.stack(values, axis=1)),
     }
 
@@ -228,27 +260,45 @@ def _forecast(
             settings["half_life_events"] = life
         return Baseline(name, score(space, life, table.test), settings)
 
-    baselines = [choose(LAST, ("last",)), choose(RUNNING, HALF_LIVES)]
-    if trees:
-        settings: dict[str, Any] = {}
-        values = []
-        for target, name in enumerate(head.targets):
-            model = Trees.tune(
-                "quantile", table.features, encoded[:, target], table.train, table.validate
-            )
-            settings[name] = model.settings
-            predicted = [model.refit(level).values(table.test) for level in levels]
-            values.append(np.sort(np.stack(predicted, axis=1), axis=1))
-        scored = score_forecast(quantiles, in_units(values), truth[table.test])
-        baselines.append(Baseline(TREES, scored, settings))
-    return baselines
+    return [choose(LAST, ("last",)), choose(RUNNING, HALF_LIVES)]
 
 
-def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
-    numeric = [n for n in head.targets if isinstance(event_field(table.spec, n), NumericField)]
-    shared = np.zeros(table.streams.events)
-    for name in set(head.targets) - set(numeric):
-        shared += _frequency_nats(table, name)
+def _forecast_trees(table: Table, head: ForecastHead | DenseHead, watch: Watch) -> Baseline:
+    quantiles = _quantiles(head)
+    settings: dict[str, Any] = {}
+    values = []
+    for target, name in enumerate(head.targets):
+        own = watch.part(len(head.targets) - target, name)
+        model = Trees.tune(
+            "quantile",
+            table.features,
+            table.encoded(name),
+            table.train,
+            table.validate,
+            watch=own.part(2) if quantiles else own,
+        )
+        settings[name] = model.settings
+        fitted = [model.refit(level, own) for level in quantiles or (0.5,)]
+        predicted = np.stack([each.values(table.test) for each in fitted], axis=1)
+        values.append(np.sort(predicted, axis=1))
+    truth = _everywhere(table, head)[table.test]
+    return Baseline(
+        TREES, score_forecast(quantiles, _in_units(table, head, values), truth), settings
+    )
+
+
+def _quantiles(head: ForecastHead | DenseHead) -> tuple[float, ...]:
+    return head.quantiles if isinstance(head, ForecastHead) else ()
+
+
+def _in_units(table: Table, head: ForecastHead | DenseHead, values: list[Floats]) -> Floats:
+    """Encoded predictions by target as the head's output: [n, targets, quantiles]."""
+    stacked = np.stack(values, axis=1)
+    return stacked if isinstance(head, DenseHead) else _units(table.spec, head, stacked)
+
+
+def _anomaly(table: Table, head: AnomalyHead) -> list[Baseline]:
+    numeric, shared = _anomaly_targets(table, head)
 
     def score(means: dict[str, Floats], at: NDArray[np.int64]) -> Scored:
         nats = shared[at].copy()
@@ -266,7 +316,7 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
         for life in HALF_LIVES
     ]
     loss, life = min(tried, key=lambda item: item[0])
-    baselines = [
+    return [
         Baseline(LAST, score(last, table.test), {}),
         Baseline(
             RUNNING,
@@ -274,28 +324,46 @@ def _anomaly(table: Table, head: AnomalyHead, trees: bool) -> list[Baseline]:
             {"half_life_events": life, "validation": loss},
         ),
     ]
-    if trees:
-        nats = shared[table.test].copy()
-        settings: dict[str, Any] = {}
-        for name in numeric:
-            truth = table.encoded(name)
-            mean = Trees.tune("squared_error", table.features, truth, table.train, table.validate)
-            every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
-            predicted = np.full(table.streams.events, np.nan)
-            predicted[every] = mean.values(every)
-            # A second ensemble says how far off the first one is, as log squared error.
-            error = np.log(np.square(truth - predicted) + 1e-4)
-            spread = Trees.tune("squared_error", table.features, error, table.train, table.validate)
-            log_deviation = np.full(table.streams.events, np.nan)
-            log_deviation[every] = 0.5 * spread.values(every)
-            # The training errors that both were fitted on are smaller than those to come.
-            usable = table.validate[~np.isnan(truth[table.validate])]
-            ratio = np.square(truth - predicted)[usable] / np.exp(2 * log_deviation[usable])
-            log_deviation += 0.5 * np.log(ratio.mean())
-            nats += gaussian_nats(truth - predicted, log_deviation)[table.test]
-            settings[name] = {"mean": mean.settings, "spread": spread.settings}
-        baselines.append(Baseline(TREES, Scored({"nll": nats}), settings))
-    return baselines
+
+
+def _anomaly_targets(table: Table, head: AnomalyHead) -> tuple[list[str], Floats]:
+    """The numeric targets, and the nats of all others at every row."""
+    numeric = [n for n in head.targets if isinstance(event_field(table.spec, n), NumericField)]
+    shared = np.zeros(table.streams.events)
+    for name in set(head.targets) - set(numeric):
+        shared += _frequency_nats(table, name)
+    return numeric, shared
+
+
+def _anomaly_trees(table: Table, head: AnomalyHead, watch: Watch) -> Baseline:
+    numeric, shared = _anomaly_targets(table, head)
+    nats = shared[table.test].copy()
+    settings: dict[str, Any] = {}
+    for at, name in enumerate(numeric):
+        own = watch.part(len(numeric) - at, name)
+
+        def tune(series: Floats, watch: Watch) -> Trees:
+            return Trees.tune(
+                "squared_error", table.features, series, table.train, table.validate, watch=watch
+            )
+
+        truth = table.encoded(name)
+        mean = tune(truth, own.part(2))
+        every = np.flatnonzero(np.append(False, table.streams.has_next[:-1]))
+        predicted = np.full(table.streams.events, np.nan)
+        predicted[every] = mean.values(every)
+        # A second ensemble says how far off the first one is, as log squared error.
+        error = np.log(np.square(truth - predicted) + 1e-4)
+        spread = tune(error, own.part(1, "spread"))
+        log_deviation = np.full(table.streams.events, np.nan)
+        log_deviation[every] = 0.5 * spread.values(every)
+        # The training errors that both were fitted on are smaller than those to come.
+        usable = table.validate[~np.isnan(truth[table.validate])]
+        ratio = np.square(truth - predicted)[usable] / np.exp(2 * log_deviation[usable])
+        log_deviation += 0.5 * np.log(ratio.mean())
+        nats += gaussian_nats(truth - predicted, log_deviation)[table.test]
+        settings[name] = {"mean": mean.settings, "spread": spread.settings}
+    return Baseline(TREES, Scored({"nll": nats}), settings)
 
 
 def _gaussian(

@@ -1,7 +1,8 @@
 """Implements `carry train` and `carry evaluate`, without the command line.
 
 Both print to a rich console, which `quiet` silences, and raise `ModelsError` if spec, table
-or artifact are refused. An artifact that is written is complete: weights, report and plots.
+or artifact are rejected. The artifact is written before its report; the checkpoint stays until the
+report is written too, so that `resume` continues with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 import orjson
 import polars as pl
 from rich.console import Console
-from rich.progress import Progress
 
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
 from models.errors import ArtifactError, SpecError
@@ -24,11 +24,15 @@ from models.training.data import moment_ms, schema_of, streams_of, training_of
 from models.training.evaluate import evaluate, events_to_score
 from models.training.files import read_data
 from models.training.labels import labels_of
+from models.training.progress import Progress
 
 if TYPE_CHECKING:
     from models.training.report import Further
+    from models.training.trainer import TrainReport
 
 REPORT = "report.json"
+TREES_S = 60.0
+"""Seconds that boosted trees may take in a report of `carry train`."""
 
 
 def train_command(
@@ -39,6 +43,7 @@ def train_command(
     resume: bool = False,
     overwrite: bool = False,
     trees: bool = True,
+    trees_s: float | None = TREES_S,
     quiet: bool = False,
 ) -> Artifact:
     """Train a `SPEC.yaml` on a table; writes artifact, report and plots to `out`.
@@ -47,9 +52,11 @@ def train_command(
         spec: the specification's file.
         data: `.csv`, `.jsonl`, `.ndjson` or `.parquet`, one row per event.
         out: the artifact's directory.
-        resume: continue from the checkpoint of an interrupted run.
+        resume: continue from the checkpoint of an interrupted run, with the training or with the
+            report.
         overwrite: replace an artifact that is there.
-        trees: compare with boosted trees too, which takes minutes on large tables.
+        trees: compare with boosted trees too.
+        trees_s: seconds that they may take; None is no limit.
         quiet: print nothing.
 
     Raises:
@@ -64,6 +71,7 @@ def train_command(
             resume=resume,
             overwrite=overwrite,
             trees=trees,
+            trees_s=trees_s,
             quiet=quiet,
             source=str(data),
         )
@@ -79,6 +87,7 @@ def train_frame(
     resume: bool = False,
     overwrite: bool = False,
     trees: bool = True,
+    trees_s: float | None = None,
     quiet: bool = False,
     source: str = "data",
     further: Further | None = None,
@@ -87,39 +96,77 @@ def train_frame(
 
     A table without events from `test_from` on gives an artifact without a report.
     """
-    from models.training.plots import plot_report
-    from models.training.report import make_report, report_lines
+    from models.training.checkpoint import checkpoint_path
     from models.training.trainer import train
 
-    console = Console(quiet=quiet)
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    out = Path(out)
+    progress = Progress(Console(quiet=quiet))
+    if out.exists() and any(out.iterdir()) and not overwrite and not resume:
         raise ArtifactError(f"{out}: is not empty; expected a new path, or --overwrite")
-    result = train(spec, frame, out, resume=resume, quiet=quiet, overwrite=overwrite, source=source)
-    console.print(
-        f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of training"
+    result = train(
+        spec,
+        frame,
+        out,
+        resume=resume,
+        quiet=quiet,
+        overwrite=overwrite,
+        keep_checkpoint=True,
+        source=source,
+    )
+    progress.say(
+        f"kept epoch {', '.join(map(str, result.best_epochs))}; {result.seconds:.0f} s of "
+        f"training; the model is in {out}"
     )
     artifact = result.artifact
     training, schema = training_of(artifact.spec), schema_of(artifact.spec)
-    if not _has_events_from(artifact, frame, moment_ms(schema, training.test_from, "test_from")):
-        console.print(f"no events from {training.test_from} on: nothing held out, no report")
-        return artifact
-    report = make_report(
-        artifact,
-        frame,
-        history=result.history,
-        trees=trees,
-        further=further,
-        source=source,
-        say=console.print,
-    )
+    if _has_events_from(artifact, frame, moment_ms(schema, training.test_from, "test_from")):
+        artifact = _write_report(result, frame, progress, trees, trees_s, source, further)
+    else:
+        progress.say(f"no events from {training.test_from} on: nothing held out, no report")
+        for warning in result.warnings:
+            progress.say(f"warning: {warning}", "yellow")
+    checkpoint_path(out).unlink(missing_ok=True)
+    return artifact
+
+
+def _write_report(
+    result: TrainReport,
+    frame: pl.DataFrame,
+    progress: Progress,
+    trees: bool,
+    trees_s: float | None,
+    source: str,
+    further: Further | None,
+) -> Artifact:
+    """Write report and plots into the artifact of a training."""
+    from models.training.plots import plot_report
+    from models.training.report import make_report, report_lines, verdict_lines
+
+    artifact = result.artifact
+    with progress.task("report", 1.0) as advance:
+        report = make_report(
+            artifact,
+            frame,
+            history=result.history,
+            warnings=result.warnings,
+            trees=trees,
+            trees_s=trees_s,
+            further=further,
+            source=source,
+            note=lambda text: advance(0.0, text),
+        )
     for line in report_lines(report):
-        console.print(line, markup=False, soft_wrap=True)
+        progress.say(line)
+    progress.say("")
+    for line, is_worse in verdict_lines(report):
+        is_warning = line.startswith("warning")
+        progress.say(line, "bold red" if is_worse else "yellow" if is_warning else None)
     files: dict[str, bytes | Path] = {
         REPORT: orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE),
         **plot_report(report),
     }
     return write_artifact(
-        out,
+        artifact.path,
         artifact.spec,
         artifact.weights,
         metrics={**artifact.manifest["metrics"], "held_out": _values(report)},
@@ -136,6 +183,9 @@ def evaluate_command(
     chunk: int = 64,
     seed: int = 0,
     since: str | None = None,
+    baselines: bool = False,
+    trees: bool = True,
+    trees_s: float | None = TREES_S,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Score an artifact on a table, chunk by chunk as the service would run it.
@@ -147,15 +197,42 @@ def evaluate_command(
         chunk: most events in a chunk.
         seed: of the chunks' lengths.
         since: score events from this moment on; earlier ones only move the states.
+        baselines: compare with the baselines of a report, fitted to the table's events before
+            the artifact's `test_from`.
+        trees, trees_s: as for `train_command`.
         quiet: show no progress.
 
     Returns:
-        What `models.training.evaluate.evaluate` gives.
+        What `models.training.evaluate.evaluate` gives; with baselines, what
+        `models.training.report.make_report` does.
     """
     loaded = load_artifact(artifact)
     frame = read_data(data, loaded.spec)
-    with Progress(disable=quiet, transient=True) as progress:
-        task = progress.add_task("events", total=frame.height)
+    # The scores are on stdout.
+    progress = Progress(Console(quiet=quiet, stderr=True))
+    if baselines:
+        from models.training.report import make_report
+
+        with progress.task("report", 1.0) as advance:
+            return make_report(
+                loaded,
+                frame,
+                trees=trees,
+                trees_s=trees_s,
+                since=since,
+                chunk=chunk,
+                seed=seed,
+                source=str(data),
+                note=lambda text: advance(0.0, text),
+            )
+    done = 0
+    with progress.task("events", max(1, frame.height)) as advance:
+
+        def count(events: int) -> None:
+            nonlocal done
+            done += events
+            advance(done, f"{done:,} of {frame.height:,}")
+
         return evaluate(
             loaded,
             frame,
@@ -163,7 +240,7 @@ def evaluate_command(
             seed=seed,
             since=since,
             source=str(data),
-            advance=lambda events: progress.update(task, advance=events),
+            advance=count,
         )
 
 

@@ -18,6 +18,7 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from models.errors import DataError, SpecError
 from models.events.columns import EventColumns
@@ -28,8 +29,9 @@ from models.events.schema import (
     EventSchema,
     TimestampField,
 )
-from models.spec.model import ModelSpec, TrainingSpec
+from models.spec.model import ModelSpec
 from models.spec.resets import find_resets, segments_of
+from models.spec.training import ResolvedTraining, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,24 @@ def schema_of(spec: ModelSpec) -> EventSchema:
     return spec.events
 
 
-def training_of(spec: ModelSpec) -> TrainingSpec:
-    """The spec's `training`; SpecError if there is none."""
+def training_of(spec: ModelSpec) -> ResolvedTraining:
+    """The spec's `training`, resolved by `models.training.defaults`.
+
+    Raises:
+        SpecError: there is none, or an option is open.
+    """
+    training = unresolved_training_of(spec)
+    try:
+        return ResolvedTraining.model_validate(training.model_dump())
+    except ValidationError as error:
+        options = ", ".join(str(item["loc"][0]) for item in error.errors())
+        raise SpecError(
+            f"model {spec.name!r}: expected `training` with every option, got none of {options}"
+        ) from error
+
+
+def unresolved_training_of(spec: ModelSpec) -> TrainingSpec:
+    """The spec's `training` as written; SpecError if there is none."""
     if spec.training is None:
         raise SpecError(
             f"model {spec.name!r}: expected `training`, which names the stream's column"
@@ -113,7 +131,7 @@ def streams_of(spec: ModelSpec, frame: pl.DataFrame, source: str = "data") -> St
             that the schema rejects.
         SpecError: the events have no time.
     """
-    schema, training = schema_of(spec), training_of(spec)
+    schema, training = schema_of(spec), unresolved_training_of(spec)
     if frame.height == 0:
         raise DataError(expected=f"{source}: at least one row", got="none")
     order = training.order_by or (schema.timestamp.name if schema.timestamp else None)
@@ -205,7 +223,7 @@ def fitted_spec(spec: ModelSpec, streams: Streams, before_ms: int) -> ModelSpec:
     Raises:
         DataError: there are no such events.
     """
-    training = training_of(spec)
+    training = unresolved_training_of(spec)
     training_frame = streams.frame.filter(pl.Series(streams.moments_ms < before_ms))
     if training_frame.height == 0:
         raise DataError(expected="events before `validate_from`", got="none")

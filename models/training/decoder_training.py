@@ -38,7 +38,8 @@ from models.networks.heads import Tensor, field_nats, forecast_standardised
 from models.spec.decoder import DISTRIBUTION, LAST, MEDIAN, DecoderTraining, known_columns
 from models.spec.heads import ForecastHead
 from models.spec.layout import state_spec
-from models.spec.model import ModelSpec, TrainingSpec
+from models.spec.model import ModelSpec
+from models.spec.training import ResolvedTraining
 from models.training.plan import Plan
 from models.training.windows import Window
 
@@ -103,7 +104,7 @@ def steps_ahead(
 class DecoderTrainer:
     """The decoder's part of a training loop; see the module. One thread only."""
 
-    def __init__(self, network: StepNetwork, plan: Plan, training: TrainingSpec, seed: int):
+    def __init__(self, network: StepNetwork, plan: Plan, training: ResolvedTraining, seed: int):
         """Take over a network that has a decoder."""
         spec = network.spec
         decoder, _, events = decoder_of(spec)

@@ -125,7 +125,11 @@ def horizon_lines(report: dict[str, Any]) -> list[str]:
     horizon = report["horizon"]
     steps = sorted({1, *(horizon * part // 4 for part in (1, 2, 3, 4))} - {0})
     for name, target in report["targets"].items():
-        lines += ["", f"{name}, by step ahead ({report['forecasts']:,} forecasts), MAE", ""]
+        lines += [
+            "",
+            f"{name}, by step ahead ({report['forecasts']:,} forecasts), MAE (lower is better)",
+            "",
+        ]
         lines.append("| | " + " | ".join(map(str, steps)) + " | all |")
         lines.append("| --- |" + " --- |" * (len(steps) + 1))
         for model, values in target["mae"].items():

@@ -25,6 +25,7 @@ from models.spec.heads import LabelHead
 from models.training.scores import Floats, Scored, score_label
 from models.training.table import Baseline, Table, rows_around
 from models.training.trees import Grid, Trees
+from models.training.watch import Watch
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 """Inverse strengths of the logistic regression's penalty."""
@@ -34,32 +35,43 @@ SINGLE = Grid((0,), (1,), (15, 31), (20,), 0.1, 300)
 SEVERAL = Grid((0,), (3, 8), (15, 31), (20,), 0.1, 300)
 """What trees on one event and on several try; the second number is events a side."""
 
+Score = Callable[[Floats, NDArray[np.int64]], Scored]
+
 BASE, LOGISTIC = "base rate", "logistic regression"
 THIS, LAST_EVENTS, BOTH = "trees, this event", "trees, last events", "trees, both sides"
 
 
-def label_baselines(table: Table, head: LabelHead, *, trees: bool = True) -> list[Baseline]:
-    """The baselines of one label head; `trees`: whether those with trees are fitted."""
-    truth = table.labels[head.name].astype(np.float64)
-    count = len(head.classes) or 2
+def label_baselines(table: Table, head: LabelHead) -> list[Baseline]:
+    """The baselines of one label head but trees."""
+    truth, count, score = _task(table, head)
     share = np.bincount(truth[table.train].astype(np.int64), minlength=count) + 1.0
     share /= share.sum()
+    base = score(np.tile(share, (len(table.test), 1)), table.test)
+    return [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
+
+
+def label_trees(table: Table, head: LabelHead, watch: Watch) -> list[Baseline]:
+    """The baselines of one label head with trees."""
+    truth, count, score = _task(table, head)
+    tried = [(THIS, SINGLE, False), (LAST_EVENTS, SEVERAL, False)]
+    if head.input in non_causal_layers(table.spec.layers):
+        tried.append((BOTH, SEVERAL, True))
+    return [
+        _trees(
+            table, name, truth, count, grid, score, ahead=ahead, watch=watch.part(len(tried) - at)
+        )
+        for at, (name, grid, ahead) in enumerate(tried)
+    ]
+
+
+def _task(table: Table, head: LabelHead) -> tuple[Floats, int, Score]:
+    """The labels, the number of classes, and what scores probabilities [n, classes] at rows."""
 
     def score(probabilities: Floats, at: NDArray[np.int64]) -> Scored:
         predicted = probabilities if head.classes else probabilities[:, 1]
         return score_label(head, predicted, table.labels[head.name][at])
 
-    base = score(np.tile(share, (len(table.test), 1)), table.test)
-    baselines = [Baseline(BASE, base, {}), _logistic(table, truth, count, score)]
-    if trees:
-        baselines.append(_trees(table, THIS, truth, count, SINGLE, score, ahead=False))
-        baselines.append(_trees(table, LAST_EVENTS, truth, count, SEVERAL, score, ahead=False))
-        if head.input in non_causal_layers(table.spec.layers):
-            baselines.append(_trees(table, BOTH, truth, count, SEVERAL, score, ahead=True))
-    return baselines
-
-
-Score = Callable[[Floats, NDArray[np.int64]], Scored]
+    return table.labels[head.name].astype(np.float64), len(head.classes) or 2, score
 
 
 def _logistic(table: Table, truth: Floats, count: int, score: Score) -> Baseline:
@@ -101,13 +113,14 @@ def _trees(
     score: Score,
     *,
     ahead: bool,
+    watch: Watch,
 ) -> Baseline:
     def features(events: int, categorical: bool) -> tuple[NDArray[np.float32], list[bool]]:
         around = rows_around(table, events - 1, events - 1 if ahead else 0)
         # `Trees` reads the row before its target: here that is the target's own.
         return np.roll(around, -1, axis=0), [False] * around.shape[1]
 
-    model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid)
+    model = Trees.tune("log_loss", features, truth, table.train, table.validate, grid, watch)
     probabilities = _for_all_classes(model.probabilities(table.test), model.classes, count)
     return Baseline(name, score(probabilities, table.test), model.settings)
 

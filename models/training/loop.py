@@ -36,7 +36,7 @@ from models.training.windows import Window, groups_of, windows_of
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7
 WARM_UP_WINDOWS = 50
-"""Number of windows over which the learning rate and the decay of the average rise."""
+"""Windows over which the learning rate rises, or a tenth of all if that is less."""
 SCORING_WINDOW_STEPS = 256
 
 FloatArray = NDArray[np.float32]
@@ -90,11 +90,12 @@ class Loop:
         self.network.reseed(self._seed * 100_003 + epoch)
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self.plan.groups))
         total = self.windows_per_epoch * training.epochs
+        warm_up = max(1, min(WARM_UP_WINDOWS, total // 10))
         for group in (self.plan.groups[index] for index in order):
             state = self._begin([self.plan.segments[i].before for i in group])
             for window in self._cut(group):
                 self._windows += 1
-                warm = min(1.0, self._windows / WARM_UP_WINDOWS)
+                warm = min(1.0, self._windows / warm_up)
                 rate = training.learning_rate * warm
                 if training.schedule == "cosine":
                     rate *= 0.5 * (1 + cos(pi * min(1.0, self._windows / total)))

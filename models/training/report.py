@@ -4,8 +4,9 @@ The model is run as the service runs it (`models.training.evaluate`), and everyt
 the same events: those from `test_from` on. A model with blocks is compared with the same network
 without them, which reads each stream to its end: the cost of the bounded lookahead.
 
-Intervals are 95%, by resampling days of the schema's time zone; differences to the model are
-paired. The report is plain data (`report.json`) with everything that the plots show.
+Intervals are 95%, by resampling days of the schema's time zone, or blocks of time if the held-out
+events span few days; differences to the model are paired. The report is plain data (`report.json`)
+with everything that the plots show.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ from models.training.labels import labels_of
 from models.training.plan import trained_network
 from models.training.scores import DayDraws, Scored, has_targets, interval, score_outputs
 from models.training.table import Baseline, Table
+from models.training.verdict import HIGHER_IS_BETTER, MODEL, direction, verdict_line, verdicts
+from models.training.watch import Note, Watch
 
 DRAWS = 1000
 CALIBRATION_BINS = 10
-MODEL = "model"
+MIN_DAYS, BLOCKS = 8, 20
+"""With fewer days, so many blocks of equally many events are resampled."""
 WHOLE = "whole sequence"
 """The network of a model in blocks, without them."""
 
-Say = Callable[[str], None]
 Further = Callable[[Table, Head], list[Baseline]]
 
 
@@ -53,42 +56,50 @@ def make_report(
     frame: pl.DataFrame,
     *,
     history: tuple[dict[str, Any], ...] = (),
+    warnings: tuple[str, ...] = (),
     trees: bool = True,
+    trees_s: float | None = None,
+    since: str | None = None,
     further: Further | None = None,
     chunk: int = 64,
     seed: int = 0,
     draws: int = DRAWS,
     source: str = "data",
-    say: Say | None = None,
+    note: Note | None = None,
 ) -> dict[str, Any]:
     """Score a trained model and its baselines on the held-out events.
 
     Args:
         artifact: the model; its spec's `training` names the split.
         frame: the table it was trained on, held-out events included.
-        history: the epochs of training, to be kept in the report.
+        history, warnings: the epochs of training and what is to be known of them, to be kept in
+            the report.
         trees: whether boosted trees are fitted too; they take longest.
+        trees_s: seconds that they may take together; no limit by default.
+        since: moment from which events are held out; `test_from` by default.
         further: gives more baselines of a head, such as only these data allow.
         chunk, seed: how the model's run is cut.
         draws: resamples of days.
         source: what errors call the table.
-        say: called with progress messages.
+        note: called with what is done now.
 
     Returns:
         Plain data: `data` (what was scored), `heads` (by head: `scores` by model, with
         `value` and `interval`, `difference` of each baseline minus the model, `settings`,
         `calibration`), `decoder` (what `horizon_report` gives, for a model that has one),
-        `history`.
+        `history`, `warnings`, `verdicts`.
 
     Raises:
-        DataError: there are no held-out events.
+        DataError: there are no held-out events, or none to fit the baselines to.
     """
-    tell = say or (lambda text: None)
+    tell = note or (lambda text: None)
     spec = artifact.spec
     schema, training = schema_of(spec), training_of(spec)
     streams = streams_of(spec, frame, source)
     validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
-    test_ms = moment_ms(schema, training.test_from, "training.test_from")
+    validated_ms = moment_ms(schema, training.test_from, "training.test_from")
+    test_from = since or training.test_from
+    test_ms = moment_ms(schema, test_from, "--since")
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     heads = [head for head in spec.heads if has_targets(head)]
     rows = streams.encoded(schema)
@@ -98,7 +109,7 @@ def make_report(
             streams,
             rows,
             target_rows(head, streams, labels, None, validate_ms),
-            target_rows(head, streams, labels, validate_ms, test_ms),
+            target_rows(head, streams, labels, validate_ms, validated_ms),
             target_rows(head, streams, labels, test_ms),
             labels,
         )
@@ -106,7 +117,15 @@ def make_report(
     }
     held_out = events_to_score(spec, streams, labels, test_ms)
     if held_out == 0:
-        raise DataError(expected=f"{source}: events from {training.test_from} on", got="none")
+        raise DataError(expected=f"{source}: events from {test_from} on", got="none")
+    for name, table in tables.items():
+        if len(table.train) == 0 or len(table.validate) == 0:
+            raise DataError(
+                expected=f"{source}: events before {training.validate_from} (validate_from) and "
+                f"from there to {training.test_from} (test_from), to fit the baselines of "
+                f"{name!r} to",
+                got=f"{len(table.train)} and {len(table.validate)}",
+            )
     pieces = "chunk by chunk" if spec.blocks is None else "block by block"
     tell(f"running the model over all events, {pieces}")
     by_name = output_spec(spec).by_name
@@ -117,15 +136,25 @@ def make_report(
         whole_outputs = by_name(run_chunks(replace(artifact, spec=trained_network(spec)), streams))
     moments = streams.moments_ms
     days = zone_table(schema.timezone).days(moments)
+    held_out_days = len({day for table in tables.values() for day in days[table.test].tolist()})
+    units = days if held_out_days >= MIN_DAYS else _blocks_of_time(moments, test_ms)
     head_reports = {}
-    for head in heads:
+    remarks = list(warnings)
+    watch = Watch(trees_s, tell)
+    for at, head in enumerate(heads):
         table = tables[head.name]
         scored = score_outputs(spec, head, outputs[head.name], streams.columns, labels, table.test)
         if not scored.has_losses:
-            tell(f"{head.name} is not scored: none of its targets from {training.test_from} on")
+            remarks.append(f"{head.name} is not scored: none of its targets from {test_from} on")
             continue
         tell(f"baselines of {head.name}")
-        baselines = baselines_of(table, head, trees=trees)
+        own = watch.part(len(heads) - at, f"trees for {head.name}")
+        baselines = baselines_of(table, head, trees=trees, watch=own)
+        if trees and own.expired and not any("trees" in each.name for each in baselines):
+            remarks.append(
+                f"{head.name} has no boosted trees beside it, which take more than their share of "
+                f"{trees_s:g} s: give them more (`--trees-s`), or none (`--no-trees`)"
+            )
         if further is not None:
             baselines += further(table, head)
         if whole_outputs is not None:
@@ -133,7 +162,7 @@ def make_report(
                 spec, head, whole_outputs[head.name], streams.columns, labels, table.test
             )
             baselines.insert(0, Baseline(WHOLE, unblocked, {}))
-        resampled = DayDraws.make(days[table.test], draws, seed)
+        resampled = DayDraws.make(units[table.test], draws, seed)
         head_reports[head.name] = {
             "kind": head.kind,
             **_compare(scored, baselines, resampled),
@@ -141,7 +170,7 @@ def make_report(
         }
         if isinstance(head, ForecastHead):
             head_reports[head.name]["quantiles"] = list(head.quantiles)
-    return {
+    report = {
         "model": spec.name,
         "version": artifact.version,
         "data": {
@@ -150,17 +179,31 @@ def make_report(
             "trained": distinct_rows(table.train for table in tables.values()),
             "validated": distinct_rows(table.validate for table in tables.values()),
             "held_out": held_out,
-            "held_out_days": len(
-                {day for table in tables.values() for day in days[table.test].tolist()}
-            ),
+            "held_out_days": held_out_days,
             "validate_from": training.validate_from,
-            "test_from": training.test_from,
+            "test_from": test_from,
         },
-        "run": {"seed": seed, "draws": draws, **chunk_settings(spec, chunk, seed)},
+        "run": {
+            "seed": seed,
+            "draws": draws,
+            "resampled": "days" if units is days else f"{BLOCKS} blocks of time",
+            **chunk_settings(spec, chunk, seed),
+        },
         "heads": head_reports,
         **_decoder_report(artifact, streams, rows, test_ms, validate_ms, tell),
         "history": list(history),
+        "warnings": remarks,
     }
+    return {**report, "verdicts": verdicts(report)}
+
+
+def _blocks_of_time(moments_ms: NDArray[np.int64], from_ms: int) -> NDArray[np.int64]:
+    """The block of each event from a moment on, in order of time; -1 before it."""
+    blocks = np.full(len(moments_ms), -1)
+    rows = np.flatnonzero(moments_ms >= from_ms)
+    order = rows[np.argsort(moments_ms[rows], kind="stable")]
+    blocks[order] = np.arange(len(order)) * BLOCKS // len(order)
+    return blocks
 
 
 def _decoder_report(
@@ -169,7 +212,7 @@ def _decoder_report(
     rows: NDArray[np.float32],
     test_ms: int,
     validate_ms: int,
-    tell: Say,
+    tell: Note,
 ) -> dict[str, Any]:
     """The decoder's part, by step of its horizon; empty for a model without one."""
     if artifact.spec.decoder is None:
@@ -243,26 +286,46 @@ def _calibration(scored: Scored, quantiles: tuple[float, ...]) -> dict[str, Any]
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report's scores as a Markdown table per head."""
+    """The report's scores as a Markdown table per head; verdicts are `verdict_lines`."""
     data = report["data"]
+    resampled = report["run"].get("resampled", "days")
     lines = [
         f"{data['held_out']:,} held-out events from {data['test_from']} on "
         f"({data['held_out_days']} days), {data['trained']:,} trained on; "
-        f"95% intervals by resampling days",
+        f"95% intervals by resampling {resampled}",
     ]
     for name, head in report["heads"].items():
         metrics = list(head["scores"][MODEL])
-        lines += ["", f"{name} ({head['kind']})", "", "| | " + " | ".join(metrics) + " |"]
+        titles = " | ".join(map(direction, metrics))
+        lines += ["", f"{name} ({head['kind']})", "", f"| | {titles} |"]
         lines.append("| --- |" + " --- |" * len(metrics))
         for model, scores in head["scores"].items():
             cells = [_cell(scores.get(metric)) for metric in metrics]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
-        lines += ["", "baseline minus model:", "", "| | " + " | ".join(metrics) + " |"]
+        lines += ["", f"baseline minus model; {_sign_that_is_better(metrics)}:"]
+        lines += ["", "| | " + " | ".join(metrics) + " |"]
         lines.append("| --- |" + " --- |" * len(metrics))
         for model, scores in head["difference"].items():
             cells = [_cell(scores.get(metric), "+") for metric in metrics]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return lines + horizon_lines(report.get("decoder", {}))
+
+
+def verdict_lines(report: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Warnings and verdicts as lines, each with whether the model is worse than a naive one."""
+    warnings = [(f"warning: {text}", False) for text in report.get("warnings", [])]
+    lines = [
+        (verdict_line(verdict), verdict["worse_than_naive"] is not None)
+        for verdict in report.get("verdicts", [])
+    ]
+    return warnings + lines
+
+
+def _sign_that_is_better(metrics: list[str]) -> str:
+    """Which sign of a difference says that the model is better."""
+    others = [metric for metric in metrics if metric in HIGHER_IS_BETTER]
+    text = "the model is better where it is positive"
+    return f"{text}, for {' and '.join(others)} where it is negative" if others else text
 
 
 def _cell(score: dict[str, Any] | None, sign: str = "") -> str:

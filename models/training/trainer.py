@@ -1,8 +1,10 @@
 """Trains a specification on a table and writes the artifact.
 
+Options that the specification leaves open are derived from the table (`models.training.defaults`).
 Keeps the best epoch by validation loss, and stops early after `patience` epochs without an
-improvement. A checkpoint beside the artifact is replaced after every epoch; `resume` continues from
-it to equal weights. `models.training.report` scores held-out events.
+improvement, or once the time limit has passed. A checkpoint beside the artifact is replaced after
+every epoch; `resume` continues from it to equal weights. `models.training.report` scores held-out
+events.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
-from models.artifact.artifact import Artifact, write_artifact
-from models.errors import SpecError
+from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.errors import ArtifactError, SpecError
 from models.spec.model import ModelSpec
 from models.training.checkpoint import (
     Checkpoint,
@@ -29,10 +31,13 @@ from models.training.checkpoint import (
     write_checkpoint,
 )
 from models.training.data import fitted_spec, moment_ms, schema_of, streams_of, training_of
+from models.training.defaults import resolve_training
 from models.training.ensemble import check_members, merge_members
 from models.training.labels import labels_of
 from models.training.loop import Loop
 from models.training.plan import plan_of, trained_network
+from models.training.progress import Advance, Progress
+from models.training.stopping import best_epoch, reason_to_stop, stopping_warning
 from models.training.targets import check_targets
 
 AfterEpoch = Callable[[dict[str, Any]], None]
@@ -48,12 +53,16 @@ class TrainReport:
         history: per epoch `member` and `epoch` (both from 1), `train_loss`, `validation` (by
             head, and `loss`, their weighted sum), `seconds`.
         best_epochs: by member, the epoch whose weights were kept.
+        derived: the training options that were derived from the table.
+        warnings: what speaks against having stopped there, with the option to change.
         seconds: wall time of all epochs, those before a resume included.
     """
 
     artifact: Artifact
     history: tuple[dict[str, Any], ...]
     best_epochs: tuple[int, ...]
+    derived: dict[str, Any]
+    warnings: tuple[str, ...]
     seconds: float
 
 
@@ -65,6 +74,7 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     overwrite: bool = False,
+    keep_checkpoint: bool = False,
     source: str = "data",
     after_epoch: AfterEpoch | None = None,
 ) -> TrainReport:
@@ -75,9 +85,11 @@ def train(
             trained on whole sequences and packaged with them.
         frame: one row per event, as `read_data` gives it.
         out: the artifact's directory.
-        resume: continue from the checkpoint of an interrupted run.
-        quiet: no progress bar.
+        resume: continue from the checkpoint of an interrupted run; if that run is complete, its
+            artifact is left as it is.
+        quiet: no progress.
         overwrite: whether an artifact at `out` is replaced.
+        keep_checkpoint: whether the checkpoint stays, so that what follows can be resumed.
         source: what errors call the table.
         after_epoch: called with the record of each epoch, after its checkpoint is written.
 
@@ -85,8 +97,13 @@ def train(
         SpecError, DataError: spec or table cannot be trained on; ArtifactError: the path is
             occupied, or there is no fitting checkpoint to resume.
     """
-    training = training_of(spec)
-    schema = schema_of(spec)
+    progress = Progress(Console(quiet=quiet))
+    streams = streams_of(spec, frame, source)
+    spec, derived = resolve_training(spec, streams, source)
+    training, schema = training_of(spec), schema_of(spec)
+    if derived:
+        chosen = ", ".join(f"{name} {value}" for name, value in derived.items())
+        progress.say(f"training options from the data: {chosen}")
     validate_ms = moment_ms(schema, training.validate_from, "training.validate_from")
     test_ms = moment_ms(schema, training.test_from, "training.test_from")
     if test_ms < validate_ms:
@@ -94,7 +111,6 @@ def train(
             "training.test_from: expected a moment at or after validate_from "
             f"({training.validate_from!r}), got {training.test_from!r}"
         )
-    streams = streams_of(spec, frame, source)
     spec = fitted_spec(spec, streams, validate_ms)
     labels = labels_of(spec, streams.frame, source, streams.table_rows)
     network = trained_network(spec)
@@ -106,16 +122,14 @@ def train(
     run = _Run(checkpoint_path(Path(out)), key)
     if resume:
         run.resume()
-    with _progress(quiet) as progress:
-        for member in range(training.members):
-            run.train_member(
-                Loop(network, plan, training.seed + member), member, progress, after_epoch
-            )
+    for member in range(training.members):
+        run.train_member(Loop(network, plan, training.seed + member), member, progress, after_epoch)
     network_spec, weights = merge_members(
         spec, [run.best_weights(member) for member in range(training.members)]
     )
     bests = [best_epoch(run.of(member)) for member in range(training.members)]
-    artifact = write_artifact(
+    complete = _artifact_of_run(Path(out), key) if resume else None
+    artifact = complete or write_artifact(
         Path(out),
         network_spec,
         weights,
@@ -125,6 +139,7 @@ def train(
             ]
         },
         training={
+            "run": key,
             "spec": training.model_dump(mode="json"),
             "epochs": [len(run.of(member)) for member in range(training.members)],
             "best_epochs": bests,
@@ -135,9 +150,26 @@ def train(
         },
         overwrite=overwrite,
     )
-    run.path.unlink(missing_ok=True)
-    seconds = sum(record["seconds"] for record in run.history)
-    return TrainReport(artifact, tuple(run.history), tuple(bests), seconds)
+    if not keep_checkpoint:
+        run.path.unlink(missing_ok=True)
+    warnings = [stopping_warning(run.of(member), training) for member in range(training.members)]
+    return TrainReport(
+        artifact,
+        tuple(run.history),
+        tuple(bests),
+        derived,
+        tuple(dict.fromkeys(warning for warning in warnings if warning)),
+        sum(record["seconds"] for record in run.history),
+    )
+
+
+def _artifact_of_run(out: Path, key: str) -> Artifact | None:
+    """The artifact that this run has written already; None if there is none."""
+    try:
+        artifact = load_artifact(out)
+    except ArtifactError:
+        return None
+    return artifact if artifact.manifest["training"].get("run") == key else None
 
 
 class _Run:
@@ -170,58 +202,40 @@ class _Run:
     ) -> None:
         """Train one member to its end, with a checkpoint after every epoch."""
         training = training_of(loop.spec)
-        epochs, patience = training.epochs, training.patience
         records = self.of(member)
-        if _finished(records, epochs, patience):
+        if reason_to_stop(records, training):
             return
         if records:
             loop.restore(self._loop_arrays)
-        while not _finished(records, epochs, patience):
-            record = {"member": member + 1, **_epoch(loop, records, member, progress)}
-            self.history.append(record)
-            records = self.of(member)
-            if best_epoch(records) == record["epoch"]:
-                for name, value in loop.averaged_weights().items():
-                    self._kept[f"{KEPT}{member}/{name}"] = value
-            arrays = {**loop.arrays(), **self._kept}
-            write_checkpoint(self.path, self._key, Checkpoint(arrays, tuple(self.history)))
-            if after_epoch is not None:
-                after_epoch(record)
+        title = f"training network {member + 1} of {training.members}"
+        with progress.task(title, training.epochs * loop.windows_per_epoch) as advance:
+            while not reason_to_stop(records, training):
+                record = {"member": member + 1, **_epoch(loop, records, advance)}
+                self.history.append(record)
+                records = self.of(member)
+                if best_epoch(records) == record["epoch"]:
+                    for name, value in loop.averaged_weights().items():
+                        self._kept[f"{KEPT}{member}/{name}"] = value
+                arrays = {**loop.arrays(), **self._kept}
+                write_checkpoint(self.path, self._key, Checkpoint(arrays, tuple(self.history)))
+                if after_epoch is not None:
+                    after_epoch(record)
 
 
-def best_epoch(history: list[dict[str, Any]]) -> int:
-    """The first epoch, from 1, with the least validation loss."""
-    losses = [record["validation"]["loss"] for record in history]
-    return int(np.argmin(losses)) + 1
-
-
-def _finished(history: list[dict[str, Any]], epochs: int, patience: int) -> bool:
-    if not history:
-        return False
-    return len(history) >= epochs or len(history) - best_epoch(history) >= patience
-
-
-def _epoch(
-    loop: Loop, history: list[dict[str, Any]], member: int, progress: Progress
-) -> dict[str, Any]:
+def _epoch(loop: Loop, history: list[dict[str, Any]], advance: Advance) -> dict[str, Any]:
     start = time.monotonic()
-    training = training_of(loop.spec)
     epoch = len(history)
-    prefix = f"network {member + 1} of {training.members}, " if training.members > 1 else ""
-    note = f"best {min(r['validation']['loss'] for r in history):.4f}" if history else ""
-    task = progress.add_task(
-        f"{prefix}epoch {epoch + 1} of {training.epochs}",
-        total=loop.windows_per_epoch,
-        loss="",
-        note=note,
-    )
+    best = f", best {min(r['validation']['loss'] for r in history):.4f}" if history else ""
+    title = f"epoch {epoch + 1} of {training_of(loop.spec).epochs}"
+    done = epoch * loop.windows_per_epoch
     losses = []
     for loss in loop.train_epoch(epoch):
         losses.append(loss)
-        progress.update(task, advance=1, loss=f"loss {loss:.4f}")
+        advance(done + len(losses), f"{title}, loss {loss:.4f}{best}")
     validation = loop.validate()
-    progress.update(
-        task, loss=f"loss {np.mean(losses):.4f}", note=f"validation {validation['loss']:.4f}"
+    advance(
+        done + len(losses),
+        f"{title}, loss {np.mean(losses):.4f}, validation {validation['loss']:.4f}{best}",
     )
     return {
         "epoch": epoch + 1,
@@ -229,14 +243,3 @@ def _epoch(
         "validation": validation,
         "seconds": time.monotonic() - start,
     }
-
-
-def _progress(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}  {task.fields[note]}"),
-        disable=quiet,
-    )

@@ -4,6 +4,9 @@ scikit-learn's histogram trees (after LightGBM). They look back on the last k ev
 stream: everything that the last two events hold, and of older ones what moves from event to
 event: the gap, the time of day, the targets and the categories. Angles are given as one
 number, absent values as NaN, categories as such or as numbers, whichever validates better.
+
+An ensemble is doubled until its best size is at most half of it. When the time is over, the best
+ensemble so far is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error
 from models.events.schema import CategoricalField, NumericField, TimestampField
 from models.spec.layout import event_field
 from models.spec.model import ModelSpec
+from models.training.watch import OutOfTimeError, Watch
 
 Features = Callable[[int, bool], tuple[NDArray[np.float32], list[bool]]]
 
@@ -37,7 +41,7 @@ class Grid:
             numbers. Neither is always better: categories let trees learn names by heart.
         events, leaves, smallest_leaf: options, the first being where the search begins.
         rate: learning rate.
-        most_trees: every number of trees up to it is tried.
+        most_trees: the largest number of trees.
     """
 
     categories: tuple[int, ...]
@@ -62,6 +66,8 @@ FULL = Grid((0, 1), (5, 20), (31, 63), (100, 20), 0.05, 1000)
 SHORT = Grid((0,), (5, 20), (31, 63), (100,), 0.1, 500)
 """For numbers: each of them needs several ensembles."""
 TREES_STEP = 20
+FIRST_TREES = 60
+"""Size of an ensemble before it is doubled."""
 
 
 class Trees:
@@ -85,6 +91,7 @@ class Trees:
         train: NDArray[np.int64],
         validate: NDArray[np.int64],
         grid: Grid | None = None,
+        watch: Watch | None = None,
     ) -> Trees:
         """Choose by validation loss and fit on the training targets.
 
@@ -95,18 +102,24 @@ class Trees:
             truth: float64 [rows], the target at its own row; NaN if absent.
             train, validate: int64, target rows; their features are those of the row before.
             grid: what is tried; `FULL` for probabilities and `SHORT` for numbers by default.
+            watch: time limit, after which the best so far is kept: at least `FIRST_TREES` trees
+                of the first setting.
         """
+        watch = watch or Watch()
         trees_model = cls(kind, features, 0.5, grid)
         trees_model._truth, trees_model._train = truth, train[~np.isnan(truth[train])]
         validation_rows = validate[~np.isnan(truth[validate])]
         tried = trees_model._grid.options
         best_settings = {name: options[0] for name, options in tried.items()}
-        best = trees_model._attempt(best_settings, validation_rows)
+        best = trees_model._attempt(best_settings, validation_rows, watch)
         for name, options in tried.items():
             for option in options[1:]:
-                attempt = trees_model._attempt({**best_settings, name: option}, validation_rows)
+                if watch.expired:
+                    break
+                changed = {**best_settings, name: option}
+                attempt = trees_model._attempt(changed, validation_rows, watch)
                 if attempt[0] < best[0]:
-                    best, best_settings = attempt, {**best_settings, name: option}
+                    best, best_settings = attempt, changed
         loss, trees_model._model, trees = best
         trees_model.settings = {**best_settings, "trees": trees, "validation": loss}
         return trees_model
@@ -116,10 +129,18 @@ class Trees:
         """The classes in the order of `probabilities`."""
         return np.asarray(self._model.classes_, np.int64)
 
-    def refit(self, level: float) -> Trees:
-        """The same settings fitted to another quantile."""
+    def refit(self, level: float, watch: Watch | None = None) -> Trees:
+        """The same settings fitted to another quantile.
+
+        Raises:
+            OutOfTimeError: the time is over already.
+        """
         if self._kind != "quantile" or level == self._level:
             return self
+        if watch is not None:
+            watch.note(f"quantile {level:g}")
+            if watch.expired:
+                raise OutOfTimeError
         trees = Trees(self._kind, self._features, level, self._grid)
         trees._truth, trees._train, trees.settings = self._truth, self._train, dict(self.settings)
         trees._fit(trees.settings, int(trees.settings["trees"]))
@@ -147,15 +168,16 @@ class Trees:
         raise ValueError(f"expected at least {stages} trees")
 
     def _fit(self, settings: dict[str, Any], trees: int) -> NDArray[np.float32]:
+        """Fit a new ensemble; returns the features of every row."""
         rows, categories = self._features_of(settings)
         shared: dict[str, Any] = {
             "learning_rate": self._grid.rate,
-            "max_iter": trees,
             "max_leaf_nodes": int(settings["leaves"]),
             "min_samples_leaf": int(settings["smallest_leaf"]),
             "categorical_features": categories if any(categories) else None,
             "early_stopping": False,
             "random_state": 1,
+            "warm_start": True,
         }
         if self._kind == "log_loss":
             self._model = HistGradientBoostingClassifier(**shared)
@@ -165,26 +187,46 @@ class Trees:
             )
         else:
             self._model = HistGradientBoostingRegressor(loss="squared_error", **shared)
+        self._grow(rows, trees)
+        return rows
+
+    def _grow(self, rows: NDArray[np.float32], trees: int) -> None:
+        """Add trees to the ensemble up to that many."""
+        self._model.set_params(max_iter=trees)
         inputs = rows[self._train - 1]
         # features absent from every training event cannot be binned
         inputs[:, np.isnan(inputs).all(axis=0)] = 0
         self._model.fit(inputs, self._truth[self._train])
-        return rows
 
     def _attempt(
-        self, settings: dict[str, Any], validation_rows: NDArray[np.int64]
+        self, settings: dict[str, Any], validation_rows: NDArray[np.int64], watch: Watch
     ) -> tuple[float, Any, int]:
         """Loss, model and number of trees of the best stage."""
-        rows = self._fit(settings, self._grid.most_trees)
+        count = min(FIRST_TREES, self._grid.most_trees)
+        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
+        watch.note(f"{count} trees, {shown}")
+        rows = self._fit(settings, count)
+        while True:
+            losses = self._stage_losses(rows, validation_rows)
+            best = min(losses, key=losses.__getitem__)
+            if 2 * best <= count or count == self._grid.most_trees or watch.expired:
+                return losses[best], self._model, best
+            count = min(2 * count, self._grid.most_trees)
+            watch.note(f"{count} trees, {shown}, validation {losses[best]:.4f}")
+            self._grow(rows, count)
+
+    def _stage_losses(
+        self, rows: NDArray[np.float32], validation_rows: NDArray[np.int64]
+    ) -> dict[int, float]:
+        """Validation loss by number of trees."""
         truth = self._truth[validation_rows]
         method = "staged_predict_proba" if self._kind == "log_loss" else "staged_predict"
-        losses: dict[int, float] = {}
         stages = getattr(self._model, method)(rows[validation_rows - 1])
-        for count, prediction in enumerate(stages, start=1):
-            if count % TREES_STEP == 0:
-                losses[count] = self._loss(truth, prediction)
-        trees = min(losses, key=losses.__getitem__)
-        return losses[trees], self._model, trees
+        return {
+            count: self._loss(truth, prediction)
+            for count, prediction in enumerate(stages, start=1)
+            if count % TREES_STEP == 0
+        }
 
     def _loss(self, truth: NDArray[np.float64], prediction: Any) -> float:
         if self._kind == "log_loss":

@@ -139,7 +139,7 @@ def test_max_chunk_steps_requires_a_network_that_depends_on_the_chunk() -> None:
         spec_of(BELOW, max_chunk_steps=12)
     with pytest.raises(SpecError, match="max_chunk_steps"):
         spec_of(BELOW, ABOVE, max_chunk_steps=0)
-    training = {"stream": "id", "validate_from": "2013-01-01", "test_from": "2014-01-01"}
+    training = {"stream": "id", "window_steps": 64}
     with pytest.raises(SpecError, match=r"window_steps: .*at most max_chunk_steps \(12\), got 64"):
         spec_of(BELOW, ABOVE, max_chunk_steps=12, training=training)
     assert spec_of(BELOW, ABOVE, training=training).chunk_limit == DEFAULT_CHUNK_STEPS

@@ -176,7 +176,7 @@ def test_columns_of_events_and_of_raw_features() -> None:
             ),
             r"heads\.0\.forecast\.quantiles\.0: ",
         ),
-        (changed(training={"stream": "tail"}), r"training\.validate_from: Field required"),
+        (changed(training={"epochs": 2}), r"training\.stream: Field required"),
         (
             changed(training={**SMALL["training"], "epochs": 0}),
             r"training\.epochs: .*greater than or equal to 1",

@@ -68,9 +68,10 @@ def refusal(tmp_path: Path, text: str | bytes) -> list[str]:
         ("mean: 1", "mean: [a]", ":5: events.fields.0.mean: expected a valid number, got ['a']"),
         ("stream: pump\n", "epochs: 0\n", ":21: training.epochs: expected greater than or equal"),
         (
-            "{kind: concatenate, inputs: [lstm_1, second]}",
-            "{kind: bidirectional, units: 2}\nmax_chunk_steps: 32",
-            ":21: training.window_steps: a window is a chunk of this network",
+            GOOD[GOOD.index("- {kind: concatenate") : GOOD.index("  stream: pump")],
+            "- {kind: bidirectional, units: 2}\nheads: [{kind: sequence, name: last}]\n"
+            "max_chunk_steps: 32\ntraining:\n  window_steps: 64\n",
+            ":17: training.window_steps: a window is a chunk of this network",
         ),
         ("{next: 2.0}", "{nex: 2.0}", ":24: training.loss_weights: expected heads among ["),
         ("name: pumps", "name: Pumps", ":2: name: String should match pattern '"),
@@ -139,12 +140,12 @@ def test_too_short_is_reported_only_for_short_lists(
 
 
 def test_errors_are_in_the_order_of_the_file(tmp_path: Path) -> None:
-    text = GOOD.replace("test_from", "tested_from").replace("units: 8", "units: many")
+    text = GOOD.replace("stream:", "streams:").replace("units: 8", "units: many")
     assert refusal(tmp_path, text) == [
         ":9: layers.0.units: expected a valid integer, unable to parse string as an integer, "
         "got 'many'",
-        ":20: training.test_from: expected a value, got none",
-        ":23: training.tested_from: expected no member of this name",
+        ":20: training.stream: expected a value, got none",
+        ":21: training.streams: expected no member of this name",
     ]
 
 
@@ -168,7 +169,7 @@ def test_an_overridden_merge_key_has_the_line_of_the_override(tmp_path: Path) ->
     ("found", "message"),
     [
         ("training.test_from: expected a day", ":23: training.test_from: expected a day"),
-        ("training.window_steps: too few", ":20: training.window_steps: too few"),
+        ("training.epochs: too few", ":20: training.epochs: too few"),
         ("head 'next' is wrong", ":16: heads.1: head 'next' is wrong"),
         ("model 'pumps' is wrong", ": model 'pumps' is wrong"),
     ],

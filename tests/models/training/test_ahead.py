@@ -77,6 +77,7 @@ def spec(
                 "validate_from": "1970-01-13T08:00:00Z",
                 "test_from": "1970-01-16T16:00:00Z",
                 "epochs": 12,
+                "patience": 3,
                 "window_steps": window_steps,
                 "segment_windows": 1,
                 "batch_streams": 8,

@@ -7,15 +7,18 @@ import pytest
 pytest.importorskip("tensorflow")
 
 from models.artifact.artifact import load_artifact
-from models.errors import ArtifactError
+from models.errors import ArtifactError, DataError
 from models.training import trees
 from models.training.baselines import LAST, RUNNING, TREES, baselines_of
+from models.training.checkpoint import checkpoint_path
 from models.training.commands import evaluate_command, train_command, train_frame
 from models.training.data import fitted_spec, streams_of
 from models.training.evaluate import scored_rows
-from models.training.report import MODEL, report_lines
+from models.training.report import make_report, report_lines
 from models.training.table import Table
 from models.training.trees import Trees, tree_features
+from models.training.verdict import MODEL, verdict_line
+from models.training.watch import Watch
 from tests.support.training import HOUR_MS, latch_frame, latch_spec
 
 VALIDATE, TEST = 16 * HOUR_MS, 22 * HOUR_MS
@@ -95,6 +98,44 @@ def test_no_baseline_is_fitted_on_held_out_events(table):
                 np.testing.assert_array_equal(loss[own], two.scored.losses[metric][own])
 
 
+def test_trees_end_with_their_time(table):
+    """The best so far is kept; a forecast whose quantiles would take longer has none."""
+    up, noise, _ = table.spec.heads
+    for head, names in ((up, [LAST, RUNNING, TREES]), (noise, [LAST, RUNNING])):
+        notes = []
+        found = baselines_of(table, head, trees=True, watch=Watch(0.0, notes.append))
+        assert [baseline.name for baseline in found] == names
+        assert sum("trees" in note for note in notes) == 1
+
+
+def test_an_ensemble_grows_to_its_best_size(monkeypatch):
+    """It is doubled until its best size is at most half of it, as one fit would have chosen."""
+    monkeypatch.setattr(trees, "FIRST_TREES", 20)
+    random = np.random.default_rng(3)
+    x = random.normal(size=(600, 2)).astype(np.float32)
+    truth = np.append([0.0], x[:-1, 0] ** 2 + random.normal(size=599))
+    rows = np.arange(1, 600)
+    grid = trees.Grid((0,), (1,), (7,), (5,), 0.05, 320)
+    notes = []
+    model = Trees.tune(
+        "squared_error",
+        lambda k, categorical: (x, [False, False]),
+        truth,
+        rows[:400],
+        rows[400:],
+        grid,
+        Watch(note=notes.append),
+    )
+    whole = Trees("squared_error", lambda k, categorical: (x, [False, False]), 0.5, grid)
+    whole._truth, whole._train = truth, rows[:400]
+    losses = whole._stage_losses(whole._fit({**model.settings}, 320), rows[400:])
+    assert model.settings["trees"] == min(losses, key=losses.__getitem__)
+    assert model.settings["validation"] == pytest.approx(min(losses.values()))
+    grown = [int(note.split()[0]) for note in notes]
+    assert grown == [20 * 2**at for at in range(len(grown))]
+    assert grown[-1] < 320
+
+
 def test_tree_lags_stay_within_the_stream(table):
     features, categories = tree_features(table.spec, table.rows, table.streams.spans, 5)
     assert features.shape[0] == table.streams.events
@@ -125,15 +166,41 @@ def test_trees_learn_a_threshold_on_a_lag():
     assert np.mean((probabilities > 0.5) == truth[rows[1500:]]) > 0.98
 
 
-def test_training_writes_report_and_plots(tmp_path):
+class Stopped(Exception):
+    """Raised by a test to interrupt a command."""
+
+
+def stop(*_, **__):
+    raise Stopped
+
+
+def test_training_writes_the_artifact_then_report_and_plots(tmp_path, monkeypatch, capsys):
+    """A run that stops in its report is resumed there, without training again."""
     latch_frame(24).write_csv(tmp_path / "events.csv")
     spec = latch_spec(epochs=1).model_dump(mode="json")
     (tmp_path / "SPEC.yaml").write_text(json.dumps(spec))
     out = tmp_path / "model"
-    train_command(tmp_path / "SPEC.yaml", tmp_path / "events.csv", out, trees=False, quiet=True)
+    files = (tmp_path / "SPEC.yaml", tmp_path / "events.csv", out)
+    with monkeypatch.context() as patch:
+        patch.setattr("models.training.report.make_report", stop)
+        with pytest.raises(Stopped):
+            train_command(*files, trees=False, quiet=True)
+    artifact = load_artifact(out)
+    assert not (out / "report.json").exists()
+    assert checkpoint_path(out).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("models.training.loop.Loop.train_epoch", stop)
+        train_command(*files, trees=False, resume=True)
+    assert not checkpoint_path(out).exists()
+    assert load_artifact(out).fingerprint == artifact.fingerprint
     artifact = load_artifact(out)
     report = json.loads((out / "report.json").read_text())
     assert report["version"] == artifact.version
+    printed = capsys.readouterr().out
+    for verdict in report["verdicts"]:
+        assert verdict_line(verdict) in printed
+    assert {verdict["head"] for verdict in report["verdicts"]} == {"up", "next", "odd"}
+    assert report["run"]["resampled"] == "20 blocks of time"
     assert report["data"]["held_out"] > 50
     for head in ("up", "next", "odd"):
         scores = report["heads"][head]["scores"]
@@ -154,6 +221,17 @@ def test_training_writes_report_and_plots(tmp_path):
         held_out["up"]["log_loss"], rel=1e-5
     )
     assert evaluated["scored"] == report["data"]["held_out"]
+    compared = evaluate_command(
+        out, tmp_path / "events.csv", baselines=True, trees=False, quiet=True
+    )
+    for head, scores in report["heads"].items():
+        for name, metrics in scores["scores"].items():
+            for metric, score in metrics.items():
+                again = compared["heads"][head]["scores"][name][metric]
+                assert again["value"] == pytest.approx(score["value"], rel=1e-5)
+                assert again["interval"] == pytest.approx(score["interval"], rel=1e-5)
+    with pytest.raises(DataError, match="to fit the baselines of 'up' to, got 0 and"):
+        make_report(artifact, latch_frame().filter(pl.col("at") >= VALIDATE), since="1970-01-01")
     with pytest.raises(ArtifactError, match=r"is not empty; .* --overwrite"):
         train_frame(latch_spec(), latch_frame(), out, quiet=True)
 

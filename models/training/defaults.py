@@ -1,0 +1,165 @@
+"""Training options that a specification leaves open, derived from the data.
+
+Windows and batches become smaller until an epoch has enough updates of the weights, and epochs more
+until a training has. Moments of the split are those by which shares of the events are past. What
+is derived depends on the data alone, so that a repeated training is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from math import ceil
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import numpy as np
+
+from models.errors import DataError
+from models.events.schema import EventSchema
+from models.spec.chunking import DEFAULT_CHUNK_STEPS, chunking_of
+from models.spec.model import ModelSpec
+from models.spec.training import ResolvedTraining, TrainingSpec
+from models.training.data import Streams, moment_ms, schema_of, unresolved_training_of
+from models.training.windows import groups_of, segments_of
+
+VALIDATE_SHARE, TEST_SHARE = 0.7, 0.85
+"""Shares of the events before `validate_from` and before `test_from`."""
+SMALL_BATCH_STREAMS, BATCH_STREAMS = 8, 32
+SMALL_WINDOW_STEPS, WINDOW_STEPS = 16, 64
+WHOLE_STEPS = 4096
+SEGMENT_WINDOWS = 16
+MIN_WINDOWS_PER_EPOCH = 24
+UPDATES = 2000
+"""Windows of a whole training: fewer leave small networks undertrained."""
+MIN_EPOCHS, MAX_EPOCHS = 20, 150
+MIN_PATIENCE = 3
+LEARNING_RATE, SMALL_BATCH_LEARNING_RATE = 2e-3, 5e-3
+TIME_LIMIT_S = 600.0
+
+
+def resolve_training(
+    spec: ModelSpec, streams: Streams, source: str = "data"
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """The spec with every training option, and the options that were derived.
+
+    Args:
+        spec: with `events` and `training`.
+        streams: the table.
+        source: what errors call the table.
+
+    Raises:
+        DataError: all events have the same moment, and the split is to be derived.
+        SpecError: a moment of the split cannot be read.
+    """
+    training = unresolved_training_of(spec)
+    derived = _split(schema_of(spec), training, streams, source)
+    settled = training.model_copy(update=derived)
+    before = moment_ms(schema_of(spec), settled.validate_from or "", "training.validate_from")
+    longest = max(stop - start for start, stop in streams.sessions)
+    derived |= _sizes(spec, settled, _lengths_before(streams, before), longest)
+    resolved = ResolvedTraining.model_validate({**training.model_dump(), **derived})
+    return spec.model_copy(update={"training": resolved.model_dump()}), derived
+
+
+def _split(
+    schema: EventSchema, training: TrainingSpec, streams: Streams, source: str
+) -> dict[str, Any]:
+    """The open moments of the split."""
+    moments = np.sort(streams.moments_ms)
+    derived: dict[str, Any] = {}
+    if training.validate_from is None:
+        end, share = len(moments), VALIDATE_SHARE
+        if training.test_from is not None:
+            test_ms = moment_ms(schema, training.test_from, "training.test_from")
+            end, share = int(np.searchsorted(moments, test_ms)), VALIDATE_SHARE / TEST_SHARE
+        later = moments[:end][moments[:end] > moments[0]]
+        if len(later) == 0:
+            raise DataError(
+                expected=f"{source}: events at several times, of which later ones validate; or "
+                "`validate_from` in `training`",
+                got="all at one time",
+            )
+        derived["validate_from"] = _moment(schema, max(moments[int(share * end)], later[0]))
+    if training.test_from is None:
+        validate_from = training.validate_from or derived["validate_from"]
+        validate_ms = moment_ms(schema, validate_from, "training.validate_from")
+        rest = moments[moments >= validate_ms]
+        later = rest[rest > validate_ms]
+        # Without later events there is nothing to hold out: the test begins after the last one.
+        share = (TEST_SHARE - VALIDATE_SHARE) / (1 - VALIDATE_SHARE)
+        test_ms = max(rest[int(share * len(rest))], later[0]) if len(later) else validate_ms + 1
+        derived["test_from"] = _moment(schema, test_ms)
+    return derived
+
+
+def _moment(schema: EventSchema, moment: Any) -> str:
+    """RFC 3339 in the schema's zone."""
+    seconds, milliseconds = divmod(int(moment), 1000)
+    local = datetime.fromtimestamp(seconds, ZoneInfo(schema.timezone))
+    local = local.replace(microsecond=1000 * milliseconds)
+    return local.isoformat(timespec="milliseconds" if milliseconds else "seconds")
+
+
+def _lengths_before(streams: Streams, before_ms: int) -> list[int]:
+    """Events of each session before a moment."""
+    past = np.append(0, np.cumsum(streams.moments_ms < before_ms))
+    return [int(past[stop] - past[start]) for start, stop in streams.sessions]
+
+
+def _sizes(
+    spec: ModelSpec, training: TrainingSpec, lengths: Sequence[int], longest: int
+) -> dict[str, Any]:
+    """Open windows, batches, learning rate, epochs and time limit.
+
+    Args:
+        lengths: training events of each session.
+        longest: events of the longest session, whether they are trained on or not.
+    """
+    events = sum(lengths)
+    window, batch = training.window_steps, training.batch_streams
+    shrinks = False
+    if window is None:
+        kind = chunking_of(spec.layers, blocks=False)
+        limit = WHOLE_STEPS if spec.blocks is not None else spec.max_chunk_steps
+        if kind == "whole":
+            window = min(longest, limit or DEFAULT_CHUNK_STEPS, WHOLE_STEPS)
+        elif kind == "per_chunk":
+            window = min(WINDOW_STEPS, limit or DEFAULT_CHUNK_STEPS)
+        else:
+            window, shrinks = WINDOW_STEPS, True
+    if batch is None:
+        batch = BATCH_STREAMS
+        while batch > SMALL_BATCH_STREAMS and events < MIN_WINDOWS_PER_EPOCH * window * batch:
+            batch //= 2
+    while (
+        shrinks and window > SMALL_WINDOW_STEPS and events < MIN_WINDOWS_PER_EPOCH * window * batch
+    ):
+        window //= 2
+    # Long streams are cut into enough segments to fill two batches.
+    segment = training.segment_windows or max(
+        1, min(SEGMENT_WINDOWS, events // (2 * batch * window))
+    )
+    updates = max(1, _windows_per_epoch(lengths, window, segment, batch))
+    epochs = training.epochs or min(MAX_EPOCHS, max(MIN_EPOCHS, ceil(UPDATES / updates)))
+    small = batch < BATCH_STREAMS
+    values = {
+        "window_steps": window,
+        "segment_windows": segment,
+        "batch_streams": batch,
+        "learning_rate": SMALL_BATCH_LEARNING_RATE if small else LEARNING_RATE,
+        "epochs": epochs,
+        "patience": max(MIN_PATIENCE, epochs // 6),
+    }
+    if training.epochs is None:
+        values["time_limit_s"] = TIME_LIMIT_S
+    return {name: value for name, value in values.items() if getattr(training, name) is None}
+
+
+def _windows_per_epoch(lengths: Sequence[int], window: int, segment: int, batch: int) -> int:
+    spans = [(0, length) for length in lengths]
+    segments = segments_of(spans, window * segment)
+    return sum(
+        ceil(max(segments[at].steps for at in group) / window)
+        for group in groups_of(segments, batch)
+    )

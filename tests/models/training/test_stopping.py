@@ -1,0 +1,75 @@
+"""A training that stops too early says which option to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from models.spec.training import ResolvedTraining
+from models.training.stopping import best_epoch, reason_to_stop, stopping_warning
+
+
+def training(**options: Any) -> ResolvedTraining:
+    return ResolvedTraining.model_validate(
+        {
+            "stream": "id",
+            "validate_from": "2025-01-01",
+            "test_from": "2025-01-02",
+            "epochs": 10,
+            "patience": 3,
+            "window_steps": 4,
+            "segment_windows": 1,
+            "batch_streams": 4,
+            "learning_rate": 0.1,
+            **options,
+        }
+    )
+
+
+def history(validation: list[float], train: list[float] | None = None) -> list[dict[str, Any]]:
+    return [
+        {"train_loss": loss, "validation": {"loss": validated}, "seconds": 2.0}
+        for validated, loss in zip(validation, train or validation, strict=True)
+    ]
+
+
+FALLING = [10.0 - at for at in range(10)]
+FLAT = [10, 5, 3, 2, 1.5, 1.2, 1.1, 1.05, 1.04, 1.03]
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "reason", "warning"),
+    [
+        (history(FALLING), {}, "epochs", "raise `training.epochs` (now 10)"),
+        (history(FLAT), {}, "epochs", None),
+        (history([3, 1, 2, 2, 2]), {}, "patience", None),
+        (
+            history([3, 1, 1.01, 1.02, 1.01], FALLING[:5]),
+            {},
+            "patience",
+            "raise `training.patience` (now 3)",
+        ),
+        (history([1, 2, 2, 2]), {}, "patience", "lower `training.learning_rate` (now 0.1)"),
+        (history(FALLING[:4]), {"time_limit_s": 8}, "time", "`training.time_limit_s` (now 8)"),
+        (history(FALLING[:2]), {"time_limit_s": 8, "members": 2}, "time", "time limit"),
+        (history(FALLING[:4]), {"time_limit_s": 9}, None, None),
+        ([], {}, None, None),
+    ],
+    ids=lambda value: None,
+)
+def test_warnings_name_the_option_to_change(
+    records: list[dict[str, Any]],
+    options: dict[str, Any],
+    reason: str | None,
+    warning: str | None,
+) -> None:
+    assert reason_to_stop(records, training(**options)) == reason
+    if reason is None:
+        return
+    text = stopping_warning(records, training(**options))
+    assert text is None if warning is None else warning in (text or "")
+
+
+def test_the_first_of_equal_epochs_is_the_best() -> None:
+    assert best_epoch(history([3, 1, 1])) == 2

@@ -1,0 +1,108 @@
+"""Verdicts of a report: the direction of each metric, and a model that is worse than naive."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from models.training.progress import LINE_EVERY_S, Progress
+from models.training.report import report_lines, verdict_lines
+from models.training.verdict import direction, verdicts
+from models.training.watch import Watch
+
+
+def report_of(model: float, **baselines: float) -> dict[str, Any]:
+    names = {"model": model, **{name.replace("_", " "): v for name, v in baselines.items()}}
+    scores = {name: {"pinball": {"value": value}} for name, value in names.items()}
+    return {"heads": {"next": {"scores": scores}}, "warnings": ["slow"]}
+
+
+def test_a_model_worse_than_the_last_value_is_said_to_be() -> None:
+    report = report_of(0.5, last_value=0.4, running_mean=0.6)
+    (found,) = verdicts(report)
+    assert found == {
+        "head": "next",
+        "metric": "pinball",
+        "better_than": ["running mean"],
+        "worse_than": ["last value"],
+        "worse_than_naive": "last value",
+    }
+    lines = verdict_lines({**report, "verdicts": [found]})
+    assert lines[0] == ("warning: slow", False)
+    assert lines[1][1]
+    assert "worse than the last value: do not serve it" in lines[1][0]
+    better = verdicts(report_of(0.3, last_value=0.4, boosted_trees=0.2))
+    ((line, is_worse),) = verdict_lines({"verdicts": better})
+    assert not is_worse
+    assert line == (
+        "next: better than last value; worse than boosted trees, by pinball (lower is better)"
+    )
+
+
+def test_a_decoder_is_compared_over_its_horizon() -> None:
+    target = {"mae": {"model": [1.0, 3.0], "last value": [0.5, None], "seasonal naive": [3.0, 2.0]}}
+    (found,) = verdicts({"heads": {}, "decoder": {"targets": {"x": target}}})
+    assert found["head"] == "decoder.x"
+    assert found["worse_than_naive"] == "last value"
+    assert found["better_than"] == ["seasonal naive"]
+
+
+def test_every_table_states_which_way_is_better() -> None:
+    assert direction("auc") == "auc (higher is better)"
+    assert direction("nll") == "nll (lower is better)"
+    score = {"value": 0.5, "interval": [0.4, 0.6]}
+    scores = {"model": {"log_loss": score, "auc": score}, "last value": {"log_loss": score}}
+    head = {"kind": "label", "scores": scores, "difference": {"last value": {"log_loss": score}}}
+    data = {"held_out": 9, "test_from": "2025", "held_out_days": 2, "trained": 5}
+    target = {"mae": {"model": [1.0]}}
+    lines = report_lines(
+        {
+            "data": data,
+            "run": {"resampled": "20 blocks of time"},
+            "heads": {"up": head},
+            "decoder": {"horizon": 1, "forecasts": 3, "targets": {"x": target}},
+        }
+    )
+    text = "\n".join(lines)
+    assert "| | log_loss (lower is better) | auc (higher is better) |" in text
+    assert "the model is better where it is positive, for auc where it is negative" in text
+    assert "MAE (lower is better)" in text
+    assert "by resampling 20 blocks of time" in text
+
+
+def test_progress_is_a_line_every_few_seconds_without_a_terminal() -> None:
+    now, out = [0.0], io.StringIO()
+    progress = Progress(Console(file=out, width=200), lambda: now[0])
+    with progress.task("training", 100) as advance:
+        for done in range(100):
+            now[0] += LINE_EVERY_S / 10
+            advance(done, f"loss {done}")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "training 9%: loss 9"
+    quiet = io.StringIO()
+    Progress(Console(file=quiet, quiet=True)).say("nothing")
+    assert quiet.getvalue() == ""
+
+
+def test_parts_of_a_watch_share_the_time_that_is_left() -> None:
+    now, notes = [0.0], []
+    watch = Watch(12.0, notes.append, lambda: now[0])
+    first = watch.part(3, "one")
+    first.note("fit")
+    assert notes == ["one, fit"]
+    now[0] = 3.9
+    assert not first.expired
+    now[0] = 6.0
+    assert first.expired
+    second = watch.part(2)
+    now[0] = 8.9
+    assert not second.expired
+    now[0] = 9.0
+    assert second.expired
+    assert not watch.expired
+    now[0] = np.inf
+    assert not Watch(None, now_s=lambda: now[0]).part(9).expired
