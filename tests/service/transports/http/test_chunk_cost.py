@@ -1,0 +1,97 @@
+"""The cost of a chunk on the fast path in Python calls, which no noise of the machine touches.
+
+Calls of functions in `service/` are counted while chunks of different streams arrive together.
+A change that makes the path heavier fails here; one that makes it lighter lowers the figures below:
+
+    pytest tests/service/transports/http/test_chunk_cost.py -s
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType
+
+import pytest
+
+from tests.service.transports.http.harness import harness
+from tests.service.transports.http.raw_http import (
+    HOST,
+    INPUTS,
+    answer,
+    chunk,
+    port_of,
+    request,
+    serving,
+)
+from tests.support.pages import ROOT
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer
+
+CALLS_PER_CHUNK = {1: 139.4, 8: 78.5, 32: 76.6, 64: 76.6}
+"""Measured calls per chunk, by the number of chunks that arrive together."""
+
+SLACK = 1.05
+WARM_UP_ROUNDS = 3
+ROUNDS = 20
+SERVICE = str(ROOT / "service")
+
+
+@contextmanager
+def counting(counts: list[int]) -> Iterator[None]:
+    """Count the calls of functions in `service/`."""
+    monitoring = sys.monitoring  # type: ignore[attr-defined, unused-ignore]
+    tool, start = monitoring.PROFILER_ID, monitoring.events.PY_START
+
+    def count(code: CodeType, offset: int) -> object:
+        if not code.co_filename.startswith(SERVICE):
+            return monitoring.DISABLE
+        counts[0] += 1
+        return None
+
+    monitoring.use_tool_id(tool, "chunk cost")
+    monitoring.register_callback(tool, start, count)
+    monitoring.set_events(tool, start)
+    try:
+        yield
+    finally:
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
+        monitoring.restart_events()
+
+
+async def send_rounds(port: int, together: int) -> float:
+    """Send rounds of chunks that arrive together; returns the calls per chunk."""
+    connections = [await asyncio.open_connection(HOST, port) for _ in range(together)]
+    calls = [0]
+
+    async def send(number: int) -> None:
+        body = chunk(number * len(INPUTS))
+        for index, (_, writer) in enumerate(connections):
+            writer.write(request(body, stream=f"s{together}-{index}"))
+        for reader, _ in connections:
+            response = await answer(reader)
+            assert response.startswith(b"HTTP/1.1 200"), response
+
+    for number in range(WARM_UP_ROUNDS):
+        await send(number)
+    with counting(calls):
+        for number in range(WARM_UP_ROUNDS, WARM_UP_ROUNDS + ROUNDS):
+            await send(number)
+    for _, writer in connections:
+        writer.close()
+        await writer.wait_closed()
+    return calls[0] / (ROUNDS * together)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring is new in Python 3.12")
+async def test_calls_per_chunk_do_not_grow(pipeline_server: RealServer, tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path)
+    async with harness(pipeline_server, {"probe": artifact}) as api, serving(api) as server:
+        measured = {n: await send_rounds(port_of(server), n) for n in CALLS_PER_CHUNK}
+    print("calls per chunk:", {n: round(calls, 1) for n, calls in measured.items()})
+    for together, calls in measured.items():
+        assert calls <= SLACK * CALLS_PER_CHUNK[together], (together, calls)
