@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -33,6 +33,7 @@ app.command("backup")(backup)
 app.command("restore")(restore)
 app.add_typer(streams_app, name="streams")
 
+Axes = Literal["batch_major", "time_major", "step"]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The model's specification.")]
 DataFile = Annotated[
     Path, typer.Argument(metavar="DATA", help="Events as CSV, JSON Lines or Parquet.")
@@ -190,7 +191,9 @@ def evaluate_command(
 
 @app.command("import")
 def import_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A saved Keras model.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A saved Keras model, or an ONNX graph.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The artifact directory to write.")],
     name: Annotated[
         str | None, typer.Option(help="The model's name; default: from the file name.")
@@ -203,13 +206,59 @@ def import_command(
         float,
         typer.Option(min=1, help="Time limit for reading and verifying the model, in seconds."),
     ] = 600.0,
+    state: Annotated[
+        list[str] | None, typer.Option(metavar="IN=OUT", help="ONNX: a state pair.")
+    ] = None,
+    input_: Annotated[
+        list[str] | None, typer.Option("--input", help="ONNX: an input of features.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option(help="ONNX: an output to serve.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="ONNX: the input of lengths [B].")] = None,
+    mask: Annotated[str | None, typer.Option(help="ONNX: the input of a mask [B, T].")] = None,
+    initial: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IN=VALUE", help="ONNX: initial value, a number or a .npy file."),
+    ] = None,
+    axes: Annotated[
+        Axes | None, typer.Option(help="ONNX: order of the axes, if it is not certain.")
+    ] = None,
+    triton: Annotated[
+        Path | None, typer.Option(metavar="config.pbtxt", help="ONNX: Triton's configuration.")
+    ] = None,
 ) -> None:
-    """Import a Keras model as an artifact, and verify it against the original."""
+    """Import a Keras model or an ONNX graph as an artifact, and verify it."""
     with _one_line_errors():
+        from models.errors import ImportedModelError
         from models.importing.isolation import Limits
-        from models.importing.keras_model import import_keras_model
 
         limits = Limits(memory_bytes=memory_mib * 2**20, time_s=time_s)
+        if model.suffix == ".onnx":
+            from models.importing.onnx_model import import_onnx_model, onnx_options
+
+            options = onnx_options(
+                states=state or (),
+                inputs=input_ or (),
+                outputs=output or (),
+                lengths=lengths,
+                mask=mask,
+                initial=initial or (),
+                axes=axes,
+                triton=triton,
+            )
+            imported = import_onnx_model(
+                model, out, name=name, options=options, overwrite=overwrite, limits=limits
+            )
+            typer.echo(f"{out}: model {imported.artifact.spec.name}, {imported.artifact.version}")
+            for line in imported.lines():
+                typer.echo(line)
+            return
+        if any((state, input_, output, lengths, mask, initial, axes, triton)):
+            raise ImportedModelError(
+                f"{model}: expected a .onnx file with --state, --input, --output, --lengths, "
+                "--mask, --initial, --axes and --triton; they describe ONNX graphs"
+            )
+        from models.importing.keras_model import import_keras_model
+
         report = import_keras_model(model, out, name=name, overwrite=overwrite, limits=limits)
         typer.echo(
             f"{out}: model {report.artifact.spec.name}, version {report.artifact.version}; "

@@ -11,6 +11,9 @@ verifies them like every file, but the service derives its graphs from spec and 
 that no file can change an output without changing the fingerprint. A model that cannot be
 exported has no graph, and its manifest gives the reason; `add_graph` rewrites the files.
 
+The network of an imported ONNX model is the graph itself: there, `graph.onnx` is what runs, and the
+fingerprint covers its bytes. A graph that refers to data outside of itself is rejected.
+
 Loading rejects artifacts that are damaged, of another format or inconsistent; errors name
 the file and the reason. Writing is atomic: a directory under the final name is complete.
 Files that the manifest does not list are ignored. The modules `manifest`, `weights`
@@ -44,6 +47,7 @@ from models.artifact.manifest import (
 )
 from models.artifact.weights import check_weights, read_weights, weights_bytes
 from models.errors import ArtifactError, GraphUnsupportedError, SpecError
+from models.onnx.decoding import check_self_contained
 from models.spec.decoder import strip_decoder_prefix
 from models.spec.layout import OutputSpec, network_state, output_spec, state_spec
 from models.spec.model import ModelSpec, parse_spec
@@ -59,6 +63,7 @@ _LIBRARIES = (
     "carry",
     "keras",
     "numpy",
+    "onnxruntime",
     "polars",
     "pydantic",
     "safetensors",
@@ -74,10 +79,12 @@ class Artifact:
     Attributes:
         path: its directory.
         spec: the fitted spec.
-        weights: float32 arrays by name, read-only.
+        weights: float32 arrays by name, read-only; of an imported graph, the initial values of its
+            state parts that do not start from zero.
         fingerprint: 16 bytes; see `models.artifact.fingerprint`.
         version: the fingerprint's first 12 hexadecimal digits.
         manifest: the manifest as plain data.
+        network: the imported graph; None for a network of layers.
     """
 
     path: Path
@@ -86,6 +93,7 @@ class Artifact:
     fingerprint: bytes
     version: str
     manifest: Mapping[str, Any]
+    network: bytes | None = None
 
     @cached_property
     def decoder(self) -> Artifact | None:
@@ -100,6 +108,8 @@ class Artifact:
     @cached_property
     def graphs(self) -> Graphs:
         """The model's ONNX graphs, or the reason why there are none."""
+        if self.network is not None:
+            return Graphs(self.network, imported=True)
         return write_graphs(self.spec, self.weights)
 
     @property
@@ -117,12 +127,13 @@ class Artifact:
 
     @cached_property
     def state(self) -> StateSpec:
-        """The layout of a stream's state."""
-        return state_spec(self.spec)
+        """The layout of a stream's state, and what a new stream starts from."""
+        layout = state_spec(self.spec)
+        return layout if self.network is None else replace(layout, initial_values=self.weights)
 
     @cached_property
     def network_state(self) -> StateSpec:
-        """The layout of the parts that a runtime reads and writes; the first ones of the floats."""
+        """The layout of the parts that a runtime reads and writes; the first ones of each row."""
         return network_state(self.spec)
 
     @cached_property
@@ -136,6 +147,7 @@ def write_artifact(
     spec: ModelSpec,
     weights: Mapping[str, FloatArray],
     *,
+    network: bytes | None = None,
     metrics: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes | Path] = MappingProxyType({}),
@@ -146,7 +158,9 @@ def write_artifact(
     Args:
         path: the directory to create, with its parents.
         spec: a fitted spec.
-        weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32 and finite.
+        weights: every weight of `models.spec.layout.weight_shapes(spec)`, float32 and finite; of an
+            imported graph, initial values by state part.
+        network: the imported graph, if the spec is one's.
         metrics: evaluation results as JSON data.
         training: training metadata as JSON data.
         files: additional files by name (such as `report.json`, `plots/skill.png`): their bytes, or
@@ -160,7 +174,12 @@ def write_artifact(
     path = Path(path)
     _check_fitted(spec, str(path))
     check_weights(spec, weights, str(path))
-    graphs = write_graphs(spec, weights)
+    if (spec.onnx is None) != (network is None):
+        raise ArtifactError(
+            f"{path}: expected an ONNX graph together with its signature `onnx`; "
+            "`carry import MODEL.onnx` packages both"
+        )
+    graphs = write_graphs(spec, weights) if network is None else Graphs(network, imported=True)
     contents: dict[str, bytes] = {WEIGHTS_NAME: weights_bytes(weights), **graphs.files}
     for name, content in dict(files).items():
         if name in _OWN_NAMES or not inside(name):
@@ -169,7 +188,7 @@ def write_artifact(
     manifest = add_checksum(
         {
             "format": FORMAT,
-            **_derived(spec, compute_fingerprint(spec, weights)),
+            **_derived(spec, compute_fingerprint(spec, weights, network)),
             "weights": WEIGHTS_NAME,
             **graphs.manifest_entries,
             "metrics": dict(metrics or {}),
@@ -211,15 +230,20 @@ def load_artifact(path: Path) -> Artifact:
     path = Path(path)
     manifest = read_manifest(path)
     where = f"{path / MANIFEST_NAME}"
-    name = manifest.get("weights")
-    data = read_files(path, manifest, name)
+    described = manifest.get("spec")
+    is_imported = isinstance(described, dict) and described.get("onnx") is not None
+    keys = ("weights", "graph") if is_imported else ("weights",)
+    data, *rest = read_files(path, manifest, keys)
+    network = rest[0] if rest else None
     try:
-        spec = parse_spec(manifest.get("spec"), f"{where}: spec")
+        spec = parse_spec(described, f"{where}: spec")
     except SpecError as error:
         raise ArtifactError(str(error)) from error
     _check_fitted(spec, where)
-    weights = read_weights(spec, data, f"{path / str(name)}")
-    digest = compute_fingerprint(spec, weights)
+    weights = read_weights(spec, data, f"{path / str(manifest['weights'])}")
+    if network is not None:
+        check_self_contained(network, f"{path / str(manifest['graph'])}")
+    digest = compute_fingerprint(spec, weights, network)
     for key, expected in _derived(spec, digest).items():
         given = manifest.get(key, _DEFAULTS.get(key))
         if given != expected:
@@ -234,7 +258,9 @@ def load_artifact(path: Path) -> Artifact:
     for key in ("metrics", "training"):
         if not isinstance(manifest.get(key, {}), dict):
             raise ArtifactError(f"{where}: expected `{key}` to be an object")
-    return Artifact(path, spec, MappingProxyType(weights), digest, _version(digest), manifest)
+    return Artifact(
+        path, spec, MappingProxyType(weights), digest, _version(digest), manifest, network
+    )
 
 
 def add_graph(path: Path) -> Artifact:
@@ -248,6 +274,8 @@ def add_graph(path: Path) -> Artifact:
     """
     path = Path(path)
     artifact = load_artifact(path)
+    if artifact.network is not None:
+        return artifact
     graphs = artifact.graphs
     manifest = dict(artifact.manifest)
     old = [manifest.pop(key, None) for key in ("graph", "decoder_graph")]

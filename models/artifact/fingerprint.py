@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from models.events.schema import EventField
@@ -32,19 +31,25 @@ _IGNORED_HEAD_OPTIONS = {"dense": {"targets"}, "label": {"column"}}
 _IGNORED_DECODER_OPTIONS = {"max_horizon"}
 
 
-def compute_fingerprint(spec: ModelSpec, weights: Mapping[str, NDArray[np.float32]]) -> bytes:
+def compute_fingerprint(
+    spec: ModelSpec, weights: Mapping[str, NDArray[Any]], network: bytes | None = None
+) -> bytes:
     """Compute the fingerprint: 16 bytes of SHA-256 over the relevant spec and the weights.
 
     Args:
         spec: a fitted spec.
-        weights: float32 arrays by name, as `models.spec.layout.weight_shapes` names them.
+        weights: arrays by name, as `models.artifact.weights` expects them: float32, or the initial
+            values of an imported graph in the dtypes of its state.
+        network: the imported graph, if the model is one.
     """
     digest = hashlib.sha256(canonical_json(_relevant_spec(spec)))
     for name in sorted(weights):
         array = weights[name]
         head = {"name": name, "shape": list(array.shape)}
         digest.update(canonical_json(head))
-        digest.update(array.astype("<f4").tobytes())
+        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    if network is not None:
+        digest.update(hashlib.sha256(network).digest())
     return digest.digest()[:FINGERPRINT_BYTES]
 
 
@@ -86,6 +91,8 @@ def _relevant_spec(spec: ModelSpec) -> dict[str, Any]:
     for name in ("reset_every", "session_gap_s"):
         if (value := getattr(spec, name)) is not None:
             sections[name] = value
+    if spec.onnx is not None:
+        sections["onnx"] = spec.onnx.model_dump(exclude={"batching"}, exclude_defaults=True)
     return {
         "numerics": _NUMERICS,
         **sections,

@@ -1,7 +1,8 @@
 """ONNX graphs of a model: their files, and their entries in the manifest.
 
 `models.onnx` exports them from spec and weights, in milliseconds: for other programs when a model
-is packaged, and for ONNX Runtime each time that a model is loaded.
+is packaged, and for ONNX Runtime each time that a model is loaded. An imported graph is not
+exported: it is the network.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class Graphs:
         data: graph of the network.
         decoder: graph of one decoder step, if the model has a decoder.
         refused: why the model cannot be exported; None if it can.
+        imported: whether the graph is the network itself, an imported one.
     """
 
     data: bytes | None = None
     decoder: bytes | None = None
     refused: str | None = None
+    imported: bool = False
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -45,6 +48,8 @@ class Graphs:
     @property
     def manifest_entries(self) -> dict[str, Any]:
         """The entries of the manifest about the graphs."""
+        if self.imported:
+            return {"runtimes": [ONNXRUNTIME], "graph": GRAPH_NAME}
         if self.data is None:
             return {"runtimes": [TENSORFLOW], "graph_refused": self.refused}
         entries: dict[str, Any] = {"runtimes": [ONNXRUNTIME, TENSORFLOW], "graph": GRAPH_NAME}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +98,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
+def read_files(path: Path, manifest: Mapping[str, Any], keys: Sequence[str]) -> list[bytes]:
     """Verify every file that a directory's manifest lists.
 
     Args:
-        wanted: the name of the file to return; must be listed.
+        keys: members of the manifest that name the files to return; these must be listed.
 
     Returns:
-        The content of that file.
+        The contents of those files.
 
     Raises:
         ArtifactError: naming the file and the reason.
@@ -114,8 +114,10 @@ def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
     listed = manifest.get("files")
     if not isinstance(listed, dict):
         raise ArtifactError(f"{where}: expected `files`, an object")
-    if not isinstance(wanted, str) or wanted not in listed:
-        raise ArtifactError(f"{where}: expected `weights` to name one of its files, got {wanted!r}")
+    wanted = [manifest.get(key) for key in keys]
+    for key, name in zip(keys, wanted, strict=True):
+        if not isinstance(name, str) or name not in listed:
+            raise ArtifactError(f"{where}: expected `{key}` to name one of its files, got {name!r}")
     sizes: dict[str, int] = {}
     for name, entry in listed.items():
         if not inside(name):
@@ -132,10 +134,10 @@ def read_files(path: Path, manifest: Mapping[str, Any], wanted: Any) -> bytes:
             f"got {sum(sizes.values())}"
         )
     contents = {
-        name: _read_listed(path, name, size, listed[name].get("sha256"), keep=name == wanted)
+        name: _read_listed(path, name, size, listed[name].get("sha256"), keep=name in wanted)
         for name, size in sizes.items()
     }
-    return contents[wanted]
+    return [contents[name] for name in wanted if name is not None]
 
 
 def _read_listed(path: Path, name: str, size: int, sha256: Any, *, keep: bool) -> bytes:

@@ -1,4 +1,8 @@
-"""Weights of a model as safetensors, and their validation against the spec."""
+"""Weights of a model as safetensors, and their validation against the spec.
+
+The weights of an imported ONNX graph are in the graph. Its file of weights contains the initial
+values of state parts that do not start from zero, by the names of the parts.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from models.errors import ArtifactError
-from models.spec.layout import weight_shapes
+from models.spec.layout import network_state, weight_shapes
 from models.spec.model import ModelSpec
-from models.spec.state import FloatArray
 
 
-def weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
+def weights_bytes(weights: Mapping[str, NDArray[Any]]) -> bytes:
     """Encode weights as safetensors; equal weights have equal bytes."""
     # safetensors copies the memory of an array, so a transposed view would be stored wrongly.
     return bytes(
@@ -26,7 +29,7 @@ def weights_bytes(weights: Mapping[str, FloatArray]) -> bytes:
     )
 
 
-def read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, FloatArray]:
+def read_weights(spec: ModelSpec, data: bytes, where: str) -> dict[str, NDArray[Any]]:
     """Decode weights and validate them against a spec; the arrays are read-only.
 
     Args:
@@ -51,19 +54,26 @@ def check_weights(spec: ModelSpec, weights: Mapping[str, NDArray[Any]], where: s
     Raises:
         ArtifactError: a weight is missing or unknown, of another shape or type, or not finite.
     """
-    shapes = weight_shapes(spec)
-    missing = sorted(shapes.keys() - weights.keys())
-    unknown = sorted(weights.keys() - shapes.keys())
+    expected = _expected_weights(spec)
+    missing = [] if spec.onnx is not None else sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
     if missing or unknown:
         raise ArtifactError(
             f"{where}: the weights do not match the spec: missing {missing}, unknown {unknown}"
         )
-    for name, shape in shapes.items():
-        array = weights[name]
-        if array.shape != shape or array.dtype != np.float32:
+    for name, array in weights.items():
+        shape, dtype = expected[name]
+        if array.shape != shape or array.dtype != dtype:
             raise ArtifactError(
-                f"{where}: weight {name!r}: expected float32 {list(shape)}, "
+                f"{where}: weight {name!r}: expected {dtype} {list(shape)}, "
                 f"got {array.dtype} {list(array.shape)}"
             )
         if not np.isfinite(array).all():
             raise ArtifactError(f"{where}: weight {name!r}: expected finite values")
+
+
+def _expected_weights(spec: ModelSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every weight; of an imported graph, of every part of its state."""
+    if spec.onnx is not None:
+        return {part.name: (part.shape, part.dtype) for part in network_state(spec).parts}
+    return {name: (shape, "float32") for name, shape in weight_shapes(spec).items()}

@@ -1,4 +1,4 @@
-"""Conversion of an untrusted Keras model in a separate process with resource limits.
+"""Conversion of an untrusted model in a separate process with resource limits.
 
 The file is opened once and copied into a private folder; the copy keeps the file extension, by
 which Keras chooses a reader. The process (`models.importing.worker`) works in that folder, and its
@@ -20,10 +20,13 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from models.artifact.files import open_regular
+from models.artifact.graphs import GRAPH_NAME
 from models.artifact.manifest import MAX_ARTIFACT_BYTES
 from models.errors import ImportedModelError
+from models.importing.onnx_options import OnnxConversion, OnnxOptions
 from models.importing.result import (
     ERROR_NAME,
     OUT_OF_MEMORY,
@@ -83,21 +86,58 @@ def convert_isolated(path: Path, name: str, limits: Limits) -> tuple[Conversion,
             its extension; a limit was reached; the process died.
     """
     with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
-        inside = Path(folder)
-        copy = inside / f"model{_suffix(path)}"
-        _copy(path, copy, limits)
-        _run(path, copy, name, limits)
-        if (inside / ERROR_NAME).exists():
-            message = _read_output(inside / ERROR_NAME, MAX_RESULT_BYTES, path).decode(
-                "utf-8", "replace"
-            )
-            if message == OUT_OF_MEMORY:
-                message = f"{path}: reading it needs more than {_memory_limit(limits)}"
-            raise ImportedModelError(message)
-        result = _read_output(inside / RESULT_NAME, MAX_RESULT_BYTES, path)
-        weights = _read_output(inside / WEIGHTS_NAME, limits.file_bytes, path)
+        copy = Path(folder) / f"model{_suffix(path)}"
+        _run_in(path, copy, {"name": name}, limits)
+        return _results(path, Conversion, copy.parent, (WEIGHTS_NAME,), limits)
+
+
+def convert_onnx_isolated(
+    path: Path, name: str, options: OnnxOptions, limits: Limits
+) -> tuple[OnnxConversion, bytes, bytes]:
+    """Run `models.importing.onnx_conversion.convert_onnx` in another process.
+
+    Returns:
+        The conversion, the initial values as safetensors and the graph; all are untrusted.
+
+    Raises:
+        ImportedModelError: as `convert_isolated`.
+    """
+    with tempfile.TemporaryDirectory(prefix="carry-import-") as folder:
+        copy = Path(folder) / "model.onnx"
+        task = {
+            "name": name,
+            "folder": str(path.parent.resolve()),
+            "onnx": options.model_dump(mode="json"),
+        }
+        _run_in(path, copy, task, limits)
+        names = (WEIGHTS_NAME, GRAPH_NAME)
+        return _results(path, OnnxConversion, copy.parent, names, limits)
+
+
+def _run_in(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
+    """Copy the file, and run the process in the folder of the copy.
+
+    Raises:
+        ImportedModelError: the process reported an error, or ended without a result.
+    """
+    _copy(path, copy, limits)
+    _run(path, copy, task, limits)
+    error = copy.parent / ERROR_NAME
+    if error.exists():
+        message = _read_output(error, MAX_RESULT_BYTES, path).decode("utf-8", "replace")
+        if message == OUT_OF_MEMORY:
+            message = f"{path}: reading it needs more than {_memory_limit(limits)}"
+        raise ImportedModelError(message)
+
+
+def _results(
+    path: Path, kind: type[Any], folder: Path, names: tuple[str, ...], limits: Limits
+) -> tuple[Any, ...]:
+    """The validated result, and the contents of other files of the process's output."""
+    result = _read_output(folder / RESULT_NAME, MAX_RESULT_BYTES, path)
+    rest = [_read_output(folder / name, limits.file_bytes, path) for name in names]
     try:
-        return Conversion.model_validate_json(result), weights
+        return kind.model_validate_json(result), *rest
     except ValueError as error:
         raise ImportedModelError(f"{path}: the import gave an invalid result: {error}") from error
 
@@ -112,7 +152,7 @@ def _suffix(path: Path) -> str:
 
 
 def _copy(path: Path, copy: Path, limits: Limits) -> None:
-    begins = MAGIC_BYTES[copy.suffix]
+    begins = MAGIC_BYTES.get(copy.suffix, b"")
     try:
         with open_regular(path) as source, copy.open("xb") as target:
             size = os.fstat(source.fileno()).st_size
@@ -128,17 +168,17 @@ def _copy(path: Path, copy: Path, limits: Limits) -> None:
             source.seek(0)
             shutil.copyfileobj(source, target)
     except FileNotFoundError as error:
-        raise ImportedModelError(f"{path}: expected a .keras or .h5 file, there is none") from error
+        raise ImportedModelError(f"{path}: expected a {copy.suffix} file, there is none") from error
     except OSError as error:
         raise ImportedModelError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _run(path: Path, copy: Path, name: str, limits: Limits) -> None:
+def _run(path: Path, copy: Path, task: dict[str, Any], limits: Limits) -> None:
     """Run the process; raises unless it exits normally and in time."""
     seconds = max(1, int(limits.time_s))
     task = {
+        **task,
         "file": copy.name,
-        "name": name,
         "where": str(path),
         "limits": {
             "RLIMIT_AS": limits.memory_bytes,

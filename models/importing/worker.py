@@ -1,4 +1,4 @@
-"""The process that reads a foreign Keras model; see `models.importing.isolation`.
+"""The process that reads a foreign model; see `models.importing.isolation`.
 
 It sets its resource limits before it loads any library that reads the file, and writes its result
 into its working directory, as `models.importing.result` defines. Anything else ends it without one.
@@ -21,7 +21,10 @@ def main() -> None:
     for name, most in task["limits"].items():
         _set_limit(getattr(resource, name), most)
     try:
-        _convert(task)
+        if "onnx" in task:
+            _convert_onnx(task)
+        else:
+            _convert(task)
     except MemoryError:
         _write_error(OUT_OF_MEMORY)
 
@@ -39,6 +42,28 @@ def _convert(task: dict[str, Any]) -> None:
         _write_error(str(error))
     except OSError as error:
         _write_error(f"{task['where']}: {error}")
+
+
+def _convert_onnx(task: dict[str, Any]) -> None:
+    from models.artifact.graphs import GRAPH_NAME
+    from models.artifact.weights import weights_bytes
+    from models.errors import ModelsError
+    from models.importing.onnx_conversion import convert_onnx
+    from models.importing.onnx_options import OnnxOptions
+
+    where = task["where"]
+    try:
+        options = OnnxOptions.model_validate(task["onnx"])
+        conversion, graph, initial = convert_onnx(
+            Path(task["file"]), Path(task["folder"]), task["name"], options
+        )
+        Path(GRAPH_NAME).write_bytes(graph)
+        Path(WEIGHTS_NAME).write_bytes(weights_bytes(initial))
+        Path(RESULT_NAME).write_text(conversion.model_dump_json(), "utf-8")
+    except ModelsError as error:
+        _write_error(f"{where}: {error}")
+    except OSError as error:
+        _write_error(f"{where}: {error}")
 
 
 def _write_error(message: str) -> None:

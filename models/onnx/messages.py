@@ -6,7 +6,7 @@ library `onnx` would write the same bytes (the tests compare them). It is not us
 service derives the graph of every model that it loads, even if only ONNX Runtime is installed,
 and because the bytes must not depend on the version of a library.
 
-There is no decoder.
+`models.onnx.decoding` reads imported files.
 """
 
 from __future__ import annotations
@@ -141,6 +141,11 @@ def model(
             *(_bytes(14, _text(1, key) + _text(2, value)) for key, value in metadata.items()),
         )
     )
+
+
+def encode_bytes(field: int, pieces: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Encode a field of bytes or a message that is given in pieces, which are not copied."""
+    return [_tag(field, _BYTES) + _varint(sum(map(len, pieces))), *pieces]
 
 
 def _attribute(name: str, value: Any) -> bytes:

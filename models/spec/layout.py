@@ -94,7 +94,7 @@ class OutputSpec:
     """The model's outputs, packed into one float32 row of O values per step.
 
     Attributes:
-        outputs: one per head.
+        outputs: one per head, or one per output of an imported graph.
         attention: layers that attend over the chunk; their attention weights of the step follow
             the outputs.
     """
@@ -143,7 +143,12 @@ def state_spec(spec: ModelSpec) -> StateSpec:
 
 
 def network_state(spec: ModelSpec) -> StateSpec:
-    """The parts that the network reads and writes: of stateful layers, heads and the decoder."""
+    """The parts that the network reads and writes: of stateful layers, heads and the decoder, or
+    the state pairs of an imported graph."""
+    if spec.onnx is not None:
+        return StateSpec(
+            tuple(StatePart(pair.input, pair.shape, pair.dtype) for pair in spec.onnx.states)
+        )
     widths = layer_widths(spec)
     parts = [
         StatePart(f"{layer.name}.{part}", shape, "float32")
@@ -185,7 +190,9 @@ def _state_parts(
 
 
 def output_spec(spec: ModelSpec) -> OutputSpec:
-    """The outputs, one per head, in the order of the heads."""
+    """The outputs, one per head, in the order of the heads; or those of an imported graph."""
+    if spec.onnx is not None:
+        return OutputSpec(tuple(Output(each.name, each.shape) for each in spec.onnx.outputs))
     widths = layer_widths(spec)
     constant = chunk_constant_layers(spec.layers)
     outputs = [_output(spec, head, widths) for head in spec.heads]

@@ -1,5 +1,7 @@
 """Specification of a model: its event schema, layers, heads, decoder and training.
 
+An imported ONNX graph takes the place of layers and heads (`models.spec.onnx_network`).
+
 `SPEC.yaml` is written by hand; the artifact's manifest contains the same specification with every
 name resolved and every fitted number filled in. No runtime is imported: the Keras builder, the ONNX
 exporter and the state layout are derived from this specification.
@@ -16,9 +18,12 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from models.errors import SpecError
 from models.events.schema import Column, EventSchema, Frozen
@@ -56,10 +61,11 @@ from models.spec.layers import (
     Units,
     layer_width,
 )
+from models.spec.onnx_network import OnnxNetwork
 from models.spec.resets import ResetPolicy
 from models.spec.training import TrainingSpec
 
-_LATER_OPTIONS = ("embeddings", "reset_every", "session_gap_s")
+_LATER_OPTIONS = ("embeddings", "onnx", "reset_every", "session_gap_s")
 """Options that older versions do not know: they read a model that does not use them."""
 
 MAX_RESET_EVERY = 2**63 - 1
@@ -92,6 +98,8 @@ class ModelSpec(Frozen):
     Attributes:
         embeddings: columns of raw rows that hold codes; categorical fields of `events` have
             embeddings of their own.
+        onnx: the signature of an imported graph, which is the whole network: without layers, heads,
+            blocks and decoder.
         blocks: blocks in which a bidirectional network processes streams; without it, the network
             accepts complete sequences only.
         max_chunk_steps: longest chunk of a network that sees a chunk as a whole; `chunk_limit` is
@@ -107,8 +115,9 @@ class ModelSpec(Frozen):
     events: EventSchema | None = None
     features: Annotated[int, Field(ge=1, le=16384)] | None = None
     embeddings: tuple[EmbeddedColumn, ...] = ()
-    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=128)]
-    heads: Annotated[tuple[Head, ...], Field(min_length=1, max_length=32)]
+    onnx: OnnxNetwork | None = None
+    layers: Annotated[tuple[Layer, ...], Field(max_length=128)]
+    heads: Annotated[tuple[Head, ...], Field(max_length=32)]
     blocks: BlockSpec | None = None
     max_chunk_steps: Annotated[int, Field(ge=1, le=65536)] | None = None
     reset_every: Annotated[int, Field(ge=1, le=MAX_RESET_EVERY)] | None = None
@@ -124,6 +133,8 @@ class ModelSpec(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _resolve_names(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("onnx") is not None:
+            return {"layers": (), "heads": (), **data}
         if not isinstance(data, dict) or not isinstance(data.get("layers"), (list, tuple)):
             return data
         layers, previous = _resolve_layers(data["layers"])
@@ -139,8 +150,20 @@ class ModelSpec(Frozen):
             ]
         return {**data, "layers": layers, "heads": heads}
 
+    @field_validator("layers", "heads")
+    @classmethod
+    def _check_not_empty(cls, value: tuple[Any, ...], info: ValidationInfo) -> tuple[Any, ...]:
+        if not value and info.data.get("onnx") is None:
+            context = {"field_type": "Tuple", "min_length": 1, "actual_length": 0}
+            raise PydanticKnownError("too_short", context)
+        return value
+
     @model_validator(mode="after")
     def _check_consistency(self) -> ModelSpec:
+        if self.onnx is not None:
+            self._check_onnx(self.onnx)
+            self._check_resets()
+            return self
         if (self.events is None) == (self.features is None):
             raise ValueError("expected exactly one of `events` and `features`")
         self._check_embeddings()
@@ -220,6 +243,18 @@ class ModelSpec(Frozen):
                 )
         if len(set(columns)) < len(columns):
             raise ValueError(f"embeddings: expected distinct columns, got {columns}")
+
+    def _check_onnx(self, network: OnnxNetwork) -> None:
+        own = ("events", "embeddings", "layers", "heads", "blocks", "decoder", "training")
+        given = [name for name in own if getattr(self, name)]
+        if given:
+            raise ValueError(f"onnx: expected a graph without {given}, which it takes the place of")
+        if self.features != network.features:
+            raise ValueError(
+                f"features: expected {network.features}, the columns of the graph's inputs, "
+                f"got {self.features}"
+            )
+        self._check_chunk_limit()
 
     def _check_blocks(self) -> None:
         backward = any(isinstance(layer, BidirectionalLayer) for layer in self.layers)
@@ -329,6 +364,8 @@ class ModelSpec(Frozen):
     @property
     def chunking(self) -> Chunking:
         """The chunking semantics of the network; see `models.spec.chunking`."""
+        if self.onnx is not None:
+            return self.onnx.chunking
         return chunking_of(self.layers, blocks=self.blocks is not None)
 
     @property

@@ -1,14 +1,15 @@
 """Layout of a stream's state: named parts with shape and dtype, packed into two rows.
 
-The network's parts are float32 and packed into one row. Parts that must be exact (the last
-timestamp, counters) are int64 and packed into a second row. Parts are accessed by name; only
-`StateSpec` knows their order in the rows.
+float32 parts are packed into one row, and float16 parts with them, whose values float32 holds
+exactly. All other parts are packed into a second row of 8 bytes a value: integers and booleans as
+int64, float64 by their bits. Parts are accessed by name; only `StateSpec` knows their order in the
+rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,19 @@ from models.errors import StateError
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-Dtype = Literal["float32", "int64"]
+Dtype = Literal[
+    "float32",
+    "int64",
+    "float16",
+    "float64",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "uint8",
+    "uint16",
+    "uint32",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +50,30 @@ class StatePart:
         """Number of values in the part."""
         return prod(self.shape)
 
+    @property
+    def in_floats(self) -> bool:
+        """Whether its values are in the float32 row."""
+        return self.dtype in ("float32", "float16")
+
+    def decode(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of its row [..., size] in its dtype (a view if the row has it)."""
+        if self.dtype == "float64":
+            return values.view(np.float64)
+        return values.astype(self.dtype, copy=False)
+
+    def encode(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of its dtype as values of its row; the inverse of `decode`."""
+        if self.dtype == "float64":
+            return np.ascontiguousarray(values).view(np.int64)
+        return values.astype(np.float32 if self.in_floats else np.int64, copy=False)
+
 
 class State(NamedTuple):
     """One stream's state.
 
     Attributes:
-        floats: float32 [N], the network's parts, packed.
-        ints: int64 [M], the parts that must be exact, packed.
+        floats: float32 [N], the float32 and float16 parts, packed.
+        ints: int64 [M], all other parts, packed.
     """
 
     floats: FloatArray
@@ -52,40 +82,55 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class StateSpec:
-    """The ordered parts of a model's state."""
+    """The ordered parts of a model's state.
+
+    Attributes:
+        initial_values: by part, in its shape and dtype, the values that a new stream starts from;
+            zero for a part that is not named.
+    """
 
     parts: tuple[StatePart, ...]
+    initial_values: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def float_size(self) -> int:
         """N, the length of the packed float32 row."""
-        return sum(part.size for part in self.parts if part.dtype == "float32")
+        return sum(part.size for part in self.parts if part.in_floats)
 
     @cached_property
     def int_size(self) -> int:
         """M, the length of the packed int64 row."""
-        return sum(part.size for part in self.parts if part.dtype == "int64")
+        return sum(part.size for part in self.parts if not part.in_floats)
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """The slice of each part in the row of its dtype."""
+        """The slice of each part in its row."""
         slices: dict[str, slice] = {}
-        ends = {"float32": 0, "int64": 0}
+        ends = {True: 0, False: 0}
         for part in self.parts:
-            start = ends[part.dtype]
-            ends[part.dtype] = start + part.size
-            slices[part.name] = slice(start, ends[part.dtype])
+            start = ends[part.in_floats]
+            ends[part.in_floats] = start + part.size
+            slices[part.name] = slice(start, ends[part.in_floats])
         return slices
 
     def zero(self) -> State:
-        """The initial state of a stream: every value is zero."""
+        """The state whose every value is zero."""
         return State(np.zeros(self.float_size, np.float32), np.zeros(self.int_size, np.int64))
 
+    def initial(self) -> State:
+        """The state of a new stream."""
+        state = self.zero()
+        for part in self.parts:
+            if part.name in self.initial_values:
+                self._set(state, part, self.initial_values[part.name])
+        return state
+
     def by_name(self, state: State) -> dict[str, NDArray[Any]]:
-        """Split the packed rows into named arrays (views, not copies)."""
-        rows: dict[str, NDArray[Any]] = {"float32": state.floats, "int64": state.ints}
+        """Split the packed rows into named arrays (views, if the row has their dtype)."""
         return {
-            part.name: rows[part.dtype][self.slices[part.name]].reshape(part.shape)
+            part.name: part.decode(self._row(state, part)[self.slices[part.name]]).reshape(
+                part.shape
+            )
             for part in self.parts
         }
 
@@ -103,9 +148,51 @@ class StateSpec:
             raise StateError(f"expected the parts {names}, missing {missing}, unknown {unknown}")
         state = self.zero()
         for part in self.parts:
-            row = state.floats if part.dtype == "float32" else state.ints
-            row[self.slices[part.name]] = _part_values(part, values[part.name]).ravel()
+            self._set(state, part, _part_values(part, values[part.name]))
         return state
+
+    def is_finite(self, state: State) -> bool:
+        """Whether every floating-point value is finite."""
+        doubles = [part for part in self.parts if part.dtype == "float64"]
+        return bool(np.isfinite(state.floats).all()) and all(
+            np.isfinite(part.decode(state.ints[self.slices[part.name]])).all() for part in doubles
+        )
+
+    @property
+    def runtime_size(self) -> int:
+        """W, the length of the row that a runtime reads and writes; see `pack`."""
+        return self.float_size + 2 * self.int_size
+
+    def pack(self, state: State) -> FloatArray:
+        """The row of a network's parts that a runtime takes, float32 [W].
+
+        Args:
+            state: a state whose first values are those of this layout. (The floats of a network
+                are all floats of its state, unless it has blocks.)
+
+        Returns:
+            The floats, and behind them each int64 as the two float32 words of the same bytes.
+        """
+        if not self.int_size:
+            return state.floats
+        return np.concatenate([state.floats, state.ints[: self.int_size].view(np.float32)])
+
+    def unpack(self, row: FloatArray, ints: IntArray) -> State:
+        """The state of a runtime's row [W], in memory of its own; the inverse of `pack`.
+
+        Args:
+            ints: int64 [M] of the complete state, from which values behind the network's are taken.
+        """
+        if not self.int_size:
+            return State(row.copy(), ints)
+        own = row[self.float_size :].copy().view(np.int64)
+        return State(row[: self.float_size].copy(), np.concatenate([own, ints[self.int_size :]]))
+
+    def _row(self, state: State, part: StatePart) -> NDArray[Any]:
+        return state.floats if part.in_floats else state.ints
+
+    def _set(self, state: State, part: StatePart, values: NDArray[Any]) -> None:
+        self._row(state, part)[self.slices[part.name]] = part.encode(values).ravel()
 
 
 def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
@@ -121,17 +208,18 @@ def _part_values(part: StatePart, value: Any) -> NDArray[Any]:
         raise StateError(
             f"part {part.name!r}: expected shape {list(part.shape)}, got {list(array.shape)}"
         )
-    if _has_booleans(value):
+    if part.dtype != "bool" and _has_booleans(value):
         raise StateError(f"part {part.name!r}: expected {part.dtype} values, got true or false")
-    kinds = "iuf" if part.dtype == "float32" else "iu"
+    kinds = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}[np.dtype(part.dtype).kind]
     if array.dtype.kind not in kinds:
         raise StateError(f"part {part.name!r}: expected {part.dtype} values, got {array.dtype}")
     with np.errstate(over="ignore"):
         cast = array.astype(part.dtype)
-    if part.dtype == "float32" and not np.isfinite(cast).all():
-        raise StateError(f"part {part.name!r}: expected finite float32 values")
-    if part.dtype == "int64" and not np.array_equal(cast, array):
-        raise StateError(f"part {part.name!r}: expected int64 values, got one out of range")
+    if "f" in kinds:
+        if not np.isfinite(cast).all():
+            raise StateError(f"part {part.name!r}: expected finite {part.dtype} values")
+    elif not np.array_equal(cast, array):
+        raise StateError(f"part {part.name!r}: expected {part.dtype} values, got one out of range")
     return cast
 
 

@@ -18,6 +18,7 @@ from models.spec.blocks import BlockStateLayout
 from models.spec.state import State
 from service.core.delivery import apply_chunk, stream_facts
 from service.core.errors import CarryError, InternalError, InvalidInput, NotFinite
+from service.core.values import FloatRows
 from service.engine.compute import Compute
 from service.pipeline.batch_item import BatchItem, Computed, StageTimes
 from service.pipeline.blocks import BatchOutput, BlockInput, infer_blocks
@@ -47,6 +48,7 @@ class Inference:
         self._now_ms = now_ms
         self._on_call = partial(recorder.record_runtime_call, served.name)
         self._initial = served.initial
+        self._network_state = served.network_state
         self._blocks = served.blocks
         self._resets_by_itself = served.artifact.spec.resets.is_active
 
@@ -116,7 +118,7 @@ class Inference:
         now_ms, fingerprint = self._now_ms(), self._served.fingerprint
         computed: list[Computed] = []
         for item, output, state in zip(items, outputs, states, strict=True):
-            if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+            if not finite and not self._is_finite(output, state):
                 item.job.resolve(_not_finite(item))
                 continue
             item.outputs = output
@@ -124,17 +126,22 @@ class Inference:
             computed.append((item, new))
         return computed
 
+    def _is_finite(self, output: FloatRows, state: State) -> bool:
+        return bool(np.isfinite(output).all()) and self._served.state.is_finite(state)
+
     async def _infer_steps(self, items: list[BatchItem]) -> BatchOutput:
         """Compute every step of every item."""
-        floats = [(m.base.state if m.base else self._initial).floats for m in items]
+        pack = self._network_state.pack
+        before = [pack(m.base.state if m.base else self._initial) for m in items]
         outputs, after, finite = await self._compute.infer(
             self._served.runtime,
             [item.rows for item in items],
-            np.concatenate(floats).reshape(len(floats), -1),
+            np.concatenate(before).reshape(len(before), -1),
             self._on_call,
         )
         # copies, since views would keep the states of the whole batch alive in the cache
-        states = [State(row.copy(), m.ints) for row, m in zip(after, items, strict=True)]
+        unpack = self._network_state.unpack
+        states = [unpack(row, m.ints) for row, m in zip(after, items, strict=True)]
         return BatchOutput(outputs, states, finite)
 
     async def _infer_blocks(self, blocks: BlockStateLayout, items: list[BatchItem]) -> BatchOutput:

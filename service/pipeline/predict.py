@@ -40,7 +40,7 @@ class PredictRunner:
             self._compute, self._served, [parts for _, parts in encoded], self._on_call
         )
         for (job, _), output, state in zip(encoded, outputs, states, strict=True):
-            if finite or (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+            if finite or (np.isfinite(output).all() and self._served.state.is_finite(state)):
                 job.resolve(Prediction(output, state))
             else:
                 job.resolve(

@@ -73,14 +73,14 @@ async def _infer(
         inputs = [BlockInput(*segment, final=True) for segment in segments]
         width = served.outputs.size
         return await infer_blocks(compute, served.runtime, served.blocks, inputs, width, on_call)
+    layout = served.network_state
     outputs, after, finite = await compute.infer(
         served.runtime,
         [segment.rows for segment in segments],
-        np.stack([segment.state.floats for segment in segments]),
+        np.stack([layout.pack(segment.state) for segment in segments]),
         on_call,
     )
-    # copies, since views would keep the states of the whole batch alive in the cache
-    states = [State(row.copy(), each.ints) for row, each in zip(after, segments, strict=True)]
+    states = [layout.unpack(row, each.ints) for row, each in zip(after, segments, strict=True)]
     return BatchOutput(outputs, states, finite)
 
 

@@ -95,7 +95,12 @@ class ServedModel:
     @cached_property
     def initial(self) -> State:
         """The state of a stream before its first event, and after a reset; not to be modified."""
-        return self.state.zero()
+        return self.state.initial()
+
+    @cached_property
+    def network_state(self) -> StateSpec:
+        """The layout of the parts that the runtime reads and writes."""
+        return self.artifact.network_state
 
     @cached_property
     def blocks(self) -> BlockStateLayout | None:

@@ -52,8 +52,8 @@ class Runtime(Protocol):
         Args:
             rows: float32 [B, T, F] of a padded shape; values beyond a length are zero.
             lengths: int32 [B], each 1..T (a padding row has length 1, never 0).
-            states: float32 [B, N], packed.
+            states: float32 [B, W], each as `StateSpec.pack` returns it for the network's parts.
 
         Returns:
-            outputs float32 [B, T, O], undefined beyond a length, and states float32 [B, N].
+            outputs float32 [B, T, O], undefined beyond a length, and states float32 [B, W].
         """

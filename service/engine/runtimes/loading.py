@@ -41,6 +41,7 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
 
     Args:
         wanted: one of `RUNTIMES` for every model, or `auto`: the first that can run the model.
+            Imported ONNX graphs run on ONNX Runtime in any case.
         artifacts: the models.
         threads: threads that one step may use.
 
@@ -52,9 +53,7 @@ def open_runtimes(wanted: str, artifacts: Sequence[Artifact], threads: int) -> l
     """
     if wanted not in (AUTO, *RUNTIMES):
         raise ValueError(f"expected one of the runtimes {[AUTO, *RUNTIMES]}, got {wanted!r}")
-    choices = [
-        _choose(artifact) if wanted == AUTO else (wanted, "as configured") for artifact in artifacts
-    ]
+    choices = [_choose(artifact, wanted) for artifact in artifacts]
     opened = [
         open_runtime(name, artifact, threads)
         for artifact, (name, _) in zip(artifacts, choices, strict=True)
@@ -94,8 +93,10 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
             missing = _missing_graph(artifact)
             if missing is not None:
                 raise RuntimeUnsupportedError(f"runtime_unsupported: {missing}")
-            from service.engine.runtimes.onnx import OnnxRuntime
+            from service.engine.runtimes.onnx import ImportedRuntime, OnnxRuntime
 
+            if artifact.network is not None:
+                return ImportedRuntime(artifact, threads)
             return OnnxRuntime(artifact, threads)
         # log errors only, and sum in the same order on every processor
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -113,8 +114,12 @@ def open_runtime(name: str, artifact: Artifact, threads: int, *, decoding: bool 
 _EXTRAS = {ONNXRUNTIME: "onnx", TENSORFLOW: "tensorflow"}
 
 
-def _choose(artifact: Artifact) -> tuple[str, str]:
-    """The runtime that `auto` chooses for a model, and why."""
+def _choose(artifact: Artifact, wanted: str) -> tuple[str, str]:
+    """The runtime of a model, and why."""
+    if artifact.network is not None:
+        return ONNXRUNTIME, "the model is an ONNX graph"
+    if wanted != AUTO:
+        return wanted, "as configured"
     installed = [name for name in RUNTIMES if find_spec(name) is not None]
     if not installed:
         raise RuntimeMissingError(

@@ -1,12 +1,14 @@
 """The ONNX Runtime runtime: one session per model, which computes in the thread of its caller.
 
 ONNX Runtime compiles nothing, so a batch runs at its own shape, and only shorter rows are padded.
-One thread needs no pool; more threads sleep between calls instead of spinning. Memory is allocated
-per call: an arena would keep the size of the largest batch and is no faster
-(docs/decisions/runtimes.md). The session keeps no state between calls.
+The session keeps no state between calls.
 
-Only graphs that `models.onnx` generates from spec and weights are loaded: a graph file could
-contain other weights under the model's fingerprint, read other files, or loop forever.
+`OnnxRuntime` runs networks of layers, and only on graphs that `models.onnx` generates from spec and
+weights: a graph file could contain other weights under the model's fingerprint, read other files,
+or loop forever.
+
+`ImportedRuntime` runs imported graphs, which are their networks: the fingerprint covers the graph,
+and an artifact is rejected whose graph refers to other files.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from models.artifact.artifact import Artifact
 from models.errors import ArtifactError
-from models.onnx.library import onnxruntime
+from models.onnx.library import open_session
 from models.onnx.names import (
     LENGTHS,
     OUTPUTS,
@@ -23,13 +25,12 @@ from models.onnx.names import (
     STATES,
     STATES_AFTER,
 )
+from models.onnx.stateful_graph import StatefulGraph
 from service.core.values import FloatRows
 from service.engine.runtimes.base import FloatBatch, Lengths
 
 SLICE_STEPS = 64
 """Longest call of a model whose chunks may be split."""
-ERRORS_ONLY = 3
-"""Log severity; ONNX Runtime warns about devices that are not used."""
 RESULTS = [OUTPUTS, STATES_AFTER]
 
 
@@ -52,21 +53,7 @@ class OnnxRuntime:
         graph = artifact.graphs.data
         if graph is None:
             raise ArtifactError(f"{where}: no graph can represent it: {artifact.graphs.refused}")
-        onnxruntime.set_default_logger_severity(ERRORS_ONLY)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False
-        options.enable_mem_pattern = False
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its exceptions have no common base
-            raise ArtifactError(f"{where}: ONNX Runtime rejects the graph: {error}") from error
+        self._session = open_session(graph, threads, where)
         blocks = artifact.spec.blocks
         self._window = 1 if blocks is None else blocks.window
         self.max_steps = artifact.spec.chunk_limit or max(SLICE_STEPS, self._window)
@@ -95,3 +82,47 @@ class OnnxRuntime:
         """Run one batch; see `Runtime.step`."""
         outputs, after = self._session.run(RESULTS, {ROWS: rows, LENGTHS: lengths, STATES: states})
         return outputs, after
+
+
+class ImportedRuntime:
+    """One imported graph on ONNX Runtime.
+
+    Args:
+        artifact: the model, whose spec has `onnx`.
+        threads: threads inside one operator.
+
+    Raises:
+        ArtifactError: ONNX Runtime rejects the graph.
+    """
+
+    name = "onnxruntime"
+    max_batch = 64
+
+    def __init__(self, artifact: Artifact, threads: int = 1):
+        network, graph = artifact.spec.onnx, artifact.network
+        if network is None or graph is None:
+            raise ArtifactError(f"{artifact.path}: expected an imported graph, got none")
+        session = open_session(graph, threads, str(artifact.path))
+        self._graph = StatefulGraph(network, artifact.network_state, session)
+        self.max_steps = artifact.spec.chunk_limit or SLICE_STEPS
+        self._features = network.features
+        self._initial = artifact.state.pack(artifact.state.initial())
+
+    def padded_shape(self, rows: int, steps: int) -> tuple[int, int]:
+        """The shape itself: the graph has no fixed one."""
+        return rows, steps
+
+    def warm(self) -> None:
+        """Run once, which allocates what later calls need."""
+        rows = np.zeros((1, 1, self._features), np.float32)
+        self.step(rows, np.ones(1, np.int32), self._initial[np.newaxis])
+
+    def warm_next(self) -> bool:
+        """False: there are no shapes to compile."""
+        return False
+
+    def step(
+        self, rows: FloatBatch, lengths: Lengths, states: FloatRows
+    ) -> tuple[FloatBatch, FloatRows]:
+        """Run one batch; see `Runtime.step`."""
+        return self._graph.step(rows, lengths, states)

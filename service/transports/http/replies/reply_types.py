@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 from pydantic import ConfigDict, Field, GetPydanticSchema, with_config
 
+from models.spec.state import Dtype
 from service.transports.http.field_rules import (
     BY_PART,
     EpochText,
@@ -271,7 +272,7 @@ class PartInfo(TypedDict):
     """One part of the state."""
 
     shape: list[int]
-    dtype: Literal["float32", "int64"]
+    dtype: Dtype
 
 
 @closed

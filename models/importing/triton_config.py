@@ -1,0 +1,184 @@
+"""Reads the state pairs of a Triton model from its `config.pbtxt`.
+
+    sequence_batching {
+      state [{ input_name: "h_in" output_name: "h_out" data_type: TYPE_FP32 dims: [ 8 ]
+               initial_state: { data_type: TYPE_FP32 dims: [ 8 ] zero_data: true } }]
+    }
+
+The file is protobuf's text format. Its fields are read by name, and unknown ones are ignored:
+instance groups and the like have no meaning here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.artifact.files import inside, open_regular
+from models.errors import ImportedModelError
+
+Message = dict[str, list[Any]]
+
+MAX_CONFIG_BYTES = 2**20
+MAX_INITIAL_BYTES = 2**28
+_DTYPES = {
+    "TYPE_BOOL": "bool",
+    "TYPE_FP16": "float16",
+    "TYPE_FP32": "float32",
+    "TYPE_FP64": "float64",
+    **{f"TYPE_INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"TYPE_UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+_TOKEN = re.compile(
+    r"""\s+|\#[^\n]*|(?P<text>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
+    r"""|(?P<word>[A-Za-z_][\w.]*)|(?P<number>-?[\d.][\w.+-]*)|(?P<mark>[{}<>\[\]:,;-])"""
+)
+
+
+class TritonConfig:
+    """The sequence batching of one model.
+
+    Args:
+        text: the file's text.
+        folder: the model's folder, where `initial_state/` is.
+
+    Raises:
+        ImportedModelError: it is no such file, or declares control inputs.
+    """
+
+    def __init__(self, text: str, folder: Path | None = None):
+        self._folder = folder
+        tokens = list(_tokens(text))
+        try:
+            config, rest = _message(tokens, 0, "")
+        except RecursionError as error:
+            raise ImportedModelError("config.pbtxt: messages are nested too deeply") from error
+        if rest < len(tokens):
+            raise ImportedModelError(f"config.pbtxt: expected a field, got {tokens[rest]!r}")
+        self._sequence: Message = _last(config, "sequence_batching", {})
+        self._states: list[Message] = self._sequence.get("state", [])
+        if not self._states:
+            raise ImportedModelError(
+                "config.pbtxt: expected `sequence_batching { state [...] }` with the state pairs, "
+                "found none; name them with `--state IN=OUT`"
+            )
+        controls = [str(_last(each, "name")) for each in self._sequence.get("control_input", [])]
+        if controls:
+            raise ImportedModelError(
+                f"config.pbtxt: the model has the control inputs {controls}, by which Triton tells "
+                "it where a sequence begins; Carry begins a stream from its initial state instead. "
+                "Export the model without them, and remove `control_input`"
+            )
+        self.inputs = tuple(str(_last(each, "name")) for each in config.get("input", []))
+        self.outputs = tuple(str(_last(each, "name")) for each in config.get("output", []))
+        self.pairs = {
+            str(_last(state, "input_name")): str(_last(state, "output_name"))
+            for state in self._states
+        }
+
+    def initial_values(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """The values of states that do not start from zero, by state input."""
+        for state in self._states:
+            for initial in state.get("initial_state", []):
+                if "data_file" in initial:
+                    yield str(_last(state, "input_name")), self._read(initial)
+
+    def _read(self, initial: Message) -> NDArray[Any]:
+        name, kind = str(_last(initial, "data_file")), str(_last(initial, "data_type"))
+        dims = [int(size) for each in initial.get("dims", []) for size in _flat(each)]
+        if kind not in _DTYPES or self._folder is None or not inside(name):
+            raise ImportedModelError(
+                f"config.pbtxt: initial_state: expected a file in `initial_state/` and a type of "
+                f"numbers, got {name!r} and {kind}"
+            )
+        folder = self._folder / "initial_state"
+        try:
+            with open_regular(folder / name, folder) as stream:
+                data = stream.read(MAX_INITIAL_BYTES)
+        except OSError as error:
+            raise ImportedModelError(
+                f"config.pbtxt: initial_state/{name}: cannot be read: {error.strerror}"
+            ) from error
+        values = np.frombuffer(data, np.dtype(_DTYPES[kind]).newbyteorder("<"))
+        if values.size != int(np.prod(dims)):
+            raise ImportedModelError(
+                f"config.pbtxt: initial_state/{name}: expected {dims} values of {kind}, "
+                f"got {len(data)} bytes"
+            )
+        return values.reshape(dims)
+
+
+def _tokens(text: str) -> Iterator[str]:
+    at = 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            line = text.count("\n", 0, at) + 1
+            raise ImportedModelError(
+                f"config.pbtxt:{line}: expected protobuf's text format, got {text[at : at + 20]!r}"
+            )
+        at = match.end()
+        if match.lastgroup:
+            yield match.group()
+
+
+def _message(tokens: list[str], at: int, end: str) -> tuple[Message, int]:
+    """The fields up to a closing mark, and the place behind it."""
+    fields: Message = {}
+    while at < len(tokens) and tokens[at] != end:
+        name = tokens[at]
+        if not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            raise ImportedModelError(f"config.pbtxt: expected the name of a field, got {name!r}")
+        at += 1
+        if _at(tokens, at) == ":":
+            at += 1
+        value, at = _value(tokens, at)
+        fields.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+        while at < len(tokens) and tokens[at] in ",;":
+            at += 1
+    if end and at >= len(tokens):
+        raise ImportedModelError(f"config.pbtxt: expected {end!r} before the end")
+    return fields, at + bool(end)
+
+
+def _value(tokens: list[str], at: int) -> tuple[Any, int]:
+    first = _at(tokens, at)
+    if first in ("{", "<"):
+        return _message(tokens, at + 1, "}" if first == "{" else ">")
+    if first == "[":
+        values, at = [], at + 1
+        while _at(tokens, at) != "]":
+            value, at = _value(tokens, at)
+            values.append(value)
+            at += _at(tokens, at) == ","
+        return values, at + 1
+    if first[0] in "\"'":
+        try:
+            return ast.literal_eval(first), at + 1
+        except (SyntaxError, ValueError) as error:
+            raise ImportedModelError(f"config.pbtxt: expected text, got {first}") from error
+    if first in "}>]:,;":
+        raise ImportedModelError(f"config.pbtxt: expected a value, got {first!r}")
+    return first, at + 1
+
+
+def _at(tokens: list[str], at: int) -> str:
+    if at >= len(tokens):
+        raise ImportedModelError("config.pbtxt: expected a value before the end")
+    return tokens[at]
+
+
+def _flat(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _last(message: Message, name: str, default: Any = "") -> Any:
+    """The last value of a field, which counts in protobuf."""
+    values = message.get(name)
+    return values[-1] if values else default

@@ -1,0 +1,156 @@
+"""A network given as an ONNX graph, whose state inputs and outputs are paired.
+
+    graph(inputs, state inputs, lengths or mask) -> (outputs, state outputs)
+
+Each pair is one part of a stream's state: the graph reads it by one name and returns its next value
+by another. The importer (`models.importing.onnx_model`) writes this section; nobody has to.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from models.events.schema import Frozen
+from models.spec.state import Dtype
+
+GraphDtype = Literal[Dtype, "uint64"]
+Axes = Literal["batch_major", "time_major", "step"]
+Batching = Literal["padded", "cut", "equal", "step"]
+
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+Size = Annotated[int, Field(ge=0, le=2**24)]
+
+
+class GraphInput(Frozen):
+    """One input of features.
+
+    Attributes:
+        name: the graph's name for it.
+        width: its columns of a row of `inputs`; None for an input without an axis of features,
+            which takes one column.
+        dtype: the element type; rows are cast to it.
+    """
+
+    name: Name
+    width: Annotated[int, Field(ge=1, le=16384)] | None
+    dtype: GraphDtype
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of a row."""
+        return 1 if self.width is None else self.width
+
+
+class GraphOutput(Frozen):
+    """One output.
+
+    Attributes:
+        name: the graph's name for it, and the one in replies.
+        shape: shape of one step, without the axes of batch and time.
+        has_time: whether it has an axis of time.
+        state_axis: for an output that is a state output too, the batch axis of the pair.
+    """
+
+    name: Name
+    shape: tuple[Size, ...]
+    has_time: bool = True
+    state_axis: int | None = None
+
+
+class StatePair(Frozen):
+    """One part of the state: a state input, and the state output that holds its next value.
+
+    Attributes:
+        input: name of the state input, and of the part.
+        output: name of the state output.
+        shape: shape of one stream's part, without the batch axis.
+        dtype: element type of both.
+        batch_axis: place of the batch axis in the graph's tensors.
+    """
+
+    input: Name
+    output: Name
+    shape: tuple[Size, ...]
+    dtype: Dtype
+    batch_axis: Annotated[int, Field(ge=0, le=16)]
+
+    @model_validator(mode="after")
+    def _check_axis(self) -> StatePair:
+        if self.batch_axis > len(self.shape):
+            raise ValueError(f"batch_axis: expected at most {len(self.shape)}")
+        return self
+
+
+class StepsInput(Frozen):
+    """The input by which the graph ignores padding.
+
+    Attributes:
+        kind: `lengths` [B], the number of steps of each row, or `mask` [B, T] (or [T, B]), true at
+            each of them.
+    """
+
+    kind: Literal["lengths", "mask"]
+    name: Name
+    dtype: GraphDtype
+
+
+class OnnxNetwork(Frozen):
+    """The signature of the graph, and how batches are run on it.
+
+    Attributes:
+        axes: of inputs and outputs: `batch_major` [B, T, ...], `time_major` [T, B, ...], or `step`
+            [B, ...], a graph of one step.
+        inputs: which take the columns of a row, in this order.
+        outputs: which the replies contain.
+        states: the state pairs, in the order of the parts of a state.
+        steps: the input by which it ignores padding; None if there is none.
+        batching: how rows of different lengths share a batch: `padded` (one call, in which the
+            graph ignores the padding), `cut` (one call for each distinct length, which continues
+            every longer row), `equal` (one call for the rows of each length) or `step` (one call
+            for each step).
+        batch_size: B, if the graph has a fixed one.
+        chunking: whether outputs depend on the chunk boundaries; see `models.spec.chunking`.
+    """
+
+    axes: Axes
+    inputs: Annotated[tuple[GraphInput, ...], Field(min_length=1, max_length=256)]
+    outputs: Annotated[tuple[GraphOutput, ...], Field(min_length=1, max_length=256)]
+    states: Annotated[tuple[StatePair, ...], Field(min_length=1, max_length=1024)]
+    steps: StepsInput | None = None
+    batching: Batching
+    batch_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    chunking: Literal["invisible", "per_chunk"] = "invisible"
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> OnnxNetwork:
+        names = [each.name for each in self.inputs] + [pair.input for pair in self.states]
+        if self.steps is not None:
+            names.append(self.steps.name)
+        for kind, found in (
+            ("inputs", names),
+            ("outputs", [output.name for output in self.outputs]),
+            ("state outputs", [pair.output for pair in self.states]),
+        ):
+            if len(set(found)) < len(found):
+                raise ValueError(f"expected {kind} with distinct names, got {found}")
+        possible: dict[str, bool] = {
+            "padded": self.steps is not None and self.axes != "step",
+            "cut": self.axes != "step" and self.chunking == "invisible",
+            "equal": self.axes != "step",
+            "step": self.chunking == "invisible",
+        }
+        if not possible[self.batching]:
+            raise ValueError(
+                f"batching: expected one of {[name for name, ok in possible.items() if ok]}, "
+                f"got {self.batching!r}"
+            )
+        if self.batching != "step" and not all(output.has_time for output in self.outputs):
+            raise ValueError("batching: expected 'step' for outputs without an axis of time")
+        return self
+
+    @property
+    def features(self) -> int:
+        """F, the number of columns of a row."""
+        return sum(each.columns for each in self.inputs)
