@@ -36,6 +36,8 @@ from service.core.errors import (
 )
 from service.engine.fair_queue import (
     BatchControl,
+    BatchLimits,
+    DrainRate,
     FairQueue,
     Job,
     JobRequest,
@@ -46,15 +48,7 @@ from service.engine.fair_queue import (
     Ticket,
     Work,
 )
-from service.engine.policy import (
-    LINGER_TICKS,
-    Admission,
-    BatchDelay,
-    BatchLimits,
-    DrainRate,
-    batching_delay,
-    shared_error,
-)
+from service.engine.policy import LINGER_TICKS, Admission, BatchDelay, batching_delay, shared_error
 
 DEADLINE_GRACE_S: Final = 0.05
 """How long after its deadline a job in a batch fails. Whatever its batch waits for ends at the

@@ -23,13 +23,60 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from service.core.errors import CarryError
-from service.engine.policy import BatchLimits, DrainRate
 
 MAX_SKIPPED: Final = 64
 """How many jobs that do not fit into a batch may be skipped in favour of smaller ones."""
 
+WINDOW_S: Final = 0.2
+"""Length of one measurement; the rate is the mean of the new and the previous one."""
+
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+class BatchLimits(NamedTuple):
+    """How large a batch may grow.
+
+    Attributes:
+        max_rows: jobs per batch.
+        max_padded_steps: rows times the steps of the longest row; a longer job runs alone.
+        long_steps: a job of more steps is a long job, which takes several runtime calls.
+    """
+
+    max_rows: int
+    max_padded_steps: int
+    long_steps: int = 2**31
+
+
+class DrainRate:
+    """The drain rate of one queue; use from one task at a time.
+
+    Attributes:
+        done: number of jobs done so far, counted by the owner.
+        per_s: jobs done per second; None if unknown.
+    """
+
+    __slots__ = ("_before", "_since_s", "done", "per_s")
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.per_s: float | None = None
+        self._before = 0
+        self._since_s: float | None = None
+
+    def note(self, now_s: float, waiting: int) -> None:
+        """Note the number of waiting jobs; call after starting all jobs that may start."""
+        if not waiting:
+            self.per_s = self._since_s = None
+            return
+        if self._since_s is not None:
+            seconds, done = now_s - self._since_s, self.done - self._before
+            if seconds < WINDOW_S:
+                return
+            if done:
+                rate = done / seconds
+                self.per_s = rate if self.per_s is None else (self.per_s + rate) / 2
+        self._since_s, self._before = now_s, self.done
 
 
 class JobRequest(NamedTuple, Generic[P]):

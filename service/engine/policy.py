@@ -1,4 +1,4 @@
-"""Policies of a batcher: batch limits, batching delay, admission control.
+"""Policies of a batcher: batching delay and admission control.
 
 Admission control accepts a job into the queue or rejects it (backpressure, load shedding). The
 queue is bounded by its length and by waiting time: at the current drain rate, a new job must start
@@ -15,14 +15,12 @@ import math
 from collections.abc import Callable, Hashable
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import structlog
 
 from service.core.errors import Overloaded, StreamOverloaded
-
-if TYPE_CHECKING:
-    from service.engine.fair_queue import Backlog, FairQueue
+from service.engine.fair_queue import Backlog, DrainRate, FairQueue
 
 MAX_DELAY_TURNS: Final = 16
 """Longest batching delay while no batch is in flight, in turns of the event loop."""
@@ -34,29 +32,12 @@ NO_LINGER_ROWS: Final = 32
 """A batch of this many rows never lingers: its fixed cost is spread well enough, and with the batch
 in flight it keeps both the event loop and the store busy."""
 
-WINDOW_S: Final = 0.2
-"""Length of one measurement; the rate is the mean of the new and the previous one."""
-
 MAX_RETRY_AFTER_S: Final = 60.0
 
 STREAM_SHARE: Final = 4
 """A stream's backlog may take 1 / `STREAM_SHARE` of the free places in the queue."""
 
 log = structlog.get_logger(__name__)
-
-
-class BatchLimits(NamedTuple):
-    """How large a batch may grow.
-
-    Attributes:
-        max_rows: jobs per batch.
-        max_padded_steps: rows times the steps of the longest row; a longer job runs alone.
-        long_steps: a job of more steps is a long job, which takes several runtime calls.
-    """
-
-    max_rows: int
-    max_padded_steps: int
-    long_steps: int = 2**31
 
 
 class BatchDelay(Enum):
@@ -85,37 +66,6 @@ def batching_delay(waiting: int, last: int, in_flight: int, turns: int) -> Batch
     if in_flight:
         return BatchDelay.LINGER if waiting < NO_LINGER_ROWS else BatchDelay.NONE
     return BatchDelay.LOOP_TURN if turns < MAX_DELAY_TURNS else BatchDelay.NONE
-
-
-class DrainRate:
-    """The drain rate of one queue; use from one task at a time.
-
-    Attributes:
-        done: number of jobs done so far, counted by the owner.
-        per_s: jobs done per second; None if unknown.
-    """
-
-    __slots__ = ("_before", "_since_s", "done", "per_s")
-
-    def __init__(self) -> None:
-        self.done = 0
-        self.per_s: float | None = None
-        self._before = 0
-        self._since_s: float | None = None
-
-    def note(self, now_s: float, waiting: int) -> None:
-        """Note the number of waiting jobs; call after starting all jobs that may start."""
-        if not waiting:
-            self.per_s = self._since_s = None
-            return
-        if self._since_s is not None:
-            seconds, done = now_s - self._since_s, self.done - self._before
-            if seconds < WINDOW_S:
-                return
-            if done:
-                rate = done / seconds
-                self.per_s = rate if self.per_s is None else (self.per_s + rate) / 2
-        self._since_s, self._before = now_s, self.done
 
 
 class Rejection(NamedTuple):

@@ -41,8 +41,7 @@ from service.core.values import (
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
-from service.engine.fair_queue import Job, JobRequest, Results, Run
-from service.engine.policy import BatchLimits
+from service.engine.fair_queue import BatchLimits, Job, JobRequest, Results, Run
 from service.engine.runtimes.base import Runtime
 from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner

@@ -10,8 +10,8 @@ from typing import Any
 
 from service.core.errors import CarryError
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, Job, JobRequest
-from service.engine.policy import Admission, BatchLimits, Rejection
+from service.engine.fair_queue import BatchControl, BatchLimits, Job, JobRequest
+from service.engine.policy import Admission, Rejection
 
 Jobs = list[Job[str, str]]
 UP_TO_8 = BatchLimits(8, 1000)

@@ -11,8 +11,8 @@ import structlog
 
 from service.core.errors import Overloaded, StreamOverloaded
 from service.engine.batcher import ITEMS_PER_PART, Batcher
-from service.engine.fair_queue import JobRequest, Results
-from service.engine.policy import STREAM_SHARE, Admission, BatchLimits
+from service.engine.fair_queue import BatchLimits, JobRequest, Results
+from service.engine.policy import STREAM_SHARE, Admission
 from tests.service.engine.batching import UP_TO_8, Runs, batching, no_room, submit
 from tests.service.engine.test_batcher import turns
 from tests.service.engine.test_batcher_deadlines import Paced

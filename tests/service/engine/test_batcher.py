@@ -10,8 +10,8 @@ import pytest
 
 from service.core.errors import InternalError, Overloaded, ShuttingDown
 from service.engine.batcher import Batcher
-from service.engine.fair_queue import BatchControl, FairQueue, JobRequest
-from service.engine.policy import MAX_DELAY_TURNS, BatchLimits
+from service.engine.fair_queue import BatchControl, BatchLimits, FairQueue, JobRequest
+from service.engine.policy import MAX_DELAY_TURNS
 from tests.service.engine.batching import Jobs, Runs, batching, start, start_each, submit
 
 LONG_BEYOND_64 = BatchLimits(8, 100, long_steps=64)

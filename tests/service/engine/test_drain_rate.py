@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.engine.policy import WINDOW_S, DrainRate
+from service.engine.fair_queue import WINDOW_S, DrainRate
 
 
 def test_no_rate_before_the_first_window_has_passed() -> None:

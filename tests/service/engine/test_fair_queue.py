@@ -12,8 +12,15 @@ from typing import Any
 
 import pytest
 
-from service.engine.fair_queue import MAX_SKIPPED, BatchControl, FairQueue, Job, Ticket, Work
-from service.engine.policy import BatchLimits
+from service.engine.fair_queue import (
+    MAX_SKIPPED,
+    BatchControl,
+    BatchLimits,
+    FairQueue,
+    Job,
+    Ticket,
+    Work,
+)
 
 LIMITS = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=200)
 LONG_BEYOND_16 = BatchLimits(max_rows=4, max_padded_steps=64, long_steps=16)
