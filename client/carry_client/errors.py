@@ -261,6 +261,18 @@ class ResetsUnsupported(BadRequest, code="resets_unsupported"):
     """The model's streams cannot be reset within."""
 
 
+class StateTokenInvalid(BadRequest, code="state_token_invalid"):
+    """The state token was not written by this service."""
+
+
+class StateTokenOfOtherModel(BadRequest, code="state_token_of_other_model"):
+    """The state token belongs to another model."""
+
+
+class StateTokenOfOtherVersion(BadRequest, code="state_token_of_other_version"):
+    """The state token belongs to another version of the model."""
+
+
 class NotFound(Problem):
     """The address does not exist."""
 

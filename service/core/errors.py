@@ -21,6 +21,9 @@
         FinalUnsupported      final_unsupported
         ForecastUnsupported   forecast_unsupported
         ResetsUnsupported     resets_unsupported
+        StateTokenInvalid     state_token_invalid
+        StateTokenOfOtherModel    state_token_of_other_model
+        StateTokenOfOtherVersion  state_token_of_other_version
       NotFound
         ModelNotFound         model_not_found
         StreamNotFound        stream_not_found
@@ -238,6 +241,27 @@ class ResetsUnsupported(BadRequest):
         "Use a stream for each session, and close it with `final`; a model with `blocks` computes "
         "outputs from later events, so that a reset would reach back."
     )
+
+
+class StateTokenInvalid(BadRequest):
+    code = "state_token_invalid"
+    title = "The state token was not written by this service"
+    remedy = (
+        "Send a token exactly as it was returned; without one the sequence starts from the "
+        "initial state. A store that lost its data has another key."
+    )
+
+
+class StateTokenOfOtherModel(BadRequest):
+    code = "state_token_of_other_model"
+    title = "The state token belongs to another model"
+    remedy = "Send the token to the model that returned it."
+
+
+class StateTokenOfOtherVersion(BadRequest):
+    code = "state_token_of_other_version"
+    title = "The state token belongs to another version of the model"
+    remedy = "Start the sequence over, or serve the version that returned the token."
 
 
 class NotFound(CarryError):

@@ -213,11 +213,30 @@ class Reply(NamedTuple):
     dry_run: bool = False
 
 
+class SequenceInput(NamedTuple):
+    """A sequence to predict.
+
+    Attributes:
+        token: the state token of the sequence that it continues; None to start from the initial
+            state.
+    """
+
+    steps: Steps
+    token: bytes | None = None
+
+
 class Prediction(NamedTuple):
-    """The stateless prediction of a whole sequence: outputs [T, O] and the last state."""
+    """The prediction of a sequence.
+
+    Attributes:
+        outputs: float32 [T, O].
+        state: the state after it.
+        token: the same, signed, if it was asked for.
+    """
 
     outputs: FloatRows
     state: State
+    token: bytes | None = None
 
 
 class ForecastRequest(NamedTuple):

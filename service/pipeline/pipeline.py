@@ -36,8 +36,10 @@ from service.core.values import (
     ForecastRequest,
     Prediction,
     Reply,
+    SequenceInput,
     Steps,
     StreamKey,
+    StreamState,
 )
 from service.engine.batcher import Batcher
 from service.engine.compute import Compute
@@ -47,9 +49,10 @@ from service.engine.thread_priority import LoopPriority
 from service.pipeline.chunk_batch import ChunkBatchRunner
 from service.pipeline.chunk_load import StateCache
 from service.pipeline.forecast import ForecastOrigin, ForecastRunner
-from service.pipeline.predict import PredictRunner
+from service.pipeline.predict import PredictRunner, SequenceStart
 from service.pipeline.recorder import Recorder
 from service.pipeline.served_model import ServedModel
+from service.pipeline.state_tokens import StateTokens, state_after
 from service.pipeline.streams import Streams
 from service.store.base import StateStore
 
@@ -106,6 +109,7 @@ class Pipeline:
         self._reset = on_model_change == "reset"
         self._cache = StateCache(limits.state_cache_bytes)
         self.streams = Streams(self.model, store, self._cache, now_ms=now_ms)
+        self._tokens = StateTokens(store.token_key)
         self._compute = Compute()
         self._loop_priority = LoopPriority()
         self._warm = False
@@ -138,7 +142,7 @@ class Pipeline:
             served, run, partial(self._recorder.record_queue_depth, served.name), run.map_error
         )
 
-    def _sequence_batcher(self, served: ServedModel) -> Batcher[Steps, Prediction]:
+    def _sequence_batcher(self, served: ServedModel) -> Batcher[SequenceStart, Prediction]:
         run = PredictRunner(served, self._compute, self._recorder)
         return self._batcher(served, run, lambda _: None, lambda _, error: error)
 
@@ -321,23 +325,57 @@ class Pipeline:
         )
 
     async def predict(
-        self, model: str, sequences: Sequence[Steps], deadline_s: float = math.inf
+        self,
+        model: str,
+        sequences: Sequence[SequenceInput],
+        deadline_s: float = math.inf,
+        *,
+        return_tokens: bool = False,
     ) -> list[Prediction]:
-        """Predict whole sequences from the zero state; nothing is stored.
+        """Predict sequences from the initial state, or from those of their tokens; nothing is
+        stored.
+
+        Args:
+            return_tokens: whether to return the states after them as tokens.
 
         Raises:
             CarryError: the first failure among the sequences.
         """
-        batcher = self._sequences[self.model(model).name]
+        served = self.model(model)
+        batcher = self._sequences[served.name]
+        if return_tokens:
+            served.check_carries_state("?return_state_token")
+        starts = [
+            SequenceStart(steps, await self._state_before(served, index, steps, token))
+            for index, (steps, token) in enumerate(sequences)
+        ]
         predictions: list[Prediction] = []
-        requests = [JobRequest(s, None, s.length) for s in sequences]
+        requests = [JobRequest(start, None, start.steps.length) for start in starts]
         for index, result in enumerate(await batcher.submit(requests, deadline_s)):
             if isinstance(result, InvalidInput):
                 raise result.within(f"sequences[{index}]")
             if isinstance(result, CarryError):
                 raise result
+            if return_tokens:
+                steps, before = starts[index]
+                after = state_after(served, steps, before, result.state)
+                result = result._replace(token=await self._tokens.sign(served, after))
             predictions.append(result)
         return predictions
+
+    async def _state_before(
+        self, served: ServedModel, index: int, steps: Steps, token: bytes | None
+    ) -> StreamState | None:
+        """The verified state of a sequence's token."""
+        if token is None:
+            return None
+        at = f"sequences[{index}].state_token"
+        served.check_carries_state(at)
+        try:
+            return await self._tokens.verify(served, token, steps)
+        except CarryError as error:
+            error.facts = {**error.facts, "at": at}
+            raise
 
     async def forecast(
         self, key: StreamKey, request: ForecastRequest, deadline_s: float = math.inf

@@ -1,4 +1,4 @@
-"""Predict: stateless inference on sequences, from the initial state.
+"""Predict: inference on sequences, from the initial state or from one that the client holds.
 
 Nothing is loaded and nothing is stored. Sequences are batched; they fail independently.
 """
@@ -6,12 +6,13 @@ Nothing is loaded and nothing is stored. Sequences are batched; they fail indepe
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import structlog
 
 from service.core.errors import CarryError, InternalError, NotFinite
-from service.core.values import Prediction, Steps
+from service.core.values import Prediction, Steps, StreamState
 from service.engine.compute import Compute
 from service.engine.fair_queue import BatchControl, Job
 from service.pipeline.recorder import Recorder
@@ -20,7 +21,15 @@ from service.pipeline.served_model import Segment, ServedModel
 
 log = structlog.get_logger(__name__)
 
-SequenceJob = Job[Steps, Prediction]
+
+class SequenceStart(NamedTuple):
+    """A sequence and the state that it continues; None for the initial state."""
+
+    steps: Steps
+    before: StreamState | None
+
+
+SequenceJob = Job[SequenceStart, Prediction]
 
 
 class PredictRunner:
@@ -53,10 +62,11 @@ class PredictRunner:
 
     def _encode(self, job: SequenceJob) -> list[Segment] | None:
         """Encode a sequence; None if that failed, which resolves its job."""
-        served, steps = self._served, job.payload
+        served, (steps, before) = self._served, job.payload
+        state, position = (before.state, before.head.position) if before else (served.initial, 0)
         try:
-            resets = served.find_resets(steps, served.initial, 0)
-            return served.encode_segments(steps, served.initial, resets)
+            resets = served.find_resets(steps, state, position)
+            return served.encode_segments(steps, state, resets)
         except CarryError as error:
             job.resolve(error)
         except Exception as error:

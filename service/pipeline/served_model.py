@@ -132,6 +132,23 @@ class ServedModel:
                 got=steps.length,
             )
 
+    def check_carries_state(self, at: str) -> None:
+        """Reject a request for states in the hands of the client, if a sequence of the model has
+        none that another could continue.
+
+        Raises:
+            InvalidInput
+        """
+        spec = self.artifact.spec
+        if spec.chunking == "whole" or spec.blocks is not None:
+            expected = "none"
+            raise InvalidInput(
+                f"{at}: expected {expected}, since model {self.name!r} computes each sequence to "
+                "its end, and no other continues it",
+                at=at,
+                expected=expected,
+            )
+
     def encode_covariates(self, request: ForecastRequest, state: State) -> FutureCovariates:
         """Encode the known future covariates of a forecast from `state`.
 

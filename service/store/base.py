@@ -84,6 +84,13 @@ class StateStore(Protocol):
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""
 
+    async def token_key(self) -> bytes:
+        """Read the secret of this store that signs state tokens; drawn when it is first read.
+
+        Raises:
+            CarryError: the store does not answer.
+        """
+
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:

@@ -4,6 +4,7 @@
     {namespace}{pNNNN}:r:{model}:{stream}     the last reply
     {namespace}{pNNNN}:probe:{name}           trial commit of the readiness check, TTL of 1 ms
     {namespace}:meta                          format and number of partitions of the store
+    {namespace}:token-key                     the key that signs state tokens, 32 random bytes
 
 The braces around `pNNNN` are literal, a hash tag of Redis Cluster: all streams of a partition are
 stored in one slot. The partition is CRC-32 of `model/stream` modulo P. A model's name contains no
@@ -137,6 +138,11 @@ class KeySpace:
     def meta(self) -> str:
         """The key of the store's format and number of partitions."""
         return f"{self.namespace}:meta"
+
+    @property
+    def token_key(self) -> str:
+        """The key of the secret that signs state tokens."""
+        return f"{self.namespace}:token-key"
 
     def partition(self, key: StreamKey) -> int:
         """The stream's partition, 0 to P-1; the same on every machine and version."""

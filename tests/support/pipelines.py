@@ -16,7 +16,7 @@ from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from models.spec.state import State
 from service.core.delivery import chunk_digest, new_nonce
-from service.core.values import Chunk, Feed, Steps, StreamKey, Timing
+from service.core.values import Chunk, Feed, SequenceInput, Steps, StreamKey, Timing
 from service.pipeline.pipeline import OnModelChange, Pipeline, PipelineLimits
 from service.pipeline.served_model import ServedModel
 from service.store.redis.redis_store import RedisStore
@@ -149,6 +149,11 @@ def chunk_of(
     steps = Steps(Feed.INPUTS, len(rows), rows=rows)
     nonce = b"" if position is not None else new_nonce()
     return Chunk(StreamKey(model, stream), steps, chunk_digest(None, steps, nonce), position, epoch)
+
+
+def sequence_of(rows: NDArray[np.float32]) -> SequenceInput:
+    """A sequence to predict, of the probe model."""
+    return SequenceInput(Steps(Feed.INPUTS, len(rows), rows=rows))
 
 
 def oracle_outputs(

@@ -18,6 +18,7 @@ earlier commit changes anything when it is delivered late.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any, Final
@@ -78,6 +79,7 @@ from service.store.redis.server_checks import check_servers
 from service.store.settings import Durability, StoreSettings
 
 DELETE_ATTEMPTS: Final = 6
+TOKEN_KEY_BYTES: Final = 32
 _WRITTEN: Final = [1]
 
 log = structlog.get_logger(__name__)
@@ -133,6 +135,21 @@ class RedisStore:
     def shard(self, key: StreamKey) -> Hashable:
         """The node that stores a stream; None for a single server."""
         return None if self._slots is None else self._router.node_of(self._slot(key))
+
+    async def token_key(self) -> bytes:
+        """Read the secret of this store that signs state tokens; drawn when it is first read."""
+        key = self._keys.token_key
+        slot = self._router.slot(key)
+        drawn = secrets.token_bytes(TOKEN_KEY_BYTES)
+        value: Any = None
+        for command in (("SET", key, drawn, "NX"), ("GET", key)):
+            (outcome,) = await self._router.execute(StoreRequest.for_command(*command, slot=slot))
+            value = self._read_value(outcome)
+        if not isinstance(value, bytes) or len(value) != TOKEN_KEY_BYTES:
+            raise StoreRefused(
+                f"key {key!r} of the store at {self._router.redacted_url} was not written by Carry"
+            )
+        return value
 
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None

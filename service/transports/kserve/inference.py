@@ -34,7 +34,7 @@ import structlog
 
 from models.spec.layout import Output
 from service.core.errors import CarryError, ModelNotFound
-from service.core.values import Chunk, FloatRows, Precondition, Reply, Steps, StreamKey
+from service.core.values import Chunk, FloatRows, Precondition, Reply, SequenceInput, StreamKey
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
 from service.transports.http.bodies.strict_validator import Limit
@@ -258,7 +258,7 @@ class Inference:
         predictions = await self.api.pipeline.predict(name, sequences, deadline_s)
         return self._reply(call, {}, [each.outputs for each in predictions])
 
-    async def _read_sequences(self, call: ResolvedCall, deadline_s: float) -> list[Steps]:
+    async def _read_sequences(self, call: ResolvedCall, deadline_s: float) -> list[SequenceInput]:
         body, media = call.encode_body()
         if not call.is_long:
             return call.wire.reader.sequences(body, media)

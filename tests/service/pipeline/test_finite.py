@@ -9,9 +9,9 @@ import pytest
 
 from models.artifact.artifact import Artifact
 from service.core.errors import NotFinite
-from service.core.values import Feed, Reply, Steps
+from service.core.values import Reply
 from tests.support.numpy_runtime import NumpyRuntime
-from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, worker
+from tests.support.pipelines import chunk_of, oracle_outputs, rows_of, sequence_of, worker
 
 
 class Padding(NumpyRuntime):
@@ -44,5 +44,5 @@ async def test_overflow_fails_its_own_stream_only(
                 outcome.outputs, oracle_outputs(artifact, rows[index]), rtol=1e-5, atol=1e-5
             )
         with pytest.raises(NotFinite):
-            await one.predict("probe", [Steps(Feed.INPUTS, len(r), rows=r) for r in rows])
-        assert await one.predict("probe", [Steps(Feed.INPUTS, 5, rows=rows_of(random, 5))])
+            await one.predict("probe", [sequence_of(r) for r in rows])
+        assert await one.predict("probe", [sequence_of(rows_of(random, 5))])

@@ -26,13 +26,13 @@ from service.core.errors import (
     StreamExists,
     StreamNotFound,
 )
-from service.core.values import Feed, Precondition, Reply, Steps, StreamKey
+from service.core.values import Precondition, Reply, Steps, StreamKey
 from service.pipeline.pipeline import Pipeline
 from service.pipeline.served_model import ServedModel
 from service.store.base import Commit, CommitResult, Conflicted
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
-from tests.support.pipelines import Counts, chunk_of, oracle_outputs, rows_of, worker
+from tests.support.pipelines import Counts, chunk_of, oracle_outputs, rows_of, sequence_of, worker
 
 
 def cut(
@@ -407,9 +407,7 @@ async def test_predict_runs_whole_sequences_and_stores_nothing(
     random = np.random.default_rng(16)
     sequences = [rows_of(random, count) for count in (1, 40, 7)]
     async with worker(store_url, artifact) as one:
-        predictions = await one.predict(
-            "probe", [Steps(Feed.INPUTS, len(rows), rows=rows) for rows in sequences]
-        )
+        predictions = await one.predict("probe", [sequence_of(rows) for rows in sequences])
         for rows, prediction in zip(sequences, predictions, strict=True):
             assert_close(prediction.outputs, oracle_outputs(artifact, rows))
         assert (await one.streams.page("probe", "", None, 10)).streams == ()

@@ -22,7 +22,7 @@ from models.events.encode import Clock, encode
 from models.spec.model import parse_spec
 from service.core.delivery import chunk_digest
 from service.core.errors import InvalidInput, PositionBehind, StreamNotFound
-from service.core.values import NO_STREAM, Chunk, Feed, Steps, StreamKey
+from service.core.values import NO_STREAM, Chunk, Feed, SequenceInput, Steps, StreamKey
 from service.pipeline.pipeline import Pipeline, PipelineLimits
 from service.store.redis.redis_store import RedisStore
 from service.store.settings import StoreSettings
@@ -235,7 +235,7 @@ async def test_predicted_sessions_are_independent_sequences(
 ) -> None:
     stream = Given(artifacts[name], 5, [0, 2, 3, 11], [1] * STEPS)
     plain = Given(artifacts[name], 6, [], [1] * STEPS)
-    sequences = [each.steps(0, STEPS) for each in (stream, plain)]
+    sequences = [SequenceInput(each.steps(0, STEPS)) for each in (stream, plain)]
     for each, found in zip((stream, plain), await workers[0].predict(name, sequences), strict=True):
         np.testing.assert_allclose(found.outputs, each.expected(), rtol=1e-4, atol=1e-5)
 

@@ -57,6 +57,12 @@ class StepsBody(StrictBody):
     )
 
 
+class SequenceBody(StepsBody):
+    """A sequence to predict."""
+
+    state_token: Any = None
+
+
 class ChunkBody(StepsBody):
     """One chunk of the stream that the address names."""
 
@@ -106,7 +112,7 @@ class ManyBody(StrictBody):
 class PredictBody(StrictBody):
     """Whole sequences."""
 
-    sequences: list[StepsBody]
+    sequences: list[SequenceBody]
 
 
 class ForecastBody(StrictBody):
@@ -161,7 +167,7 @@ class BodyTypes:
 
     chunk: type[ChunkBody]
     item: type[ItemBody]
-    sequence: type[StepsBody]
+    sequence: type[SequenceBody]
     many: type[ManyBody]
     predict: type[PredictBody]
     forecast: type[ForecastBody] | None
@@ -177,15 +183,22 @@ def build_body_types(served: ServedModel, limits: ApiLimits, media: Media) -> Bo
     feeds = ["inputs"] if served.events is None else ["events", "inputs"]
     one_of = {"oneOf": [{"required": [feed]} for feed in feeds]}
 
-    def build(kind: type[B], title: str) -> type[B]:
+    def build(kind: type[B], title: str, **more: Any) -> type[B]:
         return create_model(
             f"{name}-{title}{suffix}",
             __base__=kind,
             __cls_kwargs__={"json_schema_extra": one_of},
             **steps,
+            **more,
         )
 
-    item, sequence = build(ItemBody, "Item"), build(StepsBody, "Sequence")
+    token = Field(
+        None,
+        description="The `state_token` of a prediction, whose sequence this one continues.",
+    )
+    kind: Any = str if media is Media.JSON else bytes
+    item = build(ItemBody, "Item")
+    sequence = build(SequenceBody, "Sequence", state_token=(kind | None, token))
     chunk = build(ChunkBody, "Chunk")
     most: dict[str, Any] = {"maxItems": limits.max_items}
     many = create_model(

@@ -30,9 +30,10 @@ from models.errors import DataError
 from models.events.encode import check_rows
 from models.events.parse import RESET
 from models.events.reader import EventReader
-from service.core.values import Feed, FloatRows, Steps
+from service.core.values import Feed, FloatRows, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.duplicates import HEADER_BYTES, find_duplicate, packed_length
+from service.transports.http.bodies.strict_validator import decode_token
 from service.transports.http.field_rules import EPOCH, MAX_POSITION, is_stream_name
 from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media
@@ -73,6 +74,12 @@ class DecodedSteps(msgspec.Struct):
     inputs: Any
     events: Any
     resets: list[int] | None
+
+
+class DecodedSequence(DecodedSteps):
+    """A sequence to predict; its token is a text in JSON."""
+
+    state_token: str | bytes | None
 
 
 class DecodedChunk(DecodedSteps):
@@ -284,17 +291,18 @@ class FastDecoder:
         except _UNDECIDED:
             return None
 
-    def decode_sequences(self, media: Media, body: bytes) -> list[Steps] | None:
-        """The whole sequences of a body, or None."""
+    def decode_sequences(self, media: Media, body: bytes) -> list[SequenceInput] | None:
+        """The sequences of a body, or None."""
         try:
-            decoded: list[DecodedSteps]
+            decoded: list[DecodedSequence]
             decoded = self._decoders_of(media, body).predict.decode(body).sequences
             steps = self._read_parts(media, body, decoded)
+            tokens = [_token(sequence.state_token) for sequence in decoded]
         except _UNDECIDED:
             return None
         lengths = [sequence.length for sequence in steps]
         too_long = sum(lengths) > self._max_predict_steps or max(lengths) > self._longest_sequence
-        return None if too_long else steps
+        return None if too_long else list(map(SequenceInput, steps, tokens))
 
     def _decoders_of(self, media: Media, body: bytes) -> _Decoders:
         """The decoders for a body; those of events with marks are slower."""
@@ -313,7 +321,10 @@ class FastDecoder:
         for part, of_part in zip(decoded, read, strict=True):
             members += of_part.members
             texts += of_part.texts
-            if isinstance(part, DecodedItem):
+            if isinstance(part, DecodedSequence):
+                members += part.state_token is not None
+                texts += isinstance(part.state_token, str)
+            elif isinstance(part, DecodedItem):
                 members += 1 + (part.position is not None)
                 texts += 1
                 for text in (part.epoch, part.if_match):
@@ -397,7 +408,8 @@ class FastDecoder:
         ]
         item = _struct(DecodedItem, [*chunk, ("stream", str), ("if_match", str | None, None)])
         items = Annotated[list[item], Meta(max_length=limits.max_items)]  # type: ignore[valid-type]
-        sequence = _struct(DecodedSteps, steps)
+        token: Any = str if media is Media.JSON else bytes
+        sequence = _struct(DecodedSequence, [*steps, ("state_token", token | None, None)])
         sequences = Annotated[
             list[sequence],  # type: ignore[valid-type]
             Meta(min_length=1, max_length=limits.max_items),
@@ -456,6 +468,15 @@ def _struct(base: type[msgspec.Struct], members: list[Any]) -> type[msgspec.Stru
     return msgspec.defstruct(
         "Decoded", members, bases=(base,), forbid_unknown_fields=True, kw_only=True, gc=False
     )
+
+
+def _token(value: str | bytes | None) -> bytes | None:
+    if not isinstance(value, str):
+        return value
+    token = decode_token(value)
+    if token is None:
+        raise _UndecidedError
+    return token
 
 
 def _with_resets(read: _Read, resets: list[int] | None) -> _Read:

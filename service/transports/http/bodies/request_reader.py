@@ -12,7 +12,14 @@ from typing import Any, Protocol
 from models.events.columns import EventColumns, columns_from_events
 from service.core.delivery import chunk_digest, new_nonce
 from service.core.errors import CarryError, ChunksUnsupported, InvalidInput
-from service.core.values import Chunk, ForecastRequest, Precondition, Steps, StreamKey
+from service.core.values import (
+    Chunk,
+    ForecastRequest,
+    Precondition,
+    SequenceInput,
+    Steps,
+    StreamKey,
+)
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.body_types import (
     ForecastBody,
@@ -212,8 +219,8 @@ class RequestReader:
         except CarryError as error:
             return item_error(error, stream)
 
-    def sequences(self, body: bytes, media: Media, first: int = 0) -> list[Steps]:
-        """The whole sequences of a predict request.
+    def sequences(self, body: bytes, media: Media, first: int = 0) -> list[SequenceInput]:
+        """The sequences of a predict request.
 
         Args:
             first: index in the request of the body's first sequence.
@@ -228,7 +235,7 @@ class RequestReader:
         kind = self.strict.types[media].predict
         sequences = self.strict.validate(kind, media, body, Origin(first=first)).sequences
         self._check_count("sequences", len(sequences))
-        return self.strict.all_steps(sequences, first)
+        return self.strict.all_sequences(sequences, first)
 
     def forecast_request(self, body: bytes, media: Media, stream: str) -> ForecastRequest:
         """The forecast that a body asks for.

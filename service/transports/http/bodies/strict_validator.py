@@ -7,6 +7,7 @@ is validated on its own.
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -19,13 +20,14 @@ from models.events.columns import columns_from_events
 from models.events.encode import check_rows
 from models.events.parse import RESET, can_mark_resets
 from service.core.errors import ChunkTooLong, FinalUnsupported, InvalidInput, ResetsUnsupported
-from service.core.values import Feed, FloatRows, Steps
+from service.core.values import Feed, FloatRows, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel, invalid_data
 from service.transports.http.bodies.body_types import (
     ChunkBody,
     ForecastBody,
     ItemBody,
     ManyBody,
+    SequenceBody,
     StepsBody,
     StrictBody,
     build_body_types,
@@ -178,7 +180,7 @@ class StrictValidator:
 
     def _members(self, kind: type[StrictBody]) -> _Members:
         fields = self.future_fields if issubclass(kind, ForecastBody) else self.event_fields
-        inner = ItemBody if issubclass(kind, ManyBody) else StepsBody
+        inner = ItemBody if issubclass(kind, ManyBody) else SequenceBody
         return _Members(list(kind.model_fields), list(inner.model_fields), fields)
 
     def chunk_steps(self, body: ChunkBody, inside: str) -> Steps:
@@ -203,8 +205,8 @@ class StrictValidator:
         """
         return self.add_resets(body, self._read(body, Origin(inside), self._most_sequence), inside)
 
-    def all_steps(self, bodies: Sequence[StepsBody], first: int = 0) -> list[Steps]:
-        """The steps of whole sequences.
+    def all_sequences(self, bodies: Sequence[SequenceBody], first: int = 0) -> list[SequenceInput]:
+        """The sequences of a request.
 
         Args:
             first: index in the request of the first sequence.
@@ -212,12 +214,30 @@ class StrictValidator:
         Raises:
             InvalidInput, ChunkTooLong
         """
+        places = [f"sequences[{at}]" for at in range(first, first + len(bodies))]
         steps = [
-            self.sequence_steps(sequence, f"sequences[{at}]")
-            for at, sequence in enumerate(bodies, first)
+            self.sequence_steps(body, inside) for body, inside in zip(bodies, places, strict=True)
         ]
         self.check_total(sum(sequence.length for sequence in steps))
-        return steps
+        return [
+            SequenceInput(own, self.token(body, inside))
+            for own, body, inside in zip(steps, bodies, places, strict=True)
+        ]
+
+    def token(self, body: SequenceBody, inside: str) -> bytes | None:
+        """The bytes of a sequence's state token.
+
+        Raises:
+            InvalidInput: it is not base64.
+        """
+        token: str | bytes | None = body.state_token
+        if not isinstance(token, str):
+            return token
+        decoded = decode_token(token)
+        if decoded is None:
+            at, expected = f"{inside}.state_token", "a token in base64, as it was returned"
+            raise InvalidInput(f"{at}: expected {expected}", at=at, expected=expected)
+        return decoded
 
     def body_steps(self, body: StepsBody, inside: str) -> Steps:
         """The steps of a chunk or of a sequence, depending on the type of the body."""
@@ -363,6 +383,14 @@ class StrictValidator:
         both = "exactly one of `events` and `inputs`"
         feeds = "`inputs`" if self._served.events is None else both
         return InvalidInput(f"{at}: expected {feeds}, got {got}", at=at, expected=feeds, got=got)
+
+
+def decode_token(text: str) -> bytes | None:
+    """The bytes of a state token in JSON; None if it is not base64."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        return None
 
 
 def _invalid_reset(at: str, steps: int, got: int) -> InvalidInput:

@@ -21,7 +21,7 @@ from service.core.errors import (
     DeadlineExceeded,
     MalformedBody,
 )
-from service.core.values import Chunk, Feed, ForecastRequest, Precondition, Steps
+from service.core.values import Chunk, Feed, ForecastRequest, Precondition, SequenceInput, Steps
 from service.transports.http.bodies.body_types import ForkBody, StateBody, StepsBody, StrictBody
 from service.transports.http.bodies.request_reader import (
     RequestReader,
@@ -64,8 +64,8 @@ _ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
 _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
 _MAX_EVENT_BYTES: Final = 2**20
-_LONG: Final = ("resets",)
-"""Members of a chunk or sequence that may be long; their elements are counted."""
+_LONG: Final = ("resets", "state_token")
+"""Members of a chunk or sequence that may be long: a list whose elements are counted, a text."""
 
 
 class LongReader:
@@ -113,27 +113,30 @@ class LongReader:
                 chunks += self._reader.items(some, media, len(chunks))
         return chunks
 
-    async def sequences(self, body: bytes, media: Media, checkpoint: Checkpoint) -> list[Steps]:
-        """The whole sequences of a predict request."""
+    async def sequences(
+        self, body: bytes, media: Media, checkpoint: Checkpoint
+    ) -> list[SequenceInput]:
+        """The sequences of a predict request."""
         strict = self._reader.strict
         types = strict.types[media]
         parts = await self._parts(body, media, types.predict, "sequences", checkpoint)
-        sequences: list[Steps] = []
+        sequences: list[SequenceInput] = []
         steps = 0
         for group in group_by_size(media, parts, BLOCK_BYTES):
             await checkpoint()
             first = len(sequences)
             if len(group[0]) >= LONG_BYTES:
                 inside = f"sequences[{first}]"
-                sequences.append(
-                    (await self._steps(group[0], media, types.sequence, inside, checkpoint))[1]
+                validated, read = await self._steps(
+                    group[0], media, types.sequence, inside, checkpoint
                 )
+                sequences.append(SequenceInput(read, strict.token(validated, inside)))
             else:
                 some = encoded_object(media, {"sequences": encoded_list(media, group)})
                 sequences += self._reader.sequences(some, media, first)
-            steps += sum(sequence.length for sequence in sequences[first:])
+            steps += sum(sequence.steps.length for sequence in sequences[first:])
             strict.check_total(steps)
-        return sequences or strict.all_steps([])
+        return sequences or strict.all_sequences([])
 
     async def forecast_request(
         self, body: bytes, media: Media, checkpoint: Checkpoint, stream: str

@@ -36,6 +36,7 @@ MORE: Final = "more"
 
 _UNKNOWN: Final = re.compile("unknown field `(.*)`")
 _MEMBER: Final = re.compile(r"length.* at `\$\.(.*)`$")
+_BINARY: Final = ("inputs", "state_token")
 _MAX_NAME: Final = 4096
 """Longest member name, in characters, that is decoded: no accepted body has a longer one, and the
 whole body may be one name."""
@@ -196,7 +197,7 @@ def _bounded(members: tuple[str, ...], most: int) -> msgspec.msgpack.Decoder[Any
     )
     number = int | float | bool | None
     fields: list[Any] = [
-        (attribute, container | number | (memoryview if name == "inputs" else str), None)
+        (attribute, container | number | (memoryview if name in _BINARY else str), None)
         for attribute, name in names.items()
     ]
     kind = msgspec.defstruct("Bounded", fields, rename=names, forbid_unknown_fields=True)

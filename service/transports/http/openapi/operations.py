@@ -238,10 +238,25 @@ MANY = _route(
 )
 PREDICT = _route(
     {200: _reply(reply_types.PredictReply, "One prediction per sequence.")},
-    [*_OPTIONS, _TIMEOUT],
+    [
+        *_OPTIONS,
+        _parameter(
+            "query",
+            "return_state_token",
+            "True adds the state after the last step as a signed token, which a later sequence may "
+            "continue.",
+            {"type": "boolean", "default": False},
+        ),
+        _TIMEOUT,
+    ],
     errors.ChunkTooLong,
+    errors.StateTokenInvalid,
+    errors.StateTokenOfOtherModel,
+    errors.StateTokenOfOtherVersion,
+    errors.InputKindMismatch,
     errors.ModelNotFound,
     errors.NotAcceptable,
+    *_STORE,
     *_ENGINE,
     body="Predict",
 )

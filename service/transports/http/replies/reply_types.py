@@ -143,6 +143,9 @@ class PredictionOfOne(TypedDict):
     """The outputs of one sequence."""
 
     outputs: Outputs
+    state_token: NotRequired[str]
+    """With `return_state_token=true`: the state after the last step, signed; send it with the
+    sequence that follows. Base64 in JSON, binary in MessagePack."""
     state: NotRequired[
         Annotated[
             StateValues,

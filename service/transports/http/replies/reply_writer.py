@@ -6,6 +6,7 @@ directly to its bytes. This module does not access the store.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class ReplyOptions:
 EVERY_STEP = ReplyOptions()
 REPLY_PARAMETERS = ("return_sequences", "return_state", "return_attention")
 """Names of the query parameters that `ReplyWriter.options` reads."""
+PREDICT_PARAMETERS = (*REPLY_PARAMETERS, "return_state_token")
+"""Names of the query parameters of a prediction."""
 _ENDS = {
     (False, False): b'"replayed":false}',
     (True, False): b'"replayed":true}',
@@ -135,12 +138,15 @@ class ReplyWriter:
         )
 
     def prediction(
-        self, prediction: Prediction, options: ReplyOptions
+        self, prediction: Prediction, options: ReplyOptions, media: Media
     ) -> reply_types.PredictionOfOne:
         """The prediction of one sequence."""
         document: reply_types.PredictionOfOne = {
             "outputs": self.outputs(prediction.outputs, options)
         }
+        if (token := prediction.token) is not None:
+            text: Any = b64encode(token).decode() if media is Media.JSON else token
+            document["state_token"] = text
         if options.return_state:
             document["state"] = self.state(prediction.state)
         if options.return_attention:

@@ -29,6 +29,7 @@ from service.transports.http.replies.reply_types import (
 )
 from service.transports.http.replies.reply_writer import (
     EVERY_STEP,
+    PREDICT_PARAMETERS,
     REPLY_PARAMETERS,
     ReplyOptions,
     server_timing,
@@ -36,6 +37,7 @@ from service.transports.http.replies.reply_writer import (
 from service.transports.http.request_fields import (
     body_media,
     deadline,
+    flag,
     if_match,
     query,
     reply_media,
@@ -115,21 +117,27 @@ async def post_chunks(request: Request, model: ModelPath) -> Response:
     **operations.PREDICT,
 )
 async def post_predict(request: Request, model: ModelPath) -> Response:
-    """Each sequence starts from the zero state. No stream is read or changed."""
+    """Each sequence starts from the initial state, or continues that of its `state_token`. No
+    stream is read or changed.
+    """
     api = api_of(request)
     deadline_s = deadline(request, api.limits)
     wire = api.wire(model)
-    options = _options(request, wire)
+    parameters = query(request, PREDICT_PARAMETERS)
+    options = wire.writer.options(parameters) if parameters else EVERY_STEP
+    return_tokens = flag(parameters, "return_state_token", default=False)
     media = body_media(request)
     answer = reply_media(request, media)
     body = await receive_body(request, media, deadline_s)
     sequences = await body.read(wire.reader.sequences, wire.long.sequences)
-    predicting = api.pipeline.predict(wire.served.name, sequences, deadline_s)
+    predicting = api.pipeline.predict(
+        wire.served.name, sequences, deadline_s, return_tokens=return_tokens
+    )
     predictions = await cancel_on_disconnect(request, predicting)
     document: PredictReply = {
         "model": wire.served.name,
         "version": wire.served.version,
-        "predictions": [wire.writer.prediction(each, options) for each in predictions],
+        "predictions": [wire.writer.prediction(each, options, answer) for each in predictions],
     }
     return reply(answer, document)
 

@@ -87,6 +87,10 @@ class FaultyStore:
     def shard(self, key: StreamKey) -> Hashable:
         return self._store.shard(key)
 
+    async def token_key(self) -> bytes:
+        self._fail()
+        return await self._store.token_key()
+
     async def load(
         self, keys: Sequence[StreamKey], deadline_s: float | None = None
     ) -> list[Loaded]:

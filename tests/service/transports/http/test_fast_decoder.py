@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.artifact.artifact import Artifact
 from service.core.errors import CarryError, InvalidInput
-from service.core.values import Chunk, Steps
+from service.core.values import Chunk, SequenceInput, Steps
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.fast_decoder import FastDecoder
 from service.transports.http.bodies.request_reader import RequestReader
@@ -72,8 +72,8 @@ def shown(value: Any) -> Any:
         return type(value), value.detail, dict(value.facts)
     if isinstance(value, Chunk):
         return (*value._replace(steps=None), shown_steps(value.steps))  # type: ignore[arg-type]
-    if isinstance(value, Steps):
-        return shown_steps(value)
+    if isinstance(value, SequenceInput):
+        return shown_steps(value.steps), value.token
     return [shown(item) for item in value]
 
 
@@ -173,6 +173,9 @@ def json_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> byte
         stream = []
     if kind == "sequences":
         more = []
+    if kind == "sequences":
+        texts = st.sampled_from(['"aGVsbG8="', '""', '"aGVsbG8"', '"\\u0061GVsbG8="', "null"])
+        more.append(member("state_token", mostly(texts, ODD)))
     indexes = st.sampled_from(["[]", "[0]", "[0,1]", "[1,0]", "[1,1]", "[4]", "[-1]", "[0.0]"])
     more.append(member("resets", mostly(indexes, ODD)))
 
@@ -238,6 +241,8 @@ def packed_bodies(draw: st.DrawFn, kind: str, features: int, events: bool) -> by
             body["position"] = draw(positions)
         if kind != "sequences" and draw(st.integers(0, 5)) == 0:
             body["epoch"] = draw(st.sampled_from(["0" * 16, "0" * 16 + "\n", b"0" * 16, None]))
+        if kind == "sequences" and draw(st.integers(0, 3)) == 0:
+            body["state_token"] = draw(st.sampled_from([b"hello", b"", "aGVsbG8=", None, [1]]))
         if draw(st.integers(0, 3)) == 0:
             lists: list[Any] = [[], [0], [0, 1], [1, 0], [1, 1], [4], [-1], [0.0], [True], None]
             body["resets"] = draw(st.sampled_from(lists))

@@ -293,7 +293,7 @@ async def test_invalid_sequences_are_rejected_as_a_whole(api: Harness) -> None:
         response = await predict(api, {"sequences": [good, sequence]})
         document = problem(response, 422, "invalid_input")
         assert document["at"] == at
-    assert document["expected"] == "one of the members events, inputs, resets"
+    assert document["expected"] == "one of the members events, inputs, resets, state_token"
     too_long = [{"inputs": rows(20).tolist()}] * 2
     document = problem(await predict(api, {"sequences": too_long}), 413, "chunk_too_long")
     assert (document["at"], document["expected"], document["got"]) == ("sequences", 30, 40)

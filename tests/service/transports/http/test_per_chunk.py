@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from models.artifact.artifact import Artifact, write_artifact
 from models.spec.model import parse_spec
 from service.core.errors import ChunkTooLong
-from service.core.values import Feed, Steps
+from service.core.values import Feed, SequenceInput, Steps
 from service.transports.http.replies import reply_types
 from tests.service.transports.http.harness import MSGPACK, Harness, harness, problem, rows
 from tests.support.numpy_runtime import NumpyRuntime
@@ -189,7 +189,7 @@ async def test_the_pipeline_rejects_longer_chunks_too(api: Harness) -> None:
             assert f"{MOST}, the max_chunk_steps of model 'whole'" in result.detail
     steps = Steps(Feed.INPUTS, LIMIT + 1, rows=rows(LIMIT + 1))
     with pytest.raises(ChunkTooLong):
-        await api.pipeline.predict("whole", [steps])
+        await api.pipeline.predict("whole", [SequenceInput(steps)])
     (reply,) = await api.pipeline.process_many([chunk_of("s", rows(LIMIT), model="whole")])
     assert not isinstance(reply, Exception)
 
