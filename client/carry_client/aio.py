@@ -5,7 +5,7 @@ Generated from `sync.py` by `python -m tests.client.twin`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from ssl import SSLContext
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from carry_client.replies import Forecast, Prediction, Reply, ServedModel, Strea
 from carry_client.steps import sort_frame
 from carry_client.streams import AsyncReplayFrom, Progress, StreamCore
 from carry_client.types import AsyncSource, Encoding, Events, Head, Json
-from carry_client.wire import base_url, read_response, reply_params, ssl_context
+from carry_client.wire import Addresses, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,11 +30,14 @@ class AsyncCarry:
     """A running service.
 
     A service is used in one event loop, and a stream by one task at a time.
+
+    Attributes:
+        url: its first address.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         timeout_s: float = 30.0,
         deadline_s: float = 120.0,
@@ -45,7 +48,8 @@ class AsyncCarry:
         """Nothing is requested yet.
 
         Args:
-            url: address of the service, such as `http://127.0.0.1:8000`.
+            url: address of the service, such as `http://127.0.0.1:8000`; or several, of which the
+                next is used once one does not answer or is unavailable (503).
             timeout_s: how long one attempt may take, in seconds; sent as `Carry-Timeout`.
             deadline_s: how long a call may take with all its attempts, in seconds. `send_all` has
                 this time for each chunk.
@@ -58,11 +62,12 @@ class AsyncCarry:
             Problem: `invalid_url`.
             ValueError: another encoding, or `verify` cannot be read or has no certificates.
         """
-        self.url = base_url(url)
+        addresses = Addresses(url)
+        self.url = addresses.used
         self._session = Session(
             encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
         )
-        self._driver = AsyncDriver(self.url, ssl_context(verify))
+        self._driver = AsyncDriver(addresses, ssl_context(verify))
 
     async def models(self) -> list[ServedModel]:
         """The served models.

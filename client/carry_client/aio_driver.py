@@ -11,7 +11,7 @@ import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
-from carry_client.wire import Request, Response, http_timeout
+from carry_client.wire import UNAVAILABLE, Addresses, Request, Response, http_timeout
 
 T = TypeVar("T")
 
@@ -23,9 +23,9 @@ class AsyncDriver:
     every connection at every request, which made 64 concurrent requests four times slower.
     """
 
-    def __init__(self, url: str, context: SSLContext) -> None:
+    def __init__(self, addresses: Addresses, context: SSLContext) -> None:
         """Nothing is requested yet."""
-        self._url, self._context = url, context
+        self._addresses, self._context = addresses, context
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle: list[httpx.AsyncClient] = []
 
@@ -45,19 +45,23 @@ class AsyncDriver:
             # connections of a loop that ended, or of the parent process
             self._loop, self._idle = loop, []
         client = self._idle.pop() if self._idle else self._new_client()
+        url = self._addresses.used
         try:
             response = await client.request(
                 request.method,
-                request.path,
+                url + request.path,
                 content=request.content,
                 headers=request.headers,
                 params=request.params,
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            raise NoAnswer(error, self._url) from error
+            self._addresses.leave(url)
+            raise NoAnswer(error, url) from error
         finally:
             self._idle.append(client)
+        if response.status_code == UNAVAILABLE:
+            self._addresses.leave(url)
         return Response.of(response)
 
     async def run(self, call: Call[T]) -> T:
@@ -88,7 +92,7 @@ class AsyncDriver:
             call.close()
 
     def _new_client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self._url, verify=self._context)
+        return httpx.AsyncClient(verify=self._context)
 
     async def _outcome(self, effect: Effect) -> object:
         try:

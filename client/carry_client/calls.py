@@ -120,7 +120,8 @@ class Attempts:
             delay_s = self._retry.next_delay_s(problem)
             if self._session.clock() + delay_s >= self._end_s:
                 raise problem
-            LOG.info("retrying in %.2f s after %s", delay_s, problem)
+            extra = {"code": problem.code}
+            LOG.info("retrying in %.2f s after %s", delay_s, problem, extra=extra)
         finally:
             # it would refer to itself by its traceback, and keep the callers' frames
             del problem

@@ -6,7 +6,7 @@ generated from this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from ssl import SSLContext
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from carry_client.steps import sort_frame
 from carry_client.streams import Progress, ReplayFrom, StreamCore
 from carry_client.sync_driver import Driver
 from carry_client.types import Encoding, Events, Head, Json, Source
-from carry_client.wire import base_url, read_response, reply_params, ssl_context
+from carry_client.wire import Addresses, read_response, reply_params, ssl_context
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,11 +31,14 @@ class Carry:
     """A running service.
 
     A service and its models may be used by any number of threads; a stream by one at a time.
+
+    Attributes:
+        url: its first address.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         timeout_s: float = 30.0,
         deadline_s: float = 120.0,
@@ -46,7 +49,8 @@ class Carry:
         """Nothing is requested yet.
 
         Args:
-            url: address of the service, such as `http://127.0.0.1:8000`.
+            url: address of the service, such as `http://127.0.0.1:8000`; or several, of which the
+                next is used once one does not answer or is unavailable (503).
             timeout_s: how long one attempt may take, in seconds; sent as `Carry-Timeout`.
             deadline_s: how long a call may take with all its attempts, in seconds. `send_all` has
                 this time for each chunk.
@@ -59,11 +63,12 @@ class Carry:
             Problem: `invalid_url`.
             ValueError: another encoding, or `verify` cannot be read or has no certificates.
         """
-        self.url = base_url(url)
+        addresses = Addresses(url)
+        self.url = addresses.used
         self._session = Session(
             encoding=encoding, timeout_s=timeout_s, deadline_s=deadline_s, headers=headers
         )
-        self._driver = Driver(self.url, ssl_context(verify))
+        self._driver = Driver(addresses, ssl_context(verify))
 
     def models(self) -> list[ServedModel]:
         """The served models.

@@ -15,7 +15,7 @@ import httpx
 
 from carry_client.calls import END, LATE, Call, Effect, Emit, Failed, Open, Read, Sleep, resume
 from carry_client.errors import NoAnswer
-from carry_client.wire import Request, Response, http_timeout
+from carry_client.wire import UNAVAILABLE, Addresses, Request, Response, http_timeout
 
 _PUT_S: Final = 0.5
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 class Driver:
     """Connections to one service, for any number of threads, also after a fork."""
 
-    def __init__(self, url: str, context: SSLContext) -> None:
+    def __init__(self, addresses: Addresses, context: SSLContext) -> None:
         """Nothing is requested yet."""
-        self._url, self._context = url, context
+        self._addresses, self._context = addresses, context
         self._client = self._new_client()
         self._process = os.getpid()
         self._inherited: list[httpx.Client] = []
@@ -46,17 +46,21 @@ class Driver:
             # after a fork: the connections are the parent's, and closing them might end its TLS
             self._inherited.append(self._client)
             self._client, self._process = self._new_client(), os.getpid()
+        url = self._addresses.used
         try:
             response = self._client.request(
                 request.method,
-                request.path,
+                url + request.path,
                 content=request.content,
                 headers=request.headers,
                 params=request.params,
                 timeout=http_timeout(request.timeout_s),
             )
         except httpx.HTTPError as error:
-            raise NoAnswer(error, self._url) from error
+            self._addresses.leave(url)
+            raise NoAnswer(error, url) from error
+        if response.status_code == UNAVAILABLE:
+            self._addresses.leave(url)
         return Response.of(response)
 
     def run(self, call: Call[T]) -> T:
@@ -87,7 +91,7 @@ class Driver:
             call.close()
 
     def _new_client(self) -> httpx.Client:
-        return httpx.Client(base_url=self._url, verify=self._context)
+        return httpx.Client(verify=self._context)
 
     def _outcome(self, effect: Effect) -> object:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import isfinite
@@ -20,6 +20,7 @@ from carry_client.types import Encoding, Json
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 
+UNAVAILABLE: Final = 503
 MEDIA: Final = {"json": "application/json", "msgpack": "application/msgpack"}
 
 
@@ -107,6 +108,30 @@ def base_url(url: str) -> str:
         detail = f"expected an address such as http://127.0.0.1:8000, got {url!r}"
         raise Problem(0, "invalid_url", detail)
     return url.rstrip("/")
+
+
+class Addresses:
+    """Addresses of one service: one is used, and the next once that does not answer."""
+
+    def __init__(self, url: str | Sequence[str]) -> None:
+        """Begin with the first.
+
+        Raises:
+            Problem: one is no address of HTTP, or there is none.
+        """
+        urls = [url] if isinstance(url, str) else url
+        self._urls = [base_url(each) for each in urls] or [base_url("")]
+        self._used = 0
+
+    @property
+    def used(self) -> str:
+        """The address of the next request."""
+        return self._urls[self._used]
+
+    def leave(self, url: str) -> None:
+        """Use the next address, if this one is still used."""
+        if url == self.used:
+            self._used = (self._used + 1) % len(self._urls)
 
 
 def model_path(model: str) -> str:

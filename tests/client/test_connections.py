@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from carry_client import AsyncCarry, Carry, NoAnswer, Stream
+from carry_client import AsyncCarry, Carry, NoAnswer, Problem, Stream
 from tests.service.replay.standin import Standin
 from tests.support.certificates import Certificates, certificates
+from tests.support.servers import free_port
 
 __all__ = ["certificates"]
 Events = list[dict[str, Any]]
@@ -67,6 +68,22 @@ def test_a_file_without_certificates_is_rejected(certificates: Certificates) -> 
     for file in (certificates.key, certificates.key / "none"):
         with pytest.raises(ValueError, match="verify: expected a PEM file of certificates, got /"):
             Carry("https://127.0.0.1", verify=file)
+
+
+def test_the_next_address_is_used_once_one_does_not_answer(
+    background: str, standin: Standin, events: Events
+) -> None:
+    other = background.replace("127.0.0.1", "localhost")
+    with Carry([f"http://127.0.0.1:{free_port()}", background, other]) as carry:
+        stream = carry.model("small").stream("s")
+        stream.send(events[:2])
+        stream.send(events[2:4])
+        standin.fault = lambda _: "store_unavailable" if len(standin.hosts) == 2 else None
+        assert stream.send(events[4:6]).position == 6
+    hosts = [host.partition(":")[0] for host in standin.hosts]
+    assert hosts == ["127.0.0.1", "127.0.0.1", "127.0.0.1", "localhost"]
+    with pytest.raises(Problem, match="invalid_url"):
+        Carry([])
 
 
 def test_a_forked_process_opens_its_own_connections(

@@ -76,6 +76,7 @@ class Standin:
         fault: asked for every request with chunks; see `_answer` for what it may say.
         seen: stream, position and number of events of every chunk, as they came.
         port_of: the port that each request with chunks came to.
+        hosts: the host and port that each of them named.
         wrong_by: added to an output of every stream's event 7.
         deaf: how many questions for a position go unanswered.
     """
@@ -88,6 +89,7 @@ class Standin:
     seen: list[tuple[str, int, int]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     port_of: list[int] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
     wrong_by: float = 0.0
     deaf: int = 0
     with_metrics: bool = True
@@ -165,6 +167,7 @@ class Standin:
     ) -> web.Response:
         fault = self.fault(request)
         self.port_of.append(request.url.port or 0)
+        self.hosts.append(request.host)
         if fault == "drop":
             assert request.transport is not None
             request.transport.close()
