@@ -189,6 +189,54 @@ def evaluate_command(
         typer.echo(json.dumps(scores, indent=2))
 
 
+@app.command("score")
+def score_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The model's directory.")],
+    data: DataFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The outputs, as .parquet or .csv.")],
+    stream: Annotated[
+        str | None, typer.Option(help="The column of the stream's name; default: as trained.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model's outputs for a file of events, as the service would answer them."""
+    from service.engine.runtimes.loading import RuntimeUnavailableError
+
+    with _one_line_errors():
+        from rich.console import Console
+
+        from models.training.progress import Progress
+        from service.ops.logs import configure_logs
+        from service.scoring.score import score_file
+
+        configure_logs("warning", "console")
+
+        progress = Progress(Console(quiet=quiet))
+        try:
+            with progress.task("events", 1.0) as advance:
+                scored = score_file(
+                    artifact,
+                    data,
+                    out,
+                    stream=stream,
+                    resume=resume,
+                    overwrite=overwrite,
+                    advance=lambda rows: advance(0.0, f"{rows:,} done"),
+                )
+        except RuntimeUnavailableError as error:
+            typer.echo(f"carry: {error}", err=True)
+            raise typer.Exit(1) from error
+        progress.say(f"{out}: {scored.events:,} events of {scored.streams:,} streams")
+        if scored.out_of_order:
+            progress.say(
+                f"warning: {scored.out_of_order:,} events are earlier than one before them in "
+                "their stream; `carry train` sorts them: sort DATA by time to score as trained",
+                "yellow",
+            )
+
+
 @app.command("import")
 def import_command(
     model: Annotated[

@@ -1,13 +1,15 @@
 """Reads a table from a CSV, JSON Lines or Parquet file, with equal rows from each.
 
 Errors name the file, the column and the row (data rows counted from 1). A column that is named
-twice is rejected, because the libraries would silently rename or drop one.
+twice is rejected, because the libraries would silently rename or drop one; so are files in another
+encoding than UTF-8, and with other delimiters than commas.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import polars as pl
@@ -25,6 +27,9 @@ from models.spec.model import ModelSpec
 from models.training.data import schema_of
 
 READERS = (".csv", ".jsonl", ".ndjson", ".parquet")
+_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+"""Byte order marks of other encodings than UTF-8."""
+_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _TRUTH = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -39,11 +44,7 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
             field says.
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
-    if not path.exists():
-        raise DataError(expected="an existing file", got=str(path))
+    kind = _check_kind(path)
     try:
         check_duplicate_names(path)
         if kind == ".parquet":
@@ -53,11 +54,90 @@ def read_data(path: Path, spec: ModelSpec) -> pl.DataFrame:
         else:
             return pl.read_ndjson(path, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
-        if kind == ".csv":
-            _check_cells(path)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(expected=f"{path}: a table in {kind[1:]} form", got=repr(reason)) from error
+        raise _unreadable(path, error) from error
     return _parse_columns(path, schema_of(spec), frame)
+
+
+def read_batches(
+    path: Path, spec: ModelSpec, rows: int, *, skip: int = 0
+) -> Iterator[pl.DataFrame]:
+    """Read a table as `read_data` does, in its order, without holding more than a few batches.
+
+    The types of JSON Lines are those of their first `rows` lines.
+
+    Args:
+        rows: of each batch; the last one has the rest.
+        skip: rows at the beginning that are left out.
+
+    Raises:
+        DataError: as `read_data`; rows are counted from the beginning of the file.
+    """
+    kind = _check_kind(path)
+    try:
+        check_duplicate_names(path)
+        if kind == ".parquet":
+            table = pl.scan_parquet(path)
+        elif kind == ".csv":
+            table = pl.scan_csv(path, infer_schema=False)
+        else:
+            table = pl.scan_ndjson(path, infer_schema_length=rows)
+        for frame in table.slice(skip).collect_batches(chunk_size=rows, maintain_order=True):
+            if frame.height:
+                is_text = kind == ".csv"
+                yield _parse_columns(path, schema_of(spec), frame, skip) if is_text else frame
+                skip += frame.height
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _check_kind(path: Path) -> str:
+    """The kind of a file by its suffix; DataError if there is no such file, or it is empty."""
+    kind = path.suffix.lower()
+    if kind not in READERS:
+        raise DataError(expected=f"{path}: a file ending in {', '.join(READERS)}", got=repr(kind))
+    if not path.is_file():
+        raise DataError(expected="an existing file", got=str(path))
+    if path.stat().st_size == 0:
+        raise DataError(expected=f"{path}: a table with one row per event", got="an empty file")
+    return kind
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    """The error of a file that polars cannot read, with its place if that can be found."""
+    kind = path.suffix.lower()
+    if kind != ".parquet":
+        check_encoding(path)
+    if kind == ".csv":
+        _check_cells(path)
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(expected=f"{path}: a table in {kind[1:]} form", got=repr(reason))
+
+
+def check_encoding(path: Path) -> None:
+    """Reject a text file that is not UTF-8, with the line; nothing if it is.
+
+    Raises:
+        DataError: it is not.
+    """
+    with path.open("rb") as lines:
+        start = lines.read(4)
+        for mark, encoding in _MARKS.items():
+            if start.startswith(mark):
+                raise DataError(
+                    expected=f"{path}: UTF-8",
+                    got=f"{encoding}; convert it: iconv -f {encoding} -t UTF-8",
+                )
+        lines.seek(0)
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                shown = line[max(0, error.start - 10) : error.start + 5].decode("latin-1")
+                raise DataError(
+                    expected=f"{path}, line {number}: UTF-8",
+                    got=f"the byte 0x{line[error.start]:02x}, as in {shown!r} of ISO 8859-1; "
+                    "convert it: iconv -f ISO-8859-1 -t UTF-8",
+                ) from error
 
 
 def check_duplicate_names(path: Path) -> None:
@@ -75,8 +155,17 @@ def check_duplicate_names(path: Path) -> None:
 
 
 def _check_header(path: Path) -> None:
-    """Reject a CSV file with a duplicate column: polars would rename the second one."""
+    """Reject a CSV file with other delimiters than commas, or with a duplicate column: polars
+    would rename the second one."""
     header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False).row(0)
+    first = ",".join(name or "" for name in header)
+    for delimiter, name in _DELIMITERS.items():
+        if first.count(delimiter) >= len(header):
+            raise DataError(
+                expected=f"{path}, line 1: columns separated by commas",
+                got=f"{name}: {first[:60]!r}; convert it: polars.read_csv(..., separator="
+                f"{delimiter!r}, decimal_comma=True if numbers have one).write_csv(...)",
+            )
     for name, count in Counter(name for name in header if name).items():
         if count > 1:
             at = ", ".join(str(at) for at, each in enumerate(header, start=1) if each == name)
@@ -124,7 +213,9 @@ def _check_members(path: Path) -> None:
                 )
 
 
-def _parse_columns(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.DataFrame:
+def _parse_columns(
+    path: Path, schema: EventSchema, frame: pl.DataFrame, skipped: int = 0
+) -> pl.DataFrame:
     for field in schema.fields:
         if field.name not in frame.columns:
             continue
@@ -145,7 +236,7 @@ def _parse_columns(path: Path, schema: EventSchema, frame: pl.DataFrame) -> pl.D
             row = int(invalid.arg_true()[0])
             raise DataError(
                 field=field.name,
-                expected=f"{path}, row {row + 1}: {kind}",
+                expected=f"{path}, row {skipped + row + 1}: {kind}",
                 got=repr(column[row]),
             )
         frame = frame.with_columns(cast.alias(field.name))

@@ -1,0 +1,259 @@
+"""`carry score`: the outputs for every event of a file, as the service would answer them.
+
+The file is read in pieces; each stream's state, clock and position go on from piece to piece, and
+pieces are computed by the service's own pipeline, resets included. So the outputs do not depend on
+how the file is cut. Memory holds one piece and a state per stream.
+
+The events of a stream are processed in the order of the file, as a service would receive them.
+Rejected are models whose outputs depend on the cuts (`chunking` other than invisible, and blocks).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import uvloop
+from numpy.typing import NDArray
+
+from carry_client.description import Output
+from models.artifact.artifact import Artifact, load_artifact
+from models.errors import DataError, SpecError
+from models.events.columns import EventColumns
+from models.events.encode import Clock
+from models.events.frame import columns_from_frame
+from models.events.schema import EventSchema
+from models.spec.state import State
+from models.training.files import read_batches
+from service.core.errors import CarryError
+from service.core.values import Feed, FloatRows, Steps
+from service.engine.compute import Compute
+from service.engine.runtimes.loading import AUTO, open_runtimes
+from service.pipeline.segments import infer_segments
+from service.pipeline.served_model import Segment, ServedModel
+from service.scoring.parts import Parts, Progressed, StreamStates
+
+POSITION = "position"
+ROWS_PER_PIECE = 65_536
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was written.
+
+    Attributes:
+        events: rows of the file.
+        streams: streams in it.
+        out_of_order: events with an earlier timestamp than one before them in their stream.
+    """
+
+    events: int
+    streams: int
+    out_of_order: int
+
+
+def score_file(
+    path: Path,
+    data: Path,
+    out: Path,
+    *,
+    stream: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    rows_per_piece: int = ROWS_PER_PIECE,
+    runtime: str = AUTO,
+    advance: Advance = lambda rows: None,
+) -> Scored:
+    """Write the outputs for a file of events.
+
+    Args:
+        path: the artifact's directory.
+        data: the events, as `carry train` takes them.
+        out: `.parquet` or `.csv`; one row per row of `data`, in its order.
+        stream: column with the name of each row's stream; that of training by default.
+        resume: continue an interrupted run.
+        overwrite: replace `out`.
+        rows_per_piece: rows that are read and computed together.
+        runtime: which library computes; as in the settings of the service.
+        advance: called with the rows done so far.
+
+    Raises:
+        ModelsError: artifact or data are rejected; RuntimeUnavailableError.
+    """
+    artifact = load_artifact(path)
+    schema, name = _check(artifact, stream)
+    parts = Parts(out, f"{artifact.fingerprint.hex()} {name}", data)
+    progressed = parts.open(resume=resume, overwrite=overwrite)
+    (opened,) = open_runtimes(runtime, [artifact], os.cpu_count() or 1)
+    scorer = _Scorer(ServedModel(artifact, opened), schema, name, str(data), progressed)
+
+    async def run() -> None:
+        for frame in read_batches(data, artifact.spec, rows_per_piece, skip=scorer.rows):
+            part = await scorer.score(frame)
+            parts.add(part, scorer.progressed)
+            advance(scorer.rows)
+
+    uvloop.run(run())
+    parts.finish()
+    states = scorer.progressed.streams.values()
+    clocks = [Clock.from_ints(artifact.state, state.ints) for state, _ in states]
+    return Scored(scorer.rows, len(clocks), sum(clock.out_of_order for clock in clocks))
+
+
+def _check(artifact: Artifact, stream: str | None) -> tuple[EventSchema, str]:
+    """The event schema, and the stream's column."""
+    spec = artifact.spec
+    if spec.events is None:
+        raise SpecError(f"model {spec.name!r}: expected `events`; raw `features` name no columns")
+    if spec.chunking != "invisible" or spec.blocks is not None:
+        raise SpecError(
+            f"model {spec.name!r}: expected outputs that do not depend on how a stream is cut, but "
+            "this network sees a chunk as a whole or looks ahead; `carry evaluate` scores it, and "
+            "`POST .../predict` takes whole sequences"
+        )
+    name = stream or (spec.training.stream if spec.training else None)
+    if name is None:
+        raise SpecError(
+            f"model {spec.name!r}: was not trained by `carry train`: expected `--stream` with the "
+            "column that names each row's stream"
+        )
+    return spec.events, name
+
+
+class _Scorer:
+    """Computes pieces of the file, one after another."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        schema: EventSchema,
+        stream: str,
+        source: str,
+        progressed: Progressed,
+    ):
+        self._served, self._schema, self._stream = served, schema, stream
+        self._source = source
+        self._compute = Compute()
+        self._streams: StreamStates = dict(progressed.streams)
+        self.rows = progressed.rows
+        self._outputs = [
+            (output.name, Output(output.name, output.shape, False, output.labels).column_names())
+            for output in served.outputs.outputs
+        ]
+
+    @property
+    def progressed(self) -> Progressed:
+        """The rows done, and the streams after them."""
+        return Progressed(self.rows, self._streams)
+
+    async def score(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """The outputs of the next rows, in their order."""
+        columns = self._read(frame)
+        rows_of = self._rows_by_stream(frame)
+        before = {name: self._before(name) for name in rows_of}
+        parts = [
+            self._segments(name, _select(columns, rows), rows, before[name])
+            for name, rows in rows_of.items()
+        ]
+        outputs, states, finite = await infer_segments(
+            self._compute, self._served, parts, lambda *_: None
+        )
+        packed = np.empty((frame.height, self._served.outputs.size), np.float32)
+        positions = np.empty(frame.height, np.int64)
+        for (name, rows), output, state in zip(rows_of.items(), outputs, states, strict=True):
+            packed[rows] = output
+            position = before[name][1]
+            positions[rows] = position + np.arange(len(rows))
+            self._streams[name] = (state, position + len(rows))
+            if not finite and not (np.isfinite(output).all() and np.isfinite(state.floats).all()):
+                raise DataError(
+                    expected=f"{self._source}, stream {name!r}, from row "
+                    f"{self.rows + rows[0] + 1}: finite outputs and states",
+                    got="NaN or infinity",
+                )
+        self.rows += frame.height
+        return self._table(frame, positions, packed)
+
+    def _read(self, frame: pl.DataFrame) -> EventColumns:
+        if self._stream not in frame.columns:
+            raise DataError(
+                field=self._stream,
+                expected=f"{self._source}: a column of that name",
+                got=f"{frame.columns}",
+            )
+        try:
+            return columns_from_frame(self._schema, frame)
+        except DataError as error:
+            at = "" if error.index is None else f", row {self.rows + error.index + 1}"
+            raise DataError(
+                field=error.field, expected=f"{self._source}{at}: {error.expected}", got=error.got
+            ) from error
+
+    def _rows_by_stream(self, frame: pl.DataFrame) -> Mapping[str, NDArray[np.int64]]:
+        names = frame[self._stream].cast(pl.String)
+        if names.null_count():
+            row = int(names.is_null().arg_true()[0])
+            raise DataError(
+                field=self._stream,
+                expected=f"{self._source}, row {self.rows + row + 1}: a stream's name",
+                got="none",
+            )
+        grouped = (
+            pl.DataFrame({"name": names, "row": np.arange(frame.height)})
+            .group_by("name", maintain_order=True)
+            .agg("row")
+        )
+        return {name: rows.to_numpy() for name, rows in zip(*grouped.get_columns(), strict=True)}
+
+    def _before(self, name: str) -> tuple[State, int]:
+        return self._streams.get(name, (self._served.initial, 0))
+
+    def _segments(
+        self,
+        name: str,
+        columns: EventColumns,
+        rows: NDArray[np.int64],
+        before: tuple[State, int],
+    ) -> list[Segment]:
+        steps = Steps(Feed.EVENTS, len(rows), columns=columns)
+        state, position = before
+        try:
+            resets = self._served.find_resets(steps, state, position)
+            return self._served.encode_segments(steps, state, resets)
+        except CarryError as error:
+            raise DataError(
+                expected=f"{self._source}, stream {name!r}, from row {self.rows + rows[0] + 1}: "
+                "events that can be encoded",
+                got=error.detail,
+            ) from error
+
+    def _table(
+        self, frame: pl.DataFrame, positions: NDArray[np.int64], packed: FloatRows
+    ) -> pl.DataFrame:
+        time = self._schema.timestamp
+        kept = [self._stream]
+        if time is not None and time.name in frame.columns and time.name != self._stream:
+            kept.append(time.name)
+        table = {name: frame[name] for name in kept}
+        table[POSITION] = pl.Series(positions)
+        by_name = self._served.outputs.by_name(packed)
+        for name, names in self._outputs:
+            wide = by_name[name].reshape(frame.height, -1)
+            table.update(
+                (each, pl.Series(values)) for each, values in zip(names, wide.T, strict=True)
+            )
+        return pl.DataFrame(table)
+
+
+def _select(columns: EventColumns, rows: NDArray[np.int64]) -> EventColumns:
+    return EventColumns(
+        len(rows),
+        {name: array[rows] for name, array in columns.present.items()},
+        {name: array[rows] for name, array in columns.values.items()},
+    )
