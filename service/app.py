@@ -37,6 +37,7 @@ from service.settings import Settings
 from service.store.open import open_store
 from service.store.settings import Durability, StoreSettings
 from service.transports.http.application import ApiLimits, ConnectionLimits, create_api
+from service.transports.http.connection.connections import BODY_BYTES_PER_S
 from service.transports.http.connection.http_protocol import HTTP_STATE
 from service.transports.kserve.http_routes import add_kserve
 from service.transports.kserve.inference import Inference
@@ -165,7 +166,13 @@ def _grpc_server(
     # needs packages that are not installed without the extra
     from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
 
-    limits = GrpcLimits(settings.max_body_bytes, settings.max_connections, settings.drain_s)
+    limits = GrpcLimits(
+        max_message_bytes=settings.max_body_bytes,
+        max_pending_bytes=settings.max_pending_body_bytes,
+        receive_s=settings.body_timeout_s + settings.max_body_bytes / BODY_BYTES_PER_S,
+        max_calls=settings.grpc_max_calls,
+        drain_s=settings.drain_s,
+    )
     return GrpcServer(
         inference, recorder.statistics, limits, settings.host, settings.grpc_port or 0
     )

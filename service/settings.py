@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     """TCP port of the V2 protocol over gRPC; 0 selects a free one, without a value there is none.
     Needs the packages of the extra `grpc`."""
 
+    grpc_max_calls: Annotated[int, Field(ge=1)] = 1_000
+    """Maximum concurrent gRPC calls of one worker; further ones get `RESOURCE_EXHAUSTED`. More than
+    all clients together have open; each stream may take `CARRY_MAX_BODY_BYTES` of memory."""
+
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes that share the port. Each keeps one to two cores busy and holds its own copy
     of every model; add workers while cores are idle."""

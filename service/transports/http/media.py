@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any, Final
 
 import orjson
@@ -93,15 +94,30 @@ def encoded_list(media: Media, elements: Sequence[Encoded]) -> bytes:
 
 def encoded_object(media: Media, members: Mapping[str, Encoded]) -> bytes:
     """Encode an object from encoded values."""
+    return b"".join(object_parts(media, {name: [value] for name, value in members.items()}))
+
+
+def object_parts(media: Media, members: Mapping[str, Sequence[Encoded]]) -> list[Encoded]:
+    """An encoded object in parts, from the parts of encoded values: long values are not copied."""
     parts: list[Encoded] = []
     for name, value in members.items():
         if media is Media.JSON:
-            parts += (b"," if parts else b"", orjson.dumps(name), b":", value)
+            parts += (b"," if parts else b"", orjson.dumps(name), b":", *value)
         else:
-            parts += (ormsgpack.packb(name), value)
+            parts += (ormsgpack.packb(name), *value)
     if media is Media.JSON:
-        return b"".join((b"{", *parts, b"}"))
-    return b"".join((b"\xdf", len(members).to_bytes(4, "big"), *parts))
+        return [b"{", *parts, b"}"]
+    return [b"\xdf", len(members).to_bytes(4, "big"), *parts]
+
+
+def list_parts(media: Media, elements: Sequence[Sequence[Encoded]]) -> list[Encoded]:
+    """An encoded list in parts, from the parts of encoded elements."""
+    if media is Media.MSGPACK:
+        return [b"\xdd", len(elements).to_bytes(4, "big"), *chain.from_iterable(elements)]
+    parts: list[Encoded] = [b"["]
+    for element in elements:
+        parts += (b"," if len(parts) > 1 else b"", *element)
+    return [*parts, b"]"]
 
 
 def malformed(media: Media, reason: str) -> MalformedBody:

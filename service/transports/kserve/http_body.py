@@ -6,11 +6,8 @@ that of the inputs or outputs with `binary_data_size`.
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from itertools import chain
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -20,10 +17,11 @@ from service.core.errors import BodyTooLarge, InvalidInput, MalformedBody
 from service.transports.http.bodies.duplicates import find_duplicate
 from service.transports.http.media import Media, encode_json
 from service.transports.kserve.values import (
-    BYTES,
+    MAX_RANK,
     InferReply,
     InferRequest,
     InputTensor,
+    JsonElements,
     Parameter,
     invalid,
 )
@@ -32,7 +30,6 @@ MAX_JSON_BYTES: Final = 1024 * 1024
 """Longest JSON of a request: it is parsed at once, and longer JSON would block other requests.
 Tensors in the binary format may be longer."""
 
-MAX_RANK: Final = 8
 HEADER_LENGTH: Final = "inference-header-content-length"
 BINARY_OUTPUT: Final = "binary_data_output"
 
@@ -83,7 +80,6 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, g
 
 _REQUEST: Final = msgspec.json.Decoder(_Request)
 _ENCODER: Final = msgspec.json.Encoder()
-_OPENING: Final = re.compile(rb"[ \t\r\n]*\[")
 _LONG_DATA: Final = 1024
 
 
@@ -171,9 +167,9 @@ def decode_request(
         if (size is None) == (not each.data):
             got = "none" if size is None else "both"
             raise invalid(at, "either data or parameters.binary_data_size", got)
-        data: bytes | Sequence[Any]
+        data: bytes | JsonElements
         if size is None:
-            data = _elements(each, at)
+            data = JsonElements(bytes(each.data))
         else:
             data = body[begin + used : begin + used + size]
             used += size
@@ -243,38 +239,6 @@ def _without_long_data(text: bytes, inputs: list[_Input]) -> bytes:
         if len(data) > _LONG_DATA:
             text = text.replace(data, b"0", 1)
     return text
-
-
-def _elements(tensor: _Input, at: str) -> list[Any]:
-    """The values of a tensor in JSON, flat or nested."""
-    raw = bytes(tensor.data)
-    depth = _depth(raw)
-    element = str if tensor.datatype == BYTES else float
-    try:
-        values: list[Any] = _nested_decoder(element, min(depth, MAX_RANK)).decode(raw)
-    except (msgspec.MsgspecError, ValueError) as error:
-        # numbers out of range, and text that is not UTF-8, are first noticed here
-        raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error
-    for _ in range(depth - 1):
-        values = list(chain.from_iterable(values))
-    return values
-
-
-def _depth(raw: bytes) -> int:
-    """How deep the first element of a list in JSON is nested; 1 for another value."""
-    at = depth = 0
-    while (match := _OPENING.match(raw, at)) is not None and depth <= MAX_RANK:
-        at, depth = match.end(), depth + 1
-    return max(depth, 1)
-
-
-@cache
-def _nested_decoder(element: type, depth: int) -> msgspec.json.Decoder[Any]:
-    """Decodes lists of one depth."""
-    kind: Any = element
-    for _ in range(depth):
-        kind = list[kind]
-    return msgspec.json.Decoder(kind)
 
 
 def _invalid_json(error: msgspec.ValidationError) -> InvalidInput:

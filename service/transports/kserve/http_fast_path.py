@@ -36,6 +36,7 @@ from service.transports.http.limits import ApiLimits
 from service.transports.http.media import Media, encode_json
 from service.transports.http.problems import status_of
 from service.transports.http.replies.pieces import LONG_VALUES
+from service.transports.kserve.calls import ResolvedCall, Signature, output_shape, read_values
 from service.transports.kserve.http_body import (
     BINARY_OUTPUT,
     HEADER_LENGTH,
@@ -48,14 +49,7 @@ from service.transports.kserve.http_body import (
     reply_document,
 )
 from service.transports.kserve.http_errors import error_answer
-from service.transports.kserve.inference import (
-    VERSION,
-    Inference,
-    ResolvedCall,
-    Signature,
-    output_shape,
-    read_values,
-)
+from service.transports.kserve.inference import VERSION, Inference
 from service.transports.kserve.parameters import parse_parameters
 from service.transports.kserve.values import InferReply, InferRequest, InputTensor, OutputTensor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI
@@ -25,12 +26,14 @@ from service.transports.http.connection.http_protocol import HttpState
 from service.transports.http.context import ApiContext, api_of
 from service.transports.http.disconnects import cancel_on_disconnect
 from service.transports.http.error_handling import log_failure, log_unexpected_failure
+from service.transports.http.limits import LONG_BYTES
 from service.transports.http.media import Media, dumps
 from service.transports.http.replies.replies import Answer, reply
 from service.transports.http.request_fields import deadline, query, read_encoded_body
 from service.transports.kserve.http_body import (
     COMPRESSIONS,
     HEADER_LENGTH,
+    BinaryOutputs,
     decode_request,
     decompress,
     encode_reply,
@@ -46,10 +49,12 @@ from service.transports.kserve.metadata import (
     repository_index,
     server_metadata,
 )
-from service.transports.kserve.values import invalid
+from service.transports.kserve.values import InferReply, InferRequest, invalid
 
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
 """Returns the totals of every model; called in a thread."""
+
+Decode = Callable[[bytes], tuple[InferRequest, BinaryOutputs]]
 
 _BINARY: Final = (b"content-type", b"application/octet-stream")
 IDENTITY: Final = "identity"
@@ -188,8 +193,9 @@ async def post_infer(request: Request, model: str, version: str = "") -> Respons
     inference.served(model, version)
     json_bytes = _json_bytes(request)
     body = await _receive(request, inference.api, deadline_s)
-    infer_request, binary = decode_request(body, json_bytes, model, version)
-    result = await cancel_on_disconnect(request, inference.infer(infer_request, deadline_s))
+    decode = partial(decode_request, json_bytes=json_bytes, model=model, version=version)
+    infer = _infer_long if len(body) >= LONG_BYTES else _infer
+    result, binary = await cancel_on_disconnect(request, infer(inference, body, decode, deadline_s))
     if not binary.has_any(output.name for output in result.outputs):
         return reply(Media.JSON, reply_document(result, binary))
     content, json_length = encode_reply(result, binary)
@@ -216,6 +222,23 @@ async def reject(request: Request, path: str) -> Response:
         expected=allowed,
         got=request.method,
     )
+
+
+async def _infer(
+    inference: Inference, body: bytes, decode: Decode, deadline_s: float
+) -> tuple[InferReply, BinaryOutputs]:
+    request, binary = decode(body)
+    return await inference.infer(request, deadline_s), binary
+
+
+async def _infer_long(
+    inference: Inference, body: bytes, decode: Decode, deadline_s: float
+) -> tuple[InferReply, BinaryOutputs]:
+    """The same for a body that would block the event loop if it were read at once."""
+    async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
+        request, binary = decode(body)
+        ready = await inference.read_long(request, deadline_s, checkpoint)
+    return await inference.answer(ready), binary
 
 
 def _inference(request: Request) -> Inference:

@@ -5,8 +5,15 @@
 
 A transport decodes its bytes to an `InferRequest`, calls `infer`, and encodes the `InferReply` or
 the error; it enforces its own limits on bytes, cancels the call if its client disconnects, and
-counts an error with `api.recorder.record_error`. Between `resolve` and `reply_to_chunk` it may also
-hand the chunk to the pipeline itself, as the fast path of HTTP does:
+counts an error with `api.recorder.record_error`. `infer` reads the values at once. A request of
+`LONG_BYTES` or more is decoded and read under the admission of long bodies, in small steps:
+
+    async with inference.api.long_bodies.admit(body, deadline_s) as checkpoint:
+        ready = await inference.read_long(decode(body), deadline_s, checkpoint)
+    reply = await inference.answer(ready)
+
+Between `resolve` and `reply_to_chunk` a transport may also hand the chunk to the pipeline itself,
+as the fast path of HTTP does:
 
     call = inference.resolve(request)                         # short requests only
     reply = inference.reply_to_chunk(call, await pipeline.process(call.work, deadline_s))
@@ -22,14 +29,11 @@ are the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple
 
-import msgspec
 import numpy as np
-import orjson
-import ormsgpack
 import structlog
 
 from models.spec.layout import Output
@@ -39,18 +43,24 @@ from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
 from service.transports.http.bodies.strict_validator import Limit
 from service.transports.http.context import ApiContext, ModelWire
-from service.transports.http.limits import LONG_BYTES
-from service.transports.http.media import Media
-from service.transports.kserve.parameters import InferParameters, parse_parameters
+from service.transports.http.long_bodies.admission import Checkpoint
+from service.transports.kserve.calls import (
+    INPUTS,
+    ResolvedCall,
+    Signature,
+    check_chunk,
+    input_names,
+    iter_events,
+    make_signature,
+    output_shape,
+    read_values,
+)
+from service.transports.kserve.parameters import parse_parameters
 from service.transports.kserve.values import (
-    BYTES,
-    FP32,
     InferReply,
     InferRequest,
-    InputTensor,
     OutputTensor,
     Parameter,
-    byte_elements,
     float32_bytes,
     invalid,
 )
@@ -59,70 +69,24 @@ VERSION: Final = "1"
 """Version of every model, since clients of Triton expect a whole number; the model's own version,
 the beginning of its fingerprint, is accepted as well."""
 
-INPUTS: Final = "inputs"
-EVENTS: Final = "events"
-
-_EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+EVENTS_AT_ONCE: Final = 256
+"""Events of a long request that are validated in one turn of the event loop."""
 
 log = structlog.get_logger(__name__)
 
 
-class Signature(NamedTuple):
-    """What follows from a tensor's name and shape, and from the names of the outputs.
+class ReadRequest(NamedTuple):
+    """A request whose values were read.
 
     Attributes:
-        outputs: the outputs to return.
-        steps: T.
-        batch: length of the leading axis of the outputs; None if there is none.
+        call: without the request's tensors and their values.
+        work: the chunk, or the sequences to predict.
+        deadline_s: when the client stops waiting, on the monotonic clock.
     """
 
-    outputs: Sequence[Output]
-    steps: int
-    batch: int | None
-
-
-class ResolvedCall(NamedTuple):
-    """A request, resolved against its model.
-
-    Attributes:
-        values: the rows in the binary format, or the events, each in JSON.
-    """
-
-    request: InferRequest
-    wire: ModelWire
-    parameters: InferParameters
-    signature: Signature
-    values: bytes | list[bytes]
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the chunk closes its stream."""
-        return self.parameters.ends and self.wire.served.blocks is not None
-
-    @property
-    def is_long(self) -> bool:
-        """Whether the values have to be read in blocks."""
-        values = self.values
-        size = len(values) if isinstance(values, bytes) else sum(map(len, values))
-        return size >= LONG_BYTES
-
-    def encode_body(self) -> tuple[bytes, Media]:
-        """The chunk or the sequences as a body of the HTTP API."""
-        encode, media, name = orjson.dumps, Media.JSON, EVENTS
-        values: Sequence[Any] = self.values
-        if isinstance(values, bytes):
-            encode, media, name = ormsgpack.packb, Media.MSGPACK, INPUTS
-        else:
-            values = [orjson.Fragment(event) for event in values]
-        if self.parameters.stream is not None:
-            members = {"position": self.parameters.position, "epoch": self.parameters.epoch}
-            present = {key: value for key, value in members.items() if value is not None}
-            final = {"final": True} if self.is_final else {}
-            return encode({name: values, **present, **final}), media
-        parts = 1 if self.signature.batch is None else self.signature.batch
-        size = len(values) // max(parts, 1)
-        sequences = [{name: values[at * size : (at + 1) * size]} for at in range(parts)]
-        return encode({"sequences": sequences}), media
+    call: ResolvedCall
+    work: Chunk | list[SequenceInput]
+    deadline_s: float
 
 
 class Inference:
@@ -136,7 +100,7 @@ class Inference:
         self.api = api
         self.delete_at_end = delete_at_end
         # cached, since clients repeat their shapes
-        self._signature = lru_cache(maxsize=1024)(_signature)
+        self._signature = lru_cache(maxsize=1024)(make_signature)
 
     def served(self, model: str, version: str = "") -> ServedModel:
         """The served model of a name and version.
@@ -166,21 +130,75 @@ class Inference:
             CarryError
         """
         call = self.resolve(request)
-        if call.parameters.timeout_s is not None:
-            deadline_s = min(deadline_s, time.monotonic() + call.parameters.timeout_s)
-        if call.parameters.stream is None:
-            return await self._predict(call, deadline_s)
-        chunk = await self._read_chunk(call, call.parameters.stream, deadline_s)
-        reply = await self.api.pipeline.process(chunk, deadline_s)
+        deadline_s = _deadline_s(call, deadline_s)
+        stream = call.parameters.stream
+        work: Chunk | list[SequenceInput]
+        if stream is None:
+            work = call.wire.reader.sequences(*call.encode_body())
+        else:
+            work = self.read_chunk(call, stream)
+        return await self.answer(ReadRequest(call, work, deadline_s))
+
+    async def read_long(
+        self, request: InferRequest, deadline_s: float, checkpoint: Checkpoint
+    ) -> ReadRequest:
+        """Read a long request, yielding the event loop; the arguments are as for `infer`.
+
+        Raises:
+            CarryError
+        """
+        await checkpoint()
+        call = self._resolve(request)
+        deadline_s = _deadline_s(call, deadline_s)
+        [tensor] = request.inputs
+        if tensor.name == INPUTS:
+            values: bytes | list[bytes] = float32_bytes(tensor, "inputs[0]")
+        else:
+            values = []
+            events = iter_events(tensor)
+            while block := list(islice(events, EVENTS_AT_ONCE)):
+                values += block
+                await checkpoint()
+        call = call._replace(values=values)
+        body, media = call.encode_body()
+        call = call._replace(request=request._replace(inputs=()), values=b"")
+        del request, tensor, values
+        await checkpoint()
+        stream = call.parameters.stream
+        work: Chunk | list[SequenceInput]
+        if stream is None:
+            work = await call.wire.long.sequences(body, media, checkpoint)
+        else:
+            chunk = await call.wire.long.chunk(body, media, checkpoint, stream, None)
+            work = _with_start(call, chunk)
+        return ReadRequest(call, work, deadline_s)
+
+    async def answer(self, ready: ReadRequest) -> InferReply:
+        """Answer a request that was read.
+
+        Raises:
+            CarryError
+        """
+        call, work, deadline_s = ready
+        if isinstance(work, list):
+            name = call.wire.served.name
+            predictions = await self.api.pipeline.predict(name, work, deadline_s)
+            return self._reply(call, {}, [each.outputs for each in predictions])
+        reply = await self.api.pipeline.process(work, deadline_s)
         is_deleted = self.delete_at_end and call.parameters.ends and await self._delete(reply)
         return self.reply_to_chunk(call, reply, is_deleted=is_deleted)
 
     def resolve(self, request: InferRequest) -> ResolvedCall:
-        """Validate all of a request but the values of its tensors.
+        """Validate all of a request but the values of its tensors, whose number is checked.
 
         Raises:
             ModelNotFound, InvalidInput, InvalidName, ChunksUnsupported
         """
+        call = self._resolve(request)
+        return call._replace(values=read_values(request.inputs[0]))
+
+    def _resolve(self, request: InferRequest) -> ResolvedCall:
+        """The same, without the values."""
         served = self.served(request.model, request.version)
         wire = self.api.wire(served.name)
         parameters = parse_parameters(request.parameters)
@@ -191,12 +209,12 @@ class Inference:
         name, datatype, shape, _ = tensor
         signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
         if parameters.stream is not None:
-            _check_chunk(wire, signature)
+            check_chunk(wire, signature)
         elif (signature.batch or 0) > self.api.limits.max_items:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
         self._check_length(name, signature, parameters.stream)
-        return ResolvedCall(request, wire, parameters, signature, read_values(tensor))
+        return ResolvedCall(request, wire, parameters, signature, b"")
 
     def _check_length(self, name: str, signature: Signature, stream: str | None) -> None:
         """Reject too many steps before their values are read, which may be millions.
@@ -226,7 +244,7 @@ class Inference:
         """
         self.served(wire.served.name, version)
         signature = self._signature(wire, *tensor, outputs)
-        _check_chunk(wire, signature)
+        check_chunk(wire, signature)
         return signature
 
     def read_chunk(self, call: ResolvedCall, stream: str) -> Chunk:
@@ -242,28 +260,6 @@ class Inference:
                 key = StreamKey(call.wire.served.name, stream)
                 return _with_start(call, reader.build_chunk(call.parameters, steps, key, None))
         return _with_start(call, reader.chunk(*call.encode_body(), stream, None))
-
-    async def _read_chunk(self, call: ResolvedCall, stream: str, deadline_s: float) -> Chunk:
-        if not call.is_long:
-            return self.read_chunk(call, stream)
-        body, media = call.encode_body()
-        async with self.api.long_bodies.admit(body, deadline_s) as checkpoint:
-            return _with_start(
-                call, await call.wire.long.chunk(body, media, checkpoint, stream, None)
-            )
-
-    async def _predict(self, call: ResolvedCall, deadline_s: float) -> InferReply:
-        sequences = await self._read_sequences(call, deadline_s)
-        name = call.wire.served.name
-        predictions = await self.api.pipeline.predict(name, sequences, deadline_s)
-        return self._reply(call, {}, [each.outputs for each in predictions])
-
-    async def _read_sequences(self, call: ResolvedCall, deadline_s: float) -> list[SequenceInput]:
-        body, media = call.encode_body()
-        if not call.is_long:
-            return call.wire.reader.sequences(body, media)
-        async with self.api.long_bodies.admit(body, deadline_s) as checkpoint:
-            return await call.wire.long.sequences(body, media, checkpoint)
 
     async def _delete(self, reply: Reply) -> bool:
         """Delete the stream of a reply, unless it has changed since; returns whether it did."""
@@ -312,17 +308,6 @@ class Inference:
         )
 
 
-def input_names(served: ServedModel) -> list[str]:
-    """The tensors that a model takes, of which a request has one."""
-    return [INPUTS] if served.events is None else [EVENTS, INPUTS]
-
-
-def output_shape(output: Output) -> tuple[int, ...]:
-    """The shape of one step of an output; of one that is given once for a chunk, its shape, which
-    has at least one axis."""
-    return output.shape or ((1,) if output.per == "chunk" else ())
-
-
 def _output_tensor(served: ServedModel, output: Output, rows: FloatRows) -> OutputTensor:
     """An output of packed rows [..., T, O]: [..., T, *shape], or once [..., *shape]."""
     cut = rows[..., served.outputs.slices[output.name]]
@@ -332,82 +317,11 @@ def _output_tensor(served: ServedModel, output: Output, rows: FloatRows) -> Outp
     return OutputTensor(output.name, np.ascontiguousarray(cut).reshape(shape))
 
 
-def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Output]:
-    """The outputs with these names, in this order; all of them without names."""
-    outputs = served.outputs.outputs
-    if not names:
-        return outputs
-    known = {output.name: output for output in outputs}
-    for at, name in enumerate(names):
-        if name not in known or name in names[:at]:
-            expected = f"each once of {', '.join(known)}"
-            raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
-    return [known[name] for name in names]
+def _deadline_s(call: ResolvedCall, deadline_s: float) -> float:
+    """The deadline of a request that was just received, which its parameter may shorten."""
+    timeout_s = call.parameters.timeout_s
+    return deadline_s if timeout_s is None else min(deadline_s, time.monotonic() + timeout_s)
 
 
 def _with_start(call: ResolvedCall, chunk: Chunk) -> Chunk:
     return chunk._replace(starts_over=True) if call.parameters.starts_over else chunk
-
-
-def _signature(
-    wire: ModelWire, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
-) -> Signature:
-    """The signature of a request.
-
-    Raises:
-        InvalidInput: the model has no such tensor, or no such output.
-    """
-    selected = _selected_outputs(wire.served, outputs)
-    _check_tensor(wire.served, name, datatype, shape)
-    rank = 2 if name == INPUTS else 1
-    return Signature(selected, shape[-rank], None if len(shape) == rank else shape[0])
-
-
-def _check_chunk(wire: ModelWire, signature: Signature) -> None:
-    """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
-    wire.reader.check_accepts_chunks()
-    if signature.batch not in (None, 1):
-        expected = "1 in front, since a chunk of a sequence is of one stream"
-        raise invalid("inputs[0].shape", expected, signature.batch)
-
-
-def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
-    """Reject a tensor with another name, type or shape than the model takes."""
-    at = "inputs[0]"
-    names = input_names(served)
-    if name not in names:
-        raise invalid(f"{at}.name", " or ".join(names), repr(name[:100]))
-    expected_type = FP32 if name == INPUTS else BYTES
-    if datatype != expected_type:
-        raise invalid(f"{at}.datatype", expected_type, repr(datatype[:100]))
-    steps: list[Any] = ["T", served.input_features] if name == INPUTS else ["T"]
-    fits = len(steps) <= len(shape) <= len(steps) + 1 and min(shape) >= 0
-    if not fits or (name == INPUTS and shape[-1] != served.input_features):
-        shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
-        raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
-
-
-def read_values(tensor: InputTensor) -> bytes | list[bytes]:
-    """The values of a tensor whose name and datatype are checked, as in `ResolvedCall`.
-
-    Raises:
-        InvalidInput
-    """
-    is_rows = tensor.name == INPUTS
-    return float32_bytes(tensor, "inputs[0]") if is_rows else _event_elements(tensor)
-
-
-def _event_elements(tensor: InputTensor) -> list[bytes]:
-    """The elements of a BYTES tensor, each an object in JSON.
-
-    Raises:
-        InvalidInput
-    """
-    events = byte_elements(tensor, "inputs[0]")
-    for index, event in enumerate(events):
-        try:
-            _EVENT.decode(event)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            at = f"inputs[0].data[{index}]"
-            raise invalid(at, "an event: one JSON object", str(error)) from error
-    return events

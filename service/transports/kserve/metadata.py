@@ -14,13 +14,8 @@ from typing import Any, Final
 from models.spec.layout import Output
 from service.pipeline.recorder import ModelStatistics
 from service.pipeline.served_model import ServedModel
-from service.transports.kserve.inference import (
-    EVENTS,
-    INPUTS,
-    VERSION,
-    input_names,
-    output_shape,
-)
+from service.transports.kserve.calls import EVENTS, INPUTS, input_names, output_shape
+from service.transports.kserve.inference import VERSION
 from service.transports.kserve.values import BYTES, FP32
 
 NAME: Final = "carry"

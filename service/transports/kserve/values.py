@@ -7,10 +7,14 @@ a little-endian uint32 and then its bytes.
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,20 +28,56 @@ BYTES: Final = "BYTES"
 
 _F4: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<I")
+_OPENING: Final = re.compile(rb"[ \t\r\n]*\[")
+
+MAX_RANK: Final = 8
+
+
+class JsonElements:
+    """The elements of a tensor as a list in JSON, flat or nested.
+
+    They are decoded once the tensor is known to have no more of them than a request may have.
+    """
+
+    __slots__ = ("_raw",)
+
+    def __init__(self, raw: bytes):
+        self._raw = raw
+
+    def __len__(self) -> int:
+        """The number of elements, if they are numbers and no list inside is empty."""
+        return self._raw.count(b",") + 1
+
+    def decode(self, kind: type, at: str) -> list[Any]:
+        """The elements.
+
+        Raises:
+            InvalidInput
+        """
+        raw = self._raw
+        depth = _depth(raw)
+        try:
+            values: list[Any] = _nested_decoder(kind, min(depth, MAX_RANK)).decode(raw)
+        except (msgspec.MsgspecError, ValueError) as error:
+            # numbers out of range, and text that is not UTF-8, are first noticed here
+            raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error
+        for _ in range(depth - 1):
+            values = list(chain.from_iterable(values))
+        return values
 
 
 class InputTensor(NamedTuple):
     """An input of a request.
 
     Attributes:
-        data: the binary format of all elements, or the elements, without the nesting of `shape`:
-            numbers, or for `BYTES` texts or bytes.
+        data: the binary format of all elements, or the elements: in JSON, or without the nesting
+            of `shape`, numbers or for `BYTES` bytes.
     """
 
     name: str
     datatype: str
     shape: Sequence[int]
-    data: bytes | memoryview | Sequence[Any]
+    data: bytes | memoryview | JsonElements | Sequence[Any]
 
 
 class OutputTensor(NamedTuple):
@@ -99,40 +139,72 @@ def float32_bytes(tensor: InputTensor, at: str) -> bytes:
             expected = f"{_F4.itemsize * count} bytes for FP32 of shape {list(tensor.shape)}"
             raise invalid(f"{at}.data", expected, f"{len(data)} bytes")
         return bytes(data)
-    if len(data) != count:
+    length = len(data)
+    # too many numbers are rejected before objects are made of them
+    if isinstance(data, JsonElements) and length <= 2 * count + 1:
+        data = data.decode(float, at)
+        length = len(data)
+    if length != count:
         expected = f"{count} values for shape {list(tensor.shape)}"
-        raise invalid(f"{at}.data", expected, f"{len(data)} values")
+        raise invalid(f"{at}.data", expected, f"{length} values")
     with np.errstate(over="ignore"):
         # a number that overflows becomes infinite, which the model's reader rejects
         return np.array(data, np.float64).astype(_F4).tobytes()
 
 
-def byte_elements(tensor: InputTensor, at: str) -> list[bytes]:
-    """The elements of a BYTES tensor.
+def iter_byte_elements(tensor: InputTensor, at: str) -> Iterator[bytes]:
+    """The elements of a BYTES tensor, one by one.
 
     Raises:
         InvalidInput: their number does not fit the shape, or the binary format is damaged.
     """
     data, count = tensor.data, math.prod(tensor.shape)
-    is_binary = isinstance(data, bytes | memoryview)
-    elements = _split_bytes(bytes(data), count, at) if is_binary else data
-    if len(elements) != count:
+    if isinstance(data, JsonElements):
+        data = data.decode(str, at)
+    got: int | str
+    if isinstance(data, bytes | memoryview):
+        got = 0
+        for element in _split_bytes(bytes(data), at):
+            if got == count:
+                got = "more"
+                break
+            got += 1
+            yield element
+    else:
+        got = len(data)
+        if got == count:
+            for each in data:
+                yield each.encode() if isinstance(each, str) else bytes(each)
+    if got != count:
         expected = f"{count} elements for shape {list(tensor.shape)}"
-        got = "more" if is_binary and len(elements) > count else len(elements)
         raise invalid(f"{at}.data", expected, f"{got} elements")
-    return [each.encode() if isinstance(each, str) else bytes(each) for each in elements]
 
 
-def _split_bytes(data: bytes, count: int, at: str) -> list[bytes]:
-    """The first elements in the binary format, up to one more than `count`."""
-    elements: list[bytes] = []
+def _split_bytes(data: bytes, at: str) -> Iterator[bytes]:
+    """The elements in the binary format."""
     end = 0
-    while end < len(data) and len(elements) <= count:
+    while end < len(data):
         start = end + _LENGTH.size
         length = _LENGTH.unpack_from(data, end)[0] if start <= len(data) else 0
         end = start + length
         if end > len(data):
             expected = "for each element its length as uint32 and as many bytes"
             raise invalid(f"{at}.data", expected, f"{len(data)} bytes, which end in an element")
-        elements.append(data[start:end])
-    return elements
+        yield data[start:end]
+
+
+def _depth(raw: bytes) -> int:
+    """How deep the first element of a list in JSON is nested; 1 for another value."""
+    at = depth = 0
+    while (match := _OPENING.match(raw, at)) is not None and depth <= MAX_RANK:
+        at, depth = match.end(), depth + 1
+    return max(depth, 1)
+
+
+@cache
+def _nested_decoder(element: type, depth: int) -> msgspec.json.Decoder[Any]:
+    """Decodes lists of one depth."""
+    kind: Any = element
+    for _ in range(depth):
+        kind = list[kind]
+    return msgspec.json.Decoder(kind)

@@ -63,9 +63,10 @@ _EMPTY_OBJECT: Final = {Media.JSON: b"{}", Media.MSGPACK: b"\x80"}
 _ONE: Final = {Media.JSON: b"1", Media.MSGPACK: b"\x01"}
 _NO_BYTES: Final = b"\xc4\x00"
 _IS_BYTES: Final = (0xC4, 0xC5, 0xC6)
-_MAX_EVENT_BYTES: Final = 2**20
 _LONG: Final = ("resets", "state_token")
 """Members of a chunk or sequence that may be long: a list whose elements are counted, a text."""
+MAX_EVENT_BYTES: Final = 2**20
+"""Largest event of a long body."""
 
 
 class LongReader:
@@ -342,10 +343,8 @@ class LongReader:
         """Reject a long event with more bytes, members or values than any valid event has."""
         if len(event) < LONG_BYTES:
             return
-        if len(event) > _MAX_EVENT_BYTES:
-            raise invalid(
-                at, f"an event of at most {_MAX_EVENT_BYTES} bytes", f"{len(event)} bytes"
-            )
+        if len(event) > MAX_EVENT_BYTES:
+            raise invalid(at, f"an event of at most {MAX_EVENT_BYTES} bytes", f"{len(event)} bytes")
         await self._split_object(
             event, media, ObjectLimits(fields, [], 1, _no_list), at, checkpoint
         )

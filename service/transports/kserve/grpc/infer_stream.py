@@ -20,14 +20,11 @@ from service.transports.http.media import Media, dumps
 from service.transports.http.problems import problem
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.errors import status_details
-from service.transports.kserve.grpc.messages import (
-    SEQUENCE_ID,
-    decode_parameter,
-    decode_request,
-    encode_reply,
-)
-from service.transports.kserve.parameters import parse_parameters, parse_sequence_id
-from service.transports.kserve.values import InferReply, InferRequest
+from service.transports.kserve.grpc.incoming import InferMessage
+from service.transports.kserve.grpc.message_admission import MessageAdmission
+from service.transports.kserve.grpc.messages import decode_parameters, encode_reply
+from service.transports.kserve.parameters import parse_parameters
+from service.transports.kserve.values import InferReply
 
 WINDOW: Final = 64
 """Maximum unanswered requests of one call."""
@@ -35,11 +32,11 @@ WINDOW: Final = 64
 WINDOW_BYTES: Final = 1024 * 1024
 """No further request of a call is read while those that are not yet applied have as many bytes."""
 
-Requests = AsyncIterator[pb.ModelInferRequest]
+Requests = AsyncIterator[bytes]
 Responses = AsyncIterator[pb.ModelStreamInferResponse]
 _Task = asyncio.Task[pb.ModelStreamInferResponse]
 
-Infer = Callable[[InferRequest], Awaitable[InferReply]]
+Infer = Callable[[InferMessage], Awaitable[InferReply]]
 Answer = Callable[[str, Callable[[], Awaitable[InferReply]]], Awaitable[InferReply | CarryError]]
 """Runs the work of one request of a model, and returns its reply, or its error, logged and
 counted."""
@@ -51,12 +48,16 @@ class InferStream:
     Args:
         infer: answers one request.
         answer: as above.
+        messages: counts the requests.
         stopping: set when the service stops: what was read is answered, and no more is read.
     """
 
-    def __init__(self, infer: Infer, answer: Answer, stopping: asyncio.Event):
+    def __init__(
+        self, infer: Infer, answer: Answer, messages: MessageAdmission, stopping: asyncio.Event
+    ):
         self._infer = infer
         self._answer = answer
+        self._messages = messages
         self._stopping = stopping
         self._last: dict[str, _Task] = {}
         self._failed = FailedStreams()
@@ -75,6 +76,7 @@ class InferStream:
 
         def forget(size: int, task: _Task) -> None:
             tasks.discard(task)
+            self._messages.count(size, 0)
             self._held_bytes -= size
             self._has_room.set()
 
@@ -87,12 +89,14 @@ class InferStream:
                     while self._held_bytes >= WINDOW_BYTES:
                         self._has_room.clear()
                         await self._has_room.wait()
-                    message = await anext(incoming)
-                    size = message.ByteSize()
+                    await self._messages.wait_for_room()
+                    data = await anext(incoming)
+                    size = len(data)
                     self._held_bytes += size
-                    task = self._start(message)
+                    self._messages.count(0, size)
+                    task = self._start(data)
                     # waiting for the next one must not keep it in memory
-                    del message
+                    del data
                     tasks.add(task)
                     task.add_done_callback(partial(forget, size))
                     unanswered.put_nowait(task)
@@ -114,9 +118,13 @@ class InferStream:
         if self._stopping.is_set():
             raise ShuttingDown("the service is stopping and reads no more requests")
 
-    def _start(self, message: pb.ModelInferRequest) -> _Task:
+    def _start(self, data: bytes) -> _Task:
         """Start a request, after the one before it in its sequence."""
-        sequence = _sequence_of(message)
+        try:
+            message = InferMessage(data)
+        except CarryError as error:
+            return asyncio.create_task(self._reject(error))
+        sequence = message.sequence()
         if sequence is None:
             return asyncio.create_task(self._respond(message, None, None))
         task = asyncio.create_task(self._respond(message, sequence, self._last.get(sequence)))
@@ -124,34 +132,34 @@ class InferStream:
         task.add_done_callback(lambda task: self._forget(sequence, task))
         return task
 
+    async def _reject(self, error: CarryError) -> pb.ModelStreamInferResponse:
+        """The response to a message that cannot be parsed."""
+
+        async def fail() -> InferReply:
+            raise error
+
+        await self._answer("", fail)
+        return _error_response(error, pb.ModelInferRequest())
+
     def _forget(self, sequence: str, task: _Task) -> None:
         if self._last.get(sequence) is task:
             del self._last[sequence]
 
     async def _respond(
-        self, message: pb.ModelInferRequest, sequence: str | None, previous: _Task | None
+        self, message: InferMessage, sequence: str | None, previous: _Task | None
     ) -> pb.ModelStreamInferResponse:
         if previous is not None:
             await asyncio.wait([previous])
-        result = await self._answer(message.model_name, lambda: self._apply(message, sequence))
+        head = message.head
+        result = await self._answer(head.model_name, lambda: self._apply(message, sequence))
         if not isinstance(result, CarryError):
             return pb.ModelStreamInferResponse(infer_response=encode_reply(result))
         if sequence is not None:
             self._failed.add(sequence)
-        response = pb.ModelInferResponse(
-            model_name=message.model_name, model_version=message.model_version, id=message.id
-        )
-        response.parameters["carry_error"].string_param = result.code
-        response.parameters["carry_problem"].string_param = dumps(
-            Media.JSON, problem(result)
-        ).decode()
-        return pb.ModelStreamInferResponse(
-            error_message=status_details(result), infer_response=response
-        )
+        return _error_response(result, head)
 
-    async def _apply(self, message: pb.ModelInferRequest, sequence: str | None) -> InferReply:
-        request = decode_request(message)
-        parameters = parse_parameters(request.parameters)
+    async def _apply(self, message: InferMessage, sequence: str | None) -> InferReply:
+        parameters = parse_parameters(decode_parameters(message.head))
         appends = parameters.position is None and not parameters.starts_over
         if appends and sequence is not None and sequence in self._failed:
             raise PreviousFailed(
@@ -159,19 +167,19 @@ class InferStream:
                 "earlier one of this sequence failed on this call",
                 stream=parameters.stream,
             )
-        reply = await self._infer(request)
+        reply = await self._infer(message)
         if sequence is not None:
             self._failed.discard(sequence)
         return reply
 
 
-def _sequence_of(message: pb.ModelInferRequest) -> str | None:
-    """Model and stream of a request; None if it names no valid stream."""
-    if SEQUENCE_ID not in message.parameters:
-        return None
-    try:
-        parameter = decode_parameter(SEQUENCE_ID, message.parameters[SEQUENCE_ID])
-        stream = parse_sequence_id(parameter)
-    except CarryError:
-        return None
-    return None if stream is None else f"{message.model_name}/{stream}"
+def _error_response(
+    error: CarryError, request: pb.ModelInferRequest
+) -> pb.ModelStreamInferResponse:
+    response = pb.ModelInferResponse(
+        model_name=request.model_name, model_version=request.model_version, id=request.id
+    )
+    response.parameters["carry_error"].string_param = error.code
+    document = dumps(Media.JSON, problem(error))
+    response.parameters["carry_problem"].string_param = document.decode()
+    return pb.ModelStreamInferResponse(error_message=status_details(error), infer_response=response)

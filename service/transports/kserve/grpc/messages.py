@@ -32,7 +32,7 @@ def decode_request(message: pb.ModelInferRequest) -> InferRequest:
     return InferRequest(
         message.model_name,
         _inputs(message),
-        {name: decode_parameter(name, value) for name, value in message.parameters.items()},
+        decode_parameters(message),
         [output.name for output in message.outputs],
         message.model_version,
         message.id,
@@ -71,6 +71,15 @@ def set_parameters(message: pb.ModelInferResponse, parameters: Mapping[str, Para
             parameter.string_param = value
 
 
+def decode_parameters(message: pb.ModelInferRequest) -> dict[str, Parameter]:
+    """The parameters of a request.
+
+    Raises:
+        InvalidInput: one has no value.
+    """
+    return {name: decode_parameter(name, value) for name, value in message.parameters.items()}
+
+
 def decode_parameter(name: str, value: pb.InferParameter) -> Parameter:
     """The value of a parameter.
 
@@ -88,6 +97,9 @@ def decode_parameter(name: str, value: pb.InferParameter) -> Parameter:
 
 
 def _inputs(message: pb.ModelInferRequest) -> Sequence[InputTensor]:
+    # before anything is made of each of them
+    if len(message.inputs) != 1:
+        raise invalid("inputs", "exactly one tensor", len(message.inputs))
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         expected = f"one element for each of {len(message.inputs)} inputs, or none"

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.transports.http.error_handling import log_client_disconnect
+from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Statistics
 from service.transports.kserve.inference import Inference
 
@@ -38,11 +39,15 @@ class GrpcLimits:
 
     Attributes:
         max_message_bytes: largest request.
+        max_pending_bytes: most bytes of requests that are received or held.
+        receive_s: longest time in which a request may arrive.
         max_calls: maximum concurrent calls; further ones get RESOURCE_EXHAUSTED.
         drain_s: how long calls may take to finish when the server stops.
     """
 
     max_message_bytes: int
+    max_pending_bytes: int
+    receive_s: float
     max_calls: int
     drain_s: float
 
@@ -66,7 +71,10 @@ class GrpcServer:
         host: str,
         port: int,
     ):
-        self._servicer = InferenceServicer(inference, statistics)
+        messages = MessageAdmission(
+            limits.max_pending_bytes, limits.max_message_bytes, limits.receive_s
+        )
+        self._servicer = InferenceServicer(inference, statistics, messages)
         self._health = _HealthServicer(self._servicer)
         self._limits = limits
         self._host = f"[{host}]" if ":" in host else host

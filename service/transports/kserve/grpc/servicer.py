@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
 from typing import Any, Final, NoReturn, TypeVar
@@ -19,10 +20,11 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from structlog.contextvars import bound_contextvars
 
-from service.core.errors import CarryError
+from service.core.errors import BodyTooLarge, CarryError
 from service.ops.logs import RequestIds, current_request_id, log_request
 from service.pipeline.recorder import ModelStatistics
 from service.transports.http.error_handling import log_failure, log_unexpected_failure
+from service.transports.http.limits import LONG_BYTES
 from service.transports.http.request_log import is_request_id
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.grpc.errors import (
@@ -30,8 +32,10 @@ from service.transports.kserve.grpc.errors import (
     status_details,
     trailing_metadata,
 )
+from service.transports.kserve.grpc.incoming import InferMessage, parse
 from service.transports.kserve.grpc.infer_stream import InferStream, Requests, Responses
-from service.transports.kserve.grpc.messages import decode_request, encode_reply
+from service.transports.kserve.grpc.message_admission import MessageAdmission
+from service.transports.kserve.grpc.messages import encode_reply
 from service.transports.kserve.inference import Inference
 from service.transports.kserve.metadata import (
     model_config,
@@ -40,7 +44,7 @@ from service.transports.kserve.metadata import (
     repository_index,
     server_metadata,
 )
-from service.transports.kserve.values import InferReply, InferRequest
+from service.transports.kserve.values import InferReply
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 REQUEST_ID: Final = "x-request-id"
@@ -50,6 +54,8 @@ PROBES: Final = ("ServerLive", "ServerReady", "ModelReady")
 Context = grpc.aio.ServicerContext[Any, Any]
 Statistics = Callable[[], Mapping[str, ModelStatistics]]
 T = TypeVar("T")
+Work = Callable[["Model", Context], Awaitable[Message]]
+"""Receives and answers the message of a call."""
 
 _serialize: Final = methodcaller("SerializeToString")
 
@@ -59,12 +65,14 @@ class InferenceServicer:
 
     Args:
         statistics: returns the totals of every model; called in a thread.
+        messages: admits what calls receive.
 
     Attributes:
         stopping: set when the server stops, which ends the streams.
     """
 
-    def __init__(self, inference: Inference, statistics: Statistics):
+    def __init__(self, inference: Inference, statistics: Statistics, messages: MessageAdmission):
+        self._messages = messages
         self._inference = inference
         self._api = inference.api
         self._statistics = statistics
@@ -73,7 +81,7 @@ class InferenceServicer:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """The handler of each method."""
-        unary: dict[str, tuple[type[Message], Callable[[Any, Context], Awaitable[Message]]]] = {
+        unary: dict[str, tuple[type[Message], Callable[[Any], Awaitable[Message]]]] = {
             "ServerLive": (pb.ServerLiveRequest, self._server_live),
             "ServerReady": (pb.ServerReadyRequest, self._server_ready),
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
@@ -81,58 +89,82 @@ class InferenceServicer:
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
             "ModelConfig": (pb.ModelConfigRequest, self._model_config),
             "ModelStatistics": (pb.ModelStatisticsRequest, self._model_statistics),
-            "ModelInfer": (pb.ModelInferRequest, self._model_infer),
             "RepositoryIndex": (pb.RepositoryIndexRequest, self._repository_index),
         }
+        # as streams, since only those leave it to the handler when a message is received;
+        # clients see no difference
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            method: grpc.unary_unary_rpc_method_handler(
-                partial(self._call, method, work),
-                request_deserializer=kind.FromString,
+            method: grpc.stream_unary_rpc_method_handler(
+                partial(self._call, method, partial(self._read, kind, work)),
                 response_serializer=_serialize,
             )
             for method, (kind, work) in unary.items()
         }
+        handlers["ModelInfer"] = grpc.stream_unary_rpc_method_handler(
+            partial(self._call, "ModelInfer", self._model_infer), response_serializer=_serialize
+        )
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            self._model_stream_infer,
-            request_deserializer=pb.ModelInferRequest.FromString,
-            response_serializer=_serialize,
+            self._model_stream_infer, response_serializer=_serialize
         )
         return handlers
 
     async def _call(
-        self,
-        method: str,
-        work: Callable[[Any, Context], Awaitable[Message]],
-        message: Any,
-        context: Context,
+        self, method: str, work: Work, requests: AsyncIterator[bytes], context: Context
     ) -> Message:
         """Answer a call with one request; an error ends it with a status."""
-        model = getattr(message, "model_name", "") or getattr(message, "name", "")
         with bound_contextvars(request_id=self._request_id(context)):
-            result = await self._answer(method, model, partial(work, message, context))
+            model = Model()
+            result = await self._answer(method, model, partial(work, model, context))
             if isinstance(result, CarryError):
                 return await _abort(context, result)
             return result
 
+    async def _read(
+        self,
+        kind: type[Message],
+        work: Callable[[Any], Awaitable[Message]],
+        model: Model,
+        context: Context,
+    ) -> Message:
+        """Receive and parse a message that is never long, and answer it."""
+        async with self._messages.receive(context.read) as [data]:
+            if len(data) >= LONG_BYTES:
+                raise BodyTooLarge(
+                    f"message: expected less than {LONG_BYTES} bytes, got {len(data)}",
+                    expected=LONG_BYTES,
+                    got=len(data),
+                )
+            message: Any = parse(kind, data)
+            model.name = getattr(message, "name", "")
+            return await work(message)
+
+    async def _model_infer(self, model: Model, context: Context) -> pb.ModelInferResponse:
+        async with self._messages.receive(context.read) as received:
+            message = InferMessage(received.pop())
+            model.name = message.head.model_name
+            return encode_reply(await self._infer(message, context.time_remaining()))
+
     async def _model_stream_infer(self, requests: Requests, context: Context) -> Responses:
-        stream = InferStream(self._infer_in_stream, self._answer_in_stream, self.stopping)
+        stream = InferStream(
+            self._infer_in_stream, self._answer_in_stream, self._messages, self.stopping
+        )
         try:
             async for response in stream.responses(requests):
                 yield response
         except CarryError as error:
             await _abort(context, error)
 
-    async def _infer_in_stream(self, request: InferRequest) -> InferReply:
-        return await self._infer(request, None)
+    async def _infer_in_stream(self, message: InferMessage) -> InferReply:
+        return await self._infer(message, None)
 
     async def _answer_in_stream(
         self, model: str, work: Callable[[], Awaitable[T]]
     ) -> T | CarryError:
         with bound_contextvars(request_id=self._ids.next().decode()):
-            return await self._answer("ModelStreamInfer", model, work)
+            return await self._answer("ModelStreamInfer", Model(model), work)
 
     async def _answer(
-        self, method: str, model: str, work: Callable[[], Awaitable[T]]
+        self, method: str, model: Model, work: Callable[[], Awaitable[T]]
     ) -> T | CarryError:
         """The result of a request's work, or its error, counted; either is logged."""
         began_s = time.perf_counter()
@@ -150,7 +182,7 @@ class InferenceServicer:
         if isinstance(result, CarryError):
             # it refers to this frame, which refers to it: the request would not be freed
             result.__traceback__ = None
-            self._api.recorder.record_error(model or "-", result.code)
+            self._api.recorder.record_error(model.name or "-", result.code)
             _log(method, status_code(result), began_s)
         else:
             _log(method, grpc.StatusCode.OK, began_s)
@@ -162,49 +194,35 @@ class InferenceServicer:
                 return value
         return self._ids.next().decode()
 
-    async def _infer(self, request: InferRequest, remaining_s: float | None) -> InferReply:
+    async def _infer(self, message: InferMessage, remaining_s: float | None) -> InferReply:
         """Answer a request whose client waits for so long; None if it does not say."""
         timeout_s = self._api.limits.effective_timeout_s(remaining_s)
-        return await self._inference.infer(request, time.monotonic() + timeout_s)
+        return await message.infer(self._inference, time.monotonic() + timeout_s)
 
-    async def _model_infer(
-        self, message: pb.ModelInferRequest, context: Context
-    ) -> pb.ModelInferResponse:
-        reply = await self._infer(decode_request(message), context.time_remaining())
-        return encode_reply(reply)
-
-    async def _server_live(self, message: Message, context: Context) -> pb.ServerLiveResponse:
+    async def _server_live(self, message: Message) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
 
-    async def _server_ready(self, message: Message, context: Context) -> pb.ServerReadyResponse:
+    async def _server_ready(self, message: Message) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=await self.is_ready())
 
-    async def _server_metadata(
-        self, message: Message, context: Context
-    ) -> pb.ServerMetadataResponse:
+    async def _server_metadata(self, message: Message) -> pb.ServerMetadataResponse:
         return ParseDict(server_metadata(), pb.ServerMetadataResponse())
 
-    async def _model_ready(
-        self, message: pb.ModelReadyRequest, context: Context
-    ) -> pb.ModelReadyResponse:
+    async def _model_ready(self, message: pb.ModelReadyRequest) -> pb.ModelReadyResponse:
         self._inference.served(message.name, message.version)
         return pb.ModelReadyResponse(ready=await self.is_ready())
 
-    async def _model_metadata(
-        self, message: pb.ModelMetadataRequest, context: Context
-    ) -> pb.ModelMetadataResponse:
+    async def _model_metadata(self, message: pb.ModelMetadataRequest) -> pb.ModelMetadataResponse:
         served = self._inference.served(message.name, message.version)
         return ParseDict(model_metadata(served), pb.ModelMetadataResponse())
 
-    async def _model_config(
-        self, message: pb.ModelConfigRequest, context: Context
-    ) -> pb.ModelConfigResponse:
+    async def _model_config(self, message: pb.ModelConfigRequest) -> pb.ModelConfigResponse:
         served = self._inference.served(message.name, message.version)
         config = model_config(served, self._api.limits.max_items)
         return ParseDict({"config": config}, pb.ModelConfigResponse())
 
     async def _model_statistics(
-        self, message: pb.ModelStatisticsRequest, context: Context
+        self, message: pb.ModelStatisticsRequest
     ) -> pb.ModelStatisticsResponse:
         models = self._api.pipeline.models
         served = (
@@ -216,7 +234,7 @@ class InferenceServicer:
         return ParseDict(model_statistics(served, totals), pb.ModelStatisticsResponse())
 
     async def _repository_index(
-        self, message: pb.RepositoryIndexRequest, context: Context
+        self, message: pb.RepositoryIndexRequest
     ) -> pb.RepositoryIndexResponse:
         models = self._api.pipeline.models
         index = repository_index(models[name] for name in sorted(models))
@@ -225,6 +243,13 @@ class InferenceServicer:
     async def is_ready(self) -> bool:
         """Whether requests should be sent here."""
         return all(check.ok for check in await self._api.pipeline.readiness())
+
+
+@dataclass(slots=True)
+class Model:
+    """The model of a request, once it is known."""
+
+    name: str = ""
 
 
 async def _abort(context: Context, error: CarryError) -> NoReturn:

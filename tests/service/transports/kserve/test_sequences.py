@@ -168,7 +168,7 @@ async def test_long_requests_are_read_in_blocks_with_the_same_results(
     binary: bool,
 ) -> None:
     """Requests of usual length, as if they were long."""
-    monkeypatch.setattr("service.transports.kserve.inference.LONG_BYTES", 100)
+    monkeypatch.setattr("service.transports.kserve.http_routes.LONG_BYTES", 100)
     sent = rows(15)
     async with harness(pipeline_server, models, fast_path=False, extend=add_v2) as api:
         v2 = V2(api)

@@ -18,7 +18,7 @@ from service.core.errors import InvalidInput
 from service.transports.http.bodies.duplicates import find_duplicate
 from service.transports.http.media import Media
 from service.transports.kserve import http_body, http_routes
-from service.transports.kserve.values import InputTensor, byte_elements
+from service.transports.kserve.values import InputTensor, iter_byte_elements
 from tests.service.transports.http.harness import EVENT, LIMITS, rows
 from tests.service.transports.kserve.v2 import (
     HEADER,
@@ -49,7 +49,8 @@ def with_parameters(**parameters: Any) -> dict[str, Any]:
 BODIES: dict[str, tuple[Any, str]] = {
     "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
     "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
-    "texts": (changed(datatype="BYTES"), "inputs[0].data: expected a list of values"),
+    "events": (changed(datatype="BYTES"), "inputs[0].datatype: expected FP32, got 'BYTES'"),
+    "texts": (changed(data=["a"] * 12), "inputs[0].data: expected a list of values"),
     "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
     "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
     "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
@@ -126,15 +127,16 @@ async def test_bodies_that_do_not_fit_are_rejected(v2: V2) -> None:
 
 async def test_values_that_only_their_decoder_rejects_are_wrong_input(v2: V2) -> None:
     """JSON of one depth and of two: the decoder of the whole body skips them."""
-    for data, datatype in (
-        (b"[1e400]", "FP32"),
-        (b"[[1e400]]", "FP32"),
-        (b'["\xff"]', "BYTES"),
-        (b'[["\xff"]]', "BYTES"),
+    rows_of = (b'{"name": "inputs", "datatype": "FP32", "shape": [1, 3], "data": %b}', "probe")
+    events = (b'{"name": "events", "datatype": "BYTES", "shape": [1], "data": %b}', "small")
+    for data, (tensor, model) in (
+        (b"[1e400, 0, 0]", rows_of),
+        (b"[[1e400, 0, 0]]", rows_of),
+        (b'["\xff"]', events),
+        (b'[["\xff"]]', events),
     ):
-        tensor = b'{"name": "inputs", "datatype": "%b", "shape": [1], "data": %b}'
-        body = b'{"inputs": [' + tensor % (datatype.encode(), data) + b"]}"
-        error = error_of(await v2.post(body), 422, "invalid_input")["error"]
+        body = b'{"inputs": [' + tensor % data + b"]}"
+        error = error_of(await v2.post(body, model=model), 422, "invalid_input")["error"]
         assert "inputs[0].data: expected a list of values" in error, data
 
 
@@ -147,7 +149,9 @@ async def test_too_many_steps_are_rejected_before_their_values_are_read(v2: V2) 
         assert f"at most {most} steps" in error["error"]
     count = LIMITS.max_predict_steps
     with pytest.raises(InvalidInput, match=f"{count} elements for shape .*, got more elements"):
-        byte_elements(InputTensor("events", "BYTES", [count], bytes(4) * (count + 2)), "x")
+        list(
+            iter_byte_elements(InputTensor("events", "BYTES", [count], bytes(4) * (count + 2)), "x")
+        )
 
 
 async def test_duplicates_are_found_without_parsing_values(

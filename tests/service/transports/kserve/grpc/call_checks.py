@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import struct
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,13 +20,29 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from service.core.errors import CarryError, Conflict, ShuttingDown
+from service.core.errors import BadRequest, CarryError, Conflict, ShuttingDown
+from service.transports.http.limits import ApiLimits
+from service.transports.http.long_bodies.admission import LongBodyAdmission
+from service.transports.kserve.grpc import incoming
 from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.incoming import InferMessage, parse
 from service.transports.kserve.grpc.infer_stream import WINDOW, WINDOW_BYTES, InferStream
+from service.transports.kserve.grpc.message_admission import MessageAdmission
 from service.transports.kserve.grpc.server import GrpcLimits, GrpcServer
-from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer
+from service.transports.kserve.grpc.servicer import SERVICE, InferenceServicer, Model
 from service.transports.kserve.values import InferReply, InferRequest, OutputTensor
 from tests.service.transports.http.raw_http import becomes
+
+LIMITS = GrpcLimits(2**20, 2**24, receive_s=60.0, max_calls=100, drain_s=0.0)
+UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
+
+
+def request_of(size: int) -> pb.ModelInferRequest:
+    """A request with as many bytes of values."""
+    message = pb.ModelInferRequest(model_name="m")
+    message.inputs.add(name="inputs", datatype="FP32", shape=[1])
+    message.raw_input_contents.append(bytes(size))
+    return message
 
 
 class Call:
@@ -45,22 +62,21 @@ class Call:
 
     async def run(self) -> None:
         """Answer the requests."""
-        stream = InferStream(self._infer, _answer, self.is_stopping)
+        stream = InferStream(self._infer, _answer, UNLIMITED, self.is_stopping)
         async for response in stream.responses(self._requests()):
             self.ids.append(response.infer_response.id)
 
-    async def _requests(self) -> AsyncIterator[pb.ModelInferRequest]:
+    async def _requests(self) -> AsyncIterator[bytes]:
         for at in range(self._count):
             self.requested += 1
-            message = pb.ModelInferRequest(model_name="m", id=str(at))
+            message = request_of(self._size)
+            message.id = str(at)
             message.parameters["sequence_id"].int64_param = at + 1
-            message.inputs.add(name="inputs", datatype="FP32", shape=[1])
-            message.raw_input_contents.append(bytes(self._size))
-            yield message
+            yield message.SerializeToString()
 
-    async def _infer(self, request: InferRequest) -> InferReply:
+    async def _infer(self, message: InferMessage) -> InferReply:
         await self.is_released.wait()
-        return InferReply("m", "1", request.id, {}, [])
+        return InferReply("m", "1", message.head.id, {}, [])
 
 
 async def _answer(model: str, work: Callable[[], Awaitable[InferReply]]) -> InferReply | CarryError:
@@ -97,7 +113,7 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
     """Else requests of many MiB accumulate until the next collection, which counts objects."""
     recorder = SimpleNamespace(record_error=lambda model, code: None)
     inference: Any = SimpleNamespace(api=SimpleNamespace(recorder=recorder))
-    servicer = InferenceServicer(inference, dict)
+    servicer = InferenceServicer(inference, dict, UNLIMITED)
     freed: list[weakref.ref[Call]] = []
 
     async def reject() -> InferReply:
@@ -107,7 +123,7 @@ async def test_a_rejected_request_is_freed_without_the_garbage_collector() -> No
 
     gc.disable()
     try:
-        error = await servicer._answer("ModelInfer", "m", reject)
+        error = await servicer._answer("ModelInfer", Model("m"), reject)
         assert isinstance(error, Conflict)
         assert freed[0]() is None
     finally:
@@ -142,6 +158,61 @@ def call_bytes(method: str, message: bytes) -> bytes:
     )
 
 
+def varint(value: int) -> bytes:
+    """A number in the wire format of messages."""
+    low, value = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + varint(value) if value else bytes([low])
+
+
+def field(number: int, value: bytes) -> bytes:
+    """A field in the wire format of messages."""
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+LONG = 2**16
+MANY: dict[str, tuple[bytes, str]] = {
+    "tensors": (field(5, b"") * LONG, "at most 1000 fields"),
+    "members of tensors": (field(5, field(1, b"") * LONG), "at most 1000 fields"),
+    "elements": (field(5, field(5, field(8, b"") * LONG)), "at most 50 fields"),
+    "parameters": (field(4, bytes(LONG)), "less than 65536 bytes beside the tensors"),
+    "axes": (field(5, field(3, bytes(LONG))), "inputs: expected less than 65536 bytes"),
+    "whole numbers": (field(5, field(5, field(3, bytes(LONG)))), "inputs.contents: expected less"),
+    "a truncated field": (field(7, bytes(LONG))[:-1], "cannot be parsed"),
+    "a group": (field(7, bytes(LONG)) + b"\x0b", "cannot be parsed"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+async def test_long_message_is_rejected_before_objects_are_made_of_its_fields(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, expected = MANY[name]
+    bodies = LongBodyAdmission(2**30)
+    limits = ApiLimits(max_predict_steps=50)
+    inference: Any = SimpleNamespace(api=SimpleNamespace(limits=limits, long_bodies=bodies))
+    parsed: list[int] = []
+
+    def record(kind: type[Any], message: bytes) -> Any:
+        parsed.append(len(message))
+        return parse(kind, message)
+
+    monkeypatch.setattr(incoming, "parse", record)
+    with pytest.raises(BadRequest, match=expected):
+        await InferMessage(data).infer(inference, math.inf)
+    assert sum(parsed) < LONG
+
+
+def test_head_of_a_long_message_has_all_but_its_tensors() -> None:
+    message = request_of(LONG)
+    message.id = "first"
+    message.parameters["sequence_id"].int64_param = 7
+    message.outputs.add(name="o")
+    long = InferMessage(message.SerializeToString())
+    assert long.sequence() == "m/7"
+    del message.inputs[:], message.raw_input_contents[:]
+    assert long.head == message
+
+
 async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -152,12 +223,12 @@ async def test_client_that_disconnects_before_its_reply_is_logged_as_such(
 
     limits = SimpleNamespace(effective_timeout_s=lambda remaining_s: 1.0)
     inference: Any = SimpleNamespace(api=SimpleNamespace(limits=limits), infer=infer)
-    server = GrpcServer(inference, dict, GrpcLimits(2**20, 8, 0.0), "127.0.0.1", 0)
+    server = GrpcServer(inference, dict, LIMITS, "127.0.0.1", 0)
     await server.start()
     try:
         with capture_logs() as events:
             replies, client = await asyncio.open_connection("127.0.0.1", server.port)
-            client.write(call_bytes("ModelInfer", b""))
+            client.write(call_bytes("ModelInfer", request_of(4).SerializeToString()))
             await replies.readexactly(2**16 - 1)
             client.transport.abort()
             disconnect = {"event": "client_disconnected", "method": "GRPC", "log_level": "info"}

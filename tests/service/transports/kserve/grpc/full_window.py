@@ -17,8 +17,12 @@ import uvloop
 
 from service.core.errors import CarryError, ShuttingDown
 from service.transports.kserve.grpc import v2_pb2 as pb
+from service.transports.kserve.grpc.incoming import InferMessage
 from service.transports.kserve.grpc.infer_stream import WINDOW, InferStream
-from service.transports.kserve.values import InferReply, InferRequest
+from service.transports.kserve.grpc.message_admission import MessageAdmission
+from service.transports.kserve.values import InferReply
+
+UNLIMITED = MessageAdmission(2**40, 2**20, 60.0)
 
 
 class Call:
@@ -31,16 +35,16 @@ class Call:
         self.stopping = asyncio.Event()
         self.is_shut_down = False
 
-    async def requests(self) -> AsyncIterator[pb.ModelInferRequest]:
+    async def requests(self) -> AsyncIterator[bytes]:
         for number in range(2 * WINDOW):
             self.read += 1
             request = pb.ModelInferRequest(model_name="m", id=str(number))
             request.parameters["sequence_id"].int64_param = number + 1
-            yield request
+            yield request.SerializeToString()
 
-    async def infer(self, request: InferRequest) -> InferReply:
+    async def infer(self, message: InferMessage) -> InferReply:
         await self.may_answer.wait()
-        return InferReply("m", "1", request.id, {}, [])
+        return InferReply("m", "1", message.head.id, {}, [])
 
     async def answer(
         self, model: str, work: Callable[[], Awaitable[InferReply]]
@@ -48,7 +52,7 @@ class Call:
         return await work()
 
     async def run(self) -> None:
-        stream = InferStream(self.infer, self.answer, self.stopping)
+        stream = InferStream(self.infer, self.answer, UNLIMITED, self.stopping)
         try:
             async for response in stream.responses(self.requests()):
                 self.answered.append(int(response.infer_response.id))

@@ -45,7 +45,7 @@ def test_calls_bound_their_memory_and_survive_disconnects() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "5 passed" in done.stdout
+    assert "14 passed" in done.stdout
 
 
 def test_port_that_is_in_use_is_an_error() -> None:

@@ -164,6 +164,47 @@ def test_values_are_accepted_as_contents(stub: Any) -> None:
     np.testing.assert_allclose(outputs, LSTM_OUTPUTS, atol=PRINTED)
 
 
+def test_long_request_has_the_outputs_of_short_ones(
+    client: triton.InferenceServerClient, stub: Any, sequence: str
+) -> None:
+    """In each form; long requests are read in small steps."""
+    count = 600
+    events = [json.dumps(FLIGHT).encode()] * count
+    long = service_pb2.ModelInferRequest(model_name="flights")
+    long.inputs.add(name="events", datatype="BYTES", shape=[count])
+    long.inputs[0].contents.bytes_contents.extend(events)
+    raw = service_pb2.ModelInferRequest(model_name="flights")
+    raw.inputs.add(name="events", datatype="BYTES", shape=[count])
+    raw.raw_input_contents.append(b"".join(len(e).to_bytes(4, "little") + e for e in events))
+    outputs = [list(stub.ModelInfer(each).raw_output_contents) for each in (long, raw)]
+    replies = []
+    for at in range(0, count, 200):
+        given = triton.InferInput("events", [200], "BYTES")
+        given.set_data_from_numpy(np.array(events[:200], object))
+        result = client.infer("flights", [given], sequence_id=sequence, parameters={"position": at})
+        replies.append(list(result.get_response().raw_output_contents))
+    assert outputs[0] == outputs[1]
+    for whole, parts in zip(outputs[0], zip(*replies, strict=True), strict=True):
+        values = np.frombuffer(b"".join(parts), np.float32)
+        np.testing.assert_allclose(np.frombuffer(whole, np.float32), values, rtol=1e-4, atol=1e-5)
+
+
+def test_message_that_cannot_be_parsed_is_rejected(channel: grpc.Channel, stub: Any) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"/{SERVICE}/ModelInfer")(b"\xff\xff")
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details().startswith("malformed_body: message: expected inference.ModelInfer")
+    good = request_of()
+    calls = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
+    answers = [
+        service_pb2.ModelStreamInferResponse.FromString(each)
+        for each in calls(iter([b"\xff\xff", good.SerializeToString()]))
+    ]
+    assert answers[0].error_message.startswith("malformed_body: ")
+    assert not answers[1].error_message
+
+
 @pytest.fixture
 def calls(
     client: triton.InferenceServerClient,

@@ -1,0 +1,182 @@
+"""Inference requests resolved against their model: the tensor that it takes, and the outputs.
+
+Everything here is pure: it reads no store, waits for nothing and keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from models.spec.layout import Output
+from service.pipeline.served_model import ServedModel
+from service.transports.http.context import ModelWire
+from service.transports.http.long_bodies.long_reader import MAX_EVENT_BYTES
+from service.transports.http.media import Media, dumps, list_parts, object_parts
+from service.transports.kserve.parameters import InferParameters
+from service.transports.kserve.values import (
+    BYTES,
+    FP32,
+    InferRequest,
+    InputTensor,
+    float32_bytes,
+    invalid,
+    iter_byte_elements,
+)
+
+INPUTS: Final = "inputs"
+EVENTS: Final = "events"
+
+_EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+class Signature(NamedTuple):
+    """What follows from a tensor's name and shape, and from the names of the outputs.
+
+    Attributes:
+        outputs: the outputs to return.
+        steps: T.
+        batch: length of the leading axis of the outputs; None if there is none.
+    """
+
+    outputs: Sequence[Output]
+    steps: int
+    batch: int | None
+
+
+class ResolvedCall(NamedTuple):
+    """A request, resolved against its model.
+
+    Attributes:
+        values: the rows in the binary format, or the events, each in JSON.
+    """
+
+    request: InferRequest
+    wire: ModelWire
+    parameters: InferParameters
+    signature: Signature
+    values: bytes | list[bytes]
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the chunk closes its stream."""
+        return self.parameters.ends and self.wire.served.blocks is not None
+
+    def encode_body(self) -> tuple[bytes, Media]:
+        """The chunk or the sequences as a body of the HTTP API."""
+        media, name = Media.JSON, EVENTS
+        if isinstance(self.values, bytes):
+            media, name = Media.MSGPACK, INPUTS
+        parameters, values = self.parameters, self.values
+        if parameters.stream is not None:
+            members = {"position": parameters.position, "epoch": parameters.epoch}
+            present = {key: value for key, value in members.items() if value is not None}
+            final = {"final": True} if self.is_final else {}
+            others = {key: [dumps(media, value)] for key, value in (present | final).items()}
+            parts = object_parts(media, {name: _encoded_values(values), **others})
+            return b"".join(parts), media
+        count = 1 if self.signature.batch is None else self.signature.batch
+        size = len(values) // max(count, 1)
+        sequences = [
+            object_parts(media, {name: _encoded_values(values[at * size : (at + 1) * size])})
+            for at in range(count)
+        ]
+        return b"".join(object_parts(media, {"sequences": list_parts(media, sequences)})), media
+
+
+def input_names(served: ServedModel) -> list[str]:
+    """The tensors that a model takes, of which a request has one."""
+    return [INPUTS] if served.events is None else [EVENTS, INPUTS]
+
+
+def output_shape(output: Output) -> tuple[int, ...]:
+    """The shape of one step of an output; of one that is given once for a chunk, its shape, which
+    has at least one axis."""
+    return output.shape or ((1,) if output.per == "chunk" else ())
+
+
+def _selected_outputs(served: ServedModel, names: Sequence[str]) -> Sequence[Output]:
+    """The outputs with these names, in this order; all of them without names."""
+    outputs = served.outputs.outputs
+    if not names:
+        return outputs
+    known = {output.name: output for output in outputs}
+    for at, name in enumerate(names):
+        if name not in known or name in names[:at]:
+            expected = f"each once of {', '.join(known)}"
+            raise invalid(f"outputs[{at}].name", expected, repr(name[:100]))
+    return [known[name] for name in names]
+
+
+def _encoded_values(values: bytes | list[bytes]) -> list[bytes]:
+    """Rows in MessagePack, or events in JSON, in parts."""
+    if isinstance(values, bytes):
+        return [b"\xc6", len(values).to_bytes(4, "big"), values]
+    return [b"[", b",".join(values), b"]"]
+
+
+def make_signature(
+    wire: ModelWire, name: str, datatype: str, shape: tuple[int, ...], outputs: tuple[str, ...]
+) -> Signature:
+    """The signature of a request.
+
+    Raises:
+        InvalidInput: the model has no such tensor, or no such output.
+    """
+    selected = _selected_outputs(wire.served, outputs)
+    _check_tensor(wire.served, name, datatype, shape)
+    rank = 2 if name == INPUTS else 1
+    return Signature(selected, shape[-rank], None if len(shape) == rank else shape[0])
+
+
+def check_chunk(wire: ModelWire, signature: Signature) -> None:
+    """Reject a tensor of several sequences, and chunks for a model that needs whole sequences."""
+    wire.reader.check_accepts_chunks()
+    if signature.batch not in (None, 1):
+        expected = "1 in front, since a chunk of a sequence is of one stream"
+        raise invalid("inputs[0].shape", expected, signature.batch)
+
+
+def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[int, ...]) -> None:
+    """Reject a tensor with another name, type or shape than the model takes."""
+    at = "inputs[0]"
+    names = input_names(served)
+    if name not in names:
+        raise invalid(f"{at}.name", " or ".join(names), repr(name[:100]))
+    expected_type = FP32 if name == INPUTS else BYTES
+    if datatype != expected_type:
+        raise invalid(f"{at}.datatype", expected_type, repr(datatype[:100]))
+    steps: list[Any] = ["T", served.input_features] if name == INPUTS else ["T"]
+    fits = len(steps) <= len(shape) <= len(steps) + 1 and min(shape) >= 0
+    if not fits or (name == INPUTS and shape[-1] != served.input_features):
+        shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
+        raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
+
+
+def read_values(tensor: InputTensor) -> bytes | list[bytes]:
+    """The values of a tensor whose name and datatype are checked, as in `ResolvedCall`.
+
+    Raises:
+        InvalidInput
+    """
+    is_rows = tensor.name == INPUTS
+    return float32_bytes(tensor, "inputs[0]") if is_rows else list(iter_events(tensor))
+
+
+def iter_events(tensor: InputTensor) -> Iterator[bytes]:
+    """The elements of a BYTES tensor, each an object in JSON.
+
+    Raises:
+        InvalidInput
+    """
+    for index, event in enumerate(iter_byte_elements(tensor, "inputs[0]")):
+        at = f"inputs[0].data[{index}]"
+        if len(event) > MAX_EVENT_BYTES:
+            raise invalid(at, f"an event of at most {MAX_EVENT_BYTES} bytes", f"{len(event)} bytes")
+        try:
+            _EVENT.decode(event)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise invalid(at, "an event: one JSON object", str(error)) from error
+        yield event
