@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test coverage model faults check docs format bench bench-micro load overload example compose-test proto lock clean
+.PHONY: help run test coverage model faults check docs format bench load overload example compose-test proto lock clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -68,10 +68,6 @@ format: ## apply the fixes of the linter and the formatter
 bench: ## measure Carry beside baselines (ARGS="--only peak --jsonl bench.jsonl")
 	@scripts/setup dev
 	@exec $(BIN)/python -m tests.bench $(ARGS)
-
-bench-micro: ## measure the parts of a chunk's path by themselves (ARGS="--only codec")
-	@scripts/setup dev
-	@exec $(BIN)/python -m tests.bench.micro $(ARGS)
 
 load: ## send load to a running service, check its replies (ARGS="--scenario steady --users 32")
 	@scripts/setup dev

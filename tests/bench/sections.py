@@ -35,7 +35,7 @@ from tests.support.servers import RealServer, free_port, until
 BASELINES = ("fastapi", "competent")
 BESIDE_CONNECTIONS = (1, 8, 16, 32, 64)
 BESIDE_FIELDS = {"chunks/s": "chunks_per_s", "CPU": "cpu_us_per_chunk", "p50": "p50_ms"}
-MANY_CONNECTIONS = 4
+BATCHES, MANY_CONNECTIONS = (1, 8, 32, 64, 128), 4
 MANY_LOADS: dict[str, dict[str, Any]] = {
     "msgpack-64": {"media": "msgpack", "items": 64},
     "json-64": {"media": "json", "items": 64},
@@ -145,14 +145,26 @@ def measure_many(bench: Bench, kind: str) -> None:
         count = MANY_CONNECTIONS if "items" in options else CONNECTIONS
         rows.append(Row(f"many/{load}/{kind}", server, load, count))
     for _ in range(bench.options.rounds):
-        compute = process.submit(workloads.measure_compute, runtime, bench.artifact.path)
-        alone.append(compute.result())
+        arguments = workloads.measure_step, runtime, bench.artifact.path
+        rates = [process.submit(*arguments, batch).result() for batch in BATCHES]
+        alone.append(max(rate for rate in rates if rate is not None))
         for row in rows:
             bench.measure_closed(row)
     results.figure(f"many/compute alone {runtime}", [rate.chunks_per_s for rate in alone])
     for row in rows:
         shown = "" if row.key == "msgpack-64" else f" {row.key}"
         results.compare(f"many/{kind}{shown} over compute", results.rows[row.name], alone)
+
+
+def measure_compute(bench: Bench, kind: str) -> None:
+    """The runtime's own step by batch and events of a chunk, without a service."""
+    runtime, process = kind.removeprefix("carry-"), bench.start(helper_process(bench.cores.servers))
+    for batch, steps in product(BATCHES, LENGTHS):
+        arguments = workloads.measure_step, runtime, bench.artifact.path, batch, steps
+        rates = [process.submit(*arguments).result() for _ in range(bench.options.rounds)]
+        if None not in rates:
+            name = f"compute/{runtime} {batch} x {steps}, us CPU/chunk"
+            bench.results.figure(name, [rate.cpu_us_per_chunk for rate in rates])
 
 
 def measure_latency(bench: Bench, kind: str) -> None:
@@ -409,6 +421,7 @@ BESIDE = "beside"
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "peak": measure_peak,
     "many": per_runtime(measure_many),
+    "compute": per_runtime(measure_compute),
     "latency": per_runtime(measure_latency),
     "streams": per_runtime(measure_streams, LAST_RUNTIME),
     "cold": per_runtime(measure_cold_start),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from tests.bench.generator import Load, draw_arrivals, make_streams
 from tests.bench.traffic import TrafficSpec, WrongReplyError
 from tests.bench.workloads import Bodies
 
-Answer = Callable[[str, bytes], bytes]
-"""From a request's path and body to the bytes of the reply; none hang up."""
+Answer = Callable[[bytes], bytes]
+"""From a request's body to the bytes of the reply; none hang up."""
 
 BODIES = Bodies.random(3, features=2, count=4)
 STALL_S = 0.15
@@ -34,36 +34,32 @@ def ok(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def accept_chunk(path: str, body: bytes) -> bytes:
+def accept_chunk(body: bytes) -> bytes:
     """What a service would answer to a chunk of JSON."""
     return ok(b'{"position":%d}' % (orjson.loads(body)["position"] + 3))
 
 
 @contextmanager
 def stub(answer: Answer) -> Iterator[int]:
-    """A server of keep-alive connections, one thread each; its port."""
+    """A server of one connection after another, on its port; requests are short."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    while request := connection.recv(1 << 16):
+                        if not (reply := answer(request.partition(b"\r\n\r\n")[2])):
+                            break
+                        connection.sendall(reply)
 
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            reply = answer(self.path, body)
-            self.close_connection = not reply
-            with suppress(ConnectionError):
-                self.wfile.write(reply)
-
-        def log_message(self, *arguments: object) -> None:
-            """Nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = False
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield server.server_port
+            yield listener.getsockname()[1]
         finally:
-            server.shutdown()
+            listener.shutdown(socket.SHUT_RDWR)
             thread.join()
 
 
@@ -88,17 +84,17 @@ def run_closed(answer: Answer, spec: TrafficSpec, seconds: float) -> Load:
 )
 def test_invalid_reply_ends_the_run(reply: bytes, items: int, message: str) -> None:
     with pytest.raises(WrongReplyError, match=message):
-        run_closed(lambda path, body: reply, traffic(2, items=items), 5)
+        run_closed(lambda body: reply, traffic(2, items=items), 5)
 
 
 def test_rejected_chunk_is_followed_by_another_at_its_position() -> None:
     sent: list[tuple[int, Any]] = []
 
-    def answer(path: str, body: bytes) -> bytes:
+    def answer(body: bytes) -> bytes:
         chunk = orjson.loads(body)
         sent.append((chunk["position"], chunk["inputs"]))
         busy = b"HTTP/1.1 429 Busy\r\nContent-Length: 2\r\n\r\n{}"
-        return busy if len(sent) % 2 else accept_chunk(path, body)
+        return busy if len(sent) % 2 else accept_chunk(body)
 
     load = run_closed(answer, replace(traffic(1), may_reject=True), 0.1)
     assert load.rejected >= load.chunks > 1
@@ -120,11 +116,11 @@ def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
 def test_open_loop_latency_counts_requests_due_during_a_stall() -> None:
     stalled, never = threading.Event(), threading.Event()
 
-    def answer(path: str, body: bytes) -> bytes:
+    def answer(body: bytes) -> bytes:
         if not stalled.is_set():
             stalled.set()
             never.wait(STALL_S)
-        return accept_chunk(path, body)
+        return accept_chunk(body)
 
     make_streams("t", traffic(50))
     with stub(answer) as port:

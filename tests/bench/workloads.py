@@ -43,7 +43,6 @@ PLAIN = "lstm"
 FEW, MANY = 1_000, 1_000_000
 """Streams in the store, in the comparison of few and many."""
 
-BATCHES = (1, 8, 32, 64, 128)
 COMPUTE_S = 0.3
 
 STREAM_OF_FLIGHTS = "EWR-UA"
@@ -114,8 +113,15 @@ def flights_model(folder: Path) -> Artifact:
     return write_artifact(folder / "models-flights" / "flights", shipped.spec, shipped.weights)
 
 
+class Rate(NamedTuple):
+    """The compute of chunks alone, without a service."""
+
+    chunks_per_s: float
+    cpu_us_per_chunk: float
+
+
 @cache
-def warm_runtime(name: str, path: Path) -> tuple[Artifact, Runtime]:
+def _open(name: str, path: Path) -> tuple[Artifact, Runtime]:
     """An artifact, and a runtime of it on one thread, with everything compiled."""
     artifact = load_artifact(path)
     runtime = open_runtime(name, artifact, 1)
@@ -125,34 +131,22 @@ def warm_runtime(name: str, path: Path) -> tuple[Artifact, Runtime]:
     return artifact, runtime
 
 
-def step_arguments(runtime: Runtime, artifact: Artifact, batch: int, steps: int) -> Any:
-    """Random rows, lengths and states for a runtime's `step`, padded to a shape that it takes."""
+def measure_step(name: str, path: Path, batch: int, steps: int = STEPS) -> Rate | None:
+    """A runtime's own step on random rows and states; None where it takes no such batch."""
+    artifact, runtime = _open(name, path)
+    if batch > runtime.max_batch:
+        return None
     random, (padded, length) = np.random.default_rng(1), runtime.padded_shape(batch, steps)
     rows = random.normal(size=(padded, length, artifact.spec.input_features)).astype(np.float32)
     states = random.uniform(-1, 1, (padded, artifact.state.float_size)).astype(np.float32)
-    return rows, np.full(padded, steps, np.int32), states
-
-
-class Rate(NamedTuple):
-    """The compute of chunks alone, without a service."""
-
-    chunks_per_s: float
-    cpu_us_per_chunk: float
-
-
-def measure_compute(name: str, path: Path) -> Rate:
-    """Steps of a runtime itself on random rows and states, at the best batch that it takes."""
-    (artifact, runtime), rates = warm_runtime(name, path), []
-    for batch in (batch for batch in BATCHES if batch <= runtime.max_batch):
-        arguments = step_arguments(runtime, artifact, batch, STEPS)
+    arguments = rows, np.full(padded, steps, np.int32), states
+    runtime.step(*arguments)
+    calls, started_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
+    while (passed_s := time.perf_counter() - started_s) < COMPUTE_S or not calls:
         runtime.step(*arguments)
-        calls, started_s, cpu_before_s = 0, time.perf_counter(), time.process_time()
-        while (passed_s := time.perf_counter() - started_s) < COMPUTE_S or not calls:
-            runtime.step(*arguments)
-            calls += 1
-        cpu_s = time.process_time() - cpu_before_s
-        rates.append(Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6))
-    return max(rates)
+        calls += 1
+    cpu_s = time.process_time() - cpu_before_s
+    return Rate(calls * batch / passed_s, cpu_s / (calls * batch) * 1e6)
 
 
 def random_stream(seed: int, floats: int, fingerprint: bytes) -> StreamState:

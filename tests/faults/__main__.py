@@ -15,7 +15,9 @@ import sys
 import uvloop
 
 from tests.faults.options import RunOptions
+from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
 from tests.faults.run import describe_failures, new_seed, report, run
+from tests.faults.transports import TRANSPORTS
 from tests.support.machine import describe_run
 
 STORES = ("valkey", "redis", "cluster")
@@ -24,13 +26,25 @@ KILLS_PER_STAGE = 5
 
 def main() -> int:
     """Run the stores one after the other."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--store", action="append", choices=STORES, help="all of them")
-    RunOptions.add_to(parser)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.faults",
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--store", action="append", choices=STORES, help="all of them by default")
+    add("--seed", type=int, help="seed of the faults; a new one by default")
+    add("--events", type=int, help="acknowledged events, at least (500000)")
+    add("--faults", type=int, help="faults, spread over the events (110)")
+    add("--streams", type=int, help="streams (48)")
+    add("--transports", nargs="+", choices=TRANSPORTS, help="how chunks are sent (all)")
+    add("--plant", choices=sorted({*CODE, *SCRIPTS}), help="plant a bug in the workers")
+    add("--strict", action="store_true", help="cluster: acknowledge when the replicas have it")
+    add("--verbose", action="store_true", help="print each fault before it is injected")
     options = vars(parser.parse_args())
-    stores, is_strict = options.pop("store") or STORES, options.pop("strict")
-    if options["seed"] is None:
-        options["seed"] = new_seed()
+    options = {"seed": None, "strict": False, "kills_per_stage": KILLS_PER_STAGE, **options}
+    stores, is_strict = options.pop("store", STORES), options.pop("strict")
+    seed = options.pop("seed") or new_seed()
     print(*(f"{name}: {value}" for name, value in describe_run().items()), sep="\n", flush=True)
     code = 0
     for store in stores:
@@ -38,8 +52,7 @@ def main() -> int:
             print(f"{store}: redis-server is not on the PATH", flush=True)
             code = 1
             continue
-        strict = is_strict and store == "cluster"
-        one = RunOptions(store, strict=strict, kills_per_stage=KILLS_PER_STAGE, **options)
+        one = RunOptions(store, seed, strict=is_strict and store == "cluster", **options)
         history, findings = uvloop.run(run(one))
         reasons = describe_failures(one, history, findings, whole=True)
         print(*report(one, history, findings), sep="\n")

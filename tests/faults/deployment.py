@@ -16,7 +16,7 @@ from tests.faults import network
 from tests.faults.options import RunOptions
 from tests.faults.stores import WORKERS, ClusterStore, SingleStore, has_connection, make_store
 from tests.faults.traffic import FaultProxy, Traffic
-from tests.faults.transports import GRPC, WorkerClient
+from tests.faults.transports import WorkerClient, needs_grpc
 from tests.support.machine import REPOSITORY
 from tests.support.proxy import Connection, Target
 from tests.support.service import Service
@@ -73,7 +73,7 @@ class Worker(Service):
                     raise
         self._ports = {"http": int(self.url.rpartition(":")[2])}
         if "CARRY_GRPC_PORT" in self._settings:
-            self._ports[GRPC] = int(self.grpc_address().rpartition(":")[2])
+            self._ports["grpc"] = int(self.grpc_address().rpartition(":")[2])
         self.serves = True
 
 
@@ -130,8 +130,8 @@ async def deploy(options: RunOptions) -> AsyncIterator[Deployment]:
             await stack.enter_async_context(proxy.listening())
         await asyncio.to_thread(store.start)
         protocols = ["http"]
-        if GRPC in options.transports:
-            protocols.append(GRPC)
+        if any(map(needs_grpc, options.transports)):
+            protocols.append("grpc")
             settings = {**settings, "CARRY_GRPC_PORT": "0"}
         for name in WORKERS:
             worker = Worker(name, folder / name, models, store.url_for(name), settings)

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tests.faults.planted_bugs.sitecustomize import CODE, SCRIPTS
 from tests.faults.transports import TIMEOUT_S, TRANSPORTS
 
 if TYPE_CHECKING:
     from tests.faults.faults import Fault
-
-
-def _option(default: Any, text: str, **how: Any) -> Any:
-    """An option of the command, with what argparse needs to know."""
-    return field(default=default, metadata={"help": text, **how})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +25,14 @@ class RunOptions:
     """
 
     store: str
-    seed: int | None = _option(None, "seed of the faults; a new one", type=int)
-    events: int = _option(500_000, "acknowledged events, at least (500000)", type=int)
-    faults: int = _option(110, "faults, spread over the events (110)", type=int)
-    streams: int = _option(48, "streams (48)", type=int)
-    transports: tuple[str, ...] = _option(
-        tuple(TRANSPORTS), "how chunks are sent (all)", nargs="+", choices=tuple(TRANSPORTS)
-    )
-    plant: str | None = _option(
-        None, "plant a bug in the workers", choices=sorted({*CODE, *SCRIPTS})
-    )
-    strict: bool = _option(
-        False, "cluster: acknowledge when the replicas have it", action="store_true"
-    )
-    verbose: bool = _option(False, "print each fault before it is injected", action="store_true")
+    seed: int
+    events: int = 500_000
+    faults: int = 110
+    streams: int = 48
+    transports: tuple[str, ...] = tuple(TRANSPORTS)
+    plant: str | None = None
+    strict: bool = False
+    verbose: bool = False
     kills_per_stage: int = 0
     plan: tuple[Fault, ...] | None = None
     removals: float = 0.003
@@ -54,10 +41,3 @@ class RunOptions:
     append_pause_s: float = 0.3
     longest_s: float = 10.0
     timeout_s: float = TIMEOUT_S
-
-    @classmethod
-    def add_to(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options of the command."""
-        for each in fields(cls):
-            if each.metadata:
-                parser.add_argument(f"--{each.name}", default=each.default, **each.metadata)

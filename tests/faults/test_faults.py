@@ -22,7 +22,7 @@ FASTEST = ("json", "msgpack")
 """Over WebSocket a run has half as many of the races that the planted bugs lose."""
 SENT_BY = {
     "valkey": ("json", "websocket", "v2-binary"),
-    "redis": ("msgpack", "grpc"),
+    "redis": ("msgpack", "grpc", "grpc-stream"),
     "cluster": ("msgpack", "websocket-json", "v2"),
 }
 """Each run starts and loads no more than it needs; all transports are in one of them."""

@@ -31,18 +31,16 @@ DELETE = command("EVALSHA", "sha", "2", STATE, REPLY, "", "tombstone", "600000")
 LOADED, DELETED = ("reply", b"*1\r\n$-1\r\n"), ("reply", b"*1\r\n:1\r\n")
 WRITTEN, REFUSED = ("reply", b"*1\r\n*1\r\n:1\r\n"), ("reply", b"*1\r\n*2\r\n:0\r\n$1\r\nx\r\n")
 FAILED = ("reply", b"-NOSCRIPT no\r\n")
-SENT, KILL = "a chunk is sent", "the worker is killed"
+SENT = "a chunk is sent"
 
 
 def observe(*passing: tuple[str, bytes] | str, owner: str = "a") -> Traffic:
-    """Bytes between a worker and the store, one at a time, and what happens in between."""
+    """Bytes between a worker and the store, one at a time, and a chunk that is sent in between."""
     traffic, store, client = Traffic(), Connection(None, owner), Connection(None, "a")
     traffic.proxies.append(SimpleNamespace(owner="a", connections=[client]))
     for event in passing:
         if event == SENT:
             client.notes = PendingChunk("s001")
-        elif event == KILL:
-            traffic.note_kill("a")
         else:
             for byte in event[1]:
                 traffic.watch_store(store, event[0], bytes([byte]))
@@ -62,19 +60,13 @@ def observe(*passing: tuple[str, bytes] | str, owner: str = "a") -> Traffic:
         ((SENT, COMMIT, FAILED), BEFORE_LOAD),
         ((SENT, DELETE, DELETED), BEFORE_LOAD),
         ((SENT, COMMIT, WRITTEN, LOAD, LOADED), REPLY_UNSENT),
-        # only what comes between the request and the kill counts
+        # only what comes after the request counts
         ((COMMIT, WRITTEN, SENT), BEFORE_LOAD),
-        ((SENT, LOAD, KILL, LOADED), BEFORE_LOAD),
-        ((SENT, COMMIT, KILL, WRITTEN), COMMIT_SENT),
-        # the worker had sent it before
-        ((SENT, KILL, COMMIT), COMMIT_SENT),
     ],
 )
-def test_stage_of_a_killed_workers_chunk(passing: tuple[object, ...], expected: str) -> None:
+def test_stage_of_a_pending_chunk(passing: tuple[object, ...], expected: str) -> None:
     traffic = observe(*passing)
-    if KILL not in passing:
-        traffic.note_kill("a")
-    assert list(traffic.count_stages("a")) == [expected]
+    assert [chunk.stage for chunk in traffic.pending("a")] == [expected]
     assert traffic.conflicts == (REFUSED in passing)
 
 
@@ -82,45 +74,36 @@ def test_connections_of_no_worker_are_ignored() -> None:
     assert observe(SENT, ("request", b"\x00 no command"), owner="").pending("a")
 
 
-def test_frame_of_a_live_socket_is_pending_until_its_outcome_begins() -> None:
-    traffic, socket = Traffic(), Connection(None, "a")
-    traffic.proxies.append(SimpleNamespace(owner="a", connections=[socket]))
-    for passing in ("GET /v1/models/keeps-all/streams/s001/live HTTP/1.1", "frame", "frame"):
-        traffic.watch_clients(socket, "request", passing.encode())
-        assert [each.stream for each in traffic.pending("a")] == ["s001"] * (passing == "frame")
-        traffic.watch_clients(socket, "reply", b"H")
-        assert not traffic.pending("a")
-
-
-def test_chunk_is_pending_until_its_reply_begins() -> None:
-    traffic, chunk, read = Traffic(), Connection(None, "a"), Connection(None, "a")
-    traffic.proxies.append(SimpleNamespace(owner="a", connections=[chunk, read]))
-    path = b" /v1/models/keeps-all/streams/s001"
-    traffic.watch_clients(chunk, "request", b"POST" + path + b"/chunks HTTP/1.1\r\n")
-    traffic.watch_clients(read, "request", b"GET" + path + b" HTTP/1.1\r\n")
-    assert [(each.stream, each.stage) for each in traffic.pending("a")] == [("s001", BEFORE_LOAD)]
-    traffic.note_kill("a")
-    traffic.watch_clients(chunk, "reply", b"H")
-    assert not traffic.count_stages("a")
-    assert not traffic.pending("a")
-
-
-def test_chunk_over_grpc_is_pending_until_headers_come() -> None:
-    """Not until the first bytes come: the connection has frames of its own."""
-    traffic, connection = Traffic(), Connection(None, "a")
-    traffic.proxies.append(SimpleNamespace(owner="a", connections=[connection]))
-    message = ModelInferRequest(model_name="keeps-all")
-    message.parameters["sequence_id"].string_param = "s001"
-    ping, window = frame(6, bytes(8)), frame(8, bytes(4))
-    traffic.watch_clients(connection, "request", window + frame(1, b"path"))
-    assert not traffic.pending("a")
-    traffic.watch_clients(connection, "request", frame(0, message.SerializeToString()))
-    traffic.watch_clients(connection, "reply", ping + window)
-    assert [each.stream for each in traffic.pending("a")] == ["s001"]
-    traffic.watch_clients(connection, "reply", ping + frame(1, b"status"))
-    assert not traffic.pending("a")
-
-
 def frame(kind: int, payload: bytes) -> bytes:
     """A frame of HTTP/2."""
     return len(payload).to_bytes(3) + bytes([kind, 0]) + bytes(4) + payload
+
+
+MESSAGE = ModelInferRequest(model_name="keeps-all")
+MESSAGE.parameters["sequence_id"].string_param = "s001"
+PATH, PING = b" /v1/models/keeps-all/streams/s001", frame(6, bytes(8))
+IN_FLIGHT = {
+    "a chunk over HTTP": ((b"POST" + PATH + b"/chunks HTTP/1.1",), b"H", True),
+    "another request": ((b"GET" + PATH + b" HTTP/1.1",), b"H", False),
+    "the opening of a live socket": ((b"GET" + PATH + b"/live HTTP/1.1",), b"H", False),
+    "a frame of a live socket": ((b"GET" + PATH + b"/live HTTP/1.1", b"frame"), b"H", True),
+    "a call over gRPC": ((PING + frame(1, b"path"),), frame(1, b"status"), False),
+    "its message": ((frame(0, MESSAGE.SerializeToString()),), PING + frame(1, b"status"), True),
+}
+"""What a client sends, the beginning of the reply, and whether a chunk is pending in between."""
+
+
+@pytest.mark.parametrize(("sent", "reply", "is_pending"), IN_FLIGHT.values(), ids=IN_FLIGHT)
+def test_chunk_is_pending_until_its_reply_begins(
+    sent: tuple[bytes, ...], reply: bytes, is_pending: bool
+) -> None:
+    traffic, connection = Traffic(), Connection(None, "a")
+    traffic.proxies.append(SimpleNamespace(owner="a", connections=[connection]))
+    for data in sent:
+        traffic.watch_clients(connection, "request", data)
+    if reply.startswith(PING):
+        # a frame of the connection itself is no reply
+        traffic.watch_clients(connection, "reply", PING)
+    assert [chunk.stream for chunk in traffic.pending("a")] == ["s001"] * is_pending
+    traffic.watch_clients(connection, "reply", reply)
+    assert not traffic.pending("a")

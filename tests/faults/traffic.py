@@ -1,14 +1,12 @@
-"""Traffic between the processes: proxies that cut and hold connections, and the stage of each chunk
-when its worker was killed.
+"""Traffic between the processes: proxies that cut and hold connections, and stages of chunks.
 
-A killed worker reports nothing, and nothing in the service helps to find out. But all it does for a
-chunk passes here: the request goes in, the load of the stream goes to the store and is answered,
-the commit goes out and is answered, the reply goes out. So of every request that a killed worker
-owed a reply,
+Nothing in the service says how far a chunk is. But all that a worker does for it passes here: the
+request goes in, the load of the stream goes to the store and is answered, the commit goes out and
+is answered, the reply goes out. So a request that a worker owes a reply is at one of these stages:
 
     before load    neither a load nor a commit of its stream was asked of the store since
     computing      its load was answered, and no commit came
-    commit sent    its commit left the worker, and was not answered before the kill
+    commit sent    its commit left the worker, and was not answered
     reply unsent   its commit was answered as written, and no byte of the reply came
 
 A worker that finds the stream in its own memory loads nothing: such a chunk counts as before
@@ -19,7 +17,7 @@ re-evaluated.
 from __future__ import annotations
 
 import re
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -115,7 +113,6 @@ class Traffic:
         self.conflicts = 0
         self.hook: Callable[[str, str], None] = lambda worker, stage: None
         self._find_owner = find_owner
-        self._victims: dict[str, list[PendingChunk]] = {}
 
     def watch_clients(self, connection: Connection, direction: Direction, data: bytes) -> None:
         """A reply's first byte ends what is owed on its connection."""
@@ -166,27 +163,14 @@ class Traffic:
         return notes is not None and any(is_commit for is_commit, _ in notes.unanswered)
 
     def pending(self, worker: str) -> list[PendingChunk]:
-        """The chunks whose replies a worker owes, or owed when it was killed."""
-        if worker in self._victims:
-            return self._victims[worker]
+        """The chunks whose replies a worker owes."""
         proxies = (proxy for proxy in self.proxies if proxy.owner == worker)
         notes = (connection.notes for proxy in proxies for connection in proxy.connections)
         return [chunk for chunk in notes if chunk is not None and chunk.stage is not None]
 
-    def note_kill(self, worker: str) -> None:
-        """From now on no answer reaches a worker; what it wrote before is still to pass."""
-        self._victims[worker] = self.pending(worker)
-
-    def count_stages(self, worker: str) -> Counter[str]:
-        """Of what a worker owed when it was killed, how many chunks were at each stage, once all it
-        wrote before its end has passed."""
-        return Counter(chunk.stage for chunk in self._victims.pop(worker) if chunk.stage)
-
     def _read_answer(
         self, worker: str, is_commit: bool, streams: Sequence[str], value: Any
     ) -> None:
-        if worker in self._victims:
-            return
         if not is_commit:
             if not isinstance(value, _Error):
                 self._reach(worker, streams, COMPUTING)
@@ -200,7 +184,7 @@ class Traffic:
     def _reach(self, worker: str, streams: Sequence[str], stage: str) -> None:
         for chunk in self.pending(worker) if streams else ():
             is_past = stage == COMPUTING and chunk.stage != BEFORE_LOAD
-            if chunk.stream in streams and chunk.stage is not None and not is_past:
+            if chunk.stream in streams and not is_past:
                 chunk.stage = stage
         if streams and stage != BEFORE_LOAD:
             self.hook(worker, stage)

@@ -1,8 +1,11 @@
 """Transports: the ways by which a client sends a chunk to a worker.
 
 Each is a class with `send` and `close`, and an entry of `TRANSPORTS`; every attempt of a client
-draws one of those that the run allows. `Traffic.begins_chunk` has to recognize its requests, so
-that the stage of their chunks is known when a worker is killed.
+draws one of those that the run allows. `send` returns the members of version 1's reply (epoch, tag,
+position, outputs, replayed), whatever form they have on the wire, or raises `Problem`: of status 0
+where the request may or may not have been carried out, otherwise with version 1's code; its
+document holds the stream's head where it is named. `Traffic.begins_chunk` has to recognize the
+requests, so that the stage of their chunks is known when a worker is killed.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import asyncio
 import json
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import grpc
 import msgpack
@@ -30,7 +34,7 @@ from carry_client import (
     NoAnswer,
     Problem,
     encode_body,
-    errors,
+    read_problem,
     read_response,
     stream_path,
 )
@@ -43,9 +47,14 @@ STREAM_HEADER: Final = "chunk-of-stream"
 _REJECTIONS: Final = frozenset(
     {"position_ahead", "position_behind", "already_applied", "state_changed", "epoch_mismatch"}
 )
+_CHANNEL: Final = {
+    "grpc.use_local_subchannel_pool": 1,
+    "grpc.enable_retries": 0,
+    "grpc.enable_http_proxy": 0,
+    "grpc.max_reconnect_backoff_ms": 100,
+}
 Members = Mapping[str, Any]
 T = TypeVar("T")
-GRPC: Final = "grpc"
 
 
 class Conditions(NamedTuple):
@@ -68,22 +77,6 @@ class Conditions(NamedTuple):
 ALWAYS: Final = Conditions()
 
 
-class Transport(Protocol):
-    """Sends chunks to one worker."""
-
-    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
-        """The members of version 1's reply (epoch, tag, position, outputs, replayed), whatever form
-        they have on the wire.
-
-        Raises:
-            Problem: of status 0 where the request may or may not have been carried out, otherwise
-                with version 1's code; the document holds the stream's head where it is named.
-        """
-
-    async def close(self) -> None:
-        """Close the connections."""
-
-
 class V1:
     """Version 1 of the HTTP API."""
 
@@ -91,7 +84,7 @@ class V1:
         self._carry, self._encoding = AsyncCarry(url, encoding=encoding), encoding
         self.close = self._carry.close
 
-    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+    async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
         tag = {} if conditions.etag is None else {"if-match": f'"{conditions.etag}"'}
         body, path = v1_body(chunk, conditions, self._encoding), stream_path(MODEL, chunk.stream)
         headers = conditions.headers(**tag)
@@ -106,22 +99,16 @@ class V2:
         self._carry, self._is_binary = AsyncCarry(url, encoding="json"), is_binary
         self.close = self._carry.close
 
-    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
-        rows, headers = (
-            chunk.rows.astype("<f4"),
-            conditions.headers(**{STREAM_HEADER: chunk.stream}),
-        )
+    async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
+        rows = chunk.rows.astype("<f4")
+        headers = conditions.headers(**{STREAM_HEADER: chunk.stream})
         tensor: dict[str, Any] = {"name": "inputs", "datatype": "FP32", "shape": rows.shape}
         if self._is_binary:
             tensor["parameters"] = {"binary_data_size": rows.nbytes}
         else:
             tensor["data"] = rows.ravel().tolist()
-        parameters = {
-            "sequence_id": chunk.stream,
-            "position": chunk.start,
-            "epoch": conditions.epoch,
-        }
-        body = encode_body("json", {"parameters": without_none(parameters), "inputs": [tensor]})
+        parameters = _sequence(chunk, conditions)
+        body = encode_body("json", {"parameters": parameters, "inputs": [tensor]})
         if self._is_binary:
             headers["inference-header-content-length"] = str(len(body))
             body += rows.tobytes()
@@ -132,137 +119,179 @@ class V2:
         return {**reply["parameters"], "outputs": {output["name"]: outputs}}
 
 
-class LiveSockets:
+class Kept:
+    """Connections that are kept while their requests are answered, one request at a time."""
+
+    def __init__(self) -> None:
+        self._idle: dict[str, list[Any]] = defaultdict(list)
+
+    @asynccontextmanager
+    async def lend(self, key: str, *, is_kept: bool = True) -> AsyncIterator[Any]:
+        """A connection for one request, whose outcome would otherwise be taken for another's."""
+        idle = self._idle[key] if is_kept else []
+        connection, is_answered = idle.pop() if idle else await self.open(key), False
+        try:
+            yield connection
+            is_answered = True
+        except Problem as problem:
+            is_answered = problem.status > 0
+            raise
+        finally:
+            if is_kept and is_answered:
+                idle.append(connection)
+            else:
+                await self.drop(connection)
+
+    async def open(self, key: str) -> Any:
+        """A new connection."""
+        raise NotImplementedError
+
+    async def drop(self, connection: Any) -> None:
+        """End a connection."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for connection in chain.from_iterable(self._idle.values()):
+            await self.drop(connection)
+
+
+class LiveSockets(Kept):
     """Version 1 over WebSocket: a socket for a stream, kept while its chunks are answered.
 
     A deadline belongs to a socket, so an attempt with one has a socket of its own.
     """
 
     def __init__(self, url: str, encoding: Encoding = "msgpack"):
+        super().__init__()
         self._url, self._encoding = url.replace("http", "ws", 1), encoding
-        self._idle: dict[str, list[ClientConnection]] = defaultdict(list)
 
-    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
-        etag = without_none({"if_match": conditions.etag})
+    async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
+        etag = _without_none(if_match=conditions.etag)
         frame = encode_body(self._encoding, v1_body(chunk, conditions, self._encoding) | etag)
-        is_kept = conditions.deadline_s is None and chunk.start is not None
-        idle, outcome = self._idle[chunk.stream] if is_kept else [], None
+        deadline_s = conditions.deadline_s
+        path = f"{stream_path(MODEL, chunk.stream)}/live"
+        path += "" if deadline_s is None else f"?timeout_s={deadline_s:.3f}"
+        is_kept = deadline_s is None and chunk.start is not None
         try:
-            socket = idle.pop() if idle else await self._open(chunk.stream, conditions.deadline_s)
-            try:
+            async with self.lend(path, is_kept=is_kept) as socket:
                 await socket.send(frame, text=self._encoding == "json")
                 answer = await socket.recv(decode=False)
                 outcome = json.loads(answer) if answer[:1] == b"{" else msgpack.unpackb(answer)
-            finally:
-                if is_kept and outcome is not None:
-                    idle.append(socket)
-                else:
-                    # its outcome would be taken for another's
-                    socket.transport.abort()
+                if "error" in outcome:
+                    raise read_problem(outcome["status"], outcome["error"])
+                reply: Members = outcome["reply"]
+                return reply
         except InvalidStatus as error:
             read_response(error.response.status_code, "application/json", error.response.body)
             raise
         except (OSError, EOFError, WebSocketException) as error:
             raise NoAnswer(error) from error
-        if "error" in outcome:
-            raise errors.read_problem(outcome["status"], outcome["error"])
-        reply: Members = outcome["reply"]
-        return reply
 
-    async def close(self) -> None:
-        for socket in chain.from_iterable(self._idle.values()):
-            await socket.close()
-
-    async def _open(self, stream: str, deadline_s: float | None) -> ClientConnection:
-        url = f"{self._url}{stream_path(MODEL, stream)}/live"
-        url += "" if deadline_s is None else f"?timeout_s={deadline_s:.3f}"
-        socket = await connect(url, ping_interval=None, compression=None, proxy=None)
+    async def open(self, key: str) -> ClientConnection:
+        socket = await connect(
+            f"{self._url}{key}", ping_interval=None, compression=None, proxy=None
+        )
         try:
             # the hello
             await socket.recv()
         except BaseException:
-            socket.transport.abort()
+            await self.drop(socket)
             raise
         return socket
 
+    async def drop(self, connection: ClientConnection) -> None:
+        connection.transport.abort()
 
-class Grpc:
-    """KServe's V2 protocol over gRPC. A channel is one connection, with one chunk at a time."""
+
+class Grpc(Kept):
+    """KServe's V2 protocol over gRPC: one call for each chunk. A channel is one connection."""
 
     def __init__(self, url: str):
-        self._address, self._idle = url.removeprefix("http://"), list[grpc.aio.Channel]()
+        super().__init__()
+        self._address = url.removeprefix("http://")
 
-    async def send(self, chunk: Chunk, conditions: Conditions = ALWAYS) -> Members:
+    async def send(self, chunk: Chunk, conditions: Conditions) -> Members:
         request = ModelInferRequest(model_name=MODEL)
-        request.parameters["sequence_id"].string_param = chunk.stream
-        if chunk.start is not None:
-            request.parameters["position"].int64_param = chunk.start
-        if conditions.epoch is not None:
-            request.parameters["epoch"].string_param = conditions.epoch
+        for name, value in _sequence(chunk, conditions).items():
+            kind = "int64_param" if isinstance(value, int) else "string_param"
+            setattr(request.parameters[name], kind, value)
         request.inputs.add(name="inputs", datatype="FP32", shape=chunk.rows.shape)
         request.raw_input_contents.append(chunk.rows.astype("<f4").tobytes())
-        channel = self._idle.pop() if self._idle else self._open()
-        is_answered = False
-        try:
-            stub = GRPCInferenceServiceStub(channel)
-            reply = await stub.ModelInfer(request, timeout=conditions.deadline_s)
-            is_answered = True
-        except grpc.aio.AioRpcError as error:
-            document = dict(error.trailing_metadata()).get("carry-problem-bin")
-            if document is None:
-                raise NoAnswer(error) from error
-            is_answered, problem = True, json.loads(document)
-            raise errors.read_problem(problem["status"], problem) from error
-        finally:
-            if is_answered:
-                self._idle.append(channel)
-            else:
-                await channel.close()
+        async with self.lend("") as channel:
+            try:
+                stub = GRPCInferenceServiceStub(channel)
+                reply = await self.infer(stub, request, conditions.deadline_s)
+            except grpc.aio.AioRpcError as error:
+                document = dict(error.trailing_metadata()).get("carry-problem-bin")
+                raise NoAnswer(error) if document is None else _read_problem(document) from error
         members = {
             name: getattr(value, value.WhichOneof("parameter_choice"))
             for name, value in reply.parameters.items()
         }
         [output], [data] = reply.outputs, reply.raw_output_contents
-        return {
-            **members,
-            "outputs": {output.name: np.frombuffer(data, "<f4").reshape(output.shape)},
-        }
+        outputs = np.frombuffer(data, "<f4").reshape(output.shape)
+        return {**members, "outputs": {output.name: outputs}}
 
-    async def close(self) -> None:
-        for channel in self._idle:
-            await channel.close()
+    async def infer(self, stub: Any, request: ModelInferRequest, timeout_s: float | None) -> Any:
+        """Make the call."""
+        return await stub.ModelInfer(request, timeout=timeout_s)
 
-    def _open(self) -> grpc.aio.Channel:
-        options = {
-            "grpc.use_local_subchannel_pool": 1,
-            "grpc.enable_retries": 0,
-            "grpc.enable_http_proxy": 0,
-            "grpc.max_reconnect_backoff_ms": 100,
-        }
-        return grpc.aio.insecure_channel(self._address, tuple(options.items()))
+    async def open(self, key: str) -> grpc.aio.Channel:
+        return grpc.aio.insecure_channel(self._address, tuple(_CHANNEL.items()))
+
+    async def drop(self, connection: grpc.aio.Channel) -> None:
+        await connection.close()
+
+
+class GrpcStream(Grpc):
+    """The same, by a call with a stream of requests."""
+
+    async def infer(self, stub: Any, request: ModelInferRequest, timeout_s: float | None) -> Any:
+        call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+        [answer] = [each async for each in call]
+        if answer.error_message:
+            raise _read_problem(answer.infer_response.parameters["carry_problem"].string_param)
+        return answer.infer_response
 
 
 def v1_body(chunk: Chunk, conditions: Conditions, encoding: Encoding) -> dict[str, Any]:
     """The members of version 1's body for a chunk."""
     is_json = encoding == "json"
     inputs = chunk.rows.tolist() if is_json else chunk.rows.astype("<f4").tobytes()
-    return without_none({"position": chunk.start, "epoch": conditions.epoch, "inputs": inputs})
+    return _without_none(position=chunk.start, epoch=conditions.epoch, inputs=inputs)
 
 
-def without_none(members: Members) -> dict[str, Any]:
-    """The members that have a value."""
+def _sequence(chunk: Chunk, conditions: Conditions) -> dict[str, Any]:
+    """The parameters of V2 for a chunk."""
+    epoch = conditions.epoch
+    return _without_none(sequence_id=chunk.stream, position=chunk.start, epoch=epoch)
+
+
+def _without_none(**members: Any) -> dict[str, Any]:
     return {name: value for name, value in members.items() if value is not None}
 
 
-TRANSPORTS: Final[dict[str, Callable[[str], Transport]]] = {
+def _read_problem(document: str | bytes) -> Problem:
+    problem = json.loads(document)
+    return read_problem(problem["status"], problem)
+
+
+TRANSPORTS: Final[dict[str, Callable[[str], Any]]] = {
     "json": V1,
     "msgpack": partial(V1, encoding="msgpack"),
     "v2": V2,
     "v2-binary": partial(V2, is_binary=True),
     "websocket": LiveSockets,
     "websocket-json": partial(LiveSockets, encoding="json"),
-    GRPC: Grpc,
+    "grpc": Grpc,
+    "grpc-stream": GrpcStream,
 }
+
+
+def needs_grpc(transport: str) -> bool:
+    """Whether a transport has gRPC's port."""
+    return transport.startswith("grpc")
 
 
 class WorkerClient:
@@ -273,16 +302,10 @@ class WorkerClient:
         urls: of HTTP and, where a transport needs it, of gRPC.
     """
 
-    def __init__(
-        self,
-        name: str,
-        urls: Sequence[str],
-        transports: Sequence[str],
-        timeout_s: float,
-    ):
+    def __init__(self, name: str, urls: Sequence[str], transports: Sequence[str], timeout_s: float):
         self._name, self._timeout_s = name, timeout_s
         self._carry = AsyncCarry(urls[0], encoding="json")
-        self._transports = [TRANSPORTS[each](urls[each == GRPC]) for each in transports]
+        self._transports = [TRANSPORTS[each](urls[needs_grpc(each)]) for each in transports]
 
     async def send(
         self, chunk: Chunk, conditions: Conditions, random: np.random.Generator
@@ -305,7 +328,8 @@ class WorkerClient:
     async def read_head(self, stream: str) -> Head:
         """The stream's head."""
         try:
-            return Head(*_read_head(await self._request("GET", stream)))
+            request = self._carry.request("GET", stream_path(MODEL, stream))
+            return Head(*_read_head(await self._in_time(request)))
         except Problem as problem:
             if problem.status == 404:
                 return NO_HEAD
@@ -313,17 +337,13 @@ class WorkerClient:
 
     async def delete(self, stream: str, etag: str | None) -> None:
         """Delete a stream."""
-        await self._request("DELETE", stream, {} if etag is None else {"if-match": f'"{etag}"'})
+        headers = {} if etag is None else {"if-match": f'"{etag}"'}
+        path = stream_path(MODEL, stream)
+        await self._in_time(self._carry.request("DELETE", path, headers=headers))
 
     async def close(self) -> None:
         """Close the connections."""
         await asyncio.gather(*(each.close() for each in (self._carry, *self._transports)))
-
-    async def _request(
-        self, method: str, stream: str, headers: dict[str, str] | None = None
-    ) -> Any:
-        request = self._carry.request(method, stream_path(MODEL, stream), headers=headers)
-        return await self._in_time(request)
 
     async def _in_time(self, request: Awaitable[T]) -> T:
         try:
