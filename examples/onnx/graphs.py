@@ -45,6 +45,10 @@ class Builder:
         self._constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
+    def default(self, name: str, value) -> None:
+        """The value of an input that is not given: a learned initial state."""
+        self._constants.append(numpy_helper.from_array(value, name))
+
     def weight(self, *shape: int) -> str:
         """Random weights."""
         return self.constant(self._random.uniform(-0.5, 0.5, shape).astype(np.float32))

@@ -131,6 +131,8 @@ def _read(
     if not isinstance(batch_size, int) and any(
         all(isinstance(size, int) for size in state.shape) for state in states
     ):
+        if step_size == 1:
+            raise _UnfitError(f"{first.name} would have one row and one step")
         batch_size = 1  # only the features were exported with a dynamic batch
     if isinstance(batch_size, int) and not 1 <= batch_size <= MAX_BATCH:
         raise _UnfitError(f"{first.name} has a fixed batch of {batch_size}, more than {MAX_BATCH}")

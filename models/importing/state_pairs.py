@@ -107,7 +107,7 @@ def _check_given(
     signature: Signature, before: Tensor | None, after: Tensor | None, pair: str
 ) -> None:
     if before is None or after is None:
-        missing = "an input" if before is None else "an output"
+        missing = "input" if before is None else "output"
         raise ImportedModelError(
             f"--state {pair}: expected NAME_OF_INPUT=NAME_OF_OUTPUT, the graph has no such "
             f"{missing}{signature}"

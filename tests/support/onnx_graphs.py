@@ -1,7 +1,11 @@
-"""The ONNX graphs of `examples/onnx`, imported in this process, and run by ONNX Runtime alone."""
+"""The ONNX graphs of `examples/onnx`, imported in this process, and run by ONNX Runtime alone.
+
+`graphs` is the recipe of the examples as a module; its `Builder` writes other graphs for tests.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +19,18 @@ from models.artifact.weights import weights_bytes
 from models.importing.onnx_conversion import convert_onnx
 from models.importing.onnx_model import OnnxReport, onnx_options, package_onnx
 
+
+def _recipe(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("example_graphs", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "onnx"
+graphs = _recipe(EXAMPLES / "graphs.py")
 
 Floats = NDArray[np.float32]
 

@@ -1,8 +1,9 @@
 """Imported ONNX graphs over HTTP, with a kill of service and store between the chunks.
 
-Each example graph is served with the others in one process, its stream is sent in chunks of random
-lengths, as JSON and as MessagePack. All replies together are what ONNX Runtime gives for the whole
-sequence in one call (or step by step, for a graph of one step), and so is the state.
+Each graph is served with the others in one process, and its stream is sent in chunks of random
+lengths, as JSON and as MessagePack. All replies together are the outputs of the whole sequence, and
+the state is the last one: of an example by ONNX Runtime in one call (or step by step, for a graph
+of one step), of a variant by NumPy in float64.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ import ormsgpack
 import pytest
 
 from tests.support.onnx_graphs import EXAMPLE_GRAPHS, Example, import_here
+from tests.support.onnx_variants import VARIANTS, Variant
 from tests.support.service import Service, running
 
 STEPS = 40
+HALF = {"rtol": 1e-2, "atol": 1e-2}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SEED = 20261127
 
 
 class Stream:
-    """One stream of one example."""
+    """One stream of one graph."""
 
-    def __init__(self, name: str, example: Example, random: np.random.Generator):
-        self.name, self.example = name, example
+    def __init__(self, name: str, graph: Example | Variant, random: np.random.Generator):
+        self.name, self.graph = name, graph
         self.url = f"/v1/models/{name}/streams/one"
-        self.rows = random.standard_normal((STEPS, example.features)).astype(np.float32)
+        self.close = HALF if name == "half" else CLOSE
+        self.rows = random.standard_normal((STEPS, graph.features)).astype(np.float32)
+        if isinstance(graph, Variant) and graph.integers:
+            self.rows = random.integers(0, 4, (STEPS, graph.features)).astype(np.float32)
         self.outputs: list[Any] = []
         self.position = 0
 
@@ -50,27 +56,34 @@ class Stream:
             )
             assert answer.is_success, ormsgpack.unpackb(answer.content)
             reply = ormsgpack.unpackb(answer.raise_for_status().content)
-        (outputs,) = reply["outputs"].values()
-        self.outputs.append(np.asarray(outputs).reshape(len(chunk), -1))
+        parts = [np.asarray(each).reshape(len(chunk), -1) for each in reply["outputs"].values()]
+        self.outputs.append(np.concatenate(parts, axis=1))
         self.position += len(chunk)
         return {**reply, "body": body}
 
     def check(self, client: httpx.Client) -> None:
         """Outputs and state are those of the whole sequence."""
-        outputs, states = self.example.whole(self.rows)
-        np.testing.assert_allclose(np.concatenate(self.outputs), outputs, **CLOSE)
+        if isinstance(self.graph, Example):
+            outputs, states = self.graph.whole(self.rows)
+        else:
+            outputs, states = self.graph.reference(self.rows.astype(np.float64))
+        np.testing.assert_allclose(np.concatenate(self.outputs), outputs, **self.close)
         stored = client.get(f"{self.url}/state").raise_for_status().json()
         assert stored["position"] == STEPS
         assert set(stored["state"]) == set(states)
         for name, expected in states.items():
             actual = np.asarray(stored["state"][name]).ravel()
-            np.testing.assert_allclose(actual, expected.ravel(), **CLOSE)
+            exact = {"rtol": 1e-12} if self.name == "double" else self.close
+            np.testing.assert_allclose(actual, expected.ravel(), **exact)
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of all examples."""
+    """A service of all graphs."""
     folder = tmp_path_factory.mktemp("onnx")
+    for name, variant in VARIANTS.items():
+        variant.write(folder / f"{name}.onnx")
+        import_here(folder / f"{name}.onnx", folder / "models" / name, name, **variant.options)
     for name, example in EXAMPLE_GRAPHS.items():
         import_here(example.path, folder / "models" / name, name, **example.options)
     with running(folder, folder / "models") as up:
@@ -79,7 +92,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def test_chunks_and_kills_give_what_the_whole_sequence_gives(service: Service) -> None:
     random = np.random.default_rng(SEED)
-    streams = [Stream(name, example, random) for name, example in EXAMPLE_GRAPHS.items()]
+    every = {**EXAMPLE_GRAPHS, **VARIANTS}
+    streams = [Stream(name, graph, random) for name, graph in every.items()]
     with httpx.Client(base_url=service.url, timeout=60) as client:
         for stream in streams:
             while stream.position < STEPS // 2:
@@ -96,3 +110,42 @@ def test_chunks_and_kills_give_what_the_whole_sequence_gives(service: Service) -
             while stream.position < STEPS:
                 stream.send(client, int(random.integers(1, 8)))
             stream.check(client)
+
+
+def test_a_restored_state_continues_bit_by_bit(service: Service) -> None:
+    random = np.random.default_rng(SEED + 1)
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        for name, graph in {**EXAMPLE_GRAPHS, **VARIANTS}.items():
+            stream, rows = f"/v1/models/{name}/streams/original", graph.features
+            values = random.integers(0, 4, (2, 3, rows)).tolist()
+            first, second = ({"inputs": value} for value in values)
+            client.post(f"{stream}/chunks", json=first).raise_for_status()
+            state = client.get(f"{stream}/state").raise_for_status().json()
+            copy = f"/v1/models/{name}/streams/copy"
+            body = {key: state[key] for key in ("fingerprint", "feed", "position", "state")}
+            client.put(f"{copy}/state", json=body).raise_for_status()
+            replies = [client.post(f"{url}/chunks", json=second).json() for url in (stream, copy)]
+            assert replies[0]["outputs"] == replies[1]["outputs"]
+            states = [client.get(f"{url}/state").json()["state"] for url in (stream, copy)]
+            assert states[0] == states[1]
+
+
+def test_a_reset_returns_to_the_initial_values(service: Service) -> None:
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        url = "/v1/models/learned/streams/sessions/chunks"
+        rows = [[0.1, 0.2, 0.3]]
+        first = client.post(url, json={"inputs": rows}).json()["outputs"]
+        client.post(url, json={"inputs": rows}).raise_for_status()
+        body = {"inputs": rows, "resets": [0]}
+        assert client.post(url, json=body).raise_for_status().json()["outputs"] == first
+
+
+def test_a_row_that_the_graph_fails_on_fails_alone(service: Service) -> None:
+    with httpx.Client(base_url=service.url, timeout=60) as client:
+        chunks = [
+            {"stream": f"item-{at}", "position": 0, "inputs": [[code]]}
+            for at, code in enumerate((1, 99, 2))
+        ]
+        reply = client.post("/v1/models/codes/chunks", json={"chunks": chunks}).json()
+        assert [item["status"] for item in reply["results"]] == [200, 500, 200]
+        assert reply["results"][1]["error"]["code"] == "output_not_finite"

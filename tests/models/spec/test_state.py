@@ -103,3 +103,88 @@ def test_missing_and_unknown_parts_are_named() -> None:
 
     with pytest.raises(StateError, match=r"missing \['clock'\], unknown \['other'\]"):
         SPEC.from_names(named)
+
+
+MIXED = StateSpec(
+    (
+        StatePart("half", (2,), "float16"),
+        StatePart("count", (), "int32"),
+        StatePart("double", (2,), "float64"),
+        StatePart("plain", (1,), "float32"),
+        StatePart("flags", (2,), "bool"),
+        StatePart("byte", (1,), "uint8"),
+    ),
+    {"double": np.array([1 / 3, -0.0]), "flags": np.array([True, False])},
+)
+VALUES: dict[str, Any] = {
+    "half": np.array([0.1, -65504], np.float16),
+    "count": np.array(-(2**31), np.int32),
+    "double": np.array([np.pi, 5e-324]),
+    "plain": np.array([1e-45], np.float32),
+    "flags": np.array([False, True]),
+    "byte": np.array([255], np.uint8),
+}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_every_dtype_is_packed_without_loss(plain: bool) -> None:
+    given = {name: value.tolist() if plain else value for name, value in VALUES.items()}
+    state = MIXED.from_names(given)
+    assert (state.floats.dtype, state.ints.dtype) == (np.float32, np.int64)
+    assert (MIXED.float_size, MIXED.int_size, MIXED.runtime_size) == (3, 6, 15)
+    for name, value in MIXED.by_name(state).items():
+        assert value.dtype == VALUES[name].dtype
+        assert value.tobytes() == VALUES[name].tobytes()
+
+
+def test_a_runtime_row_holds_the_bytes_of_every_value() -> None:
+    state = MIXED.from_names(VALUES)
+    row = MIXED.pack(state)
+    assert (row.shape, row.dtype) == ((15,), np.float32)
+    unpacked = MIXED.unpack(row, np.zeros(0, np.int64))
+    assert unpacked.floats.tobytes() == state.floats.tobytes()
+    assert unpacked.ints.tobytes() == state.ints.tobytes()
+    assert not np.shares_memory(unpacked.floats, row)
+
+
+def test_ints_behind_those_of_the_network_are_kept() -> None:
+    state = MIXED.from_names(VALUES)
+    longer = State(state.floats, np.append(state.ints, 7))
+    unpacked = MIXED.unpack(MIXED.pack(longer), np.append(np.zeros(6, np.int64), 8))
+    assert unpacked.ints.tolist() == [*state.ints.tolist(), 8]
+
+
+def test_a_new_stream_starts_from_initial_values() -> None:
+    named = MIXED.by_name(MIXED.initial())
+    assert named["double"].tolist() == [1 / 3, -0.0]
+    assert named["flags"].tolist() == [True, False]
+    assert named["plain"].tolist() == [0]
+    assert not MIXED.zero().ints.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["double", "plain", "half"])
+def test_numbers_that_are_not_finite_are_noticed_in_every_float(part: str, value: float) -> None:
+    state = MIXED.from_names(VALUES)
+    assert MIXED.is_finite(state)
+    row = state.ints.view(np.float64) if part == "double" else state.floats
+    row[MIXED.slices[part].start] = value
+    assert not MIXED.is_finite(state)
+    # what the engine checks first is a part of the row that is not finite
+    assert not np.isfinite(MIXED.pack(state)).all()
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("byte", [256], "expected uint8 values, got one out of range"),
+        ("count", 2**31, "expected int32 values, got one out of range"),
+        ("count", 0.5, "expected int32 values, got float64"),
+        ("half", [1e5, 0], "expected finite float16 values"),
+        ("flags", [0, 1], "expected bool values, got int64"),
+        ("double", [True, 0.5], "expected float64 values, got true or false"),
+    ],
+)
+def test_values_of_another_dtype_are_rejected(part: str, value: Any, message: str) -> None:
+    with pytest.raises(StateError, match=rf"part '{part}': {message}"):
+        MIXED.from_names({**VALUES, part: value})

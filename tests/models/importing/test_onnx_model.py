@@ -1,0 +1,432 @@
+"""Importing ONNX graphs: what is found, proven and refused, and the mathematics of the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from models.artifact.artifact import write_artifact
+from models.errors import ArtifactError, ImportedModelError
+from models.importing.onnx_model import import_onnx_model
+from models.importing.onnx_proof import Prover
+from models.onnx.library import open_session
+from models.onnx.stateful_graph import StatefulGraph
+from models.spec.onnx_network import OnnxNetwork
+from service.cli import app
+from tests.support.onnx_graphs import EXAMPLE_GRAPHS, EXAMPLES, graphs, import_here
+from tests.support.onnx_variants import F, H, scanned, step_nodes
+
+Write = Callable[[Path], Any]
+F64 = NDArray[np.float64]
+
+
+def sigmoid(x: F64) -> F64:
+    return 1 / (1 + np.exp(-x))
+
+
+def weights_of(graph: onnx.GraphProto, operator: str) -> list[list[F64]]:
+    """The weights of each node of a type, float64, without the axis of directions."""
+    values = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    return [
+        [values[name][0].astype(np.float64) for name in node.input[1:4]]
+        for node in graph.node
+        if node.op_type == operator
+    ]
+
+
+def head_of(graph: onnx.GraphProto) -> tuple[F64, F64]:
+    """Kernel and bias of the linear layer at the end."""
+    values = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    kernel = next(node.input[1] for node in graph.node if node.op_type == "MatMul")
+    return values[kernel].astype(np.float64), values["head.bias"].astype(np.float64)
+
+
+def lstm(rows: F64, kernel: F64, recurrent: F64, bias: F64) -> F64:
+    """An LSTM from zero by the equations of the ONNX operator, gates i, o, f, c."""
+    h, c = np.zeros((2, recurrent.shape[1]))
+    outputs = []
+    for row in rows:
+        gates = kernel @ row + recurrent @ h + bias[: len(bias) // 2] + bias[len(bias) // 2 :]
+        i, o, f, new = np.split(gates, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(new)
+        h = sigmoid(o) * np.tanh(c)
+        outputs.append(h)
+    return np.array(outputs)
+
+
+def gru(rows: F64, kernel: F64, recurrent: F64, bias: F64) -> F64:
+    """A GRU from zero with `linear_before_reset`, gates z, r, h."""
+    h = np.zeros(recurrent.shape[1])
+    own, other = np.split(bias, 2)
+    outputs = []
+    for row in rows:
+        (z, r, new), (rz, rr, rn) = (
+            np.split(kernel @ row + own, 3),
+            np.split(recurrent @ h + other, 3),
+        )
+        z, r = sigmoid(z + rz), sigmoid(r + rr)
+        h = (1 - z) * np.tanh(new + r * rn) + z * h
+        outputs.append(h)
+    return np.array(outputs)
+
+
+@pytest.mark.parametrize(("name", "cell"), [("torch-lstm", lstm), ("torch-gru", gru)])
+def test_exports_of_pytorch_equal_the_oracle(tmp_path: Path, name: str, cell: Any) -> None:
+    example = EXAMPLE_GRAPHS[name]
+    artifact = import_here(example.path, tmp_path / name, name).artifact
+    rows = np.random.default_rng(5).standard_normal((12, 4)).astype(np.float32)
+    graph = onnx.load(example.path).graph
+    value = rows.astype(np.float64)
+    for weights in weights_of(graph, cell.__name__.upper()):
+        value = cell(value, *weights)
+    kernel, bias = head_of(graph)
+    network, data = artifact.spec.onnx, artifact.network
+    assert network is not None
+    assert data is not None
+    runner = StatefulGraph(network, artifact.network_state, open_session(data, 1, name))
+    # beside a longer row, so that the batch is cut
+    batch = np.stack([np.concatenate([rows, np.zeros((5, 4))]), np.ones((17, 4))])
+    states = np.tile(artifact.state.initial().floats, (2, 1))
+    lengths = np.array([12, 17], np.int32)
+    outputs, _ = runner.step(batch.astype(np.float32), lengths, states)
+    np.testing.assert_allclose(outputs[0, :12], value @ kernel + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_the_recipe_writes_the_files_of_the_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "FOLDER", tmp_path)
+    for write in ("residual_lstm", "min_gru", "slstm", "cfc", "triton"):
+        getattr(graphs, write)()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 7
+    for path in written:
+        assert path.read_bytes() == (EXAMPLES / path.relative_to(tmp_path)).read_bytes(), path
+
+
+def test_the_command_reports_what_it_found_and_measured(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["import", str(EXAMPLES / "residual_lstm.onnx"), str(out), "--name", "residual"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "residual, " in result.output
+    assert "features: x, 4 columns, batch_major" in result.output
+    assert "h_in -> h_out float32 [2, 8], batch axis 1" in result.output
+    assert "chunking: invisible; measured: batch equals alone" in result.output
+    assert "batching: padded" in result.output
+    result = CliRunner().invoke(app, ["import", "model.keras", str(out), "--state", "a=b"])
+    assert result.exit_code == 1
+    assert "model.keras: expected a .onnx file" in result.output
+
+
+def plain(path: Path, **changes: Any) -> None:
+    """A loop over [B, T, F] with names that are certain; `changes` adds to the graph."""
+    g = graphs.Builder("plain", 1)
+    x = changes["before"](g) if "before" in changes else "x"
+    rows, last = scanned(g, x, "h_in")
+    y = changes["after"](g, rows) if "after" in changes else rows
+    g.add("Identity", y, outputs=["y"])
+    g.add("Identity", last, outputs=["h_out"])
+    state = ["batch", H]
+    g.save(
+        path,
+        {"x": ["batch", "time", F], "h_in": state, **changes.get("inputs", {})},
+        {"y": changes.get("y", ["batch", "time", H]), "h_out": state},
+    )
+
+
+def two_states(path: Path) -> None:
+    """h' = g(x, h), c' = h' - c, as a loop, with names that say nothing."""
+    body = graphs.Builder("cell", 1)
+    h = step_nodes(body, "row", "state")
+    body.add("Identity", h, outputs=["state_next"])
+    body.add("Sub", h, "other", outputs=["other_next"])
+    body.add("Add", "state_next", "other_next", outputs=["y_step"])
+    both = {"state": [None, H], "other": [None, H]}
+    step = body.graph(
+        {**both, "row": [None, F]},
+        {"state_next": [None, H], "other_next": [None, H], "y_step": [None, H]},
+    )
+    g = graphs.Builder("two", 1)
+    names = ["a_last", "b_last", "y"]
+    axes = {"scan_input_axes": [1], "scan_output_axes": [1]}
+    g.add("Scan", "first", "second", "x", outputs=names, body=step, num_scan_inputs=1, **axes)
+    state = ["batch", H]
+    g.save(
+        path,
+        {"x": ["batch", "time", F], "first": state, "second": state},
+        {"y": ["batch", "time", H], "a_last": state, "b_last": state},
+    )
+
+
+def looks_ahead(g: Any, rows: str) -> str:
+    """Adds the mean over the chunk."""
+    return str(g.add("Add", rows, g.add("ReduceMean", rows, g.constant([1]), keepdims=1)))
+
+
+def test_a_graph_that_sees_the_chunk_as_a_whole_is_per_chunk(tmp_path: Path) -> None:
+    plain(tmp_path / "m.onnx", after=looks_ahead)
+    report = import_here(tmp_path / "m.onnx", tmp_path / "out")
+    network = report.artifact.spec.onnx
+    assert network is not None
+    assert (network.chunking, network.batching) == ("per_chunk", "equal")
+    assert report.artifact.spec.chunk_limit == 1024
+    assert "outputs depend on where a stream is cut" in report.notes[0]
+
+
+def test_lengths_that_do_not_hide_padding_share_no_calls(tmp_path: Path) -> None:
+    lengths = {"lengths": (TensorProto.INT32, ["batch"])}
+
+    def unmasked(g: Any, rows: str) -> str:
+        return str(g.add("Add", rows, g.add("Mul", rows, g.constant(np.float32(0)))))
+
+    plain(tmp_path / "m.onnx", after=unmasked, inputs=lengths)
+    report = import_here(tmp_path / "m.onnx", tmp_path / "out")
+    network = report.artifact.spec.onnx
+    assert network is not None
+    assert network.batching == "cut"
+    assert "padding changes results in spite of the input 'lengths'" in report.notes[0]
+
+
+def test_weights_in_a_file_beside_the_model_are_embedded(tmp_path: Path) -> None:
+    plain(tmp_path / "whole.onnx")
+    model = onnx.load(tmp_path / "whole.onnx")
+    onnx.save(
+        model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
+    artifact = import_here(tmp_path / "m.onnx", tmp_path / "out").artifact
+    (tmp_path / "m.data").unlink()
+    data = artifact.network
+    assert data is not None
+    embedded = onnx.load_from_string(data)
+    assert not any(each.external_data for each in embedded.graph.initializer)
+    onnx.checker.check_model(embedded)
+    open_session(data, 1, "embedded")
+
+
+def outside(location: str) -> Write:
+    """A graph whose weights are in another file."""
+
+    def write(path: Path) -> None:
+        plain(path)
+        model = onnx.load(path)
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                for tensor in attribute.g.initializer:
+                    tensor.ClearField("raw_data")
+                    tensor.data_location = TensorProto.EXTERNAL
+                    tensor.external_data.add(key="location", value=location)
+        path.write_bytes(model.SerializeToString())
+
+    return write
+
+
+def changed(change: Callable[[onnx.ModelProto], Any]) -> Write:
+    def write(path: Path) -> None:
+        plain(path)
+        model = onnx.load(path)
+        change(model)
+        path.write_bytes(model.SerializeToString())
+
+    return write
+
+
+def custom_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Magic", ["x"], ["z"], domain="mine"))
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+
+
+def unknown_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 99
+
+
+def random_operator(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("RandomNormalLike", ["x"], ["z"]))
+
+
+def hidden_state(path: Path) -> None:
+    g = graphs.Builder("hidden", 1)
+    g.add("Identity", g.dense("x", F, H), outputs=["y"])
+    g.save(path, {"x": ["batch", "time", F]}, {"y": ["batch", "time", H]})
+
+
+def fixed_steps(path: Path) -> None:
+    g = graphs.Builder("fixed", 1)
+    rows, last = scanned(g, "x", "h_in")
+    g.add("Identity", rows, outputs=["y"])
+    g.add("Identity", last, outputs=["h_out"])
+    g.save(path, {"x": [1, 7, F], "h_in": [1, H]}, {"y": [1, 7, H], "h_out": [1, H]})
+
+
+def mixes_rows(path: Path) -> None:
+    def centred(g: Any, rows: str) -> str:
+        return str(g.add("Sub", rows, g.add("ReduceMean", rows, g.constant([0]), keepdims=1)))
+
+    plain(path, after=centred)
+
+
+def not_finite(path: Path) -> None:
+    plain(path, after=lambda g, rows: g.add("Log", g.add("Neg", g.add("Abs", rows))))
+
+
+def flattened(path: Path) -> None:
+    plain(path, after=lambda g, rows: g.add("Reshape", rows, g.constant([-1, H])), y=["rows", H])
+
+
+def string_output(model: onnx.ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Cast", ["y"], ["t"], to=TensorProto.STRING))
+    model.graph.output.append(helper.make_tensor_value_info("t", TensorProto.STRING, None))
+
+
+REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
+    "no ONNX file": (
+        lambda path: path.write_bytes(b"PK\x03\x04 not a graph"),
+        {},
+        r"expected an ONNX file \(a protobuf message ModelProto\), got other bytes",
+    ),
+    "empty file": (lambda path: path.write_bytes(b""), {}, r"it contains no graph"),
+    "custom operator": (
+        changed(custom_operator),
+        {},
+        r"got \['mine.Magic'\]; export the model with standard operators",
+    ),
+    "random operator": (
+        changed(random_operator),
+        {},
+        r"without random numbers, got the operators \['RandomNormalLike'\].*model\.eval\(\)",
+    ),
+    "opset": (changed(unknown_opset), {}, r"Opset 99.*older opset, in PyTorch `opset_version=18`"),
+    "file outside": (
+        outside("../secret"),
+        {},
+        r"in a file beside it, got the file '\.\./secret'.*external_data=False",
+    ),
+    "absolute file": (outside("/etc/hostname"), {}, r"got the file '/etc/hostname'"),
+    "missing file": (outside("gone.data"), {}, r"'gone.data', which cannot be read.*beside"),
+    "state inside": (hidden_state, {}, r"found no pair.*`forward\(x, h0, c0\) -> y, hn, cn`"),
+    "uncertain pairs": (
+        two_states,
+        {},
+        r"--state first=a_last --state second=b_last[\s\S]*inputs: x .*[\s\S]*outputs: y ",
+    ),
+    "swapped pairs": (
+        two_states,
+        {"states": ("first=b_last", "second=a_last")},
+        r"not right.*not with `--state first=a_last --state second=b_last`",
+    ),
+    "pair of no input": (plain, {"states": ("h=h_out",)}, r"--state h=h_out: .*no such input"),
+    "pair of no output": (plain, {"states": ("h_in=h",)}, r"--state h_in=h: .*no such output"),
+    "pair of other shapes": (
+        plain,
+        {"states": ("x=h_out",)},
+        r"--state x=h_out: expected input and output of one element type and shape",
+    ),
+    "malformed pair": (plain, {"states": ("h_in",)}, r"--state h_in: expected NAME_OF_INPUT="),
+    "several feature inputs": (
+        lambda path: path.write_bytes(EXAMPLE_GRAPHS["cfc"].path.read_bytes()),
+        {},
+        r"got \['x', 'elapsed_s'\].*--input x --input elapsed_s",
+    ),
+    "fixed steps": (fixed_steps, {}, r"x takes exactly 7 steps; export it for any number"),
+    "rows mixed": (mixes_rows, {}, r"values that it has alone.*statistic over the batch"),
+    "not finite": (not_finite, {}, r"expected finite outputs on random rows"),
+    "flattened output": (flattened, {}, r"y is \[6, 5\] and \[15, 5\].*--output NAME"),
+    "text output": (changed(string_output), {}, r"tensors of numbers, got t .*--output NAME"),
+    "unknown output": (plain, {"outputs": ("z",)}, r"--output z: expected an output"),
+    "unknown input": (plain, {"inputs": ("z",)}, r"--input z: expected an input"),
+    "unknown lengths": (plain, {"lengths": "n"}, r"--lengths n: expected an input"),
+    "unfit lengths": (plain, {"lengths": "x"}, r"--lengths x: expected an input \[B\], got x"),
+    "initial value of no state": (
+        plain,
+        {"initial": ("x=1",)},
+        r"--initial x: expected a state input, one of \['h_in'\]",
+    ),
+    "wrong axes": (plain, {"axes": "time_major"}, r"time_major: ONNX Runtime fails on a batch"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_name_the_reason_and_a_way_on(tmp_path: Path, case: str) -> None:
+    write, options, message = REFUSALS[case]
+    path = tmp_path / "m.onnx"
+    write(path)
+    with pytest.raises(ImportedModelError, match=message):
+        import_here(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_isolated_import_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\x00nothing")
+    with pytest.raises(ImportedModelError, match=rf"^{path}: expected an ONNX file"):
+        import_onnx_model(path, tmp_path / "out")
+
+
+def mutants() -> Sequence[tuple[str, Any]]:
+    """Mutations of the class that runs a graph, each of which a proof has to notice."""
+
+    def swapped(self: Any, states: Any) -> Any:
+        feeds = ORIGINAL_STATES(self, states)
+        return dict(zip(feeds, reversed(feeds.values()), strict=True))
+
+    def batch_axis_ignored(self: Any, states: Any) -> Any:
+        feeds = ORIGINAL_STATES(self, states)
+        return {name: value.reshape(value.shape[::-1]).T for name, value in feeds.items()}
+
+    def not_masked(self: Any, rows: Any, lengths: Any) -> Any:
+        return ORIGINAL_INPUTS(self, rows, None)
+
+    return [
+        ("_states", swapped),
+        ("_states", batch_axis_ignored),
+        ("_inputs", not_masked),
+    ]
+
+
+ORIGINAL_STATES = StatefulGraph._states
+ORIGINAL_INPUTS = StatefulGraph._inputs
+
+
+@pytest.mark.parametrize(
+    ("mutant", "message"),
+    [(0, "the state pairs are not right"), (1, "each row of a batch"), (2, None)],
+    ids=["swapped states", "batch axis ignored", "padding not masked"],
+)
+def test_proofs_notice_mutants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: int, message: str | None
+) -> None:
+    example = EXAMPLE_GRAPHS["residual-lstm"]
+    artifact = import_here(example.path, tmp_path / "out").artifact
+    network, data = artifact.spec.onnx, artifact.network
+    assert isinstance(network, OnnxNetwork)
+    assert data is not None
+    monkeypatch.setattr(StatefulGraph, *mutants()[mutant])
+    unproven = network.model_copy(update={"batching": "equal"})
+    prover = Prover(unproven, artifact.state, open_session(data, 1, "m"))
+    if message is not None:
+        with pytest.raises(ImportedModelError, match=message):
+            prover.prove()
+        return
+    proof = prover.prove()
+    assert "padding_invisible" not in proof.verified
+    assert proof.network.batching == "cut"
+
+
+def test_an_artifact_whose_graph_refers_to_files_is_rejected(tmp_path: Path) -> None:
+    artifact = import_here(EXAMPLES / "min_gru.onnx", tmp_path / "out").artifact
+    outside("graph.data")(tmp_path / "m.onnx")
+    with pytest.raises(ArtifactError, match=r"graph\.onnx: .*refers to the file 'graph\.data'"):
+        write_artifact(
+            tmp_path / "other",
+            artifact.spec,
+            artifact.weights,
+            network=(tmp_path / "m.onnx").read_bytes(),
+        )
