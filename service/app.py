@@ -26,7 +26,7 @@ from models.artifact.artifact import Artifact, load_artifact
 from models.artifact.manifest import MANIFEST_NAME
 from models.errors import ArtifactError
 from service.engine.runtimes.loading import open_decoders, open_runtimes
-from service.ops.logs import configure_logs
+from service.ops.logs import configure_logs, observe_requests
 from service.ops.metrics import PrometheusRecorder
 from service.ops.open_files import limit_connections_to_open_files
 from service.ops.worker_pool import ON_LAME_DUCK, ON_STOP
@@ -69,6 +69,7 @@ def create_app() -> FastAPI:
     settings = Settings.load()
     configure_logs(settings.log_level, settings.log_format)
     recorder = PrometheusRecorder()
+    observe_requests(recorder.record_request)
     artifacts = load_models(settings.models_dir)
     runtimes = open_runtimes(settings.runtime, artifacts, settings.runtime_threads)
     decoders = open_decoders(runtimes, artifacts, settings.runtime_threads)
@@ -116,6 +117,7 @@ def create_app() -> FastAPI:
             if grpc_server is not None:
                 await grpc_server.stop()
             await pipeline.stop()
+            recorder.flush_requests()
             await store.outputs.close()
             await store.close()
 

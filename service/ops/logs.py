@@ -24,6 +24,8 @@ from service.ops.stderr_writer import StderrWriter
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "console"]
+RequestObserver = Callable[[str, str | None, int, float], None]
+"""(method, route, status, milliseconds) of a request; the route is None if none matched."""
 
 _LEVEL_NAMES = {logging.DEBUG: "debug", logging.INFO: "info"}
 _stderr = StderrWriter()
@@ -85,10 +87,16 @@ def current_request_id() -> str | None:
     return request_id if isinstance(request_id, str) else None
 
 
+def observe_requests(observe: RequestObserver) -> None:
+    """Let a function observe every request of this process, for metrics; it replaces an earlier
+    one."""
+    _access_log.observe = observe
+
+
 def log_request(
     level: int, request_id: str, method: str, route: str | None, status: int, ms: float
 ) -> None:
-    """Write the access log line of one request, buffered.
+    """Write the access log line of one request, buffered; every transport ends a request with it.
 
     The line has the format of every other line. It is rendered without structlog's processors,
     which take ten times as long. Before `configure_logs`, nothing is written.
@@ -98,6 +106,7 @@ def log_request(
         route: the path with the names of its parameters; None if no route matched.
         ms: the total time of the request.
     """
+    _access_log.observe(method, route, status, ms)
     if level >= _access_log.level:
         line = {
             "timestamp": datetime.now(UTC),
@@ -124,10 +133,15 @@ class _AccessLog:
     def __init__(self) -> None:
         self.level = logging.CRITICAL + 1
         self.render: Callable[[dict[str, Any]], str] = _json_line
+        self.observe: RequestObserver = _observe_nothing
 
     def configure(self, level: int, log_format: LogFormat) -> None:
         self.level = level
         self.render = _json_line if log_format == "json" else _console_line()
+
+
+def _observe_nothing(method: str, route: str | None, status: int, ms: float) -> None:
+    pass
 
 
 def _json_line(line: dict[str, Any]) -> str:

@@ -17,8 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.core.values import Timing
 from service.ops.metrics import MULTIPROCESS_DIR, SECONDS, PrometheusRecorder, observe_all
 from service.pipeline.recorder import Recorder
+from tests.support.servers import until_async
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+PAGE = REPOSITORY / "docs" / "reference" / "metrics.md"
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -39,6 +41,33 @@ def series(name: str, **labels: str) -> Series:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> PrometheusRecorder:
     monkeypatch.delenv(MULTIPROCESS_DIR, raising=False)
     return PrometheusRecorder()
+
+
+async def test_requests_have_series_that_clients_cannot_add_to(
+    recorder: PrometheusRecorder,
+) -> None:
+    route = "/v1/models/{model}"
+    for ms in (4.0, 40.0, 40.0):
+        recorder.record_request("GET", route, 200, ms)
+    recorder.record_request("BREW", route, 405, 1.0)
+    recorder.record_request("GET", None, 404, 1.0)
+    recorder.record_request("HEAD", None, 404, 1.0)
+    assert b"carry_request_seconds_count{" not in recorder.render()
+    recorder.flush_requests()
+    found = read(recorder.render())
+    name = "carry_request_seconds"
+    known = {"method": "GET", "route": route, "status": "200"}
+    assert found[series(f"{name}_count", **known)] == 3
+    assert found[series(f"{name}_sum", **known)] == pytest.approx(0.084)
+    assert found[series(f"{name}_bucket", le="0.005", **known)] == 1
+    assert found[series(f"{name}_count", method="-", route=route, status="405")] == 1
+    assert found[series(f"{name}_count", method="-", route="-", status="404")] == 2
+    recorder.record_request("GET", route, 200, 1.0)
+    await until_async(lambda: _is_counted(recorder, known), "the next interval")
+
+
+async def _is_counted(recorder: PrometheusRecorder, labels: dict[str, str]) -> bool:
+    return read(recorder.render())[series("carry_request_seconds_count", **labels)] == 4
 
 
 def test_each_report_updates_its_series(recorder: PrometheusRecorder) -> None:
@@ -203,11 +232,12 @@ def test_statistics_are_the_totals_of_a_model(recorder: PrometheusRecorder) -> N
     assert totals[3:] == pytest.approx((0.004, 0.06, 0.8, 10.0))
 
 
-def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
+async def test_every_metric_is_documented(recorder: PrometheusRecorder) -> None:
     recorder.model("flights", "a1b2", "tensorflow")
+    recorder.record_request("GET", "/metrics", 200, 1.0)
+    recorder.flush_requests()
     recorder.record_error("flights", "conflict")
-    page = (REPOSITORY / "docs" / "reference" / "metrics.md").read_text()
-    documented = set(re.findall(r"^\| `(carry_\w+)`", page, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(carry_\w+)`", PAGE.read_text(), re.MULTILINE))
     suffix = re.compile(r"_(bucket|sum|count)$")
     rendered = {suffix.sub("", name) for name, _ in read(recorder.render())}
     assert documented == {name for name in rendered if name.startswith("carry_")}
