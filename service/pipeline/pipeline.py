@@ -311,7 +311,7 @@ class Pipeline:
                 if isinstance(result, InvalidInput):
                     result = result.within(f"chunks[{index}]")
                 results[index] = result
-                if isinstance(result, CarryError):
+                if isinstance(result, CarryError) and not item.dry_run:
                     blocking[item.key.stream] = result
         return [results[index] for index in range(len(items))]
 

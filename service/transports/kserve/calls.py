@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
+import numpy as np
 
 from models.spec.layout import Output
 from service.pipeline.served_model import ServedModel
@@ -17,10 +18,12 @@ from service.transports.http.long_bodies.long_reader import MAX_EVENT_BYTES
 from service.transports.http.media import Media, dumps, list_parts, object_parts
 from service.transports.kserve.parameters import InferParameters
 from service.transports.kserve.values import (
+    BOOL,
     BYTES,
     FP32,
     InferRequest,
     InputTensor,
+    flags,
     float32_bytes,
     invalid,
     iter_byte_elements,
@@ -28,6 +31,7 @@ from service.transports.kserve.values import (
 
 INPUTS: Final = "inputs"
 EVENTS: Final = "events"
+RESET: Final = "reset"
 
 _EVENT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -51,6 +55,8 @@ class ResolvedCall(NamedTuple):
 
     Attributes:
         values: the rows in the binary format, or the events, each in JSON.
+        resets: of the chunk or of each sequence, the ascending indexes of the steps before which
+            the state is reset; empty without such a tensor.
     """
 
     request: InferRequest
@@ -58,6 +64,7 @@ class ResolvedCall(NamedTuple):
     parameters: InferParameters
     signature: Signature
     values: bytes | list[bytes]
+    resets: Sequence[Sequence[int]] = ()
 
     @property
     def is_final(self) -> bool:
@@ -71,18 +78,25 @@ class ResolvedCall(NamedTuple):
             media, name = Media.MSGPACK, INPUTS
         parameters, values = self.parameters, self.values
         if parameters.stream is not None:
-            members = {"position": parameters.position, "epoch": parameters.epoch}
+            members: dict[str, Any] = {"position": parameters.position, "epoch": parameters.epoch}
             present = {key: value for key, value in members.items() if value is not None}
-            final = {"final": True} if self.is_final else {}
-            others = {key: [dumps(media, value)] for key, value in (present | final).items()}
+            if self.is_final:
+                present["final"] = True
+            if parameters.dry_run:
+                present["dry_run"] = True
+            if self.resets:
+                present["resets"] = self.resets[0]
+            others = {key: [dumps(media, value)] for key, value in present.items()}
             parts = object_parts(media, {name: _encoded_values(values), **others})
             return b"".join(parts), media
         count = 1 if self.signature.batch is None else self.signature.batch
         size = len(values) // max(count, 1)
-        sequences = [
-            object_parts(media, {name: _encoded_values(values[at * size : (at + 1) * size])})
-            for at in range(count)
-        ]
+        sequences = []
+        for at in range(count):
+            encoded = {name: _encoded_values(values[at * size : (at + 1) * size])}
+            if self.resets:
+                encoded["resets"] = [dumps(media, self.resets[at])]
+            sequences.append(object_parts(media, encoded))
         return b"".join(object_parts(media, {"sequences": list_parts(media, sequences)})), media
 
 
@@ -153,6 +167,27 @@ def _check_tensor(served: ServedModel, name: str, datatype: str, shape: tuple[in
     if not fits or (name == INPUTS and shape[-1] != served.input_features):
         shapes = [f"[{', '.join(map(str, axes))}]" for axes in (steps, ["B", *steps])]
         raise invalid(f"{at}.shape", " or ".join(shapes), list(shape)[:16])
+
+
+def read_resets(tensors: Sequence[InputTensor], signature: Signature) -> list[list[int]]:
+    """The indexes that the tensors after the first one mark, of the chunk or of each sequence.
+
+    Raises:
+        InvalidInput: they are more than one, or it is not the tensor of resets.
+    """
+    if not tensors:
+        return []
+    at, tensor = "inputs[1]", tensors[0]
+    if tensor.name != RESET:
+        raise invalid(f"{at}.name", RESET, repr(tensor.name[:100]))
+    if tensor.datatype != BOOL:
+        raise invalid(f"{at}.datatype", BOOL, repr(tensor.datatype[:100]))
+    batch = () if signature.batch is None else (signature.batch,)
+    expected = [*batch, signature.steps]
+    if list(tensor.shape) != expected:
+        raise invalid(f"{at}.shape", f"{expected}, a value for each step", list(tensor.shape)[:16])
+    marks = np.array(flags(tensor, at), np.bool_).reshape(signature.batch or 1, signature.steps)
+    return [np.flatnonzero(row).tolist() for row in marks]
 
 
 def read_values(tensor: InputTensor) -> bytes | list[bytes]:

@@ -200,7 +200,7 @@ class FastInferPath:
         except (CarryError, msgspec.MsgspecError, ValueError, RecursionError):
             return None
         is_deleted = parameters.ends and self._inference.delete_at_end
-        if parameters.stream is None or is_deleted:
+        if parameters.stream is None or is_deleted or parameters.dry_run:
             return None
         request = InferRequest(wire.served.name, (), id=decoded.id)
         call = ResolvedCall(request, wire, parameters, plan.signature, values)

@@ -22,8 +22,9 @@ A request with a sequence id is a chunk of the stream of that name; without one 
 prediction. Tensors are `inputs`, FP32 of shape [T, F] or [B, T, F]: encoded rows; or, for a model
 with an event schema, `events`, BYTES of shape [T] or [B, T]: each element an event in JSON. B is 1
 for a chunk, and the number of sequences for a prediction; the outputs have the same leading axis.
-Both become a body of the HTTP API, which its readers validate, so that limits, errors and digests
-are the same.
+A second tensor, `reset`, BOOL of shape [T] or [B, T], may mark the steps before which the state is
+reset. All becomes a body of the HTTP API, which its readers validate, so that limits, errors and
+digests are the same.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ import structlog
 
 from models.spec.layout import Output
 from service.core.errors import CarryError, ModelNotFound
-from service.core.values import Chunk, FloatRows, Precondition, Reply, SequenceInput, StreamKey
+from service.core.values import (
+    NO_STREAM,
+    Chunk,
+    FloatRows,
+    Precondition,
+    Reply,
+    SequenceInput,
+    StreamKey,
+)
 from service.pipeline.served_model import ServedModel
 from service.transports.http.bodies.request_reader import with_stream
 from service.transports.http.bodies.strict_validator import Limit
@@ -46,6 +55,7 @@ from service.transports.http.context import ApiContext, ModelWire
 from service.transports.http.long_bodies.admission import Checkpoint
 from service.transports.kserve.calls import (
     INPUTS,
+    RESET,
     ResolvedCall,
     Signature,
     check_chunk,
@@ -53,6 +63,7 @@ from service.transports.kserve.calls import (
     iter_events,
     make_signature,
     output_shape,
+    read_resets,
     read_values,
 )
 from service.transports.kserve.parameters import parse_parameters
@@ -150,7 +161,7 @@ class Inference:
         await checkpoint()
         call = self._resolve(request)
         deadline_s = _deadline_s(call, deadline_s)
-        [tensor] = request.inputs
+        tensor = request.inputs[0]
         if tensor.name == INPUTS:
             values: bytes | list[bytes] = float32_bytes(tensor, "inputs[0]")
         else:
@@ -185,7 +196,8 @@ class Inference:
             predictions = await self.api.pipeline.predict(name, work, deadline_s)
             return self._reply(call, {}, [each.outputs for each in predictions])
         reply = await self.api.pipeline.process(work, deadline_s)
-        is_deleted = self.delete_at_end and call.parameters.ends and await self._delete(reply)
+        deletes = self.delete_at_end and call.parameters.ends and not reply.dry_run
+        is_deleted = deletes and await self._delete(reply)
         return self.reply_to_chunk(call, reply, is_deleted=is_deleted)
 
     def resolve(self, request: InferRequest) -> ResolvedCall:
@@ -202,10 +214,11 @@ class Inference:
         served = self.served(request.model, request.version)
         wire = self.api.wire(served.name)
         parameters = parse_parameters(request.parameters)
-        if len(request.inputs) != 1:
-            names = f"exactly one tensor, {' or '.join(input_names(served))}"
-            raise invalid("inputs", names, len(request.inputs))
-        [tensor] = request.inputs
+        if not 1 <= len(request.inputs) <= 2:
+            names = " or ".join(input_names(served))
+            expected = f"one tensor, {names}, and perhaps {RESET} after it"
+            raise invalid("inputs", expected, len(request.inputs))
+        tensor, *others = request.inputs
         name, datatype, shape, _ = tensor
         signature = self._signature(wire, name, datatype, tuple(shape), tuple(request.outputs))
         if parameters.stream is not None:
@@ -214,7 +227,8 @@ class Inference:
             expected = f"at most {self.api.limits.max_items} sequences"
             raise invalid("inputs[0].shape", expected, signature.batch)
         self._check_length(name, signature, parameters.stream)
-        return ResolvedCall(request, wire, parameters, signature, b"")
+        resets = read_resets(others, signature)
+        return ResolvedCall(request, wire, parameters, signature, b"", resets)
 
     def _check_length(self, name: str, signature: Signature, stream: str | None) -> None:
         """Reject too many steps before their values are read, which may be millions.
@@ -254,7 +268,8 @@ class Inference:
             InvalidInput, ChunkTooLong: with the fact `stream`.
         """
         reader = call.wire.reader
-        if isinstance(call.values, bytes) and not call.is_final:
+        is_plain = not (call.is_final or call.resets or call.parameters.dry_run)
+        if isinstance(call.values, bytes) and is_plain:
             steps = reader.fast.decode_rows(call.values)
             if steps is not None:
                 key = StreamKey(call.wire.served.name, stream)
@@ -283,6 +298,10 @@ class Inference:
             "tag": head.tag.hex(),
             "replayed": reply.replayed,
         }
+        if reply.dry_run:
+            parameters["dry_run"] = True
+            if head is NO_STREAM:
+                del parameters["epoch"], parameters["tag"]
         if reply.created:
             parameters["created"] = True
         if reply.output_position is not None:

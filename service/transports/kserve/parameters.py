@@ -21,6 +21,7 @@ KNOWN: Final = (
     "sequence_end",
     "position",
     "epoch",
+    "dry_run",
     "timeout",
     *IGNORED,
 )
@@ -39,6 +40,7 @@ class InferParameters(NamedTuple):
         epoch: expected epoch of the stream, 16 hex digits; of one that starts over, the epoch that
             ends.
         timeout_s: how long the client waits, in seconds; None if it does not say.
+        dry_run: whether the chunk is only computed.
     """
 
     stream: str | None = None
@@ -47,6 +49,7 @@ class InferParameters(NamedTuple):
     position: int | None = None
     epoch: str | None = None
     timeout_s: float | None = None
+    dry_run: bool = False
 
 
 NO_PARAMETERS: Final = InferParameters()
@@ -73,14 +76,16 @@ def parse_parameters(parameters: Mapping[str, Parameter]) -> InferParameters:
     epoch = parameters.get("epoch")
     if epoch is not None and not (isinstance(epoch, str) and _is_epoch(epoch)):
         raise invalid("parameters.epoch", "16 hex digits", _shown(epoch))
+    dry_run = _flag(parameters, "dry_run")
     if stream is None:
-        for name in ("sequence_start", "sequence_end", "position", "epoch"):
+        for name in ("sequence_start", "sequence_end", "position", "epoch", "dry_run"):
             value = parameters.get(name)
             if value is not None and value is not False:
                 raise invalid("parameters.sequence_id", f"one, since {name} is set", "none")
     if starts_over and position not in (None, 0):
         raise invalid("parameters.position", "0, since the sequence starts", position)
-    return InferParameters(stream, starts_over, ends, position, epoch, _timeout_s(parameters))
+    timeout_s = _timeout_s(parameters)
+    return InferParameters(stream, starts_over, ends, position, epoch, timeout_s, dry_run)
 
 
 def parse_sequence_id(value: Parameter) -> str | None:

@@ -25,6 +25,7 @@ Parameter = bool | int | float | str
 
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
+BOOL: Final = "BOOL"
 
 _F4: Final = np.dtype("<f4")
 _LENGTH: Final = struct.Struct("<I")
@@ -71,7 +72,7 @@ class InputTensor(NamedTuple):
 
     Attributes:
         data: the binary format of all elements, or the elements: in JSON, or without the nesting
-            of `shape`, numbers or for `BYTES` bytes.
+            of `shape`, numbers, for `BYTES` bytes or for `BOOL` booleans.
     """
 
     name: str
@@ -150,6 +151,26 @@ def float32_bytes(tensor: InputTensor, at: str) -> bytes:
     with np.errstate(over="ignore"):
         # a number that overflows becomes infinite, which the model's reader rejects
         return np.array(data, np.float64).astype(_F4).tobytes()
+
+
+def flags(tensor: InputTensor, at: str) -> list[bool]:
+    """The values of a BOOL tensor; in the binary format each is a byte, 0 or 1.
+
+    Raises:
+        InvalidInput: their number does not fit the shape, or a byte is another.
+    """
+    count, data = math.prod(tensor.shape), tensor.data
+    length = len(data)
+    # too many are rejected before objects are made of them
+    if isinstance(data, JsonElements) and length <= 2 * count + 1:
+        data = data.decode(bool, at)
+        length = len(data)
+    if length != count or isinstance(data, JsonElements):
+        expected = f"{count} values for shape {list(tensor.shape)}"
+        raise invalid(f"{at}.data", expected, f"{length} values")
+    if isinstance(data, bytes | memoryview) and bytes(data).strip(b"\0\1"):
+        raise invalid(f"{at}.data", "bytes that are 0 or 1", "another byte")
+    return list(map(bool, data))
 
 
 def iter_byte_elements(tensor: InputTensor, at: str) -> Iterator[bytes]:

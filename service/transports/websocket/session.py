@@ -288,11 +288,13 @@ class Session:
     def _resolve(self, entries: StreamEntries, entry: Entry, result: Reply | CarryError) -> None:
         """Encode an outcome, and send it when it is its turn."""
         if isinstance(result, CarryError):
-            self._failed.add(entry.stream)
+            if entry.chunk is None or not entry.chunk.dry_run:
+                self._failed.add(entry.stream)
             entry.outcome = self._error_frame(entry.media, entry.frame_id, result, entry.stream)
             self._flush(entries, entry.stream)
             return
-        if entry.chunk is not None and entry.chunk.position is not None:
+        has_position = entry.chunk is not None and entry.chunk.position is not None
+        if has_position and not result.dry_run:
             self._failed.discard(entry.stream)
         wire = self._api.wire(self._model)
         is_short = len(result.outputs) * wire.served.outputs.size <= LONG_VALUES

@@ -154,7 +154,7 @@ class InferStream:
         result = await self._answer(head.model_name, lambda: self._apply(message, sequence))
         if not isinstance(result, CarryError):
             return pb.ModelStreamInferResponse(infer_response=encode_reply(result))
-        if sequence is not None:
+        if sequence is not None and not _is_dry_run(head):
             self._failed.add(sequence)
         return _error_response(result, head)
 
@@ -168,9 +168,13 @@ class InferStream:
                 stream=parameters.stream,
             )
         reply = await self._infer(message)
-        if sequence is not None:
+        if sequence is not None and not parameters.dry_run:
             self._failed.discard(sequence)
         return reply
+
+
+def _is_dry_run(request: pb.ModelInferRequest) -> bool:
+    return "dry_run" in request.parameters and request.parameters["dry_run"].bool_param
 
 
 def _error_response(

@@ -7,6 +7,7 @@ from typing import Final
 
 from service.transports.kserve.grpc import v2_pb2 as pb
 from service.transports.kserve.values import (
+    BOOL,
     BYTES,
     FP32,
     InferReply,
@@ -18,7 +19,11 @@ from service.transports.kserve.values import (
 
 SEQUENCE_ID: Final = "sequence_id"
 
-_CONTENTS: Final = {FP32: "fp32_contents", BYTES: "bytes_contents"}
+_CONTENTS: Final = {
+    FP32: "fp32_contents",
+    BYTES: "bytes_contents",
+    BOOL: "bool_contents",
+}
 
 
 def decode_request(message: pb.ModelInferRequest) -> InferRequest:
@@ -98,8 +103,9 @@ def decode_parameter(name: str, value: pb.InferParameter) -> Parameter:
 
 def _inputs(message: pb.ModelInferRequest) -> Sequence[InputTensor]:
     # before anything is made of each of them
-    if len(message.inputs) != 1:
-        raise invalid("inputs", "exactly one tensor", len(message.inputs))
+    if not 1 <= len(message.inputs) <= 2:
+        expected = "one tensor, and perhaps reset after it"
+        raise invalid("inputs", expected, len(message.inputs))
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
         expected = f"one element for each of {len(message.inputs)} inputs, or none"

@@ -71,8 +71,14 @@ BODIES: dict[str, tuple[Any, str]] = {
         changed(parameters={"shared_memory_region": "r"}, data=None),
         "inputs[0].parameters: Object contains unknown field `shared_memory_region`",
     ),
-    "two tensors": (json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2}, "exactly one"),
-    "no tensor": ({"inputs": []}, "inputs: expected exactly one tensor, inputs, got 0"),
+    "two tensors": (
+        json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2},
+        "inputs[1].name: expected reset",
+    ),
+    "no tensor": (
+        {"inputs": []},
+        "inputs: expected one tensor, inputs, and perhaps reset after it, got 0",
+    ),
     "no inputs": ({}, "body: Object missing required field `inputs`"),
     "an unknown member": (json_body(ROWS, input=1), "unknown field `input`"),
     "an unknown output": (

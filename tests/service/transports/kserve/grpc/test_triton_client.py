@@ -361,3 +361,20 @@ def test_workers_share_the_port_and_drain(tmp_path: Path, model_dir: Path, seque
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         for each in channels:
             each.close()
+
+
+def test_resets_and_dry_runs(client: triton.InferenceServerClient, sequence: str) -> None:
+    given = tensor()
+    marks = np.zeros((1, len(INPUT)), np.bool_)
+    marks[0, 2] = True
+    reset = triton.InferInput("reset", marks.shape, "BOOL")
+    reset.set_data_from_numpy(marks)
+    parts = [client.infer(LSTM, [tensor(part)]) for part in (INPUT[:2], INPUT[2:])]
+    (name,) = [output.name for output in parts[0].get_response().outputs]
+    expected = np.concatenate([part.as_numpy(name) for part in parts], axis=1)
+    dry = client.infer(LSTM, [given, reset], sequence_id=sequence, parameters={"dry_run": True})
+    assert parameters_of(dry.get_response()) == {"dry_run": True, "position": 0, "replayed": False}
+    found = client.infer(LSTM, [given, reset], sequence_id=sequence)
+    assert parameters_of(found.get_response())["created"]
+    for each in (dry, found):
+        np.testing.assert_allclose(each.as_numpy(name), expected, rtol=1e-5, atol=1e-6)
