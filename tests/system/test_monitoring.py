@@ -1,0 +1,149 @@
+"""The shipped dashboard and rules: each query names existing series, and returns data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from service.core.errors import CarryError
+from service.core.values import StreamKey
+from service.store.codec import KeySpace
+from tests.support.needs import needs_tools
+from tests.support.pages import ROOT
+from tests.support.pipelines import make_artifact
+from tests.support.servers import RealServer, free_port, real_server, until
+from tests.support.service import POLL_S, Service, running
+
+RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
+DASHBOARD = ROOT / "deploy" / "grafana" / "carry.json"
+METRICS = ROOT / "docs" / "reference" / "metrics.md"
+ROWS = [[0.5] * 3] * 4
+_METRIC = re.compile(r"\bcarry_[a-z_]+")
+_SUFFIX = re.compile(r"_(bucket|sum|count)$")
+_CODES = re.compile(r'code=~"([^"]+)"')
+_THRESHOLD = re.compile(r" (>|==) [0-9.]+$")
+
+
+def queries() -> list[str]:
+    """The expressions of the dashboard and of the rules, of alerts without their thresholds."""
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    shown = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    rules = [_THRESHOLD.sub("", rule["expr"]) for group in groups for rule in group["rules"]]
+    return [*shown, *rules]
+
+
+def codes(kind: type[CarryError] = CarryError) -> set[str]:
+    """The codes of all errors."""
+    return {kind.code}.union(*map(codes, kind.__subclasses__()))
+
+
+def test_queries_name_documented_metrics_and_codes() -> None:
+    documented = set(re.findall(r"^\| `(carry_\w+)`", METRICS.read_text(), re.MULTILINE))
+    assert len(queries()) > 25
+    for query in queries():
+        named = {_SUFFIX.sub("", name) for name in _METRIC.findall(query)}
+        assert named or query.startswith("up{"), query
+        assert named <= documented, query
+        for listed in _CODES.findall(query):
+            assert set(listed.split("|")) <= codes(), query
+
+
+@pytest.fixture
+def store() -> Iterator[RealServer]:
+    """A store whose memory the test limits."""
+    with real_server("valkey") as server:
+        yield server
+
+
+@pytest.fixture
+def observed(tmp_path: Path, store: RealServer) -> Iterator[Service]:
+    models = make_artifact(tmp_path / "models").path
+    # a request of several items is more than the queue holds
+    with running(tmp_path, models, redis_url=store.url, CARRY_MAX_QUEUE="1") as service:
+        yield service
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path, observed: Service) -> Iterator[str]:
+    """The address of a Prometheus that scrapes the service."""
+    target = observed.url.removeprefix("http://")
+    config = tmp_path / "prometheus.yml"
+    config.write_text(
+        "global: {scrape_interval: 200ms, evaluation_interval: 200ms}\n"
+        f"rule_files: [{RULES}]\n"
+        f"scrape_configs: [{{job_name: carry, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    address = f"127.0.0.1:{free_port()}"
+    options = [f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
+    with (tmp_path / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["prometheus", *options, f"--web.listen-address={address}"], stderr=log
+        )
+    try:
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@needs_tools("prometheus", "promtool")
+def test_every_query_returns_data_of_a_running_service(
+    observed: Service, prometheus: str, store: RealServer
+) -> None:
+    subprocess.run(["promtool", "check", "rules", str(RULES)], check=True, capture_output=True)
+    missing = [
+        query.replace("$__rate_interval", "20s").replace("$model", ".*") for query in queries()
+    ]
+
+    with (
+        httpx.Client(base_url=observed.url) as client,
+        httpx.Client(base_url=prometheus) as database,
+    ):
+
+        def chunk(stream: str, position: int) -> int:
+            body = {"inputs": ROWS, "position": position}
+            return client.post(f"/v1/models/probe/streams/{stream}/chunks", json=body).status_code
+
+        def is_answered() -> bool:
+            """Send some of everything, and drop the queries that have data."""
+            number = time.monotonic_ns()
+            assert [chunk(f"s{number}", position) for position in (0, 4, 4)] == [200] * 3
+            items = [{"stream": f"i{number}-{n}", "inputs": ROWS} for n in range(8)]
+            client.post("/v1/models/probe/chunks", json={"chunks": items}).raise_for_status()
+            with store.client() as server:
+                server.set(
+                    KeySpace("carry", 1024).state(StreamKey("probe", f"d{number}")), "damaged"
+                )
+                assert chunk(f"d{number}", 0) == 500
+                server.config_set("maxmemory", 1)
+                assert chunk(f"t{number}", 0) == 503
+                server.config_set("maxmemory", 0)
+            missing[:] = [query for query in missing if not _has_data(database, query)]
+            return not missing
+
+        try:
+            until(is_answered, "data for every query", poll_s=POLL_S)
+        except AssertionError as error:
+            raise AssertionError(missing) from error
+
+
+def _has_data(database: httpx.Client, query: str) -> bool:
+    try:
+        answer = database.get("/api/v1/query", params={"query": query})
+    except httpx.TransportError:
+        return False
+    if answer.status_code == 503:
+        return False
+    answer.raise_for_status()
+    result: list[dict[str, Any]] = answer.json()["data"]["result"]
+    return any(each["value"][1] != "NaN" for each in result)
