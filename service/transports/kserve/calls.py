@@ -16,6 +16,7 @@ from service.pipeline.served_model import ServedModel
 from service.transports.http.context import ModelWire
 from service.transports.http.long_bodies.long_reader import MAX_EVENT_BYTES
 from service.transports.http.media import Media, dumps, list_parts, object_parts
+from service.transports.kserve.json_errors import json_error
 from service.transports.kserve.parameters import InferParameters
 from service.transports.kserve.values import (
     BOOL,
@@ -212,6 +213,10 @@ def iter_events(tensor: InputTensor) -> Iterator[bytes]:
             raise invalid(at, f"an event of at most {MAX_EVENT_BYTES} bytes", f"{len(event)} bytes")
         try:
             _EVENT.decode(event)
+        except msgspec.ValidationError as error:
+            got = json_error(error).facts["got"]
+            raise invalid(at, "an event: one JSON object", got) from error
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise invalid(at, "an event: one JSON object", str(error)) from error
+            got = f"text that cannot be parsed ({error})"
+            raise invalid(at, "an event: one JSON object", got) from error
         yield event

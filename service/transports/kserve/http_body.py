@@ -13,9 +13,10 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from service.core.errors import BodyTooLarge, InvalidInput, MalformedBody
+from service.core.errors import BodyTooLarge, MalformedBody
 from service.transports.http.bodies.duplicates import find_duplicate
 from service.transports.http.media import Media, encode_json
+from service.transports.kserve.json_errors import json_error
 from service.transports.kserve.values import (
     MAX_RANK,
     InferReply,
@@ -79,6 +80,15 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, g
 
 
 _REQUEST: Final = msgspec.json.Decoder(_Request)
+_MEMBERS: Final = {
+    "body": _Request.__struct_fields__,
+    "inputs": _Input.__struct_fields__,
+    "inputs.parameters": InputParameters.__struct_fields__,
+    "outputs": RequestedOutput.__struct_fields__,
+    "outputs.parameters": _OutputParameters.__struct_fields__,
+}
+"""The members of each object, by its place."""
+
 _ENCODER: Final = msgspec.json.Encoder()
 _LONG_DATA: Final = 1024
 
@@ -221,7 +231,7 @@ def _decode_json(text: bytes) -> _Request:
     try:
         decoded: _Request = _REQUEST.decode(text)
     except msgspec.ValidationError as error:
-        raise _invalid_json(error) from error
+        raise json_error(error, members=_MEMBERS) from error
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _malformed(f"expected one JSON document: {error}") from error
     if may_have_duplicates(text, decoded):
@@ -239,12 +249,6 @@ def _without_long_data(text: bytes, inputs: list[_Input]) -> bytes:
         if len(data) > _LONG_DATA:
             text = text.replace(data, b"0", 1)
     return text
-
-
-def _invalid_json(error: msgspec.ValidationError) -> InvalidInput:
-    reason, _, place = str(error).partition(" - at `$")
-    at = place.rstrip("`").lstrip(".") or "body"
-    return InvalidInput(f"{at}: {reason}", at=at, got=reason)
 
 
 def _malformed(reason: str) -> MalformedBody:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.core.errors import InvalidInput
+from service.transports.kserve.json_errors import json_error
 
 Parameter = bool | int | float | str
 """The value of a request's or a reply's parameter."""
@@ -59,6 +60,8 @@ class JsonElements:
         depth = _depth(raw)
         try:
             values: list[Any] = _nested_decoder(kind, min(depth, MAX_RANK)).decode(raw)
+        except msgspec.ValidationError as error:
+            raise json_error(error, f"{at}.data") from error
         except (msgspec.MsgspecError, ValueError) as error:
             # numbers out of range, and text that is not UTF-8, are first noticed here
             raise invalid(f"{at}.data", "a list of values of its datatype", str(error)) from error

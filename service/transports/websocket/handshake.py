@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from structlog.contextvars import bound_contextvars
 from uvicorn.server import ServerState
@@ -58,6 +58,7 @@ from service.transports.websocket.session import Session
 STREAM_ROUTE: Final = "/v1/models/{model}/streams/{stream}/live"
 MODEL_ROUTE: Final = "/v1/models/{model}/live"
 ANY_ORIGIN: Final = "*"
+_ORIGIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#@\\\s]+)")
 TIMEOUT_PARAMETER: Final = "timeout_s"
 
 _ADDRESS = re.compile(rb"/v1/models/([^/?#]+)(?:/streams/([^/?#]+))?/live(?:\?([^#]*))?")
@@ -189,7 +190,7 @@ class LiveUpgrader:
             return
         origin = origins[0]
         is_own = _host(origin) == headers.get("Host", "").lower()
-        if len(origins) > 1 or not (origin in self.origins or (is_own and origin != "null")):
+        if len(origins) > 1 or not (origin in self.origins or is_own):
             raise OriginNotAllowed(
                 f"Origin: expected the service's own host or an allowed origin, got {origin!r}",
                 at="Origin",
@@ -251,11 +252,9 @@ def parse_origins(text: str) -> frozenset[str]:
 
 
 def _host(origin: str) -> str | None:
-    """Host and port of an origin; None for a malformed one."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return None
+    """Host and port of an origin; None for other text, such as an address with a fragment."""
+    match = _ORIGIN.fullmatch(origin)
+    return None if match is None else match[1].lower()
 
 
 def _text(part: bytes) -> str:

@@ -348,7 +348,8 @@ class StrictValidator:
     def _rows_of_bytes(self, values: bytes, at: str) -> FloatRows:
         wide = 4 * len(self._columns)
         if len(values) % wide:
-            raise self.wrong_width(at, f"{len(values)} bytes, which {wide} does not divide")
+            got = f"{len(values)} bytes, no multiple of {wide} (4 for each value)"
+            raise self.wrong_width(at, got)
         return np.frombuffer(values, "<f4").astype(np.float32, copy=False).reshape(-1, wide // 4)
 
     def _invalid_rows(

@@ -31,6 +31,7 @@ _INPUTS: Final = pb.ModelInferRequest.INPUTS_FIELD_NUMBER
 _RAW: Final = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _CONTENTS: Final = pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER
 _VALUES: Final = (
+    pb.InferTensorContents.BOOL_CONTENTS_FIELD_NUMBER,
     pb.InferTensorContents.FP32_CONTENTS_FIELD_NUMBER,
     pb.InferTensorContents.BYTES_CONTENTS_FIELD_NUMBER,
 )
@@ -195,7 +196,7 @@ async def _check_fields(data: bytes, most: int, checkpoint: Checkpoint) -> None:
 
 def _check_length(at: str, field: _Field) -> None:
     if field.end - field.start >= LONG_BYTES:
-        expected = f"less than {LONG_BYTES} bytes in each field but fp32_contents, bytes_contents"
+        expected = f"less than {LONG_BYTES} bytes in all fields but bool_, bytes_ and fp32_contents"
         raise invalid(at, expected, f"{field.end - field.start} bytes")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import re
 import weakref
 import zlib
 from collections.abc import Mapping
@@ -50,11 +51,14 @@ BODIES: dict[str, tuple[Any, str]] = {
     "an unknown tensor": (changed(name="x"), "inputs[0].name: expected inputs, got 'x'"),
     "another dtype": (changed(datatype="FP64"), "inputs[0].datatype: expected FP32, got 'FP64'"),
     "events": (changed(datatype="BYTES"), "inputs[0].datatype: expected FP32, got 'BYTES'"),
-    "texts": (changed(data=["a"] * 12), "inputs[0].data: expected a list of values"),
+    "texts": (changed(data=["a"] * 12), "inputs[0].data[0]: expected a number, got a text"),
     "another width": (changed(shape=[3, 4]), "inputs[0].shape: expected [T, 3] or [B, T, 3]"),
     "one axis": (changed(shape=[12]), "inputs[0].shape: expected [T, 3]"),
     "four axes": (changed(shape=[1, 1, 4, 3]), "inputs[0].shape: expected [T, 3]"),
-    "a negative axis": (changed(shape=[-4, 3]), "inputs[0].shape[0]: Expected `int` >= 0"),
+    "a negative axis": (
+        changed(shape=[-4, 3]),
+        "inputs[0].shape[0]: expected a whole number of at least 0",
+    ),
     "two streams": (changed(shape=[2, 2, 3]), "inputs[0].shape: expected 1 in front"),
     "too many sequences": (
         {"inputs": [changed(shape=[2**31 - 1, 0, 3], data=[])["inputs"][0]]},
@@ -62,14 +66,27 @@ BODIES: dict[str, tuple[Any, str]] = {
     ),
     "too few values": (changed(data=[1.0] * 11), "inputs[0].data: expected 12 values"),
     "no values": (changed(data=None), "inputs[0]: expected either data or"),
+    "a decimal axis": (changed(shape=[4.5, 3]), "shape[0]: expected a whole number, got a decimal"),
+    "nine axes": (
+        changed(shape=[1] * 9),
+        "shape: expected a list with at most 8 elements",
+    ),
+    "a list as a parameter": (with_parameters(a=[1]), "number, a text, got a list"),
+    "a list as body": ([], "body: expected an object, got a list"),
     "no steps": (changed(shape=[0, 3], data=[]), "inputs: expected at least one step"),
     "too many steps": (json_body(rows(21), parameters=SEQUENCE), "at most 20 steps"),
-    "a ragged list": (changed(data=[[1.0, 2.0], 3.0]), "inputs[0].data: expected a list"),
-    "a flag as a number": (changed(data=[True] * 12), "inputs[0].data: expected a list"),
+    "a ragged list": (
+        changed(data=[[1.0, 2.0], 3.0]),
+        "data[1]: expected a list, got a decimal",
+    ),
+    "a flag as a number": (
+        changed(data=[True] * 12),
+        "data[0]: expected a number, got true",
+    ),
     "an overflow": (changed(data=[1e39] * 12), "inputs[0][0] (feature_0): expected a finite"),
     "shared memory": (
         changed(parameters={"shared_memory_region": "r"}, data=None),
-        "inputs[0].parameters: Object contains unknown field `shared_memory_region`",
+        "inputs[0].parameters: expected one of the members binary_data_size, got 'shared",
     ),
     "two tensors": (
         json_body(ROWS) | {"inputs": json_body(ROWS)["inputs"] * 2},
@@ -79,8 +96,11 @@ BODIES: dict[str, tuple[Any, str]] = {
         {"inputs": []},
         "inputs: expected one tensor, inputs, and perhaps reset after it, got 0",
     ),
-    "no inputs": ({}, "body: Object missing required field `inputs`"),
-    "an unknown member": (json_body(ROWS, input=1), "unknown field `input`"),
+    "no inputs": ({}, "inputs: expected this member, which is required, got nothing"),
+    "an unknown member": (
+        json_body(ROWS, input=1),
+        "members inputs, outputs, id, parameters, got 'input'",
+    ),
     "an unknown output": (
         json_body(ROWS, outputs=[{"name": "x"}]),
         "outputs[0].name: expected each once of last, out, steep, got 'x'",
@@ -91,7 +111,7 @@ BODIES: dict[str, tuple[Any, str]] = {
     ),
     "classification": (
         json_body(ROWS, outputs=[{"name": "out", "parameters": {"classification": 2}}]),
-        "unknown field `classification`",
+        "outputs[0].parameters: expected one of the members binary_data, got 'class",
     ),
     "a misspelt parameter": (with_parameters(postion=4), "parameters: expected one of sequence_id"),
     "a negative id": (with_parameters(sequence_id=-1), "sequence_id: expected a whole number"),
@@ -143,7 +163,9 @@ async def test_values_that_only_their_decoder_rejects_are_wrong_input(v2: V2) ->
     ):
         body = b'{"inputs": [' + tensor % data + b"]}"
         error = error_of(await v2.post(body, model=model), 422, "invalid_input")["error"]
-        assert "inputs[0].data: expected a list of values" in error, data
+        assert re.search(
+            r"inputs\[0\]\.data.*: expected a (list of values|finite number)", error
+        ), data
 
 
 async def test_too_many_steps_are_rejected_before_their_values_are_read(v2: V2) -> None:
