@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from models.importing.isolation import Limits
     from models.importing.keras_model import ImportReport, import_keras_model
+    from models.importing.onnx_model import OnnxReport, import_onnx_model, onnx_options
     from models.networks.initial_artifact import initialise_artifact
     from models.spec.model import ModelSpec, parse_spec
     from models.spec.spec_file import read_spec
@@ -40,12 +41,15 @@ __all__ = [
     "Limits",
     "ModelSpec",
     "ModelsError",
+    "OnnxReport",
     "SpecError",
     "StateError",
     "evaluate",
     "import_keras_model",
+    "import_onnx_model",
     "initialise_artifact",
     "load_artifact",
+    "onnx_options",
     "parse_spec",
     "read_spec",
     "train",
@@ -60,6 +64,7 @@ _MODULES = {
     ),
     "models.importing.isolation": ("Limits",),
     "models.importing.keras_model": ("ImportReport", "import_keras_model"),
+    "models.importing.onnx_model": ("OnnxReport", "import_onnx_model", "onnx_options"),
     "models.networks.initial_artifact": ("initialise_artifact",),
     "models.spec.model": ("ModelSpec", "parse_spec"),
     "models.spec.spec_file": ("read_spec",),

@@ -57,14 +57,15 @@ def convert_onnx(
     pairs = find_pairs(signature, options.states, others)
     features = _features(signature, options, pairs, others)
     wanted = [each for each in options.outputs if each not in pairs.values()] or options.outputs
-    network = find_network(
-        signature, pairs, features, steps, axes=options.axes, outputs=tuple(wanted)
-    )
     try:
+        network = find_network(
+            signature, pairs, features, steps, axes=options.axes, outputs=tuple(wanted)
+        )
         spec = ModelSpec(name=name, features=network.features, onnx=network, layers=(), heads=())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ImportedModelError(f"{first['msg']}{signature}") from error
+        place = ".".join(str(part) for part in first["loc"])
+        raise ImportedModelError(f"{place}: {first['msg']}{signature}") from error
     layout = state_spec(spec)
     _check_size(layout)
     axes = {pair.input: pair.batch_axis for pair in network.states}

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from models.errors import ImportedModelError
 from models.importing.onnx_signature import Signature, Tensor
 
-_BEFORE = {"in", "input", "inputs", "prev", "previous", "past", "init", "initial", "old", "last"}
-_AFTER = {"out", "output", "outputs", "new", "next", "present", "final", "updated", "cur"}
-_MARKERS = _BEFORE | _AFTER | {"current"}
+_BEFORE = {"in", "input", "inputs", "prev", "previous", "past", "init", "initial", "old", "before"}
+_AFTER = {"out", "output", "outputs", "new", "next", "present", "final", "updated", "after"}
+_MARKERS = _BEFORE | _AFTER | {"current", "cur", "last"}
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 
 

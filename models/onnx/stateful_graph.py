@@ -10,13 +10,15 @@ importer proves a graph with this class, and the service runs it with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.spec.onnx_network import OnnxNetwork
-from models.spec.state import StateSpec
+from models.spec.onnx_network import GraphOutput, OnnxNetwork, StatePair
+from models.spec.state import StatePart, StateSpec
 
 Floats = NDArray[np.float32]
 
@@ -34,11 +36,25 @@ class StatefulGraph:
         self.network = network
         self._layout = layout
         self._session = session
-        self._names = [output.name for output in network.outputs]
-        extra = [pair.output for pair in network.states if pair.output not in self._names]
-        self._names += extra
-        sizes = [int(np.prod(output.shape)) for output in network.outputs]
-        self._ends = np.cumsum([0, *sizes]).tolist()
+        names = [output.name for output in network.outputs]
+        self._names = list(dict.fromkeys([*names, *(pair.output for pair in network.states)]))
+        self._width = sum(prod(output.shape) for output in network.outputs)
+        pairs = zip(network.states, layout.parts, strict=True)
+        parts = [_Part(pair, part, self._columns(part)) for pair, part in pairs]
+        self._parts = sorted(parts, key=lambda part: part.columns.start)
+        ends = [0, *accumulate(each.columns for each in network.inputs)]
+        self._inputs = [
+            (each.name, start if each.width is None else slice(start, end), np.dtype(each.dtype))
+            for each, (start, end) in zip(network.inputs, pairwise(ends), strict=True)
+        ]
+
+    def _columns(self, part: StatePart) -> slice:
+        """The columns of a part in a packed row."""
+        own = self._layout.slices[part.name]
+        if part.in_floats:
+            return own
+        first = self._layout.float_size
+        return slice(first + 2 * own.start, first + 2 * own.stop)
 
     def step(
         self, rows: Floats, lengths: NDArray[np.int32], states: Floats
@@ -60,7 +76,7 @@ class StatefulGraph:
             return self._run(rows, lengths, states)
         if int(np.min(lengths)) == rows.shape[1] and self.network.batching != "step":
             return self._run(rows, None, states)
-        outputs = np.zeros((*rows.shape[:2], self._ends[-1]), np.float32)
+        outputs = np.zeros((*rows.shape[:2], self._width), np.float32)
         after = states.copy()
         for which, start, end in self._calls(lengths):
             outputs[which, start:end], after[which] = self._run(
@@ -94,14 +110,14 @@ class StatefulGraph:
         except Exception:  # its exceptions have no common base
             if len(rows) > 1 and most is None:
                 return self._run_in_groups(rows, lengths, states, 1)
-            failed = np.full((*rows.shape[:2], self._ends[-1]), np.nan, np.float32)
+            failed = np.full((*rows.shape[:2], self._width), np.nan, np.float32)
             return failed, np.full_like(states, np.nan)
 
     def _run_in_groups(
         self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats, size: int
     ) -> tuple[Floats, Floats]:
         """Run rows in groups of a size; the last group is padded with copies of its last row."""
-        outputs = np.empty((*rows.shape[:2], self._ends[-1]), np.float32)
+        outputs = np.empty((*rows.shape[:2], self._width), np.float32)
         after = np.empty_like(states)
         for start in range(0, len(rows), size):
             which = np.minimum(np.arange(start, start + size), len(rows) - 1)
@@ -114,52 +130,49 @@ class StatefulGraph:
     ) -> tuple[Floats, Floats]:
         """Make one call of the graph; raises whatever ONNX Runtime raises."""
         batch, steps = rows.shape[:2]
-        values = self._values(rows, lengths, states)
-        outputs = np.empty((batch, steps, self._ends[-1]), np.float32)
-        with np.errstate(over="ignore"):  # the caller checks that outputs are finite
-            for output, start, end in zip(
-                self.network.outputs, self._ends, self._ends[1:], strict=False
-            ):
-                value = values[output.name]
-                if output.state_axis:
-                    value = np.moveaxis(value, output.state_axis, 0)
-                elif output.has_time and self.network.axes == "time_major":
-                    value = value.swapaxes(0, 1)
-                outputs[:, :, start:end] = value.reshape(batch, steps, end - start)
-        return outputs, self._after(values, batch)
+        values = self._run_session(rows, lengths, states)
+        parts = [
+            self._output(output, values[output.name]).reshape(batch, steps, prod(output.shape))
+            for output in self.network.outputs
+        ]
+        outputs = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        if outputs.dtype != np.float32:
+            with np.errstate(over="ignore"):  # the caller checks that outputs are finite
+                outputs = outputs.astype(np.float32)
+        return outputs, self._pack(values)
 
     def next_states(self, rows: Floats, states: Floats) -> Floats:
         """The states after one call, of a graph whose outputs may have no axis of time."""
-        return self._after(self._values(rows, None, states), len(rows))
+        return self._pack(self._run_session(rows, None, states))
 
-    def _values(
+    def _run_session(
         self, rows: Floats, lengths: NDArray[np.int32] | None, states: Floats
     ) -> dict[str, NDArray[Any]]:
         """Outputs and state outputs by name."""
-        feeds = {**self._inputs(rows, lengths), **self._states(states)}
+        feeds = {**self._feed_rows(rows, lengths), **self._feed_states(states)}
         return dict(zip(self._names, self._session.run(self._names, feeds), strict=True))
 
-    def _after(self, values: dict[str, NDArray[Any]], batch: int) -> Floats:
-        after = np.empty((batch, self._layout.runtime_size), np.float32)
-        for pair, part, columns in self._parts():
-            value = np.moveaxis(values[pair.output], pair.batch_axis, 0).reshape(batch, part.size)
-            encoded = np.ascontiguousarray(part.encode(value))
-            after[:, columns] = encoded.view(np.float32)
-        return after
+    def _output(self, output: GraphOutput, value: NDArray[Any]) -> NDArray[Any]:
+        """An output with the batch first."""
+        if output.state_axis:
+            return np.moveaxis(value, output.state_axis, 0)
+        if output.has_time and self.network.axes == "time_major":
+            return value.swapaxes(0, 1)
+        return value
 
-    def _inputs(self, rows: Floats, lengths: NDArray[np.int32] | None) -> dict[str, NDArray[Any]]:
+    def _feed_rows(
+        self, rows: Floats, lengths: NDArray[np.int32] | None
+    ) -> dict[str, NDArray[Any]]:
         network = self.network
         batch, steps = rows.shape[:2]
-        feeds: dict[str, NDArray[Any]] = {}
         if network.axes == "time_major":
             rows = rows.swapaxes(0, 1)
         elif network.axes == "step":
             rows = rows[:, 0]
-        start = 0
-        for each in network.inputs:
-            part = rows[..., start] if each.width is None else rows[..., start : start + each.width]
-            feeds[each.name] = np.ascontiguousarray(part, each.dtype)
-            start += each.columns
+        feeds: dict[str, NDArray[Any]] = {
+            name: np.ascontiguousarray(rows[..., columns], dtype)
+            for name, columns, dtype in self._inputs
+        }
         if network.steps is not None:
             if lengths is None:
                 lengths = np.full(batch, steps, np.int32)
@@ -168,24 +181,37 @@ class StatefulGraph:
                 valid = np.arange(steps) < lengths[:, np.newaxis]
                 if network.axes == "time_major":
                     valid = np.ascontiguousarray(valid.T)
-            feeds[network.steps.name] = valid.astype(network.steps.dtype)
+            feeds[network.steps.name] = valid.astype(network.steps.dtype, copy=False)
         return feeds
 
-    def _states(self, states: Floats) -> dict[str, NDArray[Any]]:
-        feeds: dict[str, NDArray[Any]] = {}
-        for pair, part, columns in self._parts():
-            values = np.ascontiguousarray(states[:, columns])
-            if not part.in_floats:
-                values = values.view(np.int64)
-            value = part.decode(values).reshape(-1, *part.shape)
-            feeds[pair.input] = np.ascontiguousarray(np.moveaxis(value, 0, pair.batch_axis))
-        return feeds
+    def _feed_states(self, states: Floats) -> dict[str, NDArray[Any]]:
+        return {part.pair.input: part.unpack(states) for part in self._parts}
 
-    def _parts(self) -> Iterator[tuple[Any, Any, slice]]:
-        """Each pair with its part and the part's columns of a packed state."""
-        for pair, part in zip(self.network.states, self._layout.parts, strict=True):
-            own = self._layout.slices[part.name]
-            if not part.in_floats:
-                first = self._layout.float_size
-                own = slice(first + 2 * own.start, first + 2 * own.stop)
-            yield pair, part, own
+    def _pack(self, values: dict[str, NDArray[Any]]) -> Floats:
+        parts = [part.pack(values[part.pair.output]) for part in self._parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+class _Part:
+    """Converts one part of the state between packed rows and the graph's tensor."""
+
+    def __init__(self, pair: StatePair, part: StatePart, columns: slice):
+        self.pair, self.columns = pair, columns
+        self._part = part
+        axes = list(range(1, len(part.shape) + 1))
+        self._to_graph = [*axes[: pair.batch_axis], 0, *axes[pair.batch_axis :]]
+        self._from_graph = [at for at in range(len(self._to_graph)) if at != pair.batch_axis]
+        self._from_graph.insert(0, pair.batch_axis)
+
+    def unpack(self, states: Floats) -> NDArray[Any]:
+        """The graph's tensor of packed states [B, W]."""
+        values: NDArray[Any] = np.ascontiguousarray(states[:, self.columns])
+        if not self._part.in_floats:
+            values = values.view(np.int64)
+        tensor = self._part.decode(values).reshape(-1, *self._part.shape)
+        return np.ascontiguousarray(tensor.transpose(self._to_graph))
+
+    def pack(self, tensor: NDArray[Any]) -> Floats:
+        """The columns of the graph's tensor, float32 [B, ...]."""
+        values = tensor.transpose(self._from_graph).reshape(-1, self._part.size)
+        return np.ascontiguousarray(self._part.encode(values)).view(np.float32)

@@ -20,7 +20,7 @@ Axes = Literal["batch_major", "time_major", "step"]
 Batching = Literal["padded", "cut", "equal", "step"]
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Size = Annotated[int, Field(ge=0, le=2**24)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
 
 
 class GraphInput(Frozen):

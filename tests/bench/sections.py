@@ -363,9 +363,10 @@ def measure_widths(bench: Bench, kind: str) -> None:
 
 def measure_kinds(bench: Bench, kind: str) -> None:
     """Every kind of network in turns with the plain stacked LSTM of the same size, in one server;
-    then each at one connection."""
+    then each at one connection. `imported` is the plain one's graph, imported again."""
     results, folder = bench.results, bench.folder / f"kinds-{kind}"
     artifacts = {name: workloads.write_network(folder, name, KINDS[name]) for name in KINDS}
+    artifacts[IMPORTED] = workloads.imported_model(artifacts[PLAIN], folder, IMPORTED)
     server = bench.start_server(kind, artifacts[PLAIN], models=folder)
     streams = min(bench.options.streams, MOST_ITEMS)
     rows = {}
@@ -415,6 +416,7 @@ def measure_overload(bench: Bench, kind: str) -> None:
     results.figure(f"overload/{kind} memory, last over first", [last_mib / first_mib])
 
 
+IMPORTED = "imported"
 BESIDE = "beside"
 """The section of a run with `--beside`, which runs no other by default."""
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import models
 from models.artifact.artifact import Artifact, load_artifact, write_artifact
+from models.artifact.graphs import GRAPH_NAME
 from models.events.encode import Clock, encode
 from models.events.frame import columns_from_frame
 from models.examples.flights.data import flight_events
@@ -31,6 +32,7 @@ from service.core.values import Feed, LastChunk, StreamHead, StreamState
 from service.engine.runtimes.base import Runtime
 from service.engine.runtimes.loading import open_runtime
 from tests.bench.traffic import Media, TrafficSpec
+from tests.support.onnx_graphs import import_here
 from tests.support.oracle import contracting_weights
 
 FEATURES, STEPS, UNITS = 16, 16, 64
@@ -100,6 +102,11 @@ def write_network(folder: Path, name: str, network: Mapping[str, Any]) -> Artifa
     heads = [{"kind": "dense", "name": "out", "units": 8}]
     spec = parse_spec({"name": name, **features, "heads": heads, **network})
     return write_artifact(folder / name, spec, contracting_weights(spec, 1))
+
+
+def imported_model(artifact: Artifact, folder: Path, name: str) -> Artifact:
+    """Import the graph that a model was exported as, as any ONNX graph with a state pair."""
+    return import_here(artifact.path / GRAPH_NAME, folder / name, name).artifact
 
 
 def standard_model(folder: Path, units: int = UNITS) -> Artifact:

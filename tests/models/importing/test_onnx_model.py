@@ -385,14 +385,14 @@ def mutants() -> Sequence[tuple[str, Any]]:
         return ORIGINAL_INPUTS(self, rows, None)
 
     return [
-        ("_states", swapped),
-        ("_states", batch_axis_ignored),
-        ("_inputs", not_masked),
+        ("_feed_states", swapped),
+        ("_feed_states", batch_axis_ignored),
+        ("_feed_rows", not_masked),
     ]
 
 
-ORIGINAL_STATES = StatefulGraph._states
-ORIGINAL_INPUTS = StatefulGraph._inputs
+ORIGINAL_STATES = StatefulGraph._feed_states
+ORIGINAL_INPUTS = StatefulGraph._feed_rows
 
 
 @pytest.mark.parametrize(
