@@ -228,8 +228,11 @@ class StreamCore:
         description = yield from self.model.description(document)
         reply = read_reply(description, document, chunk.end - 1 if is_last_alone else chunk.start)
         if reply.position != chunk.end or reply.stream != self.name:
-            detail = f"expected stream {self.name!r} at {chunk.end}, got {document}"
-            raise Problem(200, "unreadable_reply", detail[:400])
+            detail = (
+                f"expected stream {self.name!r} at position {chunk.end}, got stream "
+                f"{reply.stream!r} at {reply.position}"
+            )
+            raise Problem(200, "unreadable_reply", detail)
         self.accept(chunk, reply.head)
         return reply
 

@@ -1,200 +1,124 @@
-"""The service of a replay: one URL or several, one attempt a call, replies checked for shape.
+"""The service of a replay: one client for each address, and copies of chunks.
 
-Requests take turns among the URLs; one that failed goes to the next URL.
+A stream's chunks go to one address, and to the next while that does not answer; the copies go to
+the address after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from itertools import count
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carry_client import (
     AsyncCarry,
+    AsyncStream,
+    Json,
     ModelDescription,
     Problem,
-    model_path,
-    read_description,
-    read_problem,
+    Reply,
+    Retry,
     stream_path,
 )
-from service.replay.options import Format, ReplayError
+from carry_client.replies import read_reply
+from service.replay.options import ReplayError, ReplayOptions
 from service.replay.schedule import Cursor
 
 FloatRows = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reply:
-    """One chunk's reply.
-
-    Attributes:
-        position: of the stream after the chunk.
-        outputs: float32 [T, O], packed by the model's description.
-    """
-
-    stream: str
-    epoch: str
-    tag: str
-    position: int
-    replayed: bool
-    outputs: FloatRows
-
-
-Answer = Reply | Problem
-
-
 class Service:
-    """One model of a running service."""
+    """One model of a running service, at one address or several."""
 
-    def __init__(self, services: Sequence[AsyncCarry], model: str) -> None:
-        self._services = services
-        self._turns = count()
-        self._model = model
+    def __init__(
+        self, clients: list[AsyncCarry], addresses: dict[str, AsyncCarry], options: ReplayOptions
+    ) -> None:
+        self._clients, self._addresses, self._options = clients, addresses, options
+        self.models = [client.model(options.model) for client in clients]
 
     @property
     def urls(self) -> list[str]:
         """Addresses of the service."""
-        return [service.url for service in self._services]
-
-    def next_turn(self) -> int:
-        """A number that chooses the URL of the next request."""
-        return next(self._turns)
+        return list(self._addresses)
 
     async def describe(self) -> ModelDescription:
-        """The model's description.
+        """The model's description, once the service answers.
 
         Raises:
             Problem
-            ReplayError: it cannot be read, or the model takes no events.
+            ReplayError: the model takes no events.
         """
-        document = await self._at(self.next_turn()).request("GET", model_path(self._model))
-        try:
-            description = read_description(document)
-        except ValueError as error:
-            raise ReplayError(str(error)) from error
+        *_, description = [await model.describe() for model in self.models]
         if description.fields is None:
             raise ReplayError(
-                f"model {self._model!r} takes no events, only `inputs`: nothing to replay"
+                f"model {description.name!r} takes no events, only `inputs`: nothing to replay"
             )
         return description
 
-    async def position(self, stream: str) -> int:
-        """The position of a stream; 0 for one that does not exist.
+    def stream(self, name: str, number: int) -> AsyncStream:
+        """The stream at the address with a number, which counts on after the last one.
 
-        Raises:
-            Problem
+        It raises `StreamRolledBack` instead of sending events again, so that the outputs of all
+        that are sent again are seen.
         """
-        path = stream_path(self._model, stream)
-        try:
-            document: Any = await self._at(self.next_turn()).request("GET", path)
-        except Problem as problem:
-            if problem.code == "stream_not_found":
-                return 0
-            raise
-        return int(document["position"])
+        return self.models[number % len(self.models)].stream(name, buffer_events=0)
 
     async def metrics(self, url: str) -> str | None:
         """The text of /metrics at one URL; None if it is not available."""
         try:
-            return await self._services[self.urls.index(url)].text("/metrics")
+            return await self._addresses[url].text("/metrics")
         except Problem:
             return None
 
-    async def send(
-        self, model: ModelDescription, cursors: Sequence[Cursor], turn: int
-    ) -> list[Answer]:
-        """Send the next chunk of each stream, in one request.
+    async def send_copy(
+        self,
+        description: ModelDescription,
+        cursor: Cursor,
+        number: int,
+        count_retry: Callable[[str], None],
+    ) -> Reply | Problem:
+        """Send a second copy of a chunk, without the head that its first copy continues.
 
         Args:
-            cursors: one alone goes to the address of its stream.
-            turn: which URL.
-
-        Returns:
-            One answer per stream; a request that failed as a whole fails each.
-
-        Raises:
-            ReplayError: the reply cannot be read.
+            number: of the address.
+            count_retry: called with the code of each failed attempt that is repeated.
         """
-        if len(cursors) == 1:
-            path, body = f"{stream_path(self._model, cursors[0].name)}/chunks", _chunk(cursors[0])
-        else:
-            path = f"{model_path(self._model)}/chunks"
-            body = {"chunks": [{"stream": cursor.name, **_chunk(cursor)} for cursor in cursors]}
-        try:
-            document = await self._at(turn).request("POST", path, body)
-        except Problem as problem:
-            return [problem] * len(cursors)
-        if len(cursors) == 1:
-            return [read_reply(model, document, cursors[0].size)]
-        return read_items(model, document, [cursor.size for cursor in cursors])
+        client = self._clients[number % len(self._clients)]
+        start, path = cursor.position, stream_path(self._options.model, cursor.name)
+        body: Json = {"position": start, "events": cursor.chunk()}
 
-    def _at(self, turn: int) -> AsyncCarry:
-        return self._services[turn % len(self._services)]
+        async def attempt() -> Reply:
+            try:
+                document = await client.request("POST", f"{path}/chunks", body)
+            except Problem as problem:
+                if problem.is_retryable:
+                    count_retry(problem.code)
+                raise
+            return read_reply(description, document, start)
+
+        try:
+            return await Retry(self._options.patience_s).run_async(attempt)
+        except Problem as problem:
+            return problem
 
 
 @asynccontextmanager
-async def connect(
-    urls: Sequence[str], model: str, encoding: Format = "json", *, timeout_s: float = 30.0
-) -> AsyncIterator[Service]:
+async def connect(options: ReplayOptions, *, timeout_s: float = 30.0) -> AsyncIterator[Service]:
     """A service whose connections are closed on exit; none is opened yet."""
+    urls = options.urls
     async with AsyncExitStack() as stack:
-        services = [AsyncCarry(url, encoding=encoding, timeout_s=timeout_s) for url in urls]
-        for service in services:
-            await stack.enter_async_context(service)
-        yield Service(services, model)
-
-
-def read_reply(model: ModelDescription, document: Any, steps: int) -> Reply:
-    """One chunk's reply out of its document.
-
-    Args:
-        steps: T, events in the chunk.
-
-    Raises:
-        ReplayError: it is not a reply to T events of that model.
-    """
-    try:
-        return Reply(
-            stream=str(document["stream"]),
-            epoch=str(document["epoch"]),
-            tag=str(document["tag"]),
-            position=int(document["position"]),
-            replayed=bool(document["replayed"]),
-            outputs=model.pack(document["outputs"], steps),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReplayError(
-            f"the service's reply cannot be read ({type(error).__name__}: {error}): "
-            f"{str(document)[:200]}"
-        ) from error
-
-
-def read_items(model: ModelDescription, document: Any, steps: Sequence[int]) -> list[Answer]:
-    """The outcomes of a request for many streams, in its order.
-
-    Raises:
-        ReplayError: it is not an answer to that many items.
-    """
-    items = document.get("results") if isinstance(document, dict) else None
-    if not isinstance(items, list) or len(items) != len(steps):
-        raise ReplayError(f"expected {len(steps)} results in one reply, got {str(document)[:200]}")
-    return [_read_item(model, item, size) for item, size in zip(items, steps, strict=True)]
-
-
-def _read_item(model: ModelDescription, item: Any, steps: int) -> Answer:
-    if not isinstance(item, dict):
-        raise ReplayError(f"expected results that are objects, got {str(item)[:200]}")
-    if "error" in item:
-        return read_problem(int(item.get("status", 500)), item["error"])
-    return read_reply(model, item.get("reply"), steps)
-
-
-def _chunk(cursor: Cursor) -> dict[str, Any]:
-    start = cursor.position
-    return {"position": start, "events": cursor.events.events(start, start + cursor.size)}
+        clients = [
+            await stack.enter_async_context(
+                AsyncCarry(
+                    [*urls[first:], *urls[:first]],
+                    encoding=options.format,
+                    timeout_s=timeout_s,
+                    deadline_s=options.patience_s,
+                )
+            )
+            for first in range(len(urls))
+        ]
+        addresses = {url: await stack.enter_async_context(AsyncCarry(url)) for url in urls}
+        yield Service(clients, addresses, options)

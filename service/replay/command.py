@@ -63,7 +63,7 @@ def replay(
         int, typer.Option(min=1, max=4096, help="Streams with a chunk in flight at once.")
     ] = 64,
     per_request: Annotated[
-        int, typer.Option(min=1, max=1000, help="Streams that share one request.")
+        int, typer.Option(min=1, max=256, help="Streams that share one request.")
     ] = 1,
     speed: Annotated[
         str, typer.Option(help="`max`, or a factor of real time by the events' timestamps.")
@@ -78,7 +78,7 @@ def replay(
     patience_s: Annotated[
         float,
         typer.Option(
-            min=0, help="How long to retry a failing chunk before the replay stops, in seconds."
+            min=1, help="How long to retry a failing chunk before the replay stops, in seconds."
         ),
     ] = 60.0,
     verify: Annotated[

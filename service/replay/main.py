@@ -67,7 +67,7 @@ def _check_report_path(report: Path) -> None:
 async def _run(options: ReplayOptions, errors: Console) -> Summary:
     if options.verify:
         require_reference()
-    async with connect(options.urls, options.model, options.format) as service:
+    async with connect(options) as service:
         served = await describe(service, options.patience_s)
         if options.verify and not served.is_cut_invariant:
             raise ReplayError(

@@ -21,8 +21,8 @@ class ReplayOptions:
     """All options of a replay.
 
     Attributes:
-        urls: the service's addresses; requests take turns among them, and the two copies of
-            a duplicated chunk go to different ones.
+        urls: the service's addresses; a stream uses one, and the next while it does not answer.
+            The two copies of a duplicated chunk go to different ones.
         model: the model's name.
         by: what a stream of flights is; not read with `data`.
         data: a CSV, JSON Lines or Parquet file to replay instead of the flights.

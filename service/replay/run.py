@@ -1,10 +1,10 @@
 """The replay: sends all streams concurrently, one chunk of each in flight, until all are sent.
 
 It asks for every stream's position first, so that a second replay resumes where the first ended.
-A chunk without an answer is sent again unchanged; a problem that names the stream's position
-moves it there, back (the store lost commits) or forward (its reply is no longer stored).
-Any other problem ends the replay. A reply that cannot be correct is counted as a fault, and the
-replay continues, so that one run shows all of them.
+The Python client (`carry_client`) retries, and notices a stream that is elsewhere: back (the store
+lost commits) or forward (its reply is no longer stored); the replay continues from there. A reply
+that cannot be correct is counted as a fault, and the replay continues, so that one run shows all of
+them.
 
 Everything here runs in one event loop.
 """
@@ -12,18 +12,28 @@ Everything here runs in one event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
-from carry_client import ModelDescription, Problem, Retry
-from service.replay.checks import FinalAnswer, agree, check_duplicates, check_reply, next_position
-from service.replay.client import FloatRows, Reply, Service
+from carry_client import (
+    AsyncModel,
+    AsyncStream,
+    CarryError,
+    ModelDescription,
+    Problem,
+    Reply,
+    StreamMoved,
+)
+from carry_client.errors import AlreadyApplied
+from service.replay.checks import agree, check_duplicates, check_outputs
+from service.replay.client import FloatRows, Service
 from service.replay.options import ReplayError, ReplayOptions
 from service.replay.schedule import Cursor, Schedule
 from service.replay.source import StreamEvents
@@ -37,11 +47,15 @@ class StreamProgress:
     """Progress and outputs of one stream.
 
     Attributes:
+        number: its place among the streams, which gives its address.
+        stream: the client's.
         cursor: its position and next chunk.
         outputs: float32 [T, O], NaN if this run received none.
         start: its position before the replay.
     """
 
+    number: int
+    stream: AsyncStream
     cursor: Cursor
     outputs: FloatRows
     start: int = 0
@@ -55,7 +69,7 @@ class Tally:
         events: applied events; those that were sent again after the store lost them count twice.
         chunks: applied chunks.
         retries: attempts that failed with a retryable problem.
-        problems: number of problems, by code.
+        problems: number of them, by code.
         duplicates: chunks sent twice at once.
         replayed: replies marked `replayed`.
         fell_back: how often a stream was behind its acknowledged position.
@@ -63,8 +77,8 @@ class Tally:
         skipped: events whose outputs were not received, because their stored reply had expired.
         faults: descriptions of incorrect replies, the first hundred.
         fault_count: number of all incorrect replies.
-        latencies_s: of every answered request.
-        silence_s: the longest time in which no request was answered.
+        latencies_s: of every answered request, with its retries.
+        silence_s: the longest time without a reply.
     """
 
     events: int = 0
@@ -82,6 +96,12 @@ class Tally:
     latencies_s: list[float] = field(default_factory=list)
     silence_s: float = 0.0
     wall_s: float = 0.0
+
+    def retry(self, code: str) -> None:
+        """Count a failed attempt that is repeated."""
+        self.requests += 1
+        self.retries += 1
+        self.problems[code] += 1
 
     def fault(self, text: str | None) -> None:
         """Record a fault, unless it is None."""
@@ -107,11 +127,37 @@ async def describe(service: Service, limit_s: float) -> ModelDescription:
     Raises:
         ReplayError: no service, no such model, or one without an event schema.
     """
-    retry = Retry(limit_s)
     try:
-        return await retry.run_async(service.describe)
+        return await service.describe()
     except Problem as problem:
-        raise _failed(problem, retry) from problem
+        raise _failed(problem, limit_s) from problem
+
+
+class RetryCount(logging.Handler):
+    """Counts the retries that the client logs."""
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count a record of a retry."""
+        code = getattr(record, "code", None)
+        if code is not None:
+            self._tally.retry(code)
+
+    def __enter__(self) -> Self:
+        logger = logging.getLogger("carry_client")
+        self._before = logger.level, logger.propagate
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger = logging.getLogger("carry_client")
+        logger.level, logger.propagate = self._before
+        logger.removeHandler(self)
 
 
 class Replay:
@@ -135,10 +181,12 @@ class Replay:
         self.tally = Tally()
         self.progress = {
             stream.name: StreamProgress(
+                number,
+                service.stream(stream.name, number),
                 Cursor(stream, options.chunk_min, options.chunk_max, options.seed),
                 np.full((len(stream), model.width), np.nan, np.float32),
             )
-            for stream in streams
+            for number, stream in enumerate(streams)
         }
 
     async def run(self, watcher: Watcher) -> None:
@@ -148,14 +196,15 @@ class Replay:
             ReplayError: the service refused, or was unavailable for longer than `patience_s`.
         """
         try:
-            await self._ask_positions()
-            watcher.begin(self._total(), self._done())
-            async with asyncio.TaskGroup() as tasks:
-                showing = tasks.create_task(self._show(watcher))
-                try:
-                    await self._send_all()
-                finally:
-                    showing.cancel()
+            with RetryCount(self.tally):
+                await self._ask_positions()
+                watcher.begin(self._total(), self._done())
+                async with asyncio.TaskGroup() as tasks:
+                    showing = tasks.create_task(self._show(watcher))
+                    try:
+                        await self._send_all()
+                    finally:
+                        showing.cancel()
             watcher.show(self._done(), self.tally)
         except ExceptionGroup as group:
             raise _first(group) from group
@@ -177,14 +226,8 @@ class Replay:
         slots = asyncio.Semaphore(self._options.streams_in_flight)
 
         async def ask(name: str) -> int:
-            retry = self._retry()
             async with slots:
-                while True:
-                    try:
-                        return await self._service.position(name)
-                    except Problem as problem:
-                        self.tally.problems[problem.code] += 1
-                        await self._wait(problem, retry, f"stream {name!r}")
+                return await self._refresh(name)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -192,6 +235,13 @@ class Replay:
         except ExceptionGroup as group:
             raise _first(group) from group
         return {name: task.result() for name, task in requests.items()}
+
+    async def _refresh(self, name: str) -> int:
+        """Ask for a stream's position, and continue from there."""
+        try:
+            return (await self.progress[name].stream.refresh()).position
+        except Problem as problem:
+            raise _failed(problem, self._options.patience_s, f"stream {name!r}: ") from problem
 
     async def _send_all(self) -> None:
         options = self._options
@@ -223,77 +273,93 @@ class Replay:
     async def _deliver(self, cursors: list[Cursor]) -> None:
         """Send the next chunk of each stream, some twice at once, and move the streams."""
         duplicates = [c for c in cursors if self._random.random() < self._options.duplicates]
-        turn = self._service.next_turn()
         self.tally.duplicates += len(duplicates)
-        requests = [self._send(cursors, turn), *(self._send([c], turn + 1) for c in duplicates)]
-        answers, *copies = await asyncio.gather(*requests)
-        second_of = {c.name: copy[0] for c, copy in zip(duplicates, copies, strict=True)}
-        for cursor, answer in zip(cursors, answers, strict=True):
-            self._accept(cursor, answer, second_of.get(cursor.name))
+        retries = self.tally.retries
+        answered, copies = await asyncio.gather(
+            self._send(cursors), asyncio.gather(*(self._send_copy(c) for c in duplicates))
+        )
+        smooth = retries == self.tally.retries
+        for cursor, copy in zip(duplicates, copies, strict=True):
+            first = answered[cursor.name]
+            self.tally.fault(check_duplicates(first, copy, cursor.position, smooth=smooth))
+            if isinstance(first, AlreadyApplied) and isinstance(copy, Reply):
+                answered[cursor.name] = copy
+            elif isinstance(copy, Reply):
+                self.tally.replayed += copy.is_replayed
+        for cursor in cursors:
+            await self._accept(cursor, answered[cursor.name])
 
-    async def _send(self, cursors: list[Cursor], turn: int) -> list[FinalAnswer]:
-        """Send until each chunk has a reply or a problem that names the stream's position."""
-        tally, retry = self.tally, self._retry()
-        final: dict[str, FinalAnswer] = {}
-        waiting = cursors
-        while waiting:
-            sent_s = self._clock()
-            answers = await self._service.send(self._model, waiting, turn)
-            latency_s = self._clock() - sent_s
-            tally.requests += 1
-            failed: Problem | None = None
-            for cursor, answer in zip(waiting, answers, strict=True):
-                if isinstance(answer, Problem):
-                    tally.problems[answer.code] += 1
-                if isinstance(answer, Reply) or answer.has_stream_position:
-                    final[cursor.name] = FinalAnswer(answer, retry.failures, latency_s)
-                elif answer.is_retryable:
-                    failed = answer
-                else:
-                    raise ReplayError(
-                        f"stream {cursor.name!r}, chunk at {cursor.position}: the service "
-                        f"refused: {answer}"
-                    )
-            if not all(isinstance(a, Problem) and a.status == 0 for a in answers):
-                tally.latencies_s.append(latency_s)
-                tally.silence_s = max(tally.silence_s, sent_s + latency_s - self._last_answer_s)
-                self._last_answer_s = sent_s + latency_s
-            waiting = [cursor for cursor in waiting if cursor.name not in final]
-            if failed is not None:
-                turn = self._service.next_turn()
-                await self._wait(failed, retry, "a chunk")
-        return [final[cursor.name] for cursor in cursors]
+    async def _send(self, cursors: list[Cursor]) -> dict[str, Reply | CarryError]:
+        """The reply to each stream's next chunk, or the client's error."""
+        groups: dict[int, list[StreamProgress]] = {}
+        for cursor in cursors:
+            progress = self.progress[cursor.name]
+            groups.setdefault(progress.number % len(self._service.models), []).append(progress)
+        calls = (self._send_group(self._service.models[at], each) for at, each in groups.items())
+        return {
+            name: reply for each in await asyncio.gather(*calls) for name, reply in each.items()
+        }
 
-    def _accept(self, cursor: Cursor, first: FinalAnswer, second: FinalAnswer | None) -> None:
-        """Check the answers to one chunk and move the stream; never awaits."""
+    async def _send_group(
+        self, model: AsyncModel, group: list[StreamProgress]
+    ) -> dict[str, Reply | CarryError]:
+        sent_s = self._clock()
+        answers: dict[str, Reply | CarryError]
+        try:
+            if len(group) == 1:
+                (only,) = group
+                answers = {only.stream.name: await only.stream.send(only.cursor.chunk())}
+            else:
+                answers = await model.send_many(
+                    {each.stream: each.cursor.chunk() for each in group}
+                )
+        except CarryError as error:
+            answers = {each.stream.name: error for each in group}
+        self.tally.requests += 1
+        if any(isinstance(answer, Reply) for answer in answers.values()):
+            now_s = self._clock()
+            self.tally.latencies_s.append(now_s - sent_s)
+            self.tally.silence_s = max(self.tally.silence_s, now_s - self._last_answer_s)
+            self._last_answer_s = now_s
+        return answers
+
+    async def _send_copy(self, cursor: Cursor) -> Reply | Problem:
+        number = self.progress[cursor.name].number + 1
+        self.tally.requests += 1
+        return await self._service.send_copy(self._model, cursor, number, self.tally.retry)
+
+    async def _accept(self, cursor: Cursor, answer: Reply | CarryError) -> None:
+        """Check the answer to a stream's chunk, and move the stream.
+
+        Raises:
+            ReplayError: the service refused, or no attempt is left.
+        """
         tally, start, steps = self.tally, cursor.position, cursor.size
-        answers = [first.answer] if second is None else [first.answer, second.answer]
-        if second is not None:
-            tally.fault(check_duplicates(first, second, cursor.name, start))
-        reply = None
-        for answer in answers:
-            tally.fault(check_reply(answer, cursor.name, start, steps))
-            if isinstance(answer, Reply):
-                tally.replayed += answer.replayed
-                reply = answer
-        if reply is not None:
-            self._store_outputs(cursor, start, reply.outputs)
+        if isinstance(answer, Reply):
+            tally.fault(check_outputs(answer, start))
+            tally.replayed += answer.is_replayed
+            self._store_outputs(cursor, start, answer)
             tally.chunks += 1
             tally.events += steps
-        now = next_position(answers[0], answers[1:])
-        position = start if now is None else now
-        acknowledged = start + steps if reply is not None else start
-        if position < acknowledged:
+            cursor.advance(answer.position)
+            return
+        chunk = f"stream {cursor.name!r}, chunk at {start}: "
+        if isinstance(answer, Problem) and not isinstance(answer, AlreadyApplied):
+            if answer.code != "unreadable_reply":
+                raise _failed(answer, self._options.patience_s, chunk) from answer
+            tally.fault(f"{chunk}{answer.detail}")
+        position = await self._refresh(cursor.name)
+        if position < start:
             tally.fell_back += 1
-            tally.lost += acknowledged - position
-        elif reply is None:
-            tally.skipped += min(position, len(cursor.events)) - start
-        if reply is not None and position == start + steps:
-            cursor.advance(position)
+            tally.lost += start - position
         else:
-            cursor.move(position)
+            tally.skipped += min(position, len(cursor.events)) - start
+        if position == start and not isinstance(answer, StreamMoved):
+            raise ReplayError(f"{chunk}expected a reply, got {answer}")
+        cursor.move(position)
 
-    def _store_outputs(self, cursor: Cursor, start: int, outputs: FloatRows) -> None:
+    def _store_outputs(self, cursor: Cursor, start: int, reply: Reply) -> None:
+        outputs = self._model.pack(reply.outputs, cursor.size)
         stored = self.progress[cursor.name].outputs[start : start + len(outputs)]
         is_stored = ~np.isnan(stored).any(axis=1)
         if not agree(outputs[is_stored], stored[is_stored]):
@@ -308,18 +374,6 @@ class Replay:
             watcher.show(self._done(), self.tally)
             await asyncio.sleep(REPORT_PERIOD_S)
 
-    async def _wait(self, problem: Problem, retry: Retry, what: str) -> None:
-        """Wait before the next attempt; ReplayError if no attempt is left."""
-        try:
-            delay_s = retry.next_delay_s(problem)
-        except Problem:
-            raise _failed(problem, retry, f"{what}: ") from problem
-        self.tally.retries += 1
-        await asyncio.sleep(delay_s)
-
-    def _retry(self) -> Retry:
-        return Retry(self._options.patience_s, self._random)
-
     def _total(self) -> int:
         return sum(len(stream_progress.cursor.events) for stream_progress in self.progress.values())
 
@@ -329,12 +383,12 @@ class Replay:
         )
 
 
-def _failed(problem: Problem, retry: Retry, what: str = "") -> ReplayError:
+def _failed(problem: Problem, patience_s: float, what: str = "") -> ReplayError:
     """The error that ends a replay after the last attempt of a request."""
     if not problem.is_retryable:
         return ReplayError(f"{what}the service refused: {problem}")
     return ReplayError(
-        f"gave up after {retry.limit_s:g} s: {problem}; start again to resume from the streams' "
+        f"gave up after {patience_s:g} s: {problem}; start again to resume from the streams' "
         "positions"
     )
 

@@ -13,6 +13,7 @@ import asyncio
 import heapq
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 from service.replay.source import StreamEvents
 
@@ -60,6 +61,10 @@ class Cursor:
         """Timestamp of the next chunk's last event; 0 without timestamps."""
         times = self.events.times_ms
         return 0 if times is None else int(times[self.position + self.size - 1])
+
+    def chunk(self) -> list[dict[str, Any]]:
+        """The events of the next chunk."""
+        return self.events.events(self.position, self.position + self.size)
 
     def advance(self, position: int) -> None:
         """The next chunk was applied; the stream is at `position`."""

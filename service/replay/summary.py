@@ -100,7 +100,7 @@ class Summary:
         yield "sent twice", f"{tally.duplicates:,} chunks; {tally.replayed:,} replies replayed"
         by_code = ", ".join(f"{code} {count}" for code, count in sorted(tally.problems.items()))
         yield "retries", f"{tally.retries:,}" + (f" ({by_code})" if by_code else "")
-        yield "silence", f"no answer for {tally.silence_s:.1f} s at the longest"
+        yield "silence", f"no reply for {tally.silence_s:.1f} s at the longest"
         if tally.fell_back:
             yield "fell back", f"{tally.fell_back:,} times, {tally.lost:,} events sent again"
         if tally.skipped:

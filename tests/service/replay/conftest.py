@@ -116,7 +116,7 @@ def replayed(url: str, streams: list[StreamEvents]) -> Replayed:
     async def run(**given: Any) -> Replay:
         settings: dict[str, Any] = {"urls": (url,), "model": "small", "chunk_max": 9, **given}
         options = ReplayOptions(**settings)
-        async with connect(options.urls, options.model, options.format) as service:
+        async with connect(options) as service:
             replay = await start(service, streams, options)
             await replay.run(NoProgress())
             await replay.check_positions()

@@ -11,11 +11,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from carry_client import ModelDescription, Output, Problem, read_description
+from carry_client import Head, ModelDescription, Output, Problem, Reply, read_description
 from models.events.columns import columns_from_events
 from models.events.parse import event_adapter, event_json_schema
-from service.replay.checks import FinalAnswer, agree, check_duplicates, next_position
-from service.replay.client import Reply, read_items, read_reply
+from service.replay.checks import agree, check_duplicates, check_outputs
 from service.replay.metrics import CounterGrowth, counted
 from service.replay.options import ReplayError, ReplayOptions, parse_range, parse_speed
 from service.replay.schedule import Cursor, Schedule
@@ -193,7 +192,8 @@ def test_description_gives_fields_and_outputs() -> None:
     }
     found = read_description(document)
     shape = [(field.name, field.kind, field.optional) for field in event_schema(found).fields]
-    assert shape == [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
+    fields = [(field.name, field.kind, field.optional) for field in FULL_SCHEMA.fields]
+    assert shape == [*fields, ("reset", "boolean", True)]
     assert found.outputs == (Output("q", (2, 3), False),)
     assert found.is_cut_invariant
     assert not read_description({**document, "chunking": "per_chunk"}).is_cut_invariant
@@ -223,10 +223,6 @@ def test_outputs_are_packed_by_the_description() -> None:
     ):
         with pytest.raises(ValueError, match=error):
             once.pack(outputs, 2)
-    with pytest.raises(ReplayError, match="cannot be read"):
-        read_reply(MODEL, {"stream": "s"}, 2)
-    with pytest.raises(ReplayError, match="expected 2 results"):
-        read_items(MODEL, {"results": []}, [1, 1])
 
 
 def test_tolerance_is_1e_5_absolute_and_relative() -> None:
@@ -237,9 +233,13 @@ def test_tolerance_is_1e_5_absolute_and_relative() -> None:
     assert not agree(ones[:1], ones)
 
 
-def _reply(**changed: Any) -> Reply:
-    rows = np.ones((1, 2), np.float32)
-    return replace(Reply("s", "e", "t", 5, False, rows), **changed)
+HEAD = Head(5, "e", "t")
+
+
+def _reply(value: float = 1, **changed: Any) -> Reply:
+    outputs = {"q": np.full((1, 2), value, np.float32)}
+    given = {"stream": "s", "head": HEAD, "is_replayed": False, **changed}
+    return Reply(outputs, None, None, 4, (), version="v", is_created=False, **given)
 
 
 def _problem(code: str, position: int) -> Problem:
@@ -251,48 +251,43 @@ AHEAD = _problem("position_ahead", 3)
 
 
 @pytest.mark.parametrize(
-    ("second", "failures", "fault"),
+    ("second", "smooth", "fault"),
     [
-        (_reply(replayed=True), 0, None),
-        (_reply(), 0, "both were processed"),
-        (_reply(), 1, None),
-        (_reply(replayed=True, tag="u"), 0, "tag"),
-        (_reply(replayed=True, epoch="f"), 0, "tag"),
-        (_reply(replayed=True, position=6), 1, "position"),
-        (_reply(replayed=True, outputs=np.full((1, 2), 1.1, np.float32)), 1, "differ"),
-        (APPLIED, 0, None),
-        (_problem("already_applied", 6), 0, "position"),
-        (AHEAD, 0, "refused: position_ahead"),
-        (AHEAD, 2, None),
+        (_reply(is_replayed=True), True, None),
+        (_reply(), True, "both were processed"),
+        (_reply(), False, None),
+        (_reply(is_replayed=True, head=HEAD._replace(tag="u")), True, "tag='u'"),
+        (_reply(is_replayed=True, head=HEAD._replace(epoch="f")), True, "epoch='f'"),
+        (_reply(is_replayed=True, head=HEAD._replace(position=6)), False, "position"),
+        (_reply(is_replayed=True, stream="other"), False, "'other'"),
+        (_reply(1.1, is_replayed=True), False, "differ"),
+        (APPLIED, True, None),
+        (_problem("already_applied", 6), True, "position"),
+        (AHEAD, True, "refused: position_ahead"),
+        (AHEAD, False, None),
     ],
 )
 def test_answers_to_a_duplicated_chunk_must_agree(
-    second: Reply | Problem, failures: int, fault: str | None
+    second: Reply | Problem, smooth: bool, fault: str | None
 ) -> None:
-    for pair in (
-        (FinalAnswer(_reply(), 0, 0.1), FinalAnswer(second, failures, 0.1)),
-        (FinalAnswer(second, failures, 0.1), FinalAnswer(_reply(), 0, 0.1)),
-    ):
-        found = check_duplicates(*pair, "s", 4)
+    for pair in ((_reply(), second), (second, _reply())):
+        found = check_duplicates(*pair, 4, smooth=smooth)
         assert (found is None) if fault is None else (found is not None and fault in found)
 
 
 def test_two_replayed_answers_are_a_fault_unless_an_attempt_failed() -> None:
-    replayed = _reply(replayed=True)
-    found = check_duplicates(FinalAnswer(replayed, 0, 0.1), FinalAnswer(replayed, 0, 0.1), "s", 4)
+    replayed = _reply(is_replayed=True)
+    found = check_duplicates(replayed, replayed, 4, smooth=True)
     assert found is not None
     assert "both were replayed" in found
+    assert check_duplicates(replayed, replayed, 4, smooth=False) is None
+
+
+def test_outputs_must_be_finite() -> None:
+    assert check_outputs(_reply(), 4) is None
     assert (
-        check_duplicates(FinalAnswer(replayed, 1, 0.1), FinalAnswer(replayed, 0, 0.1), "s", 4)
-        is None
+        check_outputs(_reply(float("nan")), 4) == "stream 's', chunk at 4: expected finite outputs"
     )
-
-
-def test_next_position_follows_from_all_answers() -> None:
-    assert next_position(_reply(), []) == 5
-    assert next_position(AHEAD, []) == 3
-    assert next_position(_reply(), [AHEAD]) == 3
-    assert next_position(APPLIED, [_reply()]) == 5
 
 
 def test_counter_growth_survives_a_restart_of_the_service() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -131,7 +132,6 @@ async def test_rolled_back_stream_is_sent_again_from_its_position(
     assert_all_received(replay, standin)
     assert replay.tally.fell_back == 1
     assert replay.tally.lost > 0
-    assert replay.tally.problems["position_ahead"] == 1
     assert replay.tally.events == EVENTS + replay.tally.lost
 
 
@@ -221,9 +221,8 @@ async def test_wrong_position_and_wrong_stream_are_faults(
 
     standin._apply = confused  # type: ignore[method-assign]
     faults = "\n".join((await replayed()).tally.faults)
-    assert "expected position 1 after it, got 7" in faults
-    assert "'s2'" in faults
-    assert "got one of 's1'" in faults
+    assert "expected stream 's4' at position 1, got stream 's4' at 7" in faults
+    assert re.search(r"expected stream 's2' at position \d+, got stream 's1' at ", faults)
 
 
 async def test_position_beyond_the_events_is_a_fault(replayed: Replayed, standin: Standin) -> None:
@@ -237,7 +236,7 @@ async def test_replay_gives_up_after_patience_s(
     url: str, server: TestServer, streams: list[StreamEvents]
 ) -> None:
     options = ReplayOptions(urls=(url,), model="small", patience_s=0.2)
-    async with connect(options.urls, options.model) as service:
+    async with connect(options) as service:
         replay = await start(service, streams, options)
         await server.close()
         with pytest.raises(ReplayError, match=r"gave up after 0\.2 s: no_answer"):
@@ -262,7 +261,7 @@ async def test_replay_waits_for_a_restarted_service(
         return "drop" if task and not task[0].done() else None
 
     standin.fault = kill
-    async with connect(options.urls, options.model, timeout_s=1) as service:
+    async with connect(options, timeout_s=1) as service:
         replay = await start(service, streams, options)
         await replay.run(NoProgress())
         await replay.check_positions()
